@@ -624,6 +624,27 @@ def test_bad_input_is_refused_before_work(
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
 
 
+@pytest.mark.parametrize(("architecture", "method"), [("llama", "obs"), ("gpt2", "obs"), ("opt", "flap")])
+def test_what_is_only_selected_keeps_every_bit_where_passes_have_fewer(
+    tmp_path: Path, architecture: str, method: str
+) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=1)
+    structure = {"remove": "mlp=24", "method": method}
+    report = fp.prune(folder, tmp_path / "run", structure=structure, dtype="bfloat16", calibration=SMALL)
+    dense, small = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "run" / "model"))
+    (layer,) = report.layers
+    (removal,) = layer.removals
+    *_, first = removal.producers
+    write = [oriented(model.get_parameter(f"{layer.name}.{first}.weight"), architecture) for model in (dense, small)]
+    keep = kept_rows(*write)
+    fitted = [f"{removal.consumer}.weight"] if method == "obs" else []
+    for name, after in small.get_submodule(layer.name).named_parameters():
+        before = dense.get_parameter(f"{layer.name}.{name}")
+        if after.shape != before.shape and name not in fitted:
+            (dim,) = (dim for dim, size in enumerate(after.shape) if size == len(keep))
+            assert torch.equal(after, before.index_select(dim, keep)), name
+
+
 class Said(Listener):
     def __init__(self) -> None:
         self.lines: list[str] = []
