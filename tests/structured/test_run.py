@@ -591,6 +591,12 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
         ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
         (
             "llama",
+            ["--structure", "mlp=32", "--sparsity", "16:32", "--allocation", "error"],
+            "pattern 16:32 does not fit model.layers.0.mlp.down_proj: its 48 inputs are not a multiple of 32; take "
+            "--allocation uniform",
+        ),
+        (
+            "llama",
             ["--structure", "mlp=36", "--widths", "free", "--structure-multiple", "2", "--sparsity", "2:4"],
             "free widths change the inputs of mlp.down_proj in steps of 2, and pattern 2:4 needs steps of a multiple",
         ),
