@@ -87,15 +87,23 @@ def test_a_router_that_would_keep_its_rows_is_refused(tmp_path: Path) -> None:
         removal._prove(model, lacking, build_changed(model.checkpoint, change).eval())
 
 
-def test_routers_keep_every_bit_where_passes_have_fewer(tmp_path: Path) -> None:
-    """What is written is what passes see: transformers keeps the routers of DeepSeek-V3 in fp32 beside bf16."""
-    folder = tiny.save("deepseek_v3", tmp_path / "model", **MORE)
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_and_routers_keep_every_bit_where_passes_have_fewer(tmp_path: Path, architecture: str) -> None:
+    """Those that get another number too: none of their values is new."""
+    changes = MORE if architecture == "deepseek_v3" else {}
+    folder = tiny.save(architecture, tmp_path / "model", **changes)
     report = fp.prune(str(folder), tmp_path / "run", structure="experts=50%", dtype="bfloat16", calibration=SMALL)
-    layer = len(report.layers) - 1
-    name = f"model.layers.{layer}.mlp.gate.weight"
-    before, after = (load_file(path / "model.safetensors")[name] for path in (folder, tmp_path / "run" / "model"))
-    assert torch.equal(after, before[kept(report, layer)])
-    assert not torch.equal(after, after.bfloat16().float())
+    before, after = loaded(folder).state_dict(), loaded(tmp_path / "run" / "model").state_dict()
+    renumbered = False
+    for layer in (layer for layer in report.layers if layer.removals):
+        stay = kept(report, layer.index)
+        renumbered |= stay != list(range(len(stay)))
+        cut = [name for name in after if name.startswith(layer.name) and after[name].shape != before[name].shape]
+        assert len(cut) > 2
+        for name in cut:
+            assert torch.equal(after[name], before[name][stay]), name
+            assert name.endswith("bias") or not torch.equal(after[name], after[name].bfloat16().float())
+    assert renumbered
 
 
 def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:

@@ -266,3 +266,12 @@ def test_zeros_beside_it_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FistaPrunerError, match=r"goa fits whole operators .* take --sparsity 0%"):
         fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, sparsity="50%")
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
+
+
+@pytest.mark.parametrize("settings", [{"targets": ["down_proj"]}, {"ignore": ["gate_proj"]}])
+def test_channels_whose_operators_are_not_all_fitted_are_refused(tmp_path: Path, settings: dict[str, object]) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    structure = {"remove": "mlp=32", "method": "goa"}
+    with pytest.raises(FistaPrunerError, match=r"leave out model.layers.0.mlp.gate_proj, .* goa fits and rates it too"):
+        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()

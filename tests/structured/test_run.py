@@ -591,6 +591,12 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
         ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
         (
             "llama",
+            ["--structure", "mlp=32", "--sparsity", "16:32", "--allocation", "error"],
+            "pattern 16:32 does not fit model.layers.0.mlp.down_proj: its 48 inputs are not a multiple of 32; take "
+            "--allocation uniform",
+        ),
+        (
+            "llama",
             ["--structure", "mlp=36", "--widths", "free", "--structure-multiple", "2", "--sparsity", "2:4"],
             "free widths change the inputs of mlp.down_proj in steps of 2, and pattern 2:4 needs steps of a multiple",
         ),
@@ -624,14 +630,50 @@ def test_bad_input_is_refused_before_work(
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
 
 
+@pytest.mark.parametrize(("architecture", "method"), [("llama", "obs"), ("gpt2", "obs"), ("opt", "flap")])
+def test_what_is_only_selected_keeps_every_bit_where_passes_have_fewer(
+    tmp_path: Path, architecture: str, method: str
+) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=1)
+    structure = {"remove": "mlp=24", "method": method}
+    report = fp.prune(folder, tmp_path / "run", structure=structure, dtype="bfloat16", calibration=SMALL)
+    dense, small = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "run" / "model"))
+    (layer,) = report.layers
+    (removal,) = layer.removals
+    *_, first = removal.producers
+    write = [oriented(model.get_parameter(f"{layer.name}.{first}.weight"), architecture) for model in (dense, small)]
+    keep = kept_rows(*write)
+    fitted = [f"{removal.consumer}.weight"] if method == "obs" else []
+    for name, after in small.get_submodule(layer.name).named_parameters():
+        before = dense.get_parameter(f"{layer.name}.{name}")
+        if after.shape != before.shape and name not in fitted:
+            (dim,) = (dim for dim, size in enumerate(after.shape) if size == len(keep))
+            assert torch.equal(after, before.index_select(dim, keep)), name
+
+
+class Said(Listener):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_a_recipe_without_its_structure_has_the_usual_sparsity_and_none_at_all_is_said(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    settings: dict[str, Any] = {"method": "magnitude", "calibration": SMALL}
+    for recipe in ({"structure": "25%"}, Recipe(structure="25%")):
+        told, out = Said(), tmp_path / type(recipe).__name__
+        report = fp.prune(folder, out, recipe=recipe, structure="none", listener=told, **settings)
+        assert report.recipe["sparsity"] == "50%"
+        assert report.totals.operator_zeros == report.totals.operator_weights // 2
+        assert not [line for line in told.lines if "no weight" in line]
+    told = Said()
+    fp.prune(folder, tmp_path / "dense", sparsity="0%", listener=told, **settings)
+    assert [line for line in told.lines if line == "sparsity 0% and no structure: no weight becomes zero"]
+
+
 def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_report(tmp_path: Path) -> None:
-    class Said(Listener):
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def say(self, message: str) -> None:
-            self.lines.append(message)
-
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
     fp.prune(folder, tmp_path / "zeros", method="magnitude", sparsity="2:4", **settings)

@@ -28,7 +28,7 @@ from ..runs.directory import refuse_file
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.formatting import count, span
 from ..runtime.numerics import exact_products, windows_at_once
-from ..sensitivity.decision import check_allocation
+from ..sensitivity.decision import check_allocation, measured_by
 from ..solvers import check_constraint
 from ..solvers.low_rank import check_rank
 from ..structured.experts import EXPERTS
@@ -114,8 +114,8 @@ def change_widths(
         The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
 
     Raises:
-        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, or free widths
-            that the pattern may not divide.
+        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, widths that the
+            pattern does not divide, or goa without the operators that write the channels.
     """
     if recipe.structure.remove is None:
         return layout, None
@@ -126,16 +126,30 @@ def change_widths(
             f"{recipe.pattern}): take --sparsity 0%, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
-    patterns = _patterns(recipe, layout)
-    for index, units in enumerate(widths.units) if recipe.structure.widths == "free" else ():
+    selected = {name for name, _ in layout.operators()}
+    for index, units in enumerate(widths.units) if recipe.structure.method == "goa" else ():
+        for name in chain.from_iterable(unit.producers for unit in units):
+            if (whole := f"{layout.prefix}.{index}.{name}") not in selected:
+                raise FistaPrunerError(
+                    f"structure: targets and ignore leave out {whole}, whose outputs are to be removed, and goa fits "
+                    "and rates it too: leave it in --targets, or take --structure-method obs"
+                )
+    patterns, free = _patterns(recipe, layout), recipe.structure.widths == "free"
+    for index, units in enumerate(widths.units):
         for unit in units:
             pattern = patterns[layout.full_name(index, unit.consumer)]
             inputs, length = step_of(unit, recipe.structure) * unit.columns, pattern.group_length
-            if inputs % length:  # else a width that is measured, after long work, may not fit the pattern
+            if free and inputs % length:  # else a width that is measured, after long work, may not fit the pattern
                 raise FistaPrunerError(
                     f"structure: free widths change the inputs of {unit.consumer.name} in steps of {inputs}, and "
                     f"pattern {pattern} needs steps of a multiple of {length}: change --structure-multiple or the "
                     "amount"
+                )
+            if measured_by(recipe) == "error" and unit.consumer.columns % length:
+                raise FistaPrunerError(
+                    f"allocation {recipe.allocation!r} measures errors before structure is removed, and pattern "
+                    f"{pattern} does not fit {layout.full_name(index, unit.consumer)}: its {unit.consumer.columns} "
+                    f"inputs are not a multiple of {length}; take --allocation uniform"
                 )
     return resized(layout, widths), widths
 

@@ -126,6 +126,8 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if widths is not None and begun is None:
         for sentence in (say_widths(model, widths), *warnings):
             listener.say(sentence)
+    if widths is None and begun is None and not any(pattern.fraction for pattern in recipe.patterns):
+        listener.say("sparsity 0% and no structure: no weight becomes zero")
     if begun is not None:
         refuse_other(run, begun, request.model, recipe, request.permissions)
         if not run.model.is_dir():

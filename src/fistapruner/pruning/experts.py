@@ -87,10 +87,14 @@ def remove_experts(
         loaded: holds the layer.
 
     Returns:
-        The tensors that are others now, by checkpoint name, and the report's entry.
+        The tensors that are others now, by checkpoint name and with all bits that it has, and the report's entry.
     """
     model = context.model
     layer = model.layers[index]
+
+    def stored(name: str) -> str:
+        return model.source(f"{model.layers_name}.{index}.{name}")
+
     routed = passes.routed_to(unit.name)
     experts = layer.get_submodule(unit.name)
     assert isinstance(experts, Experts)
@@ -99,13 +103,15 @@ def remove_experts(
         keep = kept_experts(scores, unit)
         loaded.enter_context(fewer_experts(layer, unit, keep))
     passes.rerouted(unit.name)
-    moved = [place for place, number in enumerate(keep.tolist()) if place != number]
-    names = [*unit.tensors, *(f"{unit.name}.{place}.{name}" for place in moved for name in _parameters(experts, place))]
-    tensors = {}
-    for name in names:
-        stored = model.source(f"{model.layers_name}.{index}.{name}")
-        tensor = layer.state_dict(keep_vars=True)[name].detach()  # as it passes, be it in fp32 beside bf16 passes
-        tensors[stored] = tensor.to("cpu", model.checkpoint.entry(stored).dtype, copy=True)
+    with clock.phase("io"):
+        tensors = {
+            stored(name): model.checkpoint.read(stored(name)).index_select(dim, keep)
+            for name, dim in unit.tensors.items()
+        }
+        for place, number in enumerate(keep.tolist()):
+            for name, _ in experts.get_submodule(str(place)).named_parameters() if place != number else ():
+                source, old = (stored(f"{unit.name}.{each}.{name}") for each in (place, number))
+                tensors[source] = model.checkpoint.read(old).to(model.checkpoint.entry(source).dtype)
     entry = RemovalEntry(
         unit=EXPERTS,
         kept=keep.tolist(),
@@ -117,8 +123,3 @@ def remove_experts(
         compensate="none",
     )
     return tensors, entry
-
-
-def _parameters(experts: Experts, number: int) -> list[str]:
-    """Return the names of the parameters of one expert, inside it."""
-    return [name for name, _ in experts.get_submodule(str(number)).named_parameters()]

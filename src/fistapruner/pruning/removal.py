@@ -87,6 +87,8 @@ def _cut(
 ) -> Tensor | None:
     """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
 
+    Tensors of which only places are kept are taken from the checkpoint: it may have more bits than the passes.
+
     Args:
         context: model and recipe.
         index: number of the layer.
@@ -99,27 +101,32 @@ def _cut(
     Returns:
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
     """
-    model, layer = context.model, context.model.layers[index]
+    model, layer, settings = context.model, context.model.layers[index], context.recipe.structure
     places = keep.cpu()
     tensors = unit.tensors(layer, places)
     cut_channels(layer, unit, places)
     target = unit.consumer.weight(layer)
     target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, unit.consumer)}.weight"), weight))
     weight.copy_(target)
-    names, added = list(tensors), None
+    goa = settings.method == "goa"
+    fitted = unit.names if goa else (unit.consumer.name,) if settings.compensation == "refit" else ()
+    new, added = [f"{name}.weight" for name in fitted], None
     if removal.bias is not None:
-        names.append(f"{unit.consumer.name}.bias")
-        bias = layer.get_parameter(names[-1]).detach()
+        new.append(f"{unit.consumer.name}.bias")
+        bias = layer.get_parameter(new[-1]).detach()
         before = bias.to(torch.float32, copy=True)
-        source = model.source(f"{context.layout.prefix}.{index}.{names[-1]}")
+        source = model.source(f"{context.layout.prefix}.{index}.{new[-1]}")
         bias.copy_(model.rounded(source, before + removal.bias))
         added = bias.float() - before
-    for name in names:
+    for name in dict.fromkeys((*tensors, *new)):
         source = model.source(f"{context.layout.prefix}.{index}.{name}")
-        record.weights[source] = model.result(source, layer.get_parameter(name).detach())
+        if name in new:
+            record.weights[source] = model.result(source, layer.get_parameter(name).detach())
+        else:
+            dim, stay = tensors[name]
+            record.weights[source] = model.checkpoint.read(source).index_select(dim, stay)
     record.rows |= unit.kept_rows(places)
     record.warnings += removal.warnings
-    settings = context.recipe.structure
     record.removals.append(
         RemovalEntry(
             unit=unit.kind,

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainSerializer,
     field_validator,
     model_validator,
@@ -328,16 +329,20 @@ class Recipe(RunRecipe):
                 raise ValueError(f"the setting {old!r} is called {new!r}")
         return value
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _only_structure(cls, value: Any) -> Any:
+    def _only_structure(cls, value: Any, read: ModelWrapValidatorHandler[Recipe]) -> Recipe:
         """Without a sparsity, a recipe that removes structure sets no weights to zero."""
         if not isinstance(value, dict) or "sparsity" in value:
-            return value
+            return read(value)
         section = value.get("structure")
         amount = section.remove if isinstance(section, Structure) else section
         amount = amount.get("remove") if isinstance(amount, Mapping) else amount
-        return value if removes_nothing(amount) else {**value, "sparsity": "0%"}
+        if removes_nothing(amount):
+            return read(value)
+        recipe = read({**value, "sparsity": "0%"})
+        recipe.model_fields_set.discard("sparsity")  # a default: without the structure it is another one
+        return recipe
 
     @field_validator("allocation", mode="after")
     @classmethod
