@@ -505,6 +505,13 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     assert stage.figures.tokens == report.recovery.tokens
     assert stage.figures.operator_zeros == report.totals.operator_zeros
     assert "A pruned and recovered model" in (again / "README.md").read_text()
+    lines = (run / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    journal = tmp_path / "steps.jsonl"
+    for rest, why in (([], "the run was not finished"), ([b"x", *lines[4:]], "line 4 is damaged")):
+        journal.write_bytes(b"".join([*lines[:3], *rest]))
+        with pytest.raises(fp.FistaPrunerError, match=rf"steps\.jsonl ends after step 2 of 4: {why}"):
+            replay(pruned, journal, tmp_path / "not whole")
+        assert not (tmp_path / "not whole").exists()
 
 
 # --- bad input: one line each, before any long work

@@ -64,8 +64,8 @@ def replay(
         ``out``.
 
     Raises:
-        FistaPrunerError: no journal of such a run, another checkpoint, a device that draws other random numbers, or
-            written zeros that are not those of the checkpoint.
+        FistaPrunerError: no whole journal of such a run, another checkpoint, a device that draws other random numbers,
+            or written zeros that are not those of the checkpoint.
     """
     source, out, journal = (
         find_input(str(model), Permissions(allow_pickle, trust_remote_code)),
@@ -105,6 +105,10 @@ def replay(
             for line in lines[1:]:
                 take_again(state, line, stepper, recipe, about["steps"])
             stepper.restore()
+        if state.step < about["steps"] and not state.stopped:
+            more = len(journal.read_bytes().splitlines()) > len(lines)
+            why = f"line {len(lines) + 1} is damaged" if more else "the run was not finished"
+            raise FistaPrunerError(f"{journal} ends after step {state.step} of {about['steps']}: {why}")
         say(f"{state.step} steps taken again, those up to step {state.patience.best_step} are kept")
         stage = Stage(
             kind="align" if kind is AlignRecipe else "recover",
