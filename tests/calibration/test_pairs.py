@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_examples import chat_tokenizer, write
 from test_windows import letters_tokenizer, text_of
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from fistapruner import FistaPrunerError
@@ -135,6 +136,18 @@ def test_tokens_are_those_of_trl() -> None:
     assert chosen[len(prompt) :] == [98, 69, 79, 88, 72, 17, 2]
     assert rejected[len(prompt) :] == [98, 74, 85, 72, 72, 81, 17, 2]
     assert Pair("Ice is", " cold</s>", " hot", "here").encode(tiny.tokenizer())[1][-2:] == [71, 2]
+
+
+def test_an_end_that_the_tokenizer_appends_is_no_part_of_prompts_and_stands_once() -> None:
+    appending, plain = tiny.tokenizer(), tiny.tokenizer()
+    for tokenizer, end in ((appending, " </s>"), (plain, "")):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"<s> $A{end}", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    for prompt in ("Ice is", "Ice is</s>", ""):
+        for chosen in (" cold", " cold</s>"):
+            pair = Pair(prompt, chosen, " hot", "here")
+            assert pair.encode(appending) == pair.encode(plain)
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -84,6 +84,10 @@ class Pair:
             ]
         special = isinstance(self.prompt, str)
         prompt, chosen, rejected = (token_ids(text, tokenizer, self.where, special=special) for text in texts)
+        end_id = [tokenizer.eos_token_id]
+        if special and prompt[-1:] == end_id == token_ids("a", tokenizer, self.where, special=True)[-1:]:
+            # The tokenizer appends the end to every text: a prompt has none, and the answers have their own.
+            prompt, chosen, rejected = prompt[:-1], chosen[:-1], rejected[:-1]
         return prompt, chosen, rejected
 
 
