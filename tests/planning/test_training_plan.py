@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -213,6 +214,12 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
         plan_training(replace(task, recipe=task.recipe.model_copy(update={"execution": tiny_limit})), measured)
     assert "would fit" not in str(caught.value)
     assert "'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time" in str(caught.value)
+
+
+def test_a_refusal_for_want_of_disk_gives_no_advice_on_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Mock(free=1000))
+    with pytest.raises(FistaPrunerError, match=r"1000 B free; take fewer --tokens, or another --out$"):
+        plan_training(task_for(folder))
 
 
 def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,8 +121,12 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
         return found
     others = [form for form in plan_forms(task, measured, [name for name in PARAMETERS if name != found.parameters])]
     fitting = [f"--parameters {other.parameters}" for other in others if other.fits]
-    advice = f"; {' and '.join(fitting)} would fit" if fitting else ""
-    if not fitting and isinstance(task.recipe, RecoverRecipe) and found.worst != GENERATING:
+    advice, recovery = "", isinstance(task.recipe, RecoverRecipe)
+    if fitting:
+        advice = f"; {' and '.join(fitting)} would fit"
+    elif found.worst is None:  # for want of disk
+        advice = f"; take {'fewer --tokens, or ' if recovery else ''}another --out"
+    elif recovery and found.worst != GENERATING:
         advice = "; 'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time, while it prunes"
     raise FistaPrunerError(f"{found.refusal}{advice}")
 
