@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -368,6 +369,8 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert [form["parameters"] for form in found["forms"]] == ["lora", "full", "spp", "hira", "norms"]
     assert found["chosen"]["parameters"] == "lora"
     assert any("(5 steps of " in sentence for sentence in found["says"])
+    assert main([*command, "--memory-limit", "1MiB"]) == 2
+    assert re.search("and one pair at a time; .* or lower --max-length, for --parameters", capsys.readouterr().out)
     assert not list(tmp_path.glob("run*"))
 
 

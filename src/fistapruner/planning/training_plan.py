@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from ..errors import FistaPrunerError
+from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
@@ -229,7 +230,10 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
         generating = (given, limit)
         given, limit = f"the {size(share)} that are each process's share of what is free", share
     windows, lower = fewest_windows(needs.task.batch_size if needs.task.recipe.execution.batch_size else 1)
-    lighter = f"{lower}or shorten --seqlen, for --parameters {needs.task.recipe.parameters}"
+    shorter = "shorten --seqlen"
+    if isinstance(needs.task.recipe, AlignRecipe):
+        shorter, windows = "lower --max-length", windows if lower else "one pair at a time"
+    lighter = f"{lower}or {shorter}, for --parameters {needs.task.recipe.parameters}"
     even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
     if not needs.model.cuda:
         return [
