@@ -882,7 +882,9 @@ def test_an_unfinished_run_says_which_model_is_gone(bench: Bench, tmp_path: Path
     (tmp_path / "out" / "report.json").unlink()
     gone = model if which == "model" else dense
     shutil.rmtree(gone)
-    with pytest.raises(fp.FistaPrunerError, match=f"the {which} of the run in .*out is not at {gone} any more"):
+    how = "with its new place" if which == "model" else "and say where it is with --dense"
+    message = f"the {which} of the run in .*out is not at {gone} any more; give the command of the run again {how}$"
+    with pytest.raises(fp.FistaPrunerError, match=message):
         fp.resume(tmp_path / "out")
 
 

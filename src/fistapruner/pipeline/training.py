@@ -285,7 +285,11 @@ def _refuse_changed(run: TrainingDirectory, begun: TrainingRecord, permissions: 
     for what, (folder, stamps) in models.items():
         if not folder.is_dir():
             if not finished:
-                raise FistaPrunerError(f"the {what} of the run in {run.folder} is not at {folder} any more")
+                how = "with its new place" if what == "model" else "and say where it is with --dense"
+                raise FistaPrunerError(
+                    f"the {what} of the run in {run.folder} is not at {folder} any more; give the command of the run "
+                    f"again {how}"
+                )
         elif why := changed_files(stamps, permissions.at(folder)):
             raise FistaPrunerError(f"{why} since the run in {run.folder} began: name another --out")
 
