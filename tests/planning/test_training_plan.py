@@ -217,6 +217,13 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     assert "'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time" in str(caught.value)
 
 
+def test_memory_does_not_grow_with_held_out_pairs_and_time_does(needs: TrainingSizes) -> None:
+    many, more = (replace(needs, task=replace(needs.task, held_out=count)) for count in (1000, 100_000))
+    choice = TrainingChoice(4)
+    assert many.stages(choice) == more.stages(choice)
+    assert more.seconds(choice) > 10 * many.seconds(choice)
+
+
 def test_a_refusal_for_want_of_disk_gives_no_advice_on_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Mock(free=1000))
     with pytest.raises(FistaPrunerError, match=r"1000 B free; take fewer --tokens, or another --out$"):
