@@ -505,6 +505,10 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     assert stage.figures.tokens == report.recovery.tokens
     assert stage.figures.operator_zeros == report.totals.operator_zeros
     assert "A pruned and recovered model" in (again / "README.md").read_text()
+    monkeypatch.setattr("fistapruner.pipeline.replay.free_memory", lambda: 0)  # layers and states are read anew
+    streamed = replay(pruned, run / "steps.jsonl", tmp_path / "streamed")
+    assert (streamed / "model.safetensors").read_bytes() == weights(run)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "again", "streamed"}
     lines = (run / "steps.jsonl").read_bytes().splitlines(keepends=True)
     journal = tmp_path / "steps.jsonl"
     for rest, why in (([], "the run was not finished"), ([b"x", *lines[4:]], "line 4 is damaged")):
