@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_examples import chat_tokenizer, write
 from test_windows import letters_tokenizer, text_of
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from fistapruner import FistaPrunerError
@@ -137,6 +138,18 @@ def test_tokens_are_those_of_trl() -> None:
     assert Pair("Ice is", " cold</s>", " hot", "here").encode(tiny.tokenizer())[1][-2:] == [71, 2]
 
 
+def test_an_end_that_the_tokenizer_appends_is_no_part_of_prompts_and_stands_once() -> None:
+    appending, plain = tiny.tokenizer(), tiny.tokenizer()
+    for tokenizer, end in ((appending, " </s>"), (plain, "")):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"<s> $A{end}", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    for prompt in ("Ice is", "Ice is</s>", ""):
+        for chosen in (" cold", " cold</s>"):
+            pair = Pair(prompt, chosen, " hot", "here")
+            assert pair.encode(appending) == pair.encode(plain)
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_answers_carry_loss_and_prompts_do_not(tmp_path: Path, bos: bool) -> None:
     tokenizer = letters_tokenizer(bos)
@@ -169,7 +182,9 @@ def test_long_prompts_are_left_out_and_long_answers_cut(tmp_path: Path) -> None:
     ]
     assert pairs.tokens.shape[1] == 12
     assert pairs.facts["tasks"]["pairs"]["too_long"] == 1
-    with pytest.raises(FistaPrunerError, match="pairs of 0 different prompts that fit"):
+    with pytest.raises(
+        FistaPrunerError, match=r"pairs of 0 different prompts that fit: .* 3 pairs .* larger --max-len"
+    ):
         tokenised(records[:3], tmp_path, length=2)
 
 

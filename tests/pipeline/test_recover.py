@@ -30,9 +30,10 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
 from fistapruner.recipes.execution_settings import Execution
-from fistapruner.runs.decision import RunRecord
+from fistapruner.runs.decision import EvaluationRequest, RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import Ranks
@@ -504,6 +505,17 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     assert stage.figures.tokens == report.recovery.tokens
     assert stage.figures.operator_zeros == report.totals.operator_zeros
     assert "A pruned and recovered model" in (again / "README.md").read_text()
+    monkeypatch.setattr("fistapruner.pipeline.replay.free_memory", lambda: 0)  # layers and states are read anew
+    streamed = replay(pruned, run / "steps.jsonl", tmp_path / "streamed")
+    assert (streamed / "model.safetensors").read_bytes() == weights(run)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "again", "streamed"}
+    lines = (run / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    journal = tmp_path / "steps.jsonl"
+    for rest, why in (([], "the run was not finished"), ([b"x", *lines[4:]], "line 4 is damaged")):
+        journal.write_bytes(b"".join([*lines[:3], *rest]))
+        with pytest.raises(fp.FistaPrunerError, match=rf"steps\.jsonl ends after step 2 of 4: {why}"):
+            replay(pruned, journal, tmp_path / "not whole")
+        assert not (tmp_path / "not whole").exists()
 
 
 # --- bad input: one line each, before any long work
@@ -874,7 +886,9 @@ def test_an_unfinished_run_says_which_model_is_gone(bench: Bench, tmp_path: Path
     (tmp_path / "out" / "report.json").unlink()
     gone = model if which == "model" else dense
     shutil.rmtree(gone)
-    with pytest.raises(fp.FistaPrunerError, match=f"the {which} of the run in .*out is not at {gone} any more"):
+    how = "with its new place" if which == "model" else "and say where it is with --dense"
+    message = f"the {which} of the run in .*out is not at {gone} any more; give the command of the run again {how}$"
+    with pytest.raises(fp.FistaPrunerError, match=message):
         fp.resume(tmp_path / "out")
 
 
@@ -940,6 +954,26 @@ def test_a_text_is_cut_into_windows_of_the_run_before_whatever_training_takes(be
     report = recover(bench.pruned(), tmp_path / "out", evaluate="python", evaluate_windows=1, data=data)
     assert report.evaluations[0].perplexity is not None
     assert report.evaluations[0].perplexity.seqlen == SEQLEN
+
+
+@pytest.mark.parametrize("evaluate", ["auto", "python"])
+def test_a_run_that_began_without_evaluation_is_evaluated_later_as_if_it_had_begun_so(
+    bench: Bench, tmp_path: Path, evaluate: str
+) -> None:
+    pruned = tmp_path / "pruned"
+    shutil.copytree(bench.pruned(), pruned)
+    run = PruneDirectory(pruned)
+    record = run.record()
+    assert record is not None
+    decision = record.decision.model_copy(update={"evaluation": EvaluationRequest(data=str(bench.text))})
+    run.write_record(record.model_copy(update={"decision": decision}))
+    settings: dict[str, Any] = {"steps": 1, "data": {"seqlen": SEQLEN // 2}}
+    assert recover(pruned, tmp_path / "out", **settings).evaluations == []
+    assert fp.resume(tmp_path / "out").evaluations == []
+    report = recover(pruned, tmp_path / "out", evaluate=evaluate, evaluate_windows=1, **settings)
+    measured = report.evaluations[0].perplexity
+    assert measured is not None
+    assert (measured.data, measured.seqlen) == (bench.text.name if evaluate == "auto" else evaluate, SEQLEN)
 
 
 def test_a_run_goes_on_with_less_where_memory_runs_out(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -215,6 +217,19 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     assert "'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time" in str(caught.value)
 
 
+def test_memory_does_not_grow_with_held_out_pairs_and_time_does(needs: TrainingSizes) -> None:
+    many, more = (replace(needs, task=replace(needs.task, held_out=count)) for count in (1000, 100_000))
+    choice = TrainingChoice(4)
+    assert many.stages(choice) == more.stages(choice)
+    assert more.seconds(choice) > 10 * many.seconds(choice)
+
+
+def test_a_refusal_for_want_of_disk_gives_no_advice_on_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Mock(free=1000))
+    with pytest.raises(FistaPrunerError, match=r"1000 B free; take fewer --tokens, or another --out$"):
+        plan_training(task_for(folder))
+
+
 def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of several processes plans with its share; a limit that is given is that of one process."""
     monkeypatch.setattr("fistapruner.pipeline.prepare_training.free_memory", lambda: 2 * 10**7)
@@ -361,6 +376,8 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert [form["parameters"] for form in found["forms"]] == ["lora", "full", "spp", "hira", "norms"]
     assert found["chosen"]["parameters"] == "lora"
     assert any("(5 steps of " in sentence for sentence in found["says"])
+    assert main([*command, "--memory-limit", "1MiB"]) == 2
+    assert re.search("and one pair at a time; .* or lower --max-length, for --parameters", capsys.readouterr().out)
     assert not list(tmp_path.glob("run*"))
 
 

@@ -235,6 +235,19 @@ def test_yes_is_no_number(setting: str, message: str) -> None:
     assert Recipe.from_yaml("method: {proximal: {fast: no}}").steps[0].fast is False
 
 
+@pytest.mark.parametrize("setting", ["scale", "anchor", "beta", "eps", "decay", "lr", "clip"])
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
+def test_infinity_is_no_number(setting: str, number: str) -> None:
+    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}: .*number"):
+        AlignRecipe.from_yaml(f"{setting}: {number}")
+
+
+@pytest.mark.parametrize("tokens", ["9" * 400, "9" * 400 + "M", 10**400])
+def test_tokens_beyond_all_numbers_are_refused(tokens: str | int) -> None:
+    with pytest.raises(FistaPrunerError, match=r"^recipe: data.tokens: "):
+        RecoverRecipe.build({"data": {"tokens": tokens}})
+
+
 def test_shipped_recoveries_are_as_long_as_published() -> None:
     """SPP: 3 epochs of Alpaca's 50,002 training examples in steps of 128, about four in a window of 512 tokens."""
     spp, *forward_only = (
@@ -313,7 +326,7 @@ def test_a_memory_limit_of_less_than_a_byte_is_refused(limit: str | int) -> None
         Recipe.build({"execution": {"memory_limit": limit}})
 
 
-@pytest.mark.parametrize("text", ["", "8 apples", "1e400", ".", "-1", "1.2.3"])
+@pytest.mark.parametrize("text", ["", "8 apples", "1e400", "9" * 400, ".", "-1", "1.2.3"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)

@@ -83,6 +83,27 @@ def test_log_probabilities_do_not_depend_on_batch_or_padding(tmp_path: Path, pai
         AnswerObjective(opened(folder), pairs, LIKELIHOOD, None, 3, STORE)
 
 
+def test_losses_of_many_pairs_keep_few_hidden_states_and_have_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [(f"{number} is", f" {'no ' * (number % 3)}{number}.", " so.") for number in range(20)]
+    pairs, kept = make_pairs(tmp_path, lines), list[int]()
+
+    def store(name: str, shape: tuple[int, int, int]) -> Any:
+        kept.append(shape[0] * shape[1])
+        return STORE(name, shape)
+
+    objective = AnswerObjective(
+        opened(tiny.save("llama", tmp_path / "model", num_hidden_layers=2)), pairs, LIKELIHOOD, None, 4, store
+    )
+    whole = objective.losses(range(40), nothing)
+    before = max(kept)
+    kept.clear()
+    monkeypatch.setattr("fistapruner.tuning.pair_objective.AT_ONCE", 9)
+    assert torch.equal(objective.losses(range(40), nothing), whole)
+    assert max(kept) <= 9 * pairs.tokens.shape[1] < before
+
+
 def test_loss_is_that_of_trl(tmp_path: Path, pairs: Pairs) -> None:
     """DPOTrainer of TRL 1.16.0 on the same two models and four pairs, beta 0.1; fixed numbers of its log."""
     policy = tiny.save("llama", tmp_path / "policy", num_hidden_layers=2, seed=0)

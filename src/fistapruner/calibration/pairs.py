@@ -84,6 +84,10 @@ class Pair:
             ]
         special = isinstance(self.prompt, str)
         prompt, chosen, rejected = (token_ids(text, tokenizer, self.where, special=special) for text in texts)
+        end_id = [tokenizer.eos_token_id]
+        if special and prompt[-1:] == end_id == token_ids("a", tokenizer, self.where, special=True)[-1:]:
+            # The tokenizer appends the end to every text: a prompt has none, and the answers have their own.
+            prompt, chosen, rejected = prompt[:-1], chosen[:-1], rejected[:-1]
         return prompt, chosen, rejected
 
 
@@ -277,7 +281,7 @@ def tokenise_pairs(
     if broken:
         remedy = "; better move the space from the prompt's end to the answers" if broken > MANY * len(pairs) else ""
         say(f"the prompts of {broken} of {len(pairs)} pairs end inside a token of the answer{remedy}")
-    sides = _sides([pair.key for pair, *_ in kept], data)
+    sides = _sides([pair.key for pair, *_ in kept], data, too_long + equal)
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     longest = max(len(answer) for *_, chosen, rejected in kept for answer in (chosen, rejected))
     tokens = torch.full((2 * len(kept), longest), padding, dtype=torch.int64)
@@ -321,7 +325,7 @@ def tokenise_pairs(
     )
 
 
-def _sides(prompts: Sequence[str], data: PairData) -> list[int]:
+def _sides(prompts: Sequence[str], data: PairData, too_long: int) -> list[int]:
     """Return the side of every pair, an index into :data:`SIDES`; each has at least one prompt.
 
     Raises:
@@ -329,9 +333,10 @@ def _sides(prompts: Sequence[str], data: PairData) -> list[int]:
     """
     hashes = sorted({document_hash(prompt) for prompt in prompts})
     if len(hashes) < len(SIDES):
+        longer = f"; {too_long} pairs are left out for their length: take a larger --max-length" if too_long else ""
         raise FistaPrunerError(
             f"{data.pairs} has pairs of {len(hashes)} different prompts that fit: at least 3 are needed, to train on, "
-            "to hold out, and to test"
+            f"to hold out, and to test{longer}"
         )
     share = [int(digest[:16], 16) / 2**64 for digest in hashes]
     held = max(1, sum(each < data.held_out for each in share))

@@ -126,14 +126,16 @@ class AlignContext(TrainingContext):
         has none.
         """
         recipe: AlignRecipe = self.recipe
-        digest = hashlib.sha256(self.pairs.tokens.numpy().tobytes() + self.pairs.marks.numpy().tobytes()).hexdigest()
+        tokens = hashlib.sha256()
+        for part in (self.pairs.tokens, self.pairs.marks):
+            tokens.update(part.reshape(-1).numpy().data)  # without a copy
         models = {"pruned": self.model} | ({} if self.decision.dense is None else {"dense": self.open_dense()})
 
         def reference(name: str, model: LayerwiseModel) -> Reference:
             used = name in recipe.resolved_references
             windows = range(len(self.pairs.tokens)) if used else self._measured()
             files = json.dumps(stamps(model.checkpoint))
-            identity = {"its weights": hashlib.sha256(files.encode()).hexdigest(), "the tokens": digest}
+            identity = {"its weights": hashlib.sha256(files.encode()).hexdigest(), "the tokens": tokens.hexdigest()}
             return Reference(model, list(windows), identity)
 
         return reference_log_probabilities(
@@ -185,7 +187,7 @@ class AlignContext(TrainingContext):
 
     @property
     def _at_once(self) -> int:
-        """Windows whose hidden states are kept at once for log-probabilities: no more than the plan counts."""
+        """Windows whose log-probabilities are computed together; hidden states of fewer may be kept at once."""
         return max(len(self.pairs.windows("held_out")), cast(AlignRecipe, self.recipe).step_windows)
 
     def _answers(self, store: Store) -> AnswerObjective:

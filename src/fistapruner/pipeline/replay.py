@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.folder import require_new
 from ..models.files.record import read_pruning_record
 from ..models.files.writer import write_checkpoint
+from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource, Permissions
+from ..models.whole import whole_bytes
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
@@ -28,7 +32,9 @@ from ..runs.lineage import record_with_stage
 from ..runs.records import Stage, StageFigures
 from ..runs.steps import read_steps
 from ..runtime.devices import cpu_threads, device_title
+from ..runtime.files import existing_folder
 from ..runtime.machine import now, versions
+from ..runtime.memory import free_device_memory, free_memory
 from ..tuning.adamw import Patience
 from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
@@ -64,8 +70,8 @@ def replay(
         ``out``.
 
     Raises:
-        FistaPrunerError: no journal of such a run, another checkpoint, a device that draws other random numbers, or
-            written zeros that are not those of the checkpoint.
+        FistaPrunerError: no whole journal of such a run, another checkpoint, a device that draws other random numbers,
+            or written zeros that are not those of the checkpoint.
     """
     source, out, journal = (
         find_input(str(model), Permissions(allow_pickle, trust_remote_code)),
@@ -96,15 +102,23 @@ def replay(
     if about["torch"] != torch.__version__:
         say(f"the run was made with torch {about['torch']}, this is {torch.__version__}: its random numbers may differ")
     layout = discover(opened).only(about["operators"])
-    trained = Trained(opened, layout, recipe)
-    stepper, state = Replayed(trained), TrainingState()
-    state.patience = Patience.begin(lines[0]["held_out"], on=recipe.patience)
-    stepper.keep()
-    with cpu_threads(about["threads"]):  # frames of subzero and products depend on them
-        with opened.resident(layers=True):
+    fits = _fits(opened, Trained(opened, layout, recipe))
+    states: AbstractContextManager[str | None] = nullcontext()
+    if not fits:
+        states = TemporaryDirectory(prefix="trained-", dir=existing_folder(out))
+    with cpu_threads(about["threads"]), states as folder:  # frames of subzero and products depend on the threads
+        trained = Trained(opened, layout, recipe, None if folder is None else Path(folder))
+        stepper, state = Replayed(trained), TrainingState()
+        state.patience = Patience.begin(lines[0]["held_out"], on=recipe.patience)
+        stepper.keep()
+        with opened.resident(layers=fits):
             for line in lines[1:]:
                 take_again(state, line, stepper, recipe, about["steps"])
             stepper.restore()
+        if state.step < about["steps"] and not state.stopped:
+            more = len(journal.read_bytes().splitlines()) > len(lines)
+            why = f"line {len(lines) + 1} is damaged" if more else "the run was not finished"
+            raise FistaPrunerError(f"{journal} ends after step {state.step} of {about['steps']}: {why}")
         say(f"{state.step} steps taken again, those up to step {state.patience.best_step} are kept")
         stage = Stage(
             kind="align" if kind is AlignRecipe else "recover",
@@ -118,6 +132,16 @@ def replay(
         write_checkpoint(opened.checkpoint, out, replacements(opened, trained), documents=documents, resume=False)
     check_zeros(out, opened.checkpoint, stored_weights(opened, layout))
     return out
+
+
+def _fits(model: LayerwiseModel, trained: Trained) -> bool:
+    """Check whether memory holds all weights, the trained numbers and the best of them."""
+    numbers = 0
+    for index in range(len(trained)):
+        with model.layer(index) as layer:
+            numbers += trained.describe(index, layer)[0]
+    free = free_device_memory(model.device) if model.device.type == "cuda" else free_memory()
+    return whole_bytes(model.checkpoint, model.dtype) + 2 * 4 * numbers <= free
 
 
 def _documents(source: ModelSource, stage: Stage, state: TrainingState) -> dict[str, str]:

@@ -35,7 +35,7 @@ from .finish import reporting_failure
 from .finish_training import AddResults, finish
 from .measure import measure
 from .prune_inputs import say_other_versions
-from .training_inputs import R, TrainingRequest, asked, evaluation_of, find_input
+from .training_inputs import R, TrainingRequest, asked, evaluated_length, evaluation_of, find_input
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,13 @@ def _lead(
             listener.say(f"{run.folder} holds the finished run of this recipe")
         record = run.record()
         assert record is not None
-        evaluation = request.evaluation_beside(record.decision.evaluation)
-        if evaluation is not None and evaluation.seqlen is None and (known := record.decision.evaluation):
-            evaluation = evaluation.model_copy(update={"seqlen": known.seqlen})
+        origin, known = input_run(record.decision.model), record.decision.evaluation
+        if known is None and request.evaluates:  # as if the run had begun so
+            known = evaluation_of(origin)
+        evaluation = request.evaluation_beside(known)
+        if evaluation is not None and evaluation.seqlen is None:
+            seqlen = (known and known.seqlen) or evaluated_length(origin)
+            evaluation = evaluation.model_copy(update={"seqlen": seqlen})
         return measure(
             run, report, evaluation, request.recipe.execution, request.permissions, listener, before=request.before
         )
@@ -281,7 +285,11 @@ def _refuse_changed(run: TrainingDirectory, begun: TrainingRecord, permissions: 
     for what, (folder, stamps) in models.items():
         if not folder.is_dir():
             if not finished:
-                raise FistaPrunerError(f"the {what} of the run in {run.folder} is not at {folder} any more")
+                how = "with its new place" if what == "model" else "and say where it is with --dense"
+                raise FistaPrunerError(
+                    f"the {what} of the run in {run.folder} is not at {folder} any more; give the command of the run "
+                    f"again {how}"
+                )
         elif why := changed_files(stamps, permissions.at(folder)):
             raise FistaPrunerError(f"{why} since the run in {run.folder} began: name another --out")
 

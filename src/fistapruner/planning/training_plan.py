@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from ..errors import FistaPrunerError
+from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
@@ -121,8 +122,12 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
         return found
     others = [form for form in plan_forms(task, measured, [name for name in PARAMETERS if name != found.parameters])]
     fitting = [f"--parameters {other.parameters}" for other in others if other.fits]
-    advice = f"; {' and '.join(fitting)} would fit" if fitting else ""
-    if not fitting and isinstance(task.recipe, RecoverRecipe) and found.worst != GENERATING:
+    advice, recovery = "", isinstance(task.recipe, RecoverRecipe)
+    if fitting:
+        advice = f"; {' and '.join(fitting)} would fit"
+    elif found.worst is None:  # for want of disk
+        advice = f"; take {'fewer --tokens, or ' if recovery else ''}another --out"
+    elif recovery and found.worst != GENERATING:
         advice = "; 'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time, while it prunes"
     raise FistaPrunerError(f"{found.refusal}{advice}")
 
@@ -225,7 +230,10 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
         generating = (given, limit)
         given, limit = f"the {size(share)} that are each process's share of what is free", share
     windows, lower = fewest_windows(needs.task.batch_size if needs.task.recipe.execution.batch_size else 1)
-    lighter = f"{lower}or shorten --seqlen, for --parameters {needs.task.recipe.parameters}"
+    shorter = "shorten --seqlen"
+    if isinstance(needs.task.recipe, AlignRecipe):
+        shorter, windows = "lower --max-length", windows if lower else "one pair at a time"
+    lighter = f"{lower}or {shorter}, for --parameters {needs.task.recipe.parameters}"
     even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
     if not needs.model.cuda:
         return [

@@ -15,6 +15,7 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import KEPT
 from ..runtime.numerics import windows_at_once
 from ..tuning.losses import Loss
+from ..tuning.pair_objective import AT_ONCE
 from ..tuning.teacher import BLOCK_TOKENS, TOP
 from .sizes import GENERATING, UNCOUNTED
 
@@ -252,7 +253,8 @@ class TrainingSizes:
 
     def _stores(self) -> dict[str, int]:
         """Count windows of hidden states that are kept in each stage."""
-        step, held_out = self.task.step_windows, self.task.held_out
+        step = self.task.step_windows
+        held_out = min(self.task.held_out, max(AT_ONCE, step))
         if self.task.recipe.zeroth_order:
             return {"held out": 2 * held_out, "forwards": 3 * step, "head": 2 * step}
         layers = self.model.layers
@@ -399,9 +401,10 @@ class TrainingSizes:
         task, model, form = self.task, self.model, self.form
         checks = 1 + min(task.steps, task.recipe.validation_checks)
         held_out = task.held_out * task.fill
-        check = model.layers * (form.values_seconds + held_out * model.forward_seconds)
+        walks = math.ceil(task.held_out / max(AT_ONCE, task.step_windows))
+        check = model.layers * (walks * form.values_seconds + held_out * model.forward_seconds)
         check += held_out * model.head_seconds / 2
-        check += 0 if choice.resident else model.layers * model.load_seconds
+        check += 0 if choice.resident else walks * model.layers * model.load_seconds
         dense = 0.0
         if model.stored:
             windows = self.used_windows()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -42,7 +43,7 @@ def word_or_number(word: str, expected: str, allowed: Callable[[float], bool] = 
         if isinstance(value, str):
             with suppress(ValueError):
                 value = float(value)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
         if value != word and not (number and allowed(value)):
             raise ValueError(expected)
         return value
@@ -56,9 +57,9 @@ def absolute_file(text: str) -> str:
 
 
 class Settings(BaseModel):
-    """Base of all sections: frozen; unknown keys are refused, and yes or no where a number belongs."""
+    """Base of all sections: frozen; refuses unknown keys, infinite numbers, and yes or no for a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     _no_yes_or_no = field_validator("*", mode="before")(classmethod(refuse_yes_no))
 

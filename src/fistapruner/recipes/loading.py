@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from importlib import resources
 from pathlib import Path
@@ -147,7 +148,7 @@ def parse_count(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([kmg]?)\s*", text.lower())
     count = float(match[1]) * 1000 ** " kmg".index(match[2] or " ") if match else 0.5
-    if count != int(count):
+    if not count.is_integer():  # as infinity is none
         raise ValueError(f"{text!r} is not a whole number: write 4096, 500k or 1.5M")
     return int(count)
 
@@ -160,10 +161,10 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     base = 1024 if match and (match[3] or not match[2]) else 1000
-    size = int(float(match[1]) * base ** " kmgt".index(match[2] or " ")) if match else 0
-    if not size:
+    size = float(match[1]) * base ** " kmgt".index(match[2] or " ") if match else 0.0
+    if not 1 <= size < math.inf:
         raise ValueError(f"{text!r} is not a size: write 8GiB, 500MB or a number of bytes")
-    return size
+    return int(size)
 
 
 def read_share(value: Any) -> float | None:

@@ -319,7 +319,7 @@ class Recipe(RunRecipe):
     no_identity: ClassVar[tuple[str, ...]] = ("execution", "recover")
 
     # Defaults are written as users write them; validation turns them into constraints and methods.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     @model_validator(mode="before")
     @classmethod

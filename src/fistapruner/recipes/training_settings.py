@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -30,10 +29,10 @@ def words(value: Any) -> Any:
 
 Rate = Annotated[
     Literal["auto"] | float,
-    word_or_number("auto", "auto or a number above 0 is expected", lambda rate: 0 < rate < math.inf),
+    word_or_number("auto", "auto or a number above 0 is expected", lambda rate: rate > 0),
 ]
 
-Count = Annotated[int, BeforeValidator(_count)]
+Count = Annotated[int, BeforeValidator(_count), Field(lt=2**63)]
 
 
 class TrainingRecipe(RunRecipe):
@@ -109,7 +108,7 @@ class TrainingRecipe(RunRecipe):
     seed: Seed = Field(0, description="Seed of the start values and of everything random that is not data.")
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     @field_validator("betas", mode="after")
     @classmethod

@@ -24,6 +24,9 @@ from .preference import margins_of, preference_losses
 LENGTHS = 32
 """Windows are cut to multiples of this many tokens, so that few lengths occur."""
 
+AT_ONCE = 256
+"""Windows of the longest pairs whose hidden states are kept at once, if no pass has more."""
+
 LIKELIHOOD, DIVERGENCE = Loss(0.0), Loss(1.0)
 
 
@@ -51,19 +54,20 @@ class AnswerObjective(Objective):
         return self.batch_size * self.text.tokens.shape[1] // seqlen // 2 * 2
 
     def losses(self, numbers: Sequence[int], variants: Variants) -> Tensor:
-        """See :class:`Objective`; pairs of one length pass together, so little padding does."""
+        """See :class:`Objective`; pairs of one length pass together, so little padding does, and few at once."""
         self._require(numbers)  # of the whole step: the teacher's rounds follow the order of training
         by_length: dict[int, list[int]] = {}
         for place in range(0, len(numbers), 2):
             by_length.setdefault(self.seqlen(numbers[place : place + 2]), []).extend((place, place + 1))
-        parts = {
-            length: super(AnswerObjective, self).losses([numbers[place] for place in places], variants)
-            for length, places in sorted(by_length.items())
-        }
-        count = len(next(iter(parts.values())))
-        found = torch.zeros(count, len(numbers), dtype=torch.float64)
-        for length, places in by_length.items():
-            found[:, places] = parts[length]
+        parts: list[tuple[list[int], Tensor]] = []
+        for length, group in sorted(by_length.items()):
+            most = max(1, AT_ONCE // self.batch_size) * self.batch(length) * self.ranks.size  # whole passes: same bits
+            for start in range(0, len(group), most):
+                places = group[start : start + most]
+                parts.append((places, super().losses([numbers[place] for place in places], variants)))
+        found = torch.zeros(len(parts[0][1]), len(numbers), dtype=torch.float64)
+        for places, losses in parts:
+            found[:, places] = losses
         return found
 
 
