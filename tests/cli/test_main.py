@@ -217,6 +217,13 @@ def test_a_flag_without_effect_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--targ", "--target", "--thread"])
+def test_a_flag_is_not_read_as_short_for_another(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prune", "x", "--out", "y", flag, "4"])
+    assert f"unrecognized arguments: {flag} 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

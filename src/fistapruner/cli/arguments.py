@@ -20,7 +20,6 @@ from ..recipes.base import Settings
 from ..recipes.execution_settings import WORKER_SETTINGS
 from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.renamed import RENAMED_SETTINGS
 from ..recipes.settings import Recipe
 from ..recipes.structure_settings import Structure
 from ..recipes.training_settings import TrainingRecipe
@@ -124,8 +123,6 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         if path in SAME_FLAG or path in without or (path in PLURAL and not single):
             continue
         _add_setting(execution if path.startswith("execution.") else group, path, field)
-    for old in RENAMED_SETTINGS:
-        parser.add_argument(f"--{old}", action=_RefuseOldFlag, help=argparse.SUPPRESS)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, recipe: type[TrainingRecipe]) -> None:
@@ -350,13 +347,6 @@ def read_texts(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
     if len(dict(named)) < len(named):
         raise FistaPrunerError(f"{given}: one name stands twice")
     return {"source": None, "tasks": dict(named)}
-
-
-class _RefuseOldFlag(argparse.Action):
-    """Refuse a flag that was renamed. Without it ``--target`` would be read as short for ``--targets``."""
-
-    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
-        raise FistaPrunerError(f"{option_string} is called {flag_of(RENAMED_SETTINGS[self.dest])}")
 
 
 def add_trust_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,6 @@ from .execution_settings import Execution
 from .loading import parse_value, read_share
 from .patterns import Patterns, check_patterns
 from .recover_settings import RecoverRecipe
-from .renamed import RENAMED_SETTINGS
 from .structure_settings import Structure, removes_nothing
 
 if TYPE_CHECKING:
@@ -319,14 +318,6 @@ class Recipe(RunRecipe):
 
     # Defaults are written as users write them; validation turns them into constraints and methods.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_old_names(cls, value: Any) -> Any:
-        for old, new in RENAMED_SETTINGS.items():
-            if isinstance(value, dict) and old in value:
-                raise ValueError(f"the setting {old!r} is called {new!r}")
-        return value
 
     @model_validator(mode="before")
     @classmethod
