@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import Settings
-from ..recipes.execution_settings import WORKER_SETTINGS
 from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
@@ -249,25 +248,10 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe, several calibration texts without names, or a flag without effect.
+        FistaPrunerError: an unknown recipe, or several calibration texts without names.
     """
     name = arguments.quality if arguments.recipe is None else arguments.recipe
-    found = _over({} if name is None else load_recipe_settings(name), arguments, Recipe, "calibration")
-    _refuse_without_workers(found, arguments)
-    return found
-
-
-def _refuse_without_workers(found: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Refuse flags of workers, or of a Ray cluster, where the executor has none."""
-    section = found.get("execution")
-    executor = (section.get("executor") if isinstance(section, dict) else None) or "serial"
-    for name, executors in WORKER_SETTINGS.items():
-        flag = flag_of(f"execution.{name}")
-        value = getattr(arguments, _dest(flag))
-        if value not in (None, "1") and executor not in executors:
-            raise FistaPrunerError(
-                f"{flag} {value} has no effect: the executor is {executor}; give --executor {' or '.join(executors)}"
-            )
+    return _over({} if name is None else load_recipe_settings(name), arguments, Recipe, "calibration")
 
 
 def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
