@@ -79,7 +79,6 @@ def check_inputs(
 def resolve(recipe: AlignRecipe, origin: RunDirectory | None) -> AlignRecipe:
     """Return the recipe with ``auto`` resolved and absolute paths."""
     changes = {
-        "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
         "references": recipe.resolved_references,
         "shares": recipe.resolved_shares,
         "anchor": recipe.resolved_anchor,

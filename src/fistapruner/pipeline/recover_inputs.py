@@ -88,8 +88,4 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None) -> RecoverRecipe
         data = data.model_copy(update=known)
     for text in data.texts:
         check_source(text, PURPOSE)
-    chosen = {
-        "data": recipe.model_copy(update={"data": data}).with_absolute_files().data,
-        "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
-    }
-    return recipe.model_copy(update=chosen)
+    return recipe.model_copy(update={"data": data}).with_absolute_files()

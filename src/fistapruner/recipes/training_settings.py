@@ -48,10 +48,10 @@ class TrainingRecipe(RunRecipe):
     if TYPE_CHECKING:
         loss: str  # each recipe has its own
 
-    parameters: Literal["auto", "lora", "full", "spp", "hira", "norms"] = Field(
-        "auto",
+    parameters: Literal["lora", "full", "spp", "hira", "norms"] = Field(
+        "lora",
         description="What is trained: lora (a masked low-rank change, merged exactly), full (every surviving weight), "
-        "spp and hira (surviving weights are rescaled), or norms (norms and biases only). auto is lora.",
+        "spp and hira (surviving weights are rescaled), or norms (norms and biases only).",
     )
     optimizer: Literal["adamw", "mezo", "subzero"] = Field(
         "adamw",
