@@ -35,10 +35,9 @@ def check_inputs(
     if inputs.recipe.loss != "auto":
         return inputs
     if inputs.dense is None:
-        inputs.warnings.append(
-            "the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL"
+        inputs.warn(
+            listener, "the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL"
         )
-        listener.say(inputs.warnings[0])
     loss = "ce" if inputs.dense is None else "kl"
     return replace(inputs, recipe=inputs.recipe.model_copy(update={"loss": loss}))
 
