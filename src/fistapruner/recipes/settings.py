@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     field_validator,
@@ -315,9 +314,6 @@ class Recipe(RunRecipe):
     )
 
     no_identity: ClassVar[tuple[str, ...]] = ("execution", "recover")
-
-    # Defaults are written as users write them; validation turns them into constraints and methods.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .base import RunRecipe, Seed, word_or_number
 from .execution_settings import Execution
@@ -108,8 +108,6 @@ class TrainingRecipe(RunRecipe):
     )
     seed: Seed = Field(0, description="Seed of the start values and of everything random that is not data.")
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @field_validator("betas", mode="after")
     @classmethod
