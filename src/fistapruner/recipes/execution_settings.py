@@ -39,7 +39,8 @@ class Execution(Settings):
     workers: int | None = Field(
         None,
         ge=1,
-        description="Layers pruned at once by process and ray; without it one for each GPU or group of cores.",
+        description="Worker processes of process and ray; without it one for each GPU or group of cores. They prune "
+        "different layers with propagate dense, and share the operators of one layer with propagate pruned.",
     )
     threads: int | None = Field(
         None,

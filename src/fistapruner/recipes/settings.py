@@ -136,7 +136,7 @@ class Calibration(Settings):
     source: str | None = Field(
         "self",
         description="Calibration text: self (text that the model generates), python (the language reference "
-        "that comes with every Python), a .txt, .jsonl or .parquet file, or a data set of the "
+        "that comes with every Python), a .txt, .raw, .md, .jsonl or .parquet file, or a data set of the "
         "extra 'data': c4, wikitext2, ptb.",
     )
     tasks: dict[str, str] = Field(
