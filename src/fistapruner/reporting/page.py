@@ -273,7 +273,7 @@ def _measured(report: Report) -> Table:
 
 
 def _training(report: Report) -> list[tuple[str, str]]:
-    """List what a recovery run trained, how, and how far the weights moved."""
+    """List what a run trained, how, and how far the weights moved."""
     found = report.recovery
     if found is None:
         return []
@@ -304,7 +304,7 @@ def _tasks(report: Report) -> Table:
 
 
 def _texts(report: Report) -> Table:
-    """Tabulate the texts of a recovery run."""
+    """Tabulate the texts of a run that trains."""
     rows = []
     texts = report.calibration.tasks if report.calibration is not None and report.recovery is not None else {}
     for name, facts in texts.items():

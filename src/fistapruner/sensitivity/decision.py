@@ -210,7 +210,7 @@ def decide(
             over these shapes; the order of channels that are removed is chosen with them.
 
     Raises:
-        FistaPrunerError: a measured allocation of an n:m pattern.
+        FistaPrunerError: a measured allocation that the pattern does not have, or a bad workload.
     """
     workload = check_allocation(recipe)
     if not needs_measuring(recipe):
