@@ -111,7 +111,7 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     alone = [f" --{way}" for way in ("merge", "replay", "compare") if getattr(arguments, way, None)]
     if several and (alone or arguments.verb not in ("recover", "align", "resume")):
         if os.environ.get("RANK", "0") != "0":
-            raise OtherRankFailed
+            raise OtherRankFailed("the first process says why")
         what = arguments.verb + "".join(alone)
         raise FistaPrunerError(f"torchrun has started several processes, and {what} is done by one: leave it out")
 
