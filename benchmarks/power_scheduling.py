@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from fistapruner.runtime.numerics import seeded
 from fistapruner.sensitivity.forecast import expected_excess, fit_forecast, train
-from fistapruner.sensitivity.so_ebm import effective_size, energy_loss, importance_weights
+from fistapruner.sensitivity.so_ebm import energy_loss, importance_weights
 
 HOURS = 24
 MISSING, SURPLUS = 50.0, 0.5
@@ -208,6 +208,11 @@ def sample(best: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return best[:, None] + offset, parts
 
 
+def effective_size(weights: Tensor) -> Tensor:
+    """The effective sample size ``1/Σ w²`` of weights (..., decisions)."""
+    return 1 / weights.square().sum(-1)
+
+
 def so_ebm_loss(forecast: nn.Module, days: Days, seed: int, penalty: float, *, by_hour: bool) -> tuple[Tensor, float]:
     """SO-EBM's loss on some days, and the median effective size of the weights of the forecast's distribution.
 
@@ -228,7 +233,7 @@ def so_ebm_loss(forecast: nn.Module, days: Days, seed: int, penalty: float, *, b
     else:  # the scale is shared by the hours of a schedule
         energy, cost, best = energy.sum(-1), cost.sum(-1), best.sum(-1)
         log_proposal = parts.sum(-2).logsumexp(-1)
-    q, p = importance_weights(energy, log_proposal), importance_weights(cost, log_proposal)
+    q, p = importance_weights(energy + log_proposal), importance_weights(cost + log_proposal)
     loss = energy_loss(best, energy, q, p, penalty)
     return loss * (HOURS if by_hour else 1), float(effective_size(q).median())
 

@@ -25,7 +25,6 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.whole import load_whole
 from fistapruner.pipeline import prepare
-from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 
@@ -332,20 +331,6 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
     for settings, message in refused:
         with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
             fp.prune(folder, tmp_path / "run", listener=NoLongWork(), **settings)
-
-
-def test_workers_that_no_executor_uses_are_told(tmp_path: Path) -> None:
-    class Ends(Listener):
-        """Ends the run once the settings are told."""
-
-        def say(self, message: str) -> None:
-            if "execution.workers 4 has no effect with the executor serial, only with process or ray" in message:
-                raise fp.FistaPrunerError("it was told")
-
-    folder = str(tiny.save("llama", tmp_path / "model"))
-    with pytest.raises(fp.FistaPrunerError, match="it was told"):
-        fp.prune(folder, tmp_path / "run", listener=Ends(), calibration=SMALL, execution={"workers": 4})
-    assert Execution(executor="process", workers=4).without_effect() == []
 
 
 def test_text_that_a_stopped_attempt_generated_is_not_generated_again(

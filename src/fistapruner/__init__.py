@@ -11,7 +11,6 @@ if sys.platform == "win32":
     raise ImportError("fistapruner runs on Linux and macOS; on Windows use the Windows Subsystem for Linux (WSL)")
 
 from .errors import FistaPrunerError
-from .recipes.renamed import RENAMED_FUNCTIONS
 from .sparse.import_hook import register_on_import
 
 if TYPE_CHECKING:
@@ -105,8 +104,6 @@ def __getattr__(name: str) -> Any:
         if name in names:
             value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
             return value
-    if name in RENAMED_FUNCTIONS:
-        raise FistaPrunerError(f"fistapruner.{name} is called fistapruner.{RENAMED_FUNCTIONS[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -199,9 +199,12 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("prune x --out OUT --workers 4", "--workers 4 has no effect: the executor is serial; give --executor process"),
-        ("prune x --out OUT --address foo", "--address foo has no effect: the executor is serial; give --executor ray"),
-        ("plan x --executor process --workers 4 --address foo", "--address foo has no effect: the executor is process"),
+        ("prune x --out OUT --workers 4", "workers 4 has no effect with the executor serial: choose process or ray"),
+        ("prune x --out OUT --address foo", "address foo has no effect with the executor serial: choose ray"),
+        (
+            "plan x --executor process --workers 4 --address foo",
+            "address foo has no effect with the executor process: choose ray",
+        ),
         ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
         ("prune OUT/x --out OUT --workers 1", "out/x' does not exist"),
         ("evaluate x --limit 5", "limit 5: items of zero-shot tasks, and no tasks are given"),
@@ -215,6 +218,13 @@ def test_a_flag_without_effect_is_refused(
 ) -> None:
     assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--targ", "--target", "--thread"])
+def test_a_flag_is_not_read_as_short_for_another(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prune", "x", "--out", "y", flag, "4"])
+    assert f"unrecognized arguments: {flag} 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.models.files.gguf_export import turn_round
+from fistapruner.models.files.gguf_export import invert_reader
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
@@ -225,11 +225,11 @@ def test_readers_are_turned_round(shape: tuple[int, ...]) -> None:
         "rows in another order": lambda x: x[::-1],
     }
     for what, read in readers.items():
-        stored = turn_round(read, values)
+        stored = invert_reader(read, values)
         assert stored is not None, what
         assert np.allclose(read(stored), values, atol=1e-6), what
-    assert turn_round(lambda x: 2 * x, values) is None
-    assert turn_round(lambda x: x * 0, values) is None
+    assert invert_reader(lambda x: 2 * x, values) is None
+    assert invert_reader(lambda x: x * 0, values) is None
 
 
 def test_bad_input_is_refused_and_leaves_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         calibration={"source": "python", "samples": 2, "seqlen": 16},
     )
     return folder / "run"
+
+
+def test_a_damaged_model_of_a_run_is_refused(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FistaPrunerError, match="make the checkpoint again with 'fistapruner resume"):
+        fp.merge_adapter(copy, tmp_path / "adapter", tmp_path / "out")
 
 
 def test_claims_and_lineage_go_on(run: Path, tmp_path: Path) -> None:

@@ -705,7 +705,7 @@ def test_a_finished_run_is_not_made_again(bench: Bench, run: Path) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "form": ({"parameters": "full"}, r'parameters = "auto", this one has "full"'),
+    "form": ({"parameters": "full"}, r'parameters = "lora", this one has "full"'),
     "rate": ({"lr": 1e-3}, r'lr = "auto", this one has 0\.001'),
     "tokens": ({"data": {"tokens": 400}}, r"data\.tokens = 300, this one has 400"),
 }

@@ -276,7 +276,7 @@ def test_code_runs_only_where_this_command_allows_it(
     trace, out = tmp_path / "trace", str(tmp_path / "run")
     monkeypatch.setenv("TRACE", str(trace))
     model = own_code(tiny.save("llama", tmp_path / f"model_{executor}"))  # two layers are left for two workers
-    execution = {"executor": executor, "threads": 1, "workers": 2}
+    execution = {"executor": executor, "threads": 1, "workers": 2 if executor == "process" else None}
     settings = {**SETTINGS, "propagate": "dense", "execution": execution, "trust_remote_code": True}
     fp.prune(model, out, only_layers=(0, 0), **settings)
     assert trace.exists()

@@ -87,6 +87,14 @@ def test_a_residual_correction_without_effect_is_refused() -> None:
         asked.resolved(earlier={"residual": "correct"})  # a run that has begun goes on
 
 
+def test_settings_of_workers_need_an_executor_that_has_workers() -> None:
+    for settings in ({"workers": 4}, {"executor": "process", "address": "auto"}):
+        with pytest.raises(FistaPrunerError, match=r"execution: \w+ \w+ has no effect with the executor \w+: choose "):
+            Recipe.build({"execution": settings})
+    for settings in ({"workers": 1}, {"executor": "process", "workers": 4}, {"executor": "ray", "address": "auto"}):
+        Recipe.build({"execution": settings})
+
+
 def test_a_part_of_the_layers_is_fed_by_the_dense_model() -> None:
     assert Recipe().resolved(in_parts=True).propagate == "dense"
 

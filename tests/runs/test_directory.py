@@ -141,8 +141,7 @@ def test_decisions_do_not_change(tmp_path: Path) -> None:
         record.decision.numerics.threads = 2  # type: ignore[misc]
 
 
-def test_reports_of_before_are_of_pruning_runs() -> None:
-    assert parse(Report, {"kind": "run"}, "report.json").kind == "prune"
+def test_the_kind_of_a_report_is_a_verb() -> None:
     assert parse(Report, {}, "report.json").kind == "prune"
     with pytest.raises(FistaPrunerError, match="kind"):
         parse(Report, {"kind": "bake"}, "report.json")

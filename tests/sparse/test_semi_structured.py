@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import fistapruner
 import tiny
 from fistapruner import NM, FistaPrunerError, SparseLinear, to_semi_structured
 from fistapruner.sparse.semi_structured import summary
@@ -99,8 +98,3 @@ def test_on_a_gpu():
         expected = network(x)
         to_semi_structured(network, tokens=512)
         torch.testing.assert_close(network(x), expected, rtol=1e-2, atol=1e-1)
-
-
-def test_the_old_name_says_the_new_one():
-    with pytest.raises(FistaPrunerError, match=r"called fistapruner\.to_semi_structured"):
-        fistapruner.accelerate  # noqa: B018

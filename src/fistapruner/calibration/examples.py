@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError
-from .text import read_lines
+from .text import read_lines, text_of
 
 KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
 """Kinds of lines, and how they are called in messages."""
@@ -84,15 +85,6 @@ def _kind(record: dict[str, Any]) -> str:
     return "prompt" if "completion" in record or ("prompt" in record and "text" not in record) else "text"
 
 
-def _text(record: dict[str, Any], where: str) -> str:
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise FistaPrunerError(
-            f"{where} has no field 'text' with a string in it (nor prompt and completion, nor messages)"
-        )
-    return text
-
-
 def _completion(record: dict[str, Any], where: str) -> Example:
     for field in ("prompt", "completion"):
         if not isinstance(record.get(field), str):
@@ -131,7 +123,7 @@ def read_messages(value: Any, field: str, where: str) -> tuple[tuple[str, str], 
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
-    "text": _text,
+    "text": partial(text_of, others=" (nor prompt and completion, nor messages)"),
     "prompt": _completion,
     "messages": _messages,
 }

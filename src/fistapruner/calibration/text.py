@@ -40,7 +40,7 @@ def read_documents(path: str | Path) -> list[str]:
             return list(_parquet_documents(path))
         if suffix != ".jsonl":
             return [path.read_text("utf-8-sig")]
-        return [_text(record, where) for where, record in read_lines(path)]
+        return [text_of(record, where) for where, record in read_lines(path)]
     except UnicodeDecodeError as error:
         raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -115,10 +115,18 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _text(record: dict[str, Any], where: str) -> str:
-    """Return the text of a record."""
+def text_of(record: dict[str, Any], where: str, others: str = "") -> str:
+    """Return the text of a record of a ``.jsonl`` line.
+
+    Args:
+        record: of the line; ``where``: names the line in messages.
+        others: what else the line might have had instead, for the message.
+
+    Raises:
+        FistaPrunerError: it has none.
+    """
     if not isinstance(record.get("text"), str):
-        raise FistaPrunerError(f"{where} has no field 'text' with a string in it")
+        raise FistaPrunerError(f"{where} has no field 'text' with a string in it{others}")
     return str(record["text"])
 
 

@@ -57,7 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in VERBS:
         module = import_module(f".{verb}", __package__)
         sub = verbs.add_parser(
-            verb, help=module.SUMMARY, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            verb,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         module.configure(sub)
         sub.set_defaults(run=module.run)

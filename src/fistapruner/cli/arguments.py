@@ -17,10 +17,8 @@ from pydantic.fields import FieldInfo
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import Settings
-from ..recipes.execution_settings import WORKER_SETTINGS
 from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.renamed import RENAMED_SETTINGS
 from ..recipes.settings import Recipe
 from ..recipes.structure_settings import Structure
 from ..recipes.training_settings import TrainingRecipe
@@ -124,8 +122,6 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         if path in SAME_FLAG or path in without or (path in PLURAL and not single):
             continue
         _add_setting(execution if path.startswith("execution.") else group, path, field)
-    for old in RENAMED_SETTINGS:
-        parser.add_argument(f"--{old}", action=_RefuseOldFlag, help=argparse.SUPPRESS)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, recipe: type[TrainingRecipe]) -> None:
@@ -252,25 +248,10 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe, several calibration texts without names, or a flag without effect.
+        FistaPrunerError: an unknown recipe, or several calibration texts without names.
     """
     name = arguments.quality if arguments.recipe is None else arguments.recipe
-    found = _over({} if name is None else load_recipe_settings(name), arguments, Recipe, "calibration")
-    _refuse_without_workers(found, arguments)
-    return found
-
-
-def _refuse_without_workers(found: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Refuse flags of workers, or of a Ray cluster, where the executor has none."""
-    section = found.get("execution")
-    executor = (section.get("executor") if isinstance(section, dict) else None) or "serial"
-    for name, executors in WORKER_SETTINGS.items():
-        flag = flag_of(f"execution.{name}")
-        value = getattr(arguments, _dest(flag))
-        if value not in (None, "1") and executor not in executors:
-            raise FistaPrunerError(
-                f"{flag} {value} has no effect: the executor is {executor}; give --executor {' or '.join(executors)}"
-            )
+    return _over({} if name is None else load_recipe_settings(name), arguments, Recipe, "calibration")
 
 
 def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -350,13 +331,6 @@ def read_texts(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
     if len(dict(named)) < len(named):
         raise FistaPrunerError(f"{given}: one name stands twice")
     return {"source": None, "tasks": dict(named)}
-
-
-class _RefuseOldFlag(argparse.Action):
-    """Refuse a flag that was renamed. Without it ``--target`` would be read as short for ``--targets``."""
-
-    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
-        raise FistaPrunerError(f"{option_string} is called {flag_of(RENAMED_SETTINGS[self.dest])}")
 
 
 def add_trust_arguments(parser: argparse.ArgumentParser) -> None:

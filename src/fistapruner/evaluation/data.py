@@ -54,8 +54,8 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
 
     Args:
         data: ``wikitext2``, ``ptb``, ``c4`` (through the extra ``data``), ``python`` (the part of Python's language
-            reference that calibration never sees), or a ``.txt``, ``.jsonl`` or ``.parquet`` file (documents are joined
-            by blank lines).
+            reference that calibration never sees), or a ``.txt``, ``.raw``, ``.md``, ``.jsonl`` or ``.parquet`` file
+            (documents are joined by blank lines).
         tokenizer: a ``transformers`` tokenizer.
         seqlen: tokens in a window.
         windows: take only this many, from the start.

@@ -61,8 +61,9 @@ def evaluate(
 
     Args:
         model: hub id, local folder, GGUF file, or ``smollm2``.
-        data: text for perplexity: ``wikitext2``, ``ptb``, ``c4``, ``python`` or a local ``.txt``, ``.jsonl``,
-            ``.parquet`` file; or windows that were cut before, by the models' tokenizer. None measures tasks only.
+        data: text for perplexity: ``wikitext2``, ``ptb``, ``c4``, ``python`` or a local ``.txt``, ``.raw``,
+            ``.md``, ``.jsonl`` or ``.parquet`` file; or windows that were cut before, by the models' tokenizer. None
+            measures tasks only.
         seqlen: tokens in a window; default is the model's maximum, at most 2048. A perplexity depends on it.
         windows: take only this many, from the start.
         against: the dense model; adds its perplexity, KL divergence, top-1 agreement and paired tests.

@@ -20,7 +20,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +48,6 @@ Tick = Callable[[str, int, int], None]
 """Receives the progress of a pass through all decoder layers: (what, steps done, steps in all)."""
 
 
-@dataclass
 class _Stop(Exception):
     """End a forward pass early."""
 

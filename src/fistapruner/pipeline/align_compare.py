@@ -279,11 +279,10 @@ def _refuse_other(folder: Path, now: AlignComparison) -> None:
     if not same_model(before.model, now.model):
         pairs["model"] = before.model, now.model
     pairs |= {key: (before.recipe.get(key), value) for key, value in now.recipe.items()}
-    if before.files:
-        if not (before.dense and now.dense and same_model(before.dense, now.dense)):
-            pairs["dense"] = before.dense, now.dense
-        for key in ("data", "windows", "seqlen"):
-            pairs[f"evaluation.{key}"] = before.evaluation.get(key), now.evaluation.get(key)
+    if not (before.dense and now.dense and same_model(before.dense, now.dense)):
+        pairs["dense"] = before.dense, now.dense
+    for key in ("data", "windows", "seqlen"):
+        pairs[f"evaluation.{key}"] = before.evaluation.get(key), now.evaluation.get(key)
     for key, (old, new) in pairs.items():
         if old != new:
             raise FistaPrunerError(
@@ -293,7 +292,7 @@ def _refuse_other(folder: Path, now: AlignComparison) -> None:
     old_files, new_files = (
         {os.path.realpath(name): digest for name, digest in found.files.items()} for found in (before, now)
     )
-    for name in old_files and sorted({*old_files, *new_files}):
+    for name in sorted({*old_files, *new_files}):
         if old_files.get(name) != new_files.get(name):
             raise FistaPrunerError(f"{name} has changed since the comparison in {folder} began: name another folder")
 

@@ -404,7 +404,7 @@ class _Shared:
         return self._measure(run, report)
 
     def _recover(self, run: PruneDirectory, pruned: Report, recipe: RecoverRecipe) -> Report:
-        """Recover a pruned row and measure it; a recovery by other settings or of another pruning goes."""
+        """Recover a pruned row and measure it. Remove a recovery with other settings or another input."""
         following = RecoverDirectory(run.recovered)
         begun = following.record()
         if begun is not None and not _follows(begun, pruned, recipe):

@@ -180,7 +180,7 @@ def _evaluate_input(
     before: Sequence[Evaluation] = (),
     **settings: Any,
 ) -> bool:
-    """Know the figures of the model that a recovery run began with, on the windows of its result.
+    """Find or measure the figures of the model that training began with, on the windows of its result.
 
     They are taken from other runs that began with it, or from the report of the run that made it, where they were
     measured there against the same dense model; else they are measured.

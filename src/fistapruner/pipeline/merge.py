@@ -31,7 +31,7 @@ from ..runtime.formatting import percent
 from ..runtime.machine import now
 from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
 from .finish_training import check_zeros
-from .measure import is_run
+from .measure import finished_run, is_run
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def merge_adapter(
     *,
     progress: Callable[[str], None] | None = None,
     command: str | None = None,
-    **permissions: Any,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Merge a PEFT adapter (LoRA, HiRA, (IA)³) into a pruned checkpoint, with every zero kept.
 
@@ -144,7 +145,7 @@ def merge_adapter(
         out: folder to make; it must not exist.
         progress: called with the name of every operator.
         command: shell line for the lineage.
-        permissions: ``allow_pickle``, ``trust_remote_code``; see :func:`fistapruner.prune`.
+        allow_pickle, trust_remote_code: see :func:`fistapruner.prune`.
 
     Returns:
         What the adapter changed, what share of the zeros it would have filled, and what the mask took from it; its
@@ -153,13 +154,13 @@ def merge_adapter(
     Raises:
         FistaPrunerError: the adapter has settings or tensors that are not understood, or changes something that is not
             an operator of a decoder layer; the channels of an operator were reordered since the adapter was trained;
-            the checkpoint does not keep what its ``fistapruner.json`` claims; ``out`` exists.
+            the checkpoint does not keep what its ``fistapruner.json`` claims; the run is not finished, or its
+            checkpoint is damaged; ``out`` exists.
     """
     if is_run(folder):
-        folder = Path(folder) / "model"
-        if not folder.is_dir():
-            raise FistaPrunerError(f"{folder.parent} has no finished model: fistapruner resume {folder.parent}")
-    source, found, out = Permissions(**permissions).find(folder), Adapter(adapter), Path(out)
+        folder = finished_run(Path(folder))[0].model
+    source = Permissions(allow_pickle, trust_remote_code).find(folder)
+    found, out = Adapter(adapter), Path(out)
     refuse_low_rank(source.folder, "merge")
     checkpoint = source.checkpoint()
     require_new(out, source.folder)

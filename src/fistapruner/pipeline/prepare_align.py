@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
@@ -37,8 +38,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], liste
     pairs, says = check_pairs(request.recipe)  # before anything is loaded
     inputs = check_inputs(run, request, listener)
     for sentence in says:
-        listener.say(sentence)
-        inputs.warnings.append(sentence)
+        inputs.warn(listener, sentence)
     text = cut_pairs(inputs, pairs, listener)
     write_pairs(run, inputs, text)
     recipe, task = inputs.recipe, task_of(run.folder, inputs, text)
@@ -79,7 +79,6 @@ def check_inputs(
 def resolve(recipe: AlignRecipe, origin: RunDirectory | None) -> AlignRecipe:
     """Return the recipe with ``auto`` resolved and absolute paths."""
     changes = {
-        "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
         "references": recipe.resolved_references,
         "shares": recipe.resolved_shares,
         "anchor": recipe.resolved_anchor,
@@ -93,11 +92,8 @@ def cut_pairs(inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener
     Raises:
         FistaPrunerError: the tokenizer refuses a text, or too few pairs are left.
     """
-    said: list[str] = []
-    text = tokenise_pairs(pairs, inputs.recipe.data, inputs.tokenizer, inputs.seqlen, said.append)
-    for sentence in said:
-        listener.say(sentence)
-        inputs.warnings.append(sentence)
+    warn = partial(inputs.warn, listener)
+    text = tokenise_pairs(pairs, inputs.recipe.data, inputs.tokenizer, inputs.seqlen, warn)
     counts = [len(text.windows(side)) // 2 for side in ("trained", "held_out", "test")]
     listener.say(f"{counts[0]} pairs to train on, {counts[1]} held out, {counts[2]} to test")
     inputs.model.check_tokens(text.tokens)

@@ -95,8 +95,7 @@ def cut_text(
     if inputs.evaluation is not None:
         name = inputs.evaluation.data
         if warning := shared_documents(text.documents, evaluation_documents(name), name):
-            listener.say(warning)
-            inputs.warnings.append(warning)
+            inputs.warn(listener, warning)
     inputs.model.check_tokens(text.tokens)
     if new:
         run.write_text(text, drawing)

@@ -269,8 +269,6 @@ def _prune(
     listener, only = Logged(told), request.only_layers
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
-    for sentence in request.recipe.execution.without_effect():
-        listener.say(sentence)
     if request.recipe.recover is not None and not run.run_file.exists():
         check_following(request.recipe, request.permissions.find(request.model))
     with preparing(run.folder) if only else nullcontext():

@@ -35,10 +35,9 @@ def check_inputs(
     if inputs.recipe.loss != "auto":
         return inputs
     if inputs.dense is None:
-        inputs.warnings.append(
-            "the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL"
+        inputs.warn(
+            listener, "the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL"
         )
-        listener.say(inputs.warnings[0])
     loss = "ce" if inputs.dense is None else "kl"
     return replace(inputs, recipe=inputs.recipe.model_copy(update={"loss": loss}))
 
@@ -88,8 +87,4 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None) -> RecoverRecipe
         data = data.model_copy(update=known)
     for text in data.texts:
         check_source(text, PURPOSE)
-    chosen = {
-        "data": recipe.model_copy(update={"data": data}).with_absolute_files().data,
-        "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
-    }
-    return recipe.model_copy(update=chosen)
+    return recipe.model_copy(update={"data": data}).with_absolute_files()

@@ -138,7 +138,7 @@ def _run(
             ranks.share(report.model_dump(mode="json"))
             return report
         if ranks.share():
-            ranks.see(run.run_file)
+            ranks.wait_for_file(run.run_file)
             context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
             context.train(Listener(), lambda: None)
         found: dict[str, Any] = ranks.share({})

@@ -107,6 +107,11 @@ class Inputs(Generic[R]):
     evaluation: EvaluationRequest | None
     warnings: list[str]
 
+    def warn(self, listener: Listener, sentence: str) -> None:
+        """Say a sentence, and keep it for the report."""
+        listener.say(sentence)
+        self.warnings.append(sentence)
+
 
 def check_training_inputs(
     run: TrainingDirectory,

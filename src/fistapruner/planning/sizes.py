@@ -71,6 +71,9 @@ Measured: the peak of 7B shapes is 7 % above the count without it (``benchmarks/
 """
 
 
+STREAMS = 2
+"""Number of stores of hidden states of all windows: input and output of a layer."""
+
 GENERATING = "generating text with the whole model"
 """Name of a stage of the process that starts the workers, before there are any."""
 
@@ -135,9 +138,6 @@ class Sizes:
     """Largest inputs of an output projection that replay stores, and those of experts, of one window."""
 
     samples: int
-    streams: int
-    """Number of stores of hidden states of all windows: input and output of a layer."""
-
     dense: int
     """Number of stores of the dense pass's windows: input and output of a layer, residual drift."""
 
@@ -318,7 +318,6 @@ class Sizes:
                 default=0,
             ),
             samples=samples,
-            streams=2,
             dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
             inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
             layers=len(model),
@@ -460,7 +459,7 @@ class Sizes:
         """Count the bytes of batches on the way between main memory and a GPU: read ahead, and written last."""
         if not self.cuda or choice.on_device:
             return 0
-        stores = 3 * (self.streams + bool(self.dense)) * self.window + 2 * self.kept + self.entering
+        stores = 3 * (STREAMS + bool(self.dense)) * self.window + 2 * self.kept + self.entering
         return min(choice.batch_size, self.samples) * stores
 
     def _waiting(self, choice: Choice) -> tuple[int, int, int]:
@@ -468,7 +467,7 @@ class Sizes:
         if choice.on_disk:
             return 0, 0, 0
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
-        states = ((self.streams + self.inside) * self.samples + self.dense * beside) * self.window
+        states = ((STREAMS + self.inside) * self.samples + self.dense * beside) * self.window
         return self.window * self.samples, states, self.kept * beside + self.entering * self.samples
 
     def _states_in_memory(self, choice: Choice) -> int:
@@ -481,7 +480,7 @@ class Sizes:
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Compute the peak bytes of the run directory."""
-        whole = (self.streams + workers - 1 + self.inside * workers) * self.window + self.entering * workers
+        whole = (STREAMS + workers - 1 + self.inside * workers) * self.window + self.entering * workers
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
         states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
         measuring = self._states_measured() * windows_measured(self.samples) * self.window

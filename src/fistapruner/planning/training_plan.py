@@ -105,7 +105,7 @@ class FormPlan:
 
 
 def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
-    """Plan a recovery run.
+    """Plan a run that trains.
 
     Args:
         task: what is to be planned.

@@ -28,7 +28,7 @@ DISK_RATE = 500e6
 
 @dataclass(frozen=True)
 class TrainingChoice:
-    """Settings that a plan may change to make a recovery run fit.
+    """Settings that a plan may change to make a run that trains fit.
 
     Args:
         batch_size: windows in one pass.
@@ -233,7 +233,7 @@ class FormSizes:
 
 @dataclass(frozen=True)
 class TrainingSizes:
-    """Predict memory, disk and time of a recovery run from measured parts."""
+    """Predict memory, disk and time of a run that trains from measured parts."""
 
     task: Task
     model: ModelSizes

@@ -75,6 +75,9 @@ class RunRecipe(Settings):
     verb: ClassVar[str] = "prune"
     no_identity: ClassVar[tuple[str, ...]] = ("execution",)
 
+    # Defaults are written as users write them; validation turns them into constraints and methods.
+    model_config = ConfigDict(validate_default=True)
+
     if not TYPE_CHECKING:  # type checkers and editors know the settings by pydantic's own signature
 
         def __init__(self, **settings: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from .base import Settings
 from .loading import parse_bytes
@@ -39,7 +39,8 @@ class Execution(Settings):
     workers: int | None = Field(
         None,
         ge=1,
-        description="Layers pruned at once by process and ray; without it one for each GPU or group of cores.",
+        description="Worker processes of process and ray; without it one for each GPU or group of cores. They prune "
+        "different layers with propagate dense, and share the operators of one layer with propagate pruned.",
     )
     threads: int | None = Field(
         None,
@@ -53,16 +54,18 @@ class Execution(Settings):
         "is started here.",
     )
 
-    def without_effect(self) -> list[str]:
-        """Say which settings of workers the executor has no use for."""
-        return [
-            f"execution.{name} {value} has no effect with the executor {self.executor}, "
-            f"only with {' or '.join(executors)}"
-            for name, executors in WORKER_SETTINGS.items()
-            if (value := getattr(self, name)) not in (None, 1) and self.executor not in executors
-        ]
-
     @field_validator("memory_limit", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         return None if value is None else parse_bytes(str(value))
+
+    @model_validator(mode="after")
+    def _workers_of_an_executor(self) -> Execution:
+        """Refuse settings of workers that the executor has no use for."""
+        for name, executors in WORKER_SETTINGS.items():
+            value = getattr(self, name)
+            if value not in (None, 1) and self.executor not in executors:
+                raise ValueError(
+                    f"{name} {value} has no effect with the executor {self.executor}: choose {' or '.join(executors)}"
+                )
+        return self

@@ -15,9 +15,9 @@ class TrainingData(Settings):
 
     source: str | None = Field(
         None,
-        description="Training text: a calibration source (self, python, c4, wikitext2, ptb), a .txt or .parquet "
-        "file, or a .jsonl file whose lines have text, prompt and completion, or messages. Without it the calibration "
-        "source of the run that pruned the model.",
+        description="Training text: a calibration source (self, python, c4, wikitext2, ptb), a .txt, .raw, .md or "
+        ".parquet file, or a .jsonl file whose lines have text, prompt and completion, or messages. Without it the "
+        "calibration source of the run that pruned the model.",
     )
     tasks: dict[str, str] = Field(
         {},

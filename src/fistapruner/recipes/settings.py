@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PlainSerializer,
@@ -29,7 +28,6 @@ from .execution_settings import Execution
 from .loading import parse_value, read_share
 from .patterns import Patterns, check_patterns
 from .recover_settings import RecoverRecipe
-from .renamed import RENAMED_SETTINGS
 from .structure_settings import Structure, removes_nothing
 
 if TYPE_CHECKING:
@@ -139,7 +137,7 @@ class Calibration(Settings):
     source: str | None = Field(
         "self",
         description="Calibration text: self (text that the model generates), python (the language reference "
-        "that comes with every Python), a .txt, .jsonl or .parquet file, or a data set of the "
+        "that comes with every Python), a .txt, .raw, .md, .jsonl or .parquet file, or a data set of the "
         "extra 'data': c4, wikitext2, ptb.",
     )
     tasks: dict[str, str] = Field(
@@ -317,17 +315,6 @@ class Recipe(RunRecipe):
     )
 
     no_identity: ClassVar[tuple[str, ...]] = ("execution", "recover")
-
-    # Defaults are written as users write them; validation turns them into constraints and methods.
-    model_config = ConfigDict(validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_old_names(cls, value: Any) -> Any:
-        for old, new in RENAMED_SETTINGS.items():
-            if isinstance(value, dict) and old in value:
-                raise ValueError(f"the setting {old!r} is called {new!r}")
-        return value
 
     @model_validator(mode="wrap")
     @classmethod

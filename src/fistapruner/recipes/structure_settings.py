@@ -17,6 +17,14 @@ StructureMethod = Literal["obs", "energy", "flap", "magnitude", "goa", "bypass"]
 AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none", "bypass": "none"}
 """How published methods make up for removed channels, which is what ``compensate: auto`` does with them."""
 
+
+def compensation_of(
+    method: StructureMethod, compensate: Literal["auto", "refit", "bias", "none"]
+) -> Literal["refit", "bias", "none"]:
+    """Resolve ``auto`` of how removed channels are made up for."""
+    return AS_PUBLISHED.get(method, "refit") if compensate == "auto" else compensate
+
+
 EXPECTED = (
     "a share such as 25%, or mlp=20% (share of the channels), mlp=1024 (width to keep), heads=1 (key/value groups to "
     "remove), experts=25% or experts=8 (experts to remove), or several of these with commas is expected"
@@ -124,7 +132,7 @@ class Structure(Settings):
     @property
     def compensation(self) -> Literal["refit", "bias", "none"]:
         """How removed channels are made up for: ``compensate`` with ``auto`` resolved."""
-        return AS_PUBLISHED.get(self.method, "refit") if self.compensate == "auto" else self.compensate
+        return compensation_of(self.method, self.compensate)
 
     @property
     def share(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .base import RunRecipe, Seed, word_or_number
 from .execution_settings import Execution
@@ -47,10 +47,10 @@ class TrainingRecipe(RunRecipe):
     if TYPE_CHECKING:
         loss: str  # each recipe has its own
 
-    parameters: Literal["auto", "lora", "full", "spp", "hira", "norms"] = Field(
-        "auto",
+    parameters: Literal["lora", "full", "spp", "hira", "norms"] = Field(
+        "lora",
         description="What is trained: lora (a masked low-rank change, merged exactly), full (every surviving weight), "
-        "spp and hira (surviving weights are rescaled), or norms (norms and biases only). auto is lora.",
+        "spp and hira (surviving weights are rescaled), or norms (norms and biases only).",
     )
     optimizer: Literal["adamw", "mezo", "subzero"] = Field(
         "adamw",
@@ -107,8 +107,6 @@ class TrainingRecipe(RunRecipe):
     )
     seed: Seed = Field(0, description="Seed of the start values and of everything random that is not data.")
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
-
-    model_config = ConfigDict(validate_default=True)
 
     @field_validator("betas", mode="after")
     @classmethod

@@ -155,7 +155,7 @@ def _taken(report: Report) -> set[str]:
     """Return what a run took from its calibration text, as :attr:`~fistapruner.solvers.Method.takes` says."""
     recipe = report.recipe
     allocation = recipe.get("allocation", "auto")
-    measured = isinstance(allocation, str) and allocation not in ("auto", "none", "uniform")
+    measured = isinstance(allocation, str) and allocation not in ("auto", "uniform")
     others = (recipe.get("low_rank"), recipe.get("reconstruct"), recipe.get("permutation") == "channels")
     if report.structured or measured or any(others):
         return {"Gram"}

@@ -1,4 +1,4 @@
-"""Draw how a recovery run trained."""
+"""Draw how a run trained."""
 
 from __future__ import annotations
 

@@ -46,6 +46,9 @@ from .size_and_speed import (
 from .structure_text import ONLY_HERE, has_free_widths, kept_units, structure_rows, structure_sentence, structure_table
 from .workload_text import workload_how, workload_sentence, workload_tables
 
+MOST_WARNINGS = 20
+"""Warnings that a page shows."""
+
 
 def run_page(report: Report) -> str:
     """Draw the page of a run, finished or not, as HTML.
@@ -270,7 +273,7 @@ def _measured(report: Report) -> Table:
 
 
 def _training(report: Report) -> list[tuple[str, str]]:
-    """List what a recovery run trained, how, and how far the weights moved."""
+    """List what a run trained, how, and how far the weights moved."""
     found = report.recovery
     if found is None:
         return []
@@ -301,7 +304,7 @@ def _tasks(report: Report) -> Table:
 
 
 def _texts(report: Report) -> Table:
-    """Tabulate the texts of a recovery run."""
+    """Tabulate the texts of a run that trains."""
     rows = []
     texts = report.calibration.tasks if report.calibration is not None and report.recovery is not None else {}
     for name, facts in texts.items():
@@ -356,11 +359,11 @@ def _speed_measured(report: Report) -> str:
     )
 
 
-def _warnings(report: Report, most: int = 20) -> list[str]:
+def _warnings(report: Report) -> list[str]:
     """List the error that stopped the run, then its warnings, each once."""
     lines = ([f"Stopped: {report.error}"] if report.error else []) + list(dict.fromkeys(report.warnings))
-    more = len(lines) - most
-    return lines[:most] + ([f"and {more} more in report.json"] if more > 0 else [])
+    more = len(lines) - MOST_WARNINGS
+    return lines[:MOST_WARNINGS] + ([f"and {more} more in report.json"] if more > 0 else [])
 
 
 def _hardest(report: Report) -> Table:

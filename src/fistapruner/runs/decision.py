@@ -160,7 +160,7 @@ class PruneDecision(RunDecision):
 
 
 class TrainingDecision(RunDecision):
-    """What a recovery run decides.
+    """What a run that trains decides.
 
     Args:
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
@@ -210,6 +210,6 @@ class PruneRecord(RunRecord):
 
 
 class TrainingRecord(RunRecord):
-    """The content of a recovery run's ``run.json``."""
+    """The content of the ``run.json`` of a run that trains."""
 
     decision: TrainingDecision

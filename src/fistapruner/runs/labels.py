@@ -8,7 +8,7 @@ from typing import Any
 
 from ..recipes.loading import read_share
 from ..recipes.settings import TOTAL
-from ..recipes.structure_settings import AS_PUBLISHED
+from ..recipes.structure_settings import compensation_of
 from ..runtime.formatting import short_count
 
 TRAINED = {"recover": "recovered", "align": "aligned"}
@@ -79,7 +79,7 @@ def methods_label(recipe: dict[str, Any]) -> str:
         return chain
     units = [part.partition("=")[0] for part in str(structure["remove"]).split(",")]
     how = structure.get("compensate", "auto")
-    how = AS_PUBLISHED.get(structure["method"], "refit") if how == "auto" and "method" in structure else how
+    how = compensation_of(structure["method"], how) if "method" in structure else how
     channels = [f"{structure.get('method')}{'' if how == 'none' else f'+{how}'}"] if units != ["experts"] else []
     own = ", ".join([*channels, *(["reap"] if "experts" in units else [])])
     return f"{own}, {chain}" if sets_zeros(recipe) else own

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ..errors import FistaPrunerError
 from ..runtime.formatting import percent
@@ -21,10 +21,8 @@ from .layer_records import LayerEntry
 from .results import Divergence, Evaluation, Perplexity
 from .training_records import Alignment, Recovery, TextSide
 
-Kind = Annotated[
-    Literal["prune", "recover", "align", "merge"], BeforeValidator(lambda kind: "prune" if kind == "run" else kind)
-]
-"""The verb that a run belongs to; ``merge`` is that of an adapter. Early reports say ``run`` for ``prune``."""
+Kind = Literal["prune", "recover", "align", "merge"]
+"""The verb that a run belongs to; ``merge`` is that of an adapter."""
 
 
 class ModelFacts(Record):

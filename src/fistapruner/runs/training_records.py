@@ -29,7 +29,7 @@ class TextSide(Record):
 
 
 class Check(Record):
-    """One check on the held-out windows of a recovery run.
+    """One check on the held-out windows of a run that trains.
 
     Args:
         step: after which it was made; ``held_out``: loss per token; ``by_task``: of each of several tasks.
@@ -43,7 +43,7 @@ class Check(Record):
 
 
 class Recovery(Record):
-    """What a recovery run trained, on what, and what that changed.
+    """What a run trained, on what, and what that changed.
 
     Args:
         parameters, optimizer, loss: as resolved; ``lr``: the lowest and the highest first learning rate.

@@ -93,7 +93,7 @@ class Ranks:
         """Wait until all ranks are here."""
         self.gather(None)
 
-    def see(self, path: Path) -> None:
+    def wait_for_file(self, path: Path) -> None:
         """Wait until a file that another rank has written can be seen.
 
         Raises:
@@ -136,7 +136,7 @@ class Ranks:
                 f"another process of this run has ended, or cannot be reached ({fault}); give the same command again"
             ) from None
 
-    def tell(self, message: str) -> None:
+    def report_failure(self, message: str) -> None:
         """Leave a message for the others, unless one of them has left one."""
         with suppress(RuntimeError, ValueError):
             store, key = self._message()
@@ -281,7 +281,7 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
         raise
     except BaseException as error:
         if size > 1:
-            ranks.tell(f"rank {rank}: {str(error) or type(error).__name__}")
+            ranks.report_failure(f"rank {rank}: {str(error) or type(error).__name__}")
         if rank and isinstance(error, KeyboardInterrupt):  # rank 0 says how to go on
             raise OtherRankFailed("interrupted") from None
         if rank and isinstance(error, FistaPrunerError):

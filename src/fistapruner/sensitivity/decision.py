@@ -33,7 +33,7 @@ from .error_curves import (
     sampled_rows,
     split_budget,
 )
-from .fisher import DensePasses, InputEnergy, Look, Sensitivity, gather_inputs, measure_sensitivity, row_importance
+from .fisher import DensePasses, InputEnergy, InputSums, Sensitivity, gather_inputs, measure_sensitivity, row_importance
 from .owl import outlier_share, owl_allocation
 from .workload import Workload, read_workload
 from .workload_rules import allocate_workload
@@ -210,7 +210,7 @@ def decide(
             over these shapes; the order of channels that are removed is chosen with them.
 
     Raises:
-        FistaPrunerError: a measured allocation of an n:m pattern.
+        FistaPrunerError: a measured allocation that the pattern does not have, or a bad workload.
     """
     workload = check_allocation(recipe)
     if not needs_measuring(recipe):
@@ -251,11 +251,11 @@ def decide(
         if channels is not None:
             channels.add(index, number, sums.weight, sums.mean())
 
-    look: Look[Any] | None = None
+    gather: InputSums[Any] | None = None
     if allocation in ("error", "workload"):
-        look = Look(ProblemSums, problem_seen)
+        gather = InputSums(ProblemSums, problem_seen)
     elif allocation == "owl" or channels is not None:
-        look = Look(InputEnergy, energy_seen)
+        gather = InputSums(InputEnergy, energy_seen)
     found: dict[str, Constraint] | None = None
     metrics: list[Tensor] | None = None
     importance: dict[str, Tensor] | None = None
@@ -265,7 +265,7 @@ def decide(
         costs: dict[str, dict[str, Tensor]] = {}
         for task, windows in texts.items():
             own = measure_sensitivity(
-                model, layout, windows, passes, seed=recipe.seed, look=look, outputs=recipe.reconstruct > 0
+                model, layout, windows, passes, seed=recipe.seed, gather=gather, outputs=recipe.reconstruct > 0
             )
             if errors:
                 costs[task] = {name: predicted_cost(errors[name], own.rows[name]) for name in sizes}
@@ -278,8 +278,8 @@ def decide(
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.reconstruct:
             metrics = sensitivity.outputs
-    elif look is not None:
-        gather_inputs(model, layout, texts[""], passes, look)
+    elif gather is not None:
+        gather_inputs(model, layout, texts[""], passes, gather)
     if allocation == "owl":
         found = dict(outliers.allocation(sizes, fraction))
     if channels is None:

@@ -77,7 +77,7 @@ S = TypeVar("S", bound=Sums)
 
 
 @dataclass(frozen=True)
-class Look(Generic[S]):
+class InputSums(Generic[S]):
     """Sums to gather in a forward pass of the dense model.
 
     Args:
@@ -136,7 +136,7 @@ def measure_sensitivity(
     passes: DensePasses,
     *,
     seed: int = 0,
-    look: Look[Any] | None = None,
+    gather: InputSums[Any] | None = None,
     outputs: bool = True,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
@@ -148,7 +148,7 @@ def measure_sensitivity(
             windows * seqlen * width`` values.
         passes: how the passes are carried out.
         seed: of the drawn labels.
-        look: what else to gather in the forward pass.
+        gather: what else to gather in the forward pass.
         outputs: whether to measure the decoder layers' outputs too.
 
     Raises:
@@ -156,7 +156,7 @@ def measure_sensitivity(
     """
     progress = partial(passes.tick, "decoder layers, forwards")
     states, calls = forward(
-        model, tokens, passes.batch_size, passes.store, visit=_looking(layout, look), keep=True, progress=progress
+        model, tokens, passes.batch_size, passes.store, visit=_gathering(layout, gather), keep=True, progress=progress
     )
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
@@ -220,28 +220,32 @@ def row_importance(sensitivity: Tensor) -> Tensor:
     return root / root.mean()
 
 
-def gather_inputs(model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, look: Look[Any]) -> None:
+def gather_inputs(
+    model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, gather: InputSums[Any]
+) -> None:
     """Gather sums of operator inputs in a forward pass; arguments as for :func:`measure_sensitivity`."""
     progress = partial(passes.tick, "decoder layers, forwards")
-    states, _ = forward(model, tokens, passes.batch_size, passes.store, visit=_looking(layout, look), progress=progress)
+    states, _ = forward(
+        model, tokens, passes.batch_size, passes.store, visit=_gathering(layout, gather), progress=progress
+    )
     states[-1].close()
 
 
-def _looking(layout: Layout, look: Look[Any] | None) -> Visit | None:
-    """Make the visitor of a forward pass that gathers the sums of ``look``."""
-    if look is None:
+def _gathering(layout: Layout, gather: InputSums[Any] | None) -> Visit | None:
+    """Make the visitor of a forward pass that gathers the sums of ``gather``."""
+    if gather is None:
         return None
 
     @contextmanager
-    def gather(index: int, layer: nn.Module) -> Iterator[Watched]:
+    def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
         groups = list(enumerate(layout.layers[index]))
         stacks = (torch.cat([operator.weight(layer).float() for operator in group]) for _, group in groups)
-        sums = [look.sums(stacked) for stacked in stacks]
+        sums = [gather.sums(stacked) for stacked in stacks]
         yield Watched(groups, lambda number, _, inputs: sums[number].add(inputs.reshape(-1, inputs.shape[-1])))
         for number, own in enumerate(sums):
-            look.done(index, number, own)
+            gather.done(index, number, own)
 
-    return gather
+    return visit
 
 
 class _OutputMetric:

@@ -26,21 +26,15 @@ import torch
 from torch import Tensor
 
 
-def importance_weights(energy: Tensor, log_proposal: Tensor | float = 0.0, temperature: float = 1.0) -> Tensor:
+def importance_weights(energy: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute self-normalised weights of decisions for the distribution ∝ exp(-energy/temperature).
 
     Args:
-        energy: (..., decisions); no gradient passes.
-        log_proposal: log density with which the decisions were drawn, up to a constant. A number where they are all
-            decisions that there are: the weights are then exact.
+        energy: (..., decisions), of all decisions that there are; no gradient passes. Of drawn decisions, their
+            energy plus τ times the log density with which they were drawn.
         temperature: τ.
     """
-    return torch.softmax(-energy.detach() / temperature - log_proposal, -1)
-
-
-def effective_size(weights: Tensor) -> Tensor:
-    """Compute the effective sample size ``1/Σ w²`` of weights (..., decisions)."""
-    return 1 / weights.square().sum(-1)
+    return torch.softmax(-energy.detach() / temperature, -1)
 
 
 def energy_loss(best: Tensor, energy: Tensor, q: Tensor, p: Tensor, penalty: float) -> Tensor:

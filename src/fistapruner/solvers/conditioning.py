@@ -24,6 +24,9 @@ MOST_DAMPING = 10.0
 FAINT = 2.0**-20
 """Scale of the weights of dead inputs: below all others, and exact."""
 
+EIGENVECTORS, POWER_STEPS = 8, 40
+"""Vectors and steps of the block power iteration for the largest eigenvalue of a Gram."""
+
 _shared: ContextVar[tuple[Tensor, dict[Hashable, Any]] | None] = ContextVar("_shared", default=None)
 
 Found = TypeVar("Found")
@@ -200,7 +203,7 @@ def _multiply_lower(factor: Tensor, block: int) -> None:
     _multiply_lower(last, block)
 
 
-def largest_eigenvalue(gram: Tensor, steps: int = 40, block: int = 8) -> Tensor:
+def largest_eigenvalue(gram: Tensor) -> Tensor:
     """Bound the largest eigenvalue of a Gram by block power iteration (0-dim tensor).
 
     The Rayleigh-Ritz value approaches it from below; 0.1 % is added so that 1/L is a safe step. Grams of real models
@@ -208,8 +211,8 @@ def largest_eigenvalue(gram: Tensor, steps: int = 40, block: int = 8) -> Tensor:
     """
     n = gram.shape[0]
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(n, min(block, n), generator=generator, dtype=gram.dtype).to(gram.device)
-    for _ in range(steps):
+    vectors = torch.randn(n, min(EIGENVECTORS, n), generator=generator, dtype=gram.dtype).to(gram.device)
+    for _ in range(POWER_STEPS):
         vectors = torch.linalg.qr(gram @ vectors).Q
     small = vectors.T @ (gram @ vectors)
     top: Tensor = torch.linalg.eigvalsh((small + small.T) / 2)[-1]

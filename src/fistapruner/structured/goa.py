@@ -183,21 +183,18 @@ def attention_probabilities(
         handle.remove()
 
 
-def head_divergence(
-    model: LayerwiseModel, index: int, consumer: str, inputs: HiddenStates, windows: int = WINDOWS
-) -> Tensor:
+def head_divergence(model: LayerwiseModel, index: int, consumer: str, inputs: HiddenStates) -> Tensor:
     """Measure the divergence between all query heads of the loaded decoder layer ``index``.
 
     Args:
         model, index, consumer: as for :func:`attention_probabilities`.
-        inputs: hidden states that enter the layer; the first ``windows`` of them are taken.
-        windows: how many.
+        inputs: hidden states that enter the layer; the first :data:`WINDOWS` of them are taken.
 
     Returns:
         (heads, heads) fp64.
     """
     sums = HeadDivergence()
-    states = (inputs.read(window, window + 1, model.device) for window in range(min(windows, inputs.samples)))
+    states = (inputs.read(window, window + 1, model.device) for window in range(min(WINDOWS, inputs.samples)))
     for probabilities in attention_probabilities(model, index, consumer, inputs.seqlen, states):
         sums.add(probabilities)
     return sums.matrix()

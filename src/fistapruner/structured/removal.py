@@ -193,9 +193,9 @@ def block_places(keep: Tensor, block: int) -> Tensor:
     return (keep[:, None] * block + torch.arange(block, device=keep.device)).reshape(-1)
 
 
-def choose_share(errors: Sequence[float], shares: Sequence[float] = GRID) -> float:
-    """Return the share with the smallest validation error; of equal ones the largest."""
-    return min(zip(errors, (-share for share in shares), strict=True))[1] * -1.0
+def choose_share(errors: Sequence[float]) -> float:
+    """Return the share of :data:`GRID` with the smallest validation error; of equal ones the largest."""
+    return min(zip(errors, (-share for share in GRID), strict=True))[1] * -1.0
 
 
 def choose_shrink(

@@ -19,7 +19,7 @@ from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.structure_settings import Structure
-from ..sensitivity.fisher import DensePasses, Look, gather_inputs, measure_sensitivity
+from ..sensitivity.fisher import DensePasses, InputSums, gather_inputs, measure_sensitivity
 from .bypass import Slot, slots_of
 from .elimination import eliminate
 from .removal import best_channels, block_places, choose_shrink
@@ -158,7 +158,7 @@ def error_curves(
         count = limits[slot.places.start][1] * steps[unit.kind]
         found[unit.kind, name] = eliminate(problem, count, unit.columns).costs.cpu() / 2
 
-    gather_inputs(model, few, tokens, passes, Look(lambda weight: _WindowSums(weight, *tokens.shape), done))
+    gather_inputs(model, few, tokens, passes, InputSums(lambda weight: _WindowSums(weight, *tokens.shape), done))
     return found
 
 

@@ -217,7 +217,6 @@ class Spp(Hira):
 def form_of(recipe: TrainingRecipe) -> Form | None:
     """Return the form of the operators that a recipe trains; None for norms and biases only."""
     forms: dict[str, Form | None] = {
-        "auto": Lora(recipe.rank, recipe.scale),
         "lora": Lora(recipe.rank, recipe.scale),
         "full": Full(),
         "spp": Spp(recipe.rank, recipe.scale),

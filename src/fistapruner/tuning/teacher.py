@@ -179,7 +179,7 @@ class Teacher:
                 self._make(number)
             self.ranks.wait()
             for number in missing:
-                self.ranks.see(self._path(number, ".json"))
+                self.ranks.wait_for_file(self._path(number, ".json"))
             self._there.update(numbers, missing)
 
     def _missing(self, numbers: list[int]) -> list[int]:

@@ -137,7 +137,7 @@ def export_gguf(
     return out
 
 
-def turn_round(read: Callable[[Array], Array], values: Array) -> Array | None:
+def invert_reader(read: Callable[[Array], Array], values: Array) -> Array | None:
     """Find the array that a reader turns into ``values``.
 
     Args:
@@ -352,7 +352,7 @@ class _Source:
         Raises:
             FistaPrunerError: its reader does more than reorder the values and add one number to all.
         """
-        if (stored := turn_round(lambda array: self._read(name, array), values)) is None:
+        if (stored := invert_reader(lambda array: self._read(name, array), values)) is None:
             raise FistaPrunerError(f"{self.like}: the order of the values of {name!r} in llama.cpp is not known")
         return stored
 
