@@ -175,6 +175,24 @@ def test_one_protocol_and_going_on(tmp_path: Path) -> None:
         compare("another", methods, ["50%"], out, **named)
 
 
+def test_an_interruption_loses_no_row_of_an_earlier_command(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+
+    def rows() -> list[str]:
+        return [row["label"] for row in json.loads((out / "compare.json").read_text())["rows"]]
+
+    first = compare(source, "magnitude,wanda", ["50%"], out, **named)
+    with pytest.raises(KeyboardInterrupt):
+        compare(source, "magnitude,sparsegpt,wanda", ["50%"], out, listener=Counts(stop="2/3"), **named)
+    assert sorted(rows()) == ["magnitude", "wanda"]
+    both = compare(source, "sparsegpt", ["50%"], out, **named)
+    assert sorted(rows()) == ["magnitude", "sparsegpt", "wanda"]
+    assert [row for row in both.rows if row.label != "sparsegpt"] == first.rows[::-1]
+    compare(source, "wanda,magnitude", ["50%"], out, **named)
+    assert rows() == ["sparsegpt", "wanda", "magnitude"]  # those asked for in their order, after those that stay
+
+
 def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path) -> None:
     source = str(tiny.save("llama", tmp_path / "model"))
     for folder, sentence in (("a", "a brown fox jumps over it. "), ("b", "the dog is lazy and sleeps. ")):

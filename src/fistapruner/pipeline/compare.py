@@ -159,7 +159,8 @@ def compare(
             for number, job in enumerate(jobs, 1):
                 listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
                 draw(job, source, folder, calibrated, listener)
-                comparison.rows.append(run_job(job, shared, comparison, dense))
+                row = run_job(job, shared, comparison, dense)
+                comparison.rows = [*(other for other in comparison.rows if other.key != row.key), row]
                 _write(folder, comparison)
         comparison.status = "finished"
         comparison.finished = now()
@@ -185,9 +186,14 @@ class Job:
     seed: int
     recipe: Recipe
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Identify its row among those of a comparison."""
+        return self.label, str(self.recipe.sparsity), self.seed
+
     def run(self, folder: Path) -> PruneDirectory:
         """Return its run directory in that of a comparison."""
-        return PruneDirectory(folder / "runs" / run_name(self.label, str(self.recipe.sparsity), self.seed))
+        return PruneDirectory(folder / "runs" / run_name(*self.key))
 
 
 def plan_jobs(
@@ -441,17 +447,20 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
 def _rows_that_stay(
     before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path
 ) -> list[CompareRow]:
-    """Select the rows of an earlier comparison that are not asked for now.
+    """Select the rows of an earlier comparison that stay, or stand until they are made again.
+
+    One that is asked for now stands if it was measured on the same windows: an interruption does not lose it.
 
     Raises:
         FistaPrunerError: a row was made by another protocol, or one that is asked for was begun with other settings.
     """
-    asked = {(job.label, str(job.recipe.sparsity), job.seed) for job in jobs}
+    asked = {job.key for job in jobs}
     stay = []
     for row in before:
-        kept = (row.label, row.sparsity, row.seed) not in asked
+        kept = row.key not in asked
         protocol.check(row, folder, kept=kept)
-        stay += [row] if kept else []
+        if kept or protocol.covers(row.perplexity):
+            stay.append(row)
     for job in jobs:
         run = job.run(folder)
         if (record := run.record()) is not None:

@@ -445,6 +445,11 @@ class CompareRow(Record):
     error: str | None = None
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """Identify the row among those of a comparison."""
+        return self.label or self.method, self.sparsity, self.seed
+
+    @property
     def zeros_share(self) -> float | None:
         """Share of zeros in the operators; None where it is not known."""
         if not self.operator_weights or self.operator_zeros is None:
