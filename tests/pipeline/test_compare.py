@@ -480,6 +480,19 @@ def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
     assert changed.rows[0].perplexity != expected.rows[0].perplexity
 
 
+def test_one_table_is_of_one_model(tmp_path: Path) -> None:
+    """Also where all rows of the last command failed."""
+    one, other = (str(tiny.save("llama", tmp_path / f"model {seed}", seed=seed)) for seed in (0, 1))
+    out = tmp_path / "out"
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+    first = compare(one, "magnitude", ["2:4"], out, **named)
+    failed = compare(one, "wanda@allocation=owl", ["2:4"], out, **named)
+    assert [bool(row.error) for row in failed.rows] == [False, True]
+    assert (failed.model, failed.calibration) == (first.model, first.calibration)
+    with pytest.raises(FistaPrunerError, match="holds a comparison of"):
+        compare(other, "wanda", ["2:4"], out, **named)
+
+
 def test_rows_of_a_changed_calibration_text_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
     monkeypatch.chdir(tmp_path)

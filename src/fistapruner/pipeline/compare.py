@@ -60,7 +60,7 @@ from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
-from .prepare import draw_windows, drawing_of
+from .prepare import describe_model, draw_windows, drawing_of
 from .protocol import Protocol, distinct_seeds
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap, shared_text
@@ -133,7 +133,7 @@ def compare(
     refuse_low_rank(source.folder, "compare")
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
-    _rows_that_stay(before, jobs, protocol, folder)
+    _rows_that_stay(before.rows, jobs, protocol, folder)
     check_texts(jobs, source, folder)
     calibrated: CalibrationWindows = {}
     for job in jobs:
@@ -142,12 +142,16 @@ def compare(
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     with continued_by_its_command(), hold(folder):
+        before = _before(folder, model)  # as it is now that it is held
+        rows = _rows_that_stay(before.rows, jobs, protocol, folder)
         comparison = Comparison(
             command=command or shlex.join(sys.argv),
             started=now(),
             versions=versions(),
             machine=describe_machine(choose_device(protocol.device), default_threads(jobs[0].recipe.execution)),
-            rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
+            model=describe_model(source, model, open_model(source, jobs[0].recipe)),
+            calibration=before.calibration if rows else None,
+            rows=rows,
         )
         for warning in shared_texts(jobs, data):
             listener.say(warning)
@@ -310,7 +314,7 @@ def run_job(job: Job, shared: _Shared, comparison: Comparison, dense: Perplexity
     Args:
         job: what to do.
         shared: what all jobs share.
-        comparison: receives what all runs have in common.
+        comparison: receives the calibration that all runs have in common.
         dense: perplexity of the dense model.
 
     Returns:
@@ -478,24 +482,24 @@ def _find_source(model: str, folder: Path, permissions: Permissions) -> ModelSou
     return permissions.find(model)
 
 
-def _before(folder: Path, model: str) -> list[CompareRow]:
-    """Read the rows of the comparison that ``folder`` already holds."""
+def _before(folder: Path, model: str) -> Comparison:
+    """Read the comparison that ``folder`` already holds; one without rows where there is none."""
     refuse_file(folder)
     if (folder / "compare.json").is_file():
         before = load_comparison(folder)
-        if before.model.source and not same_model(before.model.source, model):
+        if not same_model(before.model.source, model):
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
                 "folder"
             )
-        return before.rows
+        return before
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
     own = {"runs", LOCK, STATES, "dense.json", *(name + PARTIAL for name in ("dense.json", "compare.json"))}
     if names - own or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
-    return []
+    return Comparison()
 
 
 def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: ModelSource) -> Report | None:
@@ -566,9 +570,7 @@ def _filled(
 
 
 def _adopt(comparison: Comparison, report: Report, protocol: Protocol) -> None:
-    """Take from a run what all rows share: the model, and the calibration unless the run has its own."""
-    if not comparison.model.source:
-        comparison.model = report.model
+    """Take the calibration from a run, unless it has its own."""
     if comparison.calibration is None and protocol.shares(Recipe.build(report.recipe).calibration):
         comparison.calibration = report.calibration
 
