@@ -478,6 +478,12 @@ def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
     changed = compare(other, "magnitude", ["50%"], tmp_path / "out", **named)
     assert changed.dense != expected.dense
     assert changed.rows[0].perplexity != expected.rows[0].perplexity
+    assert not changed.warnings
+    again = compare(other, "wanda", ["50%"], tmp_path / "anew", **named)
+    assert [row.label for row in again.rows] == ["wanda"]
+    [said] = again.warnings
+    assert said.startswith("the row magnitude, 50%, seed 0 is left out: ")
+    assert "model.safetensors has changed" in said
 
 
 def test_one_table_is_of_one_model(tmp_path: Path) -> None:

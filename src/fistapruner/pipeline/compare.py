@@ -103,7 +103,8 @@ def compare(
         model: hub id, local folder, GGUF file, or ``smollm2``.
         methods: see :func:`parse_contenders`.
         sparsities: patterns, such as ``["50%", "2:4"]``.
-        out: folder of the comparison; one that was begun is continued, and rows it has beside those asked for now stay.
+        out: folder of the comparison; one that was begun is continued, and rows it has beside those asked for now stay,
+            but for those whose model or calibration text has changed.
         seeds: each draws its own calibration windows; every method sees the same ones.
         settings: recipe settings that all share.
         data: text to evaluate on, as :func:`fistapruner.evaluate` takes it, in windows as long as the first method's
@@ -133,7 +134,7 @@ def compare(
     refuse_low_rank(source.folder, "compare")
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
-    _rows_that_stay(before.rows, jobs, protocol, folder)
+    _rows_that_stay(before.rows, jobs, protocol, source, folder)
     check_texts(jobs, source, folder)
     calibrated: CalibrationWindows = {}
     for job in jobs:
@@ -143,7 +144,7 @@ def compare(
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     with continued_by_its_command(), hold(folder):
         before = _before(folder, model)  # as it is now that it is held
-        rows = _rows_that_stay(before.rows, jobs, protocol, folder)
+        rows, dropped = _rows_that_stay(before.rows, jobs, protocol, source, folder)
         comparison = Comparison(
             command=command or shlex.join(sys.argv),
             started=now(),
@@ -153,13 +154,15 @@ def compare(
             calibration=before.calibration if rows else None,
             rows=rows,
         )
-        for warning in shared_texts(jobs, data):
+        for warning in [*dropped, *shared_texts(jobs, data)]:
             listener.say(warning)
             comparison.warnings.append(warning)
         with closing(KeptStates(source.folder, folder / STATES)) as kept:
             shared = _Shared(model, source, folder, protocol, listener, keep, kept, calibrated)
             dense = measure_dense(shared)
             comparison.dense = dense
+            if before.rows:  # those that are out of date go before their runs are made again
+                _write(folder, comparison)
             for number, job in enumerate(jobs, 1):
                 listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
                 draw(job, source, folder, calibrated, listener)
@@ -449,28 +452,45 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
 
 
 def _rows_that_stay(
-    before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path
-) -> list[CompareRow]:
+    before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, source: ModelSource, folder: Path
+) -> tuple[list[CompareRow], list[str]]:
     """Select the rows of an earlier comparison that stay, or stand until they are made again.
 
     One that is asked for now stands if it was measured on the same windows: an interruption does not lose it.
+
+    Returns:
+        The rows; and a warning for each that is not asked for now and whose model or calibration text has changed.
 
     Raises:
         FistaPrunerError: a row was made by another protocol, or one that is asked for was begun with other settings.
     """
     asked = {job.key for job in jobs}
-    stay = []
+    stay, dropped = [], []
     for row in before:
         kept = row.key not in asked
         protocol.check(row, folder, kept=kept)
-        if kept or protocol.covers(row.perplexity):
+        if changed := _changed(PruneDirectory(folder / "runs" / run_name(*row.key)), source):
+            said = (
+                f"the row {row.label}, {row.sparsity}, seed {row.seed} is left out: {changed}; name it to make it again"
+            )
+            dropped += [said] if kept else []
+        elif kept or protocol.covers(row.perplexity):
             stay.append(row)
     for job in jobs:
         run = job.run(folder)
         if (record := run.record()) is not None:
             earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
             refuse_other_settings(run, earlier, job.recipe)
-    return stay
+    return stay, dropped
+
+
+def _changed(run: PruneDirectory, source: ModelSource) -> str | None:
+    """Say what a run began with that has changed since, its model or its calibration text; None where nothing has."""
+    with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
+        if (record := run.record()) is not None:
+            text = changed_text(record, Recipe.build(record.recipe, str(run.run_file)))
+            return text or changed_files(record.decision.stamps, source)
+    return None
 
 
 def _find_source(model: str, folder: Path, permissions: Permissions) -> ModelSource:
