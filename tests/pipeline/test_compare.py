@@ -19,10 +19,12 @@ from fistapruner.evaluation.evaluate import evaluate as run_evaluation
 from fistapruner.models.whole import load_whole
 from fistapruner.pipeline.compare import compare, plan_jobs, run_name, shared_texts
 from fistapruner.pipeline.contenders import parse_contenders
+from fistapruner.pipeline.protocol import Protocol
 from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import CompareRow
 from fistapruner.runs.training_records import AlignComparison, AlignRow
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
@@ -68,6 +70,25 @@ def test_methods_and_their_settings() -> None:
     assert "calibration" not in contenders[3].settings
 
 
+def test_a_list_of_methods_is_read_as_text() -> None:
+    text = "wanda@targets=re:.*q_proj,ignore=lm_head,alps@calibration={samples: 2, seqlen: 8},sparsegpt"
+    items = ["wanda@targets=re:.*q_proj,ignore=lm_head", "alps@calibration={samples: 2, seqlen: 8}", "sparsegpt"]
+    assert parse_contenders(items) == parse_contenders(text)
+    wanda, alps, _ = parse_contenders(text)
+    assert (wanda.settings["targets"], wanda.settings["ignore"]) == ("re:.*q_proj", "lm_head")
+    assert alps.settings["calibration"] == {"samples": 2, "seqlen": 8}
+
+
+@pytest.mark.parametrize("label", ["wanda@calibration={samples: 2, seqlen: 8}", "wanda@calibration.samples=2", "best"])
+def test_a_method_may_have_calibration_settings_of_its_own(label: str) -> None:
+    """However they are written, its row is none of another protocol."""
+    text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
+    [job] = plan_jobs(parse_contenders(label), ["50%"], [1], SETTINGS)
+    protocol = Protocol(text, "float32", Recipe.build(SETTINGS).calibration)
+    settings = job.recipe.model_dump(mode="json", exclude={"execution"})
+    protocol.check(CompareRow(method="wanda", label=label, sparsity="50%", settings=settings), Path("out"), kept=True)
+
+
 def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path: Path) -> None:
     """A run writes every setting, those that all methods share too."""
     file = tmp_path / "recipe.yaml"
@@ -97,6 +118,7 @@ def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path
         ("wanda@sparsity=70%", "'sparsity=70%' is for one method, and sparsity is that of --sparsity for all"),
         ("wanda@seed=5", "seed is that of --seeds for all"),
         ("wanda@calibration.seed=5", "calibration.seed is that of --seeds for all"),
+        ("wanda@calibration={samples: 4, seed: 5}", "calibration.seed is that of --seeds for all"),
         ("wanda@method=magnitude", "'method=magnitude' is a second method"),
     ],
 )
