@@ -130,6 +130,26 @@ def test_status_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out) == {"rows_done": 2, "working": True, "run": str(run)}
 
 
+def test_a_comparison_that_evaluates_its_dense_model_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    parent = psutil.Process(os.getppid())
+    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
+    (out / "lock").write_text(json.dumps(holder))
+    assert main(["status", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: comparison, 0 rows done, running\n"
+    (out / "dense-states").write_bytes(b"")
+    (out / "other.partial").write_bytes(b"")
+    assert main(["status", str(out)]) == 0
+    assert main(["report", str(out)]) == 2
+    assert "a comparison that has no row yet" in capsys.readouterr().err
+    for name in ("lock", "dense-states", "other.partial"):
+        (out / name).unlink()
+    assert main(["status", str(out)]) == 0
+    (out / "notes.txt").write_text("")
+    assert main(["status", str(out)]) == 2
+
+
 def test_commands_that_messages_advise_are_understood() -> None:
     """Commands in messages, with ``x`` for the values that a message fills in."""
     parser, found = build_parser(), []

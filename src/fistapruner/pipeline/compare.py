@@ -48,7 +48,7 @@ from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CompareRow, Comparison, Report, load_comparison, load_run
+from ..runs.records import STATES, CompareRow, Comparison, Report, load_comparison, load_run
 from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
@@ -76,9 +76,6 @@ _PERPLEXITY = TypeAdapter(Perplexity)
 
 STAMPS = "stamps"
 """Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the model that was measured."""
-
-STATES = "dense-states"
-"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
 
 
 def compare(

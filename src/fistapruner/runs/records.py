@@ -18,6 +18,7 @@ from ..runtime.machine import Machine
 from .base import VERSION, Record, parse, read_json
 from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry
+from .lock import NAME as LOCK
 from .results import Divergence, Evaluation, Perplexity
 from .training_records import Alignment, Recovery, TextSide
 
@@ -466,6 +467,10 @@ class CompareRow(Record):
         )
 
 
+STATES = "dense-states"
+"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
+
+
 class Comparison(Record):
     """``DIR/compare.json``: many methods, one protocol. ``dense`` is the dense model on the same tokens."""
 
@@ -484,13 +489,22 @@ class Comparison(Record):
     warnings: list[str] = []
 
 
+def is_comparison(folder: Path) -> bool:
+    """Check whether a folder is that of a comparison, which may have no row yet."""
+    if any((folder / name).is_file() for name in ("compare.json", "dense.json", STATES)):
+        return True
+    return (folder / "runs").is_dir() and {entry.name for entry in folder.iterdir()} <= {"runs", LOCK}
+
+
 def load_comparison(folder: Path) -> Comparison:
     """Read ``DIR/compare.json``.
 
     Raises:
-        FistaPrunerError: it is broken, or of ``align --compare``, whose file has the same name.
+        FistaPrunerError: it is broken or not there yet, or of ``align --compare``, whose file has the same name.
     """
     file = folder / "compare.json"
+    if not file.is_file():
+        raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
     content = read_json(file)
     if "kind" not in content and "recipe" in content:
         raise FistaPrunerError(
