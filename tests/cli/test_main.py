@@ -70,6 +70,19 @@ def test_a_file_that_may_not_be_read_is_named_in_one_line(
     assert capsys.readouterr().err == f"fistapruner: {tmp_path / 'locked'}: Permission denied\n"
 
 
+@pytest.mark.parametrize("stream", ["stderr", "stdout"])
+def test_a_stream_that_was_closed_before_does_not_stop_the_work(
+    tmp_path: Path, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``inspect MODEL >&-``: Python then has no such stream."""
+    model = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1))
+    monkeypatch.setattr(sys, stream, None)
+    assert main(["inspect", model]) == 0
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+    assert main(["evaluate", model, "--data", "python", "--windows", "1", "--seqlen", "16"]) == 0
+    assert getattr(sys, stream) is None
+
+
 def test_a_calibration_text_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("once upon a time")
