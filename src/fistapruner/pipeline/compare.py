@@ -482,7 +482,7 @@ def _rows_that_stay(
 
 
 def _changed(run: PruneDirectory, source: ModelSource) -> str | None:
-    """Say what a run began with that has changed since, its model or its calibration text; None where nothing has."""
+    """Say whether model or calibration text of a run has changed since it began; None where not."""
     with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
         if (record := run.record()) is not None:
             text = changed_text(record, Recipe.build(record.recipe, str(run.run_file)))

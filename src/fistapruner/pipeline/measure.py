@@ -385,7 +385,10 @@ def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
 
 
 def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Put an evaluation in the place of one on its text, or last; what it measures again is left out of the others."""
+    """Put an evaluation in the place of the earlier one on its text, or last.
+
+    What it measures again is left out of the others.
+    """
     again = {(task.task, task.metric) for task in found.tasks}
     kept: list[Evaluation] = []
     place = None
