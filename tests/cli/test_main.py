@@ -70,6 +70,19 @@ def test_a_file_that_may_not_be_read_is_named_in_one_line(
     assert capsys.readouterr().err == f"fistapruner: {tmp_path / 'locked'}: Permission denied\n"
 
 
+@pytest.mark.parametrize("stream", ["stderr", "stdout"])
+def test_a_stream_that_was_closed_before_does_not_stop_the_work(
+    tmp_path: Path, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``inspect MODEL >&-``: Python then has no such stream."""
+    model = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1))
+    monkeypatch.setattr(sys, stream, None)
+    assert main(["inspect", model]) == 0
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+    assert main(["evaluate", model, "--data", "python", "--windows", "1", "--seqlen", "16"]) == 0
+    assert getattr(sys, stream) is None
+
+
 def test_a_calibration_text_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("once upon a time")
@@ -128,6 +141,26 @@ def test_status_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "0 of 3 decoder layers" in said
     assert main(["status", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rows_done": 2, "working": True, "run": str(run)}
+
+
+def test_a_comparison_that_evaluates_its_dense_model_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    parent = psutil.Process(os.getppid())
+    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
+    (out / "lock").write_text(json.dumps(holder))
+    assert main(["status", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: comparison, 0 rows done, running\n"
+    (out / "dense-states").write_bytes(b"")
+    (out / "other.partial").write_bytes(b"")
+    assert main(["status", str(out)]) == 0
+    assert main(["report", str(out)]) == 2
+    assert "a comparison that has no row yet" in capsys.readouterr().err
+    for name in ("lock", "dense-states", "other.partial"):
+        (out / name).unlink()
+    assert main(["status", str(out)]) == 0
+    (out / "notes.txt").write_text("")
+    assert main(["status", str(out)]) == 2
 
 
 def test_commands_that_messages_advise_are_understood() -> None:

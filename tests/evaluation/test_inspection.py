@@ -229,6 +229,21 @@ def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> No
         inspect_checkpoint(folder)
 
 
+def test_every_tensor_that_is_not_finite_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what is no matrix of a decoder layer."""
+    folder = llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5, 3] = torch.nan
+    tensors["model.layers.1.input_layernorm.weight"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["inspect", str(folder), "--quiet"]) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("violated")]
+    assert said == [
+        "violated: model.embed_tokens.weight: has NaN or infinite weights",
+        "violated: model.layers.1.input_layernorm.weight: has NaN or infinite weights",
+    ]
+
+
 def test_a_gguf_file_is_inspected_as_it_is_pruned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

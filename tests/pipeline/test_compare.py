@@ -19,10 +19,12 @@ from fistapruner.evaluation.evaluate import evaluate as run_evaluation
 from fistapruner.models.whole import load_whole
 from fistapruner.pipeline.compare import compare, plan_jobs, run_name, shared_texts
 from fistapruner.pipeline.contenders import parse_contenders
+from fistapruner.pipeline.protocol import Protocol
 from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import CompareRow
 from fistapruner.runs.training_records import AlignComparison, AlignRow
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
@@ -68,6 +70,25 @@ def test_methods_and_their_settings() -> None:
     assert "calibration" not in contenders[3].settings
 
 
+def test_a_list_of_methods_is_read_as_text() -> None:
+    text = "wanda@targets=re:.*q_proj,ignore=lm_head,alps@calibration={samples: 2, seqlen: 8},sparsegpt"
+    items = ["wanda@targets=re:.*q_proj,ignore=lm_head", "alps@calibration={samples: 2, seqlen: 8}", "sparsegpt"]
+    assert parse_contenders(items) == parse_contenders(text)
+    wanda, alps, _ = parse_contenders(text)
+    assert (wanda.settings["targets"], wanda.settings["ignore"]) == ("re:.*q_proj", "lm_head")
+    assert alps.settings["calibration"] == {"samples": 2, "seqlen": 8}
+
+
+@pytest.mark.parametrize("label", ["wanda@calibration={samples: 2, seqlen: 8}", "wanda@calibration.samples=2", "best"])
+def test_a_method_may_have_calibration_settings_of_its_own(label: str) -> None:
+    """However they are written, its row is none of another protocol."""
+    text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
+    [job] = plan_jobs(parse_contenders(label), ["50%"], [1], SETTINGS)
+    protocol = Protocol(text, "float32", Recipe.build(SETTINGS).calibration)
+    settings = job.recipe.model_dump(mode="json", exclude={"execution"})
+    protocol.check(CompareRow(method="wanda", label=label, sparsity="50%", settings=settings), Path("out"), kept=True)
+
+
 def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path: Path) -> None:
     """A run writes every setting, those that all methods share too."""
     file = tmp_path / "recipe.yaml"
@@ -97,6 +118,7 @@ def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path
         ("wanda@sparsity=70%", "'sparsity=70%' is for one method, and sparsity is that of --sparsity for all"),
         ("wanda@seed=5", "seed is that of --seeds for all"),
         ("wanda@calibration.seed=5", "calibration.seed is that of --seeds for all"),
+        ("wanda@calibration={samples: 4, seed: 5}", "calibration.seed is that of --seeds for all"),
         ("wanda@method=magnitude", "'method=magnitude' is a second method"),
     ],
 )
@@ -173,6 +195,24 @@ def test_one_protocol_and_going_on(tmp_path: Path) -> None:
     assert [row.label for row in more.rows] == [row.label for row in comparison.rows] + ["wanda"]
     with pytest.raises(FistaPrunerError, match="holds a comparison of"):
         compare("another", methods, ["50%"], out, **named)
+
+
+def test_an_interruption_loses_no_row_of_an_earlier_command(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+
+    def rows() -> list[str]:
+        return [row["label"] for row in json.loads((out / "compare.json").read_text())["rows"]]
+
+    first = compare(source, "magnitude,wanda", ["50%"], out, **named)
+    with pytest.raises(KeyboardInterrupt):
+        compare(source, "magnitude,sparsegpt,wanda", ["50%"], out, listener=Counts(stop="2/3"), **named)
+    assert sorted(rows()) == ["magnitude", "wanda"]
+    both = compare(source, "sparsegpt", ["50%"], out, **named)
+    assert sorted(rows()) == ["magnitude", "sparsegpt", "wanda"]
+    assert [row for row in both.rows if row.label != "sparsegpt"] == first.rows[::-1]
+    compare(source, "wanda,magnitude", ["50%"], out, **named)
+    assert rows() == ["sparsegpt", "wanda", "magnitude"]  # those asked for in their order, after those that stay
 
 
 def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path) -> None:
@@ -460,6 +500,25 @@ def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
     changed = compare(other, "magnitude", ["50%"], tmp_path / "out", **named)
     assert changed.dense != expected.dense
     assert changed.rows[0].perplexity != expected.rows[0].perplexity
+    assert not changed.warnings
+    again = compare(other, "wanda", ["50%"], tmp_path / "anew", **named)
+    assert [row.label for row in again.rows] == ["wanda"]
+    [said] = again.warnings
+    assert said.startswith("the row magnitude, 50%, seed 0 is left out: ")
+    assert "model.safetensors has changed" in said
+
+
+def test_one_table_is_of_one_model(tmp_path: Path) -> None:
+    """Also where all rows of the last command failed."""
+    one, other = (str(tiny.save("llama", tmp_path / f"model {seed}", seed=seed)) for seed in (0, 1))
+    out = tmp_path / "out"
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+    first = compare(one, "magnitude", ["2:4"], out, **named)
+    failed = compare(one, "wanda@allocation=owl", ["2:4"], out, **named)
+    assert [bool(row.error) for row in failed.rows] == [False, True]
+    assert (failed.model, failed.calibration) == (first.model, first.calibration)
+    with pytest.raises(FistaPrunerError, match="holds a comparison of"):
+        compare(other, "wanda", ["2:4"], out, **named)
 
 
 def test_rows_of_a_changed_calibration_text_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

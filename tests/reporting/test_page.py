@@ -26,7 +26,7 @@ from fistapruner.reporting.compare_page import (
     quality_against_time,
     short_labels,
 )
-from fistapruner.reporting.drawing import HEAT_LEVELS
+from fistapruner.reporting.drawing import HEAT_LEVELS, draw
 from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
@@ -442,6 +442,12 @@ def test_every_gap_has_a_place_in_its_figure(gap: float, scale: str, monkeypatch
     quality_against_sparsity([Point("wanda", "10%", 1, gap, 0.0, None), Point("wanda", "50%", 1, 0.8, 0.0, None)])
     assert figure.axes[0].get_yscale() == scale
     assert figure.axes[0].get_ylim()[0] < gap
+
+
+def test_names_in_figures_may_have_any_signs() -> None:
+    name = "price $5 to $9_x_^{.txt"
+    drawing = draw("names", name, lambda figure, _: figure.text(0.1, 0.5, name), caption=name, description=name)
+    assert name in drawing.wide
 
 
 def test_labels_in_figures_are_short_and_different() -> None:

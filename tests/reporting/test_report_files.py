@@ -507,7 +507,6 @@ def test_the_gap_s_error_is_that_of_a_resampled_ratio() -> None:
     jackknife = math.sqrt(199 / 200 * float((left_out.double() - left_out.double().mean()).square().sum()))
     assert found.closed == pytest.approx(closed(everything), abs=1e-5)
     assert found.closed_error == pytest.approx(jackknife, rel=0.02)
-    assert found.nats_error == pytest.approx(float((before - after).double().std()) / math.sqrt(200), rel=1e-3)
 
 
 def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
@@ -521,7 +520,7 @@ def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
     assert better_than_dense.closed is None
     alone = gain(replace(evaluation(20.0), reference=None), replace(evaluation(15.0), reference=None))
     assert alone is not None
-    assert (alone.nats, alone.closed) == (pytest.approx(math.log(20 / 15)), None)
+    assert alone.closed is None
     short = replace(samples.perplexity(20.0), window_nlls=())
     unpaired = gain(replace(evaluation(20.0, "wikitext2"), perplexity=short), evaluation(15.0, "wikitext2"))
     assert unpaired is not None

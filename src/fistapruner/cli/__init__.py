@@ -157,14 +157,14 @@ class _Output:
 def _readers_may_leave() -> Iterator[None]:
     """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``)."""
     before = sys.stdout, sys.stderr
-    # A stream that was closed before the program began is None.
-    sys.stdout, sys.stderr = (stream and cast(TextIO, _Output(stream)) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w", encoding="utf-8") as null:  # a stream that was closed before the program began is None
+        sys.stdout, sys.stderr = (cast(TextIO, _Output(stream or null)) for stream in before)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            sys.stdout, sys.stderr = before
 
 
 @contextmanager

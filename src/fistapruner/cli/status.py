@@ -22,11 +22,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..reporting.status_text import status_facts, status_text
     from ..runs.lock import holders
-    from ..runs.records import load_run
+    from ..runs.records import is_comparison, load_run
     from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
-    if any((folder / name).is_file() for name in ("compare.json", "dense.json")):  # dense.json is there before a row
+    if is_comparison(folder):
         return _comparison(folder, as_json=arguments.json)
     if (folder / "log.txt").is_file() and not any((folder / name).is_file() for name in ("run.json", "report.json")):
         at_work = holders(folder)
@@ -70,7 +70,8 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
         return 0
     print(f"{folder}: comparison, {rows} rows done, " + ("running" if working else "no process works on it"))
     if at_work is None:
-        print(f"for one of its {len(runs)} runs: fistapruner status {folder / 'runs'}/...")
+        if runs:
+            print(f"for one of its {len(runs)} runs: fistapruner status {folder / 'runs'}/...")
         return 0
     return run(argparse.Namespace(run_directory=at_work, json=False))
 

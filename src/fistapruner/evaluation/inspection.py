@@ -26,6 +26,8 @@ from ..sparse.pack import PackedCheckpoint, is_packed
 
 GROUPS = (2, 4, 8, 16, 32)
 
+NOT_FINITE = "has NaN or infinite weights"
+
 
 @dataclass(frozen=True)
 class OperatorInspection:
@@ -62,7 +64,8 @@ class Inspection:
         folder: the checkpoint's folder.
         operators: the linear operators of its decoder layers, in order.
         zeros: zeros of the whole model; ``weights``: all of its parameters.
-        faults: claims about operators that the checkpoint does not have, or that have another shape.
+        faults: claims about operators that the checkpoint does not have, or that have another shape; other tensors that
+            have NaN or infinite weights.
         widths: what the record tells of removed structure: decoder layer, what was removed, number before and after.
         lineage: how the model was made, None where its record does not say.
         low_rank: additional weights of the low-rank part beside the checkpoint, which is inspected without it, and its
@@ -164,7 +167,10 @@ def inspect_checkpoint(
                 claim = {"sparsity": str(asked)}  # not of a router, nor of what is outside the decoder layers
             inputs_first = known[name].transposed if known is not None and name in known else transposed
             operators.append(_inspect(entry, tensor, zero, claim, inputs_first))
-        elif asked is not None and _holds_experts(entry):
+            continue
+        if not _is_finite(tensor):
+            faults.append(f"{name}: {NOT_FINITE}")
+        if asked is not None and _holds_experts(entry):
             faults.append(
                 f"{name}: cannot be checked: it holds the matrices of all experts, and no model that can be built from "
                 "config.json tells which of its dimensions are the inputs"
@@ -232,13 +238,17 @@ def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
     return NM(n, m) if share <= 1 - zeros / weight.numel() + 0.05 else None
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
 def _inspect(
     entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool
 ) -> OperatorInspection:
     """Inspect one operator."""
     weight = (tensor.T if transposed else tensor).contiguous()
     pattern = exact_pattern(weight, zeros) if weight.ndim == 2 else None
-    fault = None if bool(torch.isfinite(tensor).all()) else "has NaN or infinite weights"
+    fault = None if _is_finite(tensor) else NOT_FINITE
     if claim is not None and fault is None:
         fault = _violation(weight, zeros, claim)
     said = None if claim is None else str(claim.get("sparsity"))

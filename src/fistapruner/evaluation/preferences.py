@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..runs.training_records import PreferenceFigures
+from ..runtime.numerics import mean_and_error
 from ..tuning.preference import accuracy, margins_of
 from .zero_shot import mcnemar
 
@@ -41,11 +40,4 @@ def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str
 
 
 def _accuracy_error(margins: Tensor) -> float:
-    return standard_error((margins > 0).double() + (margins == 0).double() / 2)
-
-
-def standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean of (pairs,) values; NaN for fewer than two."""
-    if len(values) < 2:
-        return math.nan
-    return float(torch.std(values) / math.sqrt(len(values)))
+    return mean_and_error((margins > 0).double() + (margins == 0).double() / 2)[1]

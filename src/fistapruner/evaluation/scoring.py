@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runs.results import Divergence, Perplexity
-from ..runtime.numerics import BUDGETS, Budgets, slices
+from ..runtime.numerics import BUDGETS, Budgets, mean_and_error, slices
 
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states of the last decoder layer (tokens, width) to logits (tokens, vocabulary)."""
@@ -109,23 +109,15 @@ def compare_tokens(
     return nll, reference_nll, kl, agree
 
 
-def mean_and_error(sums: Tensor, length: int) -> tuple[float, float]:
-    """Average (windows,) sums of ``length`` tokens each: mean over tokens, standard error over windows.
-
-    A window has ``length`` tokens. They depend on each other, so windows are the independent observations. The error
-    of a single window is not defined: NaN.
-    """
-    means = sums.double() / length
-    if means.numel() < 2:
-        return float(means.mean()), math.nan
-    return float(means.mean()), float(means.std(unbiased=True) / math.sqrt(means.numel()))
-
-
 def perplexity_of(
     sums: Tensor, length: int, *, data: str, split: str, seqlen: int, dtype: str, bos: str, sha256: str
 ) -> Perplexity:
-    """Make the perplexity record of (windows,) NLL sums."""
-    nll, error = mean_and_error(sums, length)
+    """Make the perplexity record of (windows,) NLL sums of ``length`` tokens each.
+
+    Tokens of a window depend on each other, so windows are the independent observations.
+    """
+    means = sums.double() / length
+    nll, error = mean_and_error(means)
     value = math.exp(nll) if nll < 700 else math.inf
     return Perplexity(
         data=data,
@@ -140,7 +132,7 @@ def perplexity_of(
         nll_standard_error=error,
         bos=bos,
         text_sha256=sha256,
-        window_nlls=tuple(round(value, 6) for value in (sums.double() / length).tolist()),
+        window_nlls=tuple(round(value, 6) for value in means.tolist()),
     )
 
 
@@ -148,7 +140,7 @@ def divergence_of(sums: WindowSums) -> Divergence:
     """Make the divergence record of sums that have a reference."""
     if sums.reference_nll is None or sums.kl is None or sums.agree is None:
         raise ValueError("these sums have no reference model")
-    kl, kl_error = mean_and_error(sums.kl, sums.length)
-    agree, agree_error = mean_and_error(sums.agree, sums.length)
-    difference, difference_error = mean_and_error(sums.nll - sums.reference_nll, sums.length)
+    kl, kl_error = mean_and_error(sums.kl.double() / sums.length)
+    agree, agree_error = mean_and_error(sums.agree.double() / sums.length)
+    difference, difference_error = mean_and_error((sums.nll - sums.reference_nll).double() / sums.length)
     return Divergence(kl, kl_error, agree, agree_error, difference, difference_error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.preferences import preference_figures, standard_error
+from ..evaluation.preferences import preference_figures
 from ..execution.alignment import AlignContext
 from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
@@ -16,6 +16,7 @@ from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
 from ..runs.training_records import Alignment
+from ..runtime.numerics import mean_and_error
 from ..tuning.preference import margins_of
 from ..tuning.trained import Trained
 from .prepare_align import make_text, prepare
@@ -108,13 +109,13 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
         references=dict(zip(mixture.names, weights, strict=True)) if used else {},
         test=preference_figures({**models, RESULT: own}, tokens, RESULT),
         reward_accuracy=float((margins > 0).double().mean()),
-        reward_accuracy_error=standard_error((margins > 0).double()),
+        reward_accuracy_error=mean_and_error((margins > 0).double())[1],
         margin=float(margins.mean()),
-        margin_error=standard_error(margins),
+        margin_error=mean_and_error(margins)[1],
         chosen_reward=chosen,
-        chosen_reward_error=standard_error(rewards[:, 0]),
+        chosen_reward_error=mean_and_error(rewards[:, 0])[1],
         rejected_reward=rejected,
-        rejected_reward_error=standard_error(rewards[:, 1]),
+        rejected_reward_error=mean_and_error(rewards[:, 1])[1],
     )
     if chosen < LOWEST_REWARD:
         report.warnings.append(_less_likely(chosen, context.recipe))

@@ -48,7 +48,7 @@ from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CompareRow, Comparison, Report, load_comparison, load_run
+from ..runs.records import STATES, CompareRow, Comparison, Report, load_comparison, load_run
 from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
@@ -60,7 +60,7 @@ from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
-from .prepare import draw_windows, drawing_of
+from .prepare import describe_model, draw_windows, drawing_of
 from .protocol import Protocol, distinct_seeds
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap, shared_text
@@ -76,9 +76,6 @@ _PERPLEXITY = TypeAdapter(Perplexity)
 
 STAMPS = "stamps"
 """Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the model that was measured."""
-
-STATES = "dense-states"
-"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
 
 
 def compare(
@@ -103,7 +100,8 @@ def compare(
         model: hub id, local folder, GGUF file, or ``smollm2``.
         methods: see :func:`parse_contenders`.
         sparsities: patterns, such as ``["50%", "2:4"]``.
-        out: folder of the comparison; one that was begun is continued, and rows it has beside those asked for now stay.
+        out: folder of the comparison; one that was begun is continued, and rows it has beside those asked for now stay,
+            but for those whose model or calibration text has changed.
         seeds: each draws its own calibration windows; every method sees the same ones.
         settings: recipe settings that all share.
         data: text to evaluate on, as :func:`fistapruner.evaluate` takes it, in windows as long as the first method's
@@ -133,7 +131,7 @@ def compare(
     refuse_low_rank(source.folder, "compare")
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
-    _rows_that_stay(before, jobs, protocol, folder)
+    _rows_that_stay(before.rows, jobs, protocol, source, folder)
     check_texts(jobs, source, folder)
     calibrated: CalibrationWindows = {}
     for job in jobs:
@@ -142,24 +140,31 @@ def compare(
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     with continued_by_its_command(), hold(folder):
+        before = _before(folder, model)  # as it is now that it is held
+        rows, dropped = _rows_that_stay(before.rows, jobs, protocol, source, folder)
         comparison = Comparison(
             command=command or shlex.join(sys.argv),
             started=now(),
             versions=versions(),
             machine=describe_machine(choose_device(protocol.device), default_threads(jobs[0].recipe.execution)),
-            rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
+            model=describe_model(source, model, open_model(source, jobs[0].recipe)),
+            calibration=before.calibration if rows else None,
+            rows=rows,
         )
-        for warning in shared_texts(jobs, data):
+        for warning in [*dropped, *shared_texts(jobs, data)]:
             listener.say(warning)
             comparison.warnings.append(warning)
         with closing(KeptStates(source.folder, folder / STATES)) as kept:
             shared = _Shared(model, source, folder, protocol, listener, keep, kept, calibrated)
             dense = measure_dense(shared)
             comparison.dense = dense
+            if before.rows:  # those that are out of date go before their runs are made again
+                _write(folder, comparison)
             for number, job in enumerate(jobs, 1):
                 listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
                 draw(job, source, folder, calibrated, listener)
-                comparison.rows.append(run_job(job, shared, comparison, dense))
+                row = run_job(job, shared, comparison, dense)
+                comparison.rows = [*(other for other in comparison.rows if other.key != row.key), row]
                 _write(folder, comparison)
         comparison.status = "finished"
         comparison.finished = now()
@@ -185,9 +190,14 @@ class Job:
     seed: int
     recipe: Recipe
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Identify its row among those of a comparison."""
+        return self.label, str(self.recipe.sparsity), self.seed
+
     def run(self, folder: Path) -> PruneDirectory:
         """Return its run directory in that of a comparison."""
-        return PruneDirectory(folder / "runs" / run_name(self.label, str(self.recipe.sparsity), self.seed))
+        return PruneDirectory(folder / "runs" / run_name(*self.key))
 
 
 def plan_jobs(
@@ -304,7 +314,7 @@ def run_job(job: Job, shared: _Shared, comparison: Comparison, dense: Perplexity
     Args:
         job: what to do.
         shared: what all jobs share.
-        comparison: receives what all runs have in common.
+        comparison: receives the calibration that all runs have in common.
         dense: perplexity of the dense model.
 
     Returns:
@@ -439,25 +449,45 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
 
 
 def _rows_that_stay(
-    before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path
-) -> list[CompareRow]:
-    """Select the rows of an earlier comparison that are not asked for now.
+    before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, source: ModelSource, folder: Path
+) -> tuple[list[CompareRow], list[str]]:
+    """Select the rows of an earlier comparison that stay, or stand until they are made again.
+
+    One that is asked for now stands if it was measured on the same windows: an interruption does not lose it.
+
+    Returns:
+        The rows; and a warning for each that is not asked for now and whose model or calibration text has changed.
 
     Raises:
         FistaPrunerError: a row was made by another protocol, or one that is asked for was begun with other settings.
     """
-    asked = {(job.label, str(job.recipe.sparsity), job.seed) for job in jobs}
-    stay = []
+    asked = {job.key for job in jobs}
+    stay, dropped = [], []
     for row in before:
-        kept = (row.label, row.sparsity, row.seed) not in asked
+        kept = row.key not in asked
         protocol.check(row, folder, kept=kept)
-        stay += [row] if kept else []
+        if changed := _changed(PruneDirectory(folder / "runs" / run_name(*row.key)), source):
+            said = (
+                f"the row {row.label}, {row.sparsity}, seed {row.seed} is left out: {changed}; name it to make it again"
+            )
+            dropped += [said] if kept else []
+        elif kept or protocol.covers(row.perplexity):
+            stay.append(row)
     for job in jobs:
         run = job.run(folder)
         if (record := run.record()) is not None:
             earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
             refuse_other_settings(run, earlier, job.recipe)
-    return stay
+    return stay, dropped
+
+
+def _changed(run: PruneDirectory, source: ModelSource) -> str | None:
+    """Say whether model or calibration text of a run has changed since it began; None where not."""
+    with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
+        if (record := run.record()) is not None:
+            text = changed_text(record, Recipe.build(record.recipe, str(run.run_file)))
+            return text or changed_files(record.decision.stamps, source)
+    return None
 
 
 def _find_source(model: str, folder: Path, permissions: Permissions) -> ModelSource:
@@ -469,24 +499,24 @@ def _find_source(model: str, folder: Path, permissions: Permissions) -> ModelSou
     return permissions.find(model)
 
 
-def _before(folder: Path, model: str) -> list[CompareRow]:
-    """Read the rows of the comparison that ``folder`` already holds."""
+def _before(folder: Path, model: str) -> Comparison:
+    """Read the comparison that ``folder`` already holds; one without rows where there is none."""
     refuse_file(folder)
     if (folder / "compare.json").is_file():
         before = load_comparison(folder)
-        if before.model.source and not same_model(before.model.source, model):
+        if not same_model(before.model.source, model):
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
                 "folder"
             )
-        return before.rows
+        return before
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
     own = {"runs", LOCK, STATES, "dense.json", *(name + PARTIAL for name in ("dense.json", "compare.json"))}
     if names - own or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
-    return []
+    return Comparison()
 
 
 def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: ModelSource) -> Report | None:
@@ -557,9 +587,7 @@ def _filled(
 
 
 def _adopt(comparison: Comparison, report: Report, protocol: Protocol) -> None:
-    """Take from a run what all rows share: the model, and the calibration unless the run has its own."""
-    if not comparison.model.source:
-        comparison.model = report.model
+    """Take the calibration from a run, unless it has its own."""
     if comparison.calibration is None and protocol.shares(Recipe.build(report.recipe).calibration):
         comparison.calibration = report.calibration
 

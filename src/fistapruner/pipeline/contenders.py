@@ -30,14 +30,15 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
     """Read ``--methods``: method chains or recipes separated by commas, each with settings after an ``@``.
 
     ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` belongs to the method before
-    it. Dots name settings of a section: ``alps@calibration.samples=64``. The name of a shipped recipe, or a ``.yaml``
+    it. A value in brackets may have commas. Dots name settings of a section: ``alps@calibration.samples=64``. Each item
+    of a list is read as such a text. The name of a shipped recipe, or a ``.yaml``
     file, is a recipe; its sparsity, calibration, seed and execution are left out: all methods use those of the
     comparison.
 
     Raises:
         FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share.
     """
-    parts = text.split(",") if isinstance(text, str) else list(text)
+    parts = [part for item in ([text] if isinstance(text, str) else text) for part in _split(item)]
     grouped: list[list[str]] = []
     for part in (part.strip() for part in parts):
         name, at, first = part.partition("@")
@@ -67,6 +68,24 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
     return contenders
 
 
+def has_own_calibration(label: str) -> bool:
+    """Check whether a method as the user wrote it has calibration settings of its own."""
+    _, at, settings = label.partition("@")
+    return bool(at) and "calibration" in _nested(_split(settings), label)
+
+
+def _split(text: str) -> list[str]:
+    """Split text at its commas, but for those inside a value in brackets."""
+    parts: list[str] = []
+    for piece in text.split(","):
+        value = parts[-1].partition("=")[2].lstrip() if parts else ""
+        if value.startswith(("[", "{")) and sum(map(value.count, "[{")) > sum(map(value.count, "]}")):
+            parts[-1] += f",{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
 def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
     """``["dense_target=0.5", "calibration.samples=64"]`` as a mapping."""
     result: dict[str, Any] = {}
@@ -75,10 +94,11 @@ def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
         if not equals or not key or not value:
             raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as dense_target=0.5")
         parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
-        if key in SHARED:
+        inside = [f"{key}.{name}" for name in parsed] if isinstance(parsed, dict) else []
+        if shared := next((name for name in (key, *inside) if name in SHARED), None):
             raise FistaPrunerError(
-                f"--methods {label}: {setting!r} is for one method, and {key} is that of {SHARED[key]} for all: leave "
-                "it out"
+                f"--methods {label}: {setting!r} is for one method, and {shared} is that of {SHARED[shared]} for all: "
+                "leave it out"
             )
         if key == "method":
             raise FistaPrunerError(f"--methods {label}: {setting!r} is a second method: write it before the @")

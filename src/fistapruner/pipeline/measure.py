@@ -312,7 +312,7 @@ def evaluate_run(
             _compare_texts(report, data, told)
 
         def keep(found: Evaluation) -> None:
-            report.evaluations = [*_without(report.evaluations, found), found]
+            report.evaluations = _in_place(report.evaluations, found)
             publish(run, report, told)
 
         found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
@@ -384,17 +384,23 @@ def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
     return run, report
 
 
-def _without(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Earlier evaluations, less what ``found`` measures again."""
+def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
+    """Put an evaluation in the place of the earlier one on its text, or last.
+
+    What it measures again is left out of the others.
+    """
     again = {(task.task, task.metric) for task in found.tasks}
-    kept = []
+    kept: list[Evaluation] = []
+    place = None
     for evaluation in earlier:
         tasks = tuple(task for task in evaluation.tasks if (task.task, task.metric) not in again)
         rest = replace(evaluation, tasks=tasks)
         if _same_text(evaluation, found):
             rest = replace(rest, perplexity=None, reference=None, divergence=None)
+            place = len(kept) if place is None else place
         if rest.perplexity is not None or rest.tasks:
             kept.append(rest)
+    kept.insert(len(kept) if place is None else place, found)
     return kept
 
 

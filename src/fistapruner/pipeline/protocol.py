@@ -11,6 +11,7 @@ from ..evaluation.data import Windows
 from ..recipes.settings import Calibration, Recipe
 from ..runs.records import CompareRow
 from ..runs.results import Perplexity
+from .contenders import has_own_calibration
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Protocol:
             f"--out {folder} holds the row {row.label}, {row.sparsity}, seed {row.seed}",
             "name another folder",
         )
-        if "calibration" in row.settings and "calibration." not in (row.label or ""):
+        if "calibration" in row.settings and not has_own_calibration(row.label or ""):
             calibration = Recipe.build(
                 {"calibration": row.settings["calibration"]}, str(folder / "compare.json")
             ).calibration

@@ -129,6 +129,7 @@ def _svg(key: str, plot: Plot, width: int, height: int) -> str:
         "axes.titlesize": 12,
         "axes.labelsize": 11.5,
         "text.color": INK,
+        "text.parse_math": False,  # a name may have two dollar signs
         "axes.labelcolor": MUTED,
         "axes.edgecolor": GRID,
         "axes.facecolor": "none",

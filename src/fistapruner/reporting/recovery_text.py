@@ -17,13 +17,10 @@ class Gain:
     """What recovery changed on one text.
 
     Args:
-        nats: mean token NLL before minus after; ``nats_error``: its standard error, paired over windows.
         closed: share of the gap to the dense model, ln(perplexity before / dense), that is closed; ``closed_error``:
             its standard error, paired over windows (delta method). None where there is no gap or no dense model.
     """
 
-    nats: float
-    nats_error: float
     closed: float | None = None
     closed_error: float | None = None
 
@@ -37,14 +34,13 @@ def gain(before: Evaluation, after: Evaluation) -> Gain | None:
     old, new = before.perplexity, after.perplexity
     if old is None or new is None or old.measured_on != new.measured_on or not math.isfinite(old.nll - new.nll):
         return None
-    nats, nats_error = old.nll - new.nll, _error(_differences(old, new))
     dense = after.reference or before.reference
     if dense is None or dense.measured_on != new.measured_on or not old.nll - dense.nll > 0:
-        return Gain(nats, nats_error)
+        return Gain()
     gap = old.nll - dense.nll
     left = (new.nll - dense.nll) / gap
     pairs = zip(_differences(new, dense), _differences(old, dense), strict=False)
-    return Gain(nats, nats_error, 1 - left, _error([(a - left * b) / gap for a, b in pairs]))
+    return Gain(1 - left, _error([(a - left * b) / gap for a, b in pairs]))
 
 
 def gain_of(report: Report, after: Evaluation) -> tuple[Evaluation, Gain] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runs.records import load_comparison, load_run
+from ..runs.records import is_comparison, load_comparison, load_run
 from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
 from .page import run_page
@@ -27,7 +27,7 @@ def write_page(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise FistaPrunerError(f"{folder} is not a folder: give a run directory or the folder of a comparison")
-    if (folder / "compare.json").is_file():
+    if is_comparison(folder):
         text, out = comparison_page(load_comparison(folder)), folder / "compare.html"
     else:
         text, out = run_page(load_run(folder)), folder / "report.html"

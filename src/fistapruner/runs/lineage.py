@@ -96,7 +96,7 @@ def stage_of(report: Report) -> Stage:
     """Describe a run as a stage of its model's making."""
     errors = [found.relative_error for layer in report.layers for found in layer.operators]
     known = [error for error in errors if error is not None and math.isfinite(error)]
-    measured = next((found for found in reversed(report.evaluations) if found.perplexity is not None), None)
+    measured = next((found for found in report.evaluations if found.perplexity is not None), None)
     return Stage(
         kind=report.kind,
         command=report.command,

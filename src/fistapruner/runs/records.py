@@ -18,6 +18,7 @@ from ..runtime.machine import Machine
 from .base import VERSION, Record, parse, read_json
 from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry
+from .lock import NAME as LOCK
 from .results import Divergence, Evaluation, Perplexity
 from .training_records import Alignment, Recovery, TextSide
 
@@ -443,6 +444,11 @@ class CompareRow(Record):
     error: str | None = None
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """Identify the row among those of a comparison."""
+        return self.label or self.method, self.sparsity, self.seed
+
+    @property
     def zeros_share(self) -> float | None:
         """Share of zeros in the operators; None where it is not known."""
         if not self.operator_weights or self.operator_zeros is None:
@@ -457,6 +463,10 @@ class CompareRow(Record):
         return (f" and {percent(more / weights)} more weights" if more and weights else "") + (
             f" (structure {removed} removed)" if removed else ""
         )
+
+
+STATES = "dense-states"
+"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
 
 
 class Comparison(Record):
@@ -477,13 +487,22 @@ class Comparison(Record):
     warnings: list[str] = []
 
 
+def is_comparison(folder: Path) -> bool:
+    """Check whether a folder is that of a comparison, which may have no row yet."""
+    if any((folder / name).is_file() for name in ("compare.json", "dense.json", STATES)):
+        return True
+    return (folder / "runs").is_dir() and {entry.name for entry in folder.iterdir()} <= {"runs", LOCK}
+
+
 def load_comparison(folder: Path) -> Comparison:
     """Read ``DIR/compare.json``.
 
     Raises:
-        FistaPrunerError: it is broken, or of ``align --compare``, whose file has the same name.
+        FistaPrunerError: it is broken or not there yet, or of ``align --compare``, whose file has the same name.
     """
     file = folder / "compare.json"
+    if not file.is_file():
+        raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
     content = read_json(file)
     if "kind" not in content and "recipe" in content:
         raise FistaPrunerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -241,6 +242,13 @@ def pass_dtype(stored: torch.dtype, device: torch.device, bf16_units: bool | Non
         return stored if device.type != "cpu" else torch.float32
     units = has_bf16_units(device) if bf16_units is None else bf16_units
     return stored if units else torch.float32
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of (n,) independent values and its standard error, which is NaN for fewer than two."""
+    if values.numel() < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(values.std() / math.sqrt(values.numel()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..constraints import Unstructured
 from ..runs.records import WorkloadFacts, WorkloadRule, WorkloadTask
-from ..runtime.numerics import seeded
+from ..runtime.numerics import mean_and_error, seeded
 from .error_curves import Budget
 from .forecast import Forecast, expected_excess, feature_scale, fit_forecast, train
 from .so_ebm import energy_loss, importance_weights
@@ -230,8 +230,8 @@ def compare_rules(history: History, costs: Costs, *, seed: int = 0, experimental
     least = min((rule for rule in paid if rule != "uniform"), key=lambda rule: float(paid[rule].mean()))
     rows = []
     for rule, cost in paid.items():
-        regret, regret_error = _mean_and_error(cost - known.min(1).values)
-        behind, behind_error = _mean_and_error(cost - paid[least])
+        regret, regret_error = mean_and_error(cost - known.min(1).values)
+        behind, behind_error = mean_and_error(cost - paid[least])
         rows.append(
             WorkloadRule(
                 rule=rule,
@@ -314,8 +314,3 @@ def allocate_workload(
         unknown_features=unknown,
     )
     return budget.sparsities(found.zeros[chosen]), facts
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Return mean and standard error."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
