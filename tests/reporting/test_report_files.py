@@ -518,6 +518,12 @@ def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
     better_than_dense = gain(evaluation(9.0), evaluation(8.0))
     assert better_than_dense is not None
     assert better_than_dense.closed is None
+    noise = tuple(math.log(10.1) + 0.5 * math.sin(3 * window) for window in range(60))
+    unclear = gain(
+        replace(evaluation(10.1), perplexity=replace(samples.perplexity(10.1, "a"), window_nlls=noise)), evaluation(9.0)
+    )
+    assert unclear is not None
+    assert unclear.closed is None, "the gap is below twice its error"
     alone = gain(replace(evaluation(20.0), reference=None), replace(evaluation(15.0), reference=None))
     assert alone is not None
     assert alone.closed is None

@@ -18,7 +18,8 @@ class Gain:
 
     Args:
         closed: share of the gap to the dense model, ln(perplexity before / dense), that is closed; ``closed_error``:
-            its standard error, paired over windows (delta method). None where there is no gap or no dense model.
+            its standard error, paired over windows (delta method). None without a dense model, and where the gap is
+            not above twice its own standard error: a share of noise says nothing.
     """
 
     closed: float | None = None
@@ -35,11 +36,13 @@ def gain(before: Evaluation, after: Evaluation) -> Gain | None:
     if old is None or new is None or old.measured_on != new.measured_on or not math.isfinite(old.nll - new.nll):
         return None
     dense = after.reference or before.reference
-    if dense is None or dense.measured_on != new.measured_on or not old.nll - dense.nll > 0:
+    if dense is None or dense.measured_on != new.measured_on:
         return Gain()
-    gap = old.nll - dense.nll
+    gap, gaps = old.nll - dense.nll, _differences(old, dense)
+    if not gap > 0 or gap <= 2 * _error(gaps):
+        return Gain()
     left = (new.nll - dense.nll) / gap
-    pairs = zip(_differences(new, dense), _differences(old, dense), strict=False)
+    pairs = zip(_differences(new, dense), gaps, strict=False)
     return Gain(1 - left, _error([(a - left * b) / gap for a, b in pairs]))
 
 
