@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.pipeline.begun import absolute
 from fistapruner.pipeline.prune import finish_run
+from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
@@ -396,6 +399,38 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert fp.resume("run").status == "finished"
 
 
+class StopsAfterALayer(Listener):
+    """Interrupts."""
+
+    def layer(self, entry: LayerEntry) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
+def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tmp_path: Path, finished: bool) -> None:
+    """The recovery, its evaluation, the execution; ``resume`` does it after another interruption."""
+    run = tmp_path / "run"
+    following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}
+    asked = {**SETTINGS, "recover": following, "evaluate": "python", "evaluate_windows": 1}
+    asked["execution"] = {"batch_size": 1}
+    with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        fp.prune(dense, run, listener=Listener() if finished else StopsAfterALayer(), **SETTINGS)
+    if finished:
+        report = fp.prune(dense, run, **asked)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(dense, run, listener=StopsAfterALayer(), **asked)
+        report = fp.resume(run)
+    assert (report.kind, len(report.evaluations), len(load_run(run).evaluations)) == ("recover", 1, 1)
+    record = PruneDirectory(run).record()
+    assert record is not None
+    assert record.decision.evaluation is not None
+    assert record.decision.evaluation.windows == record.recipe["execution"]["batch_size"] == 1
+    assert Recipe.from_yaml((run / "recipe.yaml").read_text()) == Recipe.build(record.recipe)
+    fp.prune(dense, run, only_layers=(0, 0), **SETTINGS)  # a part leaves what follows alone
+    assert PruneDirectory(run).record() == record
+
+
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
 def test_a_recovery_in_a_moved_tree_is_still_the_run(
     dense: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
@@ -655,7 +690,6 @@ def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
     shutil.rmtree(run)
     settings = {**SETTINGS, "recover": following}
     fp.prune(dense, run, evaluate="python", evaluate_windows=1, **settings)
-    begun_on(PruneDirectory(run), "cuda:99")
     begun_on(RecoverDirectory(run / "recovered"), "cuda:99")
 
     def prune(listener: Listener) -> Report:
@@ -668,6 +702,7 @@ def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
         ("resume", lambda listener: fp.resume(run, listener=listener)),
         ("finish", lambda listener: finish_run(run, listener=listener)),
     ):
+        begun_on(PruneDirectory(run), "cuda:99")  # the command before has written its own device
         for folder in (run, run / "recovered"):
             shutil.rmtree(folder / "model")
             (folder / "report.json").unlink()

@@ -149,25 +149,6 @@ def _find_again(
     return permissions.find(model, versions.get("transformers"))
 
 
-def note_place(
-    run: PruneDirectory, begun: PruneRecord, model: str, source: ModelSource, evaluation: EvaluationRequest | None
-) -> None:
-    """Record where the model of a begun run is now, such as in a moved tree, and the text to evaluate on.
-
-    All processes of the run open it there.
-
-    Args:
-        run: its directory.
-        begun: its record.
-        model: as the user named it; ``source``: where it is now.
-        evaluation: the text that the user names.
-    """
-    folder = source.folder.absolute()
-    if folder != begun.decision.folder:
-        place = {"model": absolute(model), "folder": folder, **moved_text(begun.decision.evaluation, evaluation)}
-        run.write_record(begun.model_copy(update={"decision": begun.decision.model_copy(update=place)}))
-
-
 def refuse_other(
     run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe, permissions: Permissions
 ) -> None:

@@ -35,12 +35,11 @@ from .begun import (
     execution_here,
     find_finished,
     find_source,
-    note_place,
     same_path,
 )
 from .finish import finish, reporting_failure
 from .measure import measure
-from .prepare import prepare
+from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
 from .recover_inputs import check_following
@@ -247,12 +246,13 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
         if report is None:
             with spent(run.folder, only) as times:
                 report = _prune(run, request, found, times, told, inspect)
+        elif only is None and (begun := run.record()) is not None:
+            folder = begun.decision.folder
+            if not same_path(begun.decision.model, request.model) and Path(request.model).exists():
+                folder = find_source(request.model, begun, request.permissions).folder.absolute()
+            note_command(run, begun, request, folder)
         if only is not None:  # other parts may be at work, and one process alone measures and writes the report
             return report
-        begun = run.record()
-        if begun is not None and not same_path(begun.decision.model, request.model) and Path(request.model).exists():
-            source = find_source(request.model, begun, request.permissions)
-            note_place(run, begun, request.model, source, request.evaluation)
         execution = request.recipe.execution
         return measure(run, report, request.evaluation, execution, request.permissions, listener)
 
