@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -429,6 +430,19 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
     assert Recipe.from_yaml((run / "recipe.yaml").read_text()) == Recipe.build(record.recipe)
     fp.prune(dense, run, only_layers=(0, 0), **SETTINGS)  # a part leaves what follows alone
     assert PruneDirectory(run).record() == record
+
+
+def test_other_windows_than_those_of_the_run_or_its_recipe_are_refused(dense: Path, run: Path, tmp_path: Path) -> None:
+    tokens, how = PruneDirectory(run).tokens(), {"source": "mine", "how": "drawn", "sha256": ""}
+    assert fp.prune(dense, run, tokens=(tokens.to(torch.int32), how), **SETTINGS).status == "finished"
+    for left in (True, False):
+        with pytest.raises(fp.FistaPrunerError, match="holds a run of other calibration windows"):
+            fp.prune(dense, run, tokens=(tokens.flip(1), how), **SETTINGS)
+        if left:
+            (run / "report.json").unlink()
+    for shape in ((1, 16), (4, 8)):
+        with pytest.raises(fp.FistaPrunerError, match=rf"tokens has the shape {re.escape(str(shape))}, .*\(2, 16\)"):
+            fp.prune(dense, tmp_path / "new", tokens=(torch.ones(shape, dtype=torch.int64), how), **SETTINGS)
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])

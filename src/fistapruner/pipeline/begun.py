@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import FistaPrunerError
 from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
@@ -191,6 +194,26 @@ def refuse_other_settings(run: PruneDirectory, before: Mapping[str, Any], recipe
                 f"--out {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
                 f"this one has {json.dumps(now[key])}: name another folder, or remove it"
             )
+
+
+def refuse_other_tokens(run: PruneDirectory, tokens: Tensor, recipe: Recipe, permissions: Permissions) -> None:
+    """Refuse to continue a run with other calibration windows, unless their text or the model has changed since.
+
+    Raises:
+        FistaPrunerError: the directory holds a run of other windows.
+    """
+    record = run.record()
+    if record is None or changed_text(record, recipe) or changed_model(run, record, recipe, permissions):
+        return  # nothing has begun, or the run is made again
+    try:
+        same = torch.equal(run.tokens(), tokens.to(torch.int64))
+    except FistaPrunerError:  # without its own windows it is made again, too
+        return
+    if not same:
+        raise FistaPrunerError(
+            f"--out {run.folder} holds a run of other calibration windows than those of tokens: name another folder, "
+            "or remove it"
+        )
 
 
 def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:

@@ -35,6 +35,7 @@ from .begun import (
     execution_here,
     find_finished,
     find_source,
+    refuse_other_tokens,
     same_path,
 )
 from .finish import finish, reporting_failure
@@ -83,7 +84,8 @@ def prune(
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
             are done, :func:`finish_run` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve.
-        tokens: calibration windows that were drawn before with the recipe's settings, and how they were drawn.
+        tokens: (samples, seqlen) calibration windows that were drawn before with the recipe's settings, and how they
+            were drawn; those of a run that is continued must be its own.
         source: the model where it was found before, as by a comparison; None finds it.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
@@ -239,6 +241,8 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener = Logged(told)
     found = find_finished(run, request.model, request.recipe, request.permissions)
+    if request.drawn is not None:
+        refuse_other_tokens(run, request.drawn[0], request.recipe, request.permissions)
     report, only = found.report, request.only_layers
     with _saying_how_to_continue(run, only), run.created(), hold(run.folder, only), log_file(run.log_file):
         if found.says and (report is not None or only is None):  # a part makes nothing again

@@ -131,6 +131,11 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         if not run.model.is_dir():
             say_other_versions(begun.versions, listener)
     tokenizer, seqlen = source.tokenizer(), window_length(recipe.calibration.seqlen, model)
+    if request.drawn is not None and request.drawn[0].shape != (recipe.calibration.samples, seqlen):
+        raise FistaPrunerError(
+            f"tokens has the shape {tuple(request.drawn[0].shape)}, and the recipe's (samples, seqlen) are "
+            f"{(recipe.calibration.samples, seqlen)}"
+        )
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
