@@ -43,7 +43,7 @@ from .measure import measure
 from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
-from .recover_inputs import check_following
+from .recover_inputs import check_following, check_trained
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""
@@ -220,6 +220,11 @@ def _recover(
     )
 
 
+def _recovery_is_new(run: PruneDirectory, in_parts: bool) -> bool:
+    """Check that no recovery of a run has begun; a part of the layers checks what follows only in a new run."""
+    return not run.run_file.exists() or not (in_parts or RecoverDirectory(run.recovered).run_file.exists())
+
+
 def recovers(begun: TrainingRecord, pruned: Report) -> bool:
     """Check that a recovery began with the result of this pruning."""
     stages = begun.lineage.stages if begun.lineage else []
@@ -275,8 +280,10 @@ def _prune(
     reset_peak_memory(device)
     for sentence in request.recipe.execution.without_effect():
         listener.say(sentence)
-    if request.recipe.recover is not None and not run.run_file.exists():
-        check_following(request.recipe, request.permissions.find(request.model))
+    if request.recipe.recover is not None and not found.damaged and _recovery_is_new(run, only is not None):
+        source = request.source or find_source(request.model, run.record(), request.permissions)
+        check_following(request.recipe, source)
+        check_trained(request.recipe, source)
     with preparing(run.folder) if only else nullcontext():
         before = run.record()
         prepare(run, request, listener)
