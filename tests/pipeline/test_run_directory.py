@@ -541,6 +541,16 @@ def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, t
     assert len(before.evaluations) == 1
 
 
+def test_finish_refuses_another_model_and_says_what_makes_the_run_again(dense: Path, tmp_path: Path) -> None:
+    model, run, said = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "run", Said()
+    fp.prune(model, run, **SETTINGS)
+    tiny.save("llama", model, seed=5, num_hidden_layers=2)
+    message = f"{model} is not the model that it pruned: 'fistapruner resume {run}' makes the whole run again"
+    with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
+        finish_run(run, listener=said)
+    assert not said.sentences
+
+
 def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path: Path) -> None:
     """Files of others in its folder are kept, and stop the run."""
     text, run = tmp_path / "text.txt", tmp_path / "run"

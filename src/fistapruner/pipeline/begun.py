@@ -74,7 +74,8 @@ def find_finished(
         prepares: a calibration text that has changed makes the run again; else the layers are taken as they are.
 
     Raises:
-        FistaPrunerError: the directory holds a run of another model or recipe.
+        FistaPrunerError: the directory holds a run of another model or recipe; or the model has changed, and
+            ``prepares`` is False.
     """
     record = run.record()
     if record is None:
@@ -90,6 +91,10 @@ def find_finished(
         return FinishedRun()
     why = changed_text(record, recipe) if prepares else None
     if why or (why := changed_model(run, record, recipe, permissions)):
+        if not prepares:
+            raise FistaPrunerError(
+                f"{why}: 'fistapruner resume {run.folder}' makes the whole run again, or put the old files back"
+            )
         return FinishedRun(says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
         return FinishedRun(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
