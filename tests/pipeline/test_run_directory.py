@@ -551,6 +551,19 @@ def test_finish_refuses_another_model_and_says_what_makes_the_run_again(dense: P
     assert not said.sentences
 
 
+def test_a_run_whose_evaluation_text_is_gone_goes_on_without_it(dense: Path, tmp_path: Path) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT * 20)
+    fp.prune(dense, run, evaluate=text, only_layers=(0, 1), **SETTINGS)
+    text.unlink()
+    for go_on in (finish_run, fp.resume):
+        with pytest.raises(fp.FistaPrunerError, match=r"text\.txt, which this run evaluates on, is gone: .*none"):
+            go_on(run)
+    assert not (run / "model").exists()
+    assert fp.prune(dense, run, **SETTINGS).status == "finished"  # as the command with --evaluate none
+    assert fp.resume(run).status == "finished"
+
+
 def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path: Path) -> None:
     """Files of others in its folder are kept, and stop the run."""
     text, run = tmp_path / "text.txt", tmp_path / "run"

@@ -39,6 +39,19 @@ def evaluation_on(evaluate: str | Path, windows: Any) -> EvaluationRequest:
     return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 
+def refuse_lost_text(known: EvaluationRequest | None) -> None:
+    """Refuse to go on with a run whose text to evaluate on is a file that is gone.
+
+    Raises:
+        FistaPrunerError: names it, and the command that goes on without it.
+    """
+    if known is not None and os.path.isabs(known.data) and not Path(known.data).exists():
+        raise FistaPrunerError(
+            f"the text {known.data}, which this run evaluates on, is gone: give its prune command again for all "
+            "layers, with another --evaluate, or with --evaluate none"
+        )
+
+
 def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
     """Return what changes in a decision where its text to evaluate on is a file that is elsewhere now."""
     if known is None or now is None or Path(known.data).exists() or not os.path.isabs(known.data):

@@ -35,6 +35,7 @@ from .begun import (
     execution_here,
     find_finished,
     find_source,
+    refuse_lost_text,
     refuse_other_tokens,
     same_path,
 )
@@ -147,6 +148,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     begun = run.record()
     assert begun is not None  # the caller has read it
     evaluation = begun.decision.evaluation
+    refuse_lost_text(evaluation)
     return prune(
         begun.decision.model,
         run.folder,
@@ -175,7 +177,7 @@ def finish_run(
         listener: receives progress.
 
     Raises:
-        FistaPrunerError: layers are missing; they are named.
+        FistaPrunerError: layers are missing, or the text to evaluate on; they are named.
     """
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
@@ -183,6 +185,7 @@ def finish_run(
     if begun is None:
         raise FistaPrunerError(f"{run.folder} is not a run that was begun (it has no run.json)")
     run.check_place()
+    refuse_lost_text(begun.decision.evaluation)
     recipe = _recipe_here(run, begun, listener)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
     report = found.report
