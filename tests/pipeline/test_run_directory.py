@@ -400,7 +400,7 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert fp.resume("run").status == "finished"
 
 
-class StopsAfterALayer(Listener):
+class StopsAfterALayer(Said):
     """Interrupts."""
 
     def layer(self, entry: LayerEntry) -> None:
@@ -419,8 +419,10 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
     if finished:
         report = fp.prune(dense, run, **asked)
     else:
+        told = StopsAfterALayer()
         with pytest.raises(KeyboardInterrupt):
-            fp.prune(dense, run, listener=StopsAfterALayer(), **asked)
+            fp.prune(dense, run, listener=told, **asked)
+        assert "this run keeps the plan that it began with: another --batch-size changes nothing" in told.sentences
         report = fp.resume(run)
     assert (report.kind, len(report.evaluations), len(load_run(run).evaluations)) == ("recover", 1, 1)
     record = PruneDirectory(run).record()

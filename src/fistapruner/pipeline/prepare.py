@@ -36,7 +36,7 @@ from ..sensitivity.decision import needs_measuring
 from .begun import absolute, changed_text, moved_text
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
-from .prune_inputs import Inputs, RunRequest, check_inputs
+from .prune_inputs import Inputs, RunRequest, check_inputs, say_kept_plan
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     begun = run.record()
     inputs = check_inputs(run, request, begun, listener)
     if begun is not None:
+        say_kept_plan(begun, request.recipe.execution, listener)
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
             note_command(run, begun, request, inputs.source.folder.absolute())

@@ -22,8 +22,9 @@ from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
-from ..runs.decision import EvaluationRequest, PruneRecord
+from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.machine import versions
@@ -202,6 +203,14 @@ def refuse_overlap(source: Path, out: Path) -> None:
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or outer in inner.parents:
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
+
+
+def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) -> None:
+    """Say which settings change nothing, because a run that goes on keeps its plan."""
+    for name in ("memory_limit", "batch_size"):
+        if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
+            flag = f"--{name.replace('_', '-')}"
+            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
 
 
 def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
