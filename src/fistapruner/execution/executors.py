@@ -89,7 +89,9 @@ def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener)
 
 
 def count_jobs(layout: Layout, sparsity: Mapping[str, Constraint], recipe: Recipe, layers: Collection[int]) -> int:
-    """Count what workers do side by side: decoder layers, or with ``propagate=pruned`` the parts of a group.
+    """Count what workers do side by side.
+
+    That is the decoder layers, or with ``propagate=pruned`` the parts of the largest group.
 
     Args:
         layout: operators to prune.

@@ -215,7 +215,9 @@ def refuse_other_settings(run: PruneDirectory, before: Mapping[str, Any], recipe
 
 
 def refuse_other_tokens(run: PruneDirectory, tokens: Tensor, recipe: Recipe, permissions: Permissions) -> None:
-    """Refuse to continue a run with other calibration windows, unless their text or the model has changed since.
+    """Refuse to continue a run with other calibration windows.
+
+    Where their text or the model has changed since, they may be others: the run is made again.
 
     Raises:
         FistaPrunerError: the directory holds a run of other windows.

@@ -224,7 +224,7 @@ def _recover(
 
 
 def _recovery_is_new(run: PruneDirectory, in_parts: bool) -> bool:
-    """Check that no recovery of a run has begun; a part of the layers checks what follows only in a new run."""
+    """Check that no recovery of a run has begun; for a part of the layers, that the run has not."""
     return not run.run_file.exists() or not (in_parts or RecoverDirectory(run.recovered).run_file.exists())
 
 
