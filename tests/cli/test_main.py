@@ -59,6 +59,17 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert (out / "model" / "config.json").exists()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_terminal_has_no_character_for_is_escaped(encoding: str) -> None:
+    program = (
+        "import sys\nfrom fistapruner.cli import main, methods\n"
+        "methods.run = lambda _: print('3 \\u2192 2') or 0\nsys.exit(main(['methods']))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3 \\u2192 2\n", "")
+
+
 def test_a_file_that_may_not_be_read_is_named_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -82,6 +83,16 @@ def test_ranges_of_layers(disk: Path) -> None:
     with hold(disk), pytest.raises(FistaPrunerError, match="in use"), hold(disk, (0, 1)):
         pass
     assert list(disk.iterdir()) == []
+
+
+def test_parts_may_find_the_same_lock_stale_at_once(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each locks it for a moment to find that nobody else does."""
+    write_lock(disk, host=platform.node(), pid=2**22 + 1, started=1.0)
+    other = os.open(disk / "lock", os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    monkeypatch.setattr("fistapruner.runs.lock.time.sleep", lambda _: os.close(other))
+    with hold(disk, (0, 3)):
+        assert [path.name for path in disk.iterdir()] == ["lock.0-3"]
 
 
 def test_parts_take_turns_to_prepare(disk: Path) -> None:

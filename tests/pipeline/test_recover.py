@@ -930,6 +930,10 @@ FOLLOWING: dict[str, tuple[dict[str, Any], str]] = {
     "text not there": ({"data": {"source": "nowhere.txt"}}, r"training source 'nowhere\.txt'"),
     "long windows": ({"data": {"seqlen": 10**6}}, r"data\.seqlen 1000000 is more than the 2048"),
     "short text": ({"data": {"seqlen": 2000}}, r"is too short"),
+    "targets": ({"targets": ["nothing"]}, r"targets: 'nothing' matches no operator"),
+    "ignore": ({"ignore": ["re:.*"]}, r"leave no operator to train"),
+    "precision": ({"dtype": "float16"}, r"dtype float16"),
+    "few steps": ({"steps": 1, "data": {"tasks": dict.fromkeys("abc", "python")}}, r"needs 3 windows for its 1 round"),
 }
 
 
@@ -941,6 +945,16 @@ def test_bad_input_of_a_recovery_that_follows_shows_before_pruning(
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.prune(bench.dense(), tmp_path / "run", method="magnitude", calibration=calibration, recover=following)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_recovery_that_a_continuing_command_adds_is_checked_before_pruning(bench: Bench, tmp_path: Path) -> None:
+    settings = {"method": "magnitude", "calibration": {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}}
+    fp.prune(bench.dense(), tmp_path / "run", only_layers=(0, 0), **settings)
+    with pytest.raises(fp.FistaPrunerError, match="targets: 'nothing' matches no operator"):
+        fp.prune(bench.dense(), tmp_path / "run", recover={"targets": ["nothing"]}, **settings)
+    assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1
+    with pytest.raises(fp.FistaPrunerError, match="recover with sparsity 0%: no operator has zeros"):
+        fp.prune(bench.dense(), tmp_path / "dense", recover={"steps": 1}, sparsity="0%", **settings)
 
 
 def test_a_finished_run_is_evaluated_where_a_command_asks_for_it(bench: Bench, run: Path) -> None:

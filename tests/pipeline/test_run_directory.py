@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.pipeline.begun import absolute
 from fistapruner.pipeline.prune import finish_run
+from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
@@ -396,6 +400,53 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert fp.resume("run").status == "finished"
 
 
+class StopsAfterALayer(Said):
+    """Interrupts."""
+
+    def layer(self, entry: LayerEntry) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
+def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tmp_path: Path, finished: bool) -> None:
+    """The recovery, its evaluation, the execution; ``resume`` does it after another interruption."""
+    run = tmp_path / "run"
+    following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}
+    asked = {**SETTINGS, "recover": following, "evaluate": "python", "evaluate_windows": 1}
+    asked["execution"] = {"batch_size": 1}
+    with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        fp.prune(dense, run, listener=Listener() if finished else StopsAfterALayer(), **SETTINGS)
+    if finished:
+        report = fp.prune(dense, run, **asked)
+    else:
+        told = StopsAfterALayer()
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(dense, run, listener=told, **asked)
+        assert "this run keeps the plan that it began with: another --batch-size changes nothing" in told.sentences
+        report = fp.resume(run)
+    assert (report.kind, len(report.evaluations), len(load_run(run).evaluations)) == ("recover", 1, 1)
+    record = PruneDirectory(run).record()
+    assert record is not None
+    assert record.decision.evaluation is not None
+    assert record.decision.evaluation.windows == record.recipe["execution"]["batch_size"] == 1
+    assert Recipe.from_yaml((run / "recipe.yaml").read_text()) == Recipe.build(record.recipe)
+    fp.prune(dense, run, only_layers=(0, 0), **SETTINGS)  # a part leaves what follows alone
+    assert PruneDirectory(run).record() == record
+
+
+def test_other_windows_than_those_of_the_run_or_its_recipe_are_refused(dense: Path, run: Path, tmp_path: Path) -> None:
+    tokens, how = PruneDirectory(run).tokens(), {"source": "mine", "how": "drawn", "sha256": ""}
+    assert fp.prune(dense, run, tokens=(tokens.to(torch.int32), how), **SETTINGS).status == "finished"
+    for left in (True, False):
+        with pytest.raises(fp.FistaPrunerError, match="holds a run of other calibration windows"):
+            fp.prune(dense, run, tokens=(tokens.flip(1), how), **SETTINGS)
+        if left:
+            (run / "report.json").unlink()
+    for shape in ((1, 16), (4, 8)):
+        with pytest.raises(fp.FistaPrunerError, match=rf"tokens has the shape {re.escape(str(shape))}, .*\(2, 16\)"):
+            fp.prune(dense, tmp_path / "new", tokens=(torch.ones(shape, dtype=torch.int64), how), **SETTINGS)
+
+
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
 def test_a_recovery_in_a_moved_tree_is_still_the_run(
     dense: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
@@ -490,6 +541,29 @@ def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, t
     assert any("holds the finished run" in sentence for sentence in said.sentences)
     assert load_run(run) == before
     assert len(before.evaluations) == 1
+
+
+def test_finish_refuses_another_model_and_says_what_makes_the_run_again(dense: Path, tmp_path: Path) -> None:
+    model, run, said = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "run", Said()
+    fp.prune(model, run, **SETTINGS)
+    tiny.save("llama", model, seed=5, num_hidden_layers=2)
+    message = f"{model} is not the model that it pruned: 'fistapruner resume {run}' makes the whole run again"
+    with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
+        finish_run(run, listener=said)
+    assert not said.sentences
+
+
+def test_a_run_whose_evaluation_text_is_gone_goes_on_without_it(dense: Path, tmp_path: Path) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT * 20)
+    fp.prune(dense, run, evaluate=text, only_layers=(0, 1), **SETTINGS)
+    text.unlink()
+    for go_on in (finish_run, fp.resume):
+        with pytest.raises(fp.FistaPrunerError, match=r"text\.txt, which this run evaluates on, is gone: .*none"):
+            go_on(run)
+    assert not (run / "model").exists()
+    assert fp.prune(dense, run, **SETTINGS).status == "finished"  # as the command with --evaluate none
+    assert fp.resume(run).status == "finished"
 
 
 def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path: Path) -> None:
@@ -655,7 +729,6 @@ def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
     shutil.rmtree(run)
     settings = {**SETTINGS, "recover": following}
     fp.prune(dense, run, evaluate="python", evaluate_windows=1, **settings)
-    begun_on(PruneDirectory(run), "cuda:99")
     begun_on(RecoverDirectory(run / "recovered"), "cuda:99")
 
     def prune(listener: Listener) -> Report:
@@ -668,6 +741,7 @@ def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
         ("resume", lambda listener: fp.resume(run, listener=listener)),
         ("finish", lambda listener: finish_run(run, listener=listener)),
     ):
+        begun_on(PruneDirectory(run), "cuda:99")  # the command before has written its own device
         for folder in (run, run / "recovered"):
             shutil.rmtree(folder / "model")
             (folder / "report.json").unlink()

@@ -148,6 +148,21 @@ def test_the_process_that_starts_workers_is_in_the_budget(model: Model) -> None:
         fit(measured, recipe, on_cpu(need + 2**30 - 1), 1, workers=3)
 
 
+@pytest.mark.parametrize(("propagate", "most"), [("dense", 3), ("pruned", 3)])
+def test_workers_that_do_not_start_are_not_planned(model: Model, tmp_path: Path, propagate: str, most: int) -> None:
+    """There are three layers, and three operators in the largest group."""
+
+    def rows(workers: int, **limit: Any) -> list[float | None]:
+        execution = {"executor": "process", "workers": workers, "threads": 1, **limit}
+        settings = {"method": "wanda", "propagate": propagate, "execution": execution}
+        settings["calibration"] = {"samples": 4, "seqlen": 32}
+        return [row.planned for row in plan_model(model[0].checkpoint.folder, Recipe.build(settings), tmp_path).rows]
+
+    assert rows(64) == pytest.approx(rows(most), rel=0.01)
+    with pytest.raises(FistaPrunerError, match="take fewer --workers"):
+        rows(64, memory_limit=2**20)
+
+
 def test_given_windows_are_named_in_a_refusal(model: Model) -> None:
     execution = {"batch_size": 4, "memory_limit": 2**20}
     recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": execution}).resolved()

@@ -106,6 +106,12 @@ def test_a_log_on_a_full_disk_hides_no_error(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == ""
 
 
+def test_an_interruption_is_in_the_log(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), log_file(tmp_path / "log.txt"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "log.txt").read_text().endswith("stopped: KeyboardInterrupt\n")
+
+
 def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "log.txt").mkdir()  # as a file of another user, which root could open
     with pytest.raises(FistaPrunerError, match=r"cannot write .*log\.txt: "), log_file(tmp_path / "log.txt"):

@@ -155,8 +155,14 @@ class _Output:
 
 @contextmanager
 def _readers_may_leave() -> Iterator[None]:
-    """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``)."""
+    """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``).
+
+    What the terminal's encoding does not have is written as an escape.
+    """
     before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     with open(os.devnull, "w", encoding="utf-8") as null:  # a stream that was closed before the program began is None
         sys.stdout, sys.stderr = (cast(TextIO, _Output(stream or null)) for stream in before)
         try:

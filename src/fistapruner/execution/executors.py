@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
+from ..constraints import Constraint
+from ..models.discovery import Layout
 from ..problem import LayerProblem
-from ..pruning.partition import Part, cut
+from ..pruning.partition import cut
 from ..recipes.execution_settings import Execution
+from ..recipes.settings import Recipe
 from ..runs.listener import Listener
 from ..runtime.devices import available_cores, cpu_threads, usable_threads, worker_devices
 from ..runtime.memory import release_device_memory
@@ -46,13 +49,11 @@ def prune_layers(
     if not todo:
         return
     executor = execution.executor
-    jobs = len(todo)
-    if executor != "serial" and work.recipe.propagate == "pruned":
-        jobs = max(len(parts) for index in todo for parts in _parts(work, index))
-        if jobs == 1:
-            listener.say(
-                f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side"
-            )
+    jobs = len(todo) if executor == "serial" else count_jobs(work.layout, work.sparsity, work.recipe, todo)
+    if executor != "serial" and work.recipe.propagate == "pruned" and jobs == 1:
+        listener.say(
+            f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side"
+        )
     if inspect is not None or jobs == 1:
         executor = "serial"
     with cpu_threads(work.numerics.threads), exact_products():
@@ -87,13 +88,26 @@ def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener)
     return pool
 
 
-def _parts(work: RunContext, index: int) -> list[list[Part]]:
-    """Cut every group of decoder layer ``index`` into parts."""
-    found: list[list[Part]] = [[]]
-    for group in work.layout.layers[index]:
-        patterns = [work.sparsity[work.layout.full_name(index, operator)] for operator in group]
-        found.append(cut([operator.rows for operator in group], group[0].columns, patterns, work.recipe.steps))
-    return found
+def count_jobs(layout: Layout, sparsity: Mapping[str, Constraint], recipe: Recipe, layers: Collection[int]) -> int:
+    """Count what workers do side by side.
+
+    That is the decoder layers, or with ``propagate=pruned`` the parts of the largest group.
+
+    Args:
+        layout: operators to prune.
+        sparsity: pattern of every operator, by full name.
+        recipe: all settings, resolved.
+        layers: indices of the layers to prune.
+    """
+    if recipe.propagate == "dense":
+        return len(layers)
+    most = 0
+    for index in layers:
+        for group in layout.layers[index]:
+            patterns = [sparsity[layout.full_name(index, operator)] for operator in group]
+            parts = cut([operator.rows for operator in group], group[0].columns, patterns, recipe.steps)
+            most = max(most, len(parts))
+    return most
 
 
 def default_threads(execution: Execution) -> int:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import FistaPrunerError
 from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
@@ -34,6 +37,19 @@ def evaluation_on(evaluate: str | Path, windows: Any) -> EvaluationRequest:
         raise FistaPrunerError(f"evaluate_windows {windows!r}: a whole number from 1 is expected")
     text = str(evaluate)
     return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
+
+
+def refuse_lost_text(known: EvaluationRequest | None) -> None:
+    """Refuse to go on with a run whose text to evaluate on is a file that is gone.
+
+    Raises:
+        FistaPrunerError: names it, and the command that goes on without it.
+    """
+    if known is not None and os.path.isabs(known.data) and not Path(known.data).exists():
+        raise FistaPrunerError(
+            f"the text {known.data}, which this run evaluates on, is gone: give its prune command again for all "
+            "layers, with another --evaluate, or with --evaluate none"
+        )
 
 
 def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
@@ -71,7 +87,8 @@ def find_finished(
         prepares: a calibration text that has changed makes the run again; else the layers are taken as they are.
 
     Raises:
-        FistaPrunerError: the directory holds a run of another model or recipe.
+        FistaPrunerError: the directory holds a run of another model or recipe; or the model has changed, and
+            ``prepares`` is False.
     """
     record = run.record()
     if record is None:
@@ -87,6 +104,10 @@ def find_finished(
         return FinishedRun()
     why = changed_text(record, recipe) if prepares else None
     if why or (why := changed_model(run, record, recipe, permissions)):
+        if not prepares:
+            raise FistaPrunerError(
+                f"{why}: 'fistapruner resume {run.folder}' makes the whole run again, or put the old files back"
+            )
         return FinishedRun(says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
         return FinishedRun(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
@@ -149,25 +170,6 @@ def _find_again(
     return permissions.find(model, versions.get("transformers"))
 
 
-def note_place(
-    run: PruneDirectory, begun: PruneRecord, model: str, source: ModelSource, evaluation: EvaluationRequest | None
-) -> None:
-    """Record where the model of a begun run is now, such as in a moved tree, and the text to evaluate on.
-
-    All processes of the run open it there.
-
-    Args:
-        run: its directory.
-        begun: its record.
-        model: as the user named it; ``source``: where it is now.
-        evaluation: the text that the user names.
-    """
-    folder = source.folder.absolute()
-    if folder != begun.decision.folder:
-        place = {"model": absolute(model), "folder": folder, **moved_text(begun.decision.evaluation, evaluation)}
-        run.write_record(begun.model_copy(update={"decision": begun.decision.model_copy(update=place)}))
-
-
 def refuse_other(
     run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe, permissions: Permissions
 ) -> None:
@@ -210,6 +212,28 @@ def refuse_other_settings(run: PruneDirectory, before: Mapping[str, Any], recipe
                 f"--out {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
                 f"this one has {json.dumps(now[key])}: name another folder, or remove it"
             )
+
+
+def refuse_other_tokens(run: PruneDirectory, tokens: Tensor, recipe: Recipe, permissions: Permissions) -> None:
+    """Refuse to continue a run with other calibration windows.
+
+    Where their text or the model has changed since, they may be others: the run is made again.
+
+    Raises:
+        FistaPrunerError: the directory holds a run of other windows.
+    """
+    record = run.record()
+    if record is None or changed_text(record, recipe) or changed_model(run, record, recipe, permissions):
+        return  # nothing has begun, or the run is made again
+    try:
+        same = torch.equal(run.tokens(), tokens.to(torch.int64))
+    except FistaPrunerError:  # without its own windows it is made again, too
+        return
+    if not same:
+        raise FistaPrunerError(
+            f"--out {run.folder} holds a run of other calibration windows than those of tokens: name another folder, "
+            "or remove it"
+        )
 
 
 def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:

@@ -65,7 +65,7 @@ from .protocol import Protocol, distinct_seeds
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap, shared_text
 from .recover import recover
-from .recover_inputs import check_following
+from .recover_inputs import check_following, check_trained
 from .training import changed_texts
 from .training_inputs import asked
 
@@ -393,6 +393,8 @@ class _Shared:
         if report is not None and following is not None:
             recovery = _recovered(run, report, following, self.protocol)
         if report is None or (following is not None and recovery is None and not run.model.is_dir()):
+            if following is not None and recovery is None:
+                check_trained(job.recipe, self.source)
             report = self._prune(run, job.recipe)
         if following is not None and recovery is None:
             recovery = self._recover(run, report, following)

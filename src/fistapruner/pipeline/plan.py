@@ -14,7 +14,7 @@ from ..calibration import window_length
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import open_model
-from ..execution.executors import default_threads
+from ..execution.executors import count_jobs, default_threads
 from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
@@ -283,7 +283,7 @@ def plan_run(
         vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed)
     )
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
-    workers = local_workers(execution)
+    workers = min(local_workers(execution), max(1, count_jobs(layout, sparsity, recipe, range(len(model)))))
     with cpu_threads(default_threads(execution)), exact_products():
         return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths, drawn=drawn)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -32,10 +33,10 @@ from ..runtime.devices import cpu_threads
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.decision import needs_measuring
-from .begun import absolute, changed_text, note_place
+from .begun import absolute, changed_text, moved_text
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
-from .prune_inputs import Inputs, RunRequest, check_inputs
+from .prune_inputs import Inputs, RunRequest, check_inputs, say_kept_plan
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     begun = run.record()
     inputs = check_inputs(run, request, begun, listener)
     if begun is not None:
+        say_kept_plan(begun, request.recipe.execution, listener)
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
-            note_place(run, begun, request.model, inputs.source, request.evaluation)
+            note_command(run, begun, request, inputs.source.folder.absolute())
             return
         if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers
             raise FistaPrunerError(
@@ -266,6 +268,33 @@ def record(
             decision=decision,
         )
     )
+
+
+def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, folder: Path) -> None:
+    """Record what a command that continues a run changes, so that ``resume`` goes on with it.
+
+    That is where the model is, such as in a moved tree, and what is no part of the run's identity: the text to
+    evaluate on, the recovery that follows, the execution. A command for some of the layers changes only the place.
+
+    Args:
+        run: its directory.
+        begun: its record.
+        request: what the command asks.
+        folder: where the model is now; all processes of the run open it there.
+    """
+    decided: dict[str, Any] = {}
+    settings = dict(begun.recipe)
+    if folder != begun.decision.folder:
+        moved = moved_text(begun.decision.evaluation, request.evaluation)
+        decided = {"model": absolute(request.model), "folder": folder, **moved}
+    if request.only_layers is None:
+        decided["evaluation"] = request.evaluation
+        settings |= request.recipe.model_dump(mode="json", include=set(Recipe.no_identity))
+    if settings != begun.recipe:
+        run.write_recipe(request.recipe.to_yaml())
+    record = begun.model_copy(update={"recipe": settings, "decision": begun.decision.model_copy(update=decided)})
+    if record != begun:
+        run.write_record(record)
 
 
 def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> ModelFacts:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import SELF
-from ..calibration.mixtures import Mixture
 from ..calibration.self_generated import generation_bytes
 from ..calibration.training_text import TrainingText, shared_documents, training_text
 from ..evaluation.data import evaluation_documents
@@ -22,7 +21,7 @@ from ..runtime.files import sha256_file
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from .prepare_training import choose_plan, describe_text, record, share_of
-from .recover_inputs import check_inputs
+from .recover_inputs import check_inputs, check_mixture
 from .training_inputs import Inputs, TrainingRequest
 
 
@@ -40,8 +39,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     inputs = check_inputs(run, request, listener)
     recipe, task = inputs.recipe, task_of(run.folder, inputs)
     data = recipe.data
-    if len(data.tasks) > 1 and data.mixture == "uniform":  # too few steps for the tasks show now
-        Mixture(len(data.tasks), data.per_round, data.seed).draw(task.steps * recipe.windows_per_step)
+    check_mixture(recipe, inputs.seqlen)  # too few steps for the tasks show now
     plan = choose_plan(share_of(task, request.ranks), listener)
     text, sources = cut_text(run, inputs, listener, plan[0].threads)
     facts = describe_text(text, data.source or ", ".join(data.tasks), inputs.seqlen)

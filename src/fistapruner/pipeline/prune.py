@@ -35,15 +35,16 @@ from .begun import (
     execution_here,
     find_finished,
     find_source,
-    note_place,
+    refuse_lost_text,
+    refuse_other_tokens,
     same_path,
 )
 from .finish import finish, reporting_failure
 from .measure import measure
-from .prepare import prepare
+from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
-from .recover_inputs import check_following
+from .recover_inputs import check_following, check_trained
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""
@@ -84,7 +85,8 @@ def prune(
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
             are done, :func:`finish_run` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve.
-        tokens: calibration windows that were drawn before with the recipe's settings, and how they were drawn.
+        tokens: (samples, seqlen) calibration windows that were drawn before with the recipe's settings, and how they
+            were drawn; those of a run that is continued must be its own.
         source: the model where it was found before, as by a comparison; None finds it.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
@@ -146,6 +148,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     begun = run.record()
     assert begun is not None  # the caller has read it
     evaluation = begun.decision.evaluation
+    refuse_lost_text(evaluation)
     return prune(
         begun.decision.model,
         run.folder,
@@ -174,7 +177,7 @@ def finish_run(
         listener: receives progress.
 
     Raises:
-        FistaPrunerError: layers are missing; they are named.
+        FistaPrunerError: layers are missing, or the text to evaluate on; they are named.
     """
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
@@ -182,6 +185,7 @@ def finish_run(
     if begun is None:
         raise FistaPrunerError(f"{run.folder} is not a run that was begun (it has no run.json)")
     run.check_place()
+    refuse_lost_text(begun.decision.evaluation)
     recipe = _recipe_here(run, begun, listener)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
     report = found.report
@@ -219,6 +223,11 @@ def _recover(
     )
 
 
+def _recovery_is_new(run: PruneDirectory, in_parts: bool) -> bool:
+    """Check that no recovery of a run has begun; for a part of the layers, that the run has not."""
+    return not run.run_file.exists() or not (in_parts or RecoverDirectory(run.recovered).run_file.exists())
+
+
 def recovers(begun: TrainingRecord, pruned: Report) -> bool:
     """Check that a recovery began with the result of this pruning."""
     stages = begun.lineage.stages if begun.lineage else []
@@ -240,6 +249,8 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener = Logged(told)
     found = find_finished(run, request.model, request.recipe, request.permissions)
+    if request.drawn is not None:
+        refuse_other_tokens(run, request.drawn[0], request.recipe, request.permissions)
     report, only = found.report, request.only_layers
     with _saying_how_to_continue(run, only), run.created(), hold(run.folder, only), log_file(run.log_file):
         if found.says and (report is not None or only is None):  # a part makes nothing again
@@ -247,12 +258,13 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
         if report is None:
             with spent(run.folder, only) as times:
                 report = _prune(run, request, found, times, told, inspect)
+        elif only is None and (begun := run.record()) is not None:
+            folder = begun.decision.folder
+            if not same_path(begun.decision.model, request.model) and Path(request.model).exists():
+                folder = find_source(request.model, begun, request.permissions).folder.absolute()
+            note_command(run, begun, request, folder)
         if only is not None:  # other parts may be at work, and one process alone measures and writes the report
             return report
-        begun = run.record()
-        if begun is not None and not same_path(begun.decision.model, request.model) and Path(request.model).exists():
-            source = find_source(request.model, begun, request.permissions)
-            note_place(run, begun, request.model, source, request.evaluation)
         execution = request.recipe.execution
         return measure(run, report, request.evaluation, execution, request.permissions, listener)
 
@@ -269,8 +281,10 @@ def _prune(
     listener, only = Logged(told), request.only_layers
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
-    if request.recipe.recover is not None and not run.run_file.exists():
-        check_following(request.recipe, request.permissions.find(request.model))
+    if request.recipe.recover is not None and not found.damaged and _recovery_is_new(run, only is not None):
+        source = request.source or find_source(request.model, run.record(), request.permissions)
+        check_following(request.recipe, source)
+        check_trained(request.recipe, source)
     with preparing(run.folder) if only else nullcontext():
         before = run.record()
         prepare(run, request, listener)

@@ -22,8 +22,9 @@ from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
-from ..runs.decision import EvaluationRequest, PruneRecord
+from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.machine import versions
@@ -133,6 +134,11 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         if not run.model.is_dir():
             say_other_versions(begun.versions, listener)
     tokenizer, seqlen = source.tokenizer(), window_length(recipe.calibration.seqlen, model)
+    if request.drawn is not None and request.drawn[0].shape != (recipe.calibration.samples, seqlen):
+        raise FistaPrunerError(
+            f"tokens has the shape {tuple(request.drawn[0].shape)}, and the recipe's (samples, seqlen) are "
+            f"{(recipe.calibration.samples, seqlen)}"
+        )
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
@@ -199,6 +205,14 @@ def refuse_overlap(source: Path, out: Path) -> None:
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or outer in inner.parents:
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
+
+
+def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) -> None:
+    """Say which settings change nothing, because a run that goes on keeps its plan."""
+    for name in ("memory_limit", "batch_size"):
+        if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
+            flag = f"--{name.replace('_', '-')}"
+            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
 
 
 def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:

@@ -6,18 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 from ..calibration import SELF
+from ..calibration.mixtures import Mixture
 from ..calibration.packing import PURPOSE
 from ..calibration.training_text import training_text
 from ..calibration.windows import check_source, window_length
 from ..errors import FistaPrunerError
 from ..execution.context import open_model
+from ..models.discovery import discover
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
-from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, check_training_inputs
+from ..runtime.devices import choose_device
+from .plan import allocate
+from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, check_precision, check_training_inputs
 
 SEQLEN = "data.seqlen"
 """How messages call the tokens in a window."""
@@ -43,25 +47,69 @@ def check_inputs(
 
 
 def check_following(recipe: Recipe, dense: ModelSource) -> None:
-    """Check, before a model is pruned, what the recovery that follows trains, and its text.
+    """Check, before a model is pruned, the precision and the text of the recovery that follows.
 
     Args:
         recipe: of the pruning run, with the section ``recover``.
         dense: the model.
 
     Raises:
-        FistaPrunerError: a text that cannot be read, or is too short for the windows.
+        FistaPrunerError: float16 on a CPU, too few steps for the tasks, or a text that cannot be read or is too short
+            for the windows.
     """
-    following, calibration = recipe.recover, recipe.calibration
+    calibration = recipe.calibration
+    following: RecoverRecipe = recipe.recover
     data = following.data
     if data.source is None and not data.tasks:
         data = data.model_copy(update={"source": calibration.source, "tasks": calibration.tasks})
     for text in data.texts:
         check_source(text, PURPOSE)
-    model = open_model(dense, following)
+    model = open_model(dense, following, choose_device(recipe.execution.device))
+    check_precision(model)
     seqlen = window_length(following.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
+    check_mixture(following.model_copy(update={"data": data}), seqlen)
     if SELF not in (data.source, *data.tasks.values()):
         training_text(data, dense.tokenizer(), seqlen)
+
+
+def check_trained(recipe: Recipe, dense: ModelSource) -> None:
+    """Check, before a model is pruned, which operators the recovery that follows trains.
+
+    They are those that get zeros; of a model that loses channels, heads or experts, all.
+
+    Args:
+        recipe: of the pruning run, with the section ``recover``.
+        dense: the model.
+
+    Raises:
+        FistaPrunerError: the pattern sets nothing to zero, a pattern of names matches no operator, or none is left.
+    """
+    model = open_model(dense, recipe)
+    layout = discover(model)
+    if recipe.structure.remove is None:
+        layout = layout.select(recipe)
+        sparsity = allocate(recipe, layout, model.config.model_type)
+        layout = layout.only(
+            {name for name, operator in layout.operators() if sparsity[name].zeros(operator.rows, operator.columns)}
+        )
+        if not any(layout.layers):
+            raise FistaPrunerError(
+                f"recover with sparsity {recipe.sparsity}: no operator has zeros to keep; give another --sparsity, or "
+                "leave out --recover"
+            )
+    layout.select(recipe.recover, "train")
+
+
+def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
+    """Refuse too few steps for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
+
+    Raises:
+        FistaPrunerError: names the windows that it needs.
+    """
+    data = recipe.data
+    if len(data.tasks) > 1 and data.mixture == "uniform":
+        windows = recipe.steps_of(seqlen) * recipe.windows_per_step
+        Mixture(len(data.tasks), data.per_round, data.seed).draw(windows)
 
 
 def known_text(origin: RunDirectory | None) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ from .begun import absolute, evaluation_on, execution_here, find_dense, moved_te
 from .finish import reporting_failure
 from .finish_training import AddResults, finish
 from .measure import measure
-from .prune_inputs import say_other_versions
+from .prune_inputs import say_kept_plan, say_other_versions
 from .training_inputs import R, TrainingRequest, asked, evaluated_length, evaluation_of, find_input
 
 
@@ -306,10 +306,7 @@ def _check_machine(
     numerics, execution = begun.decision.numerics, request.recipe.execution
     if execution.threads not in (None, numerics.threads):
         listener.say(f"this run began with {numerics.threads} threads and keeps them")
-    for name in ("memory_limit", "batch_size"):
-        if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
-            flag = f"--{name.replace('_', '-')}"
-            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
+    say_kept_plan(begun, execution, listener)
     began = begun.machine.device_name or numerics.device
     if (here := device_title(choose_device(execution.device))) != began:
         if request.recipe.zeroth_order:

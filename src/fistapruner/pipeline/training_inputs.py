@@ -140,7 +140,7 @@ def check_training_inputs(
     recipe = resolve(request.recipe, origin)
     dense_source = _find_dense(replace(request, recipe=recipe), origin, source)
     model = open_model(source, recipe)
-    _check_precision(model)
+    check_precision(model)
     layout, claims, survivors, zeros = _operators(source, model, recipe)
     _say_rank(recipe, layout, listener)
     if recipe.parameters in ("spp", "hira") and any(operator.experts for _, operator in layout.operators()):
@@ -275,7 +275,7 @@ def _operators(
     return layout, {name: claim for name, claim in claims.items() if name in names}, survivors, zeros
 
 
-def _check_precision(model: LayerwiseModel) -> None:
+def check_precision(model: LayerwiseModel) -> None:
     """Refuse passes that lose range and gain nothing.
 
     Raises:

@@ -179,7 +179,8 @@ def make_plan(
     fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice
     # The machines of a Ray cluster have their own memory; its workers' files are here.
-    disk = needs.disk(chosen, max(fitted.workers, recipe.execution.workers or 1) if _in_files(recipe) else 1)
+    writing = max(fitted.workers, min(recipe.execution.workers or 1, len(model)))
+    disk = needs.disk(chosen, writing if _in_files(recipe) else 1)
     place = existing_folder(out)
     if (free := shutil.disk_usage(place).free) < disk:
         raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
@@ -349,7 +350,8 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     parent = needs.base if _in_files(recipe) else 0
     windows, lower = fewest_windows(recipe.execution.batch_size or 1)
-    even, lighter = f"hidden states on disk and {windows}", f"{lower}{Budget.lighter}"
+    fewer = "take fewer --workers, " if solvers else ""
+    even, lighter = f"hidden states on disk and {windows}", f"{fewer}{lower}{Budget.lighter}"
     if not needs.cuda:
         return Budget(
             given,
@@ -399,7 +401,7 @@ def _device_budget(
         quantity=DEVICE,
         even=windows,
         more="free some of it",
-        lighter=f"{lower}{Budget.lighter}",
+        lighter=f"{'take fewer --workers, ' if solvers else ''}{lower}{Budget.lighter}",
     )
 
 

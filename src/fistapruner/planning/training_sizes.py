@@ -108,7 +108,6 @@ class Task:
         generator: LayerwiseModel | None = None,
     ) -> Task:
         """Plan a recovery: steps and windows are those that the asked tokens make."""
-        tokens, size = recipe.data.tokens, recipe.windows_per_step
         return cls(
             model,
             layout,
@@ -119,9 +118,9 @@ class Task:
             out,
             Loss.named(str(recipe.loss), recipe.mix),
             TOP.get(recipe.teacher),
-            steps=recipe.steps or max(1, round(tokens / (size * seqlen))),
-            step_windows=size,
-            windows=max(1, math.ceil(tokens / seqlen)),
+            steps=recipe.steps_of(seqlen),
+            step_windows=recipe.windows_per_step,
+            windows=max(1, math.ceil(recipe.data.tokens / seqlen)),
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
             generator=generator,

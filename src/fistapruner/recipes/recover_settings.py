@@ -98,6 +98,10 @@ class RecoverRecipe(TrainingRecipe):
     def step_windows(self) -> int:
         return self.windows_per_step
 
+    def steps_of(self, seqlen: int) -> int:
+        """Return the optimizer steps: as asked, or those that the tokens make in windows of ``seqlen``."""
+        return self.steps or max(1, round(self.data.tokens / (self.windows_per_step * seqlen)))
+
     @property
     def dense_for(self) -> str | None:
         if self.loss in ("kl", "mix"):

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,9 @@ from ..runtime.files import disk_errors
 NAME = "lock"
 
 PREPARING = f"{NAME}.preparing"
+
+TRIES, PAUSE = 10, 0.05
+"""How often, and after how many seconds each, a lock of another range is tried before it is believed."""
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What ``flock`` says on file systems that have none; there the process id and start time decide."""
@@ -56,11 +60,29 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
                 continue
             span = _layers_of(other.name)
             if layers is None or span is None or (span[0] <= layers[1] and layers[0] <= span[1]):
-                # Taking it shows that it is stale; its file is removed on release.
-                _release(other, _take(other))
+                _remove_stale(other)
         yield
     finally:
         _release(path, descriptor)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove another's lock file; taking it shows that it is stale.
+
+    Another process may do the same at this moment, so a lock is believed only if it is kept for a while.
+
+    Raises:
+        FistaPrunerError: a living process holds it.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            if path.exists():
+                _release(path, _take(path))
+            return
+        except FistaPrunerError:
+            if not left:
+                raise
+            time.sleep(PAUSE)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.error("stopped: %s", error or type(error).__name__)
+        log.error("stopped: %s", str(error) or type(error).__name__)
         raise
     finally:
         log.removeHandler(handler)
