@@ -22,6 +22,7 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
+from fistapruner.sparse.bench import bench, record
 from fistapruner.sparse.pack import PackedCheckpoint
 
 
@@ -289,6 +290,13 @@ def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed
     with pytest.raises(FistaPrunerError, match=r"experts\.gate_up_proj is one tensor of all experts.*--ignore re:exp"):
         pack(model, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+    assert bench(model, measure=lambda variants, **_: [variant.name.split()[0] for variant in variants]) == [
+        "dense",
+        "dense",
+        "pruned",
+        "pruned",
+    ]
+    assert "experts.gate_up_proj is one tensor of all experts" in record([], model)["sentence"]
     report = load_run(model.parent)
     assert report.stacked_experts
     for text in (model_card(report), run_page(report), summary(report, model.parent)):
