@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,22 @@ def test_what_is_written_is_read_back(
     assert config["intermediate_size"] == (64 if structure else 96)
     assert ("general.size_label" in gguf.GGUFReader(tmp_path / "out.gguf").fields) == (not structure)
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("values", "most"), [("f16", 7e4), ("q8_0", 9e6)])
+def test_values_that_the_file_cannot_hold_are_refused(
+    dense: tuple[Path, Path], tmp_path: Path, values: Any, most: float
+) -> None:
+    source, folder = dense
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed = tensors(folder)
+    changed[name][0, 0] = -most
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    said = f"{name}' has values up to {most:g}, which {values} cannot hold: give --values bf16"
+    with pytest.raises(FistaPrunerError, match=re.escape(said)):
+        fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
+    assert not list(tmp_path.glob("out.gguf*"))
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="bf16")
 
 
 def test_a_model_of_images_and_text_is_refused(dense: tuple[Path, Path], tmp_path: Path) -> None:
