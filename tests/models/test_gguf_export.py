@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,22 @@ def test_facts_of_the_dense_files_quantisation_are_left_out(tmp_path: Path, valu
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert ("general.quantization_version" in fields) == kept
     assert "quantize.imatrix.entries_count" not in fields
+
+
+def test_an_empty_array_of_the_dense_file_is_left_out(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """The writer of the package refuses one, so it takes the place of a string here."""
+    write_gguf(tmp_path / "like.gguf", settings={"general.tags": "tags"})
+    (tmp_path / "like.gguf").write_bytes(
+        (tmp_path / "like.gguf")
+        .read_bytes()
+        .replace(
+            b"general.tags" + struct.pack("<IQ", gguf.GGUFValueType.STRING, 4) + b"tags",
+            b"general.tags" + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING, 0),
+        )
+    )
+    assert gguf.GGUFReader(tmp_path / "like.gguf").fields["general.tags"].contents() == []
+    fp.export(dense[1], tmp_path / "out.gguf", like=tmp_path / "like.gguf")
+    assert "general.tags" not in gguf.GGUFReader(tmp_path / "out.gguf").fields
 
 
 def test_a_relative_name_says_what_it_is_relative_to(

@@ -371,6 +371,7 @@ class _Source:
         for key, field in self.reader.fields.items():
             skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
             skipped |= key == SIZE and bool(self.counts)  # the number of the dense model's weights
+            skipped |= field.contents() == []  # the writer takes no empty array
             if not skipped and key not in (*OWN_KEYS, *self.counts):
                 inner = field.types[-1] if len(field.types) > 1 else None
                 writer.add_key_value(key, field.contents(), field.types[0], inner)
