@@ -294,6 +294,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
     ):
         convert_gguf(source, tmp_path / name, torch.float32)
         (tmp_path / name / "config.json").write_text(json.dumps(config | change), "utf-8")
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        (tmp_path / "two" / f"{name}.gguf").touch()
     unfinished = tmp_path / "run"
     recipe = {"method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
     fp.prune(folder, unfinished, only_layers=(0, 0), **recipe)
@@ -304,6 +307,10 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([folder, "out.gguf"], "give that of the dense model with --like"),
         ([folder, "out.gguf", "--like", tmp_path / "no.gguf"], "does not exist"),
         ([folder, "out.gguf", "--like", folder], f"--like {folder} is a folder, not a GGUF file: convert the dense"),
+        (
+            [folder, "out.gguf", "--like", tmp_path / "two"],
+            "two is a folder, not a GGUF file; it holds GGUF files (a.gg",
+        ),
         ([folder, "out.gguf", "--like", folder / "config.json"], "is not a GGUF file"),
         ([other, "out.gguf", "--like", source], "its embeddings differ"),
         ([turned, "out.gguf", "--like", source], "its blk.0.attn_q.weight is not 'model.layers.0.self_attn.q_proj"),

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors
-from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint
+from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files
 from .files.gguf import CONVERSION, convert_gguf
 from .tokenizer import load_tokenizer
 
@@ -173,7 +173,7 @@ def resolve_model(
     text = str(model)
     path = expand_home(text)
     if text and path.is_dir():
-        packed = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        packed = gguf_files(path)
         one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))
         return converted_gguf(packed[0], cache or default_cache(), release=release) if one else path
     if path.is_file():
