@@ -282,6 +282,13 @@ def test_bad_pickles_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(FistaPrunerError, match="not a whole"):
         Checkpoint.open(tmp_path, allow_pickle=True)
+    torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        FistaPrunerError, match=r"\.bin has the format of PyTorch before 1\.6, .* anew with torch\.save"
+    ):
+        Checkpoint.open(tmp_path, allow_pickle=True)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert torch.equal(Checkpoint.open(tmp_path, allow_pickle=True).read("a"), torch.ones(1))
 
 
 def test_stale_quantization_config_is_dropped(single: Path, tmp_path: Path) -> None:
