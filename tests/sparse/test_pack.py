@@ -150,10 +150,16 @@ def test_fp32_to_bf16_values(tmp_path):
 
 def test_licence_and_base_model_are_kept(tmp_path):
     source = save_pruned(tmp_path / "m", hidden_size=64)
-    (source / "README.md").write_text("---\nlicense: mit\nbase_model: [owner/name]\n---\n")
+    origin = {"license": "other", "license_name": "own", "license_link": "LICENSE", "base_model": ["owner/name"]}
+    (source / "README.md").write_text(f"---\n{json.dumps(origin)}\n---\n")
     pack(source, tmp_path / "p")
-    card = ModelSource(tmp_path / "p").card()
-    assert (card["license"], card["base_model"], card["library_name"]) == ("mit", ["owner/name"], "transformers")
+    unpack(tmp_path / "p", tmp_path / "u")
+    for folder in ("p", "u"):
+        card = ModelSource(tmp_path / folder).card()
+        assert card.items() >= {**origin, "library_name": "transformers"}.items(), folder
+    (source / "README.md").unlink()
+    pack(source, tmp_path / "p2")
+    assert "README.md" not in {path.name for path in unpack(tmp_path / "p2", tmp_path / "u2").iterdir()}
 
 
 def test_command_line(tmp_path, capsys):

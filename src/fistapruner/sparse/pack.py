@@ -146,9 +146,7 @@ def pack(
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)
-        card = ModelSource(source.folder).card()
-        origin = {key: card[key] for key in ("license", "base_model") if isinstance(card.get(key), str | list)}
-        write_text_atomic(partial / "README.md", model_card(report, values, source.config, origin))
+        write_text_atomic(partial / "README.md", model_card(report, values, source.config, _origin(source.folder)))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
     return report
@@ -289,6 +287,9 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
         write_json_atomic(partial / "config.json", source.config())
         if set(contents) != {SINGLE}:
             write_index(partial, contents)
+        if origin := _origin(source.folder):
+            text = "# A pruned model\n\nUnpacked from a packed folder with `fistapruner unpack`.\n"
+            write_text_atomic(partial / "README.md", _card_metadata(origin) + text)
     return out
 
 
@@ -457,6 +458,18 @@ def _pack_file(
     return entries, (changed, whole)
 
 
+def _origin(folder: Path) -> dict[str, Any]:
+    """Read what a folder's model card says of its licence and dense model."""
+    card = ModelSource(folder).card()
+    keys = ("license", "license_name", "license_link", "base_model")
+    return {key: card[key] for key in keys if isinstance(card.get(key), str | list)}
+
+
+def _card_metadata(origin: Mapping[str, Any]) -> str:
+    metadata = {**origin, "library_name": "transformers", "tags": ["pruned", "sparse", "fistapruner"]}
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---\n"
+
+
 def model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``.
 
@@ -466,11 +479,7 @@ def model_card(report: PackReport, values: str, config: Mapping[str, Any], origi
 
     named = config.get("architectures")
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
-    metadata = {**origin, "library_name": "transformers", "tags": ["pruned", "sparse", "fistapruner"]}
-    return f"""---
-{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
----
-# A pruned model, packed
+    return f"""{_card_metadata(origin)}# A pruned model, packed
 
 {report}
 
