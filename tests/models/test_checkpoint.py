@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.folder import checkpoint_folder
+from fistapruner.models.files.safetensors import SafetensorsWriter
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runtime.files import sha256_file
@@ -280,6 +282,13 @@ def test_bad_pickles_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(FistaPrunerError, match="not a whole"):
         Checkpoint.open(tmp_path, allow_pickle=True)
+    torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        FistaPrunerError, match=r"\.bin has the format of PyTorch before 1\.6, .* anew with torch\.save"
+    ):
+        Checkpoint.open(tmp_path, allow_pickle=True)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert torch.equal(Checkpoint.open(tmp_path, allow_pickle=True).read("a"), torch.ones(1))
 
 
 def test_stale_quantization_config_is_dropped(single: Path, tmp_path: Path) -> None:
@@ -473,6 +482,40 @@ def test_shards_of_a_killed_attempt_are_not_trusted_blindly(sharded: Path, tmp_p
     for shape in ((8, 32), (9, 32)):  # the same recipe, other widths
         assert attempt("b", {first: shape}) == [source.file_of(first), files[-1]]
         assert attempt("b", {first: shape}) == files[-1:]
+
+
+def test_what_a_killed_attempt_left_does_not_count_as_used_space(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, spare = Checkpoint.open(single), 30_000
+    size = source.nbytes
+
+    def used() -> int:
+        return sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+
+    capacity = used() + size + spare
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=capacity - used()))
+
+    def leave(partial: Path) -> None:
+        partial.mkdir()
+        (partial / ".partial").touch()
+        (partial / "model.safetensors.partial").write_bytes(bytes(size))
+
+    leave(tmp_path / "out.partial")
+    with checkpoint_folder(tmp_path / "out", size):
+        pass
+    leave(tmp_path / "new.partial")
+    write_checkpoint(source, tmp_path / "new", nothing)
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "file.partial")
+    with SafetensorsWriter(tmp_path / "file", source.stored) as writer:
+        for name in source.names():
+            writer.write(name, source.read(name))
+    with (
+        pytest.raises(FistaPrunerError, match=rf"{tmp_path / 'more'} needs .* free"),
+        checkpoint_folder(tmp_path / "more", size),
+    ):
+        raise AssertionError("must not begin")
+    assert not (tmp_path / "more.partial").exists()
 
 
 def test_a_temporary_folder_whose_removal_was_killed_is_taken_over(

@@ -75,7 +75,19 @@ def test_conversion_is_kept_and_follows_the_file(tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     path.rename(alone / "tiny.gguf")
+    (alone / "mmproj-tiny.gguf").touch()  # encodes images
+    (alone / "config.json").write_text("{}")  # as many repositories have it
     assert Checkpoint.open(resolve_model(alone, cache)).names()
+    (alone / "other.gguf").touch()
+    for said in (
+        r"alone has no weights: .*; it holds GGUF files \(other.gguf, tiny",
+        "alone has no config.json.* tiny.gg",
+    ):
+        with pytest.raises(FistaPrunerError, match=rf"{said}.*: give one of them as FILE.gguf"):
+            Checkpoint.open(resolve_model(alone, cache))
+        (alone / "config.json").unlink(missing_ok=True)
+    (alone / "model.safetensors").touch()
+    assert resolve_model(alone, cache) == alone
 
 
 def test_the_licence_is_known(tmp_path: Path) -> None:

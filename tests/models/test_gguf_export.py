@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +60,22 @@ def test_what_is_written_is_read_back(
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
 
 
+@pytest.mark.parametrize(("values", "most"), [("f16", 7e4), ("q8_0", 9e6)])
+def test_values_that_the_file_cannot_hold_are_refused(
+    dense: tuple[Path, Path], tmp_path: Path, values: Any, most: float
+) -> None:
+    source, folder = dense
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed = tensors(folder)
+    changed[name][0, 0] = -most
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    said = f"{name}' has values up to {most:g}, which {values} cannot hold: give --values bf16"
+    with pytest.raises(FistaPrunerError, match=re.escape(said)):
+        fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
+    assert not list(tmp_path.glob("out.gguf*"))
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="bf16")
+
+
 def test_a_model_of_images_and_text_is_refused(dense: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tiny.save_image_text(tmp_path / "model")
     with pytest.raises(FistaPrunerError, match="model: qwen3_vl is a model of images and text"):
@@ -73,6 +91,22 @@ def test_facts_of_the_dense_files_quantisation_are_left_out(tmp_path: Path, valu
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert ("general.quantization_version" in fields) == kept
     assert "quantize.imatrix.entries_count" not in fields
+
+
+def test_an_empty_array_of_the_dense_file_is_left_out(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """The writer of the package refuses one, so it takes the place of a string here."""
+    write_gguf(tmp_path / "like.gguf", settings={"general.tags": "tags"})
+    (tmp_path / "like.gguf").write_bytes(
+        (tmp_path / "like.gguf")
+        .read_bytes()
+        .replace(
+            b"general.tags" + struct.pack("<IQ", gguf.GGUFValueType.STRING, 4) + b"tags",
+            b"general.tags" + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING, 0),
+        )
+    )
+    assert gguf.GGUFReader(tmp_path / "like.gguf").fields["general.tags"].contents() == []
+    fp.export(dense[1], tmp_path / "out.gguf", like=tmp_path / "like.gguf")
+    assert "general.tags" not in gguf.GGUFReader(tmp_path / "out.gguf").fields
 
 
 def test_a_relative_name_says_what_it_is_relative_to(
@@ -260,6 +294,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
     ):
         convert_gguf(source, tmp_path / name, torch.float32)
         (tmp_path / name / "config.json").write_text(json.dumps(config | change), "utf-8")
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        (tmp_path / "two" / f"{name}.gguf").touch()
     unfinished = tmp_path / "run"
     recipe = {"method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
     fp.prune(folder, unfinished, only_layers=(0, 0), **recipe)
@@ -270,6 +307,10 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([folder, "out.gguf"], "give that of the dense model with --like"),
         ([folder, "out.gguf", "--like", tmp_path / "no.gguf"], "does not exist"),
         ([folder, "out.gguf", "--like", folder], f"--like {folder} is a folder, not a GGUF file: convert the dense"),
+        (
+            [folder, "out.gguf", "--like", tmp_path / "two"],
+            "two is a folder, not a GGUF file; it holds GGUF files (a.gg",
+        ),
         ([folder, "out.gguf", "--like", folder / "config.json"], "is not a GGUF file"),
         ([other, "out.gguf", "--like", source], "its embeddings differ"),
         ([turned, "out.gguf", "--like", source], "its blk.0.attn_q.weight is not 'model.layers.0.self_attn.q_proj"),

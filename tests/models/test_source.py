@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -25,6 +26,16 @@ def test_local_folder_is_itself(tmp_path: Path) -> None:
 def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str) -> None:
     with pytest.raises(FistaPrunerError, match="does not exist: give a local folder"):
         resolve_model(name, download=lambda *_, **__: pytest.fail("asked the hub"))
+
+
+def test_a_home_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FistaPrunerError, match=r"~nosuchuser/model: there is no such home folder: give the whole path"):
+        resolve_model("~nosuchuser/model")
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))  # as of a container's user without an entry
+    with pytest.raises(FistaPrunerError, match="there is no such home folder: set XDG_CACHE_HOME"):
+        default_cache()
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import shutil
 from pathlib import Path
 
@@ -174,6 +176,16 @@ def test_the_openmp_runtime_of_torch_comes_first():
     others = ["/usr/lib/libgomp.so.1", "/a/scikit_learn.libs/libgomp-4a.so.1", "/usr/lib/libcompress.so"]
     lines = [f"7f00-7f01 r-xp 00000000 08:01 77    {path}" for path in [*others, own, own]]
     assert kernel._openmp_libraries(lines) == [own, others[1], others[0]]
+
+
+def test_the_openmp_runtime_is_found_beside_files_with_any_name(tmp_path):
+    found = kernel._parallel_runtime()
+    folder = os.fsencode(tmp_path) + b"/jos\xe9"
+    os.mkdir(folder)
+    name = folder + b"/libomp.so"
+    Path(os.fsdecode(name)).write_bytes(bytes(4096))
+    with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        assert kernel._parallel_runtime() == found
 
 
 def test_unknown_level_is_an_error():

@@ -50,6 +50,15 @@ def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, m
     fistapruner.load(tmp_path / "p")
 
 
+def test_what_is_not_packed_is_refused_with_what_packs_it(tmp_path):
+    (tmp_path / "run").mkdir()  # such as the folder of a run
+    for folder in (tmp_path / "run", save_pruned(tmp_path / "m"), tmp_path / "absent"):
+        with pytest.raises(
+            FistaPrunerError, match=r"is not a packed checkpoint, .*: it has no packed\.json\. 'fistapr"
+        ):
+            fistapruner.load(folder)
+
+
 @pytest.mark.parametrize("head", ["other", "equal", "alone"])
 def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head):
     """It is the model's own where its values are not the embedding's, whatever the config says."""

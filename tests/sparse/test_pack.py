@@ -22,6 +22,7 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
+from fistapruner.sparse.bench import bench, record
 from fistapruner.sparse.pack import PackedCheckpoint
 
 
@@ -149,10 +150,16 @@ def test_fp32_to_bf16_values(tmp_path):
 
 def test_licence_and_base_model_are_kept(tmp_path):
     source = save_pruned(tmp_path / "m", hidden_size=64)
-    (source / "README.md").write_text("---\nlicense: mit\nbase_model: [owner/name]\n---\n")
+    origin = {"license": "other", "license_name": "own", "license_link": "LICENSE", "base_model": ["owner/name"]}
+    (source / "README.md").write_text(f"---\n{json.dumps(origin)}\n---\n")
     pack(source, tmp_path / "p")
-    card = ModelSource(tmp_path / "p").card()
-    assert (card["license"], card["base_model"], card["library_name"]) == ("mit", ["owner/name"], "transformers")
+    unpack(tmp_path / "p", tmp_path / "u")
+    for folder in ("p", "u"):
+        card = ModelSource(tmp_path / folder).card()
+        assert card.items() >= {**origin, "library_name": "transformers"}.items(), folder
+    (source / "README.md").unlink()
+    pack(source, tmp_path / "p2")
+    assert "README.md" not in {path.name for path in unpack(tmp_path / "p2", tmp_path / "u2").iterdir()}
 
 
 def test_command_line(tmp_path, capsys):
@@ -289,6 +296,13 @@ def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed
     with pytest.raises(FistaPrunerError, match=r"experts\.gate_up_proj is one tensor of all experts.*--ignore re:exp"):
         pack(model, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+    assert bench(model, measure=lambda variants, **_: [variant.name.split()[0] for variant in variants]) == [
+        "dense",
+        "dense",
+        "pruned",
+        "pruned",
+    ]
+    assert "experts.gate_up_proj is one tensor of all experts" in record([], model)["sentence"]
     report = load_run(model.parent)
     assert report.stacked_experts
     for text in (model_card(report), run_page(report), summary(report, model.parent)):

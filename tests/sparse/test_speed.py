@@ -79,7 +79,7 @@ def test_every_form_of_a_pruned_model_is_measured(tmp_path):
         printed = table(speeds)
         for name in ("dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16", "packed", "packed int8"):
             assert name in printed
-        assert record(speeds)["sentence"].startswith("On this machine")
+        assert record(speeds, folder)["sentence"].startswith("On this machine")
 
 
 def test_a_packed_smaller_model_is_not_called_the_dense_one(tmp_path):
@@ -102,7 +102,7 @@ def test_a_model_that_packing_makes_no_smaller_is_measured_as_it_is(tmp_path):
     (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
     found = bench(source, measure=lambda variants, **_: [speed(variant.name, 10) for variant in variants])
     assert [one.variant for one in found] == ["dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16"]
-    assert "no packed form to compare with" in record(found)["sentence"]
+    assert "no packed form to compare with" in record(found, source)["sentence"]
 
 
 def test_a_folder_with_int8_values_is_measured_once_and_called_so(tmp_path):

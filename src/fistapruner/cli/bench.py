@@ -15,6 +15,7 @@ card.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .arguments import add_pickle_argument
 
@@ -38,17 +39,20 @@ def run(arguments: argparse.Namespace) -> int:
     import json
 
     from ..pipeline.measure import bench_run, is_run
+    from ..runs.directory import RunDirectory
     from ..runs.listener import Listener
     from ..sparse.bench import bench, record, table
     from .progress import PlainListener
 
     names = ("batch", "prompt", "tokens", "runs", "threads", "allow_pickle")
     settings = {name: getattr(arguments, name) for name in names}
-    if is_run(arguments.model):
+    folder = arguments.model
+    if is_run(folder):
+        folder = RunDirectory(Path(folder)).model
         speeds = bench_run(arguments.model, listener=Listener() if arguments.json else PlainListener(), **settings)
     else:
         speeds = bench(arguments.model, **settings)
-    found = record(speeds)
+    found = record(speeds, folder)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0

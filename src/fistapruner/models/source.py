@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors
-from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint
+from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files
 from .files.gguf import CONVERSION, convert_gguf
 from .tokenizer import load_tokenizer
 
@@ -118,13 +118,29 @@ class ModelSource:
         return (
             self.revision() is not None
             and self.folder.parent.parent.name == repository
-            and not Path(name).expanduser().exists()
+            and not expand_home(name).exists()
         )
 
 
+def expand_home(path: str, instead: str = "give the whole path") -> Path:
+    """Put the home folder in place of a path's ``~`` or ``~user``.
+
+    Raises:
+        FistaPrunerError: names the path, which has no such home folder, and what to do ``instead``.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
+
+
 def default_cache() -> Path:
-    """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fistapruner"
+    """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``.
+
+    Raises:
+        FistaPrunerError: neither is known.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache", "set XDG_CACHE_HOME")) / "fistapruner"
 
 
 def resolve_model(
@@ -155,9 +171,9 @@ def resolve_model(
             GGUF file.
     """
     text = str(model)
-    path = Path(text).expanduser()
+    path = expand_home(text)
     if text and path.is_dir():
-        packed = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        packed = gguf_files(path)
         one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))
         return converted_gguf(packed[0], cache or default_cache(), release=release) if one else path
     if path.is_file():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.source import SMALL_MODEL, ModelSource, Permissions
+from ..models.source import SMALL_MODEL, ModelSource, Permissions, expand_home
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
@@ -131,7 +131,7 @@ def find_source(model: str, record: PruneRecord | None, permissions: Permissions
     if record is None:
         return permissions.find(model)
     decision = record.decision
-    same = decision.model == model != SMALL_MODEL and not Path(model).expanduser().exists()
+    same = decision.model == model != SMALL_MODEL and not expand_home(model).exists()
     earlier = permissions.at(decision.folder) if same else None
     return _find_again(model, earlier, decision.stamps, record.versions, permissions)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError
+from ..models.files.checkpoint import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record
@@ -27,8 +28,8 @@ def export(
     Args:
         model: run directory or checkpoint folder.
         out: the file to write, called ``.gguf``.
-        like: GGUF file of the dense model, a folder with nothing but that, or ``smollm2``; vocabulary and chat template
-            are taken from it. None is the file that the model was made from.
+        like: GGUF file of the dense model, a folder with no weights but that, or ``smollm2``; vocabulary and chat
+            template are taken from it. None is the file that the model was made from.
         values: how matrices are stored: ``bf16``, ``f16``, ``f32``, ``q8_0``.
         allow_pickle: read legacy ``.bin`` weights.
 
@@ -61,10 +62,10 @@ def export(
         where = "" if Path(like).is_absolute() else " here (the name is relative to the folder where its run began)"
     source = small_model() if str(like) == SMALL_MODEL else _only_gguf(Path(like)) or Path(like)
     if source.exists() and not source.is_file():
-        raise FistaPrunerError(
-            f"--like {source} is a folder, not a GGUF file: convert the dense model with llama.cpp's "
-            "convert_hf_to_gguf.py, and give that file"
+        advice = which_gguf(source) or (
+            ": convert the dense model with llama.cpp's convert_hf_to_gguf.py, and give that file"
         )
+        raise FistaPrunerError(f"--like {source} is a folder, not a GGUF file{advice}")
     if not source.is_file():
         raise FistaPrunerError(
             f"{source}, the GGUF file of the dense model, does not exist{where}: give it with --like"
@@ -73,6 +74,6 @@ def export(
 
 
 def _only_gguf(folder: Path) -> Path | None:
-    """Find the GGUF file of a folder that holds one and no Hugging Face model."""
-    found = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    """Find the GGUF file of a folder that holds one and no other weights."""
+    found = gguf_files(folder)
     return found[0] if len(found) == 1 else None

@@ -343,7 +343,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
         found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
-        report.speed = {**speed_record(found), "machine": machine, "measured": now()}
+        report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
         report.totals.compressed_bytes = packed_bytes(found)
         publish(run, report, listener or Listener())
     return found

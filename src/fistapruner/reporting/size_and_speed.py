@@ -81,8 +81,7 @@ def size_rows(report: Report) -> list[Row]:
 def speed_rows(report: Report) -> list[Row]:
     """List decoding speed and memory of every packed or smaller form against the fastest dense one.
 
-    A finished run without measurements has one row that says so; one that ``bench`` does not take, or of which it found
-    nothing to pack, none.
+    A finished run without measurements has one row that says so; one that has no packed form none.
     Where no dense form was measured, only decoding speeds are listed.
     """
     dense, packed, smaller = dense_speed(report), packed_speeds(report), smaller_speeds(report)

@@ -356,7 +356,7 @@ class Report(Record):
 
     @property
     def packable(self) -> bool:
-        """Whether ``pack`` and ``bench`` take the model: single matrices, and no low-rank part beside them."""
+        """Whether ``pack`` takes the model: single matrices, and no low-rank part beside them."""
         return not (self.totals.low_rank_weights or self.stacked_experts)
 
     @property

@@ -15,7 +15,7 @@ from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..runtime.formatting import align_columns
 from . import kernel
-from .pack import NothingSmallerError, is_packed, pack, unpack
+from .pack import NoPackedFormError, is_packed, pack, stacked_experts, unpack
 from .speed import WARM_UP_TOKENS, Speed
 from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
@@ -38,7 +38,7 @@ def bench(
     """Measure dense, pruned-as-dense, packed and packed int8 forms of a pruned model on the CPU.
 
     A model that has lost channels or heads is measured as ``smaller``, beside the dense model that it was. Without
-    zeros, or where no operator becomes smaller without them, it is not packed.
+    zeros, where no operator becomes smaller without them, or where the experts are one tensor, it is not packed.
 
     Args:
         model: folder of a pruned model, ordinary or packed.
@@ -85,7 +85,7 @@ def bench(
             variants = [Variant(f"dense {dtype}", dense, dtype, fill=True) for dtype in DTYPES]
             variants += [Variant(f"pruned {dtype}", dense, dtype) for dtype in DTYPES]
         if is_packed(model) or has_zeros(about):
-            with suppress(NothingSmallerError):
+            with suppress(NoPackedFormError):
                 if not is_packed(model):
                     pack(model, packed, allow_pickle=allow_pickle)
                 if read_json(packed, PACKED_RECORD).get("values") == "int8":
@@ -112,27 +112,31 @@ def _check_positions(model: Path, prompt: int, tokens: int) -> None:
         raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
 
 
-def record(speeds: Sequence[Speed]) -> dict[str, Any]:
-    """Return the measurements as JSON values, for ``bench --json`` and ``report.json``."""
+def record(speeds: Sequence[Speed], model: str | Path) -> dict[str, Any]:
+    """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
+    stacked = stacked_experts(read_pruning_record(Path(model)))
     return {
         "speeds": [speed.to_json() for speed in speeds],
         "kernel": kernel_name(),
-        "sentence": sentence({speed.variant: speed for speed in speeds}),
+        "sentence": sentence({speed.variant: speed for speed in speeds}, stacked),
     }
 
 
-def sentence(speeds: Mapping[str, Speed]) -> str:
+def sentence(speeds: Mapping[str, Speed], stacked: str = "") -> str:
     """Say in a few words how the fastest packed or smaller form compares with the fastest dense one.
 
     Args:
         speeds: by variant; names that start with ``packed`` are sparse products, those with ``smaller`` models that
             have lost channels or heads, the others dense ones.
+        stacked: a tensor of all experts, for which the model was not packed.
     """
     by_kind: dict[str, list[Speed]] = {"packed": [], "smaller": [], "dense": []}
     for name, speed in speeds.items():
         by_kind.get(name.split()[0], by_kind["dense"]).append(speed)
     if not by_kind["packed"] and not by_kind["smaller"]:
-        return "No operator becomes smaller without its zeros, so there is no packed form to compare with."
+        why = f"{stacked} is one tensor of all experts, and only matrices are packed"
+        why = why if stacked else "No operator becomes smaller without its zeros"
+        return f"{why}, so there is no packed form to compare with."
     fastest = {kind: max(found, key=lambda speed: speed.tokens_per_second) for kind, found in by_kind.items() if found}
     dense = fastest.get("dense")
     if dense is None:

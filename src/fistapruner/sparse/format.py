@@ -22,7 +22,7 @@ from torch import Tensor
 from ..constraints import NM
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import DTYPES, NAMES, TensorEntry
-from .packed import FLOATS, PackedOperator, group_sums, padded_values, row_starts
+from .packed import FLOATS, PackedOperator, group_sums, mask_bytes, padded_values, row_starts
 
 VERSION = 1
 METADATA = "fistapruner"
@@ -287,7 +287,4 @@ def _decode_index(index: Tensor, spec: OperatorSpec, fault: Callable[[str], Fist
     ways = _ways(spec.layout)
     if codes.size and codes.max() >= len(ways):
         raise fault(f"has an index beyond the {len(ways)} ways to keep {spec.layout.n} of {spec.layout.m}")
-    packed = np.packbits(ways[codes].reshape(rows, columns), axis=1, bitorder="little")
-    mask = np.zeros((rows, -(-columns // 64) * 8), dtype=np.uint8)
-    mask[:, : packed.shape[1]] = packed
-    return torch.from_numpy(mask)
+    return mask_bytes(torch.from_numpy(ways[codes].reshape(rows, columns)))

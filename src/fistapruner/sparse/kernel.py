@@ -94,7 +94,7 @@ def library() -> ctypes.CDLL | None:
 def _parallel_runtime() -> int | None:
     """Find the address of ``GOMP_parallel`` in the OpenMP runtime that this process has loaded."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
     except OSError:
         return None
     for path in _openmp_libraries(lines):

@@ -66,12 +66,9 @@ class SparseLinear(nn.Module):
         self._place = 0
 
     @classmethod
-    def from_dense(
-        cls, linear: nn.Linear, *, int8: bool = False, group: int = 0, level: str | None = None
-    ) -> SparseLinear:
-        """Pack the weight of an ``nn.Linear``; ``int8`` and ``group`` as in :meth:`PackedOperator.quantised`."""
-        operator = pack_operator(linear.weight)
-        return cls(operator.quantised(group) if int8 else operator, linear.bias, level)
+    def from_dense(cls, linear: nn.Linear) -> SparseLinear:
+        """Pack the weight of an ``nn.Linear``."""
+        return cls(pack_operator(linear.weight), linear.bias)
 
     @property
     def weight(self) -> Tensor:

@@ -55,8 +55,8 @@ MIN_ZEROS = 0.25
 """Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
 
 
-class NothingSmallerError(FistaPrunerError):
-    """No pruned operator takes fewer bytes without its zeros: it has too few of them, or is tiny."""
+class NoPackedFormError(FistaPrunerError):
+    """A pruned model cannot be packed: no operator becomes smaller, or its pruned experts are one tensor."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def pack(
 
     Raises:
         FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged; as
-            :class:`NothingSmallerError` if no operator becomes smaller.
+            :class:`NoPackedFormError` if no operator becomes smaller or pruned experts are stored as one tensor.
     """
     if values not in ("same", "bf16", "int8"):
         raise FistaPrunerError(f"values {values!r} are not known: same, bf16 or int8")
@@ -146,9 +146,7 @@ def pack(
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)
-        card = ModelSource(source.folder).card()
-        origin = {key: card[key] for key in ("license", "base_model") if isinstance(card.get(key), str | list)}
-        write_text_atomic(partial / "README.md", model_card(report, values, source.config, origin))
+        write_text_atomic(partial / "README.md", model_card(report, values, source.config, _origin(source.folder)))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
     return report
@@ -289,6 +287,9 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
         write_json_atomic(partial / "config.json", source.config())
         if set(contents) != {SINGLE}:
             write_index(partial, contents)
+        if origin := _origin(source.folder):
+            text = "# A pruned model\n\nUnpacked from a packed folder with `fistapruner unpack`.\n"
+            write_text_atomic(partial / "README.md", _card_metadata(origin) + text)
     return out
 
 
@@ -356,9 +357,13 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
     """Decide how each pruned operator that becomes smaller is stored.
 
     Raises:
-        NothingSmallerError: none becomes smaller.
+        NoPackedFormError: none becomes smaller, or pruned experts are stored as one tensor.
     """
-    _refuse_stacks(source, record)
+    if stacked := stacked_experts(record):
+        raise NoPackedFormError(
+            f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
+            "as it is, or prune with --ignore re:experts to pack the other operators"
+        )
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
@@ -387,22 +392,18 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
     if plan:
         return plan
     if weights:
-        raise NothingSmallerError(
+        raise NoPackedFormError(
             f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
             "since the mask takes one bit for every weight"
         )
     raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
 
 
-def _refuse_stacks(source: Checkpoint, record: dict[str, Any]) -> None:
-    """Refuse pruned experts that are stored as one tensor: the packed format has single matrices."""
+def stacked_experts(record: Mapping[str, Any]) -> str:
+    """Name a tensor of all experts that a model's record claims to be pruned; empty where there is none."""
     operators = record.get("operators")
-    for name in operators if isinstance(operators, dict) else ():
-        if found := re.fullmatch(r"(.+)\[\d+\]", name):
-            raise FistaPrunerError(
-                f"{source.folder}: {found[1]} is one tensor of all experts, and only matrices are packed: keep the "
-                "folder as it is, or prune with --ignore re:experts to pack the other operators"
-            )
+    found = (re.fullmatch(r"(.+)\[\d+\]", name) for name in (operators if isinstance(operators, dict) else ()))
+    return next((match[1] for match in found if match), "")
 
 
 def _hint(known: Mapping[str, Any] | None) -> NM | None:
@@ -457,6 +458,18 @@ def _pack_file(
     return entries, (changed, whole)
 
 
+def _origin(folder: Path) -> dict[str, Any]:
+    """Read what a folder's model card says of its licence and dense model."""
+    card = ModelSource(folder).card()
+    keys = ("license", "license_name", "license_link", "base_model")
+    return {key: card[key] for key in keys if isinstance(card.get(key), str | list)}
+
+
+def _card_metadata(origin: Mapping[str, Any]) -> str:
+    metadata = {**origin, "library_name": "transformers", "tags": ["pruned", "sparse", "fistapruner"]}
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---\n"
+
+
 def model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``.
 
@@ -466,11 +479,7 @@ def model_card(report: PackReport, values: str, config: Mapping[str, Any], origi
 
     named = config.get("architectures")
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
-    metadata = {**origin, "library_name": "transformers", "tags": ["pruned", "sparse", "fistapruner"]}
-    return f"""---
-{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
----
-# A pruned model, packed
+    return f"""{_card_metadata(origin)}# A pruned model, packed
 
 {report}
 

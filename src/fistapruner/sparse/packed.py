@@ -157,7 +157,7 @@ def fill_groups(kept: Tensor, pattern: NM) -> Tensor:
 
 
 def mask_bytes(kept: Tensor) -> Tensor:
-    """Pack (rows, columns) booleans into bits, rows padded to whole 64-bit words."""
+    """Pack (rows, columns) booleans, or zeros and ones, into bits, rows padded to whole 64-bit words."""
     rows, columns = kept.shape
     bits = np.packbits(kept.numpy(), axis=1, bitorder="little")
     padded = np.zeros((rows, -(-columns // 64) * 8), dtype=np.uint8)

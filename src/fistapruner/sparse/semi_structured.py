@@ -114,14 +114,6 @@ def to_semi_structured(
     return choices
 
 
-def summary(choices: list[OperatorChoice]) -> str:
-    """List which operators were changed and which stay as they are, as text."""
-    changed = [choice.name for choice in choices if choice.sparse]
-    lines = [f"{len(changed)} of {len(choices)} operators run on sparse tensor cores"]
-    lines += [f"  left as it is: {choice.name} ({choice.reason})" for choice in choices if not choice.sparse]
-    return "\n".join(lines)
-
-
 def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     """Measure the median seconds of a call on a CUDA device, with CUDA events."""
     for _ in range(5):

@@ -23,16 +23,14 @@ from ..models.names import expert_sources, stored_names
 from .pack import PackedCheckpoint, is_packed
 
 
-def register() -> bool:
-    """Register the packed format with transformers; returns False if it has no such registry."""
-    try:
-        from transformers.quantizers import auto
-        from transformers.quantizers.base import HfQuantizer
-        from transformers.utils.quantization_config import QuantizationConfigMixin
-    except ImportError:
-        return False
+def register() -> None:
+    """Register the packed format with transformers."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
     if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
-        return True
+        return
 
     class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """``quantization_config`` in config.json of a packed folder, or of one with free widths."""
@@ -143,7 +141,6 @@ def register() -> bool:
 
     auto.register_quantization_config(QUANT_METHOD)(PackedConfig)
     auto.register_quantizer(QUANT_METHOD)(PackedLoader)
-    return True
 
 
 def _places(model: Any, source: PackedCheckpoint, experts: Mapping[str, list[list[str]]]) -> dict[str, tuple[str, str]]:

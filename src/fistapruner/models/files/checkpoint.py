@@ -170,7 +170,7 @@ class Checkpoint:
             raise FistaPrunerError(f"{folder} is not a folder with a Hugging Face model")
         if not (folder / "config.json").exists():
             inner = folder / "model"  # of a run directory
-            hint = f": give {inner}" if (inner / "config.json").exists() else ""
+            hint = f": give {inner}" if (inner / "config.json").exists() else which_gguf(folder)
             raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
         config = read_json(folder, "config.json")
         # The single file first, as transformers does: an index beside it is of an earlier save.
@@ -180,7 +180,7 @@ class Checkpoint:
             return cls._sharded(folder, config, INDEX, SafetensorsFile)
         pickles = next((name for name in (SINGLE_PICKLE, INDEX_PICKLE) if (folder / name).exists()), None)
         if pickles is None:
-            raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
+            raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}{which_gguf(folder)}")
         if not allow_pickle:
             raise FistaPrunerError(
                 f"{folder} has only legacy pickle weights ({pickles}), which can carry code: "
@@ -358,6 +358,20 @@ def inside(folder: Path, name: str) -> Path:
     if not any(target.is_relative_to(root) for root in allowed):
         raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
     return path
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """List the GGUF files of a folder without other weights, but for those of image encoders."""
+    if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
+        return []
+    return [path for path in sorted(folder.glob("*.gguf")) if "mmproj" not in path.name]
+
+
+def which_gguf(folder: Path) -> str:
+    """Name the files of :func:`gguf_files` at the end of an error; empty where there are none."""
+    names = [path.name for path in gguf_files(folder)]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf" if names else ""
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
 
     Args:
         out: the folder to make; it must not exist.
-        nbytes: bytes that will be written; the disk's free space is checked first.
+        nbytes: bytes that will be written; the disk's free space is checked first, without what a killed attempt left.
         resume: start with the files that a killed attempt left, and keep them when the block raises. By default both
             are deleted.
 
@@ -56,12 +56,12 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
             write.
     """
     require_new(out)
-    require_space(out, nbytes)
     partial = out.with_name(out.name + PARTIAL)
     claim_folder(partial)
     if not resume:
         remove_folder(partial, partial / PARTIAL)
-        claim_folder(partial)
+    require_space(out, nbytes)
+    claim_folder(partial)
     try:
         yield partial
         publish_folder(partial, out)

@@ -5,8 +5,9 @@ file of the dense model, which llama.cpp's own tools have made. Counts that prun
 MLPs, are taken from the checkpoint's config.
 
 The layout of a tensor is found, not known: ``transformers``' reader is run on the numbers 0, 1, 2, ... in place of the
-weights, which shows where each of them goes, and the weights are put back the other way round. What is written is read
-again through that reader and must be the checkpoint's tensor.
+weights, which shows where each of them goes, and the weights are put back the other way round. The result is read
+again through that reader and must be the checkpoint's tensor; then it is rounded to the form that is written, which
+must hold its values.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def export_gguf(
 
     Raises:
         FistaPrunerError: ``out`` exists or is not called ``.gguf``, ``like`` is another model's file or has a layout
-            that cannot be turned round, or the disk is full.
+            that cannot be turned round, ``values`` cannot hold the weights, or the disk is full.
         MissingExtraError: the ``gguf`` package is missing.
     """
     folder, out, like = Path(folder), Path(out), Path(like)
@@ -370,6 +371,7 @@ class _Source:
         for key, field in self.reader.fields.items():
             skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
             skipped |= key == SIZE and bool(self.counts)  # the number of the dense model's weights
+            skipped |= field.contents() == []  # the writer takes no empty array
             if not skipped and key not in (*OWN_KEYS, *self.counts):
                 inner = field.types[-1] if len(field.types) > 1 else None
                 writer.add_key_value(key, field.contents(), field.types[0], inner)
@@ -384,7 +386,15 @@ class _Source:
                 continue
             stored = self._stored(tensor.name, self._array(source))
             form = gguf.GGMLQuantizationType[_form(stored.shape, values).upper()]
-            writer.add_tensor(tensor.name, gguf.quantize(stored, form), raw_dtype=form)
+            with np.errstate(over="ignore", invalid="ignore"):
+                packed = gguf.quantize(stored, form)
+                lost = np.isfinite(stored).all() and not np.isfinite(gguf.dequantize(packed, form)).all()
+            if lost:
+                raise FistaPrunerError(
+                    f"{self.checkpoint.folder}: tensor {source!r} has values up to {np.abs(stored).max():g}, which "
+                    f"{form.name.lower()} cannot hold: give --values bf16 or f32"
+                )
+            writer.add_tensor(tensor.name, packed, raw_dtype=form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

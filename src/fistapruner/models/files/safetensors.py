@@ -181,9 +181,9 @@ class SafetensorsWriter:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
-        require_space(self.path, self.nbytes)
-        self._descriptor = self._file.__enter__()
+        self._descriptor = self._file.__enter__()  # empties the file of a killed attempt, whose space counts as free
         try:
+            require_space(self.path, self.nbytes)
             write_all(self._descriptor, self._header, 0)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)

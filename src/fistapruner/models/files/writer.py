@@ -90,6 +90,8 @@ def write_checkpoint(
 
     with checkpoint_folder(out, resume=resume) as partial:
         kept = {shard.name: shard.kept(partial) for shard in shards}
+        finished = [name for name, digest in kept.items() if digest is not None]
+        _keep_only(partial, {*finished, *(name + SHARD_RECORD for name in finished)})
         require_space(
             partial, sum(entry.nbytes for shard in shards if kept[shard.name] is None for entry in shard.entries)
         )
@@ -102,12 +104,16 @@ def write_checkpoint(
         if source.index is not None:
             write_index(partial, {shard.name: shard.entries for shard in shards}, _index_metadata(source, shards))
             files.add(INDEX)
-        with disk_errors(partial):
-            # Records of the shards, and what a killed attempt left, do not belong into a finished checkpoint.
-            for path in partial.iterdir():
-                if path.is_file() and path.name not in files | {PARTIAL}:
-                    path.unlink()
+        _keep_only(partial, files)  # records of the shards do not belong into a finished checkpoint
     return written
+
+
+def _keep_only(partial: Path, files: set[str]) -> None:
+    """Remove the files of an unfinished folder that are not named, but not its mark."""
+    with disk_errors(partial):
+        for path in partial.iterdir():
+            if path.is_file() and path.name not in files | {PARTIAL}:
+                path.unlink()
 
 
 @dataclass(frozen=True)
