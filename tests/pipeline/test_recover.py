@@ -717,9 +717,9 @@ def test_another_recipe_is_refused(bench: Bench, run: Path, settings: dict[str, 
         recover(bench.pruned(), run, **settings)
 
 
-def test_a_setting_that_is_automatic_now_and_was_not_is_another_recipe(bench: Bench, tmp_path: Path) -> None:
+def test_a_setting_that_is_left_out_now_and_was_not_is_another_recipe(bench: Bench, tmp_path: Path) -> None:
     recover(bench.pruned(), tmp_path / "out", parameters="norms", lr=1e-3, steps=1)
-    with pytest.raises(fp.FistaPrunerError, match=r'parameters = "norms", this one has "auto"'):
+    with pytest.raises(fp.FistaPrunerError, match=r'parameters = "norms", this one has "lora"'):
         recover(bench.pruned(), tmp_path / "out", lr=1e-3, steps=1)
     with pytest.raises(fp.FistaPrunerError, match=r'lr = 0\.001, this one has "auto"'):
         recover(bench.pruned(), tmp_path / "out", parameters="norms", steps=1)

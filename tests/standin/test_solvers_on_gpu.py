@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -42,14 +43,15 @@ def test_the_result_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None
 
 
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
-@pytest.mark.parametrize("chain", ["wanda", "proximal"])
-def test_sparse_plus_low_rank_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None:
+@pytest.mark.parametrize(("chain", "bound"), [("wanda", 0.2), ([{"proximal": {"fast": False}}], 1e-3)])
+def test_sparse_plus_low_rank_is_the_cpus(gpu: StandIn, chain: Any, bound: float, sparsity: str) -> None:
+    """With fast products, as beside wanda, last bits decide which of nearly equal weights stay, more each turn."""
     patterns, steps = [parse_sparsity(sparsity)] * 2, parse_method(chain)
     found, there = (solve_low_rank(problem(device), patterns, steps, 2) for device in (LAST, "cpu"))
     for part, stats, expected in zip(found.low_rank, found.sparse.stats, there.sparse.stats, strict=True):
         assert part is not None
         assert part.a.device == part.b.device == found.sparse.weight.device == torch.device(LAST)
-        assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=0.2)
+        assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=bound)
     assert not gpu.unordered
 
 

@@ -156,7 +156,7 @@ def _check_mix(settings: WorkloadFile, tasks: Sequence[str], path: Path) -> None
         if task not in settings.mix:
             raise FistaPrunerError(f"{path}: mix has no weight for the task {task!r}: write 0 where it does not count")
     for task, weight in settings.mix.items():
-        if not math.isfinite(weight) or weight < 0:
+        if weight < 0:
             raise FistaPrunerError(
                 f"{path}: the weight of {task!r} in mix is {weight:g}: a number from 0 to 1 is right"
             )
@@ -173,8 +173,6 @@ def _check_method(settings: WorkloadFile, path: Path) -> None:
         return
     if not settings.features:
         raise FistaPrunerError(f"{path}: a history needs the features of the deployment at hand: write features: [...]")
-    if not all(map(math.isfinite, settings.features)):
-        raise FistaPrunerError(f"{path}: features has {list(settings.features)}: only finite numbers are right")
 
 
 def _read_history(path: Path, tasks: tuple[str, ...], width: int, workload: Path) -> History:
