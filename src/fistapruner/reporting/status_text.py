@@ -126,7 +126,7 @@ def status_text(
 
 def _bar(done: int, total: int) -> str:
     filled = round(30 * done / total) if total else 0
-    return ("█" * filled + "░" * (30 - filled) if total else "") + f" {done} of {total}"
+    return ("#" * filled + "-" * (30 - filled) if total else "") + f" {done} of {total}"
 
 
 def _step_lines(found: Recovery, facts: dict[str, Any]) -> list[str]:
