@@ -131,7 +131,7 @@ def compare(
     refuse_low_rank(source.folder, "compare")
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
-    _rows_that_stay(before.rows, jobs, protocol, source, folder)
+    _rows_that_stay(before.rows, jobs, protocol, folder)
     check_texts(jobs, source, folder)
     calibrated: CalibrationWindows = {}
     for job in jobs:
@@ -141,7 +141,7 @@ def compare(
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     with continued_by_its_command(), hold(folder):
         before = _before(folder, model)  # as it is now that it is held
-        rows, dropped = _rows_that_stay(before.rows, jobs, protocol, source, folder)
+        rows, dropped = _unchanged(_rows_that_stay(before.rows, jobs, protocol, folder), jobs, source, folder)
         comparison = Comparison(
             command=command or shlex.join(sys.argv),
             started=now(),
@@ -451,36 +451,49 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
 
 
 def _rows_that_stay(
-    before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, source: ModelSource, folder: Path
-) -> tuple[list[CompareRow], list[str]]:
+    before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path
+) -> list[CompareRow]:
     """Select the rows of an earlier comparison that stay, or stand until they are made again.
 
     One that is asked for now stands if it was measured on the same windows: an interruption does not lose it.
-
-    Returns:
-        The rows; and a warning for each that is not asked for now and whose model or calibration text has changed.
 
     Raises:
         FistaPrunerError: a row was made by another protocol, or one that is asked for was begun with other settings.
     """
     asked = {job.key for job in jobs}
-    stay, dropped = [], []
+    stay = []
     for row in before:
         kept = row.key not in asked
         protocol.check(row, folder, kept=kept)
-        if changed := _changed(PruneDirectory(folder / "runs" / run_name(*row.key)), source):
-            said = (
-                f"the row {row.label}, {row.sparsity}, seed {row.seed} is left out: {changed}; name it to make it again"
-            )
-            dropped += [said] if kept else []
-        elif kept or protocol.covers(row.perplexity):
+        if kept or protocol.covers(row.perplexity):
             stay.append(row)
     for job in jobs:
         run = job.run(folder)
         if (record := run.record()) is not None:
             earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
             refuse_other_settings(run, earlier, job.recipe)
-    return stay, dropped
+    return stay
+
+
+def _unchanged(
+    rows: list[CompareRow], jobs: Sequence[Job], source: ModelSource, folder: Path
+) -> tuple[list[CompareRow], list[str]]:
+    """Leave out rows whose model or calibration text has changed.
+
+    Returns:
+        The others, and a warning for each that is left out and not asked for now.
+    """
+    asked = {job.key for job in jobs}
+    stay, warnings = [], []
+    for row in rows:
+        changed = _changed(PruneDirectory(folder / "runs" / run_name(*row.key)), source)
+        if changed is None:
+            stay.append(row)
+        elif row.key not in asked:
+            warnings.append(
+                f"the row {row.label}, {row.sparsity}, seed {row.seed} is left out: {changed}; name it to make it again"
+            )
+    return stay, warnings
 
 
 def _changed(run: PruneDirectory, source: ModelSource) -> str | None:

@@ -82,6 +82,7 @@ class Budget(Generic[Settings]):
         more, lighter: advice in messages.
         option: names the text, in messages.
         parent: bytes of the process that starts the sharing ones, beside them.
+        solvers: worker processes that share the solving of a group; 0 without.
         generating: the budget of :data:`~.sizes.GENERATING`, in messages and in bytes, where it is another one: one of
             several processes does it while the others wait.
     """
@@ -98,6 +99,7 @@ class Budget(Generic[Settings]):
     lighter: str = "shorten --seqlen, or choose a lighter --method"
     option: str = "--calibration"
     parent: int = 0
+    solvers: int = 0
     generating: tuple[str, int] | None = None
 
     def worst(self, choice: Settings) -> str:
@@ -126,7 +128,7 @@ class Budget(Generic[Settings]):
             return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
-        fewer = "take fewer --workers, " if self.sharing > 1 else ""
+        fewer = "take fewer --workers, " if self.sharing > 1 or self.solvers else ""
         return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {fewer}{self.lighter}")
 
     def _of(self, stage: str) -> tuple[str, int]:
@@ -350,8 +352,7 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     parent = needs.base if _in_files(recipe) else 0
     windows, lower = fewest_windows(recipe.execution.batch_size or 1)
-    fewer = "take fewer --workers, " if solvers else ""
-    even, lighter = f"hidden states on disk and {windows}", f"{fewer}{lower}{Budget.lighter}"
+    even, lighter = f"hidden states on disk and {windows}", f"{lower}{Budget.lighter}"
     if not needs.cuda:
         return Budget(
             given,
@@ -361,6 +362,7 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
             even=even,
             lighter=lighter,
             parent=parent,
+            solvers=solvers,
         )
     return Budget(
         given if recipe.execution.memory_limit else f"{given} of main memory",
@@ -372,6 +374,7 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
         even=even,
         lighter=lighter,
         parent=parent,
+        solvers=solvers,
     )
 
 
@@ -401,7 +404,8 @@ def _device_budget(
         quantity=DEVICE,
         even=windows,
         more="free some of it",
-        lighter=f"{'take fewer --workers, ' if solvers else ''}{lower}{Budget.lighter}",
+        lighter=f"{lower}{Budget.lighter}",
+        solvers=solvers,
     )
 
 

@@ -134,8 +134,9 @@ def sentence(speeds: Mapping[str, Speed], stacked: str = "") -> str:
     for name, speed in speeds.items():
         by_kind.get(name.split()[0], by_kind["dense"]).append(speed)
     if not by_kind["packed"] and not by_kind["smaller"]:
-        why = f"{stacked} is one tensor of all experts, and only matrices are packed"
-        why = why if stacked else "No operator becomes smaller without its zeros"
+        why = "No operator becomes smaller without its zeros"
+        if stacked:
+            why = f"{stacked} is one tensor of all experts, and only matrices are packed"
         return f"{why}, so there is no packed form to compare with."
     fastest = {kind: max(found, key=lambda speed: speed.tokens_per_second) for kind, found in by_kind.items() if found}
     dense = fastest.get("dense")

@@ -37,13 +37,13 @@ class PickleFile:
         except OSError as error:
             raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
         except zipfile.BadZipFile:
+            what = "is not a whole PyTorch weight file: it is damaged or not a zip file"
             with open(path, "rb") as file:
-                old = file.read(2) == b"\x80\x02"  # a pickle that is in no zip file
-            what = (
-                "has the format of PyTorch before 1.6, which is not read: write it anew with "
-                "torch.save(torch.load(FILE, weights_only=True), FILE)"
-            )
-            what = what if old else "is not a whole PyTorch weight file: it is damaged or not a zip file"
+                if file.read(2) == b"\x80\x02":  # a pickle that is in no zip file
+                    what = (
+                        "has the format of PyTorch before 1.6, which is not read: write it anew with "
+                        "torch.save(torch.load(FILE, weights_only=True), FILE)"
+                    )
             raise FistaPrunerError(f"{path} {what}") from None
         except Exception as error:  # an untrusted pickle can make the unpickler raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
