@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.models.source import default_cache, resolve_model
+from fistapruner.models.tokenizer import load_tokenizer
 
 
 def test_local_folder_is_itself(tmp_path: Path) -> None:
@@ -144,3 +147,14 @@ def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "fistapruner"
+
+
+def test_a_tokenizer_of_a_newer_library_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "m")
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["model"]["type"] = "NewThing"
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(
+        FistaPrunerError, match=r"m has no tokenizer.*ModelUntagged[^\n]*needs newer[^\n]*tokenizers[^\n]*$"
+    ):
+        load_tokenizer(folder)
