@@ -16,7 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.models.source import default_cache, resolve_model
+from fistapruner.models.source import ModelSource, default_cache, resolve_model
 from fistapruner.models.tokenizer import load_tokenizer
 
 
@@ -147,6 +147,20 @@ def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "fistapruner"
+
+
+def test_what_is_loaded_only_with_code_of_the_models_own(tmp_path: Path) -> None:
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    for config, tokenizer, expected in (
+        ({"model_type": "llama"}, {}, []),
+        ({"model_type": "llama", **own}, {}, []),  # transformers has a class for it
+        ({"model_type": "own", **own}, {}, ["model", "tokenizer"]),
+        ({"model_type": ["own"], "auto_map": 3}, {}, []),
+        ({"model_type": "llama"}, {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}, ["tokenizer"]),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
+        assert ModelSource(tmp_path).own_code() == expected, config
 
 
 def test_a_tokenizer_of_a_newer_library_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors
-from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files
+from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
 from .files.gguf import CONVERSION, convert_gguf
 from .tokenizer import load_tokenizer
 
@@ -105,6 +105,16 @@ class ModelSource:
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             return {}
         return metadata if isinstance(metadata, dict) else {}
+
+    def own_code(self) -> list[str]:
+        """List what ``transformers`` loads only with Python code of the model's own: ``model``, ``tokenizer``."""
+        from .architecture import needs_own_code
+
+        if needs_own_code(read_json(self.folder, "config.json")):
+            return ["model", "tokenizer"]  # AutoTokenizer reads the config too
+        tokenizer = "tokenizer_config.json"
+        named = read_json(self.folder, tokenizer).get("auto_map") if (self.folder / tokenizer).is_file() else None
+        return ["tokenizer"] if named else []
 
     def revision(self) -> str | None:
         """The hub's commit, which is the folder's name in the hub's cache; None for any other folder."""

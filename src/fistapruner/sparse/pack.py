@@ -475,10 +475,13 @@ def model_card(report: PackReport, values: str, config: Mapping[str, Any], origi
 
     ``origin`` is what the card of the model that was packed says of its licence and dense model.
     """
-    from ..models.architecture import auto_class_name  # imports transformers, which packing does without
+    from ..models.architecture import auto_class_name, needs_own_code  # imports transformers; packing does without
 
     named = config.get("architectures")
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
+    own = needs_own_code(config)
+    trusted = ", trust_remote_code=True" if own else ""
+    packed = "" if own else 'model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU\n'
     return f"""{_card_metadata(origin)}# A pruned model, packed
 
 {report}
@@ -489,9 +492,8 @@ Values are stored as {"they were" if values == "same" else values}. Load it with
 import fistapruner
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("FOLDER")  # unpacked to dense while loading
-model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU
-```
+model = {auto_class}.from_pretrained("FOLDER"{trusted})  # unpacked to dense while loading
+{packed}```
 
 or make it an ordinary checkpoint again with `fistapruner unpack FOLDER OUT`. `FOLDER` is on this machine: of a model
 on the hub, `hf download NAME --local-dir FOLDER` makes one.
