@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,16 @@ def test_local_folder_is_itself(tmp_path: Path) -> None:
 def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str) -> None:
     with pytest.raises(FistaPrunerError, match="does not exist: give a local folder"):
         resolve_model(name, download=lambda *_, **__: pytest.fail("asked the hub"))
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"mod\xe8le")
+    folder.mkdir()
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, folder / "m.gguf", tmp_path / "link"):
+        with pytest.raises(FistaPrunerError, match=r"mod\\udce8le.* is not a UTF-8 path, .*: rename it$"):
+            resolve_model(path)
 
 
 def test_a_home_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

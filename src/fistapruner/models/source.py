@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 
 from ..errors import FistaPrunerError
-from ..runtime.files import disk_errors
+from ..runtime.files import disk_errors, require_utf8
 from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
 from .files.gguf import CONVERSION, convert_gguf
 from .tokenizer import load_tokenizer
@@ -177,11 +177,13 @@ def resolve_model(
         The folder.
 
     Raises:
-        FistaPrunerError: no such file, unknown or gated hub id, no network, no weights that may be read, a damaged
-            GGUF file.
+        FistaPrunerError: no such file, a path that is not UTF-8, unknown or gated hub id, no network, no weights that
+            may be read, a damaged GGUF file.
     """
     text = str(model)
     path = expand_home(text)
+    if path.exists():
+        require_utf8(path)
     if text and path.is_dir():
         packed = gguf_files(path)
         one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))
