@@ -306,6 +306,30 @@ def test_a_plan_refuses_a_file_to_write_into(
         plan_model("x", Recipe(), file)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prune m --out {}",
+        "plan m --out {}",
+        "compare m --out {} --methods wanda",
+        "pack m {}",
+        "recover m --out {}",
+        "align m --out {} --data pairs.jsonl",
+        "align m --out {} --data pairs.jsonl --compare",
+    ],
+)
+def test_an_output_folder_whose_path_is_not_utf_8_is_refused_before_any_work(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.save("llama", tmp_path / "m", num_hidden_layers=1)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
+    before = sorted(tmp_path.iterdir())
+    assert main([word.format(os.fsdecode(b"r\xe8")) for word in command.split()]) == 2
+    assert "r\\udce8 is not a UTF-8 path" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
     assert main([*command, *SETTINGS]) == 2

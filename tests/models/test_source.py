@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +15,10 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.models.source import default_cache, resolve_model
+from fistapruner.models.source import ModelSource, default_cache, resolve_model
+from fistapruner.models.tokenizer import load_tokenizer
 
 
 def test_local_folder_is_itself(tmp_path: Path) -> None:
@@ -26,6 +30,16 @@ def test_local_folder_is_itself(tmp_path: Path) -> None:
 def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str) -> None:
     with pytest.raises(FistaPrunerError, match="does not exist: give a local folder"):
         resolve_model(name, download=lambda *_, **__: pytest.fail("asked the hub"))
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"mod\xe8le")
+    folder.mkdir()
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, folder / "m.gguf", tmp_path / "link"):
+        with pytest.raises(FistaPrunerError, match=r"mod\\udce8le.* is not a UTF-8 path, .*: rename it$"):
+            resolve_model(path)
 
 
 def test_a_home_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +158,28 @@ def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "fistapruner"
+
+
+def test_what_is_loaded_only_with_code_of_the_models_own(tmp_path: Path) -> None:
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    for config, tokenizer, expected in (
+        ({"model_type": "llama"}, {}, []),
+        ({"model_type": "llama", **own}, {}, []),  # transformers has a class for it
+        ({"model_type": "own", **own}, {}, ["model", "tokenizer"]),
+        ({"model_type": ["own"], "auto_map": 3}, {}, []),
+        ({"model_type": "llama"}, {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}, ["tokenizer"]),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
+        assert ModelSource(tmp_path).own_code() == expected, config
+
+
+def test_a_tokenizer_of_a_newer_library_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "m")
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["model"]["type"] = "NewThing"
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(
+        FistaPrunerError, match=r"m has no tokenizer.*ModelUntagged[^\n]*needs newer[^\n]*tokenizers[^\n]*$"
+    ):
+        load_tokenizer(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,23 @@ def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype) -> None:
     assert load_whole(folder, CPU, stored).dtype == stored
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("units", [False, True])
+def test_the_precision_is_that_of_the_weights_whatever_the_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, units: bool
+) -> None:
+    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: units)
+    folder = tiny.save("llama", tmp_path / "model", dtype=stored)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    other = "float32" if stored == torch.bfloat16 else "bfloat16"
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": other}), "utf-8")
+    checkpoint, model = Checkpoint.open(folder), load_whole(folder, CPU)
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert nbytes == whole_bytes(checkpoint, pass_dtype(stored, CPU))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, checkpoint.read(name).to(parameter.dtype)), name
+
+
 def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_runs_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,4 +83,4 @@ def test_what_transformers_cannot_load_is_said_in_one_line(tmp_path: Path) -> No
     folder = tiny.save("llama", tmp_path / "model")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FistaPrunerError, match=r"model cannot be loaded by transformers: .*no file named[^\n]*$"):
-        load_whole(folder, CPU)
+        load_whole(folder, CPU, torch.float32)

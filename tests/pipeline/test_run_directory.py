@@ -311,8 +311,12 @@ def test_code_runs_only_where_this_command_allows_it(
             assert main(["bench", str(folder)]) == 2
         assert "needs Python code of its own" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers may ask whether to run it
-    with pytest.raises(fp.FistaPrunerError, match=r"Python code of its own: .* 'fistapruner unpack .*packed DIR'"):
+    with pytest.raises(fp.FistaPrunerError, match=r"of its own: .* load it with .*packed', trust_remote_code=True\)"):
         fp.load(tmp_path / "packed")
+    card, packed = ((folder / "README.md").read_text("utf-8") for folder in (Path(out) / "model", tmp_path / "packed"))
+    assert card.count(", trust_remote_code=True)\n") == 2  # model and tokenizer
+    assert 'from_pretrained("FOLDER", trust_remote_code=True)' in packed
+    assert "fistapruner.load(" not in packed
     with pytest.raises(fp.FistaPrunerError, match="needs Python code of its own: such models are not exported"):
         export_gguf(Path(out) / "model", tmp_path / "out.gguf", tmp_path / "like.gguf")
     assert not trace.exists()

@@ -23,7 +23,7 @@ from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.sparse.bench import bench, record
-from fistapruner.sparse.pack import PackedCheckpoint
+from fistapruner.sparse.pack import NoPackedFormError, PackedCheckpoint
 
 
 def same_tensors(one: Path, other: Path) -> None:
@@ -146,6 +146,20 @@ def test_fp32_to_bf16_values(tmp_path):
     assert torch.equal(
         PackedCheckpoint(tmp_path / "p").tensor(operator), Checkpoint.open(source).read(operator).bfloat16()
     )
+
+
+def test_fp64_is_packed_in_bf16_only(tmp_path):
+    source = save_pruned(tmp_path / "m", dtype=torch.float64)
+    for values in ("same", "int8"):
+        with pytest.raises(NoPackedFormError, match=r"m: model.*weight is float64; .*: give --values bf16$"):
+            pack(source, tmp_path / "p", values=values)
+    assert pack(source, tmp_path / "p", values="bf16").operators == 21
+    unpack(tmp_path / "p", tmp_path / "u")
+    first, second = Checkpoint.open(source), Checkpoint.open(tmp_path / "u")
+    for name in PackedCheckpoint(tmp_path / "p").specs:
+        assert torch.equal(second.read(name), first.read(name).bfloat16())
+    with pytest.raises(FistaPrunerError, match="no pruned operators"):
+        pack(save_pruned(tmp_path / "d", sparsity="0%", dtype=torch.float64), tmp_path / "q")
 
 
 def test_licence_and_base_model_are_kept(tmp_path):

@@ -102,7 +102,7 @@ def test_a_model_that_packing_makes_no_smaller_is_measured_as_it_is(tmp_path):
     (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
     found = bench(source, measure=lambda variants, **_: [speed(variant.name, 10) for variant in variants])
     assert [one.variant for one in found] == ["dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16"]
-    assert "no packed form to compare with" in record(found, source)["sentence"]
+    assert "nothing packed to compare with" in record(found, source)["sentence"]
 
 
 def test_a_folder_with_int8_values_is_measured_once_and_called_so(tmp_path):

@@ -2,7 +2,7 @@
 
 Every pruned operator is stored as a bit mask (n:m patterns as a shorter index) and its kept values; the rest as it is.
 The result loads in transformers after 'import fistapruner', and 'fistapruner unpack' brings the dense checkpoint back,
-bit for bit unless values were rounded (--values bf16 of fp32 weights, --values int8).
+bit for bit unless values were rounded (--values bf16 of wider weights, --values int8).
 """
 
 from __future__ import annotations

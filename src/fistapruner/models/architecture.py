@@ -54,6 +54,19 @@ def auto_class_name(architecture: str) -> str:
     return "AutoModelForImageTextToText" if only_wrapper else "AutoModelForCausalLM"
 
 
+def needs_own_code(config: Mapping[str, Any]) -> bool:
+    """Check whether a language model is built only with Python code that its config names."""
+    from transformers.models.auto import modeling_auto
+
+    known = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    named = config.get("auto_map")
+    own = isinstance(named, Mapping) and "AutoModelForCausalLM" in named
+    return own and not any(str(config.get("model_type")) in table for table in known)
+
+
 def build_model(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Any:

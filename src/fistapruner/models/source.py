@@ -17,8 +17,8 @@ import yaml
 from filelock import FileLock
 
 from ..errors import FistaPrunerError
-from ..runtime.files import disk_errors
-from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files
+from ..runtime.files import disk_errors, require_utf8
+from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
 from .files.gguf import CONVERSION, convert_gguf
 from .tokenizer import load_tokenizer
 
@@ -106,6 +106,16 @@ class ModelSource:
             return {}
         return metadata if isinstance(metadata, dict) else {}
 
+    def own_code(self) -> list[str]:
+        """List what ``transformers`` loads only with Python code of the model's own: ``model``, ``tokenizer``."""
+        from .architecture import needs_own_code
+
+        if needs_own_code(read_json(self.folder, "config.json")):
+            return ["model", "tokenizer"]  # AutoTokenizer reads the config too
+        tokenizer = "tokenizer_config.json"
+        named = read_json(self.folder, tokenizer).get("auto_map") if (self.folder / tokenizer).is_file() else None
+        return ["tokenizer"] if named else []
+
     def revision(self) -> str | None:
         """The hub's commit, which is the folder's name in the hub's cache; None for any other folder."""
         name = self.folder.name
@@ -167,11 +177,13 @@ def resolve_model(
         The folder.
 
     Raises:
-        FistaPrunerError: no such file, unknown or gated hub id, no network, no weights that may be read, a damaged
-            GGUF file.
+        FistaPrunerError: no such file, a path that is not UTF-8, unknown or gated hub id, no network, no weights that
+            may be read, a damaged GGUF file.
     """
     text = str(model)
     path = expand_home(text)
+    if path.exists():
+        require_utf8(path)
     if text and path.is_dir():
         packed = gguf_files(path)
         one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))

@@ -18,8 +18,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower of a file that it does not understand
         reason = " ".join(str(error).split())[:200]
+        if type(error) is Exception:
+            reason += "; the file is damaged, or needs newer versions of the packages tokenizers and transformers"
         fault = FistaPrunerError(
             f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}"
         )

@@ -91,8 +91,8 @@ def load_whole(
     Args:
         folder: a Hugging Face folder, dense or packed.
         device: where it runs.
-        dtype: precision of weights and passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype`, as for passes
-            layer by layer.
+        dtype: precision of weights and passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype` of the stored
+            weights, whatever the config says, as for passes layer by layer.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
@@ -100,19 +100,15 @@ def load_whole(
     """
     from transformers import AutoConfig
 
+    dtype = dtype or pass_dtype(Checkpoint.open(folder, allow_pickle=True).dtype, device)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        model = auto_class(config).from_pretrained(
-            str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
+        model = auto_class(config).from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         fault = FistaPrunerError(f"{folder} cannot be loaded by transformers: {reason}")
         raise needs_code(folder, error) or fault from None
     model = model.to(device)
-    if dtype is None and pass_dtype(model.dtype, device) == torch.float32:
-        # Only to a wider dtype: ``to`` would round what transformers keeps in fp32, such as rotary frequencies.
-        model = model.float()
     if (low_rank := LowRankAdapter.beside(folder)) is not None:
         with torch.no_grad():
             for name in low_rank.operators:

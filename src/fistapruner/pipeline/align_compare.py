@@ -19,6 +19,7 @@ from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
 from ..runs.decision import TrainingRecord
+from ..runs.directory import refuse_out
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
@@ -257,6 +258,7 @@ def _refuse_folder(folder: Path) -> None:
     Raises:
         FistaPrunerError: names the first of them.
     """
+    refuse_out(folder)
     if not folder.is_dir() or (folder / FIGURES).exists():
         return
     own = {"runs", LOCK, FIGURES + PARTIAL}

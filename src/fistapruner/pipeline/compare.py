@@ -42,7 +42,7 @@ from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
 from ..runs.base import parse, read_json
 from ..runs.decision import TrainingRecord
-from ..runs.directory import RunDirectory, refuse_file
+from ..runs.directory import RunDirectory, refuse_out
 from ..runs.identity import changed_files, stamps
 from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
@@ -516,7 +516,7 @@ def _find_source(model: str, folder: Path, permissions: Permissions) -> ModelSou
 
 def _before(folder: Path, model: str) -> Comparison:
     """Read the comparison that ``folder`` already holds; one without rows where there is none."""
-    refuse_file(folder)
+    refuse_out(folder)
     if (folder / "compare.json").is_file():
         before = load_comparison(folder)
         if not same_model(before.model.source, model):

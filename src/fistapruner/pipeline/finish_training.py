@@ -76,10 +76,12 @@ def finish(
     _warn(state, report)
     add_results(context, trained, report, listener)
     report.totals = _totals(context, report, times.total())
-    report.stacked_experts = any(name.endswith("]") for name in _claims(context, report))
+    content = read_pruning_record(context.decision.folder)
+    claims = operator_claims(report, context.model) | (content.get("operators") or {})
+    report.stacked_experts = any(name.endswith("]") for name in claims)
     report.finished = now()
     add_stage(report)
-    _write(context, trained, report, listener)
+    _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     _write_adapter(context, trained, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
@@ -171,11 +173,30 @@ def _seconds(context: TrainingContext) -> dict[str, float | None]:
     return {TRAINING: whole, STEP: statistics.median(steps) if steps else None}
 
 
-def _write(context: TrainingContext, trained: Trained, report: Report, listener: Listener) -> None:
+def _write(
+    context: TrainingContext,
+    trained: Trained,
+    report: Report,
+    earlier: Mapping[str, Any],
+    claims: Mapping[str, Any],
+    listener: Listener,
+) -> None:
+    """Write the checkpoint with its card and its record (``fistapruner.json``).
+
+    Args:
+        context: the opened run.
+        trained: holds the best weights.
+        report: of the run.
+        earlier: record of the input.
+        claims: about the zeros of every operator, by the name of its stored weight.
+        listener: receives progress.
+    """
     model = context.model
 
     def documents() -> dict[str, str]:
-        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(_record(context, report), indent=2) + "\n"}
+        lineage = report.lineage.model_dump(mode="json") if report.lineage else None
+        record = {**earlier, **record_head(report), "operators": claims, "lineage": lineage}
+        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(record, indent=2) + "\n"}
 
     write_model(context.run, model.checkpoint, context.fingerprint, replacements(model, trained), documents, listener)
 
@@ -198,22 +219,6 @@ def replacements(model: LayerwiseModel, trained: Trained) -> Callable[[str], Ten
             return trained.result(index, layer)
 
     return lambda name: layer_result(places[name]).get(name) if name in places else None
-
-
-def _record(context: TrainingContext, report: Report) -> dict[str, Any]:
-    """Describe the checkpoint (``fistapruner.json``): the claims of the input, and the lineage."""
-    return {
-        **read_pruning_record(context.decision.folder),
-        **record_head(report),
-        "operators": _claims(context, report),
-        "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
-    }
-
-
-def _claims(context: TrainingContext, report: Report) -> dict[str, Any]:
-    """Describe the zeros of every operator, by the name of its stored weight."""
-    earlier = read_pruning_record(context.decision.folder)
-    return operator_claims(report, context.model) | (earlier.get("operators") or {})
 
 
 def stored_weights(model: LayerwiseModel, layout: Layout) -> list[str]:

@@ -24,7 +24,7 @@ from ..planning.plan import Plan, make_plan
 from ..recipes.execution_settings import Execution
 from ..recipes.patterns import matches
 from ..recipes.settings import Recipe
-from ..runs.directory import refuse_file
+from ..runs.directory import refuse_out
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.formatting import count, span
 from ..runtime.numerics import exact_products, windows_at_once
@@ -247,7 +247,7 @@ def plan_model(
     Raises:
         FistaPrunerError: bad input, or a run that would not fit.
     """
-    refuse_file(Path(out))
+    refuse_out(Path(out))
     check_allocation(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     refuse_low_rank(source.folder, "prune")

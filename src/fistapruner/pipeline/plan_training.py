@@ -11,7 +11,7 @@ from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.align_directory import AlignDirectory
-from ..runs.directory import refuse_file
+from ..runs.directory import refuse_out
 from ..runs.listener import Listener
 from ..runs.training_directory import RecoverDirectory
 from ..runs.training_runs import input_run
@@ -48,7 +48,7 @@ def plan_recovery_of(
     Raises:
         FistaPrunerError: bad input.
     """
-    refuse_file(Path(out))
+    refuse_out(Path(out))
     if (
         recipe.data.source is None
         and not recipe.data.tasks
@@ -76,7 +76,7 @@ def plan_alignment_of(
     Returns:
         The plan of the recipe's own form, and those of all forms; those that do not fit say why.
     """
-    refuse_file(Path(out))
+    refuse_out(Path(out))
     pairs, _ = prepare_align.check_pairs(recipe)
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
     run = AlignDirectory(Path(out) / "run")  # of a run in that folder

@@ -316,6 +316,7 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         dtype=dtype_name(checkpoint.dtype),
         bytes=checkpoint.nbytes,
         license=source.license(),
+        own_code=source.own_code(),
     )
 
 

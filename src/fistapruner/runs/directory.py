@@ -32,6 +32,7 @@ from ..runtime.files import (
     disk_errors,
     json_sha256,
     remove_folder,
+    require_utf8,
     sampled_sha256,
     write_json_atomic,
     write_text_atomic,
@@ -53,12 +54,13 @@ EARLY = r"log\.txt|lock(\.\d+-\d+|\.preparing)?|times(\.\d+-\d+)?\.json(\.partia
 R = TypeVar("R", bound=RunRecord)
 
 
-def refuse_file(out: Path) -> None:
-    """Refuse a file where a folder is to be written.
+def refuse_out(out: Path) -> None:
+    """Refuse an output folder that is a file, or whose path is not UTF-8.
 
     Raises:
         FistaPrunerError: names it.
     """
+    require_utf8(out)
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
@@ -102,7 +104,7 @@ class RunDirectory:
         Raises:
             FistaPrunerError: names what is in the way.
         """
-        refuse_file(self.folder)
+        refuse_out(self.folder)
         if not self.folder.is_dir():
             return
         if not self.run_file.exists() and (others := self.foreign()):

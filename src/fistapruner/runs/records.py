@@ -34,6 +34,7 @@ class ModelFacts(Record):
         architecture: class name in ``transformers``.
         layers: number of decoder layers; ``hidden_size``: their width; ``parameters``: of the whole model.
         dtype: of the checkpoint; ``bytes``: its size on disk; ``license``: if its card states one.
+        own_code: what is loaded only with Python code of the model's own: ``model``, ``tokenizer``.
     """
 
     source: str
@@ -45,6 +46,7 @@ class ModelFacts(Record):
     dtype: str = ""
     bytes: int | None = None
     license: str | None = None
+    own_code: list[str] = Field(default_factory=list)
 
 
 class CalibrationTask(Record):

@@ -46,6 +46,20 @@ def existing_folder(path: Path) -> Path:
     return path
 
 
+def require_utf8(path: Path) -> None:
+    """Refuse a file or folder whose whole path is not UTF-8.
+
+    Raises:
+        FistaPrunerError: names the path.
+    """
+    whole = os.path.realpath(path)
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        what = "is not a UTF-8 path, which the tokenizer library cannot open: rename it"
+        raise FistaPrunerError(f"{whole} {what}") from None
+
+
 def require_space(path: Path, nbytes: int) -> None:
     """Refuse a file or folder that does not fit on its disk.
 

@@ -38,7 +38,8 @@ def bench(
     """Measure dense, pruned-as-dense, packed and packed int8 forms of a pruned model on the CPU.
 
     A model that has lost channels or heads is measured as ``smaller``, beside the dense model that it was. Without
-    zeros, where no operator becomes smaller without them, or where the experts are one tensor, it is not packed.
+    zeros, where no operator becomes smaller without them, where the experts are one tensor, or where weights are fp64,
+    it is not packed.
 
     Args:
         model: folder of a pruned model, ordinary or packed.
@@ -134,10 +135,10 @@ def sentence(speeds: Mapping[str, Speed], stacked: str = "") -> str:
     for name, speed in speeds.items():
         by_kind.get(name.split()[0], by_kind["dense"]).append(speed)
     if not by_kind["packed"] and not by_kind["smaller"]:
-        why = "No operator becomes smaller without its zeros"
+        why = "No operator has a smaller packed form"
         if stacked:
             why = f"{stacked} is one tensor of all experts, and only matrices are packed"
-        return f"{why}, so there is no packed form to compare with."
+        return f"{why}, so there is nothing packed to compare with."
     fastest = {kind: max(found, key=lambda speed: speed.tokens_per_second) for kind, found in by_kind.items() if found}
     dense = fastest.get("dense")
     if dense is None:

@@ -60,7 +60,8 @@ def load(
         auto = auto_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
         return auto.from_pretrained(str(folder), **settings).eval()
     source = PackedCheckpoint(folder, verify=verify)
-    refuse_own_code(source.folder, f"transformers loads what 'fistapruner unpack {folder} DIR' makes of it")
+    loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     try:

@@ -39,6 +39,7 @@ from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.numerics import dtype_name
 from .format import (
     MAX_M,
     METADATA,
@@ -56,7 +57,7 @@ MIN_ZEROS = 0.25
 
 
 class NoPackedFormError(FistaPrunerError):
-    """A pruned model cannot be packed: no operator becomes smaller, or its pruned experts are one tensor."""
+    """A pruned model cannot be packed: nothing becomes smaller, experts are one tensor, or it is fp64."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def pack(
     Args:
         checkpoint: folder of a pruned Hugging Face model.
         out: folder to make; it must not exist.
-        values: ``"same"`` keeps each operator's dtype and every bit; ``"bf16"`` rounds fp32 and fp16 values to bf16;
+        values: ``"same"`` keeps each operator's dtype and every bit; ``"bf16"`` rounds other values to bf16;
             ``"int8"`` stores int8 with one scale for each row or group.
         group: columns that share an int8 scale, a multiple of 64; 0 is the whole row.
         allow_pickle: read legacy ``.bin`` weights; they become safetensors.
@@ -113,7 +114,8 @@ def pack(
 
     Raises:
         FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged; as
-            :class:`NoPackedFormError` if no operator becomes smaller or pruned experts are stored as one tensor.
+            :class:`NoPackedFormError` if no operator becomes smaller, pruned experts are stored as one tensor, or
+            values are fp64 and are not to be rounded to bf16.
     """
     if values not in ("same", "bf16", "int8"):
         raise FistaPrunerError(f"values {values!r} are not known: same, bf16 or int8")
@@ -357,7 +359,7 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
     """Decide how each pruned operator that becomes smaller is stored.
 
     Raises:
-        NoPackedFormError: none becomes smaller, or pruned experts are stored as one tensor.
+        NoPackedFormError: none becomes smaller, pruned experts are stored as one tensor, or values are fp64.
     """
     if stacked := stacked_experts(record):
         raise NoPackedFormError(
@@ -367,10 +369,10 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
-    plan, weights, zeros = {}, 0, 0
+    plan, weights, zeros, wide = {}, 0, 0, ""
     for name in source.names():
         entry = source.entry(name)
-        if len(entry.shape) != 2 or entry.dtype not in FLOATS or 0 in entry.shape:
+        if len(entry.shape) != 2 or entry.dtype not in (*FLOATS, torch.float64) or 0 in entry.shape:
             continue
         known = listed.get(name)
         if listed and known is None:
@@ -379,6 +381,9 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
         weight = source.read(name).to(cast)
         nonzero = int(torch.count_nonzero(weight))
         if not listed and nonzero > (1 - MIN_ZEROS) * weight.numel():
+            continue
+        if cast not in FLOATS:
+            wide = wide or name
             continue
         layout = choose_layout(weight, _hint(known), int8=values == "int8")
         stored = nonzero if layout is None else weight.numel() // layout.m * layout.n
@@ -391,6 +396,9 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
         weights, zeros = weights + weight.numel(), zeros + weight.numel() - nonzero
     if plan:
         return plan
+    if wide:
+        advice = "bf16, fp16 and fp32 are packed: give --values bf16"
+        raise NoPackedFormError(f"{source.folder}: {wide} is {dtype_name(source.entry(wide).dtype)}; {advice}")
     if weights:
         raise NoPackedFormError(
             f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
@@ -475,10 +483,13 @@ def model_card(report: PackReport, values: str, config: Mapping[str, Any], origi
 
     ``origin`` is what the card of the model that was packed says of its licence and dense model.
     """
-    from ..models.architecture import auto_class_name  # imports transformers, which packing does without
+    from ..models.architecture import auto_class_name, needs_own_code  # imports transformers; packing does without
 
     named = config.get("architectures")
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
+    own = needs_own_code(config)
+    trusted = ", trust_remote_code=True" if own else ""
+    packed = "" if own else 'model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU\n'
     return f"""{_card_metadata(origin)}# A pruned model, packed
 
 {report}
@@ -489,9 +500,8 @@ Values are stored as {"they were" if values == "same" else values}. Load it with
 import fistapruner
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("FOLDER")  # unpacked to dense while loading
-model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU
-```
+model = {auto_class}.from_pretrained("FOLDER"{trusted})  # unpacked to dense while loading
+{packed}```
 
 or make it an ordinary checkpoint again with `fistapruner unpack FOLDER OUT`. `FOLDER` is on this machine: of a model
 on the hub, `hf download NAME --local-dir FOLDER` makes one.

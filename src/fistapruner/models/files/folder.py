@@ -17,6 +17,7 @@ from ...runtime.files import (
     publish_folder,
     remove_folder,
     require_space,
+    require_utf8,
     write_json_atomic,
 )
 from .checkpoint import INDEX, Checkpoint
@@ -24,11 +25,12 @@ from .safetensors import TensorEntry
 
 
 def require_new(out: Path, source: Path | None = None) -> None:
-    """Refuse an output folder that exists already or lies inside its source.
+    """Refuse an output folder that exists already, lies inside its source, or whose path is not UTF-8.
 
     Raises:
         FistaPrunerError: names the folder and what is wrong with it.
     """
+    require_utf8(out)
     with disk_errors(out):
         if out.exists() or out.is_symlink():
             raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
