@@ -196,6 +196,7 @@ class TrainingContext:
                 self.text,
                 windows,
                 self._stepper(objective, trained),
+                trained,
                 about=self._about(),
                 say=listener.say,
                 tick=lambda done, total: listener.tick(self.progress, done, total),
