@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -184,10 +184,8 @@ class TrainingContext:
 
     def _train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
         """Do what :meth:`train` does, once, and leave the best weights in ``trained``."""
-        numerics, windows = self.decision.numerics, self._order()
-        hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
-        with cpu_threads(numerics.threads), scratch_folder(hidden):
-            store = scratch_factory(hidden, self.model.dtype, self.model.device)
+        windows = self._order()
+        with self.passes() as store:
             objective = self._objective(windows, store, listener)
             trainer = Trainer(
                 self.run,
@@ -205,6 +203,13 @@ class TrainingContext:
             )
             with objective.resident(layers=self.decision.resident):
                 return trainer.train()
+
+    @contextmanager
+    def passes(self) -> Iterator[Store]:
+        """Give the stores and threads of the run's passes for the block."""
+        hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
+        with cpu_threads(self.decision.numerics.threads), scratch_folder(hidden):
+            yield scratch_factory(hidden, self.model.dtype, self.model.device)
 
     def _objective(self, windows: Tensor, store: Store, listener: Listener) -> Objective:
         """Make the loss that is trained; ``windows`` are those of every step."""
