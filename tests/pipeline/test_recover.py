@@ -30,6 +30,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
 from fistapruner.recipes.execution_settings import Execution
+from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.decision import EvaluationRequest, RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
@@ -1031,7 +1032,7 @@ def test_several_processes_go_on_with_less_when_they_are_started_again(
     run = Path(shutil.copytree(bench.recovered, tmp_path / "run"))
 
     def opened(rank: int) -> RecoverContext:
-        context = RecoverContext.open(run, Execution())
+        context = RecoverContext.open(RecoverDirectory(run), RecoverRecipe, Execution())
         context.ranks = Ranks(rank, 3)
         monkeypatch.setattr(context, "_train", Mock(side_effect=torch.OutOfMemoryError()))
         return context

@@ -15,11 +15,9 @@ from ..calibration.pairs import Pairs, pair_order
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runs.training_directory import TrainingDirectory
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.objective import Objective
 from ..tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
@@ -69,8 +67,6 @@ class Mixture:
 class AlignContext(TrainingContext):
     """An opened alignment run."""
 
-    directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
-    settings: ClassVar[type[TrainingRecipe]] = AlignRecipe
     progress: ClassVar[str] = "alignment steps"
 
     run: AlignDirectory

@@ -18,13 +18,12 @@ from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, Permissions
 from ..recipes.execution_settings import Execution
-from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.lock import preparing
-from ..runs.training_directory import RecoverDirectory, TrainingDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads, device_title
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
@@ -61,11 +60,9 @@ class TrainingContext:
         ranks: the processes that train together.
 
     Attributes:
-        directory, settings: kinds of run directory and recipe; ``progress``: name of the steps.
+        progress: name of the steps.
     """
 
-    directory: ClassVar[type[TrainingDirectory]]
-    settings: ClassVar[type[TrainingRecipe]]
     progress: ClassVar[str]
 
     run: TrainingDirectory
@@ -80,12 +77,18 @@ class TrainingContext:
 
     @classmethod
     def open(
-        cls, folder: Path, execution: Execution, permissions: Permissions = UNTRUSTED, ranks: Ranks = ALONE
+        cls,
+        run: TrainingDirectory,
+        settings: type[TrainingRecipe],
+        execution: Execution,
+        permissions: Permissions = UNTRUSTED,
+        ranks: Ranks = ALONE,
     ) -> Self:
         """Open a run that has been prepared.
 
         Args:
-            folder: its directory.
+            run: its directory.
+            settings: kind of its recipe.
             execution: how the work is carried out now; a run may go on in another way than it began.
             permissions: what the models' files may do.
             ranks: the processes that train together.
@@ -94,22 +97,23 @@ class TrainingContext:
             FistaPrunerError: not a prepared run, its models or windows are gone or have changed, or a step has fewer
                 passes than there are processes.
         """
-        run = cls.directory(folder)
         record = run.record()
         if record is None:
-            raise FistaPrunerError(f"{folder} is not a prepared run")
-        decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
+            raise FistaPrunerError(f"{run.folder} is not a prepared run")
+        decision, recipe = record.decision, settings.build(record.recipe, str(run.run_file))
         recipe = recipe.model_copy(update={"execution": execution})
         text = run.text()
         if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
             raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")
         model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
         if record.fingerprint != identity(recipe, model, text, decision):
-            raise FistaPrunerError(f"{folder}: the model is not the one that the run began with; name another --out")
+            raise FistaPrunerError(
+                f"{run.folder}: the model is not the one that the run began with; name another --out"
+            )
         passes = -(-recipe.step_windows // decision.numerics.batch_size)
         if passes < ranks.size:
             raise FistaPrunerError(
-                f"{folder}: a step has {passes} passes of {decision.numerics.batch_size} windows, and {ranks.size} "
+                f"{run.folder}: a step has {passes} passes of {decision.numerics.batch_size} windows, and {ranks.size} "
                 f"processes share them: start at most {passes}"
             )
         layout = discover(model).only(decision.operators)
@@ -287,8 +291,6 @@ class TrainingContext:
 class RecoverContext(TrainingContext):
     """An opened recovery run."""
 
-    directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
-    settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
     progress: ClassVar[str] = "recovery steps"
 
 

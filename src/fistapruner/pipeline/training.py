@@ -139,7 +139,7 @@ def _run(
             return report
         if ranks.share():
             ranks.wait_for_file(run.run_file)
-            context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
+            context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions, ranks)
             context.train(Listener(), lambda: None)
         found: dict[str, Any] = ranks.share({})
         return Report.model_validate(found)
@@ -174,7 +174,7 @@ def _lead(
                     _restore_text(verb, run, begun, request, listener)
                 ranks.share(True)  # the others train, too
                 listener.tick("opening the run", 0, 1)
-                context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
+                context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions, ranks)
                 trained, state = context.train(listener, times.note)
                 with cpu_threads(context.decision.numerics.threads):  # whatever those of this process are
                     report = finish(context, trained, state, times, listener, verb.add_results, report)
