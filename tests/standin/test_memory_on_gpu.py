@@ -75,16 +75,6 @@ def test_the_plan_counts_what_the_device_holds(gpu: StandIn, wide: Path, tmp_pat
     assert row.actual <= row.planned < 2.5 * row.actual
 
 
-class Saying(Listener):
-    """Keeps the sentences of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-
 class Shrinking(Listener):
     """Leaves less memory on the GPUs after a decoder layer, and may stop the run after another."""
 
@@ -256,17 +246,17 @@ def decided(run: Path) -> bool:
 
 def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
     """No pass copies them. Where they do not fit, the host does not wait for copies, and the bits are the same."""
-    says = Saying()
+    says = tiny.Said()
     gpu.moved.clear()
     prune(deep, tmp_path / "there", listener=says, **STATES)
     assert decided(tmp_path / "there")
     assert not copied(gpu)
-    assert says.lines.count("hidden states between decoder layers: in the GPU's memory") == 1
-    gpu.memory, says = DEVICE_RESERVE + 900_000, Saying()
+    assert says.sentences.count("hidden states between decoder layers: in the GPU's memory") == 1
+    gpu.memory, says = DEVICE_RESERVE + 900_000, tiny.Said()
     gpu.waits.clear()
     prune(deep, tmp_path / "here", listener=says, **STATES)
     assert not decided(tmp_path / "here")
-    assert says.lines.count("hidden states between decoder layers: in main memory") == 1
+    assert says.sentences.count("hidden states between decoder layers: in main memory") == 1
     assert {what for what, _ in copied(gpu)} == {"to device", "to host"}
     waits = {what for what, place in gpu.waits if place.startswith(("activations/", "runtime/transfers"))}
     assert waits == {"event"}
