@@ -59,7 +59,7 @@ def main() -> None:
         settings={"calibration": calibration},
         data=text,
         windows=arguments.windows,
-        listener=choose_listener(quiet=False),
+        listener=choose_listener(argparse.Namespace(quiet=False, json=False)),
     )
     machine = comparison.machine
     print(

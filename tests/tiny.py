@@ -1,4 +1,4 @@
-"""Tiny randomly initialised models of many architectures, saved as Hugging Face folders."""
+"""Tiny randomly initialised models of many architectures, saved as Hugging Face folders; what their runs say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from fistapruner.runs.listener import Listener
 
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -176,3 +178,13 @@ def store_head(folder: Path, head: str) -> Path:
         del tensors["model.embed_tokens.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+class Said(Listener):
+    """Keeps the sentences of a run."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.sentences.append(sentence)

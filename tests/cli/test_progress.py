@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkey
     """While the main thread is busy; not once it is gone, nor where it is to be quiet."""
     monkeypatch.setattr(progress, "EVERY", 0.0)
     before = threading.active_count()
-    listener = progress.choose_listener(quiet=False)
+    listener = progress.choose_listener(Namespace(quiet=False, json=False))
     said = ""
     until = time.monotonic() + 60
     while "starting, for" not in said and time.monotonic() < until:
@@ -100,9 +101,10 @@ def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkey
     gc.collect()
     thread.join(60)
     assert not thread.is_alive()
-    assert type(progress.choose_listener(quiet=True)) is Listener
+    for flags in ({"quiet": True, "json": False}, {"quiet": False, "json": True}):
+        assert type(progress.choose_listener(Namespace(**flags))) is Listener
     monkeypatch.setenv("RANK", "1")
-    assert type(progress.choose_listener(quiet=False)) is Listener
+    assert type(progress.choose_listener(Namespace(quiet=False, json=False))) is Listener
     assert threading.active_count() == before
 
 

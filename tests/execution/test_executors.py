@@ -147,12 +147,12 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
     """One dies as it begins a layer, one after it passed the hidden states on; then the run is resumed and finished."""
     out = tmp_path / "run"
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(1, 1))
-    work = RunContext.open(out)
-    work.hidden.mkdir(parents=True, exist_ok=True)
-    pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
+    context = RunContext.open(out)
+    context.hidden.mkdir(parents=True, exist_ok=True)
+    pool = Deadly(context, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
     try:
         assert os.getpgid(pool._processes[0].pid) != os.getpgid(0)  # Ctrl-C stops this process, which ends them
-        prune_layers_in_parallel(work, {0, 2, 3}, pool, Listener())
+        prune_layers_in_parallel(context, {0, 2, 3}, pool, Listener())
     finally:
         pool.close()
     assert pool.at_event == []
@@ -219,12 +219,12 @@ def test_parts_go_on_with_a_run_that_failed(model: Path, tmp_path: Path) -> None
 def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: bytes, tmp_path: Path) -> None:
     out = tmp_path / "run"
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(0, 3))
-    work = RunContext.open(out)
-    work.hidden.mkdir(parents=True, exist_ok=True)
-    pool = Deadly(work, worker_devices("cpu", 1, 1), at_start={4: 3}, at_event=[])
+    context = RunContext.open(out)
+    context.hidden.mkdir(parents=True, exist_ok=True)
+    pool = Deadly(context, worker_devices("cpu", 1, 1), at_start={4: 3}, at_event=[])
     try:
         with pytest.raises(FistaPrunerError, match=r"layer 4: its worker died 3 times.* again with fewer --workers"):
-            prune_layers_in_parallel(work, {4}, pool, Listener())
+            prune_layers_in_parallel(context, {4}, pool, Listener())
     finally:
         pool.close()
     with pytest.raises(FistaPrunerError, match="decoder layers 4 are not pruned"):
@@ -282,15 +282,15 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     out = tmp_path / "run"
     prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(0, 0))
-    work = RunContext.open(out)
-    work.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
-    pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])
+    context = RunContext.open(out)
+    context.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
+    pool = Deadly(context, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])
     try:
-        prune_serially(work, {1}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+        prune_serially(context, {1}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
         assert (pool.at_start, pool.at_event) == ({"part-1": 0}, [])
         pool.at_start["part-0"] = 3
         with pytest.raises(FistaPrunerError, match=r"part-0: its worker died 3 times"):
-            prune_serially(work, {2}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+            prune_serially(context, {2}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
     finally:
         pool.close()
     resume(out)

@@ -24,7 +24,6 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from fistapruner.pipeline.training import train
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.tuning.pair_objective import AnswerObjective
@@ -77,14 +76,6 @@ def write_pairs(path: Path, count: int) -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("align"))
-
-
-class Said(Listener):
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def say(self, sentence: str) -> None:
-        self.sentences.append(sentence)
 
 
 def align(bench: Bench, out: Path, model: Path | None = None, **settings: Any) -> Report:
@@ -269,7 +260,7 @@ def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
 ) -> None:
     """A task that the pairs were made from is not zero-shot, whether the run or its checkpoint is evaluated."""
     align(bench, tmp_path / "out")
-    said = Said()
+    said = tiny.Said()
     with monkeypatch.context() as patched:
         patched.setattr("fistapruner.evaluation.evaluate.find_tasks", lambda tasks, folder: tasks)
         patched.setattr("fistapruner.evaluation.evaluate.evaluate_tasks", lambda *arguments, **settings: ())
@@ -355,7 +346,7 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_finished_run_is_not_made_again(bench: Bench, tmp_path: Path) -> None:
-    out, said = tmp_path / "out", Said()
+    out, said = tmp_path / "out", tiny.Said()
     align(bench, out)
     align(bench, out, listener=said)
     assert said.sentences == [f"{out} holds the finished run of this recipe", f"report: {out / 'report.html'}"]
@@ -458,7 +449,7 @@ def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path
 
 
 def test_what_is_left_out_is_told(bench: Bench, tmp_path: Path) -> None:
-    path, said = tmp_path / "pairs.jsonl", Said()
+    path, said = tmp_path / "pairs.jsonl", tiny.Said()
     write_pairs(path, 12)
     with path.open("a") as file:
         file.write(json.dumps({"prompt": "long " * 9, "chosen": "a", "rejected": "b"}) + "\n")
@@ -484,7 +475,7 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
 
 def test_what_a_part_of_the_pairs_taught_is_told(bench: Bench, tmp_path: Path) -> None:
     """Pairs that were passed, tokens of the answers that have a loss, and no share of a gap that is not the aim."""
-    said, tokens = Said(), {}
+    said, tokens = tiny.Said(), {}
     for loss in ("dpo", "sft"):
         out = tmp_path / loss
         report = align(bench, out, loss=loss, steps=1, evaluate=str(bench.text), evaluate_windows=2, listener=said)
@@ -511,7 +502,7 @@ def test_a_comparison_runs_every_loss_from_one_cache(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows are the runs they would be alone; one that was stopped goes on, and nothing is made twice."""
-    path, said = tmp_path / "pairs.jsonl", Said()
+    path, said = tmp_path / "pairs.jsonl", tiny.Said()
     write_pairs(path, 12)
     out, shared = tmp_path / "out", {**SETTINGS, "pairs_per_step": 8, "data": {"pairs": str(path)}}
     found = fp.align_compare(bench.pruned(), out, listener=said, seeds=[3], **shared)
@@ -592,7 +583,7 @@ def test_rows_of_a_comparison_that_fail_are_told(
 def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
-    said = Said()
+    said = tiny.Said()
     found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, seeds=[1, 2], **settings)
     assert len([each for each in said.sentences if each.startswith("evaluating the model before alignment")]) == 1
     reports = [load_run(run) for run in (tmp_path / "out" / "runs").iterdir()]
@@ -609,7 +600,7 @@ def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
         killed.setattr("fistapruner.pipeline.measure.run_evaluation", interrupted)
         with pytest.raises(KeyboardInterrupt, match=r"^interrupted; nothing is lost: give the same command again$"):
             fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
-    said = Said()
+    said = tiny.Said()
     found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, **settings)
     assert not [sentence for sentence in said.sentences if sentence.startswith("step ")]
     assert found.before is not None

@@ -16,7 +16,6 @@ from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.record import read_pruning_record
 from fistapruner.models.source import ModelSource
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
 from fistapruner.runs.training_runs import dense_of
@@ -24,16 +23,6 @@ from fistapruner.runs.training_runs import dense_of
 CALIBRATION: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
 CARD = "---\nlicense: apache-2.0\ntags: [a]\n---\n\n# The dense model\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Said(Listener):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +123,11 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     with pytest.raises(fp.FistaPrunerError, match="has changed"):  # known by the first run, not by the second
         fp.recover(tmp_path / "second", tmp_path / "no", data={"source": "python", "seqlen": 16}, steps=1)
     shutil.rmtree(changed)
-    told = Said()
+    told = tiny.Said()
     last = fp.prune(tmp_path / "first" / "model", tmp_path / "third", evaluate="python", listener=told, **settings)
     assert last.evaluations[0].perplexity is not None
     assert last.evaluations[0].reference is None
-    assert any(f"no figures of the dense model, which is not at {changed}" in line for line in told.lines)
+    assert any(f"no figures of the dense model, which is not at {changed}" in line for line in told.sentences)
 
 
 def test_a_relative_name_in_a_lineage_is_not_looked_for_in_this_folder(

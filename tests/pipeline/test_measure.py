@@ -35,17 +35,6 @@ from fistapruner.sparse.bench import record
 from fistapruner.sparse.speed import Speed, measure_speed
 from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
 
-
-class Said(Listener):
-    """Keep what a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
 
@@ -103,7 +92,7 @@ def test_a_limit_reaches_every_evaluation_of_a_run(
     before = load_run(run)
     before.evaluations.clear()
     request = EvaluationRequest(data=text, windows=2, seqlen=16)
-    report = measure(PruneDirectory(run), before, request, Execution(memory_limit=2**30), UNTRUSTED, Said())
+    report = measure(PruneDirectory(run), before, request, Execution(memory_limit=2**30), UNTRUSTED, tiny.Said())
     assert len(report.evaluations) == 1
     assert [line for line in load_run(run).warnings if line.startswith(told)]
 
@@ -116,12 +105,12 @@ def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> Non
     settings = {"samples": 2, "seqlen": 16}
     told = f"1 of the 1 documents of the evaluation text {str(text)!r} are also in the calibration text ("
     for source, data, expected in ((str(text), str(text), True), ("python", "python", False)):
-        said, out = Said(), tmp_path / f"run-{expected}"
+        said, out = tiny.Said(), tmp_path / f"run-{expected}"
         calibration = {"source": source, **settings}
         report = fp.prune(
             dense, out, method="magnitude", calibration=calibration, evaluate=data, evaluate_windows=2, listener=said
         )
-        for lines in (report.warnings, said.lines):
+        for lines in (report.warnings, said.sentences):
             assert any(line.startswith(told) for line in lines) == expected
     comparison = compare(
         dense,
@@ -145,21 +134,21 @@ def test_text_that_is_measured_or_calibrated_on_later_is_compared_too(tmp_path: 
     calibration = {"source": str(text), "samples": 2, "seqlen": 16}
     for name in ("measured", "again"):
         fp.prune(dense, tmp_path / name, calibration=calibration, method="magnitude")
-    said = Said()
+    said = tiny.Said()
     fp.evaluate_run(tmp_path / "measured", str(other), seqlen=16, windows=2, listener=said)
-    assert not [line for line in said.lines if "are also in the calibration text" in line]
+    assert not [line for line in said.sentences if "are also in the calibration text" in line]
     fp.evaluate_run(tmp_path / "measured", str(text), seqlen=16, windows=2, listener=said)
     fp.prune(dense, tmp_path / "again", calibration=calibration, evaluate=str(text), listener=said, **settings)
-    assert sum("are also in the calibration text" in line for line in said.lines) == 2
+    assert sum("are also in the calibration text" in line for line in said.sentences) == 2
     for name in ("measured", "again"):
         (warning,) = load_run(tmp_path / name).warnings
         assert f"documents of the evaluation text {str(text)!r} are also in the calibration text" in warning
     fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), **settings)
     text.write_text(other.read_text())
-    said.lines.clear()
+    said.sentences.clear()
     fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), listener=said, **settings)
-    told = ["are also in the calibration text" in line for line in said.lines]
-    assert told.index(True) < [line.startswith("evaluating") for line in said.lines].index(True)
+    told = ["are also in the calibration text" in line for line in said.sentences]
+    assert told.index(True) < [line.startswith("evaluating") for line in said.sentences].index(True)
     assert len(load_run(tmp_path / "changed").warnings) == sum(told) == 1
 
 
@@ -190,7 +179,7 @@ def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirect
 def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> None:
     text, pruned = str(made / "text.txt"), made / "run"
     run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
-    said = Said()
+    said = tiny.Said()
     request = EvaluationRequest(data=text, windows=3, seqlen=24)
     report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, said)
     (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
@@ -199,7 +188,7 @@ def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> 
     assert before.perplexity == fp.evaluate(pruned / "model", text, seqlen=24, windows=3).perplexity
     assert before.reference == dense
     assert load_run(run.folder).recovery.before == [before]  # type: ignore[union-attr]
-    assert any("before recovery" in line for line in said.lines)
+    assert any("before recovery" in line for line in said.sentences)
     assert {name for name, text in vars(report.generations[0]).items() if text} == {
         "prompt",
         "dense",
@@ -208,15 +197,15 @@ def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> 
     }
     assert load_run(run.folder).lineage.stages[-1].figures.perplexity == replace(dense, window_nlls=())  # type: ignore
     # Nothing is measured twice, and what the input's run has measured is taken from it.
-    said.lines.clear()
+    said.sentences.clear()
     measure(run, report, request, Execution(), UNTRUSTED, said)
-    assert not [line for line in said.lines if line.startswith("evaluating")]
+    assert not [line for line in said.sentences if line.startswith("evaluating")]
     known = fp.evaluate_run(pruned, text, seqlen=20, windows=4)
     fp.evaluate_run(run.folder, text, seqlen=20, windows=4, listener=said)
-    assert not [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+    assert not [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
     assert load_run(run.folder).recovery.before == [before, known]  # type: ignore[union-attr]
     fp.evaluate_run(run.folder, text, seqlen=20, windows=2, listener=said)
-    assert [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+    assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
     assert len(load_run(run.folder).recovery.before) == 3  # type: ignore[union-attr]
 
 
@@ -227,17 +216,17 @@ def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_
     shutil.copytree(made / "dense", tmp_path / "dense")
     run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
     fp.evaluate_run(pruned, text, seqlen=16, windows=5, against=tmp_path / "dense")
-    said = Said()
+    said = tiny.Said()
     fp.evaluate_run(run.folder, text, seqlen=16, windows=5, listener=said)
-    assert [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+    assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
     (kept,) = load_run(run.folder).recovery.before  # type: ignore[union-attr]
     assert kept.against == str(made / "dense")
     fp.evaluate_run(pruned, text, seqlen=16, windows=6)
     report = json.loads((pruned / "report.json").read_text())
     (pruned / "report.json").write_text(json.dumps({**report, "fingerprint": "another"}))
-    said.lines.clear()
+    said.sentences.clear()
     fp.evaluate_run(run.folder, text, seqlen=16, windows=6, listener=said)
-    assert [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+    assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
 
 
 def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
@@ -247,7 +236,7 @@ def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path,
     (pruned / "report.json").write_text((made / "run" / "report.json").read_text())
     run = recovery_of(pruned, tmp_path / "recovered", None)
     request = EvaluationRequest(data=str(made / "text.txt"), windows=3, seqlen=24)
-    report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, Said())
+    report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, tiny.Said())
     (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
     assert after.against is before.against is after.reference is None
     assert gain(before, after) is not None

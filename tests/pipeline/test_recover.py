@@ -30,6 +30,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
 from fistapruner.recipes.execution_settings import Execution
+from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.decision import EvaluationRequest, RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
@@ -85,16 +86,6 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("recover"))
-
-
-class Said(Listener):
-    """Keeps the sentences."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def say(self, sentence: str) -> None:
-        self.sentences.append(sentence)
 
 
 def recover(model: Path, out: Path, **settings: Any) -> Report:
@@ -175,7 +166,7 @@ def test_experts_are_trained_and_keep_their_zeros(
     bench: Bench, tmp_path: Path, architecture: str, parameters: str
 ) -> None:
     """As the files have them: matrices of single experts, or one tensor of all (gpt_oss)."""
-    pruned, out, said = bench.pruned(architecture), tmp_path / "out", Said()
+    pruned, out, said = bench.pruned(architecture), tmp_path / "out", tiny.Said()
     report = recover(pruned, out, parameters=parameters, listener=said)
     before, after = (tensors(folder) for folder in (pruned / "model", out / "model"))
     operators = inspect_checkpoint(pruned / "model").pruned
@@ -681,7 +672,7 @@ def test_bad_input_is_one_line_before_any_work(
 
 
 def test_a_rank_that_operators_do_not_have_is_said_once(bench: Bench, tmp_path: Path) -> None:
-    said = Said()
+    said = tiny.Said()
     recover(bench.pruned(), tmp_path / "out", rank=1000, steps=1, listener=said)
     assert [sentence for sentence in said.sentences if "no rank" in sentence] == [
         "14 of 14 operators have no rank 1000: that of model.layers.0.self_attn.q_proj is 32, which it takes"
@@ -698,7 +689,7 @@ def run(bench: Bench, tmp_path: Path) -> Path:
 
 
 def test_a_finished_run_is_not_made_again(bench: Bench, run: Path) -> None:
-    said, stamp = Said(), (run / "model" / "model.safetensors").stat().st_mtime_ns
+    said, stamp = tiny.Said(), (run / "model" / "model.safetensors").stat().st_mtime_ns
     assert recover(bench.pruned(), run, listener=said).status == "finished"
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == stamp
     assert any("holds the finished run of this recipe" in sentence for sentence in said.sentences)
@@ -725,7 +716,7 @@ def test_a_setting_that_is_left_out_now_and_was_not_is_another_recipe(bench: Ben
         recover(bench.pruned(), tmp_path / "out", parameters="norms", steps=1)
 
 
-class Stopping(Said):
+class Stopping(tiny.Said):
     """Stops the run after its second step, at a check."""
 
     def tick(self, what: str, done: int, total: int) -> None:
@@ -745,7 +736,7 @@ def test_a_run_goes_on_on_the_device_of_the_new_command(bench: Bench, tmp_path: 
     record.recipe["execution"]["device"] = "cuda:7"
     run.write_record(record)
     run.windows_file.unlink()
-    said, execution = Said(), {"device": "cpu", "memory_limit": "1GiB"}
+    said, execution = tiny.Said(), {"device": "cpu", "memory_limit": "1GiB"}
     report = recover(bench.pruned(), tmp_path / "out", listener=said, execution=execution, **settings)
     assert (report.status, report.recovery and report.recovery.steps) == ("finished", 4)
     assert "this run keeps the plan that it began with: another --memory-limit changes nothing" in said.sentences
@@ -756,7 +747,7 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments: dict[str, Any] = {"data": {"source": str(bench.text)}, "evaluate": str(bench.text), "steps": 1}
-    said = Said(), Said()
+    said = tiny.Said(), tiny.Said()
     with monkeypatch.context() as stopped:
         stopped.setattr(prepare_recover, "record", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -779,7 +770,7 @@ def test_a_kept_text_of_another_tokenizer_is_cut_again(
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    said, tokens = Said(), []
+    said, tokens = tiny.Said(), []
     for model in (bench.pruned() / "model", bench.pruned() / "model", other):
         with pytest.raises(KeyboardInterrupt):
             recover(model, tmp_path / "out", listener=said, data={"source": str(bench.text)}, dense=bench.dense())
@@ -906,7 +897,7 @@ def test_a_damaged_checkpoint_is_written_again(bench: Bench, run: Path) -> None:
     """From the last state; what was measured stays."""
     whole, report = weights(run), load_run(run)
     (run / "model" / "model.safetensors").write_bytes(whole[:-1])
-    said = Said()
+    said = tiny.Said()
     assert recover(bench.pruned(), run, listener=said).recovery == report.recovery
     assert weights(run) == whole
     assert any("the checkpoint is made again from the last state" in sentence for sentence in said.sentences)
@@ -1031,7 +1022,7 @@ def test_several_processes_go_on_with_less_when_they_are_started_again(
     run = Path(shutil.copytree(bench.recovered, tmp_path / "run"))
 
     def opened(rank: int) -> RecoverContext:
-        context = RecoverContext.open(run, Execution())
+        context = RecoverContext.open(RecoverDirectory(run), RecoverRecipe, Execution())
         context.ranks = Ranks(rank, 3)
         monkeypatch.setattr(context, "_train", Mock(side_effect=torch.OutOfMemoryError()))
         return context

@@ -57,16 +57,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-class Said(Listener):
-    """Keeps the sentences."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.sentences.append(message)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -377,7 +367,7 @@ def test_the_same_model_under_another_spelling_is_the_same_model(dense: Path, ru
     (tmp_path / "link").symlink_to(dense.parent)
     (tmp_path / "alias").symlink_to(dense)
     for name in (dense / ".." / dense.name, tmp_path / "link" / dense.name, tmp_path / "alias"):
-        told = Said()
+        told = tiny.Said()
         fp.prune(name, run, listener=told, **SETTINGS)
         assert f"{run} holds the finished run of this recipe" in told.sentences
     assert absolute(str(tmp_path / "link" / ".." / dense.parent.name / dense.name)) == str(dense.resolve())
@@ -390,7 +380,7 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     fp.prune("model", "run", **SETTINGS)
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path / "b")
-    told = Said()
+    told = tiny.Said()
     assert fp.prune("model", "run", listener=told, **SETTINGS).status == "finished"
     assert "run holds the finished run of this recipe" in told.sentences
     with pytest.raises(fp.FistaPrunerError, match="a run of the model"):
@@ -404,7 +394,7 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert fp.resume("run").status == "finished"
 
 
-class StopsAfterALayer(Said):
+class StopsAfterALayer(tiny.Said):
     """Interrupts."""
 
     def layer(self, entry: LayerEntry) -> None:
@@ -500,7 +490,7 @@ def test_a_run_keeps_the_model_files_that_it_began_with(
     before = layer.stat().st_mtime_ns
     commits.pop()
     monkeypatch.setattr("fistapruner.models.source.version", lambda _: "0.0")
-    told = Said()
+    told = tiny.Said()
     assert fp.prune(model, run, listener=told, **settings).status == "finished"
     assert layer.stat().st_mtime_ns == before
     assert not any("made again" in sentence for sentence in told.sentences)
@@ -540,7 +530,7 @@ def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, t
     extra.write_text(TEXT * 4)
     assert main(["evaluate", str(run), "--data", str(extra), "--seqlen", "16", "--quiet"]) == 0
     text.write_text(TEXT[::-1] * 20)
-    said, before = Said(), load_run(run)
+    said, before = tiny.Said(), load_run(run)
     finish_run(run, listener=said)
     assert any("holds the finished run" in sentence for sentence in said.sentences)
     assert load_run(run) == before
@@ -548,7 +538,7 @@ def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, t
 
 
 def test_finish_refuses_another_model_and_says_what_makes_the_run_again(dense: Path, tmp_path: Path) -> None:
-    model, run, said = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "run", Said()
+    model, run, said = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "run", tiny.Said()
     fp.prune(model, run, **SETTINGS)
     tiny.save("llama", model, seed=5, num_hidden_layers=2)
     message = f"{model} is not the model that it pruned: 'fistapruner resume {run}' makes the whole run again"
@@ -585,7 +575,7 @@ def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path
         fp.prune(dense, run, **settings)
     assert (run / "recovered" / "model").is_dir()
     notes.unlink()
-    said = Said()
+    said = tiny.Said()
     second = fp.prune(dense, run / ".." / run.name, **settings, listener=said)
     assert any("is of another pruning: it is made again" in sentence for sentence in said.sentences)
     assert (second.kind, second.status) == ("recover", "finished")
@@ -749,14 +739,14 @@ def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
         for folder in (run, run / "recovered"):
             shutil.rmtree(folder / "model")
             (folder / "report.json").unlink()
-        said = Said()
+        said = tiny.Said()
         report = go_on(said)
         assert report.kind == "recover"
         assert report.evaluations
         found = [sentence for sentence in said.sentences if sentence.startswith("device 'cuda:99'")]
         assert len(found) == (name != "prune")
     shutil.rmtree(run / "recovered" / "model")
-    said = Said()
+    said = tiny.Said()
     assert fp.resume(run / "recovered", listener=said).status == "finished"
     assert any("this run goes on with" in sentence for sentence in said.sentences)
 

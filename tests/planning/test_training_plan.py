@@ -28,7 +28,6 @@ from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
 from fistapruner.planning.training_sizes import Task, TrainingChoice, TrainingSizes
 from fistapruner.recipes.recover_settings import RecoverRecipe
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.formatting import size
@@ -298,16 +297,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
-class Said(Listener):
-    """Keeps the sentences."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def say(self, sentence: str) -> None:
-        self.sentences.append(sentence)
-
-
 def recover(run: Path, out: Path, **settings: Any) -> Report:
     data = {"seqlen": 16, "tokens": 300}
     fixed = {"steps": 4, "windows_per_step": 2, "validation_checks": 2, "rank": 4, "evaluate": None}
@@ -321,7 +310,7 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.parametrize("parameters", ["lora", "full"])
 def test_how_memory_is_used_changes_no_bit(run: Path, tmp_path: Path, parameters: str) -> None:
     """The plan is said and stands beside the measurement; other choices give the same bytes and leave no files."""
-    told = Said()
+    told = tiny.Said()
     report = recover(run, tmp_path / "first", parameters=parameters, listener=told)
     assert any(sentence.startswith(f"plan: {parameters}, ") for sentence in told.sentences)
     rows = {row.quantity: row for row in report.plan}

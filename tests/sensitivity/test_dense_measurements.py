@@ -14,7 +14,6 @@ import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline import dense_measurements
 from fistapruner.pipeline.prune import prune
-from fistapruner.runs.listener import Listener
 from fistapruner.structured.bypass import BypassLearning
 
 FREE = {"remove": "mlp=25%", "multiple": 4, "widths": "free"}
@@ -51,16 +50,6 @@ def running_out(times: int) -> Callable[..., Any]:
     return wrapped
 
 
-class Saying(Listener):
-    """Keeps the sentences of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-
 @pytest.mark.parametrize("what", MEASUREMENTS)
 def test_one_window_at_a_time_where_memory_runs_out(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was tried is free before. A run that begins with one window at a time tries once; the error is one line."""
@@ -70,10 +59,10 @@ def test_one_window_at_a_time_where_memory_runs_out(what: str, tmp_path: Path, m
 
     def attempts(times: int, error: type[Exception], message: str | None, **execution: int) -> list[str]:
         monkeypatch.setattr(place, name, running_out(times))
-        says = Saying()
+        says = tiny.Said()
         with pytest.raises(error, match=message):
             prune(model, tmp_path / str(times), **settings, listener=says, execution={"threads": 1, **execution})
-        return [line for line in says.lines if "ran out" in line]
+        return [line for line in says.sentences if "ran out" in line]
 
     assert attempts(1, MeasuredError, None) == [f"the memory of cpu ran out with {most} windows at a time"]
     message = f"^the memory of cpu is not enough to {what}: free some of it, shorten --seqlen, or take --"

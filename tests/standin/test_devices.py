@@ -11,7 +11,6 @@ from torch import nn
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
 from fistapruner.runtime.ranks import ranks_of_run
@@ -19,16 +18,6 @@ from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
-
-
-class Said(Listener):
-    """Collects sentences."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def say(self, sentence: str) -> None:
-        self.sentences.append(sentence)
 
 
 def test_the_gpu_with_most_free_memory(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +71,14 @@ def test_another_gpu_is_said_on_resume(gpu: StandIn, tmp_path: Path) -> None:
     execution = {"device": "cuda:0"}
     fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, execution=execution, only_layers=(0, 0))
     gpu.name = "another stand-in"
-    said = Said()
+    said = tiny.Said()
     fistapruner.resume(tmp_path / "run", listener=said)
     assert "this run began on stand-in; on another stand-in its last bits may differ" in said.sentences
 
 
 def test_gpus_before_ampere_take_fp32_for_bf16(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=1)
-    said = Said()
+    said = tiny.Said()
     with StandIn(capability=(7, 5)):
         fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, listener=said)
     assert "passes in float32: this device has no matrix units for the checkpoint's bfloat16" in said.sentences

@@ -75,16 +75,6 @@ def test_the_plan_counts_what_the_device_holds(gpu: StandIn, wide: Path, tmp_pat
     assert row.actual <= row.planned < 2.5 * row.actual
 
 
-class Saying(Listener):
-    """Keeps the sentences of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-
 class Shrinking(Listener):
     """Leaves less memory on the GPUs after a decoder layer, and may stop the run after another."""
 
@@ -196,9 +186,9 @@ class OneWorker:
 def begun_run(gpu: StandIn, model: Path, out: Path, **settings: Any) -> tuple[RunContext, OneWorker]:
     """A run whose first layer is pruned, and a worker for the others on its GPU."""
     prune(model, out, only_layers=(0, 0), **settings)
-    work = RunContext.open(out)
-    work.hidden.mkdir(parents=True, exist_ok=True)
-    return work, OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
+    context = RunContext.open(out)
+    context.hidden.mkdir(parents=True, exist_ok=True)
+    return context, OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
 
 
 def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
@@ -206,25 +196,25 @@ def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, dee
 
     A group for which a worker has too little is solved all the same.
     """
-    work, pool = begun_run(gpu, deep, tmp_path / "run", method="wanda", propagate="pruned")
+    context, pool = begun_run(gpu, deep, tmp_path / "run", method="wanda", propagate="pruned")
     before = gpu.emptied
-    prune_serially(work, {1}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+    prune_serially(context, {1}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
     begun, done = pool.emptied[::2], pool.emptied[1::2]
     assert len(done) == 5  # parts of the groups q, k, v and gate, up
     assert begun[0] > before
     assert begun[3] > done[2]
     assert all(after > at for at, after in zip(begun, done, strict=True))
     pool.memory, gpu.refused, pool.emptied = 1000, 0, []
-    prune_serially(work, {2}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+    prune_serially(context, {2}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
     assert gpu.refused == 2  # the first part of each group; then this process solves the group
     begun, done = pool.emptied[::2], pool.emptied[1::2]
     assert all(after > at for at, after in zip(begun, done, strict=True))
 
 
 def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    work, pool = begun_run(gpu, deep, tmp_path / "run", method="magnitude", propagate="dense")
+    context, pool = begun_run(gpu, deep, tmp_path / "run", method="magnitude", propagate="dense")
     before = gpu.emptied
-    prune_layers_in_parallel(work, {1}, pool, Listener())
+    prune_layers_in_parallel(context, {1}, pool, Listener())
     assert pool.emptied[0] > before
 
 
@@ -256,17 +246,17 @@ def decided(run: Path) -> bool:
 
 def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
     """No pass copies them. Where they do not fit, the host does not wait for copies, and the bits are the same."""
-    says = Saying()
+    says = tiny.Said()
     gpu.moved.clear()
     prune(deep, tmp_path / "there", listener=says, **STATES)
     assert decided(tmp_path / "there")
     assert not copied(gpu)
-    assert says.lines.count("hidden states between decoder layers: in the GPU's memory") == 1
-    gpu.memory, says = DEVICE_RESERVE + 900_000, Saying()
+    assert says.sentences.count("hidden states between decoder layers: in the GPU's memory") == 1
+    gpu.memory, says = DEVICE_RESERVE + 900_000, tiny.Said()
     gpu.waits.clear()
     prune(deep, tmp_path / "here", listener=says, **STATES)
     assert not decided(tmp_path / "here")
-    assert says.lines.count("hidden states between decoder layers: in main memory") == 1
+    assert says.sentences.count("hidden states between decoder layers: in main memory") == 1
     assert {what for what, _ in copied(gpu)} == {"to device", "to host"}
     waits = {what for what, place in gpu.waits if place.startswith(("activations/", "runtime/transfers"))}
     assert waits == {"event"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
+from test_run import inputs_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -165,16 +166,6 @@ def test_the_plan_counts_the_comparison_of_heads(tmp_path: Path, dtype: str) -> 
         used = peak_bytes(lambda: head_divergence(model, 0, "self_attn.o_proj", states))
     counted = sizes.stages(Choice(1, on_disk=True))["comparing heads"] - sizes.base - sizes.layer
     assert used <= counted < 2 * used
-
-
-def inputs_of(model: object, name: str, tokens: Tensor) -> Tensor:
-    """(tokens, n) fp64 inputs of an operator."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))  # type: ignore[attr-defined]
-    with torch.no_grad():
-        model(tokens)  # type: ignore[operator]
-    handle.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1]).double()
 
 
 def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:

@@ -651,40 +651,32 @@ def test_what_is_only_selected_keeps_every_bit_where_passes_have_fewer(
             assert torch.equal(after, before.index_select(dim, keep)), name
 
 
-class Said(Listener):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-
 def test_a_recipe_without_its_structure_has_the_usual_sparsity_and_none_at_all_is_said(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     settings: dict[str, Any] = {"method": "magnitude", "calibration": SMALL}
     for recipe in ({"structure": "25%"}, Recipe(structure="25%")):
-        told, out = Said(), tmp_path / type(recipe).__name__
+        told, out = tiny.Said(), tmp_path / type(recipe).__name__
         report = fp.prune(folder, out, recipe=recipe, structure="none", listener=told, **settings)
         assert report.recipe["sparsity"] == "50%"
         assert report.totals.operator_zeros == report.totals.operator_weights // 2
-        assert not [line for line in told.lines if "no weight" in line]
-    told = Said()
+        assert not [line for line in told.sentences if "no weight" in line]
+    told = tiny.Said()
     fp.prune(folder, tmp_path / "dense", sparsity="0%", listener=told, **settings)
-    assert [line for line in told.lines if line == "sparsity 0% and no structure: no weight becomes zero"]
+    assert [line for line in told.sentences if line == "sparsity 0% and no structure: no weight becomes zero"]
 
 
 def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_report(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
     fp.prune(folder, tmp_path / "zeros", method="magnitude", sparsity="2:4", **settings)
-    pruned, told = tmp_path / "zeros" / "model", Said()
+    pruned, told = tmp_path / "zeros" / "model", tiny.Said()
     warned = f"{pruned} has zeros already, and structure mlp=16 does not keep them in operators such as "
     report = fp.prune(pruned, tmp_path / "small", structure="mlp=16", listener=told, **settings)
     (warning,) = (line for line in report.warnings if line.startswith(warned))
     assert "model.layers.0.mlp.down_proj (2:4)" in warning
     assert "give a --sparsity too" in warning
-    said = told.lines.index(warning)
-    assert said < next(number for number, line in enumerate(told.lines) if line.startswith("calibration"))
+    said = told.sentences.index(warning)
+    assert said < next(number for number, line in enumerate(told.sentences) if line.startswith("calibration"))
     recipe = Recipe.build({"structure": "mlp=16", **settings})
     assert warning in plan_model(pruned, recipe).says
 

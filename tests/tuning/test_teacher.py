@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_objective import opened
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,8 +18,6 @@ import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.calibration.training_text import TrainingText
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.tuning.losses import DenseLogits, Loss, TopTokens
 from fistapruner.tuning.objective import Objective
 from fistapruner.tuning.teacher import Teacher
@@ -28,10 +27,6 @@ SEQLEN = 16
 
 def some_tokens(windows: int) -> Tensor:
     return torch.randint(3, tiny.VOCABULARY, (windows, SEQLEN), generator=torch.Generator().manual_seed(5))
-
-
-def opened(folder: Path, dtype: torch.dtype | None = None) -> LayerwiseModel:
-    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
 
 
 def logits_of(teacher: Teacher, windows: Sequence[int]) -> Tensor:

@@ -52,11 +52,11 @@ class Parabola:
         loss = self.loss_at(number, self.value**2)
         size = self.size_at(number, 2 * self.value if math.isfinite(loss) else math.nan)
         if math.isfinite(size):
-            self.replay(number, size, factor)
+            self.take(number, size, factor)
         return StepResult(loss, size)
 
-    def replay(self, number: int, size: float, factor: float) -> None:
-        self.value -= self.rate * factor * size
+    def take(self, number: int, slope: float, factor: float) -> None:
+        self.value -= self.rate * factor * slope
 
     def digest(self) -> int:
         return zlib.crc32(struct.pack("<d", self.value))
@@ -83,7 +83,7 @@ def train(
     order = torch.arange(STEPS)[:, None]
     recipe = RecoverRecipe(validation_checks=checks, warm_up=0.0, schedule="constant", **settings)
     run = RecoverDirectory(folder)
-    trainer = Trainer(run, "this run", recipe, TEXT, order, stepper, about=dict(about), say=said.append)
+    trainer = Trainer(run, "this run", recipe, TEXT, order, stepper, stepper, about=dict(about), say=said.append)  # type: ignore[arg-type]
     return trainer.train(), said
 
 
@@ -192,10 +192,10 @@ def test_killed_as_it_takes_steps_again_it_keeps_their_lines(tmp_path: Path) -> 
     lines = journal(tmp_path / "killed")
 
     class Dies(Parabola):
-        def replay(self, number: int, size: float, factor: float) -> None:
+        def take(self, number: int, slope: float, factor: float) -> None:
             if number == 3:
                 raise Killed
-            super().replay(number, size, factor)
+            super().take(number, slope, factor)
 
     with pytest.raises(Killed):
         train(tmp_path / "killed", Dies(), optimizer="mezo", checks=1)

@@ -17,7 +17,6 @@ from fistapruner.tuning.forms import Form, Full, Lora, Spp
 from fistapruner.tuning.losses import Loss
 from fistapruner.tuning.masked import MaskedParameters
 from fistapruner.tuning.objective import Objective
-from fistapruner.tuning.steppers import Replayed
 from fistapruner.tuning.trained import Trained
 from fistapruner.tuning.zeroth_order import Directions, ZerothOrder, most_square
 
@@ -118,7 +117,7 @@ def test_the_slope_of_a_model_is_its_gradient_along_the_direction(tmp_path: Path
     settings: dict[str, Any] = {"parameters": form, "optimizer": optimizer, "subspace": 4, "eps": 1e-3}
     trained = Trained(model, layout, recipe(**settings))
     steps = ZerothOrder(trained)
-    Replayed(trained).replay(1, 3.0, 1.0)  # away from the start, where the gradient of A is zero
+    steps.take(1, 3.0, 1.0)  # away from the start, where the gradient of A is zero
     objective = Objective(model, make_text(), Loss(0.0), None, 4, scratch_factory(None, torch.float32))
     numbers = [0, 1, 2, 3]
     before = live(trained)
@@ -154,9 +153,9 @@ def test_three_numbers_a_step_give_the_same_tensors_again(tmp_path: Path, form: 
                         if value.ndim == 2:
                             assert torch.equal(value != 0, layer.get_parameter(name) != 0)
                 steps.update(index, layer, step, slope, factor)
-    replayed = Replayed(again)
+    replayed = ZerothOrder(again)
     for step, slope, factor in lines:
-        replayed.replay(step, slope, factor)
+        replayed.take(step, slope, factor)
     assert first.tensors().keys() == again.tensors().keys()
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in first.tensors().items())
     result = written(first)

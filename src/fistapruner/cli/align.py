@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
-    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    listener = choose_listener(arguments)
     from ..errors import FistaPrunerError
     from ..pipeline.align import align
     from ..pipeline.align_compare import align_compare

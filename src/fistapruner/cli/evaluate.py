@@ -74,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
-    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    listener = choose_listener(arguments)
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
     from ..pipeline.measure import evaluate_run, is_run

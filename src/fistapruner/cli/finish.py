@@ -17,14 +17,13 @@ from .arguments import add_begun_run, trust
 SUMMARY = "write the checkpoint of a run that was pruned in parts"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_begun_run(parser)
+configure = add_begun_run
 
 
 def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
-    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    listener = choose_listener(arguments)
     from ..pipeline.prune import finish_run
     from .prune import show
 

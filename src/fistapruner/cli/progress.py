@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import threading
@@ -31,13 +32,13 @@ REMINDER = "reminder"
 """Name of the thread that says it."""
 
 
-def choose_listener(*, quiet: bool) -> Listener:
+def choose_listener(arguments: argparse.Namespace) -> Listener:
     """Choose a silent, plain or live listener. Progress goes to standard error.
 
-    One that is not silent says at least every ten seconds what is being done, from a thread of its own. Of several
-    processes that share a run, the first one speaks.
+    A verb calls it before its other imports, which take seconds. A listener that is not silent says at least every ten
+    seconds what is being done, from a thread of its own. Of several processes that share a run, the first one speaks.
     """
-    if quiet or int(os.environ.get("RANK") or 0) > 0:
+    if arguments.quiet or arguments.json or int(os.environ.get("RANK") or 0) > 0:
         return Listener()
     listener = LiveListener() if sys.stderr.isatty() else PlainListener()
     ended = threading.Event()

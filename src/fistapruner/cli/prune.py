@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
-    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    listener = choose_listener(arguments)
     from ..pipeline.prune import prune
     from ..recipes.settings import Recipe
 

@@ -16,14 +16,13 @@ from .arguments import add_begun_run, trust
 SUMMARY = "continue an interrupted run"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_begun_run(parser)
+configure = add_begun_run
 
 
 def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
-    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    listener = choose_listener(arguments)
     from ..pipeline.resume import resume
     from .prune import show
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from ..activations.store import Store, scratch_factory
+from ..activations.store import Store
 from ..calibration.pairs import Pairs, pair_order
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runs.training_directory import TrainingDirectory
-from ..runtime.devices import cpu_threads
-from ..runtime.files import scratch_folder
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.objective import Objective
 from ..tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
@@ -73,26 +67,17 @@ class Mixture:
 class AlignContext(TrainingContext):
     """An opened alignment run."""
 
-    directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
-    settings: ClassVar[type[TrainingRecipe]] = AlignRecipe
     progress: ClassVar[str] = "alignment steps"
 
-    @property
-    def pairs(self) -> Pairs:
-        """The preference pairs."""
-        return cast(Pairs, self.text)
-
-    @property
-    def align_run(self) -> AlignDirectory:
-        """The run directory."""
-        return cast(AlignDirectory, self.run)
+    run: AlignDirectory
+    recipe: AlignRecipe
+    text: Pairs
 
     def _order(self) -> Tensor:
-        recipe: AlignRecipe = self.recipe
-        return pair_order(self.pairs, self.decision.steps, recipe.pairs_per_step, recipe.data.seed)
+        return pair_order(self.text, self.decision.steps, self.recipe.pairs_per_step, self.recipe.data.seed)
 
     def _objective(self, windows: Tensor, store: Store, listener: Listener) -> Objective:
-        recipe: AlignRecipe = self.recipe
+        recipe = self.recipe
         references = self.references(store, listener, self.ranks)
         mixture, preference = self.mixture(references), None
         if recipe.loss in PREFERENCE_LOSSES:
@@ -101,13 +86,13 @@ class AlignContext(TrainingContext):
             preference = Preference(margins, weights, recipe.beta, recipe.label_smoothing)
         anchor, teacher = recipe.resolved_anchor, None
         if anchor:
-            chosen = self.pairs.windows("held_out")[::2]
+            chosen = self.text.windows("held_out")[::2]
             teacher = self.teacher_of(windows[:, ::2], chosen, listener)
         if not (self.run.states.folder.is_dir() and any(self.run.states.folder.iterdir())):
             self._check_start(references["pruned"], store)
         return PairObjective(
             self.model,
-            self.pairs,
+            self.text,
             DIVERGENCE if anchor else LIKELIHOOD,
             teacher,
             self.decision.numerics.batch_size,
@@ -125,23 +110,23 @@ class AlignContext(TrainingContext):
         Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known
         has none.
         """
-        recipe: AlignRecipe = self.recipe
+        recipe = self.recipe
         tokens = hashlib.sha256()
-        for part in (self.pairs.tokens, self.pairs.marks):
+        for part in (self.text.tokens, self.text.marks):
             tokens.update(part.reshape(-1).numpy().data)  # without a copy
         models = {"pruned": self.model} | ({} if self.decision.dense is None else {"dense": self.open_dense()})
 
         def reference(name: str, model: LayerwiseModel) -> Reference:
             used = name in recipe.resolved_references
-            windows = range(len(self.pairs.tokens)) if used else self._measured()
+            windows = range(len(self.text.tokens)) if used else self._measured()
             files = json.dumps(stamps(model.checkpoint))
             identity = {"its weights": hashlib.sha256(files.encode()).hexdigest(), "the tokens": tokens.hexdigest()}
             return Reference(model, list(windows), identity)
 
         return reference_log_probabilities(
-            self.align_run.references_file,
+            self.run.references_file,
             {name: reference(name, model) for name, model in models.items()},
-            self.pairs,
+            self.text,
             self.decision.numerics.batch_size,
             store,
             listener.say,
@@ -151,7 +136,7 @@ class AlignContext(TrainingContext):
 
     def mixture(self, references: dict[str, Tensor]) -> Mixture:
         """Combine the references of the loss; a loss without any is told against the model that went in."""
-        recipe: AlignRecipe = self.recipe
+        recipe = self.recipe
         names = recipe.resolved_references or ("pruned",)
         stacked = torch.stack([references[name] for name in names])
         if recipe.weights == "per-pair":
@@ -160,7 +145,7 @@ class AlignContext(TrainingContext):
             shares = recipe.resolved_shares or [1.0] * len(names)
             weights = fixed_weights(torch.tensor(shares, dtype=torch.float64), stacked.shape[1])
         else:
-            held_out = stacked[:, [window // 2 for window in self.pairs.windows("held_out")[::2]]]
+            held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
             rule = held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
             weights = fixed_weights(rule, stacked.shape[1])
         kind = cast(Kind, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
@@ -168,34 +153,27 @@ class AlignContext(TrainingContext):
 
     def test_log_probabilities(self, trained: Trained) -> Tensor:
         """Compute the (test pairs, 2) log-probabilities under the trained model."""
-        with self.measuring() as store:
+        with self.passes() as store:
             objective = self._answers(store)
             with objective.resident(layers=self.decision.resident):
                 return log_probabilities_by_parts(
                     objective,
-                    self.pairs.windows("test"),
+                    self.text.windows("test"),
                     lambda index, layer: [trained.values(index, layer)],
                     self._at_once,
                 )
 
-    @contextmanager
-    def measuring(self) -> Iterator[Store]:
-        """Give the stores and threads of the run's passes for the block."""
-        hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
-        with cpu_threads(self.decision.numerics.threads), scratch_folder(hidden):
-            yield scratch_factory(hidden, self.model.dtype, self.model.device)
-
     @property
     def _at_once(self) -> int:
         """Windows whose log-probabilities are computed together; hidden states of fewer may be kept at once."""
-        return max(len(self.pairs.windows("held_out")), cast(AlignRecipe, self.recipe).step_windows)
+        return max(len(self.text.windows("held_out")), self.recipe.step_windows)
 
     def _answers(self, store: Store) -> AnswerObjective:
-        return AnswerObjective(self.model, self.pairs, LIKELIHOOD, None, self.decision.numerics.batch_size, store)
+        return AnswerObjective(self.model, self.text, LIKELIHOOD, None, self.decision.numerics.batch_size, store)
 
     def _measured(self) -> list[int]:
         """Windows of the pairs that every model is measured on: of the test, and of the check of the start."""
-        return sorted([*self.pairs.windows("held_out")[: 2 * CHECKED_PAIRS], *self.pairs.windows("test")])
+        return sorted([*self.text.windows("held_out")[: 2 * CHECKED_PAIRS], *self.text.windows("test")])
 
     def _clip(self) -> float | None:
         clip = self.recipe.clip
@@ -207,15 +185,15 @@ class AlignContext(TrainingContext):
         Raises:
             FistaPrunerError: it is another one: wrong model, template or precision.
         """
-        windows = self.pairs.windows("held_out")[: 2 * CHECKED_PAIRS]
+        windows = self.text.windows("held_out")[: 2 * CHECKED_PAIRS]
         trained = self.trained
         own = answer_log_probabilities(
             self._answers(store), windows, lambda index, layer: [trained.values(index, layer)]
         )[0]
-        tokens = self.pairs.marks[windows].sum(1).view(-1, 2)
+        tokens = self.text.marks[windows].sum(1).view(-1, 2)
         worst = float(((own - cached[[window // 2 for window in windows[::2]]]).abs() / tokens).max())
         if not worst <= START_TOLERANCE.get(self.model.dtype, 0.1):
             raise FistaPrunerError(
-                f"{self.align_run.references_file}: the model before training is {worst:.2g} nats a token from what "
+                f"{self.run.references_file}: the model before training is {worst:.2g} nats a token from what "
                 "it holds of it (a fault in training)"
             )

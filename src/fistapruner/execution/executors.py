@@ -23,7 +23,7 @@ from .serial import prune_serially
 
 
 def prune_layers(
-    work: RunContext,
+    context: RunContext,
     todo: Collection[int],
     execution: Execution,
     listener: Listener,
@@ -32,12 +32,12 @@ def prune_layers(
     """Prune the decoder layers in ``todo`` with an executor; each layer is journaled when it is done.
 
     The result does not depend on the executor: with any of them, a layer is computed by one process on
-    ``work.numerics.threads`` threads. With ``propagate=pruned`` the input of a layer is the output of the pruned
+    ``context.numerics.threads`` threads. With ``propagate=pruned`` the input of a layer is the output of the pruned
     layer before it: this process prunes layers in order, and workers solve the parts of its groups of operators in
     parallel.
 
     Args:
-        work: the opened run.
+        context: the opened run.
         todo: indices of layers that are not journaled yet.
         execution: executor, workers, device.
         listener: receives progress.
@@ -49,30 +49,32 @@ def prune_layers(
     if not todo:
         return
     executor = execution.executor
-    jobs = len(todo) if executor == "serial" else count_jobs(work.layout, work.sparsity, work.recipe, todo)
-    if executor != "serial" and work.recipe.propagate == "pruned" and jobs == 1:
+    jobs = len(todo) if executor == "serial" else count_jobs(context.layout, context.sparsity, context.recipe, todo)
+    if executor != "serial" and context.recipe.propagate == "pruned" and jobs == 1:
         listener.say(
             f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side"
         )
     if inspect is not None or jobs == 1:
         executor = "serial"
-    with cpu_threads(work.numerics.threads), exact_products():
+    with cpu_threads(context.numerics.threads), exact_products():
         if executor == "serial":
-            prune_serially(work, todo, listener, inspect)
+            prune_serially(context, todo, listener, inspect)
             return
-        pool = _pool(work, execution, jobs, listener)
+        pool = _pool(context, execution, jobs, listener)
         try:
-            if work.recipe.propagate == "dense":
-                prune_layers_in_parallel(work, todo, pool, listener)
+            if context.recipe.propagate == "dense":
+                prune_layers_in_parallel(context, todo, pool, listener)
             else:
-                prune_serially(work, todo, listener, solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+                prune_serially(
+                    context, todo, listener, solver=ParallelSolver(pool, context.hidden, context.recipe.steps)
+                )
         finally:
             pool.close()
 
 
-def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener) -> Pool:
+def _pool(context: RunContext, execution: Execution, jobs: int, listener: Listener) -> Pool:
     """Start the workers of an executor, at most one for each of ``jobs``."""
-    count = work.numerics.threads
+    count = context.numerics.threads
     release_device_memory()  # for the workers that share this process's GPU
     if execution.executor == "process":
         devices = worker_devices(execution.device, execution.workers, count)[:jobs]
@@ -80,10 +82,10 @@ def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener)
             f"{len(devices)} worker processes of {count} threads on "
             f"{', '.join(sorted({str(device) for device in devices}))}"
         )
-        return ProcessPool(work, devices)
+        return ProcessPool(context, devices)
     from .ray_pool import RayPool
 
-    pool = RayPool(work, execution, jobs)
+    pool = RayPool(context, execution, jobs)
     listener.say(f"{pool.size} Ray workers of {count} threads")
     return pool
 

@@ -16,13 +16,13 @@ from .context import RunContext
 from .pool import Event, Job, Pool, run_jobs
 
 
-def prune_layers_in_parallel(work: RunContext, todo: Collection[int], pool: Pool, listener: Listener) -> None:
+def prune_layers_in_parallel(context: RunContext, todo: Collection[int], pool: Pool, listener: Listener) -> None:
     """Prune the decoder layers in ``todo`` on the workers of ``pool``.
 
     At most ``pool.size + 1`` files of hidden states exist at a time.
 
     Args:
-        work: the opened run; ``propagate`` is ``dense``.
+        context: the opened run; ``propagate`` is ``dense``.
         todo: indices of layers that are not journaled yet.
         pool: the workers; the caller closes it.
         listener: receives progress.
@@ -30,16 +30,16 @@ def prune_layers_in_parallel(work: RunContext, todo: Collection[int], pool: Pool
     Raises:
         FistaPrunerError: a worker reports an error of the user's input, or dies repeatedly at the same layer.
     """
-    work.embed(_file(0), on_disk=True)[0].close(keep=True)
+    context.embed(_file(0), on_disk=True)[0].close(keep=True)
     release_device_memory()  # that of the embeddings, for the worker that shares this process's GPU
-    run_jobs(pool, _LayerSchedule(work, todo, listener))
+    run_jobs(pool, _LayerSchedule(context, todo, listener))
 
 
 class _LayerSchedule:
     """Schedule decoder layers in order, each when its input is written; remove files that are read."""
 
-    def __init__(self, work: RunContext, todo: Collection[int], listener: Listener) -> None:
-        self._work, self._todo, self._listener = work, todo, listener
+    def __init__(self, context: RunContext, todo: Collection[int], listener: Listener) -> None:
+        self._context, self._todo, self._listener = context, todo, listener
         self._last = max(todo)
         self._queue = list(range(self._last + 1))
         self._written, self._finished = {0}, set[int]()
@@ -68,12 +68,12 @@ class _LayerSchedule:
         self._finished.add(index)
         for number in (index, index + 1):  # a file is read by its own layer, and may still be written by the one before
             if number in self._finished and (number == 0 or number - 1 in self._finished):
-                (self._work.hidden / _file(number)).unlink(missing_ok=True)
+                (self._context.hidden / _file(number)).unlink(missing_ok=True)
         if index in self._todo:
-            entry = self._work.run.journal.finished(index, self._work.fingerprint)
+            entry = self._context.run.journal.finished(index, self._context.fingerprint)
             if entry is None:
                 raise FistaPrunerError(
-                    f"layer {index} was done by a worker, but {self._work.run.folder} does not hold it"
+                    f"layer {index} was done by a worker, but {self._context.run.folder} does not hold it"
                 )
             self._listener.layer(entry)
 

@@ -22,13 +22,13 @@ class ProcessPool:
     """A pool of local worker processes (see :class:`~fistapruner.execution.pool.Pool`).
 
     Args:
-        work: the opened run.
+        context: the opened run.
         devices: the device of each worker.
     """
 
-    def __init__(self, work: RunContext, devices: list[torch.device]) -> None:
+    def __init__(self, context: RunContext, devices: list[torch.device]) -> None:
         self.size = len(devices)
-        self._work = work
+        self._context = context
         self._devices = devices
         self._selector = selectors.DefaultSelector()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -61,14 +61,14 @@ class ProcessPool:
 
     def revive(self, worker: int) -> None:
         """Start a worker, or start it again."""
-        numerics = self._work.numerics
+        numerics = self._context.numerics
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics.threads)}
         # -P: nothing is imported from the current folder, which may be one that was downloaded
         program = [sys.executable, "-P", "-m", "fistapruner.execution.worker"]
-        place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
-        permitted = [name for name, allowed in self._work.permissions.keywords().items() if allowed]
+        place = [str(self._context.run.folder), self._context.part, str(self._devices[worker]), str(os.getpid())]
+        permitted = [name for name, allowed in self._context.permissions.keywords().items() if allowed]
         # In a group of its own, so that Ctrl-C does not reach it while it imports; it dies with this process.
         process = subprocess.Popen(
             [*program, *place, *permitted],

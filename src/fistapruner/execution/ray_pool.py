@@ -78,7 +78,7 @@ class RayPool:
     """A pool of Ray actors (see :class:`~fistapruner.execution.pool.Pool`).
 
     Args:
-        work: the opened run.
+        context: the opened run.
         execution: ``address`` of the cluster (None starts one on this machine), ``workers``, ``device``.
         jobs: number of parallel jobs; no more workers are started.
 
@@ -87,7 +87,7 @@ class RayPool:
         FistaPrunerError: the cluster cannot be reached, or has no room for a worker.
     """
 
-    def __init__(self, work: RunContext, execution: Execution, jobs: int) -> None:
+    def __init__(self, context: RunContext, execution: Execution, jobs: int) -> None:
         require_ray(execution.address)
         import ray
 
@@ -104,7 +104,7 @@ class RayPool:
                 raise FistaPrunerError(
                     f"Ray cluster {execution.address!r} cannot be reached: {' '.join(str(error).split())[:200]}"
                 ) from None
-        threads = work.numerics.threads
+        threads = context.numerics.threads
         resources = ray.cluster_resources()
         cuda = execution.device != "cpu" and resources.get("GPU", 0) >= 1
         room = room_for_workers(ray.nodes(), threads, cuda=cuda)
@@ -121,7 +121,12 @@ class RayPool:
             "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
         }
         self._options = {"num_cpus": threads, "num_gpus": 1 if cuda else 0, "runtime_env": {"env_vars": variables}}
-        self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu", work.permissions)
+        self._arguments = (
+            str(context.run.folder.absolute()),
+            context.part,
+            "cuda" if cuda else "cpu",
+            context.permissions,
+        )
         self._actor = ray.remote(max_restarts=0)(Actor)
         self._actors: list[Any] = [None] * self.size
         self._streams: dict[Any, int] = {}  # event stream of a running job to its worker

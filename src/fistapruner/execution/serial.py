@@ -17,7 +17,7 @@ from .context import RunContext
 
 
 def prune_serially(
-    work: RunContext,
+    context: RunContext,
     todo: Collection[int],
     listener: Listener,
     inspect: Callable[[int, int, LayerProblem], None] | None = None,
@@ -26,7 +26,7 @@ def prune_serially(
     """Prune the decoder layers in ``todo``; run hidden states through the others, as journaled.
 
     Args:
-        work: the opened run.
+        context: the opened run.
         todo: indices of layers that are not journaled yet.
         listener: receives progress.
         inspect: receives (layer, group, problem) before each solve.
@@ -35,32 +35,32 @@ def prune_serially(
     if not todo:
         return
     last = max(todo)
-    stream, calls = work.embed()
-    samples = dense_windows(work.recipe, work.layout, stream.samples, stream.seqlen, calls.batch_size)
+    stream, calls = context.embed()
+    samples = dense_windows(context.recipe, context.layout, stream.samples, stream.seqlen, calls.batch_size)
     dense: HiddenStates | None = stream
     pruned: HiddenStates | None = None
     if samples < stream.samples:
-        dense, pruned = work.store("dense-0", samples=samples), stream
+        dense, pruned = context.store("dense-0", samples=samples), stream
         for start, stop in calls.batches(samples):
             dense.write(start, stream.read(start, stop))
     for index in range(last + 1):
-        dense_on, pruned_on = _needed_after(work.recipe, work.model, index, last)
+        dense_on, pruned_on = _needed_after(context.recipe, context.model, index, last)
         streams = LayerStreams(
             dense,
             pruned,
-            work.store(f"dense-{index + 1}", samples=samples) if dense_on else None,
-            work.store(f"pruned-{index + 1}") if pruned_on else None,
+            context.store(f"dense-{index + 1}", samples=samples) if dense_on else None,
+            context.store(f"pruned-{index + 1}") if pruned_on else None,
         )
         if index + 1 in todo:
-            work.model.read_ahead(index + 1)
+            context.model.read_ahead(index + 1)
         if index in todo:
             events = LayerEvents(operators=partial(listener.operators, index))
             if inspect is not None:
                 events = replace(events, problem=partial(inspect, index))
-            listener.layer(work.prune(index, streams, calls, events, solver))
+            listener.layer(context.prune(index, streams, calls, events, solver))
         else:
             listener.tick(f"layer {index}, already pruned", 0, 1)
-            work.advance(index, streams, calls)
+            context.advance(index, streams, calls)
         for store in (dense, pruned):
             if store is not None:
                 store.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,13 +18,12 @@ from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, Permissions
 from ..recipes.execution_settings import Execution
-from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.lock import preparing
-from ..runs.training_directory import RecoverDirectory, TrainingDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads, device_title
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
@@ -61,11 +60,9 @@ class TrainingContext:
         ranks: the processes that train together.
 
     Attributes:
-        directory, settings: kinds of run directory and recipe; ``progress``: name of the steps.
+        progress: name of the steps.
     """
 
-    directory: ClassVar[type[TrainingDirectory]]
-    settings: ClassVar[type[TrainingRecipe]]
     progress: ClassVar[str]
 
     run: TrainingDirectory
@@ -80,12 +77,18 @@ class TrainingContext:
 
     @classmethod
     def open(
-        cls, folder: Path, execution: Execution, permissions: Permissions = UNTRUSTED, ranks: Ranks = ALONE
+        cls,
+        run: TrainingDirectory,
+        settings: type[TrainingRecipe],
+        execution: Execution,
+        permissions: Permissions = UNTRUSTED,
+        ranks: Ranks = ALONE,
     ) -> Self:
         """Open a run that has been prepared.
 
         Args:
-            folder: its directory.
+            run: its directory.
+            settings: kind of its recipe.
             execution: how the work is carried out now; a run may go on in another way than it began.
             permissions: what the models' files may do.
             ranks: the processes that train together.
@@ -94,22 +97,23 @@ class TrainingContext:
             FistaPrunerError: not a prepared run, its models or windows are gone or have changed, or a step has fewer
                 passes than there are processes.
         """
-        run = cls.directory(folder)
         record = run.record()
         if record is None:
-            raise FistaPrunerError(f"{folder} is not a prepared run")
-        decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
+            raise FistaPrunerError(f"{run.folder} is not a prepared run")
+        decision, recipe = record.decision, settings.build(record.recipe, str(run.run_file))
         recipe = recipe.model_copy(update={"execution": execution})
         text = run.text()
         if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
             raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")
         model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
         if record.fingerprint != identity(recipe, model, text, decision):
-            raise FistaPrunerError(f"{folder}: the model is not the one that the run began with; name another --out")
+            raise FistaPrunerError(
+                f"{run.folder}: the model is not the one that the run began with; name another --out"
+            )
         passes = -(-recipe.step_windows // decision.numerics.batch_size)
         if passes < ranks.size:
             raise FistaPrunerError(
-                f"{folder}: a step has {passes} passes of {decision.numerics.batch_size} windows, and {ranks.size} "
+                f"{run.folder}: a step has {passes} passes of {decision.numerics.batch_size} windows, and {ranks.size} "
                 f"processes share them: start at most {passes}"
             )
         layout = discover(model).only(decision.operators)
@@ -184,10 +188,8 @@ class TrainingContext:
 
     def _train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
         """Do what :meth:`train` does, once, and leave the best weights in ``trained``."""
-        numerics, windows = self.decision.numerics, self._order()
-        hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
-        with cpu_threads(numerics.threads), scratch_folder(hidden):
-            store = scratch_factory(hidden, self.model.dtype, self.model.device)
+        windows = self._order()
+        with self.passes() as store:
             objective = self._objective(windows, store, listener)
             trainer = Trainer(
                 self.run,
@@ -196,6 +198,7 @@ class TrainingContext:
                 self.text,
                 windows,
                 self._stepper(objective, trained),
+                trained,
                 about=self._about(),
                 say=listener.say,
                 tick=lambda done, total: listener.tick(self.progress, done, total),
@@ -204,6 +207,13 @@ class TrainingContext:
             )
             with objective.resident(layers=self.decision.resident):
                 return trainer.train()
+
+    @contextmanager
+    def passes(self) -> Iterator[Store]:
+        """Give the stores and threads of the run's passes for the block."""
+        hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
+        with cpu_threads(self.decision.numerics.threads), scratch_folder(hidden):
+            yield scratch_factory(hidden, self.model.dtype, self.model.device)
 
     def _objective(self, windows: Tensor, store: Store, listener: Listener) -> Objective:
         """Make the loss that is trained; ``windows`` are those of every step."""
@@ -281,8 +291,6 @@ class TrainingContext:
 class RecoverContext(TrainingContext):
     """An opened recovery run."""
 
-    directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
-    settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
     progress: ClassVar[str] = "recovery steps"
 
 

@@ -51,14 +51,14 @@ class Worker:
     """
 
     def __init__(self, folder: Path, part: str, device: str, permissions: Permissions, *, shared: bool = False) -> None:
-        self.work = RunContext.open(folder, torch.device(device), part, permissions)
-        torch.set_num_threads(self.work.numerics.threads)
+        self.context = RunContext.open(folder, torch.device(device), part, permissions)
+        torch.set_num_threads(self.context.numerics.threads)
         self.shared = shared
 
     @cached_property
     def calls(self) -> Calls:
         """Record the arguments of the decoder layers, once."""
-        return self.work.calls()
+        return self.context.calls()
 
     def run(self, job: dict[str, Any], tell: Callable[[Event], None]) -> None:
         """Run a job and report every outcome, errors too, as an event.
@@ -67,7 +67,7 @@ class Worker:
             job: a :class:`Job` or a :class:`PartJob` as JSON values.
             tell: receives the events.
         """
-        torch.set_num_threads(self.work.numerics.threads)
+        torch.set_num_threads(self.context.numerics.threads)
         event = self._run(job, tell)
         if event["event"] == "short":
             release_failed_memory()
@@ -78,7 +78,7 @@ class Worker:
         try:
             with exact_products():
                 if "solution" in job:
-                    do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.model.device)
+                    do_part(PartJob(**job), self.context.hidden, self.context.recipe.steps, self.context.model.device)
                     release_device_memory()  # for the processes that share the GPU
                 else:
                     self._do_layer(Job(**job), tell)
@@ -108,9 +108,9 @@ class Worker:
                 def progress(names: str, error: float | None) -> None:
                     tell({"event": "operators", "names": names, "error": error})
 
-                self.work.prune(job.index, streams, self.calls, LayerEvents(operators=progress, passed=passed))
+                self.context.prune(job.index, streams, self.calls, LayerEvents(operators=progress, passed=passed))
             else:
-                self.work.advance(job.index, streams, self.calls)
+                self.context.advance(job.index, streams, self.calls)
                 passed()
         finally:
             source.close(keep=True)
@@ -119,7 +119,7 @@ class Worker:
 
     def _open(self, name: str) -> HiddenStates:
         """Open a store of hidden states in the run directory."""
-        return self.work.store(name, on_disk=True)
+        return self.context.store(name, on_disk=True)
 
 
 def die_with_parent() -> None:

@@ -85,10 +85,10 @@ def align(
 
 def add_results(context: AlignContext, trained: Trained, report: Report, listener: Listener) -> None:
     """Measure what the trained model prefers on the test pairs, and add it to the report."""
-    text = context.pairs
+    text = context.text
     listener.say(f"log-probabilities of {len(text.windows('test')) // 2} test pairs under the aligned model")
     own = context.test_log_probabilities(trained)
-    with context.measuring() as store:
+    with context.passes() as store:
         references = context.references(store, listener)
     windows = text.windows("test")
     places = [window // 2 for window in windows[::2]]

@@ -17,8 +17,8 @@ from ..errors import FistaPrunerError
 from ..models.source import SMALL_MODEL, ModelSource, Permissions, expand_home
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
-from ..runs.base import parse, read_json
 from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
+from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, fingerprint, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
@@ -97,7 +97,7 @@ def find_finished(
     if not run.report_file.exists():
         return FinishedRun()
     try:
-        report = parse(Report, read_json(run.report_file), str(run.report_file))
+        report = run.read_report()
     except FistaPrunerError as error:
         return FinishedRun(says=f"the report is made again: {error}")
     if report.status != "finished" or report.fingerprint != record.fingerprint:
@@ -178,7 +178,7 @@ def refuse_other(
     Raises:
         FistaPrunerError: names the first setting that differs; or the model cannot be opened to be compared.
     """
-    refuse_other_settings(run, record.recipe, recipe)
+    refuse_other_settings(run, record.recipe, recipe.identity())
     found = workload_sha256(recipe)
     if record.workload is not None and found not in (None, record.workload.sha256):
         raise FistaPrunerError(
@@ -199,15 +199,19 @@ def refuse_other(
         )
 
 
-def refuse_other_settings(run: PruneDirectory, before: Mapping[str, Any], recipe: Recipe) -> None:
+def refuse_other_settings(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run of other settings.
+
+    Args:
+        run: its directory.
+        before: its settings, by name; there may be more of them.
+        now: those that are asked for and must be the same.
 
     Raises:
         FistaPrunerError: names the first setting that differs.
     """
-    now = recipe.model_dump(mode="json")
     for key in now:
-        if key not in Recipe.no_identity and before.get(key) != now[key]:
+        if before.get(key) != now[key]:
             raise FistaPrunerError(
                 f"--out {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
                 f"this one has {json.dumps(now[key])}: name another folder, or remove it"

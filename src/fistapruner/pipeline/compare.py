@@ -40,7 +40,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
-from ..runs.base import parse, read_json
+from ..runs.base import read_json
 from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory, refuse_out
 from ..runs.identity import changed_files, stamps
@@ -471,7 +471,7 @@ def _rows_that_stay(
         run = job.run(folder)
         if (record := run.record()) is not None:
             earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
-            refuse_other_settings(run, earlier, job.recipe)
+            refuse_other_settings(run, earlier, job.recipe.identity())
     return stay
 
 
@@ -538,7 +538,7 @@ def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: M
     """Read the report of a run that pruned this model with these settings and was measured on this text."""
     if not run.report_file.is_file():
         return None
-    report = parse(Report, read_json(run.report_file), str(run.report_file))
+    report = run.read_report()
     record = run.record()
     changed = record is not None and (changed_text(record, recipe) or changed_files(record.decision.stamps, source))
     same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint() and not changed

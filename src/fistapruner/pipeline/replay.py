@@ -36,9 +36,9 @@ from ..runtime.files import existing_folder
 from ..runtime.machine import now, versions
 from ..runtime.memory import free_device_memory, free_memory
 from ..tuning.adamw import Patience
-from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState, take_again
+from ..tuning.zeroth_order import ZerothOrder
 from .finish_training import check_zeros, replacements, stored_weights
 from .training_inputs import find_input
 
@@ -108,13 +108,13 @@ def replay(
         states = TemporaryDirectory(prefix="trained-", dir=existing_folder(out))
     with cpu_threads(about["threads"]), states as folder:  # frames of subzero and products depend on the threads
         trained = Trained(opened, layout, recipe, None if folder is None else Path(folder))
-        stepper, state = Replayed(trained), TrainingState()
+        stepper, state = ZerothOrder(trained), TrainingState()
         state.patience = Patience.begin(lines[0]["held_out"], on=recipe.patience)
-        stepper.keep()
+        trained.keep()
         with opened.resident(layers=fits):
             for line in lines[1:]:
-                take_again(state, line, stepper, recipe, about["steps"])
-            stepper.restore()
+                take_again(state, line, stepper, trained, recipe, about["steps"])
+            trained.restore()
         if state.step < about["steps"] and not state.stopped:
             more = len(journal.read_bytes().splitlines()) > len(lines)
             why = f"line {len(lines) + 1} is damaged" if more else "the run was not finished"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from ..errors import FistaPrunerError
 from ..execution.training import TrainingContext
 from ..models.source import Permissions
 from ..recipes.loading import merge
-from ..runs.base import parse, read_json
 from ..runs.decision import EvaluationRequest, TrainingRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
@@ -30,7 +28,7 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute, evaluation_on, execution_here, find_dense, moved_text, same_path
+from .begun import absolute, evaluation_on, execution_here, find_dense, moved_text, refuse_other_settings, same_path
 from .finish import reporting_failure
 from .finish_training import AddResults, finish
 from .measure import measure
@@ -139,7 +137,7 @@ def _run(
             return report
         if ranks.share():
             ranks.wait_for_file(run.run_file)
-            context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
+            context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions, ranks)
             context.train(Listener(), lambda: None)
         found: dict[str, Any] = ranks.share({})
         return Report.model_validate(found)
@@ -154,7 +152,7 @@ def _lead(
         begun = run.record()
         if begun is not None:
             if not resumed:
-                _refuse_other(run, begun, request)
+                refuse_other_settings(run, _flat(begun.decision.asked), _flat(asked(request.recipe)))
                 begun = _note_places(run, begun, request)
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
@@ -174,7 +172,7 @@ def _lead(
                     _restore_text(verb, run, begun, request, listener)
                 ranks.share(True)  # the others train, too
                 listener.tick("opening the run", 0, 1)
-                context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
+                context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions, ranks)
                 trained, state = context.train(listener, times.note)
                 with cpu_threads(context.decision.numerics.threads):  # whatever those of this process are
                     report = finish(context, trained, state, times, listener, verb.add_results, report)
@@ -200,25 +198,10 @@ def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report |
     if record is None or not run.report_file.exists():
         return None
     with suppress(FistaPrunerError):  # a damaged report is made again
-        report = parse(Report, read_json(run.report_file), str(run.report_file))
+        report = run.read_report()
         if report.status == "finished" and report.fingerprint == record.fingerprint:
             return report
     return None
-
-
-def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> None:
-    """Refuse to continue a run of other settings.
-
-    Raises:
-        FistaPrunerError: names the first setting that differs.
-    """
-    now, held = _flat(asked(request.recipe)), _flat(begun.decision.asked)
-    for key in now:
-        if held.get(key) != now[key]:
-            raise FistaPrunerError(
-                f"--out {run.folder} holds a run with {key} = {json.dumps(held.get(key))}, this one has "
-                f"{json.dumps(now[key])}: name another folder, or remove it"
-            )
 
 
 def _note_places(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> TrainingRecord:

@@ -88,10 +88,13 @@ class RunRecipe(Settings):
 
         __init__.__pydantic_base_init__ = True  # as pydantic marks its own: model_validate does not call it
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine the resulting weights."""
+        return self.model_dump(mode="json", exclude=set(self.no_identity))
+
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the resulting weights."""
-        identity = json.dumps(self.model_dump(mode="json", exclude=set(self.no_identity)), sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML with every setting."""

@@ -37,7 +37,7 @@ from ..runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from .base import read_json
+from .base import parse, read_json
 from .decision import RunRecord
 from .lock import holders
 from .records import Report
@@ -199,6 +199,14 @@ class RunDirectory:
     def write_recipe(self, text: str) -> None:
         """Replace ``recipe.yaml``."""
         write_text_atomic(self.recipe_file, text)
+
+    def read_report(self) -> Report:
+        """Read ``report.json``.
+
+        Raises:
+            FistaPrunerError: it is missing or damaged, or a newer release wrote it.
+        """
+        return parse(Report, read_json(self.report_file), str(self.report_file))
 
     def write_report(self, report: Report) -> None:
         """Replace ``report.json``."""

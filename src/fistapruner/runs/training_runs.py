@@ -17,11 +17,6 @@ DIRECTORIES: dict[str, type[TrainingDirectory]] = {each.verb: each for each in (
 """Run directories of the verbs that train, by the verb."""
 
 
-def training_run(folder: Path, verb: str) -> TrainingDirectory:
-    """Return the run directory of a verb that trains."""
-    return DIRECTORIES[verb](folder)
-
-
 def input_run(model: str) -> RunDirectory | None:
     """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
     for folder in (Path(model), Path(model).parent if Path(model).name == "model" else None):
@@ -57,7 +52,7 @@ def dense_of(run: RunDirectory) -> Dense | None:
             return Dense(decision.folder, decision.stamps)
         origin = input_run(str(decision.folder))
         return (None if origin is None else dense_of(origin)) or _named(record.lineage)
-    trained = training_run(run.folder, record.kind).record()
+    trained = DIRECTORIES[record.kind](run.folder).record()
     assert trained is not None
     if trained.decision.dense is not None:
         return Dense(trained.decision.dense, trained.decision.dense_stamps)

@@ -196,7 +196,7 @@ def decode(
         return operator
     levels = torch.zeros(spec.shape, dtype=torch.int8)
     levels[operator.kept()] = values
-    sums = group_sums(levels, spec.group or columns)
+    sums = group_sums(levels, spec.group)
     return PackedOperator(spec.shape, spec.dtype, mask, start, operator.values, scales, sums, spec.group, spec.layout)
 
 

@@ -103,7 +103,7 @@ class PackedOperator:
             self.start,
             padded_values(levels[kept]),
             scales.contiguous(),
-            group_sums(levels, width),
+            group_sums(levels, group),
             group,
             self.pattern,
         )
@@ -181,10 +181,15 @@ def padded_values(values: Tensor) -> Tensor:
     return out
 
 
-def group_sums(levels: Tensor, width: int) -> Tensor:
-    """Sum dense int8 levels (rows, columns) over groups of ``width`` columns: (rows, groups) int32."""
+def group_sums(levels: Tensor, group: int) -> Tensor:
+    """Sum dense int8 levels (rows, columns) over groups of columns: (rows, groups) int32.
+
+    Args:
+        levels: with zeros.
+        group: columns of a group; 0 takes the whole row.
+    """
     rows, columns = levels.shape
-    width = _group_width(width, columns)
+    width = _group_width(group, columns)
     groups = -(-columns // width)
     padded = torch.nn.functional.pad(levels, (0, groups * width - columns))
     return padded.view(rows, groups, width).sum(-1, dtype=torch.int32).contiguous()

@@ -118,37 +118,13 @@ class Widths:
         layers = []
         for groups, units in zip(layout.layers, decision.units, strict=True):
             operators = {operator.name: operator for group in groups for operator in group}
-            layers.append(
-                tuple(
-                    Unit(
-                        unit.kind,
-                        unit.producers,
-                        unit.rows,
-                        unit.copies,
-                        operators[unit.consumer],
-                        unit.columns,
-                        unit.after,
-                    )
-                    for unit in units
-                )
-            )
+            layers.append(tuple(Unit(**{**dict(unit), "consumer": operators[unit.consumer]}) for unit in units))
         return cls(tuple(layers), decision.config, decision.experts)
 
     def decision(self) -> StructureDecision:
         """Return the same as a record for ``run.json``."""
         layers = tuple(
-            tuple(
-                UnitDecision(
-                    kind=unit.kind,
-                    producers=unit.producers,
-                    rows=unit.rows,
-                    copies=unit.copies,
-                    consumer=unit.consumer.name,
-                    columns=unit.columns,
-                    after=unit.after,
-                )
-                for unit in units
-            )
+            tuple(UnitDecision(**{**vars(unit), "consumer": unit.consumer.name}) for unit in units)
             for units in self.units
         )
         return StructureDecision(units=layers, experts=self.experts, config=dict(self.config))

@@ -33,6 +33,7 @@ from ..errors import FistaPrunerError
 from ..models.experts import PARTS, holds_experts
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.record import MIN_ZEROS, read_pruning_record
+from ..runtime.numerics import dtype_name
 
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)(?=\.|$)")
 """Parts of a parameter's name that wrappers add: data parallelism, compilation, checkpointing, adapters."""
@@ -331,7 +332,7 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
 def _zeros(name: str, weight: Tensor) -> Tensor:
     """Count the zeros of a weight along its last dimension, over all processes where it is sharded."""
     if not weight.is_floating_point():
-        kind = str(weight.dtype).removeprefix("torch.")
+        kind = dtype_name(weight.dtype)
         raise FistaPrunerError(f"{name} is quantised ({kind}): its zeros cannot be held; a frozen base keeps them")
     count = (weight == 0).sum(-1)
     whole: Tensor = count.full_tensor() if hasattr(count, "full_tensor") else count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +14,7 @@ from .trainer import StepResult
 from .zeroth_order import ZerothOrder
 
 
-class _State:
-    """The state of the trained tensors, which steps of all kinds share.
-
-    Args:
-        trained: what is trained.
-    """
-
-    def __init__(self, trained: Trained) -> None:
-        self.trained = trained
-
-    def digest(self) -> int:
-        return self.trained.digest()
-
-    def keep(self) -> None:
-        self.trained.keep()
-
-    def restore(self) -> None:
-        self.trained.restore()
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.trained.tensors()
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.trained.load(tensors)
-
-
-class _Passes(_State):
+class _Passes:
     """Losses of windows, for steps that have passes.
 
     Args:
@@ -49,7 +23,7 @@ class _Passes(_State):
     """
 
     def __init__(self, trained: Trained, objective: Objective) -> None:
-        super().__init__(trained)
+        self.trained = trained
         self.objective = objective
 
     def losses(self, windows: list[int]) -> Tensor:
@@ -83,33 +57,20 @@ def _squares(norms: Sequence[Sequence[Tensor]]) -> list[float]:
     return squares
 
 
-class Replayed(_State):
-    """Steps without gradients that are taken again from their slopes alone (:mod:`.zeroth_order`)."""
-
-    def __init__(self, trained: Trained) -> None:
-        super().__init__(trained)
-        self.moves = ZerothOrder(trained)
-
-    def replay(self, number: int, size: float | None, factor: float) -> None:
-        for index in range(len(self.trained)):
-            with self.trained.model.layer(index) as layer:
-                self.moves.update(index, layer, number, size, factor)
-
-
 class ForwardOnly(_Passes):
     """Steps without gradients: two losses a step, along a random direction."""
 
     def __init__(self, trained: Trained, objective: Objective) -> None:
         super().__init__(trained, objective)
-        self._replayed = Replayed(trained)
+        self._moves = ZerothOrder(trained)
 
-    def replay(self, number: int, size: float | None, factor: float) -> None:
-        self._replayed.replay(number, size, factor)
+    def take(self, number: int, slope: float | None, factor: float) -> None:
+        self._moves.take(number, slope, factor)
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         self.objective.begin_step(number)
-        sums = self.objective.losses(windows, self._replayed.moves.variants(number)).sum(1)
+        sums = self.objective.losses(windows, self._moves.variants(number)).sum(1)
         both = sums / self.objective.counts(windows).sum().clamp_min(1)
-        slope = self._replayed.moves.slope(both)
-        self.replay(number, slope, factor)
+        slope = self._moves.slope(both)
+        self.take(number, slope, factor)
         return StepResult(float(both.mean()), math.nan if slope is None else slope)

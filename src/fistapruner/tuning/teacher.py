@@ -29,7 +29,7 @@ from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.files import disk_errors, write_json_atomic
-from ..runtime.numerics import BUDGETS, slices
+from ..runtime.numerics import BUDGETS, dtype_name, slices
 from ..runtime.ranks import ALONE, Ranks
 from ..runtime.transfers import sent
 from .losses import DenseLogits, Reference, TopTokens
@@ -330,7 +330,7 @@ class Teacher:
             "format": FORMAT,
             "kind": self.kind,
             "identity": self.identity,
-            "dtype": str(self.dense.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dense.dtype),
             "seqlen": self.tokens.shape[1],
             "batch_size": self.batch_size,
             "windows": self.blocks[number],

@@ -29,6 +29,7 @@ from ..runtime.formatting import duration
 from ..runtime.ranks import ALONE, Ranks
 from .adamw import Patience, Verdict, check_due, schedule
 from .states import LazyTensors
+from .trained import Trained
 
 log = logging.getLogger("fistapruner")
 
@@ -52,41 +53,22 @@ class StepResult:
     size: float
 
 
-class Kept(Protocol):
-    """Trained tensors of which the best values are remembered."""
-
-    def keep(self) -> None:
-        """Remember the present weights as the best."""
-
-    def restore(self) -> None:
-        """Go back to the best weights, with new moments."""
-
-
 @runtime_checkable
-class Replays(Kept, Protocol):
+class Replays(Protocol):
     """An optimizer without gradients, whose steps can be taken again from the journal."""
 
-    def replay(self, number: int, size: float, factor: float) -> None:
+    def take(self, number: int, slope: float, factor: float) -> None:
         """Take a journaled step again without passes."""
 
 
-class Stepper(Kept, Protocol):
-    """What a trainer needs of an optimizer and the tensors that it trains."""
+class Stepper(Protocol):
+    """What a trainer needs of an optimizer."""
 
     def losses(self, windows: list[int]) -> Tensor:
         """Compute the (windows,) fp64 sums of the loss over what each window counts."""
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         """Take step ``number`` at ``factor`` times the first learning rate."""
-
-    def digest(self) -> int:
-        """Return a checksum of the trained tensors."""
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors of the whole state."""
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of a state."""
 
 
 @dataclass
@@ -124,7 +106,8 @@ class Trainer:
         recipe: all settings, resolved.
         text: the training text.
         order: (steps, windows_per_step) window numbers.
-        stepper: optimizer and trained tensors.
+        stepper: the optimizer.
+        trained: what it trains.
         about: what the first line of the journal says of the run.
         say: receives sentences.
         tick: receives (steps done, steps in all).
@@ -138,6 +121,7 @@ class Trainer:
     text: TrainingText
     order: Tensor
     stepper: Stepper
+    trained: Trained
     about: dict[str, Any] = field(default_factory=dict)
     say: Say = lambda sentence: None
     tick: Tick = lambda done, total: None
@@ -192,13 +176,13 @@ class Trainer:
                     journal.sync()
                     self._snapshot()
                     last = time.monotonic()
-        self.stepper.restore()
+        self.trained.restore()
         return self.state
 
     def _resume(self, snapshot: Snapshot) -> None:
         values = snapshot.values
         self.state = TrainingState(**{**values, "patience": Patience(**values["patience"])})
-        self.stepper.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
+        self.trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
         self.say(f"going on after step {self.state.step} of {len(self.order)}")
 
     def _is_own(self, lines: list[dict[str, Any]]) -> bool:
@@ -211,7 +195,7 @@ class Trainer:
         """Make the start the first candidate."""
         self.state.before = held_out
         self.state.patience = Patience.begin(held_out, on=self.recipe.patience)
-        self.stepper.keep()
+        self.trained.keep()
 
     def _begin(self, journal: StepJournal) -> None:
         """Check the start, which is the first candidate."""
@@ -234,7 +218,7 @@ class Trainer:
         before = self.state.step
         for line in lines:
             if line["step"] == self.state.step + 1:
-                take_again(self.state, line, stepper, self.recipe, len(self.order))
+                take_again(self.state, line, stepper, self.trained, self.recipe, len(self.order))
         if self.state.step > before:
             journal.sync()
             self._snapshot()
@@ -262,10 +246,10 @@ class Trainer:
             line["fault"] = self._stop(f"the {what} at step {number}, at {factor:.3g} of the first learning rate")
         elif check_due(number, len(self.order), self.recipe.validation_checks):
             held_out, by_task = self._held_out()
-            kept = decide(self.state, self.stepper, held_out)
+            kept = decide(self.state, self.trained, held_out)
             check = Check(step=number, held_out=held_out, kept=kept, by_task=by_task)
             line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
-            self._agree(f"has after step {number} weights with the CRC", self.stepper.digest)
+            self._agree(f"has after step {number} weights with the CRC", self.trained.digest)
         self._compare(journal.dropped.pop(number, None), line)
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         return check
@@ -322,7 +306,7 @@ class Trainer:
     def _snapshot(self) -> None:
         if not self.ranks.first:
             return
-        self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.stepper.tensors())
+        self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.trained.tensors())
         self.after_snapshot()
 
 
@@ -331,35 +315,41 @@ def rate_factor(state: TrainingState, recipe: TrainingRecipe, steps: int) -> flo
     return state.patience.rate * schedule(state.step + 1, steps, recipe.warm_up, recipe.schedule)
 
 
-def decide(state: TrainingState, stepper: Kept, held_out: float) -> bool:
+def decide(state: TrainingState, trained: Trained, held_out: float) -> bool:
     """Keep the present weights if they are the best so far; else, with patience, go back."""
     verdict = state.patience.check(state.step, held_out)
     if verdict is Verdict.BETTER:
-        stepper.keep()
+        trained.keep()
     elif verdict is not Verdict.WORSE:
-        stepper.restore()
+        trained.restore()
         state.stopped = verdict is Verdict.STOP
     return verdict is Verdict.BETTER
 
 
 def take_again(
-    state: TrainingState, line: Mapping[str, Any], stepper: Replays, recipe: TrainingRecipe, steps: int
+    state: TrainingState,
+    line: Mapping[str, Any],
+    stepper: Replays,
+    trained: Trained,
+    recipe: TrainingRecipe,
+    steps: int,
 ) -> None:
     """Take a journaled step of an optimizer without gradients again, without passes.
 
     Args:
         state: after the step before; changed.
         line: of the journal.
-        stepper: optimizer and trained tensors.
+        stepper: the optimizer.
+        trained: what it trains.
         recipe: all settings, resolved.
         steps: of the whole run.
     """
     if line.get("size") is not None:
-        stepper.replay(line["step"], line["size"], rate_factor(state, recipe, steps))
+        stepper.take(line["step"], line["size"], rate_factor(state, recipe, steps))
     state.step = line["step"]
     state.not_finite = 0 if line.get("size") is not None else state.not_finite + 1
     state.stopped = state.not_finite >= MAX_NOT_FINITE
     if line.get("held_out") is not None:
-        decide(state, stepper, line["held_out"])
+        decide(state, trained, line["held_out"])
     if "fault" in line:
         state.stopped, state.fault = True, line["fault"]

@@ -139,6 +139,18 @@ class ZerothOrder:
         slope = (ahead - behind) / (2 * self.eps)
         return slope if math.isfinite(slope) else None
 
+    def take(self, number: int, slope: float | None, factor: float) -> None:
+        """Take a step whose slope is known, without passes.
+
+        Args:
+            number: of the step, from 1.
+            slope: of the step; None changes nothing.
+            factor: of the first learning rate.
+        """
+        for index in range(len(self.trained)):
+            with self.trained.model.layer(index) as layer:
+                self.update(index, layer, number, slope, factor)
+
     @torch.no_grad()
     def update(self, index: int, layer: nn.Module, step: int, slope: float | None, factor: float) -> None:
         """Move a layer's trained tensors along the direction of a step.
