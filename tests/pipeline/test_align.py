@@ -425,6 +425,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"clip": "wide"}, "none or a number"),
     ({"beta": 0.0}, "beta"),
     ({"label_smoothing": 0.5}, "label_smoothing"),
+    ({"loss": "geometric", "clip": 0.5}, "clip 0.5: it is a setting of harmonic, and the loss is geometric"),
+    ({"loss": "sft", "label_smoothing": 0.2}, "label_smoothing 0.2: it is a setting of dpo, multi-dpo, harmonic, "),
+    ({"teacher": "hidden"}, "teacher hidden: it is a setting of the anchor, and there is none"),
     ({"data": {"held_out": 0.4, "test": 0.3}}, "at most half"),
     ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
     ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
@@ -472,12 +475,12 @@ def test_what_is_left_out_is_told(bench: Bench, tmp_path: Path) -> None:
 
 def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--out", str(tmp_path / "cli")]
-    flags = ["--loss", "geometric", "--weights", "held-out", "--references", "dense,pruned", "--clip", "none"]
+    flags = ["--loss", "harmonic", "--weights", "held-out", "--references", "dense,pruned", "--clip", "none"]
     more = ["--pairs-per-step", "4", "--validation-checks", "2", "--rank", "4", "--lr", "1e-3", "--evaluate", "none"]
     assert main([*command, *flags, *more, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["kind"] == "align"
-    align(bench, tmp_path / "api", loss="geometric", weights="held-out", clip="none")
+    align(bench, tmp_path / "api", loss="harmonic", weights="held-out", clip="none")
     one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cli", "api"))
     assert one == two
 
@@ -558,6 +561,7 @@ def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, m
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
     command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
     command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet"]
+    command += ["--label-smoothing", "0.1", "--teacher", "hidden"]  # of rows that this comparison does not have
     for more, seeds in ((["--seed", "3"], [3]), (["--seed", "3", "--seeds", "1,2"], [1, 2])):
         out = tmp_path / str(len(seeds))
         assert main([*command, "--out", str(out), *more]) == 0

@@ -393,6 +393,7 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--align", "--samples", "4"], "--samples: a setting of pruning, and --align plans a run that trains"),
         (["--dense", "smollm2"], "--dense: the dense model of a run that trains, planned with --recover or --align"),
         (["--align"], "say what to train on with --data: a .jsonl file of preference pairs"),
+        (["--align", "--teacher", "hidden"], "teacher hidden: it is a setting of the anchor, and there is none"),
         (["--align", "--data", "a.jsonl", "--data", "b.jsonl"], "alignment takes one file of pairs"),
         (["--align", "--loss", "kl", "--data", "a.jsonl"], "loss"),
         (["--recover", "--seqlen", "16", "--memory-limit", "1MiB"], "--memory-limit 1.00 MiB is not enough: "),

@@ -12,6 +12,7 @@ from ..evaluation.preferences import preference_figures
 from ..execution.alignment import AlignContext
 from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
+from ..recipes.loading import merge
 from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
@@ -68,18 +69,20 @@ def align(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
+    recipe = AlignRecipe.build(merge(AlignRecipe.of(recipe).model_dump(mode="json"), settings))
+    recipe.refuse_idle()
     return train(
         ALIGN,
         out,
         model,
-        AlignRecipe.of(recipe),
+        recipe,
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
         listener=listener,
         command=command,
         evaluate=evaluate,
         evaluate_windows=evaluate_windows,
-        settings=settings,
+        settings={},
     )
 
 
