@@ -593,6 +593,20 @@ def test_rows_of_a_comparison_that_fail_are_told(
         assert "failed: SFT on chosen, seed 2: the memory is not enough" in table
 
 
+def test_a_finished_comparison_makes_the_checkpoints_that_are_to_be_kept(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    for name, calls in (("at once", [True]), ("later", [False, True, True])):
+        results = [fp.align_compare(bench.pruned(), tmp_path / name, keep=keep, **settings).rows for keep in calls]
+        assert [rows[0].alignment for rows in results] == [results[0][0].alignment] * len(calls)
+        assert results[1:] == results[1:2] * (len(calls) - 1)  # what is there is not made again
+    one, two = (tmp_path / name / "runs" / "sft-on-chosen-0" for name in ("at once", "later"))
+    assert (one / "model" / "model.safetensors").read_bytes() == (two / "model" / "model.safetensors").read_bytes()
+    assert list((two / "states").iterdir())
+
+
 def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}

@@ -79,7 +79,7 @@ def align_compare(
             ``shares``, ``clip`` and ``anchor`` are those of the rows.
         seeds: each is one run of every row: order of the pairs and start values; None is one run with the
             recipe's seeds.
-        keep: keep the checkpoints, and the states of training.
+        keep: keep the checkpoints, and the states of training; what an earlier call has removed is made again.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -160,7 +160,7 @@ def align_compare(
             listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
-                report = _finished(run, job, evaluated=evaluation is not None)
+                report = _finished(run, job, evaluated=evaluation is not None, keep=keep)
                 if report is None:
                     _take_references(folder, run)
                     before = [] if found.before is None else [found.before]
@@ -214,14 +214,17 @@ def _keep_references(folder: Path, run: AlignDirectory) -> None:
         copy_atomic(run.references_file, cache)
 
 
-def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool) -> Report | None:
+def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool, keep: bool) -> Report | None:
     """Read the report of a row that was done before; None where work is left, or it had other settings.
 
     Args:
         run: of the row.
         recipe: its settings.
         evaluated: the row is evaluated on a text, and so is the model before alignment.
+        keep: its checkpoint is there, too.
     """
+    if keep and not run.model.is_dir():
+        return None
     with suppress(FistaPrunerError):
         record = run.record()
         if record is not None and run.report_file.exists() and record.decision.asked == asked(recipe):
