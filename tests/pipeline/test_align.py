@@ -557,6 +557,41 @@ def test_a_row_of_a_comparison_is_the_run_alone(bench: Bench, tmp_path: Path) ->
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_rows_of_a_comparison_have_the_same_tokens_on_another_day(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat template may write the date; references that no row could use are replaced."""
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"DPO, pruned": {"loss": "dpo"}})
+    lines = [json.loads(line) for line in bench.pairs.read_text().splitlines()]
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    talks = [{key: [{"role": role, "content": line[key]}] for key, role in roles.items()} for line in lines]
+    pairs, out, said = tmp_path / "chat.jsonl", tmp_path / "out", Said()
+    pairs.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    days: list[str] = []
+
+    def write_chat(content: Any, *_: Any, prompt: bool = False) -> str:
+        return str(len(days)) + "".join(text for _, text in content)
+
+    def say(sentence: str) -> None:
+        days.extend(re.findall(r"^\d/3: ", sentence))
+        said.sentences.append(sentence)
+        if sentence.startswith("2/3: "):
+            (out / "references.safetensors").write_bytes(b"damaged")
+
+    monkeypatch.setattr("fistapruner.calibration.pairs.write_chat", write_chat)
+    listener = Said()
+    monkeypatch.setattr(listener, "say", say)
+    settings = {**SETTINGS, "data": {"pairs": str(pairs)}, "steps": 1, "seeds": [1, 2, 3]}
+    found = fp.align_compare(bench.pruned(), out, listener=listener, **settings)
+    assert [row.error for row in found.rows] == [None] * 3
+    tokens = [SafetensorsFile(run / "windows.safetensors").read("tokens") for run in (out / "runs").iterdir()]
+    assert all(torch.equal(each, tokens[0]) for each in tokens)
+    computed = [sentence for sentence in said.sentences if "pairs under the pruned model" in sentence]
+    assert len(computed) == 2  # and once more after the damage
+    runs = [load_run(run) for run in sorted((out / "runs").iterdir())]
+    assert [run.calibration and run.calibration.seed for run in runs] == [1, 2, 3]
+
+
 def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
     command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]

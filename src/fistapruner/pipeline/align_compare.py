@@ -18,7 +18,6 @@ from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
-from ..runs.decision import TrainingRecord
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
@@ -116,7 +115,8 @@ def align_compare(
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
     if dense is not None:
-        models[str(dense)] = find_dense(str(dense), _begun(folder), permissions)
+        begun = _begun(folder)
+        models[str(dense)] = find_dense(str(dense), None if begun is None else begun.record(), permissions)
     _refuse_folder(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     request = TrainingRequest(
@@ -164,8 +164,8 @@ def align_compare(
                 if report is None:
                     _take_references(folder, run)
                     before = [] if found.before is None else [found.before]
-                    report = train(ALIGN, run.folder, model, job, before=before, **common)
-                    _keep_references(folder, run)
+                    report = train(ALIGN, run.folder, model, job, before=before, like=_begun(folder), **common)
+                    copy_atomic(run.references_file, folder / run.references_file.name)  # where others were stale
                 reports[label, seed] = report
             except FistaPrunerError as error:
                 if not reports:  # bad input: every row would fail alike
@@ -191,11 +191,13 @@ def align_compare(
     return found
 
 
-def _begun(folder: Path) -> TrainingRecord | None:
-    """Read the record of a row that has begun; None where there is none."""
+def _begun(folder: Path) -> AlignDirectory | None:
+    """Find a row that has begun; None where there is none."""
     for file in sorted(folder.glob("runs/*/run.json")):
+        run = AlignDirectory(file.parent)
         with suppress(FistaPrunerError):  # a damaged record is named where its row is made
-            return AlignDirectory(file.parent).record()
+            if run.record() is not None:
+                return run
     return None
 
 
@@ -206,12 +208,6 @@ def _take_references(folder: Path, run: AlignDirectory) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         if cache.exists() and not run.references_file.exists():
             copy_atomic(cache, run.references_file)
-
-
-def _keep_references(folder: Path, run: AlignDirectory) -> None:
-    """Keep the references of a run for later rows."""
-    if not (cache := folder / run.references_file.name).exists():
-        copy_atomic(run.references_file, cache)
 
 
 def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool, keep: bool) -> Report | None:

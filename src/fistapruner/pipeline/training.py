@@ -74,10 +74,11 @@ def train(
     evaluate_windows: int | None,
     settings: dict[str, Any],
     before: Sequence[Evaluation] = (),
+    like: TrainingDirectory | None = None,
 ) -> Report:
     """Begin a run, or go on with one that was begun, as the public function of its verb describes it.
 
-    See :class:`TrainingRequest` for ``before``.
+    See :class:`TrainingRequest` for ``before`` and ``like``.
     """
     run = verb.directory(Path(out))
     run.check_place()
@@ -92,6 +93,7 @@ def train(
         evaluate == "auto",
         evaluate_windows,
         before=before,
+        like=like,
     )
     return _run(verb, run, request, listener or Listener())
 
