@@ -387,6 +387,43 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
 
 
+def test_a_dense_model_that_only_figures_use_may_go(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its log-probabilities are cached nothing is missing; before, its figures are. A reference is needed."""
+    folder, dense = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model")), tmp_path / "dense"
+    (folder / "fistapruner.json").unlink()
+    weights = []
+    for cached, references in ((True, "pruned"), (False, "pruned"), (True, "dense")):
+        out = tmp_path / f"{cached} {references}"
+        begin = {"dense": Path(shutil.copytree(bench.dense(), dense)), "steps": 2, "references": references}
+        with monkeypatch.context() as killed:
+            where = "tuning.trainer.Trainer.train" if cached else "execution.alignment.reference_log_probabilities"
+            killed.setattr(f"fistapruner.{where}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                align(bench, out, folder, **begin)
+        shutil.rmtree(dense)
+        if references == "dense":
+            with pytest.raises(FistaPrunerError, match=r"dense model of the run .* say where it is with --dense"):
+                fp.resume(out)
+            continue
+        report = fp.resume(out)
+        assert report.alignment is not None
+        assert set(report.alignment.test) == {"pruned", "aligned"} | ({"dense"} if cached else set())
+        assert ["no preferences of the dense model" in warning for warning in report.warnings] == [True] * (not cached)
+        model = out / "model" / "model.safetensors"
+        weights.append(model.read_bytes())
+        model.write_bytes(weights[-1][:-1])
+        assert fp.resume(out).alignment == report.alignment
+        assert model.read_bytes() == weights[0]
+    out = tmp_path / "anchored"
+    align(bench, out, folder, dense=Path(shutil.copytree(bench.dense(), dense)), steps=1, anchor=0.1)
+    shutil.rmtree(dense)
+    shutil.rmtree(out / "model")
+    with pytest.raises(FistaPrunerError, match=r"dense model of the run .* say where it is with --dense"):
+        fp.resume(out)
+
+
 def test_references_of_another_model_are_noticed(bench: Bench, tmp_path: Path) -> None:
     """The model before training must be what the reference ``pruned`` says, though all checksums are right."""
     align(bench, tmp_path / "first")

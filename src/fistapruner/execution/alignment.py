@@ -122,25 +122,36 @@ class AlignContext(TrainingContext):
     def references(self, store: Store, listener: Listener, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """Return the (pairs, 2) log-probabilities of the models, from the cache where it has them.
 
-        Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known
-        has none.
+        Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known,
+        or is gone, then has none.
         """
         recipe: AlignRecipe = self.recipe
         tokens = hashlib.sha256()
         for part in (self.pairs.tokens, self.pairs.marks):
             tokens.update(part.reshape(-1).numpy().data)  # without a copy
-        models = {"pruned": self.model} | ({} if self.decision.dense is None else {"dense": self.open_dense()})
+        files, dense = {"pruned": stamps(self.model.checkpoint)}, self.decision.dense
+        if dense is not None:
+            files["dense"] = list(self.decision.dense_stamps)
 
-        def reference(name: str, model: LayerwiseModel) -> Reference:
+        def reference(name: str) -> Reference:
             used = name in recipe.resolved_references
+
+            def opened() -> LayerwiseModel | None:
+                if name == "pruned":
+                    return self.model
+                return self.open_dense() if used or (dense is not None and dense.is_dir()) else None
+
             windows = range(len(self.pairs.tokens)) if used else self._measured()
-            files = json.dumps(stamps(model.checkpoint))
-            identity = {"its weights": hashlib.sha256(files.encode()).hexdigest(), "the tokens": tokens.hexdigest()}
-            return Reference(model, list(windows), identity)
+            identity = {
+                "its weights": hashlib.sha256(json.dumps(files[name]).encode()).hexdigest(),
+                "the tokens": tokens.hexdigest(),
+                "its precision": str(self.model.dtype),
+            }
+            return Reference(opened, list(windows), identity)
 
         return reference_log_probabilities(
             self.align_run.references_file,
-            {name: reference(name, model) for name, model in models.items()},
+            {name: reference(name) for name in files},
             self.pairs,
             self.decision.numerics.batch_size,
             store,

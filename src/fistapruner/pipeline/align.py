@@ -93,6 +93,9 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
     own = context.test_log_probabilities(trained)
     with context.measuring() as store:
         references = context.references(store, listener)
+    if context.decision.dense is not None and "dense" not in references:
+        report.warnings.append(f"no preferences of the dense model, which is not at {context.decision.dense} any more")
+        listener.say(report.warnings[-1])
     windows = text.windows("test")
     places = [window // 2 for window in windows[::2]]
     mixture = context.mixture(references)
