@@ -54,6 +54,16 @@ CHECKED_PAIRS = 8
 """Held-out pairs on which that is checked."""
 
 
+def reference_windows(name: str, recipe: AlignRecipe, pairs: Pairs) -> list[int]:
+    """List the windows whose log-probabilities under a model a run needs.
+
+    Of a model that is no reference of the loss they are those of the test, and of the check of the start.
+    """
+    if name in recipe.resolved_references:
+        return list(range(len(pairs.tokens)))
+    return sorted([*pairs.windows("held_out")[: 2 * CHECKED_PAIRS], *pairs.windows("test")])
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The references of a loss, combined.
@@ -141,13 +151,12 @@ class AlignContext(TrainingContext):
                     return self.model
                 return self.open_dense() if used or (dense is not None and dense.is_dir()) else None
 
-            windows = range(len(self.pairs.tokens)) if used else self._measured()
             identity = {
                 "its weights": hashlib.sha256(json.dumps(files[name]).encode()).hexdigest(),
                 "the tokens": tokens.hexdigest(),
                 "its precision": str(self.model.dtype),
             }
-            return Reference(opened, list(windows), identity)
+            return Reference(opened, reference_windows(name, recipe, self.pairs), identity)
 
         return reference_log_probabilities(
             self.align_run.references_file,
@@ -203,10 +212,6 @@ class AlignContext(TrainingContext):
 
     def _answers(self, store: Store) -> AnswerObjective:
         return AnswerObjective(self.model, self.pairs, LIKELIHOOD, None, self.decision.numerics.batch_size, store)
-
-    def _measured(self) -> list[int]:
-        """Windows of the pairs that every model is measured on: of the test, and of the check of the start."""
-        return sorted([*self.pairs.windows("held_out")[: 2 * CHECKED_PAIRS], *self.pairs.windows("test")])
 
     def _clip(self) -> float | None:
         clip = self.recipe.clip

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from ..errors import FistaPrunerError
+from ..execution.alignment import reference_windows
 from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
+from ..runs.align_directory import AlignDirectory
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
@@ -137,6 +139,9 @@ def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
     steps = recipe.steps or math.ceil(trained * recipe.epochs / recipe.pairs_per_step)
     order = pair_order(text, steps, recipe.pairs_per_step, recipe.data.seed)
     longest, most = text.lengths[order].amax(1), text.tokens.shape[1]
+    known = ("pruned",) if inputs.dense is None else ("pruned", "dense")
+    cached = AlignDirectory(out).references_file.exists()  # a comparison has given them
+    references = () if cached else (len(reference_windows(name, recipe, text)) for name in known)
     passed = (longest / LENGTHS).ceil() * LENGTHS
     return Task(
         inputs.model,
@@ -154,4 +159,5 @@ def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
         held_out=len(text.windows("held_out")),
         fill=float(passed.clamp_max(most).mean()) / most,
         together=2,
+        answers=(*references, len(text.windows("test"))),
     )
