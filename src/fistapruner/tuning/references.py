@@ -68,7 +68,9 @@ def reference_log_probabilities(
     ranks: Ranks = ALONE,
     at_once: int = 256,
 ) -> dict[str, Tensor]:
-    """Return the (pairs, 2) log-probabilities under each reference that there is, from the file where it has them.
+    """Return the (pairs, 2) log-probabilities under each reference, from the file where it has them.
+
+    A reference that the file does not have, and whose model is gone, is left out.
 
     Args:
         path: of the file; what is missing in it is computed and added.
