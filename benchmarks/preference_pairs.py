@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("pairs", type=Path, help="the .jsonl file that is written")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N items")
     arguments = parser.parse_args()
-    items = [json.loads(line) for line in arguments.task.read_text("utf-8").splitlines() if line.strip()]
+    items = [json.loads(line) for line in arguments.task.read_text("utf-8").split("\n") if line.strip()]
     pairs = [pair_of(item) for item in items[: arguments.limit]]
     different = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
     arguments.pairs.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in different), "utf-8")

@@ -16,6 +16,7 @@ import beside_quantisation
 import decode
 import growth
 import layer_error
+import preference_pairs
 import quality
 import real_problems
 import scaling
@@ -212,3 +213,11 @@ def test_the_quality_study_says_what_it_measured(
     line = first_line(quality, ["--out", "out", "--seeds", "0,1"], monkeypatch, capsys)
     assert "calibration python, 32 windows of 1024 tokens, seeds 0,1; text python, 60 windows" in line
     assert line.endswith("a CPU, 3 thread(s), torch 2.0")
+
+
+def test_pairs_of_a_task_with_line_separators_inside_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = {"query": "a\u2028b", "choices": ["x", "y\x85"], "gold": 0}
+    (tmp_path / "task.jsonl").write_text(json.dumps(item, ensure_ascii=False) + "\n", "utf-8")
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "task.jsonl"), str(tmp_path / "pairs.jsonl")])
+    preference_pairs.main()
+    assert json.loads((tmp_path / "pairs.jsonl").read_text("utf-8"))["prompt"] == "a\u2028b"

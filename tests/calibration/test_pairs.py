@@ -66,6 +66,9 @@ def test_prompts_that_end_inside_a_word_are_told(tmp_path: Path) -> None:
     assert (pair.prompt, pair.chosen, said) == ("H: Why?\n\nAssistant:", " It is", [])
     with pytest.raises(FistaPrunerError, match="line 1: what chosen and rejected share does not have 'Bot:'"):
         read_pairs(path, "Bot:")
+    longer = {"chosen": "H: Why?\n\nAssistant: It is", "rejected": "H: Why?\n\nAssistant: It is so"}
+    [pair], _ = read_pairs(write(tmp_path / "longer.jsonl", [longer]), "\n\nAssistant:")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("H: Why?\n\nAssistant:", " It is", " It is so")
     with pytest.raises(FistaPrunerError, match="prompt_ends"):
         read_pairs(write(tmp_path / "b.jsonl", [GOOD]), "is")
 
@@ -97,9 +100,11 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, why: str) -> None:
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ({"chosen": "ab", "rejected": "abc"}, "line 1: the answer chosen is empty"),
+        ({"chosen": "ab", "rejected": "abc"}, "chosen is what rejected begins with, .* its answer: --prompt-ends TEXT"),
+        ({"chosen": "a b", "rejected": "a "}, "line 1: rejected is what chosen begins with, so that nothing is left"),
+        ({"chosen": "", "rejected": "a"}, "line 1: chosen and rejected share no beginning, which is the prompt"),
         ({**CHAT, "chosen": user("x")}, "line 1: the first message of chosen behind the prompt has the role 'user'"),
-        ({"chosen": user("a"), "rejected": user("a") + says("b")}, "line 1: the answer chosen is empty"),
+        ({"chosen": user("a"), "rejected": user("a") + says("b")}, "chosen is what rejected begins .* its answer$"),
         ({"chosen": says("a"), "rejected": says("b")}, "line 1: chosen and rejected have different first messages"),
         ({"chosen": "Yes", "rejected": "No"}, "line 1: chosen and rejected share no beginning, which is the prompt"),
         ({"chosen": " Yes", "rejected": " No"}, "line 1: chosen and rejected share no beginning, which is the prompt"),

@@ -378,6 +378,43 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
 
 
+def test_a_dense_model_that_only_figures_use_may_go(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its log-probabilities are cached nothing is missing; before, its figures are. A reference is needed."""
+    folder, dense = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model")), tmp_path / "dense"
+    (folder / "fistapruner.json").unlink()
+    weights = []
+    for cached, references in ((True, "pruned"), (False, "pruned"), (True, "dense")):
+        out = tmp_path / f"{cached} {references}"
+        begin = {"dense": Path(shutil.copytree(bench.dense(), dense)), "steps": 2, "references": references}
+        with monkeypatch.context() as killed:
+            where = "tuning.trainer.Trainer.train" if cached else "execution.alignment.reference_log_probabilities"
+            killed.setattr(f"fistapruner.{where}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                align(bench, out, folder, **begin)
+        shutil.rmtree(dense)
+        if references == "dense":
+            with pytest.raises(FistaPrunerError, match=r"dense model of the run .* say where it is with --dense"):
+                fp.resume(out)
+            continue
+        report = fp.resume(out)
+        assert report.alignment is not None
+        assert set(report.alignment.test) == {"pruned", "aligned"} | ({"dense"} if cached else set())
+        assert ["no preferences of the dense model" in warning for warning in report.warnings] == [True] * (not cached)
+        model = out / "model" / "model.safetensors"
+        weights.append(model.read_bytes())
+        model.write_bytes(weights[-1][:-1])
+        assert fp.resume(out).alignment == report.alignment
+        assert model.read_bytes() == weights[0]
+    out = tmp_path / "anchored"
+    align(bench, out, folder, dense=Path(shutil.copytree(bench.dense(), dense)), steps=1, anchor=0.1)
+    shutil.rmtree(dense)
+    shutil.rmtree(out / "model")
+    with pytest.raises(FistaPrunerError, match=r"dense model of the run .* say where it is with --dense"):
+        fp.resume(out)
+
+
 def test_references_of_another_model_are_noticed(bench: Bench, tmp_path: Path) -> None:
     """The model before training must be what the reference ``pruned`` says, though all checksums are right."""
     align(bench, tmp_path / "first")
@@ -416,6 +453,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"clip": "wide"}, "none or a number"),
     ({"beta": 0.0}, "beta"),
     ({"label_smoothing": 0.5}, "label_smoothing"),
+    ({"loss": "geometric", "clip": 0.5}, "clip 0.5: it is a setting of harmonic, and the loss is geometric"),
+    ({"loss": "sft", "label_smoothing": 0.2}, "label_smoothing 0.2: it is a setting of dpo, multi-dpo, harmonic, "),
+    ({"teacher": "hidden"}, "teacher hidden: it is a setting of the anchor, and there is none"),
     ({"data": {"held_out": 0.4, "test": 0.3}}, "at most half"),
     ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
     ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
@@ -463,12 +503,12 @@ def test_what_is_left_out_is_told(bench: Bench, tmp_path: Path) -> None:
 
 def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--out", str(tmp_path / "cli")]
-    flags = ["--loss", "geometric", "--weights", "held-out", "--references", "dense,pruned", "--clip", "none"]
+    flags = ["--loss", "harmonic", "--weights", "held-out", "--references", "dense,pruned", "--clip", "none"]
     more = ["--pairs-per-step", "4", "--validation-checks", "2", "--rank", "4", "--lr", "1e-3", "--evaluate", "none"]
     assert main([*command, *flags, *more, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["kind"] == "align"
-    align(bench, tmp_path / "api", loss="geometric", weights="held-out", clip="none")
+    align(bench, tmp_path / "api", loss="harmonic", weights="held-out", clip="none")
     one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cli", "api"))
     assert one == two
 
@@ -545,10 +585,46 @@ def test_a_row_of_a_comparison_is_the_run_alone(bench: Bench, tmp_path: Path) ->
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_rows_of_a_comparison_have_the_same_tokens_on_another_day(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat template may write the date; references that no row could use are replaced."""
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"DPO, pruned": {"loss": "dpo"}})
+    lines = [json.loads(line) for line in bench.pairs.read_text().splitlines()]
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    talks = [{key: [{"role": role, "content": line[key]}] for key, role in roles.items()} for line in lines]
+    pairs, out, said = tmp_path / "chat.jsonl", tmp_path / "out", tiny.Said()
+    pairs.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    days: list[str] = []
+
+    def write_chat(content: Any, *_: Any, prompt: bool = False) -> str:
+        return str(len(days)) + "".join(text for _, text in content)
+
+    def say(sentence: str) -> None:
+        days.extend(re.findall(r"^\d/3: ", sentence))
+        said.sentences.append(sentence)
+        if sentence.startswith("2/3: "):
+            (out / "references.safetensors").write_bytes(b"damaged")
+
+    monkeypatch.setattr("fistapruner.calibration.pairs.write_chat", write_chat)
+    listener = tiny.Said()
+    monkeypatch.setattr(listener, "say", say)
+    settings = {**SETTINGS, "data": {"pairs": str(pairs)}, "steps": 1, "seeds": [1, 2, 3]}
+    found = fp.align_compare(bench.pruned(), out, listener=listener, **settings)
+    assert [row.error for row in found.rows] == [None] * 3
+    tokens = [SafetensorsFile(run / "windows.safetensors").read("tokens") for run in (out / "runs").iterdir()]
+    assert all(torch.equal(each, tokens[0]) for each in tokens)
+    computed = [sentence for sentence in said.sentences if "pairs under the pruned model" in sentence]
+    assert len(computed) == 2  # and once more after the damage
+    runs = [load_run(run) for run in sorted((out / "runs").iterdir())]
+    assert [run.calibration and run.calibration.seed for run in runs] == [1, 2, 3]
+
+
 def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
     command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
     command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet"]
+    command += ["--label-smoothing", "0.1", "--teacher", "hidden"]  # of rows that this comparison does not have
     for more, seeds in ((["--seed", "3"], [3]), (["--seed", "3", "--seeds", "1,2"], [1, 2])):
         out = tmp_path / str(len(seeds))
         assert main([*command, "--out", str(out), *more]) == 0
@@ -578,6 +654,20 @@ def test_rows_of_a_comparison_that_fail_are_told(
         # Both accuracies, reward accuracy, margin and chosen reward have an error over pairs and one over seeds.
         assert len(re.findall(r"-?[\d.]+ ± [\d.]+ \([\d.]+\)", row)) == 5
         assert "failed: SFT on chosen, seed 2: the memory is not enough" in table
+
+
+def test_a_finished_comparison_makes_the_checkpoints_that_are_to_be_kept(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    for name, calls in (("at once", [True]), ("later", [False, True, True])):
+        results = [fp.align_compare(bench.pruned(), tmp_path / name, keep=keep, **settings).rows for keep in calls]
+        assert [rows[0].alignment for rows in results] == [results[0][0].alignment] * len(calls)
+        assert results[1:] == results[1:2] * (len(calls) - 1)  # what is there is not made again
+    one, two = (tmp_path / name / "runs" / "sft-on-chosen-0" for name in ("at once", "later"))
+    assert (one / "model" / "model.safetensors").read_bytes() == (two / "model" / "model.safetensors").read_bytes()
+    assert list((two / "states").iterdir())
 
 
 def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

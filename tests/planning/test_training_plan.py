@@ -21,12 +21,14 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.pipeline.plan_training import plan_alignment_of
 from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.planning.plan import Resources
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
 from fistapruner.planning.training_sizes import Task, TrainingChoice, TrainingSizes
+from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.records import Report
 from fistapruner.runs.training_directory import RecoverDirectory
@@ -223,6 +225,17 @@ def test_memory_does_not_grow_with_held_out_pairs_and_time_does(needs: TrainingS
     assert more.seconds(choice) > 10 * many.seconds(choice)
 
 
+def test_time_in_all_counts_what_references_and_test_pairs_take(needs: TrainingSizes) -> None:
+    """Of training it is no part, as in the report's comparison with what was measured."""
+    choice = TrainingChoice(4)
+    aligned = replace(needs, task=replace(needs.task, answers=(1000, 50, 50)))
+    assert needs.seconds_in_all(choice) == needs.seconds(choice) == aligned.seconds(choice)
+    model, at_once = needs.model, max(needs.task.held_out, needs.task.step_windows)
+    walks = math.ceil(1000 / at_once) + 2 * math.ceil(50 / at_once)
+    passes = model.layers * (1100 * model.forward_seconds + walks * model.load_seconds) + 1100 * model.head_seconds / 2
+    assert aligned.seconds_in_all(choice) - needs.seconds(choice) == pytest.approx(passes)
+
+
 def test_a_refusal_for_want_of_disk_gives_no_advice_on_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Mock(free=1000))
     with pytest.raises(FistaPrunerError, match=r"1000 B free; take fewer --tokens, or another --out$"):
@@ -367,6 +380,10 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert any("(5 steps of " in sentence for sentence in found["says"])
     assert main([*command, "--memory-limit", "1MiB"]) == 2
     assert re.search("and one pair at a time; .* or lower --max-length, for --parameters", capsys.readouterr().out)
+    for loss, whole in (("dpo", 1), ("harmonic", 2)):
+        recipe = AlignRecipe.build({"loss": loss, "data": {"pairs": str(pairs)}})
+        answers = plan_alignment_of(run, recipe, tmp_path)[0].needs.task.answers
+        assert (len(answers), answers.count(120)) == (3, whole)
     assert not list(tmp_path.glob("run*"))
 
 
@@ -382,6 +399,7 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--align", "--samples", "4"], "--samples: a setting of pruning, and --align plans a run that trains"),
         (["--dense", "smollm2"], "--dense: the dense model of a run that trains, planned with --recover or --align"),
         (["--align"], "say what to train on with --data: a .jsonl file of preference pairs"),
+        (["--align", "--teacher", "hidden"], "teacher hidden: it is a setting of the anchor, and there is none"),
         (["--align", "--data", "a.jsonl", "--data", "b.jsonl"], "alignment takes one file of pairs"),
         (["--align", "--loss", "kl", "--data", "a.jsonl"], "loss"),
         (["--recover", "--seqlen", "16", "--memory-limit", "1MiB"], "--memory-limit 1.00 MiB is not enough: "),

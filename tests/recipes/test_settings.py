@@ -16,7 +16,7 @@ from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, ali
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.constraints import NM
-from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value
+from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value, parse_yaml
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
 from fistapruner.solvers.magnitude import Magnitude
@@ -177,6 +177,11 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
     for text in ("'", "[1", "*a", "!!python/name:os.system x"):
         with pytest.raises(FistaPrunerError, match="x is not valid YAML"):
             parse_value(text, "x")
+
+
+def test_keys_are_words_in_yaml() -> None:
+    """Norwegian is a task like others; as a value the word stays a truth value."""
+    assert parse_yaml("mix: {en: 0.7, no: 0.3}\non: no", "x") == {"mix": {"en": 0.7, "no": 0.3}, "on": False}
 
 
 def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:

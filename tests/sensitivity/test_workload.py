@@ -105,6 +105,7 @@ def test_a_bad_workload_is_refused(tmp_path: Path, text: str, message: str) -> N
     [
         (deployments(features=[1.0]), "line 4 has 1 features, and .*workload.yaml has 2"),
         (deployments(features="x"), "line 4: 'features' is to be a list of finite numbers"),
+        (deployments(features=[1.0, 10**400]), "line 4: 'features' is to be a list of finite numbers"),
         (deployments(features=[1.0, True]), "line 4: 'features' is to be a list of finite numbers"),
         (deployments(tolerance={"chat": 1.0}), "line 4: 'tolerance' is to have one number for each of the tasks chat"),
         (deployments(tolerance={"chat": 1.0, "code": 0}), "line 4: the tolerance of 'code' is 0"),

@@ -258,8 +258,8 @@ def test_cached_references_are_used_until_something_changes(tmp_path: Path, pair
 
     def asked(windows: list[int], dtype: torch.dtype | None = None, **identity: str) -> Tensor:
         said.clear()
-        known = {"the tokens": "t", "its weights": "w", **identity}
-        reference = Reference(opened(folder, dtype), windows, known)
+        known = {"the tokens": "t", "its weights": "w", "its precision": str(dtype), **identity}
+        reference = Reference(lambda: opened(folder, dtype), windows, known)
         store = scratch_factory(None, dtype or torch.float32)
         return reference_log_probabilities(path, {"pruned": reference}, pairs, 2, store, said.append)["pruned"]
 

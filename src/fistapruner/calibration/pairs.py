@@ -192,12 +192,17 @@ def _with_prompt(
     """Take as prompt what both answers begin with; return also whether it ends inside a word.
 
     Raises:
-        FistaPrunerError: they share no beginning, or do not share what ends a prompt.
+        FistaPrunerError: they share no beginning, one is what the other begins with, or they do not share what ends a
+            prompt.
     """
-    same = next(
-        (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
-        min(len(chosen), len(rejected)),
-    )
+    shorter = min(len(chosen), len(rejected))
+    same = next((place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), shorter)
+    if 0 < same == shorter and prompt_ends is None:
+        name, other = ("chosen", "rejected") if len(chosen) == same else ("rejected", "chosen")
+        remedy = ": --prompt-ends TEXT names how prompts end" if isinstance(chosen, str) else ""
+        raise FistaPrunerError(
+            f"{where}: {name} is what {other} begins with, so that nothing is left of its answer{remedy}"
+        )
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         if same == 0:
             raise FistaPrunerError(

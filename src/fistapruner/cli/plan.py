@@ -121,7 +121,7 @@ def _training(arguments: argparse.Namespace) -> int:
                 size(needs.peak(choice)),
                 size(sum(needs.disk(choice).values())),
                 duration(needs.step_seconds(choice)),
-                duration(needs.seconds(choice)),
+                duration(needs.seconds_in_all(choice)),
                 ", ".join(choice.words()) if form.fits else "does not fit",
             )
         )

@@ -48,6 +48,16 @@ CHECKED_PAIRS = 8
 """Held-out pairs on which that is checked."""
 
 
+def reference_windows(name: str, recipe: AlignRecipe, pairs: Pairs) -> list[int]:
+    """List the windows whose log-probabilities under a model a run needs.
+
+    Of a model that is no reference of the loss they are those of the test, and of the check of the start.
+    """
+    if name in recipe.resolved_references:
+        return list(range(len(pairs.tokens)))
+    return sorted([*pairs.windows("held_out")[: 2 * CHECKED_PAIRS], *pairs.windows("test")])
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The references of a loss, combined.
@@ -107,25 +117,35 @@ class AlignContext(TrainingContext):
     def references(self, store: Store, listener: Listener, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """Return the (pairs, 2) log-probabilities of the models, from the cache where it has them.
 
-        Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known
-        has none.
+        Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known,
+        or is gone, then has none.
         """
         recipe = self.recipe
         tokens = hashlib.sha256()
         for part in (self.text.tokens, self.text.marks):
             tokens.update(part.reshape(-1).numpy().data)  # without a copy
-        models = {"pruned": self.model} | ({} if self.decision.dense is None else {"dense": self.open_dense()})
+        files, dense = {"pruned": stamps(self.model.checkpoint)}, self.decision.dense
+        if dense is not None:
+            files["dense"] = list(self.decision.dense_stamps)
 
-        def reference(name: str, model: LayerwiseModel) -> Reference:
+        def reference(name: str) -> Reference:
             used = name in recipe.resolved_references
-            windows = range(len(self.text.tokens)) if used else self._measured()
-            files = json.dumps(stamps(model.checkpoint))
-            identity = {"its weights": hashlib.sha256(files.encode()).hexdigest(), "the tokens": tokens.hexdigest()}
-            return Reference(model, list(windows), identity)
+
+            def opened() -> LayerwiseModel | None:
+                if name == "pruned":
+                    return self.model
+                return self.open_dense() if used or (dense is not None and dense.is_dir()) else None
+
+            identity = {
+                "its weights": hashlib.sha256(json.dumps(files[name]).encode()).hexdigest(),
+                "the tokens": tokens.hexdigest(),
+                "its precision": str(self.model.dtype),
+            }
+            return Reference(opened, reference_windows(name, recipe, self.text), identity)
 
         return reference_log_probabilities(
             self.run.references_file,
-            {name: reference(name, model) for name, model in models.items()},
+            {name: reference(name) for name in files},
             self.text,
             self.decision.numerics.batch_size,
             store,
@@ -170,10 +190,6 @@ class AlignContext(TrainingContext):
 
     def _answers(self, store: Store) -> AnswerObjective:
         return AnswerObjective(self.model, self.text, LIKELIHOOD, None, self.decision.numerics.batch_size, store)
-
-    def _measured(self) -> list[int]:
-        """Windows of the pairs that every model is measured on: of the test, and of the check of the start."""
-        return sorted([*self.text.windows("held_out")[: 2 * CHECKED_PAIRS], *self.text.windows("test")])
 
     def _clip(self) -> float | None:
         clip = self.recipe.clip

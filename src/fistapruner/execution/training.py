@@ -279,9 +279,14 @@ class TrainingContext:
         """Open the dense model.
 
         Raises:
-            FistaPrunerError: it is not the one that the run began with.
+            FistaPrunerError: it is gone, or not the one that the run began with.
         """
         assert self.decision.dense is not None
+        if not self.decision.dense.is_dir():
+            raise FistaPrunerError(
+                f"the dense model of the run in {self.run.folder} is not at {self.decision.dense} any more; give the "
+                "command of the run again and say where it is with --dense"
+            )
         dense = open_model(self.permissions.at(self.decision.dense), self.recipe, dtype=self.decision.numerics.dtype)
         if tuple(stamps(dense.checkpoint)) != self.decision.dense_stamps:
             raise FistaPrunerError(f"{self.decision.dense} is not the dense model that the run began with")

@@ -12,6 +12,7 @@ from ..evaluation.preferences import preference_figures
 from ..execution.alignment import AlignContext
 from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
+from ..recipes.loading import merge
 from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
@@ -68,18 +69,20 @@ def align(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
+    recipe = AlignRecipe.build(merge(AlignRecipe.of(recipe).model_dump(mode="json"), settings))
+    recipe.refuse_idle()
     return train(
         ALIGN,
         out,
         model,
-        AlignRecipe.of(recipe),
+        recipe,
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
         listener=listener,
         command=command,
         evaluate=evaluate,
         evaluate_windows=evaluate_windows,
-        settings=settings,
+        settings={},
     )
 
 
@@ -90,6 +93,9 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
     own = context.test_log_probabilities(trained)
     with context.passes() as store:
         references = context.references(store, listener)
+    if context.decision.dense is not None and "dense" not in references:
+        report.warnings.append(f"no preferences of the dense model, which is not at {context.decision.dense} any more")
+        listener.say(report.warnings[-1])
     windows = text.windows("test")
     places = [window // 2 for window in windows[::2]]
     mixture = context.mixture(references)

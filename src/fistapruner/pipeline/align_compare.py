@@ -18,7 +18,6 @@ from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
-from ..runs.decision import TrainingRecord
 from ..runs.directory import refuse_out
 from ..runs.identity import stamps
 from ..runs.listener import Listener
@@ -80,7 +79,7 @@ def align_compare(
             ``shares``, ``clip`` and ``anchor`` are those of the rows.
         seeds: each is one run of every row: order of the pairs and start values; None is one run with the
             recipe's seeds.
-        keep: keep the checkpoints, and the states of training.
+        keep: keep the checkpoints, and the states of training; what an earlier call has removed is made again.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -117,7 +116,8 @@ def align_compare(
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
     if dense is not None:
-        models[str(dense)] = find_dense(str(dense), _begun(folder), permissions)
+        begun = _begun(folder)
+        models[str(dense)] = find_dense(str(dense), None if begun is None else begun.record(), permissions)
     _refuse_folder(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     request = TrainingRequest(
@@ -161,12 +161,12 @@ def align_compare(
             listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
-                report = _finished(run, job, evaluated=evaluation is not None)
+                report = _finished(run, job, evaluated=evaluation is not None, keep=keep)
                 if report is None:
                     _take_references(folder, run)
                     before = [] if found.before is None else [found.before]
-                    report = train(ALIGN, run.folder, model, job, before=before, **common)
-                    _keep_references(folder, run)
+                    report = train(ALIGN, run.folder, model, job, before=before, like=_begun(folder), **common)
+                    copy_atomic(run.references_file, folder / run.references_file.name)  # where others were stale
                 reports[label, seed] = report
             except FistaPrunerError as error:
                 if not reports:  # bad input: every row would fail alike
@@ -192,11 +192,13 @@ def align_compare(
     return found
 
 
-def _begun(folder: Path) -> TrainingRecord | None:
-    """Read the record of a row that has begun; None where there is none."""
+def _begun(folder: Path) -> AlignDirectory | None:
+    """Find a row that has begun; None where there is none."""
     for file in sorted(folder.glob("runs/*/run.json")):
+        run = AlignDirectory(file.parent)
         with suppress(FistaPrunerError):  # a damaged record is named where its row is made
-            return AlignDirectory(file.parent).record()
+            if run.record() is not None:
+                return run
     return None
 
 
@@ -209,20 +211,17 @@ def _take_references(folder: Path, run: AlignDirectory) -> None:
             copy_atomic(cache, run.references_file)
 
 
-def _keep_references(folder: Path, run: AlignDirectory) -> None:
-    """Keep the references of a run for later rows."""
-    if not (cache := folder / run.references_file.name).exists():
-        copy_atomic(run.references_file, cache)
-
-
-def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool) -> Report | None:
+def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool, keep: bool) -> Report | None:
     """Read the report of a row that was done before; None where work is left, or it had other settings.
 
     Args:
         run: of the row.
         recipe: its settings.
         evaluated: the row is evaluated on a text, and so is the model before alignment.
+        keep: its checkpoint is there, too.
     """
+    if keep and not run.model.is_dir():
+        return None
     with suppress(FistaPrunerError):
         record = run.record()
         if record is not None and run.report_file.exists() and record.decision.asked == asked(recipe):

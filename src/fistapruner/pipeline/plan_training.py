@@ -77,6 +77,7 @@ def plan_alignment_of(
         The plan of the recipe's own form, and those of all forms; those that do not fit say why.
     """
     refuse_out(Path(out))
+    recipe.refuse_idle()
     pairs, _ = prepare_align.check_pairs(recipe)
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
     run = AlignDirectory(Path(out) / "run")  # of a run in that folder

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from ..errors import FistaPrunerError
+from ..execution.alignment import reference_windows
 from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
+from ..runs.align_directory import AlignDirectory
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
@@ -39,8 +42,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], liste
     inputs = check_inputs(run, request, listener)
     for sentence in says:
         inputs.warn(listener, sentence)
-    text = cut_pairs(inputs, pairs, listener)
-    write_pairs(run, inputs, text)
+    text = write_pairs(run, request, inputs, pairs, listener)
     recipe, task = inputs.recipe, task_of(run.folder, inputs, text)
     plan = choose_plan(share_of(task, request.ranks), listener)
     sources = {str(recipe.data.pairs): sha256_file(Path(str(recipe.data.pairs)))}
@@ -100,9 +102,23 @@ def cut_pairs(inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener
     return text
 
 
-def write_pairs(run: TrainingDirectory, inputs: Inputs[AlignRecipe], text: Pairs) -> None:
-    """Store the pairs in the run directory."""
-    run.write_text(text, json.dumps(inputs.recipe.data.model_dump(mode="json")))
+def write_pairs(
+    run: TrainingDirectory,
+    request: TrainingRequest[AlignRecipe],
+    inputs: Inputs[AlignRecipe],
+    pairs: list[Pair],
+    listener: Listener,
+) -> Pairs:
+    """Tokenise the pairs, or take the tokens of a run like this one, and store them in the run directory.
+
+    A chat template that writes the date makes other tokens tomorrow.
+    """
+    text, data = cut_pairs(inputs, pairs, listener), inputs.recipe.data
+    known = None if request.like is None else request.like.text()
+    if isinstance(known, Pairs):
+        text = replace(known, facts={**known.facts, "seed": data.seed})
+    run.write_text(text, json.dumps(data.model_dump(mode="json")))
+    return text
 
 
 def make_text(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], listener: Listener) -> None:
@@ -113,7 +129,7 @@ def make_text(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], lis
     """
     pairs, _ = check_pairs(request.recipe)
     inputs = check_inputs(run, request, listener)
-    write_pairs(run, inputs, cut_pairs(inputs, pairs, listener))
+    write_pairs(run, request, inputs, pairs, listener)
 
 
 def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
@@ -123,6 +139,9 @@ def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
     steps = recipe.steps or math.ceil(trained * recipe.epochs / recipe.pairs_per_step)
     order = pair_order(text, steps, recipe.pairs_per_step, recipe.data.seed)
     longest, most = text.lengths[order].amax(1), text.tokens.shape[1]
+    known = ("pruned",) if inputs.dense is None else ("pruned", "dense")
+    cached = AlignDirectory(out).references_file.exists()  # a comparison has given them
+    references = () if cached else (len(reference_windows(name, recipe, text)) for name in known)
     passed = (longest / LENGTHS).ceil() * LENGTHS
     return Task(
         inputs.model,
@@ -140,4 +159,5 @@ def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
         held_out=len(text.windows("held_out")),
         fill=float(passed.clamp_max(most).mean()) / most,
         together=2,
+        answers=(*references, len(text.windows("test"))),
     )

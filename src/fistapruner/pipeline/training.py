@@ -72,10 +72,11 @@ def train(
     evaluate_windows: int | None,
     settings: dict[str, Any],
     before: Sequence[Evaluation] = (),
+    like: TrainingDirectory | None = None,
 ) -> Report:
     """Begin a run, or go on with one that was begun, as the public function of its verb describes it.
 
-    See :class:`TrainingRequest` for ``before``.
+    See :class:`TrainingRequest` for ``before`` and ``like``.
     """
     run = verb.directory(Path(out))
     run.check_place()
@@ -90,6 +91,7 @@ def train(
         evaluate == "auto",
         evaluate_windows,
         before=before,
+        like=like,
     )
     return _run(verb, run, request, listener or Listener())
 
@@ -157,7 +159,7 @@ def _lead(
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
         if begun is not None:
-            _refuse_changed(run, begun, request.permissions, finished=report is not None)
+            _refuse_changed(verb, run, begun, request.permissions, finished=report is not None)
         fault = None if report is None else run.model_fault(report.fingerprint or "")
         if report is None or fault:
             if report is not None:
@@ -255,19 +257,21 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
 
 
-def _refuse_changed(run: TrainingDirectory, begun: TrainingRecord, permissions: Permissions, *, finished: bool) -> None:
+def _refuse_changed(
+    verb: TrainingVerb[R], run: TrainingDirectory, begun: TrainingRecord, permissions: Permissions, *, finished: bool
+) -> None:
     """Refuse a run whose models are not those that it began with, or are gone and needed.
 
     Raises:
         FistaPrunerError: names the folder, or the file and its checksums.
     """
-    decision = begun.decision
+    decision, needed = begun.decision, verb.settings.build(begun.recipe, str(run.run_file)).dense_for
     models = {"model": (decision.folder, decision.stamps)}
     if decision.dense is not None:
         models["dense model"] = (decision.dense, decision.dense_stamps)
     for what, (folder, stamps) in models.items():
         if not folder.is_dir():
-            if not finished:
+            if not finished and (what == "model" or needed):  # else only the figures lack it
                 how = "with its new place" if what == "model" else "and say where it is with --dense"
                 raise FistaPrunerError(
                     f"the {what} of the run in {run.folder} is not at {folder} any more; give the command of the run "

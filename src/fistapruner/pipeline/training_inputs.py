@@ -56,6 +56,7 @@ class TrainingRequest(Generic[R]):
         evaluation_windows: of the text of the input's run, only its first so many windows; None takes as many as it.
         ranks: the processes that share the work.
         before: figures of the model that goes in, measured by other runs that began with it.
+        like: a run on the same text, whose windows it takes; None cuts them.
     """
 
     model: str
@@ -68,6 +69,7 @@ class TrainingRequest(Generic[R]):
     evaluation_windows: int | None = None
     ranks: Ranks = ALONE
     before: Sequence[Evaluation] = ()
+    like: TrainingDirectory | None = None
 
     def evaluation_beside(self, known: EvaluationRequest | None) -> EvaluationRequest | None:
         """Return the text to evaluate on, where ``known`` is that of the input's run or of the begun run."""

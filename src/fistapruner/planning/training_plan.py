@@ -99,7 +99,7 @@ class FormPlan:
         return [
             *([] if self.changed is None else [self.changed]),
             f"plan: {self.parameters}, {size(stages[worst])} of {kind} at its peak ({worst}){host}, "
-            f"{size(sum(needs.disk(choice).values()))} of disk, about {duration(needs.seconds(choice))} "
+            f"{size(sum(needs.disk(choice).values()))} of disk, about {duration(needs.seconds_in_all(choice))} "
             f"({needs.task.steps} steps of {duration(needs.step_seconds(choice))})",
         ]
 

@@ -75,6 +75,7 @@ class Task:
         together: windows that no pass may part.
         generator: the dense model where it generates the training text; else None.
         memory: bytes of main memory that are this process's share of what is free; None is as the recipe has it.
+        answers: windows of the pairs whose log-probabilities are computed before and after training, by model.
     """
 
     model: LayerwiseModel
@@ -94,6 +95,7 @@ class Task:
     together: int = 1
     generator: LayerwiseModel | None = None
     memory: int | None = None
+    answers: tuple[int, ...] = ()
 
     @classmethod
     def of_recovery(
@@ -413,3 +415,11 @@ class TrainingSizes:
             dense = model.layers * (windows * model.forward_seconds + blocks * model.load_seconds)
         writing = (1 + (checks - 1) * 2) * self.state / DISK_RATE  # written and hashed; the first one is empty
         return task.steps * self.step_seconds(choice) + checks * check + dense + writing
+
+    def seconds_in_all(self, choice: TrainingChoice) -> float:
+        """Estimate the seconds of :meth:`seconds`, and of the log-probabilities of the pairs beside them."""
+        task, model = self.task, self.model
+        window = model.layers * model.forward_seconds + model.head_seconds / 2
+        walks = sum(math.ceil(windows / max(task.held_out, task.step_windows)) for windows in task.answers)
+        answers = sum(task.answers) * task.fill * window + walks * model.layers * model.load_seconds
+        return self.seconds(choice) + answers

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..errors import FistaPrunerError
 from .base import Seed, Settings, word_or_number
 from .training_settings import TrainingRecipe, words
 
@@ -130,6 +131,25 @@ class AlignRecipe(TrainingRecipe):
         if self.data.held_out + self.data.test > 0.5:
             raise ValueError("data.held_out and data.test: at most half of the prompts may be kept from training")
         return self
+
+    def refuse_idle(self) -> None:
+        """Refuse settings that have no effect with this loss.
+
+        It is no part of the validation, as all rows of a comparison share their settings.
+
+        Raises:
+            FistaPrunerError: names the first of them.
+        """
+        fields = type(self).model_fields
+        if self.loss != "harmonic" and self.clip != fields["clip"].default:
+            raise FistaPrunerError(f"clip {self.clip}: it is a setting of harmonic, and the loss is {self.loss}")
+        if self.label_smoothing and self.loss not in PREFERENCE_LOSSES:
+            raise FistaPrunerError(
+                f"label_smoothing {self.label_smoothing:g}: it is a setting of {', '.join(PREFERENCE_LOSSES)}, and the "
+                f"loss is {self.loss}"
+            )
+        if self.teacher != fields["teacher"].default and not self.resolved_anchor:
+            raise FistaPrunerError(f"teacher {self.teacher}: it is a setting of the anchor, and there is none")
 
     @property
     def resolved_references(self) -> tuple[str, ...]:

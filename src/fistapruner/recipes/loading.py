@@ -17,7 +17,7 @@ class _PlainLoader(yaml.SafeLoader):
     """Load YAML without aliases, dates and repeated keys, with the numbers of YAML 1.2.
 
     A few nested aliases can expand to more text than fits in memory. In YAML 1.1 ``2:4`` is the number 124 (base 60);
-    here it stays a pattern.
+    here it stays a pattern. A key stays a word, also where it is ``no``, which is Norwegian.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -31,6 +31,8 @@ class _PlainLoader(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 

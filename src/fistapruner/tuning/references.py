@@ -31,12 +31,12 @@ class Reference:
     """A reference model.
 
     Args:
-        model: the model.
+        open: opens the model, which is not needed where the file has its log-probabilities; None where it is gone.
         windows: of the pairs that are asked for.
         identity: what decides the log-probabilities, each by its name in messages.
     """
 
-    model: LayerwiseModel
+    open: Callable[[], LayerwiseModel | None]
     windows: Sequence[int]
     identity: Mapping[str, str]
 
@@ -70,6 +70,8 @@ def reference_log_probabilities(
 ) -> dict[str, Tensor]:
     """Return the (pairs, 2) log-probabilities under each reference, from the file where it has them.
 
+    A reference that the file does not have, and whose model is gone, is left out.
+
     Args:
         path: of the file; what is missing in it is computed and added.
         references: by name.
@@ -86,17 +88,17 @@ def reference_log_probabilities(
     kept = ranks.share(_read(path, references, say) if ranks.first else None)
     found = dict(kept)
     for name, reference in references.items():
-        if name in kept:
+        if name in kept or (model := reference.open()) is None:
             continue
         say(f"log-probabilities of {len(reference.windows) // 2} pairs under the {name} model")
-        objective = AnswerObjective(reference.model, text, LIKELIHOOD, None, batch_size, store, ranks=ranks)
+        objective = AnswerObjective(model, text, LIKELIHOOD, None, batch_size, store, ranks=ranks)
         values = torch.full((len(text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
         pairs = [window // 2 for window in reference.windows[::2]]
         values[pairs] = log_probabilities_by_parts(objective, reference.windows, lambda index, layer: [{}], at_once)
         found[name] = values
         if ranks.first:
             _write(path, references, found)
-    return {name: found[name] for name in references}
+    return {name: found[name] for name in references if name in found}
 
 
 def _chunks(objective: AnswerObjective, windows: Sequence[int], at_once: int) -> Iterator[list[int]]:
@@ -117,7 +119,7 @@ def _read(path: Path, references: Mapping[str, Reference], say: Callable[[str], 
         for name, reference in references.items():
             if name not in file.metadata:
                 continue
-            before, now = json.loads(file.metadata[name]), _identity(reference)
+            before, now = json.loads(file.metadata[name]), reference.identity
             asked = [window // 2 for window in reference.windows[::2]]
             values = torch.stack([file.read(f"{name}.{answer}").clone() for answer in ("chosen", "rejected")], -1)
             if before.get("checksum") != _checksum(values):
@@ -141,15 +143,10 @@ def _write(path: Path, references: Mapping[str, Reference], found: Mapping[str, 
         for place, answer in enumerate(("chosen", "rejected"))
     }
     metadata = {
-        name: json.dumps({**_identity(references[name]), "checksum": _checksum(values)})
-        for name, values in found.items()
+        name: json.dumps({**references[name].identity, "checksum": _checksum(values)}) for name, values in found.items()
     }
     write_tensors(path, tensors, metadata)
 
 
 def _checksum(values: Tensor) -> int:
     return zlib.crc32(values.contiguous().numpy().data)
-
-
-def _identity(reference: Reference) -> dict[str, str]:
-    return {**reference.identity, "its precision": str(reference.model.dtype)}
