@@ -11,8 +11,11 @@ import pytest
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import build_parser
-from fistapruner.cli.arguments import add_recipe_arguments, recipe_settings, settings
+from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, settings
 from fistapruner.cli.reference import reference
+from fistapruner.recipes.align_settings import AlignRecipe
+from fistapruner.recipes.base import Settings
+from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.recipes.settings import Recipe
 from fistapruner.solvers import METHODS
 
@@ -58,6 +61,13 @@ def test_a_flag_sets_its_setting(flag: str, value: str, path: str, expected: obj
     for name in path.split("."):
         found = getattr(found, name)
     assert found == expected
+
+
+@pytest.mark.parametrize("recipe", [Recipe, RecoverRecipe, AlignRecipe])
+def test_the_help_of_seed_names_both_seeds_that_it_sets(recipe: type[Settings]) -> None:
+    served = [path for path, flag in SAME_FLAG.items() if flag == "seed"]
+    assert any(path in served for path, _ in settings(recipe))
+    assert "; as a flag also that of the " in str(recipe.model_fields["seed"].description)
 
 
 def test_no_flags_leave_the_recipe_as_it_is() -> None:

@@ -105,7 +105,11 @@ class TrainingRecipe(RunRecipe):
         description="Precision of the forward and backward passes; auto is the checkpoint's own, or float32 on CPUs "
         "without matrix units for it.",
     )
-    seed: Seed = Field(0, description="Seed of the start values and of everything random that is not data.")
+    seed: Seed = Field(
+        0,
+        description="Seed of the start values and of everything random that is not data; as a flag also that of the "
+        "data: of a text its split, windows and their order, of pairs their order.",
+    )
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
 
     @field_validator("betas", mode="after")
