@@ -11,7 +11,7 @@ import pytest
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import build_parser
-from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, settings
+from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, recover_settings, settings
 from fistapruner.cli.reference import reference
 from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.base import Settings
@@ -68,6 +68,18 @@ def test_the_help_of_seed_names_both_seeds_that_it_sets(recipe: type[Settings]) 
     served = [path for path, flag in SAME_FLAG.items() if flag == "seed"]
     assert any(path in served for path, _ in settings(recipe))
     assert "; as a flag also that of the " in str(recipe.model_fields["seed"].description)
+
+
+def test_a_default_that_the_help_shows_is_one_that_its_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["recover", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, start in (("--also", "Vectors that are trained"), ("--betas", "Decay rates of AdamW")):
+        shown = re.search(rf"{start}[^()]*\(default: ([^)]*)\)", said)
+        assert shown is not None
+        words = ["recover", "x", "--out", "y", flag, shown[1]]
+        assert RecoverRecipe.build(recover_settings(build_parser().parse_args(words))) == RecoverRecipe()
+    assert "(default: (" not in said
 
 
 def test_no_flags_leave_the_recipe_as_it_is() -> None:

@@ -239,8 +239,8 @@ def _add_setting(
 
 def _description(field: FieldInfo) -> str:
     """Describe a setting for argparse, with its default."""
-    default = field.default
-    shown = "" if default is None or default == () or field.annotation is bool else f" (default: {default})"
+    default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    shown = "" if default in (None, "") or field.annotation is bool else f" (default: {default})"
     return f"{field.description}{shown}".replace("%", "%%")
 
 
