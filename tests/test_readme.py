@@ -134,6 +134,25 @@ def test_commands_in_the_documentation_are_understood() -> None:
     assert found >= 30
 
 
+def anchors(page: Path) -> set[str]:
+    """The places of a page that GitHub lets a link lead to."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    headings = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.*)", text, re.MULTILINE))
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_a_page_and_a_heading() -> None:
+    """Those between pages; a page has no two headings of one name that a link leads to."""
+    dead = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for link in re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text("utf-8")):
+            name, _, heading = link.partition("#")
+            to = page.parent / name if name else page
+            if "://" not in link and (not to.exists() or (heading and heading not in anchors(to))):
+                dead.append(f"{page.name}: {link}")
+    assert not dead
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")]
