@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def blocks(language: str, page: str = "README.md") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = (line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines())
+def commands(page: str = "README.md", language: str = "sh") -> list[list[str]]:
+    lines = (line for block in blocks(language, page) for line in block.replace("\\\n", " ").splitlines())
     return [shlex.split(line, comments=True) for line in lines if line.startswith("fistapruner")]
 
 
@@ -72,6 +73,14 @@ def test_shell_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     for command in found:
         assert main(small(command[1:])) == 0, command
     assert "2:4" in capsys.readouterr().out
+
+
+def test_the_tutorial_reads_no_text_that_a_newcomer_lacks() -> None:
+    found = commands("docs/tutorial.md", "bash")
+    assert {"prune", "evaluate", "recover", "pack", "inspect"} <= {command[1] for command in found}
+    texts = [value for command in found for flag, value in pairwise(command) if flag in ("--data", "--calibration")]
+    assert texts
+    assert set(texts) == {"python"}
 
 
 def test_python(place: Path) -> None:
@@ -132,6 +141,25 @@ def test_commands_in_the_documentation_are_understood() -> None:
                         raise AssertionError(f"{page.name}: {line}") from refused
                     found += 1
     assert found >= 30
+
+
+def anchors(page: Path) -> set[str]:
+    """The places of a page that GitHub lets a link lead to."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    headings = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.*)", text, re.MULTILINE))
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_a_page_and_a_heading() -> None:
+    """Those between pages; a page has no two headings of one name that a link leads to."""
+    dead = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for link in re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text("utf-8")):
+            name, _, heading = link.partition("#")
+            to = page.parent / name if name else page
+            if "://" not in link and (not to.exists() or (heading and heading not in anchors(to))):
+                dead.append(f"{page.name}: {link}")
+    assert not dead
 
 
 def test_make_targets_exist() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
 from fistapruner.calibration.windows import check_source, draw_windows, window_length
+from fistapruner.errors import MissingExtraError
+from fistapruner.evaluation.data import check_data
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.settings import Calibration
@@ -131,7 +134,19 @@ def test_short_empty_and_unknown_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("a" * 66)
     with pytest.raises(FistaPrunerError, match="3 different windows of 64 and --samples asks for 4"):
         calibration_tokens(Calibration(source=str(tmp_path / "few.txt"), samples=4), tokenizer, 64)
-    check_source("c4")
+
+
+def test_a_missing_extra_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "table.parquet"
+    table.touch()
+    for package in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for check in (check_source, check_data):
+        check("python")
+        with pytest.raises(MissingExtraError, match=r"^the data set 'c4' needs .*'datasets': pip .*\[data\]"):
+            check("c4")
+        with pytest.raises(MissingExtraError, match=r"^reading .*table\.parquet needs the package 'pyarrow'"):
+            check(str(table))
 
 
 def test_facts_say_what_was_drawn(tmp_path: Path) -> None:

@@ -264,6 +264,30 @@ def test_a_flag_without_effect_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prune MODEL --out OUT --calibration DATA",
+        "prune MODEL --out OUT --recipe paper",  # its penalty goes by the model's family
+        "prune MODEL --out OUT --calibration python --recover 1k --evaluate DATA",
+        "compare MODEL --methods wanda --out OUT --calibration DATA",
+        "compare MODEL --methods wanda --out OUT --calibration python --evaluate DATA",
+        "recover MODEL --out OUT --data DATA",
+        "recover MODEL --out OUT --data python --evaluate DATA",
+        "evaluate MODEL --data DATA",
+        "plan MODEL --calibration DATA",
+        "plan MODEL --recover --data DATA",
+    ],
+)
+def test_a_missing_extra_shows_before_a_model_is_looked_for(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    places = {"MODEL": str(tmp_path / "none"), "OUT": str(tmp_path / "out"), "DATA": "c4"}
+    assert main([places.get(word, word) for word in command.split()]) == 2
+    assert "the data set 'c4' needs the package 'datasets': pip install" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--targ", "--target", "--thread"])
 def test_a_flag_is_not_read_as_short_for_another(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -11,8 +11,11 @@ import pytest
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import build_parser
-from fistapruner.cli.arguments import add_recipe_arguments, recipe_settings, settings
+from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, recover_settings, settings
 from fistapruner.cli.reference import reference
+from fistapruner.recipes.align_settings import AlignRecipe
+from fistapruner.recipes.base import Settings
+from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.recipes.settings import Recipe
 from fistapruner.solvers import METHODS
 
@@ -60,6 +63,25 @@ def test_a_flag_sets_its_setting(flag: str, value: str, path: str, expected: obj
     assert found == expected
 
 
+@pytest.mark.parametrize("recipe", [Recipe, RecoverRecipe, AlignRecipe])
+def test_the_help_of_seed_names_both_seeds_that_it_sets(recipe: type[Settings]) -> None:
+    served = [path for path, flag in SAME_FLAG.items() if flag == "seed"]
+    assert any(path in served for path, _ in settings(recipe))
+    assert "; as a flag also that of the " in str(recipe.model_fields["seed"].description)
+
+
+def test_a_default_that_the_help_shows_is_one_that_its_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["recover", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, start in (("--also", "Vectors that are trained"), ("--betas", "Decay rates of AdamW")):
+        shown = re.search(rf"{start}[^()]*\(default: ([^)]*)\)", said)
+        assert shown is not None
+        words = ["recover", "x", "--out", "y", flag, shown[1]]
+        assert RecoverRecipe.build(recover_settings(build_parser().parse_args(words))) == RecoverRecipe()
+    assert "(default: (" not in said
+
+
 def test_no_flags_leave_the_recipe_as_it_is() -> None:
     assert read() == Recipe()
     assert read("--recipe", "fast", "--samples", "9") == read("--quality", "fast", "--samples", "9")
@@ -89,8 +111,8 @@ def test_every_example_of_the_help_has_a_run_of_its_own(verb: str) -> None:
     assert len(set(runs)) == len(runs)
 
 
-def test_the_plan_of_an_alignment_has_its_own_help_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of flags that recovery has, too, with other values."""
+def test_the_plan_of_a_training_has_its_own_help_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of flags that pruning, or recovery for an alignment, has, too, with other values."""
     with pytest.raises(SystemExit):
         build_parser().parse_args(["plan", "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -102,6 +124,11 @@ def test_the_plan_of_an_alignment_has_its_own_help_and_defaults(capsys: pytest.C
         "windows. (default: 0.05) With --align: Share of the prompts",
         "With --align: Optimizer steps; without it all training pairs",
         "May be given several times. With --align: Preference pairs",
+        "at most 2048. With --recover: Tokens in a window; without it 1024",
+        "May be given several times. With --recover or --align: Operators to train",
+        "May be given several times. With --recover or --align: Operators to leave as they are",
+        "or a YAML file. With --recover: a shipped recipe (spp, ...) or a YAML file. With --align: a YAML file",
+        "one of three shipped recipes. With --recover or --align: refused",
     ):
         assert words in said
     assert said.count("--rank N Rank of lora, hira and spp. (default: 16)") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,6 +110,7 @@ def test_known_data_sets_are_joined_as_in_the_papers() -> None:
 def test_penn_treebank_is_read_without_its_script(monkeypatch: pytest.MonkeyPatch, held_out: bool, split: str) -> None:
     asked: list[Any] = []
     stub: Any = ModuleType("datasets")
+    stub.__spec__ = ModuleSpec("datasets", None)
     stub.load_dataset = lambda *names, **how: (asked.append((names, how)), {"sentence": ["a", "b"]})[1]
     monkeypatch.setitem(sys.modules, "datasets", stub)
     assert load_documents("ptb", held_out=held_out) == ["a b"]

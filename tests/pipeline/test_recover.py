@@ -651,6 +651,7 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "out is the model": (out_is_the_input_model, r"is a folder with other things in it"),
     "fp16 on a CPU": (lambda bench, folder: {"dtype": "float16"}, r"holds no values above 65,504"),
     "operators": (lambda bench, folder: {"targets": ["nowhere"]}, r"'nowhere' matches no operator"),
+    "vectors": (lambda bench, folder: {"also": "norm"}, r"also: norms, biases, .* or none is expected \(got 'norm'\)"),
     "rate": (lambda bench, folder: {"lr": 0}, r"lr: auto or a number above 0 is expected \(got 0\)"),
     "rate not finite": (lambda bench, folder: {"lr": "inf"}, r"lr: auto or a number above 0 is expected \(got 'inf'\)"),
     "rank": (lambda bench, folder: {"rank": 0}, r"rank: .* \(got 0\)"),

@@ -8,6 +8,8 @@ and of these the first 256 windows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from ..errors import FistaPrunerError, MissingExtraError
 
@@ -73,6 +75,25 @@ DATA_SETS: dict[str, DataSet] = {
 }
 
 
+def check_extra(source: str | Path) -> None:
+    """Refuse a known data set, or a Parquet file, whose reader is not installed.
+
+    Args:
+        source: name or path; any other needs no extra.
+
+    Raises:
+        MissingExtraError: names the package and the extra.
+    """
+    if Path(source).suffix.lower() == ".parquet":
+        package, purpose = "pyarrow", f"reading {source}"
+    elif source in DATA_SETS and not Path(source).is_file():
+        package, purpose = "datasets", f"the data set {source!r}"
+    else:
+        return
+    if find_spec(package) is None:
+        raise MissingExtraError(package, "data", purpose)
+
+
 def load_documents(name: str, *, held_out: bool = False) -> list[str]:
     """Load the documents of one split of a known data set through the ``datasets`` package.
 
@@ -86,11 +107,10 @@ def load_documents(name: str, *, held_out: bool = False) -> list[str]:
     """
     known = DATA_SETS[name]
     split = known.held_out if held_out else known.training
+    check_extra(name)
     try:
         import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "data", f"the data set {name!r}") from None
-    try:
+
         files = {split.name: split.files} if split.files else None
         rows = datasets.load_dataset(
             known.path, known.configuration, split=split.name, data_files=files, revision=known.revision

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import FistaPrunerError
+from .datasets import check_extra
 
 PYTHON, PYTHON_EVAL = "python", "python-eval"
 PYTHON_EVAL_TOPICS = ("compound", "debugger", "formatstrings")
@@ -132,11 +133,10 @@ def text_of(record: dict[str, Any], where: str, others: str = "") -> str:
 
 def _parquet_documents(path: Path) -> Iterator[str]:
     """Yield the texts of a Parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "data", f"reading {path}") from None
+    check_extra(path)
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Calibration
-from .datasets import DATA_SETS, load_documents
+from .datasets import DATA_SETS, check_extra, load_documents
 from .mixtures import Mixture
 from .self_generated import generate_tokens
 from .text import PYTHON, PYTHON_EVAL, SUFFIXES, adds_bos, python_documents, read_documents
@@ -161,7 +161,7 @@ def tenths(say: Callable[[str], None], purpose: str = "calibration") -> Callable
 
 
 def check_source(source: str, purpose: str = "calibration") -> None:
-    """Refuse a source of text that is neither a known name nor a file of a known kind.
+    """Refuse a source that is neither a known name nor a file of a known kind, or needs an extra.
 
     Args:
         source: name or path.
@@ -169,15 +169,15 @@ def check_source(source: str, purpose: str = "calibration") -> None:
 
     Raises:
         FistaPrunerError: names the source and the known ones.
+        MissingExtraError: a data set or a Parquet file needs the extra ``data``.
     """
-    if source in (SELF, PYTHON, PYTHON_EVAL) or source in DATA_SETS:
-        return
-    path = Path(source)
-    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+    known, path = source in (SELF, PYTHON, PYTHON_EVAL, *DATA_SETS), Path(source)
+    if not known and (not path.is_file() or path.suffix.lower() not in SUFFIXES):
         names = ", ".join((SELF, PYTHON, *DATA_SETS))
         raise FistaPrunerError(
             f"{purpose} source {source!r} is neither a {'/'.join(SUFFIXES)} file that exists nor one of: {names}"
         )
+    check_extra(source)
 
 
 def source_documents(source: str, purpose: str = "calibration") -> list[str]:

@@ -44,6 +44,12 @@ SAME_FLAG = {
 }
 """Settings that take their value from the flag of another setting."""
 
+RECIPE_OF: dict[type[TrainingRecipe], str] = {
+    RecoverRecipe: "a shipped recipe (spp, ...) or a YAML file",
+    AlignRecipe: "a YAML file",
+}
+"""Help of ``--recipe`` where it names a recipe of training."""
+
 NOT_FOR_TRAINING = ("execution.executor", "execution.workers", "execution.address")
 """Settings of execution that runs which train have no use for."""
 
@@ -127,8 +133,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
 def add_training_arguments(parser: argparse.ArgumentParser, recipe: type[TrainingRecipe]) -> None:
     """Add the settings of a recipe of a verb that trains."""
     group = parser.add_argument_group("recipe (over --recipe)")
-    shipped = "a shipped recipe (spp, ...) or a YAML file" if recipe is RecoverRecipe else "a YAML file"
-    group.add_argument("--recipe", metavar="NAME|FILE", help=shipped)
+    group.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_OF[recipe])
     execution = parser.add_argument_group("execution")
     for path, field in settings(recipe):
         if path not in SAME_FLAG:
@@ -156,9 +161,10 @@ def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
 def add_training_beside(parser: argparse.ArgumentParser) -> None:
     """Add the settings that only recovery and alignment have, to a parser with those of pruning.
 
-    Where both have a flag, its help is that of recovery, then that of alignment if it differs, and the recipe alone
+    Where several have a flag, its help is that of the first, then those of the others that differ, and the recipe alone
     checks its value.
     """
+    _describe_with_training(parser)
     known = set(flags_of(Recipe))
     for title, recipe, other in (
         ("recovery (with --recover; most also with --align)", RecoverRecipe, AlignRecipe),
@@ -172,6 +178,24 @@ def add_training_beside(parser: argparse.ArgumentParser) -> None:
                 continue
             known.add(flag)
             _add_setting(group, path, field, aligned=shared.get(flag))
+
+
+def _describe_with_training(parser: argparse.ArgumentParser) -> None:
+    """Add to the help of pruning's flags what they mean with --recover and --align, where that differs."""
+    pruning = {flag_of(path): _description(field) for path, field in settings() if path not in SAME_FLAG}
+    found = {("--quality", "refused"): ["--recover", "--align"]}
+    for verb, recipe in (("--recover", RecoverRecipe), ("--align", AlignRecipe)):
+        found["--recipe", RECIPE_OF[recipe]] = [verb]
+        for path, field in settings(recipe):
+            flag, meaning = flag_of(path), _description(field)
+            if path not in SAME_FLAG and pruning.get(flag, meaning) != meaning:
+                found.setdefault((flag, meaning), []).append(verb)
+    for action in parser._actions:
+        for (flag, meaning), verbs in found.items():
+            if flag in action.option_strings:
+                before = str(action.help)
+                stop = "" if before.endswith((".", ")")) else "."
+                action.help = f"{before}{stop} With {' or '.join(verbs)}: {meaning}"
 
 
 def flags_of(recipe: type[Settings]) -> tuple[str, ...]:
@@ -239,8 +263,8 @@ def _add_setting(
 
 def _description(field: FieldInfo) -> str:
     """Describe a setting for argparse, with its default."""
-    default = field.default
-    shown = "" if default is None or default == () or field.annotation is bool else f" (default: {default})"
+    default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    shown = "" if default in (None, "") or field.annotation is bool else f" (default: {default})"
     return f"{field.description}{shown}".replace("%", "%%")
 
 

@@ -1,7 +1,7 @@
 """Write the checkpoint of a run whose layers were pruned in parts.
 
 Each part is a prune command with --only-layers, on any machine with access to the run directory. When all layers are
-done, this verb writes the checkpoint, evaluates it and writes the report.
+done, this verb writes the checkpoint, evaluates it and writes the report. For a model of 32 layers:
 
   fistapruner prune MODEL --out RUN --only-layers 0-15     on one machine
   fistapruner prune MODEL --out RUN --only-layers 16-31    on another

@@ -2,7 +2,9 @@
 
 Memory, disk and time are predicted from the model's sizes and a short measurement, with the choices that a run would
 make to fit the memory. A run makes the same plan before its first layer; its report compares it with what was measured.
-With --recover or --align MODEL is a run or a pruned checkpoint, and the settings are those of that verb.
+A hub model is downloaded, and a GGUF file converted, first, as for a run: the time is measured on it. Gated models:
+'hf auth login'. With --recover or --align MODEL is a run or a pruned checkpoint, and the settings are those of that
+verb.
 
   fistapruner plan smollm2 --sparsity 50%
   fistapruner plan meta-llama/Llama-3.1-8B --memory-limit 12GiB --method wanda --calibration c4

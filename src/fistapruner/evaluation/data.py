@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.datasets import DATA_SETS, load_documents
+from ..calibration.datasets import DATA_SETS, check_extra, load_documents
 from ..calibration.examples import token_ids
 from ..calibration.text import PYTHON, PYTHON_EVAL, adds_bos, python_documents, read_documents
 from ..errors import FistaPrunerError
@@ -121,16 +121,26 @@ def read_text(data: str) -> tuple[str, str, int | None]:
     return "\n\n".join(evaluation_documents(data)), split, known.held_out.windows if known else None
 
 
+def check_data(data: str) -> None:
+    """Refuse evaluation text that is neither a known name nor a file, or needs a missing extra.
+
+    Raises:
+        FistaPrunerError: names the text and the known ones.
+        MissingExtraError: a data set or a Parquet file needs the extra ``data``.
+    """
+    if data not in (*DATA_SETS, PYTHON) and not Path(data).is_file():
+        known = ", ".join([*DATA_SETS, PYTHON])
+        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({known})")
+    check_extra(data)
+
+
 def evaluation_documents(data: str) -> list[str]:
     """Read the documents of a data set or file for evaluation; a data set with a protocol is one document.
 
     Raises:
         FistaPrunerError: no such data, or it cannot be read.
     """
+    check_data(data)
     if Path(data).is_file():
         return read_documents(data)
-    if data in DATA_SETS:
-        return load_documents(data, held_out=True)
-    if data == PYTHON:
-        return python_documents(PYTHON_EVAL)
-    raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join([*DATA_SETS, PYTHON])})")
+    return load_documents(data, held_out=True) if data in DATA_SETS else python_documents(PYTHON_EVAL)

@@ -21,7 +21,7 @@ from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
-from .data import Windows, check_count, load_windows
+from .data import Windows, check_count, check_data, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows
 from .zero_shot import TaskSettings, evaluate_tasks, find_tasks
@@ -187,7 +187,8 @@ def check_request(
         The tasks, and the memory limit in bytes.
 
     Raises:
-        FistaPrunerError: nothing to measure, a setting without effect, or one out of range.
+        FistaPrunerError: nothing to measure, no such text, a setting without effect, or one out of range.
+        MissingExtraError: the text needs the extra ``data``.
     """
     for name, given, what in (
         ("data", data, "a text, such as wikitext2 or a .txt file"),
@@ -200,6 +201,8 @@ def check_request(
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
         )
+    if data is not None and not isinstance(data, Windows):
+        check_data(data)
     for name, value in (("seqlen", seqlen), ("windows", windows), ("bos", None if bos == "auto" else bos)):
         if data is None and value is not None:
             raise FistaPrunerError(f"{name} {value!r}: for windows of text, and no text is measured: give data")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError
+from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.loading import merge
@@ -113,13 +114,6 @@ def align_compare(
         for label in order:
             jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
     check_pairs(shared)
-    permissions = Permissions(allow_pickle, trust_remote_code)
-    models = {str(model): find_input(str(model), permissions)}
-    if dense is not None:
-        begun = _begun(folder)
-        models[str(dense)] = find_dense(str(dense), None if begun is None else begun.record(), permissions)
-    _refuse_folder(folder)
-    base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     request = TrainingRequest(
         str(model),
         shared,
@@ -128,6 +122,15 @@ def align_compare(
         evaluation_windows=evaluate_windows,
     )
     evaluation = request.evaluation_beside(evaluation_of(input_run(request.model)))
+    begun = _begun(folder)
+    if evaluation is not None and begun is None:
+        check_data(evaluation.data)
+    permissions = Permissions(allow_pickle, trust_remote_code)
+    models = {str(model): find_input(str(model), permissions)}
+    if dense is not None:
+        models[str(dense)] = find_dense(str(dense), begun and begun.record(), permissions)
+    _refuse_folder(folder)
+    base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     texts = [Path(text) for text in (shared.data.pairs, evaluation and evaluation.data) if text]
     files = {str(path): sha256_file(path) for path in texts if path.is_file()}
     files |= {

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..calibration import SELF, window_length
 from ..errors import FistaPrunerError, MissingExtraError, explain
-from ..evaluation.data import load_windows
+from ..evaluation.data import check_data, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.streaming import KeptStates
 from ..execution.context import open_model
@@ -60,10 +60,11 @@ from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
+from .plan import check_sources
 from .prepare import describe_model, draw_windows, drawing_of
 from .protocol import Protocol, distinct_seeds
 from .prune import prune, recover_execution, recovers
-from .prune_inputs import check_calibration, refuse_overlap, shared_text
+from .prune_inputs import refuse_overlap, shared_text
 from .recover import recover
 from .recover_inputs import check_following, check_trained
 from .training import changed_texts
@@ -125,6 +126,9 @@ def compare(
     for job in jobs:
         if job.recipe.pattern.supports_allocation:
             read_workload(job.recipe)
+        if not job.run(folder).run_file.exists():
+            check_sources(job.recipe)
+    check_data(data)
     before = _before(folder, model)
     source = _find_source(model, folder, permissions)
     refuse_overlap(source.folder, folder)
@@ -224,7 +228,7 @@ def plan_jobs(
 
 
 def check_texts(jobs: Sequence[Job], source: ModelSource, folder: Path) -> None:
-    """Check the texts of calibration and recovery of all runs that have not begun.
+    """Check the texts of all recoveries that have not begun.
 
     Raises:
         FistaPrunerError: a text that cannot be read, or is too short for the windows of a recovery.
@@ -232,8 +236,6 @@ def check_texts(jobs: Sequence[Job], source: ModelSource, folder: Path) -> None:
     checked = set()
     for job in jobs:
         run, recipe = job.run(folder), job.recipe
-        if not run.run_file.exists():
-            check_calibration(recipe)
         texts = json.dumps([recipe.calibration.sources, recipe.recover and recipe.recover.model_dump(mode="json")])
         if (
             recipe.recover is not None

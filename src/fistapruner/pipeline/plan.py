@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from ..calibration import window_length
+from ..calibration.packing import PURPOSE
+from ..calibration.windows import check_source
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import open_model
@@ -249,6 +251,7 @@ def plan_model(
     """
     refuse_out(Path(out))
     check_allocation(recipe)
+    check_sources(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     refuse_low_rank(source.folder, "prune")
     recipe = recipe.resolved(family=source.family)
@@ -260,6 +263,19 @@ def plan_model(
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
     return replace(plan, says=(say_widths(opened, widths), *lost, *plan.says))
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuse text of calibration and recovery that is not there or needs a missing extra.
+
+    Raises:
+        FistaPrunerError: names the source.
+        MissingExtraError: names the package and the extra.
+    """
+    for source in recipe.calibration.sources.values():
+        check_source(source)
+    for source in () if recipe.recover is None else recipe.recover.data.texts:
+        check_source(source, PURPOSE)
 
 
 def plan_run(

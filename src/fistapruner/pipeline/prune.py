@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..models.source import ModelSource, Permissions
@@ -29,6 +30,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
+from ..sensitivity.decision import check_allocation
 from .begun import (
     FinishedRun,
     evaluation_on,
@@ -41,6 +43,7 @@ from .begun import (
 )
 from .finish import finish, reporting_failure
 from .measure import measure
+from .plan import check_sources
 from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
@@ -111,7 +114,14 @@ def prune(
         return (source or find_source(str(model), begun, permissions)).family()
 
     given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
-    recipe = Recipe.build(merge(given, settings)).resolved(
+    recipe = Recipe.build(merge(given, settings))
+    if begun is None:  # what a run has decided does not need its texts and its workload file any more
+        check_allocation(recipe)
+        if tokens is None:
+            check_sources(recipe)
+        if evaluation is not None:
+            check_data(evaluation.data)
+    recipe = recipe.resolved(
         in_parts=only_layers is not None,
         earlier=begun.recipe if begun else None,
         family=family,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..activations.stream import check_model
 from ..calibration import window_length
 from ..calibration.training_text import document_hash, shared_documents, training_documents
-from ..calibration.windows import check_source, source_documents
+from ..calibration.windows import source_documents
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..evaluation.data import evaluation_documents, load_windows
@@ -29,7 +29,6 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
-from ..sensitivity.decision import check_allocation
 from ..structured.units import Widths
 from .begun import find_source, refuse_other
 from .plan import allocate, change_widths, say_lost_zeros, say_widths
@@ -99,10 +98,6 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         FistaPrunerError: bad input, named.
     """
     recipe = request.recipe
-    if begun is None:  # what a run has decided does not need its workload file any more
-        check_allocation(recipe)
-        if request.drawn is None:
-            check_calibration(recipe)
     if recipe.execution.executor == "ray":
         require_ray(recipe.execution.address)
     source = request.source or find_source(request.model, begun, request.permissions)
@@ -166,16 +161,6 @@ def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[i
             f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
             f"{missing} is not: parts can run side by side with --propagate dense only"
         )
-
-
-def check_calibration(recipe: Recipe) -> None:
-    """Refuse calibration sources that are neither known names nor files.
-
-    Raises:
-        FistaPrunerError: names the source.
-    """
-    for source in recipe.calibration.sources.values():
-        check_source(source)
 
 
 def shared_text(sources: Iterable[str], data: str, *, training: bool = False) -> str | None:

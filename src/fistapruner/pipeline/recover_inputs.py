@@ -35,6 +35,8 @@ def check_inputs(
     Raises:
         FistaPrunerError: bad input, named.
     """
+    for text in request.recipe.data.texts:
+        check_source(text, PURPOSE)
     inputs = check_training_inputs(run, request, listener, resolve, (request.recipe.data.seqlen, SEQLEN))
     if inputs.recipe.loss != "auto":
         return inputs
@@ -133,6 +135,6 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None) -> RecoverRecipe
         if known is None:
             raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
         data = data.model_copy(update=known)
-    for text in data.texts:
-        check_source(text, PURPOSE)
+        for text in data.texts:
+            check_source(text, PURPOSE)
     return recipe.model_copy(update={"data": data}).with_absolute_files()

@@ -13,7 +13,7 @@ from ..activations.stream import check_model
 from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
 from ..errors import FistaPrunerError
-from ..evaluation.data import load_windows
+from ..evaluation.data import check_data, load_windows
 from ..evaluation.inspection import inspect_checkpoint
 from ..execution.context import open_model
 from ..models.discovery import Layout, discover
@@ -135,6 +135,9 @@ def check_training_inputs(
         FistaPrunerError: bad input, named.
     """
     permissions, origin = request.permissions, input_run(request.model)
+    evaluation = request.evaluation_beside(evaluation_of(origin) if request.evaluates else None)
+    if evaluation is not None:
+        check_data(evaluation.data)
     source = find_input(request.model, permissions)
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
@@ -155,7 +158,6 @@ def check_training_inputs(
         _check_dense(dense, model)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
     pad_with_known_token(tokenizer, model.embedded_tokens)
-    evaluation = request.evaluation_beside(evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now
         evaluated = evaluation.seqlen or evaluated_length(origin) or length
         evaluation = evaluation.model_copy(update={"seqlen": evaluated})

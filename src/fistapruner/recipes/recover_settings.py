@@ -57,8 +57,8 @@ class TrainingData(Settings):
 
     @property
     def texts(self) -> list[str]:
-        """Texts to train on: of all tasks, or the one source."""
-        return list(self.tasks.values()) or [str(self.source)]
+        """Texts to train on: of all tasks, or the one source; none where it is not said."""
+        return list(self.tasks.values()) or ([] if self.source is None else [self.source])
 
 
 class RecoverRecipe(TrainingRecipe):

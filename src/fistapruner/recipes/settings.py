@@ -307,7 +307,8 @@ class Recipe(RunRecipe):
     )
     seed: Seed = Field(
         0,
-        description="Seed of everything random that is not calibration data.",
+        description="Seed of everything random that is not calibration data; as a flag also that of the calibration "
+        "windows.",
     )
     execution: Execution = Field(
         Execution(),

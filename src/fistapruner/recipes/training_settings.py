@@ -27,6 +27,13 @@ def words(value: Any) -> Any:
     return value
 
 
+def _vectors(value: Any) -> Any:
+    found = words(value)
+    if not isinstance(found, (tuple, list)) or not all(name in ("norms", "biases") for name in found):
+        raise ValueError("norms, biases, both with a comma between them, or none is expected")
+    return found
+
+
 Rate = Annotated[
     Literal["auto"] | float,
     word_or_number("auto", "auto or a number above 0 is expected", lambda rate: rate > 0),
@@ -59,7 +66,7 @@ class TrainingRecipe(RunRecipe):
     )
     rank: int = Field(16, ge=1, description="Rank of lora, hira and spp.")
     scale: float = Field(2.0, gt=0.0, description="Factor of the low-rank change of lora and spp.")
-    also: Annotated[tuple[Literal["norms", "biases"], ...], BeforeValidator(words)] = Field(
+    also: Annotated[tuple[Literal["norms", "biases"], ...], BeforeValidator(_vectors)] = Field(
         ("norms", "biases"),
         description="Vectors that are trained beside the operators: norms, biases, or none.",
     )
@@ -105,7 +112,11 @@ class TrainingRecipe(RunRecipe):
         description="Precision of the forward and backward passes; auto is the checkpoint's own, or float32 on CPUs "
         "without matrix units for it.",
     )
-    seed: Seed = Field(0, description="Seed of the start values and of everything random that is not data.")
+    seed: Seed = Field(
+        0,
+        description="Seed of the start values and of everything random that is not data; as a flag also that of the "
+        "data: of a text its split, windows and their order, of pairs their order.",
+    )
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
 
     @field_validator("betas", mode="after")

@@ -55,8 +55,8 @@ def low_rank_sentence(report: Report) -> str:
     return (
         f"Beside its zeros every pruned operator has a low-rank part of rank {report.recipe.get('low_rank')}: "
         f"{count(totals.low_rank_weights)} additional weights, {share} of the pruned operators' weights "
-        f"({size(totals.low_rank_bytes)}), in the adapter folder beside the checkpoint. All figures are of the model "
-        "with both parts."
+        f"({size(totals.low_rank_bytes)}), in a LoRA adapter, a folder of its own. All figures are of the model with "
+        "both parts."
     )
 
 
