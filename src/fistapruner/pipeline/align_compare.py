@@ -128,7 +128,7 @@ def align_compare(
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
     if dense is not None:
-        models[str(dense)] = find_dense(str(dense), begun and begun.record(), permissions)
+        models[str(dense)] = find_dense(str(dense), None if begun is None else begun.record(), permissions)
     _refuse_folder(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     texts = [Path(text) for text in (shared.data.pairs, evaluation and evaluation.data) if text]
