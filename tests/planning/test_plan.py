@@ -19,7 +19,8 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.pipeline.plan import allocate, local_workers, plan_model
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.plan import allocate, change_widths, local_workers, plan_model
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, solve_bytes
@@ -488,3 +489,27 @@ def test_plan_counts_low_rank_parts_and_says_so(model: Model, tmp_path: Path) ->
     plan = make_plan(model[0], model[1], recipe, allocate(recipe, model[1]), model[2], 4, tmp_path)
     share = weights / sum(operator.rows * operator.columns for _, operator in model[1].operators())
     assert any(f"additional weights, {100 * share:.1f} % of the operators'" in said for said in plan.says)
+
+
+def test_removing_experts_alone_is_planned(tmp_path: Path) -> None:
+    """The layer, the hidden states and the experts that stay are in memory; the journal has the experts on disk."""
+    folder = tiny.save("mixtral", tmp_path / "model", hidden_size=64, intermediate_size=256)
+    settings: dict[str, Any] = {"structure": "experts=25%", "calibration": {"source": "python", "seqlen": 16}}
+    opened = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    recipe = Recipe.build(settings).resolved()
+    layout, widths = change_widths(opened, discover(opened), recipe, UNTRUSTED)
+    tokens = torch.zeros(128, 16, dtype=torch.long)
+    found = Sizes.measure(opened, layout, recipe, allocate(recipe, layout), tokens, widths)
+    experts, states = 3 * 3 * 64 * 256 * 4, 2 * 128 * 16 * 64 * 4
+    choice = Choice(2)
+    assert found.stages(choice)["removing experts"] - found.base > found.layer + states + experts
+    on_gpu = replace(found, cuda=True)
+    assert max(on_gpu.host_stages(choice).values()) - found.base > found.layer + states + experts
+    assert on_gpu.stages(choice)["removing experts"] > found.layer
+    stays = found.disk(choice, 1)
+    settings["calibration"]["samples"] = 2
+    disk = next(row for row in prune(folder, tmp_path / "run", **settings).plan if row.quantity == "disk")
+    assert disk.planned == stays
+    assert disk.actual is not None
+    assert disk.actual <= disk.planned * 1.05
+    assert disk.actual > disk.planned * 0.7

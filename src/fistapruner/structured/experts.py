@@ -183,14 +183,16 @@ def removed_experts_weights(model: LayerwiseModel, units: ExpertUnits) -> int:
     gone = 0
     for layer, layer_units in zip(model.layers, units, strict=True):
         for unit in layer_units:
-            expert = layer.get_submodule(f"{unit.name}.0")
-            gone += (unit.before - unit.after) * sum(parameter.numel() for parameter in expert.parameters())
-            gone += sum(
-                layer.get_parameter(name).numel() // unit.before * (unit.before - unit.after)
-                for name in unit.tensors
-                if name in dict(layer.named_parameters())
-            )
+            gone += (unit.before - unit.after) * expert_weights(layer, unit)
     return gone
+
+
+def expert_weights(layer: nn.Module, unit: ExpertsDecision) -> int:
+    """Count the parameters of one expert of a mixture, with its rows of the router."""
+    parameters = dict(layer.named_parameters())
+    expert = layer.get_submodule(f"{unit.name}.0")
+    rows = sum(parameters[name].numel() // unit.before for name in unit.tensors if name in parameters)
+    return rows + sum(parameter.numel() for parameter in expert.parameters())
 
 
 def dropped_tensors(model: LayerwiseModel, units: ExpertUnits) -> tuple[set[str], dict[str, tuple[int, ...]]]:
