@@ -33,7 +33,7 @@ from ..solvers import check_constraint
 from ..solvers.low_rank import check_rank
 from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
-from ..structured.units import Widths, layer_weights, removed_weights, resized
+from ..structured.units import Widths, layer_weights, removed_weights, resized, unread_tensors
 from ..structured.widths import step_of
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -208,6 +208,18 @@ def say_lost_zeros(
     return ()
 
 
+def say_unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+    """Warn that tensors of layers that the model does not read are left out of the result; empty without any."""
+    names = unread_tensors(model, widths)
+    if not names:
+        return ()
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the result leaves out tensors of layers that {type(model.model).__name__} does not read, such as those of "
+        f"multi-token prediction, since the new config would not fit them: {shown}",
+    )
+
+
 def _earlier_patterns(model: LayerwiseModel, names: Sequence[str]) -> dict[str, Constraint]:
     """Return the patterns that a pruned model's operators have, as its record says it, or one of them has."""
     folder, found = model.checkpoint.folder, {}
@@ -259,7 +271,7 @@ def plan_model(
     if widths is None:
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
-    return replace(plan, says=(say_widths(opened, widths), *lost, *plan.says))
+    return replace(plan, says=(say_widths(opened, widths), *lost, *say_unread(opened, widths), *plan.says))
 
 
 def plan_run(
