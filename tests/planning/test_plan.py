@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -513,3 +514,21 @@ def test_removing_experts_alone_is_planned(tmp_path: Path) -> None:
     assert disk.actual is not None
     assert disk.actual <= disk.planned * 1.05
     assert disk.actual > disk.planned * 0.7
+
+
+@pytest.mark.parametrize("structure", ["mlp=16,heads=1", {"remove": "heads=1", "widths": "free"}])
+def test_what_is_removed_is_counted_alike_after_a_layer_was_timed(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, structure: Any
+) -> None:
+    recipe = Recipe.build({"structure": structure, "calibration": {"source": "python", "samples": 2, "seqlen": 16}})
+    folder = model[0].checkpoint.folder
+    short = plan_model(folder, recipe, tmp_path).says[0]
+    monkeypatch.setattr(plan_module, "measure_time", partial(measure_time, least=0))
+    timed = plan_model(folder, recipe, tmp_path).says
+    assert "about" in timed[-1]
+    assert timed[0] == short
+    again = LayerwiseModel(model[0].checkpoint, torch.device("cpu"))
+    before = {name: tensor.shape for name, tensor in again.model.state_dict(keep_vars=True).items()}
+    layout, widths = change_widths(again, discover(again), recipe.resolved(), UNTRUSTED)
+    assert measure_time(again, layout, recipe.resolved(), allocate(recipe, layout), model[2], 2, least=0, widths=widths)
+    assert {name: tensor.shape for name, tensor in again.model.state_dict(keep_vars=True).items()} == before

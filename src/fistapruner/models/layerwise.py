@@ -557,10 +557,11 @@ class LayerwiseModel:
         return None if held is None or held.is_meta else held.detach()
 
     def _free(self, names: list[str]) -> None:
-        """Move parameters and buffers to the meta device."""
+        """Move parameters and buffers to the meta device, in the shapes of the checkpoint."""
         for name in names:
             if (held := self._held(name)) is not None:
-                assign(self.model, name, held.to("meta"))
+                shape = self.checkpoint.entry(self._sources[name]).shape
+                assign(self.model, name, held.new_empty(shape, device="meta"))
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:

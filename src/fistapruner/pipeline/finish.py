@@ -277,12 +277,11 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
     token passes through those that the router chooses. Attention between tokens comes on top, the same in both.
 
     Args:
-        model: the dense model; layers that were pruned may have fewer channels, so the checkpoint's shapes are counted.
+        model: the dense model.
         gone: weights of matrices of the decoder layers that were removed, those of experts left out.
     """
-    inside = [name for name, _ in model.model.named_parameters() if name.startswith(f"{model.layers_name}.")]
-    shapes = {name: model.checkpoint.entry(model.source(name)).shape for name in inside}
-    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+    parameters = dict(model.model.named_parameters())
+    matrices = {name: parameter.numel() for name, parameter in parameters.items() if parameter.ndim > 1}
 
     def weights(prefix: str) -> int:
         return sum(count for name, count in matrices.items() if name.startswith(f"{prefix}."))
