@@ -545,3 +545,15 @@ def test_free_widths_are_chosen_in_the_planned_memory(method: str) -> None:
     problem = LayerProblem(torch.randn(rows, inputs), gram.T @ gram)
     used = peak_bytes(lambda: eliminate(problem, inputs // 2))
     assert removal_bytes(rows, inputs, inputs // 2, settings) > used
+
+
+def test_the_learning_of_bypass_comes_on_top_of_the_planned_time(model: Model, tmp_path: Path) -> None:
+    def says(method: str) -> list[str]:
+        structure = {"remove": "heads=1", "method": method}
+        asked = {"structure": structure, "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+        plan = plan_model(model[0].checkpoint.folder, Recipe.build(asked), tmp_path)
+        return [said for said in plan.says if "comes on top" in said]
+
+    assert not says("obs")
+    (said,) = says("bypass")
+    assert "1,000 steps of 2 x 128 tokens" in said  # 8 sequences of 16, the length of the windows
