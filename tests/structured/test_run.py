@@ -697,6 +697,13 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     assert "in a second run" in goa
     (kept,) = warnings(pruned, structure={"remove": "mlp=16", "method": "flap"})  # the weights stay as they were
     assert "does not keep their pattern" in kept
+    whole = {"remove": "heads=1", "compensate": "none"}  # 16 inputs go, in whole groups of 4
+    assert not warnings(pruned, structure=whole)
+    assert warnings(pruned, structure={"remove": "heads=1", "compensate": "refit"})
+    kept = fp.prune(pruned, tmp_path / "heads", structure=whole, **settings)
+    assert not [line for line in kept.warnings if "has zeros already" in line]
+    written = load_file(tmp_path / "heads" / "model" / "model.safetensors")
+    assert NM(2, 4).satisfies(written["model.layers.0.self_attn.o_proj.weight"])
     assert not warnings(pruned, sparsity="2:4")
     assert not warnings(folder)
     assert not warnings(tmp_path / "small" / "model", structure="mlp=8")  # those of down_proj are gone

@@ -187,15 +187,17 @@ def say_lost_zeros(
     settings = recipe.structure
     goa = settings.method == "goa"
     fitted = goa or settings.compensation == "refit"
-    changed = [
-        f"{layout.prefix}.{index}.{name}"
+    changed = {  # by name, the inputs that stay or go together
+        f"{layout.prefix}.{index}.{name}": unit.columns
         for index, units in enumerate(widths.units)
         for unit in units
         for name in (unit.consumer.name, *(unit.producers if goa else ()))
-    ]
-    changed = [name for name in changed if name not in sparsity or not sparsity[name].fraction]
-    for name, pattern in _earlier_patterns(model, changed).items():
-        if pattern.fraction and (fitted or not pattern.zeros_suffice):
+    }
+    changed = {name: block for name, block in changed.items() if name not in sparsity or not sparsity[name].fraction}
+    for name, pattern in _earlier_patterns(model, list(changed)).items():
+        length = pattern.group_length
+        holds = pattern.zeros_suffice or (length > 1 and changed[name] % length == 0)
+        if pattern.fraction and (fitted or not holds):
             why = "their weights are fitted anew" if fitted else "it is one of the inputs that they had"
             instead = (
                 "prune the result in a second run" if goa else "give a --sparsity too, and all operators get new ones"
