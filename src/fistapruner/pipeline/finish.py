@@ -259,7 +259,7 @@ def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
 
 
 def _dropped(context: RunContext) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Return the stored tensors that the result lacks, and new shapes of the tensors that hold all experts.
+    """Return the stored tensors that the result lacks, and new shapes of those that hold all experts.
 
     The former are of removed experts, and of layers that the model does not read and the new config does not fit.
     """

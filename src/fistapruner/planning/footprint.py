@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def removal_bytes(
     known = ChannelStatistics(problem, mean, (gram.clone(), gram.clone()), drift_mean, (mean, mean))
     held = 4 * (3 * gram.numel() + 2 * weight.numel())
     few = min(max(1, round(kept / scale)), small - 1)
-    peak = max(peak_bytes(lambda each=each: remove_channels(known, few, each, biased=biased)) for each in tried)
+    peak = max(peak_bytes(partial(remove_channels, known, few, each, biased=biased)) for each in tried)
     return int((held + peak) * scale**2)
 
 

@@ -235,7 +235,7 @@ def _remaining(settings: Structure, before: int, groups: int) -> int:
 
 
 def _groups(layer: nn.Module, mixtures: Mapping[str, Experts], experts: int) -> tuple[int, int]:
-    """Return the number of groups that the experts of a decoder layer are in, and how many a token may go to.
+    """Return the number of groups of a decoder layer's experts, and how many a token may go to.
 
     Both are 1 without groups.
     """
