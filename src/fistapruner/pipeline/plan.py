@@ -211,7 +211,7 @@ def say_lost_zeros(
 
 
 def say_unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
-    """Warn that tensors of layers that the model does not read are left out of the result; empty without any."""
+    """Warn that the result leaves out tensors of layers that the model does not read; empty without."""
     names = unread_tensors(model, widths)
     if not names:
         return ()

@@ -507,7 +507,7 @@ def _differentiate(model: LayerwiseModel, index: int, hidden: Tensor, call: Call
 
 
 def _renumbered(model: LayerwiseModel, layout: Layout, index: int, solved: list[int], widths: Widths | None) -> int:
-    """Count the bytes of a layer's experts that stay when others are removed, and are not solved afterwards."""
+    """Count the bytes of a layer's experts that stay when others go, and are not solved afterwards."""
     units = () if widths is None else widths.mixtures(index)
     weights = sum(unit.after * expert_weights(model.layers[index], unit) for unit in units)
     mixtures = {unit.name for unit in units}
