@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,22 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.pipeline.plan import allocate, local_workers, plan_model
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.plan import allocate, change_widths, local_workers, plan_model
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
-from fistapruner.planning.footprint import peak_bytes, solve_bytes
+from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
 from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.loading import merge
+from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
+from fistapruner.structured.elimination import eliminate
 
 Model = tuple[LayerwiseModel, Layout, torch.Tensor]
 
@@ -488,3 +492,68 @@ def test_plan_counts_low_rank_parts_and_says_so(model: Model, tmp_path: Path) ->
     plan = make_plan(model[0], model[1], recipe, allocate(recipe, model[1]), model[2], 4, tmp_path)
     share = weights / sum(operator.rows * operator.columns for _, operator in model[1].operators())
     assert any(f"additional weights, {100 * share:.1f} % of the operators'" in said for said in plan.says)
+
+
+def test_removing_experts_alone_is_planned(tmp_path: Path) -> None:
+    """The layer, the hidden states and the experts that stay are in memory; the journal has the experts on disk."""
+    folder = tiny.save("mixtral", tmp_path / "model", hidden_size=64, intermediate_size=256)
+    settings: dict[str, Any] = {"structure": "experts=25%", "calibration": {"source": "python", "seqlen": 16}}
+    opened = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    recipe = Recipe.build(settings).resolved()
+    layout, widths = change_widths(opened, discover(opened), recipe, UNTRUSTED)
+    tokens = torch.zeros(128, 16, dtype=torch.long)
+    found = Sizes.measure(opened, layout, recipe, allocate(recipe, layout), tokens, widths)
+    experts, states = 3 * 3 * 64 * 256 * 4, 2 * 128 * 16 * 64 * 4
+    choice = Choice(2)
+    assert found.stages(choice)["removing experts"] - found.base > found.layer + states + experts
+    on_gpu = replace(found, cuda=True)
+    assert max(on_gpu.host_stages(choice).values()) - found.base > found.layer + states + experts
+    assert on_gpu.stages(choice)["removing experts"] > found.layer
+    stays = found.disk(choice, 1)
+    settings["calibration"]["samples"] = 2
+    disk = next(row for row in prune(folder, tmp_path / "run", **settings).plan if row.quantity == "disk")
+    assert disk.planned == stays
+    assert disk.actual is not None
+    assert disk.actual <= disk.planned * 1.05
+    assert disk.actual > disk.planned * 0.7
+
+
+@pytest.mark.parametrize("structure", ["mlp=16,heads=1", {"remove": "heads=1", "widths": "free"}])
+def test_what_is_removed_is_counted_alike_after_a_layer_was_timed(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, structure: Any
+) -> None:
+    recipe = Recipe.build({"structure": structure, "calibration": {"source": "python", "samples": 2, "seqlen": 16}})
+    folder = model[0].checkpoint.folder
+    short = plan_model(folder, recipe, tmp_path).says[0]
+    monkeypatch.setattr(plan_module, "measure_time", partial(measure_time, least=0))
+    timed = plan_model(folder, recipe, tmp_path).says
+    assert "about" in timed[-1]
+    assert timed[0] == short
+    again = LayerwiseModel(model[0].checkpoint, torch.device("cpu"))
+    before = {name: tensor.shape for name, tensor in again.model.state_dict(keep_vars=True).items()}
+    layout, widths = change_widths(again, discover(again), recipe.resolved(), UNTRUSTED)
+    assert measure_time(again, layout, recipe.resolved(), allocate(recipe, layout), model[2], 2, least=0, widths=widths)
+    assert {name: tensor.shape for name, tensor in again.model.state_dict(keep_vars=True).items()} == before
+
+
+@pytest.mark.parametrize("method", ["flap", "magnitude", "goa"])
+def test_free_widths_are_chosen_in_the_planned_memory(method: str) -> None:
+    """They are chosen by elimination, whatever the method of the removal is."""
+    rows, inputs = 64, 128
+    settings = Structure(remove="mlp=50%", method=method, widths="free")
+    gram = torch.randn(256, inputs)
+    problem = LayerProblem(torch.randn(rows, inputs), gram.T @ gram)
+    used = peak_bytes(lambda: eliminate(problem, inputs // 2))
+    assert removal_bytes(rows, inputs, inputs // 2, settings) > used
+
+
+def test_the_learning_of_bypass_comes_on_top_of_the_planned_time(model: Model, tmp_path: Path) -> None:
+    def says(method: str) -> list[str]:
+        structure = {"remove": "heads=1", "method": method}
+        asked = {"structure": structure, "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+        plan = plan_model(model[0].checkpoint.folder, Recipe.build(asked), tmp_path)
+        return [said for said in plan.says if "comes on top" in said]
+
+    assert not says("obs")
+    (said,) = says("bypass")
+    assert "1,000 steps of 2 x 128 tokens" in said  # 8 sequences of 16, the length of the windows

@@ -84,7 +84,7 @@ def test_a_router_that_would_keep_its_rows_is_refused(tmp_path: Path) -> None:
     assert units[0][0].tensors == {"router.proj.weight": 0, "router.per_expert_scale": 0}
     lacking = tuple((unit.model_copy(update={"tensors": {}}),) for (unit,) in units)
     with pytest.raises(fp.FistaPrunerError, match=r"router.* have the shape \(4.* smaller model's has \(3"):
-        removal._prove(model, lacking, build_changed(model.checkpoint, change).eval())
+        removal._prove(model, lacking, build_changed(model.checkpoint, change).eval(), 3)
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
@@ -249,3 +249,16 @@ def test_what_cannot_be_removed_is_refused_by_name(
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(("limit", "experts", "most"), [(1, 2, 3), (1, 4, 2), (2, 2, None), (2, 4, None)])
+def test_a_token_needs_enough_experts_in_its_groups(tmp_path: Path, limit: int, experts: int, most: int | None) -> None:
+    """The router chooses 4 of the experts of ``limit`` of its 2 groups, which have half of those that stay each."""
+    folder = tiny.save("deepseek_v3", tmp_path, topk_group=limit, num_experts_per_tok=4, **MORE)
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    asked = Structure(remove=f"experts={experts}")
+    if most is None:
+        assert removal.find_experts(model, discover(model), asked, {})[0][1][0].after == 8 - experts
+        return
+    with pytest.raises(fp.FistaPrunerError, match=f"remain, {most} of them in the groups .* chooses 4 for every token"):
+        removal.find_experts(model, discover(model), asked, {})

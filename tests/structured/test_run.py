@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -688,6 +689,13 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     assert "in a second run" in goa
     (kept,) = warnings(pruned, structure={"remove": "mlp=16", "method": "flap"})  # the weights stay as they were
     assert "does not keep their pattern" in kept
+    whole = {"remove": "heads=1", "compensate": "none"}  # 16 inputs go, in whole groups of 4
+    assert not warnings(pruned, structure=whole)
+    assert warnings(pruned, structure={"remove": "heads=1", "compensate": "refit"})
+    kept = fp.prune(pruned, tmp_path / "heads", structure=whole, **settings)
+    assert not [line for line in kept.warnings if "has zeros already" in line]
+    written = load_file(tmp_path / "heads" / "model" / "model.safetensors")
+    assert NM(2, 4).satisfies(written["model.layers.0.self_attn.o_proj.weight"])
     assert not warnings(pruned, sparsity="2:4")
     assert not warnings(folder)
     assert not warnings(tmp_path / "small" / "model", structure="mlp=8")  # those of down_proj are gone
@@ -695,3 +703,32 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     (counted,) = warnings(pruned)
     assert "model.layers.0.mlp.down_proj (50%)" in counted
     assert not warnings(pruned, structure={"remove": "mlp=16", "method": "flap"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "structure", "layer", "same"),
+    [("llama", "mlp=32", "mtp.layers.0.", "mlp.down_proj.weight"), ("mixtral", "experts=1", "model.layers.2.", "gate")],
+)
+def test_layers_that_the_model_does_not_read_go_with_their_widths(
+    tmp_path: Path, architecture: str, structure: str, layer: str, same: str
+) -> None:
+    """Beside them another layer, with a matrix of the same name and another shape, stays; so do single tensors."""
+    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2)
+    file = folder / "model.safetensors"
+    stored = load_file(file)
+    inside = next(name.removeprefix("model.layers.0.") for name in stored if same in name)
+    stale = {f"{layer}{inside}": stored[f"model.layers.0.{inside}"].clone(), f"{layer}norm.weight": torch.ones(32)}
+    other = {f"vision.layers.0.{inside}": torch.ones(3, 5), "mtp.fc.weight": torch.ones(32, 64)}
+    save_file(stored | stale | other, file, {"format": "pt"})
+    told = Said()
+    report = fp.prune(folder, tmp_path / "run", structure=structure, calibration=SMALL, listener=told)
+    (warning,) = (line for line in report.warnings if "does not read" in line)
+    assert all(name in warning for name in stale)
+    assert warning in told.lines
+    assert warning in plan_model(folder, Recipe.build({"structure": structure, "calibration": SMALL})).says
+    written = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not set(stale) & set(written)
+    assert set(other) <= set(written)
+    assert report.totals.model_weights == sum(tensor.numel() for tensor in written.values())
+    free = {"structure": {"remove": "heads=1", "widths": "free"}, "calibration": SMALL}
+    assert not [line for line in plan_model(folder, Recipe.build(free)).says if "does not read" in line]

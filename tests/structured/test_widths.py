@@ -19,12 +19,15 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
+from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.sparse.variants import Variant, load_variant
+from fistapruner.structured.proof import plan_widths
 from fistapruner.structured.widths import allocate
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
@@ -267,6 +270,33 @@ def test_widths_that_do_not_fit_are_refused(tmp_path: Path, widths: Any, said: s
     file.write_text(json.dumps(config))
     with pytest.raises(FistaPrunerError, match=said):
         LayerwiseModel(UNTRUSTED.at(tmp_path / "run" / "model").checkpoint(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "left"),
+    [("mlp=25%", "heads=1", "heads"), ("heads=1", "mlp=25%", "mlp"), ("mlp=25%,heads=1", None, None)],
+)
+def test_of_free_widths_only_the_other_kind_goes(
+    tmp_path: Path, first: str, second: str | None, left: str | None
+) -> None:
+    """More of the same, and equal widths, are refused in a sentence that is true."""
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    fp.prune(str(folder), tmp_path / "free", **settings(first))
+    model = LayerwiseModel(UNTRUSTED.at(tmp_path / "free" / "model").checkpoint(), torch.device("cpu"))
+    layout = discover(model)
+    advice = "from the dense model" + (f", or only {left} with --widths free$" if left else "$")
+    for remove, widths in [
+        (first, "free"),
+        ("mlp=24,heads=1", "free"),
+        ("mlp=24", "uniform"),
+        ("heads=1", "uniform"),
+        ("experts=1", "uniform"),
+    ]:
+        with pytest.raises(FistaPrunerError, match=f"{remove} with --widths {widths} cannot be removed .*{advice}"):
+            plan_widths(model, layout, Structure(remove=remove, widths=widths, multiple=4))
+    if second is not None:
+        found = plan_widths(model, layout, Structure(remove=second, widths="free", multiple=4))
+        assert all(len(units) == 1 for units in found.units)
 
 
 def test_experts_have_no_widths_of_their_own(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -128,6 +128,10 @@ class LayerwiseModel:
     def source(self, parameter: str) -> str:
         """Return the name in the checkpoint of one of the model's parameters."""
         return self._sources[parameter]
+
+    def sources(self) -> Collection[str]:
+        """Return the names in the checkpoint of all of the model's parameters and stored buffers."""
+        return self._names.keys()
 
     def layer_parameters(self, index: int) -> list[str]:
         """Return the names in the model of the parameters of decoder layer ``index``."""
@@ -553,10 +557,11 @@ class LayerwiseModel:
         return None if held is None or held.is_meta else held.detach()
 
     def _free(self, names: list[str]) -> None:
-        """Move parameters and buffers to the meta device."""
+        """Move parameters and buffers to the meta device, in the shapes of the checkpoint."""
         for name in names:
             if (held := self._held(name)) is not None:
-                assign(self.model, name, held.to("meta"))
+                shape = self.checkpoint.entry(self._sources[name]).shape
+                assign(self.model, name, held.new_empty(shape, device="meta"))
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:

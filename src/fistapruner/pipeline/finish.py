@@ -34,6 +34,7 @@ from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
+from ..structured.units import unread_tensors
 from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_permuted, kept_widths, moved_experts
 
 
@@ -152,7 +153,7 @@ def _replacement(context: RunContext) -> Callable[[str], Tensor | None]:
 
 
 def _gone(context: RunContext, dropped: set[str], shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    """Return a function that tells whether a tensor was of a removed expert; takes :func:`_dropped`."""
+    """Return a function that tells whether the result lacks a tensor; takes :func:`_dropped`."""
     stacks = context.model.checkpoint.stacks
     stay = {part for name, shape in shapes.items() for part in map(stacks[name].part, range(shape[0]))}
     all_gone = dropped | ({part for name in shapes for part in context.model.checkpoint.parts(name)} - stay)
@@ -258,10 +259,15 @@ def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
 
 
 def _dropped(context: RunContext) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Return the stored tensors of removed experts, and new shapes of the tensors that hold all experts."""
+    """Return the stored tensors that the result lacks, and new shapes of those that hold all experts.
+
+    The former are of removed experts, and of layers that the model does not read and the new config does not fit.
+    """
+    unread = set(unread_tensors(context.model, context.widths))
     if context.widths is None or not context.widths.experts:
-        return set(), {}
-    return dropped_tensors(context.model, context.widths.experts)
+        return unread, {}
+    dropped, shapes = dropped_tensors(context.model, context.widths.experts)
+    return dropped | unread, shapes
 
 
 def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
@@ -271,12 +277,11 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
     token passes through those that the router chooses. Attention between tokens comes on top, the same in both.
 
     Args:
-        model: the dense model; layers that were pruned may have fewer channels, so the checkpoint's shapes are counted.
+        model: the dense model.
         gone: weights of matrices of the decoder layers that were removed, those of experts left out.
     """
-    inside = [name for name, _ in model.model.named_parameters() if name.startswith(f"{model.layers_name}.")]
-    shapes = {name: model.checkpoint.entry(model.source(name)).shape for name in inside}
-    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+    parameters = dict(model.model.named_parameters())
+    matrices = {name: parameter.numel() for name, parameter in parameters.items() if parameter.ndim > 1}
 
     def weights(prefix: str) -> int:
         return sum(count for name, count in matrices.items() if name.startswith(f"{prefix}."))

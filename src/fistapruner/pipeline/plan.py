@@ -35,7 +35,7 @@ from ..solvers import check_constraint
 from ..solvers.low_rank import check_rank
 from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
-from ..structured.units import Widths, layer_weights, removed_weights, resized
+from ..structured.units import Widths, layer_weights, removed_weights, resized, unread_tensors
 from ..structured.widths import step_of
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -189,15 +189,17 @@ def say_lost_zeros(
     settings = recipe.structure
     goa = settings.method == "goa"
     fitted = goa or settings.compensation == "refit"
-    changed = [
-        f"{layout.prefix}.{index}.{name}"
+    changed = {  # by name, the inputs that stay or go together
+        f"{layout.prefix}.{index}.{name}": unit.columns
         for index, units in enumerate(widths.units)
         for unit in units
         for name in (unit.consumer.name, *(unit.producers if goa else ()))
-    ]
-    changed = [name for name in changed if name not in sparsity or not sparsity[name].fraction]
-    for name, pattern in _earlier_patterns(model, changed).items():
-        if pattern.fraction and (fitted or not pattern.zeros_suffice):
+    }
+    changed = {name: block for name, block in changed.items() if name not in sparsity or not sparsity[name].fraction}
+    for name, pattern in _earlier_patterns(model, list(changed)).items():
+        length = pattern.group_length
+        holds = pattern.zeros_suffice or (length > 1 and changed[name] % length == 0)
+        if pattern.fraction and (fitted or not holds):
             why = "their weights are fitted anew" if fitted else "it is one of the inputs that they had"
             instead = (
                 "prune the result in a second run" if goa else "give a --sparsity too, and all operators get new ones"
@@ -208,6 +210,18 @@ def say_lost_zeros(
                 f"{instead}",
             )
     return ()
+
+
+def say_unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+    """Warn that the result leaves out tensors of layers that the model does not read; empty without."""
+    names = unread_tensors(model, widths)
+    if not names:
+        return ()
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the result leaves out tensors of layers that {type(model.model).__name__} does not read, such as those of "
+        f"multi-token prediction, since the new config would not fit them: {shown}",
+    )
 
 
 def _earlier_patterns(model: LayerwiseModel, names: Sequence[str]) -> dict[str, Constraint]:
@@ -262,7 +276,7 @@ def plan_model(
     if widths is None:
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
-    return replace(plan, says=(say_widths(opened, widths), *lost, *plan.says))
+    return replace(plan, says=(say_widths(opened, widths), *lost, *say_unread(opened, widths), *plan.says))
 
 
 def check_sources(recipe: Recipe) -> None:

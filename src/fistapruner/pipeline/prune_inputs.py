@@ -31,7 +31,7 @@ from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
 from ..structured.units import Widths
 from .begun import find_source, refuse_other
-from .plan import allocate, change_widths, say_lost_zeros, say_widths
+from .plan import allocate, change_widths, say_lost_zeros, say_unread, say_widths
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
     sparsity = allocate(recipe, smaller, model.config.model_type)
-    warnings = () if widths is None else say_lost_zeros(model, smaller, recipe, sparsity, widths)
+    warnings: tuple[str, ...] = ()
+    if widths is not None:
+        warnings = (*say_lost_zeros(model, smaller, recipe, sparsity, widths), *say_unread(model, widths))
     if widths is not None and begun is None:
         for sentence in (say_widths(model, widths), *warnings):
             listener.say(sentence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,14 +95,18 @@ def removal_bytes(
     activations = torch.randn(2 * small, small, generator=generator)
     gram = (activations.T @ activations / len(activations)).to(device)
     weight = torch.randn(max(1, round(rows / scale)), small, generator=generator).to(device)
+    tried = [settings]
     if settings.method in ("goa", "bypass"):
-        settings = settings.model_copy(update={"method": "energy", "compensate": "refit"})
+        tried = [settings.model_copy(update={"method": "energy", "compensate": "refit"})]
+    if settings.widths == "free" and settings.method != "bypass":  # widths are chosen by elimination, as obs is
+        tried.append(settings.model_copy(update={"method": "obs"}))
     problem = LayerProblem(weight, gram, torch.zeros_like(weight), torch.zeros(len(weight), device=device))
     mean, drift_mean = (torch.zeros(count, dtype=torch.float64, device=device) for count in (small, len(weight)))
     known = ChannelStatistics(problem, mean, (gram.clone(), gram.clone()), drift_mean, (mean, mean))
     held = 4 * (3 * gram.numel() + 2 * weight.numel())
     few = min(max(1, round(kept / scale)), small - 1)
-    return int((held + peak_bytes(lambda: remove_channels(known, few, settings, biased=biased))) * scale**2)
+    peak = max(peak_bytes(partial(remove_channels, known, few, each, biased=biased)) for each in tried)
+    return int((held + peak) * scale**2)
 
 
 def kept_bytes(work: Callable[[], object]) -> int:

@@ -31,6 +31,7 @@ from ..runtime.devices import free_memory_of_gpus, worker_devices
 from ..runtime.files import existing_folder
 from ..runtime.formatting import count, duration, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
+from ..structured.bypass import LENGTH, MASKS, SEQUENCES
 from ..structured.units import Widths
 from .probe import measure_time
 from .sizes import GENERATING, UNCOUNTED, Choice, Sizes, low_rank_weights
@@ -199,6 +200,13 @@ def make_plan(
             widths=widths,
         )
     found = written(fitted, disk, seconds)
+    if recipe.structure.method == "bypass" and widths is not None and any(widths.units):
+        passed = SEQUENCES * min(LENGTH, tokens.shape[1])
+        said = (
+            f"learning which channels stay comes on top: {count(recipe.structure.steps)} steps of {MASKS} x "
+            f"{count(passed)} tokens through the whole model; the run says how long they take before the first"
+        )
+        found = replace(found, says=(*found.says, said))
     if not recipe.low_rank:
         return found
     more, weights = low_rank_weights(layout, recipe, sparsity), sum(map(layout.weights, range(len(model))))

@@ -40,6 +40,7 @@ from ..sensitivity.decision import (
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from ..solvers import parse_method
 from ..structured.bypass import LENGTH, SEQUENCES
+from ..structured.experts import expert_weights
 from ..structured.units import GROUPS, HEADS, Unit, Widths, removed_weights
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 
@@ -158,6 +159,10 @@ class Sizes:
     removal: int
     """Peak of choosing the channels that are removed, and of the weights that remain; 0 without."""
 
+    renumbered: int
+    """Experts of one layer that stay when others are removed, as the journal gets them; those that are solved left out.
+    """
+
     learning: int
     """Peak of a pass through a layer whose weights are masked, beside the layer (bypass); 0 without."""
 
@@ -229,6 +234,7 @@ class Sizes:
             )
         touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
         solved = [solved_groups(layout, number, sparsity, cut=widths is not None) for number in range(len(model))]
+        renumbered = [_renumbered(model, layout, number, solved[number], widths) for number in range(len(model))]
         units = () if widths is None else widths.units[index]
         cut_units = {
             number: unit for number, group in enumerate(groups) for unit in units if group[0].name == unit.consumer.name
@@ -277,7 +283,8 @@ class Sizes:
                     if place in solved[number] or operator.name in touched[number]
                 )
                 + low_rank_weights(layout, recipe, sparsity)
-            ),
+            )
+            + sum(renumbered),
             layer=max(map(model.pass_bytes, in_layers)),
             stored=stored,
             together=not recipe.error_correction,
@@ -325,6 +332,7 @@ class Sizes:
             reconstruction=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
             if recipe.reconstruct
             else 0,
+            renumbered=max(renumbered),
             learning=forward * -(-SEQUENCES * LENGTH // seqlen)
             + sum(2 * itemsize * unit.consumer.rows * unit.consumer.columns for unit in units)
             if recipe.structure.method == "bypass" and units
@@ -377,7 +385,8 @@ class Sizes:
         if self.text:
             found[GENERATING] = base + self.text
         drifts = self.kept > 0
-        done = 0  # solved weights in main memory, in the checkpoint's dtype
+        # Solved weights and experts with other numbers are in main memory, in the checkpoint's dtype.
+        done = 0 if self.cuda else self.renumbered
         for number, group in enumerate(self.groups):
             names, gram, weight, source, stacked, alone, routed = group
             later = [other for other in self.groups[number + 1 :] if not (other.routed or routed)]
@@ -399,6 +408,8 @@ class Sizes:
             )
             if stacked:  # else it only loses inputs
                 found[f"solving {names}"] = loaded + solving + (weight + drifted) * self.weighted
+        if self.renumbered:
+            found["removing experts"] = base + self.layer + states + kept + done + passing
         if self.removal:
             found["removing channels"] = base + self.layer + states + kept + done + self.removal
         if self.comparing:
@@ -434,7 +445,7 @@ class Sizes:
         moving = min(choice.batch_size, self.samples) * (2 * self.window + self.float_input)
         moving += 2 * self._copied(choice)
         loading = min(2 * self.largest, self.layer)
-        done = sum(group.weight for group in self.groups) * self.stored // 4
+        done = sum(group.weight for group in self.groups) * self.stored // 4 + self.renumbered
         # Of a group: weight, drift, solution. No group is solved where experts are removed and nothing else is done.
         part = max((group.gram + 3 * group.weight for group in self.groups), default=0)
         solving = part + solvers * (self.base + part) if solvers else 0
@@ -493,6 +504,16 @@ def _differentiate(model: LayerwiseModel, index: int, hidden: Tensor, call: Call
     with torch.enable_grad(), ordered_attention(model.device):
         entering = hidden.detach().requires_grad_()
         torch.autograd.grad(model.run(index, entering, call).float().sum(), entering)
+
+
+def _renumbered(model: LayerwiseModel, layout: Layout, index: int, solved: list[int], widths: Widths | None) -> int:
+    """Count the bytes of a layer's experts that stay when others go, and are not solved afterwards."""
+    units = () if widths is None else widths.mixtures(index)
+    weights = sum(unit.after * expert_weights(model.layers[index], unit) for unit in units)
+    mixtures = {unit.name for unit in units}
+    groups = (layout.layers[index][number] for number in solved)
+    weights -= sum(op.rows * op.columns for group in groups for op in group if op.experts in mixtures)
+    return weights * model.checkpoint.dtype.itemsize
 
 
 def _cut_sizes(unit: Unit, drift_from: DriftFrom | None) -> GroupSizes:

@@ -39,6 +39,9 @@ EXPERTS = "experts"
 GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
 """Names of the number of groups of experts that a router chooses among, in its module."""
 
+LIMIT = re.compile(r"top_?k_groups?")
+"""Names of the number of these groups that the experts of a token may be of."""
+
 ExpertUnits = tuple[tuple[ExpertsDecision, ...], ...]
 """For every decoder layer, the mixtures whose experts are removed."""
 
@@ -83,7 +86,7 @@ def find_experts(
                 "be removed"
             )
     (before,) = sizes
-    groups = max((_groups(model.layers[i], found, before) for i, found in enumerate(mixtures)), default=1)
+    groups, limit = max(_groups(model.layers[index], found, before) for index, found in enumerate(mixtures))
     after = _remaining(settings, before, groups)
     base = _shapes(build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code))
     for change in _changes(model, before, after):
@@ -97,7 +100,7 @@ def find_experts(
             continue
         alone = build_changed(model.checkpoint, change, trust_remote_code=trust_remote_code).eval()
         units = _units(model, alone, tensors, before, after, groups, chosen_experts(model))
-        _prove(model, units, alone)
+        _prove(model, units, alone, limit * after // groups)
         return units, both
     raise FistaPrunerError(
         f"structure: no entry of config.json makes {name} a model with {after} experts instead of {before}: no experts "
@@ -183,14 +186,16 @@ def removed_experts_weights(model: LayerwiseModel, units: ExpertUnits) -> int:
     gone = 0
     for layer, layer_units in zip(model.layers, units, strict=True):
         for unit in layer_units:
-            expert = layer.get_submodule(f"{unit.name}.0")
-            gone += (unit.before - unit.after) * sum(parameter.numel() for parameter in expert.parameters())
-            gone += sum(
-                layer.get_parameter(name).numel() // unit.before * (unit.before - unit.after)
-                for name in unit.tensors
-                if name in dict(layer.named_parameters())
-            )
+            gone += (unit.before - unit.after) * expert_weights(layer, unit)
     return gone
+
+
+def expert_weights(layer: nn.Module, unit: ExpertsDecision) -> int:
+    """Count the parameters of one expert of a mixture, with its rows of the router."""
+    parameters = dict(layer.named_parameters())
+    expert = layer.get_submodule(f"{unit.name}.0")
+    rows = sum(parameters[name].numel() // unit.before for name in unit.tensors if name in parameters)
+    return rows + sum(parameter.numel() for parameter in expert.parameters())
 
 
 def dropped_tensors(model: LayerwiseModel, units: ExpertUnits) -> tuple[set[str], dict[str, tuple[int, ...]]]:
@@ -229,15 +234,20 @@ def _remaining(settings: Structure, before: int, groups: int) -> int:
     return before - gone
 
 
-def _groups(layer: nn.Module, mixtures: Mapping[str, Experts], experts: int) -> int:
-    """Return the number of groups that the experts of a decoder layer are in; 1 without."""
-    found = [1]
+def _groups(layer: nn.Module, mixtures: Mapping[str, Experts], experts: int) -> tuple[int, int]:
+    """Return the number of groups of a decoder layer's experts, and how many a token may go to.
+
+    Both are 1 without groups.
+    """
+    found = [(1, 1)]
     for name in mixtures:
         for module in layer.get_submodule(name.rpartition(".")[0]).modules():
+            sizes = {key: value for key, value in vars(module).items() if type(value) is int and value > 0}
+            limit = min((value for key, value in sizes.items() if LIMIT.fullmatch(key)), default=experts)
             found += [
-                value
-                for key, value in vars(module).items()
-                if GROUPS.fullmatch(key) and type(value) is int and value > 1 and experts % value == 0
+                (value, min(limit, value))
+                for key, value in sizes.items()
+                if GROUPS.fullmatch(key) and value > 1 and experts % value == 0
             ]
     return max(found)
 
@@ -355,11 +365,17 @@ def _units(
     return tuple(found)
 
 
-def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any) -> None:
+def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any, most: int) -> None:
     """Prove that a layer whose experts are cut out computes what the layer of the smaller config does.
 
+    Args:
+        model: the dense model.
+        units: whose experts are cut.
+        smaller: the model of the smaller config, without weights.
+        most: experts that a token can go to: all that remain, or those of the groups that it may go to.
+
     Raises:
-        FistaPrunerError: it does not, or the router chooses more experts than remain; names the mixture.
+        FistaPrunerError: it does not, or the router chooses more experts than a token can go to; names the mixture.
     """
     tokens = model.check_window(16)
     with model.embeddings_and_head(head=False):
@@ -379,10 +395,11 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any) -> None:
                 scores = torch.rand(unit.before, generator=torch.Generator().manual_seed(0))
                 keep = kept_experts(scores, unit)
                 place = f"{model.layers_name}.{index}.{unit.name}"
-                if unit.chosen > unit.after:
+                if unit.chosen > most:
+                    limited = "" if most == unit.after else f", {most} of them in the groups that a token may go to"
                     raise FistaPrunerError(
-                        f"structure: {unit.after} of the {unit.before} experts of {place} would remain, and the router "
-                        f"chooses {unit.chosen} for every token"
+                        f"structure: {unit.after} of the {unit.before} experts of {place} would remain{limited}, and "
+                        f"the router chooses {unit.chosen} for every token"
                     )
                 with fewer_experts(layer, unit, keep):
                     state = dict(layer.state_dict())

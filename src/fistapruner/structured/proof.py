@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..errors import FistaPrunerError
 from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, linear_modules
+from ..models.files.checkpoint import read_widths
 from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, assign, buffers_to, hidden_of
 from ..recipes.structure_settings import Structure
@@ -46,8 +47,9 @@ def plan_widths(
 
     Raises:
         FistaPrunerError: channels that cannot be removed, or an amount that leaves or removes nothing; names the
-            operator or the amount.
+            operator or the amount. Or layers that have widths of their own already, which the amount does not fit.
     """
+    _check_own_widths(model, settings)
     units = find_units(model, layout, settings)
     if settings.widths == "free":
         if settings.experts is not None:
@@ -67,6 +69,30 @@ def plan_widths(
         return Widths(units, config)
     experts, config = find_experts(model, layout, settings, config, trust_remote_code=trust_remote_code)
     return Widths(units, config, experts)
+
+
+def _check_own_widths(model: LayerwiseModel, settings: Structure) -> None:
+    """Refuse what cannot be removed from a model whose layers have widths of their own already.
+
+    Equal widths cannot, nor more of what differs between layers.
+
+    Raises:
+        FistaPrunerError: names the amount.
+    """
+    folder = model.checkpoint.folder
+    own = read_widths(model.checkpoint.config, folder)
+    heads = any("head" in name for sizes in own.values() for name in sizes)
+    widths = [{name: size for name, size in own.get(i, {}).items() if "head" not in name} for i in range(len(model))]
+    mlp = any(sizes != widths[0] for sizes in widths)
+    channels = settings.share is not None or settings.channels is not None
+    if not own or (settings.widths == "free" and not (heads and settings.heads) and not (mlp and channels)):
+        return
+    left = " or ".join(kind for kind, taken in (("mlp", mlp), ("heads", heads)) if not taken)
+    raise FistaPrunerError(
+        f"structure: decoder layers of {folder} have widths of their own already, and {settings.remove} with --widths "
+        f"{settings.widths} cannot be removed from them: remove structure from the dense model"
+        + (f", or only {left} with --widths free" if left else "")
+    )
 
 
 def _check_probabilities(model: LayerwiseModel, units: tuple[Unit, ...]) -> None:

@@ -7,6 +7,7 @@ whose sizes fit are the candidates; :mod:`.proof` shows that they can be cut.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,9 @@ MLP, GROUPS = "MLP channels", "key/value groups"
 
 HEADS = "num_attention_heads"
 """Entry of a config with the number of query heads."""
+
+LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
+"""Stored name of a tensor in a list of layers: what the names of its layer begin with, and its name inside."""
 
 
 @dataclass(frozen=True)
@@ -336,6 +340,28 @@ def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
         for index, units in enumerate(widths.units)
         for unit in units
     )
+
+
+def unread_tensors(model: LayerwiseModel, widths: Widths | None) -> list[str]:
+    """List the stored tensors of layers that the model does not read and the changed config does not fit.
+
+    Such are layers of multi-token prediction: ``mtp.layers.0``, or one more decoder layer. The config gives them the
+    widths of the others, so they are recognised by a matrix of the name and the shape of one that is cut.
+    """
+    if widths is None or "quantization_config" in widths.config:  # free widths leave the config's to other layers
+        return []
+    checkpoint = model.checkpoint
+    cut = set()
+    for index, units in enumerate(widths.units):
+        names = [name for unit in units for name in unit.tensors(model.layers[index], torch.arange(1))]
+        for name in (*names, *(name for unit in widths.mixtures(index) for name in unit.tensors)):
+            stored = model.source(f"{model.layers_name}.{index}.{name}")
+            if (found := LAYER.fullmatch(stored)) and len(shape := checkpoint.entry(stored).shape) > 1:
+                cut.add((found[2], shape))
+    read = {found[1] for name in model.sources() if (found := LAYER.fullmatch(name))}
+    others = [(name, found) for name in checkpoint.names() if (found := LAYER.fullmatch(name)) and found[1] not in read]
+    stale = {found[1] for name, found in others if (found[2], checkpoint.entry(name).shape) in cut}
+    return [name for name, found in others if found[1] in stale]
 
 
 def free_widths(units: Units, entries: Mapping[str, Sequence[str]]) -> Widths:
