@@ -315,6 +315,23 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
 
 
+@pytest.mark.parametrize("settings", [{"weighting": "fisher"}, {"dtype": "bfloat16"}], ids=str)
+def test_weights_that_stay_keep_every_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Whether row weights have scaled them, or passes have fewer bits than the checkpoint, and no step changes them."""
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.float32, num_hidden_layers=1)
+    calibration = {"source": "python", "samples": 2, "seqlen": 16}
+    allocation = {"re:mlp": "0%", "k_proj": "0%"}
+    prune(folder, tmp_path / "run", method="magnitude", allocation=allocation, calibration=calibration, **settings)
+    dense, pruned = (Checkpoint.open(path) for path in (folder, tmp_path / "run" / "model"))
+    for name in dense.names():
+        before, after = dense.read(name), pruned.read(name)
+        zeros = name.endswith(("q_proj.weight", "v_proj.weight", "o_proj.weight"))
+        assert bool((after == 0).any()) == zeros, name
+        assert torch.equal(before, after) or zeros, name
+        if settings.get("weighting"):
+            assert torch.equal(before[after != 0], after[after != 0]), name
+
+
 @pytest.mark.parametrize("target", ["dense", "pruned"])
 def test_a_group_is_freed_before_the_next_one(tmp_path: Path, target: str) -> None:
     alive: list[weakref.ref[Tensor]] = []
