@@ -17,6 +17,7 @@ from fistapruner import Recipe, solve
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
 from fistapruner.constraints import parse_sparsity
+from fistapruner.execution.context import RunContext
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -256,6 +257,13 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
     prune(str(folder), tmp_path / "parts", recipe=recipe)
     files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
+    work = RunContext.open(tmp_path / "whole")
+    work._take_less(1, True)  # as where the memory of a GPU has run out, in this process or in one before it
+    assert (
+        work.dense_windows()
+        == dense_windows(work.recipe, layout, 20, 256, 4)
+        != dense_windows(work.recipe, layout, 20, 256, 1)
+    )
 
 
 def test_windows_of_the_dense_model() -> None:
