@@ -315,9 +315,11 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:
     """Say why tokens and measurements are not those that the run began with; None where they are."""
     decision = begun.decision
+    if inputs.planned is None:
+        return f"{inputs.source.folder} is not the model that the run began with"
     try:
         if begun.fingerprint != fingerprint(recipe, inputs.model.checkpoint, run.tokens(), decision.numerics):
-            return "they or the model are not what the run began with"
+            return f"{run.calibration_file.name} does not hold those that the run began with"
     except FistaPrunerError as error:
         return str(error)
     if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
