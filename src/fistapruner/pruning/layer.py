@@ -198,7 +198,10 @@ def _importance(
 def _solve(
     context: LayerContext, problem: LayerProblem, patterns: Sequence[Constraint], importance: Tensor | None
 ) -> SparsePlusLowRank:
-    """Solve a group's problem, its rows weighted by their importance; weights that stay have the same bits."""
+    """Solve a group's problem, its rows weighted by their importance.
+
+    Weights that stay have the same bits.
+    """
     steps, rank = context.recipe.steps, context.recipe.low_rank
     if importance is None:
         return solve_low_rank(problem, patterns, steps, rank, context.solver)

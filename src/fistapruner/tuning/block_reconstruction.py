@@ -300,9 +300,10 @@ class _Loss:
 
 
 def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return ``R`` with ``R R^T`` the shrunk metric; for a diagonal, its square root; None for the identity.
+    """Return ``R`` with ``R R^T`` the shrunk metric; for a diagonal, its square root.
 
-    A metric of zeros, as of a model whose outputs never change, tells errors apart no more than the identity.
+    None is the identity. A metric of zeros, as of a model whose outputs never change, tells errors apart no more than
+    the identity.
     """
     if metric is None or not bool((metric if metric.ndim == 1 else metric.diagonal()).mean() > 0):
         return None
