@@ -304,6 +304,21 @@ def test_a_changed_model_is_pruned_anew(tmp_path: Path) -> None:
     assert pruned() == second
 
 
+def test_a_changed_model_is_pruned_with_a_plan_and_a_precision_of_its_own(tmp_path: Path) -> None:
+    folder, again, settings = tmp_path / "model", tmp_path / "again", {"method": "wanda", "calibration": SMALL}
+    tiny.save("llama", folder, dtype=torch.bfloat16, num_hidden_layers=1)
+    fp.prune(folder, again, **settings)
+    tiny.save("llama", folder, dtype=torch.float32, num_hidden_layers=2)
+    fp.prune(folder, again, **settings)
+    fp.prune(folder, tmp_path / "new", **settings)
+    records = [PruneDirectory(run).record() for run in (again, tmp_path / "new")]
+    numerics = [record.decision.numerics for record in records if record is not None]
+    assert numerics[0].dtype == "float32"
+    assert numerics[0] == numerics[1]
+    first, second = ((run / "model" / "model.safetensors").read_bytes() for run in (again, tmp_path / "new"))
+    assert first == second
+
+
 def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path: Path) -> None:
     folder = str(tiny.save("llama", tmp_path / "model"))
 
@@ -346,7 +361,7 @@ def test_text_that_a_stopped_attempt_generated_is_not_generated_again(
             if message.startswith("measuring"):
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="give the same command again"):
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted before the first decoder layer; give the same command"):
         fp.prune(folder, run, listener=Stops(), **settings)
     assert not (run / "run.json").exists()
     # Other text in its place is taken for the generated one: nothing is generated again.

@@ -161,9 +161,11 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     found = inspect_checkpoint(tmp_path / "b")
     assert found.violations == []
     assert sum(operator.claim is not None for operator in found.operators) == 14
-    assert len(found.pruned) == 12  # all but down_proj
+    assert len(found.pruned) == 14
     claims = {operator.name.removeprefix("model.layers.0."): operator.claim for operator in found.operators[:7]}
-    assert claims.pop("mlp.down_proj.weight") == "0%"  # it was refitted
+    down = found.operators[0]
+    share = f"{down.zeros / down.weights:.4%}"
+    assert claims.pop("mlp.down_proj.weight") == share  # it lost inputs
     assert set(claims.values()) == {"2:4"}
     assert found.operators[1].shape == (16, 32)  # gate_proj
     assert report.totals.model_zeros == found.zeros
@@ -171,8 +173,14 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     fp.prune(tmp_path / "b" / "model", tmp_path / "c", sparsity="70%", ignore=["re:mlp"], **settings)
     found = inspect_checkpoint(tmp_path / "c")
     assert found.violations == []
-    assert [operator.claim for operator in found.operators[:7]] == ["0%", "2:4", "2:4", *["70%"] * 4]
+    assert [operator.claim for operator in found.operators[:7]] == [share, "2:4", "2:4", *["70%"] * 4]
     assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
+    # Operators that a rule leaves dense are left alone, too, and are counted once.
+    report = fp.prune(tmp_path / "a" / "model", tmp_path / "g", allocation={"re:self_attn": "0%"}, **settings)
+    found = inspect_checkpoint(tmp_path / "g")
+    assert found.violations == []
+    assert [operator.claim for operator in found.operators[:7]] == [*["50%"] * 3, *["2:4"] * 4]
+    assert report.totals.model_zeros == found.zeros
     # A claim that the input itself did not keep is not handed on.
     refilled = Path(shutil.copytree(tmp_path / "a" / "model", tmp_path / "refilled"))
     tensors = load_file(refilled / "model.safetensors")

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -520,6 +521,30 @@ def test_a_changed_calibration_text_is_another_run(
     assert weights(tmp_path / "run") == weights(tmp_path / "new") != first
 
 
+def test_an_interruption_of_a_run_that_is_made_again_is_told_truly(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    settings = {"method": "wanda", "calibration": {"source": str(text), "samples": 2, "seqlen": 16}}
+    text.write_text(TEXT * 20)
+    fp.prune(dense, run, **settings)
+    first = weights(run)
+    text.write_text(TEXT[::-1] * 20)
+    with monkeypatch.context() as patched:  # the new tokens are there, the record of the run is that of the old ones
+        patched.setattr("fistapruner.pipeline.prepare.record", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(dense, run, **settings)
+    text.write_text(TEXT * 20)
+    said = Said()
+    fp.prune(dense, run, listener=said, **settings)
+    why = f"{run / 'calibration.safetensors'} does not hold the tokens that it was calibrated on"
+    assert f"the run is made again: {why}" in said.sentences
+    assert weights(run) == first
+    text.write_text(TEXT[::-1] * 20)
+    with pytest.raises(KeyboardInterrupt, match=rf"^interrupted with 0 decoder layers done; .* resume {run}$"):
+        fp.prune(dense, run, inspect=Mock(side_effect=KeyboardInterrupt), **settings)
+
+
 def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, tmp_path: Path) -> None:
     """It makes no layer again, so neither report nor checkpoint."""
     text, run = tmp_path / "text.txt", tmp_path / "run"
@@ -667,11 +692,11 @@ def test_a_part_does_not_begin_a_run_again(dense: Path, tmp_path: Path, changed:
     else:
         (run / "calibration.safetensors").unlink()
     before = contents(run)
-    reason = {"text": "not the text that it was calibrated", "model": "or the model are not", "tokens": "calibration"}
+    reason = {"text": "not the text that it was calibrated", "model": "is not the model", "tokens": "calibration"}
     with pytest.raises(fp.FistaPrunerError, match=f"{reason[changed]}.*a part of the layers cannot begin a run again"):
         fp.prune(model, run, only_layers=(1, 1), **settings)
     after = contents(run)
-    assert {name for name in before | after if before.get(name) != after.get(name)} == {"log.txt", "times.1-1.json"}
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {"log.txt"}
     assert fp.prune(model, run, **settings).status == "finished"
 
 

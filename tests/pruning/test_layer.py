@@ -17,6 +17,7 @@ from fistapruner import Recipe, solve
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
 from fistapruner.constraints import parse_sparsity
+from fistapruner.execution.context import RunContext
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -256,6 +257,13 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
     prune(str(folder), tmp_path / "parts", recipe=recipe)
     files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
+    work = RunContext.open(tmp_path / "whole")
+    work._take_less(1, True)  # as where the memory of a GPU has run out, in this process or in one before it
+    assert (
+        work.dense_windows()
+        == dense_windows(work.recipe, layout, 20, 256, 4)
+        != dense_windows(work.recipe, layout, 20, 256, 1)
+    )
 
 
 def test_windows_of_the_dense_model() -> None:
@@ -313,6 +321,23 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
         assert tensor.dtype == stored, name
         if name.endswith("_proj.weight"):
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
+
+
+@pytest.mark.parametrize("settings", [{"weighting": "fisher"}, {"dtype": "bfloat16"}], ids=str)
+def test_weights_that_stay_keep_every_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Whether row weights have scaled them, or passes have fewer bits than the checkpoint, and no step changes them."""
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.float32, num_hidden_layers=1)
+    calibration = {"source": "python", "samples": 2, "seqlen": 16}
+    allocation = {"re:mlp": "0%", "k_proj": "0%"}
+    prune(folder, tmp_path / "run", method="magnitude", allocation=allocation, calibration=calibration, **settings)
+    dense, pruned = (Checkpoint.open(path) for path in (folder, tmp_path / "run" / "model"))
+    for name in dense.names():
+        before, after = dense.read(name), pruned.read(name)
+        zeros = name.endswith(("q_proj.weight", "v_proj.weight", "o_proj.weight"))
+        assert bool((after == 0).any()) == zeros, name
+        assert torch.equal(before, after) or zeros, name
+        if settings.get("weighting"):
+            assert torch.equal(before[after != 0], after[after != 0]), name
 
 
 @pytest.mark.parametrize("target", ["dense", "pruned"])

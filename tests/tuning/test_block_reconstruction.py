@@ -154,6 +154,11 @@ def test_the_metric_is_shrunk_and_factored() -> None:
     diagonal = block_reconstruction._root(metric.diagonal(), torch.device("cpu"))
     assert diagonal is not None
     torch.testing.assert_close(diagonal.square(), expected.diagonal())
+    indefinite = block_reconstruction._root(torch.tensor([[1.0, 1.2], [1.2, 1.0]]), torch.device("cpu"))
+    assert indefinite is not None
+    torch.testing.assert_close(indefinite @ indefinite.T, torch.tensor([[1.1, 1.08], [1.08, 1.1]]))
+    for zero in (torch.zeros(8, 8), torch.zeros(8)):
+        assert block_reconstruction._root(zero, torch.device("cpu")) is None
 
 
 def test_windows_are_split_and_ordered() -> None:

@@ -26,6 +26,7 @@ from ..models.files.low_rank import A, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams, Solver
+from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
 from ..pruning.partition import solve_in_parts
 from ..recipes.settings import Recipe
@@ -82,8 +83,12 @@ class RunContext:
     part: str = ""
     permissions: Permissions = UNTRUSTED
     widths: Widths | None = None
+    _decided: Numerics = field(init=False)
     _reduced: bool = field(default=False, init=False)  # numerics are no longer what the run decided
     _own_calls: Calls | None = field(default=None, init=False)  # for the reduced batch size
+
+    def __post_init__(self) -> None:
+        self._decided = self.numerics
 
     @classmethod
     def open(
@@ -174,6 +179,11 @@ class RunContext:
     def _place(self) -> torch.device:
         """Return the device whose memory keeps hidden states that are not in files."""
         return self.model.device if self.on_device else CPU
+
+    def dense_windows(self) -> int:
+        """Return the number of windows that the dense model runs on, also where memory has run out since."""
+        samples, seqlen = self.tokens.shape
+        return dense_windows(self.recipe, self.layout, samples, seqlen, self._decided.batch_size)
 
     def calls(self) -> Calls:
         """Record the arguments that decoder layers are called with."""

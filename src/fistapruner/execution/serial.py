@@ -10,7 +10,6 @@ from ..activations.store import HiddenStates
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..pruning.context import LayerEvents, LayerStreams, Solver
-from ..pruning.drift import dense_windows
 from ..recipes.settings import Recipe
 from ..runs.listener import Listener
 from .context import RunContext
@@ -36,7 +35,7 @@ def prune_serially(
         return
     last = max(todo)
     stream, calls = context.embed()
-    samples = dense_windows(context.recipe, context.layout, stream.samples, stream.seqlen, calls.batch_size)
+    samples = context.dense_windows()
     dense: HiddenStates | None = stream
     pruned: HiddenStates | None = None
     if samples < stream.samples:

@@ -19,7 +19,7 @@ from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
 from ..runs.directory import RunDirectory
-from ..runs.identity import changed_files, fingerprint, text_sha256
+from ..runs.identity import changed_files, fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
@@ -103,7 +103,7 @@ def find_finished(
     if report.status != "finished" or report.fingerprint != record.fingerprint:
         return FinishedRun()
     why = changed_text(record, recipe) if prepares else None
-    if why or (why := changed_model(run, record, recipe, permissions)):
+    if why or (why := changed_input(run, record, recipe, permissions)):
         if not prepares:
             raise FistaPrunerError(
                 f"{why}: 'fistapruner resume {run.folder}' makes the whole run again, or put the old files back"
@@ -227,7 +227,7 @@ def refuse_other_tokens(run: PruneDirectory, tokens: Tensor, recipe: Recipe, per
         FistaPrunerError: the directory holds a run of other windows.
     """
     record = run.record()
-    if record is None or changed_text(record, recipe) or changed_model(run, record, recipe, permissions):
+    if record is None or changed_text(record, recipe) or changed_input(run, record, recipe, permissions):
         return  # nothing has begun, or the run is made again
     try:
         same = torch.equal(run.tokens(), tokens.to(torch.int64))
@@ -248,15 +248,17 @@ def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:
     return f"{recipe.calibration.name} is not the text that it was calibrated on"
 
 
-def changed_model(run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions) -> str | None:
-    """Say that the dense model has changed; None where it has not, or it or the tokens are gone."""
-    folder = record.decision.folder
+def changed_input(run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions) -> str | None:
+    """Say that the dense model or the tokens have changed; None where they have not, or one is gone."""
+    decision = record.decision
     try:
-        checkpoint = permissions.at(folder).checkpoint()
-        same = record.fingerprint == fingerprint(recipe, checkpoint, run.tokens(), record.decision.numerics)
+        checkpoint = permissions.at(decision.folder).checkpoint()
+        if tuple(stamps(checkpoint)) != decision.stamps:
+            return f"{decision.folder} is not the model that it pruned"
+        same = record.fingerprint == fingerprint(recipe, checkpoint, run.tokens(), decision.numerics)
     except FistaPrunerError:
         return None
-    return None if same else f"{folder} is not the model that it pruned"
+    return None if same else f"{run.calibration_file} does not hold the tokens that it was calibrated on"
 
 
 def execution_here(execution: Execution, listener: Listener) -> Execution:

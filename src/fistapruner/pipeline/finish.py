@@ -65,8 +65,9 @@ def finish(
     report.totals = _totals(report.layers, context, times.total(), shapes, dropped, alone=alone)
     own = operator_claims(report, context.model)
     replacement, gone = _replacement(context), _gone(context, dropped, stacked)
-    kept = kept_claims(context, report, own, replacement, gone)
-    report.totals.model_zeros = (report.totals.operator_zeros or 0) + claimed_zeros(kept)
+    pruned = {name for name, claim in own.items() if claim["sparsity"] != "0%"}
+    kept = kept_claims(context, report, pruned, replacement, gone)
+    report.totals.model_zeros = claimed_zeros({**own, **kept})
     report.stacked_experts = any(name.endswith("]") for name in (*own, *kept))
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds

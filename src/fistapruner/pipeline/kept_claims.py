@@ -29,7 +29,7 @@ def earlier_record(context: RunContext) -> dict[str, Any]:
 def kept_claims(
     context: RunContext,
     report: Report,
-    own: Collection[str],
+    pruned: Collection[str],
     replacement: Callable[[str], Tensor | None],
     gone: Callable[[str], bool],
 ) -> dict[str, dict[str, Any]]:
@@ -40,7 +40,7 @@ def kept_claims(
     Args:
         context: the run.
         report: of its layers.
-        own: names of the stored weights that the run itself claims something of.
+        pruned: names of the stored weights that get zeros.
         replacement: returns a tensor of the new checkpoint by name; None where it is as it was.
         gone: whether the new checkpoint has no tensor of that name.
     """
@@ -56,7 +56,7 @@ def kept_claims(
     kept = {}
     for name in {**claims, **before}:
         claim = claims.get(before.get(name, name))
-        if claim is None or name in own or gone(name):
+        if claim is None or name in pruned or gone(name):
             continue
         tensor = replacement(name)
         found = _counted(claim, checkpoint.read(name) if tensor is None else tensor, operators.get(name))

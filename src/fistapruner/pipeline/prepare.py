@@ -67,8 +67,9 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     """
     begun = run.record()
     inputs = check_inputs(run, request, begun, listener)
+    if inputs.planned is not None:
+        say_kept_plan(inputs.planned, request.recipe.execution, listener)
     if begun is not None:
-        say_kept_plan(begun, request.recipe.execution, listener)
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
             note_command(run, begun, request, inputs.source.folder.absolute())
@@ -84,7 +85,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     drawn = request.drawn
     if drawn is None and SELF in calibration.sources.values():  # it takes long: an attempt stopped after it has left it
         drawn = run.drawn(drawing)
-    plan = choose_plan(run, request.recipe, inputs, begun, listener, drawn=drawn is not None)
+    plan = choose_plan(run, request.recipe, inputs, listener, drawn=drawn is not None)
     with cpu_threads(plan.numerics.threads), exact_products():
         calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if plan.on_disk else None
@@ -124,23 +125,15 @@ def _decided(decision: PruneDecision) -> dict[str, Any]:
     return decision.model_dump(mode="json", include={"sparsity", "structure", "metrics_sha256"})
 
 
-def choose_plan(
-    run: PruneDirectory,
-    recipe: Recipe,
-    inputs: Inputs,
-    begun: PruneRecord | None,
-    listener: Listener,
-    *,
-    drawn: bool,
-) -> PlannedRun:
-    """Plan the run; one that has begun keeps its plan, and with it its last bits.
+def choose_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs, listener: Listener, *, drawn: bool) -> PlannedRun:
+    """Plan the run; one that has begun with this model keeps its plan, and with it its last bits.
 
     ``drawn``: the calibration windows are there already, so the model generates none.
     """
-    if begun is not None:
-        decision = begun.decision
+    if (planned := inputs.planned) is not None:
+        decision = planned.decision
         return PlannedRun(
-            numerics=decision.numerics, on_disk=decision.on_disk, on_device=decision.on_device, rows=begun.plan
+            numerics=decision.numerics, on_disk=decision.on_disk, on_device=decision.on_device, rows=planned.plan
         )
     if (kept := _learned_plan(run, recipe, inputs)) is not None:
         numerics = kept.numerics
@@ -323,9 +316,11 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:
     """Say why tokens and measurements are not those that the run began with; None where they are."""
     decision = begun.decision
+    if inputs.planned is None:
+        return f"{inputs.source.folder} is not the model that the run began with"
     try:
         if begun.fingerprint != fingerprint(recipe, inputs.model.checkpoint, run.tokens(), decision.numerics):
-            return "they or the model are not what the run began with"
+            return f"{run.calibration_file.name} does not hold those that the run began with"
     except FistaPrunerError as error:
         return str(error)
     if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):

@@ -301,6 +301,7 @@ def _prune(
         now = run.record()
         if before is not None and now is not None and before.fingerprint != now.fingerprint:
             times.forget()
+            run.journal.remove()
             listener.say("the run is made again with all its layers: its model or calibration tokens are others now")
     if only is not None:
         _remove_failure(run)
@@ -362,9 +363,9 @@ def _saying_how_to_continue(run: PruneDirectory, only_layers: tuple[int, int] | 
     try:
         yield
     except KeyboardInterrupt:
-        done = len(run.journal.records())
-        whole = run.run_file.exists() and only_layers is None
-        how = (
-            f"go on with: fistapruner resume {run.folder}" if whole else "nothing is lost: give the same command again"
-        )
-        raise KeyboardInterrupt(f"interrupted with {done} decoder layers done; {how}") from None
+        how, where = "give the same command again", "before the first decoder layer"
+        with suppress(FistaPrunerError):
+            where = f"with {len(load_run(run.folder).layers)} decoder layers done"
+            if only_layers is None:
+                how = f"go on with: fistapruner resume {run.folder}"
+        raise KeyboardInterrupt(f"interrupted {where}; {how}") from None

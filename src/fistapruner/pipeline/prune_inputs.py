@@ -25,6 +25,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
+from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.machine import versions
@@ -71,6 +72,7 @@ class Inputs:
         sparsity: the recipe's pattern of every one of them, by full name.
         tokenizer: of the model.
         seqlen: tokens in a calibration window.
+        planned: what an earlier attempt has recorded of this very model; None where none was, or the model has changed.
         warnings: for the report.
     """
 
@@ -82,6 +84,7 @@ class Inputs:
     sparsity: Mapping[str, Constraint]
     tokenizer: Any
     seqlen: int
+    planned: PruneRecord | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -105,7 +108,8 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     refuse_low_rank(source.folder, "prune")
     listener.say(f"model {request.model}: {source.folder}")
     listener.tick("opening and checking the model", 0, 1)
-    model = open_model(source, recipe, dtype=begun.decision.numerics.dtype if begun else None)
+    planned = None if begun is None or changed_files(begun.decision.stamps, source) else begun
+    model = open_model(source, recipe, dtype=planned.decision.numerics.dtype if planned else None)
     if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
         stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
         listener.say(f"passes in {used}: this device has no matrix units for the checkpoint's {stored}")
@@ -142,7 +146,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
             warnings = (*warnings, shared)
-    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
+    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, planned, warnings)
 
 
 def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[int]) -> None:

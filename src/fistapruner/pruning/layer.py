@@ -168,10 +168,15 @@ def _prune_group(
 
 
 def _weights(context: LayerContext, index: int, group: Group) -> dict[str, Tensor]:
-    """Copy a group's weights out of the loaded layer, by checkpoint name."""
+    """Copy a group's weights out of the loaded layer, by checkpoint name.
+
+    Operators without zeros are left out: the checkpoint may have more bits of them than the layer.
+    """
     model, layer = context.model, context.model.layers[index]
     weights = {}
     for operator, name in zip(group, context.names(index, group), strict=True):
+        if not context.sparsity[name].zeros(operator.rows, operator.columns):
+            continue
         stored = model.source(f"{name}.weight")
         weights[stored] = model.result(stored, layer.get_parameter(f"{operator.name}.weight").detach())
     return weights
@@ -193,17 +198,22 @@ def _importance(
 def _solve(
     context: LayerContext, problem: LayerProblem, patterns: Sequence[Constraint], importance: Tensor | None
 ) -> SparsePlusLowRank:
-    """Solve a group's problem, its rows weighted by their importance."""
-    weighted, rows = problem, None
-    if importance is not None:
-        rows = importance.to(problem.weight.device)
-        weighted = problem.weighted(rows)
-    found = solve_low_rank(weighted, patterns, context.recipe.steps, context.recipe.low_rank, context.solver)
-    if rows is not None:
-        unweighted(found.sparse.weight, rows)
-        for part, count in zip(found.low_rank, rows.split(problem.rows), strict=True):
-            if part is not None:
-                unweighted(part.b, count)
+    """Solve a group's problem, its rows weighted by their importance.
+
+    Weights that stay have the same bits.
+    """
+    steps, rank = context.recipe.steps, context.recipe.low_rank
+    if importance is None:
+        return solve_low_rank(problem, patterns, steps, rank, context.solver)
+    rows = importance.to(problem.weight.device)
+    weighted = problem.weighted(rows)
+    found = solve_low_rank(weighted, patterns, steps, rank, context.solver)
+    weight = found.sparse.weight
+    stay = found.sparse.mask & (weight == weighted.weight)
+    torch.where(stay, problem.weight, unweighted(weight, rows), out=weight)
+    for part, count in zip(found.low_rank, rows.split(problem.rows), strict=True):
+        if part is not None:
+            unweighted(part.b, count)
     return found
 
 

@@ -40,6 +40,10 @@ class Times:
         """Record the seconds of this process so far."""
         write_json_atomic(self._file, [*self._before, time.perf_counter() - self._begin])
 
+    def noted(self) -> bool:
+        """Return whether this process, or one before it, has recorded its seconds."""
+        return self._file.exists()
+
     def forget(self) -> None:
         """Forget the seconds of processes before this one: the run is made again."""
         self._before = []
@@ -69,13 +73,17 @@ def forget_times(folder: Path) -> None:
 
 @contextmanager
 def spent(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[Times]:
-    """Measure the time of the block, and record it if the block fails. Else the report has the total."""
+    """Measure the time of the block, and record it if the block fails. Else the report has the total.
+
+    A part of the layers that fails before one is done, such as one that is refused, is none.
+    """
     times = Times(folder, layers)
     try:
         yield times
     except BaseException:
         with suppress(FistaPrunerError):  # a full disk; the error that ended the block is reported
-            times.note()
+            if layers is None or times.noted():
+                times.note()
         raise
 
 

@@ -7,8 +7,8 @@ some Adam steps (Kingma & Ba 2015) on
     mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
 
 with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at
-that output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured), and ``w_t`` at most 1,
-smaller for the few tokens with massive activations, whose squares would dominate the mean.
+that output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured or is zero), and ``w_t`` at
+most 1, smaller for the few tokens with massive activations, whose squares would dominate the mean.
 
 An operator with a low-rank part is the sum of both parts in the passes; its surviving weights and both factors take the
 steps.
@@ -33,6 +33,7 @@ from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import exact_in_fast_products, fast_products, ordered_attention
+from ..solvers.conditioning import damped_cholesky
 from .adamw import CHECKS, Patience, Verdict, check_due, schedule
 from .masked import MaskedParameters
 from .trained import vectors
@@ -299,16 +300,20 @@ class _Loss:
 
 
 def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return ``R`` with ``R R^T`` the shrunk metric; for a diagonal, its square root."""
-    if metric is None:
+    """Return ``R`` with ``R R^T`` the shrunk metric; for a diagonal, its square root.
+
+    None is the identity. A metric of zeros, as of a model whose outputs never change, tells errors apart no more than
+    the identity.
+    """
+    if metric is None or not bool((metric if metric.ndim == 1 else metric.diagonal()).mean() > 0):
         return None
     metric = metric.to(device)
     if metric.ndim == 1:
         return ((1 - SHRINKAGE) * metric + SHRINKAGE * metric.mean()).sqrt()
     metric = (1 - SHRINKAGE) * metric
     metric.diagonal().add_(SHRINKAGE / (1 - SHRINKAGE) * metric.diagonal().mean())
-    root: Tensor = torch.linalg.cholesky(metric)
-    return root
+    root, info = torch.linalg.cholesky_ex(metric)
+    return root if int(info) == 0 else damped_cholesky(metric, 0.0, "the metric of output errors")[0]
 
 
 def _run(model: LayerwiseModel, index: int, values: dict[str, Tensor], hidden: Tensor, calls: Calls) -> Tensor:
