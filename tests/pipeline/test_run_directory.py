@@ -535,7 +535,7 @@ def test_an_interruption_of_a_run_that_is_made_again_is_told_truly(
         with pytest.raises(KeyboardInterrupt):
             fp.prune(dense, run, **settings)
     text.write_text(TEXT * 20)
-    said = Said()
+    said = tiny.Said()
     fp.prune(dense, run, listener=said, **settings)
     why = f"{run / 'calibration.safetensors'} does not hold the tokens that it was calibrated on"
     assert f"the run is made again: {why}" in said.sentences

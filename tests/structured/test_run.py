@@ -720,11 +720,11 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(
     stale = {f"{layer}{inside}": stored[f"model.layers.0.{inside}"].clone(), f"{layer}norm.weight": torch.ones(32)}
     other = {f"vision.layers.0.{inside}": torch.ones(3, 5), "mtp.fc.weight": torch.ones(32, 64)}
     save_file(stored | stale | other, file, {"format": "pt"})
-    told = Said()
+    told = tiny.Said()
     report = fp.prune(folder, tmp_path / "run", structure=structure, calibration=SMALL, listener=told)
     (warning,) = (line for line in report.warnings if "does not read" in line)
     assert all(name in warning for name in stale)
-    assert warning in told.lines
+    assert warning in told.sentences
     assert warning in plan_model(folder, Recipe.build({"structure": structure, "calibration": SMALL})).says
     written = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert not set(stale) & set(written)
