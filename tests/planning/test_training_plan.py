@@ -246,6 +246,26 @@ def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path, mon
         plan_training(limited)
 
 
+def test_several_processes_plan_what_they_share_and_what_each_has(folder: Path, needs: TrainingSizes) -> None:
+    """Fifteen windows for eight processes: one at a time, the first process has two, and the folder holds them all."""
+    task = replace(needs.task, steps=100, step_windows=15, windows=1500)
+    one, eight = (replace(needs, task=share_of(task, Ranks(0, size, size))) for size in (1, 8))
+    assert eight.task.batch_size == 1
+    choice = TrainingChoice(1, states_on_disk=True, hidden_on_disk=True)
+    whole, parts = one.disk(choice), eight.disk(choice)
+    assert parts["trained tensors"] == 8 * whole["trained tensors"]
+    assert parts["hidden states"] == 8 * 2 * whole["hidden states"] // 15
+    shared = whole.keys() - {"trained tensors", "hidden states"}
+    assert {name: parts[name] for name in shared} == {name: whole[name] for name in shared}
+    stage, two = "the gradient of a layer", replace(one, task=replace(task, step_windows=2))
+    assert eight.stages(TrainingChoice(1))[stage] == two.stages(TrainingChoice(1))[stage]
+    # The predictions of a step are there for all processes at once.
+    least = TrainingChoice(1, teacher_windows=task.held_out + 15)
+    room = sum(eight.disk(least).values())
+    assert planned(eight, free=math.ceil(room / 0.95)).choice.teacher_windows == least.teacher_windows
+    assert not planned(eight, free=math.floor((room - 1) / 0.95)).fits
+
+
 def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:
     """What the sentence says is the peak, and what does not fit is refused with the option of the verb."""
     task = task_for(folder, 2, data={"source": "self", "tokens": 1024, "seqlen": 32})

@@ -14,6 +14,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import KEPT
 from ..runtime.numerics import windows_at_once
+from ..runtime.ranks import Ranks
 from ..tuning.losses import Loss
 from ..tuning.pair_objective import AT_ONCE
 from ..tuning.teacher import BLOCK_TOKENS, TOP
@@ -75,6 +76,7 @@ class Task:
         together: windows that no pass may part.
         generator: the dense model where it generates the training text; else None.
         memory: bytes of main memory that are this process's share of what is free; None is as the recipe has it.
+        ranks: processes that share the passes, and the run directory.
     """
 
     model: LayerwiseModel
@@ -94,6 +96,7 @@ class Task:
     together: int = 1
     generator: LayerwiseModel | None = None
     memory: int | None = None
+    ranks: int = 1
 
     @classmethod
     def of_recovery(
@@ -130,7 +133,11 @@ class Task:
     def batch_size(self) -> int:
         """Windows in one pass, if they fit."""
         asked = self.recipe.execution.batch_size or windows_at_once(self.seqlen, self.model.device)
-        return self.whole(min(self.step_windows, asked))
+        return self.whole(min(self.step_windows // self.ranks, asked))
+
+    def own(self, windows: int, batch_size: int) -> int:
+        """Count the windows of the process that has the most, of those that all processes pass."""
+        return len(Ranks(0, self.ranks).mine(range(windows), batch_size))
 
     def whole(self, windows: int) -> int:
         """Round a number of windows in one pass so that none is parted from those it belongs to."""
@@ -250,10 +257,10 @@ class TrainingSizes:
         """Bytes of trained tensors and optimizer state."""
         return self.copies * self.form.trained
 
-    def _stores(self) -> dict[str, int]:
-        """Count windows of hidden states that are kept in each stage."""
-        step = self.task.step_windows
-        held_out = min(self.task.held_out, max(AT_ONCE, step))
+    def _stores(self, choice: TrainingChoice) -> dict[str, int]:
+        """Count windows of hidden states that a process keeps in each stage."""
+        step = self.task.own(self.task.step_windows, choice.batch_size)
+        held_out = min(self.task.own(self.task.held_out, choice.batch_size), max(AT_ONCE, step))
         if self.task.recipe.zeroth_order:
             return {"held out": 2 * held_out, "forwards": 3 * step, "head": 2 * step}
         layers = self.model.layers
@@ -271,9 +278,8 @@ class TrainingSizes:
         """
         model, form, batch = self.model, self.form, choice.batch_size
         base = 0 if model.cuda else model.base
-        hidden = {
-            name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in self._stores().items()
-        }
+        stores = self._stores(choice)
+        hidden = {name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in stores.items()}
         state = 0 if choice.states_on_disk else self.state
         at_hand = 3 * form.trained_layer if choice.states_on_disk else 0  # of the layer at work, read from its files
         loaded = base + model.ends + state + form.frames + (2 * batch + 1) * model.calls
@@ -363,11 +369,13 @@ class TrainingSizes:
         task, model = self.task, self.model
         windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
         tokens = (task.windows + task.held_out) * task.seqlen
+        in_files = task.ranks * choice.states_on_disk  # each process has its own
+        hidden = task.ranks * choice.hidden_on_disk
         return {
             "the dense model's predictions": windows * model.stored,
             "snapshots": (KEPT + 1) * self.state,
-            "trained tensors": (self.state + self.form.trained_layer) * choice.states_on_disk,
-            "hidden states": max(self._stores().values()) * model.window * choice.hidden_on_disk,
+            "trained tensors": (self.state + self.form.trained_layer) * in_files,
+            "hidden states": max(self._stores(choice).values()) * model.window * hidden,
             "the checkpoint": model.checkpoint,
             "the training text": 9 * tokens,
         }
@@ -375,7 +383,8 @@ class TrainingSizes:
     def step_seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of one step, without a check."""
         task, model, form = self.task, self.model, self.form
-        passes, windows = math.ceil(task.step_windows / choice.batch_size), task.step_windows * task.fill
+        own = task.own(task.step_windows, choice.batch_size)
+        passes, windows = math.ceil(own / choice.batch_size), own * task.fill
         traffic = 0.0
         if task.recipe.zeroth_order:
             seconds = model.layers * (form.values_seconds + 2 * windows * model.forward_seconds + form.update_seconds)
@@ -392,22 +401,22 @@ class TrainingSizes:
             chains = passes * (not task.recipe.zeroth_order)
             traffic += (8 + chains) * form.trained  # values are read on both ways, with the moments, and written
         if choice.hidden_on_disk:
-            traffic += 2 * self._stores()["forwards"] * model.window
+            traffic += 2 * self._stores(choice)["forwards"] * model.window
         return seconds + traffic / DISK_RATE
 
     def seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of all steps, checks, snapshots and predictions of the dense model."""
         task, model, form = self.task, self.model, self.form
         checks = 1 + min(task.steps, task.recipe.validation_checks)
-        held_out = task.held_out * task.fill
-        walks = math.ceil(task.held_out / max(AT_ONCE, task.step_windows))
-        check = model.layers * (walks * form.values_seconds + held_out * model.forward_seconds)
-        check += held_out * model.head_seconds / 2
+        held_out, step = (task.own(each, choice.batch_size) for each in (task.held_out, task.step_windows))
+        walks = math.ceil(held_out / max(AT_ONCE, step))
+        check = model.layers * (walks * form.values_seconds + held_out * task.fill * model.forward_seconds)
+        check += held_out * task.fill * model.head_seconds / 2
         check += 0 if choice.resident else walks * model.layers * model.load_seconds
         dense = 0.0
         if model.stored:
-            windows = self.used_windows()
-            if choice.teacher_windows is not None:
+            windows = task.own(self.used_windows(), self._block(choice))  # each process makes some of the blocks
+            if choice.teacher_windows is not None:  # a round is one block
                 windows = task.steps * task.step_windows + task.held_out
             blocks = math.ceil(windows / self._block(choice))
             dense = model.layers * (windows * model.forward_seconds + blocks * model.load_seconds)
