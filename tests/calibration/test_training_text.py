@@ -138,12 +138,13 @@ def test_one_document_is_cut_into_passages(tmp_path: Path) -> None:
 
 
 def test_generated_windows_are_held_out_whole() -> None:
-    text = training_text(
-        TrainingData(source="self", tokens=330, held_out=0.2), letters_tokenizer(), 32, lambda: tiny("llama")
-    )
+    data = TrainingData(source="self", tokens=330, held_out=0.2)
+    text = training_text(data, letters_tokenizer(), 32, lambda: tiny("llama"))
     assert int((~text.held_out).sum()) == 11
     assert int(text.held_out.sum()) == 2
     assert text.tokens.shape == (13, 32)
+    fewer = training_text(data, letters_tokenizer(), 32, lambda: tiny("llama"), windows=3)
+    assert [int((fewer.held_out == side).sum()) for side in (False, True)] == [3, 2]
     with pytest.raises(FistaPrunerError, match="needs the model"):
         training_text(TrainingData(source="self"), letters_tokenizer(), 32)
 

@@ -378,7 +378,10 @@ def test_the_dense_model_generates_the_text_of_every_loss(bench: Bench, tmp_path
     generated = []
     for loss in ("kl", "ce"):
         out = tmp_path / loss
-        recover(bench.pruned(), out, loss=loss, steps=1, data={"source": "self", "tokens": 100})
+        report = recover(bench.pruned(), out, loss=loss, steps=1, data={"source": "self", "tokens": 16000})
+        assert report.recovery is not None
+        # What the step takes is generated, and as much is held out as ever.
+        assert (report.recovery.windows, report.recovery.held_out_windows) == (SETTINGS["windows_per_step"], 16)
         generated.append((out / "windows.safetensors").read_bytes())
     assert generated[0] == generated[1]
 

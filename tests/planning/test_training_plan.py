@@ -275,6 +275,7 @@ def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:
     found = planned(needs)
     assert found.stages[GENERATING] == needs.peak(found.choice) > 2**40
     assert f"of memory at its peak ({GENERATING})" in found.says[0]
+    assert found.says[0].endswith("first the dense model generates text, which this time does not count")
     refused = planned(needs, needs.peak(found.choice) - 1)
     assert not refused.fits
     assert refused.worst == GENERATING

@@ -145,8 +145,9 @@ def training_text(
     seqlen: int,
     load_model: Callable[[], Any] | None = None,
     say: Callable[[str], None] | None = None,
+    windows: int | None = None,
 ) -> TrainingText:
-    """Make the training windows, as many as the asked tokens need, and the held-out windows.
+    """Make the training windows and the held-out windows.
 
     Args:
         data: source or tasks, tokens, share that is held out, seed.
@@ -154,6 +155,7 @@ def training_text(
         seqlen: tokens in a window.
         load_model: loads the model that generates text; called for the source ``self`` only.
         say: receives the progress of text generation, and what is left out, as sentences.
+        windows: to train on, at most; None is as many as the asked tokens need.
 
     Raises:
         FistaPrunerError: no source, an unknown, unreadable or empty one, a text too short for one window on either
@@ -163,7 +165,8 @@ def training_text(
     if not named:
         raise FistaPrunerError("there is no training text: give one with --data")
     sources = [_Source(source, seqlen) for source in named.values()]
-    windows = _windows_of_tasks(data, sources, -(-data.tokens // seqlen))
+    asked = -(-data.tokens // seqlen)
+    shares = _windows_of_tasks(data, sources, asked if windows is None else windows)
     splits = [_split(source, data, tokenizer, seqlen) for source in sources]
     held = {document for split in splits for document in split[0]}
     # A document that one task holds out is trained on by none.
@@ -173,9 +176,11 @@ def training_text(
     # Text that the model generates comes last: it takes long, and the others may be refused.
     for number in sorted(range(len(sources)), key=lambda number: sources[number].source == SELF):
         if sources[number].source == SELF:
-            tasks[number] = _generated(data, tokenizer, seqlen, windows[number], most, load_model, say)
+            # However few windows are trained on: few would choose the step by chance.
+            held_out = max(1, min(most, round(data.held_out * _windows_of_tasks(data, sources, asked)[number])))
+            tasks[number] = _generated(data, tokenizer, seqlen, shares[number], held_out, load_model, say)
         else:
-            tasks[number] = _cut(sources[number], splits[number], data, tokenizer, seqlen, windows[number], most, say)
+            tasks[number] = _cut(sources[number], splits[number], data, tokenizer, seqlen, shares[number], most, say)
     parts = [(number, held_out) for held_out in (False, True) for number in range(len(sources))]
     sides = [tasks[number].held_out if held_out else tasks[number].trained for number, held_out in parts]
     counts = torch.tensor([len(side.tokens) for side in sides])
@@ -375,14 +380,13 @@ def _generated(
     tokenizer: Any,
     seqlen: int,
     windows: int,
-    most: int,
+    held: int,
     load_model: Callable[[], Any] | None,
     say: Callable[[str], None] | None,
 ) -> _Task:
-    """Let the model generate the windows; whole windows are held out."""
+    """Let the model generate ``windows`` to train on, and ``held`` to hold out."""
     if load_model is None:
         raise FistaPrunerError("training source 'self' needs the model to generate text: give a text source instead")
-    held = max(1, min(most, round(data.held_out * windows)))
     progress = None if say is None else tenths(say, PURPOSE)
     tokens = generate_tokens(load_model(), tokenizer, windows + held, seqlen, seed=data.seed, progress=progress)
     marks = torch.ones_like(tokens, dtype=torch.bool)

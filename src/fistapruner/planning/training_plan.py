@@ -95,12 +95,13 @@ class FormPlan:
         stages = needs.stages(choice)
         worst = max(stages, key=lambda name: stages[name])
         kind = "GPU memory" if needs.model.cuda else "memory"
+        text = "; first the dense model generates text, which this time does not count" if needs.model.text else ""
         host = f", {size(max(needs.host_stages(choice).values()))} of main memory" if needs.model.cuda else ""
         return [
             *([] if self.changed is None else [self.changed]),
             f"plan: {self.parameters}, {size(stages[worst])} of {kind} at its peak ({worst}){host}, "
             f"{size(sum(needs.disk(choice).values()))} of disk, about {duration(needs.seconds(choice))} "
-            f"({needs.task.steps} steps of {duration(needs.step_seconds(choice))})",
+            f"({needs.task.steps} steps of {duration(needs.step_seconds(choice))}){text}",
         ]
 
 

@@ -81,6 +81,7 @@ def measure_model(task: Task) -> ModelSizes:
         graph = 0 if task.recipe.zeroth_order else kept_bytes(lambda: _out(task, hidden, calls[index]))
     ends, head, head_seconds = _measure_head(task)
     text_weights = 0 if task.generator is None else whole_bytes(task.generator.checkpoint, task.generator.dtype)
+    text_windows = task.windows + task.held_out
     entries = [entry for each in both for entry in each.checkpoint.stored]
     return ModelSizes(
         base=base,
@@ -98,7 +99,7 @@ def measure_model(task: Task) -> ModelSizes:
         graph=graph,
         head=head,
         stored=stored_bytes(task),
-        text=text_weights and text_weights + generation_bytes(task.generator, task.windows, task.seqlen),
+        text=text_weights and text_weights + generation_bytes(task.generator, text_windows, task.seqlen),
         text_weights=text_weights,
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,

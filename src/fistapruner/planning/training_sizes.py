@@ -123,7 +123,7 @@ class Task:
             TOP.get(recipe.teacher),
             steps=recipe.steps_of(seqlen),
             step_windows=recipe.windows_per_step,
-            windows=max(1, math.ceil(recipe.data.tokens / seqlen)),
+            windows=recipe.windows_of(seqlen),
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
             generator=generator,
