@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
@@ -447,6 +448,16 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
         assert "training stopped: the loss is nan at step 2" in capsys.readouterr().out
 
 
+def test_a_model_whose_loss_is_no_number_at_the_start_gets_no_advice_on_rates(bench: Bench, tmp_path: Path) -> None:
+    model = shutil.copytree(bench.pruned() / "model", tmp_path / "model")
+    stored = load_file(model / "model.safetensors")
+    stored["model.norm.weight"].fill_(3e38)
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    report = recover(model, tmp_path / "out", loss="ce", data={"source": str(bench.text)})
+    assert "are not finite" in report.warnings[-1]
+    assert "--lr" not in report.warnings[-1]
+
+
 def test_every_verb_shows_the_recovery_that_followed_alike(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -540,8 +551,6 @@ def zeros_not_asked(bench: Bench, folder: Path) -> dict[str, Any]:
 
 
 def claim_violated(bench: Bench, folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file, save_file
-
     model = plain(bench, folder)
     stored = load_file(model / "model.safetensors")
     stored["model.layers.0.self_attn.q_proj.weight"][0] = 1.0

@@ -19,7 +19,7 @@ from ..runtime.memory import resident_memory
 from ..runtime.numerics import BUDGETS, ordered_attention
 from ..tuning.forms import form_of
 from ..tuning.losses import Reference, TopTokens
-from ..tuning.teacher import Predictions
+from ..tuning.teacher import Predictions, stored_dtype
 from ..tuning.trained import Trained, vectors
 from ..tuning.zeroth_order import ZerothOrder
 from .footprint import kept_bytes, peak_bytes
@@ -114,7 +114,7 @@ def stored_bytes(task: Task) -> int:
         return 0
     if task.top is not None:
         return task.seqlen * (6 * min(task.top, task.dense.vocabulary) + 4)
-    return task.seqlen * task.dense.width * task.dense.checkpoint.dtype.itemsize
+    return task.seqlen * task.dense.width * stored_dtype(task.dense).itemsize
 
 
 def _unique_bytes(values: Sequence[object]) -> int:
