@@ -111,7 +111,7 @@ def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, 
     assert packed.too_long == len(whole) - len(fitting)
     assert packed.filled == sum(len(ids) for ids, _ in fitting)
     found = []
-    for ids, marks in zip(packed.windows, packed.marks, strict=True):
+    for ids, marks in zip(packed.windows.tolist(), packed.marks.tolist(), strict=True):
         assert len(ids) == len(marks) == seqlen
         rest = list(zip(ids, marks, strict=True))
         while rest:  # the window is read back as examples, each up to its EOS, and padding
@@ -126,7 +126,9 @@ def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, 
     if packed.documents < len(examples):
         ids, _ = examples[packed.documents].encode(tokenizer, start)
         assert len(packed.windows) == windows
-        used = [max((place for place, mark in enumerate(marks) if mark), default=-1) + 1 for marks in packed.marks]
+        used = [
+            max((place for place, mark in enumerate(marks) if mark), default=-1) + 1 for marks in packed.marks.tolist()
+        ]
         assert all(seqlen - length < len(ids) for length in used)
 
 

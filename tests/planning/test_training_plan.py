@@ -26,7 +26,7 @@ from fistapruner.planning.plan import Resources
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
-from fistapruner.planning.training_sizes import Task, TrainingChoice, TrainingSizes
+from fistapruner.planning.training_sizes import CUTTING, Task, TrainingChoice, TrainingSizes
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
@@ -122,6 +122,23 @@ def test_memory_does_not_grow_with_depth_when_layers_are_read(folder: Path, para
     assert shallow.stages(SMALLEST) == deep.stages(SMALLEST)
     assert max(shallow.stages(TrainingChoice(1)).values()) < max(deep.stages(TrainingChoice(1)).values())
     assert sum(shallow.disk(SMALLEST).values()) < sum(deep.disk(SMALLEST).values())
+
+
+def test_memory_grows_with_the_text(folder: Path) -> None:
+    """Nine bytes a token, and as many again while it is cut."""
+    task = task_for(folder)
+    longer = replace(task, windows=10**6)
+    more = longer.text_bytes - task.text_bytes
+    assert more == 9 * 32 * (10**6 - task.windows)
+    short, long = (replace(measure_model(each), ends=0) for each in (task, longer))
+    assert long.base - short.base == pytest.approx(more, rel=0.1)
+    assert long.uncut - short.uncut == more
+    cut = [TrainingSizes(task, each, measure_form(task)).stages(SMALLEST)[CUTTING] for each in (short, long)]
+    assert cut[1] - cut[0] > 1.9 * more
+    execution = task.recipe.execution.model_copy(update={"memory_limit": long.base})
+    limited = replace(longer, recipe=task.recipe.model_copy(update={"execution": execution}))
+    with pytest.raises(FistaPrunerError, match=rf"{CUTTING} needs .*; take fewer --tokens$"):
+        plan_training(limited, long)
 
 
 def test_forms_are_ordered_by_what_they_train(folder: Path) -> None:

@@ -81,10 +81,8 @@ class _Side:
     filled: int
 
     @classmethod
-    def of(cls, packed: Packed, seqlen: int) -> _Side:
-        tokens = torch.tensor(packed.windows, dtype=torch.int64).view(-1, seqlen)
-        marks = torch.tensor(packed.marks, dtype=torch.bool).view(-1, seqlen)
-        return cls(tokens, marks, packed.documents, packed.filled)
+    def of(cls, packed: Packed) -> _Side:
+        return cls(packed.windows, packed.marks, packed.documents, packed.filled)
 
     def facts(self) -> dict[str, int | None]:
         return {
@@ -340,7 +338,7 @@ def _cut(
     held, rest = split
     held_out = source.pack(held, tokenizer, seqlen, most)
     trained = source.pack(rest, tokenizer, seqlen, windows)
-    if not trained.windows or not held_out.windows:
+    if not len(trained.windows) or not len(held_out.windows):
         raise _too_short(source, source.pack([*held, *rest], tokenizer, seqlen, None), data.tokens, seqlen)
     too_long = held_out.too_long + trained.too_long
     if too_long and say is not None:
@@ -349,7 +347,7 @@ def _cut(
     hashes = {document_hash(text) for text in (*held[: held_out.documents], *rest[: trained.documents])}
     if source.whole is not None:
         hashes.add(document_hash(source.whole))
-    sides = _Side.of(trained, seqlen), _Side.of(held_out, seqlen)
+    sides = _Side.of(trained), _Side.of(held_out)
     facts = {
         "source": source.source,
         "how": source.how,

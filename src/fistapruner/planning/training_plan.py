@@ -25,7 +25,7 @@ from ..tuning.teacher import TOP
 from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
-from .training_sizes import STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
+from .training_sizes import CUTTING, STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
 
 DISK_SHARE = 0.95
 """Share of the free disk that a plan may use."""
@@ -128,6 +128,8 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
         advice = f"; {' and '.join(fitting)} would fit"
     elif found.worst is None:  # for want of disk
         advice = f"; take {'fewer --tokens, or ' if recovery else ''}another --out"
+    elif recovery and found.worst == CUTTING:
+        advice = "; take fewer --tokens"
     elif recovery and found.worst != GENERATING:
         advice = "; 'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time, while it prunes"
     raise FistaPrunerError(f"{found.refusal}{advice}")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..calibration.self_generated import generation_bytes
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.whole import whole_bytes
+from ..recipes.align_settings import AlignRecipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import BUDGETS, ordered_attention
 from ..tuning.forms import form_of
@@ -28,7 +29,7 @@ from .sizes import RETAINED
 from .training_sizes import FormSizes, ModelSizes, Task
 
 GROWTH = 64 * 2**20
-"""Memory of the process that comes after the plan: code loaded on first use, the text, fragments (measured: 50 MiB)."""
+"""Memory of the process that comes after the plan: code loaded on first use, fragments (measured: 50 MiB)."""
 
 Result = TypeVar("Result")
 
@@ -69,7 +70,8 @@ def measure_model(task: Task) -> ModelSizes:
         return sum(math.prod(each.checkpoint.entry(name).shape) for name in each.layer_sources(index)) * itemsize
 
     names = [model.layer_sources(at) for at in range(len(model))]
-    base = resident_memory() + RETAINED + GROWTH
+    uncut = 0 if isinstance(task.recipe, AlignRecipe) else task.text_bytes
+    base = resident_memory() + RETAINED + GROWTH + uncut
     with room_for(model.device, "one window"), model.embeddings_and_head(head=False):
         hidden, calls = model.embed(torch.arange(task.seqlen).remainder(model.vocabulary)[None])
     begin = time.perf_counter()
@@ -101,6 +103,7 @@ def measure_model(task: Task) -> ModelSizes:
         stored=stored_bytes(task),
         text=text_weights and text_weights + generation_bytes(task.generator, text_windows, task.seqlen),
         text_weights=text_weights,
+        uncut=uncut,
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,
         head_seconds=head_seconds,

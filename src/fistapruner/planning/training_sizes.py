@@ -23,6 +23,9 @@ from .sizes import GENERATING, UNCOUNTED
 TRAINING, STEP = "training", "one step"
 """Quantities of time in the report: all steps, checks and predictions of the dense model; a step without a check."""
 
+CUTTING = "cutting the training text"
+"""The stage of text that is read, as opposed to :data:`~.sizes.GENERATING`."""
+
 DISK_RATE = 500e6
 """Assumed bytes a second of files that are written, or read again: nothing is written to measure it."""
 
@@ -130,6 +133,11 @@ class Task:
         )
 
     @property
+    def text_bytes(self) -> int:
+        """Bytes of the training text: token ids, and which of them carry loss."""
+        return 9 * (self.windows + self.held_out) * self.seqlen
+
+    @property
     def batch_size(self) -> int:
         """Windows in one pass, if they fit."""
         asked = self.recipe.execution.batch_size or windows_at_once(self.seqlen, self.model.device)
@@ -149,7 +157,7 @@ class ModelSizes:
     """Hold bytes and seconds of all but the trained tensors; see :func:`.training_probe.measure_model`."""
 
     base: int
-    """Main memory of the process before the run."""
+    """Main memory of the process before the run, and of the training text."""
 
     ends: int
     """Embeddings, final norms and heads of both models; what they share counts once."""
@@ -194,6 +202,9 @@ class ModelSizes:
 
     text_weights: int
     """Its weights alone, which go through main memory on their way to a GPU."""
+
+    uncut: int
+    """Training text that is cut after the plan, which takes twice its bytes; 0 of pairs, which are there before."""
 
     load_seconds: float
     forward_seconds: float
@@ -291,6 +302,8 @@ class TrainingSizes:
             "the embeddings": base + model.ends + model.largest,
             "the held-out loss": layer + hidden["held out"] + changing,
         }
+        if not model.cuda:
+            found[CUTTING] = base + model.uncut
         if model.text:
             found[GENERATING] = base + model.text
         if model.stored:
@@ -338,6 +351,7 @@ class TrainingSizes:
         model, form = self.model, self.form
         moving = 2 * choice.batch_size * model.window
         found = {
+            CUTTING: model.uncut,
             "the embeddings": model.largest,
             "a step": moving + 2 * model.largest_operator,
             "writing a snapshot": form.trained_layer,
@@ -368,7 +382,6 @@ class TrainingSizes:
         """Compute the peak bytes of the run directory's parts, by name in messages."""
         task, model = self.task, self.model
         windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
-        tokens = (task.windows + task.held_out) * task.seqlen
         in_files = task.ranks * choice.states_on_disk  # each process has its own
         hidden = task.ranks * choice.hidden_on_disk
         return {
@@ -377,7 +390,7 @@ class TrainingSizes:
             "trained tensors": (self.state + self.form.trained_layer) * in_files,
             "hidden states": max(self._stores(choice).values()) * model.window * hidden,
             "the checkpoint": model.checkpoint,
-            "the training text": 9 * tokens,
+            "the training text": task.text_bytes,
         }
 
     def step_seconds(self, choice: TrainingChoice) -> float:
