@@ -946,6 +946,11 @@ FOLLOWING: dict[str, tuple[dict[str, Any], str]] = {
     "ignore": ({"ignore": ["re:.*"]}, r"leave no operator to train"),
     "precision": ({"dtype": "float16"}, r"dtype float16"),
     "few steps": ({"steps": 1, "data": {"tasks": dict.fromkeys("abc", "python")}}, r"needs 3 windows for its 1 round"),
+    "few tokens": (
+        {"steps": 9, "data": {"tasks": {"a": "self", "b": "python"}, "tokens": 8}},
+        r"needs 2 windows for its 1 round, and there are 1",
+    ),
+    "short text beside self": ({"data": {"tasks": {"a": "self", "b": "the text"}, "seqlen": 2000}}, r"is too short"),
 }
 
 
@@ -954,6 +959,7 @@ def test_bad_input_of_a_recovery_that_follows_shows_before_pruning(
     bench: Bench, tmp_path: Path, following: dict[str, Any], message: str
 ) -> None:
     calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    following = json.loads(json.dumps(following).replace("the text", str(bench.text)))
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.prune(bench.dense(), tmp_path / "run", method="magnitude", calibration=calibration, recover=following)
     assert not (tmp_path / "run" / "run.json").exists()
