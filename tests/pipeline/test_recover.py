@@ -926,6 +926,17 @@ def test_a_damaged_checkpoint_is_written_again(bench: Bench, run: Path) -> None:
     assert not any("held-out loss" in sentence for sentence in said.sentences)  # nothing was trained again
 
 
+def test_a_checkpoint_is_written_again_without_the_dense_model(bench: Bench, tmp_path: Path) -> None:
+    """Where no step is left nothing needs it."""
+    dense, out = Path(shutil.copytree(bench.dense(), tmp_path / "dense")), tmp_path / "out"
+    recover(bench.pruned(), out, dense=dense, steps=2)
+    whole = weights(out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(dense)
+    assert fp.resume(out).status == "finished"
+    assert weights(out) == whole
+
+
 def test_the_report_of_a_finished_run_outlives_a_failure(bench: Bench, tmp_path: Path) -> None:
     """Its checkpoint is gone and cannot be made again, since the input has gone too."""
     model = plain(bench, tmp_path)
