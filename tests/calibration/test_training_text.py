@@ -14,7 +14,7 @@ from test_windows import LETTERS, letters_tokenizer, text_of, tiny
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration.packing import pack_documents, passages
-from fistapruner.calibration.training_text import order, split_documents, training_text
+from fistapruner.calibration.training_text import document_hash, order, split_documents, training_text
 from fistapruner.recipes.recover_settings import TrainingData
 
 EOS = "</s>"
@@ -155,6 +155,19 @@ def test_a_text_without_a_window_on_either_side_is_refused(tmp_path: Path, docum
     there = sum(map(len, set(documents)))
     with pytest.raises(FistaPrunerError, match=f"its {there} tokens do not fill .* of 40 .* 256000 tokens are asked"):
         training_text(data, letters_tokenizer(), 40)
+
+
+@pytest.mark.parametrize("lengths", [[2000], [100], [90], [130], [1000, 3], [120, 3, 3, 3, 3], [3] * 4 + [95]])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_long_document_fills_both_sides(tmp_path: Path, lengths: list[int], seed: int) -> None:
+    """A letter is a token: passages are cut as short as it takes, where all tokens make two windows and a bit."""
+    generator = random.Random(seed)
+    documents = ["".join(generator.choices(LETTERS, k=length)) for length in lengths]
+    source = lines(tmp_path / "a.jsonl", documents)
+    text = training_text(TrainingData(source=source, tokens=10**4, seed=seed), letters_tokenizer(), 40)
+    assert set(text.held_out.tolist()) == {True, False}
+    assert text.facts["tasks"][source]["documents"] == len(documents)
+    assert {document_hash(document) for document in documents if len(document) > 40} <= text.documents
 
 
 def test_a_document_is_left_to_train_on_whatever_share_is_held_out(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ from .windows import GENERATED, SELF, check_source, describe_tasks, source_docum
 MAX_HELD_OUT_WINDOWS = 16
 """Held-out windows of all tasks: more would take time at every check and hardly change the choice."""
 
+JOINED = "documents joined by end-of-text tokens, windows that do not overlap"
+"""How windows of plain documents are made."""
+
 CHARACTERS_PER_TOKEN = 4
 """A source of one document is cut into passages of about one window, at this many characters a token."""
 
@@ -108,22 +111,45 @@ class _Source:
 
     def __init__(self, source: str, seqlen: int) -> None:
         self.source = source
-        self.documents: list[str] = []
+        self.read: list[str] = []  # as they are in the source
+        self.documents: list[str] = []  # or their passages
         self.examples: dict[str, Example] = {}
-        self.whole: str | None = None
         self.how = GENERATED
+        self._refined = False
         if source == SELF:
             return
         found = _read(source)
-        self.how = "documents joined by end-of-text tokens, windows that do not overlap"
+        self.how = JOINED
         if found and isinstance(found[0], Example):
             self.examples = {item.text: item for item in found if isinstance(item, Example)}
             self.how = "whole examples, loss on the answers only"
-        self.documents = [item.text if isinstance(item, Example) else item for item in found]
+        self.documents = self.read = [item.text if isinstance(item, Example) else item for item in found]
         if len(found) == 1 and not self.examples:
-            self.whole = self.documents[0]
-            self.documents = passages(self.whole, CHARACTERS_PER_TOKEN * seqlen)
-            self.how = f"one document, cut into {len(self.documents)} passages; {self.how}"
+            self._divide(CHARACTERS_PER_TOKEN * seqlen)
+
+    def _divide(self, characters: int) -> None:
+        """Cut the documents into passages of at most so many characters."""
+        self.documents = [part for text in self.read for part in passages(text, characters)]
+        documents = "one document" if len(self.read) == 1 else f"{len(self.read)} documents"
+        self.how = f"{documents}, cut into {len(self.documents)} passages; {JOINED}"
+
+    def refine(self, tokenizer: Any, seqlen: int) -> bool:
+        """Cut long documents into passages short enough to fill a window on either side.
+
+        Returns:
+            Whether that is done; not where it was done before, nor with examples, nor with a text of less than two
+            windows.
+        """
+        if self.examples or self._refined:
+            return False
+        whole = self.pack(list(dict.fromkeys(self.read)), tokenizer, seqlen, None)
+        if len(whole.windows) < 2:
+            return False
+        # What is held out may have almost a passage more than its window: at most half of what two windows leave.
+        share = min(1.0, max(1 / 8, (whole.tokens / seqlen - 2) / 2))
+        self._divide(max(1, int(share * seqlen * sum(map(len, self.read)) / whole.tokens)))
+        self._refined = True
+        return True
 
     @property
     def characters(self) -> int:
@@ -321,7 +347,10 @@ def _split(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> 
     first = source.pack(ordered, tokenizer, seqlen, 1).first
     held = max(held, min(first, len(ordered) // 2) if source.examples else first)
     held = min(held, max(1, len(ordered) - 1))
-    return ordered[:held], ordered[held:]
+    sides = ordered[:held], ordered[held:]
+    if all(len(source.pack(side, tokenizer, seqlen, 1).windows) for side in sides):
+        return sides
+    return _split(source, data, tokenizer, seqlen) if source.refine(tokenizer, seqlen) else sides
 
 
 def _cut(
@@ -345,13 +374,13 @@ def _cut(
         tried = held_out.documents + trained.documents
         say(f"{too_long} of {tried} examples of {source.source} have more than {seqlen} tokens and were left out")
     hashes = {document_hash(text) for text in (*held[: held_out.documents], *rest[: trained.documents])}
-    if source.whole is not None:
-        hashes.add(document_hash(source.whole))
+    if source.documents is not source.read:
+        hashes |= {document_hash(text) for text in set(source.read) - set(source.documents)}
     sides = _Side.of(trained), _Side.of(held_out)
     facts = {
         "source": source.source,
         "how": source.how,
-        "documents": len(source.documents) if source.whole is None else 1,
+        "documents": len(source.read),
         "duplicates": len(source.documents) - len(set(source.documents)),
         "too_long": too_long,
     }
@@ -364,8 +393,14 @@ def _too_short(source: _Source, whole: Packed, asked: int, seqlen: int) -> Fista
         fitting = whole.documents - whole.too_long
         there = f"{fitting} of its {whole.documents} examples have at most {seqlen} tokens, and two are needed:"
         there += " one to train on and one to validate on"
-    else:
+    elif len(whole.windows) < 2:
         there = f"its {whole.tokens} tokens do not fill one window of {seqlen} to train on and one to validate on"
+        there += " (what is repeated counts once)" if len(set(source.documents)) < len(source.documents) else ""
+    else:
+        there = (
+            f"its {whole.tokens} tokens, without documents that other tasks hold out, cannot be split into one window "
+        )
+        there += f"of {seqlen} to train on and one to validate on"
     remedy = "a larger --seqlen" if whole.too_long else "a smaller --seqlen"
     return FistaPrunerError(
         f"{PURPOSE} text {source.source!r} is too short: {there}; {asked} tokens are asked; take a longer text or "
