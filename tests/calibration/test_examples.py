@@ -155,6 +155,15 @@ def test_examples_become_training_windows(tmp_path: Path) -> None:
     assert said[-1].endswith(f"examples of {data.source} have more than 32 tokens and were left out")
 
 
+def test_answers_without_a_token_that_carries_loss_are_refused(tmp_path: Path) -> None:
+    """A single token with nothing before it, by a tokenizer without EOS."""
+    tokenizer = letters_tokenizer()
+    tokenizer.eos_token = None
+    source = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": letter} for letter in LETTERS[:10]])
+    with pytest.raises(FistaPrunerError, match=r"a\.jsonl': no token to train on carries loss"):
+        training_text(TrainingData(source=source, tokens=64), tokenizer, 16)
+
+
 GOOD = {"prompt": "a", "completion": "b"}
 ASK = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}

@@ -183,7 +183,7 @@ def training_text(
 
     Raises:
         FistaPrunerError: no source, an unknown, unreadable or empty one, a text too short for one window on either
-            side, or fewer windows than the mixture needs.
+            side or without a token there that carries loss, or fewer windows than the mixture needs.
     """
     named = data.tasks or ({} if data.source is None else {data.source: data.source})
     if not named:
@@ -377,6 +377,12 @@ def _cut(
     if source.documents is not source.read:
         hashes |= {document_hash(text) for text in set(source.read) - set(source.documents)}
     sides = _Side.of(trained), _Side.of(held_out)
+    for side, purpose in zip(sides, ("to train on", "to validate on"), strict=True):
+        if not side.facts()["loss_tokens"]:
+            raise FistaPrunerError(
+                f"{PURPOSE} text {source.source!r}: no token {purpose} carries loss, since each answer there is one "
+                "token with nothing before it: give prompts or longer answers"
+            )
     facts = {
         "source": source.source,
         "how": source.how,
