@@ -105,7 +105,10 @@ class RecoverRecipe(TrainingRecipe):
         return self.steps or max(1, round(self.data.tokens / (self.windows_per_step * seqlen)))
 
     def windows_of(self, seqlen: int) -> int:
-        """Return the windows to train on, at most: those of the tokens; of generated text what given steps take."""
+        """Return the windows to train on, at most: what the tokens make.
+
+        Of text that is generated they are no more than given steps take.
+        """
         windows = math.ceil(self.data.tokens / seqlen)
         if self.steps is not None and self.generates_text:
             windows = min(windows, self.steps * self.windows_per_step)

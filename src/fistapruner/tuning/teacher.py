@@ -341,7 +341,10 @@ class Teacher:
 
 
 def stored_dtype(dense: LayerwiseModel) -> torch.dtype:
-    """Return the precision in which hidden states are stored: float16 does not hold all that other passes give."""
+    """Return the precision in which hidden states are stored.
+
+    It is the checkpoint's; but float16 does not hold all that passes in another precision give.
+    """
     return dense.dtype if dense.checkpoint.dtype == torch.float16 else dense.checkpoint.dtype
 
 
