@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import time
 import weakref
@@ -902,6 +903,16 @@ def test_an_unfinished_run_says_which_model_is_gone(bench: Bench, tmp_path: Path
     message = f"the {which} of the run in .*out is not at {gone} any more; give the command of the run again {how}$"
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.resume(tmp_path / "out")
+
+
+def test_a_command_that_a_message_names_can_be_pasted(tmp_path: Path) -> None:
+    unfinished = tmp_path / "my run"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text("{}")
+    with pytest.raises(fp.FistaPrunerError, match="has no finished checkpoint") as caught:
+        recover(unfinished, tmp_path / "out")
+    command = str(caught.value).partition("go on with ")[2][1:-1]
+    assert shlex.split(command) == ["fistapruner", "resume", str(unfinished)]
 
 
 def test_pruning_into_a_recovery_is_refused(bench: Bench, run: Path) -> None:

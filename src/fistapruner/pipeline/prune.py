@@ -28,6 +28,7 @@ from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
+from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
 from .begun import (
     FinishedRun,
@@ -354,7 +355,6 @@ def _saying_how_to_continue(run: PruneDirectory, only_layers: tuple[int, int] | 
     except KeyboardInterrupt:
         done = len(run.journal.records())
         whole = run.run_file.exists() and only_layers is None
-        how = (
-            f"go on with: fistapruner resume {run.folder}" if whole else "nothing is lost: give the same command again"
-        )
+        resume = f"go on with: {shell_line('resume', run.folder)}"
+        how = resume if whole else "nothing is lost: give the same command again"
         raise KeyboardInterrupt(f"interrupted with {done} decoder layers done; {how}") from None

@@ -14,6 +14,7 @@ from ..models.architecture import auto_class, find_decoder_layers, loaded_dtype,
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
+from ..runtime.formatting import shell_line
 from . import kernel
 from .experts import serve_experts
 from .linear import DenseLinear, FusedProjections, SparseLinear
@@ -60,7 +61,7 @@ def load(
         auto = auto_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
         return auto.from_pretrained(str(folder), **settings).eval()
     source = PackedCheckpoint(folder, verify=verify)
-    refuse_own_code(source.folder, f"transformers loads what 'fistapruner unpack {folder} DIR' makes of it")
+    refuse_own_code(source.folder, f"transformers loads what '{shell_line('unpack', folder, 'DIR')}' makes of it")
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     try:
