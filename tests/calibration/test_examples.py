@@ -111,7 +111,7 @@ def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, 
     assert packed.too_long == len(whole) - len(fitting)
     assert packed.filled == sum(len(ids) for ids, _ in fitting)
     found = []
-    for ids, marks in zip(packed.windows, packed.marks, strict=True):
+    for ids, marks in zip(packed.windows.tolist(), packed.marks.tolist(), strict=True):
         assert len(ids) == len(marks) == seqlen
         rest = list(zip(ids, marks, strict=True))
         while rest:  # the window is read back as examples, each up to its EOS, and padding
@@ -126,7 +126,9 @@ def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, 
     if packed.documents < len(examples):
         ids, _ = examples[packed.documents].encode(tokenizer, start)
         assert len(packed.windows) == windows
-        used = [max((place for place, mark in enumerate(marks) if mark), default=-1) + 1 for marks in packed.marks]
+        used = [
+            max((place for place, mark in enumerate(marks) if mark), default=-1) + 1 for marks in packed.marks.tolist()
+        ]
         assert all(seqlen - length < len(ids) for length in used)
 
 
@@ -151,6 +153,15 @@ def test_examples_become_training_windows(tmp_path: Path) -> None:
     whole = training_text(data.model_copy(update={"tokens": 10**6}), letters_tokenizer(), 32, say=said.append)
     assert whole.facts["tasks"][data.source]["too_long"] == 1
     assert said[-1].endswith(f"examples of {data.source} have more than 32 tokens and were left out")
+
+
+def test_answers_without_a_token_that_carries_loss_are_refused(tmp_path: Path) -> None:
+    """A single token with nothing before it, by a tokenizer without EOS."""
+    tokenizer = letters_tokenizer()
+    tokenizer.eos_token = None
+    source = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": letter} for letter in LETTERS[:10]])
+    with pytest.raises(FistaPrunerError, match=r"a\.jsonl': no token to train on carries loss"):
+        training_text(TrainingData(source=source, tokens=64), tokenizer, 16)
 
 
 GOOD = {"prompt": "a", "completion": "b"}

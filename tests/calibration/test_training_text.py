@@ -14,7 +14,7 @@ from test_windows import LETTERS, letters_tokenizer, text_of, tiny
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration.packing import pack_documents, passages
-from fistapruner.calibration.training_text import order, split_documents, training_text
+from fistapruner.calibration.training_text import document_hash, order, split_documents, training_text
 from fistapruner.recipes.recover_settings import TrainingData
 
 EOS = "</s>"
@@ -61,12 +61,12 @@ def test_windows_are_the_joined_documents(documents: list[str], seqlen: int, win
     cut = pack_documents(documents, tokenizer, seqlen, windows, "text")
     assert len(cut.windows) <= windows
     assert all(len(window) == seqlen for window in cut.windows)
-    assert all(window[0] == 1 for window in cut.windows if bos)
+    assert not bos or bool((cut.windows[:, 0] == 1).all())
     joined = EOS.join([*documents, ""])
-    got = "".join(text_of(tokenizer, torch.tensor(window[int(bos) :])) for window in cut.windows)
+    got = "".join(text_of(tokenizer, window[int(bos) :]) for window in cut.windows)
     assert joined.startswith(got)
     whole = pack_documents(documents, tokenizer, seqlen, None, "text")
-    assert cut.windows == whole.windows[:windows]
+    assert torch.equal(cut.windows, whole.windows[:windows])
     assert whole.documents == len(documents)
     assert whole.tokens == sum(map(len, documents))
 
@@ -138,12 +138,13 @@ def test_one_document_is_cut_into_passages(tmp_path: Path) -> None:
 
 
 def test_generated_windows_are_held_out_whole() -> None:
-    text = training_text(
-        TrainingData(source="self", tokens=330, held_out=0.2), letters_tokenizer(), 32, lambda: tiny("llama")
-    )
+    data = TrainingData(source="self", tokens=330, held_out=0.2)
+    text = training_text(data, letters_tokenizer(), 32, lambda: tiny("llama"))
     assert int((~text.held_out).sum()) == 11
     assert int(text.held_out.sum()) == 2
     assert text.tokens.shape == (13, 32)
+    fewer = training_text(data, letters_tokenizer(), 32, lambda: tiny("llama"), windows=3)
+    assert [int((fewer.held_out == side).sum()) for side in (False, True)] == [3, 2]
     with pytest.raises(FistaPrunerError, match="needs the model"):
         training_text(TrainingData(source="self"), letters_tokenizer(), 32)
 
@@ -154,6 +155,19 @@ def test_a_text_without_a_window_on_either_side_is_refused(tmp_path: Path, docum
     there = sum(map(len, set(documents)))
     with pytest.raises(FistaPrunerError, match=f"its {there} tokens do not fill .* of 40 .* 256000 tokens are asked"):
         training_text(data, letters_tokenizer(), 40)
+
+
+@pytest.mark.parametrize("lengths", [[2000], [100], [90], [130], [1000, 3], [120, 3, 3, 3, 3], [3] * 4 + [95]])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_long_document_fills_both_sides(tmp_path: Path, lengths: list[int], seed: int) -> None:
+    """A letter is a token: passages are cut as short as it takes, where all tokens make two windows and a bit."""
+    generator = random.Random(seed)
+    documents = ["".join(generator.choices(LETTERS, k=length)) for length in lengths]
+    source = lines(tmp_path / "a.jsonl", documents)
+    text = training_text(TrainingData(source=source, tokens=10**4, seed=seed), letters_tokenizer(), 40)
+    assert set(text.held_out.tolist()) == {True, False}
+    assert text.facts["tasks"][source]["documents"] == len(documents)
+    assert {document_hash(document) for document in documents if len(document) > 40} <= text.documents
 
 
 def test_a_document_is_left_to_train_on_whatever_share_is_held_out(tmp_path: Path) -> None:

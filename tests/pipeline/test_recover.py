@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import time
 import weakref
@@ -16,6 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
@@ -369,7 +371,10 @@ def test_the_dense_model_generates_the_text_of_every_loss(bench: Bench, tmp_path
     generated = []
     for loss in ("kl", "ce"):
         out = tmp_path / loss
-        recover(bench.pruned(), out, loss=loss, steps=1, data={"source": "self", "tokens": 100})
+        report = recover(bench.pruned(), out, loss=loss, steps=1, data={"source": "self", "tokens": 16000})
+        assert report.recovery is not None
+        # What the step takes is generated, and as much is held out as ever.
+        assert (report.recovery.windows, report.recovery.held_out_windows) == (SETTINGS["windows_per_step"], 16)
         generated.append((out / "windows.safetensors").read_bytes())
     assert generated[0] == generated[1]
 
@@ -433,6 +438,16 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
         assert "training stopped: the loss is nan at step 2" in report.warnings[0]
         assert "e+29 to 1e+30: try a lower --lr" in report.warnings[0]
         assert "training stopped: the loss is nan at step 2" in capsys.readouterr().out
+
+
+def test_a_model_whose_loss_is_no_number_at_the_start_gets_no_advice_on_rates(bench: Bench, tmp_path: Path) -> None:
+    model = shutil.copytree(bench.pruned() / "model", tmp_path / "model")
+    stored = load_file(model / "model.safetensors")
+    stored["model.norm.weight"].fill_(3e38)
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    report = recover(model, tmp_path / "out", loss="ce", data={"source": str(bench.text)})
+    assert "are not finite" in report.warnings[-1]
+    assert "--lr" not in report.warnings[-1]
 
 
 def test_every_verb_shows_the_recovery_that_followed_alike(
@@ -528,8 +543,6 @@ def zeros_not_asked(bench: Bench, folder: Path) -> dict[str, Any]:
 
 
 def claim_violated(bench: Bench, folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file, save_file
-
     model = plain(bench, folder)
     stored = load_file(model / "model.safetensors")
     stored["model.layers.0.self_attn.q_proj.weight"][0] = 1.0
@@ -884,6 +897,16 @@ def test_an_unfinished_run_says_which_model_is_gone(bench: Bench, tmp_path: Path
         fp.resume(tmp_path / "out")
 
 
+def test_a_command_that_a_message_names_can_be_pasted(tmp_path: Path) -> None:
+    unfinished = tmp_path / "my run"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text("{}")
+    with pytest.raises(fp.FistaPrunerError, match="has no finished checkpoint") as caught:
+        recover(unfinished, tmp_path / "out")
+    command = str(caught.value).partition("go on with ")[2][1:-1]
+    assert shlex.split(command) == ["fistapruner", "resume", str(unfinished)]
+
+
 def test_pruning_into_a_recovery_is_refused(bench: Bench, run: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"holds a run of 'fistapruner recover', not of prune"):
         fp.prune(bench.dense(), run, method="magnitude", calibration={"source": str(bench.text), "samples": 2})
@@ -906,6 +929,17 @@ def test_a_damaged_checkpoint_is_written_again(bench: Bench, run: Path) -> None:
     assert not any("held-out loss" in sentence for sentence in said.sentences)  # nothing was trained again
 
 
+def test_a_checkpoint_is_written_again_without_the_dense_model(bench: Bench, tmp_path: Path) -> None:
+    """Where no step is left nothing needs it."""
+    dense, out = Path(shutil.copytree(bench.dense(), tmp_path / "dense")), tmp_path / "out"
+    recover(bench.pruned(), out, dense=dense, steps=2)
+    whole = weights(out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(dense)
+    assert fp.resume(out).status == "finished"
+    assert weights(out) == whole
+
+
 def test_the_report_of_a_finished_run_outlives_a_failure(bench: Bench, tmp_path: Path) -> None:
     """Its checkpoint is gone and cannot be made again, since the input has gone too."""
     model = plain(bench, tmp_path)
@@ -926,6 +960,11 @@ FOLLOWING: dict[str, tuple[dict[str, Any], str]] = {
     "ignore": ({"ignore": ["re:.*"]}, r"leave no operator to train"),
     "precision": ({"dtype": "float16"}, r"dtype float16"),
     "few steps": ({"steps": 1, "data": {"tasks": dict.fromkeys("abc", "python")}}, r"needs 3 windows for its 1 round"),
+    "few tokens": (
+        {"steps": 9, "data": {"tasks": {"a": "self", "b": "python"}, "tokens": 8}},
+        r"needs 2 windows for its 1 round, and there are 1",
+    ),
+    "short text beside self": ({"data": {"tasks": {"a": "self", "b": "the text"}, "seqlen": 2000}}, r"is too short"),
 }
 
 
@@ -934,6 +973,7 @@ def test_bad_input_of_a_recovery_that_follows_shows_before_pruning(
     bench: Bench, tmp_path: Path, following: dict[str, Any], message: str
 ) -> None:
     calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    following = json.loads(json.dumps(following).replace("the text", str(bench.text)))
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.prune(bench.dense(), tmp_path / "run", method="magnitude", calibration=calibration, recover=following)
     assert not (tmp_path / "run" / "run.json").exists()

@@ -27,7 +27,7 @@ from fistapruner.planning.plan import Resources
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
-from fistapruner.planning.training_sizes import Task, TrainingChoice, TrainingSizes
+from fistapruner.planning.training_sizes import CUTTING, Task, TrainingChoice, TrainingSizes
 from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.records import Report
@@ -123,6 +123,23 @@ def test_memory_does_not_grow_with_depth_when_layers_are_read(folder: Path, para
     assert shallow.stages(SMALLEST) == deep.stages(SMALLEST)
     assert max(shallow.stages(TrainingChoice(1)).values()) < max(deep.stages(TrainingChoice(1)).values())
     assert sum(shallow.disk(SMALLEST).values()) < sum(deep.disk(SMALLEST).values())
+
+
+def test_memory_grows_with_the_text(folder: Path) -> None:
+    """Nine bytes a token, and as many again while it is cut."""
+    task = task_for(folder)
+    longer = replace(task, windows=10**6)
+    more = longer.text_bytes - task.text_bytes
+    assert more == 9 * 32 * (10**6 - task.windows)
+    short, long = (replace(measure_model(each), ends=0) for each in (task, longer))
+    assert long.base - short.base == pytest.approx(more, rel=0.1)
+    assert long.uncut - short.uncut == more
+    cut = [TrainingSizes(task, each, measure_form(task)).stages(SMALLEST)[CUTTING] for each in (short, long)]
+    assert cut[1] - cut[0] > 1.9 * more
+    execution = task.recipe.execution.model_copy(update={"memory_limit": long.base})
+    limited = replace(longer, recipe=task.recipe.model_copy(update={"execution": execution}))
+    with pytest.raises(FistaPrunerError, match=rf"{CUTTING} needs .*; take fewer --tokens$"):
+        plan_training(limited, long)
 
 
 def test_forms_are_ordered_by_what_they_train(folder: Path) -> None:
@@ -258,6 +275,26 @@ def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path, mon
         plan_training(limited)
 
 
+def test_several_processes_plan_what_they_share_and_what_each_has(folder: Path, needs: TrainingSizes) -> None:
+    """Fifteen windows for eight processes: one at a time, the first process has two, and the folder holds them all."""
+    task = replace(needs.task, steps=100, step_windows=15, windows=1500)
+    one, eight = (replace(needs, task=share_of(task, Ranks(0, size, size))) for size in (1, 8))
+    assert eight.task.batch_size == 1
+    choice = TrainingChoice(1, states_on_disk=True, hidden_on_disk=True)
+    whole, parts = one.disk(choice), eight.disk(choice)
+    assert parts["trained tensors"] == 8 * whole["trained tensors"]
+    assert parts["hidden states"] == 8 * 2 * whole["hidden states"] // 15
+    shared = whole.keys() - {"trained tensors", "hidden states"}
+    assert {name: parts[name] for name in shared} == {name: whole[name] for name in shared}
+    stage, two = "the gradient of a layer", replace(one, task=replace(task, step_windows=2))
+    assert eight.stages(TrainingChoice(1))[stage] == two.stages(TrainingChoice(1))[stage]
+    # The predictions of a step are there for all processes at once.
+    least = TrainingChoice(1, teacher_windows=task.held_out + 15)
+    room = sum(eight.disk(least).values())
+    assert planned(eight, free=math.ceil(room / 0.95)).choice.teacher_windows == least.teacher_windows
+    assert not planned(eight, free=math.floor((room - 1) / 0.95)).fits
+
+
 def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:
     """What the sentence says is the peak, and what does not fit is refused with the option of the verb."""
     task = task_for(folder, 2, data={"source": "self", "tokens": 1024, "seqlen": 32})
@@ -267,6 +304,7 @@ def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:
     found = planned(needs)
     assert found.stages[GENERATING] == needs.peak(found.choice) > 2**40
     assert f"of memory at its peak ({GENERATING})" in found.says[0]
+    assert found.says[0].endswith("first the dense model generates text, which this time does not count")
     refused = planned(needs, needs.peak(found.choice) - 1)
     assert not refused.fits
     assert refused.worst == GENERATING

@@ -70,6 +70,18 @@ def test_logits_are_those_of_the_dense_model(
     assert all(parameter.is_meta for parameter in teacher.dense.model.parameters())
 
 
+def test_hidden_states_that_float16_does_not_hold_are_stored(tmp_path: Path) -> None:
+    """Passes of a float16 checkpoint are in float32 on a CPU, and may give larger values."""
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight.mul_(7e4)
+    folder = tmp_path / "model"
+    model.half().save_pretrained(folder)
+    teacher = Teacher(opened(folder), some_tokens(2), tmp_path / "teacher", batch_size=2)
+    assert bool(logits_of(teacher, [0, 1]).isfinite().all())
+    assert float(teacher.predictions([0, 1], torch.ones(2, SEQLEN, dtype=torch.bool)).stored["hidden"].max()) > 65504
+
+
 class Counted:
     """Counts the blocks that are made."""
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from .examples import Example
 from .text import adds_bos
@@ -18,16 +23,16 @@ class Packed:
     """Windows of one side of one text.
 
     Args:
-        windows: token ids of each window, ``seqlen`` of them.
-        marks: tokens that carry loss when they are predicted, in the same shape.
+        windows: (windows, seqlen) int64 token ids.
+        marks: (windows, seqlen) bool: tokens that carry loss when they are predicted.
         documents: number of documents, from the first, that were read.
         first: of these, how many the first window needed; of examples, how many came before a second one began.
         tokens: tokens of the documents read; ``filled``: tokens of the windows, without padding.
         too_long: examples among them that no window holds.
     """
 
-    windows: list[list[int]]
-    marks: list[list[bool]]
+    windows: Tensor
+    marks: Tensor
     documents: int
     first: int
     tokens: int
@@ -47,19 +52,21 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, window
     """
     bos = _bos(tokenizer)
     room = seqlen - len(bos)
-    stream: list[int] = []
+    stream = array("i")  # a list of integers has nine times the bytes
     read = tokens = first = 0
     joint = _joint(tokenizer)
     for ids in tokenise(documents, tokenizer, source, PURPOSE):
-        stream += ids + joint
+        stream.extend(ids + joint)
         read += 1
         tokens += len(ids)
         first = first or (read if len(stream) >= room else 0)
         if windows is not None and len(stream) >= windows * room:
             break
     count = len(stream) // room if windows is None else min(windows, len(stream) // room)
-    cut = [bos + stream[start : start + room] for start in range(0, count * room, room)]
-    return Packed(cut, [[True] * seqlen for _ in cut], read, first or read, tokens, count * seqlen)
+    cut = torch.empty(count, seqlen, dtype=torch.int64)
+    cut[:, : len(bos)] = torch.tensor(bos, dtype=torch.int64)
+    cut[:, len(bos) :] = _tensor(stream)[: count * room].view(count, room)
+    return Packed(cut, torch.ones_like(cut, dtype=torch.bool), read, first or read, tokens, count * seqlen)
 
 
 def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, windows: int | None) -> Packed:
@@ -73,8 +80,8 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
         seqlen: tokens in a window.
         windows: at most; the first example that needs another one ends the packing. None packs all.
     """
-    packed: list[list[int]] = []
-    marked: list[list[bool]] = []
+    packed: list[array[int]] = []
+    marked: list[array[int]] = []
     rooms: list[int] = []
     read = tokens = first = too_long = 0
     bos = _bos(tokenizer)
@@ -89,19 +96,21 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
                 first = read
             if place == windows:
                 break
-            packed.append([])
-            marked.append([])
+            packed.append(array("i"))
+            marked.append(array("b"))
             rooms.append(seqlen)
-        packed[place] += ids
-        marked[place] += marks
+        packed[place].extend(ids)
+        marked[place].extend(marks)
         rooms[place] -= len(ids)
         read, tokens = read + 1, tokens + len(ids)
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     filled = sum(map(len, packed))
-    for window, its_marks, room in zip(packed, marked, rooms, strict=True):
-        its_marks.extend([False] * room)
-        window.extend([padding] * room)
-    return Packed(packed, marked, read, first or read, tokens, filled, too_long)
+    cut = torch.full((len(packed), seqlen), padding)
+    carry = torch.zeros(len(packed), seqlen, dtype=torch.bool)
+    for row, (window, its_marks) in enumerate(zip(packed, marked, strict=True)):
+        cut[row, : len(window)] = _tensor(window)
+        carry[row, : len(window)] = _tensor(its_marks)
+    return Packed(cut, carry, read, first or read, tokens, filled, too_long)
 
 
 def passages(text: str, characters: int) -> list[str]:
@@ -118,6 +127,11 @@ def passages(text: str, characters: int) -> list[str]:
         parts.append(text[start:end].rstrip())
         start = end
     return [part for part in parts if part]
+
+
+def _tensor(numbers: array[int]) -> Tensor:
+    """Return an array as a tensor that shares its memory."""
+    return torch.from_numpy(np.asarray(numbers))
 
 
 def _bos(tokenizer: Any) -> list[int]:

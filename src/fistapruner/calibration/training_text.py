@@ -26,6 +26,9 @@ from .windows import GENERATED, SELF, check_source, describe_tasks, source_docum
 MAX_HELD_OUT_WINDOWS = 16
 """Held-out windows of all tasks: more would take time at every check and hardly change the choice."""
 
+JOINED = "documents joined by end-of-text tokens, windows that do not overlap"
+"""How windows of plain documents are made."""
+
 CHARACTERS_PER_TOKEN = 4
 """A source of one document is cut into passages of about one window, at this many characters a token."""
 
@@ -81,10 +84,8 @@ class _Side:
     filled: int
 
     @classmethod
-    def of(cls, packed: Packed, seqlen: int) -> _Side:
-        tokens = torch.tensor(packed.windows, dtype=torch.int64).view(-1, seqlen)
-        marks = torch.tensor(packed.marks, dtype=torch.bool).view(-1, seqlen)
-        return cls(tokens, marks, packed.documents, packed.filled)
+    def of(cls, packed: Packed) -> _Side:
+        return cls(packed.windows, packed.marks, packed.documents, packed.filled)
 
     def facts(self) -> dict[str, int | None]:
         return {
@@ -110,22 +111,45 @@ class _Source:
 
     def __init__(self, source: str, seqlen: int) -> None:
         self.source = source
-        self.documents: list[str] = []
+        self.read: list[str] = []  # as they are in the source
+        self.documents: list[str] = []  # or their passages
         self.examples: dict[str, Example] = {}
-        self.whole: str | None = None
         self.how = GENERATED
+        self._refined = False
         if source == SELF:
             return
         found = _read(source)
-        self.how = "documents joined by end-of-text tokens, windows that do not overlap"
+        self.how = JOINED
         if found and isinstance(found[0], Example):
             self.examples = {item.text: item for item in found if isinstance(item, Example)}
             self.how = "whole examples, loss on the answers only"
-        self.documents = [item.text if isinstance(item, Example) else item for item in found]
+        self.documents = self.read = [item.text if isinstance(item, Example) else item for item in found]
         if len(found) == 1 and not self.examples:
-            self.whole = self.documents[0]
-            self.documents = passages(self.whole, CHARACTERS_PER_TOKEN * seqlen)
-            self.how = f"one document, cut into {len(self.documents)} passages; {self.how}"
+            self._divide(CHARACTERS_PER_TOKEN * seqlen)
+
+    def _divide(self, characters: int) -> None:
+        """Cut the documents into passages of at most so many characters."""
+        self.documents = [part for text in self.read for part in passages(text, characters)]
+        documents = "one document" if len(self.read) == 1 else f"{len(self.read)} documents"
+        self.how = f"{documents}, cut into {len(self.documents)} passages; {JOINED}"
+
+    def refine(self, tokenizer: Any, seqlen: int) -> bool:
+        """Cut long documents into passages short enough to fill a window on either side.
+
+        Returns:
+            Whether that is done; not where it was done before, nor with examples, nor with a text of less than two
+            windows.
+        """
+        if self.examples or self._refined:
+            return False
+        whole = self.pack(list(dict.fromkeys(self.read)), tokenizer, seqlen, None)
+        if len(whole.windows) < 2:
+            return False
+        # What is held out may have almost a passage more than its window: at most half of what two windows leave.
+        share = min(1.0, max(1 / 8, (whole.tokens / seqlen - 2) / 2))
+        self._divide(max(1, int(share * seqlen * sum(map(len, self.read)) / whole.tokens)))
+        self._refined = True
+        return True
 
     @property
     def characters(self) -> int:
@@ -145,8 +169,9 @@ def training_text(
     seqlen: int,
     load_model: Callable[[], Any] | None = None,
     say: Callable[[str], None] | None = None,
+    windows: int | None = None,
 ) -> TrainingText:
-    """Make the training windows, as many as the asked tokens need, and the held-out windows.
+    """Make the training windows and the held-out windows.
 
     Args:
         data: source or tasks, tokens, share that is held out, seed.
@@ -154,16 +179,18 @@ def training_text(
         seqlen: tokens in a window.
         load_model: loads the model that generates text; called for the source ``self`` only.
         say: receives the progress of text generation, and what is left out, as sentences.
+        windows: to train on, at most; None is as many as the asked tokens need.
 
     Raises:
         FistaPrunerError: no source, an unknown, unreadable or empty one, a text too short for one window on either
-            side, or fewer windows than the mixture needs.
+            side or without a token there that carries loss, or fewer windows than the mixture needs.
     """
     named = data.tasks or ({} if data.source is None else {data.source: data.source})
     if not named:
         raise FistaPrunerError("there is no training text: give one with --data")
     sources = [_Source(source, seqlen) for source in named.values()]
-    windows = _windows_of_tasks(data, sources, -(-data.tokens // seqlen))
+    asked = -(-data.tokens // seqlen)
+    shares = _windows_of_tasks(data, sources, asked if windows is None else windows)
     splits = [_split(source, data, tokenizer, seqlen) for source in sources]
     held = {document for split in splits for document in split[0]}
     # A document that one task holds out is trained on by none.
@@ -173,9 +200,11 @@ def training_text(
     # Text that the model generates comes last: it takes long, and the others may be refused.
     for number in sorted(range(len(sources)), key=lambda number: sources[number].source == SELF):
         if sources[number].source == SELF:
-            tasks[number] = _generated(data, tokenizer, seqlen, windows[number], most, load_model, say)
+            # However few windows are trained on: few would choose the step by chance.
+            held_out = max(1, min(most, round(data.held_out * _windows_of_tasks(data, sources, asked)[number])))
+            tasks[number] = _generated(data, tokenizer, seqlen, shares[number], held_out, load_model, say)
         else:
-            tasks[number] = _cut(sources[number], splits[number], data, tokenizer, seqlen, windows[number], most, say)
+            tasks[number] = _cut(sources[number], splits[number], data, tokenizer, seqlen, shares[number], most, say)
     parts = [(number, held_out) for held_out in (False, True) for number in range(len(sources))]
     sides = [tasks[number].held_out if held_out else tasks[number].trained for number, held_out in parts]
     counts = torch.tensor([len(side.tokens) for side in sides])
@@ -318,7 +347,10 @@ def _split(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> 
     first = source.pack(ordered, tokenizer, seqlen, 1).first
     held = max(held, min(first, len(ordered) // 2) if source.examples else first)
     held = min(held, max(1, len(ordered) - 1))
-    return ordered[:held], ordered[held:]
+    sides = ordered[:held], ordered[held:]
+    if all(len(source.pack(side, tokenizer, seqlen, 1).windows) for side in sides):
+        return sides
+    return _split(source, data, tokenizer, seqlen) if source.refine(tokenizer, seqlen) else sides
 
 
 def _cut(
@@ -335,20 +367,26 @@ def _cut(
     held, rest = split
     held_out = source.pack(held, tokenizer, seqlen, most)
     trained = source.pack(rest, tokenizer, seqlen, windows)
-    if not trained.windows or not held_out.windows:
+    if not len(trained.windows) or not len(held_out.windows):
         raise _too_short(source, source.pack([*held, *rest], tokenizer, seqlen, None), data.tokens, seqlen)
     too_long = held_out.too_long + trained.too_long
     if too_long and say is not None:
         tried = held_out.documents + trained.documents
         say(f"{too_long} of {tried} examples of {source.source} have more than {seqlen} tokens and were left out")
     hashes = {document_hash(text) for text in (*held[: held_out.documents], *rest[: trained.documents])}
-    if source.whole is not None:
-        hashes.add(document_hash(source.whole))
-    sides = _Side.of(trained, seqlen), _Side.of(held_out, seqlen)
+    if source.documents is not source.read:
+        hashes |= {document_hash(text) for text in set(source.read) - set(source.documents)}
+    sides = _Side.of(trained), _Side.of(held_out)
+    for side, purpose in zip(sides, ("to train on", "to validate on"), strict=True):
+        if not side.facts()["loss_tokens"]:
+            raise FistaPrunerError(
+                f"{PURPOSE} text {source.source!r}: no token {purpose} carries loss, since each answer there is one "
+                "token with nothing before it: give prompts or longer answers"
+            )
     facts = {
         "source": source.source,
         "how": source.how,
-        "documents": len(source.documents) if source.whole is None else 1,
+        "documents": len(source.read),
         "duplicates": len(source.documents) - len(set(source.documents)),
         "too_long": too_long,
     }
@@ -361,8 +399,14 @@ def _too_short(source: _Source, whole: Packed, asked: int, seqlen: int) -> Fista
         fitting = whole.documents - whole.too_long
         there = f"{fitting} of its {whole.documents} examples have at most {seqlen} tokens, and two are needed:"
         there += " one to train on and one to validate on"
-    else:
+    elif len(whole.windows) < 2:
         there = f"its {whole.tokens} tokens do not fill one window of {seqlen} to train on and one to validate on"
+        there += " (what is repeated counts once)" if len(set(source.documents)) < len(source.documents) else ""
+    else:
+        there = (
+            f"its {whole.tokens} tokens, without documents that other tasks hold out, cannot be split into one window "
+        )
+        there += f"of {seqlen} to train on and one to validate on"
     remedy = "a larger --seqlen" if whole.too_long else "a smaller --seqlen"
     return FistaPrunerError(
         f"{PURPOSE} text {source.source!r} is too short: {there}; {asked} tokens are asked; take a longer text or "
@@ -375,14 +419,13 @@ def _generated(
     tokenizer: Any,
     seqlen: int,
     windows: int,
-    most: int,
+    held: int,
     load_model: Callable[[], Any] | None,
     say: Callable[[str], None] | None,
 ) -> _Task:
-    """Let the model generate the windows; whole windows are held out."""
+    """Let the model generate ``windows`` to train on, and ``held`` to hold out."""
     if load_model is None:
         raise FistaPrunerError("training source 'self' needs the model to generate text: give a text source instead")
-    held = max(1, min(most, round(data.held_out * windows)))
     progress = None if say is None else tenths(say, PURPOSE)
     tokens = generate_tokens(load_model(), tokenizer, windows + held, seqlen, seed=data.seed, progress=progress)
     marks = torch.ones_like(tokens, dtype=torch.bool)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
+from ..runtime.formatting import shell_line
 from .arguments import (
     add_evaluation,
     add_output_arguments,
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         done = len(report.layers)
         print(
             f"decoder layers {arguments.only_layers} are done, {done} of {report.model.layers} in all; "
-            f"when all are: fistapruner finish {arguments.out}"
+            f"when all are: {shell_line('finish', arguments.out)}"
         )
         return 0
     return show(report, arguments.out, as_json=arguments.json)

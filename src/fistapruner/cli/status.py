@@ -60,6 +60,7 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
     from ..runs.lock import holders
     from ..runs.records import load_comparison
+    from ..runtime.formatting import shell_line
 
     rows = len(load_comparison(folder).rows) if (folder / "compare.json").is_file() else 0
     runs = sorted(folder.glob("runs/*"))
@@ -71,7 +72,7 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
     print(f"{folder}: comparison, {rows} rows done, " + ("running" if working else "no process works on it"))
     if at_work is None:
         if runs:
-            print(f"for one of its {len(runs)} runs: fistapruner status {folder / 'runs'}/...")
+            print(f"for one of its {len(runs)} runs: {shell_line('status', folder / 'runs' / '...')}")
         return 0
     return run(argparse.Namespace(run_directory=at_work, json=False))
 

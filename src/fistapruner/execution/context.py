@@ -36,6 +36,7 @@ from ..runs.identity import fingerprint
 from ..runs.layer_records import LayerEntry
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import choose_device
+from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
@@ -116,7 +117,8 @@ class RunContext:
         decision = record.decision
         if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
             raise FistaPrunerError(
-                f"{run.metrics_file} is gone or damaged: 'fistapruner resume {folder}' measures the dense model again"
+                f"{run.metrics_file} is gone or damaged: "
+                f"'{shell_line('resume', folder)}' measures the dense model again"
             )
         recipe = Recipe.build(record.recipe, str(run.run_file))
         model = open_model(permissions.at(decision.folder), recipe, device, dtype=decision.numerics.dtype)

@@ -23,6 +23,7 @@ from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.lock import preparing
+from ..runs.steps import read_steps
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads, device_title
 from ..runtime.files import scratch_folder, sha256_file
@@ -30,6 +31,7 @@ from ..runtime.memory import release_failed_memory
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
 from ..tuning.objective import Objective
+from ..tuning.states import LazyTensors
 from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
@@ -145,7 +147,7 @@ class TrainingContext:
         while True:
             trained = self.trained
             try:
-                return trained, self._train(trained, listener, after_snapshot)
+                return trained, self._ended(trained) or self._train(trained, listener, after_snapshot)
             except torch.OutOfMemoryError:
                 pass
             del trained
@@ -185,6 +187,22 @@ class TrainingContext:
             f"files: free some of it and resume {self.run.folder}; or begin another run, whose plan takes what is free "
             "then, with shorter windows, or with --device cpu"
         )
+
+    def _ended(self, trained: Trained) -> TrainingState | None:
+        """Leave the best weights of a run without further steps in ``trained``: it needs no dense model.
+
+        Returns:
+            Where training ended; None where it has not.
+        """
+        lines = read_steps(self.run.steps_file)
+        snapshot = self.run.states.newest(self.fingerprint, lines[-1]["step"]) if lines else None
+        state = None if snapshot is None else TrainingState.of(snapshot.values)
+        ended = state is not None and (state.stopped or state.step == self.decision.steps)
+        if not all(self.ranks.gather(ended)) or snapshot is None:
+            return None
+        trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
+        trained.restore()
+        return state
 
     def _train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
         """Do what :meth:`train` does, once, and leave the best weights in ``trained``."""

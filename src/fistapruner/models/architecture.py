@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, needs_code
 from ..runtime.files import copy_atomic, write_json_atomic
+from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name
 from .experts import holds_experts, separate_experts
 from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_json, read_widths
@@ -110,7 +111,8 @@ def build_model(
     if getattr(config, "quantization_config", None):
         if QUANT_METHOD in str(config.quantization_config):
             raise FistaPrunerError(
-                f"{folder} is a packed checkpoint: make it an ordinary one first with 'fistapruner unpack {folder} DIR'"
+                f"{folder} is a packed checkpoint: make it an ordinary one first with "
+                f"'{shell_line('unpack', folder, 'DIR')}'"
             )
         settings = config.quantization_config
         method = str(settings.get("quant_method") if isinstance(settings, dict) else settings)[:50]

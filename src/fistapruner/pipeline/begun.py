@@ -24,6 +24,7 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runtime.devices import choose_device, device_title
+from ..runtime.formatting import shell_line
 from ..sensitivity.workload import workload_sha256
 
 
@@ -106,7 +107,7 @@ def find_finished(
     if why or (why := changed_input(run, record, recipe, permissions)):
         if not prepares:
             raise FistaPrunerError(
-                f"{why}: 'fistapruner resume {run.folder}' makes the whole run again, or put the old files back"
+                f"{why}: '{shell_line('resume', run.folder)}' makes the whole run again, or put the old files back"
             )
         return FinishedRun(says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:

@@ -11,6 +11,7 @@ from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record
 from ..models.source import SMALL_MODEL, small_model
 from ..runs.lineage import read_lineage
+from ..runtime.formatting import shell_line
 from ..sparse.pack import is_packed
 from .measure import finished_run, is_run
 
@@ -48,7 +49,7 @@ def export(
             "'hf download NAME --local-dir DIR' makes a folder of a model on the hub"
         )
     if is_packed(folder):
-        raise FistaPrunerError(f"{folder} is packed: 'fistapruner unpack {folder} DIR' makes a checkpoint of it")
+        raise FistaPrunerError(f"{folder} is packed: '{shell_line('unpack', folder, 'DIR')}' makes a checkpoint of it")
     refuse_low_rank(folder, "export")
     where = ""
     if like is None:

@@ -31,6 +31,7 @@ from ..runs.listener import Listener
 from ..runs.records import Report, Totals, load_run
 from ..runs.times import Times
 from ..runtime.files import PARTIAL, disk_errors, sha256_file
+from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
@@ -118,8 +119,9 @@ def _finished_layers(context: RunContext) -> list[LayerEntry]:
     entries = [journal.finished(index, context.fingerprint) for index in range(len(context.model))]
     if missing := [str(index) for index, entry in enumerate(entries) if entry is None]:
         raise FistaPrunerError(
-            f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet: 'fistapruner resume "
-            f"{context.run.folder}' prunes them here, the prune command with --only-layers elsewhere"
+            f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet: "
+            f"'{shell_line('resume', context.run.folder)}' prunes them here, the prune command with --only-layers "
+            "elsewhere"
         )
     return [entry for entry in entries if entry is not None]
 

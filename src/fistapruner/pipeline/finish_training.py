@@ -152,7 +152,12 @@ def _warn(state: TrainingState, report: Report) -> None:
     found = report.recovery
     assert found is not None
     rates = f"learning rates {found.lr['lowest']:.2g} to {found.lr['highest']:.2g}" if found.lr else ""
-    if state.fault:
+    if state.fault and state.step == 0:
+        report.warnings.append(
+            f"training stopped: {state.fault}; the weights are those of the input. The predictions of the model that "
+            "goes in, or of the dense model, are not finite"
+        )
+    elif state.fault:
         report.warnings.append(
             f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept ({rates}: try "
             "a lower --lr)"

@@ -33,6 +33,7 @@ from ..runs.results import Evaluation
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
+from ..runtime.formatting import shell_line
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import windows_at_once
 from ..sparse.bench import bench, packed_bytes
@@ -93,7 +94,7 @@ def measure(
         begun_with_dense = report.kind == "prune" and (report.lineage is None or len(report.lineage.stages) < 2)
         if not begun_with_dense and (compared.dense is None or not compared.dense.exists()):
             where = "is not known" if compared.dense is None else f"is not at {compared.dense}"
-            add = f"'fistapruner evaluate {run.folder} --against DENSE' adds them"
+            add = f"'{shell_line('evaluate', run.folder, '--against', 'DENSE')}' adds them"
             listener.say(f"no figures of the dense model, which {where}: {add}")
             compared = replace(compared, dense=None)  # the run itself did not need it
         _evaluate(run, report, compared, request, execution, permissions, listener, before)
@@ -378,9 +379,9 @@ def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
     """
     run, report = RunDirectory(folder), load_run(folder)
     if report.status != "finished" or not run.model.is_dir():
-        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
+        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
     if (fault := run.model_fault(report.fingerprint or "")) is not None:
-        raise FistaPrunerError(f"{fault}: make the checkpoint again with 'fistapruner resume {folder}'")
+        raise FistaPrunerError(f"{fault}: make the checkpoint again with '{shell_line('resume', folder)}'")
     return run, report
 
 

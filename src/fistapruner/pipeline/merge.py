@@ -27,7 +27,7 @@ from ..reporting.model_card import plain_card
 from ..runs.directory import CARD
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
-from ..runtime.formatting import percent
+from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
 from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
 from .finish_training import check_zeros
@@ -343,8 +343,8 @@ class _Merge:
         count, claimed = int(zero.sum()), self._claims.get(stored, {}).get("zeros")
         if type(claimed) is int and count < claimed:
             raise FistaPrunerError(
-                f"{stored} has {count} zeros, {PRUNING_RECORD} claims {claimed}: 'fistapruner inspect "
-                f"{self._checkpoint.folder}' shows more"
+                f"{stored} has {count} zeros, {PRUNING_RECORD} claims {claimed}: "
+                f"'{shell_line('inspect', self._checkpoint.folder)}' shows more"
             )
         pruned = stored in self._claims or count >= MIN_ZEROS * weight.numel()
         return zero if pruned else torch.zeros_like(zero)

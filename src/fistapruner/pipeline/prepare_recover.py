@@ -8,7 +8,7 @@ from typing import Any
 
 from ..calibration import SELF
 from ..calibration.self_generated import generation_bytes
-from ..calibration.training_text import TrainingText, shared_documents, training_text
+from ..calibration.training_text import MAX_HELD_OUT_WINDOWS, TrainingText, shared_documents, training_text
 from ..evaluation.data import evaluation_documents
 from ..models.whole import load_whole, require_whole, whole_bytes
 from ..planning.training_sizes import Task
@@ -70,26 +70,28 @@ def cut_text(
         The text, and SHA-256 of the files that it comes from.
     """
     data, generator = inputs.recipe.data, inputs.dense or inputs.model
+    windows = inputs.recipe.windows_of(inputs.seqlen)
     files = {text: sha256_file(Path(text)) for text in data.texts if Path(text).is_file()}
     tokenizer = {name: sha256_file(inputs.source.folder / name) for name in inputs.model.checkpoint.companions}
     place = [inputs.seqlen, generator.device.type, dtype_name(generator.dtype), files, tokenizer]
     if SELF in data.texts:
-        place.append(stamps(generator.checkpoint))
+        place += [stamps(generator.checkpoint), windows]
     drawing = json.dumps([data.model_dump(mode="json"), *place])
     text = run.text(drawing)  # it may take long: an attempt that was stopped after it has left it
     if new := text is None:
-        listener.say(f"training text: {data.tokens} tokens in windows of {inputs.seqlen} from {', '.join(data.texts)}")
+        tokens = min(data.tokens, windows * inputs.seqlen)
+        listener.say(f"training text: {tokens} tokens in windows of {inputs.seqlen} from {', '.join(data.texts)}")
 
         def load_model() -> Any:
             nbytes = whole_bytes(generator.checkpoint, generator.dtype)
-            nbytes += generation_bytes(generator, max(1, data.tokens // inputs.seqlen), inputs.seqlen)
+            nbytes += generation_bytes(generator, windows + MAX_HELD_OUT_WINDOWS, inputs.seqlen)
             require_whole(nbytes, generator.device, inputs.recipe.execution.memory_limit, "--data")
             source = inputs.dense_source or inputs.source
             trusted = source.trust_remote_code
             return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)
 
         with cpu_threads(threads):
-            text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
+            text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say, windows)
     if inputs.evaluation is not None:
         name = inputs.evaluation.data
         if warning := shared_documents(text.documents, evaluation_documents(name), name):

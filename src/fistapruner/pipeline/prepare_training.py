@@ -49,7 +49,7 @@ def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, TrainingChoic
 
 
 def share_of(task: Task, ranks: Ranks) -> Task:
-    """Return what one of several processes has to do, to plan it.
+    """Return the task of several processes, with the threads and the memory of one of them.
 
     Raises:
         FistaPrunerError: a step has less to share than there are processes.
@@ -68,7 +68,7 @@ def share_of(task: Task, ranks: Ranks) -> Task:
     memory = None if execution.memory_limit else int((free_memory() / ranks.local_size + own) * RESERVE)
     threads = execution.threads or max(1, available_cores() // ranks.local_size)
     recipe = task.recipe.model_copy(update={"execution": execution.model_copy(update={"threads": threads})})
-    return replace(task, recipe=recipe, step_windows=parts // ranks.size * task.together, memory=memory)
+    return replace(task, recipe=recipe, ranks=ranks.size, memory=memory)
 
 
 def record(

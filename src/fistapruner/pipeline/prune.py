@@ -29,6 +29,7 @@ from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
+from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
 from ..sensitivity.decision import check_allocation
 from .begun import (
@@ -367,5 +368,5 @@ def _saying_how_to_continue(run: PruneDirectory, only_layers: tuple[int, int] | 
         with suppress(FistaPrunerError):
             where = f"with {len(load_run(run.folder).layers)} decoder layers done"
             if only_layers is None:
-                how = f"go on with: fistapruner resume {run.folder}"
+                how = f"go on with: {shell_line('resume', run.folder)}"
         raise KeyboardInterrupt(f"interrupted {where}; {how}") from None

@@ -70,8 +70,9 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
     check_precision(model)
     seqlen = window_length(following.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
     check_mixture(following.model_copy(update={"data": data}), seqlen)
-    if SELF not in (data.source, *data.tasks.values()):
-        training_text(data, dense.tokenizer(), seqlen)
+    read = {name: text for name, text in data.tasks.items() if text != SELF}
+    if read or data.source not in (None, SELF):
+        training_text(data.model_copy(update={"tasks": read}), dense.tokenizer(), seqlen)
 
 
 def check_trained(recipe: Recipe, dense: ModelSource) -> None:
@@ -103,14 +104,14 @@ def check_trained(recipe: Recipe, dense: ModelSource) -> None:
 
 
 def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
-    """Refuse too few steps for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
+    """Refuse too few steps or tokens for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
 
     Raises:
         FistaPrunerError: names the windows that it needs.
     """
     data = recipe.data
     if len(data.tasks) > 1 and data.mixture == "uniform":
-        windows = recipe.steps_of(seqlen) * recipe.windows_per_step
+        windows = min(recipe.steps_of(seqlen) * recipe.windows_per_step, recipe.windows_of(seqlen))
         Mixture(len(data.tasks), data.per_round, data.seed).draw(windows)
 
 

@@ -25,6 +25,7 @@ from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
+from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
@@ -351,7 +352,7 @@ def _saying_how_to_continue(run: TrainingDirectory) -> Iterator[None]:
         how, where = "give the same command again", "before the first step"
         with suppress(FistaPrunerError):
             if (record := run.record()) is not None:
-                how = f"go on with: fistapruner resume {run.folder}"
+                how = f"go on with: {shell_line('resume', run.folder)}"
                 if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
                     where = f"after step {lines[-1]['step']} of {record.decision.steps}"
         raise KeyboardInterrupt(f"interrupted {where}; {how}") from None

@@ -31,6 +31,7 @@ from ..runs.listener import Listener
 from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
+from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
 from .prune_inputs import refuse_overlap
@@ -190,10 +191,10 @@ def find_input(model: str, permissions: Permissions) -> ModelSource:
     if (folder / "run.json").is_file() and not (folder / "config.json").exists():
         run = RunDirectory(folder)
         if not run.model.is_dir():
-            raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
+            raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
         folder = run.model
     if is_packed(folder):
-        raise FistaPrunerError(f"{folder} is packed: unpack it first with 'fistapruner unpack {folder} DIR'")
+        raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
     found = permissions.find(folder if folder.is_dir() else model)
     refuse_low_rank(found.folder, "a run that trains")
     return found
@@ -251,7 +252,8 @@ def _operators(
     found = inspect_checkpoint(folder, allow_pickle=source.allow_pickle, stacks=model.checkpoint.stacks.values())
     if found.violations:
         raise FistaPrunerError(
-            f"{folder} is not what its record claims: {found.violations[0]}; 'fistapruner inspect {folder}' shows all"
+            f"{folder} is not what its record claims: {found.violations[0]}; "
+            f"'{shell_line('inspect', folder)}' shows all"
         )
     inspected = {operator.name: operator for operator in found.operators}
     pruned = {operator.name for operator in found.pruned}

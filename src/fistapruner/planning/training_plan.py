@@ -25,7 +25,7 @@ from ..tuning.teacher import TOP
 from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
-from .training_sizes import STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
+from .training_sizes import CUTTING, STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
 
 DISK_SHARE = 0.95
 """Share of the free disk that a plan may use."""
@@ -95,12 +95,13 @@ class FormPlan:
         stages = needs.stages(choice)
         worst = max(stages, key=lambda name: stages[name])
         kind = "GPU memory" if needs.model.cuda else "memory"
+        text = "; first the dense model generates text, which this time does not count" if needs.model.text else ""
         host = f", {size(max(needs.host_stages(choice).values()))} of main memory" if needs.model.cuda else ""
         return [
             *([] if self.changed is None else [self.changed]),
             f"plan: {self.parameters}, {size(stages[worst])} of {kind} at its peak ({worst}){host}, "
             f"{size(sum(needs.disk(choice).values()))} of disk, about {duration(needs.seconds_in_all(choice))} "
-            f"({needs.task.steps} steps of {duration(needs.step_seconds(choice))})",
+            f"({needs.task.steps} steps of {duration(needs.step_seconds(choice))}){text}",
         ]
 
 
@@ -127,6 +128,8 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
         advice = f"; {' and '.join(fitting)} would fit"
     elif found.worst is None:  # for want of disk
         advice = f"; take {'fewer --tokens, or ' if recovery else ''}another --out"
+    elif recovery and found.worst == CUTTING:
+        advice = "; take fewer --tokens"
     elif recovery and found.worst != GENERATING:
         advice = "; 'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time, while it prunes"
     raise FistaPrunerError(f"{found.refusal}{advice}")

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 from ..calibration.self_generated import generation_bytes
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.whole import whole_bytes
+from ..recipes.align_settings import AlignRecipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import BUDGETS, ordered_attention
 from ..tuning.forms import form_of
 from ..tuning.losses import Reference, TopTokens
-from ..tuning.teacher import Predictions
+from ..tuning.teacher import Predictions, stored_dtype
 from ..tuning.trained import Trained, vectors
 from ..tuning.zeroth_order import ZerothOrder
 from .footprint import kept_bytes, peak_bytes
@@ -28,7 +29,7 @@ from .sizes import RETAINED
 from .training_sizes import FormSizes, ModelSizes, Task
 
 GROWTH = 64 * 2**20
-"""Memory of the process that comes after the plan: code loaded on first use, the text, fragments (measured: 50 MiB)."""
+"""Memory of the process that comes after the plan: code loaded on first use, fragments (measured: 50 MiB)."""
 
 Result = TypeVar("Result")
 
@@ -69,7 +70,8 @@ def measure_model(task: Task) -> ModelSizes:
         return sum(math.prod(each.checkpoint.entry(name).shape) for name in each.layer_sources(index)) * itemsize
 
     names = [model.layer_sources(at) for at in range(len(model))]
-    base = resident_memory() + RETAINED + GROWTH
+    uncut = 0 if isinstance(task.recipe, AlignRecipe) else task.text_bytes
+    base = resident_memory() + RETAINED + GROWTH + uncut
     with room_for(model.device, "one window"), model.embeddings_and_head(head=False):
         hidden, calls = model.embed(torch.arange(task.seqlen).remainder(model.vocabulary)[None])
     begin = time.perf_counter()
@@ -81,6 +83,7 @@ def measure_model(task: Task) -> ModelSizes:
         graph = 0 if task.recipe.zeroth_order else kept_bytes(lambda: _out(task, hidden, calls[index]))
     ends, head, head_seconds = _measure_head(task)
     text_weights = 0 if task.generator is None else whole_bytes(task.generator.checkpoint, task.generator.dtype)
+    text_windows = task.windows + task.held_out
     entries = [entry for each in both for entry in each.checkpoint.stored]
     return ModelSizes(
         base=base,
@@ -98,8 +101,9 @@ def measure_model(task: Task) -> ModelSizes:
         graph=graph,
         head=head,
         stored=stored_bytes(task),
-        text=text_weights and text_weights + generation_bytes(task.generator, task.windows, task.seqlen),
+        text=text_weights and text_weights + generation_bytes(task.generator, text_windows, task.seqlen),
         text_weights=text_weights,
+        uncut=uncut,
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,
         head_seconds=head_seconds,
@@ -113,7 +117,7 @@ def stored_bytes(task: Task) -> int:
         return 0
     if task.top is not None:
         return task.seqlen * (6 * min(task.top, task.dense.vocabulary) + 4)
-    return task.seqlen * task.dense.width * task.dense.checkpoint.dtype.itemsize
+    return task.seqlen * task.dense.width * stored_dtype(task.dense).itemsize
 
 
 def _unique_bytes(values: Sequence[object]) -> int:

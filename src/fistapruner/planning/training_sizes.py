@@ -14,6 +14,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import KEPT
 from ..runtime.numerics import windows_at_once
+from ..runtime.ranks import Ranks
 from ..tuning.losses import Loss
 from ..tuning.pair_objective import AT_ONCE
 from ..tuning.teacher import BLOCK_TOKENS, TOP
@@ -21,6 +22,9 @@ from .sizes import GENERATING, UNCOUNTED
 
 TRAINING, STEP = "training", "one step"
 """Quantities of time in the report: all steps, checks and predictions of the dense model; a step without a check."""
+
+CUTTING = "cutting the training text"
+"""The stage of text that is read, as opposed to :data:`~.sizes.GENERATING`."""
 
 DISK_RATE = 500e6
 """Assumed bytes a second of files that are written, or read again: nothing is written to measure it."""
@@ -76,6 +80,7 @@ class Task:
         generator: the dense model where it generates the training text; else None.
         memory: bytes of main memory that are this process's share of what is free; None is as the recipe has it.
         answers: windows of the pairs whose log-probabilities are computed before and after training, by model.
+        ranks: processes that share the passes, and the run directory.
     """
 
     model: LayerwiseModel
@@ -96,6 +101,7 @@ class Task:
     generator: LayerwiseModel | None = None
     memory: int | None = None
     answers: tuple[int, ...] = ()
+    ranks: int = 1
 
     @classmethod
     def of_recovery(
@@ -122,17 +128,26 @@ class Task:
             TOP.get(recipe.teacher),
             steps=recipe.steps_of(seqlen),
             step_windows=recipe.windows_per_step,
-            windows=max(1, math.ceil(recipe.data.tokens / seqlen)),
+            windows=recipe.windows_of(seqlen),
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
             generator=generator,
         )
 
     @property
+    def text_bytes(self) -> int:
+        """Bytes of the training text: token ids, and which of them carry loss."""
+        return 9 * (self.windows + self.held_out) * self.seqlen
+
+    @property
     def batch_size(self) -> int:
         """Windows in one pass, if they fit."""
         asked = self.recipe.execution.batch_size or windows_at_once(self.seqlen, self.model.device)
-        return self.whole(min(self.step_windows, asked))
+        return self.whole(min(self.step_windows // self.ranks, asked))
+
+    def own(self, windows: int, batch_size: int) -> int:
+        """Count the windows of the process that has the most, of those that all processes pass."""
+        return len(Ranks(0, self.ranks).mine(range(windows), batch_size))
 
     def whole(self, windows: int) -> int:
         """Round a number of windows in one pass so that none is parted from those it belongs to."""
@@ -144,7 +159,7 @@ class ModelSizes:
     """Hold bytes and seconds of all but the trained tensors; see :func:`.training_probe.measure_model`."""
 
     base: int
-    """Main memory of the process before the run."""
+    """Main memory of the process before the run, and of the training text."""
 
     ends: int
     """Embeddings, final norms and heads of both models; what they share counts once."""
@@ -189,6 +204,9 @@ class ModelSizes:
 
     text_weights: int
     """Its weights alone, which go through main memory on their way to a GPU."""
+
+    uncut: int
+    """Training text that is cut after the plan, which takes twice its bytes; 0 of pairs, which are there before."""
 
     load_seconds: float
     forward_seconds: float
@@ -252,10 +270,10 @@ class TrainingSizes:
         """Bytes of trained tensors and optimizer state."""
         return self.copies * self.form.trained
 
-    def _stores(self) -> dict[str, int]:
-        """Count windows of hidden states that are kept in each stage."""
-        step = self.task.step_windows
-        held_out = min(self.task.held_out, max(AT_ONCE, step))
+    def _stores(self, choice: TrainingChoice) -> dict[str, int]:
+        """Count windows of hidden states that a process keeps in each stage."""
+        step = self.task.own(self.task.step_windows, choice.batch_size)
+        held_out = min(self.task.own(self.task.held_out, choice.batch_size), max(AT_ONCE, step))
         if self.task.recipe.zeroth_order:
             return {"held out": 2 * held_out, "forwards": 3 * step, "head": 2 * step}
         layers = self.model.layers
@@ -273,9 +291,8 @@ class TrainingSizes:
         """
         model, form, batch = self.model, self.form, choice.batch_size
         base = 0 if model.cuda else model.base
-        hidden = {
-            name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in self._stores().items()
-        }
+        stores = self._stores(choice)
+        hidden = {name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in stores.items()}
         state = 0 if choice.states_on_disk else self.state
         at_hand = 3 * form.trained_layer if choice.states_on_disk else 0  # of the layer at work, read from its files
         loaded = base + model.ends + state + form.frames + (2 * batch + 1) * model.calls
@@ -287,6 +304,8 @@ class TrainingSizes:
             "the embeddings": base + model.ends + model.largest,
             "the held-out loss": layer + hidden["held out"] + changing,
         }
+        if not model.cuda:
+            found[CUTTING] = base + model.uncut
         if model.text:
             found[GENERATING] = base + model.text
         if model.stored:
@@ -334,6 +353,7 @@ class TrainingSizes:
         model, form = self.model, self.form
         moving = 2 * choice.batch_size * model.window
         found = {
+            CUTTING: model.uncut,
             "the embeddings": model.largest,
             "a step": moving + 2 * model.largest_operator,
             "writing a snapshot": form.trained_layer,
@@ -364,20 +384,22 @@ class TrainingSizes:
         """Compute the peak bytes of the run directory's parts, by name in messages."""
         task, model = self.task, self.model
         windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
-        tokens = (task.windows + task.held_out) * task.seqlen
+        in_files = task.ranks * choice.states_on_disk  # each process has its own
+        hidden = task.ranks * choice.hidden_on_disk
         return {
             "the dense model's predictions": windows * model.stored,
             "snapshots": (KEPT + 1) * self.state,
-            "trained tensors": (self.state + self.form.trained_layer) * choice.states_on_disk,
-            "hidden states": max(self._stores().values()) * model.window * choice.hidden_on_disk,
+            "trained tensors": (self.state + self.form.trained_layer) * in_files,
+            "hidden states": max(self._stores(choice).values()) * model.window * hidden,
             "the checkpoint": model.checkpoint,
-            "the training text": 9 * tokens,
+            "the training text": task.text_bytes,
         }
 
     def step_seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of one step, without a check."""
         task, model, form = self.task, self.model, self.form
-        passes, windows = math.ceil(task.step_windows / choice.batch_size), task.step_windows * task.fill
+        own = task.own(task.step_windows, choice.batch_size)
+        passes, windows = math.ceil(own / choice.batch_size), own * task.fill
         traffic = 0.0
         if task.recipe.zeroth_order:
             seconds = model.layers * (form.values_seconds + 2 * windows * model.forward_seconds + form.update_seconds)
@@ -394,22 +416,22 @@ class TrainingSizes:
             chains = passes * (not task.recipe.zeroth_order)
             traffic += (8 + chains) * form.trained  # values are read on both ways, with the moments, and written
         if choice.hidden_on_disk:
-            traffic += 2 * self._stores()["forwards"] * model.window
+            traffic += 2 * self._stores(choice)["forwards"] * model.window
         return seconds + traffic / DISK_RATE
 
     def seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of all steps, checks, snapshots and predictions of the dense model."""
         task, model, form = self.task, self.model, self.form
         checks = 1 + min(task.steps, task.recipe.validation_checks)
-        held_out = task.held_out * task.fill
-        walks = math.ceil(task.held_out / max(AT_ONCE, task.step_windows))
-        check = model.layers * (walks * form.values_seconds + held_out * model.forward_seconds)
-        check += held_out * model.head_seconds / 2
+        held_out, step = (task.own(each, choice.batch_size) for each in (task.held_out, task.step_windows))
+        walks = math.ceil(held_out / max(AT_ONCE, step))
+        check = model.layers * (walks * form.values_seconds + held_out * task.fill * model.forward_seconds)
+        check += held_out * task.fill * model.head_seconds / 2
         check += 0 if choice.resident else walks * model.layers * model.load_seconds
         dense = 0.0
         if model.stored:
-            windows = self.used_windows()
-            if choice.teacher_windows is not None:
+            windows = task.own(self.used_windows(), self._block(choice))  # each process makes some of the blocks
+            if choice.teacher_windows is not None:  # a round is one block
                 windows = task.steps * task.step_windows + task.held_out
             blocks = math.ceil(windows / self._block(choice))
             dense = model.layers * (windows * model.forward_seconds + blocks * model.load_seconds)

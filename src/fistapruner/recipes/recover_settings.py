@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -31,7 +32,8 @@ class TrainingData(Settings):
     tokens: Count = Field(
         256_000,
         ge=1,
-        description="Tokens to train on, such as 500k or 2M. A text with fewer is repeated in another order.",
+        description="Tokens to train on, such as 500k or 2M. A text with fewer is repeated in another order. With "
+        "steps, self generates no more than they take.",
     )
     held_out: float = Field(
         0.05,
@@ -101,6 +103,16 @@ class RecoverRecipe(TrainingRecipe):
     def steps_of(self, seqlen: int) -> int:
         """Return the optimizer steps: as asked, or those that the tokens make in windows of ``seqlen``."""
         return self.steps or max(1, round(self.data.tokens / (self.windows_per_step * seqlen)))
+
+    def windows_of(self, seqlen: int) -> int:
+        """Return the windows to train on, at most: what the tokens make.
+
+        Of text that is generated they are no more than given steps take.
+        """
+        windows = math.ceil(self.data.tokens / seqlen)
+        if self.steps is not None and self.generates_text:
+            windows = min(windows, self.steps * self.windows_per_step)
+        return windows
 
     @property
     def dense_for(self) -> str | None:

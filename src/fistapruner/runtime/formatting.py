@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Collection, Iterable, Sequence
+
+
+def shell_line(*words: object) -> str:
+    """Write a command of ``fistapruner`` for a shell, to be pasted."""
+    return shlex.join(["fistapruner", *map(str, words)])
 
 
 def size(count: float | None) -> str:

@@ -20,6 +20,7 @@ from ..errors import FistaPrunerError
 from ..models.architecture import set_widths
 from ..models.files.checkpoint import QUANT_METHOD, Checkpoint, read_widths, widths_section
 from ..models.names import expert_sources, stored_names
+from ..runtime.formatting import shell_line
 from .pack import PackedCheckpoint, is_packed
 
 
@@ -57,7 +58,7 @@ def register() -> None:
                 devices = ", ".join(sorted(map(str, places)))
                 raise FistaPrunerError(
                     f"{self.source.folder}: a packed model is loaded to one device, and device_map names {devices}: "
-                    f"make it an ordinary one first with 'fistapruner unpack {self.source.folder} DIR'"
+                    f"make it an ordinary one first with '{shell_line('unpack', self.source.folder, 'DIR')}'"
                 )
 
         def _process_model_before_weight_loading(

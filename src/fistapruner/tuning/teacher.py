@@ -2,9 +2,9 @@
 
 Recovery leaves embeddings and head alone, so what the dense model predicts is its own final norm and head applied to
 its last decoder layer's output. That output is stored (kind ``hidden``): ``width`` values a token, in the checkpoint's
-precision. For wide models on small disks the most likely tokens can be stored instead (:data:`TOP`), the rest of the
-probability as one bucket (:class:`~.losses.TopTokens`). Either way each window passes through the dense model once, one
-decoder layer in memory.
+precision, unless that is float16 and the passes are in another (:func:`stored_dtype`). For wide models on small disks
+the most likely tokens can be stored instead (:data:`TOP`), the rest of the probability as one bucket
+(:class:`~.losses.TopTokens`). Either way each window passes through the dense model once, one decoder layer in memory.
 
 A block is ``00007.safetensors`` and ``00007.json``, which is written last and holds a checksum of every window. A block
 that is missing, unfinished or damaged is made again, with the same bytes. Where the disk does not hold all windows,
@@ -287,7 +287,7 @@ class Teacher:
             scratch_factory(None, self.dense.dtype),
             progress=lambda done, total: self.tick(what, done, total),
         )
-        seqlen, width, stored = last.seqlen, last.width, self.dense.checkpoint.dtype
+        seqlen, width, stored = last.seqlen, last.width, stored_dtype(self.dense)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"hidden": (stored, (seqlen, width))}
         if self.kind in TOP:
             top = min(TOP[self.kind], self.dense.vocabulary)
@@ -338,6 +338,14 @@ class Teacher:
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.folder / f"{number:05d}{suffix}"
+
+
+def stored_dtype(dense: LayerwiseModel) -> torch.dtype:
+    """Return the precision in which hidden states are stored.
+
+    It is the checkpoint's; but float16 does not hold all that passes in another precision give.
+    """
+    return dense.dtype if dense.checkpoint.dtype == torch.float16 else dense.checkpoint.dtype
 
 
 class _DamagedError(Exception):

@@ -91,6 +91,11 @@ class TrainingState:
     not_finite: int = 0
     fault: str | None = None
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainingState:
+        """Make a state of the values that a snapshot holds."""
+        return cls(**{**values, "patience": Patience(**values["patience"])})
+
 
 Say = Callable[[str], None]
 Tick = Callable[[int, int], None]
@@ -180,8 +185,7 @@ class Trainer:
         return self.state
 
     def _resume(self, snapshot: Snapshot) -> None:
-        values = snapshot.values
-        self.state = TrainingState(**{**values, "patience": Patience(**values["patience"])})
+        self.state = TrainingState.of(snapshot.values)
         self.trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
         self.say(f"going on after step {self.state.step} of {len(self.order)}")
 
