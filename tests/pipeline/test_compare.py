@@ -332,6 +332,16 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [row["seed"] for row in json.loads((tmp_path / "out4" / "compare.json").read_text())["rows"]] == [5]
 
 
+def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), str(tmp_path / "out")
+    common = ["compare", source, "--out", out, "--evaluate-windows", "2", "--seqlen", "32", "--samples", "2"]
+    common += ["--calibration", "python", "--methods"]
+    fails = "sparsegpt@allocation=owl"  # owl cannot do 2:4
+    assert main([*common, "magnitude", "--sparsity", "2:4"]) == 0
+    assert main([*common, fails, "--sparsity", "2:4"]) == 1
+    assert main([*common, f"{fails},magnitude", "--sparsity", "2:4"]) == 0
+
+
 def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
