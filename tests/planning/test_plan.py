@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def sizes(model: Model, **settings: Any) -> Sizes:
-    fixed = {"method": "wanda", "propagate": "dense", "calibration": {"source": "python"}}
+    fixed = {"method": "wanda", "propagate": "dense", "calibration": {"source": "python", "samples": 64}}
     recipe = Recipe.build({**fixed, **settings}).resolved()
     return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
 
@@ -133,6 +133,25 @@ def test_what_is_measured_for_block_reconstruction_is_counted(model: Model) -> N
     assert plain.disk(Choice(4), 1) - without.disk(Choice(4), 1) == len(model[0]) * layer
     more = [each.stages(Choice(4))["measuring the dense model"] for each in (plain, without)]
     assert more[0] - more[1] == pytest.approx((1 + UNCOUNTED) * len(model[0]) * layer, abs=1)
+
+
+def test_a_plan_counts_the_calibration_tokens_and_makes_none(model: Model, tmp_path: Path) -> None:
+    """Far more than memory holds are refused in one line, and so are numbers that no run can have."""
+    few, many = (sizes(model, calibration={"source": "python", "samples": count}).base for count in (1, 2**26))
+    assert many - few == pytest.approx(8 * 32 * 2**26, rel=0.01)
+    folder, calibration = model[0].checkpoint.folder, {"source": "python", "samples": 2**31 - 1}
+    with pytest.raises(FistaPrunerError, match=r"are free is not enough: .* needs "):
+        plan_model(folder, Recipe.build({"method": "wanda", "calibration": calibration}), tmp_path)
+    wrong: list[dict[str, Any]] = [
+        {"calibration": {"samples": 2**31}},
+        {"reconstruct": 10**30},
+        {"execution": {"threads": 10**30}},
+        {"execution": {"workers": 10**30, "executor": "process"}},
+        {"execution": {"batch_size": 10**30}},
+    ]
+    for settings in wrong:
+        with pytest.raises(FistaPrunerError, match="should be less than"):
+            Recipe.build(settings)
 
 
 def test_the_process_that_starts_workers_is_in_the_budget(model: Model) -> None:

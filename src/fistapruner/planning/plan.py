@@ -164,7 +164,7 @@ def make_plan(
         recipe: settings; ``execution.memory_limit`` is for all workers together, in main memory. Of a GPU, all free
             memory may be used.
         sparsity: pattern of every operator, by full name.
-        tokens: (samples, seqlen) calibration tokens; only their number matters for memory.
+        tokens: (windows, seqlen) token ids of the first batch; of the others only their number matters.
         batch_size: windows in one forward pass, if they fit.
         out: the run directory; its disk must have the free space.
         workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.

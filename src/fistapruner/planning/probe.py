@@ -78,7 +78,7 @@ def measure_time(
         layout: operators to prune.
         recipe: settings.
         sparsity: pattern of every operator, by full name.
-        tokens: (samples, seqlen) calibration tokens.
+        tokens: (windows, seqlen) token ids of the first batch.
         batch_size: windows in one forward pass.
         by_operator: the run solves the operators of a group one by one.
         least: multiplications of one pass of the tokens below which nothing is measured.
@@ -89,10 +89,11 @@ def measure_time(
         Seconds, or None where a run is too short to be worth measuring.
     """
     index = next(index for index, groups in enumerate(layout.layers) if groups)
-    if sum(map(layout.weights, range(len(model)))) * tokens.numel() < least:
+    samples, seqlen = recipe.calibration.samples, tokens.shape[1]
+    if sum(map(layout.weights, range(len(model)))) * samples * seqlen < least:
         return None
     batch = tokens[:batch_size]
-    shape = (len(batch), tokens.shape[1], model.width)
+    shape = (len(batch), seqlen, model.width)
     solving = 0.0
 
     def timed(number: int, problem: LayerProblem) -> None:
@@ -117,9 +118,9 @@ def measure_time(
     entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
     both = streams.pruned is not None and streams.dense is not None
     scale = Scale(
-        windows=len(tokens),
+        windows=samples,
         batch=len(batch),
-        dense=dense_windows(recipe, layout, len(tokens), tokens.shape[1], len(batch)) if both else None,
+        dense=dense_windows(recipe, layout, samples, seqlen, len(batch)) if both else None,
         layers=len(model),
         pruned=sum(map(bool, layout.layers)),
         steps=recipe.reconstruct,

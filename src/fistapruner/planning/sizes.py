@@ -110,7 +110,7 @@ class Sizes:
     """Sizes, in bytes, of the parts of a run's memory; see :meth:`measure`."""
 
     base: int
-    """Main memory of the process before the run."""
+    """Main memory of the process before the run, with the calibration tokens."""
 
     ends: int
     largest: int
@@ -202,10 +202,11 @@ class Sizes:
     ) -> Sizes:
         """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group.
 
-        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards. ``drawn``: the calibration
-        windows are there already, so the model generates none.
+        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards. ``tokens``: (windows, seqlen)
+        token ids, of which the first window is passed. ``drawn``: the calibration windows are in memory already, and
+        the model generates none.
         """
-        samples, seqlen = tokens.shape
+        samples, seqlen = recipe.calibration.samples, tokens.shape[1]
         checkpoint = model.checkpoint
         itemsize = model.dtype.itemsize
         stored = min(itemsize, checkpoint.dtype.itemsize)
@@ -261,7 +262,7 @@ class Sizes:
         generates = SELF in recipe.calibration.sources.values() and not drawn
         text_weights = whole_bytes(checkpoint, model.dtype) if generates else 0
         return cls(
-            base=resident_memory() + RETAINED,
+            base=resident_memory() + RETAINED + (0 if drawn else torch.int64.itemsize * samples * seqlen),
             ends=model.pass_bytes(outside),
             largest=max(entry.nbytes for entry in checkpoint.stored),
             checkpoint=checkpoint.nbytes
