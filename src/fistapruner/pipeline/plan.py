@@ -256,6 +256,9 @@ def plan_model(
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
     sparsity = allocate(recipe, layout, opened.config.model_type)
     plan = plan_run(opened, layout, recipe, sparsity, Path(out), widths)
+    if recipe.recover is not None:
+        later = "recovery is not in this plan: 'fistapruner plan RUN --recover' predicts it once RUN is pruned"
+        plan = replace(plan, says=(*plan.says, later))
     if widths is None:
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
