@@ -135,6 +135,30 @@ def test_what_is_measured_for_block_reconstruction_is_counted(model: Model) -> N
     assert more[0] - more[1] == pytest.approx((1 + UNCOUNTED) * len(model[0]) * layer, abs=1)
 
 
+def mixture(folder: Path) -> Model:
+    """A mixture whose first layer is dense, with few weights and a wide operator."""
+    saved = tiny.save("deepseek_v3", folder, intermediate_size=512, n_routed_experts=64)
+    opened = LayerwiseModel(Checkpoint.open(saved), torch.device("cpu"))
+    return opened, discover(opened), torch.zeros(64, 32, dtype=torch.long)
+
+
+def test_a_plan_is_of_the_layers_that_need_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.planning.sizes.resident_memory", lambda: 0)
+    opened, layout, tokens = mixture(tmp_path)
+    assert layout.weights(0) < layout.weights(1)
+    whole = sizes((opened, layout, tokens), method="sparsegpt")
+    assert len(whole.others) == 1
+    for index in (0, 1):
+        names = {name for name, _ in layout.operators() if f".{index}." in name.removeprefix(layout.prefix)[:4]}
+        alone = sizes((opened, layout.only(names), tokens), method="sparsegpt")
+        for choice in (Choice(16), Choice(1, on_disk=True, by_operator=True)):
+            assert not alone.others
+            assert all(whole.stages(choice)[name] >= nbytes for name, nbytes in alone.stages(choice).items())
+    stages = whole.stages(Choice(1, on_disk=True))
+    assert max(stages, key=lambda name: stages[name]) == "solving down_proj"
+    assert stages["solving down_proj"] > 4 * 4 * 512**2
+
+
 def test_a_plan_counts_the_calibration_tokens_and_makes_none(model: Model, tmp_path: Path) -> None:
     """Far more than memory holds are refused in one line, and so are numbers that no run can have."""
     few, many = (sizes(model, calibration={"source": "python", "samples": count}).base for count in (1, 2**26))

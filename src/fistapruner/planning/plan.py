@@ -415,7 +415,8 @@ def _check_other_gpus(needs: Sizes, resources: Resources) -> None:
     Raises:
         FistaPrunerError: one of them has too little free memory; names it.
     """
-    cut = [group for group in needs.groups if group.alone != group.stacked]  # others are solved beside the layer
+    groups = [group for each in (needs, *needs.others) for group in each.groups]
+    cut = [group for group in groups if group.alone != group.stacked]  # others are solved beside the layer
     if not cut:
         return
     largest = max(cut, key=lambda group: group.alone)
