@@ -24,7 +24,7 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
-from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
+from fistapruner.planning.probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
@@ -135,9 +135,9 @@ def test_what_is_measured_for_block_reconstruction_is_counted(model: Model) -> N
     assert more[0] - more[1] == pytest.approx((1 + UNCOUNTED) * len(model[0]) * layer, abs=1)
 
 
-def mixture(folder: Path) -> Model:
+def mixture(folder: Path, **changes: Any) -> Model:
     """A mixture whose first layer is dense, with few weights and a wide operator."""
-    saved = tiny.save("deepseek_v3", folder, intermediate_size=512, n_routed_experts=64)
+    saved = tiny.save("deepseek_v3", folder, intermediate_size=512, n_routed_experts=64, **changes)
     opened = LayerwiseModel(Checkpoint.open(saved), torch.device("cpu"))
     return opened, discover(opened), torch.zeros(64, 32, dtype=torch.long)
 
@@ -157,6 +157,22 @@ def test_a_plan_is_of_the_layers_that_need_most(tmp_path: Path, monkeypatch: pyt
     stages = whole.stages(Choice(1, on_disk=True))
     assert max(stages, key=lambda name: stages[name]) == "solving down_proj"
     assert stages["solving down_proj"] > 4 * 4 * 512**2
+
+
+def test_time_is_that_of_layers_of_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, layout, tokens = mixture(tmp_path, num_hidden_layers=4)
+    recipe = Recipe.build({"method": "wanda", "calibration": {"source": "python", "samples": 64}}).resolved()
+    sparsity, timed = allocate(recipe, layout), []
+
+    def seconds_of(entry: LayerEntry, solving: float, scale: Scale) -> float:
+        timed.append((entry.index, scale.layers, scale.pruned))
+        return 1.0
+
+    monkeypatch.setattr("fistapruner.planning.probe.extrapolate", seconds_of)
+    assert measure_time(opened, layout, recipe, sparsity, tokens, 4, least=0) == 2.0
+    assert timed == [(1, 3.0, 3.0), (0, 1.0, 1.0)]
+    others = {**sparsity, **{name: parse_sparsity("30%") for name in sparsity if ".2." in name.partition("mlp")[0]}}
+    assert frequent_shapes(layout, others) == {1: 2, 0: 1, 2: 1}
 
 
 def test_a_plan_counts_the_calibration_tokens_and_makes_none(model: Model, tmp_path: Path) -> None:
