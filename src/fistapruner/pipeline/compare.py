@@ -382,6 +382,8 @@ class _Shared:
     def reports_of(self, job: Job) -> tuple[Report, Report | None]:
         """Prune and measure, or read the report of a run that was pruned and measured so before.
 
+        One whose checkpoint is to be kept, and was not, is made again.
+
         Returns:
             The report of pruning, and that of the recovery where the recipe asks for one.
         """
@@ -390,6 +392,9 @@ class _Shared:
         report, recovery = _measured(run, job.recipe, self.protocol, self.source), None
         if report is not None and training is not None:
             recovery = _recovered(run, report, training, self.protocol)
+        if self.keep:
+            recovery = recovery if RecoverDirectory(run.recovered).model.is_dir() else None
+            report = report if run.model.is_dir() else None
         if report is None or (training is not None and recovery is None and not run.model.is_dir()):
             if training is not None and recovery is None:
                 check_trained(job.recipe, self.source, run.recovered)
