@@ -1,4 +1,4 @@
-"""Estimate the time of a run from the first batch of calibration windows in a decoder layer of each shape."""
+"""Estimate the time of a run from the first batch of windows in a decoder layer of each shape."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def measure_time(
     widths: Widths | None = None,
     on_device: bool = False,
 ) -> float | None:
-    """Estimate the seconds to prune all layers from the first batch of windows in a layer of each frequent shape.
+    """Estimate the seconds to prune all layers from the first batch in a layer of each frequent shape.
 
     Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a
     part of each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed. Low-rank parts

@@ -501,7 +501,7 @@ class Sizes:
 
 
 def largest_layers(layout: Layout) -> list[int]:
-    """Choose the decoder layers that may need most: with the most weights, the most inputs, the largest group."""
+    """Choose the layers that may need most: with the most weights, most inputs, or largest group."""
 
     def inputs(index: int) -> int:
         return max((operator.columns for group in layout.layers[index] for operator in group), default=0)
