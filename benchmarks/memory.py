@@ -112,11 +112,10 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     skeleton = LayerwiseModel(Checkpoint.open(model), torch.device("cpu"))
     layout = discover(skeleton)
-    recipe = Recipe.build(
-        {"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}
-    ).resolved()
+    settings = {"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}
+    recipe = Recipe.build({**settings, "calibration": {"samples": arguments.samples}}).resolved()
     sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
-    tokens = torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long)
+    tokens = torch.zeros(1, arguments.seqlen, dtype=torch.long)
     sizes = Sizes.measure(skeleton, layout, recipe, sparsity, tokens, drawn=True)  # of a text: none is generated
     print(
         f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x "

@@ -332,6 +332,38 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [row["seed"] for row in json.loads((tmp_path / "out4" / "compare.json").read_text())["rows"]] == [5]
 
 
+def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), str(tmp_path / "out")
+    common = ["compare", source, "--out", out, "--evaluate-windows", "2", "--seqlen", "32", "--samples", "2"]
+    common += ["--calibration", "python", "--methods"]
+    fails = "sparsegpt@allocation=owl"  # owl cannot do 2:4
+    assert main([*common, "magnitude", "--sparsity", "2:4"]) == 0
+    assert main([*common, fails, "--sparsity", "2:4"]) == 1
+    assert main([*common, f"{fails},magnitude", "--sparsity", "2:4"]) == 0
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path, recovers: bool) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    settings = SETTINGS
+    if recovers:
+        following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+        settings = {**SETTINGS, "recover": following}
+    counts = [Counts(), Counts(), Counts()]
+    [first], [again], [once_more] = (
+        compare(source, "wanda", ["50%"], out, settings=settings, windows=2, keep=keep, listener=count).rows
+        for keep, count in zip((False, True, True), counts, strict=True)
+    )
+    assert first.error is None
+    assert (again.error, again.perplexity, again.operator_zeros) == (None, first.perplexity, first.operator_zeros)
+    assert once_more == again
+    assert counts[2].measured == 0
+    [run] = (out / "runs").iterdir()
+    for folder in [run, run / "recovered"] if recovers else [run]:
+        assert (folder / "model" / "model.safetensors").is_file()
+        assert "| perplexity |" in (folder / "model" / "README.md").read_text()
+
+
 def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

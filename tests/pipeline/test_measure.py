@@ -152,6 +152,29 @@ def test_text_that_is_measured_or_calibrated_on_later_is_compared_too(tmp_path: 
     assert len(load_run(tmp_path / "changed").warnings) == sum(told) == 1
 
 
+def test_text_of_calibration_and_training_is_told_of_a_recovery(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its report, and in what its command prints as JSON."""
+    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
+    text, trained = tmp_path / "text.jsonl", tmp_path / "trained.jsonl"
+    for file, word in ((text, "best"), (trained, "worst")):
+        lines = (f"{number} is the {word} of times, as everybody knows." for number in range(40))
+        file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    calibration = {"source": str(text), "samples": 2, "seqlen": 16}
+    following = {"steps": 1, "rank": 2, "data": {"source": str(trained), "seqlen": 16, "tokens": 300}}
+    settings: dict[str, Any] = {"method": "magnitude", "calibration": calibration, "recover": following}
+    report = fp.prune(dense, tmp_path / "run", evaluate=str(trained), evaluate_windows=2, **settings)
+    assert ["are also in the training text" in warning for warning in report.warnings] == [True]
+    for file, told in ((text, "calibration"), (trained, "training")):
+        command = ["evaluate", str(tmp_path / "run" / "recovered"), "--data", str(file), "--windows", "2", "--json"]
+        assert main([*command, "--seqlen", "16"]) == 0
+        (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+        assert f"documents of the evaluation text {str(file)!r} are also in the {told} text" in warning
+    told = [warning.partition(" documents")[0] for warning in load_run(tmp_path / "run" / "recovered").warnings]
+    assert told == ["8 of the 40", "40 of the 40", "40 of the 40"]  # those trained on; then those of both files
+
+
 def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirectory:
     """A finished recovery run of a pruning run, as far as measuring reads it; its weights are the dense model's."""
     run, before = RecoverDirectory(folder), load_run(pruned)

@@ -26,7 +26,7 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
-from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
+from fistapruner.planning.probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def sizes(model: Model, **settings: Any) -> Sizes:
-    fixed = {"method": "wanda", "propagate": "dense", "calibration": {"source": "python"}}
+    fixed = {"method": "wanda", "propagate": "dense", "calibration": {"source": "python", "samples": 64}}
     recipe = Recipe.build({**fixed, **settings}).resolved()
     return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
 
@@ -137,6 +137,65 @@ def test_what_is_measured_for_block_reconstruction_is_counted(model: Model) -> N
     assert plain.disk(Choice(4), 1) - without.disk(Choice(4), 1) == len(model[0]) * layer
     more = [each.stages(Choice(4))["measuring the dense model"] for each in (plain, without)]
     assert more[0] - more[1] == pytest.approx((1 + UNCOUNTED) * len(model[0]) * layer, abs=1)
+
+
+def mixture(folder: Path, **changes: Any) -> Model:
+    """A mixture whose first layer is dense, with few weights and a wide operator."""
+    saved = tiny.save("deepseek_v3", folder, intermediate_size=512, n_routed_experts=64, **changes)
+    opened = LayerwiseModel(Checkpoint.open(saved), torch.device("cpu"))
+    return opened, discover(opened), torch.zeros(64, 32, dtype=torch.long)
+
+
+def test_a_plan_is_of_the_layers_that_need_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.planning.sizes.resident_memory", lambda: 0)
+    opened, layout, tokens = mixture(tmp_path)
+    assert layout.weights(0) < layout.weights(1)
+    whole = sizes((opened, layout, tokens), method="sparsegpt")
+    assert len(whole.others) == 1
+    for index in (0, 1):
+        names = {name for name, _ in layout.operators() if f".{index}." in name.removeprefix(layout.prefix)[:4]}
+        alone = sizes((opened, layout.only(names), tokens), method="sparsegpt")
+        for choice in (Choice(16), Choice(1, on_disk=True, by_operator=True)):
+            assert not alone.others
+            assert all(whole.stages(choice)[name] >= nbytes for name, nbytes in alone.stages(choice).items())
+    stages = whole.stages(Choice(1, on_disk=True))
+    assert max(stages, key=lambda name: stages[name]) == "solving down_proj"
+    assert stages["solving down_proj"] > 4 * 4 * 512**2
+
+
+def test_time_is_that_of_layers_of_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, layout, tokens = mixture(tmp_path, num_hidden_layers=4)
+    recipe = Recipe.build({"method": "wanda", "calibration": {"source": "python", "samples": 64}}).resolved()
+    sparsity, timed = allocate(recipe, layout), []
+
+    def seconds_of(entry: LayerEntry, solving: float, scale: Scale) -> float:
+        timed.append((entry.index, scale.layers, scale.pruned))
+        return 1.0
+
+    monkeypatch.setattr("fistapruner.planning.probe.extrapolate", seconds_of)
+    assert measure_time(opened, layout, recipe, sparsity, tokens, 4, least=0) == 2.0
+    assert timed == [(1, 3.0, 3.0), (0, 1.0, 1.0)]
+    others = {**sparsity, **{name: parse_sparsity("30%") for name in sparsity if ".2." in name.partition("mlp")[0]}}
+    assert frequent_shapes(layout, others) == {1: 2, 0: 1, 2: 1}
+
+
+def test_a_plan_counts_the_calibration_tokens_and_makes_none(model: Model, tmp_path: Path) -> None:
+    """Far more than memory holds are refused in one line, and so are numbers that no run can have."""
+    few, many = (sizes(model, calibration={"source": "python", "samples": count}).base for count in (1, 2**26))
+    assert many - few == pytest.approx(8 * 32 * 2**26, rel=0.01)
+    folder, calibration = model[0].checkpoint.folder, {"source": "python", "samples": 2**31 - 1}
+    with pytest.raises(FistaPrunerError, match=r"are free is not enough: .* needs "):
+        plan_model(folder, Recipe.build({"method": "wanda", "calibration": calibration}), tmp_path)
+    wrong: list[dict[str, Any]] = [
+        {"calibration": {"samples": 2**31}},
+        {"reconstruct": 10**30},
+        {"execution": {"threads": 10**30}},
+        {"execution": {"workers": 10**30, "executor": "process"}},
+        {"execution": {"batch_size": 10**30}},
+    ]
+    for settings in wrong:
+        with pytest.raises(FistaPrunerError, match="should be less than"):
+            Recipe.build(settings)
 
 
 def test_the_process_that_starts_workers_is_in_the_budget(model: Model) -> None:

@@ -21,6 +21,8 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.pipeline.compare import compare
+from fistapruner.pipeline.plan import plan_model
 from fistapruner.pipeline.plan_training import plan_alignment_of
 from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.planning.plan import Resources
@@ -30,6 +32,7 @@ from fistapruner.planning.training_probe import measure_form, measure_model
 from fistapruner.planning.training_sizes import CUTTING, Task, TrainingChoice, TrainingSizes
 from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.records import Report
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.formatting import size
@@ -352,6 +355,27 @@ def recover(run: Path, out: Path, **settings: Any) -> Report:
     data = {"seqlen": 16, "tokens": 300}
     fixed = {"steps": 4, "windows_per_step": 2, "validation_checks": 2, "rank": 4, "evaluate": None}
     return fp.recover(run, out, **{"data": data, **fixed, **settings})
+
+
+def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"parameters": "full", "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    calibration = {"source": "python", "samples": 2, "seqlen": 16}
+    settings: dict[str, Any] = {"method": "wanda", "sparsity": "2:4", "calibration": calibration, "recover": training}
+    plan = plan_model(run.parent / "dense", Recipe.build(settings), tmp_path)
+    assert "'fistapruner plan RUN --recover'" in plan.says[-1]
+    enough = int(plan.rows[0].planned or 0) + 2**25
+    settings["execution"] = {"memory_limit": enough}
+    plan_model(run.parent / "dense", Recipe.build(settings), tmp_path)
+    with pytest.raises(FistaPrunerError, match=r"^recover: --memory-limit .* is not enough: "):
+        fp.prune(run.parent / "dense", tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    del settings["execution"]
+    monkeypatch.setattr("fistapruner.pipeline.recover_inputs.plan_training", Mock(side_effect=FistaPrunerError("much")))
+    compared = compare(run.parent / "dense", "wanda", ["2:4"], tmp_path / "compared", settings=settings, windows=1)
+    assert compared.rows[0].error == "recover: much"
+    assert not list((tmp_path / "compared" / "runs").iterdir())
 
 
 def weights(folder: Path) -> bytes:

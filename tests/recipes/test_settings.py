@@ -9,6 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tiny
@@ -16,7 +18,7 @@ from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, ali
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.constraints import NM
-from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value, parse_yaml
+from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_count, parse_value, parse_yaml
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
 from fistapruner.solvers.magnitude import Magnitude
@@ -261,6 +263,15 @@ def test_tokens_beyond_all_numbers_are_refused(tokens: str | int) -> None:
         RecoverRecipe.build({"data": {"tokens": tokens}})
 
 
+@given(count=st.integers(0, 2**63 - 1), zeros=st.integers(0, 3))
+def test_a_count_is_read_exactly_as_it_is_written(count: int, zeros: int) -> None:
+    whole, part = divmod(count, 1000**zeros)
+    written = f"{whole}.{part:0{3 * zeros}d}{'kMG'[zeros - 1]}" if zeros else str(whole)
+    assert parse_count(written) == count
+    with pytest.raises(ValueError, match="is not a whole number"):
+        parse_count(f"{whole}.{part:0{3 * zeros}d}1{' kMG'[zeros]}")
+
+
 def test_shipped_recoveries_are_as_long_as_published() -> None:
     """SPP: 3 epochs of Alpaca's 50,002 training examples in steps of 128, about four in a window of 512 tokens."""
     spp, *forward_only = (
@@ -286,17 +297,17 @@ def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> Non
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 70%")
     own = Recipe.build({"sparsity": "70%"})
-    assert [Recipe.of(given) for given in (own, {"sparsity": "70%"}, file, str(file), None)] == [own] * 4 + [Recipe()]
+    assert [Recipe.of(recipe) for recipe in (own, {"sparsity": "70%"}, file, str(file), None)] == [own] * 4 + [Recipe()]
     assert RecoverRecipe.of("spp") == RecoverRecipe.build(load_recipe_settings("spp", "recover"))
     other = "recipe is of the class RecoverRecipe, and Recipe is expected"
-    for given, message in (
+    for recipe, message in (
         (RecoverRecipe(), other),
         ("nothing", "recipe 'nothing' is neither"),
         (3, "the class int"),
         ({"sparsity": "5:4"}, "recipe: sparsity: "),
     ):
         with pytest.raises(FistaPrunerError, match=message):
-            Recipe.of(given)
+            Recipe.of(recipe)
     with pytest.raises(FistaPrunerError, match=other):
         prune("model", tmp_path / "out", recipe=RecoverRecipe())
     for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe"), (align_compare, "AlignRecipe")):

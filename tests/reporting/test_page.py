@@ -404,6 +404,15 @@ def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, er
     assert "At 70%, alps has the smallest gap" in text
 
 
+def test_a_mean_over_fewer_seeds_than_others_have_wins_nothing() -> None:
+    comparison = samples.comparison()
+    comparison.rows = [row for row in comparison.rows if (row.method, row.sparsity, row.seed) != ("alps", "50%", 1)]
+    text = comparison_page(comparison)
+    assert "0.600 (1 of 2 seeds)</td>" in text
+    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
+    assert "At 70%, alps has the smallest gap" in text
+
+
 @pytest.mark.parametrize(
     ("zeros", "more", "settings", "note"),
     [

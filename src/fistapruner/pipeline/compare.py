@@ -63,10 +63,10 @@ from .measure import add_warning, publish
 from .plan import check_sources
 from .prepare import describe_model, draw_windows, drawing_of
 from .protocol import Protocol, distinct_seeds
-from .prune import prune, recover_execution, recovers
+from .prune import prune, recovers
 from .prune_inputs import refuse_overlap, shared_text
 from .recover import recover
-from .recover_inputs import check_following, check_trained
+from .recover_inputs import check_following, check_trained, recovery_recipe
 from .training import changed_texts
 from .training_inputs import asked
 
@@ -384,22 +384,25 @@ class _Shared:
     def reports_of(self, job: Job) -> tuple[Report, Report | None]:
         """Prune and measure, or read the report of a run that was pruned and measured so before.
 
+        One whose checkpoint is to be kept, and was not, is made again.
+
         Returns:
             The report of pruning, and that of the recovery where the recipe asks for one.
         """
         run = job.run(self.folder)
-        following = job.recipe.recover
-        if following is not None:
-            following = following.model_copy(update={"execution": recover_execution(job.recipe.execution)})
+        training = None if job.recipe.recover is None else recovery_recipe(job.recipe)
         report, recovery = _measured(run, job.recipe, self.protocol, self.source), None
-        if report is not None and following is not None:
-            recovery = _recovered(run, report, following, self.protocol)
-        if report is None or (following is not None and recovery is None and not run.model.is_dir()):
-            if following is not None and recovery is None:
-                check_trained(job.recipe, self.source)
+        if report is not None and training is not None:
+            recovery = _recovered(run, report, training, self.protocol)
+        if self.keep:
+            recovery = recovery if RecoverDirectory(run.recovered).model.is_dir() else None
+            report = report if run.model.is_dir() else None
+        if report is None or (training is not None and recovery is None and not run.model.is_dir()):
+            if training is not None and recovery is None:
+                check_trained(job.recipe, self.source, run.recovered)
             report = self._prune(run, job.recipe)
-        if following is not None and recovery is None:
-            recovery = self._recover(run, report, following)
+        if training is not None and recovery is None:
+            recovery = self._recover(run, report, training)
         if not self.keep:
             _delete_weights(run)
         return report, recovery

@@ -18,6 +18,7 @@ from ..evaluation.generations import generate_side_by_side
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
+from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
@@ -115,7 +116,7 @@ def _evaluate(
 ) -> None:
     """Measure perplexity and divergence, and keep them with the report at once."""
     assert report.calibration is not None
-    _compare_texts(report, request.data, listener)
+    _compare_texts(report, request.data, listener, trained=False)
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
     settings = {
@@ -148,13 +149,35 @@ def add_warning(report: Report, sentence: str, listener: Listener) -> None:
         report.warnings.append(sentence)
 
 
-def _compare_texts(report: Report, data: str, listener: Listener) -> None:
-    """Warn of evaluation text that the report of a pruning run names as calibration text too."""
-    if report.kind == "prune":
-        with suppress(FistaPrunerError):  # a file that cannot be read any more cannot be compared
-            sources = Recipe.build(report.recipe).calibration.sources.values()
-            if shared := shared_text(sources, absolute(data)):
+def _compare_texts(report: Report, data: str, listener: Listener, *, trained: bool = True) -> tuple[str, ...]:
+    """Warn of evaluation text that is also calibration or training text of a run or of those before it.
+
+    Args:
+        report: of the run; receives the warnings.
+        data: the evaluation text.
+        listener: receives them, too.
+        trained: compare the run's own training text; the documents that it took of it are compared where it is cut.
+
+    Returns:
+        The warnings, those that the report had before among them.
+    """
+    before = [] if report.lineage is None else report.lineage.stages
+    stages = [(stage.kind, stage.settings) for stage in before if stage.fingerprint != report.fingerprint]
+    if trained or report.kind == "prune":
+        stages.append((report.kind, report.recipe))
+    calibration, training = dict[str, None](), dict[str, None]()
+    found = []
+    with suppress(FistaPrunerError):  # a file that cannot be read any more cannot be compared
+        for kind, settings in stages:
+            if kind == "prune":
+                calibration |= dict.fromkeys(Recipe.build(settings).calibration.sources.values())
+            elif kind == "recover":
+                training |= dict.fromkeys(RecoverRecipe.build(settings).data.texts)
+        for sources, trains in ((calibration, False), (training, True)):
+            if shared := shared_text(sources, absolute(data), training=trains):
                 add_warning(report, shared, listener)
+                found.append(shared)
+    return tuple(found)
 
 
 def _batch_size(run: RunDirectory, report: Report, seqlen: int, execution: Execution) -> int:
@@ -309,11 +332,13 @@ def evaluate_run(
             if warning not in report.warnings:
                 report.warnings.append(warning)
 
-        if data is not None:
-            _compare_texts(report, data, told)
+        shared = () if data is None else _compare_texts(report, data, told)
+
+        def warned(found: Evaluation) -> Evaluation:
+            return replace(found, warnings=(*shared, *found.warnings))
 
         def keep(found: Evaluation) -> None:
-            report.evaluations = _in_place(report.evaluations, found)
+            report.evaluations = _in_place(report.evaluations, warned(found))
             publish(run, report, told)
 
         found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
@@ -321,7 +346,7 @@ def evaluate_run(
         text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
         if _evaluate_input(report, compared, found, told, data=data, **text):
             publish(run, report, told)
-    return found
+    return warned(found)
 
 
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:

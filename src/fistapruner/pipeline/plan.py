@@ -273,6 +273,9 @@ def plan_model(
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
     sparsity = allocate(recipe, layout, opened.config.model_type)
     plan = plan_run(opened, layout, recipe, sparsity, Path(out), widths)
+    if recipe.recover is not None:
+        later = "recovery is not in this plan: 'fistapruner plan RUN --recover' predicts it once RUN is pruned"
+        plan = replace(plan, says=(*plan.says, later))
     if widths is None:
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
@@ -304,15 +307,13 @@ def plan_run(
 ) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe.
 
-    Random token ids are used instead of the calibration windows, which may take long to draw. ``drawn``: they are
-    there already, so the model generates none.
+    A batch of random token ids is used instead of the calibration windows, which may take long to draw. ``drawn``:
+    they are there already, so the model generates none.
     """
     execution, seqlen = recipe.execution, window_length(recipe.calibration.seqlen, model)
-    vocabulary = model.vocabulary
-    tokens = torch.randint(
-        vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed)
-    )
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
+    shape = min(batch_size, recipe.calibration.samples), seqlen
+    tokens = torch.randint(model.vocabulary, shape, generator=torch.Generator().manual_seed(recipe.seed))
     workers = min(local_workers(execution), max(1, count_jobs(layout, sparsity, recipe, range(len(model)))))
     with cpu_threads(default_threads(execution)), exact_products():
         return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths, drawn=drawn)

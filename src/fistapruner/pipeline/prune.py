@@ -15,7 +15,6 @@ from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..models.source import ModelSource, Permissions
 from ..problem import LayerProblem
-from ..recipes.execution_settings import Execution
 from ..recipes.loading import merge
 from ..recipes.settings import Recipe
 from ..runs.base import read_json
@@ -48,7 +47,7 @@ from .plan import check_sources
 from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
-from .recover_inputs import check_following, check_trained
+from .recover_inputs import check_following, check_trained, recovery_recipe
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""
@@ -223,11 +222,10 @@ def _recover(
     if begun is not None and same_path(begun.decision.model, run.folder) and not recovers(begun, report):
         (listener or Listener()).say(f"the recovery in {earlier.folder} is of another pruning: it is made again")
         earlier.remove()
-    following = recipe.recover.model_copy(update={"execution": recover_execution(recipe.execution)})
     return recover(
         run.folder,
         run.recovered,
-        recipe=following,
+        recipe=recovery_recipe(recipe),
         listener=listener,
         command=report.command,
         **permissions.keywords(),
@@ -243,11 +241,6 @@ def recovers(begun: TrainingRecord, pruned: Report) -> bool:
     """Check that a recovery began with the result of this pruning."""
     stages = begun.lineage.stages if begun.lineage else []
     return bool(stages) and stages[-1].fingerprint == pruned.fingerprint
-
-
-def recover_execution(execution: Execution) -> Execution:
-    """Return how a recovery is carried out that follows a pruning run."""
-    return execution.model_copy(update={"executor": "serial", "workers": None, "address": None, "batch_size": None})
 
 
 def _recipe_here(run: PruneDirectory, begun: PruneRecord, listener: Listener) -> Recipe:
@@ -295,7 +288,7 @@ def _prune(
     if request.recipe.recover is not None and not found.damaged and _recovery_is_new(run, only is not None):
         source = request.source or find_source(request.model, run.record(), request.permissions)
         check_following(request.recipe, source)
-        check_trained(request.recipe, source)
+        check_trained(request.recipe, source, run.recovered)
     with preparing(run.folder) if only else nullcontext():
         before = run.record()
         prepare(run, request, listener)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ..calibration import SELF
 from ..calibration.mixtures import Mixture
 from ..calibration.packing import PURPOSE
 from ..calibration.training_text import training_text
-from ..calibration.windows import check_source, window_length
+from ..calibration.windows import SELF, check_source, window_length
 from ..errors import FistaPrunerError
 from ..execution.context import open_model
+from ..execution.executors import default_threads
 from ..models.discovery import discover
 from ..models.source import ModelSource
+from ..planning.training_plan import plan_training
+from ..planning.training_sizes import Task
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
-from ..runtime.devices import choose_device
+from ..runtime.devices import cpu_threads
+from ..runtime.memory import release_memory
 from .plan import allocate
 from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, check_precision, check_training_inputs
 
@@ -59,48 +63,77 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
         FistaPrunerError: float16 on a CPU, too few steps for the tasks, or a text that cannot be read or is too short
             for the windows.
     """
-    calibration = recipe.calibration
-    following: RecoverRecipe = recipe.recover
-    data = following.data
-    if data.source is None and not data.tasks:
-        data = data.model_copy(update={"source": calibration.source, "tasks": calibration.tasks})
-    for text in data.texts:
+    training = _on_text(recipe)
+    for text in training.data.texts:
         check_source(text, PURPOSE)
-    model = open_model(dense, following, choose_device(recipe.execution.device))
+    model = open_model(dense, training)
     check_precision(model)
-    seqlen = window_length(following.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
-    check_mixture(following.model_copy(update={"data": data}), seqlen)
+    seqlen, data = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN), training.data
+    check_mixture(training, seqlen)
     read = {name: text for name, text in data.tasks.items() if text != SELF}
     if read or data.source not in (None, SELF):
         training_text(data.model_copy(update={"tasks": read}), dense.tokenizer(), seqlen)
 
 
-def check_trained(recipe: Recipe, dense: ModelSource) -> None:
-    """Check, before a model is pruned, which operators the recovery that follows trains.
+def recovery_recipe(recipe: Recipe) -> RecoverRecipe:
+    """Return the recipe of the recovery that follows a pruning run, with the run's execution."""
+    alone = {"executor": "serial", "workers": None, "address": None, "batch_size": None}
+    training: RecoverRecipe = recipe.recover
+    return training.model_copy(update={"execution": recipe.execution.model_copy(update=alone)})
 
-    They are those that get zeros; of a model that loses channels, heads or experts, all.
+
+def _on_text(recipe: Recipe) -> RecoverRecipe:
+    """Return the recipe of the recovery that follows, with the calibration text where it names none."""
+    training, calibration = recovery_recipe(recipe), recipe.calibration
+    if training.data.source is not None or training.data.tasks:
+        return training
+    text = {"source": calibration.source, "tasks": calibration.tasks}
+    return training.model_copy(update={"data": training.data.model_copy(update=text)})
+
+
+def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> None:
+    """Check, before a model is pruned, which operators the recovery that follows trains, and that it fits.
+
+    They are those that get zeros; of a model that loses channels, heads or experts, all. The plan is that of the dense
+    model, whose shapes are those of the pruned one unless it loses some.
 
     Args:
         recipe: of the pruning run, with the section ``recover``.
         dense: the model.
+        out: the run directory of the recovery.
 
     Raises:
-        FistaPrunerError: the pattern sets nothing to zero, a pattern of names matches no operator, or none is left.
+        FistaPrunerError: the pattern sets nothing to zero, a pattern of names matches no operator, none is left, or
+            memory or disk are too small.
     """
-    model = open_model(dense, recipe)
+    training = _on_text(recipe)
+    model = open_model(dense, training)
     layout = discover(model)
-    if recipe.structure.remove is None:
-        layout = layout.select(recipe)
-        sparsity = allocate(recipe, layout, model.config.model_type)
-        layout = layout.only(
-            {name for name, operator in layout.operators() if sparsity[name].zeros(operator.rows, operator.columns)}
+    if recipe.structure.remove is not None:
+        layout.select(training, "train")
+        return
+    layout = layout.select(recipe)
+    sparsity = allocate(recipe, layout, model.config.model_type)
+    zeros = {name: sparsity[name].zeros(operator.rows, operator.columns) for name, operator in layout.operators()}
+    survivors = {name: operator.rows * operator.columns - zeros[name] for name, operator in layout.operators()}
+    layout = layout.only({name for name, count in zeros.items() if count})
+    if not any(layout.layers):
+        raise FistaPrunerError(
+            f"recover with sparsity {recipe.sparsity}: no operator has zeros to keep; give another --sparsity, or "
+            "leave out --recover"
         )
-        if not any(layout.layers):
-            raise FistaPrunerError(
-                f"recover with sparsity {recipe.sparsity}: no operator has zeros to keep; give another --sparsity, or "
-                "leave out --recover"
-            )
-    layout.select(recipe.recover, "train")
+    layout = layout.select(training, "train")
+    loss = "kl" if training.loss == "auto" else training.loss
+    training = training.model_copy(update={"loss": loss})
+    teacher, generator = None if loss == "ce" else model, model if training.generates_text else None
+    seqlen = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
+    task = Task.of_recovery(model, layout, teacher, training, survivors, seqlen, out, generator)
+    try:
+        with cpu_threads(default_threads(training.execution)):
+            plan_training(task)
+    except FistaPrunerError as error:
+        raise FistaPrunerError(f"recover: {error}") from None
+    release_memory()  # what the measurement has freed
 
 
 def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:

@@ -165,7 +165,7 @@ def make_plan(
         recipe: settings; ``execution.memory_limit`` is for all workers together, in main memory. Of a GPU, all free
             memory may be used.
         sparsity: pattern of every operator, by full name.
-        tokens: (samples, seqlen) calibration tokens; only their number matters for memory.
+        tokens: (windows, seqlen) token ids of the first batch; of the others only their number matters.
         batch_size: windows in one forward pass, if they fit.
         out: the run directory; its disk must have the free space.
         workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.
@@ -423,7 +423,8 @@ def _check_other_gpus(needs: Sizes, resources: Resources) -> None:
     Raises:
         FistaPrunerError: one of them has too little free memory; names it.
     """
-    cut = [group for group in needs.groups if group.alone != group.stacked]  # others are solved beside the layer
+    groups = [group for each in (needs, *needs.others) for group in each.groups]
+    cut = [group for group in groups if group.alone != group.stacked]  # others are solved beside the layer
     if not cut:
         return
     largest = max(cut, key=lambda group: group.alone)

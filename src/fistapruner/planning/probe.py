@@ -1,9 +1,9 @@
-"""Estimate the time of a run from the first batch of calibration windows in one decoder layer."""
+"""Estimate the time of a run from the first batch of windows in a decoder layer of each shape."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -30,6 +30,9 @@ from ..tuning.block_reconstruction import passes
 WORTH_MEASURING = 2e10
 """Multiplications of a pass of all calibration tokens, below which a run takes seconds."""
 
+TIMED_SHAPES = 3
+"""Most shapes of decoder layers of which one is timed; the most frequent ones are."""
+
 TIMED_STEPS = 4
 """Steps of block reconstruction that are timed."""
 
@@ -41,15 +44,15 @@ class Scale:
     Args:
         windows: calibration windows; ``batch``: windows that were timed.
         dense: windows of the dense pass where it runs beside the pruned one; None where both are one pass.
-        layers: decoder layers; ``pruned``: those with operators to prune.
+        layers: decoder layers that the timed one stands for; ``pruned``: those with operators to prune.
         steps: steps of block reconstruction; ``timed_steps``: steps that were timed.
     """
 
     windows: int
     batch: int
     dense: int | None
-    layers: int
-    pruned: int
+    layers: float
+    pruned: float
     steps: int = 0
     timed_steps: int = 0
 
@@ -67,18 +70,18 @@ def measure_time(
     widths: Widths | None = None,
     on_device: bool = False,
 ) -> float | None:
-    """Estimate the seconds to prune all layers from the first batch of windows in one layer.
+    """Estimate the seconds to prune all layers from the first batch in a layer of each frequent shape.
 
     Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a
     part of each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed. Low-rank parts
-    are solved in the timed layer; beside them the method runs once in every alternation.
+    are solved in the timed layers; beside them the method runs once in every alternation.
 
     Args:
         model: the model.
         layout: operators to prune.
         recipe: settings.
         sparsity: pattern of every operator, by full name.
-        tokens: (samples, seqlen) calibration tokens.
+        tokens: (windows, seqlen) token ids of the first batch.
         batch_size: windows in one forward pass.
         by_operator: the run solves the operators of a group one by one.
         least: multiplications of one pass of the tokens below which nothing is measured.
@@ -88,16 +91,16 @@ def measure_time(
     Returns:
         Seconds, or None where a run is too short to be worth measuring.
     """
-    index = next(index for index, groups in enumerate(layout.layers) if groups)
-    if sum(map(layout.weights, range(len(model)))) * tokens.numel() < least:
+    samples, seqlen = recipe.calibration.samples, tokens.shape[1]
+    if sum(map(layout.weights, range(len(model)))) * samples * seqlen < least:
         return None
     batch = tokens[:batch_size]
-    shape = (len(batch), tokens.shape[1], model.width)
-    solving = 0.0
+    shape = (len(batch), seqlen, model.width)
+    solving: list[float] = []
 
     def timed(number: int, problem: LayerProblem) -> None:
-        nonlocal solving
-        solving += time_solve(problem, [sparsity[name] for name in problem.names], recipe, by_operator=by_operator)
+        patterns = [sparsity[name] for name in problem.names]
+        solving.append(time_solve(problem, patterns, recipe, by_operator=by_operator))
 
     store = scratch_factory(None, model.dtype, model.device if on_device else torch.device("cpu"))
     states, onward = store("states", shape), store("onward", shape)
@@ -114,18 +117,42 @@ def measure_time(
         update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": timed_steps}
     )
     context = LayerContext(model, layout, cheap, sparsity, calls, store, widths=widths)
-    entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
     both = streams.pruned is not None and streams.dense is not None
-    scale = Scale(
-        windows=len(tokens),
-        batch=len(batch),
-        dense=dense_windows(recipe, layout, len(tokens), tokens.shape[1], len(batch)) if both else None,
-        layers=len(model),
-        pruned=sum(map(bool, layout.layers)),
-        steps=recipe.reconstruct,
-        timed_steps=timed_steps,
-    )
-    return extrapolate(entry, solving * (ALTERNATIONS if recipe.low_rank else 1), scale)
+    pruned = sum(map(bool, layout.layers))
+    shapes = frequent_shapes(layout, sparsity)
+    seconds = 0.0
+    for index, count in shapes.items():
+        share = count / sum(shapes.values())
+        scale = Scale(
+            windows=samples,
+            batch=len(batch),
+            dense=dense_windows(recipe, layout, samples, seqlen, len(batch)) if both else None,
+            layers=share * len(model),
+            pruned=share * pruned,
+            steps=recipe.reconstruct,
+            timed_steps=timed_steps,
+        )
+        solving.clear()
+        entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
+        seconds += extrapolate(entry, sum(solving) * (ALTERNATIONS if recipe.low_rank else 1), scale)
+    return seconds
+
+
+def frequent_shapes(layout: Layout, sparsity: Mapping[str, Constraint]) -> dict[int, int]:
+    """Return the first decoder layer of each of the most frequent shapes, and how many layers have it.
+
+    Layers of one shape have operators of the same sizes and patterns; those without operators are left out.
+    """
+    found: dict[Hashable, list[int]] = {}
+    for index, groups in enumerate(layout.layers):
+        shape = tuple(
+            tuple((operator.rows, operator.columns, sparsity[layout.full_name(index, operator)]) for operator in group)
+            for group in groups
+        )
+        if shape:
+            found.setdefault(shape, []).append(index)
+    frequent = sorted(found.values(), key=len, reverse=True)[:TIMED_SHAPES]
+    return {indices[0]: len(indices) for indices in frequent}
 
 
 def extrapolate(entry: LayerEntry, solving: float, scale: Scale) -> float:

@@ -6,8 +6,8 @@ forward pass of one window, and a small solve of each group of operators (:mod:`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ class Sizes:
     """Sizes, in bytes, of the parts of a run's memory; see :meth:`measure`."""
 
     base: int
-    """Main memory of the process before the run."""
+    """Main memory of the process before the run, with the calibration tokens."""
 
     ends: int
     largest: int
@@ -193,6 +193,9 @@ class Sizes:
     dense_windows: Callable[..., int]
     """Number of windows of the dense model, from samples and batch size (:func:`~.drift.dense_windows`)."""
 
+    others: tuple[Sizes, ...] = ()
+    """Sizes of other decoder layers that may need more: the dense ones of a mixture."""
+
     @classmethod
     def measure(
         cls,
@@ -204,13 +207,21 @@ class Sizes:
         widths: Widths | None = None,
         *,
         drawn: bool = False,
+        index: int | None = None,
     ) -> Sizes:
         """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group.
 
-        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards. ``drawn``: the calibration
-        windows are there already, so the model generates none.
+        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards. ``tokens``: (windows, seqlen)
+        token ids, of which the first window is passed. ``drawn``: the calibration windows are in memory already, and
+        the model generates none. ``index``: the layer; None takes those that may need most.
         """
-        samples, seqlen = tokens.shape
+        if index is None:
+            first, *others = (
+                cls.measure(model, layout, recipe, sparsity, tokens, widths, drawn=drawn, index=each)
+                for each in largest_layers(layout)
+            )
+            return replace(first, others=tuple(replace(other, base=first.base) for other in others))
+        samples, seqlen = recipe.calibration.samples, tokens.shape[1]
         checkpoint = model.checkpoint
         itemsize = model.dtype.itemsize
         stored = min(itemsize, checkpoint.dtype.itemsize)
@@ -219,16 +230,14 @@ class Sizes:
 
         with model.embeddings_and_head(head=False):
             hidden, calls = model.embed(tokens[:1])
-        index = max(range(len(model)), key=layout.weights)  # the layer whose solves need most
         groups = layout.layers[index]
         mixtures = {group[0].experts for group in groups} - {""}
-        passed = index if mixtures else 0
-        with model.layer(passed):
+        with model.layer(index):
             with torch.no_grad():
-                forward = peak_bytes(lambda: model.run(passed, hidden, calls[passed]))
+                forward = peak_bytes(lambda: model.run(index, hidden, calls[index]))
             graded = differentiates(recipe) or chooses_widths(recipe)
             backward = (
-                peak_bytes(lambda: _differentiate(model, passed, hidden, calls[passed]))
+                peak_bytes(lambda: _differentiate(model, index, hidden, calls[index]))
                 if graded or recipe.reconstruct
                 else 0
             )
@@ -267,7 +276,7 @@ class Sizes:
         generates = SELF in recipe.calibration.sources.values() and not drawn
         text_weights = whole_bytes(checkpoint, model.dtype) if generates else 0
         return cls(
-            base=resident_memory() + RETAINED,
+            base=resident_memory() + RETAINED + (0 if drawn else torch.int64.itemsize * samples * seqlen),
             ends=model.pass_bytes(outside),
             largest=max(entry.nbytes for entry in checkpoint.stored),
             checkpoint=checkpoint.nbytes
@@ -428,7 +437,8 @@ class Sizes:
                 sums += 3 * max(group.weight for group in self.groups)
             head = self.ends + self.logits if self.backward else 0
             found["measuring the dense model"] = base + states + max(passed + sums, head)
-        return {name: round(size + UNCOUNTED * (size - base)) for name, size in found.items()}
+        found = {name: round(size + UNCOUNTED * (size - base)) for name, size in found.items()}
+        return _larger([found, *(other.stages(choice, solvers) for other in self.others)])
 
     def host_stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
         """Compute the peak bytes of main memory of every stage of a run on GPUs, by the stage's name.
@@ -464,7 +474,8 @@ class Sizes:
             found["measuring the dense model"] = (
                 self._states_in_memory(choice) + metrics + max(moving, 2 * self.largest)
             )
-        return {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
+        found = {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
+        return _larger([found, *(other.host_stages(choice, solvers) for other in self.others)])
 
     def _copied(self, choice: Choice) -> int:
         """Count the bytes of batches on the way between main memory and a GPU: read ahead, and written last."""
@@ -496,7 +507,28 @@ class Sizes:
         states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
         measuring = self._states_measured() * windows_measured(self.samples) * self.window
         stays = self.checkpoint + self.pruned + self.metric * self.layers
-        return stays + (max(states, measuring) if choice.on_disk else 0)
+        here = stays + (max(states, measuring) if choice.on_disk else 0)
+        return max([here, *(other.disk(choice, workers) for other in self.others)])
+
+
+def largest_layers(layout: Layout) -> list[int]:
+    """Choose the layers that may need most: with the most weights, most inputs, or largest group."""
+
+    def inputs(index: int) -> int:
+        return max((operator.columns for group in layout.layers[index] for operator in group), default=0)
+
+    def largest_group(index: int) -> int:
+        groups = layout.layers[index]
+        return max((sum(operator.rows * operator.columns for operator in group) for group in groups), default=0)
+
+    layers = range(len(layout.layers))
+    return list(dict.fromkeys(max(layers, key=size) for size in (layout.weights, inputs, largest_group)))
+
+
+def _larger(stages: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Return the larger bytes of every stage."""
+    names = dict.fromkeys(name for each in stages for name in each)
+    return {name: max(each.get(name, 0) for each in stages) for name in names}
 
 
 def _differentiate(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> None:

@@ -12,6 +12,9 @@ from .loading import parse_bytes
 WORKER_SETTINGS = {"workers": ("process", "ray"), "address": ("ray",)}
 """Settings of workers, and the executors that have a use for them."""
 
+MAX_WORKERS = 4096
+"""Most workers, and most threads of each: more than any machine has cores."""
+
 
 class Execution(Settings):
     """Set how the work is carried out. Never part of a run's identity."""
@@ -23,6 +26,7 @@ class Execution(Settings):
     batch_size: int | None = Field(
         None,
         ge=1,
+        lt=2**31,
         description="Windows of text in one pass, two of them for a pair of an alignment; without it chosen by device "
         "and memory.",
     )
@@ -39,12 +43,14 @@ class Execution(Settings):
     workers: int | None = Field(
         None,
         ge=1,
+        le=MAX_WORKERS,
         description="Worker processes of process and ray; without it one for each GPU or group of cores. They prune "
         "different layers with propagate dense, and share the operators of one layer with propagate pruned.",
     )
     threads: int | None = Field(
         None,
         ge=1,
+        le=MAX_WORKERS,
         description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of "
         "the weights depend on it.",
     )

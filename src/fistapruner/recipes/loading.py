@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,8 @@ def parse_count(text: str) -> int:
         ValueError: not a count.
     """
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([kmg]?)\s*", text.lower())
-    count = float(match[1]) * 1000 ** " kmg".index(match[2] or " ") if match else 0.5
-    if not count.is_integer():  # as infinity is none
+    count = Decimal(match[1]) * 1000 ** " kmg".index(match[2] or " ") if match else None
+    if count is None or count != count.to_integral_value():
         raise ValueError(f"{text!r} is not a whole number: write 4096, 500k or 1.5M")
     return int(count)
 

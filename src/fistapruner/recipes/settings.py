@@ -147,6 +147,7 @@ class Calibration(Settings):
     samples: int = Field(
         128,
         ge=1,
+        lt=2**31,
         description="Number of calibration windows. 128 is the papers' choice.",
     )
     seqlen: int | None = Field(
@@ -288,6 +289,7 @@ class Recipe(RunRecipe):
     reconstruct: int = Field(
         0,
         ge=0,
+        lt=2**31,
         description="Steps of block reconstruction after each decoder layer, each on one calibration window; 0 is "
         "none.",
     )

@@ -28,7 +28,8 @@ class Point:
 
     Args:
         method: its label; ``sparsity``: as written.
-        seeds: how many runs have a finite gap; ``missing``: how many have none.
+        seeds: how many runs have a finite gap; ``missing``: how many have none, or a seed that only others at its
+            sparsity have.
         gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, 0 for one seed.
         seconds: mean wall time, None if not recorded.
         kept: weights that are not zero and those of low-rank parts, as a share of the operators' weights before
@@ -96,6 +97,7 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
     for row in rows:
         groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
     whole = max((row.operator_weights or 0 for row in rows), default=0)
+    finite = {(row.sparsity, row.seed) for row in rows if row.gap is not None and math.isfinite(row.gap)}
     made = []
     for (method, sparsity), members in groups.items():
         found = [(row.gap, row.seconds) for row in members if row.gap is not None and math.isfinite(row.gap)]
@@ -105,7 +107,9 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
         spread, time = stdev(gaps) if len(gaps) > 1 else 0.0, mean(seconds) if seconds else None
         shares = [share for row in members if (share := _kept(row, whole)) is not None]
         kept = mean(shares) if shares else None
-        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, len(members) - len(gaps), kept))
+        asked = finite.union((sparsity, row.seed) for row in members)
+        missing = sum(pattern == sparsity for pattern, _ in asked) - len(gaps)
+        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, missing, kept))
     return [replace(point, extra=_extra(point, made)) for point in made]
 
 

@@ -146,7 +146,7 @@ class Evaluation:
         device: device that ran it.
         low_rank: additional weights of the low-rank part that belongs to ``model`` and was added to it; None without
             one.
-        warnings: what to know of the tasks' scores.
+        warnings: what to know of the figures.
     """
 
     model: str
