@@ -182,6 +182,9 @@ def test_commands_that_messages_advise_are_understood() -> None:
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "x" for part in node.values]
                 found += re.findall(rf"fistapruner ((?:{'|'.join(VERBS)}) [^'`:;,()]+)", "".join(map(str, parts)))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "shell_line":
+                parts = [part.value if isinstance(part, ast.Constant) else "x" for part in node.args]
+                found.append(" ".join(map(str, parts)))
     assert "unpack x DIR" in found
     for command in found:
         parser.parse_args(command.split())

@@ -698,7 +698,8 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     assert NM(2, 4).satisfies(written["model.layers.0.self_attn.o_proj.weight"])
     assert not warnings(pruned, sparsity="2:4")
     assert not warnings(folder)
-    assert not warnings(tmp_path / "small" / "model", structure="mlp=8")  # those of down_proj are gone
+    (again,) = warnings(tmp_path / "small" / "model", structure="mlp=8")  # the refit of so few tokens kept its zeros
+    assert "does not keep them" in again
     (pruned / "fistapruner.json").unlink()
     (counted,) = warnings(pruned)
     assert "model.layers.0.mlp.down_proj (50%)" in counted
