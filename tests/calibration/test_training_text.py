@@ -168,6 +168,32 @@ def test_one_long_document_fills_both_sides(tmp_path: Path, lengths: list[int], 
     assert set(text.held_out.tolist()) == {True, False}
     assert text.facts["tasks"][source]["documents"] == len(documents)
     assert {document_hash(document) for document in documents if len(document) > 40} <= text.documents
+    source = lines(tmp_path / "b.jsonl", documents * 400)  # what is repeated counts once
+    copies = training_text(TrainingData(source=source, tokens=10**4, seed=seed), letters_tokenizer(), 40)
+    assert set(copies.held_out.tolist()) == {True, False}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_document_of_which_one_task_holds_out_a_passage_is_trained_on_by_no_other(tmp_path: Path, seed: int) -> None:
+    generator = random.Random(seed)
+    shared, *others = ("".join(generator.choices(LETTERS, k=length)) for length in (300, *[50] * 20))
+    tasks = {"parted": lines(tmp_path / "a.jsonl", [shared]), "whole": lines(tmp_path / "b.jsonl", [*others, shared])}
+    data = TrainingData(tasks=tasks, tokens=10**4, mixture="pooled", seed=seed)
+    text, tokenizer = training_text(data, letters_tokenizer(), 32), letters_tokenizer()
+    parts = [
+        {shared[place : place + 12] for place in range(288)} & pieces
+        for held in (True, False)
+        for pieces in [
+            {
+                whole[place : place + 12]
+                for window in text.tokens[text.held_out == held]
+                for whole in [text_of(tokenizer, window)]
+                for place in range(20)
+            }
+        ]
+    ]
+    assert parts[0]
+    assert not parts[0] & parts[1]
 
 
 def test_a_document_is_left_to_train_on_whatever_share_is_held_out(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fistapruner.calibration.training_text import TrainingText
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
-from fistapruner.tuning.trainer import StepResult, Trainer, TrainingState
+from fistapruner.tuning.trainer import StepResult, Trainer, TrainingState, newest_state
 
 STEPS = 8
 TEXT = TrainingText(
@@ -83,7 +83,8 @@ def train(
     order = torch.arange(STEPS)[:, None]
     recipe = RecoverRecipe(validation_checks=checks, warm_up=0.0, schedule="constant", **settings)
     run = RecoverDirectory(folder)
-    trainer = Trainer(run, "this run", recipe, TEXT, order, stepper, stepper, about=dict(about), say=said.append)  # type: ignore[arg-type]
+    settings = {"snapshot": newest_state(run, "this run"), "about": dict(about), "say": said.append}
+    trainer = Trainer(run, "this run", recipe, TEXT, order, stepper, stepper, **settings)  # type: ignore[arg-type]
     return trainer.train(), said
 
 

@@ -113,6 +113,7 @@ class _Source:
         self.source = source
         self.read: list[str] = []  # as they are in the source
         self.documents: list[str] = []  # or their passages
+        self.origin: dict[str, str] = {}  # the document of every passage
         self.examples: dict[str, Example] = {}
         self.how = GENERATED
         self._refined = False
@@ -129,7 +130,8 @@ class _Source:
 
     def _divide(self, characters: int) -> None:
         """Cut the documents into passages of at most so many characters."""
-        self.documents = [part for text in self.read for part in passages(text, characters)]
+        parts = [(part, text) for text in self.read for part in passages(text, characters)]
+        self.documents, self.origin = [part for part, _ in parts], dict(parts)
         documents = "one document" if len(self.read) == 1 else f"{len(self.read)} documents"
         self.how = f"{documents}, cut into {len(self.documents)} passages; {JOINED}"
 
@@ -142,12 +144,13 @@ class _Source:
         """
         if self.examples or self._refined:
             return False
-        whole = self.pack(list(dict.fromkeys(self.read)), tokenizer, seqlen, None)
+        distinct = list(dict.fromkeys(self.read))
+        whole = self.pack(distinct, tokenizer, seqlen, None)
         if len(whole.windows) < 2:
             return False
         # What is held out may have almost a passage more than its window: at most half of what two windows leave.
         share = min(1.0, max(1 / 8, (whole.tokens / seqlen - 2) / 2))
-        self._divide(max(1, int(share * seqlen * sum(map(len, self.read)) / whole.tokens)))
+        self._divide(max(1, int(share * seqlen * sum(map(len, distinct)) / whole.tokens)))
         self._refined = True
         return True
 
@@ -192,9 +195,13 @@ def training_text(
     asked = -(-data.tokens // seqlen)
     shares = _windows_of_tasks(data, sources, asked if windows is None else windows)
     splits = [_split(source, data, tokenizer, seqlen) for source in sources]
-    held = {document for split in splits for document in split[0]}
-    # A document that one task holds out is trained on by none.
-    splits = [(own, [document for document in rest if document not in held]) for own, rest in splits]
+    # A document that one task holds out is trained on by none, nor is one of which it holds out a passage.
+    held = {text for own, _ in splits for text in own}
+    parted = {source.origin.get(text, text) for source, (own, _) in zip(sources, splits, strict=True) for text in own}
+    splits = [
+        (own, [text for text in rest if not {text, source.origin.get(text, text)} & held and text not in parted])
+        for source, (own, rest) in zip(sources, splits, strict=True)
+    ]
     most = max(1, MAX_HELD_OUT_WINDOWS // len(sources))
     tasks: dict[int, _Task] = {}
     # Text that the model generates comes last: it takes long, and the others may be refused.
@@ -368,7 +375,7 @@ def _cut(
     held_out = source.pack(held, tokenizer, seqlen, most)
     trained = source.pack(rest, tokenizer, seqlen, windows)
     if not len(trained.windows) or not len(held_out.windows):
-        raise _too_short(source, source.pack([*held, *rest], tokenizer, seqlen, None), data.tokens, seqlen)
+        raise _too_short(source, source.pack([*held, *rest], tokenizer, seqlen, None), data, seqlen)
     too_long = held_out.too_long + trained.too_long
     if too_long and say is not None:
         tried = held_out.documents + trained.documents
@@ -393,7 +400,7 @@ def _cut(
     return _Task(*sides, {**facts, **_both(*sides)}, frozenset(hashes))
 
 
-def _too_short(source: _Source, whole: Packed, asked: int, seqlen: int) -> FistaPrunerError:
+def _too_short(source: _Source, whole: Packed, data: TrainingData, seqlen: int) -> FistaPrunerError:
     """Make the error that a source does not fill one window on either side."""
     if source.examples:
         fitting = whole.documents - whole.too_long
@@ -401,16 +408,15 @@ def _too_short(source: _Source, whole: Packed, asked: int, seqlen: int) -> Fista
         there += " one to train on and one to validate on"
     elif len(whole.windows) < 2:
         there = f"its {whole.tokens} tokens do not fill one window of {seqlen} to train on and one to validate on"
-        there += " (what is repeated counts once)" if len(set(source.documents)) < len(source.documents) else ""
     else:
-        there = (
-            f"its {whole.tokens} tokens, without documents that other tasks hold out, cannot be split into one window "
-        )
-        there += f"of {seqlen} to train on and one to validate on"
+        there = f"its {whole.tokens} tokens cannot be split into one window of {seqlen} to train on and one to validate"
+        there += " on, without what other tasks hold out" if len(data.tasks) > 1 else " on"
+    if not whole.too_long and len(set(source.read)) < len(source.read):
+        there += " (what is repeated counts once)"
     remedy = "a larger --seqlen" if whole.too_long else "a smaller --seqlen"
     return FistaPrunerError(
-        f"{PURPOSE} text {source.source!r} is too short: {there}; {asked} tokens are asked; take a longer text or "
-        f"{remedy}"
+        f"{PURPOSE} text {source.source!r} is too short: {there}; {data.tokens} tokens are asked; take a longer "
+        f"text or {remedy}"
     )
 
 

@@ -143,7 +143,7 @@ def describe_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
 
 def tokens_sha256(tokens: Tensor) -> str:
     """Hash token ids with SHA-256."""
-    return hashlib.sha256(tokens.flatten().numpy().data).hexdigest()
+    return hashlib.sha256(tokens.contiguous().flatten().numpy().data).hexdigest()
 
 
 def tenths(say: Callable[[str], None], purpose: str = "calibration") -> Callable[[int, int], None]:

@@ -23,7 +23,7 @@ from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.lock import preparing
-from ..runs.steps import read_steps
+from ..runs.snapshots import Snapshot
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads, device_title
 from ..runtime.files import scratch_folder, sha256_file
@@ -35,7 +35,7 @@ from ..tuning.states import LazyTensors
 from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
-from ..tuning.trainer import Stepper, Trainer, TrainingState
+from ..tuning.trainer import Stepper, Trainer, TrainingState, newest_state
 from .context import open_model
 
 SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
@@ -145,9 +145,10 @@ class TrainingContext:
                 nothing is left that needs less.
         """
         while True:
-            trained = self.trained
+            trained, snapshot = self.trained, newest_state(self.run, self.fingerprint)
             try:
-                return trained, self._ended(trained) or self._train(trained, listener, after_snapshot)
+                state = self._ended(trained, snapshot)
+                return trained, state or self._train(trained, snapshot, listener, after_snapshot)
             except torch.OutOfMemoryError:
                 pass
             del trained
@@ -188,14 +189,12 @@ class TrainingContext:
             "then, with shorter windows, or with --device cpu"
         )
 
-    def _ended(self, trained: Trained) -> TrainingState | None:
+    def _ended(self, trained: Trained, snapshot: Snapshot | None) -> TrainingState | None:
         """Leave the best weights of a run without further steps in ``trained``: it needs no dense model.
 
         Returns:
             Where training ended; None where it has not.
         """
-        lines = read_steps(self.run.steps_file)
-        snapshot = self.run.states.newest(self.fingerprint, lines[-1]["step"]) if lines else None
         state = None if snapshot is None else TrainingState.of(snapshot.values)
         ended = state is not None and (state.stopped or state.step == self.decision.steps)
         if not all(self.ranks.gather(ended)) or snapshot is None:
@@ -204,7 +203,9 @@ class TrainingContext:
         trained.restore()
         return state
 
-    def _train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
+    def _train(
+        self, trained: Trained, snapshot: Snapshot | None, listener: Listener, after_snapshot: Callable[[], None]
+    ) -> TrainingState:
         """Do what :meth:`train` does, once, and leave the best weights in ``trained``."""
         windows = self._order()
         with self.passes() as store:
@@ -217,6 +218,7 @@ class TrainingContext:
                 windows,
                 self._stepper(objective, trained),
                 trained,
+                snapshot,
                 about=self._about(),
                 say=listener.say,
                 tick=lambda done, total: listener.tick(self.progress, done, total),

@@ -63,9 +63,9 @@ def needs_own_code(config: Mapping[str, Any]) -> bool:
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
-    named = config.get("auto_map")
-    own = isinstance(named, Mapping) and "AutoModelForCausalLM" in named
-    return own and not any(str(config.get("model_type")) in table for table in known)
+    return isinstance(config.get("auto_map"), Mapping) and not any(
+        str(config.get("model_type")) in table for table in known
+    )
 
 
 def build_model(
@@ -145,7 +145,7 @@ def build_model(
 
 
 def refuse_own_code(folder: Path, why: str) -> None:
-    """Refuse a model that needs Python code of its own; found without its weights, by building the model.
+    """Refuse a model that needs Python code of its own.
 
     Args:
         folder: of the model.
@@ -154,18 +154,8 @@ def refuse_own_code(folder: Path, why: str) -> None:
     Raises:
         FistaPrunerError: names the folder.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
-    if "auto_map" not in read_json(folder, "config.json"):
-        return
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        with init_empty_weights():
-            auto_class(config).from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever else is wrong is said where the model is loaded
-        if needs_code(folder, error) is not None:
-            raise FistaPrunerError(f"{folder} needs Python code of its own: {why}") from None
+    if needs_own_code(read_json(folder, "config.json")):
+        raise FistaPrunerError(f"{folder} needs Python code of its own: {why}")
 
 
 def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:

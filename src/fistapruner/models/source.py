@@ -252,7 +252,7 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16,
     here = version("transformers")
     for made_by in (release or here, here):
         key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {dtype} {CONVERSION} {made_by}"
-        out = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        out = cache / f"{path.stem}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:12]}"
         if out.is_dir():
             return out
     try:

@@ -82,7 +82,6 @@ def align(
         command=command,
         evaluate=evaluate,
         evaluate_windows=evaluate_windows,
-        settings={},
     )
 
 

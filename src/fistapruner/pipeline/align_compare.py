@@ -156,7 +156,6 @@ def align_compare(
         "command": command,
         "evaluate": evaluate,
         "evaluate_windows": evaluate_windows,
-        "settings": {},
     }
     with continued_by_its_command(), hold(folder):
         _write(folder, found)

@@ -166,14 +166,15 @@ def _compare_texts(report: Report, data: str, listener: Listener, *, trained: bo
     if trained or report.kind == "prune":
         stages.append((report.kind, report.recipe))
     calibration, training = dict[str, None](), dict[str, None]()
-    found = []
-    with suppress(FistaPrunerError):  # a file that cannot be read any more cannot be compared
-        for kind, settings in stages:
+    for kind, settings in stages:
+        with suppress(FistaPrunerError):  # settings of another release
             if kind == "prune":
                 calibration |= dict.fromkeys(Recipe.build(settings).calibration.sources.values())
             elif kind == "recover":
                 training |= dict.fromkeys(RecoverRecipe.build(settings).data.texts)
-        for sources, trains in ((calibration, False), (training, True)):
+    found = []
+    for sources, trains in ((calibration, False), (training, True)):
+        with suppress(FistaPrunerError):  # a file that cannot be read any more cannot be compared
             if shared := shared_text(sources, absolute(data), training=trains):
                 add_warning(report, shared, listener)
                 found.append(shared)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..execution.training import RecoverContext
 from ..models.source import Permissions
+from ..recipes.loading import merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
 from ..runs.records import Report
@@ -64,12 +65,11 @@ def recover(
         RECOVER,
         out,
         model,
-        RecoverRecipe.of(recipe),
+        RecoverRecipe.build(merge(RecoverRecipe.of(recipe).model_dump(mode="json"), settings)),
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
         listener=listener,
         command=command,
         evaluate=evaluate,
         evaluate_windows=evaluate_windows,
-        settings=settings,
     )

@@ -11,7 +11,6 @@ from typing import Any, Generic
 from ..errors import FistaPrunerError
 from ..execution.training import TrainingContext
 from ..models.source import Permissions
-from ..recipes.loading import merge
 from ..runs.decision import EvaluationRequest, TrainingRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
@@ -71,7 +70,6 @@ def train(
     command: str | None,
     evaluate: str | None,
     evaluate_windows: int | None,
-    settings: dict[str, Any],
     before: Sequence[Evaluation] = (),
     like: TrainingDirectory | None = None,
 ) -> Report:
@@ -81,7 +79,6 @@ def train(
     """
     run = verb.directory(Path(out))
     run.check_place()
-    recipe = verb.settings.build(merge(recipe.model_dump(mode="json"), settings))
     request = TrainingRequest(
         str(model),
         recipe,
@@ -160,7 +157,7 @@ def _lead(
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
         if begun is not None:
-            _refuse_changed(verb, run, begun, request.permissions, finished=report is not None)
+            _refuse_changed(run, begun, request.permissions, finished=report is not None)
         fault = None if report is None else run.model_fault(report.fingerprint or "")
         if report is None or fault:
             if report is not None:
@@ -258,25 +255,24 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
 
 
-def _refuse_changed(
-    verb: TrainingVerb[R], run: TrainingDirectory, begun: TrainingRecord, permissions: Permissions, *, finished: bool
-) -> None:
-    """Refuse a run whose models are not those that it began with, or are gone and needed.
+def _refuse_changed(run: TrainingDirectory, begun: TrainingRecord, permissions: Permissions, *, finished: bool) -> None:
+    """Refuse a run whose models are not those that it began with, or whose input is gone and needed.
+
+    A dense model that is gone is refused where it is opened: a run may not need it any more.
 
     Raises:
         FistaPrunerError: names the folder, or the file and its checksums.
     """
-    decision, needed = begun.decision, verb.settings.build(begun.recipe, str(run.run_file)).dense_for
-    models = {"model": (decision.folder, decision.stamps)}
+    decision = begun.decision
+    models = {decision.folder: decision.stamps}
     if decision.dense is not None:
-        models["dense model"] = (decision.dense, decision.dense_stamps)
-    for what, (folder, stamps) in models.items():
+        models[decision.dense] = decision.dense_stamps
+    for folder, stamps in models.items():
         if not folder.is_dir():
-            if not finished and (what == "model" or needed):  # else only the figures lack it
-                how = "with its new place" if what == "model" else "and say where it is with --dense"
+            if not finished and folder == decision.folder:
                 raise FistaPrunerError(
-                    f"the {what} of the run in {run.folder} is not at {folder} any more; give the command of the run "
-                    f"again {how}"
+                    f"the model of the run in {run.folder} is not at {folder} any more; give the command of the run "
+                    "again with its new place"
                 )
         elif why := changed_files(stamps, permissions.at(folder)):
             raise FistaPrunerError(f"{why} since the run in {run.folder} began: name another --out")

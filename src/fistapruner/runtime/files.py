@@ -52,7 +52,7 @@ def require_utf8(path: Path) -> None:
     Raises:
         FistaPrunerError: names the path.
     """
-    whole = os.path.realpath(path)
+    whole = os.path.abspath(path)
     try:
         whole.encode()
     except UnicodeEncodeError:

@@ -305,7 +305,7 @@ def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
     None is the identity. A metric of zeros, as of a model whose outputs never change, tells errors apart no more than
     the identity.
     """
-    if metric is None or not bool((metric if metric.ndim == 1 else metric.diagonal()).mean() > 0):
+    if metric is None or bool((metric if metric.ndim == 1 else metric.diagonal()).mean() == 0):
         return None
     metric = metric.to(device)
     if metric.ndim == 1:

@@ -97,6 +97,15 @@ class TrainingState:
         return cls(**{**values, "patience": Patience(**values["patience"])})
 
 
+def newest_state(run: TrainingDirectory, fingerprint: str) -> Snapshot | None:
+    """Find the newest state of a run up to which the journal is whole; None where there is none.
+
+    What was measured before it belongs to the run, too.
+    """
+    lines = read_steps(run.steps_file)
+    return run.states.newest(fingerprint, lines[-1]["step"]) if lines else None
+
+
 Say = Callable[[str], None]
 Tick = Callable[[int, int], None]
 
@@ -113,6 +122,7 @@ class Trainer:
         order: (steps, windows_per_step) window numbers.
         stepper: the optimizer.
         trained: what it trains.
+        snapshot: the state to go on from; None where there is none.
         about: what the first line of the journal says of the run.
         say: receives sentences.
         tick: receives (steps done, steps in all).
@@ -127,6 +137,7 @@ class Trainer:
     order: Tensor
     stepper: Stepper
     trained: Trained
+    snapshot: Snapshot | None = None
     about: dict[str, Any] = field(default_factory=dict)
     say: Say = lambda sentence: None
     tick: Tick = lambda done, total: None
@@ -144,9 +155,7 @@ class Trainer:
 
     def train(self) -> TrainingState:
         """Take the steps that are left; the best weights are restored at the end."""
-        lines = read_steps(self.run.steps_file)
-        # A snapshot counts if the journal is whole up to its step: what was measured belongs to the run, too.
-        snapshot = self.run.states.newest(self.fingerprint, lines[-1]["step"]) if lines else None
+        lines, snapshot = read_steps(self.run.steps_file), self.snapshot
         replays = self.recipe.zeroth_order and isinstance(self.stepper, Replays)
         begun = snapshot is not None or (replays and self._is_own(lines))
         if snapshot is not None:
