@@ -111,7 +111,7 @@ def find_finished(
             )
         return FinishedRun(says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
-        return FinishedRun(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
+        return FinishedRun(damaged=report, says=f"the checkpoint is made again: {fault}")
     return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
 
 
