@@ -532,7 +532,7 @@ def test_an_interruption_of_a_run_that_is_made_again_is_told_truly(
     text.write_text(TEXT[::-1] * 20)
     with monkeypatch.context() as patched:  # the new tokens are there, the record of the run is that of the old ones
         patched.setattr("fistapruner.pipeline.prepare.record", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=rf"^interrupted before the first decoder layer; .* resume {run}$"):
             fp.prune(dense, run, **settings)
     text.write_text(TEXT * 20)
     said = tiny.Said()
