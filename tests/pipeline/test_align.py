@@ -667,6 +667,8 @@ def test_a_finished_comparison_makes_the_checkpoints_that_are_to_be_kept(
     one, two = (tmp_path / name / "runs" / "sft-on-chosen-0" for name in ("at once", "later"))
     assert (one / "model" / "model.safetensors").read_bytes() == (two / "model" / "model.safetensors").read_bytes()
     assert list((two / "states").iterdir())
+    for run in (one, two):  # the time of what was removed is not added
+        assert len(json.loads((run / "times.json").read_text())) == 1
 
 
 def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,9 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.pipeline.compare import compare
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.compare import check_recoveries, compare, plan_jobs
+from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.pipeline.plan_training import plan_alignment_of
 from fistapruner.pipeline.prepare_training import share_of
@@ -365,17 +367,26 @@ def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
     settings: dict[str, Any] = {"method": "wanda", "sparsity": "2:4", "calibration": calibration, "recover": training}
     plan = plan_model(run.parent / "dense", Recipe.build(settings), tmp_path)
     assert "'fistapruner plan RUN --recover'" in plan.says[-1]
-    enough = int(plan.rows[0].planned or 0) + 2**25
-    settings["execution"] = {"memory_limit": enough}
-    plan_model(run.parent / "dense", Recipe.build(settings), tmp_path)
-    with pytest.raises(FistaPrunerError, match=r"^recover: --memory-limit .* is not enough: "):
+    little = Mock(return_value=Resources(2**20, CPU, {}, (CPU,)))  # for the recovery; the pruning fits
+    monkeypatch.setattr("fistapruner.planning.training_plan.Resources", Mock(of_this_machine=little))
+    with pytest.raises(FistaPrunerError, match=r"^recover: .*the 1\.00 MiB that are free is not enough: "):
         fp.prune(run.parent / "dense", tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
-    del settings["execution"]
-    monkeypatch.setattr("fistapruner.pipeline.recover_inputs.plan_training", Mock(side_effect=FistaPrunerError("much")))
-    compared = compare(run.parent / "dense", "wanda", ["2:4"], tmp_path / "compared", settings=settings, windows=1)
-    assert compared.rows[0].error == "recover: much"
-    assert not list((tmp_path / "compared" / "runs").iterdir())
+    short = tmp_path / "short.txt"
+    short.write_text("one")
+    with pytest.raises(FistaPrunerError, match=r"short\.txt"):  # which shows before the plan
+        fp.prune(run.parent / "dense", tmp_path / "out", evaluate=short, **settings)
+    fp.prune(run.parent / "dense", tmp_path / "out", only_layers=(0, 1), **settings)  # which recovers nothing
+    planned = Mock(side_effect=FistaPrunerError("much"))
+    monkeypatch.setattr("fistapruner.pipeline.recover_inputs.plan_training", planned)
+    methods = "wanda,magnitude"
+    with pytest.raises(FistaPrunerError, match=r"^recover: much$"):
+        compare(run.parent / "dense", methods, ["2:4"], tmp_path / "compared", settings=settings, windows=1)
+    assert not (tmp_path / "compared").exists()
+    planned.reset_mock(side_effect=True)
+    jobs = plan_jobs(parse_contenders(methods), ["2:4", "50%", "60%", "0%"], (0, 1), settings)
+    check_recoveries(jobs, UNTRUSTED.find(run.parent / "dense"), tmp_path / "compared", tiny.Said())
+    assert planned.call_count == 2  # with other numbers of zeros, of which 0% has none
 
 
 def weights(folder: Path) -> bytes:

@@ -25,6 +25,7 @@ from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
+from ..runs.times import forget_times
 from ..runs.training_records import AlignComparison, AlignRow
 from ..runs.training_runs import input_run
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
@@ -177,6 +178,7 @@ def align_compare(
             if not keep and isinstance(reports[label, seed], Report):
                 shutil.rmtree(run.model, ignore_errors=True)
                 shutil.rmtree(run.states.folder, ignore_errors=True)
+                forget_times(run.folder)
             found.rows = [
                 _row(label, seed, reports[label, seed]) for label in JOBS for seed in seeds if (label, seed) in reports
             ]

@@ -67,11 +67,13 @@ class FinishedRun:
     Args:
         report: of the run, if nothing is left to do.
         damaged: the report of a run whose checkpoint must be written again from the layers; its measurements stay.
+        outdated: the report of a run that is made again with all its layers.
         says: a sentence for the user.
     """
 
     report: Report | None = None
     damaged: Report | None = None
+    outdated: Report | None = None
     says: str | None = None
 
 
@@ -109,9 +111,9 @@ def find_finished(
             raise FistaPrunerError(
                 f"{why}: '{shell_line('resume', run.folder)}' makes the whole run again, or put the old files back"
             )
-        return FinishedRun(says=f"the run is made again: {why}")
+        return FinishedRun(outdated=report, says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
-        return FinishedRun(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
+        return FinishedRun(damaged=report, says=f"the checkpoint is made again: {fault}")
     return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
 
 

@@ -66,7 +66,7 @@ from .protocol import Protocol, distinct_seeds
 from .prune import prune, recovers
 from .prune_inputs import refuse_overlap, shared_text
 from .recover import recover
-from .recover_inputs import check_following, check_trained, recovery_recipe
+from .recover_inputs import check_fits, check_following, check_trained, recovery_recipe
 from .training import changed_texts
 from .training_inputs import asked
 
@@ -136,7 +136,7 @@ def compare(
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     _rows_that_stay(before.rows, jobs, protocol, folder)
-    check_texts(jobs, source, folder)
+    check_recoveries(jobs, source, folder, listener)
     calibrated: CalibrationWindows = {}
     for job in jobs:
         if SELF not in job.recipe.calibration.sources.values():  # a fault in the text shows now
@@ -227,23 +227,30 @@ def plan_jobs(
     return jobs
 
 
-def check_texts(jobs: Sequence[Job], source: ModelSource, folder: Path) -> None:
-    """Check the texts of all recoveries that have not begun.
+def check_recoveries(jobs: Sequence[Job], source: ModelSource, folder: Path, listener: Listener) -> None:
+    """Check the texts of all recoveries that have not begun, and that these fit.
 
     Raises:
-        FistaPrunerError: a text that cannot be read, or is too short for the windows of a recovery.
+        FistaPrunerError: a text that cannot be read, or is too short for the windows of a recovery; or memory or disk
+            that are too small.
     """
+    following = [job for job in jobs if job.recipe.recover is not None]
+    following = [job for job in following if not RecoverDirectory(job.run(folder).recovered).run_file.exists()]
     checked = set()
-    for job in jobs:
-        run, recipe = job.run(folder), job.recipe
-        texts = json.dumps([recipe.calibration.sources, recipe.recover and recipe.recover.model_dump(mode="json")])
-        if (
-            recipe.recover is not None
-            and texts not in checked
-            and not RecoverDirectory(run.recovered).run_file.exists()
-        ):
+    for recipe in (job.recipe for job in following):
+        texts = json.dumps([recipe.calibration.sources, recipe.recover.model_dump(mode="json")])
+        if texts not in checked:
             check_following(recipe, source)
             checked.add(texts)
+    for job in following:
+        try:
+            task = check_trained(job.recipe, source, job.run(folder).recovered)
+        except FistaPrunerError:  # its row says so
+            continue
+        planned = json.dumps(task and [task.recipe.model_dump(mode="json"), dict(task.survivors)])
+        if planned not in checked:
+            check_fits(task, listener)
+            checked.add(planned)
 
 
 def shared_texts(jobs: Sequence[Job], data: str) -> list[str]:

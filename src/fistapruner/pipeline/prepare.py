@@ -37,6 +37,7 @@ from .begun import absolute, changed_text, moved_text
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
 from .prune_inputs import Inputs, RunRequest, check_inputs, say_kept_plan
+from .recover_inputs import check_fits, check_trained
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     if drawn is None and SELF in calibration.sources.values():  # it takes long: an attempt stopped after it has left it
         drawn = run.drawn(drawing)
     plan = choose_plan(run, request.recipe, inputs, listener, drawn=drawn is not None)
+    if request.recipe.recover is not None and request.only_layers is None:  # a part may be pruned where it does not fit
+        check_fits(check_trained(request.recipe, inputs.source, run.recovered), listener)
     with cpu_threads(plan.numerics.threads), exact_products():
         calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if plan.on_disk else None

@@ -256,7 +256,8 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     if request.drawn is not None:
         refuse_other_tokens(run, request.drawn[0], request.recipe, request.permissions)
     report, only = found.report, request.only_layers
-    with _saying_how_to_continue(run, only), run.created(), hold(run.folder, only), log_file(run.log_file):
+    saying = _saying_how_to_continue(run, only, found.outdated)
+    with saying, run.created(), hold(run.folder, only), log_file(run.log_file):
         if found.says and (report is not None or only is None):  # a part makes nothing again
             listener.say(found.says)
         if report is None:
@@ -352,14 +353,21 @@ def _remove_failure(run: PruneDirectory) -> None:
 
 
 @contextmanager
-def _saying_how_to_continue(run: PruneDirectory, only_layers: tuple[int, int] | None = None) -> Iterator[None]:
-    """Let an interruption carry the command that continues the run, or the part of it."""
+def _saying_how_to_continue(
+    run: PruneDirectory, only_layers: tuple[int, int] | None = None, outdated: Report | None = None
+) -> Iterator[None]:
+    """Let an interruption carry the command that continues the run, or the part of it.
+
+    The layers in the ``outdated`` report, which stays until the first layer begins, are not those of the run.
+    """
     try:
         yield
     except KeyboardInterrupt:
         how, where = "give the same command again", "before the first decoder layer"
         with suppress(FistaPrunerError):
-            where = f"with {len(load_run(run.folder).layers)} decoder layers done"
+            report = load_run(run.folder)
+            if outdated is None or report.finished != outdated.finished:
+                where = f"with {len(report.layers)} decoder layers done"
             if only_layers is None:
                 how = f"go on with: {shell_line('resume', run.folder)}"
         raise KeyboardInterrupt(f"interrupted {where}; {how}") from None

@@ -91,27 +91,29 @@ def _on_text(recipe: Recipe) -> RecoverRecipe:
     return training.model_copy(update={"data": training.data.model_copy(update=text)})
 
 
-def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> None:
-    """Check, before a model is pruned, which operators the recovery that follows trains, and that it fits.
+def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> Task | None:
+    """Check, before a model is pruned, which operators the recovery that follows trains.
 
-    They are those that get zeros; of a model that loses channels, heads or experts, all. The plan is that of the dense
-    model, whose shapes are those of the pruned one unless it loses some.
+    They are those that get zeros; of a model that loses channels, heads or experts, all.
 
     Args:
         recipe: of the pruning run, with the section ``recover``.
         dense: the model.
         out: the run directory of the recovery.
 
+    Returns:
+        What :func:`check_fits` plans: the recovery of the dense model, whose shapes are those of the pruned one; None
+        where that loses some.
+
     Raises:
-        FistaPrunerError: the pattern sets nothing to zero, a pattern of names matches no operator, none is left, or
-            memory or disk are too small.
+        FistaPrunerError: the pattern sets nothing to zero, a pattern of names matches no operator, or none is left.
     """
     training = _on_text(recipe)
     model = open_model(dense, training)
     layout = discover(model)
     if recipe.structure.remove is not None:
         layout.select(training, "train")
-        return
+        return None
     layout = layout.select(recipe)
     sparsity = allocate(recipe, layout, model.config.model_type)
     zeros = {name: sparsity[name].zeros(operator.rows, operator.columns) for name, operator in layout.operators()}
@@ -127,9 +129,24 @@ def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> None:
     training = training.model_copy(update={"loss": loss})
     teacher, generator = None if loss == "ce" else model, model if training.generates_text else None
     seqlen = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
-    task = Task.of_recovery(model, layout, teacher, training, survivors, seqlen, out, generator)
+    return Task.of_recovery(model, layout, teacher, training, survivors, seqlen, out, generator)
+
+
+def check_fits(task: Task | None, listener: Listener) -> None:
+    """Check, before a model is pruned, that the recovery that follows fits.
+
+    Args:
+        task: from :func:`check_trained`.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: memory or disk are too small.
+    """
+    if task is None:
+        return
+    listener.tick("planning the recovery", 0, 1)
     try:
-        with cpu_threads(default_threads(training.execution)):
+        with cpu_threads(default_threads(task.recipe.execution)):
             plan_training(task)
     except FistaPrunerError as error:
         raise FistaPrunerError(f"recover: {error}") from None

@@ -161,7 +161,7 @@ def _lead(
         fault = None if report is None else run.model_fault(report.fingerprint or "")
         if report is None or fault:
             if report is not None:
-                listener.say(f"the checkpoint is made again from the last state: {fault}")
+                listener.say(f"the checkpoint is made again: {fault}")
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
