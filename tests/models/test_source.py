@@ -41,7 +41,7 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FistaPrunerError, match=r"mod\\udce8le.* is not a UTF-8 path, .*: rename it$"):
             resolve_model(path)
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-    with pytest.raises(FistaPrunerError, match="link/m.gguf is truncated"):
+    with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is truncated"):
         resolve_model(tmp_path / "link")
 
 
