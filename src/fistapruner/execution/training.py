@@ -199,6 +199,8 @@ class TrainingContext:
         ended = state is not None and (state.stopped or state.step == self.decision.steps)
         if not all(self.ranks.gather(ended)) or snapshot is None:
             return None
+        if self.ranks.first:
+            self.run.states.tidy(snapshot.step)  # a kill while the last one was written may have left more
         trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
         trained.restore()
         return state

@@ -149,7 +149,9 @@ def check_fits(task: Task | None, listener: Listener) -> None:
         with cpu_threads(default_threads(task.recipe.execution)):
             plan_training(task)
     except FistaPrunerError as error:
-        raise FistaPrunerError(f"recover: {error}") from None
+        raise FistaPrunerError(
+            f"recover: {error} (these are flags of 'fistapruner recover', and settings of recover in a --recipe)"
+        ) from None
     release_memory()  # what the measurement has freed
 
 
