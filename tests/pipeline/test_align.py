@@ -385,7 +385,7 @@ def test_a_dense_model_that_only_figures_use_may_go(
     folder, dense = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model")), tmp_path / "dense"
     (folder / "fistapruner.json").unlink()
     weights = []
-    for cached, references in ((True, "pruned"), (False, "pruned"), (True, "dense")):
+    for cached, references in ((True, "pruned"), (False, "pruned"), (False, "dense")):
         out = tmp_path / f"{cached} {references}"
         begin = {"dense": Path(shutil.copytree(bench.dense(), dense)), "steps": 2, "references": references}
         with monkeypatch.context() as killed:

@@ -380,7 +380,7 @@ def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
     planned = Mock(side_effect=FistaPrunerError("much"))
     monkeypatch.setattr("fistapruner.pipeline.recover_inputs.plan_training", planned)
     methods = "wanda,magnitude"
-    with pytest.raises(FistaPrunerError, match=r"^recover: much$"):
+    with pytest.raises(FistaPrunerError, match=r"^recover: much \(these are flags of .fistapruner recover"):
         compare(run.parent / "dense", methods, ["2:4"], tmp_path / "compared", settings=settings, windows=1)
     assert not (tmp_path / "compared").exists()
     planned.reset_mock(side_effect=True)
