@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
-from fistapruner.calibration.windows import check_source, draw_windows, window_length
+from fistapruner.calibration.windows import check_source, draw_windows, tokens_sha256, window_length
 from fistapruner.errors import MissingExtraError
 from fistapruner.evaluation.data import check_data
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -316,3 +316,8 @@ def test_only_a_length_that_the_config_states_is_a_limit(tmp_path: Path) -> None
     assert window_length(None, mpt) == 64
     with pytest.raises(FistaPrunerError, match="seqlen 65 is more than the 64 tokens"):
         window_length(65, mpt)
+
+
+def test_tokens_have_one_hash_however_they_lie_in_memory() -> None:
+    tokens = torch.arange(16).view(2, 8)[:, ::2]
+    assert tokens_sha256(tokens) == tokens_sha256(tokens.clone())

@@ -12,7 +12,6 @@ from ..evaluation.preferences import preference_figures
 from ..execution.alignment import AlignContext
 from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
-from ..recipes.loading import merge
 from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
@@ -69,7 +68,7 @@ def align(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    recipe = AlignRecipe.build(merge(AlignRecipe.of(recipe).model_dump(mode="json"), settings))
+    recipe = AlignRecipe.of(recipe).changed(settings)
     recipe.refuse_idle()
     return train(
         ALIGN,

@@ -98,7 +98,7 @@ def align_compare(
         FistaPrunerError: bad input, named, before anything is trained.
     """
     folder, listener = Path(out), listener or Listener()
-    shared = AlignRecipe.build(merge(AlignRecipe.of(recipe).model_dump(mode="json"), settings))
+    shared = AlignRecipe.of(recipe).changed(settings)
     default = AlignRecipe()
     for name in VARIED:
         if getattr(shared, name) != getattr(default, name):

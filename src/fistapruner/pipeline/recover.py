@@ -8,7 +8,6 @@ from typing import Any
 
 from ..execution.training import RecoverContext
 from ..models.source import Permissions
-from ..recipes.loading import merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
 from ..runs.records import Report
@@ -65,7 +64,7 @@ def recover(
         RECOVER,
         out,
         model,
-        RecoverRecipe.build(merge(RecoverRecipe.of(recipe).model_dump(mode="json"), settings)),
+        RecoverRecipe.of(recipe).changed(settings),
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
         listener=listener,

@@ -64,8 +64,6 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
             for the windows.
     """
     training = _on_text(recipe)
-    for text in training.data.texts:
-        check_source(text, PURPOSE)
     model = open_model(dense, training)
     check_precision(model)
     seqlen, data = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN), training.data

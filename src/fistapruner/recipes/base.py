@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
 from ..errors import FistaPrunerError, explain, refuse_yes_no
-from .loading import load_recipe_settings, parse_yaml
+from .loading import load_recipe_settings, merge, parse_yaml
 
 MAX_SEED = 2**63 - 1
 """Largest seed that torch's random generators accept."""
@@ -128,6 +128,14 @@ class RunRecipe(Settings):
         if isinstance(recipe, Mapping):
             return cls.build(dict(recipe))
         raise FistaPrunerError(f"recipe is of the class {type(recipe).__name__}, and {cls.__name__} is expected")
+
+    def changed(self, settings: dict[str, Any]) -> Self:
+        """Return the recipe with some settings changed.
+
+        Raises:
+            FistaPrunerError: wrong settings.
+        """
+        return self.build(merge(self.model_dump(mode="json"), settings))
 
     @classmethod
     def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:

@@ -32,7 +32,7 @@ def fingerprint(
     """
     identity = [recipe.fingerprint(), stamps(checkpoint), numerics.model_dump(), *more]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    digest.update(tokens.to(torch.int64).flatten().numpy().data)
+    digest.update(tokens.to(torch.int64).contiguous().flatten().numpy().data)
     return digest.hexdigest()[:16]
 
 
