@@ -22,6 +22,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
+from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline.begun import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.settings import Recipe
@@ -207,6 +208,17 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     assert weights(run) == before
     assert (run / "model" / "config.json").exists()
     assert json.loads((run / "report.json").read_text())["evaluations"] == measured
+
+
+def test_the_checkpoint_is_written_without_opening_the_layers_again_for_every_tensor(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, opened = weights(run), Mock(side_effect=SafetensorsFile)
+    drop_all(run)
+    monkeypatch.setattr("fistapruner.runs.journal.SafetensorsFile", opened)
+    finish_run(run)
+    assert weights(run) == before
+    assert opened.call_count == 2  # decoder layers, of seven operators each
 
 
 def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Path) -> None:

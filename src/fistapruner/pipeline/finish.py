@@ -145,11 +145,12 @@ def _of_kept_experts(
 def _replacement(context: RunContext) -> Callable[[str], Tensor | None]:
     """Return a function that gives a tensor of the new checkpoint by name; None where it is as it was."""
     journal, checkpoint = context.run.journal, context.model.checkpoint
-    places = {name: index for index in range(len(context.model)) for name in journal.weights(index).entries}
+    files = [journal.weights(index) for index in range(len(context.model))]
+    places = {name: file for file in files for name in file.entries}
 
     def replacement(name: str) -> Tensor | None:
         if name in places:
-            return journal.weights(places[name]).read(name)
+            return places[name].read(name)
         return checkpoint.read(name) if name in checkpoint.orders else None
 
     return replacement
