@@ -514,6 +514,32 @@ def test_a_run_keeps_the_model_files_that_it_began_with(
         assert any("the run is made again with all its layers" in sentence for sentence in told.sentences)
 
 
+@pytest.mark.parametrize("other", ["", "model", "versions", "device", "own code"])
+def test_a_model_is_compared_again_only_where_it_or_what_runs_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """The comparison of its logits loads every decoder layer twice."""
+    model, run, checked = tmp_path / "model", PruneDirectory(tmp_path / "run"), Mock()
+    tiny.save("llama", model, num_hidden_layers=2)
+    monkeypatch.setattr("fistapruner.pipeline.prune_inputs.check_model", checked)
+    settings = {**SETTINGS, "propagate": "dense"}
+    fp.prune(model, run.folder, only_layers=(0, 0), **settings)
+    assert checked.call_count == 1
+    record = run.record()
+    assert record is not None
+    if other == "model":
+        tiny.save("llama", model, num_hidden_layers=2, seed=1)
+    elif other == "versions":
+        record.versions["transformers"] = "0.0"
+    elif other == "device":
+        record.machine.device_name = "another GPU"
+    elif other == "own code":
+        record.model.own_code.append("model")
+    run.write_record(record)
+    fp.prune(model, run.folder, **settings)
+    assert checked.call_count == 1 + bool(other)
+
+
 def test_a_changed_calibration_text_is_another_run(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

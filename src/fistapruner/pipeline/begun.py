@@ -264,6 +264,11 @@ def changed_input(run: PruneDirectory, record: PruneRecord, recipe: Recipe, perm
     return None if same else f"{run.calibration_file} does not hold the tokens that it was calibrated on"
 
 
+def began_on(record: PruneRecord) -> str:
+    """Name the device that a run began on, as :func:`.device_title` does."""
+    return record.machine.device_name or record.decision.numerics.device
+
+
 def execution_here(execution: Execution, listener: Listener) -> Execution:
     """Choose another device for a run that goes on where its own is not, and say so."""
     try:

@@ -33,6 +33,7 @@ from ..runtime.memory import reset_peak_memory
 from ..sensitivity.decision import check_allocation
 from .begun import (
     FinishedRun,
+    began_on,
     evaluation_on,
     execution_here,
     find_finished,
@@ -320,7 +321,9 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
     todo = set(range(first, last + 1)) - done
     if todo:
         check_layers_before(context.recipe, first, last, done)
-    if (began := _began_on(context.run)) != (device := device_title(context.model.device)):
+    record = context.run.record()
+    assert record is not None  # the context was opened with it
+    if (began := began_on(record)) != (device := device_title(context.model.device)):
         listener.say(f"this run began on {began}; on {device} its last bits may differ")
     if request.recipe.execution.threads not in (None, numerics.threads):
         listener.say(f"this run began with {numerics.threads} threads for each worker and keeps them")
@@ -334,13 +337,6 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
         listener.end()
         context.clear_hidden()
     return todo
-
-
-def _began_on(run: PruneDirectory) -> str:
-    """Name the device that a run began on."""
-    record = run.record()
-    assert record is not None
-    return record.machine.device_name or record.decision.numerics.device
 
 
 def _remove_failure(run: PruneDirectory) -> None:

@@ -28,10 +28,11 @@ from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
+from ..runtime.devices import device_title
 from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
 from ..structured.units import Widths
-from .begun import find_source, refuse_other
+from .begun import began_on, find_source, refuse_other
 from .plan import allocate, change_widths, say_lost_zeros, say_unread, say_widths
 
 
@@ -119,7 +120,8 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if begun is None:
         check_layers_before(recipe, first, last, done=())
     layout = discover(model).select(recipe)
-    check_model(model)
+    if planned is None or not _was_checked(planned, model):
+        check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
     sparsity = allocate(recipe, smaller, model.config.model_type)
     warnings: tuple[str, ...] = ()
@@ -147,6 +149,15 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
             listener.say(shared)
             warnings = (*warnings, shared)
     return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, planned, warnings)
+
+
+def _was_checked(begun: PruneRecord, model: LayerwiseModel) -> bool:
+    """Check that a run has compared this model's logits already: with these versions, on this device.
+
+    A model's own code may have changed: of its files only config and weights are compared with those of the run.
+    """
+    alike = begun.versions == versions() and began_on(begun) == device_title(model.device)
+    return alike and "model" not in begun.model.own_code
 
 
 def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[int]) -> None:
