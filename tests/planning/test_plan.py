@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,6 +178,24 @@ def test_time_is_that_of_layers_of_each_shape(tmp_path: Path, monkeypatch: pytes
     assert timed == [(1, 3.0, 3.0), (0, 1.0, 1.0)]
     others = {**sparsity, **{name: parse_sparsity("30%") for name in sparsity if ".2." in name.partition("mlp")[0]}}
     assert frequent_shapes(layout, others) == {1: 2, 0: 1, 2: 1}
+
+
+def test_the_method_is_timed_once_for_experts_of_one_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, layout, tokens = mixture(tmp_path)
+    recipe = Recipe.build({"method": "wanda", "calibration": {"source": "python", "samples": 64}}).resolved()
+    timed, solving = Mock(return_value=1.0), []
+
+    def seconds_of(entry: LayerEntry, seconds: float, scale: Scale) -> float:
+        solving.append(seconds)
+        return seconds
+
+    monkeypatch.setattr("fistapruner.planning.probe.time_solve", timed)
+    monkeypatch.setattr("fistapruner.planning.probe.extrapolate", seconds_of)
+    measure_time(opened, layout, recipe, allocate(recipe, layout), tokens, 4, least=0)
+    assert sorted(solving) == sorted(len(groups) for groups in layout.layers)
+    experts = sum(bool(group[0].experts) for groups in layout.layers for group in groups)
+    assert experts == 2 * 64
+    assert 2 <= timed.call_count - (sum(solving) - experts) <= 4  # with tokens and without
 
 
 def test_a_plan_counts_the_calibration_tokens_and_makes_none(model: Model, tmp_path: Path) -> None:

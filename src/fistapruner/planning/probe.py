@@ -73,8 +73,9 @@ def measure_time(
     """Estimate the seconds to prune all layers from the first batch in a layer of each frequent shape.
 
     Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a
-    part of each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed. Low-rank parts
-    are solved in the timed layers; beside them the method runs once in every alternation.
+    part of each group's rows (:func:`time_solve`), for experts of one shape once, and of block reconstruction a few
+    steps are timed. Low-rank parts are solved in the timed layers; beside them the method runs once in every
+    alternation.
 
     Args:
         model: the model.
@@ -97,10 +98,15 @@ def measure_time(
     batch = tokens[:batch_size]
     shape = (len(batch), seqlen, model.width)
     solving: list[float] = []
+    known: dict[Hashable, float] = {}  # experts are alike: one of them is timed, and one that no token was routed to
 
     def timed(number: int, problem: LayerProblem) -> None:
         patterns = [sparsity[name] for name in problem.names]
-        solving.append(time_solve(problem, patterns, recipe, by_operator=by_operator))
+        routed = layout.layers[index][number][0].experts
+        key = (problem.rows, problem.shape[1], *patterns, problem.tokens is None) if routed else (index, number)
+        if key not in known:
+            known[key] = time_solve(problem, patterns, recipe, by_operator=by_operator)
+        solving.append(known[key])
 
     store = scratch_factory(None, model.dtype, model.device if on_device else torch.device("cpu"))
     states, onward = store("states", shape), store("onward", shape)
