@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fistapruner.activations.store import scratch_factory
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.snapshots import Snapshots
@@ -223,6 +225,28 @@ def test_files_in_place_of_memory_change_no_bit(tmp_path: Path, form: str) -> No
     assert {name for name in in_memory.tensors() if name not in fresh.tensors()} == {
         name for name in in_memory.tensors() if name.startswith("best/")
     }
+
+
+def test_a_snapshot_of_files_reads_each_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layout = opened(pruned("gpt2", tmp_path / "model"))
+    snapshots, contents = Snapshots(tmp_path / "snapshots"), []
+    headers, names, read = Mock(side_effect=SafetensorsFile), [], SafetensorsFile.read
+
+    def noted(file: SafetensorsFile, name: str) -> Tensor:
+        names.append(f"{file.path.name.partition('-')[0]}/{name}")
+        return read(file, name)
+
+    for folder in (None, tmp_path / "states"):
+        trained = Trained(model, layout, recipe(parameters="lora"), folder)
+        step(trained, 0)
+        with monkeypatch.context() as patched:
+            patched.setattr("fistapruner.tuning.states.SafetensorsFile", headers)
+            patched.setattr(SafetensorsFile, "read", noted)
+            snapshots.write("run", 1, {}, trained.tensors())
+        contents.append((tmp_path / "snapshots" / "00000001.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+    assert [*names, "steps"] == list(trained.tensors())
+    assert headers.call_count == 3 * len(model)  # values and two moments
 
 
 @pytest.mark.parametrize("form", ["spp", "hira", "lora"])

@@ -15,6 +15,7 @@ from ..activations.store import Store, scratch_factory
 from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
+from ..models.files.safetensors import LazyTensors
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, Permissions
 from ..recipes.execution_settings import Execution
@@ -31,7 +32,6 @@ from ..runtime.memory import release_failed_memory
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
 from ..tuning.objective import Objective
-from ..tuning.states import LazyTensors
 from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained

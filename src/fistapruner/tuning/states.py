@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..models.files.safetensors import SafetensorsFile, TensorEntry, write_tensors
+from ..models.files.safetensors import LazyTensors, SafetensorsFile, TensorEntry, write_tensors
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each of them made or read when it is asked for.
-
-    Args:
-        names: of the tensors.
-        read: gives the tensor of a name.
-    """
-
-    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        self._names = dict.fromkeys(names)
-        self._read = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class MemoryStates:
@@ -48,15 +24,11 @@ class MemoryStates:
         """Return the tensors of a layer by name; none where none were put."""
         return self._tensors.get((kind, index), {})
 
-    def entries(self, kind: str, index: int) -> dict[str, TensorEntry]:
-        """Return what :meth:`get` would, without the values."""
-        return {
-            name: TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in self.get(kind, index).items()
-        }
-
-    def read(self, kind: str, index: int, name: str) -> Tensor:
-        """Return one tensor of a layer."""
-        return self._tensors[kind, index][name]
+    def lazy(self, kind: str, index: int) -> LazyTensors:
+        """Return what :meth:`get` does."""
+        found = self.get(kind, index)
+        entries = {name: TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in found.items()}
+        return LazyTensors(entries, found.__getitem__)
 
     def put(self, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of a layer, not copied, in place of those before."""
@@ -99,20 +71,18 @@ class FileStates:
 
     def get(self, kind: str, index: int) -> dict[str, Tensor]:
         """Return the tensors of a layer by name, read into new memory; none where none were put."""
+        return dict(self.lazy(kind, index))
+
+    def lazy(self, kind: str, index: int) -> LazyTensors:
+        """Return what :meth:`get` does; each tensor is read when it is asked for.
+
+        They must be read before others are put in their place.
+        """
         path = self._path(kind, index)
         if not path.exists():
-            return {}
+            return LazyTensors({}, dict[str, Tensor]().__getitem__)
         file = SafetensorsFile(path)
-        return {name: file.read(name).to(self.device) for name in file.entries}
-
-    def entries(self, kind: str, index: int) -> dict[str, TensorEntry]:
-        """Return what :meth:`get` would, without the values."""
-        path = self._path(kind, index)
-        return SafetensorsFile(path).entries if path.exists() else {}
-
-    def read(self, kind: str, index: int, name: str) -> Tensor:
-        """Return one tensor of a layer, read into new memory."""
-        return SafetensorsFile(self._path(kind, index)).read(name).to(self.device)
+        return LazyTensors(file.entries, lambda name: file.read(name).to(self.device))
 
     def put(self, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a layer in place of those before."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, linear_modules, router_check
+from ..models.files.safetensors import LazyTensors, TensorEntry
 from ..models.layerwise import LayerwiseModel
 from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import seeded
 from .adamw import adamw_step
 from .forms import Hira, first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
-from .states import FileStates, LazyTensors, MemoryStates
+from .states import FileStates, MemoryStates
 
 KINDS = ("trained", "first_moment", "second_moment", "best")
 """What is kept of each trained tensor: its value, AdamW's moments, its value at the best step."""
@@ -149,7 +151,7 @@ class Trained:
 
         Zeros are those of the file that was read, and ``+0.0``.
         """
-        if not self._states.entries("trained", index):
+        if not self._states.lazy("trained", index):
             return {}
         found = {}
         for source, value in self.parameters(index, layer).rounded(self.model.rounded).items():
@@ -246,19 +248,22 @@ class Trained:
     def tensors(self) -> Mapping[str, Tensor]:
         """Return everything that a snapshot holds, by names that do not depend on any order.
 
-        Tensors are not copied; those in files are read one by one, as they are asked for.
+        Tensors are not copied; those in files are read one by one, as they are asked for, before the next step.
         """
-        places = {
-            f"{kind}/{name}": (kind, index, name)
-            for kind in KINDS
-            for index in range(len(self))
-            for name in self._states.entries(kind, index)
-        }
+        entries: dict[str, TensorEntry] = {}
+        places: dict[str, LazyTensors] = {}
+        for kind in KINDS:
+            for index in range(len(self)):
+                found = self._states.lazy(kind, index)
+                for name, entry in found.entries.items():
+                    full = f"{kind}/{name}"
+                    entries[full], places[full] = replace(entry, name=full), found
+        entries[STEPS] = TensorEntry.of(STEPS, torch.int64, (len(self),))
 
         def read(name: str) -> Tensor:
-            return torch.tensor(self._steps) if name == STEPS else self._states.read(*places[name])
+            return torch.tensor(self._steps) if name == STEPS else places[name][name.partition("/")[2]]
 
-        return LazyTensors([*places, STEPS], read)
+        return LazyTensors(entries, read)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`tensors` returned, copied, one layer at a time.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
+from ..models.files.safetensors import LazyTensors
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import Snapshot
@@ -28,7 +29,6 @@ from ..runs.training_records import Check
 from ..runtime.formatting import duration
 from ..runtime.ranks import ALONE, Ranks
 from .adamw import Patience, Verdict, check_due, schedule
-from .states import LazyTensors
 from .trained import Trained
 
 log = logging.getLogger("fistapruner")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,30 @@ class TensorEntry:
         """Make the entry of a tensor with this dtype and shape."""
         sizes = tuple(shape)
         return cls(name, dtype, sizes, math.prod(sizes) * dtype.itemsize)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each of them made or read when it is asked for.
+
+    Args:
+        entries: what the tensors are, by name.
+        read: gives the tensor of a name.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> None:
+        self.entries = entries
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.entries:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 class SafetensorsFile:
@@ -217,8 +241,14 @@ class SafetensorsWriter:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, in their order, as :class:`SafetensorsWriter` does."""
-    entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    """Write tensors to a safetensors file, in their order, as :class:`SafetensorsWriter` does.
+
+    Those that are read when they are asked for are read once.
+    """
+    if isinstance(tensors, LazyTensors):
+        entries = list(tensors.entries.values())
+    else:
+        entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     with SafetensorsWriter(path, entries, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
