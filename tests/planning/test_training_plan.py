@@ -258,6 +258,20 @@ def test_time_in_all_counts_what_references_and_test_pairs_take(needs: TrainingS
     assert aligned.seconds_in_all(choice) - needs.seconds(choice) == pytest.approx(passes)
 
 
+@pytest.mark.parametrize(("writing", "more"), [(1.0, 7), (1000.0, 3)])
+def test_time_counts_snapshots_between_checks(
+    needs: TrainingSizes, monkeypatch: pytest.MonkeyPatch, writing: float, more: int
+) -> None:
+    """Eight steps of 4000 s and one check: a snapshot after every step, or every 10,000 s where each takes 1000 s."""
+    recipe = needs.task.recipe.model_copy(update={"validation_checks": 1})
+    slow = replace(needs, task=replace(needs.task, recipe=recipe), model=replace(needs.model, head_seconds=1000.0))
+    monkeypatch.setattr("fistapruner.planning.training_sizes.DISK_RATE", 2 * slow.state / writing)
+    choice = TrainingChoice(4)
+    found = slow.seconds(choice)
+    monkeypatch.setattr("fistapruner.planning.training_sizes.snapshot_interval", lambda seconds: math.inf)
+    assert found - slow.seconds(choice) == pytest.approx(more * writing)
+
+
 def test_a_refusal_for_want_of_disk_gives_no_advice_on_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Mock(free=1000))
     with pytest.raises(FistaPrunerError, match=r"1000 B free; take fewer --tokens, or another --out$"):

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fistapruner.calibration.training_text import TrainingText
 from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.tuning.trainer import StepResult, Trainer, TrainingState, newest_state
@@ -124,6 +126,35 @@ def test_steps_that_make_it_worse_leave_the_start(tmp_path: Path, settings: dict
     assert stepper.value == 1.0
     assert state.patience.best_step == 0
     assert state.fault is None
+
+
+@pytest.mark.parametrize(("writing", "steps"), [(0, [0, *range(1, 9)]), (500, [0, 5, 8])])
+def test_snapshots_that_take_long_are_written_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writing: int, steps: list[int]
+) -> None:
+    """Every step takes 1000 s: more than lies between two snapshots that are written at once."""
+    seconds, written, write = 0.0, [], Snapshots.write
+
+    def slow(snapshots: Snapshots, fingerprint: str, step: int, *state: Any) -> None:
+        nonlocal seconds
+        seconds += writing
+        written.append(step)
+        write(snapshots, fingerprint, step, *state)
+
+    def slow_step(number: int, loss: float) -> float:
+        nonlocal seconds
+        seconds += 1000
+        return loss
+
+    monkeypatch.setattr(
+        "fistapruner.tuning.trainer.time", Mock(monotonic=lambda: seconds, perf_counter=lambda: seconds)
+    )
+    monkeypatch.setattr(Snapshots, "write", slow)
+    stepper, quick = Parabola(loss_at=slow_step), Parabola()
+    train(tmp_path / "slow", stepper, checks=1)
+    assert written == steps
+    train(tmp_path / "quick", quick, checks=1)
+    assert stepper.value == quick.value
 
 
 def infinite_at(step: int) -> Change:

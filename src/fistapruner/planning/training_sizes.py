@@ -12,7 +12,7 @@ from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
-from ..runs.snapshots import KEPT
+from ..runs.snapshots import KEPT, snapshot_interval
 from ..runtime.numerics import windows_at_once
 from ..runtime.ranks import Ranks
 from ..tuning.losses import Loss
@@ -435,8 +435,10 @@ class TrainingSizes:
                 windows = task.steps * task.step_windows + task.held_out
             blocks = math.ceil(windows / self._block(choice))
             dense = model.layers * (windows * model.forward_seconds + blocks * model.load_seconds)
-        writing = (1 + (checks - 1) * 2) * self.state / DISK_RATE  # written and hashed; the first one is empty
-        return task.steps * self.step_seconds(choice) + checks * check + dense + writing
+        training, once = task.steps * self.step_seconds(choice), 2 * self.state / DISK_RATE  # written and hashed
+        between = max(1, math.ceil(training / (checks - 1) / snapshot_interval(once)))  # of one check and the next
+        writing = self.state / DISK_RATE + min(task.steps, (checks - 1) * between) * once  # the first one is empty
+        return training + checks * check + dense + writing
 
     def seconds_in_all(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of :meth:`seconds`, and of the log-probabilities of the pairs beside them."""

@@ -29,8 +29,16 @@ log = logging.getLogger("fistapruner")
 KEPT = 2
 """Snapshots that are kept."""
 
+LEAST_SECONDS = 900.0
+"""A snapshot is written at every check, and after this time; after ten times as long as one takes, if that is more."""
+
 STATE_FILE = re.compile(rf"\d{{8}}\.(json|safetensors)({re.escape(PARTIAL)})?")
 """Names of the snapshots' files."""
+
+
+def snapshot_interval(seconds: float) -> float:
+    """Return the seconds to wait between snapshots that take ``seconds`` each to write."""
+    return max(LEAST_SECONDS, 10 * seconds)
 
 
 @dataclass(frozen=True)

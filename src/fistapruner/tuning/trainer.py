@@ -22,7 +22,7 @@ from ..errors import FistaPrunerError
 from ..models.files.safetensors import LazyTensors
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..recipes.training_settings import TrainingRecipe
-from ..runs.snapshots import Snapshot
+from ..runs.snapshots import Snapshot, snapshot_interval
 from ..runs.steps import ForeignJournal, StepJournal, read_steps
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_records import Check
@@ -32,9 +32,6 @@ from .adamw import Patience, Verdict, check_due, schedule
 from .trained import Trained
 
 log = logging.getLogger("fistapruner")
-
-SNAPSHOT_SECONDS = 900.0
-"""A snapshot is written at every check, and after this time."""
 
 MAX_NOT_FINITE = 3
 """Steps without a finite loss in a row after which an optimizer without gradients stops."""
@@ -152,6 +149,7 @@ class Trainer:
             # Of a pair only the chosen answer carries loss.
             self.loss_tokens = self.loss_tokens * self.counts
         self._differs = False
+        self._writing = 0.0  # seconds that the last snapshot took
 
     def train(self) -> TrainingState:
         """Take the steps that are left; the best weights are restored at the end."""
@@ -186,7 +184,8 @@ class Trainer:
                     left = (time.monotonic() - begin) / done * (steps - self.state.step)
                     self._say_check(check, 0.0 if self.state.stopped else left)
                 self.tick(self.state.step, steps)
-                if check is not None or self.state.stopped or time.monotonic() - last > SNAPSHOT_SECONDS:
+                late = time.monotonic() - last > snapshot_interval(self._writing)
+                if check is not None or self.state.stopped or late:
                     journal.sync()
                     self._snapshot()
                     last = time.monotonic()
@@ -319,7 +318,9 @@ class Trainer:
     def _snapshot(self) -> None:
         if not self.ranks.first:
             return
+        begin = time.monotonic()
         self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.trained.tensors())
+        self._writing = time.monotonic() - begin
         self.after_snapshot()
 
 
