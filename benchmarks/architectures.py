@@ -85,6 +85,7 @@ SMALL: dict[str, Any] = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [1],
+    "is_decoder": True,
 }
 """Sizes of tiny models, where a configuration has such a setting; parts of a model get them, too."""
 
@@ -101,7 +102,6 @@ TRIED: tuple[dict[str, Any], ...] = (
     {"num_layers": 3},
     {"topk_method": "greedy"},
     {"num_experts_per_tok": 1},
-    {"is_decoder": True},
     {"default_language": "en_XX"},
     {"attention_types": [[["global", "local"], 2]]},
     {"decoder_attention_heads": 4, "num_hidden_layers": None},
@@ -155,7 +155,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), IN_THREE),
     "glm4v_moe": {"text_config": {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}},
     "reformer": {
-        "is_decoder": True,
         "axial_pos_shape": [8, 16],
         "axial_pos_embds_dim": [16, 16],
         "attention_head_size": 8,
@@ -170,6 +169,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 """What a tiny model of a type needs besides."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert, bidirectional": ("bert", {"is_decoder": False}),
+    "gemma3_text, bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
     "gemma4, per-layer inputs": ("gemma4", {"text_config": BY_LAYER}),
     "gemma4_text, per-layer inputs": ("gemma4_text", BY_LAYER),
     "gemma4_text, experts": (

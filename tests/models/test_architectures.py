@@ -23,6 +23,8 @@ OUTCOMES = {
     "jamba": "works",  # attention, recurrences and experts
     "recurrent_gemma": "works",  # its gates have three dimensions
     "bart": "refused",
+    "bert, bidirectional": "refused",  # later tokens are read, as in the next one
+    "gemma3_text, bidirectional": "refused",
     "dory": "refused",  # it loops
     "mixtral": "works",
     "llama4_text": "refused",  # its experts are called in another way

@@ -127,6 +127,14 @@ def test_every_experts_matrices_are_operators_and_what_routes_is_none(tmp_path: 
                 )
 
 
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(tmp_path: Path) -> None:
+    """Qwen3-Next has 512 of both."""
+    model = opened(tiny.save("qwen2_moe", tmp_path, shared_expert_intermediate_size=4))
+    names = {operator.name for group in discover(model).layers[1] for operator in group}
+    shared = {f"mlp.shared_expert.{part}" for part in ("gate_proj", "up_proj", "down_proj")}
+    assert {name for name in names if "shared" in name or name == "mlp.gate"} == shared
+
+
 def test_a_router_beside_attention_and_mlp_is_left_as_it_is(tmp_path: Path) -> None:
     """In Gemma 4 it stands in the decoder layer; a gate of the MLP beside it is an operator all the same."""
     model = opened(tiny.save("gemma4", tmp_path, intermediate_size=4))

@@ -23,7 +23,7 @@ from fistapruner.models.files.gguf_export import invert_reader
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
-from tiny_gguf import permuted, write_gguf, write_gpt2  # noqa: E402
+from tiny_gguf import permuted, write_gemma2, write_gguf, write_gpt2  # noqa: E402
 
 
 @pytest.fixture
@@ -167,6 +167,17 @@ def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -
     for letter, heads in (("q", 2), ("k", 1)):
         weight = kept[f"model.layers.0.self_attn.{letter}_proj.weight"].float().numpy()
         assert np.array_equal(exported[f"blk.0.attn_{letter}.weight"], permuted(weight, heads))
+
+
+def test_fewer_heads_are_refused_where_they_scale_attention(tmp_path: Path) -> None:
+    """As in Gemma 2 27B."""
+    write_gemma2(tmp_path / "dense.gguf", 2)
+    convert_gguf(tmp_path / "dense.gguf", tmp_path / "model", torch.float32)
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(config | {"num_attention_heads": 1, "query_pre_attn_scalar": 24}), "utf-8")
+    with pytest.raises(FistaPrunerError, match=r"query_pre_attn_scalar 24 .* a head, 8: .*fewer heads \(1\)"):
+        fp.export(tmp_path / "model", tmp_path / "out.gguf", like=tmp_path / "dense.gguf")
 
 
 def test_width_is_that_of_the_weights(tmp_path: Path) -> None:

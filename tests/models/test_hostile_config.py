@@ -63,3 +63,17 @@ def test_a_model_of_sound_and_text_is_refused_by_name(tmp_path: Path) -> None:
     said = r"qwen2_audio is a model of more than text, .* of it: save its language model \(qwen2\) as a checkpoint"
     with pytest.raises(FistaPrunerError, match=said):
         LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
+
+
+def test_several_text_configs_are_refused_by_name(tmp_path: Path) -> None:
+    """MusicGen has a text encoder and a decoder."""
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    parts = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
+    for changed, said in (
+        (parts | {"model_type": "musicgen"}, "musicgen is an encoder-decoder"),
+        (config | {"text_encoder": {}, "decoder": {}}, r"config\.json is not understood: Multiple valid text configs"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(changed), "utf-8")
+        with pytest.raises(FistaPrunerError, match=said):
+            LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))

@@ -79,6 +79,14 @@ def test_predictions_are_the_models_own(tmp_path: Path, config: Any) -> None:
     torch.testing.assert_close(sums.nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
 
 
+def test_positions_that_begin_after_padding_are_not_counted(tmp_path: Path) -> None:
+    """RoBERTa states 514 positions and takes 512 tokens."""
+    config = transformers.RobertaConfig(**{**BERT, "max_position_embeddings": 26, "pad_token_id": 1})
+    model = opened(save(config, tmp_path))
+    assert model.max_length == 24
+    score_windows(model, torch.randint(3, 128, (1, 24)), Passes())
+
+
 @pytest.mark.parametrize("head", ["other", "equal", "alone"])
 def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path: Path, head: str) -> None:
     """It is the model's own where its values are not the embedding's, whatever the config says."""

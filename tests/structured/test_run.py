@@ -714,7 +714,7 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(
     tmp_path: Path, architecture: str, structure: str, layer: str, same: str
 ) -> None:
     """Beside them another layer, with a matrix of the same name and another shape, stays; so do single tensors."""
-    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2)
+    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2, num_nextn_predict_layers=1)
     file = folder / "model.safetensors"
     stored = load_file(file)
     inside = next(name.removeprefix("model.layers.0.") for name in stored if same in name)
@@ -730,6 +730,7 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(
     written = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert not set(stale) & set(written)
     assert set(other) <= set(written)
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert report.totals.model_weights == sum(tensor.numel() for tensor in written.values())
     free = {"structure": {"remove": "heads=1", "widths": "free"}, "calibration": SMALL}
     assert not [line for line in plan_model(folder, Recipe.build(free)).says if "does not read" in line]

@@ -486,7 +486,8 @@ def check_model(model: LayerwiseModel) -> None:
 
     Loads every decoder layer twice, one at a time; in each process once for all models with this config. Another window
     goes through every layer before and after the one that is compared: so what a layer keeps from pass to pass shows,
-    and what it leaves for later layers, which the last window overwrites.
+    and what it leaves for later layers, which the last window overwrites. The last window has the same first token and
+    other later ones: its first prediction must be the same.
 
     Raises:
         FistaPrunerError: the architecture is not supported; says why.
@@ -496,16 +497,24 @@ def check_model(model: LayerwiseModel) -> None:
     if architecture in _COMPARED:
         return
     tokens = model.check_window(CHECK_TOKENS)
+    other = torch.cat([tokens[:, :1], tokens[:, :-1]], 1)
+    tolerance = max(1e-5, 4 * torch.finfo(model.dtype).eps)
     with model.failures_explained():
         own, store = model.own_logits(tokens), scratch_factory(None, model.dtype, model.device)
-        states, _ = forward(model, torch.cat([tokens.flip(1), tokens, tokens.flip(1)]), 1, store)
+        states, _ = forward(model, torch.cat([tokens.flip(1), tokens, other]), 1, store)
         with model.embeddings_and_head():
-            ours = model.logits(states[0].read(1, 2, model.device), torch.zeros_like(tokens))
-        own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights: found later
+            ours, others = (
+                model.logits(states[0].read(place, place + 1, model.device), torch.zeros_like(tokens))
+                for place in (1, 2)
+            )
+        # Damaged weights are found later.
+        own, ours, others = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours, others))
         difference, size = float((own - ours).norm()), float(own.norm())
-        if not difference <= max(1e-5, 4 * torch.finfo(model.dtype).eps) * size:
+        if not difference <= tolerance * size:
             raise model.unsupported(
                 "run layer by layer it predicts otherwise than in one forward pass "
                 f"(its logits differ by {difference / size:.2g} of their size)"
             )
+        if not float((ours - others)[:, 0].norm()) <= tolerance * float(ours[:, 0].norm()):
+            raise model.unsupported("its predictions of a token depend on later tokens (bidirectional attention)")
     _COMPARED.add(architecture)

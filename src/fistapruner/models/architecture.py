@@ -89,19 +89,21 @@ def build_model(
     folder = checkpoint.folder
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        text = config if encoder_decoder else config.get_text_config()  # an encoder-decoder may have several
     except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
         fault = FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}")
         raise needs_code(folder, error) or fault from None
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if encoder_decoder:
+        raise FistaPrunerError(
+            f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
+        )
+    layers = getattr(text, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(checkpoint.names()):
         raise FistaPrunerError(
             f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise FistaPrunerError(
-            f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
-        )
-    if not hasattr(config.get_text_config(), "vocab_size"):
+    if not hasattr(text, "vocab_size"):
         raise FistaPrunerError(f"{folder}: {config.model_type} has no vocab_size in config.json: it predicts no text")
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
     free = shapes is not None or (own_widths and not (folder / PACKED_RECORD).exists())
@@ -120,7 +122,7 @@ def build_model(
             what = "its config asks for quantisation while it runs"
             raise FistaPrunerError(f"{folder}: {what} ({method}), which is not supported")
         raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({method}); prune the unquantised one")
-    text, auto = config.get_text_config(), auto_class(config)
+    auto = auto_class(config)
     known = auto._model_mapping  # a semi-private table
     if text is not config and type(config) not in known and "auto_map" not in checkpoint.config:
         advice = (

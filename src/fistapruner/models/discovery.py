@@ -207,20 +207,28 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
 def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
     """Return a check, by name and outputs, for what routes or weighs a decoder layer's experts.
 
-    It stands beside the experts, and has no more outputs than there are experts. Beside experts at the root of the
-    layer (Gemma 4) stand attention and MLP, too: there it is what is called a router, whole, or a gate with as many
-    outputs.
+    It stands beside the experts, is no MLP (which has several linear modules), and has no more outputs than there are
+    experts. Beside experts at the root of the layer (Gemma 4) stand attention and MLP, too: there it is what is called
+    a router, whole, or a gate with as many outputs.
     """
-    mixtures = [(*name.rpartition(".")[::2], experts.number) for name, experts in expert_modules(layer).items()]
+    mixtures = []
+    for name, experts in expert_modules(layer).items():
+        block = name.rpartition(".")[0]
+        mlps = {
+            child
+            for child, module in layer.get_submodule(block).named_children()
+            if sum(isinstance(part, (nn.Linear, Conv1D)) for part in module.modules()) > 1
+        }
+        mixtures.append((block, mlps, experts.number))
 
     def routes(name: str, outputs: int) -> bool:
-        for block, experts, number in mixtures:
-            child, _, _ = name.removeprefix(f"{block}.").partition(".")
-            if (block and not name.startswith(f"{block}.")) or child == experts:
+        for block, mlps, number in mixtures:
+            if block and not name.startswith(f"{block}."):
                 continue
+            child, _, _ = name.removeprefix(f"{block}.").partition(".")
             if not block and "router" in child:
                 return True
-            if outputs in (1, number) and (block or "gate" in child):
+            if child not in mlps and outputs in (1, number) and (block or "gate" in child):
                 return True
         return False
 

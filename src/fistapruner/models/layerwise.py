@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -103,12 +104,21 @@ class LayerwiseModel:
         """Return the width of the hidden states between decoder layers."""
         return int(self.config.get_text_config().hidden_size)
 
-    @property
+    @cached_property
     def max_length(self) -> int | None:
-        """Return the model's maximum sequence length in tokens; None where its config states none."""
+        """Return the model's maximum sequence length in tokens; None where its config states none.
+
+        Positions that begin after that of padding (RoBERTa) are stated with those that no token has.
+        """
         config = self.config.get_text_config()
         stated = (getattr(config, name, None) for name in LENGTH_NAMES)
-        return next((length for length in stated if type(length) is int and length > 0), None)
+        length = next((length for length in stated if type(length) is int and length > 0), None)
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.Embedding) or not name.endswith("position_embeddings"):
+                continue
+            if module.padding_idx is not None and module.num_embeddings == length:
+                return length - module.padding_idx - 1
+        return length
 
     @property
     def max_head_rows(self) -> int:

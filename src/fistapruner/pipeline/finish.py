@@ -35,7 +35,7 @@ from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
-from ..structured.units import unread_tensors
+from ..structured.units import changed_config, unread_tensors
 from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_permuted, kept_widths, moved_experts
 
 
@@ -201,7 +201,7 @@ def _write_model(
         listener,
         shapes=shapes,
         dropped=dropped,
-        config_changes=None if context.widths is None else context.widths.config,
+        config_changes=None if context.widths is None else changed_config(context.model, context.widths),
     )
 
 

@@ -19,10 +19,11 @@ from ..errors import FistaPrunerError
 from ..models.coupling import Link, channel_tensors, find_links, named_size
 from ..models.discovery import Layout, Operator, linear_modules
 from ..models.files.checkpoint import widths_section
+from ..models.files.writer import merge_patch
 from ..models.layerwise import LayerwiseModel, assign
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
-from .experts import ExpertUnits, removed_experts_weights
+from .experts import ExpertUnits, removed_experts_weights, text_section
 from .removal import block_places
 
 MLP, GROUPS = "MLP channels", "key/value groups"
@@ -33,6 +34,9 @@ HEADS = "num_attention_heads"
 
 LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
 """Stored name of a tensor in a list of layers: what the names of its layer begin with, and its name inside."""
+
+PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""Entries of configs with the number of layers of multi-token prediction."""
 
 
 @dataclass(frozen=True)
@@ -362,6 +366,18 @@ def unread_tensors(model: LayerwiseModel, widths: Widths | None) -> list[str]:
     others = [(name, found) for name in checkpoint.names() if (found := LAYER.fullmatch(name)) and found[1] not in read]
     stale = {found[1] for name, found in others if (found[2], checkpoint.entry(name).shape) in cut}
     return [name for name, found in others if found[1] in stale]
+
+
+def changed_config(model: LayerwiseModel, widths: Widths) -> Mapping[str, Any]:
+    """Return the change of ``config.json`` for a result: the widths', and no layers that are left out.
+
+    Its number of layers of multi-token prediction becomes 0 where that many are left out (:func:`unread_tensors`).
+    """
+    gone = len({found[1] for name in unread_tensors(model, widths) if (found := LAYER.fullmatch(name))})
+    section = text_section(model)
+    stored = model.checkpoint.config if section is None else model.checkpoint.config[section]
+    none = {key: 0 for key in PREDICTORS if gone and stored.get(key) == gone}
+    return merge_patch(widths.config, none if section is None or not none else {section: none})
 
 
 def free_widths(units: Units, entries: Mapping[str, Sequence[str]]) -> Widths:

@@ -263,7 +263,13 @@ class _Source:
                 raise self._other(f"its {key} is {field.contents()}, that of {self.checkpoint.folder} {count}")
             changed[f"{self.architecture}.{key}"] = count
         if f"{self.architecture}.attention.head_count" in changed:  # llama.cpp would divide the width by it
-            size = head_width(config)
+            size, scalar = head_width(config), getattr(config, "query_pre_attn_scalar", None)
+            if scalar not in (None, size):
+                heads = changed[f"{self.architecture}.attention.head_count"]
+                raise FistaPrunerError(
+                    f"{self.checkpoint.folder}: its query_pre_attn_scalar {scalar} is not the width of a head, {size}: "
+                    f"llama.cpp divides by width / heads, which fewer heads ({heads}) would change"
+                )
             changed |= {f"{self.architecture}.attention.{each}_length": size for each in ("key", "value")}
         return changed
 
