@@ -291,9 +291,11 @@ class StandIn(TorchDispatchMode):
         def warn(mode: str) -> None:
             self.warning = mode == "warn"
 
-        properties = SimpleNamespace(
-            total_memory=self.memory, name=self.name, major=self.capability[0], minor=self.capability[1]
-        )
+        def properties(device: Any = None) -> SimpleNamespace:
+            major, minor = self.capability
+            return SimpleNamespace(
+                total_memory=self.memory, name=self.name, major=major, minor=minor, uuid=f"gpu-{at(device).index}"
+            )
 
         @contextmanager
         def on(stream: _Stream) -> Iterator[None]:
@@ -328,7 +330,7 @@ class StandIn(TorchDispatchMode):
             "cuda.empty_cache": empty,
             "cuda.get_device_capability": lambda device=None: self.capability,
             "cuda.get_device_name": lambda device=None: self.name,
-            "cuda.get_device_properties": lambda device=None: properties,
+            "cuda.get_device_properties": properties,
             "cuda.init": lambda: None,
             "cuda.is_available": lambda: self.count > 0,
             "cuda.is_initialized": lambda: self.count > 0,

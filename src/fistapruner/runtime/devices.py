@@ -21,8 +21,8 @@ from .memory import MOUNTED_GROUPS, OWN_GROUPS, control_groups
 def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; ``auto`` is the GPU with most free memory, or the CPU.
 
-    ``cuda`` is that GPU too. It is chosen once in a process. Of several processes that ``torchrun`` has started on a
-    machine, each takes the GPU of its number.
+    ``cuda`` is that GPU too. It is chosen once in a process. Of several processes that a launcher has started on a
+    machine, each takes the GPU of its number (``LOCAL_RANK``), or the only one that it sees.
 
     Raises:
         FistaPrunerError: this machine has no such device.
@@ -41,8 +41,10 @@ def choose_device(name: str) -> torch.device:
 
 def _gpu() -> torch.device:
     """Return the GPU of this process."""
-    local, processes = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return torch.device("cuda", local) if 1 < processes <= torch.cuda.device_count() else _by_free_memory()[0]
+    local = int(os.environ.get("LOCAL_RANK") or -1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    numbered = processes > 1 and 0 <= local < torch.cuda.device_count()
+    return torch.device("cuda", local) if numbered else _by_free_memory()[0]
 
 
 def device_title(device: torch.device) -> str:
