@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
+from fistapruner.execution.executors import _pool
+from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
 from fistapruner.runtime.ranks import Ranks, _check_gpus, ranks_of_run
@@ -31,6 +35,23 @@ def test_the_gpu_with_most_free_memory(gpu: StandIn, monkeypatch: pytest.MonkeyP
         free_memory_of_gpus.cache_clear()
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert not gpu.touched
+
+
+def test_workers_take_gpus_of_one_model(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
+    monkeypatch.setattr("fistapruner.execution.executors.ProcessPool", lambda context, devices: devices)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"model {torch.device(device).index}")
+    context: Any = SimpleNamespace(numerics=SimpleNamespace(threads=1))
+    said = tiny.Said()
+    free_memory_of_gpus.cache_clear()
+    try:
+        assert worker_devices("auto", 2, 1) == [torch.device("cuda", 1)] * 2
+        assert worker_devices("cuda:0", 1, 1) == [torch.device("cuda", 0)]
+        _pool(context, Execution(executor="process", workers=2), 2, said)
+    finally:
+        free_memory_of_gpus.cache_clear()
+    assert "2 worker processes of 1 threads on cuda:1" in said.sentences
+    assert "no worker on cuda:0 (model 0): their last bits may differ from those of cuda:1 (model 1)" in said.sentences
 
 
 def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(

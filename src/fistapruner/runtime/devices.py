@@ -52,6 +52,12 @@ def device_title(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def gpus_of_other_models(gpu: torch.device) -> dict[torch.device, str]:
+    """Find the GPUs of other models than ``gpu``, whose last bits differ, and their titles."""
+    titles = {other: device_title(other) for other in _gpus()}
+    return {other: title for other, title in titles.items() if title != device_title(gpu)}
+
+
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """Compute on ``count`` CPU threads inside the block; the last bits of products depend on it."""
@@ -79,13 +85,15 @@ def worker_devices(name: str, workers: int | None, threads: int | None) -> list[
     """Choose the device of every worker.
 
     Args:
-        name: as in the recipe: ``auto`` and ``cuda`` are all GPUs, those with most free memory first; ``cuda:1`` is
-            one.
+        name: as in the recipe: ``auto`` and ``cuda`` are the GPU of :func:`choose_device` and all others of its model,
+            those with most free memory first; ``cuda:1`` is one.
         workers: number of workers; None is one for each GPU, or one for every ``threads`` cores of the CPU.
         threads: CPU threads of each worker; None is eight, or fewer for at least two workers.
     """
     if name != "cpu" and torch.cuda.is_available():
         devices = [torch.device(name)] if ":" in name else _by_free_memory()
+        apart = gpus_of_other_models(choose_device(name))
+        devices = [device for device in devices if device not in apart]
         return [devices[number % len(devices)] for number in range(workers or len(devices))]
     cores = available_cores()
     groups = workers or (max(1, cores // threads) if threads else min(cores, max(2, cores // 8)))
@@ -113,8 +121,14 @@ def quotas(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[i
 
 def _by_free_memory() -> list[torch.device]:
     """Return all GPUs, those with most free memory first."""
-    free = free_memory_of_gpus(torch.cuda.device_count())
-    return [torch.device("cuda", index) for index in sorted(range(len(free)), key=lambda index: (-free[index], index))]
+    gpus = _gpus()
+    free = free_memory_of_gpus(len(gpus))
+    return sorted(gpus, key=lambda gpu: (-free[gpu.index], gpu.index))
+
+
+def _gpus() -> list[torch.device]:
+    """Return all GPUs that this process sees."""
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 @lru_cache
