@@ -211,7 +211,7 @@ class StandIn(TorchDispatchMode):
         memory: bytes of each.
         capability: compute capability of each.
         name: of each.
-        taken: bytes of each GPU that other programs hold.
+        taken: bytes of each GPU that other programs hold; -1 is one that another process has for itself.
 
     Attributes:
         waits, moved, unordered: waits, copied bytes and operators without a fixed order, by (what, line of the
@@ -282,7 +282,7 @@ class StandIn(TorchDispatchMode):
             self.touched.add(self._current)
 
         def free(device: Any = None) -> tuple[int, int]:
-            self.touched.add(at(device))
+            self._open(at(device))
             return self.memory - self.taken.get(at(device).index, 0) - self.live[at(device)], self.memory
 
         def empty() -> None:
@@ -475,10 +475,18 @@ class StandIn(TorchDispatchMode):
             raise NotImplementedError("the stand-in cannot change the shape of an argument")
         return known[id(item)]
 
+    def _open(self, place: torch.device) -> None:
+        """Make a context on a device."""
+        if self.taken.get(place.index, 0) < 0:
+            raise RuntimeError(
+                "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nFor debugging (stand-in)"
+            )
+        self.touched.add(place)
+
     def _hold(self, storage: Any, place: torch.device) -> None:
         """Count the bytes of a storage while it lives."""
         key, size = id(storage), storage.nbytes()
-        self.touched.add(place)
+        self._open(place)
         if key in self._known:
             return
         if self.live[place] + size > self.memory - self.taken.get(place.index, 0):

@@ -14,6 +14,8 @@ import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.executors import _pool
+from fistapruner.execution.worker import Worker
+from fistapruner.models.source import Permissions
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
@@ -35,6 +37,25 @@ def test_the_gpu_with_most_free_memory(gpu: StandIn, monkeypatch: pytest.MonkeyP
         free_memory_of_gpus.cache_clear()
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert not gpu.touched
+
+
+def test_a_gpu_that_another_process_has_for_itself_is_not_taken(
+    gpu: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu.taken[0] = -1
+    monkeypatch.setenv("STAND_IN_GPUS", "-1,1000")
+    free_memory_of_gpus.cache_clear()
+    try:
+        assert choose_device("auto") == torch.device("cuda", 1)
+        assert free_memory_of_gpus(2)[0] == 0
+        with pytest.raises(FistaPrunerError, match=r"the free memory of 3 GPUs cannot be measured"):
+            free_memory_of_gpus(3)
+        with pytest.raises(FistaPrunerError, match=r"^device cuda:0 cannot be used: CUDA error: .* unavailable$"):
+            free_memory_of_gpus(1)
+    finally:
+        free_memory_of_gpus.cache_clear()
+    with pytest.raises(FistaPrunerError, match=r"^a worker cannot use device cuda:0: CUDA error: .* unavailable$"):
+        Worker(tmp_path, "", "cuda:0", Permissions())
 
 
 def test_workers_take_gpus_of_one_model(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

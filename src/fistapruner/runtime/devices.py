@@ -136,16 +136,40 @@ def free_memory_of_gpus(count: int) -> tuple[int, ...]:
     """Measure the free bytes of all GPUs, once in a process.
 
     A process that asks CUDA for a GPU's free memory makes a context there, which takes hundreds of megabytes until it
-    ends. So where there are several GPUs a short-lived process asks.
+    ends. So where there are several GPUs a short-lived process asks. A GPU that cannot be asked, such as one that
+    another process has for itself, has none.
 
     Args:
         count: number of GPUs.
+
+    Raises:
+        FistaPrunerError: no GPU can be asked.
     """
-    if count > 1:
-        asked = "import torch; print(*(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())))"
-        # -P: nothing is imported from the current folder, which may be one that was downloaded
-        done = subprocess.run([sys.executable, "-P", "-c", asked], capture_output=True, text=True, check=False)
-        free = tuple(map(int, done.stdout.split())) if done.returncode == 0 else ()
-        if len(free) == count:
-            return free
-    return tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(count))
+    if count == 1:
+        try:
+            return (torch.cuda.mem_get_info(0)[0],)
+        except RuntimeError as error:
+            raise FistaPrunerError(f"device cuda:0 cannot be used: {first_line(error)}") from None
+    # -P: nothing is imported from the current folder, which may be one that was downloaded
+    done = subprocess.run([sys.executable, "-P", "-c", _ASK], capture_output=True, text=True, check=False)
+    free = tuple(map(int, done.stdout.split())) if done.returncode == 0 else ()
+    if len(free) != count:
+        fault = done.stderr.strip().rpartition("\n")[2][:200] or f"exit status {done.returncode}"
+        raise FistaPrunerError(f"the free memory of {count} GPUs cannot be measured ({fault}): name one as cuda:N")
+    return free
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error; advice on debugging follows it in those of CUDA."""
+    return str(error).partition("\n")[0][:200]
+
+
+_ASK = """
+import torch
+for gpu in range(torch.cuda.device_count()):
+    try:
+        print(torch.cuda.mem_get_info(gpu)[0])
+    except RuntimeError:
+        print(0)
+"""
+"""Program that prints the free bytes of each GPU."""
