@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,6 +264,8 @@ def test_batches_are_bounded_by_the_cache() -> None:
     assert batch_size(model, 10) == 128
     assert batch_size(model, 2**20) == 8  # 2 layers x (keys, values) x 2 heads x 4 wide x 4 bytes = 128 bytes a token
     assert batch_size(model, 2**40) == 1
+    on_gpu = SimpleNamespace(config=model.config, dtype=model.dtype, device=torch.device("cuda"))
+    assert batch_size(on_gpu, 2**20) == 32
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -98,6 +98,13 @@ def test_each_way_to_save_memory_saves_it(needs: TrainingSizes) -> None:
     assert len(set(peaks)) > 3
 
 
+def test_beside_a_gpu_the_next_layer_is_in_main_memory(needs: TrainingSizes) -> None:
+    """Where layers are loaded one by one; PyTorch rounds page-locked buffers up."""
+    on_gpu = replace(needs, model=replace(needs.model, cuda=True))
+    stays, streams = (on_gpu.host_stages(TrainingChoice(4, resident=resident))["a step"] for resident in (True, False))
+    assert 2 * needs.model.layer <= streams - stays < 3 * needs.model.layer
+
+
 def test_a_limit_takes_the_first_choice_that_fits(needs: TrainingSizes) -> None:
     """The first is everything in memory with the graphs of all layers; layers stay before all windows pass at once."""
     assert planned(needs).choice == TrainingChoice(4, keep_graphs=True)

@@ -211,7 +211,7 @@ class StandIn(TorchDispatchMode):
         memory: bytes of each.
         capability: compute capability of each.
         name: of each.
-        taken: bytes of each GPU that other programs hold.
+        taken: bytes of each GPU that other programs hold; -1 is one that another process has for itself.
 
     Attributes:
         waits, moved, unordered: waits, copied bytes and operators without a fixed order, by (what, line of the
@@ -282,7 +282,7 @@ class StandIn(TorchDispatchMode):
             self.touched.add(self._current)
 
         def free(device: Any = None) -> tuple[int, int]:
-            self.touched.add(at(device))
+            self._open(at(device))
             return self.memory - self.taken.get(at(device).index, 0) - self.live[at(device)], self.memory
 
         def empty() -> None:
@@ -291,9 +291,11 @@ class StandIn(TorchDispatchMode):
         def warn(mode: str) -> None:
             self.warning = mode == "warn"
 
-        properties = SimpleNamespace(
-            total_memory=self.memory, name=self.name, major=self.capability[0], minor=self.capability[1]
-        )
+        def properties(device: Any = None) -> SimpleNamespace:
+            major, minor = self.capability
+            return SimpleNamespace(
+                total_memory=self.memory, name=self.name, major=major, minor=minor, uuid=f"gpu-{at(device).index}"
+            )
 
         @contextmanager
         def on(stream: _Stream) -> Iterator[None]:
@@ -328,7 +330,7 @@ class StandIn(TorchDispatchMode):
             "cuda.empty_cache": empty,
             "cuda.get_device_capability": lambda device=None: self.capability,
             "cuda.get_device_name": lambda device=None: self.name,
-            "cuda.get_device_properties": lambda device=None: properties,
+            "cuda.get_device_properties": properties,
             "cuda.init": lambda: None,
             "cuda.is_available": lambda: self.count > 0,
             "cuda.is_initialized": lambda: self.count > 0,
@@ -473,10 +475,18 @@ class StandIn(TorchDispatchMode):
             raise NotImplementedError("the stand-in cannot change the shape of an argument")
         return known[id(item)]
 
+    def _open(self, place: torch.device) -> None:
+        """Make a context on a device."""
+        if self.taken.get(place.index, 0) < 0:
+            raise RuntimeError(
+                "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nFor debugging (stand-in)"
+            )
+        self.touched.add(place)
+
     def _hold(self, storage: Any, place: torch.device) -> None:
         """Count the bytes of a storage while it lives."""
         key, size = id(storage), storage.nbytes()
-        self.touched.add(place)
+        self._open(place)
         if key in self._known:
             return
         if self.live[place] + size > self.memory - self.taken.get(place.index, 0):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from torch import nn
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
+from fistapruner.execution.executors import _pool
+from fistapruner.execution.worker import Worker
+from fistapruner.models.source import Permissions
+from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
-from fistapruner.runtime.ranks import ranks_of_run
+from fistapruner.runtime.ranks import Ranks, _check_gpus, ranks_of_run
 from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked
 from standin.gpu import StandIn
 
@@ -31,6 +37,42 @@ def test_the_gpu_with_most_free_memory(gpu: StandIn, monkeypatch: pytest.MonkeyP
         free_memory_of_gpus.cache_clear()
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert not gpu.touched
+
+
+def test_a_gpu_that_another_process_has_for_itself_is_not_taken(
+    gpu: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu.taken[0] = -1
+    monkeypatch.setenv("STAND_IN_GPUS", "-1,1000")
+    free_memory_of_gpus.cache_clear()
+    try:
+        assert choose_device("auto") == torch.device("cuda", 1)
+        assert free_memory_of_gpus(2)[0] == 0
+        with pytest.raises(FistaPrunerError, match=r"the free memory of 3 GPUs cannot be measured"):
+            free_memory_of_gpus(3)
+        with pytest.raises(FistaPrunerError, match=r"^device cuda:0 cannot be used: CUDA error: .* unavailable$"):
+            free_memory_of_gpus(1)
+    finally:
+        free_memory_of_gpus.cache_clear()
+    with pytest.raises(FistaPrunerError, match=r"^a worker cannot use device cuda:0: CUDA error: .* unavailable$"):
+        Worker(tmp_path, "", "cuda:0", Permissions())
+
+
+def test_workers_take_gpus_of_one_model(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
+    monkeypatch.setattr("fistapruner.execution.executors.ProcessPool", lambda context, devices: devices)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"model {torch.device(device).index}")
+    context: Any = SimpleNamespace(numerics=SimpleNamespace(threads=1))
+    said = tiny.Said()
+    free_memory_of_gpus.cache_clear()
+    try:
+        assert worker_devices("auto", 2, 1) == [torch.device("cuda", 1)] * 2
+        assert worker_devices("cuda:0", 1, 1) == [torch.device("cuda", 0)]
+        _pool(context, Execution(executor="process", workers=2), 2, said)
+    finally:
+        free_memory_of_gpus.cache_clear()
+    assert "2 worker processes of 1 threads on cuda:1" in said.sentences
+    assert "no worker on cuda:0 (model 0): their last bits may differ from those of cuda:1 (model 1)" in said.sentences
 
 
 def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(
@@ -52,6 +94,27 @@ def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(
         assert gpu.touched == {choose_device("auto")} == {torch.device("cuda", 1)}
     finally:
         free_memory_of_gpus.cache_clear()
+
+
+def test_processes_without_a_local_size_take_the_gpu_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a launcher that sets no more than ``LOCAL_RANK``; of GPUs of their own, each the one it sees."""
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for count, expected in ((2, 1), (1, 0)):
+        with StandIn(count):
+            assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", expected)
+
+
+def test_two_ranks_on_one_gpu_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ["host", "gpu-0"]
+    monkeypatch.setattr("socket.gethostname", lambda: "host")
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [tuple(other), value])
+    with StandIn():
+        with pytest.raises(FistaPrunerError, match=r"ranks 0 and 1 take the same GPU of host: .*LOCAL_RANK"):
+            _check_gpus(Ranks(1, 2))
+        for other[:] in (["host", "gpu-1"], ["another", "gpu-0"]):
+            _check_gpus(Ranks(1, 2))
 
 
 def test_a_run_on_one_gpu_touches_no_other(gpu: StandIn, tmp_path: Path) -> None:

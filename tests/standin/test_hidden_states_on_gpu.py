@@ -75,6 +75,14 @@ def test_the_host_waits_for_nothing_but_written_batches(gpu: StandIn, states: Hi
     assert {what: count for (what, _), count in gpu.moved.items()} == {"to device": size, "to host": size}
 
 
+def test_single_tokens_are_copied_and_no_others(gpu: StandIn, states: HiddenStates) -> None:
+    values, rows = fill(states, 2), torch.tensor([0, 4, 8])
+    states.flush()
+    gpu.moved.clear()
+    assert torch.equal(states.tokens(2, 5, rows, CUDA).cpu(), values[2:5].flatten(0, 1)[rows])
+    assert sum(count for (what, _), count in gpu.moved.items() if what == "to device") == 3 * 4 * 4
+
+
 def test_a_closed_file_has_all_batches(gpu: StandIn, tmp_path: Path) -> None:
     states = HiddenStates(SHAPE, torch.float32, tmp_path / "states")
     values = fill(states, 3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 
 import fistapruner
 import tiny
+from fistapruner.activations.store import scratch_factory
+from fistapruner.activations.stream import backward, forward, forward_variants
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
@@ -277,3 +281,47 @@ def test_the_next_layers_weights_are_read_meanwhile(gpu: StandIn, deep: Path) ->
         assert all(torch.equal(value.cpu(), expected[name]) for name, value in layer.state_dict().items())
     with model.layer(1):
         assert "to device" in {what for what, _ in gpu.waits}
+
+
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")])
+def test_passes_read_the_next_layer_meanwhile(
+    gpu: StandIn, deep: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Each layer is read once on each way, all but the first by another thread; on a CPU by none."""
+    model, store = LayerwiseModel(Checkpoint.open(deep), device), scratch_factory(None, torch.bfloat16, device)
+    read = Checkpoint.read
+    seen: list[tuple[int, bool]] = []
+    layers = {name: index for index in range(len(model)) for name in model.layer_sources(index) if "q_proj" in name}
+
+    def noted(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        if name in layers:
+            seen.append((layers[name], threading.current_thread() is not threading.main_thread()))
+        return read(checkpoint, name)
+
+    def twice(index: int, layer: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+        return [dict(layer.named_parameters()), {}]
+
+    monkeypatch.setattr(Checkpoint, "read", noted)
+    ahead = device.type == "cuda"
+    tokens = torch.arange(8)[None]
+    (*states, last), calls = forward(model, tokens, 1, store, keep=True)
+    assert seen == [(0, False), (1, ahead), (2, ahead)]
+    seen.clear()
+    backward(model, states, calls, last)
+    assert seen == [(2, False), (1, ahead), (0, ahead)]
+    seen.clear()
+    forward_variants(model, tokens, 1, store, twice)
+    assert seen == [(0, False), (1, ahead), (2, ahead)]
+    seen.clear()
+    with model.resident():
+        forward(model, tokens, 1, store)
+    assert seen == [(0, False), (1, False), (2, False)]
+
+
+def test_an_error_drops_what_was_read_ahead(gpu: StandIn, deep: Path) -> None:
+    model = LayerwiseModel(Checkpoint.open(deep), CUDA)
+    with suppress(KeyboardInterrupt), model.layer(0):
+        model.read_ahead(1)
+        assert model._ahead
+        raise KeyboardInterrupt
+    assert not model._ahead

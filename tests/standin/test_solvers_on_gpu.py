@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fistapruner.constraints import parse_sparsity
+from fistapruner.constraints.selection import keep_n_of_m
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import DriftFrom, LayerProblem, ProblemSums
 from fistapruner.pruning.partition import solve_in_parts
@@ -79,6 +80,17 @@ def test_sums_of_bf16_inputs_make_no_copy_in_fp32(gpu: StandIn, drift_from: Drif
         assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-3, atol=1e-3), name
     if not REAL:
         assert gpu.kernels["mm"] > 0
+
+
+@pytest.mark.skipif(REAL, reason="only the stand-in counts kernels")
+def test_one_group_of_all_rows_takes_few_kernels(gpu: StandIn) -> None:
+    """SparseGPT chooses one after every 4 columns: launches, not sorting, would take the time."""
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).T
+    there = scores.to(LAST)
+    gpu.kernels.clear()
+    mask = keep_n_of_m(there, 2, 4)
+    assert gpu.kernels["sort"] == 1
+    assert torch.equal(mask.cpu(), keep_n_of_m(scores, 2, 4))
 
 
 @pytest.mark.parametrize("n", [1, 7, 96, 700])

@@ -11,7 +11,7 @@ process, so the memory of a run does not grow with the calibration tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,20 +82,24 @@ class HiddenStates:
         if self._memory is not None:
             return self._memory[start:stop].to(device or self._memory.device, dtype or self.dtype, copy=True)
         out = torch.empty(stop - start, self.seqlen, self.width, dtype=self.dtype)
-        self._read_file(start, out)
+        self._read_file([start * self.seqlen], out)
         return out.to(device or CPU, dtype or self.dtype)
 
-    def _read_file(self, start: int, out: Tensor) -> None:
-        """Read windows from ``start`` on into ``out``."""
-        view = memoryview(out.view(torch.uint8).numpy().data).cast("B")
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], start * self._window + done)
-            if count <= 0:
-                raise FistaPrunerError(
-                    f"{self.file}: hidden states end early at window {start}; remove the file and resume"
-                )
-            done += count
+    def _read_file(self, places: Sequence[int], out: Tensor) -> None:
+        """Read equal parts of ``out``, one from each of ``places``: numbers of tokens of all windows."""
+        view = memoryview(out.view(torch.uint8).flatten().numpy().data)
+        token, part = self.width * self.dtype.itemsize, len(view) // max(1, len(places))
+        for number, place in enumerate(places):
+            done, end = number * part, (number + 1) * part
+            skipped = place * token - done
+            while done < end:
+                count = os.preadv(self._descriptor, [view[done:end]], skipped + done)
+                if count <= 0:
+                    raise FistaPrunerError(
+                        f"{self.file}: hidden states end early at window {place // self.seqlen}; "
+                        "remove the file and resume"
+                    )
+                done += count
 
     def _read_ahead(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Copy windows ``start`` to ``stop`` to a GPU, and begin to copy those that follow."""
@@ -116,7 +120,7 @@ class HiddenStates:
         self._finish_writing(start, stop)
         waiting = page_locked((stop - start, self.seqlen, self.width), self.dtype)
         if self._memory is None:
-            self._read_file(start, waiting)
+            self._read_file([start * self.seqlen], waiting)
         else:
             waiting.copy_(self._memory[start:stop])
         return ToDevice(waiting, device)
@@ -133,9 +137,12 @@ class HiddenStates:
         Returns:
             (tokens, width).
         """
-        if self._memory is None:
-            return self.read(start, stop, device).flatten(0, 1)[rows.to(device or CPU)]
         self._finish_writing(start, stop)
+        if self._memory is None:
+            on_gpu, shape = device is not None and device.type == "cuda", (len(rows), self.width)
+            out = page_locked(shape, self.dtype) if on_gpu else torch.empty(shape, dtype=self.dtype)
+            self._read_file([start * self.seqlen + row for row in rows.tolist()], out)
+            return out.to(device or CPU, non_blocking=True)
         within = self._memory[start:stop].flatten(0, 1)
         return within[rows.to(within.device)].to(device or within.device)
 

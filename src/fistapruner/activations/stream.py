@@ -7,7 +7,8 @@ Follow the hidden states of some windows of tokens:
    every decoder layer (:class:`Calls`: masks, positions), which are the same for all batches of one size.
 2. :func:`run_layer` runs every batch through one loaded decoder layer: hidden states in, hidden states out. On the way
    inputs and outputs of operators can be watched (:class:`Watched`).
-3. What leaves one layer enters the next one. Only one decoder layer is in memory at a time.
+3. What leaves one layer enters the next one. Only one decoder layer is in memory at a time, and while a GPU computes
+   the next one, which is being read into main memory.
 4. After the last layer, ``LayerwiseModel.logits`` applies the model's own final norm and head.
 
 :func:`forward` is 1 to 3 in a row, and :func:`backward` takes a gradient the same way back. Evaluation
@@ -299,6 +300,7 @@ def forward(
         if keep:
             states.append(store(f"hidden-{index + 1}", shape))
         with ExitStack() as visits, model.layer(index) as layer:
+            model.read_ahead(index + 1)
             watched = NOTHING if visit is None else visits.enter_context(visit(index, layer))
             used = None if values is None else values(index, layer)
             run_layer(model, index, entering, calls, output=states[-1], values=used, watched=watched)
@@ -331,6 +333,7 @@ def forward_variants(
     states: list[HiddenStates] = []
     for index in range(len(model)):
         with model.layer(index) as layer:
+            model.read_ahead(index + 1)
             number = 0
             for number, values in enumerate(variants(index, layer), 1):
                 if index == 0:
@@ -378,6 +381,7 @@ def backward(
         entering = states.pop()
         with ExitStack() as visits:
             with model.layer(index) as layer:
+                model.read_ahead(index - 1)
                 receive = None if visit is None else visits.enter_context(visit(index, layer))
                 used = {} if values is None else dict(values(index, layer))
                 if take is not None:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.coupling import named_size
+from ..runtime.transfers import sent
 from .text import adds_bos
 
 TEXT_LENGTH = 512
 """Tokens of a generated text, at most."""
 
-CACHE_BYTES = 2**30
-"""Bytes of keys and values of a batch, at most."""
+CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**32
+"""Bytes of keys and values of a batch, at most: on a CPU, and on a GPU, which small batches leave idle."""
 
 MAX_BATCH = 128
 """Texts of a batch, at most."""
@@ -45,7 +46,7 @@ def generate_tokens(
     """Sample windows of tokens from a causal language model.
 
     The same model, seed and kind of device give the same tokens: random numbers are drawn on the CPU, and the batch
-    size depends on the model's shape, not on the machine.
+    size depends on the model's shape and that kind, not on the machine.
 
     Args:
         model: a ``transformers`` causal language model, loaded.
@@ -80,15 +81,16 @@ def generate_tokens(
 
 
 def batch_size(model: Any, length: int) -> int:
-    """Choose how many texts are generated at once: their keys and values take at most :data:`CACHE_BYTES`."""
-    return max(1, min(MAX_BATCH, CACHE_BYTES // max(_cached_bytes(model, length), 1)))
+    """Choose how many texts are generated at once: their keys and values take :data:`CACHE_BYTES` at most."""
+    room = CUDA_CACHE_BYTES if model.device.type == "cuda" else CACHE_BYTES
+    return max(1, min(MAX_BATCH, room // max(_cached_bytes(model, length), 1)))
 
 
 def generation_bytes(model: Any, samples: int, seqlen: int) -> int:
     """Count the bytes that :func:`generate_tokens` needs beside the weights: keys and values, and logits.
 
     Args:
-        model: has the config and dtype of the model that generates; it need not be loaded.
+        model: has the config, dtype and device of the model that generates; it need not be loaded.
         samples, seqlen: as there.
     """
     pieces, length = _texts(seqlen, TEXT_LENGTH)
@@ -157,21 +159,24 @@ def _sample(
     tokens[:, 0] = vocabulary.begin(count, random)
     # Where BOS is EOS, as in OPT, a token that begins a text must not end it.
     began = torch.ones(count, dtype=torch.bool)
+    forbidden = vocabulary.forbidden.to(model.device)
     with torch.inference_mode():
         for column in range(1, length):
             before = tokens[:, column - 1]
             try:
-                out = model(input_ids=before[:, None].to(model.device), use_cache=True, **{keyword: cache})
+                out = model(input_ids=sent(before[:, None], model.device), use_cache=True, **{keyword: cache})
+                logits = out.logits[:, -1].float()
+                finite = torch.isfinite(logits).all()
+                drawn = _draw(logits.masked_fill(forbidden, -torch.inf), random)
             except torch.OutOfMemoryError as error:
                 raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                 raise _cannot(model, " ".join(str(error).split())[:200]) from error
             if _cached_tokens(cache) not in (None, column):
                 raise _cannot(model, "it does not use its key-value cache")
-            logits = out.logits[:, -1].float().cpu()
-            if not bool(torch.isfinite(logits).all()):
+            if not bool(finite):
                 raise _cannot(model, f"its logits are NaN or infinite (damaged weights, or {model.dtype} overflows)")
-            tokens[:, column] = _draw(logits.masked_fill(vocabulary.forbidden, -torch.inf), random)
+            tokens[:, column] = drawn.cpu()
             ended = (before == (-1 if vocabulary.end is None else vocabulary.end)) & ~began
             tokens[ended, column] = vocabulary.begin(int(ended.sum()), random)
             began = ended
@@ -188,11 +193,16 @@ def _cached_tokens(cache: Any) -> int | None:
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
-    """Draw (count,) tokens from (count, vocabulary) logits by inverting the cumulative distribution."""
+    """Draw (count,) tokens from (count, vocabulary) logits by inverting the cumulative distribution.
+
+    Random numbers come from the CPU, all else is done where the logits are.
+    """
+    if len(logits) == 1:  # a GPU adds up a single row in no fixed order
+        logits = logits.cpu()
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     # Uniform in (0, 1]: a token of probability 0 adds nothing to the sum, so it is never the first to reach the height.
-    height = (1 - torch.rand(len(logits), 1, generator=random, dtype=torch.float64)) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, height).flatten()
+    height = 1 - torch.rand(len(logits), 1, generator=random, dtype=torch.float64)
+    return torch.searchsorted(cumulative, sent(height, logits.device) * cumulative[:, -1:]).flatten()
 
 
 def _update_in_place(layer: Any, room: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

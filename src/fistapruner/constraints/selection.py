@@ -86,7 +86,9 @@ def bisect_kth_largest(flat: Tensor, count: int) -> Tensor:
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """Select the ``n`` largest of every ``m`` consecutive scores of each row (rows, columns)."""
     mask = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
-    for rows in row_blocks(len(scores)):
+    # A single group of each row is chosen often and takes little memory: many launches cost a GPU more than that.
+    single = scores.shape[1] == m and (scores.device.type != "cpu" or scores.numel() <= 1 << 15)
+    for rows in [slice(None)] if single else row_blocks(len(scores)):
         groups = torch.nan_to_num(scores[rows], nan=-math.inf).reshape(-1, m)
         order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
         mask[rows].view(-1, m).scatter_(-1, order[:, :n], True)

@@ -174,9 +174,9 @@ def _blocks(
 def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: int, limit: int) -> int:
     """Count the bytes that a limit leaves for hidden states, at least those of one forward pass.
 
-    Beside them are the process as it is and, unless they are on a GPU, embeddings, final norms and heads of the models,
-    a decoder layer, and a slice of logits. Tensors outside the decoder layers that the models share are there once; a
-    second one is there too only while it is compared, when no layer is.
+    Beside them are the process as it is and a decoder layer that is being read for a GPU; or else embeddings, final
+    norms and heads of the models, a decoder layer, and a slice of logits. Tensors outside the decoder layers that the
+    models share are there once; a second one is there too only while it is compared, when no layer is.
 
     Args:
         models: one model, or two.
@@ -188,12 +188,12 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
         FistaPrunerError: the limit does not hold that, and ``passes`` do not warn of it.
     """
     beside = resident_memory()
+    layers = [model.pass_bytes(model.layer_sources(index)) for model in models for index in range(len(model))]
     if models[0].device.type == "cpu":
-        layers, twins = [0], [0]
+        twins = [0]
         outside: dict[tuple[str, tuple[int, ...], torch.dtype], int] = {}
         for model in models:
             inside = [model.layer_sources(index) for index in range(len(model))]
-            layers += map(model.pass_bytes, inside)
             for name in set(model.checkpoint.names()).difference(*inside):
                 tensor = name, tuple(model.checkpoint.entry(name).shape), model.dtype
                 nbytes = model.pass_bytes([name])
@@ -201,6 +201,8 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
                     twins.append(nbytes)
                 outside[tensor] = nbytes
         beside += sum(outside.values()) + max(max(layers) + BUDGETS.head, *twins)
+    else:  # PyTorch rounds page-locked buffers up to powers of two
+        beside += 2 * max(layers)
     if beside + least > limit:
         sentence = (
             f"--memory-limit {size(limit)} is not enough: to evaluate on one batch of windows needs "

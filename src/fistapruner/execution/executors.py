@@ -11,7 +11,14 @@ from ..pruning.partition import cut
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.listener import Listener
-from ..runtime.devices import available_cores, cpu_threads, usable_threads, worker_devices
+from ..runtime.devices import (
+    available_cores,
+    cpu_threads,
+    device_title,
+    gpus_of_other_models,
+    usable_threads,
+    worker_devices,
+)
 from ..runtime.memory import release_device_memory
 from ..runtime.numerics import exact_products
 from .context import RunContext
@@ -82,6 +89,12 @@ def _pool(context: RunContext, execution: Execution, jobs: int, listener: Listen
             f"{len(devices)} worker processes of {count} threads on "
             f"{', '.join(sorted({str(device) for device in devices}))}"
         )
+        here = devices[0]
+        if here.type == "cuda" and ":" not in execution.device and (apart := gpus_of_other_models(here)):
+            listener.say(
+                f"no worker on {', '.join(f'{gpu} ({title})' for gpu, title in apart.items())}: "
+                f"their last bits may differ from those of {here} ({device_title(here)})"
+            )
         return ProcessPool(context, devices)
     from .ray_pool import RayPool
 

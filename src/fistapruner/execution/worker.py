@@ -27,6 +27,7 @@ from ..activations.stream import Calls
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
 from ..pruning.context import LayerEvents, LayerStreams
+from ..runtime.devices import first_line
 from ..runtime.memory import release_device_memory, release_failed_memory
 from ..runtime.numerics import exact_products
 from .context import RunContext
@@ -47,10 +48,14 @@ class Worker:
         permissions: permissions for the model's files, given with the command that started the run.
 
     Raises:
-        FistaPrunerError: the run directory cannot be opened.
+        FistaPrunerError: the device or the run directory cannot be opened.
     """
 
     def __init__(self, folder: Path, part: str, device: str, permissions: Permissions, *, shared: bool = False) -> None:
+        try:
+            torch.empty(1, device=device)
+        except RuntimeError as error:  # such as a GPU that the run's own process has for itself
+            raise FistaPrunerError(f"a worker cannot use device {device}: {first_line(error)}") from None
         self.context = RunContext.open(folder, torch.device(device), part, permissions)
         torch.set_num_threads(self.context.numerics.threads)
         self.shared = shared

@@ -181,6 +181,9 @@ class LayerwiseModel:
             del ahead
             self._open.add(index)
             yield self.layers[index]
+        except BaseException:
+            self._ahead.clear()  # what comes next is not known
+            raise
         finally:
             self._open.discard(index)
             self._free(names)
@@ -188,9 +191,11 @@ class LayerwiseModel:
     def read_ahead(self, index: int) -> None:
         """Begin to read decoder layer ``index``, which will be loaded soon, while a GPU computes.
 
-        Its bytes are in main memory until it is loaded. Nothing happens on a CPU.
+        Its bytes are in main memory until it is loaded, or an error ends the block of another layer. Nothing happens on
+        a CPU, where the layer is loaded or being read, or where the model has no such layer.
         """
-        if self.device.type == "cuda" and index not in self._ahead:
+        known = index in self._open or index in self._ahead or not 0 <= index < len(self)
+        if self.device.type == "cuda" and not known:
             self._ahead[index] = ReadAhead(self.checkpoint, map(self.source, self.layer_parameters(index)))
 
     @contextmanager

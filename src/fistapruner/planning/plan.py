@@ -242,7 +242,8 @@ class Resources:
         places = [device] if alone else worker_devices(execution.device, workers, execution.threads)
         if device.type != "cuda":
             return cls(limit, device, {}, tuple(places))
-        free = {place: free_memory_of_gpus(torch.cuda.device_count())[place.index] for place in places}
+        others = {place for place in places if place != device}
+        free = {place: free_memory_of_gpus(torch.cuda.device_count())[place.index] for place in others}
         free[device] = free_device_memory(device)
         return cls(limit, device, free, tuple(places))
 

@@ -472,7 +472,7 @@ class Sizes:
         if self.measured:
             metrics = self.metric * self.layers * self.texts
             found["measuring the dense model"] = (
-                self._states_in_memory(choice) + metrics + max(moving, 2 * self.largest)
+                self._states_in_memory(choice) + metrics + 2 * self.layer + max(moving, 2 * self.largest)
             )
         found = {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
         return _larger([found, *(other.host_stages(choice, solvers) for other in self.others)])

@@ -351,18 +351,20 @@ class TrainingSizes:
     def host_stages(self, choice: TrainingChoice) -> dict[str, int]:
         """Compute the peak bytes of main memory of every stage of a run on a GPU."""
         model, form = self.model, self.form
+        ahead = 2 * model.layer  # being read; PyTorch rounds page-locked buffers up to powers of two
         moving = 2 * choice.batch_size * model.window
         found = {
             CUTTING: model.uncut,
             "the embeddings": model.largest,
-            "a step": moving + 2 * model.largest_operator,
+            "a step": moving + 2 * model.largest_operator + (0 if choice.resident else ahead),
             "writing a snapshot": form.trained_layer,
             "writing the checkpoint": form.effective + max(model.largest, 5 * model.largest_operator),
         }
         if model.text:
             found[GENERATING] = model.text_weights
         if model.stored:
-            found["the dense model's predictions"] = self._block(choice) * model.window + moving + model.largest
+            block = self._block(choice) * model.window
+            found["the dense model's predictions"] = block + moving + ahead + model.largest
         return {name: round(model.base + (1 + UNCOUNTED) * each) for name, each in found.items()}
 
     def peak(self, choice: TrainingChoice) -> int:

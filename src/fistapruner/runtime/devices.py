@@ -21,8 +21,8 @@ from .memory import MOUNTED_GROUPS, OWN_GROUPS, control_groups
 def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; ``auto`` is the GPU with most free memory, or the CPU.
 
-    ``cuda`` is that GPU too. It is chosen once in a process. Of several processes that ``torchrun`` has started on a
-    machine, each takes the GPU of its number.
+    ``cuda`` is that GPU too. It is chosen once in a process. Of several processes that a launcher has started on a
+    machine, each takes the GPU of its number (``LOCAL_RANK``), or the only one that it sees.
 
     Raises:
         FistaPrunerError: this machine has no such device.
@@ -41,13 +41,21 @@ def choose_device(name: str) -> torch.device:
 
 def _gpu() -> torch.device:
     """Return the GPU of this process."""
-    local, processes = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return torch.device("cuda", local) if 1 < processes <= torch.cuda.device_count() else _by_free_memory()[0]
+    local = int(os.environ.get("LOCAL_RANK") or -1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    numbered = processes > 1 and 0 <= local < torch.cuda.device_count()
+    return torch.device("cuda", local) if numbered else _by_free_memory()[0]
 
 
 def device_title(device: torch.device) -> str:
     """Name a device by what decides last bits: ``cpu``, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def gpus_of_other_models(gpu: torch.device) -> dict[torch.device, str]:
+    """Find the GPUs of other models than ``gpu``, whose last bits differ, and their titles."""
+    titles = {other: device_title(other) for other in _gpus()}
+    return {other: title for other, title in titles.items() if title != device_title(gpu)}
 
 
 @contextmanager
@@ -77,13 +85,15 @@ def worker_devices(name: str, workers: int | None, threads: int | None) -> list[
     """Choose the device of every worker.
 
     Args:
-        name: as in the recipe: ``auto`` and ``cuda`` are all GPUs, those with most free memory first; ``cuda:1`` is
-            one.
+        name: as in the recipe: ``auto`` and ``cuda`` are the GPU of :func:`choose_device` and all others of its model,
+            those with most free memory first; ``cuda:1`` is one.
         workers: number of workers; None is one for each GPU, or one for every ``threads`` cores of the CPU.
         threads: CPU threads of each worker; None is eight, or fewer for at least two workers.
     """
     if name != "cpu" and torch.cuda.is_available():
         devices = [torch.device(name)] if ":" in name else _by_free_memory()
+        apart = gpus_of_other_models(choose_device(name))
+        devices = [device for device in devices if device not in apart]
         return [devices[number % len(devices)] for number in range(workers or len(devices))]
     cores = available_cores()
     groups = workers or (max(1, cores // threads) if threads else min(cores, max(2, cores // 8)))
@@ -111,8 +121,14 @@ def quotas(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[i
 
 def _by_free_memory() -> list[torch.device]:
     """Return all GPUs, those with most free memory first."""
-    free = free_memory_of_gpus(torch.cuda.device_count())
-    return [torch.device("cuda", index) for index in sorted(range(len(free)), key=lambda index: (-free[index], index))]
+    gpus = _gpus()
+    free = free_memory_of_gpus(len(gpus))
+    return sorted(gpus, key=lambda gpu: (-free[gpu.index], gpu.index))
+
+
+def _gpus() -> list[torch.device]:
+    """Return all GPUs that this process sees."""
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 @lru_cache
@@ -120,16 +136,40 @@ def free_memory_of_gpus(count: int) -> tuple[int, ...]:
     """Measure the free bytes of all GPUs, once in a process.
 
     A process that asks CUDA for a GPU's free memory makes a context there, which takes hundreds of megabytes until it
-    ends. So where there are several GPUs a short-lived process asks.
+    ends. So where there are several GPUs a short-lived process asks. A GPU that cannot be asked, such as one that
+    another process has for itself, has none.
 
     Args:
         count: number of GPUs.
+
+    Raises:
+        FistaPrunerError: no GPU can be asked.
     """
-    if count > 1:
-        asked = "import torch; print(*(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())))"
-        # -P: nothing is imported from the current folder, which may be one that was downloaded
-        done = subprocess.run([sys.executable, "-P", "-c", asked], capture_output=True, text=True, check=False)
-        free = tuple(map(int, done.stdout.split())) if done.returncode == 0 else ()
-        if len(free) == count:
-            return free
-    return tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(count))
+    if count == 1:
+        try:
+            return (torch.cuda.mem_get_info(0)[0],)
+        except RuntimeError as error:
+            raise FistaPrunerError(f"device cuda:0 cannot be used: {first_line(error)}") from None
+    # -P: nothing is imported from the current folder, which may be one that was downloaded
+    done = subprocess.run([sys.executable, "-P", "-c", _ASK], capture_output=True, text=True, check=False)
+    free = tuple(map(int, done.stdout.split())) if done.returncode == 0 else ()
+    if len(free) != count:
+        fault = done.stderr.strip().rpartition("\n")[2][:200] or f"exit status {done.returncode}"
+        raise FistaPrunerError(f"the free memory of {count} GPUs cannot be measured ({fault}): name one as cuda:N")
+    return free
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error; advice on debugging follows it in those of CUDA."""
+    return str(error).partition("\n")[0][:200]
+
+
+_ASK = """
+import torch
+for gpu in range(torch.cuda.device_count()):
+    try:
+        print(torch.cuda.mem_get_info(gpu)[0])
+    except RuntimeError:
+        print(0)
+"""
+"""Program that prints the free bytes of each GPU."""

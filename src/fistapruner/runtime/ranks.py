@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -260,7 +261,7 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
         device: that the recipe names.
 
     Raises:
-        FistaPrunerError: torch without ``torch.distributed``, or the others cannot be reached.
+        FistaPrunerError: torch without ``torch.distributed``, the others cannot be reached, or two have one GPU.
     """
     size = launched()
     own = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -274,7 +275,8 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
     ranks = Ranks(rank, size, local_size, group, next(_runs)) if size > 1 else ALONE
     failed = True
     try:
-        ranks.wait()  # one that leaves at once would break the connections of those that still make them
+        # One that leaves at once would break the connections of those that still make them.
+        _check_gpus(ranks) if nccl else ranks.wait()
         yield ranks
         failed = False
     except OtherRankFailed:
@@ -300,7 +302,6 @@ def _join(device: str) -> bool:
         raise FistaPrunerError("several processes were started, and this PyTorch has no torch.distributed")
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
-        _check_gpus(device)
         torch.cuda.set_device(choose_device(device))
     try:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
@@ -309,13 +310,13 @@ def _join(device: str) -> bool:
     return gpu
 
 
-def _check_gpus(device: str) -> None:
-    """Refuse more processes on this machine than it has GPUs, and several that are told to take one."""
-    local, processes = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    count = torch.cuda.device_count()
-    if processes > 1 and ":" in device:
-        raise FistaPrunerError(f"device {device!r}: {processes} processes need a GPU each; name cuda without a number")
-    if local >= count:
-        raise FistaPrunerError(
-            f"{processes} processes on a machine with {count} GPUs: start at most one for each GPU, or take device cpu"
-        )
+def _check_gpus(ranks: Ranks) -> None:
+    """Refuse two ranks on one GPU now: nccl does at its first sum, after the long work before it."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found = ranks.gather((socket.gethostname(), str(gpu.uuid)))
+    for rank, place in enumerate(found):
+        if (other := found.index(place)) < rank:
+            raise FistaPrunerError(
+                f"ranks {other} and {rank} take the same GPU of {place[0]}: start one process for each GPU, with its "
+                "number in LOCAL_RANK as torchrun does, and name device cuda without a number, or cpu"
+            )
