@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
+from ..constraints.nm import patterns_of
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import (
     PACKED_RECORD,
@@ -315,7 +316,7 @@ def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False)
         return sum(part.nbytes for part in spec.entries("", stored))
 
     best, least = None, nbytes(None, int(torch.count_nonzero(weight)))
-    found = _patterns(weight)
+    found = patterns_of(weight, MAX_M)
     if hint is not None and hint.m <= MAX_M and hint.satisfies(weight):
         found.insert(0, hint)
     for pattern in found:
@@ -323,16 +324,6 @@ def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False)
         if size < least:
             best, least = pattern, size
     return best
-
-
-def _patterns(weight: Tensor) -> list[NM]:
-    """Find the sparsest n:m pattern that a weight has, for each group length that is a power of two."""
-    nonzero, length, found = (weight != 0).to(torch.uint8), 1, []
-    while length < MAX_M and nonzero.shape[1] % 2 == 0:
-        nonzero, length = nonzero[:, ::2] + nonzero[:, 1::2], 2 * length
-        if (most := max(1, int(nonzero.max()))) < length:
-            found.append(NM(most, length))
-    return found
 
 
 @dataclass(frozen=True)
