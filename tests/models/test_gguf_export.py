@@ -219,7 +219,7 @@ def test_fewer_heads_of_a_mistral(dense: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_pickles_are_exported_where_they_are_allowed(
-    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = dense
     how = ["--like", str(source), "--values", "f32"]
@@ -229,7 +229,9 @@ def test_pickles_are_exported_where_they_are_allowed(
     command = ["export", str(folder), str(tmp_path / "out.gguf"), *how]
     assert main(command) == 2
     assert "or trust them with --allow-pickle" in capsys.readouterr().err
+    monkeypatch.setattr("fistapruner.cli.progress.EVERY", 0)
     assert main([*command, "--allow-pickle"]) == 0
+    assert "tensors written: 20 of 21\n" in capsys.readouterr().err
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
 

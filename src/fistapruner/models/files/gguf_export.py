@@ -90,6 +90,7 @@ def export_gguf(
     values: GGUFValues = "bf16",
     *,
     allow_pickle: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write a checkpoint as a GGUF file.
 
@@ -101,6 +102,7 @@ def export_gguf(
         like: GGUF file of the dense model.
         values: how matrices are stored.
         allow_pickle: read legacy ``.bin`` weights.
+        progress: called with what is being done, how much of it is done, and how much there is.
 
     Returns:
         ``out``.
@@ -132,7 +134,7 @@ def export_gguf(
         with disk_errors(out):
             require_space(out, sum(tensor.nbytes for tensor in planned.values()))
         with _new_file(out) as partial:
-            source.write(partial, tensors, planned, values)
+            source.write(partial, tensors, planned, values, progress)
             check_gguf(partial)
     return out
 
@@ -430,7 +432,12 @@ class _Source:
         return planned
 
     def write(
-        self, out: Path, tensors: Mapping[str, str | None], planned: Mapping[str, _Planned], values: GGUFValues
+        self,
+        out: Path,
+        tensors: Mapping[str, str | None],
+        planned: Mapping[str, _Planned],
+        values: GGUFValues,
+        progress: Callable[[str, int, int], None] | None,
     ) -> None:
         """Write the file.
 
@@ -438,6 +445,7 @@ class _Source:
             out: its name.
             tensors: see :meth:`tensors`; ``planned``: see :meth:`plan`.
             values: how matrices are stored.
+            progress: see :func:`export_gguf`.
         """
         import gguf
 
@@ -459,7 +467,9 @@ class _Source:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             copied = {tensor.name: tensor for tensor in self.reader.tensors}
-            for name, tensor in planned.items():
+            for done, (name, tensor) in enumerate(planned.items()):
+                if progress is not None:
+                    progress("tensors written", done, len(planned))
                 if (source := tensors[name]) is None:
                     writer.write_tensor_data(copied[name].data)
                 else:
