@@ -66,10 +66,10 @@ class NM(Grouped):
 
 
 def patterns_of(weight: Tensor, longest: int) -> list[NM]:
-    """Find the sparsest n:m pattern that a (rows, columns) weight has, for each m of 2, 4, 8 up to ``longest``.
+    """Find the sparsest n:m pattern that a weight has for each m of 2, 4, 8 up to ``longest``.
 
     Args:
-        weight: not empty.
+        weight: (rows, columns), not empty.
         longest: at most 128.
     """
     nonzero, m, found = (weight != 0).to(torch.uint8), 1, []

@@ -378,9 +378,13 @@ class _Source:
         return np.asarray(found.weights)
 
     def _order(self, name: str, shape: tuple[int, ...]) -> Order:
-        """Return where ``transformers`` takes the values of the tensor ``name`` from; ``shape`` is what it reads.
+        """Return where ``transformers`` takes the values of the tensor ``name`` from.
 
-        It is one order for tensors of a kind, whatever the decoder layer, and is looked for once.
+        Tensors of a kind have one order, whatever the decoder layer, so it is looked for once.
+
+        Args:
+            name: in the file.
+            shape: of what ``transformers`` reads.
 
         Raises:
             FistaPrunerError: its reader does more than reorder the values and add one number to all.
