@@ -181,10 +181,14 @@ def store_head(folder: Path, head: str) -> Path:
 
 
 class Said(Listener):
-    """Keeps the sentences of a run."""
+    """Keeps the sentences of a run, and the names of its long passes."""
 
     def __init__(self) -> None:
         self.sentences: list[str] = []
+        self.passes: set[str] = set()
 
     def say(self, sentence: str) -> None:
         self.sentences.append(sentence)
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        self.passes.add(what)

@@ -17,6 +17,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
+from fistapruner.constraints.nm import patterns_of
 from fistapruner.evaluation import inspection
 from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
 from fistapruner.models.discovery import Operator
@@ -272,6 +273,32 @@ def test_exact_pattern_of_a_projected_weight(n: int, m: int, rows: int, seed: in
     found = exact_pattern(weight, int((weight == 0).sum()))
     assert found is not None
     assert found.n / found.m <= n / m
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([1, 6, 12, 16, 32, 96]), st.floats(0, 1), st.integers(0, 99))
+def test_patterns_are_those_that_every_group_shows(rows: int, columns: int, density: float, seed: int) -> None:
+    weight = (torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density).float()
+    lengths = [m for m in (2, 4, 8, 16, 32) if columns % m == 0]
+    counts = {m: int(weight.view(rows, -1, m).sum(-1).max()) for m in lengths}
+    found = patterns_of(weight, 32)
+    assert found == [NM(max(1, n), m) for m, n in counts.items() if max(1, n) < m]
+    assert all(pattern.satisfies(weight) for pattern in found)
+    assert not any(NM(pattern.n - 1, pattern.m).satisfies(weight) for pattern in found if pattern.n > 1)
+    if not weight.any():
+        assert exact_pattern(weight, weight.numel()) is None
+
+
+def test_patterns_of_claimed_operators_are_not_searched_where_only_others_are_wanted(tmp_path: Path) -> None:
+    folder, told = llama(tmp_path / "m", "2:4"), []
+    every = inspect_checkpoint(folder)
+    record = json.loads((folder / "fistapruner.json").read_text())
+    record["operators"].pop("model.layers.1.mlp.up_proj")
+    (folder / "fistapruner.json").write_text(json.dumps(record))
+    found = inspect_checkpoint(folder, all_patterns=False, progress=lambda *what: told.append(what))
+    assert [operator.pattern for operator in found.operators if operator.pattern] == ["2:4"]
+    assert [operator.zeros for operator in found.operators] == [operator.zeros for operator in every.operators]
+    assert [(done, total) for _, done, total in told] == [(done, len(told)) for done in range(len(told))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

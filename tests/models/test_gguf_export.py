@@ -19,7 +19,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.models.files.gguf_export import invert_reader
+from fistapruner.models.files.gguf_export import Order
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
@@ -230,7 +230,7 @@ def test_fewer_heads_of_a_mistral(dense: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_pickles_are_exported_where_they_are_allowed(
-    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = dense
     how = ["--like", str(source), "--values", "f32"]
@@ -240,24 +240,39 @@ def test_pickles_are_exported_where_they_are_allowed(
     command = ["export", str(folder), str(tmp_path / "out.gguf"), *how]
     assert main(command) == 2
     assert "or trust them with --allow-pickle" in capsys.readouterr().err
+    monkeypatch.setattr("fistapruner.cli.progress.EVERY", 0)
     assert main([*command, "--allow-pickle"]) == 0
+    assert "tensors written: 20 of 21\n" in capsys.readouterr().err
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("values", ["f32", "f16", "q8_0"])
-def test_the_temporary_file_has_room_too(
+def test_the_file_alone_takes_room(
     dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: Any
 ) -> None:
-    """Both files are on one disk here, and each is as large as what is written, less its header."""
+    """As much as its tensors, without its header; there is no temporary file."""
     source, folder = dense
     fp.export(folder, tmp_path / "measured.gguf", like=source, values=values)
     nbytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "measured.gguf").tensors)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * nbytes - 1))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - 1))
     with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* MiB and only"):
         fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * nbytes))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes))
     fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "measured.gguf").read_bytes()
+
+
+def test_the_order_of_a_kind_of_tensor_is_found_once(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the matrices whose rows llama.cpp orders, it is kept as one number for every row."""
+    found: list[Order] = []
+    find = Order.of
+    monkeypatch.setattr(Order, "of", lambda read, shape: found.append(order := find(read, shape)) or order)
+    fp.export(dense[1], tmp_path / "out.gguf", like=dense[0])
+    assert len(found) == 3 + 9  # outside the two decoder layers, and in one of them
+    assert sorted(order.places.size for order in found if order.places is not None) == [32, 64]
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4), (5,)])
@@ -270,11 +285,11 @@ def test_readers_are_turned_round(shape: tuple[int, ...]) -> None:
         "rows in another order": lambda x: x[::-1],
     }
     for what, read in readers.items():
-        stored = invert_reader(read, values)
-        assert stored is not None, what
-        assert np.allclose(read(stored), values, atol=1e-6), what
-    assert invert_reader(lambda x: 2 * x, values) is None
-    assert invert_reader(lambda x: x * 0, values) is None
+        order = Order.of(read, shape)
+        assert order is not None, what
+        assert np.allclose(read(order.stored(values)), values, atol=1e-6), what
+    assert Order.of(lambda x: 2 * x, shape) is None
+    assert Order.of(lambda x: x * 0, shape) is None
 
 
 def test_bad_input_is_refused_and_leaves_nothing(

@@ -362,6 +362,35 @@ def test_figures_tell_operators_with_the_same_last_name_apart() -> None:
     assert ">attn.c_proj<" in layer_figures(report)["error-map"].wide
 
 
+def test_the_experts_of_a_mixture_are_a_row_for_each_kind() -> None:
+    """With the largest beside their median; dots are thinned, and the largest error stays."""
+    report = samples.report(8)
+    for layer in report.layers:
+        gate = layer.operators.pop(4)
+        for expert in range(48):
+            error = 0.001 * (expert + 1)
+            steps = [step | {"relative_error": error} for step in gate.steps]
+            changed = {"name": f"mlp.experts.{expert}.gate_proj", "relative_error": error, "steps": steps}
+            layer.operators.append(gate.model_copy(update=changed))
+    drawings = layer_figures(report)
+    drawing = drawings["error-map"]
+    assert drawing.table is not None
+    head, rows = drawing.table
+    assert len(head) == 1 + 7 + 1
+    found = dict(zip(head, rows[0], strict=True))
+    assert (found["experts.*.gate_proj"], found["experts.*.gate_proj, largest"]) == ("2.45", "4.80")
+    assert "A row such as experts.*.gate_proj is the median of a layer's experts" in drawing.caption
+    assert ">experts.*.gate_proj<" in drawing.wide
+    assert drawing.wide.count("var(--heat-") < 8 * 7 + 30
+    assert "one in" not in drawings["chain-errors"].caption
+    for layer in report.layers:
+        layer.operators *= 5
+    many = layer_figures(report)["chain-errors"]
+    assert many.wide.count("<use") < 2100
+    assert "Of 2,160 operators, ordered by error, one in 3 is drawn." in many.caption
+    assert many == layer_figures(report)["chain-errors"]
+
+
 def test_seeds_are_gathered() -> None:
     found = {(point.method, point.sparsity): point for point in points(samples.comparison().rows)}
     assert found["alps", "50%"].seeds == 2

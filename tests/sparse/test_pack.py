@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from pruned import pickle_weights, save_pruned
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -22,6 +24,7 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
+from fistapruner.runtime.files import sha256_file
 from fistapruner.sparse.bench import bench, record
 from fistapruner.sparse.pack import NoPackedFormError, PackedCheckpoint
 
@@ -189,6 +192,38 @@ def test_command_line(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_each_operator_is_decoded_once_and_progress_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fistapruner.cli.progress.EVERY", 0)
+    assert main(["pack", str(save_pruned(tmp_path / "m")), str(tmp_path / "p")]) == 0
+    said = capsys.readouterr().err
+    assert "tensors looked through for zeros: 3 of" in said
+    assert "operators packed: 20 of 21\n" in said
+    decoded, read = [], PackedCheckpoint.operator
+    monkeypatch.setattr(PackedCheckpoint, "operator", lambda self, name: decoded.append(name) or read(self, name))
+    assert main(["unpack", str(tmp_path / "p"), str(tmp_path / "u")]) == 0
+    assert len(decoded) == len(set(decoded)) == 21
+    said = capsys.readouterr().err
+    assert "comparing checksums" in said
+    assert "tensors written: 20 of" in said
+
+
+def test_an_operator_that_does_not_fit_leaves_nothing(tmp_path):
+    """Its checksum is right; the last one is damaged, when others were written."""
+    pack(save_pruned(tmp_path / "m", sparsity="60%"), tmp_path / "p")
+    path, name = tmp_path / "p" / "model.safetensors", list(PackedCheckpoint(tmp_path / "p").specs)[-1]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    changed = load_file(path)
+    changed[f"{name}.mask"][0, 0] ^= 1
+    save_file(changed, path, metadata)
+    record = json.loads((tmp_path / "p" / "packed.json").read_text())
+    record["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (tmp_path / "p" / "packed.json").write_text(json.dumps(record))
+    with pytest.raises(FistaPrunerError, match=rf"{name}.* has "):
+        unpack(tmp_path / "p", tmp_path / "u")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "p"]
+
+
 def test_what_is_refused(tmp_path):
     source = save_pruned(tmp_path / "m")
     dense = save_pruned(tmp_path / "d", sparsity="0%")
@@ -278,8 +313,9 @@ def test_a_flipped_bit_is_found(tmp_path):
 def test_a_failed_writer_leaves_nothing(tmp_path):
     source = save_pruned(tmp_path / "m")
 
-    def fail(name):
-        raise KeyboardInterrupt
+    def fail(what, done, total):
+        if what == "operators packed":
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "p", progress=fail)

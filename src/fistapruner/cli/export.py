@@ -31,10 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .progress import choose_listener
+
+    listener = choose_listener(arguments)
     from ..pipeline.export import export
     from ..runtime.formatting import size
 
-    allow_pickle = arguments.allow_pickle
-    out = export(arguments.model, arguments.out, arguments.like, arguments.values, allow_pickle=allow_pickle)
+    settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
+    out = export(arguments.model, arguments.out, arguments.like, arguments.values, **settings)
     print(f"{out}: {size(out.stat().st_size)}")
     return 0

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.checkpoint,
             arguments.pattern,
             allow_pickle=arguments.allow_pickle,
-            progress=lambda name: status.update(Text(name)),
+            progress=lambda name, *_: status.update(Text(name)),
         )
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))

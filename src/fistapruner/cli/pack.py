@@ -34,8 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .progress import choose_listener
+
+    listener = choose_listener(arguments)
     from ..sparse.pack import pack
 
     settings = {"values": arguments.values, "group": arguments.group, "allow_pickle": arguments.allow_pickle}
-    print(pack(arguments.checkpoint, arguments.out, **settings))
+    print(pack(arguments.checkpoint, arguments.out, **settings, progress=listener.tick))
     return 0

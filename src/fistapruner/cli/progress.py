@@ -38,7 +38,8 @@ def choose_listener(arguments: argparse.Namespace) -> Listener:
     A verb calls it before its other imports, which take seconds. A listener that is not silent says at least every ten
     seconds what is being done, from a thread of its own. Of several processes that share a run, the first one speaks.
     """
-    if arguments.quiet or arguments.json or int(os.environ.get("RANK") or 0) > 0:
+    quiet = any(getattr(arguments, name, False) for name in ("quiet", "json"))  # not every verb has these
+    if quiet or int(os.environ.get("RANK") or 0) > 0:
         return Listener()
     listener = LiveListener() if sys.stderr.isatty() else PlainListener()
     ended = threading.Event()

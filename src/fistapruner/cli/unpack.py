@@ -1,6 +1,7 @@
 """Restore the dense checkpoint of a packed one.
 
-The whole packed folder is checked (checksums, masks, offsets) before the first byte is written.
+The packed folder is checked: its checksums before the first byte is written, masks and offsets of each operator as it
+is written. A damaged folder leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .progress import choose_listener
+
+    listener = choose_listener(arguments)
     from ..sparse.pack import unpack
 
-    print(f"dense checkpoint: {unpack(arguments.packed, arguments.out)}")
+    print(f"dense checkpoint: {unpack(arguments.packed, arguments.out, progress=listener.tick)}")
     return 0

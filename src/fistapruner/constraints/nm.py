@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
+import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
@@ -54,10 +55,26 @@ class NM(Grouped):
         rows, columns = weight.shape
         if columns % self.m:
             return False
-        return bool(((weight.reshape(rows, -1, self.m) != 0).sum(-1) <= self.n).all())
+        count = torch.uint8 if self.m < 256 else torch.int64
+        return bool(((weight.reshape(rows, -1, self.m) != 0).sum(-1, dtype=count) <= self.n).all())
 
     def rows_independent(self, scope: Scope = "operator") -> bool:
         return True
 
     def threshold(self, rows: int, columns: int) -> Threshold:
         return GroupThreshold(self.n, self.m)
+
+
+def patterns_of(weight: Tensor, longest: int) -> list[NM]:
+    """Find the sparsest n:m pattern that a weight has for each m of 2, 4, 8 up to ``longest``.
+
+    Args:
+        weight: (rows, columns), not empty.
+        longest: at most 128.
+    """
+    nonzero, m, found = (weight != 0).to(torch.uint8), 1, []
+    while m < longest and nonzero.shape[1] % 2 == 0:
+        nonzero, m = nonzero[:, ::2] + nonzero[:, 1::2], 2 * m
+        if (most := max(1, int(nonzero.max()))) < m:
+            found.append(NM(most, m))
+    return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import NM, Constraint, parse_sparsity
+from ..constraints.nm import patterns_of
 from ..errors import FistaPrunerError
 from ..models.discovery import Operator
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
@@ -24,7 +25,8 @@ from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
 from ..sparse.pack import PackedCheckpoint, is_packed
 
-GROUPS = (2, 4, 8, 16, 32)
+LONGEST_GROUP = 32
+"""Weights in the longest groups that are searched for an n:m pattern."""
 
 NOT_FINITE = "has NaN or infinite weights"
 
@@ -37,7 +39,8 @@ class OperatorInspection:
         name: its tensor in the checkpoint.
         shape: stored shape.
         zeros: weights that are zero; ``weights``: all of them.
-        pattern: the n:m pattern that holds in every group; None if there is none as sparse as the operator.
+        pattern: the n:m pattern that holds in every group; None if there is none as sparse as the operator, or if it
+            was not searched for.
         claim: sparsity that the checkpoint's record, or ``--pattern``, claims; None without a claim.
         fault: a violated claim, NaN or infinite weights; None if there is none.
     """
@@ -122,7 +125,8 @@ def inspect_checkpoint(
     *,
     allow_pickle: bool = False,
     stacks: Collection[Stack] = (),
-    progress: Callable[[str], None] | None = None,
+    all_patterns: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Inspection:
     """Inspect a checkpoint, one tensor in memory at a time.
 
@@ -133,7 +137,8 @@ def inspect_checkpoint(
             of ``fistapruner.json``. It holds along the inputs of every matrix, those of single experts among them.
         allow_pickle: read legacy ``.bin`` weights.
         stacks: tensors of all experts to inspect by expert, beside those of which a record claims something.
-        progress: called with each tensor's name.
+        all_patterns: find the n:m pattern of operators with a claim too, not only of the others.
+        progress: called with each tensor's name, how many were inspected before it, and the number of all.
 
     Raises:
         FistaPrunerError: no checkpoint there, or a damaged one.
@@ -151,11 +156,11 @@ def inspect_checkpoint(
         claims, faults = {}, []
     operators = []
     zeros = weights = 0
-    for name, entry in entries.items():
+    for done, (name, entry) in enumerate(entries.items()):
         if not entry.dtype.is_floating_point:
             continue
         if progress is not None:
-            progress(name)
+            progress(name, done, len(entries))
         tensor = read(name)
         if entry.dtype.itemsize == 1:  # torch counts no zeros of 8-bit floats
             tensor = tensor.float()
@@ -166,7 +171,8 @@ def inspect_checkpoint(
             if asked is not None and (known is None or name in known or _is_of_an_expert(name)):
                 claim = {"sparsity": str(asked)}  # not of a router, nor of what is outside the decoder layers
             inputs_first = known[name].transposed if known is not None and name in known else transposed
-            operators.append(_inspect(entry, tensor, zero, claim, inputs_first))
+            search = all_patterns or claim is None
+            operators.append(_inspect(entry, tensor, zero, claim, inputs_first, search))
             continue
         if not _is_finite(tensor):
             faults.append(f"{name}: {NOT_FINITE}")
@@ -224,18 +230,11 @@ def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
     pattern that keeps many more weights than are nonzero describes only a few full rows, so its share may exceed
     theirs by at most 5% of all weights; else the result is None.
     """
-    rows, columns = weight.shape
-    found: list[tuple[float, int, int]] = []
-    kept = weight != 0
-    for m in GROUPS:
-        if columns % m == 0:
-            n = int(kept.view(rows, -1, m).sum(-1).max()) if weight.numel() else 0
-            if 0 < n < m:
-                found.append((n / m, m, n))
-    if not found:
+    if zeros == weight.numel():
         return None
-    share, m, n = min(found)
-    return NM(n, m) if share <= 1 - zeros / weight.numel() + 0.05 else None
+    found = patterns_of(weight, LONGEST_GROUP)
+    best = min(found, key=lambda pattern: (pattern.n / pattern.m, pattern.m), default=None)
+    return best if best is not None and best.n / best.m <= 1 - zeros / weight.numel() + 0.05 else None
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -243,11 +242,11 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _inspect(
-    entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool
+    entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool, search: bool
 ) -> OperatorInspection:
-    """Inspect one operator."""
+    """Inspect one operator, with a ``search`` for its pattern or without."""
     weight = (tensor.T if transposed else tensor).contiguous()
-    pattern = exact_pattern(weight, zeros) if weight.ndim == 2 else None
+    pattern = exact_pattern(weight, zeros) if search and weight.ndim == 2 else None
     fault = None if _is_finite(tensor) else NOT_FINITE
     if claim is not None and fault is None:
         fault = _violation(weight, zeros, claim)

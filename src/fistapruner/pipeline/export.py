@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import FistaPrunerError
@@ -23,6 +24,7 @@ def export(
     values: GGUFValues = "bf16",
     *,
     allow_pickle: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write a pruned or recovered model as a GGUF file, which llama.cpp runs.
 
@@ -33,6 +35,7 @@ def export(
             template are taken from it. None is the file that the model was made from.
         values: how matrices are stored: ``bf16``, ``f16``, ``f32``, ``q8_0``.
         allow_pickle: read legacy ``.bin`` weights.
+        progress: called with what is being done, how much of it is done, and how much there is.
 
     Returns:
         The file.
@@ -71,7 +74,7 @@ def export(
         raise FistaPrunerError(
             f"{source}, the GGUF file of the dense model, does not exist{where}: give it with --like"
         )
-    return export_gguf(folder, out, source, values, allow_pickle=allow_pickle)
+    return export_gguf(folder, out, source, values, allow_pickle=allow_pickle, progress=progress)
 
 
 def _only_gguf(folder: Path) -> Path | None:

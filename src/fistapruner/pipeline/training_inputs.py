@@ -147,7 +147,7 @@ def check_training_inputs(
     dense_source = _find_dense(replace(request, recipe=recipe), origin, source)
     model = open_model(source, recipe)
     check_precision(model)
-    layout, claims, survivors, zeros = _operators(source, model, recipe)
+    layout, claims, survivors, zeros = _operators(source, model, recipe, listener)
     _say_rank(recipe, layout, listener)
     if recipe.parameters in ("spp", "hira") and any(operator.experts for _, operator in layout.operators()):
         listener.say("experts are trained, which PEFT's HiRA does not reach: no adapter is written beside the model")
@@ -239,7 +239,7 @@ def asked(recipe: TrainingRecipe) -> dict[str, Any]:
 
 
 def _operators(
-    source: ModelSource, model: LayerwiseModel, recipe: TrainingRecipe
+    source: ModelSource, model: LayerwiseModel, recipe: TrainingRecipe, listener: Listener
 ) -> tuple[Layout, dict[str, str], dict[str, int], int]:
     """Find the operators to train, and check the claims about their zeros; count both sorts of weights.
 
@@ -249,7 +249,13 @@ def _operators(
         FistaPrunerError: a claim does not hold, or no operator has zeros.
     """
     folder = source.folder
-    found = inspect_checkpoint(folder, allow_pickle=source.allow_pickle, stacks=model.checkpoint.stacks.values())
+    found = inspect_checkpoint(
+        folder,
+        allow_pickle=source.allow_pickle,
+        stacks=model.checkpoint.stacks.values(),
+        all_patterns=False,
+        progress=lambda _, done, total: listener.tick("tensors whose zeros were checked", done, total),
+    )
     if found.violations:
         raise FistaPrunerError(
             f"{folder} is not what its record claims: {found.violations[0]}; "

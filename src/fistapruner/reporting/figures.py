@@ -6,6 +6,7 @@ Each function returns None when the report lacks what it shows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -17,6 +18,12 @@ from ..solvers import METHODS
 from ..solvers.base import Trace
 from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, plain_log, style
 from .layer_errors import hardest, mean_error, short_names
+
+MOST_NAMES = 40
+"""Operators of a layer above which a heat map has one row for all experts' operators of a kind."""
+
+MOST_DOTS = 2000
+"""Dots of a figure, about."""
 
 PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
 
@@ -70,6 +77,8 @@ def _map(
 ) -> Drawing | None:
     """Draw percentages by (decoder layer, operator) as a heat map; None without any.
 
+    Of a mixture with many experts, a row is the median over all experts' operators of a kind.
+
     Args:
         key, title, caption: see :class:`Drawing`.
         layers: of the run.
@@ -78,9 +87,19 @@ def _map(
     """
     if not values:
         return None
-    names = list(dict.fromkeys(operator.name for layer in layers for operator in layer.operators))
-    short: dict[Any, str] = {**short_names(layers)}
-    low, high = _log_range(list(values.values()))
+    full = short_names(layers)
+    merged = len(full) > MOST_NAMES
+    kinds = {op.name: _kind(op.name) if merged else op.name for layer in layers for op in layer.operators}
+    names = list(dict.fromkeys(kinds.values()))
+    short: dict[Any, str] = {kind: _kind(full[name]) if merged else full[name] for name, kind in kinds.items()}
+    experts = [kind for kind in names if kind not in kinds]
+    if experts:
+        caption += f" A row such as {short[experts[0]]} is the median of a layer's experts; the table has the largest."
+    cells: dict[tuple[Any, Any], list[float]] = {}
+    for (index, name), value in values.items():
+        cells.setdefault((index, kinds[name]), []).append(value)
+    shown = {place: median(found) for place, found in cells.items()}
+    low, high = _log_range(list(shown.values()))
     indexes = [layer.index for layer in layers]
 
     def plot(figure: Any, width: int) -> None:
@@ -93,13 +112,13 @@ def _map(
         for column, a in enumerate(across):
             for row, d in enumerate(down):
                 key = (a, d) if wide else (d, a)
-                if key not in values:
+                if key not in shown:
                     continue
-                level = heat_level(math.log(max(values[key], 1e-12)), low, high)
+                level = heat_level(math.log(max(shown[key], 1e-12)), low, high)
                 axes.add_patch(_cell(column, row, HEAT[level]))
                 if cell > 27:
                     color = INK if level < HEAT_LEVELS // 2 else SURFACE
-                    axes.text(column, row, _brief(values[key]), ha="center", va="center", fontsize=9.5, color=color)
+                    axes.text(column, row, _brief(shown[key]), ha="center", va="center", fontsize=9.5, color=color)
         axes.set_xlim(-0.5, len(across) - 0.5)
         axes.set_ylim(len(down) - 0.5, -0.5)
         names_across, names_down = ([short.get(label, label) for label in labels] for labels in (across, down))
@@ -119,13 +138,22 @@ def _map(
         title,
         plot,
         caption=caption,
-        description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators. The largest {what} is "
-        f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; the median is {middle} %.",
+        description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators"
+        + (" or kinds of them" if experts else "")
+        + f". The largest {what} is {significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; "
+        f"the median is {middle} %.",
         heights=(max(150, 70 + 30 * len(names)), max(320, 150 + 15 * len(indexes))),
         full=True,
         table=(
-            ["layer", *(short[name] for name in names)],
-            [[str(index), *(significant(values.get((index, name))) for name in names)] for index in indexes],
+            ["layer", *(short[name] for name in names), *(f"{short[kind]}, largest" for kind in experts)],
+            [
+                [
+                    str(index),
+                    *(significant(shown.get((index, name))) for name in names),
+                    *(significant(max(cells.get((index, kind), ()), default=None)) for kind in experts),
+                ]
+                for index in indexes
+            ],
         ),
     )
 
@@ -228,12 +256,14 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         return None
     names = [name for name, _ in max(chains, key=len)]
     columns = [[100 * float(chain[i][1]) for chain in chains if len(chain) > i] for i in range(len(names))]  # type: ignore[arg-type]
+    every = math.ceil(sum(map(len, columns)) / MOST_DOTS)
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
         for position, values in enumerate(columns):
-            spread = [position + 0.4 * ((0.618034 * k) % 1 - 0.5) for k in range(len(values))]
-            axes.plot(spread, values, "o", markersize=3.2, alpha=0.45, color=SERIES[0], markeredgewidth=0)
+            dots = values if every == 1 else sorted(values)[::-every]
+            spread = [position + 0.4 * ((0.618034 * k) % 1 - 0.5) for k in range(len(dots))]
+            axes.plot(spread, dots, "o", markersize=3.2, alpha=0.45, color=SERIES[0], markeredgewidth=0)
             axes.plot([position - 0.28, position + 0.28], [median(values)] * 2, color=SERIES[1], linewidth=2.6)
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.5, len(names) - 0.5)
@@ -247,7 +277,8 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         "chain-errors",
         "Error after each step",
         plot,
-        caption="A dot is an operator, the bar their median, after each step of the method chain.",
+        caption="A dot is an operator, the bar their median, after each step of the method chain."
+        + (f" Of {len(columns[0]):,} operators, ordered by error, one in {every} is drawn." if every > 1 else ""),
         description="Medians: "
         + ", ".join(f"{name} {significant(value)} %" for name, value in zip(names, medians, strict=True))
         + ".",
@@ -357,6 +388,11 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
         + ".",
         table=(["phase", "seconds"], [[phase, significant(value)] for phase, value in totals.items()]),
     )
+
+
+def _kind(name: str) -> str:
+    """Return the name that an operator shares with those of other experts: ``experts.*.down_proj``."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _percentage(share: Any) -> float | None:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
+from ..constraints.nm import patterns_of
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import (
     PACKED_RECORD,
@@ -38,6 +40,7 @@ from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
+from ..runs.listener import Listener
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.numerics import dtype_name
 from .format import (
@@ -99,7 +102,7 @@ def pack(
     values: str = "same",
     group: int = 0,
     allow_pickle: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> PackReport:
     """Write a pruned checkpoint without its zeros.
 
@@ -110,7 +113,7 @@ def pack(
             ``"int8"`` stores int8 with one scale for each row or group.
         group: columns that share an int8 scale, a multiple of 64; 0 is the whole row.
         allow_pickle: read legacy ``.bin`` weights; they become safetensors.
-        progress: called with the name of every operator that was packed.
+        progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
         FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged; as
@@ -129,14 +132,17 @@ def pack(
         raise FistaPrunerError(f"{source.folder} is packed already")
     refuse_low_rank(source.folder, "pack")
     record = read_pruning_record(source.folder)
-    plan = _plan(source, record, values, group)
+    told = progress or Listener().tick
+    plan = _plan(source, record, values, group, told)
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
-        changed, whole = 0.0, 0.0
+        changed, whole, done = 0.0, 0.0, count(1)
         for stored, file in source.files.items():
             name = safetensors_name(stored)
-            contents[name], squares = _pack_file(partial / name, file, plan, progress)
+            contents[name], squares = _pack_file(
+                partial / name, file, plan, lambda: told("operators packed", next(done), len(plan))
+            )
             changed, whole = changed + squares[0], whole + squares[1]
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         if whole:
@@ -262,27 +268,30 @@ class PackedCheckpoint:
         return {entry.name: entry.shape for entries in self.contents().values() for entry in entries}
 
 
-def unpack(packed: str | Path, out: str | Path) -> Path:
+def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
     """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
 
     Args:
         packed: folder that :func:`pack` wrote.
         out: folder to make; it must not exist.
+        progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
         FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
     """
+    told, done = progress or Listener().tick, count(1)
+    told("comparing checksums", 0, 1)
     source, out = PackedCheckpoint(packed), Path(out)
     require_new(out, source.folder)
-    for name in source.specs:  # every operator is checked before the first byte is written
-        source.operator(name)
     contents = source.contents()
+    tensors = sum(len(entries) for entries in contents.values())
     with checkpoint_folder(out, sum(entry.nbytes for entries in contents.values() for entry in entries)) as partial:
         for shard, entries in contents.items():
             metadata = {key: value for key, value in source.checkpoint.files[shard].metadata.items() if key != METADATA}
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
                 for entry in entries:
                     writer.write(entry.name, source.tensor(entry.name))
+                    told("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.record:
             write_json_atomic(partial / PRUNING_RECORD, source.record)
@@ -315,7 +324,7 @@ def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False)
         return sum(part.nbytes for part in spec.entries("", stored))
 
     best, least = None, nbytes(None, int(torch.count_nonzero(weight)))
-    found = _patterns(weight)
+    found = patterns_of(weight, MAX_M)
     if hint is not None and hint.m <= MAX_M and hint.satisfies(weight):
         found.insert(0, hint)
     for pattern in found:
@@ -323,16 +332,6 @@ def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False)
         if size < least:
             best, least = pattern, size
     return best
-
-
-def _patterns(weight: Tensor) -> list[NM]:
-    """Find the sparsest n:m pattern that a weight has, for each group length that is a power of two."""
-    nonzero, length, found = (weight != 0).to(torch.uint8), 1, []
-    while length < MAX_M and nonzero.shape[1] % 2 == 0:
-        nonzero, length = nonzero[:, ::2] + nonzero[:, 1::2], 2 * length
-        if (most := max(1, int(nonzero.max()))) < length:
-            found.append(NM(most, length))
-    return found
 
 
 @dataclass(frozen=True)
@@ -355,7 +354,9 @@ class _Planned:
         return operator.quantised(self.spec.group) if self.spec.int8 else operator
 
 
-def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
+def _plan(
+    source: Checkpoint, record: dict[str, Any], values: str, group: int, told: Callable[[str, int, int], None]
+) -> dict[str, _Planned]:
     """Decide how each pruned operator that becomes smaller is stored.
 
     Raises:
@@ -370,7 +371,9 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
     plan, weights, zeros, wide = {}, 0, 0, ""
-    for name in source.names():
+    names = source.names()
+    for done, name in enumerate(names):
+        told("tensors looked through for zeros", done, len(names))
         entry = source.entry(name)
         if len(entry.shape) != 2 or entry.dtype not in (*FLOATS, torch.float64) or 0 in entry.shape:
             continue
@@ -432,9 +435,9 @@ def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
 
 
 def _pack_file(
-    path: Path, file: WeightFile, plan: dict[str, _Planned], progress: Callable[[str], None] | None
+    path: Path, file: WeightFile, plan: dict[str, _Planned], packed: Callable[[], None]
 ) -> tuple[list[TensorEntry], tuple[float, float]]:
-    """Write one file of the packed folder.
+    """Write one file of the packed folder; ``packed`` is called after each operator.
 
     Returns:
         Its tensors, and of the operators whose values are rounded the sums of squares of the change and of the weights.
@@ -461,8 +464,7 @@ def _pack_file(
                 exact = weight.float()
                 changed += float((operator.to_dense().float() - exact).square().sum(dtype=torch.float64))
                 whole += float(exact.square().sum(dtype=torch.float64))
-            if progress:
-                progress(name)
+            packed()
     return entries, (changed, whole)
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -55,9 +56,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BLOCK = 32
 """Weights in a block of q8_0; matrices whose rows are no multiple of it are stored as f16."""
 
-BYTES = {"bf16": 2, "f16": 2, "f32": 4, "q8_0": (BLOCK + 2) / BLOCK}
-"""Bytes of a weight; a block of q8_0 has a scale in fp16."""
-
 OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
 """Keys that the writer sets by itself."""
 
@@ -92,10 +90,11 @@ def export_gguf(
     values: GGUFValues = "bf16",
     *,
     allow_pickle: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write a checkpoint as a GGUF file.
 
-    Memory holds one tensor; weights pass through a temporary file.
+    Memory holds one tensor.
 
     Args:
         folder: a Hugging Face folder, such as ``RUN/model``.
@@ -103,6 +102,7 @@ def export_gguf(
         like: GGUF file of the dense model.
         values: how matrices are stored.
         allow_pickle: read legacy ``.bin`` weights.
+        progress: called with what is being done, how much of it is done, and how much there is.
 
     Returns:
         ``out``.
@@ -130,59 +130,88 @@ def export_gguf(
     with transformers_faults(like):
         source = _Source(like, checkpoint)
         tensors = source.tensors()
-        shapes = [checkpoint.entry(name).shape for name in tensors.values() if name]
-        _require_space(out, math.ceil(sum(math.prod(shape) * BYTES[_form(shape, values)] for shape in shapes)))
+        planned = source.plan(tensors, values)
+        with disk_errors(out):
+            require_space(out, sum(tensor.nbytes for tensor in planned.values()))
         with _new_file(out) as partial:
-            source.write(partial, tensors, values)
+            source.write(partial, tensors, planned, values, progress)
             check_gguf(partial)
     return out
 
 
-def invert_reader(read: Callable[[Array], Array], values: Array) -> Array | None:
-    """Find the array that a reader turns into ``values``.
+@dataclass(frozen=True)
+class Order:
+    """Where a reader takes the values of a tensor from.
 
     Args:
-        read: reorders the entries of an array and adds one number to all.
-        values: fp32.
-
-    Returns:
-        The array; None where the reader does something else.
+        shape: of the tensor in the file.
+        places: for blocks of values, all of one length and in their order, the number of the block in the file; None
+            where the reader changes nothing.
+        shift: what the reader adds to every number.
     """
-    if read(values) is values:
-        return values
-    for shape in dict.fromkeys((values.shape, values.shape[::-1])):
-        numbers = np.arange(values.size, dtype=np.int64).reshape(shape)
-        try:
-            shift = read(np.zeros_like(numbers)).flat[0]
-            places = read(numbers) - shift
-        except ValueError:  # not the shape that it takes
-            continue
-        if places.shape == values.shape and np.array_equal(np.sort(places, None), numbers.reshape(-1)):
-            stored = np.empty(values.size, np.float32)
-            stored[places.reshape(-1)] = values.reshape(-1) - np.float32(shift)
-            stored = stored.reshape(shape)
-            if np.allclose(read(stored), values, rtol=1e-6, atol=1e-6):
-                return stored
-    return None
+
+    shape: tuple[int, ...]
+    places: Array | None
+    shift: float
+
+    @classmethod
+    def of(cls, read: Callable[[Array], Array], shape: tuple[int, ...]) -> Self | None:
+        """Find the order of the values that a reader gives.
+
+        Args:
+            read: reorders the entries of an array and adds one number to all.
+            shape: of what it gives.
+
+        Returns:
+            The order; None where the reader does something else.
+        """
+        nothing = np.broadcast_to(np.float32(0), shape)
+        if read(nothing) is nothing:
+            return cls(shape, None, 0)
+        size = math.prod(shape)
+        for stored in dict.fromkeys((shape, shape[::-1])):
+            numbers = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
+            try:
+                places = read(numbers.reshape(stored))
+            except ValueError:  # not the shape that it takes
+                continue
+            shift = places.min()
+            places = places - shift
+            if places.shape == shape and np.array_equal(np.sort(places, None), numbers):
+                places = places.reshape(-1, shape[-1])
+                if np.array_equal(places, places[:, :1] + numbers[: shape[-1]]):  # whole rows, whose numbers are few
+                    return cls(stored, places[:, 0] // shape[-1], float(shift))
+                return cls(stored, places.reshape(-1), float(shift))
+        return None
+
+    def stored(self, values: Array) -> Array:
+        """Return the tensor of the file that is read as ``values`` (fp32)."""
+        if self.places is None:
+            return values
+        blocks = values.reshape(len(self.places), -1)
+        stored = np.empty_like(blocks)
+        stored[self.places] = blocks - np.float32(self.shift)
+        return stored.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """How a tensor is written.
+
+    Args:
+        shape: of its values.
+        form: name of ``gguf.GGMLQuantizationType``.
+        nbytes: in the file.
+    """
+
+    shape: tuple[int, ...]
+    form: str
+    nbytes: int
 
 
 def _form(shape: Sequence[int], values: GGUFValues) -> str:
     """Return how a tensor is stored, for matrices that are stored as ``values``."""
     return "f32" if len(shape) == 1 else "f16" if values == "q8_0" and shape[-1] % BLOCK else values
-
-
-def _require_space(out: Path, nbytes: int) -> None:
-    """Refuse a file that does not fit on its disk, or whose temporary file does not fit on its own.
-
-    Raises:
-        FistaPrunerError: names the file, the bytes needed and the bytes free.
-    """
-    temporary = Path(gettempdir())
-    with disk_errors(out):
-        same_disk = os.stat(out.parent).st_dev == os.stat(temporary).st_dev
-    require_space(out, (1 + same_disk) * nbytes)
-    if not same_disk:
-        require_space(temporary / out.name, nbytes)
 
 
 @contextmanager
@@ -219,6 +248,7 @@ class _Source:
         from transformers.integrations import GGUF_CONFIG_MAPPING
 
         self.like, self.checkpoint = like, checkpoint
+        self.orders: dict[tuple[str, tuple[int, ...]], Order] = {}
         self.reader = GGUFReader(like)
         self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
         config = AutoConfig.from_pretrained(checkpoint.folder)
@@ -353,55 +383,123 @@ class _Source:
         found = self.processor.process(weights=array, name=name, tensor_key_mapping=self.names, parsed_parameters=aside)
         return np.asarray(found.weights)
 
-    def _stored(self, name: str, values: Array) -> Array:
-        """Return the tensor of the file that ``transformers`` reads as ``values``.
+    def _order(self, name: str, shape: tuple[int, ...]) -> Order:
+        """Return where ``transformers`` takes the values of the tensor ``name`` from.
+
+        Tensors of a kind have one order, whatever the decoder layer, so it is looked for once.
+
+        Args:
+            name: in the file.
+            shape: of what ``transformers`` reads.
 
         Raises:
             FistaPrunerError: its reader does more than reorder the values and add one number to all.
         """
-        if (stored := invert_reader(lambda array: self._read(name, array), values)) is None:
-            raise FistaPrunerError(f"{self.like}: the order of the values of {name!r} in llama.cpp is not known")
+        kind = re.sub(r"\.\d+\.", ".", name), shape
+        if (order := self.orders.get(kind) or Order.of(lambda array: self._read(name, array), shape)) is None:
+            raise self._unknown_order(name)
+        self.orders[kind] = order
+        return order
+
+    def _unknown_order(self, name: str) -> FistaPrunerError:
+        return FistaPrunerError(f"{self.like}: the order of the values of {name!r} in llama.cpp is not known")
+
+    def _stored(self, name: str, values: Array) -> Array:
+        """Return the tensor of the file that ``transformers`` reads as ``values``.
+
+        Raises:
+            FistaPrunerError: it reads others.
+        """
+        stored = self._order(name, values.shape).stored(values)
+        if (back := self._read(name, stored)) is not values and not np.allclose(back, values, rtol=1e-6, atol=1e-6):
+            raise self._unknown_order(name)
         return stored
 
-    def write(self, out: Path, tensors: dict[str, str | None], values: GGUFValues) -> None:
-        """Write the file.
+    def plan(self, tensors: Mapping[str, str | None], values: GGUFValues) -> dict[str, _Planned]:
+        """Decide how each tensor is written, in the file's order.
 
         Args:
-            out: its name.
             tensors: see :meth:`tensors`.
             values: how matrices are stored.
+
+        Raises:
+            FistaPrunerError: the order of a tensor's values is not known.
         """
         import gguf
 
-        writer = gguf.GGUFWriter(out, self.architecture, use_temp_file=True)
-        for key, field in self.reader.fields.items():
-            skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
-            skipped |= key == SIZE and bool(self.counts)  # the number of the dense model's weights
-            skipped |= field.contents() == []  # the writer takes no empty array
-            if not skipped and key not in (*OWN_KEYS, *self.counts):
-                inner = field.types[-1] if len(field.types) > 1 else None
-                writer.add_key_value(key, field.contents(), field.types[0], inner)
-        for key, count in self.counts.items():
-            writer.add_uint32(key, count)
-        writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[values]))
+        planned = {}
         for tensor in self.reader.tensors:
             if tensor.name not in tensors:
                 continue
             if (source := tensors[tensor.name]) is None:
-                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+                shape = tuple(map(int, tensor.shape[::-1]))
+                planned[tensor.name] = _Planned(shape, tensor.tensor_type.name, int(tensor.n_bytes))
                 continue
-            stored = self._stored(tensor.name, self._array(source))
-            form = gguf.GGMLQuantizationType[_form(stored.shape, values).upper()]
-            with np.errstate(over="ignore", invalid="ignore"):
-                packed = gguf.quantize(stored, form)
-                lost = np.isfinite(stored).all() and not np.isfinite(gguf.dequantize(packed, form)).all()
-            if lost:
-                raise FistaPrunerError(
-                    f"{self.checkpoint.folder}: tensor {source!r} has values up to {np.abs(stored).max():g}, which "
-                    f"{form.name.lower()} cannot hold: give --values bf16 or f32"
-                )
-            writer.add_tensor(tensor.name, packed, raw_dtype=form)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+            shape = self._order(tensor.name, self.checkpoint.entry(source).shape).shape
+            form = _form(shape, values).upper()
+            block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[form]]
+            planned[tensor.name] = _Planned(shape, form, math.prod(shape) // block * nbytes)
+        return planned
+
+    def write(
+        self,
+        out: Path,
+        tensors: Mapping[str, str | None],
+        planned: Mapping[str, _Planned],
+        values: GGUFValues,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> None:
+        """Write the file.
+
+        Args:
+            out: its name.
+            tensors: see :meth:`tensors`; ``planned``: see :meth:`plan`.
+            values: how matrices are stored.
+            progress: see :func:`export_gguf`.
+        """
+        import gguf
+
+        with closing(gguf.GGUFWriter(out, self.architecture)) as writer:
+            for key, field in self.reader.fields.items():
+                skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
+                skipped |= key == SIZE and bool(self.counts)  # the number of the dense model's weights
+                skipped |= field.contents() == []  # the writer takes no empty array
+                if not skipped and key not in (*OWN_KEYS, *self.counts):
+                    inner = field.types[-1] if len(field.types) > 1 else None
+                    writer.add_key_value(key, field.contents(), field.types[0], inner)
+            for key, count in self.counts.items():
+                writer.add_uint32(key, count)
+            writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[values]))
+            for name, tensor in planned.items():
+                form = gguf.GGMLQuantizationType[tensor.form]
+                writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes, form)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            copied = {tensor.name: tensor for tensor in self.reader.tensors}
+            for done, (name, tensor) in enumerate(planned.items()):
+                if progress is not None:
+                    progress("tensors written", done, len(planned))
+                if (source := tensors[name]) is None:
+                    writer.write_tensor_data(copied[name].data)
+                else:
+                    writer.write_tensor_data(self._packed(name, source, gguf.GGMLQuantizationType[tensor.form]))
+
+    def _packed(self, name: str, source: str, form: Any) -> Array:
+        """Return the tensor ``name`` of the file, rounded to its form, from ``source`` of the checkpoint.
+
+        Raises:
+            FistaPrunerError: the form cannot hold its values, or their order is not known.
+        """
+        import gguf
+
+        stored = self._stored(name, self._array(source))
+        with np.errstate(over="ignore", invalid="ignore"):
+            packed: Array = gguf.quantize(stored, form)
+            lost = np.isfinite(stored).all() and not np.isfinite(gguf.dequantize(packed, form)).all()
+        if lost:
+            raise FistaPrunerError(
+                f"{self.checkpoint.folder}: tensor {source!r} has values up to {np.abs(stored).max():g}, which "
+                f"{form.name.lower()} cannot hold: give --values bf16 or f32"
+            )
+        return packed
