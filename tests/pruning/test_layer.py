@@ -22,8 +22,8 @@ from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
-from fistapruner.problem import LayerProblem, ProblemSums
-from fistapruner.pruning.context import LayerContext, LayerEvents, LayerStreams
+from fistapruner.problem import LayerProblem, ProblemSums, unweighted
+from fistapruner.pruning.context import NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer
 from fistapruner.runs.layer_records import LayerEntry
@@ -40,6 +40,7 @@ def stream(
     inspect: Callable[[int, LayerProblem], None] | None = None,
     noise: float = DRIFT_NOISE,
     dtype: torch.dtype | None = None,
+    measures: LayerMeasures = NOT_MEASURED,
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
     recipe = recipe.resolved()
@@ -76,7 +77,7 @@ def stream(
             else None,
         )
         events = LayerEvents() if inspect is None else LayerEvents(problem=inspect)
-        result = prune_layer(context, index, streams, events=events)
+        result = prune_layer(context, index, streams, measures, events)
         weights |= result.weights
         dense, pruned = streams.dense_out, streams.pruned_out
         assert all(parameter.is_meta for parameter in skeleton.model.parameters())
@@ -338,6 +339,35 @@ def test_weights_that_stay_keep_every_bit(tmp_path: Path, settings: dict[str, An
         assert torch.equal(before, after) or zeros, name
         if settings.get("weighting"):
             assert torch.equal(before[after != 0], after[after != 0]), name
+
+
+@pytest.mark.parametrize("method", ["proximal", "sparsegpt"])
+def test_rows_are_weighted_by_their_importance(tmp_path: Path, method: str) -> None:
+    """Each operator's rows by its own weights, so that important rows keep more."""
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    recipe = Recipe.build({"method": method, "sparsity": "50%", "reconstruct": 0}).resolved()
+    operators = dict(discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))).operators())
+    generator = torch.Generator().manual_seed(3)
+    importance = {name: (2 * torch.randn(each.rows, generator=generator)).exp() for name, each in operators.items()}
+    problems: list[LayerProblem] = []
+    weights = stream(
+        folder,
+        recipe,
+        None,
+        lambda number, problem: problems.append(problem),
+        measures=LayerMeasures(importance=importance),
+    )
+    assert problems[0].names == tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+    for problem in problems:
+        rows = torch.cat([importance[name] for name in problem.names])
+        expected = unweighted(solve(problem.weighted(rows), recipe.pattern, recipe.steps).weight, rows)
+        for name, part in zip(problem.names, expected.split(problem.rows), strict=True):
+            found = weights[f"{name}.weight"]
+            assert torch.equal(found == 0, part == 0), name
+            torch.testing.assert_close(found, part)
+            order, kept = importance[name].argsort(), (found != 0).sum(1)
+            less, more = (kept[half].sum() for half in order.chunk(2))
+            assert int(more) > 1.5 * int(less), name
 
 
 @pytest.mark.parametrize("target", ["dense", "pruned"])

@@ -20,6 +20,8 @@ def program(problem: LayerProblem, pattern: Constraint, growing: int = 15, itera
     gram = gram + 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     v = problem.weight.double() * norm
     right = v @ gram
+    if problem.drift_gradient is not None:
+        right = right + problem.drift_gradient.double() / norm
     inverse = torch.linalg.inv(gram + torch.eye(len(gram), dtype=torch.float64))
     u, keep = torch.zeros_like(v), torch.ones_like(v, dtype=torch.bool)
     for step in range(iterations):
@@ -38,9 +40,10 @@ def program(problem: LayerProblem, pattern: Constraint, growing: int = 15, itera
     return (v + u) * keep / norm
 
 
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5)])
 @pytest.mark.parametrize("sparsity", ["50%", "70%", "2:4", "4:8", "1:4"])
-def test_the_authors_program_gives_the_same_weights(sparsity: str) -> None:
-    problem = make_problem((24,), 32)
+def test_the_authors_program_gives_the_same_weights(sparsity: str, drift: float, target: float) -> None:
+    problem = make_problem((24,), 32, drift=drift, target=target)
     pattern = parse_sparsity(sparsity)
     expected = program(problem, pattern)
     solution = solve(problem, pattern, "admm")

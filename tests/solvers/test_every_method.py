@@ -139,12 +139,20 @@ def test_same_bits_every_time(chain: str) -> None:
     assert torch.equal(solve(problem, 0.5, chain).weight, solve(problem, 0.5, chain).weight)
 
 
-@pytest.mark.parametrize("chain", ["proximal", "alps", "sparsegpt+swap", "wanda+swap"])
-def test_near_the_best_of_all_masks_on_tiny_problems(chain: str) -> None:
+@pytest.mark.parametrize(
+    ("chain", "drift", "target"),
+    [
+        *((chain, 0.0, 1.0) for chain in ("proximal", "alps", "sparsegpt+swap", "wanda+swap")),
+        *((chain, 0.3, share) for chain in ("proximal", "sparsegpt+swap", "wanda+swap") for share in (0.5, 1.0)),
+    ],
+)
+def test_near_the_best_of_all_masks_on_tiny_problems(chain: str, drift: float, target: float) -> None:
     """Brute force over every 2:4 mask of a row of eight inputs, each with its least-squares weights."""
     ratios = []
     for seed in range(6):
-        problem = replace(make_problem((6,), 8, seed=seed), tokens=None)  # judged on this very Gram
+        problem = replace(
+            make_problem((6,), 8, seed=seed, drift=drift, target=target), tokens=None
+        )  # judged on this very Gram
         solution = solve(problem, "2:4", f"{chain}+refit")
         errors = problem.row_errors(solution.weight)
         ratios += (errors / torch.tensor([_best_error(problem, row) for row in range(6)])).tolist()
@@ -154,17 +162,19 @@ def test_near_the_best_of_all_masks_on_tiny_problems(chain: str) -> None:
 
 
 def _best_error(problem: LayerProblem, row: int) -> float:
-    gram, weight = problem.gram.double(), problem.weight[row].double()
+    gram, linear, weight = problem.gram.double(), problem.linear[row].double(), problem.weight[row].double()
+    pulled = linear - weight @ gram  # by the drift
+    constant = 0.0 if problem.drift_energy is None else problem.target**2 * float(problem.drift_energy[row])
     pairs = list(itertools.combinations(range(4), 2))
     best = float("inf")
     for left, right in itertools.product(pairs, pairs):
         kept = [*left, *(4 + i for i in right)]
-        solved = torch.linalg.solve(gram[kept][:, kept], (weight @ gram)[kept])
+        solved = torch.linalg.solve(gram[kept][:, kept], linear[kept])
         candidate = torch.zeros(8, dtype=torch.float64)
         candidate[kept] = solved
         change = candidate - weight
-        best = min(best, float(change @ gram @ change))
-    return best
+        best = min(best, float(change @ gram @ change - 2 * change @ pulled))
+    return best + constant
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -60,6 +61,27 @@ def _objective(problem: LayerProblem, row: int, weight: torch.Tensor, penalty: t
     return float(0.5 * weight @ gram @ weight - linear @ weight + float(penalty[row]) * weight.abs().sum())
 
 
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.1, 0.5)])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_the_steps_are_those_of_beck_and_teboulle(steps: int, drift: float, target: float) -> None:
+    """Their FISTA with constant step size, in fp64: x_k = p_L(y_k), then t_{k+1} and y_{k+1}."""
+    problem = make_problem((6,), 16, drift=drift, target=target)
+    bound = largest_eigenvalue(problem.gram)
+    share = 0.01 * float(problem.linear.abs().max())
+    gram, linear, length = problem.gram.double(), problem.linear.double(), float(bound)
+    x = y = start = problem.weight.double() + 1
+    t = 1.0
+    for _ in range(steps):
+        before, z = x, y - (y @ gram - linear) / length
+        x = z.sign() * (z.abs() - share / length).clamp_min(0)
+        following = (1 + math.sqrt(1 + 4 * t * t)) / 2
+        y = x + (t - 1) / following * (x - before)
+        t = following
+    weight, taken = fista(problem, start.float(), torch.full((6, 1), share), bound, steps)
+    assert taken == [steps]
+    torch.testing.assert_close(weight.double(), x, rtol=1e-4, atol=1e-5 * float(x.abs().max()))
+
+
 def test_the_gap_bounds_the_distance_to_the_optimum() -> None:
     problem = make_problem((3,), 12)
     bound = largest_eigenvalue(problem.gram)
@@ -110,6 +132,21 @@ def test_records_of_the_outer_loop(penalty: str, warm: str) -> None:
     if penalty == "published":
         first = solution.stats[0]["steps"][0]["rounds"][0]
         assert first["lambda"] == pytest.approx(1e-5 / problem.tokens)
+
+
+@pytest.mark.parametrize("penalty", ["relative", "published"])
+def test_lambda_rises_exactly_where_rounding_costs_more_than_its_share(penalty: str) -> None:
+    """The paper's xi: 0.3 of the error of the rounded weights."""
+    seen = set()
+    for seed in range(3):
+        solution = solve(make_problem((24, 16), seed=seed), 0.5, [{"fista": {"penalty": penalty}}])
+        for stats in solution.stats:
+            rounds = stats["steps"][0]["rounds"]
+            for record, later in itertools.pairwise(rounds):
+                rises = record["e_round"] / record["e_total"] > 0.3
+                assert (later["lambda"] > record["lambda"]) == rises
+                seen.add(rises)
+    assert seen == {True, False}
 
 
 def test_three_rounds_without_improvement_end_the_search() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from fistapruner import Recipe
 from fistapruner.activations.store import HiddenStates
 from fistapruner.activations.stream import Calls
 from fistapruner.evaluation.inspection import inspect_checkpoint
@@ -19,6 +20,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.sensitivity.decision import decide
 from fistapruner.tuning import block_reconstruction
 from fistapruner.tuning.block_reconstruction import Reconstructed, ReconstructionSettings, reconstruct_layer
 
@@ -159,6 +162,61 @@ def test_the_metric_is_shrunk_and_factored() -> None:
     torch.testing.assert_close(indefinite @ indefinite.T, torch.tensor([[1.1, 1.08], [1.08, 1.1]]))
     for zero in (torch.zeros(8, 8), torch.zeros(8)):
         assert block_reconstruction._root(zero, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "none"])
+def test_the_loss_is_the_mean_of_weighted_errors_in_the_metric(tmp_path: Path, kind: str) -> None:
+    """sum_t w_t d_t^T M d_t / (T limit), with w_t = min(1, limit / energy of what the layer adds to token t)."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path)), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    width, tokens = model.width, 24
+    states = torch.randn(3, 2, tokens, width, generator=generator)
+    states[1, :, 3] += 30.0  # a massive activation
+    source, wanted = (HiddenStates((2, tokens, width), torch.float32) for _ in range(2))
+    source.write(0, states[0])
+    wanted.write(0, states[1])
+    rows = torch.randn(6, width, generator=generator) * torch.logspace(-1, 1, width)
+    measured = rows.T @ rows
+    metric = {"full": measured, "diagonal": measured.diagonal(), "none": None}[kind]
+    m = torch.eye(width, dtype=torch.float64)
+    if metric is not None:
+        m = measured.double() if kind == "full" else measured.diagonal().double().diag()
+        m = 0.9 * m + 0.1 * m.trace() / width * torch.eye(width, dtype=torch.float64)
+
+    def energies(differences: Tensor) -> list[float]:
+        return [float(d @ m @ d) for d in differences.double()]
+
+    loss = block_reconstruction._Loss.of(model, source, wanted, metric)
+    limit = sorted(energies(states[1, 0] - states[0, 0]))[(tokens - 1) // 2]  # the lower median of the first window
+    for window in range(2):
+        added, errors = energies(states[1, window] - states[0, window]), energies(states[2, window] - states[1, window])
+        weights = [min(1.0, limit / energy) for energy in added]
+        assert min(weights) < 0.1
+        assert max(weights) == 1.0
+        expected = sum(w * e for w, e in zip(weights, errors, strict=True)) / (tokens * limit)
+        assert float(loss(states[2, window : window + 1], window)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_metric_of_a_run_is_the_measured_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[ReconstructionSettings] = []
+
+    def reconstruct(*given: Any) -> Reconstructed:
+        captured.extend(each for each in given if isinstance(each, ReconstructionSettings))
+        return reconstruct_layer(*given)
+
+    monkeypatch.setattr("fistapruner.pruning.layer.reconstruct_layer", reconstruct)
+    source = tiny.save("llama", tmp_path / "model")
+    recipe = Recipe.build({**SETTINGS, **WAYS["dense"], "reconstruct": 2, "allocation": "error"})
+    prune(str(source), tmp_path / "run", recipe=recipe)
+    model = LayerwiseModel(Checkpoint.open(source), torch.device("cpu"))
+    tokens = PruneDirectory(tmp_path / "run").tokens()
+    measured = decide(recipe.resolved(), discover(model), model, tokens, {}).metrics
+    assert measured is not None
+    assert len(captured) == len(measured) == 3
+    for settings, metric in zip(captured, measured, strict=True):
+        assert settings.metric is not None
+        torch.testing.assert_close(settings.metric, metric)
+    assert not torch.allclose(measured[0], measured[1])
 
 
 def test_windows_are_split_and_ordered() -> None:

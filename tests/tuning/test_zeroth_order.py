@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_objective import make_text
+from test_objective import make_text, whole
 from test_trained import live, opened, pruned, recipe, written
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fistapruner.activations.store import scratch_factory
 from fistapruner.tuning.forms import Form, Full, Lora, Spp
 from fistapruner.tuning.losses import Loss
 from fistapruner.tuning.masked import MaskedParameters
 from fistapruner.tuning.objective import Objective
+from fistapruner.tuning.steppers import ForwardOnly
 from fistapruner.tuning.trained import Trained
 from fistapruner.tuning.zeroth_order import Directions, ZerothOrder, most_square
 
@@ -163,6 +165,71 @@ def test_three_numbers_a_step_give_the_same_tensors_again(tmp_path: Path, form: 
     for name, tensor in result.items():
         if tensor.ndim == 2:
             assert torch.equal(tensor == 0, model.checkpoint.read(name) == 0)
+
+
+def forward_only(folder: Path, marked: float, **settings: Any) -> ForwardOnly:
+    model, layout = opened(folder)
+    trained = Trained(model, layout, recipe(parameters="full", **settings))
+    text = make_text(marked=marked)
+    return ForwardOnly(trained, Objective(model, text, Loss(0.0), None, 4, scratch_factory(None, torch.float32)))
+
+
+def masters(trained: Trained) -> dict[str, Tensor]:
+    """All trained tensors, copied, by name in the checkpoint."""
+    found: dict[str, Tensor] = {}
+    for index in range(len(trained)):
+        with trained.model.layer(index) as layer:
+            parameters = trained.parameters(index, layer)
+            found |= {name: master.detach().clone() for name, master in parameters.masters.items()}
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["mezo", "subzero"])
+def test_a_step_is_that_of_the_losses_of_two_whole_models(tmp_path: Path, optimizer: str) -> None:
+    """theta (1 - rate decay) - rate g z, with g from losses per token by transformers; vectors do not decay."""
+    eps, rate, decay = 0.01, 0.01 * 0.5, 4.0
+    settings: dict[str, Any] = {"optimizer": optimizer, "subspace": 4, "eps": eps, "lr": 0.01, "decay": decay}
+    steps = forward_only(pruned("llama", tmp_path), 0.5, seed=5, **settings)
+    trained, before = steps.trained, masters(steps.trained)
+    z, other = {}, {}
+    for index in range(len(trained)):
+        with trained.model.layer(index) as layer:
+            for seed, drawn in ((5, z), (6, other)):
+                directions = Directions(seed, 4 if optimizer == "subzero" else None)
+                drawn.update(directions.of(1, trained.parameters(index, layer)))
+    assert z.keys() == before.keys()
+    assert not any(torch.equal(each, other[name]) for name, each in z.items())
+    text, windows = steps.objective.text, [2, 0, 3]
+    tokens, counted = text.tokens[windows], text.marks[windows][:, 1:]
+    assert 0 < int(counted.sum()) < counted.numel()
+    model = whole(tmp_path).double()
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in before}
+    survive = {name: parameter != 0 for name, parameter in parameters.items()}
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    losses = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            for name, parameter in parameters.items():
+                where = survive[name] if parameter.ndim == 2 else ...
+                parameter.copy_(start[name])
+                parameter[where] += sign * eps * z[name]
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            losses.append(float(cross_entropy(logits[counted], tokens[:, 1:][counted])))
+    slope = (losses[0] - losses[1]) / (2 * eps)
+    result = steps.step(1, windows, 0.5)
+    assert (result.loss, result.size) == pytest.approx((sum(losses) / 2, slope), rel=5e-3)
+    after = masters(trained)
+    for name, theta in before.items():
+        shrunk = theta * (1 - rate * decay) if start[name].ndim == 2 else theta
+        torch.testing.assert_close(after[name], shrunk - rate * slope * z[name], rtol=0, atol=5e-3 * rate * abs(slope))
+
+
+def test_steps_lower_the_training_loss(tmp_path: Path) -> None:
+    steps, windows = forward_only(pruned("llama", tmp_path), 1.0, optimizer="mezo", lr=1e-3), [0, 1, 2, 3]
+    before = steps.losses(windows).sum()
+    for number in range(1, 31):
+        steps.step(number, windows, 1.0)
+    assert float(steps.losses(windows).sum()) < 0.99 * float(before)
 
 
 def test_a_slope_that_is_not_finite_is_none() -> None:
