@@ -17,7 +17,7 @@ import tiny
 from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
-from fistapruner.constraints import NM
+from fistapruner.constraints import NM, Scope
 from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_count, parse_value, parse_yaml
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
@@ -67,6 +67,22 @@ def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None
             FistaPrunerError, match=rf"method '{name}' of the class \w+ is not in solvers/catalogue\.py"
         ):
             Recipe.build({"method": method})
+
+
+def test_a_constraint_that_is_not_registered_is_refused_before_a_run() -> None:
+    class Mine(NM):
+        def project(self, scores: torch.Tensor, scope: Scope = "operator") -> torch.Tensor:
+            return torch.arange(scores.shape[1]).remainder(4).lt(2).expand_as(scores)
+
+    assert Recipe.build({"sparsity": NM(2, 4)}).pattern == NM(2, 4)
+    for settings in ({"sparsity": Mine(2, 4)}, {"allocation": {"re:mlp": Mine(2, 4)}}):
+        with pytest.raises(
+            FistaPrunerError,
+            match=r"sparsity '2:4' of the class Mine is not in CONSTRAINTS of constraints/__init__\.py.*fp\.solve",
+        ):
+            Recipe.build(settings)
+    problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(30, 8))
+    assert solve(problem, Mine(2, 4), "wanda").mask[0].tolist() == [True, True, False, False] * 2
 
 
 def test_a_residual_correction_without_effect_is_refused() -> None:

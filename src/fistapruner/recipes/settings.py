@@ -44,12 +44,19 @@ TOTAL = "error:"
 
 def _sparsity(value: Any) -> Constraint:
     """Parse a sparsity; the error is a ValueError, which pydantic collects."""
-    from ..constraints import parse_sparsity  # imports torch, which reading the settings' descriptions does not need
+    # imports torch, which reading the settings' descriptions does not need
+    from ..constraints import CONSTRAINTS, parse_sparsity
 
     try:
-        return parse_sparsity(value)
+        found = parse_sparsity(value)
     except FistaPrunerError as error:
         raise ValueError(str(error)) from None
+    if type(found) not in CONSTRAINTS.values():
+        raise ValueError(
+            f"sparsity {str(found)!r} of the class {type(found).__name__} is not in CONSTRAINTS of "
+            "constraints/__init__.py, where worker processes and a resumed run find it; fp.solve takes it as it is"
+        )
+    return found
 
 
 def _method(value: Any) -> tuple[Method, ...]:
