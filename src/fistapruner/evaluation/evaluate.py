@@ -20,7 +20,7 @@ from ..recipes.loading import parse_bytes
 from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device, threads_within_quota
-from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
+from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from .data import Windows, check_count, check_data, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows
@@ -30,8 +30,8 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
+@undisturbed()
 @threads_within_quota()
-@exact_products()
 def evaluate(
     model: str | Path,
     data: str | Windows | None = None,

@@ -55,7 +55,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.files import PARTIAL, disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name, exact_products
+from ..runtime.numerics import dtype_name, undisturbed
 from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
@@ -79,6 +79,7 @@ STAMPS = "stamps"
 """Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the model that was measured."""
 
 
+@undisturbed()
 def compare(
     model: str | Path,
     methods: str | Sequence[str],
@@ -311,7 +312,7 @@ def draw(job: Job, source: ModelSource, folder: Path, calibrated: CalibrationWin
         drawing = drawing_of(calibration, model, seqlen)
         earlier = (PruneDirectory(run).drawn(drawing) for run in sorted(folder.glob("runs/*")))
         found = next(filter(None, earlier), None)
-    with cpu_threads(default_threads(recipe.execution)), exact_products():
+    with cpu_threads(default_threads(recipe.execution)):
         drawn = found or draw_windows(recipe, source, model, source.tokenizer(), seqlen, listener)
     model.check_tokens(drawn[0])
     calibrated[key] = drawn

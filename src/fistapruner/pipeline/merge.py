@@ -29,6 +29,7 @@ from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
+from ..runtime.numerics import undisturbed
 from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
 from .finish_training import check_zeros
 from .measure import finished_run, is_run
@@ -123,6 +124,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
+@undisturbed()
 def merge_adapter(
     folder: str | Path,
     adapter: str | Path,

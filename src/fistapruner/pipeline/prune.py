@@ -30,6 +30,7 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
+from ..runtime.numerics import undisturbed
 from ..sensitivity.decision import check_allocation
 from .begun import (
     FinishedRun,
@@ -53,6 +54,7 @@ Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""
 
 
+@undisturbed()
 def prune(
     model: str | Path,
     out: str | Path,
@@ -171,6 +173,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     )
 
 
+@undisturbed()
 def finish_run(
     out: str | Path,
     *,

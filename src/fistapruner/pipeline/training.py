@@ -26,7 +26,7 @@ from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
-from ..runtime.numerics import exact_products
+from ..runtime.numerics import undisturbed
 from ..runtime.ranks import ranks_of_run
 from .begun import absolute, evaluation_on, execution_here, find_dense, moved_text, refuse_other_settings, same_path
 from .finish import reporting_failure
@@ -130,7 +130,7 @@ def _run(
     resumed: bool = False,
 ) -> Report:
     """Do what is left of a run, together with the other processes if there are any."""
-    with exact_products(), ranks_of_run(request.recipe.execution.device) as ranks:
+    with undisturbed(), ranks_of_run(request.recipe.execution.device) as ranks:
         if ranks.first:
             report = _lead(verb, run, replace(request, ranks=ranks), told, resumed=resumed)
             ranks.share(report.model_dump(mode="json"))

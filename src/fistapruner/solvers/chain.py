@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
-from ..runtime.numerics import exact_products
+from ..runtime.numerics import undisturbed
 from .base import Method, Solution
 from .catalogue import CATALOGUE
 from .conditioning import dead_inputs, with_faint_dead_weights
@@ -23,9 +22,6 @@ METHODS: dict[str, type[Method]] = {
     entry.name: getattr(import_module(f".{entry.module}", __package__), entry.class_name) for entry in CATALOGUE
 }
 """Classes of the methods by name."""
-
-ONE_AT_A_TIME = threading.RLock()
-"""Held by :func:`solve`, which changes the precision of products, a setting of the whole process."""
 
 Steps = str | Method | Sequence["str | dict[str, object] | Method"]
 
@@ -98,6 +94,7 @@ def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Metho
             )
 
 
+@undisturbed()
 def solve(
     problem: LayerProblem,
     sparsity: str | float | Constraint | Sequence[Constraint],
@@ -105,8 +102,8 @@ def solve(
 ) -> Solution:
     """Prune the operators of a layer problem; those without zeros keep their dense weights.
 
-    Products are fp32, whatever the calling program has set. Calls from several threads run one after another, so that
-    each call returns the same bits as on its own.
+    Whatever the calling program has set, such as autocast, changes nothing. Calls from several threads run one after
+    another, so that each call returns the same bits as on its own.
 
     Args:
         problem: the layer problem.
@@ -133,8 +130,7 @@ def solve(
     for pattern, name in zip(parsed, problem.names, strict=True):
         check_constraint(pattern, problem.shape[1], steps, name)
     problem.check_finite()
-    with ONE_AT_A_TIME, exact_products():
-        return _run_steps(problem, parsed, steps)
+    return _run_steps(problem, parsed, steps)
 
 
 def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
