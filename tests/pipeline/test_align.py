@@ -338,7 +338,7 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
     assert "preference accuracy, %" in said
     card = (tmp_path / "again" / "model" / "README.md").read_text()
     assert "| Preference accuracy, % |" in card
-    assert str(tmp_path) not in card.partition("To make it again")[0]
+    assert str(tmp_path) not in card.partition("Recipe:")[0]
     page = (tmp_path / "again" / "report.html").read_text()
     assert "before alignment" in page
     assert "Gap closed" not in page

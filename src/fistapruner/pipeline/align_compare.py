@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -86,7 +84,7 @@ def align_compare(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
-        command: shell line that reproduces the comparison.
+        command: shell line that reproduces the comparison; None leaves it out.
         evaluate: text for the perplexity, as for :func:`fistapruner.align`.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe.
@@ -138,7 +136,7 @@ def align_compare(
         str(Path(name) / file): stamp for name, source in models.items() for file, stamp in stamps(source.checkpoint())
     }
     found = AlignComparison(
-        command=command or shlex.join(sys.argv),
+        command=command,
         model=str(model),
         dense=None if dense is None else str(dense),
         evaluation={} if evaluation is None else evaluation.model_dump(mode="json"),

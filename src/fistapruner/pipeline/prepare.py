@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -248,7 +246,7 @@ def record(
     run.write_recipe(recipe.to_yaml())
     run.write_record(
         PruneRecord(
-            command=request.command or shlex.join(sys.argv),
+            command=request.command,
             started=now(),
             recipe=recipe.model_dump(mode="json"),
             fingerprint=fingerprint(recipe, model.checkpoint, tokens, decision.numerics),

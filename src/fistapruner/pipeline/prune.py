@@ -82,7 +82,7 @@ def prune(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
-        command: shell line that reproduces the run, for the report.
+        command: shell line that reproduces the run, for the report; None leaves it out.
         evaluate: text for the perplexity of the dense and the pruned model, as :func:`fistapruner.evaluate` takes it.
             None, unlike the command's ``python``, evaluates nothing, and neither does a :func:`fistapruner.recover` or
             :func:`fistapruner.align` of the result with ``evaluate="auto"``.
