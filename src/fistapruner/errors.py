@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
@@ -38,6 +41,35 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
     return FistaPrunerError(
         f"{folder} needs Python code that comes with it: if you trust that code, add --trust-remote-code"
     )
+
+
+A_MODEL = "a folder, a file or a hub id"
+A_FOLDER = "the path of a folder"
+A_TEXT = "a file or the name of a data set"
+
+
+def path_text(name: str, value: object, expected: str) -> str:
+    """Return what names a file, a folder or a data set as text.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+        expected: what it may be.
+
+    Raises:
+        FistaPrunerError: it is neither text nor a ``Path``, or too long for the name of a file.
+    """
+    if not isinstance(value, (str, Path)):
+        found = "None" if value is None else f"of the class {type(value).__name__}"
+        advice = ": save_pretrained writes a model to a folder" if hasattr(value, "save_pretrained") else ""
+        raise FistaPrunerError(f"{name} is {found}, and {expected} is expected{advice}")
+    text = str(value)
+    try:
+        os.stat(text)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise FistaPrunerError(f"{name} has {len(text)} characters, and {expected} is expected") from None
+    return text
 
 
 def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
@@ -95,7 +95,8 @@ def align_compare(
     Raises:
         FistaPrunerError: bad input, named, before anything is trained.
     """
-    folder, listener = Path(out), listener or Listener()
+    model = path_text("model", model, A_MODEL)
+    folder, listener = Path(path_text("out", out, A_FOLDER)), listener or Listener()
     shared = AlignRecipe.of(recipe).changed(settings)
     default = AlignRecipe()
     for name in VARIED:
@@ -114,7 +115,7 @@ def align_compare(
             jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
     check_pairs(shared)
     request = TrainingRequest(
-        str(model),
+        model,
         shared,
         evaluation=evaluation_request(evaluate, evaluate_windows),
         evaluates=evaluate == "auto",
@@ -125,7 +126,7 @@ def align_compare(
     if evaluation is not None and begun is None:
         check_data(evaluation.data)
     permissions = Permissions(allow_pickle, trust_remote_code)
-    models = {str(model): find_input(str(model), permissions)}
+    models = {model: find_input(model, permissions)}
     if dense is not None:
         models[str(dense)] = find_dense(str(dense), None if begun is None else begun.record(), permissions)
     _refuse_folder(folder)
@@ -137,7 +138,7 @@ def align_compare(
     }
     found = AlignComparison(
         command=command,
-        model=str(model),
+        model=model,
         dense=None if dense is None else str(dense),
         evaluation={} if evaluation is None else evaluation.model_dump(mode="json"),
         recipe=base,

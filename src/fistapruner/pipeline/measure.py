@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import A_FOLDER, FistaPrunerError, MissingExtraError, path_text
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
@@ -283,7 +283,7 @@ def _generate(
 
 def is_run(folder: str | Path) -> bool:
     """Whether a path is a run directory, and not a model or anything else."""
-    folder = Path(folder)
+    folder = Path(path_text("folder", folder, A_FOLDER))
     return not (folder / "config.json").exists() and any(
         (folder / name).is_file() for name in ("run.json", "report.json")
     )
@@ -317,7 +317,7 @@ def evaluate_run(
         FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
     """
     check_request(data, **settings)
-    with _finished(Path(folder)) as (run, report):
+    with _finished(folder) as (run, report):
         compared = Compared.of(run)
         if against is None:
             against = compared.dense
@@ -365,7 +365,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     Raises:
         FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.
     """
-    with _finished(Path(folder)) as (run, report):
+    with _finished(folder) as (run, report):
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
         found = bench(run.model, before=before, **settings)
@@ -389,12 +389,12 @@ def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
 
 
 @contextmanager
-def _finished(folder: Path) -> Iterator[tuple[RunDirectory, Report]]:
+def _finished(folder: str | Path) -> Iterator[tuple[RunDirectory, Report]]:
     """A finished run and its report, held so that no other process writes them meanwhile."""
     if not is_run(folder):
         raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
-    with hold(folder):
-        yield finished_run(folder)
+    with hold(Path(folder)):
+        yield finished_run(Path(folder))
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
@@ -104,6 +104,7 @@ def prune(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
+    model, out = path_text("model", model, A_MODEL), path_text("out", out, A_FOLDER)
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     _check_range(only_layers)
     if evaluate is None and evaluate_windows is not None:
@@ -113,7 +114,7 @@ def prune(
     begun = run.record()
 
     def family() -> str:
-        return (source or find_source(str(model), begun, permissions)).family()
+        return (source or find_source(model, begun, permissions)).family()
 
     given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
     recipe = Recipe.build(merge(given, settings))
@@ -128,7 +129,7 @@ def prune(
         earlier=begun.recipe if begun else None,
         family=family,
     )
-    request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers, source)
+    request = RunRequest(model, recipe, permissions, command, evaluation, tokens, only_layers, source)
     report = _run(run, request, listener or Listener(), inspect)
     return report if only_layers else _recover(run, report, recipe, permissions, listener)
 
@@ -192,7 +193,8 @@ def finish_run(
     Raises:
         FistaPrunerError: layers are missing, or the text to evaluate on; they are named.
     """
-    run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
+    run = PruneDirectory(Path(path_text("out", out, A_FOLDER)))
+    permissions = Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
     begun = run.record()
     if begun is None:

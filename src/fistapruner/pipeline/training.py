@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
 from ..execution.training import TrainingContext
 from ..models.source import Permissions
 from ..runs.decision import EvaluationRequest, TrainingRecord
@@ -77,12 +77,12 @@ def train(
 
     See :class:`TrainingRequest` for ``before`` and ``like``.
     """
-    run = verb.directory(Path(out))
+    run = verb.directory(Path(path_text("out", out, A_FOLDER)))
     run.check_place()
     request = TrainingRequest(
-        str(model),
+        path_text("model", model, A_MODEL),
         recipe,
-        None if dense is None else str(dense),
+        None if dense is None else path_text("dense", dense, A_MODEL),
         permissions,
         command,
         evaluation_request(evaluate, evaluate_windows),
