@@ -730,7 +730,10 @@ def test_a_comparison_of_other_data_or_models_is_refused(
     assert fp.align_compare(pruned, out, **settings).rows == found.rows
     elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
     assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
-    others = {"evaluation.windows": {"evaluate_windows": 1}, "evaluation.data": {"evaluate": None}}
+    others = {
+        "evaluation.windows": {"evaluate_windows": 1},
+        "evaluation.data": {"evaluate": None, "evaluate_windows": None},
+    }
     for name, other in {**others, "dense": {"dense": None}}.items():
         with pytest.raises(FistaPrunerError, match=f"holds a comparison with {name} = "):
             fp.align_compare(pruned, out, **{**settings, **other})

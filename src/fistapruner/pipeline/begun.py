@@ -28,12 +28,16 @@ from ..runtime.formatting import shell_line
 from ..sensitivity.workload import workload_sha256
 
 
-def evaluation_on(evaluate: str | Path, windows: Any) -> EvaluationRequest:
-    """Return the request to evaluate on a text, a file by its absolute path.
+def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
+    """Return the request to evaluate on a text, a file by its absolute path; None where there is none.
 
     Raises:
-        FistaPrunerError: what is no name of a text, or a number of windows that is none.
+        FistaPrunerError: what is no name of a text, or a number of windows that is none or has no effect.
     """
+    if evaluate is None:
+        if windows is not None:
+            raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")
+        return None
     if windows is not None and (not isinstance(windows, int) or isinstance(windows, bool)):
         raise FistaPrunerError(f"evaluate_windows {windows!r}: a whole number from 1 is expected")
     text = path_text("evaluate", evaluate, A_TEXT)

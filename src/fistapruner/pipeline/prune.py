@@ -107,9 +107,7 @@ def prune(
     model, out = path_text("model", model, A_MODEL), path_text("out", out, A_FOLDER)
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     _check_range(only_layers)
-    if evaluate is None and evaluate_windows is not None:
-        raise FistaPrunerError(f"evaluate_windows {evaluate_windows} has no effect: evaluate names no text")
-    evaluation = None if evaluate is None else evaluation_on(evaluate, evaluate_windows)
+    evaluation = evaluation_on(evaluate, evaluate_windows)
     run.check_place()
     begun = run.record()
 

@@ -68,7 +68,7 @@ def train(
     permissions: Permissions,
     listener: Listener | None,
     command: str | None,
-    evaluate: str | None,
+    evaluate: str | Path | None,
     evaluate_windows: int | None,
     before: Sequence[Evaluation] = (),
     like: TrainingDirectory | None = None,
@@ -94,9 +94,9 @@ def train(
     return _run(verb, run, request, listener or Listener())
 
 
-def evaluation_request(evaluate: str | None, windows: int | None) -> EvaluationRequest | None:
+def evaluation_request(evaluate: str | Path | None, windows: int | None) -> EvaluationRequest | None:
     """Return the text that is named to evaluate on; None where it is ``auto``, or there is none."""
-    return None if evaluate in (None, "auto") else evaluation_on(evaluate, windows)
+    return None if evaluate == "auto" else evaluation_on(evaluate, windows)
 
 
 def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:
