@@ -99,6 +99,8 @@ def explain(error: Exception) -> str:
         else:
             value = item.get("input")
             shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool, type(None))) else ""
+            if not shown and item["type"].endswith("_type"):
+                shown = f" (got an object of the class {type(value).__name__})"
             message = str(item["ctx"]["error"]) if item["type"] == "value_error" and "ctx" in item else item["msg"]
             if item["type"] == "model_type":
                 message = "a mapping of settings is expected"

@@ -331,6 +331,16 @@ def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> Non
             function("model", tmp_path / "out", recipe=Recipe())
 
 
+def test_texts_may_be_paths() -> None:
+    file = Path("text.txt")
+    for kind, name in ((Recipe, "calibration"), (RecoverRecipe, "data")):
+        assert getattr(kind.build({name: {"source": file}}), name).source == "text.txt"
+        assert getattr(kind.build({name: {"tasks": {"one": file}}}), name).tasks == {"one": "text.txt"}
+    assert AlignRecipe.build({"data": {"pairs": file}}).data.pairs == "text.txt"
+    with pytest.raises(FistaPrunerError, match=r"calibration\.source: .* \(got an object of the class list\)$"):
+        Recipe.build({"calibration": {"source": ["a", "b"]}})
+
+
 def test_wrong_settings_of_a_recipe_are_one_line() -> None:
     for kind, settings, message in (
         (Recipe, {"sparsity": "5:4"}, "Recipe: sparsity: "),

@@ -34,7 +34,7 @@ LONGEST_DEFAULT = 2048
 @threads_within_quota()
 def evaluate(
     model: str | Path,
-    data: str | Windows | None = None,
+    data: str | Path | Windows | None = None,
     *,
     seqlen: int | None = None,
     windows: int | None = None,
@@ -89,6 +89,7 @@ def evaluate(
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
+    data = str(data) if isinstance(data, Path) else data
     tasks, memory = check_request(
         data,
         seqlen=seqlen,

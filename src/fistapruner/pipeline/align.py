@@ -38,7 +38,7 @@ def align(
     trust_remote_code: bool = False,
     listener: Listener | None = None,
     command: str | None = None,
-    evaluate: str | None = "auto",
+    evaluate: str | Path | None = "auto",
     evaluate_windows: int | None = None,
     **settings: Any,
 ) -> Report:

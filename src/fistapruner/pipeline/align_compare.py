@@ -66,7 +66,7 @@ def align_compare(
     trust_remote_code: bool = False,
     listener: Listener | None = None,
     command: str | None = None,
-    evaluate: str | None = "auto",
+    evaluate: str | Path | None = "auto",
     evaluate_windows: int | None = None,
     **settings: Any,
 ) -> AlignComparison:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import A_FOLDER, FistaPrunerError, MissingExtraError, path_text
+from ..errors import A_FOLDER, A_TEXT, FistaPrunerError, MissingExtraError, path_text
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
@@ -291,7 +291,7 @@ def is_run(folder: str | Path) -> bool:
 
 def evaluate_run(
     folder: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     against: str | Path | None = None,
     listener: Listener | None = None,
@@ -316,6 +316,7 @@ def evaluate_run(
     Raises:
         FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
     """
+    data = None if data is None else path_text("data", data, A_TEXT)
     check_request(data, **settings)
     with _finished(folder) as (run, report):
         compared = Compared.of(run)

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ..errors import FistaPrunerError
-from .base import RunRecipe, Seed, Settings, absolute_file, word_or_number
+from .base import PATHS_TOO, RunRecipe, Seed, Settings, absolute_file, word_or_number
 from .execution_settings import Execution
 from .loading import parse_value, read_share
 from .patterns import Patterns, check_patterns
@@ -141,13 +141,13 @@ DenseTarget = Annotated[
 class Calibration(Settings):
     """Set where the calibration tokens come from."""
 
-    source: str | None = Field(
+    source: Annotated[str | None, PATHS_TOO] = Field(
         "self",
         description="Calibration text: self (text that the model generates), python (the language reference "
         "that comes with every Python), a .txt, .raw, .md, .jsonl or .parquet file, or a data set of the "
         "extra 'data': c4, wikitext2, ptb.",
     )
-    tasks: dict[str, str] = Field(
+    tasks: Annotated[dict[str, str], PATHS_TOO] = Field(
         {},
         description="Several calibration texts by name instead of one source; each gives the same number of windows.",
     )
