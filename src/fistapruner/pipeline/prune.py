@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, explain, path_text
 from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
@@ -23,14 +25,14 @@ from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import Report, load_run
+from ..runs.records import CalibrationFacts, Report, load_run
 from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
-from ..runtime.numerics import undisturbed
+from ..runtime.numerics import dtype_name, undisturbed
 from ..sensitivity.decision import check_allocation
 from .begun import (
     FinishedRun,
@@ -49,6 +51,8 @@ from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
 from .recover_inputs import check_following, check_trained, recovery_recipe
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""
@@ -90,8 +94,9 @@ def prune(
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
             are done, :func:`finish_run` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve.
-        tokens: (samples, seqlen) calibration windows that were drawn before with the recipe's settings, and how they
-            were drawn; those of a run that is continued must be its own.
+        tokens: a pair: (samples, seqlen) token ids of calibration windows that were drawn before with the recipe's
+            settings, and a mapping that says in the report how they were drawn: ``source`` and perhaps ``how``,
+            ``documents``, ``seed``, ``sha256``. Those of a run that is continued must be its own.
         source: the model where it was found before, as by a comparison; None finds it.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
@@ -107,6 +112,7 @@ def prune(
     model, out = path_text("model", model, A_MODEL), path_text("out", out, A_FOLDER)
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     _check_range(only_layers)
+    _check_tokens(tokens)
     evaluation = evaluation_on(evaluate, evaluate_windows)
     run.check_place()
     begun = run.record()
@@ -145,6 +151,33 @@ def _check_range(only_layers: Any) -> None:
             return
     raise FistaPrunerError(
         f"only_layers {only_layers!r} is not a range of decoder layers: (first, last) is expected, such as (0, 9)"
+    )
+
+
+def _check_tokens(tokens: Any) -> None:
+    """Refuse what are no calibration windows.
+
+    Raises:
+        FistaPrunerError: says what they are.
+    """
+    match tokens:
+        case None:
+            return
+        case (Tensor() as ids, Mapping() as how) if ids.ndim == 2 and ids.dtype in INTEGERS:
+            try:
+                CalibrationFacts.model_validate(dict(how))
+                json.dumps(dict(how))
+            except (ValueError, TypeError) as error:
+                raise FistaPrunerError(f"tokens, how they were drawn: {explain(error)}") from None
+            return
+    given = tokens if isinstance(tokens, (tuple, list)) and len(tokens) == 2 else [tokens]
+    found = " and ".join(
+        f"a tensor {tuple(one.shape)} of {dtype_name(one.dtype)}" if isinstance(one, Tensor) else type(one).__name__
+        for one in given
+    )
+    raise FistaPrunerError(
+        f"tokens is {found}, and two are expected: a tensor (samples, seqlen) of whole numbers, and a mapping with the "
+        "source that they were drawn from"
     )
 
 
