@@ -62,6 +62,8 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
 
 def _parse_step(step: object) -> Method:
     if isinstance(step, Method):
+        if not isinstance(getattr(step, "name", None), str):
+            raise FistaPrunerError(f"the class {type(step).__name__} of a method has no name: give it name = 'mine'")
         return step
     settings: object = {}
     if isinstance(step, dict):
@@ -115,8 +117,8 @@ def solve(
         each step: the method, its error, its seconds (of all operators together) and what the solver recorded.
 
     Raises:
-        FistaPrunerError: bad settings, a constraint that does not fit or is not supported, NaN in the data, or
-            settings so extreme that the solution is not finite.
+        FistaPrunerError: bad settings, a constraint that does not fit or is not supported, NaN in the data,
+            settings so extreme that the solution is not finite, or a method of your own that returns no solution.
     """
     if not isinstance(problem, LayerProblem):
         raise FistaPrunerError(f"problem is a {type(problem).__name__}, expected a LayerProblem")
@@ -146,6 +148,8 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
             solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
         else:
             found = step.solve(problem if step.name == "magnitude" else rated, parsed, solution)
+            if METHODS.get(step.name) is not type(step):
+                _check_solution(problem, parsed, step.name, found)
             solution = _restored(problem, found, dense)
         seconds = time.perf_counter() - begin
         warnings += solution.warnings
@@ -165,6 +169,33 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
         solution = replace(solution, weight=torch.where(kept, problem.weight, solution.weight))
     stats = tuple({"relative_error": record[-1]["relative_error"], "steps": record} for record in records)
     return replace(solution, stats=stats, warnings=tuple(warnings))
+
+
+def _check_solution(problem: LayerProblem, parsed: Sequence[Constraint], name: str, found: object) -> None:
+    """Refuse what a method that is not of this package returns if it is no solution of the problem.
+
+    Raises:
+        FistaPrunerError: names the method, and the operator with its zeros.
+    """
+    if not isinstance(found, Solution):
+        raise FistaPrunerError(f"method {name!r} returned {type(found).__name__}, and a Solution is expected")
+    shape = problem.weight.shape
+    for what, tensor in (("weight", found.weight), ("mask", found.mask)):
+        if tensor.shape != shape:
+            raise FistaPrunerError(
+                f"method {name!r} returned a {what} {tuple(tensor.shape)}, and {tuple(shape)} is expected"
+            )
+    parts = (tensor.split(problem.rows) for tensor in (found.weight, found.mask))
+    for operator, pattern, weight, mask in zip(problem.names, parsed, *parts, strict=True):
+        if bool((weight != 0).logical_and_(mask == 0).any()):
+            raise FistaPrunerError(
+                f"method {name!r} returned weights of {operator} that are not zero where mask is False"
+            )
+        if not pattern.satisfies(weight):
+            zeros, expected = int((weight == 0).sum()), pattern.zeros(*weight.shape)
+            raise FistaPrunerError(
+                f"method {name!r} returned {zeros} zeros in {operator} that are not the {expected} of {pattern}"
+            )
 
 
 def _restored(problem: LayerProblem, solution: Solution, dense: Sequence[bool]) -> Solution:
