@@ -32,9 +32,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.export import export
+    from ..pipeline.measure import is_run, recovered_beside
     from ..runtime.formatting import size
+    from .progress import PlainListener
 
     allow_pickle = arguments.allow_pickle
     out = export(arguments.model, arguments.out, arguments.like, arguments.values, allow_pickle=allow_pickle)
+    if is_run(arguments.model) and (beside := recovered_beside(arguments.model)):
+        PlainListener().say(beside)
     print(f"{out}: {size(out.stat().st_size)}")
     return 0

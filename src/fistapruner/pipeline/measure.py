@@ -289,6 +289,14 @@ def is_run(folder: str | Path) -> bool:
     )
 
 
+def recovered_beside(folder: str | Path) -> str | None:
+    """Say that the model of a pruning run was recovered; None where it was not."""
+    recovered = PruneDirectory(Path(folder)).recovered
+    if not (recovered / "model").is_dir():
+        return None
+    return f"{recovered} holds the recovered model; this is the one before it"
+
+
 def evaluate_run(
     folder: str | Path,
     data: str | Path | None = None,
@@ -329,6 +337,8 @@ def evaluate_run(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
         told = listener or Listener()
+        if beside := recovered_beside(folder):
+            told.say(beside)
         if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
             told.say(warning)
             if warning not in report.warnings:
@@ -367,13 +377,16 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.
     """
     with _finished(folder) as (run, report):
+        told = listener or Listener()
+        if beside := recovered_beside(folder):
+            told.say(beside)
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
         found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
         report.totals.compressed_bytes = packed_bytes(found)
-        publish(run, report, listener or Listener())
+        publish(run, report, told)
     return found
 
 
