@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
@@ -40,6 +43,35 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
     )
 
 
+A_MODEL = "a folder, a file or a hub id"
+A_FOLDER = "the path of a folder"
+A_TEXT = "a file or the name of a data set"
+
+
+def path_text(name: str, value: object, expected: str) -> str:
+    """Return what names a file, a folder or a data set as text.
+
+    Args:
+        name: of the argument, for the error.
+        value: of the argument.
+        expected: what it may be.
+
+    Raises:
+        FistaPrunerError: it is neither text nor a ``Path``, or too long for the name of a file.
+    """
+    if not isinstance(value, (str, Path)):
+        found = "None" if value is None else f"of the class {type(value).__name__}"
+        advice = ": save_pretrained writes a model to a folder" if hasattr(value, "save_pretrained") else ""
+        raise FistaPrunerError(f"{name} is {found}, and {expected} is expected{advice}")
+    text = str(value)
+    try:
+        os.stat(text)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise FistaPrunerError(f"{name} has {len(text)} characters, and {expected} is expected") from None
+    return text
+
+
 def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     """Refuse yes and no for a setting whose type is a number; Python takes them for 1 and 0.
 
@@ -67,6 +99,8 @@ def explain(error: Exception) -> str:
         else:
             value = item.get("input")
             shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool, type(None))) else ""
+            if not shown and item["type"].endswith("_type"):
+                shown = f" (got an object of the class {type(value).__name__})"
             message = str(item["ctx"]["error"]) if item["type"] == "value_error" and "ctx" in item else item["msg"]
             if item["type"] == "model_type":
                 message = "a mapping of settings is expected"

@@ -39,6 +39,7 @@ from .runtime.numerics import (
     mirror,
     row_blocks,
     summed_in_fp32,
+    undisturbed,
 )
 
 DriftFrom = Literal["inputs", "outputs"]
@@ -350,6 +351,7 @@ class LayerProblem:
         return list(zip(self.names, tensor.split(self.rows), strict=True))
 
     @classmethod
+    @undisturbed()
     def from_activations(
         cls,
         weight: Tensor,

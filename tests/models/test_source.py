@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.models.source import ModelSource, default_cache, resolve_model
@@ -43,6 +44,37 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
     with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is truncated"):
         resolve_model(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (fp.prune, "model is of the class Llama.*, and a folder, a file or a hub id is"),
+        (lambda model, out: fp.prune("m", None), "out is None, and the path of a folder is expected"),
+        (lambda model, out: fp.prune("m" * 5000, out), "model has 5000 characters, and a folder, a file or a hub id"),
+        (lambda model, out: fp.prune("m", out, evaluate=["a"]), "evaluate is of the class list, and a file or the"),
+        (fp.recover, "model is of the class Llama.*: save_pretrained writes a model"),
+        (lambda model, out: fp.align("m", out, data={"pairs": "p"}, dense=model), "dense is of the class Llama"),
+        (lambda model, out: fp.evaluate(model, "python"), "model is of the class Llama"),
+        (lambda model, out: fp.evaluate("m", ["a"]), "data is of the class list"),
+        (lambda model, out: fp.evaluate("m", "it was the best of times " * 300), "data has 7500 characters"),
+        (lambda model, out: fp.evaluate_run(model, "python"), "folder is of the class Llama"),
+        (lambda model, out: fp.resume(None), "out is None"),
+        (lambda model, out: fp.finish_run(None), "out is None"),
+        (fp.export, "folder is of the class Llama"),
+        (fp.pack, "checkpoint is of the class Llama"),
+        (lambda model, out: fp.unpack(model, 5), "folder is of the class Llama"),
+        (lambda model, out: fp.load(model), "folder is of the class Llama"),
+        (lambda model, out: fp.merge_adapter("m", "a", None), "out is None"),
+        (lambda model, out: fp.hold_mask("runs/first/model"), "model is of the class str, and a loaded model"),
+    ],
+)
+def test_what_names_no_file_is_refused_in_one_line(
+    call: Callable[[Any, Path], object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        call(tiny.build("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_home_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
     assert "preference accuracy, %" in said
     card = (tmp_path / "again" / "model" / "README.md").read_text()
     assert "| Preference accuracy, % |" in card
-    assert str(tmp_path) not in card.partition("To make it again")[0]
+    assert str(tmp_path) not in card.partition("Recipe:")[0]
     page = (tmp_path / "again" / "report.html").read_text()
     assert "before alignment" in page
     assert "Gap closed" not in page
@@ -730,7 +730,10 @@ def test_a_comparison_of_other_data_or_models_is_refused(
     assert fp.align_compare(pruned, out, **settings).rows == found.rows
     elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
     assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
-    others = {"evaluation.windows": {"evaluate_windows": 1}, "evaluation.data": {"evaluate": None}}
+    others = {
+        "evaluation.windows": {"evaluate_windows": 1},
+        "evaluation.data": {"evaluate": None, "evaluate_windows": None},
+    }
     for name, other in {**others, "dense": {"dense": None}}.items():
         with pytest.raises(FistaPrunerError, match=f"holds a comparison with {name} = "):
             fp.align_compare(pruned, out, **{**settings, **other})

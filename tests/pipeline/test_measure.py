@@ -10,12 +10,14 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import fistapruner as fp
 import tiny
+from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.evaluation import streaming
 from fistapruner.models.source import UNTRUSTED
@@ -351,6 +353,22 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     card = (run / "model" / "README.md").read_text()
     assert "Decoding, packed, tokens/s" in card
     assert "Compressed checkpoint" in card
+
+
+def test_a_run_says_that_its_recovered_model_is_elsewhere(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    monkeypatch.setattr("fistapruner.pipeline.measure.bench", Mock(side_effect=FistaPrunerError("no bench")))
+    monkeypatch.setattr("fistapruner.pipeline.export.export", Mock(return_value=made / "text.txt"))
+    commands = (["evaluate", str(run), "--data", str(made / "text.txt"), "--seqlen", "16"], ["bench", str(run)])
+    for recovered in (False, True):
+        if recovered:
+            shutil.copytree(run / "model", run / "recovered" / "model")
+        for command in (*commands, ["export", str(run), "out.gguf"]):
+            main(command)
+            sentence = f"{run / 'recovered'} holds the recovered model; this is the one before it"
+            assert (sentence in capsys.readouterr().err) == recovered, command
 
 
 def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

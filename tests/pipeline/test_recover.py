@@ -341,6 +341,8 @@ def test_the_text_to_evaluate_on_is_that_of_the_run_or_python(bench: Bench, tmp_
     assert measured.perplexity is not None
     assert (measured.perplexity.data, measured.perplexity.seqlen) == ("python", SEQLEN)
     assert recover(bench.pruned(), tmp_path / "of a run", **settings).evaluations == []
+    with pytest.raises(fp.FistaPrunerError, match="evaluate_windows 1 has no effect: evaluate names no text"):
+        recover(bench.pruned(), tmp_path / "refused", **{**settings, "evaluate": None})
 
 
 def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -538,6 +540,27 @@ def test_a_model_is_compared_again_only_where_it_or_what_runs_it_is_another(
     run.write_record(record)
     fp.prune(model, run.folder, **settings)
     assert checked.call_count == 1 + bool(other)
+
+
+def test_the_command_of_a_run_is_a_command_or_none(
+    dense: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook's process has a command line, too, which makes nothing again."""
+    report = load_run(run)
+    assert report.command is None
+    assert report.lineage is not None
+    assert report.lineage.stages[0].command is None
+    card = (run / "model" / "README.md").read_text()
+    assert "Recipe:" in card
+    assert "To make it again" not in card
+    shutil.rmtree(run / "model")
+    (run / "report.json").unlink()
+    assert fp.resume(run).command is None
+    command = ["prune", str(dense), "--out", str(tmp_path / "other"), "--samples", "2", "--seqlen", "16"]
+    command += ["--calibration", "python", "--method", "magnitude", "--evaluate", "none"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/fistapruner", *command])
+    assert main(command) == 0
+    assert shlex.join(["fistapruner", *command]) in (tmp_path / "other" / "model" / "README.md").read_text()
 
 
 def test_a_changed_calibration_text_is_another_run(

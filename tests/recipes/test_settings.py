@@ -17,7 +17,7 @@ import tiny
 from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
-from fistapruner.constraints import NM
+from fistapruner.constraints import NM, Scope
 from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_count, parse_value, parse_yaml
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
@@ -67,6 +67,22 @@ def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None
             FistaPrunerError, match=rf"method '{name}' of the class \w+ is not in solvers/catalogue\.py"
         ):
             Recipe.build({"method": method})
+
+
+def test_a_constraint_that_is_not_registered_is_refused_before_a_run() -> None:
+    class Mine(NM):
+        def project(self, scores: torch.Tensor, scope: Scope = "operator") -> torch.Tensor:
+            return torch.arange(scores.shape[1]).remainder(4).lt(2).expand_as(scores)
+
+    assert Recipe.build({"sparsity": NM(2, 4)}).pattern == NM(2, 4)
+    for settings in ({"sparsity": Mine(2, 4)}, {"allocation": {"re:mlp": Mine(2, 4)}}):
+        with pytest.raises(
+            FistaPrunerError,
+            match=r"sparsity '2:4' of the class Mine is not in CONSTRAINTS of constraints/__init__\.py.*fp\.solve",
+        ):
+            Recipe.build(settings)
+    problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(30, 8))
+    assert solve(problem, Mine(2, 4), "wanda").mask[0].tolist() == [True, True, False, False] * 2
 
 
 def test_a_residual_correction_without_effect_is_refused() -> None:
@@ -313,6 +329,16 @@ def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> Non
     for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe"), (align_compare, "AlignRecipe")):
         with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name} is expected"):
             function("model", tmp_path / "out", recipe=Recipe())
+
+
+def test_texts_may_be_paths() -> None:
+    file = Path("text.txt")
+    for kind, name in ((Recipe, "calibration"), (RecoverRecipe, "data")):
+        assert getattr(kind.build({name: {"source": file}}), name).source == "text.txt"
+        assert getattr(kind.build({name: {"tasks": {"one": file}}}), name).tasks == {"one": "text.txt"}
+    assert AlignRecipe.build({"data": {"pairs": file}}).data.pairs == "text.txt"
+    with pytest.raises(FistaPrunerError, match=r"calibration\.source: .* \(got an object of the class list\)$"):
+        Recipe.build({"calibration": {"source": ["a", "b"]}})
 
 
 def test_wrong_settings_of_a_recipe_are_one_line() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,56 @@ def test_solves_in_several_threads_give_the_bits_of_solves_alone() -> None:
         together = list(threads.map(lambda problem: solve(problem, "50%").weight, problems))
     assert precision() == before
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_what_the_calling_program_has_set_changes_no_bit(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(rows, 32, generator=generator, dtype=torch.float32) for rows in (16, 200))
+    text = tmp_path / "text.txt"
+    text.write_text("it was the best of times, it was the worst of times. " * 40)
+    dense, data = tiny.save("llama", tmp_path / "dense"), {"source": str(text), "samples": 2, "seqlen": 16}
+    few = {"steps": 2, "windows_per_step": 2, "data": {"source": str(text), "seqlen": 16, "tokens": 200}}
+
+    def found(place: str) -> list[Any]:
+        solved = solve(LayerProblem.from_activations(weight, inputs, inputs + 0.1), "50%").weight
+        perplexity = fp.evaluate(dense, str(text), seqlen=16).perplexity
+        fp.prune(dense, tmp_path / place, method="wanda", calibration=data)
+        fp.recover(tmp_path / place, tmp_path / f"{place}-recovered", **few)
+        files = (tmp_path / place / "model", tmp_path / f"{place}-recovered" / "model")
+        return [solved.tolist(), perplexity, *((folder / "model.safetensors").read_bytes() for folder in files)]
+
+    expected = found("plain")
+    for dtype, mode in ((torch.bfloat16, torch.inference_mode), (torch.float64, torch.no_grad)):
+        with default_dtype(dtype), torch.autocast("cpu", dtype=torch.bfloat16), mode():
+            before = torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+            assert found(mode.__name__) == expected
+            assert (torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == before
+
+
+def test_runs_in_several_threads_run_one_after_another(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("it was the best of times, it was the worst of times. " * 40)
+    dense, data = tiny.save("llama", tmp_path / "dense"), {"source": str(text), "samples": 2, "seqlen": 16}
+    before, level = precisions(), logging.getLogger("fistapruner").level
+    with ThreadPoolExecutor(2) as threads:
+        runs = [tmp_path / "first", tmp_path / "second"]
+        list(threads.map(lambda out: fp.prune(dense, out, method="wanda", calibration=data), runs))
+    assert precisions() == before
+    assert logging.getLogger("fistapruner").level == level
+    models = [(out / "model" / "model.safetensors").read_bytes() for out in runs]
+    assert models[0] == models[1]
+    logs = [(out / "log.txt").read_text() for out in runs]
+    assert [log.count("decoder layers, 0 already done") for log in logs] == [1, 1]
 
 
 @pytest.fixture

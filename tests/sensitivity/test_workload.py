@@ -423,7 +423,7 @@ def test_a_run_for_a_workload(tmp_path: Path) -> None:
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert f"by the rule {facts.rule}" in card
     assert "| so-ebm (experimental) |" in card
-    assert str(tmp_path) not in card.split("To make it again")[0]
+    assert str(tmp_path) not in card.split("Recipe:")[0]
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"by the rule {facts.rule}" in page
     sparsities = json.loads((tmp_path / "run" / "run.json").read_text())["decision"]["sparsity"]

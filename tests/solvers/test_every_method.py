@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.constraints import NM, Unstructured, parse_sparsity
 from fistapruner.pruning.partition import cut, part_of, solve_in_parts
 from fistapruner.solvers import METHODS, parse_method, solve
+from fistapruner.solvers.base import Method, Solution
 from fistapruner.solvers.conditioning import shared_gram
+from fistapruner.solvers.magnitude import Magnitude
 
 SOLVERS = [name for name, method in METHODS.items() if not method.refines]
 REFINEMENTS = [name for name, method in METHODS.items() if method.refines]
@@ -238,6 +241,42 @@ def test_settings_without_a_meaning_are_refused(method: dict[str, object], messa
 def test_settings_beyond_fp32_end_in_a_sentence(method: dict[str, object]) -> None:
     with pytest.raises(FistaPrunerError, match=r"operator0: .*1e\+300.* ended in NaN or infinite weights"):
         solve(make_problem(), "50%", [method])
+
+
+def test_what_a_method_of_ones_own_returns_is_checked() -> None:
+    problem = make_problem(rows=(8,), n=16)
+
+    class Mine(Magnitude):
+        name = "mine"
+
+    def returning(change: Callable[[Solution], object]) -> Mine:
+        class Changed(Mine):
+            def solve(self, *given: Any) -> Any:
+                return change(super().solve(*given))
+
+        return Changed()
+
+    def dense(found: Solution) -> Solution:
+        return Solution(torch.ones_like(found.weight), torch.ones_like(found.mask))
+
+    assert torch.equal(solve(problem, "2:4", Mine()).weight, solve(problem, "2:4", "magnitude").weight)
+    changes: list[tuple[Callable[[Solution], object], str]] = [
+        (dense, "method 'mine' returned 0 zeros in .* that are not the 64 of 2:4"),
+        (lambda found: replace(found, weight=found.weight.roll(1, 1)), "weights of .* not zero where mask is False"),
+        (lambda found: replace(found, mask=found.mask[:1]), r"a mask \(1, 16\), and \(8, 16\) is expected"),
+        (lambda found: found.weight, "method 'mine' returned Tensor, and a Solution is expected"),
+    ]
+    for change, message in changes:
+        with pytest.raises(FistaPrunerError, match=message):
+            solve(problem, "2:4", returning(change))
+    assert solve(problem, "0%", returning(dense)).weight.equal(problem.weight)
+
+    class Nameless(Method):
+        def solve(self, *given: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(FistaPrunerError, match="the class Nameless of a method has no name"):
+        solve(problem, "2:4", Nameless())
 
 
 def test_what_is_no_problem_is_refused() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
+from ..errors import A_TEXT, FistaPrunerError, path_text
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Calibration
 from .datasets import DATA_SETS, check_extra, load_documents
@@ -171,6 +171,7 @@ def check_source(source: str, purpose: str = "calibration") -> None:
         FistaPrunerError: names the source and the known ones.
         MissingExtraError: a data set or a Parquet file needs the extra ``data``.
     """
+    path_text(f"{purpose} source", source, A_TEXT)
     known, path = source in (SELF, PYTHON, PYTHON_EVAL, *DATA_SETS), Path(source)
     if not known and (not path.is_file() or path.suffix.lower() not in SUFFIXES):
         names = ", ".join((SELF, PYTHON, *DATA_SETS))

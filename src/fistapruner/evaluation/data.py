@@ -17,7 +17,7 @@ from torch import Tensor
 from ..calibration.datasets import DATA_SETS, check_extra, load_documents
 from ..calibration.examples import token_ids
 from ..calibration.text import PYTHON, PYTHON_EVAL, adds_bos, python_documents, read_documents
-from ..errors import FistaPrunerError
+from ..errors import A_TEXT, FistaPrunerError, path_text
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def check_data(data: str) -> None:
         FistaPrunerError: names the text and the known ones.
         MissingExtraError: a data set or a Parquet file needs the extra ``data``.
     """
+    data = path_text("data", data, A_TEXT)
     if data not in (*DATA_SETS, PYTHON) and not Path(data).is_file():
         known = ", ".join([*DATA_SETS, PYTHON])
         raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({known})")

@@ -20,7 +20,7 @@ from ..recipes.loading import parse_bytes
 from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device, threads_within_quota
-from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
+from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from .data import Windows, check_count, check_data, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows
@@ -30,11 +30,11 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
+@undisturbed()
 @threads_within_quota()
-@exact_products()
 def evaluate(
     model: str | Path,
-    data: str | Windows | None = None,
+    data: str | Path | Windows | None = None,
     *,
     seqlen: int | None = None,
     windows: int | None = None,
@@ -89,6 +89,7 @@ def evaluate(
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
+    data = str(data) if isinstance(data, Path) else data
     tasks, memory = check_request(
         data,
         seqlen=seqlen,

@@ -20,7 +20,6 @@ from ..runtime.devices import (
     worker_devices,
 )
 from ..runtime.memory import release_device_memory
-from ..runtime.numerics import exact_products
 from .context import RunContext
 from .layer_parallel import prune_layers_in_parallel
 from .operator_parallel import ParallelSolver
@@ -63,7 +62,7 @@ def prune_layers(
         )
     if inspect is not None or jobs == 1:
         executor = "serial"
-    with cpu_threads(context.numerics.threads), exact_products():
+    with cpu_threads(context.numerics.threads):
         if executor == "serial":
             prune_serially(context, todo, listener, inspect)
             return

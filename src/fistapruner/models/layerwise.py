@@ -333,7 +333,8 @@ class LayerwiseModel:
             gradients: as for :meth:`logits`.
         """
         ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
-        return self.logits(rows[None], ids, gradients=gradients)[0]
+        with torch.set_grad_enabled(gradients):
+            return self.logits(rows[None], ids, gradients=gradients)[0]
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.

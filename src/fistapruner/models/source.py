@@ -16,7 +16,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from ..errors import FistaPrunerError
+from ..errors import A_MODEL, FistaPrunerError, path_text
 from ..runtime.files import disk_errors, require_utf8
 from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
 from .files.gguf import CONVERSION, convert_gguf
@@ -180,7 +180,7 @@ def resolve_model(
         FistaPrunerError: no such file, a path that is not UTF-8, unknown or gated hub id, no network, no weights that
             may be read, a damaged GGUF file.
     """
-    text = str(model)
+    text = path_text("model", model, A_MODEL)
     path = expand_home(text)
     if path.exists():
         require_utf8(path)

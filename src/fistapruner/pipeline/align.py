@@ -38,7 +38,7 @@ def align(
     trust_remote_code: bool = False,
     listener: Listener | None = None,
     command: str | None = None,
-    evaluate: str | None = "auto",
+    evaluate: str | Path | None = "auto",
     evaluate_windows: int | None = None,
     **settings: Any,
 ) -> Report:
@@ -53,7 +53,7 @@ def align(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
-        command: shell line that reproduces the run, for the report.
+        command: shell line that reproduces the run, for the report; None leaves it out.
         evaluate: text for the perplexity, as :func:`fistapruner.evaluate` takes it; ``auto`` is that of the input's
             run, or ``python`` where a checkpoint goes in that is of no run; None evaluates nothing.
         evaluate_windows: only its first so many windows.

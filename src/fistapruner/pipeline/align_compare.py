@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
@@ -68,7 +66,7 @@ def align_compare(
     trust_remote_code: bool = False,
     listener: Listener | None = None,
     command: str | None = None,
-    evaluate: str | None = "auto",
+    evaluate: str | Path | None = "auto",
     evaluate_windows: int | None = None,
     **settings: Any,
 ) -> AlignComparison:
@@ -86,7 +84,7 @@ def align_compare(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
-        command: shell line that reproduces the comparison.
+        command: shell line that reproduces the comparison; None leaves it out.
         evaluate: text for the perplexity, as for :func:`fistapruner.align`.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe.
@@ -97,7 +95,8 @@ def align_compare(
     Raises:
         FistaPrunerError: bad input, named, before anything is trained.
     """
-    folder, listener = Path(out), listener or Listener()
+    model = path_text("model", model, A_MODEL)
+    folder, listener = Path(path_text("out", out, A_FOLDER)), listener or Listener()
     shared = AlignRecipe.of(recipe).changed(settings)
     default = AlignRecipe()
     for name in VARIED:
@@ -116,7 +115,7 @@ def align_compare(
             jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
     check_pairs(shared)
     request = TrainingRequest(
-        str(model),
+        model,
         shared,
         evaluation=evaluation_request(evaluate, evaluate_windows),
         evaluates=evaluate == "auto",
@@ -127,7 +126,7 @@ def align_compare(
     if evaluation is not None and begun is None:
         check_data(evaluation.data)
     permissions = Permissions(allow_pickle, trust_remote_code)
-    models = {str(model): find_input(str(model), permissions)}
+    models = {model: find_input(model, permissions)}
     if dense is not None:
         models[str(dense)] = find_dense(str(dense), None if begun is None else begun.record(), permissions)
     _refuse_folder(folder)
@@ -138,8 +137,8 @@ def align_compare(
         str(Path(name) / file): stamp for name, source in models.items() for file, stamp in stamps(source.checkpoint())
     }
     found = AlignComparison(
-        command=command or shlex.join(sys.argv),
-        model=str(model),
+        command=command,
+        model=model,
         dense=None if dense is None else str(dense),
         evaluation={} if evaluation is None else evaluation.model_dump(mode="json"),
         recipe=base,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
+from ..errors import A_TEXT, FistaPrunerError, path_text
 from ..models.source import SMALL_MODEL, ModelSource, Permissions, expand_home
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
@@ -28,15 +28,19 @@ from ..runtime.formatting import shell_line
 from ..sensitivity.workload import workload_sha256
 
 
-def evaluation_on(evaluate: str | Path, windows: Any) -> EvaluationRequest:
-    """Return the request to evaluate on a text, a file by its absolute path.
+def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
+    """Return the request to evaluate on a text, a file by its absolute path; None where there is none.
 
     Raises:
-        FistaPrunerError: a number of windows that is none.
+        FistaPrunerError: what is no name of a text, or a number of windows that is none or has no effect.
     """
+    if evaluate is None:
+        if windows is not None:
+            raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")
+        return None
     if windows is not None and (not isinstance(windows, int) or isinstance(windows, bool)):
         raise FistaPrunerError(f"evaluate_windows {windows!r}: a whole number from 1 is expected")
-    text = str(evaluate)
+    text = path_text("evaluate", evaluate, A_TEXT)
     return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 

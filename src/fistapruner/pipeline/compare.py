@@ -14,9 +14,7 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -55,7 +53,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.files import PARTIAL, disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name, exact_products
+from ..runtime.numerics import dtype_name, undisturbed
 from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
@@ -79,6 +77,7 @@ STAMPS = "stamps"
 """Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the model that was measured."""
 
 
+@undisturbed()
 def compare(
     model: str | Path,
     methods: str | Sequence[str],
@@ -147,7 +146,7 @@ def compare(
         before = _before(folder, model)  # as it is now that it is held
         rows, dropped = _unchanged(_rows_that_stay(before.rows, jobs, protocol, folder), jobs, source, folder)
         comparison = Comparison(
-            command=command or shlex.join(sys.argv),
+            command=command,
             started=now(),
             versions=versions(),
             machine=describe_machine(choose_device(protocol.device), default_threads(jobs[0].recipe.execution)),
@@ -159,7 +158,7 @@ def compare(
             listener.say(warning)
             comparison.warnings.append(warning)
         with closing(KeptStates(source.folder, folder / STATES)) as kept:
-            shared = _Shared(model, source, folder, protocol, listener, keep, kept, calibrated)
+            shared = _Shared(model, source, folder, protocol, listener, keep, kept, calibrated, command)
             dense = measure_dense(shared)
             comparison.dense = dense
             if before.rows:  # those that are out of date go before their runs are made again
@@ -311,7 +310,7 @@ def draw(job: Job, source: ModelSource, folder: Path, calibrated: CalibrationWin
         drawing = drawing_of(calibration, model, seqlen)
         earlier = (PruneDirectory(run).drawn(drawing) for run in sorted(folder.glob("runs/*")))
         found = next(filter(None, earlier), None)
-    with cpu_threads(default_threads(recipe.execution)), exact_products():
+    with cpu_threads(default_threads(recipe.execution)):
         drawn = found or draw_windows(recipe, source, model, source.tokenizer(), seqlen, listener)
     model.check_tokens(drawn[0])
     calibrated[key] = drawn
@@ -359,6 +358,7 @@ class _Shared:
         keep: keep the pruned checkpoints.
         kept: hidden states of the dense model on the windows of the protocol.
         calibrated: calibration windows that are drawn, and how, by their settings.
+        command: shell line that reproduces the comparison, and with it every run.
     """
 
     model: str
@@ -369,6 +369,7 @@ class _Shared:
     keep: bool
     kept: KeptStates
     calibrated: CalibrationWindows
+    command: str | None
 
     def evaluate(
         self, checkpoint: Path, against: Path | None = None, warn: Callable[[str], None] | None = None
@@ -421,6 +422,7 @@ class _Shared:
             run.folder,
             recipe=recipe.model_copy(update={"recover": None}),
             listener=self.listener,
+            command=self.command,
             tokens=self.calibrated.get(recipe.calibration.model_dump_json()),
             source=self.source,
             **self.source.permissions.keywords(),
@@ -440,6 +442,7 @@ class _Shared:
             recipe=recipe,
             evaluate=None,
             listener=self.listener,
+            command=self.command,
             **self.source.permissions.keywords(),
         )
         return self._measure(following, report)

@@ -25,7 +25,6 @@ from ..runs.records import WorkloadFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
-from ..runtime.numerics import exact_products
 from ..sensitivity.decision import Decision, decide, needs_measuring, permutes, windows_measured
 from ..sensitivity.fisher import DensePasses
 from ..structured.bypass import SEQUENCES, BypassLearning
@@ -211,7 +210,7 @@ class DenseMeasurements:
             FistaPrunerError: memory runs out with one window at a time.
         """
         device = inputs.model.device
-        with cpu_threads(self.plan.numerics.threads), exact_products(), scratch_folder(self.states):
+        with cpu_threads(self.plan.numerics.threads), scratch_folder(self.states):
             for count in dict.fromkeys((batch_size, 1)):
                 try:
                     return work(count)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import A_FOLDER, A_TEXT, FistaPrunerError, MissingExtraError, path_text
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
@@ -283,15 +283,23 @@ def _generate(
 
 def is_run(folder: str | Path) -> bool:
     """Whether a path is a run directory, and not a model or anything else."""
-    folder = Path(folder)
+    folder = Path(path_text("folder", folder, A_FOLDER))
     return not (folder / "config.json").exists() and any(
         (folder / name).is_file() for name in ("run.json", "report.json")
     )
 
 
+def recovered_beside(folder: str | Path) -> str | None:
+    """Say that the model of a pruning run was recovered; None where it was not."""
+    recovered = PruneDirectory(Path(folder)).recovered
+    if not (recovered / "model").is_dir():
+        return None
+    return f"{recovered} holds the recovered model; this is the one before it"
+
+
 def evaluate_run(
     folder: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     against: str | Path | None = None,
     listener: Listener | None = None,
@@ -316,8 +324,9 @@ def evaluate_run(
     Raises:
         FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
     """
+    data = None if data is None else path_text("data", data, A_TEXT)
     check_request(data, **settings)
-    with _finished(Path(folder)) as (run, report):
+    with _finished(folder) as (run, report):
         compared = Compared.of(run)
         if against is None:
             against = compared.dense
@@ -328,6 +337,8 @@ def evaluate_run(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
         told = listener or Listener()
+        if beside := recovered_beside(folder):
+            told.say(beside)
         if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
             told.say(warning)
             if warning not in report.warnings:
@@ -365,14 +376,17 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     Raises:
         FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.
     """
-    with _finished(Path(folder)) as (run, report):
+    with _finished(folder) as (run, report):
+        told = listener or Listener()
+        if beside := recovered_beside(folder):
+            told.say(beside)
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
         found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
         report.totals.compressed_bytes = packed_bytes(found)
-        publish(run, report, listener or Listener())
+        publish(run, report, told)
     return found
 
 
@@ -389,12 +403,12 @@ def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
 
 
 @contextmanager
-def _finished(folder: Path) -> Iterator[tuple[RunDirectory, Report]]:
+def _finished(folder: str | Path) -> Iterator[tuple[RunDirectory, Report]]:
     """A finished run and its report, held so that no other process writes them meanwhile."""
     if not is_run(folder):
         raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
-    with hold(folder):
-        yield finished_run(folder)
+    with hold(Path(folder)):
+        yield finished_run(Path(folder))
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..models.architecture import build_model, checkpoint_names, find_decoder_layers
 from ..models.discovery import Operator, expert_modules, linear_modules
 from ..models.experts import Experts, separate_experts
@@ -29,6 +29,7 @@ from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
+from ..runtime.numerics import undisturbed
 from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
 from .finish_training import check_zeros
 from .measure import finished_run, is_run
@@ -123,6 +124,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
+@undisturbed()
 def merge_adapter(
     folder: str | Path,
     adapter: str | Path,
@@ -157,10 +159,11 @@ def merge_adapter(
             the checkpoint does not keep what its ``fistapruner.json`` claims; the run is not finished, or its
             checkpoint is damaged; ``out`` exists.
     """
+    adapter, out = path_text("adapter", adapter, A_FOLDER), Path(path_text("out", out, A_FOLDER))
     if is_run(folder):
         folder = finished_run(Path(folder))[0].model
     source = Permissions(allow_pickle, trust_remote_code).find(folder)
-    found, out = Adapter(adapter), Path(out)
+    found = Adapter(adapter)
     refuse_low_rank(source.folder, "merge")
     checkpoint = source.checkpoint()
     require_new(out, source.folder)

@@ -29,7 +29,7 @@ from ..recipes.settings import Recipe
 from ..runs.directory import refuse_out
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.formatting import count, span
-from ..runtime.numerics import exact_products, windows_at_once
+from ..runtime.numerics import undisturbed, windows_at_once
 from ..sensitivity.decision import check_allocation, measured_by
 from ..solvers import check_constraint
 from ..solvers.low_rank import check_rank
@@ -243,6 +243,7 @@ def _earlier_patterns(model: LayerwiseModel, names: Sequence[str]) -> dict[str, 
     return found
 
 
+@undisturbed()
 def plan_model(
     model: str | Path,
     recipe: Recipe,
@@ -315,7 +316,7 @@ def plan_run(
     shape = min(batch_size, recipe.calibration.samples), seqlen
     tokens = torch.randint(model.vocabulary, shape, generator=torch.Generator().manual_seed(recipe.seed))
     workers = min(local_workers(execution), max(1, count_jobs(layout, sparsity, recipe, range(len(model)))))
-    with cpu_threads(default_threads(execution)), exact_products():
+    with cpu_threads(default_threads(execution)):
         return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths, drawn=drawn)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, ModelFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name, exact_products
+from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
 from .begun import absolute, changed_text, moved_text
 from .dense_measurements import DenseMeasurements, Measured
@@ -89,7 +87,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     plan = choose_plan(run, request.recipe, inputs, listener, drawn=drawn is not None)
     if request.recipe.recover is not None and request.only_layers is None:  # a part may be pruned where it does not fit
         check_fits(check_trained(request.recipe, inputs.source, run.recovered), listener)
-    with cpu_threads(plan.numerics.threads), exact_products():
+    with cpu_threads(plan.numerics.threads):
         calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if plan.on_disk else None
     dense = DenseMeasurements(run, request.recipe, calibrated.tokens, plan, states, listener)
@@ -248,7 +246,7 @@ def record(
     run.write_recipe(recipe.to_yaml())
     run.write_record(
         PruneRecord(
-            command=request.command or shlex.join(sys.argv),
+            command=request.command,
             started=now(),
             recipe=recipe.model_dump(mode="json"),
             fingerprint=fingerprint(recipe, model.checkpoint, tokens, decision.numerics),

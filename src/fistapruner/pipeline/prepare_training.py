@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 
 from ..calibration.training_text import TrainingText
@@ -130,7 +128,7 @@ def record(
     run.write_record(
         TrainingRecord(
             kind=run.verb,
-            command=request.command or shlex.join(sys.argv),
+            command=request.command,
             started=now(),
             recipe=recipe.model_dump(mode="json"),
             fingerprint=identity(recipe, model, text, decision),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, explain, path_text
 from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
@@ -23,13 +25,14 @@ from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import Report, load_run
+from ..runs.records import CalibrationFacts, Report, load_run
 from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
+from ..runtime.numerics import dtype_name, undisturbed
 from ..sensitivity.decision import check_allocation
 from .begun import (
     FinishedRun,
@@ -50,10 +53,13 @@ from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
 from .recover_inputs import check_following, check_trained, recovery_recipe
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""
 
 
+@undisturbed()
 def prune(
     model: str | Path,
     out: str | Path,
@@ -81,7 +87,7 @@ def prune(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
-        command: shell line that reproduces the run, for the report.
+        command: shell line that reproduces the run, for the report; None leaves it out.
         evaluate: text for the perplexity of the dense and the pruned model, as :func:`fistapruner.evaluate` takes it.
             None, unlike the command's ``python``, evaluates nothing, and neither does a :func:`fistapruner.recover` or
             :func:`fistapruner.align` of the result with ``evaluate="auto"``.
@@ -89,8 +95,9 @@ def prune(
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
             are done, :func:`finish_run` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve.
-        tokens: (samples, seqlen) calibration windows that were drawn before with the recipe's settings, and how they
-            were drawn; those of a run that is continued must be its own.
+        tokens: a pair: (samples, seqlen) token ids of calibration windows that were drawn before with the recipe's
+            settings, and a mapping that says in the report how they were drawn: ``source`` and perhaps ``how``,
+            ``documents``, ``seed``, ``sha256``. Those of a run that is continued must be its own.
         source: the model where it was found before, as by a comparison; None finds it.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
@@ -103,16 +110,16 @@ def prune(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
+    model, out = path_text("model", model, A_MODEL), path_text("out", out, A_FOLDER)
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     _check_range(only_layers)
-    if evaluate is None and evaluate_windows is not None:
-        raise FistaPrunerError(f"evaluate_windows {evaluate_windows} has no effect: evaluate names no text")
-    evaluation = None if evaluate is None else evaluation_on(evaluate, evaluate_windows)
+    _check_tokens(tokens)
+    evaluation = evaluation_on(evaluate, evaluate_windows)
     run.check_place()
     begun = run.record()
 
     def family() -> str:
-        return (source or find_source(str(model), begun, permissions)).family()
+        return (source or find_source(model, begun, permissions)).family()
 
     given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
     recipe = Recipe.build(merge(given, settings))
@@ -127,7 +134,7 @@ def prune(
         earlier=begun.recipe if begun else None,
         family=family,
     )
-    request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers, source)
+    request = RunRequest(model, recipe, permissions, command, evaluation, tokens, only_layers, source)
     report = _run(run, request, listener or Listener(), inspect)
     return report if only_layers else _recover(run, report, recipe, permissions, listener)
 
@@ -145,6 +152,33 @@ def _check_range(only_layers: Any) -> None:
             return
     raise FistaPrunerError(
         f"only_layers {only_layers!r} is not a range of decoder layers: (first, last) is expected, such as (0, 9)"
+    )
+
+
+def _check_tokens(tokens: Any) -> None:
+    """Refuse what are no calibration windows.
+
+    Raises:
+        FistaPrunerError: says what they are.
+    """
+    match tokens:
+        case None:
+            return
+        case (Tensor() as ids, Mapping() as how) if ids.ndim == 2 and ids.dtype in INTEGERS:
+            try:
+                CalibrationFacts.model_validate(dict(how))
+                json.dumps(dict(how))
+            except (ValueError, TypeError) as error:
+                raise FistaPrunerError(f"tokens, how they were drawn: {explain(error)}") from None
+            return
+    given = tokens if isinstance(tokens, (tuple, list)) and len(tokens) == 2 else [tokens]
+    found = " and ".join(
+        f"a tensor {tuple(one.shape)} of {dtype_name(one.dtype)}" if isinstance(one, Tensor) else type(one).__name__
+        for one in given
+    )
+    raise FistaPrunerError(
+        f"tokens is {found}, and two are expected: a tensor (samples, seqlen) of whole numbers, and a mapping with the "
+        "source that they were drawn from"
     )
 
 
@@ -172,6 +206,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     )
 
 
+@undisturbed()
 def finish_run(
     out: str | Path,
     *,
@@ -190,7 +225,8 @@ def finish_run(
     Raises:
         FistaPrunerError: layers are missing, or the text to evaluate on; they are named.
     """
-    run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
+    run = PruneDirectory(Path(path_text("out", out, A_FOLDER)))
+    permissions = Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
     begun = run.record()
     if begun is None:

@@ -44,7 +44,7 @@ class RunRequest:
         model: as the user named it.
         recipe: all settings, resolved.
         permissions: what the model's files may do.
-        command: shell line that reproduces the run; None is that of this process.
+        command: shell line that reproduces the run; None where there is none.
         evaluation: the text to evaluate on after the run.
         drawn: calibration windows that were drawn before with the same settings, and how.
         only_layers: (first, last) decoder layer to prune; None prunes all.

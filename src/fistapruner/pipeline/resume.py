@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..models.source import Permissions
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
@@ -38,16 +38,17 @@ def resume(
         FistaPrunerError: not a run, a run that was stopped before anything was decided, or a pruning run and several
             processes of ``torchrun``.
     """
-    record = RunDirectory(Path(out)).record()
+    out = Path(path_text("out", out, A_FOLDER))
+    record = RunDirectory(out).record()
     permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
     if record is None:
         advice = "give its command again"
         raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {advice}")
     if record.kind == "recover":
-        return resume_training(RECOVER, Path(out), permissions, listener)
+        return resume_training(RECOVER, out, permissions, listener)
     if record.kind == "align":
-        return resume_training(ALIGN, Path(out), permissions, listener)
-    run = PruneDirectory(Path(out))
+        return resume_training(ALIGN, out, permissions, listener)
+    run = PruneDirectory(out)
     if (count := launched()) > 1:
         there = run.recovered if (run.recovered / "run.json").exists() else None
         advice = f"resume its recovery, {there}" if there else "resume it without torchrun"

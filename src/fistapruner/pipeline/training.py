@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
 from ..execution.training import TrainingContext
 from ..models.source import Permissions
 from ..runs.decision import EvaluationRequest, TrainingRecord
@@ -26,7 +26,7 @@ from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
-from ..runtime.numerics import exact_products
+from ..runtime.numerics import undisturbed
 from ..runtime.ranks import ranks_of_run
 from .begun import absolute, evaluation_on, execution_here, find_dense, moved_text, refuse_other_settings, same_path
 from .finish import reporting_failure
@@ -68,7 +68,7 @@ def train(
     permissions: Permissions,
     listener: Listener | None,
     command: str | None,
-    evaluate: str | None,
+    evaluate: str | Path | None,
     evaluate_windows: int | None,
     before: Sequence[Evaluation] = (),
     like: TrainingDirectory | None = None,
@@ -77,12 +77,12 @@ def train(
 
     See :class:`TrainingRequest` for ``before`` and ``like``.
     """
-    run = verb.directory(Path(out))
+    run = verb.directory(Path(path_text("out", out, A_FOLDER)))
     run.check_place()
     request = TrainingRequest(
-        str(model),
+        path_text("model", model, A_MODEL),
         recipe,
-        None if dense is None else str(dense),
+        None if dense is None else path_text("dense", dense, A_MODEL),
         permissions,
         command,
         evaluation_request(evaluate, evaluate_windows),
@@ -94,9 +94,9 @@ def train(
     return _run(verb, run, request, listener or Listener())
 
 
-def evaluation_request(evaluate: str | None, windows: int | None) -> EvaluationRequest | None:
+def evaluation_request(evaluate: str | Path | None, windows: int | None) -> EvaluationRequest | None:
     """Return the text that is named to evaluate on; None where it is ``auto``, or there is none."""
-    return None if evaluate in (None, "auto") else evaluation_on(evaluate, windows)
+    return None if evaluate == "auto" else evaluation_on(evaluate, windows)
 
 
 def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:
@@ -130,7 +130,7 @@ def _run(
     resumed: bool = False,
 ) -> Report:
     """Do what is left of a run, together with the other processes if there are any."""
-    with exact_products(), ranks_of_run(request.recipe.execution.device) as ranks:
+    with undisturbed(), ranks_of_run(request.recipe.execution.device) as ranks:
         if ranks.first:
             report = _lead(verb, run, replace(request, ranks=ranks), told, resumed=resumed)
             ranks.share(report.model_dump(mode="json"))

@@ -51,7 +51,7 @@ class TrainingRequest(Generic[R]):
         recipe: all settings, as asked.
         dense: the dense model, as the user named it; None takes what the input says.
         permissions: what the models' files may do.
-        command: shell line that reproduces the run; None is that of this process.
+        command: shell line that reproduces the run; None where there is none.
         evaluation: the text to evaluate on after the run; None takes that of :func:`evaluation_of`.
         evaluates: evaluate at all.
         evaluation_windows: of the text of the input's run, only its first so many windows; None takes as many as it.

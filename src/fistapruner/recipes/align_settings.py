@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..errors import FistaPrunerError
-from .base import Seed, Settings, word_or_number
+from .base import PATHS_TOO, Seed, Settings, word_or_number
 from .training_settings import TrainingRecipe, words
 
 PREFERENCE_LOSSES = ("dpo", "multi-dpo", "harmonic", "geometric")
@@ -22,7 +22,7 @@ Clip = Annotated[Literal["none"] | float, word_or_number("none", "none or a numb
 class PairData(Settings):
     """Set the pairs that a run trains on."""
 
-    pairs: str | None = Field(
+    pairs: Annotated[str | None, PATHS_TOO] = Field(
         None,
         description="Preference pairs: a .jsonl file as TRL reads it, with chosen, rejected and perhaps prompt, each a "
         "text or a list of messages.",

@@ -56,6 +56,17 @@ def absolute_file(text: str) -> str:
     return os.path.abspath(text) if Path(text).suffix else text
 
 
+def _as_text(value: Any) -> Any:
+    """Write paths, and those of a mapping, as text."""
+    if isinstance(value, Mapping):
+        return {key: _as_text(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+PATHS_TOO = BeforeValidator(_as_text)
+"""Lets a setting that names a file, or several, be a ``Path``."""
+
+
 class Settings(BaseModel):
     """Base of all sections: frozen; refuses unknown keys, infinite numbers, and yes or no for a number."""
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Seed, Settings, absolute_file
+from .base import PATHS_TOO, Seed, Settings, absolute_file
 from .training_settings import Count, TrainingRecipe
 
 
 class TrainingData(Settings):
     """Set the text that a run trains on."""
 
-    source: str | None = Field(
+    source: Annotated[str | None, PATHS_TOO] = Field(
         None,
         description="Training text: a calibration source (self, python, c4, wikitext2, ptb), a .txt, .raw, .md or "
         ".parquet file, or a .jsonl file whose lines have text, prompt and completion, or messages. Without it the "
         "calibration source of the run that pruned the model.",
     )
-    tasks: dict[str, str] = Field(
+    tasks: Annotated[dict[str, str], PATHS_TOO] = Field(
         {},
         description="Several texts by name instead of one source: a task mixture.",
     )

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ..errors import FistaPrunerError
-from .base import RunRecipe, Seed, Settings, absolute_file, word_or_number
+from .base import PATHS_TOO, RunRecipe, Seed, Settings, absolute_file, word_or_number
 from .execution_settings import Execution
 from .loading import parse_value, read_share
 from .patterns import Patterns, check_patterns
@@ -44,12 +44,19 @@ TOTAL = "error:"
 
 def _sparsity(value: Any) -> Constraint:
     """Parse a sparsity; the error is a ValueError, which pydantic collects."""
-    from ..constraints import parse_sparsity  # imports torch, which reading the settings' descriptions does not need
+    # imports torch, which reading the settings' descriptions does not need
+    from ..constraints import CONSTRAINTS, parse_sparsity
 
     try:
-        return parse_sparsity(value)
+        found = parse_sparsity(value)
     except FistaPrunerError as error:
         raise ValueError(str(error)) from None
+    if type(found) not in CONSTRAINTS.values():
+        raise ValueError(
+            f"sparsity {str(found)!r} of the class {type(found).__name__} is not in CONSTRAINTS of "
+            "constraints/__init__.py, where worker processes and a resumed run find it; fp.solve takes it as it is"
+        )
+    return found
 
 
 def _method(value: Any) -> tuple[Method, ...]:
@@ -134,13 +141,13 @@ DenseTarget = Annotated[
 class Calibration(Settings):
     """Set where the calibration tokens come from."""
 
-    source: str | None = Field(
+    source: Annotated[str | None, PATHS_TOO] = Field(
         "self",
         description="Calibration text: self (text that the model generates), python (the language reference "
         "that comes with every Python), a .txt, .raw, .md, .jsonl or .parquet file, or a data set of the "
         "extra 'data': c4, wikitext2, ptb.",
     )
-    tasks: dict[str, str] = Field(
+    tasks: Annotated[dict[str, str], PATHS_TOO] = Field(
         {},
         description="Several calibration texts by name instead of one source; each gives the same number of windows.",
     )

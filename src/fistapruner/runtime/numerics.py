@@ -56,7 +56,7 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
 def exact_products() -> Iterator[None]:
     """Compute fp32 products and convolutions in fp32, even inside a block of :func:`fast_products`.
 
-    The precision is a setting of the process: use it where no other thread computes.
+    The precision is a setting of the process: use it inside :func:`undisturbed`, or where no other thread computes.
     """
     backends = (*_precision.backends(), torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
@@ -67,6 +67,32 @@ def exact_products() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute the same whatever the calling program has set, in one thread at a time.
+
+    What a program may have set is torch's default dtype, the precision of fp32 products, autocast, inference mode, and
+    that no gradients are recorded. All of it comes back at the end. Some of it, like the number of CPU threads and a
+    run's log, belongs to the process: a second thread waits until the block of the first has ended.
+    """
+    with _one_at_a_time:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with (
+                torch.inference_mode(False),  # records gradients, also inside torch.no_grad()
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+                exact_products(),
+            ):
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+_one_at_a_time = threading.RLock()
 
 
 def exact_in_fast_products(dtype: torch.dtype, device: torch.device) -> bool:

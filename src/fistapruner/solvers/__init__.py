@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chain import METHODS, ONE_AT_A_TIME, Steps, check_constraint, parse_method, solve
+    from .chain import METHODS, Steps, check_constraint, parse_method, solve
 
-__all__ = ["METHODS", "ONE_AT_A_TIME", "Steps", "check_constraint", "parse_method", "solve"]
+__all__ = ["METHODS", "Steps", "check_constraint", "parse_method", "solve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
-from ..runtime.numerics import exact_products
+from ..runtime.numerics import undisturbed
 from .base import Method, Solution
 from .catalogue import CATALOGUE
 from .conditioning import dead_inputs, with_faint_dead_weights
@@ -23,9 +22,6 @@ METHODS: dict[str, type[Method]] = {
     entry.name: getattr(import_module(f".{entry.module}", __package__), entry.class_name) for entry in CATALOGUE
 }
 """Classes of the methods by name."""
-
-ONE_AT_A_TIME = threading.RLock()
-"""Held by :func:`solve`, which changes the precision of products, a setting of the whole process."""
 
 Steps = str | Method | Sequence["str | dict[str, object] | Method"]
 
@@ -66,6 +62,8 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
 
 def _parse_step(step: object) -> Method:
     if isinstance(step, Method):
+        if not isinstance(getattr(step, "name", None), str):
+            raise FistaPrunerError(f"the class {type(step).__name__} of a method has no name: give it name = 'mine'")
         return step
     settings: object = {}
     if isinstance(step, dict):
@@ -98,6 +96,7 @@ def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Metho
             )
 
 
+@undisturbed()
 def solve(
     problem: LayerProblem,
     sparsity: str | float | Constraint | Sequence[Constraint],
@@ -105,8 +104,8 @@ def solve(
 ) -> Solution:
     """Prune the operators of a layer problem; those without zeros keep their dense weights.
 
-    Products are fp32, whatever the calling program has set. Calls from several threads run one after another, so that
-    each call returns the same bits as on its own.
+    Whatever the calling program has set, such as autocast, changes nothing. Calls from several threads run one after
+    another, so that each call returns the same bits as on its own.
 
     Args:
         problem: the layer problem.
@@ -118,8 +117,8 @@ def solve(
         each step: the method, its error, its seconds (of all operators together) and what the solver recorded.
 
     Raises:
-        FistaPrunerError: bad settings, a constraint that does not fit or is not supported, NaN in the data, or
-            settings so extreme that the solution is not finite.
+        FistaPrunerError: bad settings, a constraint that does not fit or is not supported, NaN in the data,
+            settings so extreme that the solution is not finite, or a method of your own that returns no solution.
     """
     if not isinstance(problem, LayerProblem):
         raise FistaPrunerError(f"problem is a {type(problem).__name__}, expected a LayerProblem")
@@ -133,8 +132,7 @@ def solve(
     for pattern, name in zip(parsed, problem.names, strict=True):
         check_constraint(pattern, problem.shape[1], steps, name)
     problem.check_finite()
-    with ONE_AT_A_TIME, exact_products():
-        return _run_steps(problem, parsed, steps)
+    return _run_steps(problem, parsed, steps)
 
 
 def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
@@ -150,6 +148,8 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
             solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
         else:
             found = step.solve(problem if step.name == "magnitude" else rated, parsed, solution)
+            if METHODS.get(step.name) is not type(step):
+                _check_solution(problem, parsed, step.name, found)
             solution = _restored(problem, found, dense)
         seconds = time.perf_counter() - begin
         warnings += solution.warnings
@@ -169,6 +169,33 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
         solution = replace(solution, weight=torch.where(kept, problem.weight, solution.weight))
     stats = tuple({"relative_error": record[-1]["relative_error"], "steps": record} for record in records)
     return replace(solution, stats=stats, warnings=tuple(warnings))
+
+
+def _check_solution(problem: LayerProblem, parsed: Sequence[Constraint], name: str, found: object) -> None:
+    """Refuse what a method that is not of this package returns if it is no solution of the problem.
+
+    Raises:
+        FistaPrunerError: names the method, and the operator with its zeros.
+    """
+    if not isinstance(found, Solution):
+        raise FistaPrunerError(f"method {name!r} returned {type(found).__name__}, and a Solution is expected")
+    shape = problem.weight.shape
+    for what, tensor in (("weight", found.weight), ("mask", found.mask)):
+        if tensor.shape != shape:
+            raise FistaPrunerError(
+                f"method {name!r} returned a {what} {tuple(tensor.shape)}, and {tuple(shape)} is expected"
+            )
+    parts = (tensor.split(problem.rows) for tensor in (found.weight, found.mask))
+    for operator, pattern, weight, mask in zip(problem.names, parsed, *parts, strict=True):
+        if bool((weight != 0).logical_and_(mask == 0).any()):
+            raise FistaPrunerError(
+                f"method {name!r} returned weights of {operator} that are not zero where mask is False"
+            )
+        if not pattern.satisfies(weight):
+            zeros, expected = int((weight == 0).sum()), pattern.zeros(*weight.shape)
+            raise FistaPrunerError(
+                f"method {name!r} returned {zeros} zeros in {operator} that are not the {expected} of {pattern}"
+            )
 
 
 def _restored(problem: LayerProblem, solution: Solution, dense: Sequence[bool]) -> Solution:

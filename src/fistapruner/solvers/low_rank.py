@@ -35,7 +35,7 @@ from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from .base import Method, Solution, Stats
-from .chain import ONE_AT_A_TIME, solve
+from .chain import solve
 from .conditioning import damped_cholesky, dead_inputs, shared_gram
 from .proximal import Proximal, natural_order, strided_order
 
@@ -224,8 +224,7 @@ class _LowRankStep:
             target = torch.cat([wanted[i] for i in chosen]).mul_(self._scale)
             patterns, rows = [sparsity[i] for i in chosen], [problem.rows[i] for i in chosen]
             resolvent = settings.resolvent(problem, self._gram, self._scale, length)
-            with ONE_AT_A_TIME:
-                found = _split(target, resolvent, rows, patterns, rank, fast=settings.fast)
+            found = _split(target, resolvent, rows, patterns, rank, fast=settings.fast)
             for i, part in zip(chosen, found.split(rows), strict=True):
                 torch.mul(part, sparsity[i].project(part.abs()), out=places[i]).div_(self._scale)
         return self.best(sparse, rank, pruned)

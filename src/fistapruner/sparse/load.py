@@ -54,7 +54,7 @@ def load(
 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
-    plain = (Path(folder) / "config.json").is_file() and not is_packed(folder)
+    plain = not is_packed(folder) and (Path(folder) / "config.json").is_file()
     if plain and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
         settings = {"dtype": dtype or "auto", "trust_remote_code": False}
         auto = auto_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))

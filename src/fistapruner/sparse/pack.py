@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
 from ..constraints.nm import patterns_of
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..models.files.checkpoint import (
     PACKED_RECORD,
     PRUNING_RECORD,
@@ -126,7 +126,8 @@ def pack(
         raise FistaPrunerError(f"group {group} needs int8 values")
     if not isinstance(group, int) or group < 0 or group % 64:
         raise FistaPrunerError(f"group {group!r} is not a multiple of 64 columns (or 0 for a whole row)")
-    source, out = Checkpoint.open(checkpoint, allow_pickle), Path(out)
+    out = Path(path_text("out", out, A_FOLDER))
+    source = Checkpoint.open(path_text("checkpoint", checkpoint, A_FOLDER), allow_pickle)
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
@@ -177,7 +178,7 @@ class PackedCheckpoint:
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(path_text("folder", folder, A_FOLDER))
         if not (self.folder / PACKED_RECORD).is_file():
             raise FistaPrunerError(
                 f"{self.folder} is not a packed checkpoint, or not all of one: it has no {PACKED_RECORD}. 'fistapruner "
@@ -281,7 +282,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
     """
     told, done = progress or Listener().tick, count(1)
     told("comparing checksums", 0, 1)
-    source, out = PackedCheckpoint(packed), Path(out)
+    source, out = PackedCheckpoint(packed), Path(path_text("out", out, A_FOLDER))
     require_new(out, source.folder)
     contents = source.contents()
     tensors = sum(len(entries) for entries in contents.values())
@@ -306,7 +307,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
 
 def is_packed(folder: str | Path) -> bool:
     """Check whether a folder is a packed checkpoint."""
-    return (Path(folder) / PACKED_RECORD).is_file()
+    return (Path(path_text("folder", folder, A_FOLDER)) / PACKED_RECORD).is_file()
 
 
 def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False) -> NM | None:

@@ -67,8 +67,8 @@ def hold_mask(model: nn.Module) -> HoldMask:
         for each held weight.
 
     Raises:
-        FistaPrunerError: nothing is pruned, an operator of ``fistapruner.json`` is missing or has lost zeros, or a
-            weight is quantised.
+        FistaPrunerError: it is no model, nothing is pruned, an operator of ``fistapruner.json`` is missing or has lost
+            zeros, or a weight is quantised.
     """
     return HoldMask(model)
 
@@ -254,6 +254,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _held(model: nn.Module) -> dict[str, _Weight]:
     """Find the weights to hold, by name."""
+    if not isinstance(model, nn.Module):
+        raise FistaPrunerError(f"model is of the class {type(model).__name__}, and a loaded model is expected")
     weights = dict(_weights(model))
     names = (getattr(module, "name_or_path", None) for module in model.modules())  # of the model inside its wrappers
     folder = Path(next((name for name in names if isinstance(name, str) and name), ""))
