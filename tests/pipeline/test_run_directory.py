@@ -669,6 +669,24 @@ def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path
     assert stages[0][0] != stages[1][0] == load_run(run).fingerprint
 
 
+def test_another_recovery_than_the_one_that_has_begun_is_refused(dense: Path, tmp_path: Path) -> None:
+    """The refused command leaves no trace, so the run is resumed as it was."""
+    run = tmp_path / "run"
+    data = {"source": "python", "seqlen": 16, "tokens": 300}
+
+    def prune(**training: Any) -> Report:
+        return fp.prune(dense, run, **SETTINGS, recover={"rank": 2, "data": data, **training})
+
+    prune(steps=1)
+    there = run / "recovered"
+    message = f"--recover: {there} holds a run with steps = 1, this one has 2: remove {there}, or name another --out"
+    with pytest.raises(fp.FistaPrunerError, match=f"^{re.escape(message)}$"):
+        prune(steps=2)
+    assert fp.resume(run).recovery.asked_steps == 1
+    shutil.rmtree(there)
+    assert prune(steps=2).recovery.asked_steps == 2
+
+
 def test_a_part_of_a_finished_run_leaves_its_report_alone(dense: Path, run: Path) -> None:
     """Several parts may be given again at once."""
     before = contents(run)

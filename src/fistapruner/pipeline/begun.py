@@ -206,23 +206,37 @@ def refuse_other(
         )
 
 
-def refuse_other_settings(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other_settings(
+    run: RunDirectory,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    flag: str = "--out",
+    advice: str = "name another folder, or remove it",
+) -> None:
     """Refuse to continue a run of other settings.
 
     Args:
         run: its directory.
         before: its settings, by name; there may be more of them.
         now: those that are asked for and must be the same.
+        flag: that asks for them in this directory; ``advice``: what to do.
 
     Raises:
-        FistaPrunerError: names the first setting that differs.
+        FistaPrunerError: names the first setting that differs, one of the section ``data`` as ``data.tokens``.
     """
+    before, now = _flat(before), _flat(now)
     for key in now:
         if before.get(key) != now[key]:
             raise FistaPrunerError(
-                f"--out {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
-                f"this one has {json.dumps(now[key])}: name another folder, or remove it"
+                f"{flag} {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
+                f"this one has {json.dumps(now[key])}: {advice}"
             )
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the settings of the section ``data`` as in messages."""
+    data = {f"data.{key}": value for key, value in dict(recipe.get("data") or {}).items()}
+    return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
 
 
 def refuse_other_tokens(run: PruneDirectory, tokens: Tensor, recipe: Recipe, permissions: Permissions) -> None:

@@ -61,10 +61,10 @@ from .measure import add_warning, publish
 from .plan import check_sources
 from .prepare import describe_model, draw_windows, drawing_of
 from .protocol import Protocol, distinct_seeds
-from .prune import prune, recovers
+from .prune import prune
 from .prune_inputs import refuse_overlap, shared_text
 from .recover import recover
-from .recover_inputs import check_fits, check_following, check_trained, recovery_recipe
+from .recover_inputs import check_fits, check_following, check_trained, recovers, recovery_recipe
 from .training import changed_texts
 from .training_inputs import asked
 

@@ -35,7 +35,7 @@ from .begun import absolute, changed_text, moved_text
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
 from .prune_inputs import Inputs, RunRequest, check_inputs, say_kept_plan
-from .recover_inputs import check_fits, check_trained
+from .recover_inputs import check_fits, check_trained, refuse_other_recovery
 
 
 @dataclass(frozen=True)
@@ -275,6 +275,9 @@ def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, f
         begun: its record.
         request: what the command asks.
         folder: where the model is now; all processes of the run open it there.
+
+    Raises:
+        FistaPrunerError: another recovery than the one that has begun; nothing is recorded then.
     """
     decided: dict[str, Any] = {}
     settings = dict(begun.recipe)
@@ -282,6 +285,7 @@ def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, f
         moved = moved_text(begun.decision.evaluation, request.evaluation)
         decided = {"model": absolute(request.model), "folder": folder, **moved}
     if request.only_layers is None:
+        refuse_other_recovery(run, begun, request.recipe)
         decided["evaluation"] = request.evaluation
         settings |= request.recipe.model_dump(mode="json", include=set(Recipe.no_identity))
     if settings != begun.recipe:

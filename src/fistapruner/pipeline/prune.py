@@ -20,7 +20,7 @@ from ..problem import LayerProblem
 from ..recipes.loading import merge
 from ..recipes.settings import Recipe
 from ..runs.base import read_json
-from ..runs.decision import PruneRecord, TrainingRecord
+from ..runs.decision import PruneRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
@@ -51,7 +51,7 @@ from .plan import check_sources
 from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
-from .recover_inputs import check_following, check_trained, recovery_recipe
+from .recover_inputs import check_following, check_trained, recovers, recovery_recipe
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -272,12 +272,6 @@ def _recover(
 def _recovery_is_new(run: PruneDirectory, in_parts: bool) -> bool:
     """Check that no recovery of a run has begun; for a part of the layers, that the run has not."""
     return not run.run_file.exists() or not (in_parts or RecoverDirectory(run.recovered).run_file.exists())
-
-
-def recovers(begun: TrainingRecord, pruned: Report) -> bool:
-    """Check that a recovery began with the result of this pruning."""
-    stages = begun.lineage.stages if begun.lineage else []
-    return bool(stages) and stages[-1].fingerprint == pruned.fingerprint
 
 
 def _recipe_here(run: PruneDirectory, begun: PruneRecord, listener: Listener) -> Recipe:

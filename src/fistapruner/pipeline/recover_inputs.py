@@ -19,13 +19,17 @@ from ..planning.training_plan import plan_training
 from ..planning.training_sizes import Task
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
+from ..runs.decision import PruneRecord, TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
-from ..runs.training_directory import TrainingDirectory
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import Report
+from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.memory import release_memory
+from .begun import refuse_other_settings
 from .plan import allocate
-from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, check_precision, check_training_inputs
+from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, asked, check_precision, check_training_inputs
 
 SEQLEN = "data.seqlen"
 """How messages call the tokens in a window."""
@@ -78,6 +82,29 @@ def recovery_recipe(recipe: Recipe) -> RecoverRecipe:
     alone = {"executor": "serial", "workers": None, "address": None, "batch_size": None}
     training: RecoverRecipe = recipe.recover
     return training.model_copy(update={"execution": recipe.execution.model_copy(update=alone)})
+
+
+def recovers(begun: TrainingRecord, pruned: Report) -> bool:
+    """Check that a recovery began with the result of this pruning."""
+    stages = begun.lineage.stages if begun.lineage else []
+    return bool(stages) and stages[-1].fingerprint == pruned.fingerprint
+
+
+def refuse_other_recovery(run: PruneDirectory, pruned: PruneRecord, recipe: Recipe) -> None:
+    """Refuse to ask for another recovery of a pruning run than the one that has begun with its result.
+
+    Args:
+        run: directory of the pruning run; ``pruned``: its record.
+        recipe: that is asked for now.
+
+    Raises:
+        FistaPrunerError: names the first setting that differs.
+    """
+    following = RecoverDirectory(run.recovered)
+    begun = None if recipe.recover is None else following.record()
+    if begun is not None and recovers(begun, pruned):
+        advice = f"remove {following.folder}, or name another --out"
+        refuse_other_settings(following, begun.decision.asked, asked(recovery_recipe(recipe)), "--recover:", advice)
 
 
 def _on_text(recipe: Recipe) -> RecoverRecipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +152,7 @@ def _lead(
         begun = run.record()
         if begun is not None:
             if not resumed:
-                refuse_other_settings(run, _flat(begun.decision.asked), _flat(asked(request.recipe)))
+                refuse_other_settings(run, begun.decision.asked, asked(request.recipe))
                 begun = _note_places(run, begun, request)
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
@@ -247,12 +247,6 @@ def _other_model(run: TrainingDirectory, what: str, before: object, now: object)
     return FistaPrunerError(
         f"--out {run.folder} holds {what} {before or 'none'}, not {now}: name another folder, or remove it"
     )
-
-
-def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the settings of the section ``data`` as in messages."""
-    data = {f"data.{key}": value for key, value in dict(recipe.get("data") or {}).items()}
-    return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
 
 
 def _refuse_changed(run: TrainingDirectory, begun: TrainingRecord, permissions: Permissions, *, finished: bool) -> None:
