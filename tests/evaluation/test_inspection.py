@@ -105,7 +105,9 @@ def test_a_single_weight_too_many_is_caught(tmp_path: Path, capsys: pytest.Captu
 def test_pattern_of_a_checkpoint_that_claims_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = llama(tmp_path / "dense")
     assert main(["inspect", str(folder)]) == 0
-    assert "pruned operators: 0 of 14" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pruned operators: 0 of 14" in printed
+    assert f"no zeros were checked: {folder} has no fistapruner.json that claims any; copy that of" in printed
     assert main(["inspect", str(folder), "--pattern", "2:4"]) == 1
     assert main(["inspect", str(folder), "--pattern", "0:4"]) == 2
     pruned = llama(tmp_path / "pruned", "2:4")

@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(found: Inspection, quiet: bool) -> None:
+    from ..models.files.checkpoint import PRUNING_RECORD
     from ..reporting.lineage_text import lineage_lines
     from ..runtime.formatting import align_columns
 
@@ -102,8 +103,15 @@ def _print(found: Inspection, quiet: bool) -> None:
         print("made from: " + "\n       then: ".join(lineage_lines(found.lineage)))
     for violation in found.violations:
         print(f"violated: {violation}")
-    if not found.violations and any(operator.claim for operator in found.operators):
+    if found.violations:
+        return
+    if found.widths or any(operator.claim for operator in found.operators):
         print("every claim holds")
+    else:
+        print(
+            f"no zeros were checked: {found.folder} has no {PRUNING_RECORD} that claims any; copy that of the pruned "
+            "model there, or give --pattern"
+        )
 
 
 def _share(zeros: int, weights: int) -> str:
