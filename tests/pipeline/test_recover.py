@@ -797,6 +797,21 @@ def test_a_kept_text_of_another_tokenizer_is_cut_again(
     assert len([each for each in said.sentences if each.startswith("training text: ")]) == 2
 
 
+def test_it_is_said_how_many_times_the_text_is_passed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps alone take no more text than ``tokens``."""
+    monkeypatch.setattr(prepare_recover, "record", Mock(side_effect=KeyboardInterrupt))
+    told = []
+    for tokens in (64, 128):  # 4 and 8 windows, for 4 steps of 2
+        said = tiny.Said()
+        data = {"source": str(bench.text), "tokens": tokens}
+        with pytest.raises(KeyboardInterrupt):
+            recover(bench.pruned(), tmp_path / str(tokens), listener=said, data=data)
+        told.append([each.partition(";")[0] for each in said.sentences if "is passed" in each])
+    assert told == [["the text is passed 2 times in 4 steps"], []]
+
+
 def test_too_few_steps_for_the_tasks_are_refused_before_any_text_is_cut(bench: Bench, tmp_path: Path) -> None:
     tasks = {f"task {number}": str(bench.text) for number in range(4)}
     with pytest.raises(fp.FistaPrunerError, match="needs 4 windows for its 1 round, and there are 2"):

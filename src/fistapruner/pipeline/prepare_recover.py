@@ -42,6 +42,11 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     check_mixture(recipe, inputs.seqlen)  # too few steps for the tasks show now
     plan = choose_plan(share_of(task, request.ranks), listener)
     text, sources = cut_text(run, inputs, listener, plan[0].threads)
+    passes = task.steps * recipe.windows_per_step / len(text.windows("trained"))
+    if passes >= 2:
+        listener.say(
+            f"the text is passed {round(passes)} times in {task.steps} steps; --tokens sets how much of it is taken"
+        )
     facts = describe_text(text, data.source or ", ".join(data.tasks), inputs.seqlen)
     record(run, request, inputs, text, plan, task.steps, sources, facts)
 

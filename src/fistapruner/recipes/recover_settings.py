@@ -32,8 +32,8 @@ class TrainingData(Settings):
     tokens: Count = Field(
         256_000,
         ge=1,
-        description="Tokens to train on, such as 500k or 2M. A text with fewer is repeated in another order. With "
-        "steps, self generates no more than they take.",
+        description="Different tokens to train on at most, such as 500k or 2M, whatever the steps. A text with fewer "
+        "than the steps take is repeated in another order. With steps, self generates no more than they take.",
     )
     held_out: float = Field(
         0.05,
@@ -81,7 +81,10 @@ class RecoverRecipe(TrainingRecipe):
     )
     data: TrainingData = Field(TrainingData(), description="Training text.")
     steps: int | None = Field(
-        None, ge=1, description="Optimizer steps; without it tokens / (windows_per_step * seqlen)."
+        None,
+        ge=1,
+        description="Optimizer steps; without it tokens / (windows_per_step * seqlen). More steps repeat the text: for "
+        "more of it raise tokens, too.",
     )
     windows_per_step: int = Field(
         1, ge=1, description="Windows of one optimizer step. Several processes need at least one each."
