@@ -314,6 +314,18 @@ def test_layers_without_operators_are_no_hindrance(model: Model, tmp_path: Path,
     assert all(layer.operators == [] for layer in report.layers if not layout.layers[layer.index])
 
 
+def test_the_last_of_several_names_that_match_sets_the_sparsity(model: Model) -> None:
+    """A plain name is the last dotted parts of a full one; ``re:`` is found anywhere; others get ``--sparsity``."""
+    names = {"re:mlp": "40%", "mlp.down_proj": "30%", "re:down|q_proj$": "20%"}
+    chosen = allocate(Recipe.build({"sparsity": "60%", "allocation": names}), model[1])
+    found = {name.removeprefix("model.layers.0."): str(pattern) for name, pattern in chosen.items() if ".0." in name}
+    assert found["mlp.down_proj"] == found["self_attn.q_proj"] == "20%"
+    assert found["mlp.up_proj"] == "40%"
+    assert found["self_attn.o_proj"] == "60%"
+    with pytest.raises(FistaPrunerError, match="'proj' matches no operator"):
+        allocate(Recipe.build({"allocation": {"proj": "40%"}}), model[1])
+
+
 def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:
     recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": "1MiB"}}).resolved()
     with pytest.raises(FistaPrunerError, match=r"--memory-limit 1\.00 MiB is not enough: .* needs .* [MG]iB"):

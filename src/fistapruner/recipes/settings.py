@@ -215,7 +215,8 @@ class Recipe(RunRecipe):
     sparsity: SparsitySetting = Field(
         "50%",
         description="Sparsity of the pruned operators: 50%, 0.5, 2:4, 4:8, 64:2:8, ... A share is that of all of them "
-        "together, which allocation distributes; a pattern is that of each, unless allocation gives them others. With "
+        "together, which allocation distributes; a pattern is that of each, unless allocation gives them others. Where "
+        "allocation is a mapping of names, it is that of each operator that no name matches. With "
         "structure the default is 0%: the result is then a smaller model without zeros.",
     )
     method: MethodSetting = Field(
@@ -253,12 +254,12 @@ class Recipe(RunRecipe):
     )
     targets: Patterns = Field(
         (),
-        description="Operators to prune, by name or re: pattern; without it every linear operator of the decoder "
-        "layers.",
+        description="Operators to prune: the last dotted parts of a full name (down_proj, mlp.down_proj), or re: and a "
+        "regular expression that is found anywhere in it; without it every linear operator of the decoder layers.",
     )
     ignore: Patterns = Field(
         (),
-        description="Operators to leave dense, by name or re: pattern.",
+        description="Operators to leave dense, by names as targets takes them.",
     )
     allocation: Annotated[
         Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
@@ -267,8 +268,8 @@ class Recipe(RunRecipe):
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
         "error), error:46% (for n:m patterns: by measured error, to this share of zeros in all), workload:FILE (by "
         "measured error in several tasks; their weights, and the losses that earlier deployments tolerated, are in the "
-        "file), or a mapping of name patterns to sparsities. auto is error for proximal, and uniform for published "
-        "methods and for n:m patterns.",
+        "file), or a mapping of names, as targets takes them, to sparsities: of several that match the last counts. "
+        "auto is error for proximal, and uniform for published methods and for n:m patterns.",
     )
     weighting: Literal["auto", "none", "fisher"] = Field(
         "auto",

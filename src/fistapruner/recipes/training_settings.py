@@ -103,10 +103,11 @@ class TrainingRecipe(RunRecipe):
     )
     targets: Patterns = Field(
         (),
-        description="Operators to train, by name or re: pattern; without it all that have zeros, or all of a model "
-        "that lost channels, heads or experts.",
+        description="Operators to train: the last dotted parts of a full name (down_proj, mlp.down_proj), or re: and a "
+        "regular expression that is found anywhere in it; without it all that have zeros, or all of a model that lost "
+        "channels, heads or experts.",
     )
-    ignore: Patterns = Field((), description="Operators to leave as they are, by name or re: pattern.")
+    ignore: Patterns = Field((), description="Operators to leave as they are, by names as targets takes them.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Precision of the forward and backward passes; auto is the checkpoint's own, or float32 on CPUs "
