@@ -423,7 +423,9 @@ def test_a_comparison_of_alignments_is_named_and_kept(tmp_path: Path, capsys: py
     (out / "compare.json").write_text(content)
     for command in (["report", str(out)], ["compare", str(source), "--out", str(out), "--methods", "wanda"]):
         assert main(command) == 2
-        assert re.search(r"holds a comparison of alignments .*compare\.md", capsys.readouterr().err)
+        assert re.search(r"holds a comparison of alignments .*compare\.md, or name one of", capsys.readouterr().err)
+    assert main(["status", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: comparison, 1 rows done, no process works on it\n"
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("compare.json", content)]
 
 

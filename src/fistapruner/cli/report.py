@@ -13,7 +13,7 @@ SUMMARY = "draw report.html of a run, or compare.html of a comparison"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of a comparison")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of 'fistapruner compare'")
 
 
 def run(arguments: argparse.Namespace) -> int:

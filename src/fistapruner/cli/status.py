@@ -59,10 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
     from ..runs.lock import holders
-    from ..runs.records import load_comparison
+    from ..runs.records import load_any_comparison
     from ..runtime.formatting import shell_line
 
-    rows = len(load_comparison(folder).rows) if (folder / "compare.json").is_file() else 0
+    rows = len(load_any_comparison(folder).rows) if (folder / "compare.json").is_file() else 0
     runs = sorted(folder.glob("runs/*"))
     at_work = next((run for run in runs if holders(run) or holders(run / "recovered")), None)
     working = bool(holders(folder)) or at_work is not None

@@ -20,7 +20,7 @@ from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_l
 from .layer_records import LayerEntry
 from .lock import NAME as LOCK
 from .results import Divergence, Evaluation, Perplexity
-from .training_records import Alignment, Recovery, TextSide
+from .training_records import AlignComparison, Alignment, Recovery, TextSide
 
 Kind = Literal["prune", "recover", "align", "merge"]
 """The verb that a run belongs to; ``merge`` is that of an adapter."""
@@ -496,22 +496,35 @@ def is_comparison(folder: Path) -> bool:
     return (folder / "runs").is_dir() and {entry.name for entry in folder.iterdir()} <= {"runs", LOCK}
 
 
-def load_comparison(folder: Path) -> Comparison:
-    """Read ``DIR/compare.json``.
+def load_any_comparison(folder: Path) -> Comparison | AlignComparison:
+    """Read ``DIR/compare.json``, also of ``align --compare``, whose file has the same name.
 
     Raises:
-        FistaPrunerError: it is broken or not there yet, or of ``align --compare``, whose file has the same name.
+        FistaPrunerError: it is broken or not there yet.
     """
     file = folder / "compare.json"
     if not file.is_file():
         raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
     content = read_json(file)
     if "kind" not in content and "recipe" in content:
-        raise FistaPrunerError(
-            f"{folder} holds a comparison of alignments ('align --compare'), which has no page and no rows "
-            f"of 'fistapruner compare'; its table is {folder / 'compare.md'}"
-        )
+        return parse(AlignComparison, content, str(file))
     return parse(Comparison, content, str(file))
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """Read ``DIR/compare.json`` of ``fistapruner compare``.
+
+    Raises:
+        FistaPrunerError: it is broken or not there yet, or of ``align --compare``.
+    """
+    found = load_any_comparison(folder)
+    if isinstance(found, AlignComparison):
+        raise FistaPrunerError(
+            f"{folder} holds a comparison of alignments ('align --compare'), which has no page and no rows of "
+            f"'fistapruner compare': read its table {folder / 'compare.md'}, or name one of the runs in "
+            f"{folder / 'runs'}"
+        )
+    return found
 
 
 def load_run(folder: Path) -> Report:
