@@ -78,8 +78,10 @@ class TrainingRecipe(RunRecipe):
     )
     lr_unit: Literal["auto", "share", "absolute"] = Field(
         "auto",
-        description="Unit of lr: share (of the root mean square of a tensor's surviving weights) or absolute. auto is "
-        "share for full and norms with adamw, absolute for the other forms and for mezo and subzero.",
+        description="Unit of lr for all tensors alike: absolute, or share (of the root mean square of a tensor's "
+        "surviving weights; in lora, hira and spp of A's start values). auto is absolute for mezo and subzero; with "
+        "adamw it is share for full and norms, and absolute for lora, hira and spp, while the norms and biases beside "
+        "them take the share of lr auto times lr over its automatic value.",
     )
     betas: Annotated[tuple[float, float], BeforeValidator(words)] = Field(
         (0.9, 0.95), description="Decay rates of AdamW's moments."
