@@ -17,6 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -512,7 +513,10 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     assert report.recovery is not None
     assert stage.figures.tokens == report.recovery.tokens
     assert stage.figures.operator_zeros == report.totals.operator_zeros
-    assert "A pruned and recovered model" in (again / "README.md").read_text()
+    card = (again / "README.md").read_text()
+    assert "A pruned and recovered model" in card
+    assert yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])["optimizer"] == "subzero"
+    assert str(bench.folder) not in card  # only the names of files
     monkeypatch.setattr("fistapruner.pipeline.replay.free_memory", lambda: 0)  # layers and states are read anew
     streamed = replay(pruned, run / "steps.jsonl", tmp_path / "streamed")
     assert (streamed / "model.safetensors").read_bytes() == weights(run)

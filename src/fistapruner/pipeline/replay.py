@@ -151,7 +151,7 @@ def _documents(source: ModelSource, stage: Stage, state: TrainingState) -> dict[
         f"took the {state.step} steps of the run that {done} this model again, from its journal, and kept those up to "
         f"step {state.patience.best_step}, with every zero"
     )
-    documents = {CARD: plain_card(source.license(), f"A pruned and {done} model", text)}
+    documents = {CARD: plain_card(source.license(), f"A pruned and {done} model", text, stage.settings)}
     if record := read_pruning_record(source.folder):
         documents[PRUNING_RECORD] = json.dumps(record_with_stage(record, stage), indent=2) + "\n"
     return documents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..recipes.settings import WORKLOAD
@@ -14,7 +15,7 @@ from .evaluation_text import item_count, on_text
 from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
-from .rendering import plain_markdown, render
+from .rendering import code_block, plain_markdown, render, yaml_text
 from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import has_free_widths, structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
@@ -46,13 +47,14 @@ def model_card(report: Report) -> str:
         made=_made(report),
         workload=workload_tables(report),
         workload_how=workload_how(report),
-        recipe=_recipe(report),
+        recipe=_recipe(report.recipe),
         lineage=_lineage(report),
     )
 
 
-def plain_card(license_name: str | None, title: str, text: str) -> str:
-    """Write the card of a model that no run has made: its title, and a sentence on how it was made."""
+def plain_card(license_name: str | None, title: str, text: str, recipe: Mapping[str, Any] | None = None) -> str:
+    """Write the card of a model that no run has made: its title, how it was made, and the recipe."""
+    with_recipe = f"\nRecipe:\n\n{code_block(yaml_text(_recipe(recipe)), 'yaml')}\n" if recipe else ""
     licence = f"license: {license_name}\n" if license_name else ""
     return f"""---
 {licence}library_name: transformers
@@ -63,7 +65,7 @@ tags: [pruning, sparsity, fistapruner]
 
 fistapruner {text}. Nothing was measured since; `fistapruner evaluate` does it, and `fistapruner inspect` counts the
 zeros and lists how the model was made.
-"""
+{with_recipe}"""
 
 
 def amount(report: Report) -> str:
@@ -274,9 +276,9 @@ def _made(report: Report) -> list[str]:
     return lines
 
 
-def _recipe(report: Report) -> dict[str, Any]:
-    """Return the recipe without what depends on the machine."""
-    recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
+def _recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe without what depends on the machine."""
+    recipe = {key: value for key, value in settings.items() if key != "execution"}
     for section in ("calibration", "data"):
         text = recipe.get(section)
         if isinstance(text, dict) and text.get("source"):

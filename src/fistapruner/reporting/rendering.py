@@ -63,6 +63,12 @@ def code_block(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
+def yaml_text(value: Any) -> str:
+    """Write a value as YAML, keys in their order."""
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return text.strip()
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -75,6 +81,6 @@ def _environment() -> Environment:
     environment.filters |= {
         "plain": plain_markdown,
         "code": code_block,
-        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip(),
+        "yaml": yaml_text,
     }
     return environment
