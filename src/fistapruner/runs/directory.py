@@ -37,10 +37,11 @@ from ..runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
+from ..runtime.formatting import shell_line
 from .base import parse, read_json
 from .decision import RunRecord
 from .lock import holders
-from .records import Report
+from .records import Report, load_run
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -308,3 +309,34 @@ class RunDirectory:
 
     def _model_names(self) -> set[str]:
         return {str(path.relative_to(self.model)) for path in self.model.rglob("*") if not path.is_dir()}
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a path is a run directory, and not a model or anything else."""
+    folder = Path(folder)
+    return not (folder / "config.json").exists() and any(
+        (folder / name).is_file() for name in ("run.json", "report.json")
+    )
+
+
+def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
+    """Open a run and its report.
+
+    Raises:
+        FistaPrunerError: it is not finished, or its checkpoint is damaged.
+    """
+    run, report = RunDirectory(folder), load_run(folder)
+    if report.status != "finished" or not run.model.is_dir():
+        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
+    if (fault := run.model_fault(report.fingerprint or "")) is not None:
+        raise FistaPrunerError(f"{fault}: make the checkpoint again with '{shell_line('resume', folder)}'")
+    return run, report
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """Return the checkpoint of a run directory; any other path as it is.
+
+    Raises:
+        FistaPrunerError: the run is not finished, or its checkpoint is damaged.
+    """
+    return finished_run(Path(path))[0].model if is_run(path) else Path(path)
