@@ -24,7 +24,7 @@ from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_reco
 from ..models.files.writer import write_checkpoint
 from ..models.source import Permissions
 from ..reporting.model_card import plain_card
-from ..runs.directory import CARD, checkpoint_folder
+from ..runs.directory import CARD, checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
@@ -156,7 +156,7 @@ def merge_adapter(
             the checkpoint does not keep what its ``fistapruner.json`` claims; the run is not finished, or its
             checkpoint is damaged; ``out`` exists.
     """
-    source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_folder(folder))
+    source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_of(folder))
     found, out = Adapter(adapter), Path(out)
     refuse_low_rank(source.folder, "merge")
     checkpoint = source.checkpoint()

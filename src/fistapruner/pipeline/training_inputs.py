@@ -24,7 +24,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
-from ..runs.directory import RunDirectory, checkpoint_folder
+from ..runs.directory import RunDirectory, checkpoint_of
 from ..runs.identity import changed_files
 from ..runs.lineage import dense_name, read_lineage
 from ..runs.listener import Listener
@@ -187,7 +187,7 @@ def find_input(model: str, permissions: Permissions) -> ModelSource:
     Raises:
         FistaPrunerError: an unfinished run, a damaged checkpoint of one, a packed folder, or no such model.
     """
-    folder = checkpoint_folder(model)
+    folder = checkpoint_of(model)
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
     found = permissions.find(folder if folder.is_dir() else model)

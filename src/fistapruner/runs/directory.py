@@ -329,7 +329,7 @@ def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
     return run, report
 
 
-def checkpoint_folder(path: str | Path) -> Path:
+def checkpoint_of(path: str | Path) -> Path:
     """Return the checkpoint of a run directory; any other path as it is.
 
     Raises:
