@@ -22,7 +22,7 @@ from ..runs.records import PlanRow
 from ..runtime.files import existing_folder
 from ..runtime.formatting import duration, size
 from ..tuning.teacher import TOP
-from .plan import DEVICE, DEVICE_RESERVE, DISK, Budget, Resources, fewest_windows
+from .plan import DEVICE, DEVICE_RESERVE, DISK, MemoryBudget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
 from .training_sizes import CUTTING, STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
@@ -51,7 +51,7 @@ class FormPlan:
     refusal: str | None
     changed: str | None
     needs: TrainingSizes
-    budgets: list[Budget[TrainingChoice]]
+    budgets: list[MemoryBudget[TrainingChoice]]
     worst: str | None = None
 
     @property
@@ -220,7 +220,7 @@ def _smaller_teacher(needs: TrainingSizes, choice: TrainingChoice, room: int) ->
     return f"; --teacher {name} would fit, with {size(bytes_needed)}" if bytes_needed <= room else ""
 
 
-def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[TrainingChoice]]:
+def _budgets(needs: TrainingSizes, resources: Resources) -> list[MemoryBudget[TrainingChoice]]:
     """Make the budget of the GPU, if there is one, and of main memory."""
     limit, device, share = resources.limit, resources.device, needs.task.memory
     given, generating = f"the {size(limit)} that are free", None
@@ -237,11 +237,13 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
     even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
     if not needs.model.cuda:
         return [
-            Budget(given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data", generating=generating)
+            MemoryBudget(
+                given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data", generating=generating
+            )
         ]
     free = max(1, resources.free[device] - DEVICE_RESERVE)
     return [
-        Budget(
+        MemoryBudget(
             f"the {size(free)} that are free on {device}",
             free,
             1,
@@ -253,7 +255,7 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
             lighter=lighter,
             option="--data",
         ),
-        Budget(
+        MemoryBudget(
             f"{given} of main memory",
             limit,
             1,

@@ -106,7 +106,7 @@ def newest_state(run: TrainingDirectory, fingerprint: str) -> Snapshot | None:
 
 
 Say = Callable[[str], None]
-Tick = Callable[[int, int], None]
+StepTick = Callable[[int, int], None]
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Trainer:
     snapshot: Snapshot | None = None
     about: dict[str, Any] = field(default_factory=dict)
     say: Say = lambda sentence: None
-    tick: Tick = lambda done, total: None
+    tick: StepTick = lambda done, total: None
     after_snapshot: Callable[[], None] = lambda: None
     ranks: Ranks = ALONE
 
