@@ -23,7 +23,7 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.structured.bypass import Budget, BypassLearning, MaskLearner, policy_gradient, project
+from fistapruner.structured.bypass import BypassLearning, MaskLearner, UnitBudget, policy_gradient, project
 from fistapruner.structured.units import find_units
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 64}
@@ -69,7 +69,7 @@ def test_the_gradient_is_unbiased_for_its_target(baseline: float | None) -> None
 @pytest.mark.parametrize("moving", [True, False])
 def test_it_finds_the_best_units_of_a_separable_loss(moving: bool) -> None:
     worth = torch.tensor([0.1, 1.0, 0.2, 0.9, 0.05, 0.8], dtype=torch.float64)
-    budgets = [Budget(slice(0, 6), 3)]
+    budgets = [UnitBudget(slice(0, 6), 3)]
     learner = MaskLearner(torch.full((6,), 0.5), budgets, 800, 0.05, moving=moving)
     while not learner.done:
         masks = learner.masks()
@@ -80,7 +80,7 @@ def test_it_finds_the_best_units_of_a_separable_loss(moving: bool) -> None:
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:
-    learner = MaskLearner(torch.full((4,), 0.5), [Budget(slice(0, 4), 2)], 10, 0.1)
+    learner = MaskLearner(torch.full((4,), 0.5), [UnitBudget(slice(0, 4), 2)], 10, 0.1)
     before = learner.keep.clone()
     learner.update(learner.masks(), [float("nan"), 1.0])
     assert torch.equal(learner.keep, before)

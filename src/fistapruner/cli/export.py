@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.export import export
-    from ..pipeline.measure import is_run, recovered_beside
+    from ..pipeline.measure import recovered_beside
+    from ..runs.directory import is_run
     from ..runtime.formatting import size
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}

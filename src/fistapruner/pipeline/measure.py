@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import A_FOLDER, A_TEXT, FistaPrunerError, MissingExtraError, path_text
+from ..errors import A_TEXT, FistaPrunerError, MissingExtraError, path_text
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
@@ -24,7 +24,7 @@ from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
 from ..runs.decision import EvaluationRequest
-from ..runs.directory import CARD, RunDirectory
+from ..runs.directory import CARD, RunDirectory, finished_run, is_run
 from ..runs.lineage import trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
@@ -281,14 +281,6 @@ def _generate(
         listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether a path is a run directory, and not a model or anything else."""
-    folder = Path(path_text("folder", folder, A_FOLDER))
-    return not (folder / "config.json").exists() and any(
-        (folder / name).is_file() for name in ("run.json", "report.json")
-    )
-
-
 def recovered_beside(folder: str | Path) -> str | None:
     """Say that the model of a pruning run was recovered; None where it was not."""
     recovered = PruneDirectory(Path(folder)).recovered
@@ -409,20 +401,6 @@ def _finished(folder: str | Path) -> Iterator[tuple[RunDirectory, Report]]:
         raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
     with hold(Path(folder)):
         yield finished_run(Path(folder))
-
-
-def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
-    """Open a run and its report.
-
-    Raises:
-        FistaPrunerError: it is not finished, or its checkpoint is damaged.
-    """
-    run, report = RunDirectory(folder), load_run(folder)
-    if report.status != "finished" or not run.model.is_dir():
-        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
-    if (fault := run.model_fault(report.fingerprint or "")) is not None:
-        raise FistaPrunerError(f"{fault}: make the checkpoint again with '{shell_line('resume', folder)}'")
-    return run, report
 
 
 def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
