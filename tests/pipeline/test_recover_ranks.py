@@ -56,6 +56,19 @@ def test_memory_that_an_exchange_has_not_is_not_another_process() -> None:
         raise RuntimeError("Connection reset by peer")
 
 
+@pytest.mark.parametrize("part", [{"a": 1}, None, torch.ones(2, 3), torch.ones(1, 2)])
+def test_a_rank_that_does_other_work_is_named(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five windows in passes of two, it has the third and the fourth."""
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, part])
+    ranks, own = Ranks(0, 2), torch.tensor([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]])
+    with pytest.raises(FistaPrunerError, match=r"rank 1 has sent .* for figures of 2 windows: .* not do the same work"):
+        ranks.windows(own, 5, 2)
+    part = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
+    assert ranks.windows(own, 5, 2).tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0]] * 2
+    part = None
+    assert torch.equal(ranks.windows(own[:, :2], 2, 2), own[:, :2])
+
+
 class Stopping(Listener):
     """Fails when two steps are done."""
 

@@ -161,16 +161,27 @@ class Ranks:
 
         Returns:
             (k, windows), in order, on all ranks.
+
+        Raises:
+            FistaPrunerError: a rank has sent something else, so it does other work.
         """
         if self.size == 1:
             assert sums is not None
             return sums
         parts = self.gather(sums)
-        known = next(part for part in parts if part is not None)
+        known = next((part for part in parts if isinstance(part, Tensor)), torch.empty(0, 0))
         whole = known.new_zeros(len(known), windows)
         for rank, part in enumerate(parts):
-            if part is not None:
-                whole[:, Ranks(rank, self.size).mine(range(windows), batch_size)] = part
+            mine = Ranks(rank, self.size).mine(range(windows), batch_size)
+            if part is None and not mine:
+                continue
+            if not isinstance(part, Tensor) or part.shape != (len(known), len(mine)):
+                sent = f"{type(part).__name__} {list(part.shape) if isinstance(part, Tensor) else part}"
+                raise FistaPrunerError(
+                    f"rank {rank} has sent {sent[:60]} for figures of {len(mine)} windows: the processes do not do the "
+                    "same work; start all with one command, on machines that see the same files"
+                )
+            whole[:, mine] = part
         return whole
 
 
