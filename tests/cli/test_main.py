@@ -118,6 +118,28 @@ def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(name:
     assert done.stderr == ("fistapruner: interrupted\n" if status else "")
 
 
+@pytest.mark.parametrize("rank", ["1", "gold"])
+def test_a_rank_without_a_number_of_processes_is_none(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody's own variable ``RANK`` does not silence a run; with ``WORLD_SIZE`` it must be a number."""
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["prune", str(model), "--out", str(tmp_path / "run"), *SETTINGS]) == 0
+    said = capsys.readouterr()
+    assert "checkpoint" in said.out
+    assert "1 decoder layers" in said.err
+    for name, value in (("RANK", "gold"), ("WORLD_SIZE", "2.0")):
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv(name, value)
+        assert main(["recover", str(tmp_path / "run"), "--out", str(tmp_path / "recovered")]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"fistapruner: environment variable {name} is {value!r}: ")
+        assert said.err.count("\n") == 1
+
+
 def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.txt").touch()
     parent = psutil.Process(os.getppid())

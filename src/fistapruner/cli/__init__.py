@@ -106,11 +106,12 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
         FistaPrunerError: names the verb; in the first process.
     """
     from ..errors import FistaPrunerError, OtherRankFailed
+    from ..runtime.launcher import launched, leads
 
-    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    several = "TORCHELASTIC_RUN_ID" in os.environ and launched() > 1
     alone = [f" --{way}" for way in ("merge", "replay", "compare") if getattr(arguments, way, None)]
     if several and (alone or arguments.verb not in ("recover", "align", "resume")):
-        if os.environ.get("RANK", "0") != "0":
+        if not leads():
             raise OtherRankFailed("the first process says why")
         what = arguments.verb + "".join(alone)
         raise FistaPrunerError(f"torchrun has started several processes, and {what} is done by one: leave it out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from rich.progress import (
 from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
 from ..runtime.formatting import duration
+from ..runtime.launcher import leads
 
 EVERY = 7.0
 """Seconds after which it is said again what is being done."""
@@ -38,7 +38,7 @@ def choose_listener(arguments: argparse.Namespace) -> Listener:
     A verb calls it before its other imports, which take seconds. A listener that is not silent says at least every ten
     seconds what is being done, from a thread of its own. Of several processes that share a run, the first one speaks.
     """
-    if arguments.quiet or arguments.json or int(os.environ.get("RANK") or 0) > 0:
+    if arguments.quiet or arguments.json or not leads():
         return Listener()
     listener = LiveListener() if sys.stderr.isatty() else PlainListener()
     ended = threading.Event()

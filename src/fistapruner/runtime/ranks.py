@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError, OtherRankFailed
 from .devices import choose_device
+from .launcher import launched
 
 T = TypeVar("T")
 
@@ -253,11 +254,6 @@ class OrderedSum:
             found[name] = whole[start : start + shape.numel()].view(shape)
             start += shape.numel()
         return found
-
-
-def launched() -> int:
-    """Count the processes that a launcher has started for this run; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
 
 
 @contextmanager
