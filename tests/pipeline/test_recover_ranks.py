@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError, OtherRankFailed
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.pipeline.compare import compare
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
@@ -225,8 +227,7 @@ def test_passes_are_shared_in_order() -> None:
 def test_several_processes_are_refused_where_one_does_the_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         for words in (
@@ -235,7 +236,32 @@ def test_several_processes_are_refused_where_one_does_the_work(
             ["align", "x", "--compare", "--data", "y", "--out", "z"],
         ):
             assert main(words) == 2
-            assert capsys.readouterr().err.count("torchrun has started several processes") == lines
+            said = capsys.readouterr().err
+            assert said.count("\n") == said.count(" has started 2 processes, and ") == lines
+    for work in (
+        lambda **more: fp.prune("nowhere", "x", **more),
+        lambda **more: compare("nowhere", "wanda", ["50%"], "x", settings=more),
+    ):
+        with pytest.raises(FistaPrunerError, match=r"^recover: WORLD_SIZE is 2, and only a recovery is shared"):
+            work(recover={"steps": 1})
+
+
+def test_a_process_that_waits_for_others_says_so_and_ends_at_sigterm(pruned: Path, tmp_path: Path) -> None:
+    """As where ``RANK`` and ``WORLD_SIZE`` are exported, and nobody else has been started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = ["recover", str(pruned), "--out", str(tmp_path / "out"), "--evaluate", "none"]
+    command = [sys.executable, "-m", "fistapruner", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **alone}) as process:
+        assert process.stderr is not None
+        while "waiting for the other processes" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == "fistapruner: interrupted\n"
+        assert process.wait() == 143
+    assert not (tmp_path / "out").exists()
 
 
 def launch(run: Path, *words: str) -> subprocess.Popen[str]:

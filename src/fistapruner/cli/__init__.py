@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse_processes(arguments: argparse.Namespace) -> None:
-    """Refuse several processes of ``torchrun`` for what one process does.
+    """Refuse several processes of a launcher for what one process does.
 
     Raises:
         FistaPrunerError: names the verb; in the first process.
@@ -108,13 +108,16 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     from ..errors import FistaPrunerError, OtherRankFailed
     from ..runtime.launcher import launched, leads
 
-    several = "TORCHELASTIC_RUN_ID" in os.environ and launched() > 1
+    count = launched()
     alone = [f" --{way}" for way in ("merge", "replay", "compare") if getattr(arguments, way, None)]
-    if several and (alone or arguments.verb not in ("recover", "align", "resume")):
+    if count > 1 and (alone or arguments.verb not in ("recover", "align", "resume")):
         if not leads():
             raise OtherRankFailed("the first process says why")
         what = arguments.verb + "".join(alone)
-        raise FistaPrunerError(f"torchrun has started several processes, and {what} is done by one: leave it out")
+        raise FistaPrunerError(
+            f"WORLD_SIZE is {count}, so torchrun or another launcher has started {count} processes, and {what} is done "
+            "by one: leave the launcher out; without one, unset RANK and WORLD_SIZE"
+        )
 
 
 class _Output:

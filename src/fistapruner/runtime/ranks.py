@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,9 @@ PATIENCE = timedelta(days=7)
 Gloo notices at once that a rank has ended, whatever this is. Nccl does not: there ``torchrun``, or what else has
 started the ranks, ends the others.
 """
+
+MEETING = timedelta(minutes=15)
+"""How long a process waits until all that were started are there."""
 
 VISIBLE_SECONDS = 60.0
 """How long a file that another rank wrote may take to be seen; network file systems remember what was not there."""
@@ -274,11 +278,12 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
     if own and size == 1:
         yield ALONE
         return
-    nccl = _join(device) if own else False
+    number = next(_runs)
+    nccl = _join(device, number) if own else False
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "") or size)
-    ranks = Ranks(rank, size, local_size, group, next(_runs)) if size > 1 else ALONE
+    ranks = Ranks(rank, size, local_size, group, number) if size > 1 else ALONE
     failed = True
     try:
         ranks.wait()  # one that leaves at once would break the connections of those that still make them
@@ -301,8 +306,13 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
                 torch.distributed.destroy_process_group(None if own else group)
 
 
-def _join(device: str) -> bool:
-    """Make the process group that a launcher's environment variables describe; return whether it has nccl."""
+def _join(device: str, number: int) -> bool:
+    """Make the process group that a launcher's environment variables describe; return whether it has nccl.
+
+    Args:
+        device: that the recipe names.
+        number: of the run, in this process.
+    """
     if not torch.distributed.is_available():
         raise FistaPrunerError("several processes were started, and this PyTorch has no torch.distributed")
     gpu = device != "cpu" and torch.cuda.is_available()
@@ -310,10 +320,39 @@ def _join(device: str) -> bool:
         _check_gpus(device)
         torch.cuda.set_device(choose_device(device))
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+        store, rank, size = _meet(number)
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise FistaPrunerError(f"the other processes cannot be reached: {' '.join(str(error).split())}") from None
+        raise FistaPrunerError(
+            f"WORLD_SIZE is {launched()}, and the other processes cannot be reached: {' '.join(str(error).split())}"
+        ) from None
     return gpu
+
+
+def _meet(number: int) -> tuple[Any, int, int]:
+    """Wait until all processes are there; return their store, this one's rank, and their number.
+
+    PyTorch lets no signal through while it waits, so a thread waits, and an interruption leaves it behind.
+    """
+    met: list[tuple[Any, int, int] | Exception] = []
+
+    def meet() -> None:
+        try:
+            store, rank, size = next(torch.distributed.rendezvous("env://", timeout=MEETING))
+            store.set(f"fistapruner/here/{number}/{rank}", "")
+            store.wait([f"fistapruner/here/{number}/{other}" for other in range(size)], MEETING)
+            store.set_timeout(PATIENCE)
+            met.append((store, rank, size))
+        except Exception as error:
+            met.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(met[0], Exception):
+        raise met[0]
+    return met[0]
 
 
 def _check_gpus(device: str) -> None:
