@@ -59,6 +59,24 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert (out / "model" / "config.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+@pytest.mark.parametrize(("stream", "status"), [("stderr", 0), ("stdout", 2)])
+def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: int) -> None:
+    """Messages are dropped; where results cannot be written, the exit status and one line say so."""
+    program = (
+        "import sys\nfrom fistapruner.cli import main, methods\n"
+        "def run(_):\n    print('said', file=sys.stderr)\n    print('result')\n    return 0\n"
+        "methods.run = run\nsys.exit(main(['methods']))"
+    )
+    other = "stdout" if stream == "stderr" else "stderr"
+    with open("/dev/full", "w") as full:
+        streams = {stream: full, other: subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", program], check=False, text=True, **streams)  # type: ignore[call-overload]
+    full_disk = "fistapruner: standard output cannot be written: No space left on device; the work is done"
+    said = ["result"] if stream == "stderr" else ["said", full_disk]
+    assert (done.returncode, getattr(done, other).splitlines()) == (status, said)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_what_the_terminal_has_no_character_for_is_escaped(encoding: str) -> None:
     program = (

@@ -72,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError, OtherRankFailed
 
-    with _readers_may_leave(), _signals() as terminated:
+    with _readers_may_leave() as results, _signals() as terminated:
         try:
             parsed = build_parser().parse_args(arguments)
             _quieten()
             _refuse_processes(parsed)
-            return int(parsed.run(parsed))
+            status = int(parsed.run(parsed))
+            results.complete()
+            return status
         except OtherRankFailed:  # it says why
             return 2
         except FistaPrunerError as error:
@@ -121,7 +123,7 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
 
 
 class _Output:
-    """Wrap a standard stream so that a closed reader does not stop the work; unread output is dropped.
+    """Wrap a standard stream so that a closed reader or a full disk does not stop the work; output is dropped.
 
     Args:
         stream: the stream; everything but writing is its own.
@@ -129,9 +131,10 @@ class _Output:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._fault = ""
 
     def write(self, text: str) -> int:
-        """Write text, or drop it if the reader is gone."""
+        """Write text, or drop it where that fails."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -145,10 +148,22 @@ class _Output:
         except OSError as error:
             self._drop(error)
 
+    def complete(self) -> None:
+        """Flush the stream, and refuse that its output was dropped for another reason than a reader who has left.
+
+        Raises:
+            FistaPrunerError: names the reason.
+        """
+        from ..errors import FistaPrunerError
+
+        self.flush()
+        if self._fault:
+            raise FistaPrunerError(f"standard output cannot be written: {self._fault}; the work is done")
+
     def _drop(self, error: OSError) -> None:
         """Drop buffered and later output."""
         if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
-            raise error
+            self._fault = error.strerror or str(error)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
@@ -158,19 +173,23 @@ class _Output:
 
 
 @contextmanager
-def _readers_may_leave() -> Iterator[None]:
+def _readers_may_leave() -> Iterator[_Output]:
     """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``).
 
     What the terminal's encoding does not have is written as an escape.
+
+    Yields:
+        Standard output.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     with open(os.devnull, "w", encoding="utf-8") as null:  # a stream that was closed before the program began is None
-        sys.stdout, sys.stderr = (cast(TextIO, _Output(stream or null)) for stream in before)
+        results, messages = (_Output(stream or null) for stream in before)
+        sys.stdout, sys.stderr = cast(TextIO, results), cast(TextIO, messages)
         try:
-            yield
+            yield results
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
