@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,14 +125,23 @@ def test_a_calibration_text_that_may_not_be_read_is_named(tmp_path: Path, monkey
         text_sha256(Recipe.build({"calibration": {"source": str(text)}}))
 
 
+@pytest.mark.parametrize("elastic", [False, True])
 @pytest.mark.parametrize(("name", "status"), [("SIGHUP", 0), ("SIGTERM", 143)])
-def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(name: str, status: int) -> None:
+def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
+    name: str, status: int, *, elastic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ``torchrun`` a kill interrupts, too, so that the lock is released; a closed terminal ends it."""
+    if elastic:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     work = f"os.kill(os.getpid(), signal.{name}); print('worked on'); return 0"
     program = (
         "import os, signal, sys\nfrom fistapruner.cli import main, methods\n"
         f"def run(_):\n    {work}\nmethods.run = run\nsys.exit(main(['methods']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if elastic and name == "SIGHUP":
+        assert done.returncode == -signal.SIGHUP
+        return
     assert (done.returncode, done.stdout) == (status, "" if status else "worked on\n")
     assert done.stderr == ("fistapruner: interrupted\n" if status else "")
 

@@ -200,22 +200,25 @@ def _readers_may_leave() -> Iterator[_Output]:
 def _signals() -> Iterator[list[int]]:
     """Ignore that the terminal is closed, and let SIGTERM interrupt as Ctrl-C does.
 
-    A second SIGTERM ends the process at once.
-    Processes of ``torchrun`` are left to it, which ends them with these signals. Only the main thread can set them.
+    A second SIGTERM ends the process at once. ``torchrun`` ends its processes with both signals, and at last kills
+    them: there SIGHUP is left alone, and a second SIGTERM, which may come from what has sent the first one to all, does
+    not cut short that the run is left in order. Only the main thread can set signals.
 
     Yields:
         A list that is empty until SIGTERM comes.
     """
     came: list[int] = []
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
 
     def interrupt(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if elastic else signal.SIG_DFL)
         came.append(number)
         raise KeyboardInterrupt
 
+    actions: dict[str, Any] = {"SIGTERM": interrupt} if elastic else {"SIGTERM": interrupt, "SIGHUP": signal.SIG_IGN}
     before = {}
-    if threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ:
-        for name, action in (("SIGHUP", signal.SIG_IGN), ("SIGTERM", interrupt)):
+    if threading.current_thread() is threading.main_thread():
+        for name, action in actions.items():
             if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
                 before[number] = signal.signal(number, action)
     try:
