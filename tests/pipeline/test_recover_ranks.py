@@ -126,11 +126,27 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
                 raise FistaPrunerError("its disk is full")
             ranks.wait()
 
+    def interrupted_on_one() -> dict[str, str]:
+        """Interrupt the second process where it would share its first losses."""
+
+        def windows(*_: Any) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(Ranks, "windows", windows)
+            try:
+                recover("again")
+            except KeyboardInterrupt as interruption:  # not kept: its frames hold the connections
+                return {"message": str(interruption), "report": str((folder / "again" / "report.json").exists())}
+        return {}
+
     try:
         reports = {name: recover(name, **settings).model_dump(mode="json") for name, settings in RUNS.items()}
         said = {
             "stopped": failure(rank, lambda: recover("again", listener=Stopping())),
             "on one": failure(rank, fails_on_one),
+            "interrupted": interrupted_on_one(),
             "too many": failure(rank, lambda: recover("few", windows_per_step=1)),
         }
         stream()
@@ -200,6 +216,9 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
     assert second["stopped"] == {"kind": OtherRankFailed.__name__, "message": "rank 0: enough"}
     assert second["on one"] == {"kind": "FistaPrunerError", "message": "rank 1: its disk is full"}
     assert first["on one"] == {"kind": OtherRankFailed.__name__, "message": "rank 1: its disk is full"}
+    assert first["interrupted"]["message"].startswith("interrupted after step 1 of 3; go on with: fistapruner resume ")
+    assert first["interrupted"]["report"] == "False"  # no failed one
+    assert second["interrupted"]["message"] == ""
     assert (
         "windows_per_step is 1 for 2 processes, and each needs at least one window of a step: give --windows-per-step 2"
         in first["too many"]["message"]

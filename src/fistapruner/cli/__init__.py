@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError, OtherRankFailed
+    from ..runtime.launcher import leads
 
     with _readers_may_leave() as results, _signals() as terminated:
         try:
@@ -97,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
-            print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
+            if leads():  # it says how to go on
+                print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
             return 143 if terminated else 130
 
 

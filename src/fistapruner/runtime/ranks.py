@@ -40,6 +40,9 @@ MEETING = timedelta(minutes=15)
 VISIBLE_SECONDS = 60.0
 """How long a file that another rank wrote may take to be seen; network file systems remember what was not there."""
 
+INTERRUPTED = "interrupted"
+"""The message of a rank that was interrupted."""
+
 _runs = itertools.count()
 """Numbers the runs of this process: every rank takes part in the same runs."""
 
@@ -122,6 +125,7 @@ class Ranks:
 
         Raises:
             OtherRankFailed: another rank has failed, and said why.
+            KeyboardInterrupt: another rank was interrupted, and so are all.
             FistaPrunerError: the connection has failed, or another rank has ended without a word.
             torch.OutOfMemoryError: a GPU has no memory for an exchange.
         """
@@ -135,7 +139,8 @@ class Ranks:
             with suppress(RuntimeError, ValueError):
                 store, key = self._message()
                 if store.check([key]):
-                    raise OtherRankFailed(store.get(key).decode()) from None
+                    message = store.get(key).decode()
+                    raise (KeyboardInterrupt if message == INTERRUPTED else OtherRankFailed(message)) from None
             fault = " ".join(str(error).split())[:100]
             raise FistaPrunerError(
                 f"another process of this run has ended, or cannot be reached ({fault}); give the same command again"
@@ -264,8 +269,8 @@ class OrderedSum:
 def ranks_of_run(device: str) -> Iterator[Ranks]:
     """Join the other processes of a run for the block, where a launcher has started several.
 
-    An error in the block ends the others, too: they raise :class:`OtherRankFailed`. A process group that is there
-    already is used.
+    An error in the block ends the others, too: they raise :class:`OtherRankFailed`, or KeyboardInterrupt where it was
+    one. A process group that is there already is used.
 
     Args:
         device: that the recipe names.
@@ -293,9 +298,8 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
         raise
     except BaseException as error:
         if size > 1:
-            ranks.report_failure(f"rank {rank}: {str(error) or type(error).__name__}")
-        if rank and isinstance(error, KeyboardInterrupt):  # rank 0 says how to go on
-            raise OtherRankFailed("interrupted") from None
+            said = f"rank {rank}: {str(error) or type(error).__name__}"
+            ranks.report_failure(INTERRUPTED if isinstance(error, KeyboardInterrupt) else said)
         if rank and isinstance(error, FistaPrunerError):
             error.args = (f"rank {rank}: {error}",)
         raise
