@@ -27,7 +27,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
-from fistapruner.runtime.ranks import ALONE, Ranks, ranks_of_run
+from fistapruner.runtime.ranks import ALONE, Ranks, _check_alike, ranks_of_run
 from fistapruner.tuning.teacher import Teacher
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -233,6 +233,20 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
     # One process goes on where two had begun, too.
     again = fp.recover(pruned, tmp_path / "again", **SETTINGS)
     assert again.fingerprint == found[0]["reports"]["lora"]["fingerprint"]
+
+
+@pytest.mark.parametrize("what", ["device", "torch"])
+def test_ranks_on_other_devices_or_with_other_libraries_are_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first says so: the others would say the same."""
+    changes: dict[str, str] = {}
+    for rank, kind in ((0, FistaPrunerError), (1, OtherRankFailed)):
+        monkeypatch.setattr(Ranks, "gather", lambda _, own: [own, {**own, **changes}])
+        changes.clear()
+        _check_alike(Ranks(rank, 2), "cpu")
+        changes[what] = "another"
+        with pytest.raises(FistaPrunerError, match=rf"^rank 1 has {what} another, and rank 0 has .*: all ") as caught:
+            _check_alike(Ranks(rank, 2), "cpu")
+        assert caught.type is kind
 
 
 def test_passes_are_shared_in_order() -> None:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, OtherRankFailed
-from .devices import choose_device
+from .devices import choose_device, device_title
 from .launcher import launched
+from .machine import versions
 
 T = TypeVar("T")
 
@@ -276,7 +277,8 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
         device: that the recipe names.
 
     Raises:
-        FistaPrunerError: torch without ``torch.distributed``, or the others cannot be reached.
+        FistaPrunerError: torch without ``torch.distributed``, the others cannot be reached, or differ in device or
+            libraries.
     """
     size = launched()
     own = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -291,7 +293,8 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
     ranks = Ranks(rank, size, local_size, group, number) if size > 1 else ALONE
     failed = True
     try:
-        ranks.wait()  # one that leaves at once would break the connections of those that still make them
+        # One that leaves at once would break the connections of those that still make them.
+        _check_alike(ranks, device)
         yield ranks
         failed = False
     except OtherRankFailed:
@@ -332,6 +335,20 @@ def _join(device: str, number: int) -> bool:
             f"WORLD_SIZE is {launched()}, and the other processes cannot be reached: {' '.join(str(error).split())}"
         ) from None
     return gpu
+
+
+def _check_alike(ranks: Ranks, device: str) -> None:
+    """Refuse ranks with other devices or libraries: these round otherwise, and gloo waits for nccl forever."""
+    found = versions()
+    own = {"device": device_title(choose_device(device))}
+    own |= {package: found.get(package, "none") for package in ("fistapruner", "torch", "transformers")}
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, 1):
+        for what, value in other.items():
+            if value != first[what]:
+                raise (FistaPrunerError if ranks.first else OtherRankFailed)(
+                    f"rank {rank} has {what} {value}, and rank 0 has {first[what]}: all processes need the same"
+                )
 
 
 def _meet(number: int) -> tuple[Any, int, int]:
