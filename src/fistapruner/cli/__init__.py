@@ -125,7 +125,7 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
 
 
 class _Output:
-    """Wrap a standard stream so that a closed reader or a full disk does not stop the work; output is dropped.
+    """Drop what a standard stream does not take, so that no closed reader and no full disk stops the work.
 
     Args:
         stream: the stream; everything but writing is its own.
@@ -151,7 +151,7 @@ class _Output:
             self._drop(error)
 
     def complete(self) -> None:
-        """Flush the stream, and refuse that its output was dropped for another reason than a reader who has left.
+        """Flush the stream, and refuse that output was dropped, unless its reader has left.
 
         Raises:
             FistaPrunerError: names the reason.

@@ -49,7 +49,7 @@ def require_ray(address: str | None) -> None:
 
 
 def cluster_head(address: str | None) -> str | None:
-    """Return the address of the cluster that is named, if only by ``RAY_ADDRESS``; None for one on this machine."""
+    """Return the address of a cluster, which ``auto`` has in ``RAY_ADDRESS``; None is this machine."""
     found = os.environ.get("RAY_ADDRESS") if address == "auto" else address
     return None if found in ("", "auto", "local") else found
 

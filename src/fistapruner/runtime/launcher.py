@@ -1,4 +1,7 @@
-"""What ``torchrun`` or ``accelerate launch`` says about the processes that it has started. Needs no torch."""
+"""Read from the environment how many processes a launcher has started. Needs no torch.
+
+``torchrun`` and ``accelerate launch`` are such launchers.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def launched() -> int:
 
 
 def leads() -> bool:
-    """Return whether this is the first of the processes that a launcher has started, or the only one.
+    """Check that this is the first of the processes that a launcher has started, or the only one.
 
     Raises:
         FistaPrunerError: ``RANK`` or ``WORLD_SIZE`` is no number.

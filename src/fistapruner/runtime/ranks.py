@@ -338,7 +338,10 @@ def _join(device: str, number: int) -> bool:
 
 
 def _check_alike(ranks: Ranks, device: str) -> None:
-    """Refuse ranks with other devices or libraries: these round otherwise, and gloo waits for nccl forever."""
+    """Refuse ranks with other devices or libraries.
+
+    These round otherwise, and sums of one backend wait forever for those of another.
+    """
     found = versions()
     own = {"device": device_title(choose_device(device))}
     own |= {package: found.get(package, "none") for package in ("fistapruner", "torch", "transformers")}
@@ -360,7 +363,8 @@ def _meet(number: int) -> tuple[Any, int, int]:
 
     def meet() -> None:
         try:
-            store, rank, size = next(torch.distributed.rendezvous("env://", timeout=MEETING))
+            meeting = torch.distributed.rendezvous("env://", timeout=MEETING)  # type: ignore[attr-defined]
+            store, rank, size = next(meeting)
             store.set(f"fistapruner/here/{number}/{rank}", "")
             store.wait([f"fistapruner/here/{number}/{other}" for other in range(size)], MEETING)
             store.set_timeout(PATIENCE)
