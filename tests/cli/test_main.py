@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,24 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert (out / "model" / "config.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+@pytest.mark.parametrize(("stream", "status"), [("stderr", 0), ("stdout", 2)])
+def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: int) -> None:
+    """Messages are dropped; where results cannot be written, the exit status and one line say so."""
+    program = (
+        "import sys\nfrom fistapruner.cli import main, methods\n"
+        "def run(_):\n    print('said', file=sys.stderr)\n    print('result')\n    return 0\n"
+        "methods.run = run\nsys.exit(main(['methods']))"
+    )
+    other = "stdout" if stream == "stderr" else "stderr"
+    with open("/dev/full", "w") as full:
+        streams = {stream: full, other: subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", program], check=False, text=True, **streams)  # type: ignore[call-overload]
+    full_disk = "fistapruner: standard output cannot be written: No space left on device; the work is done"
+    said = ["result"] if stream == "stderr" else ["said", full_disk]
+    assert (done.returncode, getattr(done, other).splitlines()) == (status, said)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_what_the_terminal_has_no_character_for_is_escaped(encoding: str) -> None:
     program = (
@@ -106,16 +125,47 @@ def test_a_calibration_text_that_may_not_be_read_is_named(tmp_path: Path, monkey
         text_sha256(Recipe.build({"calibration": {"source": str(text)}}))
 
 
+@pytest.mark.parametrize("elastic", [False, True])
 @pytest.mark.parametrize(("name", "status"), [("SIGHUP", 0), ("SIGTERM", 143)])
-def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(name: str, status: int) -> None:
+def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
+    name: str, status: int, *, elastic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ``torchrun`` a kill interrupts, too, so that the lock is released; a closed terminal ends it."""
+    if elastic:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     work = f"os.kill(os.getpid(), signal.{name}); print('worked on'); return 0"
     program = (
         "import os, signal, sys\nfrom fistapruner.cli import main, methods\n"
         f"def run(_):\n    {work}\nmethods.run = run\nsys.exit(main(['methods']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if elastic and name == "SIGHUP":
+        assert done.returncode == -signal.SIGHUP
+        return
     assert (done.returncode, done.stdout) == (status, "" if status else "worked on\n")
     assert done.stderr == ("fistapruner: interrupted\n" if status else "")
+
+
+@pytest.mark.parametrize("rank", ["1", "gold"])
+def test_a_rank_without_a_number_of_processes_is_none(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody's own variable ``RANK`` does not silence a run; with ``WORLD_SIZE`` it must be a number."""
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["prune", str(model), "--out", str(tmp_path / "run"), *SETTINGS]) == 0
+    said = capsys.readouterr()
+    assert "checkpoint" in said.out
+    assert "1 decoder layers" in said.err
+    for name, value in (("RANK", "gold"), ("WORLD_SIZE", "2.0")):
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv(name, value)
+        assert main(["recover", str(tmp_path / "run"), "--out", str(tmp_path / "recovered")]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"fistapruner: environment variable {name} is {value!r}: ")
+        assert said.err.count("\n") == 1
 
 
 def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

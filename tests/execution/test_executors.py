@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -23,12 +25,13 @@ from fistapruner.execution.layer_parallel import prune_layers_in_parallel
 from fistapruner.execution.operator_parallel import ParallelSolver, do_part
 from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.process_pool import ProcessPool
-from fistapruner.execution.ray_pool import room_for_workers
+from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
 from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune
 from fistapruner.pipeline.resume import resume
 from fistapruner.problem import LayerProblem
 from fistapruner.pruning.partition import solve_in_parts
+from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import load_run
@@ -314,6 +317,35 @@ def test_an_address_without_a_cluster_is_refused_at_once(
         address = address.format(closed=free.getsockname()[1])  # nothing listens there
         with pytest.raises(FistaPrunerError, match=message):
             prune(str(model), tmp_path / "run", **SETTINGS, execution={"executor": "ray", "address": address})
+
+
+def test_without_an_address_a_cluster_is_started_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ``RAY_ADDRESS`` says; with ``auto`` it is the cluster, and looked for at once."""
+    asked: list[Any] = []
+
+    def init(**settings: Any) -> None:
+        asked.append(settings["address"])
+        raise ConnectionError("enough")
+
+    module = ModuleType("ray")
+    module.__spec__ = ModuleSpec("ray", None)
+    monkeypatch.setattr(module, "is_initialized", lambda: False, raising=False)
+    monkeypatch.setattr(module, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", module)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        elsewhere = f"127.0.0.1:{free.getsockname()[1]}"  # nothing listens there
+        monkeypatch.setenv("RAY_ADDRESS", elsewhere)
+        for address, message in ((None, "'local' cannot be reached: enough"), ("auto", f"'{elsewhere}' cannot be")):
+            execution = Execution.model_validate({"executor": "ray", "address": address})
+            with pytest.raises(FistaPrunerError, match=message):
+                RayPool(cast(RunContext, None), execution, 1)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:1")
+    with pytest.raises(FistaPrunerError, match=r"^RAY_ADDRESS 'ray://head:1' is not HOST:PORT"):
+        require_ray("auto")
+    assert asked == ["local"]
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert [cluster_head(address) for address in (None, "auto", "head:1")] == [None, None, "head:1"]
 
 
 def test_a_ray_worker_has_its_cores_and_its_gpu_on_one_node() -> None:

@@ -1,4 +1,4 @@
-"""Alignment by two processes: the bytes of one process."""
+"""Alignment by two processes: the bytes of one process; a rank without the dense model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from test_align import SETTINGS, Bench
 
 import fistapruner as fp
+from fistapruner.models.files.safetensors import SafetensorsFile
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -22,7 +23,15 @@ def together(rank: int, pruned: Path, pairs: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        fp.align(pruned, folder / "two", **SHARED, data={"pairs": str(pairs)}, execution={"threads": 1})
+        common: dict[str, Any] = {**SHARED, "data": {"pairs": str(pairs)}, "execution": {"threads": 1}}
+        fp.align(pruned, folder / "two", **common)
+        if rank == 1:  # its machine does not see the dense model, which nothing but the figures of the test needs
+            hidden, there = folder / "llama", Path.is_dir
+            Path.is_dir = lambda path, **more: path != hidden and there(path, **more)  # type: ignore[assignment]
+        try:
+            fp.align(pruned, folder / "one sees it", **{**common, "loss": "sft", "anchor": 0.0})
+        except fp.FistaPrunerError as error:
+            (folder / f"{rank}.txt").write_text(str(error))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -40,3 +49,8 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     one, two = (tmp_path / name for name in ("one", "two"))
     assert (one / "model" / "model.safetensors").read_bytes() == (two / "model" / "model.safetensors").read_bytes()
     assert (one / "references.safetensors").read_bytes() == (two / "references.safetensors").read_bytes()
+    for rank in range(2):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert said.startswith(f"rank 1: the dense model of the run in {tmp_path / 'one sees it'} is not at ")
+    names = SafetensorsFile(tmp_path / "one sees it" / "references.safetensors").entries
+    assert not any(name.startswith("dense.") for name in names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,11 +22,12 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError, OtherRankFailed
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.pipeline.compare import compare
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
-from fistapruner.runtime.ranks import ALONE, Ranks, ranks_of_run
+from fistapruner.runtime.ranks import ALONE, Ranks, _check_alike, ranks_of_run
 from fistapruner.tuning.teacher import Teacher
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -54,6 +56,19 @@ def test_memory_that_an_exchange_has_not_is_not_another_process() -> None:
         raise RuntimeError("NCCL error in: NCCLUtils.cpp:77, Cuda failure 2 'out of memory'")
     with pytest.raises(FistaPrunerError, match="another process of this run has ended"), ranks.peers_may_fail():
         raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("part", [{"a": 1}, None, torch.ones(2, 3), torch.ones(1, 2)])
+def test_a_rank_that_does_other_work_is_named(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five windows in passes of two, it has the third and the fourth."""
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, part])
+    ranks, own = Ranks(0, 2), torch.tensor([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]])
+    with pytest.raises(FistaPrunerError, match=r"rank 1 has sent .* for figures of 2 windows: .* not do the same work"):
+        ranks.windows(own, 5, 2)
+    part = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
+    assert ranks.windows(own, 5, 2).tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0]] * 2
+    part = None
+    assert torch.equal(ranks.windows(own[:, :2], 2, 2), own[:, :2])
 
 
 class Stopping(Listener):
@@ -111,11 +126,27 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
                 raise FistaPrunerError("its disk is full")
             ranks.wait()
 
+    def interrupted_on_one() -> dict[str, str]:
+        """Interrupt the second process where it would share its first losses."""
+
+        def windows(*_: Any) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(Ranks, "windows", windows)
+            try:
+                recover("again")
+            except KeyboardInterrupt as interruption:  # not kept: its frames hold the connections
+                return {"message": str(interruption), "report": str((folder / "again" / "report.json").exists())}
+        return {}
+
     try:
         reports = {name: recover(name, **settings).model_dump(mode="json") for name, settings in RUNS.items()}
         said = {
             "stopped": failure(rank, lambda: recover("again", listener=Stopping())),
             "on one": failure(rank, fails_on_one),
+            "interrupted": interrupted_on_one(),
             "too many": failure(rank, lambda: recover("few", windows_per_step=1)),
         }
         stream()
@@ -185,6 +216,9 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
     assert second["stopped"] == {"kind": OtherRankFailed.__name__, "message": "rank 0: enough"}
     assert second["on one"] == {"kind": "FistaPrunerError", "message": "rank 1: its disk is full"}
     assert first["on one"] == {"kind": OtherRankFailed.__name__, "message": "rank 1: its disk is full"}
+    assert first["interrupted"]["message"].startswith("interrupted after step 1 of 3; go on with: fistapruner resume ")
+    assert first["interrupted"]["report"] == "False"  # no failed one
+    assert second["interrupted"]["message"] == ""
     assert (
         "windows_per_step is 1 for 2 processes, and each needs at least one window of a step: give --windows-per-step 2"
         in first["too many"]["message"]
@@ -201,6 +235,20 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
     assert again.fingerprint == found[0]["reports"]["lora"]["fingerprint"]
 
 
+@pytest.mark.parametrize("what", ["device", "torch"])
+def test_ranks_on_other_devices_or_with_other_libraries_are_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first says so: the others would say the same."""
+    changes: dict[str, str] = {}
+    for rank, kind in ((0, FistaPrunerError), (1, OtherRankFailed)):
+        monkeypatch.setattr(Ranks, "gather", lambda _, own: [own, {**own, **changes}])
+        changes.clear()
+        _check_alike(Ranks(rank, 2), "cpu")
+        changes[what] = "another"
+        with pytest.raises(FistaPrunerError, match=rf"^rank 1 has {what} another, and rank 0 has .*: all ") as caught:
+            _check_alike(Ranks(rank, 2), "cpu")
+        assert caught.type is kind
+
+
 def test_passes_are_shared_in_order() -> None:
     for count in (1, 2, 5):
         for size in (1, 2, 3):
@@ -212,8 +260,7 @@ def test_passes_are_shared_in_order() -> None:
 def test_several_processes_are_refused_where_one_does_the_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         for words in (
@@ -222,7 +269,32 @@ def test_several_processes_are_refused_where_one_does_the_work(
             ["align", "x", "--compare", "--data", "y", "--out", "z"],
         ):
             assert main(words) == 2
-            assert capsys.readouterr().err.count("torchrun has started several processes") == lines
+            said = capsys.readouterr().err
+            assert said.count("\n") == said.count(" has started 2 processes, and ") == lines
+    for work in (
+        lambda **more: fp.prune("nowhere", "x", **more),
+        lambda **more: compare("nowhere", "wanda", ["50%"], "x", settings=more),
+    ):
+        with pytest.raises(FistaPrunerError, match=r"^recover: WORLD_SIZE is 2, and only a recovery is shared"):
+            work(recover={"steps": 1})
+
+
+def test_a_process_that_waits_for_others_says_so_and_ends_at_sigterm(pruned: Path, tmp_path: Path) -> None:
+    """As where ``RANK`` and ``WORLD_SIZE`` are exported, and nobody else has been started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = ["recover", str(pruned), "--out", str(tmp_path / "out"), "--evaluate", "none"]
+    command = [sys.executable, "-m", "fistapruner", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **alone}) as process:
+        assert process.stderr is not None
+        while "waiting for the other processes" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == "fistapruner: interrupted\n"
+        assert process.wait() == 143
+    assert not (tmp_path / "out").exists()
 
 
 def launch(run: Path, *words: str) -> subprocess.Popen[str]:

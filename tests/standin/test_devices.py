@@ -86,7 +86,7 @@ def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
-    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    monkeypatch.setattr(torch.distributed, "rendezvous", fail)
     free_memory_of_gpus.cache_clear()
     try:
         with pytest.raises(FistaPrunerError, match="no network"), ranks_of_run("auto"):

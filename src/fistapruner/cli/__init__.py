@@ -71,13 +71,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError, OtherRankFailed
+    from ..runtime.launcher import leads
 
-    with _readers_may_leave(), _signals() as terminated:
+    with _readers_may_leave() as results, _signals() as terminated:
         try:
             parsed = build_parser().parse_args(arguments)
             _quieten()
             _refuse_processes(parsed)
-            return int(parsed.run(parsed))
+            status = int(parsed.run(parsed))
+            results.complete()
+            return status
         except OtherRankFailed:  # it says why
             return 2
         except FistaPrunerError as error:
@@ -95,29 +98,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
-            print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
+            if leads():  # it says how to go on
+                print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
             return 143 if terminated else 130
 
 
 def _refuse_processes(arguments: argparse.Namespace) -> None:
-    """Refuse several processes of ``torchrun`` for what one process does.
+    """Refuse several processes of a launcher for what one process does.
 
     Raises:
         FistaPrunerError: names the verb; in the first process.
     """
     from ..errors import FistaPrunerError, OtherRankFailed
+    from ..runtime.launcher import launched, leads
 
-    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    count = launched()
     alone = [f" --{way}" for way in ("merge", "replay", "compare") if getattr(arguments, way, None)]
-    if several and (alone or arguments.verb not in ("recover", "align", "resume")):
-        if os.environ.get("RANK", "0") != "0":
+    if count > 1 and (alone or arguments.verb not in ("recover", "align", "resume")):
+        if not leads():
             raise OtherRankFailed("the first process says why")
         what = arguments.verb + "".join(alone)
-        raise FistaPrunerError(f"torchrun has started several processes, and {what} is done by one: leave it out")
+        raise FistaPrunerError(
+            f"WORLD_SIZE is {count}, so torchrun or another launcher has started {count} processes, and {what} is done "
+            "by one: leave the launcher out; without one, unset RANK and WORLD_SIZE"
+        )
 
 
 class _Output:
-    """Wrap a standard stream so that a closed reader does not stop the work; unread output is dropped.
+    """Drop what a standard stream does not take, so that no closed reader and no full disk stops the work.
 
     Args:
         stream: the stream; everything but writing is its own.
@@ -125,9 +133,10 @@ class _Output:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._fault = ""
 
     def write(self, text: str) -> int:
-        """Write text, or drop it if the reader is gone."""
+        """Write text, or drop it where that fails."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -141,10 +150,22 @@ class _Output:
         except OSError as error:
             self._drop(error)
 
+    def complete(self) -> None:
+        """Flush the stream, and refuse that output was dropped, unless its reader has left.
+
+        Raises:
+            FistaPrunerError: names the reason.
+        """
+        from ..errors import FistaPrunerError
+
+        self.flush()
+        if self._fault:
+            raise FistaPrunerError(f"standard output cannot be written: {self._fault}; the work is done")
+
     def _drop(self, error: OSError) -> None:
         """Drop buffered and later output."""
         if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
-            raise error
+            self._fault = error.strerror or str(error)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
@@ -154,19 +175,23 @@ class _Output:
 
 
 @contextmanager
-def _readers_may_leave() -> Iterator[None]:
+def _readers_may_leave() -> Iterator[_Output]:
     """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``).
 
     What the terminal's encoding does not have is written as an escape.
+
+    Yields:
+        Standard output.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     with open(os.devnull, "w", encoding="utf-8") as null:  # a stream that was closed before the program began is None
-        sys.stdout, sys.stderr = (cast(TextIO, _Output(stream or null)) for stream in before)
+        results, messages = (_Output(stream or null) for stream in before)
+        sys.stdout, sys.stderr = cast(TextIO, results), cast(TextIO, messages)
         try:
-            yield
+            yield results
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
@@ -177,22 +202,25 @@ def _readers_may_leave() -> Iterator[None]:
 def _signals() -> Iterator[list[int]]:
     """Ignore that the terminal is closed, and let SIGTERM interrupt as Ctrl-C does.
 
-    A second SIGTERM ends the process at once.
-    Processes of ``torchrun`` are left to it, which ends them with these signals. Only the main thread can set them.
+    A second SIGTERM ends the process at once. ``torchrun`` ends its processes with both signals, and at last kills
+    them: there SIGHUP is left alone, and a second SIGTERM, which may come from what has sent the first one to all, does
+    not cut short that the run is left in order. Only the main thread can set signals.
 
     Yields:
         A list that is empty until SIGTERM comes.
     """
     came: list[int] = []
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
 
     def interrupt(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if elastic else signal.SIG_DFL)
         came.append(number)
         raise KeyboardInterrupt
 
+    actions: dict[str, Any] = {"SIGTERM": interrupt} if elastic else {"SIGTERM": interrupt, "SIGHUP": signal.SIG_IGN}
     before = {}
-    if threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ:
-        for name, action in (("SIGHUP", signal.SIG_IGN), ("SIGTERM", interrupt)):
+    if threading.current_thread() is threading.main_thread():
+        for name, action in actions.items():
             if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
                 before[number] = signal.signal(number, action)
     try:

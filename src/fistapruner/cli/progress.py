@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from rich.progress import (
 from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
 from ..runtime.formatting import duration
+from ..runtime.launcher import leads
 
 EVERY = 7.0
 """Seconds after which it is said again what is being done."""
@@ -39,7 +39,7 @@ def choose_listener(arguments: argparse.Namespace) -> Listener:
     seconds what is being done, from a thread of its own. Of several processes that share a run, the first one speaks.
     """
     quiet = any(getattr(arguments, name, False) for name in ("quiet", "json"))  # not every verb has these
-    if quiet or int(os.environ.get("RANK") or 0) > 0:
+    if quiet or not leads():
         return Listener()
     listener = LiveListener() if sys.stderr.isatty() else PlainListener()
     ended = threading.Event()

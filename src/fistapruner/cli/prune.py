@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
 from ..runtime.formatting import shell_line
+from ..runtime.launcher import leads
 from .arguments import (
     add_evaluation,
     add_output_arguments,
@@ -88,7 +88,7 @@ def show(report: Report, out: str, *, as_json: bool) -> int:
         out: the run directory.
         as_json: print the whole report.
     """
-    if int(os.environ.get("RANK") or 0) == 0:
+    if leads():
         from ..reporting.summary import summary
         from ..runs.directory import RunDirectory
         from ..runs.prune_directory import PruneDirectory

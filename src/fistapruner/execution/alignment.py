@@ -118,7 +118,10 @@ class AlignContext(TrainingContext):
         """Return the (pairs, 2) log-probabilities of the models, from the cache where it has them.
 
         Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known,
-        or is gone, then has none.
+        or that rank 0 does not find, then has none.
+
+        Raises:
+            FistaPrunerError: another rank has no dense model, or the disk refuses.
         """
         recipe = self.recipe
         tokens = hashlib.sha256()
@@ -127,6 +130,7 @@ class AlignContext(TrainingContext):
         files, dense = {"pruned": stamps(self.model.checkpoint)}, self.decision.dense
         if dense is not None:
             files["dense"] = list(self.decision.dense_stamps)
+        there = ranks.share(dense is not None and dense.is_dir())  # decided once: the ranks compute together
 
         def reference(name: str) -> ReferenceModel:
             used = name in recipe.resolved_references
@@ -134,7 +138,7 @@ class AlignContext(TrainingContext):
             def opened() -> LayerwiseModel | None:
                 if name == "pruned":
                     return self.model
-                return self.open_dense() if used or (dense is not None and dense.is_dir()) else None
+                return self.open_dense() if used or there else None
 
             identity = {
                 "its weights": hashlib.sha256(json.dumps(files[name]).encode()).hexdigest(),

@@ -35,24 +35,31 @@ def require_ray(address: str | None) -> None:
     Ray itself would wait for minutes, and a signal would not end it.
 
     Args:
-        address: ``HOST:PORT`` of the cluster's head, ``auto`` for a cluster on this machine, or None to start one.
+        address: ``HOST:PORT`` of the cluster's head, ``auto`` for the one that ``RAY_ADDRESS`` names or that is on this
+            machine, or None to start one.
 
     Raises:
         MissingExtraError: names the extra.
         FistaPrunerError: names the address and the fault.
     """
-    if address not in (None, "auto"):
-        _require_cluster(address)
+    if head := cluster_head(address):
+        _require_cluster(head, "--address" if address != "auto" else "RAY_ADDRESS")
     if find_spec("ray") is None:
         raise MissingExtraError("ray", "ray", "--executor ray")
 
 
-def _require_cluster(address: str) -> None:
-    """Refuse an address where nothing listens."""
+def cluster_head(address: str | None) -> str | None:
+    """Return the address of a cluster, which ``auto`` has in ``RAY_ADDRESS``; None is this machine."""
+    found = os.environ.get("RAY_ADDRESS") if address == "auto" else address
+    return None if found in ("", "auto", "local") else found
+
+
+def _require_cluster(address: str, name: str) -> None:
+    """Refuse an address, given by what is called ``name``, where nothing listens."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         raise FistaPrunerError(
-            f"--address {address!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto"
+            f"{name} {address!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
@@ -94,15 +101,16 @@ class RayPool:
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:
+            address = execution.address or "local"  # without one Ray would look for a cluster
             try:
                 ray.init(
-                    address=execution.address,
+                    address=address,
                     include_dashboard=False if execution.address is None else None,
                     log_to_driver=False,
                 )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise FistaPrunerError(
-                    f"Ray cluster {execution.address!r} cannot be reached: {' '.join(str(error).split())[:200]}"
+                    f"Ray cluster {address!r} cannot be reached: {' '.join(str(error).split())[:200]}"
                 ) from None
         threads = context.numerics.threads
         resources = ray.cluster_resources()

@@ -205,9 +205,16 @@ def resolve_model(
     ]
     if trust_remote_code:
         patterns.append("*.py")
+    from huggingface_hub import constants
+
     folder = _snapshot(text, patterns, download)
     if any(folder.glob("*.safetensors")):
         return folder
+    if constants.HF_HUB_OFFLINE and not any(file.suffix in (".bin", ".gguf") for file in folder.iterdir()):
+        raise FistaPrunerError(
+            f"only part of {text} is in the hub's cache ({folder}), and the hub is offline (HF_HUB_OFFLINE): download "
+            f"it with 'hf download {text}' where there is a network"
+        )
     if not allow_pickle:
         raise FistaPrunerError(
             f"hub model {text!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "

@@ -64,7 +64,14 @@ from .protocol import Protocol, distinct_seeds
 from .prune import prune
 from .prune_inputs import refuse_overlap, shared_text
 from .recover import recover
-from .recover_inputs import check_fits, check_following, check_trained, recovers, recovery_recipe
+from .recover_inputs import (
+    check_fits,
+    check_following,
+    check_trained,
+    recovers,
+    recovery_recipe,
+    refuse_processes,
+)
 from .training import changed_texts
 from .training_inputs import asked
 
@@ -123,6 +130,7 @@ def compare(
     model, folder = str(model), Path(out)
     jobs = plan_jobs(parse_contenders(methods), sparsities, seeds, settings or {})
     for job in jobs:
+        refuse_processes(job.recipe)
         if job.recipe.pattern.supports_allocation:
             read_workload(job.recipe)
         if not job.run(folder).run_file.exists():

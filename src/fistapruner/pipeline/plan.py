@@ -17,6 +17,7 @@ from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import open_model
 from ..execution.executors import count_jobs, default_threads
+from ..execution.ray_pool import cluster_head
 from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
@@ -325,7 +326,7 @@ def local_workers(execution: Execution) -> int:
     devices = worker_devices(execution.device, execution.workers, execution.threads)
     if execution.executor == "process":
         return len(devices)
-    if execution.executor == "serial" or execution.address not in (None, "auto"):
+    if execution.executor == "serial" or cluster_head(execution.address):
         return 1
     room = available_cores() // default_threads(execution)  # as Ray places them
     room = min(room, torch.cuda.device_count()) if devices[0].type == "cuda" else room

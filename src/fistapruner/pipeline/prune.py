@@ -51,7 +51,7 @@ from .plan import check_sources
 from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
-from .recover_inputs import check_following, check_trained, recovers, recovery_recipe
+from .recover_inputs import check_following, check_trained, recovers, recovery_recipe, refuse_processes
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -123,6 +123,7 @@ def prune(
 
     given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
     recipe = Recipe.build(merge(given, settings))
+    refuse_processes(recipe)
     if begun is None:  # what a run has decided does not need its texts and its workload file any more
         check_allocation(recipe)
         if tokens is None:
@@ -234,6 +235,7 @@ def finish_run(
     run.check_place()
     refuse_lost_text(begun.decision.evaluation)
     recipe = _recipe_here(run, begun, listener)
+    refuse_processes(recipe)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
     report = found.report
     with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):

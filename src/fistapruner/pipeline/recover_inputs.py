@@ -26,6 +26,7 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import cpu_threads
+from ..runtime.launcher import launched
 from ..runtime.memory import release_memory
 from .begun import refuse_other_settings
 from .plan import allocate
@@ -75,6 +76,19 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
     read = {name: text for name, text in data.tasks.items() if text != SELF}
     if read or data.source not in (None, SELF):
         training_text(data.model_copy(update={"tasks": read}), dense.tokenizer(), seqlen)
+
+
+def refuse_processes(recipe: Recipe) -> None:
+    """Refuse several processes that prune and then recover: they share no pruning.
+
+    Raises:
+        FistaPrunerError: says how many a launcher has started, and what to do.
+    """
+    if recipe.recover is not None and (count := launched()) > 1:
+        raise FistaPrunerError(
+            f"recover: WORLD_SIZE is {count}, and only a recovery is shared by processes: prune with one process and "
+            "without recover, then recover the result with all; where there are no others, unset RANK and WORLD_SIZE"
+        )
 
 
 def recovery_recipe(recipe: Recipe) -> RecoverRecipe:

@@ -10,7 +10,7 @@ from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
-from ..runtime.ranks import launched
+from ..runtime.launcher import launched
 from .align import ALIGN
 from .prune import resume_pruning
 from .recover import RECOVER

@@ -25,6 +25,7 @@ from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.formatting import shell_line
+from ..runtime.launcher import launched
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..runtime.ranks import ranks_of_run
@@ -130,8 +131,11 @@ def _run(
     resumed: bool = False,
 ) -> Report:
     """Do what is left of a run, together with the other processes if there are any."""
+    if launched() > 1:
+        told.tick("waiting for the other processes", 0, 1)
     with undisturbed(), ranks_of_run(request.recipe.execution.device) as ranks:
         if ranks.first:
+            told.tick("starting", 0, 1)
             report = _lead(verb, run, replace(request, ranks=ranks), told, resumed=resumed)
             ranks.share(report.model_dump(mode="json"))
             return report

@@ -56,8 +56,8 @@ class Execution(Settings):
     )
     address: str | None = Field(
         None,
-        description="HOST:PORT of the head of a Ray cluster, or auto for the one on this machine; without it one "
-        "is started here.",
+        description="HOST:PORT of the head of a Ray cluster, or auto for the one in RAY_ADDRESS or on this machine; "
+        "without it one is started here.",
     )
 
     @field_validator("memory_limit", mode="before")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, OtherRankFailed
-from .devices import choose_device
+from .devices import choose_device, device_title
+from .launcher import launched
+from .machine import versions
 
 T = TypeVar("T")
 
@@ -33,8 +36,14 @@ Gloo notices at once that a rank has ended, whatever this is. Nccl does not: the
 started the ranks, ends the others.
 """
 
+MEETING = timedelta(minutes=15)
+"""How long a process waits until all that were started are there."""
+
 VISIBLE_SECONDS = 60.0
 """How long a file that another rank wrote may take to be seen; network file systems remember what was not there."""
+
+INTERRUPTED = "interrupted"
+"""The message of a rank that was interrupted."""
 
 _runs = itertools.count()
 """Numbers the runs of this process: every rank takes part in the same runs."""
@@ -118,6 +127,7 @@ class Ranks:
 
         Raises:
             OtherRankFailed: another rank has failed, and said why.
+            KeyboardInterrupt: another rank was interrupted, and so are all.
             FistaPrunerError: the connection has failed, or another rank has ended without a word.
             torch.OutOfMemoryError: a GPU has no memory for an exchange.
         """
@@ -131,7 +141,8 @@ class Ranks:
             with suppress(RuntimeError, ValueError):
                 store, key = self._message()
                 if store.check([key]):
-                    raise OtherRankFailed(store.get(key).decode()) from None
+                    message = store.get(key).decode()
+                    raise (KeyboardInterrupt if message == INTERRUPTED else OtherRankFailed(message)) from None
             fault = " ".join(str(error).split())[:100]
             raise FistaPrunerError(
                 f"another process of this run has ended, or cannot be reached ({fault}); give the same command again"
@@ -162,16 +173,27 @@ class Ranks:
 
         Returns:
             (k, windows), in order, on all ranks.
+
+        Raises:
+            FistaPrunerError: a rank has sent something else, so it does other work.
         """
         if self.size == 1:
             assert sums is not None
             return sums
         parts = self.gather(sums)
-        known = next(part for part in parts if part is not None)
+        known = next((part for part in parts if isinstance(part, Tensor)), torch.empty(0, 0))
         whole = known.new_zeros(len(known), windows)
         for rank, part in enumerate(parts):
-            if part is not None:
-                whole[:, Ranks(rank, self.size).mine(range(windows), batch_size)] = part
+            mine = Ranks(rank, self.size).mine(range(windows), batch_size)
+            if part is None and not mine:
+                continue
+            if not isinstance(part, Tensor) or part.shape != (len(known), len(mine)):
+                sent = f"{type(part).__name__} {list(part.shape) if isinstance(part, Tensor) else part}"
+                raise FistaPrunerError(
+                    f"rank {rank} has sent {sent[:60]} for figures of {len(mine)} windows: the processes do not do the "
+                    "same work; start all with one command, on machines that see the same files"
+                )
+            whole[:, mine] = part
         return whole
 
 
@@ -245,47 +267,45 @@ class OrderedSum:
         return found
 
 
-def launched() -> int:
-    """Count the processes that a launcher has started for this run; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
-
-
 @contextmanager
 def ranks_of_run(device: str) -> Iterator[Ranks]:
     """Join the other processes of a run for the block, where a launcher has started several.
 
-    An error in the block ends the others, too: they raise :class:`OtherRankFailed`. A process group that is there
-    already is used.
+    An error in the block ends the others, too: they raise :class:`OtherRankFailed`, or KeyboardInterrupt where it was
+    one. A process group that is there already is used.
 
     Args:
         device: that the recipe names.
 
     Raises:
-        FistaPrunerError: torch without ``torch.distributed``, the others cannot be reached, or two have one GPU.
+        FistaPrunerError: torch without ``torch.distributed``, the others cannot be reached or differ in device or
+            libraries, or two have one GPU.
     """
     size = launched()
     own = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if own and size == 1:
         yield ALONE
         return
-    nccl = _join(device) if own else False
+    number = next(_runs)
+    nccl = _join(device, number) if own else False
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "") or size)
-    ranks = Ranks(rank, size, local_size, group, next(_runs)) if size > 1 else ALONE
+    ranks = Ranks(rank, size, local_size, group, number) if size > 1 else ALONE
     failed = True
     try:
         # One that leaves at once would break the connections of those that still make them.
-        _check_gpus(ranks) if nccl else ranks.wait()
+        _check_alike(ranks, device)
+        if nccl:
+            _check_gpus(ranks)
         yield ranks
         failed = False
     except OtherRankFailed:
         raise
     except BaseException as error:
         if size > 1:
-            ranks.report_failure(f"rank {rank}: {str(error) or type(error).__name__}")
-        if rank and isinstance(error, KeyboardInterrupt):  # rank 0 says how to go on
-            raise OtherRankFailed("interrupted") from None
+            said = f"rank {rank}: {str(error) or type(error).__name__}"
+            ranks.report_failure(INTERRUPTED if isinstance(error, KeyboardInterrupt) else said)
         if rank and isinstance(error, FistaPrunerError):
             error.args = (f"rank {rank}: {error}",)
         raise
@@ -296,18 +316,70 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
                 torch.distributed.destroy_process_group(None if own else group)
 
 
-def _join(device: str) -> bool:
-    """Make the process group that a launcher's environment variables describe; return whether it has nccl."""
+def _join(device: str, number: int) -> bool:
+    """Make the process group that a launcher's environment variables describe; return whether it has nccl.
+
+    Args:
+        device: that the recipe names.
+        number: of the run, in this process.
+    """
     if not torch.distributed.is_available():
         raise FistaPrunerError("several processes were started, and this PyTorch has no torch.distributed")
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(choose_device(device))
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+        store, rank, size = _meet(number)
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise FistaPrunerError(f"the other processes cannot be reached: {' '.join(str(error).split())}") from None
+        raise FistaPrunerError(
+            f"WORLD_SIZE is {launched()}, and the other processes cannot be reached: {' '.join(str(error).split())}"
+        ) from None
     return gpu
+
+
+def _check_alike(ranks: Ranks, device: str) -> None:
+    """Refuse ranks with other devices or libraries.
+
+    These round otherwise, and sums of one backend wait forever for those of another.
+    """
+    found = versions()
+    own = {"device": device_title(choose_device(device))}
+    own |= {package: found.get(package, "none") for package in ("fistapruner", "torch", "transformers")}
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, 1):
+        for what, value in other.items():
+            if value != first[what]:
+                raise (FistaPrunerError if ranks.first else OtherRankFailed)(
+                    f"rank {rank} has {what} {value}, and rank 0 has {first[what]}: all processes need the same"
+                )
+
+
+def _meet(number: int) -> tuple[Any, int, int]:
+    """Wait until all processes are there; return their store, this one's rank, and their number.
+
+    PyTorch lets no signal through while it waits, so a thread waits, and an interruption leaves it behind.
+    """
+    met: list[tuple[Any, int, int] | Exception] = []
+
+    def meet() -> None:
+        try:
+            meeting = torch.distributed.rendezvous("env://", timeout=MEETING)  # type: ignore[attr-defined]
+            store, rank, size = next(meeting)
+            store.set(f"fistapruner/here/{number}/{rank}", "")
+            store.wait([f"fistapruner/here/{number}/{other}" for other in range(size)], MEETING)
+            store.set_timeout(PATIENCE)
+            met.append((store, rank, size))
+        except Exception as error:
+            met.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(met[0], Exception):
+        raise met[0]
+    return met[0]
 
 
 def _check_gpus(ranks: Ranks) -> None:
