@@ -201,19 +201,25 @@ def test_without_gradients_three_losses_in_a_row_that_are_not_finite_end_trainin
     assert journal(tmp_path) == lines
 
 
+@pytest.mark.parametrize("states", ["at checks", "at every step"])
 @pytest.mark.parametrize("optimizer", ["adamw", "mezo"])
 @pytest.mark.parametrize("at", range(1, STEPS + 1))
-def test_killed_at_any_step_it_ends_with_the_same_bits(tmp_path: Path, optimizer: str, at: int) -> None:
+def test_killed_at_any_step_it_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, at: int, states: str
+) -> None:
     whole = Parabola()
     expected, _ = train(tmp_path / "whole", whole, optimizer=optimizer)
+    if states == "at every step":  # any time is long after the last
+        monkeypatch.setattr("fistapruner.tuning.trainer.snapshot_interval", lambda seconds: -1.0)
     with pytest.raises(Killed):
         train(tmp_path / "killed", Parabola(loss_at=kill_at(at)), optimizer=optimizer)
     stepper = Parabola()
     state, _ = train(tmp_path / "killed", stepper, optimizer=optimizer)
     assert (state, stepper.value) == (expected, whole.value)
     assert journal(tmp_path / "killed") == journal(tmp_path / "whole")
-    if optimizer == "mezo":  # nothing is passed again that the journal holds
-        assert stepper.taken == list(range(at, STEPS + 1))
+    # Nothing is passed again that a state or, without gradients, the journal holds.
+    begun = at if optimizer == "mezo" or states == "at every step" else at - (at - 1) % 2
+    assert stepper.taken == list(range(begun, STEPS + 1))
 
 
 def test_killed_as_it_takes_steps_again_it_keeps_their_lines(tmp_path: Path) -> None:
