@@ -106,10 +106,10 @@ def weights(run: Path) -> bytes:
 
 
 @torch.no_grad()
-def held_out_loss(run: Path, model: Path, dense: Path) -> float:
-    """The divergence of a model from the dense one on the run's held-out windows, by transformers and torch."""
+def held_out_loss(run: Path, model: Path, dense: Path, task: int = 0) -> float:
+    """The divergence of a model from the dense one on the held-out windows of a task, by transformers and torch."""
     file = SafetensorsFile(run / "windows.safetensors")
-    tokens = file.read("tokens")[file.read("held_out").to(torch.bool)]
+    tokens = file.read("tokens")[file.read("held_out").to(torch.bool) & (file.read("task") == task)]
     ours, theirs = (
         log_softmax(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits[:, :-1], -1)
         for folder in (model, dense)
@@ -406,6 +406,26 @@ def test_a_single_named_text_is_that_of_the_recovery(bench: Bench, tmp_path: Pat
     report = recover(tmp_path / "run", tmp_path / "out", steps=1)
     assert report.calibration is not None
     assert report.calibration.source == str(bench.text)
+
+
+def test_of_several_tasks_the_held_out_loss_is_the_mean(bench: Bench, tmp_path: Path) -> None:
+    other, out = tmp_path / "other.jsonl", tmp_path / "out"
+    other.write_text("".join(json.dumps({"text": f"THE SQUARE OF {n} IS {n * n}."}) + "\n" for n in range(20)))
+    tasks = {"counting": str(bench.text), "squares": str(other)}
+    report = recover(bench.pruned(), out, data={"tasks": tasks, "held_out": 0.2}, parameters="full")
+    assert report.recovery is not None
+    file = SafetensorsFile(out / "windows.safetensors")
+    counts = file.read("task")[file.read("held_out").to(torch.bool)].bincount().tolist()
+    assert len(set(counts)) == 2  # a mean over all windows would be another
+    checks = report.recovery.checks
+    best = min(checks, key=lambda check: check.held_out)
+    assert best.held_out < checks[0].held_out
+    for check, model in ((checks[0], bench.pruned()), (best, out)):
+        losses = {name: held_out_loss(out, model / "model", bench.dense(), task) for task, name in enumerate(tasks)}
+        assert check.by_task == pytest.approx(losses, rel=1e-4)
+        assert check.held_out == pytest.approx(sum(losses.values()) / 2, rel=1e-4)
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in tasks)
 
 
 def test_a_rate_that_is_too_high_gives_the_input_back(

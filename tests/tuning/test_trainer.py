@@ -7,6 +7,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -77,7 +78,13 @@ class Parabola:
 
 
 def train(
-    folder: Path, stepper: Parabola, *, checks: int = 4, about: Mapping[str, Any] = {}, **settings: Any
+    folder: Path,
+    stepper: Parabola,
+    *,
+    text: TrainingText = TEXT,
+    checks: int = 4,
+    about: Mapping[str, Any] = {},
+    **settings: Any,
 ) -> tuple[TrainingState, list[str]]:
     """Train as far as the stepper lets it; returns the state, and what was said."""
     folder.mkdir(exist_ok=True)
@@ -86,7 +93,7 @@ def train(
     recipe = RecoverRecipe(validation_checks=checks, warm_up=0.0, schedule="constant", **settings)
     run = RecoverDirectory(folder)
     settings = {"snapshot": newest_state(run, "this run"), "about": dict(about), "say": said.append}
-    trainer = Trainer(run, "this run", recipe, TEXT, order, stepper, stepper, **settings)  # type: ignore[arg-type]
+    trainer = Trainer(run, "this run", recipe, text, order, stepper, stepper, **settings)  # type: ignore[arg-type]
     return trainer.train(), said
 
 
@@ -155,6 +162,37 @@ def test_snapshots_that_take_long_are_written_seldom(
     assert written == steps
     train(tmp_path / "quick", quick, checks=1)
     assert stepper.value == quick.value
+
+
+def test_the_step_is_kept_whose_mean_over_tasks_is_best(tmp_path: Path) -> None:
+    """Each task counts alike, whatever its windows: the mean over all tokens would be best at the start."""
+
+    class TwoTasks(Parabola):
+        """The loss of the short task falls from 1 to 0 with the square; that of the long one rises from 1 to 1.5."""
+
+        def losses(self, windows: list[int]) -> Tensor:
+            loss = {STEPS: self.value**2}
+            rising = 1.5 - self.value**2 / 2
+            return torch.tensor([3 * loss.get(window, rising) for window in windows], dtype=torch.float64)
+
+    windows = torch.arange(STEPS + 3)
+    text = replace(
+        TEXT,
+        tokens=torch.zeros(STEPS + 3, 4, dtype=torch.int64),
+        marks=torch.ones(STEPS + 3, 4, dtype=torch.bool),
+        held_out=windows >= STEPS,
+        task=(windows > STEPS).long(),
+        tasks=("short", "long"),
+    )
+    stepper = TwoTasks()
+    state, _ = train(tmp_path, stepper, text=text)
+    assert state.patience.best_step == STEPS
+    assert stepper.value == pytest.approx(0.8**STEPS)
+    for line in (line for line in journal(tmp_path) if "held_out" in line):
+        square = 0.8 ** (2 * line["step"])
+        assert line["by_task"] == pytest.approx({"short": square, "long": 1.5 - square / 2})
+        assert line["held_out"] == pytest.approx(0.75 + square / 4)
+        assert line["kept"]
 
 
 def infinite_at(step: int) -> Change:
