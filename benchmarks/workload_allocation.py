@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fistapruner.runtime.numerics import seeded
-from fistapruner.sensitivity.error_curves import Budget, sparsity_grid
+from fistapruner.sensitivity.error_curves import ZerosBudget, sparsity_grid
 from fistapruner.sensitivity.workload import History
 from fistapruner.sensitivity.workload_rules import Costs, decide_by_rules, find_candidates
 
@@ -43,7 +43,9 @@ def draw_workload(noise: str, seed: int) -> tuple[Costs, History, History]:
         for task in range(TASKS)
     ]
     mix = torch.full((TASKS,), 1 / TASKS, dtype=torch.float64)
-    losses = find_candidates(Budget({f"block {block}": 10_000 for block in range(BLOCKS)}, 0.5), curves, mix).losses
+    losses = find_candidates(
+        ZerosBudget({f"block {block}": 10_000 for block in range(BLOCKS)}, 0.5), curves, mix
+    ).losses
     features, turn = normal(2 * ROWS, FEATURES), normal(FEATURES, TASKS) / math.sqrt(FEATURES)
     tolerances = 1 + 0.25 * torch.tanh(features @ turn)
     shape = 2 * ROWS, TASKS

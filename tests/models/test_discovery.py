@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from fistapruner import prune
+from fistapruner.models.coupling import find_links
 from fistapruner.models.discovery import OutputProjection, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -50,6 +51,15 @@ def test_operators_that_modules_end_with_are_found(
     folder = tiny.save(architecture, tmp_path)
     layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
     assert layout.output_projections == (endings,) * len(layout.layers)
+
+
+def test_a_model_of_fewer_positions_than_a_small_window_is_watched(tmp_path: Path) -> None:
+    short, long = (
+        LayerwiseModel(Checkpoint.open(tiny.save("gpt2", tmp_path / str(n), n_positions=n)), torch.device("cpu"))
+        for n in (8, 128)
+    )
+    assert discover(short) == discover(long)
+    assert find_links(short, discover(short)) == find_links(long, discover(long))
 
 
 def test_linear_modules_that_are_read_but_not_called_stay_dense(tmp_path: Path) -> None:

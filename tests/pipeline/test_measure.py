@@ -20,10 +20,11 @@ from fistapruner.cli import main
 from fistapruner.evaluation import streaming
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
-from fistapruner.pipeline.measure import _in_place, is_run, measure
+from fistapruner.pipeline.measure import _in_place, measure
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
+from fistapruner.runs.directory import is_run
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.prune_directory import PruneDirectory

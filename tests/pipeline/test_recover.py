@@ -638,6 +638,16 @@ def unfinished(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"model": run}
 
 
+def damaged(bench: Bench, folder: Path) -> dict[str, Any]:
+    run = Path(shutil.copytree(bench.pruned(), folder / "run"))
+    with (run / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        last = file.read()
+        file.seek(-4, 2)
+        file.write(bytes(255 - byte for byte in last))
+    return {"model": run}
+
+
 def out_is_the_input(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"out": bench.pruned()}
 
@@ -679,6 +689,7 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "text not there": (lambda bench, folder: {"data": {"source": "nowhere.txt"}}, r"training source 'nowhere\.txt' is"),
     "long windows": (lambda bench, folder: {"data": {"seqlen": 10**6}}, r"data\.seqlen 1000000 is more than the 2048"),
     "unfinished": (unfinished, r"has no finished checkpoint: go on with 'fistapruner resume .*run'"),
+    "damaged": (damaged, r"is damaged: .*: make the checkpoint again with 'fistapruner resume .*run'"),
     "no model": (lambda bench, folder: {"model": folder / "nowhere"}, r"model '.*nowhere' does not exist"),
     "out is the input": (out_is_the_input, r"holds a run of 'fistapruner prune', not of recover: name another folder"),
     "out is the model": (out_is_the_input_model, r"is a folder with other things in it"),

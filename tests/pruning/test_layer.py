@@ -149,7 +149,8 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                     pruned.get_submodule(earlier).weight.data.copy_(module.weight)
         for number, group in enumerate(groups):
             drifts = number > 0 or (index > 0 and recipe.propagate == "pruned")
-            source = drift_sources(recipe, layout, index, same=False).get(number) if drifts else None
+            sources = drift_sources(recipe, layout, index, (), same=False, solved=range(len(groups)))
+            source = sources.get(number) if drifts else None
             names = [layout.full_name(index, operator) for operator in group]
             stacked = torch.cat(
                 [operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group]

@@ -37,8 +37,10 @@ from fistapruner.reporting.page import verdict
 from fistapruner.reporting.quality_rows import recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
+from fistapruner.reporting.summary import summary
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
+from fistapruner.runs.lineage import stage_of
 from fistapruner.runs.records import Lineage, Report, Stage, StageFigures, load_run
 from fistapruner.runs.results import Divergence, Evaluation, TaskResult
 from fistapruner.runs.steps import StepJournal
@@ -87,6 +89,14 @@ def test_infinite_figures_become_null_not_broken_json() -> None:
     report = samples.report(1)
     report.totals.seconds = float("inf")
     assert json.loads(report.model_dump_json())["totals"]["seconds"] is None
+
+
+def test_an_infinite_error_is_left_out_of_the_mean_before_and_after_it_is_stored() -> None:
+    report = samples.report(1)
+    report.layers[0].operators[0].relative_error = math.inf
+    again = parse(Report, json.loads(report.model_dump_json()), "x")
+    assert report.mean_error == again.mean_error == stage_of(report).figures.relative_error
+    assert [summary(report, "run"), model_card(report)] == [summary(again, "run"), model_card(again)]
 
 
 def test_a_model_that_gives_a_token_no_chance_has_an_infinite_perplexity() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.files.checkpoint import PRUNING_RECORD
@@ -21,6 +22,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.log import Logged, log_file
 from fistapruner.runs.records import ModelFacts, Report, load_run
+from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.times import spent
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
@@ -160,6 +162,21 @@ def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
         journal.write("run", {}, LayerEntry(index=index, batch_size=batch_size, by_operator=parts))
     assert journal.reduced("run") == (1, True)
     assert journal.reduced("another run") is None
+
+
+@pytest.mark.parametrize("content", ["null", "7", '"text"', "[]", "{}", "[" * 100_000, "\xff"])
+def test_a_record_that_is_no_sealed_object_counts_as_damaged(tmp_path: Path, content: str) -> None:
+    journal, snapshots = LayerJournal(tmp_path / "layers"), Snapshots(tmp_path / "states")
+    journal.folder.mkdir()
+    journal.write("run", {}, LayerEntry(index=0, batch_size=2, by_operator=False))
+    snapshots.write("run", 1, {}, {"weight": torch.ones(1)})
+    assert journal.finished(0, "run")
+    assert snapshots.newest("run")
+    for record in (*journal.records(), *snapshots.folder.glob("*.json")):
+        record.write_text(content, "latin-1")
+    assert journal.finished(0, "run") is None
+    assert journal.reduced("run") is None
+    assert snapshots.newest("run") is None
 
 
 @pytest.mark.parametrize("record", [True, False])

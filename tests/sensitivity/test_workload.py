@@ -18,7 +18,7 @@ from fistapruner import Recipe, prune
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.compare import compare
 from fistapruner.reporting.workload_text import workload_sentence
-from fistapruner.sensitivity.error_curves import POINTS, Budget, bounds, sparsity_grid, split_budget
+from fistapruner.sensitivity.error_curves import POINTS, ZerosBudget, bounds, sparsity_grid, split_budget
 from fistapruner.sensitivity.workload import MIN_DEPLOYMENTS, History, Workload, WorkloadFile, read_workload
 from fistapruner.sensitivity.workload_rules import (
     DAMAGE,
@@ -219,7 +219,7 @@ def test_equal_tasks_are_one() -> None:
 
 def test_predicted_losses_are_the_sums_of_the_curves() -> None:
     """At uniform sparsity, and for any other zeros: the curves are exponential, so interpolation is exact."""
-    curves, budget = made_curves(2), Budget(SIZES, 0.5)
+    curves, budget = made_curves(2), ZerosBudget(SIZES, 0.5)
     found = find_candidates(budget, curves, torch.tensor([0.5, 0.5], dtype=torch.float64))
     low, high = bounds(0.5)
     for row in (0, 1, 100):
@@ -231,8 +231,8 @@ def test_predicted_losses_are_the_sums_of_the_curves() -> None:
             assert float(found.losses[row, number]) == pytest.approx(expected, rel=0.01)
 
 
-def candidates_of(tasks: int, seed: int = 0) -> tuple[Budget, Candidates, Costs]:
-    budget, mix = Budget(SIZES, 0.5), torch.full((tasks,), 1 / tasks, dtype=torch.float64)
+def candidates_of(tasks: int, seed: int = 0) -> tuple[ZerosBudget, Candidates, Costs]:
+    budget, mix = ZerosBudget(SIZES, 0.5), torch.full((tasks,), 1 / tasks, dtype=torch.float64)
     found = find_candidates(budget, made_curves(tasks, seed), mix)
     return budget, found, Costs(found.losses / float(found.losses[0] @ mix), mix)
 

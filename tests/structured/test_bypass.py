@@ -25,9 +25,9 @@ from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.structured.bypass import (
-    Budget,
     BypassLearning,
     MaskLearner,
+    UnitBudget,
     budgets_of,
     policy_gradient,
     project,
@@ -78,7 +78,7 @@ def test_the_gradient_is_unbiased_for_its_target(baseline: float | None) -> None
 @pytest.mark.parametrize("moving", [True, False])
 def test_it_finds_the_best_units_of_a_separable_loss(moving: bool) -> None:
     worth = torch.tensor([0.1, 1.0, 0.2, 0.9, 0.05, 0.8], dtype=torch.float64)
-    budgets = [Budget(slice(0, 6), 3)]
+    budgets = [UnitBudget(slice(0, 6), 3)]
     learner = MaskLearner(torch.full((6,), 0.5), budgets, 800, 0.05, moving=moving)
     while not learner.done:
         masks = learner.masks()
@@ -93,7 +93,7 @@ def test_two_steps_by_hand() -> None:
     masks = [[[1, 0, 0, 0], [0, 1, 1, 1]], [[1, 1, 0, 0], [0, 0, 1, 1]]]
     losses = [[2.0, 1.0], [2.4, 1.4]]
     keep, baseline = [0.4, 0.5, 0.6, 0.5], 1.5
-    budgets = [Budget(slice(0, 2), 2), Budget(slice(2, 4), 1)]
+    budgets = [UnitBudget(slice(0, 2), 2), UnitBudget(slice(2, 4), 1)]
     learner = MaskLearner(torch.tensor(keep, dtype=torch.float64), budgets, 2, 0.1)
     for step, rate in enumerate((0.1, 0.05)):
         drawn = [torch.tensor(mask, dtype=torch.float64) for mask in masks[step]]
@@ -153,7 +153,7 @@ def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, arch
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:
-    learner = MaskLearner(torch.full((4,), 0.5), [Budget(slice(0, 4), 2)], 10, 0.1)
+    learner = MaskLearner(torch.full((4,), 0.5), [UnitBudget(slice(0, 4), 2)], 10, 0.1)
     before = learner.keep.clone()
     learner.update(learner.masks(), [float("nan"), 1.0])
     assert torch.equal(learner.keep, before)

@@ -21,7 +21,7 @@ from fistapruner.tuning.losses import TopTokens
 from fistapruner.tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
 from fistapruner.tuning.preference import margins_of
 from fistapruner.tuning.references import (
-    Reference,
+    ReferenceModel,
     answer_log_probabilities,
     log_probabilities_by_parts,
     reference_log_probabilities,
@@ -259,7 +259,7 @@ def test_cached_references_are_used_until_something_changes(tmp_path: Path, pair
     def asked(windows: list[int], dtype: torch.dtype | None = None, **identity: str) -> Tensor:
         said.clear()
         known = {"the tokens": "t", "its weights": "w", "its precision": str(dtype), **identity}
-        reference = Reference(lambda: opened(folder, dtype), windows, known)
+        reference = ReferenceModel(lambda: opened(folder, dtype), windows, known)
         store = scratch_factory(None, dtype or torch.float32)
         return reference_log_probabilities(path, {"pruned": reference}, pairs, 2, store, said.append)["pruned"]
 

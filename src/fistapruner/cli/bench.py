@@ -38,8 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from ..pipeline.measure import bench_run, is_run
-    from ..runs.directory import RunDirectory
+    from ..pipeline.measure import bench_run
+    from ..runs.directory import RunDirectory, is_run
     from ..runs.listener import Listener
     from ..sparse.bench import bench, record, table
     from .progress import PlainListener

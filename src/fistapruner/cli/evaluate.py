@@ -77,8 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     listener = choose_listener(arguments)
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
-    from ..pipeline.measure import evaluate_run, is_run
+    from ..pipeline.measure import evaluate_run
     from ..reporting.evaluation_text import evaluation_text
+    from ..runs.directory import is_run
     from ..runs.results import Evaluation
 
     tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]

@@ -47,10 +47,16 @@ VARIABLES = (
     ),
 )
 
+RECIPES: tuple[tuple[str, str, type[Settings]], ...] = (
+    ("Recipe", "A recipe is a YAML mapping of these; `structure`, `calibration` and `execution`", Recipe),
+    ("Recovery", "The recipe of `recover`; `data` and `execution`", RecoverRecipe),
+    ("Alignment", "The recipe of `align`; `data` and `execution`", AlignRecipe),
+)
+
 
 def reference() -> str:
     """Return the page as Markdown."""
-    return "\n".join([HEAD, *_verbs(), *_shell(), *_recipe(), *_recover_recipe(), *_align_recipe(), *_methods()])
+    return "\n".join([HEAD, *_verbs(), *_shell(), *_recipes(), *_methods()])
 
 
 def _verbs() -> Iterable[str]:
@@ -85,29 +91,15 @@ def _shell() -> Iterable[str]:
     yield from _table(("environment variable", "meaning"), VARIABLES)
 
 
-def _recipe() -> Iterable[str]:
-    yield "## Recipe settings\n"
-    yield "A recipe is a YAML mapping of these; `structure`, `calibration` and `execution` are sections.\n"
-    yield from _settings(Recipe)
-
-
-def _recover_recipe() -> Iterable[str]:
-    yield "## Recovery settings\n"
-    yield "The recipe of `recover`; `data` and `execution` are sections.\n"
-    yield from _settings(RecoverRecipe)
-
-
-def _align_recipe() -> Iterable[str]:
-    yield "## Alignment settings\n"
-    yield "The recipe of `align`; `data` and `execution` are sections.\n"
-    yield from _settings(AlignRecipe)
-
-
-def _settings(recipe: type[Settings]) -> Iterable[str]:
-    rows = [
-        (f"`{path}`", f"`{flag_of(SAME_FLAG.get(path, path))}`", *_describe(field)) for path, field in settings(recipe)
-    ]
-    yield from _table(("setting", "flag", "default", "meaning"), rows)
+def _recipes() -> Iterable[str]:
+    for title, what, recipe in RECIPES:
+        yield f"## {title} settings\n"
+        yield f"{what} are sections.\n"
+        rows = [
+            (f"`{path}`", f"`{flag_of(SAME_FLAG.get(path, path))}`", *_describe(field))
+            for path, field in settings(recipe)
+        ]
+        yield from _table(("setting", "flag", "default", "meaning"), rows)
 
 
 def _methods() -> Iterable[str]:

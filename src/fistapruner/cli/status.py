@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..reporting.status_text import status_facts, status_text
+    from ..runs.directory import is_run
     from ..runs.lock import holders
     from ..runs.records import is_comparison, load_run
     from ..runs.times import count_parts
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run_directory)
     if is_comparison(folder):
         return _comparison(folder, as_json=arguments.json)
-    if (folder / "log.txt").is_file() and not any((folder / name).is_file() for name in ("run.json", "report.json")):
+    if (folder / "log.txt").is_file() and not is_run(folder):
         at_work = holders(folder)
         where = " and ".join(f"{holder['pid']} on {holder['host']}" for holder in at_work)
         said = f"being prepared by process {where}" if at_work else "stopped before anything was decided"

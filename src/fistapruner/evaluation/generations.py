@@ -9,6 +9,7 @@ import torch
 
 from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import Tick
+from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, whole_fits
 from ..runs.records import Generation
 from ..runtime.devices import threads_within_quota
@@ -63,9 +64,7 @@ def _continue(
     folder: Path, device: torch.device, prompts: tuple[str, ...], tokens: int, trust_remote_code: bool
 ) -> list[str]:
     """Continue prompts greedily with one model."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     model = load_whole(folder, device, trust_remote_code=trust_remote_code)
     texts = []
     for prompt in prompts:

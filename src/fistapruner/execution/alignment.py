@@ -30,7 +30,7 @@ from ..tuning.preference import (
     virtual_reference,
 )
 from ..tuning.references import (
-    Reference,
+    ReferenceModel,
     answer_log_probabilities,
     log_probabilities_by_parts,
     reference_log_probabilities,
@@ -128,7 +128,7 @@ class AlignContext(TrainingContext):
         if dense is not None:
             files["dense"] = list(self.decision.dense_stamps)
 
-        def reference(name: str) -> Reference:
+        def reference(name: str) -> ReferenceModel:
             used = name in recipe.resolved_references
 
             def opened() -> LayerwiseModel | None:
@@ -141,7 +141,7 @@ class AlignContext(TrainingContext):
                 "the tokens": tokens.hexdigest(),
                 "its precision": str(self.model.dtype),
             }
-            return Reference(opened, reference_windows(name, recipe, self.text), identity)
+            return ReferenceModel(opened, reference_windows(name, recipe, self.text), identity)
 
         return reference_log_probabilities(
             self.run.references_file,

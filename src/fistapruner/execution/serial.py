@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 from ..activations.store import HiddenStates
-from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..pruning.context import LayerEvents, LayerStreams, Solver
 from ..recipes.settings import Recipe
@@ -43,7 +42,7 @@ def prune_serially(
         for start, stop in calls.batches(samples):
             dense.write(start, stream.read(start, stop))
     for index in range(last + 1):
-        dense_on, pruned_on = _needed_after(context.recipe, context.model, index, last)
+        dense_on, pruned_on = _needed_after(context.recipe, index, last)
         streams = LayerStreams(
             dense,
             pruned,
@@ -66,7 +65,7 @@ def prune_serially(
         dense, pruned = streams.dense_out, streams.pruned_out
 
 
-def _needed_after(recipe: Recipe, model: LayerwiseModel, index: int, last: int) -> tuple[bool, bool]:
+def _needed_after(recipe: Recipe, index: int, last: int) -> tuple[bool, bool]:
     """Check whether the layer after ``index`` needs (dense, pruned) hidden states."""
     if index == last:
         return False, False

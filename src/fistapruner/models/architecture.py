@@ -69,7 +69,11 @@ def needs_own_code(config: Mapping[str, Any]) -> bool:
 
 
 def build_model(
-    checkpoint: Checkpoint, *, trust_remote_code: bool = False, shapes: Mapping[str, tuple[int, ...]] | None = None
+    checkpoint: Checkpoint,
+    *,
+    trust_remote_code: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """Build a checkpoint's language model, with its vision tower, without weights on the meta device.
 
@@ -77,6 +81,7 @@ def build_model(
         checkpoint: the checkpoint.
         trust_remote_code: run Python code that comes with it.
         shapes: of a packed checkpoint's tensors, as they are when it is unpacked; None refuses a packed one.
+        dtype: of its parameters; None takes the config's.
 
     Raises:
         FistaPrunerError: ``config.json`` describes no decoder-only model with plain weights, or needs code that was
@@ -134,7 +139,8 @@ def build_model(
         )
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+            precision = {} if dtype is None else {"dtype": dtype}
+            model = auto.from_config(config, trust_remote_code=trust_remote_code, **precision)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         fault = FistaPrunerError(

@@ -69,9 +69,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
 
     Layers with the same operators are run once. Loads the embeddings and one decoder layer.
     """
-    tokens = torch.arange(16).remainder(model.vocabulary).unsqueeze(0)
-    with model.embeddings_and_head(head=False):
-        hidden, calls = model.embed(tokens)
+    hidden, calls = model.probe()
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Link]] = {}
     found = []
     for index, layer in enumerate(model.layers):

@@ -175,10 +175,8 @@ def discover(model: LayerwiseModel) -> Layout:
     Raises:
         FistaPrunerError: operators that a forward pass does not use exactly once; a layer that does not run alone.
     """
-    tokens = torch.arange(16).remainder(model.vocabulary).unsqueeze(0)
     model.check()
-    with model.embeddings_and_head(head=False):
-        hidden, calls = model.embed(tokens)
+    hidden, calls = model.probe()
     known: dict[
         tuple[tuple[str, tuple[int, ...]], ...],
         tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]],

@@ -298,6 +298,11 @@ class LayerwiseModel:
         """Return (1, length) token ids for a check; fewer where the model takes fewer."""
         return torch.arange(3, 3 + min(length, self.max_length or length)).remainder(self.embedded_tokens)[None]
 
+    def probe(self) -> tuple[Tensor, list[Call]]:
+        """Do :meth:`embed` with a small window, to try decoder layers on."""
+        with self.embeddings_and_head(head=False):
+            return self.embed(self.check_window(16))
+
     def calls(self, batch: int, seqlen: int) -> list[Call]:
         """Record the arguments of every decoder layer for a batch of full windows (of any ids: :meth:`check`).
 

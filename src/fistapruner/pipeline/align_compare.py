@@ -98,7 +98,77 @@ def align_compare(
         FistaPrunerError: bad input, named, before anything is trained.
     """
     folder, listener = Path(out), listener or Listener()
-    shared = AlignRecipe.of(recipe).changed(settings)
+    request = TrainingRequest(
+        str(model),
+        AlignRecipe.of(recipe).changed(settings),
+        None if dense is None else str(dense),
+        Permissions(allow_pickle, trust_remote_code),
+        command,
+        evaluation_request(evaluate, evaluate_windows),
+        evaluates=evaluate == "auto",
+        evaluation_windows=evaluate_windows,
+    )
+    found, jobs, dense = _plan(folder, request, seeds)
+    with disk_errors(folder):
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+    reports: dict[tuple[str, int], Report | str] = {}
+    common: dict[str, Any] = {
+        "dense": dense,
+        "permissions": request.permissions,
+        "listener": listener,
+        "command": command,
+        "evaluate": evaluate,
+        "evaluate_windows": evaluate_windows,
+    }
+    with continued_by_its_command(), hold(folder):
+        _write(folder, found)
+        for number, ((label, seed), job) in enumerate(jobs.items(), 1):
+            listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
+            run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
+            try:
+                reports[label, seed] = _run(folder, found, run, job, keep=keep, **common)
+            except FistaPrunerError as error:
+                if not reports:  # bad input: every row would fail alike
+                    raise
+                reports[label, seed] = str(error)
+            if not keep and isinstance(reports[label, seed], Report):
+                shutil.rmtree(run.model, ignore_errors=True)
+                shutil.rmtree(run.states.folder, ignore_errors=True)
+                forget_times(run.folder)
+            done = sorted(reports, key=lambda key: list(JOBS).index(key[0]))
+            found.rows = [_row(*key, reports[key]) for key in done]
+            found.before = next(
+                (
+                    report.recovery.before[0]
+                    for report in reports.values()
+                    if isinstance(report, Report) and report.recovery and report.recovery.before
+                ),
+                None,
+            )
+            _write(folder, found)
+        found.status = "finished"
+        _write(folder, found)
+    return found
+
+
+def _plan(
+    folder: Path, request: TrainingRequest[AlignRecipe], seeds: Sequence[int] | None
+) -> tuple[AlignComparison, dict[tuple[str, int], AlignRecipe], Path | None]:
+    """Check everything that can be checked before any row is trained.
+
+    Args:
+        folder: of the comparison.
+        request: what all rows share.
+        seeds: see :func:`align_compare`.
+
+    Returns:
+        The comparison without rows, the recipes by label and seed in the order to run them, and the dense model's
+        folder; None where none is named.
+
+    Raises:
+        FistaPrunerError: bad input, named; or the folder holds something else.
+    """
+    shared, dense, permissions = request.recipe, request.dense, request.permissions
     default = AlignRecipe()
     for name in VARIED:
         if getattr(shared, name) != getattr(default, name):
@@ -115,21 +185,13 @@ def align_compare(
         for label in order:
             jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
     check_pairs(shared)
-    request = TrainingRequest(
-        str(model),
-        shared,
-        evaluation=evaluation_request(evaluate, evaluate_windows),
-        evaluates=evaluate == "auto",
-        evaluation_windows=evaluate_windows,
-    )
     evaluation = request.evaluation_beside(evaluation_of(input_run(request.model)))
     begun = _begun(folder)
     if evaluation is not None and begun is None:
         check_data(evaluation.data)
-    permissions = Permissions(allow_pickle, trust_remote_code)
-    models = {str(model): find_input(str(model), permissions)}
+    models = {request.model: find_input(request.model, permissions)}
     if dense is not None:
-        models[str(dense)] = find_dense(str(dense), None if begun is None else begun.record(), permissions)
+        models[dense] = find_dense(dense, None if begun is None else begun.record(), permissions)
     _refuse_folder(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     texts = [Path(text) for text in (shared.data.pairs, evaluation and evaluation.data) if text]
@@ -138,62 +200,36 @@ def align_compare(
         str(Path(name) / file): stamp for name, source in models.items() for file, stamp in stamps(source.checkpoint())
     }
     found = AlignComparison(
-        command=command or shlex.join(sys.argv),
-        model=str(model),
-        dense=None if dense is None else str(dense),
+        command=request.command or shlex.join(sys.argv),
+        model=request.model,
+        dense=dense,
         evaluation={} if evaluation is None else evaluation.model_dump(mode="json"),
         recipe=base,
         files=files,
         versions=versions(),
     )
     _refuse_other(folder, found)
-    with disk_errors(folder):
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-    reports: dict[tuple[str, int], Report | str] = {}
-    common: dict[str, Any] = {
-        "dense": None if dense is None else models[str(dense)].folder,
-        "permissions": permissions,
-        "listener": listener,
-        "command": command,
-        "evaluate": evaluate,
-        "evaluate_windows": evaluate_windows,
-    }
-    with continued_by_its_command(), hold(folder):
-        _write(folder, found)
-        for number, ((label, seed), job) in enumerate(jobs.items(), 1):
-            listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
-            run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
-            try:
-                report = _finished(run, job, evaluated=evaluation is not None, keep=keep)
-                if report is None:
-                    _take_references(folder, run)
-                    before = [] if found.before is None else [found.before]
-                    report = train(ALIGN, run.folder, model, job, before=before, like=_begun(folder), **common)
-                    copy_atomic(run.references_file, folder / run.references_file.name)  # where others were stale
-                reports[label, seed] = report
-            except FistaPrunerError as error:
-                if not reports:  # bad input: every row would fail alike
-                    raise
-                reports[label, seed] = str(error)
-            if not keep and isinstance(reports[label, seed], Report):
-                shutil.rmtree(run.model, ignore_errors=True)
-                shutil.rmtree(run.states.folder, ignore_errors=True)
-                forget_times(run.folder)
-            found.rows = [
-                _row(label, seed, reports[label, seed]) for label in JOBS for seed in seeds if (label, seed) in reports
-            ]
-            found.before = next(
-                (
-                    report.recovery.before[0]
-                    for report in reports.values()
-                    if isinstance(report, Report) and report.recovery and report.recovery.before
-                ),
-                None,
-            )
-            _write(folder, found)
-        found.status = "finished"
-        _write(folder, found)
-    return found
+    return found, jobs, None if dense is None else models[dense].folder
+
+
+def _run(
+    folder: Path, found: AlignComparison, run: AlignDirectory, job: AlignRecipe, *, keep: bool, **settings: Any
+) -> Report:
+    """Align one row, or read its report where that is done.
+
+    Args:
+        folder: of the comparison; ``found``: what it has.
+        run: the row's run directory; ``job``: its recipe.
+        keep: see :func:`align_compare`.
+        **settings: of :func:`.training.train`.
+    """
+    report = _finished(run, job, evaluated=bool(found.evaluation), keep=keep)
+    if report is None:
+        _take_references(folder, run)
+        before = [] if found.before is None else [found.before]
+        report = train(ALIGN, run.folder, found.model, job, before=before, like=_begun(folder), **settings)
+        copy_atomic(run.references_file, folder / run.references_file.name)  # where others were stale
+    return report
 
 
 def _begun(folder: Path) -> AlignDirectory | None:

@@ -597,12 +597,11 @@ def _filled(
 ) -> CompareRow:
     """Fill a row with the figures of its reports: quality after the recovery, where there is one."""
     totals = report.totals
-    errors = report.relative_errors
     if (measured := _evaluation(recovery or report, protocol)) is not None:
         row.perplexity, row.divergence = measured.perplexity, measured.divergence
     if row.perplexity is not None and math.isfinite(row.perplexity.nll):
         row.gap = row.perplexity.nll - dense.nll
-    row.relative_error = sum(errors) / len(errors) if errors else None
+    row.relative_error = report.mean_error
     row.seconds, row.time_split, row.peak_memory = totals.seconds, totals.time_split, totals.peak_memory
     row.operator_weights, row.operator_zeros = totals.operator_weights, totals.operator_zeros
     row.low_rank_weights = totals.low_rank_weights

@@ -10,10 +10,10 @@ from ..models.files.gguf_export import GGUFValues, export_gguf
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record
 from ..models.source import SMALL_MODEL, small_model
+from ..runs.directory import checkpoint_of
 from ..runs.lineage import read_lineage
 from ..runtime.formatting import shell_line
 from ..sparse.pack import is_packed
-from .measure import finished_run, is_run
 
 
 def export(
@@ -42,7 +42,7 @@ def export(
             made from a GGUF file and ``like`` names none, where it is packed, or where the run is not finished.
         MissingExtraError: the ``gguf`` package is missing.
     """
-    folder = finished_run(Path(model))[0].model if is_run(model) else Path(model)
+    folder = checkpoint_of(model)
     if not (folder / "config.json").is_file():
         raise FistaPrunerError(
             f"{model} is neither a run directory nor a folder with a Hugging Face model, and only these are exported; "

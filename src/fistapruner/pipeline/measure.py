@@ -24,7 +24,7 @@ from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
 from ..runs.decision import EvaluationRequest
-from ..runs.directory import CARD, RunDirectory
+from ..runs.directory import CARD, RunDirectory, finished_run, is_run
 from ..runs.lineage import trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
@@ -281,14 +281,6 @@ def _generate(
         listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether a path is a run directory, and not a model or anything else."""
-    folder = Path(folder)
-    return not (folder / "config.json").exists() and any(
-        (folder / name).is_file() for name in ("run.json", "report.json")
-    )
-
-
 def evaluate_run(
     folder: str | Path,
     data: str | None = None,
@@ -395,20 +387,6 @@ def _finished(folder: Path) -> Iterator[tuple[RunDirectory, Report]]:
         raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
     with hold(folder):
         yield finished_run(folder)
-
-
-def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
-    """Open a run and its report.
-
-    Raises:
-        FistaPrunerError: it is not finished, or its checkpoint is damaged.
-    """
-    run, report = RunDirectory(folder), load_run(folder)
-    if report.status != "finished" or not run.model.is_dir():
-        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
-    if (fault := run.model_fault(report.fingerprint or "")) is not None:
-        raise FistaPrunerError(f"{fault}: make the checkpoint again with '{shell_line('resume', folder)}'")
-    return run, report
 
 
 def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:

@@ -24,14 +24,13 @@ from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_reco
 from ..models.files.writer import write_checkpoint
 from ..models.source import Permissions
 from ..reporting.model_card import plain_card
-from ..runs.directory import CARD
+from ..runs.directory import CARD, checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
 from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
 from .finish_training import check_zeros
-from .measure import finished_run, is_run
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,7 @@ def merge_adapter(
             the checkpoint does not keep what its ``fistapruner.json`` claims; the run is not finished, or its
             checkpoint is damaged; ``out`` exists.
     """
-    if is_run(folder):
-        folder = finished_run(Path(folder))[0].model
-    source = Permissions(allow_pickle, trust_remote_code).find(folder)
+    source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_of(folder))
     found, out = Adapter(adapter), Path(out)
     refuse_low_rank(source.folder, "merge")
     checkpoint = source.checkpoint()

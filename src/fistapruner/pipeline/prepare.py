@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +37,6 @@ from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
 from .prune_inputs import Inputs, RunRequest, check_inputs, say_kept_plan
 from .recover_inputs import check_fits, check_trained
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Calibration windows.
-
-    Args:
-        tokens: (samples, seqlen) token ids.
-        how: how they were drawn.
-        text_sha256: of the text that they come from; None where it is not a file.
-    """
-
-    tokens: Tensor
-    how: Mapping[str, Any]
-    text_sha256: str | None
 
 
 def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> None:
@@ -90,9 +74,10 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     if request.recipe.recover is not None and request.only_layers is None:  # a part may be pruned where it does not fit
         check_fits(check_trained(request.recipe, inputs.source, run.recovered), listener)
     with cpu_threads(plan.numerics.threads), exact_products():
-        calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
+        text = text_sha256(request.recipe)  # before the text is read
+        tokens, how = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if plan.on_disk else None
-    dense = DenseMeasurements(run, request.recipe, calibrated.tokens, plan, states, listener)
+    dense = DenseMeasurements(run, request.recipe, tokens, plan, states, listener)
     before, begin = dense.seconds_before(inputs), time.perf_counter()
     scores = dense.learn_channels(inputs)
     uniform, inputs = inputs, dense.free_widths(inputs, scores)
@@ -107,14 +92,14 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         sparsity=dict(measured.sparsity),
         on_disk=plan.on_disk,
         on_device=plan.on_device,
-        calibration_sha256=calibrated.text_sha256,
+        calibration_sha256=text,
         metrics_sha256=measured.metrics_sha256,
         sensitivity_seconds=before + time.perf_counter() - begin if measuring else None,
         structure=None if inputs.widths is None else inputs.widths.decision(),
     )
     if begun is not None and _decided(begun.decision) != _decided(decision):
         run.journal.remove()  # the finished layers were pruned by other measurements
-    record(run, request, inputs, calibrated, decision, plan, measured)
+    record(run, request, inputs, tokens, how, decision, plan, measured)
 
 
 def drawing_of(calibration: Calibration, model: LayerwiseModel, seqlen: int) -> str:
@@ -185,7 +170,7 @@ def draw_calibration(
     drawing: str,
     drawn: tuple[Tensor, dict[str, Any]] | None,
     listener: Listener,
-) -> Calibrated:
+) -> tuple[Tensor, dict[str, Any]]:
     """Draw the calibration windows, unless they were drawn before, and store them.
 
     Args:
@@ -195,14 +180,16 @@ def draw_calibration(
         drawing: the settings and the model that decide the windows.
         drawn: the windows and how they were drawn, where they were drawn before.
         listener: receives progress.
+
+    Returns:
+        As :func:`draw_windows`.
     """
     settings = recipe.calibration
     listener.say(f"calibration: {settings.samples} windows of {inputs.seqlen} tokens from {settings.name}")
-    text = text_sha256(recipe)
     tokens, how = drawn or draw_windows(recipe, inputs.source, inputs.model, inputs.tokenizer, inputs.seqlen, listener)
     inputs.model.check_tokens(tokens)
     run.write_tokens(tokens, drawing, how)
-    return Calibrated(tokens, how, text)
+    return tokens, how
 
 
 def draw_windows(
@@ -235,13 +222,14 @@ def record(
     run: PruneDirectory,
     request: RunRequest,
     inputs: Inputs,
-    calibrated: Calibrated,
+    tokens: Tensor,
+    how: Mapping[str, Any],
     decision: PruneDecision,
     plan: PlannedRun,
     measured: Measured,
 ) -> None:
     """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
-    recipe, model, tokens = request.recipe, inputs.model, calibrated.tokens
+    recipe, model = request.recipe, inputs.model
     sizes = {"samples": tokens.shape[0], "seqlen": inputs.seqlen, "tokens": tokens.numel()}
     facts = describe_model(inputs.source, request.model, model)
     lineage, warning = begin_lineage(inputs.source.folder, facts)
@@ -257,7 +245,7 @@ def record(
             model=facts,
             lineage=lineage,
             warnings=[*inputs.warnings, *([warning] if warning else [])],
-            calibration=CalibrationFacts.model_validate({**calibrated.how, **sizes}),
+            calibration=CalibrationFacts.model_validate({**how, **sizes}),
             plan=plan.rows,
             permuted=dict(measured.permuted),
             workload=measured.workload,

@@ -24,7 +24,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
-from ..runs.directory import RunDirectory
+from ..runs.directory import RunDirectory, checkpoint_of
 from ..runs.identity import changed_files
 from ..runs.lineage import dense_name, read_lineage
 from ..runs.listener import Listener
@@ -185,14 +185,9 @@ def find_input(model: str, permissions: Permissions) -> ModelSource:
     """Find the pruned checkpoint of a run, or any other model.
 
     Raises:
-        FistaPrunerError: an unfinished run, a packed folder, or no such model.
+        FistaPrunerError: an unfinished run, a damaged checkpoint of one, a packed folder, or no such model.
     """
-    folder = Path(model)
-    if (folder / "run.json").is_file() and not (folder / "config.json").exists():
-        run = RunDirectory(folder)
-        if not run.model.is_dir():
-            raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
-        folder = run.model
+    folder = checkpoint_of(model)
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
     found = permissions.find(folder if folder.is_dir() else model)

@@ -68,7 +68,7 @@ Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
-class Budget(Generic[Settings]):
+class MemoryBudget(Generic[Settings]):
     """Budget of a run in main memory or in a GPU's, and its predicted use.
 
     Args:
@@ -261,7 +261,7 @@ class Fitted:
 
     choice: Choice
     workers: int
-    budgets: tuple[Budget[Choice], ...]
+    budgets: tuple[MemoryBudget[Choice], ...]
     changed: str | None
 
 
@@ -356,14 +356,14 @@ def check_plan(
     return [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
 
 
-def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> Budget[Choice]:
+def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> MemoryBudget[Choice]:
     """Make the budget of main memory, for a run on a CPU or beside a GPU."""
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     parent = needs.base if _in_files(recipe) else 0
     windows, lower = fewest_windows(recipe.execution.batch_size or 1)
-    even, lighter = f"hidden states on disk and {windows}", f"{lower}{Budget.lighter}"
+    even, lighter = f"hidden states on disk and {windows}", f"{lower}{MemoryBudget.lighter}"
     if not needs.cuda:
-        return Budget(
+        return MemoryBudget(
             given,
             limit,
             workers,
@@ -373,7 +373,7 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
             parent=parent,
             solvers=solvers,
         )
-    return Budget(
+    return MemoryBudget(
         given if recipe.execution.memory_limit else f"{given} of main memory",
         limit,
         workers,
@@ -396,7 +396,7 @@ def fewest_windows(count: int) -> tuple[str, str]:
 
 def _device_budget(
     needs: Sizes, execution: Execution, resources: Resources, workers: int, solvers: int
-) -> Budget[Choice]:
+) -> MemoryBudget[Choice]:
     """Make the budget of the GPU with least free memory for each worker, or of this process's GPU."""
     together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
     beside = max(together.values()) if solvers else 0
@@ -404,7 +404,7 @@ def _device_budget(
     free = {place: max(0, resources.free[place] - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
     least = min(free, key=lambda place: free[place] / shares[place])
     windows, lower = fewest_windows(execution.batch_size or 1)
-    return Budget(
+    return MemoryBudget(
         f"the {size(free[least])} that are free on {least}",
         free[least],
         shares[least],
@@ -413,7 +413,7 @@ def _device_budget(
         quantity=DEVICE,
         even=windows,
         more="free some of it",
-        lighter=f"{lower}{Budget.lighter}",
+        lighter=f"{lower}{MemoryBudget.lighter}",
         solvers=solvers,
     )
 

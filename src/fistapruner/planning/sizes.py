@@ -23,7 +23,7 @@ from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.whole import whole_bytes
 from ..problem import DriftFrom
-from ..pruning.context import fitted_groups, narrowed_groups, solved_groups
+from ..pruning.context import fitted_groups, solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..pruning.partition import cut
 from ..recipes.settings import Recipe
@@ -250,10 +250,7 @@ class Sizes:
         }
         same = recipe.propagate == "dense"
         fitted = fitted_groups(layout, index, units, recipe)
-        narrowed = narrowed_groups(layout, index, units)
-        told = drift_sources(
-            recipe, layout, index, same=same, solved=solved[index], cut=cut_units, narrowed=narrowed, fitted=fitted
-        )
+        told = drift_sources(recipe, layout, index, units, same=same, solved=solved[index])
         kept = [kept_width(groups[number], source) for number, source in told.items()]
         cut = [_cut_sizes(unit, told.get(number)) for number, unit in cut_units.items() if number not in solved[index]]
         known: dict[Any, GroupSizes] = {}  # experts are alike: one of them is measured

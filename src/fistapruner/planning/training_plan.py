@@ -22,7 +22,7 @@ from ..runs.records import PlanRow
 from ..runtime.files import existing_folder
 from ..runtime.formatting import duration, size
 from ..tuning.teacher import TOP
-from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, fewest_windows
+from .plan import DEVICE, DEVICE_RESERVE, DISK, MemoryBudget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
 from .training_sizes import CUTTING, STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
@@ -41,6 +41,7 @@ class FormPlan:
         fits: whether they do; ``refusal``: why not, one line.
         changed: sentence on what was changed to fit; None where nothing was.
         needs: the sizes that it is made from.
+        budgets: of the GPU, if there is one, and of main memory.
         worst: the stage that no choice fits into memory; None where all stages fit.
     """
 
@@ -50,19 +51,14 @@ class FormPlan:
     refusal: str | None
     changed: str | None
     needs: TrainingSizes
+    budgets: list[MemoryBudget[TrainingChoice]]
     worst: str | None = None
 
     @property
     def rows(self) -> list[PlanRow]:
         """The predictions, for the report."""
         needs, choice = self.needs, self.choice
-        rows = []
-        if needs.model.cuda:
-            peak = max(needs.host_stages(choice).values())
-            rows.append(PlanRow(quantity=DEVICE, unit="bytes", planned=needs.peak(choice)))
-            rows.append(PlanRow(quantity=MEMORY, unit="bytes", planned=peak))
-        else:
-            rows.append(PlanRow(quantity=MEMORY, unit="bytes", planned=needs.peak(choice)))
+        rows = [PlanRow(quantity=each.quantity, unit="bytes", planned=each.peak(choice)) for each in self.budgets]
         rows.append(PlanRow(quantity=DISK, unit="bytes", planned=sum(needs.disk(choice).values())))
         rows.append(PlanRow(quantity=STEP, unit="seconds", planned=needs.step_seconds(choice)))
         rows.append(PlanRow(quantity=TRAINING, unit="seconds", planned=needs.seconds(choice)))
@@ -71,10 +67,11 @@ class FormPlan:
     @property
     def stages(self) -> dict[str, int]:
         """Peak bytes of each stage; on a GPU those of main memory have it in their names."""
-        found = self.needs.stages(self.choice)
-        if self.needs.model.cuda:
-            found |= {f"{name} (main memory)": each for name, each in self.needs.host_stages(self.choice).items()}
-        return found
+        return {
+            f"{stage}{budget.suffix}": each
+            for budget in self.budgets
+            for stage, each in budget.stages(self.choice).items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -177,7 +174,7 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
     if chosen is None:
         least = min(choices, key=lambda choice: max(budget.load(choice)[0] for budget in budgets))
         over = next(budget for budget in budgets if not budget.holds(least))
-        return FormPlan(parameters, least, False, str(over.refusal(least)), None, needs, over.load(least)[1])
+        return FormPlan(parameters, least, False, str(over.refusal(least)), None, needs, budgets, over.load(least)[1])
     place = existing_folder(task.out)
     free = shutil.disk_usage(place).free if free is None else free
     room = round(free * DISK_SHARE)
@@ -189,7 +186,7 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
             f"{task.out} needs {size(sum(parts.values()))} of disk, {size(parts[worst])} for {worst}, and {place} has "
             f"{size(free)} free{_smaller_teacher(needs, chosen, room)}"
         )
-        return FormPlan(parameters, chosen, False, refusal, None, needs)
+        return FormPlan(parameters, chosen, False, refusal, None, needs, budgets)
     first = TrainingChoice(task.batch_size)
     given = [budget.given for budget in budgets if not budget.holds(first) and not chosen.keep_graphs]
     given += [] if chosen.teacher_windows is None else [f"the {size(free)} that are free in {place}"]
@@ -197,7 +194,7 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
     if chosen.batch_size != task.batch_size:
         words.append(f"{chosen.batch_size} windows at a time instead of {task.batch_size}")
     changed = f"to fit {' and '.join(given)}: {', '.join(words)}" if given else None
-    return FormPlan(parameters, chosen, True, None, changed, needs)
+    return FormPlan(parameters, chosen, True, None, changed, needs, budgets)
 
 
 def _in_rounds(needs: TrainingSizes, choice: TrainingChoice, room: int) -> TrainingChoice:
@@ -223,7 +220,7 @@ def _smaller_teacher(needs: TrainingSizes, choice: TrainingChoice, room: int) ->
     return f"; --teacher {name} would fit, with {size(bytes_needed)}" if bytes_needed <= room else ""
 
 
-def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[TrainingChoice]]:
+def _budgets(needs: TrainingSizes, resources: Resources) -> list[MemoryBudget[TrainingChoice]]:
     """Make the budget of the GPU, if there is one, and of main memory."""
     limit, device, share = resources.limit, resources.device, needs.task.memory
     given, generating = f"the {size(limit)} that are free", None
@@ -240,26 +237,30 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
     even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
     if not needs.model.cuda:
         return [
-            Budget(given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data", generating=generating)
+            MemoryBudget(
+                given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data", generating=generating
+            )
         ]
     free = max(1, resources.free[device] - DEVICE_RESERVE)
     return [
-        Budget(
+        MemoryBudget(
             f"the {size(free)} that are free on {device}",
             free,
             1,
             needs.stages,
             kind="GPU memory",
+            quantity=DEVICE,
             even=even,
             more="free some of it",
             lighter=lighter,
             option="--data",
         ),
-        Budget(
+        MemoryBudget(
             f"{given} of main memory",
             limit,
             1,
             needs.host_stages,
+            suffix=" (main memory)",
             even="hidden states in files",
             lighter=lighter,
             option="--data",

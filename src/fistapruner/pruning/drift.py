@@ -22,6 +22,8 @@ from ..activations.store import HiddenStates, Store
 from ..models.discovery import Group, Layout, Operator
 from ..problem import DriftFrom, cheapest_drift
 from ..recipes.settings import Recipe
+from ..structured.units import Unit
+from .context import fitted_groups, narrowed_groups
 
 DRIFT_NOISE = 1 / 128
 """Largest noise of drift from measuring it on fewer windows, in inputs / tokens (docs/quality.md)."""
@@ -51,26 +53,24 @@ def drift_sources(
     recipe: Recipe,
     layout: Layout,
     index: int,
+    units: Sequence[Unit],
     *,
     same: bool,
-    solved: Collection[int] | None = None,
-    cut: Collection[int] = (),
-    narrowed: Collection[int] = (),
-    fitted: Collection[int] = (),
+    solved: Collection[int],
 ) -> dict[int, DriftFrom]:
     """Choose what to record of each group: inputs where shared or where outputs go, else the cheaper.
+
+    Of a group that loses input channels it is the outputs: its inputs are others afterwards, and the outputs drift
+    wherever channels are missing. Of one that loses outputs it is the inputs: the dense outputs are more than those
+    that stay.
 
     Args:
         recipe: settings.
         layout: the operators to prune.
         index: number of the decoder layer.
+        units: whose channels are removed from it.
         same: the layer's input is the dense model's.
-        solved: numbers of the groups that are solved; None is all.
-        cut: numbers of the groups, of one operator each, that lose input channels. Their outputs are recorded, since
-            their inputs are others afterwards, and these drift wherever channels are missing.
-        narrowed: numbers of the groups that lose outputs. Their inputs are recorded, since the dense outputs are more
-            than those that stay.
-        fitted: numbers of those that are fitted to the dense outputs before channels are removed.
+        solved: numbers of the groups that are solved.
 
     Returns:
         By number, the groups whose inputs drift; empty where the target does not depend on it. Operators of experts
@@ -79,7 +79,9 @@ def drift_sources(
     groups = layout.layers[index]
     if not recipe.dense_share:
         return {}
-    solved = range(len(groups)) if solved is None else solved
+    consumers = {unit.consumer.name for unit in units}
+    cut = [number for number, group in enumerate(groups) if group[0].name in consumers]
+    narrowed, fitted = narrowed_groups(layout, index, units), fitted_groups(layout, index, units, recipe)
 
     def source(number: int) -> DriftFrom:
         operator, *others = groups[number]

@@ -26,7 +26,7 @@ from ..runs.decision import ExpertsDecision
 from ..runtime.clock import Clock
 from ..structured.removal import ChannelStatistics
 from ..structured.statistics import ChannelSums
-from .context import LayerContext, LayerStreams, fitted_groups, narrowed_groups
+from .context import LayerContext, LayerStreams, fitted_groups
 from .drift import DenseActivations, ResidualDrift, drift_sources
 
 
@@ -63,16 +63,7 @@ class LayerPasses:
         self._sources = (
             {}
             if streams.dense is None
-            else drift_sources(
-                recipe,
-                layout,
-                index,
-                same=same,
-                solved=self.solved,
-                cut=self._cut,
-                narrowed=narrowed_groups(layout, index, context.units(index)),
-                fitted=self._fits_left,
-            )
+            else drift_sources(recipe, layout, index, context.units(index), same=same, solved=self.solved)
         )
         self._activations: DenseActivations | None = None
         self._residual: ResidualDrift | None = None

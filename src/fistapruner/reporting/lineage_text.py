@@ -31,8 +31,8 @@ def _stage_line(stage: Stage) -> str:
         parts[0] += f" {'by' if less else 'to'} {amount_label(settings)} with {methods_label(settings)}"
     if figures.parameters:
         parts.append(f"{count(figures.parameters)} parameters")
-    if figures.operator_weights and figures.operator_zeros is not None and sets_zeros(settings):
-        parts.append(f"{percent(figures.operator_zeros / figures.operator_weights)} zeros in its operators")
+    if figures.zeros_share is not None and sets_zeros(settings):
+        parts.append(f"{percent(figures.zeros_share)} zeros in its operators")
     if (text := figures.perplexity) is not None:
         measured = f"{text.windows} windows of {text.seqlen} tokens of {text.data}"
         parts.append(f"perplexity {with_error(text.perplexity, text.standard_error)} on {measured}")

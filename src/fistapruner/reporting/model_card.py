@@ -151,12 +151,12 @@ def _metadata_results(report: Report) -> list[dict[str, Any]]:
 def _zeros(report: Report) -> str:
     """Say how many weights are zero; empty where that is not known."""
     totals = report.totals
-    if not totals.operator_weights or totals.operator_zeros is None or report.only_structure:
+    if totals.zeros_share is None or report.only_structure:
         return ""
     share = (
         f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
     )
-    text = f"{share} ({percent(totals.operator_zeros / totals.operator_weights, 4)})"
+    text = f"{share} ({percent(totals.zeros_share, 4)})"
     if totals.model_weights and totals.model_zeros is not None:
         text += f", {percent(totals.model_zeros / totals.model_weights)} of the whole model"
     return text + "."
@@ -241,7 +241,6 @@ def _task_values(task: TaskResult) -> tuple[str, str, str, str]:
 
 def _made(report: Report) -> list[str]:
     lines = []
-    errors = report.relative_errors
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
@@ -255,8 +254,8 @@ def _made(report: Report) -> list[str]:
         lines.append(f"loss on {held_out} held out from training: {text}")
     if text := change_text(report):
         lines.append(f"changed: {text}")
-    if errors:
-        mean, worst = percent(sum(errors) / len(errors)), percent(max(errors))
+    if report.mean_error is not None:
+        mean, worst = percent(report.mean_error), percent(max(report.relative_errors))
         lines.append(f"relative error of the operators' outputs: mean {mean}, worst {worst}")
     if report.workload is not None:
         lines.append(plain_markdown(workload_sentence(report.workload)))

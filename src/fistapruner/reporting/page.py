@@ -111,8 +111,8 @@ def verdict(report: Report) -> str:
     """Say what happened to the model, in two or three sentences."""
     totals = report.totals
     sentences = [said] if (said := structure_sentence(report)) else []
-    if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
-        share = percent(totals.operator_zeros / totals.operator_weights, 4)
+    if totals.zeros_share is not None and not report.only_structure:
+        share = percent(totals.zeros_share, 4)
         kept = f", the same as before {report.training}" if report.recovery is not None else ""
         sentences.append(f"{share} of the pruned operators' weights are exactly zero{kept}.")
     if said := low_rank_sentence(report):
@@ -189,7 +189,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         share = percent(1 - totals.model_weights / report.model.parameters)
         units = [f"{unit} {before} → {after}" for unit, before, after in kept_units(report)]
         items.append(("Parameters removed", share, "; ".join([f"{short_count(totals.model_weights)} stay", *units])))
-    if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
+    if totals.zeros_share is not None and not report.only_structure:
         whole = (
             f"{percent(totals.model_zeros / totals.model_weights)} of the model"
             if totals.model_weights and totals.model_zeros
@@ -198,7 +198,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items.append(
             (
                 "Zeros",
-                percent(totals.operator_zeros / totals.operator_weights),
+                percent(totals.zeros_share),
                 f"{count(totals.operator_zeros)}; {whole}".rstrip("; "),
             )
         )
@@ -207,12 +207,12 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items.append(
             ("Additional weights", share, f"{count(totals.low_rank_weights)} in low-rank parts of rank {rank}")
         )
-    errors = report.relative_errors
-    if errors:
+    if report.mean_error is not None:
+        errors = report.relative_errors
         items.append(
             (
                 "Mean relative error",
-                percent(sum(errors) / len(errors)),
+                percent(report.mean_error),
                 f"worst of {len(errors)} operators {percent(max(errors))}",
             )
         )

@@ -58,12 +58,11 @@ def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
     done, total = len(report.layers), report.model.layers
     took = _worked(report, now)
     left = None if report.status != "running" or not took else (total - done) * took / done
-    errors = report.relative_errors
     last = [layer.finished for layer in report.layers if layer.finished]
     return {
         "layers_done": done,
         "layers": total,
-        "mean_relative_error": sum(errors) / len(errors) if errors else None,
+        "mean_relative_error": report.mean_error,
         "seconds_since_last_layer": _since(max(last), now) if last else None,
         "seconds_left": left,
     }

@@ -72,10 +72,9 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
         rows.append((measure[0].lower() + measure[1:], f"{after_it}{beside}  {how}"))
     if text := change_text(report):
         rows.append(("changed", text))
-    if totals.operator_weights and totals.operator_zeros is not None:
-        share = 100 * totals.operator_zeros / totals.operator_weights
+    if totals.zeros_share is not None:
         kept = f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero, the same as before"
-        rows.append(("zeros kept", f"{kept} ({share:.4f} %)"))
+        rows.append(("zeros kept", f"{kept} ({100 * totals.zeros_share:.4f} %)"))
     rows.append(("pairs", pairs_text(report)) if report.alignment else ("training text", text_used(report)))
     return rows
 
@@ -83,7 +82,6 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
 def _pruned(report: Report) -> list[tuple[str, str]]:
     """List how a model was pruned and what that did to it."""
     totals = report.totals
-    errors = report.relative_errors
     rows = [("method", f"{report.method}, {report.sparsity}")]
     for evaluation in report.evaluations:
         dense, pruned = evaluation.reference, evaluation.perplexity
@@ -106,8 +104,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
     if report.workload is not None:
         rows.append(("allocation", workload_sentence(report.workload)))
     rows += structure_rows(report)
-    if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
-        share = 100 * totals.operator_zeros / totals.operator_weights
+    if totals.zeros_share is not None and not report.only_structure:
+        share = 100 * totals.zeros_share
         rows.append(
             (
                 "sparsity",
@@ -115,21 +113,13 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
             )
         )
         if totals.model_weights:
-            rows.append(
-                (
-                    "",
-                    f"{100 * totals.operator_zeros / totals.model_weights:.1f} % of all {totals.model_weights} weights",
-                )
-            )
+            whole = 100 * (totals.operator_zeros or 0) / totals.model_weights
+            rows.append(("", f"{whole:.1f} % of all {totals.model_weights} weights"))
     if said := low_rank_sentence(report):
         rows.append(("low rank", said))
-    if errors:
-        rows.append(
-            (
-                "relative error",
-                f"{100 * sum(errors) / len(errors):.2f} % of the outputs' energy, mean over {len(errors)} operators",
-            )
-        )
+    if report.mean_error is not None:
+        over = f"mean over {len(report.relative_errors)} operators"
+        rows.append(("relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
     return rows
 
 

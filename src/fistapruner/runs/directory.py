@@ -16,7 +16,6 @@ A verb adds files of its own: see :mod:`fistapruner.runs.prune_directory`. Every
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,17 +29,19 @@ from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
 from ..runtime.files import (
     disk_errors,
-    json_sha256,
+    read_sealed_json,
     remove_folder,
     require_utf8,
     sampled_sha256,
     write_json_atomic,
+    write_sealed_json,
     write_text_atomic,
 )
+from ..runtime.formatting import shell_line
 from .base import parse, read_json
 from .decision import RunRecord
 from .lock import holders
-from .records import Report
+from .records import Report, load_run
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -170,10 +171,8 @@ class RunDirectory:
             return None
         hint = "remove the run directory or choose another --out"
         try:
-            content = json.loads(self.run_file.read_text("utf-8"))
-            if not isinstance(content, dict) or content.pop("sha256", None) != json_sha256(content):
-                raise ValueError("its checksum is wrong")
-        except (OSError, ValueError, RecursionError) as error:
+            content = read_sealed_json(self.run_file)
+        except (OSError, ValueError) as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): {hint}") from None
         if content.pop("format", 0) != FORMAT:
             by = content.get("versions", {}).get("fistapruner", "unknown")
@@ -194,7 +193,7 @@ class RunDirectory:
         """Replace ``run.json``; its format and a checksum of its content go with it."""
         results = {"layers", "totals", "evaluations", "speed", "generations"}
         content = {**record.model_dump(mode="json", exclude=results), "format": FORMAT}
-        write_json_atomic(self.run_file, {**content, "sha256": json_sha256(content)})
+        write_sealed_json(self.run_file, content)
 
     def write_recipe(self, text: str) -> None:
         """Replace ``recipe.yaml``."""
@@ -228,16 +227,14 @@ class RunDirectory:
             for name, digest in digests.items()
         }
         others = sorted(name for name in self._model_names() if name not in shards)
-        content = {"fingerprint": fingerprint, "files": shards, "others": others}
-        write_json_atomic(self.model_file, {**content, "sha256": json_sha256(content)})
+        write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": shards, "others": others})
 
     def model_record(self) -> dict[str, Any] | None:
         """Read ``model.json``; None where it is missing or damaged."""
         try:
-            content = read_json(self.model_file)
-        except FistaPrunerError:
+            return read_sealed_json(self.model_file)
+        except (OSError, ValueError):
             return None
-        return content if content.pop("sha256", None) == json_sha256(content) else None
 
     def model_fault(self, fingerprint: str) -> str | None:
         """Find what is wrong with the finished checkpoint; None where nothing is.
@@ -308,3 +305,34 @@ class RunDirectory:
 
     def _model_names(self) -> set[str]:
         return {str(path.relative_to(self.model)) for path in self.model.rglob("*") if not path.is_dir()}
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a path is a run directory, and not a model or anything else."""
+    folder = Path(folder)
+    return not (folder / "config.json").exists() and any(
+        (folder / name).is_file() for name in ("run.json", "report.json")
+    )
+
+
+def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
+    """Open a run and its report.
+
+    Raises:
+        FistaPrunerError: it is not finished, or its checkpoint is damaged.
+    """
+    run, report = RunDirectory(folder), load_run(folder)
+    if report.status != "finished" or not run.model.is_dir():
+        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
+    if (fault := run.model_fault(report.fingerprint or "")) is not None:
+        raise FistaPrunerError(f"{fault}: make the checkpoint again with '{shell_line('resume', folder)}'")
+    return run, report
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """Return the checkpoint of a run directory; any other path as it is.
+
+    Raises:
+        FistaPrunerError: the run is not finished, or its checkpoint is damaged.
+    """
+    return finished_run(Path(path))[0].model if is_run(path) else Path(path)

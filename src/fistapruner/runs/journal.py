@@ -10,18 +10,16 @@ other layer is pruned again.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, json_sha256, sha256_file, write_json_atomic
+from ..runtime.files import PARTIAL, read_sealed_json, sha256_file, write_sealed_json
 from .layer_records import LayerEntry
 
 log = logging.getLogger("fistapruner")
@@ -57,8 +55,7 @@ class LayerJournal:
         write_tensors(tensors, weights, {"fingerprint": fingerprint})
         content = entry.model_dump(mode="json")
         content["file"] = {"fingerprint": fingerprint, "sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}
-        content["sha256"] = json_sha256(content)
-        write_json_atomic(record, content)
+        write_sealed_json(record, content)
 
     def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
         """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
@@ -66,9 +63,7 @@ class LayerJournal:
         if not record.exists():
             return None
         try:
-            content = json.loads(record.read_text("utf-8"))
-            if content.pop("sha256") != json_sha256(content):
-                raise ValueError("its checksum is wrong")
+            content = read_sealed_json(record)
             file = content["file"]
             if file["fingerprint"] != fingerprint:
                 raise ValueError("it belongs to another recipe, model or calibration set")
@@ -77,16 +72,7 @@ class LayerJournal:
             if tensors.stat().st_size != file["bytes"] or sha256_file(tensors) != file["sha256"]:
                 raise ValueError(f"{tensors.name} is not the file it was written with")
             return LayerEntry.model_validate(content)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            ValidationError,
-            FistaPrunerError,
-        ) as error:
+        except (OSError, ValueError, KeyError, TypeError, FistaPrunerError) as error:
             log.warning("layer %d is done again: %s: %s", index, record.name, error)
             return None
 
@@ -102,7 +88,7 @@ class LayerJournal:
         found = []
         for record in self.records():
             try:
-                content = json.loads(record.read_text("utf-8"))
+                content = read_sealed_json(record)
                 if content["file"]["fingerprint"] == fingerprint and content["batch_size"] is not None:
                     found.append((int(content["batch_size"]), bool(content["by_operator"])))
             except (OSError, ValueError, KeyError, TypeError):  # a damaged layer is pruned again (see finished)

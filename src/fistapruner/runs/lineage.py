@@ -5,7 +5,6 @@ It is kept in ``fistapruner.json`` of the model's folder, and in the report of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +93,6 @@ def update_stage(report: Report) -> None:
 
 def stage_of(report: Report) -> Stage:
     """Describe a run as a stage of its model's making."""
-    errors = [found.relative_error for layer in report.layers for found in layer.operators]
-    known = [error for error in errors if error is not None and math.isfinite(error)]
     measured = next((found for found in report.evaluations if found.perplexity is not None), None)
     return Stage(
         kind=report.kind,
@@ -108,7 +105,7 @@ def stage_of(report: Report) -> Stage:
             operator_weights=report.totals.operator_weights,
             operator_zeros=report.totals.operator_zeros,
             parameters=report.totals.model_weights if report.widths else None,
-            relative_error=sum(known) / len(known) if known else None,
+            relative_error=report.mean_error,
             seconds=report.totals.seconds,
             tokens=report.recovery.tokens if report.recovery else None,
             perplexity=_short(measured.perplexity if measured else None),

@@ -16,7 +16,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,7 +124,7 @@ class PruneDirectory(RunDirectory):
         metrics: Sequence[Tensor],
         importance: Mapping[str, Tensor],
         orders: Orders,
-        scores: Mapping[str, Tensor] = MappingProxyType({}),
+        scores: Mapping[str, Tensor],
     ) -> None:
         """Store what was measured on the dense model, as far as the recipe needs it.
 

@@ -102,6 +102,11 @@ class CalibrationFacts(Record):
         return any(side.loss_tokens < side.tokens - side.windows for side in sides)
 
 
+def _share(part: int | None, whole: int | None) -> float | None:
+    """Divide two counts; None where they are not known."""
+    return part / whole if whole and part is not None else None
+
+
 class Totals(Record):
     """Sums over the run.
 
@@ -138,6 +143,11 @@ class Totals(Record):
     compressed_bytes: int | None = None
     low_rank_weights: int | None = None
     low_rank_bytes: int | None = None
+
+    @property
+    def zeros_share(self) -> float | None:
+        """Share of zeros in the operators; None where it is not known."""
+        return _share(self.operator_zeros, self.operator_weights)
 
 
 class PlanRow(Record):
@@ -245,6 +255,11 @@ class StageFigures(Record):
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
     divergence: Divergence | None = None
+
+    @property
+    def zeros_share(self) -> float | None:
+        """Share of zeros in the operators; None where it is not known."""
+        return _share(self.operator_zeros, self.operator_weights)
 
 
 class Stage(Record):
@@ -377,9 +392,15 @@ class Report(Record):
 
     @property
     def relative_errors(self) -> list[float]:
-        """Relative errors of the operators' outputs, as far as they are known."""
-        operators = (operator for layer in self.layers for operator in layer.operators)
-        return [operator.relative_error for operator in operators if operator.relative_error is not None]
+        """Relative errors of the operators' outputs, as far as they are known and finite."""
+        errors = (operator.relative_error for layer in self.layers for operator in layer.operators)
+        return [error for error in errors if error is not None and math.isfinite(error)]
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean of :attr:`relative_errors`; None where there are none."""
+        errors = self.relative_errors
+        return sum(errors) / len(errors) if errors else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -453,9 +474,7 @@ class CompareRow(Record):
     @property
     def zeros_share(self) -> float | None:
         """Share of zeros in the operators; None where it is not known."""
-        if not self.operator_weights or self.operator_zeros is None:
-            return None
-        return self.operator_zeros / self.operator_weights
+        return _share(self.operator_zeros, self.operator_weights)
 
     @property
     def beside_zeros(self) -> str:

@@ -10,7 +10,6 @@ are kept.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, json_sha256, sha256_file, write_json_atomic
+from ..runtime.files import PARTIAL, disk_errors, read_sealed_json, sha256_file, write_sealed_json
 
 log = logging.getLogger("fistapruner")
 
@@ -81,7 +80,7 @@ class Snapshots:
             record.unlink(missing_ok=True)
         write_tensors(file, tensors, {"fingerprint": fingerprint})
         content = {"fingerprint": fingerprint, "step": step, "values": dict(values), "file": sha256_file(file)}
-        write_json_atomic(record, {**content, "sha256": json_sha256(content)})
+        write_sealed_json(record, content)
         self.tidy(step)
 
     def tidy(self, step: int) -> None:
@@ -109,15 +108,13 @@ class Snapshots:
                 continue
             file, record = self._files(step)
             try:
-                content = json.loads(record.read_text("utf-8"))
-                if content.pop("sha256") != json_sha256(content):
-                    raise ValueError("its checksum is wrong")
+                content = read_sealed_json(record)
                 if content["fingerprint"] != fingerprint:
                     raise ValueError("it belongs to another run")
                 if content["step"] != step or sha256_file(file) != content["file"]:
                     raise ValueError(f"{file.name} is not the file it was written with")
                 return Snapshot(step, content["values"], SafetensorsFile(file))
-            except (OSError, ValueError, KeyError, TypeError, RecursionError, FistaPrunerError) as error:
+            except (OSError, ValueError, KeyError, FistaPrunerError) as error:
                 log.warning("snapshot %s is not used: %s", record.name, error)
         return None
 

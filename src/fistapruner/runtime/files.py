@@ -221,6 +221,34 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` and a checksum of it as indented JSON, atomically.
+
+    Raises:
+        FistaPrunerError: the disk is full or refuses the write.
+    """
+    write_json_atomic(path, {**content, "sha256": json_sha256(content)})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_sealed_json` has written.
+
+    Returns:
+        The content, without its checksum.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON object, or its checksum is wrong.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if isinstance(content, dict) and content.pop("sha256", None) == json_sha256(content):
+            return content
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    raise ValueError("its checksum is wrong")
+
+
 def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file's bytes, atomically.
 

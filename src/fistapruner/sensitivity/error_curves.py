@@ -185,11 +185,11 @@ def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fractio
     Returns:
         A sparsity for each operator; their zeros sum to exactly what ``fraction`` gives in every operator.
     """
-    budget = Budget(sizes, fraction)
+    budget = ZerosBudget(sizes, fraction)
     return budget.sparsities(budget.cheapest(budget.slopes(curves)))
 
 
-class Budget:
+class ZerosBudget:
     """Zeros to distribute over operators, in equal steps of each operator's range of sparsities.
 
     Args:

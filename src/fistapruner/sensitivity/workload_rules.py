@@ -41,7 +41,7 @@ from torch import Tensor
 from ..constraints import Unstructured
 from ..runs.records import WorkloadFacts, WorkloadRule, WorkloadTask
 from ..runtime.numerics import mean_and_error, seeded
-from .error_curves import Budget
+from .error_curves import ZerosBudget
 from .forecast import Forecast, expected_excess, feature_scale, fit_forecast, train
 from .so_ebm import energy_loss, importance_weights
 from .workload import History, Workload
@@ -77,7 +77,7 @@ class Candidates:
 
 
 def find_candidates(
-    budget: Budget, curves: Sequence[Mapping[str, Tensor]], mix: Tensor, *, several: bool = True
+    budget: ZerosBudget, curves: Sequence[Mapping[str, Tensor]], mix: Tensor, *, several: bool = True
 ) -> Candidates:
     """Allocate zeros uniformly, for the known mix, and for every mix on the lattice.
 
@@ -270,7 +270,7 @@ def allocate_workload(
     Returns:
         The sparsities, whose zeros sum to exactly what ``fraction`` gives in every operator; and how they were chosen.
     """
-    budget, history, settings = Budget(sizes, fraction), workload.history, workload.settings
+    budget, history, settings = ZerosBudget(sizes, fraction), workload.history, workload.settings
     by_task = [curves[task] for task in workload.tasks]
     found = find_candidates(budget, by_task, workload.mix, several=history is not None)
     rule, why, rows, chosen = "mix", "there is no history of deployments", [], 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.architecture import auto_class, find_decoder_layers, loaded_dtype, refuse_own_code, set_widths
+from ..models.architecture import auto_class, build_model, find_decoder_layers, loaded_dtype, refuse_own_code
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
@@ -64,50 +64,30 @@ def load(
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
-    try:
-        config = AutoConfig.from_pretrained(str(source.folder))
-        del config.quantization_config  # how the folder is packed
-    except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
-        raise _fault(source.folder / "config.json", "is not understood", error) from None
-    layers, tensors = (
-        getattr(config.get_text_config(), "num_hidden_layers", 0),
-        len(source.dense_names()) + len(source.specs),
-    )
-    if isinstance(layers, int) and layers > tensors:
-        raise FistaPrunerError(
-            f"{source.folder}: config.json asks for {layers} decoder layers and there are {tensors} tensors"
-        )
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() < 0:
         slow = "no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False"
         warnings.warn(slow, stacklevel=2)
-    model = _build(source, config, dtype, packed, int8)
+    model = _build(source, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise _fault(source.folder / "generation_config.json", "is not understood", error) from None
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise FistaPrunerError(f"{source.folder / 'generation_config.json'} is not understood: {reason}") from None
     return model.eval()
 
 
-def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bool, int8: bool) -> Any:
+def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: bool) -> Any:
     """Build the model with its tensors.
 
     The scales of an int8 operator run along its stored rows. GPT-2 stores its operators transposed, so theirs are
     rounded to int8 again after transposing.
 
     Raises:
-        FistaPrunerError: a tensor does not fit the architecture, or is missing.
+        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing.
     """
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    try:
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = auto_class(config).from_config(config, dtype=dtype)
-    except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
-        raise _fault(source.folder / "config.json", "describes no language model that can be built", error) from None
-    set_widths(model, source.widths, source.shapes())
+    model = build_model(source.checkpoint, shapes=source.shapes(), dtype=dtype)
     stored = source.names()
     experts = expert_sources(model, stored)
     mixed = any(name in source.specs for lists in experts.values() for names in lists for name in names)
@@ -176,11 +156,6 @@ def _missing(model: nn.Module) -> list[str]:
     """List the parameters and buffers that have no values; unlike a state dict this unpacks nothing."""
     held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return [name for name, tensor in held if tensor.is_meta]
-
-
-def _fault(path: Path, what: str, error: Exception) -> FistaPrunerError:
-    """Make the error of a file that transformers refuses, with its reason in one line."""
-    return FistaPrunerError(f"{path} {what}: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
 
 def use_kernels(model: nn.Module) -> None:

@@ -106,7 +106,7 @@ def policy_gradient(
 
 
 @dataclass(frozen=True)
-class Budget:
+class UnitBudget:
     """Units that share a budget.
 
     Args:
@@ -130,7 +130,7 @@ class MaskLearner:
     """
 
     def __init__(
-        self, keep: Tensor, budgets: Sequence[Budget], steps: int, lr: float, *, moving: bool = True, seed: int = 0
+        self, keep: Tensor, budgets: Sequence[UnitBudget], steps: int, lr: float, *, moving: bool = True, seed: int = 0
     ) -> None:
         self.keep = keep.double()
         self.step = 0
@@ -204,15 +204,15 @@ def slots_of(units: Units) -> list[Slot]:
     return found
 
 
-def budgets_of(slots: Sequence[Slot], *, together: bool) -> list[Budget]:
+def budgets_of(slots: Sequence[Slot], *, together: bool) -> list[UnitBudget]:
     """Return a budget for every operator, or with ``together`` one for all units of a kind."""
     if not together:
-        return [Budget(slot.places, slot.unit.after) for slot in slots]
+        return [UnitBudget(slot.places, slot.unit.after) for slot in slots]
     found = []
     for kind in dict.fromkeys(slot.unit.kind for slot in slots):
         own = [slot for slot in slots if slot.unit.kind == kind]
         members = slice(own[0].places.start, own[-1].places.stop)
-        found.append(Budget(members, sum(slot.unit.after for slot in own)))
+        found.append(UnitBudget(members, sum(slot.unit.after for slot in own)))
     return found
 
 
@@ -350,7 +350,7 @@ class BypassLearning:
                 state.close()
         return found
 
-    def first(self, windows: int, budgets: Sequence[Budget]) -> Tensor:
+    def first(self, windows: int, budgets: Sequence[UnitBudget]) -> Tensor:
         """Make the first probabilities from what a unit adds to the outputs, each layer fed by masked ones.
 
         ``s = clip(sigmoid(z) + keep - mean(sigmoid(z)), 0, 1)``, with z the mean over outputs of ``|W_ij| sqrt(H_jj)``

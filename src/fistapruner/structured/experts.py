@@ -377,9 +377,7 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any, most: int) -
     Raises:
         FistaPrunerError: it does not, or the router chooses more experts than a token can go to; names the mixture.
     """
-    tokens = model.check_window(16)
-    with model.embeddings_and_head(head=False):
-        hidden, calls = model.embed(tokens)
+    hidden, calls = model.probe()
     layers = find_decoder_layers(smaller)[1]
     buffers_to(smaller, hidden.device)
     known = set()
@@ -429,8 +427,7 @@ def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
 
     Decoder layers with the same parameters are run once.
     """
-    with model.embeddings_and_head(head=False):
-        hidden, calls = model.embed(model.check_window(16))
+    hidden, calls = model.probe()
     found: dict[str, int] = {}
     known: dict[Any, dict[str, int]] = {}
     for index, layer in enumerate(model.layers):

@@ -101,8 +101,7 @@ def _check_probabilities(model: LayerwiseModel, units: tuple[Unit, ...]) -> None
     Raises:
         FistaPrunerError: it does not.
     """
-    with model.embeddings_and_head(head=False):
-        hidden, _ = model.embed(model.check_window(16))
+    hidden, _ = model.probe()
     (unit,) = (unit for unit in units if unit.kind == GROUPS)
     with model.layer(0):
         next(attention_probabilities(model, 0, unit.consumer.name, hidden.shape[1], [hidden]))
@@ -237,9 +236,7 @@ def _prove(model: LayerwiseModel, units: Units, smaller: Any = None) -> None:
     Raises:
         FistaPrunerError: it is not; names the operator.
     """
-    tokens = model.check_window(16)
-    with model.embeddings_and_head(head=False):
-        hidden, calls = model.embed(tokens)
+    hidden, calls = model.probe()
     layers = None if smaller is None else find_decoder_layers(smaller)[1]
     known = set()
     for index, layer_units in enumerate(units):

@@ -27,7 +27,7 @@ from .pair_objective import LIKELIHOOD, AnswerObjective
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """A reference model.
 
     Args:
@@ -60,7 +60,7 @@ def log_probabilities_by_parts(
 
 def reference_log_probabilities(
     path: Path,
-    references: Mapping[str, Reference],
+    references: Mapping[str, ReferenceModel],
     text: Pairs,
     batch_size: int,
     store: Store,
@@ -109,7 +109,7 @@ def _chunks(objective: AnswerObjective, windows: Sequence[int], at_once: int) ->
         yield [window for chosen in pairs[start : start + size] for window in (chosen, chosen + 1)]
 
 
-def _read(path: Path, references: Mapping[str, Reference], say: Callable[[str], None]) -> dict[str, Tensor]:
+def _read(path: Path, references: Mapping[str, ReferenceModel], say: Callable[[str], None]) -> dict[str, Tensor]:
     """Read the references that the file has and that have not changed; say why others are not used."""
     found: dict[str, Tensor] = {}
     if not path.exists():
@@ -136,7 +136,7 @@ def _read(path: Path, references: Mapping[str, Reference], say: Callable[[str], 
     return found
 
 
-def _write(path: Path, references: Mapping[str, Reference], found: Mapping[str, Tensor]) -> None:
+def _write(path: Path, references: Mapping[str, ReferenceModel], found: Mapping[str, Tensor]) -> None:
     tensors = {
         f"{name}.{answer}": values[:, place]
         for name, values in found.items()

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -50,7 +50,6 @@ class StepResult:
     size: float
 
 
-@runtime_checkable
 class Replays(Protocol):
     """An optimizer without gradients, whose steps can be taken again from the journal."""
 
@@ -104,7 +103,7 @@ def newest_state(run: TrainingDirectory, fingerprint: str) -> Snapshot | None:
 
 
 Say = Callable[[str], None]
-Tick = Callable[[int, int], None]
+StepTick = Callable[[int, int], None]
 
 
 @dataclass
@@ -137,7 +136,7 @@ class Trainer:
     snapshot: Snapshot | None = None
     about: dict[str, Any] = field(default_factory=dict)
     say: Say = lambda sentence: None
-    tick: Tick = lambda done, total: None
+    tick: StepTick = lambda done, total: None
     after_snapshot: Callable[[], None] = lambda: None
     ranks: Ranks = ALONE
 
@@ -154,7 +153,7 @@ class Trainer:
     def train(self) -> TrainingState:
         """Take the steps that are left; the best weights are restored at the end."""
         lines, snapshot = read_steps(self.run.steps_file), self.snapshot
-        replays = self.recipe.zeroth_order and isinstance(self.stepper, Replays)
+        replays = self.recipe.zeroth_order
         begun = snapshot is not None or (replays and self._is_own(lines))
         if snapshot is not None:
             self._resume(snapshot)
@@ -172,10 +171,10 @@ class Trainer:
         with opened as journal:
             if not begun:
                 self._begin(journal)
-            elif replays and isinstance(self.stepper, Replays):
+            elif replays:
                 if snapshot is None:
                     self._snapshot()  # the start, as a run from the beginning has it
-                self._replay(lines, journal, self.stepper)
+                self._replay(lines, journal, cast("Replays", self.stepper))
             first, begin = self.state.step, time.monotonic()
             while self.state.step < steps and not self.state.stopped:
                 check = self._step(journal)
