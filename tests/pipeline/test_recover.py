@@ -65,17 +65,18 @@ class Bench:
     def dense(self, architecture: str = "llama", **changes: Any) -> Path:
         """A dense model of two layers."""
         name = "-".join([architecture, *map(str, changes.values())])
-        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
+        layers = "n_layer" if architecture in ("gpt2", "bloom") else "num_hidden_layers"
         if not (self.folder / name).exists():
             tiny.save(architecture, self.folder / name, **{layers: 2, **changes})
         return self.folder / name
 
-    def pruned(self, architecture: str = "llama", sparsity: str = "2:4") -> Path:
+    def pruned(self, architecture: str = "llama", sparsity: str = "2:4", **changes: Any) -> Path:
         """A pruning run of it."""
-        run = self.folder / f"{architecture} pruned to {sparsity.replace('%', ' percent')}"
+        dense = self.dense(architecture, **changes)
+        run = self.folder / f"{dense.name} pruned to {sparsity.replace('%', ' percent')}"
         if not run.exists():
             calibration = {"source": str(self.text), "samples": 2, "seqlen": SEQLEN}
-            fp.prune(self.dense(architecture), run, method="wanda", sparsity=sparsity, calibration=calibration)
+            fp.prune(dense, run, method="wanda", sparsity=sparsity, calibration=calibration)
         return run
 
     @cached_property
@@ -117,6 +118,26 @@ def held_out_loss(run: Path, model: Path, dense: Path, task: int = 0) -> float:
     return float(kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean())
 
 
+def assert_only_survivors_changed(pruned: Path, out: Path, dense_model: Path, parameters: str) -> None:
+    """Zeros are kept bit for bit, what is not trained is that of the dense model."""
+    before, after, dense = (tensors(folder) for folder in (pruned / "model", out / "model", dense_model))
+    assert before.keys() == after.keys()
+    operators = inspect_checkpoint(pruned / "model").pruned
+    assert operators
+    for operator in operators:
+        name = operator.name
+        assert torch.equal(after[name] == 0, before[name] == 0)
+        assert parameters == "norms" or not torch.signbit(after[name][after[name] == 0]).any()  # +0.0
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    vectors = {name for name in after if after[name].ndim == 1}
+    names = {operator.name for operator in operators}
+    assert changed <= (vectors if parameters == "norms" else vectors | names)
+    outside = [name for name in after if ".layers." not in name and ".h." not in name]
+    assert outside
+    assert all(torch.equal(after[name], dense[name]) for name in outside)
+
+
 CASES = [
     ("llama", "2:4", "lora"),
     ("gpt2", "50%", "full"),
@@ -133,22 +154,7 @@ def test_the_written_model_has_the_zeros_and_is_better(
     """On transposed and fused weights (gpt2), with biases (opt), with norms around the operators (gemma2)."""
     pruned, out = bench.pruned(architecture, sparsity), tmp_path / "out"
     report = recover(pruned, out, parameters=parameters)
-    before, after, dense = (tensors(folder) for folder in (pruned / "model", out / "model", bench.dense(architecture)))
-    assert before.keys() == after.keys()
-    operators = inspect_checkpoint(pruned / "model").pruned
-    assert operators
-    for operator in operators:
-        name = operator.name
-        assert torch.equal(after[name] == 0, before[name] == 0)
-        assert parameters == "norms" or not torch.signbit(after[name][after[name] == 0]).any()  # +0.0
-    changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert changed
-    vectors = {name for name in after if after[name].ndim == 1}
-    names = {operator.name for operator in operators}
-    assert changed <= (vectors if parameters == "norms" else vectors | names)
-    outside = [name for name in after if ".layers." not in name and ".h." not in name]
-    assert outside
-    assert all(torch.equal(after[name], dense[name]) for name in outside)
+    assert_only_survivors_changed(pruned, out, bench.dense(architecture), parameters)
     # Never worse on the held-out windows, by another implementation of model and loss.
     assert report.recovery is not None
     checks = report.recovery.checks
@@ -158,6 +164,23 @@ def test_the_written_model_has_the_zeros_and_is_better(
     assert min(check.held_out for check in checks) == pytest.approx(losses[1], rel=1e-4)
     assert not inspect_checkpoint(out / "model").violations
     assert main(["inspect", str(out / "model")]) == 0
+
+
+FORMS = ["lora", "full", "spp", "hira", "norms"]
+
+
+@pytest.mark.parametrize("number", range(len(tiny.ARCHITECTURES)), ids=list(tiny.ARCHITECTURES))
+def test_every_architecture_keeps_its_zeros(bench: Bench, tmp_path: Path, number: int) -> None:
+    """In either dtype, of either pattern, in every form."""
+    architecture, parameters = list(tiny.ARCHITECTURES)[number], FORMS[number % len(FORMS)]
+    changes = {"dtype": [torch.bfloat16, torch.float32][number % 2]}
+    pruned, out = bench.pruned(architecture, ["50%", "2:4"][number // 2 % 2], **changes), tmp_path / "out"
+    report = recover(pruned, out, parameters=parameters, rank=2, steps=2, patience=False, validation_checks=1)
+    assert_only_survivors_changed(pruned, out, bench.dense(architecture, **changes), parameters)
+    assert {tensor.dtype for tensor in tensors(out / "model").values()} == set(changes.values())
+    assert report.recovery is not None
+    assert report.recovery.steps == 2
+    assert not inspect_checkpoint(out / "model").violations
 
 
 @pytest.mark.parametrize(
