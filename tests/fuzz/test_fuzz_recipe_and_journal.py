@@ -1,22 +1,24 @@
-"""Damaged recipes and layer journals: a clean error or a valid recipe; a layer that is trusted only when it is
-whole."""
+"""Damaged recipes, layer journals and training states: a clean error or a valid recipe; layers and states that are
+trusted only when they are whole."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import damaged, damaged_json, fuzz
+from mutations import EXAMPLES, damaged, damaged_json, damaged_json_text, fuzz, json_values
 
 from fistapruner import FistaPrunerError, Recipe
 from fistapruner.recipes.loading import shipped_recipes
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.layer_records import LayerEntry
+from fistapruner.runs.snapshots import Snapshots
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
 TEXTS = [WHOLE.to_yaml(), *shipped_recipes().values()]
@@ -70,6 +72,48 @@ def test_damaged_layer_is_never_trusted(
         assert torch.equal(directory.weights(0).read("a.weight"), WEIGHTS["a.weight"])
     if paths[0].read_bytes() == tensors and paths[1].read_bytes() == record:
         assert entry == whole
+
+
+VALUES = {"step": 7, "before": 1.5, "patience": {"best": 1.25, "rate": 0.3}, "fault": None}
+OLDER, NEWER = 3, 7
+TENSOR = torch.arange(256.0)
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshots, dict[Path, bytes]]:
+    logging.getLogger("fistapruner").setLevel(logging.ERROR)
+    found = Snapshots(tmp_path_factory.mktemp("states"))
+    for step in (OLDER, NEWER):
+        found.write("run", step, {**VALUES, "step": step}, {"a.weight": step * TENSOR})
+    return found, {path: path.read_bytes() for path in found.folder.iterdir()}
+
+
+@settings(fuzz, max_examples=max(EXAMPLES // 3, 1))
+@given(st.data())
+def test_damaged_state_is_never_trusted(states: tuple[Snapshots, dict[Path, bytes]], data: st.DataObject) -> None:
+    """The one before it is taken, or none where there is none."""
+    snapshots, files = states
+    alone = data.draw(st.booleans())
+    which = data.draw(st.sampled_from([{".safetensors"}, {".json"}, {".safetensors", ".json"}]))
+    for path, whole in files.items():
+        if int(path.stem) == OLDER and alone:
+            path.unlink(missing_ok=True)
+        elif int(path.stem) == OLDER or path.suffix not in which:
+            path.write_bytes(whole)
+        elif path.suffix == ".json":
+            text = damaged(whole) | damaged_json_text(json.loads(whole)) | json_values.map(json.dumps).map(str.encode)
+            path.write_bytes(data.draw(text))
+        else:
+            path.write_bytes(data.draw(damaged(whole)))
+    found = snapshots.newest("run")
+    same = all(path.read_bytes() == whole for path, whole in files.items() if int(path.stem) == NEWER)
+    if found is None:
+        assert alone
+        assert not same
+    else:
+        assert found.step == NEWER or not (same or alone)
+        assert found.values == {**VALUES, "step": found.step}
+        assert torch.equal(found.tensors.read("a.weight"), found.step * TENSOR)
 
 
 def test_nested_aliases_do_not_explode() -> None:

@@ -66,17 +66,18 @@ class Bench:
     def dense(self, architecture: str = "llama", **changes: Any) -> Path:
         """A dense model of two layers."""
         name = "-".join([architecture, *map(str, changes.values())])
-        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
+        layers = "n_layer" if architecture in ("gpt2", "bloom") else "num_hidden_layers"
         if not (self.folder / name).exists():
             tiny.save(architecture, self.folder / name, **{layers: 2, **changes})
         return self.folder / name
 
-    def pruned(self, architecture: str = "llama", sparsity: str = "2:4") -> Path:
+    def pruned(self, architecture: str = "llama", sparsity: str = "2:4", **changes: Any) -> Path:
         """A pruning run of it."""
-        run = self.folder / f"{architecture} pruned to {sparsity.replace('%', ' percent')}"
+        dense = self.dense(architecture, **changes)
+        run = self.folder / f"{dense.name} pruned to {sparsity.replace('%', ' percent')}"
         if not run.exists():
             calibration = {"source": str(self.text), "samples": 2, "seqlen": SEQLEN}
-            fp.prune(self.dense(architecture), run, method="wanda", sparsity=sparsity, calibration=calibration)
+            fp.prune(dense, run, method="wanda", sparsity=sparsity, calibration=calibration)
         return run
 
     @cached_property
@@ -107,15 +108,35 @@ def weights(run: Path) -> bytes:
 
 
 @torch.no_grad()
-def held_out_loss(run: Path, model: Path, dense: Path) -> float:
-    """The divergence of a model from the dense one on the run's held-out windows, by transformers and torch."""
+def held_out_loss(run: Path, model: Path, dense: Path, task: int = 0) -> float:
+    """The divergence of a model from the dense one on the held-out windows of a task, by transformers and torch."""
     file = SafetensorsFile(run / "windows.safetensors")
-    tokens = file.read("tokens")[file.read("held_out").to(torch.bool)]
+    tokens = file.read("tokens")[file.read("held_out").to(torch.bool) & (file.read("task") == task)]
     ours, theirs = (
         log_softmax(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits[:, :-1], -1)
         for folder in (model, dense)
     )
     return float(kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean())
+
+
+def assert_only_survivors_changed(pruned: Path, out: Path, dense_model: Path, parameters: str) -> None:
+    """Zeros are kept bit for bit, what is not trained is that of the dense model."""
+    before, after, dense = (tensors(folder) for folder in (pruned / "model", out / "model", dense_model))
+    assert before.keys() == after.keys()
+    operators = inspect_checkpoint(pruned / "model").pruned
+    assert operators
+    for operator in operators:
+        name = operator.name
+        assert torch.equal(after[name] == 0, before[name] == 0)
+        assert parameters == "norms" or not torch.signbit(after[name][after[name] == 0]).any()  # +0.0
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    vectors = {name for name in after if after[name].ndim == 1}
+    names = {operator.name for operator in operators}
+    assert changed <= (vectors if parameters == "norms" else vectors | names)
+    outside = [name for name in after if ".layers." not in name and ".h." not in name]
+    assert outside
+    assert all(torch.equal(after[name], dense[name]) for name in outside)
 
 
 CASES = [
@@ -134,22 +155,7 @@ def test_the_written_model_has_the_zeros_and_is_better(
     """On transposed and fused weights (gpt2), with biases (opt), with norms around the operators (gemma2)."""
     pruned, out = bench.pruned(architecture, sparsity), tmp_path / "out"
     report = recover(pruned, out, parameters=parameters)
-    before, after, dense = (tensors(folder) for folder in (pruned / "model", out / "model", bench.dense(architecture)))
-    assert before.keys() == after.keys()
-    operators = inspect_checkpoint(pruned / "model").pruned
-    assert operators
-    for operator in operators:
-        name = operator.name
-        assert torch.equal(after[name] == 0, before[name] == 0)
-        assert parameters == "norms" or not torch.signbit(after[name][after[name] == 0]).any()  # +0.0
-    changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert changed
-    vectors = {name for name in after if after[name].ndim == 1}
-    names = {operator.name for operator in operators}
-    assert changed <= (vectors if parameters == "norms" else vectors | names)
-    outside = [name for name in after if ".layers." not in name and ".h." not in name]
-    assert outside
-    assert all(torch.equal(after[name], dense[name]) for name in outside)
+    assert_only_survivors_changed(pruned, out, bench.dense(architecture), parameters)
     # Never worse on the held-out windows, by another implementation of model and loss.
     assert report.recovery is not None
     checks = report.recovery.checks
@@ -159,6 +165,23 @@ def test_the_written_model_has_the_zeros_and_is_better(
     assert min(check.held_out for check in checks) == pytest.approx(losses[1], rel=1e-4)
     assert not inspect_checkpoint(out / "model").violations
     assert main(["inspect", str(out / "model")]) == 0
+
+
+FORMS = ["lora", "full", "spp", "hira", "norms"]
+
+
+@pytest.mark.parametrize("number", range(len(tiny.ARCHITECTURES)), ids=list(tiny.ARCHITECTURES))
+def test_every_architecture_keeps_its_zeros(bench: Bench, tmp_path: Path, number: int) -> None:
+    """In either dtype, of either pattern, in every form."""
+    architecture, parameters = list(tiny.ARCHITECTURES)[number], FORMS[number % len(FORMS)]
+    changes = {"dtype": [torch.bfloat16, torch.float32][number % 2]}
+    pruned, out = bench.pruned(architecture, ["50%", "2:4"][number // 2 % 2], **changes), tmp_path / "out"
+    report = recover(pruned, out, parameters=parameters, rank=2, steps=2, patience=False, validation_checks=1)
+    assert_only_survivors_changed(pruned, out, bench.dense(architecture, **changes), parameters)
+    assert {tensor.dtype for tensor in tensors(out / "model").values()} == set(changes.values())
+    assert report.recovery is not None
+    assert report.recovery.steps == 2
+    assert not inspect_checkpoint(out / "model").violations
 
 
 @pytest.mark.parametrize(
@@ -409,6 +432,26 @@ def test_a_single_named_text_is_that_of_the_recovery(bench: Bench, tmp_path: Pat
     report = recover(tmp_path / "run", tmp_path / "out", steps=1)
     assert report.calibration is not None
     assert report.calibration.source == str(bench.text)
+
+
+def test_of_several_tasks_the_held_out_loss_is_the_mean(bench: Bench, tmp_path: Path) -> None:
+    other, out = tmp_path / "other.jsonl", tmp_path / "out"
+    other.write_text("".join(json.dumps({"text": f"THE SQUARE OF {n} IS {n * n}."}) + "\n" for n in range(20)))
+    tasks = {"counting": str(bench.text), "squares": str(other)}
+    report = recover(bench.pruned(), out, data={"tasks": tasks, "held_out": 0.2}, parameters="full")
+    assert report.recovery is not None
+    file = SafetensorsFile(out / "windows.safetensors")
+    counts = file.read("task")[file.read("held_out").to(torch.bool)].bincount().tolist()
+    assert len(set(counts)) == 2  # a mean over all windows would be another
+    checks = report.recovery.checks
+    best = min(checks, key=lambda check: check.held_out)
+    assert best.held_out < checks[0].held_out
+    for check, model in ((checks[0], bench.pruned()), (best, out)):
+        losses = {name: held_out_loss(out, model / "model", bench.dense(), task) for task, name in enumerate(tasks)}
+        assert check.by_task == pytest.approx(losses, rel=1e-4)
+        assert check.held_out == pytest.approx(sum(losses.values()) / 2, rel=1e-4)
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in tasks)
 
 
 def test_a_rate_that_is_too_high_gives_the_input_back(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.structured.bypass import BypassLearning, MaskLearner, UnitBudget, policy_gradient, project
+from fistapruner.structured.bypass import (
+    BypassLearning,
+    MaskLearner,
+    UnitBudget,
+    budgets_of,
+    policy_gradient,
+    project,
+    slots_of,
+)
 from fistapruner.structured.units import find_units
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 64}
@@ -77,6 +86,70 @@ def test_it_finds_the_best_units_of_a_separable_loss(moving: bool) -> None:
         assert 0 <= float(learner.keep.min()) <= float(learner.keep.max()) <= 1
         assert float(learner.keep.sum()) <= 3 + 1e-9
     assert set(learner.keep.topk(3).indices.tolist()) == {1, 3, 5}
+
+
+def test_two_steps_by_hand() -> None:
+    """In plain Python: the rate falls as a cosine, and the baseline takes in the losses before it is used."""
+    masks = [[[1, 0, 0, 0], [0, 1, 1, 1]], [[1, 1, 0, 0], [0, 0, 1, 1]]]
+    losses = [[2.0, 1.0], [2.4, 1.4]]
+    keep, baseline = [0.4, 0.5, 0.6, 0.5], 1.5
+    budgets = [UnitBudget(slice(0, 2), 2), UnitBudget(slice(2, 4), 1)]
+    learner = MaskLearner(torch.tensor(keep, dtype=torch.float64), budgets, 2, 0.1)
+    for step, rate in enumerate((0.1, 0.05)):
+        drawn = [torch.tensor(mask, dtype=torch.float64) for mask in masks[step]]
+        learner.update(drawn, losses[step])
+        if step == 1:
+            baseline = 0.8 * 1.5 + 0.2 * 1.9
+        for unit, s in enumerate(keep):
+            gradient = sum(
+                (loss - baseline) * (mask[unit] - s) / math.sqrt(s * (1 - s))
+                for mask, loss in zip(masks[step], losses[step], strict=True)
+            )
+            keep[unit] = s - rate * gradient
+        assert all(0 < s < 1 for s in keep)
+        over = keep[2] + keep[3] - 1  # the first two have room for both
+        assert over > 0
+        keep[2:] = [s - over / 2 for s in keep[2:]]
+        assert learner.keep.tolist() == pytest.approx(keep, abs=1e-5)
+    assert learner.done
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("architecture", "remove"), [("llama", "mlp=25%,heads=1"), ("gpt2", "mlp=25%")])
+def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, architecture: str, remove: str) -> None:
+    """By transformers: the second layer is fed by the first with its worst units masked."""
+    layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
+    folder = tiny.save(architecture, tmp_path / "model", **{layers: 2})
+    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    layout, settings = discover(model).select(Recipe()), Structure(remove=remove, multiple=4)
+    units = find_units(model, layout, settings)
+    tokens = torch.randint(3, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    learning = BypassLearning(model, units, tokens, settings, 0, scratch_factory(None, torch.float32))
+    slots = slots_of(units)
+    found = learning.first(3, budgets_of(slots, together=False))
+
+    whole, masks, inputs = AutoModelForCausalLM.from_pretrained(folder).eval(), dict[int, Tensor](), dict[int, Tensor]()
+
+    def before(number: int, value: Tensor) -> Tensor:
+        inputs[number] = value
+        return value * masks[number] if number in masks else value
+
+    modules = [whole.get_submodule(layout.full_name(slot.index, slot.unit.consumer)) for slot in slots]
+    for number, module in enumerate(modules):
+        module.register_forward_pre_hook(lambda _, args, number=number: (before(number, args[0]),))
+    for index in range(2):
+        whole(tokens[:3])
+        for number, (slot, module) in enumerate(zip(slots, modules, strict=True)):
+            if slot.index != index:
+                continue
+            weight = module.weight.T if architecture == "gpt2" else module.weight
+            root = inputs[number].flatten(0, 1).double().square().mean(0).sqrt()
+            metric = (weight.double().abs().mean(0) * root).view(slot.unit.before, -1).sum(1)
+            odds = torch.sigmoid((metric - metric.mean()) / metric.std())
+            expected = (odds + slot.unit.after / slot.unit.before - odds.mean()).clamp(0, 1)
+            torch.testing.assert_close(found[slot.places], project(expected, slot.unit.after), rtol=0, atol=1e-5)
+            kept = torch.zeros(slot.unit.before).index_fill(0, metric.topk(slot.unit.after).indices, 1.0)
+            masks[number] = kept.repeat_interleave(slot.unit.columns)
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:

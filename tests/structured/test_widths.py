@@ -41,12 +41,13 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """
 
 
-def save(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
-    """A model whose layer 2 adds little: it can lose most."""
-    model = tiny.build(architecture, num_hidden_layers=LAYERS, **changes)
+def save(folder: Path, architecture: str = "llama", little: tuple[int, ...] = (2,), **changes: Any) -> Path:
+    """A model whose layers ``little`` add little: they can lose most."""
+    model = tiny.build(architecture, **{"num_hidden_layers": LAYERS, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".2." in name and name.endswith(("down_proj.weight", "o_proj.weight", "mlp.c_proj.weight")):
+            ends = name.endswith(("down_proj.weight", "o_proj.weight", "mlp.c_proj.weight"))
+            if ends and any(f".{index}." in name for index in little):
                 parameter.mul_(1e-3)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -186,6 +187,28 @@ def test_a_layer_that_adds_little_loses_most(tmp_path: Path) -> None:
         "version": 2,
         "widths": {str(index): {"intermediate_size": width} for index, width in enumerate(widths) if width < 48},
     }
+
+
+def test_the_first_and_last_layers_lose_half_at_most(tmp_path: Path) -> None:
+    """Where they are cheap, too; a cheap layer between them loses 1.5 times what equal widths lose."""
+    folder = save(tmp_path / "model", little=(0, 1, 3, 6, 7), num_hidden_layers=8, intermediate_size=40)
+    report = fp.prune(str(folder), tmp_path / "run", **settings("mlp=40%"))
+    gone = [sum(removal.before - removal.after for removal in layer.removals) for layer in report.layers]
+    assert [gone[index] for index in (0, 1, 3, 6, 7)] == [20, 20, 24, 20, 20]
+    assert sum(gone) == 8 * 16
+
+
+def test_a_layer_whose_output_predictions_do_not_need_loses_most(tmp_path: Path) -> None:
+    """Its output is larger than those of the others; the norm that follows it leaves almost nothing of it."""
+    model = tiny.build("gemma2", num_hidden_layers=LAYERS)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(3)
+        model.model.layers[2].post_feedforward_layernorm.weight.fill_(1e-3 - 1)  # it scales by 1 + weight
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    report = fp.prune(str(tmp_path / "model"), tmp_path / "run", **settings())
+    widths = [layer.removals[0].after if layer.removals else 48 for layer in report.layers]
+    assert widths[2] == 28 < min(widths[:2] + widths[3:])
 
 
 def test_every_verb_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

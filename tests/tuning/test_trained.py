@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,31 @@ def test_the_start_is_the_checkpoint_bit_for_bit(tmp_path: Path, form: str, dtyp
                 assert torch.equal(value.signbit()[before != 0], before.signbit()[before != 0])
     assert not written(trained)
     assert trained.tensors().keys() == {"steps"}
+
+
+@pytest.mark.parametrize("form", ["lora", "hira", "spp"])
+def test_the_factors_start_from_the_seed_and_the_name_of_the_operator(tmp_path: Path, form: str) -> None:
+    """Uniformly within 1/sqrt(n) of zero, for every operator of its own."""
+    model, layout = opened(pruned("llama", tmp_path))
+
+    def starts(seed: int) -> dict[str, Tensor]:
+        trained, found = Trained(model, layout, recipe(parameters=form, seed=seed, rank=8)), dict[str, Tensor]()
+        for index in range(len(model)):
+            with model.layer(index) as layer:
+                masters = trained.parameters(index, layer).masters
+                found.update({name: value.detach() for name, value in masters.items() if name.endswith(".A")})
+        return found
+
+    zero, again, one = starts(0), starts(0), starts(1)
+    assert len(zero) == len(layout.operators())
+    assert all(torch.equal(value, again[name]) for name, value in zero.items())
+    for first, second in itertools.combinations([*zero.values(), *one.values()], 2):
+        assert not torch.equal(first, second)
+    for value in (*zero.values(), *one.values()):
+        bound = value.shape[1] ** -0.5
+        assert 0.9 * bound < float(value.max()) <= bound
+        assert -bound <= float(value.min()) < -0.9 * bound
+        assert float(value.square().mean()) == pytest.approx(bound**2 / 3, rel=0.2)
 
 
 def test_the_start_of_a_vector_that_is_kept_in_fp32_is_the_checkpoint(

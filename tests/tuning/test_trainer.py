@@ -7,6 +7,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -77,7 +78,13 @@ class Parabola:
 
 
 def train(
-    folder: Path, stepper: Parabola, *, checks: int = 4, about: Mapping[str, Any] = {}, **settings: Any
+    folder: Path,
+    stepper: Parabola,
+    *,
+    text: TrainingText = TEXT,
+    checks: int = 4,
+    about: Mapping[str, Any] = {},
+    **settings: Any,
 ) -> tuple[TrainingState, list[str]]:
     """Train as far as the stepper lets it; returns the state, and what was said."""
     folder.mkdir(exist_ok=True)
@@ -86,7 +93,7 @@ def train(
     recipe = RecoverRecipe(validation_checks=checks, warm_up=0.0, schedule="constant", **settings)
     run = RecoverDirectory(folder)
     settings = {"snapshot": newest_state(run, "this run"), "about": dict(about), "say": said.append}
-    trainer = Trainer(run, "this run", recipe, TEXT, order, stepper, stepper, **settings)  # type: ignore[arg-type]
+    trainer = Trainer(run, "this run", recipe, text, order, stepper, stepper, **settings)  # type: ignore[arg-type]
     return trainer.train(), said
 
 
@@ -157,6 +164,37 @@ def test_snapshots_that_take_long_are_written_seldom(
     assert stepper.value == quick.value
 
 
+def test_the_step_is_kept_whose_mean_over_tasks_is_best(tmp_path: Path) -> None:
+    """Each task counts alike, whatever its windows: the mean over all tokens would be best at the start."""
+
+    class TwoTasks(Parabola):
+        """The loss of the short task falls from 1 to 0 with the square; that of the long one rises from 1 to 1.5."""
+
+        def losses(self, windows: list[int]) -> Tensor:
+            loss = {STEPS: self.value**2}
+            rising = 1.5 - self.value**2 / 2
+            return torch.tensor([3 * loss.get(window, rising) for window in windows], dtype=torch.float64)
+
+    windows = torch.arange(STEPS + 3)
+    text = replace(
+        TEXT,
+        tokens=torch.zeros(STEPS + 3, 4, dtype=torch.int64),
+        marks=torch.ones(STEPS + 3, 4, dtype=torch.bool),
+        held_out=windows >= STEPS,
+        task=(windows > STEPS).long(),
+        tasks=("short", "long"),
+    )
+    stepper = TwoTasks()
+    state, _ = train(tmp_path, stepper, text=text)
+    assert state.patience.best_step == STEPS
+    assert stepper.value == pytest.approx(0.8**STEPS)
+    for line in (line for line in journal(tmp_path) if "held_out" in line):
+        square = 0.8 ** (2 * line["step"])
+        assert line["by_task"] == pytest.approx({"short": square, "long": 1.5 - square / 2})
+        assert line["held_out"] == pytest.approx(0.75 + square / 4)
+        assert line["kept"]
+
+
 def infinite_at(step: int) -> Change:
     return lambda number, value: math.inf if number == step else value
 
@@ -201,19 +239,25 @@ def test_without_gradients_three_losses_in_a_row_that_are_not_finite_end_trainin
     assert journal(tmp_path) == lines
 
 
+@pytest.mark.parametrize("states", ["at checks", "at every step"])
 @pytest.mark.parametrize("optimizer", ["adamw", "mezo"])
 @pytest.mark.parametrize("at", range(1, STEPS + 1))
-def test_killed_at_any_step_it_ends_with_the_same_bits(tmp_path: Path, optimizer: str, at: int) -> None:
+def test_killed_at_any_step_it_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, at: int, states: str
+) -> None:
     whole = Parabola()
     expected, _ = train(tmp_path / "whole", whole, optimizer=optimizer)
+    if states == "at every step":  # any time is long after the last
+        monkeypatch.setattr("fistapruner.tuning.trainer.snapshot_interval", lambda seconds: -1.0)
     with pytest.raises(Killed):
         train(tmp_path / "killed", Parabola(loss_at=kill_at(at)), optimizer=optimizer)
     stepper = Parabola()
     state, _ = train(tmp_path / "killed", stepper, optimizer=optimizer)
     assert (state, stepper.value) == (expected, whole.value)
     assert journal(tmp_path / "killed") == journal(tmp_path / "whole")
-    if optimizer == "mezo":  # nothing is passed again that the journal holds
-        assert stepper.taken == list(range(at, STEPS + 1))
+    # Nothing is passed again that a state or, without gradients, the journal holds.
+    begun = at if optimizer == "mezo" or states == "at every step" else at - (at - 1) % 2
+    assert stepper.taken == list(range(begun, STEPS + 1))
 
 
 def test_killed_as_it_takes_steps_again_it_keeps_their_lines(tmp_path: Path) -> None:

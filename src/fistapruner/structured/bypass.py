@@ -381,7 +381,8 @@ class BypassLearning:
                     energy[number] += inputs.reshape(-1, inputs.shape[-1]).double().square().sum(0).cpu()
 
                 watched = Watched([(number, (slot.unit.consumer,)) for number, slot in enumerate(slots)], add)
-                run_layer(model, index, states, calls, watched=watched)
+                # To the layer's end: a pass without output stops at the last group, and these are not in order.
+                run_layer(model, index, states, calls, output=lambda *_: None, watched=watched)
                 mask = torch.ones(len(keep), dtype=torch.float64)
                 for number, slot in enumerate(slots):
                     weight = slot.unit.consumer.weight(layer).detach().double().cpu()
