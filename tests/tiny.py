@@ -181,14 +181,14 @@ def store_head(folder: Path, head: str) -> Path:
 
 
 class Said(Listener):
-    """Keeps the sentences of a run, and the names of its long passes."""
+    """Keeps the sentences of a run, and the names of its long passes, in their order."""
 
     def __init__(self) -> None:
         self.sentences: list[str] = []
-        self.passes: set[str] = set()
+        self.passes: list[str] = []
 
     def say(self, sentence: str) -> None:
         self.sentences.append(sentence)
 
     def tick(self, what: str, done: int, total: int) -> None:
-        self.passes.add(what)
+        self.passes += [what] if self.passes[-1:] != [what] else []

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner.activations.stream import check_model
-from fistapruner.models.discovery import discover, expert_modules
+from fistapruner.models.discovery import discover, expert_modules, linear_modules
 from fistapruner.models.files.checkpoint import Checkpoint, Stack
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -133,6 +133,18 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(tmp_path: Pat
     names = {operator.name for group in discover(model).layers[1] for operator in group}
     shared = {f"mlp.shared_expert.{part}" for part in ("gate_proj", "up_proj", "down_proj")}
     assert {name for name in names if "shared" in name or name == "mlp.gate"} == shared
+
+
+@pytest.mark.parametrize("inner", [16, 32])
+def test_a_router_that_is_a_small_mlp_is_left_as_it_is(tmp_path: Path, inner: int) -> None:
+    """What leads from the hidden states, 32 wide, to one number for each of the 4 experts."""
+    layer = opened(tiny.save("qwen2_moe", tmp_path)).layers[1]
+    mlp = layer.get_submodule("mlp")
+    mlp.gate = nn.Sequential(nn.Linear(32, inner), nn.ReLU(), nn.Linear(inner, 4))
+    names = {name for name, _ in linear_modules(layer)}
+    assert "mlp.gate.2" not in names
+    assert "mlp.gate.2.bias" not in vectors(layer, ("norms", "biases"))
+    assert "mlp.shared_expert.down_proj" in names
 
 
 def test_a_router_beside_attention_and_mlp_is_left_as_it_is(tmp_path: Path) -> None:

@@ -152,6 +152,8 @@ class OddLayer(torch.nn.Module):
             return hidden + self.linear(hidden + self.board[0])
         if self.trick == "layers work in place":
             return hidden.add_(self.linear(hidden))
+        if self.trick == "rounds by later tokens":
+            hidden = hidden * (1 + 2.5e-6 * hidden[:, -1:].sign())
         return hidden + self.linear(hidden)
 
 
@@ -245,6 +247,19 @@ def test_layers_that_work_in_place_leave_the_stored_hidden_states_alone(tmp_path
         wanted = values + layer.linear(values)  # type: ignore[operator]
     assert torch.equal(inputs.read(0, 2), values)
     torch.testing.assert_close(outputs.read(0, 2), wanted)
+
+
+def test_last_bits_that_depend_on_later_tokens_are_no_bidirectional_attention(tmp_path: Path) -> None:
+    """An expert's products may round by the number of its tokens; layer after layer the difference grows."""
+    opened(save(OddConfig("rounds by later tokens", num_hidden_layers=12), tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_to_later_tokens_is_refused_where_it_changes_little(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Newly made, a layer adds less to the hidden states than bf16 tells from them."""
+    folder = save(transformers.BertConfig(**{**BERT, "is_decoder": False}), tmp_path)
+    with pytest.raises(FistaPrunerError, match=r"depend on later tokens \(bidirectional attention\)"):
+        check_model(LayerwiseModel(Checkpoint.open(folder), CPU, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])

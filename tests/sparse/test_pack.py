@@ -198,6 +198,7 @@ def test_each_operator_is_decoded_once_and_progress_is_told(tmp_path, monkeypatc
     said = capsys.readouterr().err
     assert "tensors looked through for zeros: 3 of" in said
     assert "operators packed: 20 of 21\n" in said
+    assert "computing checksums" in said
     decoded, read = [], PackedCheckpoint.operator
     monkeypatch.setattr(PackedCheckpoint, "operator", lambda self, name: decoded.append(name) or read(self, name))
     assert main(["unpack", str(tmp_path / "p"), str(tmp_path / "u")]) == 0

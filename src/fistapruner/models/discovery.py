@@ -205,9 +205,9 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
 def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
     """Return a check, by name and outputs, for what routes or weighs a decoder layer's experts.
 
-    It stands beside the experts, is no MLP (which has several linear modules), and has no more outputs than there are
-    experts. Beside experts at the root of the layer (Gemma 4) stand attention and MLP, too: there it is what is called
-    a router, whole, or a gate with as many outputs.
+    It stands beside the experts, is no MLP (which leads from another width back to that of the hidden states), and has
+    no more outputs than there are experts. Beside experts at the root of the layer (Gemma 4) stand attention and MLP,
+    too: there it is what is called a router, whole, or a gate with as many outputs.
     """
     mixtures = []
     for name, experts in expert_modules(layer).items():
@@ -215,7 +215,9 @@ def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
         mlps = {
             child
             for child, module in layer.get_submodule(block).named_children()
-            if sum(isinstance(part, (nn.Linear, Conv1D)) for part in module.modules()) > 1
+            for part in module.modules()
+            if isinstance(part, (nn.Linear, Conv1D))
+            and (operator := Operator.of(child, part)).rows == experts.width != operator.columns
         }
         mixtures.append((block, mlps, experts.number))
 

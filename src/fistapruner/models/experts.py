@@ -66,6 +66,8 @@ class Experts(nn.Module):
 
     Attributes:
         skips: experts without tokens do not run; False at first.
+        number: of the experts.
+        width: n of what they return, that of the hidden states.
         transposed: ``transformers`` holds the matrices as (experts, inputs, outputs).
     """
 
@@ -79,6 +81,7 @@ class Experts(nn.Module):
         readers = [(name, rows // 2, columns) for name in PARTS] if apart else [(first, rows, columns)]
         self._signature = inspect.signature(type(fused).forward)
         self.number = len(fused.down_proj)
+        self.width = shapes["down_proj"][0]
         self.transposed = bool(fused.is_transposed)
         for number in range(self.number):
             expert = Expert(fused, readers, shapes["down_proj"], biased=bool(fused.has_bias))

@@ -251,6 +251,7 @@ def _operators(
         all_patterns=False,
         progress=lambda _, done, total: listener.tick("tensors whose zeros were checked", done, total),
     )
+    listener.tick("opening and checking the model", 0, 1)
     if found.violations:
         raise FistaPrunerError(
             f"{folder} is not what its record claims: {found.violations[0]}; "

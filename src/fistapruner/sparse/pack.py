@@ -145,6 +145,7 @@ def pack(
                 partial / name, file, plan, lambda: told("operators packed", next(done), len(plan))
             )
             changed, whole = changed + squares[0], whole + squares[1]
+            told("computing checksums", 0, 1)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         if whole:
             report = replace(report, rounding=math.sqrt(changed / whole))

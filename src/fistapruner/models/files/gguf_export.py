@@ -135,6 +135,8 @@ def export_gguf(
             require_space(out, sum(tensor.nbytes for tensor in planned.values()))
         with _new_file(out) as partial:
             source.write(partial, tensors, planned, values, progress)
+            if progress is not None:
+                progress("checking the written file", 0, 1)
             check_gguf(partial)
     return out
 
