@@ -99,10 +99,13 @@ def test_each_way_to_save_memory_saves_it(needs: TrainingSizes) -> None:
 
 
 def test_beside_a_gpu_the_next_layer_is_in_main_memory(needs: TrainingSizes) -> None:
-    """Where layers are loaded one by one; PyTorch rounds page-locked buffers up."""
+    """Where layers are loaded one by one; in the dtype of the file, and PyTorch rounds page-locked buffers up."""
     on_gpu = replace(needs, model=replace(needs.model, cuda=True))
     stays, streams = (on_gpu.host_stages(TrainingChoice(4, resident=resident))["a step"] for resident in (True, False))
     assert 2 * needs.model.layer <= streams - stays < 3 * needs.model.layer
+    halved = LayerwiseModel(needs.task.model.checkpoint, CPU, torch.bfloat16)
+    assert halved.ahead_bytes == needs.model.ahead == 2 * needs.model.layer
+    assert measure_model(replace(needs.task, model=halved)).ahead == needs.model.ahead
 
 
 def test_a_limit_takes_the_first_choice_that_fits(needs: TrainingSizes) -> None:

@@ -192,6 +192,15 @@ class LayerwiseModel:
         if self.device.type == "cuda" and not known:
             self._ahead[index] = ReadAhead(self.checkpoint, map(self.source, self.layer_parameters(index)))
 
+    @property
+    def ahead_bytes(self) -> int:
+        """Return the bytes of main memory that :meth:`read_ahead` of a decoder layer takes, at most.
+
+        They are in the dtypes of the checkpoint, and PyTorch rounds page-locked buffers up to powers of two.
+        """
+        names = map(self.layer_sources, range(len(self)))
+        return 2 * max(sum(self.checkpoint.entry(name).nbytes for name in layer) for layer in names)
+
     @contextmanager
     def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
         """Load everything outside the decoder layers for the block: embeddings, final norm, head.

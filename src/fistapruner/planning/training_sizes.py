@@ -174,6 +174,9 @@ class ModelSizes:
     layer: int
     """Weights of the largest decoder layer, of either model, in the passes' precision."""
 
+    ahead: int
+    """Main memory of a layer that is read ahead for a GPU; see :attr:`.LayerwiseModel.ahead_bytes`."""
+
     weights: int
     """Weights of all decoder layers of the model."""
 
@@ -351,12 +354,11 @@ class TrainingSizes:
     def host_stages(self, choice: TrainingChoice) -> dict[str, int]:
         """Compute the peak bytes of main memory of every stage of a run on a GPU."""
         model, form = self.model, self.form
-        ahead = 2 * model.layer  # being read; PyTorch rounds page-locked buffers up to powers of two
         moving = 2 * choice.batch_size * model.window
         found = {
             CUTTING: model.uncut,
             "the embeddings": model.largest,
-            "a step": moving + 2 * model.largest_operator + (0 if choice.resident else ahead),
+            "a step": moving + 2 * model.largest_operator + (0 if choice.resident else model.ahead),
             "writing a snapshot": form.trained_layer,
             "writing the checkpoint": form.effective + max(model.largest, 5 * model.largest_operator),
         }
@@ -364,7 +366,7 @@ class TrainingSizes:
             found[GENERATING] = model.text_weights
         if model.stored:
             block = self._block(choice) * model.window
-            found["the dense model's predictions"] = block + moving + ahead + model.largest
+            found["the dense model's predictions"] = block + moving + model.ahead + model.largest
         return {name: round(model.base + (1 + UNCOUNTED) * each) for name, each in found.items()}
 
     def peak(self, choice: TrainingChoice) -> int:
