@@ -27,6 +27,7 @@ from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.pipeline.plan_training import plan_alignment_of
 from fistapruner.pipeline.prepare_training import share_of
+from fistapruner.pipeline.recover_inputs import check_trained
 from fistapruner.planning.plan import Resources
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
@@ -408,9 +409,12 @@ def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
         compare(run.parent / "dense", methods, ["2:4"], tmp_path / "compared", settings=settings, windows=1)
     assert not (tmp_path / "compared").exists()
     planned.reset_mock(side_effect=True)
+    opened = Mock(wraps=check_trained)
+    monkeypatch.setattr("fistapruner.pipeline.compare.check_trained", opened)
     jobs = plan_jobs(parse_contenders(methods), ["2:4", "50%", "60%", "0%"], (0, 1), settings)
     check_recoveries(jobs, UNTRUSTED.find(run.parent / "dense"), tmp_path / "compared", tiny.Said())
     assert planned.call_count == 2  # with other numbers of zeros, of which 0% has none
+    assert opened.call_count == 3 + 4  # once for methods and seeds; 0% is refused in each row
 
 
 def weights(folder: Path) -> bytes:
