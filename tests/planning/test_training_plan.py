@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ import torch
 
 import fistapruner as fp
 import tiny
+from fistapruner.calibration.training_text import training_text
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
@@ -156,6 +158,23 @@ def test_memory_grows_with_the_text(folder: Path) -> None:
     limited = replace(longer, recipe=task.recipe.model_copy(update={"execution": execution}))
     with pytest.raises(FistaPrunerError, match=rf"{CUTTING} needs .*; take fewer --tokens$"):
         plan_training(limited, long)
+
+
+def test_a_text_file_is_planned_no_longer_than_it_is(folder: Path, tmp_path: Path) -> None:
+    """Whatever the tokens that are asked; the bound holds where each character is a token."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(Random(0).choices("abcdefghij ", k=8000)))
+    asked: list[Task] = [
+        task_for(folder, data={"source": str(text), "tokens": tokens, "seqlen": 32}) for tokens in (320, 10**6, 10**9)
+    ]
+    assert asked[0].windows == 10
+    assert asked[1].windows == asked[2].windows < 600
+    assert asked[1].text_bytes == asked[2].text_bytes
+    recipe = asked[2].recipe
+    assert isinstance(recipe, RecoverRecipe)
+    cut = training_text(recipe.data, tiny.tokenizer(), 32)
+    assert 100 < len(cut.windows("trained")) <= asked[2].windows
+    assert task_for(folder, data={"source": "python", "tokens": 10**9, "seqlen": 32}).windows == -(-(10**9) // 32)
 
 
 def test_forms_are_ordered_by_what_they_train(folder: Path) -> None:

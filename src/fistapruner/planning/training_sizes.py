@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..calibration.training_text import MAX_HELD_OUT_WINDOWS
+from ..calibration.training_text import MAX_HELD_OUT_WINDOWS, file_windows
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
@@ -115,7 +115,11 @@ class Task:
         out: Path,
         generator: LayerwiseModel | None = None,
     ) -> Task:
-        """Plan a recovery: steps and windows are those that the asked tokens make."""
+        """Plan a recovery: steps and windows are those that the asked tokens make.
+
+        Windows are no more than a text file fills.
+        """
+        windows, there = recipe.windows_of(seqlen), file_windows(recipe.data.texts, seqlen)
         return cls(
             model,
             layout,
@@ -128,7 +132,7 @@ class Task:
             TOP.get(recipe.teacher),
             steps=recipe.steps_of(seqlen),
             step_windows=recipe.windows_per_step,
-            windows=recipe.windows_of(seqlen),
+            windows=windows if there is None else min(windows, there),
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
             generator=generator,
