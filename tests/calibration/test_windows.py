@@ -27,14 +27,16 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from fistapruner import FistaPrunerError
-from fistapruner.calibration import calibration_tokens
+from fistapruner.calibration import calibration_tokens, self_generated
 from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
 from fistapruner.calibration.windows import check_source, draw_windows, tokens_sha256, window_length
 from fistapruner.errors import MissingExtraError
 from fistapruner.evaluation.data import check_data
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.whole import load_whole
 from fistapruner.recipes.settings import Calibration
+from tiny import save
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -264,8 +266,24 @@ def test_batches_are_bounded_by_the_cache() -> None:
     assert batch_size(model, 10) == 128
     assert batch_size(model, 2**20) == 8  # 2 layers x (keys, values) x 2 heads x 4 wide x 4 bytes = 128 bytes a token
     assert batch_size(model, 2**40) == 1
+
+
+def test_on_a_gpu_larger_models_get_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In proportion to their weights, so that a GPU that just holds them is not filled by keys and values."""
+    model = tiny("llama")
     on_gpu = SimpleNamespace(config=model.config, dtype=model.dtype, device=torch.device("cuda"))
-    assert batch_size(on_gpu, 2**20) == 32
+    for weights, texts in ((2**20, 8), (2**33, 8), (2**34, 16), (2**35, 32), (2**40, 32)):
+        monkeypatch.setattr(self_generated, "_layer_bytes", lambda _, weights=weights: weights)
+        assert batch_size(on_gpu, 2**20) == texts
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
+def test_batches_are_counted_alike_before_and_after_a_model_is_loaded(tmp_path: Path, kind: str) -> None:
+    folder = save(kind, tmp_path / "model", tie_word_embeddings=True)
+    whole, apart = load_whole(folder, torch.device("cpu")), LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    weights = self_generated._layer_bytes(whole)
+    assert weights == self_generated._layer_bytes(apart)
+    assert weights < sum(parameter.nbytes for parameter in whole.parameters())
 
 
 def test_draws_follow_the_distribution() -> None:

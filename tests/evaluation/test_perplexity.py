@@ -151,6 +151,18 @@ def test_a_limit_that_does_not_hold_one_batch_is_refused_or_told(
     assert all(torch.equal(getattr(free, name), getattr(found, name)) for name in ("nll", "reference_nll", "kl"))
 
 
+def test_beside_a_gpu_a_limit_counts_the_layer_being_read_as_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: PyTorch rounds page-locked buffers up."""
+    checkpoint = Checkpoint.open(tiny.save("llama", tmp_path / "model"))
+    model = LayerwiseModel(checkpoint, torch.device("cpu"), torch.bfloat16)
+    model.device = torch.device("cuda")
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 10**6)
+    left = streaming._left_for_states([model], streaming.Passes(), 0, 2**30)
+    assert left == 2**30 - 10**6 - 2 * sum(checkpoint.entry(name).nbytes for name in model.layer_sources(0))
+
+
 def test_a_folder_that_is_no_model_is_not_blamed_on_its_tokenizer(tmp_path: Path, text: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"config\.json"):
         fp.evaluate(tmp_path, str(text), seqlen=16)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
 import fistapruner as fp
 import tiny
@@ -294,6 +294,20 @@ def test_prompts_that_lm_eval_cuts_are_told(
         f"tasks on {model}: at least 2 requests are longer than the model takes, and were cut at their beginning",
     )
     assert caplog.messages == []
+
+
+def test_lm_eval_is_told_how_long_texts_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would let RoBERTa's take two positions that no token has."""
+    made: list[dict[str, Any]] = []
+    stand_in = SimpleNamespace(simple_evaluate=lambda *_, **__: {}, HFLM=lambda **given: made.append(given))
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    sizes = {**tiny.WIDE, "vocab_size": tiny.VOCABULARY, "pad_token_id": 1, "is_decoder": True}
+    config = RobertaConfig(**sizes, max_position_embeddings=66)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    zero_shot._run(tmp_path, Tasks((), None, "local file"), TaskSettings())
+    assert [given["max_length"] for given in made] == [64]
 
 
 @pytest.mark.slow

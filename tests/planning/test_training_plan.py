@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ import torch
 
 import fistapruner as fp
 import tiny
+from fistapruner.calibration.training_text import training_text
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
@@ -27,6 +29,7 @@ from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.pipeline.plan_training import plan_alignment_of
 from fistapruner.pipeline.prepare_training import share_of
+from fistapruner.pipeline.recover_inputs import check_trained
 from fistapruner.planning.plan import Resources
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
@@ -99,10 +102,13 @@ def test_each_way_to_save_memory_saves_it(needs: TrainingSizes) -> None:
 
 
 def test_beside_a_gpu_the_next_layer_is_in_main_memory(needs: TrainingSizes) -> None:
-    """Where layers are loaded one by one; PyTorch rounds page-locked buffers up."""
+    """Where layers are loaded one by one; in the dtype of the file, and PyTorch rounds page-locked buffers up."""
     on_gpu = replace(needs, model=replace(needs.model, cuda=True))
     stays, streams = (on_gpu.host_stages(TrainingChoice(4, resident=resident))["a step"] for resident in (True, False))
     assert 2 * needs.model.layer <= streams - stays < 3 * needs.model.layer
+    halved = LayerwiseModel(needs.task.model.checkpoint, CPU, torch.bfloat16)
+    assert halved.ahead_bytes == needs.model.ahead == 2 * needs.model.layer
+    assert measure_model(replace(needs.task, model=halved)).ahead == needs.model.ahead
 
 
 def test_a_limit_takes_the_first_choice_that_fits(needs: TrainingSizes) -> None:
@@ -152,6 +158,23 @@ def test_memory_grows_with_the_text(folder: Path) -> None:
     limited = replace(longer, recipe=task.recipe.model_copy(update={"execution": execution}))
     with pytest.raises(FistaPrunerError, match=rf"{CUTTING} needs .*; take fewer --tokens$"):
         plan_training(limited, long)
+
+
+def test_a_text_file_is_planned_no_longer_than_it_is(folder: Path, tmp_path: Path) -> None:
+    """Whatever the tokens that are asked; the bound holds where each character is a token."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(Random(0).choices("abcdefghij ", k=8000)))
+    asked: list[Task] = [
+        task_for(folder, data={"source": str(text), "tokens": tokens, "seqlen": 32}) for tokens in (320, 10**6, 10**9)
+    ]
+    assert asked[0].windows == 10
+    assert asked[1].windows == asked[2].windows < 600
+    assert asked[1].text_bytes == asked[2].text_bytes
+    recipe = asked[2].recipe
+    assert isinstance(recipe, RecoverRecipe)
+    cut = training_text(recipe.data, tiny.tokenizer(), 32)
+    assert 100 < len(cut.windows("trained")) <= asked[2].windows
+    assert task_for(folder, data={"source": "python", "tokens": 10**9, "seqlen": 32}).windows == -(-(10**9) // 32)
 
 
 def test_forms_are_ordered_by_what_they_train(folder: Path) -> None:
@@ -405,9 +428,12 @@ def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
         compare(run.parent / "dense", methods, ["2:4"], tmp_path / "compared", settings=settings, windows=1)
     assert not (tmp_path / "compared").exists()
     planned.reset_mock(side_effect=True)
+    opened = Mock(wraps=check_trained)
+    monkeypatch.setattr("fistapruner.pipeline.compare.check_trained", opened)
     jobs = plan_jobs(parse_contenders(methods), ["2:4", "50%", "60%", "0%"], (0, 1), settings)
     check_recoveries(jobs, UNTRUSTED.find(run.parent / "dense"), tmp_path / "compared", tiny.Said())
     assert planned.call_count == 2  # with other numbers of zeros, of which 0% has none
+    assert opened.call_count == 3 + 4  # once for methods and seeds; 0% is refused in each row
 
 
 def weights(folder: Path) -> bytes:

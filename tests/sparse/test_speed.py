@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from pruned import pickle_weights, save_pruned
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ from fistapruner.cli import main
 from fistapruner.sparse.bench import bench, record, sentence, table
 from fistapruner.sparse.speed import Run, Speed, measure_speed, time_generation
 from fistapruner.sparse.variants import Variant, Worker, compare, load_variant, serve, weight_bytes
-from tiny import build
+from tiny import build, save_image_text
 
 
 def speed(name: str, rate: float, spread: float = 0.0) -> Speed:
@@ -153,12 +154,32 @@ def test_more_tokens_than_positions_are_refused(tmp_path):
         bench(source, prompt=100, tokens=30)
     with pytest.raises(FistaPrunerError, match=r"prompt 126 and 2 new tokens \(4 to warm up\) are more than the 128"):
         bench(source, prompt=126, tokens=2)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(
-        json.dumps({"text_config": {"max_position_embeddings": config.pop("n_positions")}, **config})
-    )
-    with pytest.raises(FistaPrunerError, match="prompt 100 and 30 new tokens are more than the 128"):
-        bench(source, prompt=100, tokens=30)
+    with pytest.raises(FistaPrunerError, match="prompt 127998 and 4 new tokens are more than the 128000"):
+        bench(save_image_text(tmp_path / "images"), prompt=127998, tokens=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=2, max_seq_len=64),
+        transformers.RobertaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=66,
+            is_decoder=True,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_positions_are_those_that_text_may_fill(tmp_path, config):
+    """Whatever the config calls them, and without those of RoBERTa that no token has."""
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(FistaPrunerError, match="prompt 55 and 11 new tokens are more than the 64"):
+        bench(tmp_path, prompt=55, tokens=11)
+    with pytest.raises(FistaPrunerError, match="no pruned operators"):
+        bench(tmp_path, prompt=55, tokens=10)
 
 
 def test_as_many_tokens_as_positions_are_decoded():

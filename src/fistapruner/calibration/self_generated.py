@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.architecture import find_decoder_layers
 from ..models.coupling import named_size
+from ..models.layerwise import LayerwiseModel
 from ..runtime.transfers import sent
 from .text import adds_bos
 
@@ -27,7 +29,10 @@ TEXT_LENGTH = 512
 """Tokens of a generated text, at most."""
 
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**32
-"""Bytes of keys and values of a batch, at most: on a CPU, and on a GPU, which small batches leave idle."""
+"""Bytes of keys and values of a batch, at most: on a CPU, and of a large model on a GPU (:func:`batch_size`)."""
+
+CACHE_SHARE = 1 / 8
+"""Bytes of keys and values of a batch on a GPU, as a share of those of the decoder layers' weights."""
 
 MAX_BATCH = 128
 """Texts of a batch, at most."""
@@ -81,8 +86,14 @@ def generate_tokens(
 
 
 def batch_size(model: Any, length: int) -> int:
-    """Choose how many texts are generated at once: their keys and values take :data:`CACHE_BYTES` at most."""
-    room = CUDA_CACHE_BYTES if model.device.type == "cuda" else CACHE_BYTES
+    """Choose how many texts are generated at once: their keys and values take :data:`CACHE_BYTES` at most.
+
+    Small batches leave a GPU idle. There they take :data:`CACHE_SHARE` of the layers' weights if that is more, up to
+    :data:`CUDA_CACHE_BYTES`: a GPU that holds the model has as a rule that much left.
+    """
+    room = CACHE_BYTES
+    if model.device.type == "cuda":
+        room = max(room, min(CUDA_CACHE_BYTES, int(CACHE_SHARE * _layer_bytes(model))))
     return max(1, min(MAX_BATCH, room // max(_cached_bytes(model, length), 1)))
 
 
@@ -90,13 +101,19 @@ def generation_bytes(model: Any, samples: int, seqlen: int) -> int:
     """Count the bytes that :func:`generate_tokens` needs beside the weights: keys and values, and logits.
 
     Args:
-        model: has the config, dtype and device of the model that generates; it need not be loaded.
+        model: the model that generates, taken apart into layers (:class:`.LayerwiseModel`); it need not be loaded.
         samples, seqlen: as there.
     """
     pieces, length = _texts(seqlen, TEXT_LENGTH)
     batch = min(batch_size(model, length), samples * pieces)
     # Of each logit: as computed, in fp32, without forbidden tokens, its probability, and the sum of those in fp64.
     return batch * (_cached_bytes(model, length) + 6 * 4 * int(model.config.get_text_config().vocab_size))
+
+
+def _layer_bytes(model: Any) -> int:
+    """Count the bytes of the decoder layers' weights, of a model that is whole or taken apart into layers."""
+    layers = model.layers if isinstance(model, LayerwiseModel) else find_decoder_layers(model)[1]
+    return sum(weight.numel() for layer in layers for weight in layer.parameters()) * int(model.dtype.itemsize)
 
 
 def _texts(seqlen: int, text_length: int) -> tuple[int, int]:

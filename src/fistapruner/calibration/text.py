@@ -18,7 +18,8 @@ PYTHON, PYTHON_EVAL = "python", "python-eval"
 PYTHON_EVAL_TOPICS = ("compound", "debugger", "formatstrings")
 """Topics of the language reference for evaluation only: statements, the debugger, format strings."""
 
-SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
+PLAIN = (".txt", ".raw", ".md")
+SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 
 
 def read_documents(path: str | Path) -> list[str]:

@@ -188,8 +188,8 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
         FistaPrunerError: the limit does not hold that, and ``passes`` do not warn of it.
     """
     beside = resident_memory()
-    layers = [model.pass_bytes(model.layer_sources(index)) for model in models for index in range(len(model))]
     if models[0].device.type == "cpu":
+        layers = [model.pass_bytes(model.layer_sources(index)) for model in models for index in range(len(model))]
         twins = [0]
         outside: dict[tuple[str, tuple[int, ...], torch.dtype], int] = {}
         for model in models:
@@ -201,8 +201,8 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
                     twins.append(nbytes)
                 outside[tensor] = nbytes
         beside += sum(outside.values()) + max(max(layers) + BUDGETS.head, *twins)
-    else:  # PyTorch rounds page-locked buffers up to powers of two
-        beside += 2 * max(layers)
+    else:
+        beside += max(model.ahead_bytes for model in models)
     if beside + least > limit:
         sentence = (
             f"--memory-limit {size(limit)} is not enough: to evaluate on one batch of windows needs "

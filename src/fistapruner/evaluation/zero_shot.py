@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from ..errors import FistaPrunerError, MissingExtraError
+from ..models.architecture import max_length
 from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
@@ -462,7 +463,7 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
     )
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     batch_size = settings.batch_size or (4 if model.device.type == "cpu" else 16)
-    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length(model))
     wanted = list(tasks.specifications)
     try:
         found = simple_evaluate(

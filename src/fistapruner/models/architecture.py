@@ -31,6 +31,9 @@ NO_NAMES: Mapping[str, str] = MappingProxyType({})
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of dense weights in a checkpoint."""
 
+LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
+"""What configs call the longest text that a model was made for."""
+
 
 def auto_class(config: Any) -> Any:
     """Return the class of ``transformers`` that builds and loads the language model of a config.
@@ -254,6 +257,22 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
     if not best[2]:
         raise unsupported(model, "no list of decoder layers found")
     return best[1], best[2]
+
+
+def max_length(model: Any) -> int | None:
+    """Return a model's maximum sequence length in tokens; None where its config states none.
+
+    Positions that begin after that of padding (RoBERTa) are stated with those that no token has.
+    """
+    config = model.config.get_text_config()
+    stated = (getattr(config, name, None) for name in LENGTH_NAMES)
+    length = next((length for length in stated if type(length) is int and length > 0), None)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or not name.endswith("position_embeddings"):
+            continue
+        if module.padding_idx is not None and module.num_embeddings == length:
+            return length - module.padding_idx - 1
+    return length
 
 
 def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> None:

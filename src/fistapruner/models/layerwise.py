@@ -30,7 +30,15 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
 from ..runtime.transfers import sent
-from .architecture import build_model, checkpoint_names, find_decoder_layers, loaded_dtype, refuse_experts, unsupported
+from .architecture import (
+    build_model,
+    checkpoint_names,
+    find_decoder_layers,
+    loaded_dtype,
+    max_length,
+    refuse_experts,
+    unsupported,
+)
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter
@@ -38,9 +46,6 @@ from .read_ahead import ReadAhead
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a decoder layer, without its hidden states."""
-
-LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
-"""What configs call the longest text that a model was made for."""
 
 UNSTATED_LENGTH = 2048
 """Tokens that the head takes at once where the config states no longest text."""
@@ -106,19 +111,8 @@ class LayerwiseModel:
 
     @cached_property
     def max_length(self) -> int | None:
-        """Return the model's maximum sequence length in tokens; None where its config states none.
-
-        Positions that begin after that of padding (RoBERTa) are stated with those that no token has.
-        """
-        config = self.config.get_text_config()
-        stated = (getattr(config, name, None) for name in LENGTH_NAMES)
-        length = next((length for length in stated if type(length) is int and length > 0), None)
-        for name, module in self.model.named_modules():
-            if not isinstance(module, nn.Embedding) or not name.endswith("position_embeddings"):
-                continue
-            if module.padding_idx is not None and module.num_embeddings == length:
-                return length - module.padding_idx - 1
-        return length
+        """Return the model's maximum sequence length in tokens; see :func:`~.architecture.max_length`."""
+        return max_length(self.model)
 
     @property
     def max_head_rows(self) -> int:
@@ -197,6 +191,15 @@ class LayerwiseModel:
         known = index in self._open or index in self._ahead or not 0 <= index < len(self)
         if self.device.type == "cuda" and not known:
             self._ahead[index] = ReadAhead(self.checkpoint, map(self.source, self.layer_parameters(index)))
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Return the bytes of main memory that :meth:`read_ahead` of a decoder layer takes, at most.
+
+        They are in the dtypes of the checkpoint, and PyTorch rounds page-locked buffers up to powers of two.
+        """
+        names = map(self.layer_sources, range(len(self)))
+        return 2 * max(sum(self.checkpoint.entry(name).nbytes for name in layer) for layer in names)
 
     @contextmanager
     def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:

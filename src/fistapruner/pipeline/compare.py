@@ -65,6 +65,7 @@ from .prune import prune
 from .prune_inputs import refuse_overlap, shared_text
 from .recover import recover
 from .recover_inputs import (
+    TRAINED_BY,
     check_fits,
     check_following,
     check_trained,
@@ -250,10 +251,14 @@ def check_recoveries(jobs: Sequence[Job], source: ModelSource, folder: Path, lis
             check_following(recipe, source)
             checked.add(texts)
     for job in following:
+        trained = json.dumps(job.recipe.model_dump(mode="json", include=TRAINED_BY))
+        if trained in checked:
+            continue
         try:
             task = check_trained(job.recipe, source, job.run(folder).recovered)
         except FistaPrunerError:  # its row says so
             continue
+        checked.add(trained)
         planned = json.dumps(task and [task.recipe.model_dump(mode="json"), dict(task.survivors)])
         if planned not in checked:
             check_fits(task, listener)

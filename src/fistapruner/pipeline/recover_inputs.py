@@ -35,6 +35,14 @@ from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, asked, ch
 SEQLEN = "data.seqlen"
 """How messages call the tokens in a window."""
 
+TRAINED_BY: Any = {
+    **dict.fromkeys(("sparsity", "allocation", "targets", "ignore", "low_rank", "structure"), True),
+    "calibration": {"source", "tasks"},
+    "recover": True,
+    "execution": True,
+}
+"""Settings of a pruning run that decide what :func:`check_trained` returns, as pydantic's ``include``."""
+
 
 def check_inputs(
     run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener

@@ -118,6 +118,9 @@ class Sizes:
     checkpoint: int
     pruned: int
     layer: int
+    ahead: int
+    """Main memory of a layer that is read ahead for a GPU; see :attr:`.LayerwiseModel.ahead_bytes`."""
+
     stored: int
     """Bytes of one weight, in the checkpoint or the passes, whichever is less."""
 
@@ -292,6 +295,7 @@ class Sizes:
             )
             + sum(renumbered),
             layer=max(map(model.pass_bytes, in_layers)),
+            ahead=model.ahead_bytes,
             stored=stored,
             together=not recipe.error_correction,
             window=seqlen * model.width * itemsize,
@@ -441,8 +445,7 @@ class Sizes:
         """Compute the peak bytes of main memory of every stage of a run on GPUs, by the stage's name.
 
         Main memory holds a tensor of the checkpoint or batches of windows on the way to or from the GPU, the hidden
-        states, the next layer's weights, and the solved weights until their layer is done. PyTorch rounds page-locked
-        buffers up to powers of two.
+        states, the next layer's weights, and the solved weights until their layer is done.
 
         Args:
             choice: settings of the run.
@@ -459,7 +462,7 @@ class Sizes:
         found = {
             "the embeddings": 2 * self.largest,
             "the first hidden states": first + moving,
-            "pruning a layer": states + kept + 2 * self.layer + max(loading, done + max(moving, solving)),
+            "pruning a layer": states + kept + self.ahead + max(loading, done + max(moving, solving)),
             "writing the checkpoint": 2 * self.largest,
         }
         if self.text:
@@ -469,7 +472,7 @@ class Sizes:
         if self.measured:
             metrics = self.metric * self.layers * self.texts
             found["measuring the dense model"] = (
-                self._states_in_memory(choice) + metrics + 2 * self.layer + max(moving, 2 * self.largest)
+                self._states_in_memory(choice) + metrics + self.ahead + max(moving, 2 * self.largest)
             )
         found = {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
         return _larger([found, *(other.host_stages(choice, solvers) for other in self.others)])

@@ -92,6 +92,7 @@ def measure_model(task: Task) -> ModelSizes:
         largest_operator=max((4 * op.rows * op.columns for _, op in task.layout.operators()), default=0),
         checkpoint=model.checkpoint.nbytes,
         layer=max(map(layer_bytes, both)),
+        ahead=max(each.ahead_bytes for each in both),
         weights=sum(map(model.pass_bytes, names)),
         layers=len(model),
         calls=_unique_bytes(tree_leaves(calls)),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..calibration.training_text import MAX_HELD_OUT_WINDOWS
+from ..calibration.training_text import MAX_HELD_OUT_WINDOWS, file_windows
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
@@ -115,7 +115,11 @@ class Task:
         out: Path,
         generator: LayerwiseModel | None = None,
     ) -> Task:
-        """Plan a recovery: steps and windows are those that the asked tokens make."""
+        """Plan a recovery: steps and windows are those that the asked tokens make.
+
+        Windows are no more than a text file fills.
+        """
+        windows, there = recipe.windows_of(seqlen), file_windows(recipe.data.texts, seqlen)
         return cls(
             model,
             layout,
@@ -128,7 +132,7 @@ class Task:
             TOP.get(recipe.teacher),
             steps=recipe.steps_of(seqlen),
             step_windows=recipe.windows_per_step,
-            windows=recipe.windows_of(seqlen),
+            windows=windows if there is None else min(windows, there),
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
             generator=generator,
@@ -173,6 +177,9 @@ class ModelSizes:
     checkpoint: int
     layer: int
     """Weights of the largest decoder layer, of either model, in the passes' precision."""
+
+    ahead: int
+    """Main memory of a layer that is read ahead for a GPU; see :attr:`.LayerwiseModel.ahead_bytes`."""
 
     weights: int
     """Weights of all decoder layers of the model."""
@@ -351,12 +358,11 @@ class TrainingSizes:
     def host_stages(self, choice: TrainingChoice) -> dict[str, int]:
         """Compute the peak bytes of main memory of every stage of a run on a GPU."""
         model, form = self.model, self.form
-        ahead = 2 * model.layer  # being read; PyTorch rounds page-locked buffers up to powers of two
         moving = 2 * choice.batch_size * model.window
         found = {
             CUTTING: model.uncut,
             "the embeddings": model.largest,
-            "a step": moving + 2 * model.largest_operator + (0 if choice.resident else ahead),
+            "a step": moving + 2 * model.largest_operator + (0 if choice.resident else model.ahead),
             "writing a snapshot": form.trained_layer,
             "writing the checkpoint": form.effective + max(model.largest, 5 * model.largest_operator),
         }
@@ -364,7 +370,7 @@ class TrainingSizes:
             found[GENERATING] = model.text_weights
         if model.stored:
             block = self._block(choice) * model.window
-            found["the dense model's predictions"] = block + moving + ahead + model.largest
+            found["the dense model's predictions"] = block + moving + model.ahead + model.largest
         return {name: round(model.base + (1 + UNCOUNTED) * each) for name, each in found.items()}
 
     def peak(self, choice: TrainingChoice) -> int:

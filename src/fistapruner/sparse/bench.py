@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..models.architecture import refuse_own_code
+from ..models.architecture import build_model, max_length, refuse_own_code
 from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
@@ -73,7 +73,7 @@ def bench(
         if folder is not None:
             Checkpoint.open(folder, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
-    _check_positions(model, prompt, tokens)
+    _check_positions(model, prompt, tokens, allow_pickle)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
         whole = [] if before is None else [Variant(f"dense {dtype}", Path(before), dtype) for dtype in DTYPES]
         dense, packed, int8 = model, Path(scratch) / "packed", Path(scratch) / "int8"
@@ -98,17 +98,15 @@ def bench(
         return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 
 
-def _check_positions(model: Path, prompt: int, tokens: int) -> None:
+def _check_positions(model: Path, prompt: int, tokens: int, allow_pickle: bool) -> None:
     """Refuse a text longer than the model's positions: learnt position embeddings end there.
 
     The last new token takes none: no other is predicted from it.
     """
-    config = read_json(model, "config.json")
-    text = config.get("text_config")  # of a model with vision
-    config = {**config, **text} if isinstance(text, dict) else config
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    # The shapes of packed tensors are not needed.
+    positions = max_length(build_model(Checkpoint.open(model, allow_pickle), shapes={}))
     warm_up = f" ({WARM_UP_TOKENS} to warm up)" if tokens < WARM_UP_TOKENS else ""
-    if isinstance(positions, int) and prompt + max(tokens, WARM_UP_TOKENS) - 1 > positions:
+    if positions is not None and prompt + max(tokens, WARM_UP_TOKENS) - 1 > positions:
         asked = f"prompt {prompt} and {tokens} new tokens{warm_up}"
         raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
 
