@@ -1,9 +1,10 @@
-"""Find the channels between operators of a decoder layer that can be permuted.
+"""Find the channels between operators of a decoder layer that can be permuted or rotated.
 
 Permute the rows of ``up_proj`` (and ``gate_proj``) and, in the same way, the columns of ``down_proj``: the output of
 the layer does not change. The same holds for the channels of ``v_proj`` inside an attention head and the columns of
-``o_proj`` that read that head. No architecture is listed by name: channels of operators whose sizes fit are permuted
-at random in a small forward pass. Operators are linked where the output stays the same.
+``o_proj`` that read that head; these may also be rotated, since attention adds them up without a nonlinearity. No
+architecture is listed by name: channels of operators whose sizes fit are permuted and rotated at random in a small
+forward pass. Operators are linked where the output stays the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .discovery import Layout, Operator, alike, expert_modules, linear_modules
+from .files.checkpoint import reorder
 from .layerwise import LayerwiseModel
 
 
@@ -30,12 +32,14 @@ class Link:
         consumer: the operator that reads the channels, such as ``mlp.down_proj``.
         blocks: heads; channels are permuted inside a head only. An MLP is one block.
         repeats: consecutive times that the consumer reads each block: query heads that share a value head.
+        rotates: the channels of a block may be rotated too.
     """
 
     producers: tuple[str, ...]
     consumer: Operator
     blocks: int = 1
     repeats: int = 1
+    rotates: bool = False
 
     @property
     def channels(self) -> int:
@@ -54,9 +58,12 @@ class Link:
         """Return the old position of each row of the producers and of each column of the consumer.
 
         Args:
-            order: (blocks, channels) old place inside its block of each new channel.
+            order: (blocks, channels) old place inside its block of each new channel; or (blocks, channels, channels)
+                rotations, which are the same for rows and columns.
         """
         order = order.cpu()
+        if order.ndim == 3:
+            return order, order
         rows = order + self.channels * torch.arange(self.blocks)[:, None]
         columns = (
             order.repeat_interleave(self.repeats, 0) + self.channels * torch.arange(self.blocks * self.repeats)[:, None]
@@ -85,10 +92,10 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
 
 
 def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
-    """Return how the tensors of a link of decoder layer ``index`` are reordered.
+    """Return how the tensors of a link of decoder layer ``index`` are reordered or rotated.
 
     Args:
-        order: (blocks, channels) old place inside its block of each new channel.
+        order: as for :meth:`Link.places`.
 
     Returns:
         See :data:`.checkpoint.Orders`.
@@ -152,27 +159,38 @@ def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list
                     )
         for link in candidates:
             used = {name for other in links for name in (*other.producers, other.consumer.name)}
-            if not used & {*link.producers, consumer.name} and _is_free(layer, link, run):
-                links.append(link)
+            if not used & {*link.producers, consumer.name} and _is_free(layer, link, run, _permutations(link)):
+                turns = link is not whole and _is_free(layer, link, run, _rotations(link))
+                links.append(replace(link, rotates=turns))
     return links
 
 
-def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor]) -> bool:
-    """Check that layer and consumer have the same output with the link's channels permuted at random."""
+def _permutations(link: Link) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    order = torch.stack([torch.randperm(link.channels, generator=generator) for _ in range(link.blocks)])
+    return torch.stack([torch.randperm(link.channels, generator=generator) for _ in range(link.blocks)])
+
+
+def _rotations(link: Link) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rotations: Tensor = torch.linalg.qr(torch.randn(link.blocks, link.channels, link.channels, generator=generator)).Q
+    return rotations
+
+
+def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor], order: Tensor) -> bool:
+    """Check that layer and consumer have the same output with the link's channels changed."""
     answers: list[Tensor] = []
     handle = layer.get_submodule(link.consumer.name).register_forward_hook(lambda _, __, output: answers.append(output))
     changes = link_tensors(layer, link, order)
+    before = {name: layer.get_parameter(name).clone() for name in changes}
     try:
         answers.append(run())
-        for name, (dim, places) in changes.items():
-            _exchange(layer.get_parameter(name), dim, places)
+        for name, change in changes.items():
+            layer.get_parameter(name).copy_(reorder(before[name], *change))
         answers.append(run())
     finally:
         handle.remove()
-    for name, (dim, places) in changes.items():
-        _exchange(layer.get_parameter(name), dim, places.argsort())
+    for name, values in before.items():
+        layer.get_parameter(name).copy_(values)
     if len(answers) != 4:  # the consumer is not called: its weight is read otherwise
         return False
     consumer, whole, consumer_after, whole_after = answers
@@ -185,7 +203,7 @@ def link_tensors(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple
     Args:
         layer: the decoder layer; its weights need not be loaded.
         link: the link.
-        order: (blocks, channels) old place inside its block of each new channel; fewer where some are removed.
+        order: as for :meth:`Link.places`; of an order fewer places where some channels are removed.
     """
     rows, columns = link.places(order)
     return channel_tensors(layer, dict.fromkeys(link.producers, rows), link.consumer, columns)
@@ -210,8 +228,3 @@ def channel_tensors(
             found[f"{name}.bias"] = (0, places)
     found[f"{consumer.name}.weight"] = (0 if consumer.transposed else 1, columns)
     return found
-
-
-def _exchange(parameter: Tensor, dim: int, order: Tensor) -> None:
-    """Reorder a parameter in place along one dimension."""
-    parameter.copy_(parameter.index_select(dim, order.to(parameter.device)))

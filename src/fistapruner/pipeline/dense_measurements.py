@@ -43,7 +43,8 @@ class Measured:
 
     Args:
         sparsity: pattern of every operator, by full name.
-        permuted: operators whose input channels are reordered, as in :class:`~fistapruner.runs.records.Report`.
+        permuted: operators whose input channels are reordered or rotated, as in
+            :class:`~fistapruner.runs.records.Report`.
         workload: how sparsities were allocated for a workload; None where they were not.
         metrics_sha256: of the file with the measurements; None where there is none.
     """
@@ -224,9 +225,9 @@ class DenseMeasurements:
 
 def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
     if not permuted:
-        return "channel permutation: no operator with an n:m pattern has input channels whose order is free"
+        return "channels: no operator with an n:m pattern has input channels that can be reordered or rotated"
     before, after = (sum(shares[i] for shares in permuted.values()) / len(permuted) for i in (0, 1))
     return (
-        f"channel permutation: {len(permuted)} operators; of the importance of their weights the pattern now loses "
-        f"{1 - after:.1%} instead of {1 - before:.1%}"
+        f"channels of {len(permuted)} operators reordered or rotated: of their weights' importance the pattern now "
+        f"loses {1 - after:.1%} instead of {1 - before:.1%}"
     )

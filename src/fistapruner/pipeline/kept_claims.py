@@ -71,7 +71,7 @@ def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def kept_permuted(context: RunContext, report: Report, gone: Callable[[str], bool]) -> list[str]:
-    """List the tensors whose channels are in another order than in the dense model.
+    """List the tensors whose channels are reordered or rotated, unlike those of the dense model.
 
     This run or an earlier one has reordered them. Arguments as for :func:`kept_claims`.
     """

@@ -374,8 +374,8 @@ class _Merge:
         own = base and Path(base).resolve() == folder.resolve()
         if not own and weight in permuted_tensors(record):
             raise FistaPrunerError(
-                f"{operator.name}: its channels were reordered for the n:m pattern, and the adapter was trained on "
-                f"{base or 'an unnamed model'}: only an adapter trained on {folder} itself fits"
+                f"{operator.name}: its channels were reordered or rotated for the n:m pattern, and the adapter was "
+                f"trained on {base or 'an unnamed model'}: only an adapter trained on {folder} itself fits"
             )
 
 

@@ -433,7 +433,7 @@ class Sizes:
         if self.measured:
             states = 0 if self.cuda else self._states_in_memory(choice) + self.metric * self.layers * self.texts
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
-            sums = sum(group.gram * bool(self.backward) + group.weight for group in self.groups)
+            sums = sum(group.gram * bool(self.backward or self.reordered) + group.weight for group in self.groups)
             if self.reordered:  # scores of the largest operator, twice, and its sampled rows
                 sums += 3 * max(group.weight for group in self.groups)
             head = self.ends + self.logits if self.backward else 0

@@ -213,7 +213,7 @@ def _ordered(
         return removal.keep, removal.places, removal.weight, None
     scores = removal.weight.square() * gram.diagonal()[removal.keep]
     order = channel_order(scores, NM(*nm))
-    shares = raised_shares(scores, order, sparsity)
+    shares = raised_shares(scores, scores[:, order], sparsity)
     if shares is None:
         return removal.keep, removal.places, removal.weight, None
     keep = removal.keep[order]

@@ -279,10 +279,10 @@ class Recipe(RunRecipe):
     )
     permutation: Literal["auto", "none", "channels"] = Field(
         "auto",
-        description="Order of the hidden channels of MLPs and attention heads under an n:m pattern: none "
-        "(kept), or channels (reordered so that the pattern loses least; the model computes the "
-        "same, but adapters of the dense model no longer fit). auto is channels for proximal and "
-        "none for published methods.",
+        description="Hidden channels of MLPs and attention heads under an n:m pattern: none (as they are), or "
+        "channels (those of MLPs reordered, those of heads rotated, so that the pattern loses least; the model "
+        "computes the same, but adapters of the dense model no longer fit). auto is channels for proximal and none "
+        "for published methods.",
     )
     structure: Annotated[Structure, BeforeValidator(_structure)] = Field(
         Structure(),

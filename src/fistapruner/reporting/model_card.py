@@ -263,7 +263,8 @@ def _made(report: Report) -> list[str]:
         lines.append(plain_markdown(workload_sentence(report.workload)))
     if report.permuted:
         lines.append(
-            f"hidden channels read by {len(report.permuted)} operators are in another order than in the dense model"
+            f"hidden channels read by {len(report.permuted)} operators are reordered or rotated: they are not those "
+            "of the dense model"
         )
     if report.totals.seconds:
         machine = report.machine.device_name or report.machine.cpu or report.machine.device

@@ -135,8 +135,8 @@ def verdict(report: Report) -> str:
             sentences.append(f"The most likely next token {stayed} for {same} of the tokens.")
     if report.permuted:
         sentences.append(
-            f"The hidden channels that {len(report.permuted)} operators read were reordered for the pattern: "
-            "adapters made for the dense model do not fit this one."
+            f"The hidden channels that {len(report.permuted)} operators read were reordered or rotated for the "
+            "pattern: adapters made for the dense model do not fit this one."
         )
     if report.status == "failed":
         sentences.append(f"The run stopped: {report.error or 'reason unknown'}.")

@@ -301,8 +301,8 @@ class Report(Record):
         speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``,
             ``sentence``, ``machine``, ``measured`` (ISO time).
         plan: predictions beside measurements.
-        permuted: operators whose input channels were reordered for an n:m pattern, with the shares of their weights'
-            importance that the pattern keeps in the old order and in the new one.
+        permuted: operators whose input channels were reordered or rotated for an n:m pattern, with the shares of their
+            weights' importance that the pattern keeps before and after.
         workload: how sparsities were allocated for a workload; None where they were not.
         lineage: how the model was made, this run included once it is finished.
         recovery: what a recovery or alignment run trained; ``alignment``: on which pairs, and what it prefers now.

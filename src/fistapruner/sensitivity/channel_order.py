@@ -36,15 +36,15 @@ def kept_share(scores: Tensor, pattern: Constraint) -> float:
     return float(kept / scores.sum(dtype=torch.float64).clamp_min(1e-300))
 
 
-def raised_shares(scores: Tensor, order: Tensor, pattern: Constraint) -> tuple[float, float] | None:
+def raised_shares(scores: Tensor, reordered: Tensor, pattern: Constraint) -> tuple[float, float] | None:
     """Compute what a pattern keeps of the scores before and after; None where an order does not raise it.
 
     Args:
         scores: (rows, channels) of an operator, in its own order of rows: they may share inputs.
-        order: (channels,) old place of each new channel.
+        reordered: the scores in the new order, or of the rotated channels.
         pattern: of the operator; the order was searched for the n:m in it.
     """
-    before, after = kept_share(scores, pattern), kept_share(scores[:, order], pattern)
+    before, after = kept_share(scores, pattern), kept_share(reordered, pattern)
     return (before, after) if after > before else None
 
 

@@ -1,7 +1,7 @@
 """Measure the dense model and decide from it, before anything is pruned.
 
 Decided are the sparsity of every operator, the weights of its rows, the metric of block reconstruction, and the order
-of channels in n:m patterns.
+or rotation of channels in n:m patterns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..constraints import NM, Constraint
 from ..errors import FistaPrunerError
 from ..models.coupling import find_links, reordered
 from ..models.discovery import Layout
+from ..models.files.checkpoint import reorder
 from ..models.layerwise import LayerwiseModel, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
@@ -34,6 +35,7 @@ from .error_curves import (
     split_budget,
 )
 from .fisher import DensePasses, InputEnergy, InputSums, Sensitivity, gather_inputs, measure_sensitivity, row_importance
+from .head_rotation import head_rotation, rotated_energy
 from .owl import outlier_share, owl_allocation
 from .workload import Workload, read_workload
 from .workload_rules import allocate_workload
@@ -106,9 +108,9 @@ class Decision:
         metrics: metric of the output errors of each decoder layer in block reconstruction: (width, width) second
             moments of the gradient, or their (width,) diagonals for a wide model. None without block reconstruction.
         importance: (m,) weights of the output rows of each operator, in the new order; None where rows count alike.
-        orders: the tensors whose channels are permuted (:mod:`.channel_order`), with dimension and order.
-        permuted: by full name, for each operator with permuted input channels, the share of its scores that its
-            pattern keeps in the old and in the new order.
+        orders: the tensors whose channels are permuted (:mod:`.channel_order`) or rotated (:mod:`.head_rotation`).
+        permuted: by full name, for each operator with such input channels, the share of its scores that its pattern
+            keeps before and after.
         workload: how sparsities were allocated for a workload.
     """
 
@@ -227,6 +229,7 @@ def decide(
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
     kept |= {name: recipe.pattern for name, _ in layout.operators() if name not in after}  # experts that may stay
     allocation = measured_by(recipe)
+    curved = allocation in ("error", "workload")
     channels = _Channels(model, layout, kept, patterns if allocation == "error" else ()) if permutes(recipe) else None
 
     def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
@@ -235,27 +238,23 @@ def decide(
         if not group[0].experts or sums.tokens:
             reached.update(names)
         else:  # no measured token reaches this expert
-            errors.update(
-                (name, torch.zeros(len(patterns), operator.rows)[:, sampled_rows(operator.rows)])
-                for name, operator in zip(names, group, strict=True)
-            )
+            if curved:
+                errors.update(
+                    (name, torch.zeros(len(patterns), operator.rows)[:, sampled_rows(operator.rows)])
+                    for name, operator in zip(names, group, strict=True)
+                )
             return
         problem = sums.problem(names, [operator.rows for operator in group], 0.0)
-        errors.update(zip(names, row_error_curves(problem, patterns), strict=True))
+        if curved:
+            errors.update(zip(names, row_error_curves(problem, patterns), strict=True))
         if channels is not None:
-            channels.add(index, number, sums.weight, problem.gram.diagonal())
-
-    def energy_seen(index: int, number: int, sums: InputEnergy) -> None:
-        if allocation == "owl":
-            outliers.add(index, number, sums)
-        if channels is not None:
-            channels.add(index, number, sums.weight, sums.mean())
+            channels.add(index, number, sums.weight, problem.gram)
 
     gather: InputSums[Any] | None = None
-    if allocation in ("error", "workload"):
+    if curved or channels is not None:
         gather = InputSums(ProblemSums, problem_seen)
-    elif allocation == "owl" or channels is not None:
-        gather = InputSums(InputEnergy, energy_seen)
+    elif allocation == "owl":  # no n:m pattern has it
+        gather = InputSums(InputEnergy, outliers.add)
     found: dict[str, Constraint] | None = None
     metrics: list[Tensor] | None = None
     importance: dict[str, Tensor] | None = None
@@ -270,7 +269,7 @@ def decide(
             if errors:
                 costs[task] = {name: predicted_cost(errors[name], own.rows[name]) for name in sizes}
             sensitivity.add(own, 1.0 if workload is None else workload.settings.mix[task])
-        if allocation in ("error", "workload"):
+        if curved:
             known = {name: size for name, size in sizes.items() if name in reached}
             curves = {task: {name: cost[name] for name in known} for task, cost in costs.items()}
             found, facts = _allocate(recipe, workload, curves, known, sizes, patterns)
@@ -286,7 +285,7 @@ def decide(
         return Decision(found, metrics, importance, workload=facts)
     channels.take(found or {})
     for name in channels.rows.keys() & (importance or {}).keys():
-        importance[name] = importance[name][channels.rows[name]]  # type: ignore[index]
+        importance[name] = _reordered_rows(importance[name], channels.rows[name])  # type: ignore[index]
     return Decision(found, metrics, importance, channels.orders, channels.permuted, facts)
 
 
@@ -371,12 +370,12 @@ class _Outliers:
 
 @dataclass(frozen=True)
 class _Order:
-    """An order of an operator's input channels.
+    """An order of an operator's input channels, or rotations of those of its heads.
 
     Args:
         shares: for each pattern of which it raises what is kept of the scores, the shares before and after.
         tensors: that are reordered with it (:attr:`Decision.orders`).
-        rows: order of the rows of the operators that make the channels, by full name.
+        rows: the same for the rows of the operators that make the channels, by full name.
     """
 
     shares: dict[Constraint, tuple[float, float]]
@@ -384,8 +383,15 @@ class _Order:
     rows: dict[str, Tensor]
 
 
+def _reordered_rows(importance: Tensor, order: Tensor) -> Tensor:
+    """Return the weights of an operator's rows in another order; of rotated rows, as if they were independent."""
+    if order.ndim == 1:
+        return importance[order]
+    return reorder(importance.square(), 0, order.square()).sqrt()
+
+
 class _Channels:
-    """Find orders of the free input channels of operators with an n:m pattern.
+    """Find orders of the free input channels of operators with an n:m pattern, and rotations of heads.
 
     Args:
         sparsity: pattern of every operator, for which its order is searched.
@@ -401,19 +407,21 @@ class _Channels:
         self._others = [pattern for pattern in others if pattern.nm is not None]
         self._links = find_links(model, layout)
         self._found: dict[str, _Order] = {}
+        self._written: dict[str, tuple[Tensor, Tensor]] = {}
         self.orders: dict[str, tuple[int, Tensor]] = {}
         self.permuted: dict[str, tuple[float, float]] = {}
         self.rows: dict[str, Tensor] = {}
 
-    def add(self, index: int, number: int, weight: Tensor, energy: Tensor) -> None:
+    def add(self, index: int, number: int, weight: Tensor, gram: Tensor) -> None:
         """Order the input channels of group ``number`` of decoder layer ``index``.
 
         Args:
             index: number of the layer.
             number: of the group.
             weight: (m, n) weights of its operators, stacked by rows.
-            energy: (n,) mean squared inputs.
+            gram: (n, n) of its inputs.
         """
+        energy = gram.diagonal()
         group = self._layout.layers[index][number]
         weights = dict(
             zip(
@@ -423,6 +431,9 @@ class _Channels:
             )
         )
         for link in self._links[index]:
+            if link.rotates and link.producers[0] in weights:  # it runs before what reads its channels
+                full = f"{self._layout.prefix}.{index}.{link.producers[0]}"
+                self._written[full] = weights[link.producers[0]].clone(), energy.clone()
             name = self._layout.full_name(index, link.consumer)
             sparsity = self._sparsity.get(name)
             if link.consumer.name not in weights or sparsity is None or sparsity.nm is None:
@@ -430,24 +441,34 @@ class _Channels:
             pattern = NM(*sparsity.nm)
             if link.channels % pattern.m:
                 continue
-            scores = weights[link.consumer.name].square() * energy
-            order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
-            rows, columns = link.places(order)
-            columns = columns.to(scores.device)
+            reader = weights[link.consumer.name]
+            scores = reader.square() * energy
+            producers = [f"{self._layout.prefix}.{index}.{producer}" for producer in link.producers]
+            written = self._written.pop(producers[0], None)
+            if written is not None and self._sparsity.get(producers[0]) == sparsity:
+                order = head_rotation(link, reader, gram, pattern, *written)
+                after = reorder(reader, 1, order).square() * rotated_energy(link, gram, order)
+            else:
+                order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
+                after = scores[:, link.places(order)[1].to(scores.device)]
+            rows, _ = link.places(order)
             shares = {
                 each: raised
                 for each in dict.fromkeys([sparsity, *self._others])
-                if (raised := raised_shares(scores, columns, each)) is not None
+                if (raised := raised_shares(scores, after, each)) is not None
             }
             if shares:
-                producers = {f"{self._layout.prefix}.{index}.{producer}": rows for producer in link.producers}
-                self._found[name] = _Order(shares, reordered(self._model, index, link, order), producers)
+                self._found[name] = _Order(
+                    shares, reordered(self._model, index, link, order), dict.fromkeys(producers, rows)
+                )
 
     def take(self, chosen: Mapping[str, Constraint]) -> None:
         """Take the orders that raise what patterns keep: those ``chosen`` since, or else as asked."""
         for name, order in self._found.items():
             shares = order.shares.get(chosen.get(name, self._sparsity[name]))
-            if shares is not None:
+            # Rotated rows lose the zeros that they have, so they must get zeros of their own.
+            turned = [row for row, rows in order.rows.items() if rows.ndim == 3]
+            if shares is not None and all(chosen.get(row, self._sparsity[row]).nm is not None for row in turned):
                 self.orders |= order.tensors
                 self.permuted[name] = shares
                 self.rows |= order.rows

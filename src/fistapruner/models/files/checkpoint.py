@@ -35,8 +35,11 @@ MAX_JSON = 256 * 2**20
 MAX_NAME = 255
 """Bytes in the longest file name that file systems take."""
 
+ROTATED = 1024
+"""Rows that are rotated at once, which bounds their copies in fp64."""
+
 Orders = Mapping[str, tuple[int, Tensor]]
-"""By tensor name: the dimension that is reordered, and for each new place the old index."""
+"""By tensor name: a dimension, and how :func:`reorder` changes it."""
 
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
 COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
@@ -132,8 +135,8 @@ class Checkpoint:
         config: ``config.json`` as a dictionary.
         files: the weight files by name, in order.
         index: the index file's name, None for a single file.
-        orders: tensors that :meth:`read` returns with a dimension reordered (see :mod:`fistapruner.models.coupling`);
-            empty at first.
+        orders: tensors that :meth:`read` returns with the channels of a dimension reordered or rotated (see
+            :mod:`fistapruner.models.coupling`); empty at first.
         stacks: by name, the stored tensors that are read as the matrices of single experts (:meth:`take_apart`).
         companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
             Python code that ``auto_map`` in a config names. Not ``config.json``.
@@ -292,8 +295,7 @@ class Checkpoint:
         else:
             tensor = file.read(name)
         if name in self.orders:
-            dim, order = self.orders[name]
-            return tensor.index_select(dim, order)
+            return reorder(tensor, *self.orders[name])
         return tensor
 
     def same(self, name: str, other: str) -> bool:
@@ -332,6 +334,27 @@ class Checkpoint:
         if not counts:
             raise FistaPrunerError(f"{self.folder} has no floating-point weights")
         return counts.most_common(1)[0][0]
+
+
+def reorder(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
+    """Return a tensor with the channels of one dimension in another order, or rotated.
+
+    Args:
+        tensor: any shape.
+        dim: the dimension.
+        order: for each new place the old index; or (blocks, channels, channels) orthogonal matrices, one for each block
+            of channels: the new channel j of a block is the sum over i of its old channel i times ``order[block, i,
+            j]``. A dimension that is a multiple of the blocks' channels has each of them so many times in a row.
+    """
+    if order.ndim == 1:
+        return tensor.index_select(dim, order.to(tensor.device))
+    blocks, channels, _ = order.shape
+    rotation, out = order.to(tensor.device, torch.float64), torch.empty_like(tensor)
+    # In fp64 the rounded result is the same however a library orders the products.
+    for part, into in zip(tensor.movedim(dim, -1).split(ROTATED), out.movedim(dim, -1).split(ROTATED), strict=True):
+        values = part.double().reshape(-1, blocks, part.shape[-1] // (blocks * channels), channels)
+        into.copy_(torch.einsum("nbrc,bcd->nbrd", values, rotation).reshape(part.shape))
+    return out
 
 
 def inside(folder: Path, name: str) -> Path:

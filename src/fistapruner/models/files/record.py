@@ -20,7 +20,7 @@ def read_pruning_record(folder: Path) -> dict[str, Any]:
 
 
 def permuted_tensors(record: Mapping[str, Any]) -> set[str]:
-    """Read the names of the tensors whose channels are in another order than in the dense model."""
+    """Read the names of the tensors whose channels are not those of the dense model."""
     names = record.get("permuted")
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 

@@ -1,0 +1,154 @@
+"""Rotations of the channels of attention heads: against explicit matrices, and whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+from fistapruner.constraints import NM
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.coupling import Link, _watch
+from fistapruner.models.discovery import Operator
+from fistapruner.models.files.checkpoint import ROTATED, reorder
+from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.sensitivity.channel_order import channel_order, kept_share
+from fistapruner.sensitivity.decision import _reordered_rows
+from fistapruner.sensitivity.head_rotation import head_rotation, rotated_energy
+
+SMALL = {"samples": 4, "seqlen": 16, "source": "python"}
+
+
+def rotations(blocks: int, channels: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(blocks, channels, channels)).Q
+
+
+def whole(rotation: Tensor, repeats: int) -> Tensor:
+    """Return the matrix that rotates all channels, each block ``repeats`` times in a row."""
+    return torch.block_diag(*rotation.repeat_interleave(repeats, 0)).double()
+
+
+def reads(columns: int) -> Operator:
+    return Operator.of("o_proj", nn.Linear(columns, 24, bias=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_rotated_tensor_is_its_product_with_one_matrix(repeats: int, dtype: torch.dtype) -> None:
+    rotation, columns = rotations(2, 4), 8 * repeats
+    matrix = whole(rotation, repeats)
+    weight = torch.randn(ROTATED + 5, columns).to(dtype)
+    assert torch.equal(reorder(weight, 1, rotation), (weight.double() @ matrix).to(dtype))
+    assert torch.equal(reorder(weight.T.contiguous(), 0, rotation), (matrix.T @ weight.T.double()).to(dtype))
+    assert torch.equal(reorder(weight[0], 0, rotation), (weight[0].double() @ matrix).to(dtype))
+
+
+def test_the_energy_of_rotated_inputs() -> None:
+    link, inputs = Link(("v_proj",), reads(24), 2, 3, rotates=True), torch.randn(50, 24)
+    rotation = rotations(2, 4)
+    energy = rotated_energy(link, inputs.T @ inputs, rotation)
+    torch.testing.assert_close(energy, (inputs.double() @ whole(rotation, 3)).square().sum(0).float())
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats: int) -> None:
+    """Inputs of a head are correlated, as those of attention are."""
+    pattern, blocks, channels = NM(2, 4), 2, 8
+    link = Link(("v_proj",), reads(blocks * repeats * channels), blocks, repeats, rotates=True)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        mixing = torch.randn(channels, channels) * torch.logspace(0, -1, channels)
+        inputs = (torch.randn(400, blocks * repeats, channels) @ mixing.T).flatten(1)
+        reader, gram = torch.randn(24, inputs.shape[1]), inputs.T @ inputs
+        writer, energy = torch.randn(blocks * channels, 32), torch.rand(32)
+        rotation = head_rotation(link, reader, gram, pattern, writer, energy)
+        torch.testing.assert_close(rotation.mT @ rotation, torch.eye(channels).expand(blocks, -1, -1))
+        assert torch.equal(rotation, head_rotation(link, reader, gram, pattern, writer, energy))
+        scores = reader.square() * gram.diagonal()
+        order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
+        reordered = kept_share(scores[:, link.places(order)[1]], pattern)
+        after = reorder(reader, 1, rotation).square() * rotated_energy(link, gram, rotation)
+        assert kept_share(after, pattern) > max(reordered, kept_share(scores, pattern))
+        made = reorder(writer, 0, rotation).square() * energy
+        assert kept_share(made, pattern) > kept_share(writer.square() * energy, pattern)
+    dead = head_rotation(link, reader, torch.zeros_like(gram), pattern, writer, energy)
+    torch.testing.assert_close(dead.mT @ dead, torch.eye(channels).expand(blocks, -1, -1))
+
+
+class Heads(nn.Module):
+    """Two heads of four channels, each with a weight that depends on the input, as attention's do."""
+
+    def __init__(self, *, tanh: bool) -> None:
+        super().__init__()
+        self.v_proj, self.o_proj, self.gate, self.tanh = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2), tanh
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        values = self.v_proj(hidden).unflatten(-1, (2, 4))
+        values = values.tanh() if self.tanh else values
+        return self.o_proj((values * self.gate(hidden).softmax(-1)[..., None]).flatten(-2))
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_what_a_nonlinearity_reads_is_not_rotated(tanh: bool) -> None:
+    layer, hidden = Heads(tanh=tanh), torch.randn(3, 16, 8)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.no_grad():
+        (link,) = _watch(layer, {4}, lambda: layer(hidden))
+    assert (link.producers, link.blocks, link.rotates) == (("v_proj",), 2, not tanh)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_weights_of_rotated_rows_are_those_of_independent_gradients() -> None:
+    rotation, importance = rotations(2, 4), torch.rand(8)
+    expected = (whole(rotation, 1).T.square() @ importance.double().square()).sqrt().float()
+    torch.testing.assert_close(_reordered_rows(importance, rotation), expected)
+    order = torch.randperm(8)
+    assert torch.equal(_reordered_rows(importance, order), importance[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])
+def test_a_run_rotates_what_belongs_together(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
+    """With all of the rotated weights put back, the pruned model answers as the dense one does."""
+    folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
+    consumer = "self_attn.out_proj" if architecture == "opt" else "self_attn.o_proj"
+    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
+    report = fp.prune(folder, tmp_path / "run", targets=[consumer, "v_proj"], **settings)
+    assert len(report.permuted) == 3
+    assert all(name.endswith(consumer) and after > before for name, (before, after) in report.permuted.items())
+    dense, pruned = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (folder, tmp_path / "run" / "model")
+    )
+    orders = PruneDirectory(tmp_path / "run").orders()
+    assert len(orders) == 3 * (2 if architecture == "llama" else 3)  # with the bias of what makes the channels
+    state, found = dense.state_dict(), pruned.state_dict()
+    for stored, (dim, order) in orders.items():
+        name = next(key for key in found if key.endswith(stored))
+        rotated, kept = reorder(state[name].to(dtype), dim, order).float(), found[name] != 0
+        assert torch.equal(found[name], rotated * kept)
+        assert kept.all() == name.endswith("bias")
+        found[name].copy_(rotated)
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(pruned(tokens).logits, dense(tokens).logits, rtol=close, atol=close)
+
+
+def test_rows_that_keep_their_zeros_are_not_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only their order changes, where another run pruned them, or where they get no zeros."""
+    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
+    folder = tiny.save("llama", tmp_path / "model")
+    fp.prune(folder, tmp_path / "first", targets=["v_proj"], **settings)
+    fp.prune(tmp_path / "first" / "model", tmp_path / "second", targets=["o_proj"], **settings)
+    orders = PruneDirectory(tmp_path / "second").orders()
+    assert len(orders) == 6
+    assert all(order.ndim == 1 for _, order in orders.values())
+    assert not inspect_checkpoint(tmp_path / "second" / "model").violations
+    rule = {"self_attn.v_proj": "0%"}
+    fp.prune(folder, tmp_path / "dense", targets=["v_proj", "o_proj"], allocation=rule, **settings)
+    assert all(order.ndim == 1 for _, order in PruneDirectory(tmp_path / "dense").orders().values())
