@@ -316,9 +316,7 @@ def test_adapters_of_another_order_of_channels_are_refused(run: Path, name: str,
         if base == str(run / "model"):  # it was trained on the pruned model itself
             fp.merge_adapter(run, folder, tmp_path / "out")
         else:
-            with pytest.raises(
-                FistaPrunerError, match=rf"{operator}: its channels were reordered or rotated .* trained on"
-            ):
+            with pytest.raises(FistaPrunerError, match=rf"{operator}: its channels were reordered .* trained on"):
                 fp.merge_adapter(run, folder, tmp_path / "out")
 
 

@@ -384,7 +384,7 @@ class _Order:
 
 
 def _reordered_rows(importance: Tensor, order: Tensor) -> Tensor:
-    """Return the weights of an operator's rows in another order; of rotated rows, as if they were independent."""
+    """Return the weights of reordered rows; of rotated ones, as if the rows were independent."""
     if order.ndim == 1:
         return importance[order]
     return reorder(importance.square(), 0, order.square()).sqrt()
