@@ -26,11 +26,10 @@ from fistapruner.pipeline.measure import _in_place, measure
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
-from fistapruner.runs.directory import is_run
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import Lineage, Report, Stage, load_run
+from fistapruner.runs.records import Lineage, Report, Stage, is_run, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_records import Recovery

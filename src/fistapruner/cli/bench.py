@@ -39,8 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     import json
 
     from ..pipeline.measure import bench_run
-    from ..runs.directory import RunDirectory, is_run
+    from ..runs.directory import RunDirectory
     from ..runs.listener import Listener
+    from ..runs.records import is_run
     from ..sparse.bench import bench, record, table
     from .progress import PlainListener
 

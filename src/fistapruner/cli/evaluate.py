@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation.evaluate import evaluate
     from ..pipeline.measure import evaluate_run
     from ..reporting.evaluation_text import evaluation_text
-    from ..runs.directory import is_run
+    from ..runs.records import is_run
     from ..runs.results import Evaluation
 
     tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]

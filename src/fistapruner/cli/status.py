@@ -21,9 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..reporting.status_text import status_facts, status_text
-    from ..runs.directory import is_run
     from ..runs.lock import holders
-    from ..runs.records import is_comparison, load_run
+    from ..runs.records import is_comparison, is_run, load_run
     from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)

@@ -24,12 +24,12 @@ from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
 from ..runs.decision import EvaluationRequest
-from ..runs.directory import CARD, RunDirectory, finished_run, is_run
+from ..runs.directory import CARD, RunDirectory, finished_run
 from ..runs.lineage import trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import Report, load_run
+from ..runs.records import Report, is_run, load_run
 from ..runs.results import Evaluation
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device

@@ -135,7 +135,8 @@ def _run(
         told.tick("waiting for the other processes", 0, 1)
     with undisturbed(), ranks_of_run(request.recipe.execution.device) as ranks:
         if ranks.first:
-            told.tick("starting", 0, 1)
+            if ranks.size > 1:
+                told.tick("starting", 0, 1)
             report = _lead(verb, run, replace(request, ranks=ranks), told, resumed=resumed)
             ranks.share(report.model_dump(mode="json"))
             return report

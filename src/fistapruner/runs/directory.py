@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ..errors import A_FOLDER, FistaPrunerError, explain, path_text
+from ..errors import FistaPrunerError, explain
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
 from ..runtime.files import (
@@ -41,7 +41,7 @@ from ..runtime.formatting import shell_line
 from .base import parse, read_json
 from .decision import RunRecord
 from .lock import holders
-from .records import Report, load_run
+from .records import Report, is_run, load_run
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -305,14 +305,6 @@ class RunDirectory:
 
     def _model_names(self) -> set[str]:
         return {str(path.relative_to(self.model)) for path in self.model.rglob("*") if not path.is_dir()}
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether a path is a run directory, and not a model or anything else."""
-    folder = Path(path_text("folder", folder, A_FOLDER))
-    return not (folder / "config.json").exists() and any(
-        (folder / name).is_file() for name in ("run.json", "report.json")
-    )
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..errors import FistaPrunerError
+from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
 from .base import VERSION, Record, parse, read_json
@@ -544,6 +544,14 @@ def load_comparison(folder: Path) -> Comparison:
             f"{folder / 'runs'}"
         )
     return found
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a path is a run directory, and not a model or anything else."""
+    folder = Path(path_text("folder", folder, A_FOLDER))
+    return not (folder / "config.json").exists() and any(
+        (folder / name).is_file() for name in ("run.json", "report.json")
+    )
 
 
 def load_run(folder: Path) -> Report:
