@@ -22,6 +22,9 @@ from .discovery import Layout, Operator, alike, expert_modules, linear_modules
 from .files.checkpoint import reorder
 from .layerwise import LayerwiseModel
 
+LOUDER = 64.0
+"""Factor of the channels that are rotated in the search for links, which shows where they are clipped."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -160,7 +163,7 @@ def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list
         for link in candidates:
             used = {name for other in links for name in (*other.producers, other.consumer.name)}
             if not used & {*link.producers, consumer.name} and _is_free(layer, link, run, _permutations(link)):
-                turns = link is not whole and _is_free(layer, link, run, _rotations(link))
+                turns = link is not whole and _is_free(layer, link, run, _rotations(link), LOUDER)
                 links.append(replace(link, rotates=turns))
     return links
 
@@ -176,16 +179,25 @@ def _rotations(link: Link) -> Tensor:
     return rotations
 
 
-def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor], order: Tensor) -> bool:
-    """Check that layer and consumer have the same output with the link's channels changed."""
+def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor], order: Tensor, scale: float = 1.0) -> bool:
+    """Check that layer and consumer have the same output with the link's channels changed.
+
+    Args:
+        layer: the loaded decoder layer; ``run`` runs it.
+        link: the link; ``order``: the change, as for :meth:`Link.places`.
+        scale: of the channels, in both passes.
+    """
     answers: list[Tensor] = []
     handle = layer.get_submodule(link.consumer.name).register_forward_hook(lambda _, __, output: answers.append(output))
     changes = link_tensors(layer, link, order)
     before = {name: layer.get_parameter(name).clone() for name in changes}
     try:
+        for name in before.keys() - {f"{link.consumer.name}.weight"}:
+            layer.get_parameter(name).mul_(scale)
         answers.append(run())
         for name, change in changes.items():
-            layer.get_parameter(name).copy_(reorder(before[name], *change))
+            parameter = layer.get_parameter(name)
+            parameter.copy_(reorder(parameter, *change))
         answers.append(run())
     finally:
         handle.remove()

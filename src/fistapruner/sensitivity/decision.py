@@ -406,7 +406,7 @@ class _Channels:
         self._sparsity = sparsity
         self._others = [pattern for pattern in others if pattern.nm is not None]
         self._links = find_links(model, layout)
-        self._found: dict[str, _Order] = {}
+        self._found: dict[str, list[_Order]] = {}
         self._written: dict[str, tuple[Tensor, Tensor]] = {}
         self.orders: dict[str, tuple[int, Tensor]] = {}
         self.permuted: dict[str, tuple[float, float]] = {}
@@ -431,44 +431,46 @@ class _Channels:
             )
         )
         for link in self._links[index]:
-            if link.rotates and link.producers[0] in weights:  # it runs before what reads its channels
-                full = f"{self._layout.prefix}.{index}.{link.producers[0]}"
-                self._written[full] = weights[link.producers[0]].clone(), energy.clone()
             name = self._layout.full_name(index, link.consumer)
             sparsity = self._sparsity.get(name)
-            if link.consumer.name not in weights or sparsity is None or sparsity.nm is None:
+            if sparsity is None or sparsity.nm is None or link.channels % sparsity.nm[1]:
                 continue
             pattern = NM(*sparsity.nm)
-            if link.channels % pattern.m:
+            producers = [f"{self._layout.prefix}.{index}.{producer}" for producer in link.producers]
+            rotates = link.rotates and self._sparsity.get(producers[0]) == sparsity
+            if rotates and link.producers[0] in weights:  # it runs before what reads its channels
+                self._written[producers[0]] = weights[link.producers[0]].clone(), energy.clone()
+            if link.consumer.name not in weights:
                 continue
             reader = weights[link.consumer.name]
             scores = reader.square() * energy
-            producers = [f"{self._layout.prefix}.{index}.{producer}" for producer in link.producers]
             written = self._written.pop(producers[0], None)
-            if written is not None and self._sparsity.get(producers[0]) == sparsity:
+            changed: list[tuple[Tensor, Tensor]] = []
+            if written is not None:
                 order = head_rotation(link, reader, gram, pattern, *written)
-                after = reorder(reader, 1, order).square() * rotated_energy(link, gram, order)
-            else:
+                changed.append((order, reorder(reader, 1, order).square() * rotated_energy(link, gram, order)))
+            if written is None or self._others:  # what makes the channels may be left dense
                 order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
-                after = scores[:, link.places(order)[1].to(scores.device)]
-            rows, _ = link.places(order)
-            shares = {
-                each: raised
-                for each in dict.fromkeys([sparsity, *self._others])
-                if (raised := raised_shares(scores, after, each)) is not None
-            }
-            if shares:
-                self._found[name] = _Order(
-                    shares, reordered(self._model, index, link, order), dict.fromkeys(producers, rows)
-                )
+                changed.append((order, scores[:, link.places(order)[1].to(scores.device)]))
+            self._found[name] = []
+            for order, after in changed:
+                shares = {
+                    each: raised
+                    for each in dict.fromkeys([sparsity, *self._others])
+                    if (raised := raised_shares(scores, after, each)) is not None
+                }
+                rows = dict.fromkeys(producers, link.places(order)[0])
+                self._found[name].append(_Order(shares, reordered(self._model, index, link, order), rows))
 
     def take(self, chosen: Mapping[str, Constraint]) -> None:
-        """Take the orders that raise what patterns keep: those ``chosen`` since, or else as asked."""
-        for name, order in self._found.items():
-            shares = order.shares.get(chosen.get(name, self._sparsity[name]))
-            # Rotated rows lose the zeros that they have, so they must get zeros of their own.
-            turned = [row for row, rows in order.rows.items() if rows.ndim == 3]
-            if shares is not None and all(chosen.get(row, self._sparsity[row]).nm is not None for row in turned):
-                self.orders |= order.tensors
-                self.permuted[name] = shares
-                self.rows |= order.rows
+        """Take the first orders that raise what patterns keep: those ``chosen`` since, or else as asked."""
+        for name, orders in self._found.items():
+            for order in orders:
+                shares = order.shares.get(chosen.get(name, self._sparsity[name]))
+                # Rotated rows lose the zeros that they have, so they must get zeros of their own.
+                turned = [row for row, rows in order.rows.items() if rows.ndim == 3]
+                if shares is not None and all(chosen.get(row, self._sparsity[row]).nm is not None for row in turned):
+                    self.orders |= order.tensors
+                    self.permuted[name] = shares
+                    self.rows |= order.rows
+                    break

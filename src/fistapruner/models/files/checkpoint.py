@@ -351,7 +351,8 @@ def reorder(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
     blocks, channels, _ = order.shape
     rotation, out = order.to(tensor.device, torch.float64), torch.empty_like(tensor)
     # In fp64 the rounded result is the same however a library orders the products.
-    for part, into in zip(tensor.movedim(dim, -1).split(ROTATED), out.movedim(dim, -1).split(ROTATED), strict=True):
+    parts, places = (torch.atleast_2d(each.movedim(dim, -1)).split(ROTATED) for each in (tensor, out))
+    for part, into in zip(parts, places, strict=True):
         values = part.double().reshape(-1, blocks, part.shape[-1] // (blocks * channels), channels)
         into.copy_(torch.einsum("nbrc,bcd->nbrd", values, rotation).reshape(part.shape))
     return out
