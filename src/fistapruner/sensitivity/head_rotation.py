@@ -21,7 +21,7 @@ from ..constraints.thresholds import spread_stride
 from ..models.coupling import Link
 from .channel_order import ROWS, channel_order
 
-STEPS, RATE = 50, 0.03
+STEPS, RATE = 100, 0.03
 """Steps of the search, and the first one's root mean square angle in radians; it falls linearly to 0."""
 
 DECAYS = 0.9, 0.99
