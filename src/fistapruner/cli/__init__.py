@@ -107,7 +107,7 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     """Refuse several processes of a launcher for what one process does.
 
     Raises:
-        FistaPrunerError: names the verb; in the first process.
+        FistaPrunerError: names the verb; of the processes of ``torchrun`` in the first one.
     """
     from ..errors import FistaPrunerError, OtherRankFailed
     from ..runtime.launcher import launched, leads
@@ -115,8 +115,8 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     count = launched()
     alone = [f" --{way}" for way in ("merge", "replay", "compare") if getattr(arguments, way, None)]
     if count > 1 and (alone or arguments.verb not in ("recover", "align", "resume")):
-        if not leads():
-            raise OtherRankFailed("the first process says why")
+        if not leads() and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise OtherRankFailed("the first process says why")  # elsewhere this may be the only one
         what = arguments.verb + "".join(alone)
         raise FistaPrunerError(
             f"WORLD_SIZE is {count}, so torchrun or another launcher has started {count} processes, and {what} is done "
