@@ -261,8 +261,11 @@ def test_several_processes_are_refused_where_one_does_the_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, lines in (("0", 1), ("1", 0)):
+    for rank, elastic, lines in (("0", "1", 1), ("1", "1", 0), ("1", None, 1)):  # without torchrun it may be alone
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        if elastic:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", elastic)
         for words in (
             ["prune", "smollm2", "--out", "x"],
             ["recover", "x", "--merge", "y", "--out", "z"],
