@@ -48,6 +48,14 @@ def raised_shares(scores: Tensor, reordered: Tensor, pattern: Constraint) -> tup
     return (before, after) if after > before else None
 
 
+def sample_rows(values: Tensor, rows: int = ROWS) -> Tensor:
+    """Select at most ``rows`` rows.
+
+    Rows of operators that share inputs, such as the query heads of a group, take turns: the sample has all of them.
+    """
+    return values[:: spread_stride(len(values) + rows - 1, rows, len(values))]
+
+
 def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int = GROUPS) -> Tensor:
     """Find an order of the input channels in which a pattern keeps a large share of the scores.
 
@@ -63,8 +71,7 @@ def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int 
     identity = torch.arange(scores.shape[1], device=scores.device)
     if scores.shape[1] == pattern.m:
         return identity
-    # Rows of operators that share inputs, such as the query heads of a group, take turns: the sample has all of them.
-    few = scores[:: spread_stride(len(scores) + rows - 1, rows, len(scores))]
+    few = sample_rows(scores, rows)
     # Deal by importance, strongest channels first: of G groups, group g gets ranks g, G + g, 2 G + g, ...
     members = few.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).T.contiguous()
     count = -(-len(members) // groups)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ..constraints import NM
-from ..constraints.thresholds import spread_stride
 from ..models.coupling import Link
-from .channel_order import ROWS, channel_order
+from .channel_order import channel_order, sample_rows
 
 STEPS, RATE = 100, 0.03
 """Steps of the search, and the first one's root mean square angle in radians; it falls linearly to 0."""
@@ -44,13 +43,13 @@ def head_rotation(link: Link, reader: Tensor, gram: Tensor, pattern: NM, writer:
         rotations, and in the heads that they lead to the order of channels of which the pattern keeps most.
     """
     blocks, repeats, channels = link.blocks, link.repeats, link.channels
-    few = reader[:: spread_stride(len(reader) + ROWS - 1, ROWS, len(reader))]
+    few = sample_rows(reader)
     rows = few.view(len(few), blocks, repeats, channels).transpose(0, 1)
     inputs = _grams_of_heads(link, gram)
     made = writer.view(blocks, channels, -1)
 
     def scores(rotation: Tensor) -> tuple[Tensor, Tensor]:
-        read = ((inputs @ rotation[:, None]) * rotation[:, None]).sum(2)
+        read = _energy(inputs, rotation)
         reading = (rows @ rotation[:, None]).square() * read[:, None]
         return reading.reshape(-1, channels), ((rotation.mT @ made).square() * energy).flatten(0, 1)
 
@@ -79,8 +78,12 @@ def head_rotation(link: Link, reader: Tensor, gram: Tensor, pattern: NM, writer:
 
 def rotated_energy(link: Link, gram: Tensor, rotation: Tensor) -> Tensor:
     """Compute the (columns,) mean squared inputs of an operator after its heads are rotated."""
-    rotation = rotation[:, None].to(gram.device)
-    return ((_grams_of_heads(link, gram) @ rotation) * rotation).sum(2).reshape(-1)
+    return _energy(_grams_of_heads(link, gram), rotation.to(gram.device)).reshape(-1)
+
+
+def _energy(grams: Tensor, rotation: Tensor) -> Tensor:
+    """Compute the diagonals of the heads' Grams after a rotation: (blocks, repeats, channels)."""
+    return ((grams @ rotation[:, None]) * rotation[:, None]).sum(2)
 
 
 def _grams_of_heads(link: Link, gram: Tensor) -> Tensor:
