@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ..activations.stream import check_model
+from ..activations.check import check_model
 from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
 from ..errors import FistaPrunerError

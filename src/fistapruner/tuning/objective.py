@@ -21,19 +21,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..activations.check import check_model
+from ..activations.gradients import Done, Take, backward, forward_backward
 from ..activations.store import Store
-from ..activations.stream import (
-    Calls,
-    Done,
-    Take,
-    Values,
-    Variants,
-    backward,
-    check_model,
-    forward,
-    forward_backward,
-    forward_variants,
-)
+from ..activations.stream import Calls, Values, Variants, forward, forward_variants
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
@@ -67,7 +58,7 @@ class Objective:
         batch_size: windows in one pass through a layer.
         store: makes the stores of hidden states between layers.
         keep_graphs: keep the activations of all layers for one batch, see
-            :func:`~fistapruner.activations.stream.forward_backward`; the bits of the result are the same.
+            :func:`~fistapruner.activations.gradients.forward_backward`; the bits of the result are the same.
         budgets: bytes of logits at once.
         ranks: the processes that share the passes. All of them ask for the same losses and gradients.
 

@@ -23,8 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..activations.check import check_model
 from ..activations.store import scratch_factory
-from ..activations.stream import check_model, forward
+from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..models.layerwise import LayerwiseModel, Tick
