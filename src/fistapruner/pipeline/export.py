@@ -14,7 +14,7 @@ from ..models.source import SMALL_MODEL, small_model
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import read_lineage
 from ..runtime.formatting import shell_line
-from ..sparse.pack import is_packed
+from ..sparse.packed_checkpoint import is_packed
 
 
 def export(

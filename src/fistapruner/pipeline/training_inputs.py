@@ -33,7 +33,7 @@ from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
-from ..sparse.pack import is_packed
+from ..sparse.packed_checkpoint import is_packed
 from .prune_inputs import refuse_overlap
 
 TRAINING_SEQLEN = 1024

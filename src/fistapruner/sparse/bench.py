@@ -12,10 +12,11 @@ from ..errors import FistaPrunerError
 from ..models.architecture import build_model, max_length, refuse_own_code
 from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
 from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import has_zeros, lost_structure, read_pruning_record
+from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
 from ..runtime.formatting import align_columns
 from . import kernel
-from .pack import NoPackedFormError, is_packed, pack, stacked_experts, unpack
+from .pack import NoPackedFormError, pack, unpack
+from .packed_checkpoint import is_packed
 from .speed import WARM_UP_TOKENS, Speed
 from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
