@@ -27,7 +27,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.execution.training import RecoverContext
+from fistapruner.execution.training_context import RecoverContext
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover

@@ -14,7 +14,7 @@ from .fisher import InputEnergy
 OUTLIER = 5.0
 """``M``: scores above this multiple of the mean are outliers."""
 
-REACH = 0.08
+OWL_REACH = 0.08
 """``lambda``: largest distance of a layer's sparsity from the asked one."""
 
 
@@ -66,7 +66,7 @@ def owl_allocation(
         fraction: the sparsity of all operators together.
     """
     low, high = min(shares.values()), max(shares.values())
-    reach = min(REACH, fraction / 2, (1 - fraction) / 2)
+    reach = min(OWL_REACH, fraction / 2, (1 - fraction) / 2)
     span = (high - low) or 1.0
     raw = {layer: -2 * reach * (share - low) / span for layer, share in shares.items()}
     total = sum(sum(sizes.values()) for sizes in members.values())

@@ -142,16 +142,16 @@ def sentence(speeds: Mapping[str, Speed], stacked: str = "") -> str:
     dense = fastest.get("dense")
     if dense is None:
         return "The dense model that this smaller one was is not at hand: nothing to compare with."
-    said = [_against(fastest["packed"], dense, "packed form")] if "packed" in fastest else []
+    sentences = [_against(fastest["packed"], dense, "packed form")] if "packed" in fastest else []
     if "smaller" in fastest:
         smaller, prefill = fastest["smaller"], min(by_kind["smaller"], key=lambda speed: speed.first_token)
         whole = min(by_kind["dense"], key=lambda speed: speed.first_token)
         reading = whole.first_token / prefill.first_token
-        said.append(
+        sentences.append(
             f"{_against(smaller, dense, 'form of the smaller model')} It reads a prompt of {prefill.prompt} tokens "
             f"{max(reading, 1 / reading):.2f} times {'faster' if reading > 1 else 'slower'}."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
 def _against(packed: Speed, dense: Speed, what: str) -> str:

@@ -43,7 +43,7 @@ from .format import MAX_M, METADATA, VERSION, OperatorSpec, encode
 from .packed import FLOATS, PackedOperator, pack_operator
 from .packed_checkpoint import PackedCheckpoint
 
-MIN_ZEROS = 0.25
+MIN_ZEROS_TO_PACK = 0.25
 """Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
 
 
@@ -121,8 +121,8 @@ def pack(
         raise FistaPrunerError(f"{source.folder} is packed already")
     refuse_low_rank(source.folder, "pack")
     record = read_pruning_record(source.folder)
-    told = progress or Listener().tick
-    plan = _plan(source, record, values, group, told)
+    tick = progress or Listener().tick
+    plan = _plan(source, record, values, group, tick)
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
@@ -130,10 +130,10 @@ def pack(
         for stored, file in source.files.items():
             name = safetensors_name(stored)
             contents[name], squares = _pack_file(
-                partial / name, file, plan, lambda: told("operators packed", next(done), len(plan))
+                partial / name, file, plan, lambda: tick("operators packed", next(done), len(plan))
             )
             changed, whole = changed + squares[0], whole + squares[1]
-            told("computing checksums", 0, 1)
+            tick("computing checksums", 0, 1)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         if whole:
             report = replace(report, rounding=math.sqrt(changed / whole))
@@ -144,7 +144,9 @@ def pack(
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)
-        write_text_atomic(partial / "README.md", model_card(report, values, source.config, _origin(source.folder)))
+        write_text_atomic(
+            partial / "README.md", packed_model_card(report, values, source.config, _origin(source.folder))
+        )
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
     return report
@@ -161,8 +163,8 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
     Raises:
         FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
     """
-    told, done = progress or Listener().tick, count(1)
-    told("comparing checksums", 0, 1)
+    tick, done = progress or Listener().tick, count(1)
+    tick("comparing checksums", 0, 1)
     source, out = PackedCheckpoint(packed), Path(path_text("out", out, A_FOLDER))
     require_new(out, source.folder)
     contents = source.contents()
@@ -173,7 +175,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
                 for entry in entries:
                     writer.write(entry.name, source.tensor(entry.name))
-                    told("tensors written", next(done), tensors)
+                    tick("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.record:
             write_json_atomic(partial / PRUNING_RECORD, source.record)
@@ -232,7 +234,7 @@ class _Planned:
 
 
 def _plan(
-    source: Checkpoint, record: dict[str, Any], values: str, group: int, told: Callable[[str, int, int], None]
+    source: Checkpoint, record: dict[str, Any], values: str, group: int, tick: Callable[[str, int, int], None]
 ) -> dict[str, _Planned]:
     """Decide how each pruned operator that becomes smaller is stored.
 
@@ -250,7 +252,7 @@ def _plan(
     plan, weights, zeros, wide = {}, 0, 0, ""
     names = source.names()
     for done, name in enumerate(names):
-        told("tensors looked through for zeros", done, len(names))
+        tick("tensors looked through for zeros", done, len(names))
         entry = source.entry(name)
         if len(entry.shape) != 2 or entry.dtype not in (*FLOATS, torch.float64) or 0 in entry.shape:
             continue
@@ -260,7 +262,7 @@ def _plan(
         cast = torch.bfloat16 if values == "bf16" else entry.dtype
         weight = source.read(name).to(cast)
         nonzero = int(torch.count_nonzero(weight))
-        if not listed and nonzero > (1 - MIN_ZEROS) * weight.numel():
+        if not listed and nonzero > (1 - MIN_ZEROS_TO_PACK) * weight.numel():
             continue
         if cast not in FLOATS:
             wide = wide or name
@@ -284,7 +286,9 @@ def _plan(
             f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
             "since the mask takes one bit for every weight"
         )
-    raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
+    raise FistaPrunerError(
+        f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS_TO_PACK:.0%} zeros"
+    )
 
 
 def _hint(known: Mapping[str, Any] | None) -> NM | None:
@@ -350,7 +354,7 @@ def _card_metadata(origin: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---\n"
 
 
-def model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+def packed_model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``.
 
     ``origin`` is what the card of the model that was packed says of its licence and dense model.

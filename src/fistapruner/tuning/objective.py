@@ -32,7 +32,7 @@ from ..runtime.memory import release_memory
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
 from ..runtime.ranks import ALONE, OrderedSum, Ranks
 from ..runtime.transfers import sent
-from .losses import Loss
+from .losses import TokenLoss
 from .teacher import Teacher
 
 Above = Callable[[int, Tensor], Tensor]
@@ -70,7 +70,7 @@ class Objective:
         self,
         model: LayerwiseModel,
         text: TrainingText,
-        loss: Loss,
+        loss: TokenLoss,
         teacher: Teacher | None,
         batch_size: int,
         store: Store,
@@ -267,7 +267,7 @@ class Objective:
         return self._token_sums(hidden, numbers, self.loss, factor)
 
     def _token_sums(
-        self, hidden: Sequence[Tensor], numbers: list[int], token_loss: Loss, factor: float | None
+        self, hidden: Sequence[Tensor], numbers: list[int], token_loss: TokenLoss, factor: float | None
     ) -> tuple[Tensor, Tensor | None]:
         """Sum a loss over the tokens of each window that carry it; as :meth:`_reduce`."""
         where = self._where(numbers)

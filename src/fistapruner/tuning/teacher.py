@@ -35,7 +35,7 @@ from ..runtime.ranks import ALONE, Ranks
 from ..runtime.transfers import sent
 from .losses import DenseLogits, Reference, TopTokens
 
-Kind = Literal["hidden", "top128", "top64"]
+PredictionKind = Literal["hidden", "top128", "top64"]
 
 TOP: dict[str, int] = {"top128": 128, "top64": 64}
 """Tokens that are stored for each position."""
@@ -48,7 +48,7 @@ FORMAT = 1
 
 MOST_LIKELY = ("tokens", "log_p", "rest")
 
-STORED: dict[Kind, tuple[str, ...]] = {"hidden": ("hidden",), "top128": MOST_LIKELY, "top64": MOST_LIKELY}
+STORED: dict[PredictionKind, tuple[str, ...]] = {"hidden": ("hidden",), "top128": MOST_LIKELY, "top64": MOST_LIKELY}
 """Names of what is stored for a window."""
 
 
@@ -108,7 +108,7 @@ class Teacher:
         folder: Path,
         *,
         batch_size: int,
-        kind: Kind = "hidden",
+        kind: PredictionKind = "hidden",
         identity: str = "",
         order: Sequence[int] = (),
         windows_per_step: int = 1,
