@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,27 +14,25 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.discovery import expert_modules
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
-from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
-from ..runs.base import VERSION
-from ..runs.directory import CARD, RunDirectory
+from ..runs.directory import CARD
 from ..runs.layer_records import LayerEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
-from ..runs.records import Report, Totals, load_run
+from ..runs.records import Report, Totals
 from ..runs.times import Times
-from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
 from ..structured.units import changed_config, unread_tensors
 from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_permuted, kept_widths, moved_experts
+from .result import close_report, folder_bytes, operator_claims, record_head, write_model
 
 
 def finish(
@@ -75,43 +71,15 @@ def finish(
     report.finished = now()
     add_stage(report)
     _write_model(context, report, {**own, **kept}, replacement, gone, shapes, dropped, listener)
-    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None:
-        keep_measurements(report, earlier)
-    report.status = "finished"
-    report.finished = now()
-    report.totals.seconds, report.totals.parts = times.total(), times.parts()
-    report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    close_report(run, report, earlier, times, begin)
+    report.totals.parts = times.parts()
     adapter = report.totals.low_rank_bytes or 0
-    disk = folder_bytes(run.journal.folder) + report.totals.checkpoint_bytes + adapter
+    disk = folder_bytes(run.journal.folder) + folder_bytes(run.model) + adapter
     disk += run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
     report.plan = check_plan(report.plan, report.totals, report.layers, disk)
     update_stage(report)
     run.write_report(report)
     return report
-
-
-@contextmanager
-def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
-    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
-    with disk_errors(run.report_file):
-        run.report_file.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        if run.run_file.exists():
-            with suppress(FistaPrunerError):  # a full disk, most likely the very error
-                _write_failure(run, error, times)
-        raise
-
-
-def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
-    """Write the report of a run that stops with an error: what is done so far, and the reason."""
-    report = load_run(run.folder)
-    report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
-    report.totals.seconds = times.total()
-    run.write_report(report)
 
 
 def _finished_layers(context: RunContext) -> list[LayerEntry]:
@@ -205,51 +173,6 @@ def _write_model(
     )
 
 
-def write_model(
-    run: RunDirectory,
-    checkpoint: Checkpoint,
-    fingerprint: str,
-    replacement: Callable[[str], Tensor | None],
-    documents: Callable[[], Mapping[str, str]],
-    listener: Listener,
-    *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    dropped: Collection[str] = (),
-    config_changes: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a run's checkpoint, unless a whole one of this run is there.
-
-    Args:
-        run: the run directory.
-        checkpoint: the model that the run has changed.
-        fingerprint: of the run.
-        replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
-        documents: returns the text files beside the weights.
-        listener: receives progress.
-        shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
-        config_changes: of ``config.json``, as a JSON merge patch.
-    """
-    if run.model.exists() and run.model_fault(fingerprint):
-        run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
-    if not run.model.exists():
-        listener.say("writing the checkpoint")
-        digests = write_checkpoint(
-            checkpoint,
-            run.model,
-            replacement,
-            shapes=shapes,
-            dropped=dropped,
-            config_changes=config_changes,
-            identity=fingerprint,
-            documents=documents(),
-        )
-        run.write_model_record(fingerprint, digests)
-    elif run.model_record() is None:  # a kill came between the checkpoint and its record
-        (run.model / PARTIAL).unlink(missing_ok=True)
-        digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
-        run.write_model_record(fingerprint, digests)
-
-
 def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
     """Return the new shapes of the journaled tensors that lost channels or experts, by checkpoint name."""
     if context.widths is None:
@@ -303,10 +226,6 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
     return 2 * used, 2 * (used - gone)
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
 def _totals(
     layers: list[LayerEntry],
     context: RunContext,
@@ -353,43 +272,6 @@ def _totals(
         else None,
         peak_device_memory=torch.cuda.max_memory_allocated(device) if alone and device.type == "cuda" else None,
     )
-
-
-def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str, Any]]:
-    """Describe the zeros of every operator in a report, by the name of its stored weight."""
-    claims = {}
-    for layer in report.layers:
-        for operator in layer.operators:
-            name = f"{layer.name}.{operator.name}"
-            claim = {
-                "operator": name,
-                "sparsity": operator.sparsity,
-                "zeros": operator.zeros,
-                "shape": list(operator.shape),
-            }
-            stored = model.source(f"{name}.weight")
-            stack = model.checkpoint.stack_of(stored)
-            claims[stored] = claim if stack is None else {**claim, "transposed": stack.transposed}
-    return claims
-
-
-def keep_measurements(report: Report, earlier: Report) -> None:
-    """Take over what was measured of a finished checkpoint that is written again, and still holds."""
-    report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
-    report.totals.compressed_bytes = earlier.totals.compressed_bytes
-    if report.recovery is not None and earlier.recovery is not None:
-        report.recovery.before = earlier.recovery.before
-
-
-def record_head(report: Report) -> dict[str, Any]:
-    """Say in ``fistapruner.json`` which run has made the checkpoint."""
-    return {
-        "version": VERSION,
-        "fingerprint": report.fingerprint,
-        "recipe": report.recipe,
-        "model": report.model.source,
-        "versions": report.versions,
-    }
 
 
 def _record(

@@ -37,7 +37,7 @@ from ..runtime.memory import peak_memory
 from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
-from .finish import folder_bytes, keep_measurements, operator_claims, record_head, write_model
+from .result import close_report, operator_claims, record_head, write_model
 
 AddResults = Callable[[Any, Trained, Report, Listener], None]
 """Receives (opened run, trained tensors, report) before the checkpoint is written, and adds to the report."""
@@ -84,16 +84,9 @@ def finish(
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     _write_adapter(context, trained, listener)
-    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None:
-        keep_measurements(report, earlier)
-    report.status = "finished"
-    report.finished = now()
-    report.totals.seconds = times.total()
     if report.recovery is not None:
         report.totals.time_split["train"] = report.recovery.seconds
-    report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    close_report(run, report, earlier, times, begin)
     disk = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     report.plan = check_plan(report.plan, report.totals, [], disk, _seconds(context))
     update_stage(report)
