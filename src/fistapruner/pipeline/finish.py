@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
@@ -29,9 +28,10 @@ from ..runs.times import Times
 from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
-from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
-from ..structured.units import changed_config, unread_tensors
-from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_permuted, kept_widths, moved_experts
+from ..structured.experts import EXPERTS, chosen_experts
+from ..structured.units import changed_config
+from .changed_tensors import ChangedTensors
+from .kept_claims import claimed_zeros, kept_claims, kept_permuted, kept_widths, moved_experts
 from .result import close_report, folder_bytes, operator_claims, record_head, write_model
 
 
@@ -57,20 +57,18 @@ def finish(
     report.layers = _finished_layers(context)
     report.permuted = _of_kept_experts(report.permuted, report.layers)
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
-    dropped, stacked = _dropped(context)
-    shapes = stacked | _new_shapes(context)
-    report.totals = _totals(report.layers, context, times.total(), shapes, dropped, alone=alone)
+    changed = ChangedTensors.of(context)
+    report.totals = _totals(report.layers, context, times.total(), changed, alone=alone)
     own = operator_claims(report, context.model)
-    replacement, gone = _replacement(context), _gone(context, dropped, stacked)
     pruned = {name for name, claim in own.items() if claim["sparsity"] != "0%"}
-    kept = kept_claims(context, report, pruned, replacement, gone)
+    kept = kept_claims(context, report, pruned, changed)
     report.totals.model_zeros = claimed_zeros({**own, **kept})
     report.stacked_experts = any(name.endswith("]") for name in (*own, *kept))
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()
     add_stage(report)
-    _write_model(context, report, {**own, **kept}, replacement, gone, shapes, dropped, listener)
+    _write_model(context, report, {**own, **kept}, changed, listener)
     close_report(run, report, earlier, times, begin)
     report.totals.parts = times.parts()
     adapter = report.totals.low_rank_bytes or 0
@@ -110,36 +108,11 @@ def _of_kept_experts(
     return found
 
 
-def _replacement(context: RunContext) -> Callable[[str], Tensor | None]:
-    """Return a function that gives a tensor of the new checkpoint by name; None where it is as it was."""
-    journal, checkpoint = context.run.journal, context.model.checkpoint
-    files = [journal.weights(index) for index in range(len(context.model))]
-    places = {name: file for file in files for name in file.entries}
-
-    def replacement(name: str) -> Tensor | None:
-        if name in places:
-            return places[name].read(name)
-        return checkpoint.read(name) if name in checkpoint.orders else None
-
-    return replacement
-
-
-def _gone(context: RunContext, dropped: set[str], shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    """Return a function that tells whether the result lacks a tensor; takes :func:`_dropped`."""
-    stacks = context.model.checkpoint.stacks
-    stay = {part for name, shape in shapes.items() for part in map(stacks[name].part, range(shape[0]))}
-    all_gone = dropped | ({part for name in shapes for part in context.model.checkpoint.parts(name)} - stay)
-    return lambda name: name in all_gone
-
-
 def _write_model(
     context: RunContext,
     report: Report,
     claims: Mapping[str, Any],
-    replacement: Callable[[str], Tensor | None],
-    gone: Callable[[str], bool],
-    shapes: Mapping[str, tuple[int, ...]],
-    dropped: Collection[str],
+    changed: ChangedTensors,
     listener: Listener,
 ) -> None:
     """Write the checkpoint, unless a whole one of this run is there."""
@@ -157,44 +130,20 @@ def _write_model(
         report.totals.low_rank_weights, report.totals.low_rank_bytes = low_rank["weights"], low_rank["bytes"]
 
     def documents() -> dict[str, str]:
-        content = _record(report, context, claims, gone) | ({} if low_rank is None else {LOW_RANK: low_rank})
+        content = _record(report, context, claims, changed) | ({} if low_rank is None else {LOW_RANK: low_rank})
         return {CARD: model_card(report), PRUNING_RECORD: json.dumps(content, indent=2) + "\n"}
 
     write_model(
         run,
         checkpoint,
         context.fingerprint,
-        replacement,
+        changed.replacement,
         documents,
         listener,
-        shapes=shapes,
-        dropped=dropped,
+        shapes=changed.shapes,
+        dropped=changed.dropped,
         config_changes=None if context.widths is None else changed_config(context.model, context.widths),
     )
-
-
-def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
-    """Return the new shapes of the journaled tensors that lost channels or experts, by checkpoint name."""
-    if context.widths is None:
-        return {}
-    return {
-        name: entry.shape
-        for index in range(len(context.model))
-        for name, entry in context.run.journal.weights(index).entries.items()
-        if entry.shape != context.model.checkpoint.entry(name).shape
-    }
-
-
-def _dropped(context: RunContext) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Return the stored tensors that the result lacks, and new shapes of those that hold all experts.
-
-    The former are of removed experts, and of layers that the model does not read and the new config does not fit.
-    """
-    unread = set(unread_tensors(context.model, context.widths))
-    if context.widths is None or not context.widths.experts:
-        return unread, {}
-    dropped, shapes = dropped_tensors(context.model, context.widths.experts)
-    return dropped | unread, shapes
 
 
 def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
@@ -230,8 +179,7 @@ def _totals(
     layers: list[LayerEntry],
     context: RunContext,
     seconds: float,
-    shapes: Mapping[str, tuple[int, ...]],
-    dropped: Collection[str],
+    changed: ChangedTensors,
     *,
     alone: bool,
 ) -> Totals:
@@ -245,6 +193,7 @@ def _totals(
     # Every layer timed one pass of its first batch without hooks: together, a plain forward pass of these windows.
     plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
+    shapes = changed.shapes
     gone = {name: math.prod(checkpoint.entry(name).shape) - math.prod(shape) for name, shape in shapes.items()}
     dense_flops, flops = (
         _flops(
@@ -259,7 +208,7 @@ def _totals(
         operator_zeros=zeros,
         model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names())
         - sum(gone.values())
-        - sum(math.prod(checkpoint.entry(name).shape) for name in dropped),
+        - sum(math.prod(checkpoint.entry(name).shape) for name in changed.dropped),
         model_zeros=zeros,
         dense_flops_per_token=dense_flops,
         flops_per_token=flops,
@@ -274,11 +223,8 @@ def _totals(
     )
 
 
-def _record(
-    report: Report, context: RunContext, claims: Mapping[str, Any], gone: Callable[[str], bool]
-) -> dict[str, Any]:
+def _record(report: Report, context: RunContext, claims: Mapping[str, Any], changed: ChangedTensors) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
-    model, earlier = context.model, earlier_record(context)
     widths = [
         {
             "layer": f"{context.layout.prefix}.{index}",
@@ -298,14 +244,14 @@ def _record(
             "after": unit.after,
             "sizes": {name.removesuffix(".weight"): 1 for name in unit.tensors if name.endswith(".weight")},
         }
-        for index in range(len(model))
+        for index in range(len(context.model))
         for unit in (context.widths.mixtures(index) if context.widths else ())
     ]
-    widths = kept_widths(earlier, widths)
+    widths = kept_widths(changed.earlier, widths)
     return {
         **record_head(report),
         "operators": claims,
-        "permuted": kept_permuted(context, report, gone),
+        "permuted": kept_permuted(context, report, changed),
         **({"widths": widths} if widths else {}),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }
