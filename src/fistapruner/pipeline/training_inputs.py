@@ -12,7 +12,7 @@ import torch
 from ..activations.stream import check_model
 from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
-from ..errors import FistaPrunerError
+from ..errors import A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data, load_windows
 from ..evaluation.inspection import inspect_checkpoint
 from ..execution.context import open_model
@@ -34,6 +34,7 @@ from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
+from .begun import evaluation_on
 from .prune_inputs import refuse_overlap
 
 TRAINING_SEQLEN = 1024
@@ -71,6 +72,30 @@ class TrainingRequest(Generic[R]):
     ranks: Ranks = ALONE
     before: Sequence[Evaluation] = ()
     like: TrainingDirectory | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        recipe: R,
+        *,
+        dense: str | Path | None,
+        permissions: Permissions,
+        command: str | None,
+        evaluate: str | Path | None,
+        evaluate_windows: int | None,
+    ) -> TrainingRequest[R]:
+        """Make a request of the arguments of a verb's public function."""
+        return cls(
+            path_text("model", model, A_MODEL),
+            recipe,
+            None if dense is None else path_text("dense", dense, A_MODEL),
+            permissions,
+            command,
+            None if evaluate == "auto" else evaluation_on(evaluate, evaluate_windows),
+            evaluate == "auto",
+            evaluate_windows,
+        )
 
     def evaluation_beside(self, known: EvaluationRequest | None) -> EvaluationRequest | None:
         """Return the text to evaluate on, where ``known`` is that of the input's run or of the begun run."""
