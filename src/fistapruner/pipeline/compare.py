@@ -59,10 +59,11 @@ from .begun import changed_text, continued_by_its_command, find_source, refuse_o
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
 from .plan import check_sources
-from .prepare import describe_model, draw_windows, drawing_of
+from .prepare import draw_windows, drawing_of
 from .protocol import Protocol, distinct_seeds
 from .prune import prune
 from .prune_inputs import refuse_overlap, shared_text
+from .record import describe_model
 from .recover import recover
 from .recover_inputs import (
     TRAINED_BY,
