@@ -25,10 +25,10 @@ from ..runs.records import CalibrationFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import absolute, changed_text, moved_text
+from .begun import absolute, changed_text, moved_text, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
-from .prune_inputs import Inputs, RunRequest, check_inputs, say_kept_plan
+from .prune_inputs import Inputs, RunRequest, check_inputs
 from .record import common_fields, numerics_of
 from .recover_inputs import check_fits, check_trained, refuse_other_recovery
 

@@ -28,10 +28,18 @@ from ..runtime.launcher import launched
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute, execution_here, find_dense, moved_text, refuse_other_settings, same_path
+from .begun import (
+    absolute,
+    execution_here,
+    find_dense,
+    moved_text,
+    refuse_other_settings,
+    same_path,
+    say_kept_plan,
+    say_other_versions,
+)
 from .finish_training import AddResults, finish
 from .measure import measure
-from .prune_inputs import say_kept_plan, say_other_versions
 from .result import reporting_failure
 from .training_inputs import R, TrainingRequest, asked, evaluated_length, evaluation_of, find_input
 

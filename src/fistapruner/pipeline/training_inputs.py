@@ -34,8 +34,7 @@ from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
-from .begun import evaluation_on
-from .prune_inputs import refuse_overlap
+from .begun import evaluation_on, refuse_overlap
 
 TRAINING_SEQLEN = 1024
 """Longest training window by default."""
