@@ -26,7 +26,7 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import RunDirectory, checkpoint_of
 from ..runs.identity import changed_files
-from ..runs.lineage import dense_name, read_lineage
+from ..runs.lineage import dense_name, lineage_of
 from ..runs.listener import Listener
 from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
@@ -235,7 +235,7 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
         return None
     known = None if origin is None else dense_of(origin)
     if known is None:
-        named: str | Path | None = dense_name(read_lineage(read_pruning_record(source.folder), source.folder)[0])
+        named: str | Path | None = dense_name(lineage_of(source.folder)[0])
     else:
         named = known.folder
     try:
