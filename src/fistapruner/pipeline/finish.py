@@ -27,7 +27,7 @@ from ..runs.records import Report, Totals
 from ..runs.times import Times
 from ..runtime.formatting import shell_line
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory
+from ..runtime.memory import peak_device_memory, peak_memory
 from ..structured.experts import EXPERTS, chosen_experts
 from ..structured.units import changed_config
 from .changed_tensors import ChangedTensors
@@ -206,7 +206,7 @@ def _totals(
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=zeros,
-        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names())
+        model_weights=checkpoint.parameters
         - sum(gone.values())
         - sum(math.prod(checkpoint.entry(name).shape) for name in changed.dropped),
         model_zeros=zeros,
@@ -219,7 +219,7 @@ def _totals(
         forward_tokens_per_second=windows * seqlen / sum(plain)
         if len(plain) == len(layers) and sum(plain) > 0
         else None,
-        peak_device_memory=torch.cuda.max_memory_allocated(device) if alone and device.type == "cuda" else None,
+        peak_device_memory=peak_device_memory(device) if alone else None,
     )
 
 

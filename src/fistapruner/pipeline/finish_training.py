@@ -33,7 +33,7 @@ from ..runs.records import Report, Totals
 from ..runs.steps import read_steps
 from ..runs.times import Times
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory
+from ..runtime.memory import peak_device_memory, peak_memory
 from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
@@ -271,14 +271,13 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
 
 
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
-    checkpoint, device = context.model.checkpoint, context.model.device
     operators = [operator for layer in report.layers for operator in layer.operators]
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=sum(operator.zeros for operator in operators),
-        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
+        model_weights=context.model.checkpoint.parameters,
         model_zeros=context.decision.zeros,
         seconds=seconds,
         peak_memory=peak_memory(),
-        peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_device_memory=peak_device_memory(context.model.device),
     )

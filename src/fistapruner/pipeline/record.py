@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..execution.executors import default_threads
@@ -62,7 +61,7 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         architecture=type(model.model).__name__,
         layers=len(model),
         hidden_size=model.width,
-        parameters=sum(math.prod(checkpoint.entry(tensor).shape) for tensor in checkpoint.names()),
+        parameters=checkpoint.parameters,
         dtype=dtype_name(checkpoint.dtype),
         bytes=checkpoint.nbytes,
         license=source.license(),
