@@ -106,3 +106,8 @@ def explain(error: Exception) -> str:
                 message = "a mapping of settings is expected"
             parts.append(f"{where}: {message}{shown}" if where else message)
     return "; ".join(parts)
+
+
+def one_line(error: Exception, most: int = 200) -> str:
+    """Return the message of another library's error as one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]

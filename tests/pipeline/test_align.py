@@ -638,10 +638,10 @@ def test_rows_of_a_comparison_that_fail_are_told(
 ) -> None:
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
 
-    def failing(verb: Any, out: Path, model: Path, recipe: Any, **settings: Any) -> Report:
-        if recipe.seed == 2:
+    def failing(verb: Any, out: Path, request: Any, listener: Any) -> Report:
+        if request.recipe.seed == 2:
             raise FistaPrunerError("the memory is not enough")
-        return train(verb, out, model, recipe, **settings)
+        return train(verb, out, request, listener)
 
     monkeypatch.setattr("fistapruner.pipeline.align_compare.train", failing)
     command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import FistaPrunerError, MissingExtraError, one_line
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def load_documents(name: str, *, held_out: bool = False) -> list[str]:
             known.path, known.configuration, split=split.name, data_files=files, revision=known.revision
         )
     except Exception as error:  # the hub, the network and the loader have their own errors
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FistaPrunerError(
             f"data set {name!r} ({known.path}) could not be loaded: {reason}; a local file works without network"
         ) from None

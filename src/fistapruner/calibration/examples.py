@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from .text import read_lines, text_of
 
 KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
@@ -149,7 +149,7 @@ def write_chat(content: Sequence[tuple[str, str]], tokenizer: Any, where: str, *
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # templates raise errors of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FistaPrunerError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
 
 
@@ -227,5 +227,5 @@ def token_ids(text: str, tokenizer: Any, where: str, *, special: bool = False) -
             tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
         )
     except Exception as error:  # tokenizers have their own exceptions
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FistaPrunerError(f"{where}: the tokenizer cannot read the text: {reason}") from None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from ..models.architecture import find_decoder_layers
 from ..models.coupling import named_size
 from ..models.layerwise import LayerwiseModel
@@ -188,7 +188,7 @@ def _sample(
             except torch.OutOfMemoryError as error:
                 raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-                raise _cannot(model, " ".join(str(error).split())[:200]) from error
+                raise _cannot(model, one_line(error)) from error
             if _cached_tokens(cache) not in (None, column):
                 raise _cannot(model, "it does not use its key-value cache")
             if not bool(finite):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from .datasets import check_extra
 
 PYTHON, PYTHON_EVAL = "python", "python-eval"
@@ -150,4 +150,4 @@ def _parquet_documents(path: Path) -> Iterator[str]:
                         raise FistaPrunerError(f"{path}: column 'text' holds {type(value).__name__}, not text")
                     yield value
     except pyarrow.ArrowException as error:
-        raise FistaPrunerError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())[:200]}") from None
+        raise FistaPrunerError(f"{path} is not a whole Parquet file: {one_line(error)}") from None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import A_TEXT, FistaPrunerError, path_text
+from ..errors import A_TEXT, FistaPrunerError, one_line, path_text
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Calibration
 from .datasets import DATA_SETS, check_extra, load_documents
@@ -289,7 +289,7 @@ def tokenise(
             ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         except Exception as error:  # tokenizers have their own exceptions
             raise FistaPrunerError(
-                f"the tokenizer cannot read the {purpose} text {source!r}: {' '.join(str(error).split())[:200]}"
+                f"the tokenizer cannot read the {purpose} text {source!r}: {one_line(error)}"
             ) from None
         if not any(ids):
             raise FistaPrunerError(f"the tokenizer makes no tokens of the {purpose} text {source!r}")

@@ -12,12 +12,11 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.files.low_rank import LowRankAdapter
-from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit
 from ..recipes.loading import parse_bytes
-from ..runs.lineage import read_lineage, trained_on
+from ..runs.lineage import lineage_of, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
@@ -117,7 +116,7 @@ def evaluate(
     added = LowRankAdapter.beside(source.folder)
     warnings: tuple[str | None, ...] = ()
     if known is not None:
-        lineage, fault = read_lineage(read_pruning_record(source.folder), source.folder)
+        lineage, fault = lineage_of(source.folder)
         warnings = fault, trained_on(lineage)
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
 from .context import RunContext
@@ -109,9 +109,7 @@ class RayPool:
                     log_to_driver=False,
                 )
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise FistaPrunerError(
-                    f"Ray cluster {address!r} cannot be reached: {' '.join(str(error).split())[:200]}"
-                ) from None
+                raise FistaPrunerError(f"Ray cluster {address!r} cannot be reached: {one_line(error)}") from None
         threads = context.numerics.threads
         resources = ray.cluster_resources()
         cuda = execution.device != "cpu" and resources.get("GPU", 0) >= 1
@@ -156,7 +154,7 @@ class RayPool:
             try:
                 event: Event = self._ray.get(next(stream))
             except (RayError, StopIteration) as error:
-                event = {"event": "lost", "message": " ".join(str(error).split())[:200]}
+                event = {"event": "lost", "message": one_line(error)}
             if event["event"] in ENDS:
                 del self._streams[stream]
             events.append((worker, event))

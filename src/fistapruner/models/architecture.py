@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import FistaPrunerError, needs_code
+from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.files import copy_atomic, write_json_atomic
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name
@@ -100,7 +100,7 @@ def build_model(
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         text = config if encoder_decoder else config.get_text_config()  # an encoder-decoder may have several
     except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
-        fault = FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}")
+        fault = FistaPrunerError(f"{folder}: config.json is not understood: {one_line(error, 300)}")
         raise needs_code(folder, error) or fault from None
     if encoder_decoder:
         raise FistaPrunerError(
@@ -145,7 +145,7 @@ def build_model(
             precision = {} if dtype is None else {"dtype": dtype}
             model = auto.from_config(config, trust_remote_code=trust_remote_code, **precision)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         fault = FistaPrunerError(
             f"{folder}: no {config.model_type} language model can be built from config.json: {reason}"
         )

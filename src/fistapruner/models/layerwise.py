@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from ..runtime.numerics import pass_dtype
 from ..runtime.transfers import sent
 from .architecture import (
@@ -503,7 +503,7 @@ class LayerwiseModel:
         except (FistaPrunerError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # every architecture has its own code, which fails in its own way
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            reason = f"{type(error).__name__}: {one_line(error, 150)}"
             raise self.unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
 
     def _split_hidden(

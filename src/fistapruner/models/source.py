@@ -16,7 +16,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from ..errors import A_MODEL, FistaPrunerError, path_text
+from ..errors import A_MODEL, FistaPrunerError, one_line, path_text
 from ..runtime.files import disk_errors, require_utf8
 from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
 from .files.gguf import CONVERSION, convert_gguf
@@ -304,5 +304,5 @@ def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | Non
         what = "is not a local folder, is not in the hub's cache, and the hub cannot be reached"
         raise FistaPrunerError(f"model {name!r} {what}") from None
     except (HfHubHTTPError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FistaPrunerError(f"model {name!r} cannot be downloaded from the hub: {reason}") from None

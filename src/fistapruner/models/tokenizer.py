@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError, needs_code
+from ..errors import FistaPrunerError, needs_code, one_line
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -19,7 +19,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing narrower of a file that it does not understand
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         if type(error) is Exception:
             reason += "; the file is damaged, or needs newer versions of the packages tokenizers and transformers"
         fault = FistaPrunerError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import FistaPrunerError, needs_code
+from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.formatting import size
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from ..runtime.numerics import pass_dtype
@@ -105,7 +105,7 @@ def load_whole(
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         model = auto_class(config).from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         fault = FistaPrunerError(f"{folder} cannot be loaded by transformers: {reason}")
         raise needs_code(folder, error) or fault from None
     model = model.to(device)

@@ -21,6 +21,7 @@ from ..tuning.preference import margins_of
 from ..tuning.trained import Trained
 from .prepare_align import make_text, prepare
 from .training import TrainingVerb, train
+from .training_inputs import TrainingRequest
 
 LOWEST_REWARD = -1.0
 """Mean reward of the chosen answers below which a warning says that they have become less likely."""
@@ -70,18 +71,16 @@ def align(
     """
     recipe = AlignRecipe.of(recipe).changed(settings)
     recipe.refuse_idle()
-    return train(
-        ALIGN,
-        out,
+    request = TrainingRequest.of(
         model,
         recipe,
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
-        listener=listener,
         command=command,
         evaluate=evaluate,
         evaluate_windows=evaluate_windows,
     )
+    return train(ALIGN, out, request, listener)
 
 
 def add_results(context: AlignContext, trained: Trained, report: Report, listener: Listener) -> None:

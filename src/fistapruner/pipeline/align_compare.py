@@ -6,10 +6,11 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
+from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
@@ -32,7 +33,7 @@ from .align import ALIGN
 from .begun import continued_by_its_command, find_dense, same_model
 from .prepare_align import check_pairs
 from .protocol import distinct_seeds
-from .training import evaluation_request, train
+from .training import train
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -96,35 +97,27 @@ def align_compare(
         FistaPrunerError: bad input, named, before anything is trained.
     """
     folder, listener = Path(path_text("out", out, A_FOLDER)), listener or Listener()
-    request = TrainingRequest(
-        path_text("model", model, A_MODEL),
+    request = TrainingRequest.of(
+        model,
         AlignRecipe.of(recipe).changed(settings),
-        None if dense is None else str(dense),
-        Permissions(allow_pickle, trust_remote_code),
-        command,
-        evaluation_request(evaluate, evaluate_windows),
-        evaluates=evaluate == "auto",
-        evaluation_windows=evaluate_windows,
+        dense=dense,
+        permissions=Permissions(allow_pickle, trust_remote_code),
+        command=command,
+        evaluate=evaluate,
+        evaluate_windows=evaluate_windows,
     )
     found, jobs, dense = _plan(folder, request, seeds)
+    request = replace(request, dense=dense)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, int], Report | str] = {}
-    common: dict[str, Any] = {
-        "dense": dense,
-        "permissions": request.permissions,
-        "listener": listener,
-        "command": command,
-        "evaluate": evaluate,
-        "evaluate_windows": evaluate_windows,
-    }
     with continued_by_its_command(), hold(folder):
         _write(folder, found)
         for number, ((label, seed), job) in enumerate(jobs.items(), 1):
             listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
-                reports[label, seed] = _run(folder, found, run, job, keep=keep, **common)
+                reports[label, seed] = _run(folder, found, run, replace(request, recipe=job), listener, keep=keep)
             except FistaPrunerError as error:
                 if not reports:  # bad input: every row would fail alike
                     raise
@@ -151,7 +144,7 @@ def align_compare(
 
 def _plan(
     folder: Path, request: TrainingRequest[AlignRecipe], seeds: Sequence[int] | None
-) -> tuple[AlignComparison, dict[tuple[str, int], AlignRecipe], Path | None]:
+) -> tuple[AlignComparison, dict[tuple[str, int], AlignRecipe], str | None]:
     """Check everything that can be checked before any row is trained.
 
     Args:
@@ -207,25 +200,31 @@ def _plan(
         versions=versions(),
     )
     _refuse_other(folder, found)
-    return found, jobs, None if dense is None else models[dense].folder
+    return found, jobs, None if dense is None else str(models[dense].folder)
 
 
 def _run(
-    folder: Path, found: AlignComparison, run: AlignDirectory, job: AlignRecipe, *, keep: bool, **settings: Any
+    folder: Path,
+    found: AlignComparison,
+    run: AlignDirectory,
+    request: TrainingRequest[AlignRecipe],
+    listener: Listener,
+    *,
+    keep: bool,
 ) -> Report:
     """Align one row, or read its report where that is done.
 
     Args:
         folder: of the comparison; ``found``: what it has.
-        run: the row's run directory; ``job``: its recipe.
+        run: the row's run directory; ``request``: what is asked of it.
+        listener: receives progress.
         keep: see :func:`align_compare`.
-        **settings: of :func:`.training.train`.
     """
-    report = _finished(run, job, evaluated=bool(found.evaluation), keep=keep)
+    report = _finished(run, request.recipe, evaluated=bool(found.evaluation), keep=keep)
     if report is None:
         _take_references(folder, run)
         before = [] if found.before is None else [found.before]
-        report = train(ALIGN, run.folder, found.model, job, before=before, like=_begun(folder), **settings)
+        report = train(ALIGN, run.folder, replace(request, before=before, like=_begun(folder)), listener)
         copy_atomic(run.references_file, folder / run.references_file.name)  # where others were stale
     return report
 

@@ -17,7 +17,7 @@ from ..errors import A_TEXT, FistaPrunerError, path_text
 from ..models.source import SMALL_MODEL, ModelSource, Permissions, expand_home
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
-from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
+from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord, TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
@@ -25,6 +25,7 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runtime.devices import choose_device, device_title
 from ..runtime.formatting import shell_line
+from ..runtime.machine import versions
 from ..sensitivity.workload import workload_sha256
 
 
@@ -295,6 +296,39 @@ def execution_here(execution: Execution, listener: Listener) -> Execution:
         listener.say(f"{error}; this run goes on with {device_title(choose_device('auto'))}")
         return execution.model_copy(update={"device": "auto"})
     return execution
+
+
+def refuse_overlap(source: Path, out: Path) -> None:
+    """Refuse an output folder that is, or holds, the model that is read.
+
+    Raises:
+        FistaPrunerError: names both.
+    """
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or outer in inner.parents:
+        raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
+
+
+def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) -> None:
+    """Say which settings change nothing, because a run that goes on keeps its plan."""
+    for name in ("memory_limit", "batch_size"):
+        if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
+            flag = f"--{name.replace('_', '-')}"
+            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
+
+
+def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
+    """Warn that a run continues with other versions than it began with, which may change last bits."""
+    other = [
+        f"{name} {before.get(name)} (now {version})"
+        for name, version in versions().items()
+        if before.get(name) != version
+    ]
+    if other:
+        listener.say(
+            f"this run began with {', '.join(other)}: results may differ in their last bits from those of one that "
+            "never stopped"
+        )
 
 
 def absolute(name: str) -> str:

@@ -55,14 +55,22 @@ from ..runtime.files import PARTIAL, disk_errors, write_json_atomic, write_text_
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, undisturbed
 from ..sensitivity.workload import read_workload
-from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
+from .begun import (
+    changed_text,
+    continued_by_its_command,
+    find_source,
+    refuse_other_settings,
+    refuse_overlap,
+    same_model,
+)
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
 from .plan import check_sources
-from .prepare import describe_model, draw_windows, drawing_of
+from .prepare import draw_windows, drawing_of
 from .protocol import Protocol, distinct_seeds
 from .prune import prune
-from .prune_inputs import refuse_overlap, shared_text
+from .prune_inputs import shared_text
+from .record import describe_model
 from .recover import recover
 from .recover_inputs import (
     TRAINED_BY,

@@ -9,10 +9,9 @@ from ..errors import FistaPrunerError, path_text
 from ..models.files.checkpoint import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf
 from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import read_pruning_record
 from ..models.source import SMALL_MODEL, small_model
 from ..runs.directory import checkpoint_of
-from ..runs.lineage import read_lineage
+from ..runs.lineage import lineage_of
 from ..runtime.formatting import shell_line
 from ..sparse.packed_checkpoint import is_packed
 
@@ -56,7 +55,7 @@ def export(
     refuse_low_rank(folder, "export")
     where = ""
     if like is None:
-        lineage, _ = read_lineage(read_pruning_record(folder), folder)
+        lineage, _ = lineage_of(folder)
         like = lineage.source.source if lineage else ""
         if like != SMALL_MODEL and not like.lower().endswith(".gguf") and _only_gguf(Path(like)) is None:
             raise FistaPrunerError(

@@ -5,38 +5,34 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.discovery import expert_modules
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
-from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
-from ..runs.base import VERSION
-from ..runs.directory import CARD, RunDirectory
+from ..runs.directory import CARD
 from ..runs.layer_records import LayerEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
-from ..runs.records import Report, Totals, load_run
+from ..runs.records import Report, Totals
 from ..runs.times import Times
-from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.formatting import shell_line
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory
-from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
-from ..structured.units import changed_config, unread_tensors
-from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_permuted, kept_widths, moved_experts
+from ..runtime.memory import peak_device_memory, peak_memory
+from ..structured.experts import EXPERTS, chosen_experts
+from ..structured.units import changed_config
+from .changed_tensors import ChangedTensors
+from .kept_claims import claimed_zeros, kept_claims, kept_permuted, kept_widths, moved_experts
+from .result import close_report, folder_bytes, operator_claims, record_head, write_model
 
 
 def finish(
@@ -61,57 +57,27 @@ def finish(
     report.layers = _finished_layers(context)
     report.permuted = _of_kept_experts(report.permuted, report.layers)
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
-    dropped, stacked = _dropped(context)
-    shapes = stacked | _new_shapes(context)
-    report.totals = _totals(report.layers, context, times.total(), shapes, dropped, alone=alone)
+    changed = ChangedTensors.of(context)
+    report.totals = _totals(report.layers, context, times.total(), changed, alone=alone)
     own = operator_claims(report, context.model)
-    replacement, gone = _replacement(context), _gone(context, dropped, stacked)
     pruned = {name for name, claim in own.items() if claim["sparsity"] != "0%"}
-    kept = kept_claims(context, report, pruned, replacement, gone)
+    kept = kept_claims(context, report, pruned, changed)
     report.totals.model_zeros = claimed_zeros({**own, **kept})
     report.stacked_experts = any(name.endswith("]") for name in (*own, *kept))
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()
     add_stage(report)
-    _write_model(context, report, {**own, **kept}, replacement, gone, shapes, dropped, listener)
-    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None:
-        keep_measurements(report, earlier)
-    report.status = "finished"
-    report.finished = now()
-    report.totals.seconds, report.totals.parts = times.total(), times.parts()
-    report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    _write_model(context, report, {**own, **kept}, changed, listener)
+    close_report(run, report, earlier, times, begin)
+    report.totals.parts = times.parts()
     adapter = report.totals.low_rank_bytes or 0
-    disk = folder_bytes(run.journal.folder) + report.totals.checkpoint_bytes + adapter
+    disk = folder_bytes(run.journal.folder) + folder_bytes(run.model) + adapter
     disk += run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
     report.plan = check_plan(report.plan, report.totals, report.layers, disk)
     update_stage(report)
     run.write_report(report)
     return report
-
-
-@contextmanager
-def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
-    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
-    with disk_errors(run.report_file):
-        run.report_file.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        if run.run_file.exists():
-            with suppress(FistaPrunerError):  # a full disk, most likely the very error
-                _write_failure(run, error, times)
-        raise
-
-
-def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
-    """Write the report of a run that stops with an error: what is done so far, and the reason."""
-    report = load_run(run.folder)
-    report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
-    report.totals.seconds = times.total()
-    run.write_report(report)
 
 
 def _finished_layers(context: RunContext) -> list[LayerEntry]:
@@ -142,36 +108,11 @@ def _of_kept_experts(
     return found
 
 
-def _replacement(context: RunContext) -> Callable[[str], Tensor | None]:
-    """Return a function that gives a tensor of the new checkpoint by name; None where it is as it was."""
-    journal, checkpoint = context.run.journal, context.model.checkpoint
-    files = [journal.weights(index) for index in range(len(context.model))]
-    places = {name: file for file in files for name in file.entries}
-
-    def replacement(name: str) -> Tensor | None:
-        if name in places:
-            return places[name].read(name)
-        return checkpoint.read(name) if name in checkpoint.orders else None
-
-    return replacement
-
-
-def _gone(context: RunContext, dropped: set[str], shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    """Return a function that tells whether the result lacks a tensor; takes :func:`_dropped`."""
-    stacks = context.model.checkpoint.stacks
-    stay = {part for name, shape in shapes.items() for part in map(stacks[name].part, range(shape[0]))}
-    all_gone = dropped | ({part for name in shapes for part in context.model.checkpoint.parts(name)} - stay)
-    return lambda name: name in all_gone
-
-
 def _write_model(
     context: RunContext,
     report: Report,
     claims: Mapping[str, Any],
-    replacement: Callable[[str], Tensor | None],
-    gone: Callable[[str], bool],
-    shapes: Mapping[str, tuple[int, ...]],
-    dropped: Collection[str],
+    changed: ChangedTensors,
     listener: Listener,
 ) -> None:
     """Write the checkpoint, unless a whole one of this run is there."""
@@ -189,89 +130,20 @@ def _write_model(
         report.totals.low_rank_weights, report.totals.low_rank_bytes = low_rank["weights"], low_rank["bytes"]
 
     def documents() -> dict[str, str]:
-        content = _record(report, context, claims, gone) | ({} if low_rank is None else {LOW_RANK: low_rank})
+        content = _record(report, context, claims, changed) | ({} if low_rank is None else {LOW_RANK: low_rank})
         return {CARD: model_card(report), PRUNING_RECORD: json.dumps(content, indent=2) + "\n"}
 
     write_model(
         run,
         checkpoint,
         context.fingerprint,
-        replacement,
+        changed.replacement,
         documents,
         listener,
-        shapes=shapes,
-        dropped=dropped,
+        shapes=changed.shapes,
+        dropped=changed.dropped,
         config_changes=None if context.widths is None else changed_config(context.model, context.widths),
     )
-
-
-def write_model(
-    run: RunDirectory,
-    checkpoint: Checkpoint,
-    fingerprint: str,
-    replacement: Callable[[str], Tensor | None],
-    documents: Callable[[], Mapping[str, str]],
-    listener: Listener,
-    *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    dropped: Collection[str] = (),
-    config_changes: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a run's checkpoint, unless a whole one of this run is there.
-
-    Args:
-        run: the run directory.
-        checkpoint: the model that the run has changed.
-        fingerprint: of the run.
-        replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
-        documents: returns the text files beside the weights.
-        listener: receives progress.
-        shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
-        config_changes: of ``config.json``, as a JSON merge patch.
-    """
-    if run.model.exists() and run.model_fault(fingerprint):
-        run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
-    if not run.model.exists():
-        listener.say("writing the checkpoint")
-        digests = write_checkpoint(
-            checkpoint,
-            run.model,
-            replacement,
-            shapes=shapes,
-            dropped=dropped,
-            config_changes=config_changes,
-            identity=fingerprint,
-            documents=documents(),
-        )
-        run.write_model_record(fingerprint, digests)
-    elif run.model_record() is None:  # a kill came between the checkpoint and its record
-        (run.model / PARTIAL).unlink(missing_ok=True)
-        digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
-        run.write_model_record(fingerprint, digests)
-
-
-def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
-    """Return the new shapes of the journaled tensors that lost channels or experts, by checkpoint name."""
-    if context.widths is None:
-        return {}
-    return {
-        name: entry.shape
-        for index in range(len(context.model))
-        for name, entry in context.run.journal.weights(index).entries.items()
-        if entry.shape != context.model.checkpoint.entry(name).shape
-    }
-
-
-def _dropped(context: RunContext) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Return the stored tensors that the result lacks, and new shapes of those that hold all experts.
-
-    The former are of removed experts, and of layers that the model does not read and the new config does not fit.
-    """
-    unread = set(unread_tensors(context.model, context.widths))
-    if context.widths is None or not context.widths.experts:
-        return unread, {}
-    dropped, shapes = dropped_tensors(context.model, context.widths.experts)
-    return dropped | unread, shapes
 
 
 def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
@@ -303,16 +175,11 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
     return 2 * used, 2 * (used - gone)
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
 def _totals(
     layers: list[LayerEntry],
     context: RunContext,
     seconds: float,
-    shapes: Mapping[str, tuple[int, ...]],
-    dropped: Collection[str],
+    changed: ChangedTensors,
     *,
     alone: bool,
 ) -> Totals:
@@ -326,6 +193,7 @@ def _totals(
     # Every layer timed one pass of its first batch without hooks: together, a plain forward pass of these windows.
     plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
+    shapes = changed.shapes
     gone = {name: math.prod(checkpoint.entry(name).shape) - math.prod(shape) for name, shape in shapes.items()}
     dense_flops, flops = (
         _flops(
@@ -338,9 +206,9 @@ def _totals(
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=zeros,
-        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names())
+        model_weights=checkpoint.parameters
         - sum(gone.values())
-        - sum(math.prod(checkpoint.entry(name).shape) for name in dropped),
+        - sum(math.prod(checkpoint.entry(name).shape) for name in changed.dropped),
         model_zeros=zeros,
         dense_flops_per_token=dense_flops,
         flops_per_token=flops,
@@ -351,52 +219,12 @@ def _totals(
         forward_tokens_per_second=windows * seqlen / sum(plain)
         if len(plain) == len(layers) and sum(plain) > 0
         else None,
-        peak_device_memory=torch.cuda.max_memory_allocated(device) if alone and device.type == "cuda" else None,
+        peak_device_memory=peak_device_memory(device) if alone else None,
     )
 
 
-def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str, Any]]:
-    """Describe the zeros of every operator in a report, by the name of its stored weight."""
-    claims = {}
-    for layer in report.layers:
-        for operator in layer.operators:
-            name = f"{layer.name}.{operator.name}"
-            claim = {
-                "operator": name,
-                "sparsity": operator.sparsity,
-                "zeros": operator.zeros,
-                "shape": list(operator.shape),
-            }
-            stored = model.source(f"{name}.weight")
-            stack = model.checkpoint.stack_of(stored)
-            claims[stored] = claim if stack is None else {**claim, "transposed": stack.transposed}
-    return claims
-
-
-def keep_measurements(report: Report, earlier: Report) -> None:
-    """Take over what was measured of a finished checkpoint that is written again, and still holds."""
-    report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
-    report.totals.compressed_bytes = earlier.totals.compressed_bytes
-    if report.recovery is not None and earlier.recovery is not None:
-        report.recovery.before = earlier.recovery.before
-
-
-def record_head(report: Report) -> dict[str, Any]:
-    """Say in ``fistapruner.json`` which run has made the checkpoint."""
-    return {
-        "version": VERSION,
-        "fingerprint": report.fingerprint,
-        "recipe": report.recipe,
-        "model": report.model.source,
-        "versions": report.versions,
-    }
-
-
-def _record(
-    report: Report, context: RunContext, claims: Mapping[str, Any], gone: Callable[[str], bool]
-) -> dict[str, Any]:
+def _record(report: Report, context: RunContext, claims: Mapping[str, Any], changed: ChangedTensors) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
-    model, earlier = context.model, earlier_record(context)
     widths = [
         {
             "layer": f"{context.layout.prefix}.{index}",
@@ -416,14 +244,14 @@ def _record(
             "after": unit.after,
             "sizes": {name.removesuffix(".weight"): 1 for name in unit.tensors if name.endswith(".weight")},
         }
-        for index in range(len(model))
+        for index in range(len(context.model))
         for unit in (context.widths.mixtures(index) if context.widths else ())
     ]
-    widths = kept_widths(earlier, widths)
+    widths = kept_widths(changed.earlier, widths)
     return {
         **record_head(report),
         "operators": claims,
-        "permuted": kept_permuted(context, report, gone),
+        "permuted": kept_permuted(context, report, changed),
         **({"widths": widths} if widths else {}),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }

@@ -33,11 +33,11 @@ from ..runs.records import Report, Totals
 from ..runs.steps import read_steps
 from ..runs.times import Times
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory
+from ..runtime.memory import peak_device_memory, peak_memory
 from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
-from .finish import folder_bytes, keep_measurements, operator_claims, record_head, write_model
+from .result import close_report, operator_claims, record_head, write_model
 
 AddResults = Callable[[Any, Trained, Report, Listener], None]
 """Receives (opened run, trained tensors, report) before the checkpoint is written, and adds to the report."""
@@ -84,16 +84,9 @@ def finish(
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     _write_adapter(context, trained, listener)
-    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None:
-        keep_measurements(report, earlier)
-    report.status = "finished"
-    report.finished = now()
-    report.totals.seconds = times.total()
     if report.recovery is not None:
         report.totals.time_split["train"] = report.recovery.seconds
-    report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    close_report(run, report, earlier, times, begin)
     disk = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     report.plan = check_plan(report.plan, report.totals, [], disk, _seconds(context))
     update_stage(report)
@@ -278,14 +271,13 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
 
 
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
-    checkpoint, device = context.model.checkpoint, context.model.device
     operators = [operator for layer in report.layers for operator in layer.operators]
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=sum(operator.zeros for operator in operators),
-        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
+        model_weights=context.model.checkpoint.parameters,
         model_zeros=context.decision.zeros,
         seconds=seconds,
         peak_memory=peak_memory(),
-        peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_device_memory=peak_device_memory(context.model.device),
     )

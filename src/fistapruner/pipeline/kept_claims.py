@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +12,15 @@ from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.discovery import Operator
-from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims
+from ..models.files.record import MIN_ZEROS, permuted_tensors, recorded_claims
 from ..models.stored import operators_by_weight
 from ..runs.layer_records import LayerEntry
 from ..runs.records import Report
-
-
-def earlier_record(context: RunContext) -> dict[str, Any]:
-    """Read the record of the model that a run prunes; empty where there is none, or it cannot be read."""
-    try:
-        return read_pruning_record(context.model.checkpoint.folder)
-    except FistaPrunerError:  # the report says so: the lineage is in the same file
-        return {}
+from .changed_tensors import ChangedTensors
 
 
 def kept_claims(
-    context: RunContext,
-    report: Report,
-    pruned: Collection[str],
-    replacement: Callable[[str], Tensor | None],
-    gone: Callable[[str], bool],
+    context: RunContext, report: Report, pruned: Collection[str], changed: ChangedTensors
 ) -> dict[str, dict[str, Any]]:
     """Return the claims of the run's input about operators that get no zeros in this run.
 
@@ -41,12 +30,11 @@ def kept_claims(
         context: the run.
         report: of its layers.
         pruned: names of the stored weights that get zeros.
-        replacement: returns a tensor of the new checkpoint by name; None where it is as it was.
-        gone: whether the new checkpoint has no tensor of that name.
+        changed: what the new checkpoint has in place of the input's tensors.
     """
     checkpoint = context.model.checkpoint
     try:
-        claims, _ = recorded_claims(earlier_record(context), checkpoint, checkpoint.folder)
+        claims, _ = recorded_claims(changed.earlier, checkpoint, checkpoint.folder)
     except FistaPrunerError:
         return {}
     if not claims:
@@ -56,9 +44,9 @@ def kept_claims(
     kept = {}
     for name in {**claims, **before}:
         claim = claims.get(before.get(name, name))
-        if claim is None or name in pruned or gone(name):
+        if claim is None or name in pruned or name in changed.gone:
             continue
-        tensor = replacement(name)
+        tensor = changed.replacement(name)
         found = _counted(claim, checkpoint.read(name) if tensor is None else tensor, operators.get(name))
         if found is not None:
             kept[name] = found
@@ -70,14 +58,15 @@ def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(zeros for claim in claims.values() if type(zeros := claim.get("zeros")) is int)
 
 
-def kept_permuted(context: RunContext, report: Report, gone: Callable[[str], bool]) -> list[str]:
+def kept_permuted(context: RunContext, report: Report, changed: ChangedTensors) -> list[str]:
     """List the tensors whose channels are reordered or rotated, unlike those of the dense model.
 
     This run or an earlier one has reordered them. Arguments as for :func:`kept_claims`.
     """
-    permuted = permuted_tensors(earlier_record(context)) | set(context.model.checkpoint.orders)
+    permuted = permuted_tensors(changed.earlier) | set(context.model.checkpoint.orders)
     before = _names_before(context, report, _operators(context)) if permuted else {}
-    return sorted(name for name in permuted | set(before) if before.get(name, name) in permuted and not gone(name))
+    reordered = {name for name in permuted | set(before) if before.get(name, name) in permuted}
+    return sorted(reordered.difference(changed.gone))
 
 
 def kept_widths(record: Mapping[str, Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import A_TEXT, FistaPrunerError, MissingExtraError, path_text
+from ..errors import A_TEXT, FistaPrunerError, MissingExtraError, one_line, path_text
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
@@ -278,7 +278,7 @@ def _generate(
             **permissions.keywords(),
         )
     except faults as error:  # of the models' own code: an example is no figure
-        listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        listener.say(f"no examples: {type(error).__name__}: {one_line(error)}")
 
 
 def recovered_beside(folder: str | Path) -> str | None:

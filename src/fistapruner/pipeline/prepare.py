@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,26 +13,23 @@ from torch import Tensor
 from ..calibration import SELF, calibration_tokens
 from ..calibration.self_generated import generation_bytes
 from ..errors import FistaPrunerError
-from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
-from ..recipes.execution_settings import Execution
 from ..recipes.settings import Calibration, Recipe
-from ..runs.decision import Numerics, PlannedRun, PruneDecision, PruneRecord
+from ..runs.decision import PlannedRun, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
-from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CalibrationFacts, ModelFacts
+from ..runs.records import CalibrationFacts
 from ..runtime.devices import cpu_threads
-from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import absolute, changed_text, moved_text
+from .begun import absolute, changed_text, moved_text, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
-from .prune_inputs import Inputs, RunRequest, check_inputs, say_kept_plan
+from .prune_inputs import Inputs, RunRequest, check_inputs
+from .record import common_fields, numerics_of
 from .recover_inputs import check_fits, check_trained, refuse_other_recovery
 
 
@@ -150,17 +146,6 @@ def _learned_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs) -> Planne
     return plan if same else None
 
 
-def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int, by_operator: bool = False) -> Numerics:
-    """Collect what decides the last bits of a run."""
-    return Numerics(
-        batch_size=batch_size,
-        by_operator=by_operator,
-        threads=default_threads(execution),
-        device=model.device.type,
-        dtype=dtype_name(model.dtype),
-    )
-
-
 def draw_calibration(
     run: PruneDirectory,
     recipe: Recipe,
@@ -227,22 +212,13 @@ def record(
     measured: Measured,
 ) -> None:
     """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
-    recipe, model = request.recipe, inputs.model
+    recipe = request.recipe
     sizes = {"samples": tokens.shape[0], "seqlen": inputs.seqlen, "tokens": tokens.numel()}
-    facts = describe_model(inputs.source, request.model, model)
-    lineage, warning = begin_lineage(inputs.source.folder, facts)
     run.write_recipe(recipe.to_yaml())
     run.write_record(
         PruneRecord(
-            command=request.command,
-            started=now(),
-            recipe=recipe.model_dump(mode="json"),
-            fingerprint=fingerprint(recipe, model.checkpoint, tokens, decision.numerics),
-            versions=versions(),
-            machine=describe_machine(model.device, decision.numerics.threads),
-            model=facts,
-            lineage=lineage,
-            warnings=[*inputs.warnings, *([warning] if warning else [])],
+            **common_fields(request, inputs, recipe, decision.numerics.threads),
+            fingerprint=fingerprint(recipe, inputs.model.checkpoint, tokens, decision.numerics),
             calibration=CalibrationFacts.model_validate({**how, **sizes}),
             plan=plan.rows,
             permuted=dict(measured.permuted),
@@ -281,29 +257,6 @@ def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, f
     record = begun.model_copy(update={"recipe": settings, "decision": begun.decision.model_copy(update=decided)})
     if record != begun:
         run.write_record(record)
-
-
-def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> ModelFacts:
-    """Describe the model that a run changes.
-
-    Args:
-        source: its folder.
-        name: as the user named it.
-        model: the opened model.
-    """
-    checkpoint = model.checkpoint
-    return ModelFacts(
-        source=name,
-        revision=source.revision(),
-        architecture=type(model.model).__name__,
-        layers=len(model),
-        hidden_size=model.width,
-        parameters=sum(math.prod(checkpoint.entry(tensor).shape) for tensor in checkpoint.names()),
-        dtype=dtype_name(checkpoint.dtype),
-        bytes=checkpoint.nbytes,
-        license=source.license(),
-        own_code=source.own_code(),
-    )
 
 
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:

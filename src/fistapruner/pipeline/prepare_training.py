@@ -14,18 +14,16 @@ from ..planning.training_sizes import Task, TrainingChoice
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import Numerics, TrainingDecision, TrainingRecord
 from ..runs.identity import stamps
-from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_records import Recovery
 from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import sha256_file
-from ..runtime.machine import describe_machine, now, versions
 from ..runtime.memory import free_memory, release_memory, resident_memory
 from ..runtime.ranks import Ranks
 from .begun import absolute
-from .prepare import describe_model, numerics_of
+from .record import common_fields, numerics_of
 from .training_inputs import Inputs, R, TrainingRequest, asked
 
 
@@ -122,21 +120,12 @@ def record(
         documents=_count_documents(text, "trained"),
         held_out_documents=_count_documents(text, "held_out"),
     )
-    facts = describe_model(inputs.source, request.model, model)
-    lineage, warning = begin_lineage(inputs.source.folder, facts)
     run.write_recipe(recipe.to_yaml())
     run.write_record(
         TrainingRecord(
             kind=run.verb,
-            command=request.command,
-            started=now(),
-            recipe=recipe.model_dump(mode="json"),
+            **common_fields(request, inputs, recipe, numerics.threads),
             fingerprint=identity(recipe, model, text, decision),
-            versions=versions(),
-            machine=describe_machine(model.device, decision.numerics.threads),
-            model=facts,
-            lineage=lineage,
-            warnings=[*inputs.warnings, *([warning] if warning else [])],
             calibration=calibration,
             plan=rows,
             recovery=recovery,

@@ -45,13 +45,14 @@ from .begun import (
     refuse_other_tokens,
     same_path,
 )
-from .finish import finish, reporting_failure
+from .finish import finish
 from .measure import measure
 from .plan import check_sources
 from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
 from .recover_inputs import check_following, check_trained, recovers, recovery_recipe, refuse_processes
+from .result import reporting_failure
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

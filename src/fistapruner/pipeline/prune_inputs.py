@@ -22,9 +22,8 @@ from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
-from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
-from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
+from ..runs.decision import EvaluationRequest, PruneRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
@@ -32,7 +31,7 @@ from ..runtime.devices import device_title
 from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
 from ..structured.units import Widths
-from .begun import began_on, find_source, refuse_other
+from .begun import began_on, find_source, refuse_other, refuse_overlap, say_other_versions
 from .plan import allocate, change_widths, say_lost_zeros, say_unread, say_widths
 
 
@@ -198,36 +197,3 @@ def shared_text(sources: Iterable[str], data: str, *, training: bool = False) ->
     read = training_documents if training else source_documents
     known = {document_hash(document) for file in files for document in read(file)}
     return shared_documents(known, evaluation_documents(data), data, "training" if training else "calibration")
-
-
-def refuse_overlap(source: Path, out: Path) -> None:
-    """Refuse an output folder that is, or holds, the model that is read.
-
-    Raises:
-        FistaPrunerError: names both.
-    """
-    inner, outer = source.resolve(), out.resolve()
-    if inner == outer or outer in inner.parents:
-        raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
-
-
-def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) -> None:
-    """Say which settings change nothing, because a run that goes on keeps its plan."""
-    for name in ("memory_limit", "batch_size"):
-        if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
-            flag = f"--{name.replace('_', '-')}"
-            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
-
-
-def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
-    """Warn that a run continues with other versions than it began with, which may change last bits."""
-    other = [
-        f"{name} {before.get(name)} (now {version})"
-        for name, version in versions().items()
-        if before.get(name) != version
-    ]
-    if other:
-        listener.say(
-            f"this run began with {', '.join(other)}: results may differ in their last bits from those of one that "
-            "never stopped"
-        )

@@ -14,6 +14,7 @@ from ..runs.records import Report
 from ..runs.training_directory import RecoverDirectory
 from .prepare_recover import make_text, prepare
 from .training import TrainingVerb, train
+from .training_inputs import TrainingRequest
 
 RECOVER = TrainingVerb(RecoverRecipe, RecoverDirectory, RecoverContext, prepare, make_text, "the text has changed")
 """What recovery does in its own way."""
@@ -60,15 +61,13 @@ def recover(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    return train(
-        RECOVER,
-        out,
+    request = TrainingRequest.of(
         model,
         RecoverRecipe.of(recipe).changed(settings),
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
-        listener=listener,
         command=command,
         evaluate=evaluate,
         evaluate_windows=evaluate_windows,
     )
+    return train(RECOVER, out, request, listener)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
+from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..execution.training_context import TrainingContext
 from ..models.source import Permissions
-from ..runs.decision import EvaluationRequest, TrainingRecord
+from ..runs.decision import TrainingRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.log import Logged, log_file
 from ..runs.records import Report
-from ..runs.results import Evaluation
 from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory
@@ -29,11 +28,19 @@ from ..runtime.launcher import launched
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute, evaluation_on, execution_here, find_dense, moved_text, refuse_other_settings, same_path
-from .finish import reporting_failure
+from .begun import (
+    absolute,
+    execution_here,
+    find_dense,
+    moved_text,
+    refuse_other_settings,
+    same_path,
+    say_kept_plan,
+    say_other_versions,
+)
 from .finish_training import AddResults, finish
 from .measure import measure
-from .prune_inputs import say_kept_plan, say_other_versions
+from .result import reporting_failure
 from .training_inputs import R, TrainingRequest, asked, evaluated_length, evaluation_of, find_input
 
 
@@ -60,44 +67,12 @@ class TrainingVerb(Generic[R]):
 
 
 def train(
-    verb: TrainingVerb[R],
-    out: str | Path,
-    model: str | Path,
-    recipe: R,
-    *,
-    dense: str | Path | None,
-    permissions: Permissions,
-    listener: Listener | None,
-    command: str | None,
-    evaluate: str | Path | None,
-    evaluate_windows: int | None,
-    before: Sequence[Evaluation] = (),
-    like: TrainingDirectory | None = None,
+    verb: TrainingVerb[R], out: str | Path, request: TrainingRequest[R], listener: Listener | None = None
 ) -> Report:
-    """Begin a run, or go on with one that was begun, as the public function of its verb describes it.
-
-    See :class:`TrainingRequest` for ``before`` and ``like``.
-    """
+    """Begin a run, or go on with one that was begun, as the public function of its verb describes it."""
     run = verb.directory(Path(path_text("out", out, A_FOLDER)))
     run.check_place()
-    request = TrainingRequest(
-        path_text("model", model, A_MODEL),
-        recipe,
-        None if dense is None else path_text("dense", dense, A_MODEL),
-        permissions,
-        command,
-        evaluation_request(evaluate, evaluate_windows),
-        evaluate == "auto",
-        evaluate_windows,
-        before=before,
-        like=like,
-    )
     return _run(verb, run, request, listener or Listener())
-
-
-def evaluation_request(evaluate: str | Path | None, windows: int | None) -> EvaluationRequest | None:
-    """Return the text that is named to evaluate on; None where it is ``auto``, or there is none."""
-    return None if evaluate == "auto" else evaluation_on(evaluate, windows)
 
 
 def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:

@@ -12,7 +12,7 @@ import torch
 from ..activations.check import check_model
 from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
-from ..errors import FistaPrunerError
+from ..errors import A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data, load_windows
 from ..evaluation.inspection import inspect_checkpoint
 from ..execution.context import open_model
@@ -26,7 +26,7 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import RunDirectory, checkpoint_of
 from ..runs.identity import changed_files
-from ..runs.lineage import dense_name, read_lineage
+from ..runs.lineage import dense_name, lineage_of
 from ..runs.listener import Listener
 from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
@@ -34,7 +34,7 @@ from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.packed_checkpoint import is_packed
-from .prune_inputs import refuse_overlap
+from .begun import evaluation_on, refuse_overlap
 
 TRAINING_SEQLEN = 1024
 """Longest training window by default."""
@@ -71,6 +71,30 @@ class TrainingRequest(Generic[R]):
     ranks: Ranks = ALONE
     before: Sequence[Evaluation] = ()
     like: TrainingDirectory | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        recipe: R,
+        *,
+        dense: str | Path | None,
+        permissions: Permissions,
+        command: str | None,
+        evaluate: str | Path | None,
+        evaluate_windows: int | None,
+    ) -> TrainingRequest[R]:
+        """Make a request of the arguments of a verb's public function."""
+        return cls(
+            path_text("model", model, A_MODEL),
+            recipe,
+            None if dense is None else path_text("dense", dense, A_MODEL),
+            permissions,
+            command,
+            None if evaluate == "auto" else evaluation_on(evaluate, evaluate_windows),
+            evaluate == "auto",
+            evaluate_windows,
+        )
 
     def evaluation_beside(self, known: EvaluationRequest | None) -> EvaluationRequest | None:
         """Return the text to evaluate on, where ``known`` is that of the input's run or of the begun run."""
@@ -211,7 +235,7 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
         return None
     known = None if origin is None else dense_of(origin)
     if known is None:
-        named: str | Path | None = dense_name(read_lineage(read_pruning_record(source.folder), source.folder)[0])
+        named: str | Path | None = dense_name(lineage_of(source.folder)[0])
     else:
         named = known.folder
     try:

@@ -38,6 +38,11 @@ def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | Non
         return None, f"{origin / PRUNING_RECORD} has a lineage that cannot be read ({explain(error)})"
 
 
+def lineage_of(folder: Path) -> tuple[Lineage | None, str | None]:
+    """Read the lineage of the model in a folder, as :func:`read_lineage` does."""
+    return read_lineage(read_pruning_record(folder), folder)
+
+
 def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]:
     """Begin the lineage of a run's result with that of its input.
 
@@ -49,7 +54,7 @@ def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]
         The lineage, and a sentence where the folder's own cannot be read.
     """
     try:
-        found, fault = read_lineage(read_pruning_record(folder), folder)
+        found, fault = lineage_of(folder)
     except FistaPrunerError as error:
         found, fault = None, str(error)
     return found or Lineage(source=model), fault

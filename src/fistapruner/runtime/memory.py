@@ -58,6 +58,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_device_memory(device: torch.device) -> int | None:
+    """Measure the peak bytes that PyTorch has allocated on a GPU since the last reset; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Reset the peak of used memory where the system can, else it counts from the process's start.
 

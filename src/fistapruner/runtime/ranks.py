@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError, OtherRankFailed
+from ..errors import FistaPrunerError, OtherRankFailed, one_line
 from .devices import choose_device, device_title
 from .launcher import launched
 from .machine import versions
@@ -143,7 +143,7 @@ class Ranks:
                 if store.check([key]):
                     message = store.get(key).decode()
                     raise (KeyboardInterrupt if message == INTERRUPTED else OtherRankFailed(message)) from None
-            fault = " ".join(str(error).split())[:100]
+            fault = one_line(error, 100)
             raise FistaPrunerError(
                 f"another process of this run has ended, or cannot be reached ({fault}); give the same command again"
             ) from None

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from ..models.architecture import auto_class, build_model, find_decoder_layers, loaded_dtype, refuse_own_code
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
@@ -73,7 +73,7 @@ def load(
         try:
             model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise FistaPrunerError(f"{source.folder / 'generation_config.json'} is not understood: {reason}") from None
     return model.eval()
 
@@ -138,9 +138,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
     try:
         model.load_state_dict(rest, strict=False, assign=True)
     except RuntimeError as error:
-        raise FistaPrunerError(
-            f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise FistaPrunerError(f"{source.folder} does not fit {type(model).__name__}: {one_line(error, 300)}") from None
     serve_experts(model)
     model.tie_weights(missing_keys=set(_missing(model)), recompute_mapping=False)
     if source.widths:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..constraints import NM
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from ..models.experts import holds_experts
 from .linear import SparseLinear
 
@@ -89,7 +89,7 @@ def to_semi_structured(
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
-                timed[key] = f"torch refuses: {' '.join(str(error).split())[:120]}"
+                timed[key] = f"torch refuses: {one_line(error, 120)}"
         result = timed[key]
         if isinstance(result, str):
             choices.append(OperatorChoice(name, False, result))

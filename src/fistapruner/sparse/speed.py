@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..runtime.memory import peak_memory, reset_peak_memory
+from ..runtime.memory import peak_device_memory, peak_memory, reset_peak_memory
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""
@@ -174,4 +174,5 @@ def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
 
 def peak(device: torch.device) -> int:
     """Return the peak bytes since the last reset: a GPU's memory, or on a CPU this process's."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory()
+    on_device = peak_device_memory(device)
+    return peak_memory() if on_device is None else on_device

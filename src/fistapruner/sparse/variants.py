@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from ..models.architecture import auto_class, refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
@@ -178,7 +178,7 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
     except FistaPrunerError as error:
         pipe.send({"error": str(error)})
     except (OSError, ValueError, RuntimeError, LookupError) as error:
-        pipe.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+        pipe.send({"error": f"{type(error).__name__}: {one_line(error, 300)}"})
 
 
 def load_variant(variant: Variant) -> Any:

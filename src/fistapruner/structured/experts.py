@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..activations.routed import RoutedTokens
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, one_line
 from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, alike, expert_modules
 from ..models.experts import Experts
@@ -411,7 +411,7 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any, most: int) -
                         cut = model.run(index, hidden.clone(), calls[index])
                         found = hidden_of(functional_call(layers[index], state, (hidden.clone(), *args), kwargs))
                     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                        reason = " ".join(str(error).split())[:150]
+                        reason = one_line(error, 150)
                         raise FistaPrunerError(
                             f"structure: {place} cannot run with {unit.after} of its {unit.before} experts ({reason})"
                         ) from None

@@ -9,6 +9,7 @@ when the folder is opened.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -313,6 +314,11 @@ class Checkpoint:
     def stored(self) -> list[TensorEntry]:
         """All tensors as the files have them: those that are taken apart whole."""
         return [entry for file in self.files.values() for entry in file.entries.values()]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, those of all tensors."""
+        return sum(math.prod(self.entry(name).shape) for name in self.names())
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,152 @@
+"""What pruning and training share at the end of a run: the written checkpoint, the closed report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.writer import write_checkpoint
+from ..models.layerwise import LayerwiseModel
+from ..runs.base import VERSION
+from ..runs.directory import RunDirectory
+from ..runs.listener import Listener
+from ..runs.records import Report, load_run
+from ..runs.times import Times
+from ..runtime.files import PARTIAL, disk_errors, sha256_file
+from ..runtime.machine import now
+
+
+@contextmanager
+def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        if run.run_file.exists():
+            with suppress(FistaPrunerError):  # a full disk, most likely the very error
+                _write_failure(run, error, times)
+        raise
+
+
+def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
+    """Write the report of a run that stops with an error: what is done so far, and the reason."""
+    report = load_run(run.folder)
+    report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
+    report.totals.seconds = times.total()
+    run.write_report(report)
+
+
+def write_model(
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    fingerprint: str,
+    replacement: Callable[[str], Tensor | None],
+    documents: Callable[[], Mapping[str, str]],
+    listener: Listener,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dropped: Collection[str] = (),
+    config_changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a run's checkpoint, unless a whole one of this run is there.
+
+    Args:
+        run: the run directory.
+        checkpoint: the model that the run has changed.
+        fingerprint: of the run.
+        replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
+        documents: returns the text files beside the weights.
+        listener: receives progress.
+        shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
+        config_changes: of ``config.json``, as a JSON merge patch.
+    """
+    if run.model.exists() and run.model_fault(fingerprint):
+        run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
+    if not run.model.exists():
+        listener.say("writing the checkpoint")
+        digests = write_checkpoint(
+            checkpoint,
+            run.model,
+            replacement,
+            shapes=shapes,
+            dropped=dropped,
+            config_changes=config_changes,
+            identity=fingerprint,
+            documents=documents(),
+        )
+        run.write_model_record(fingerprint, digests)
+    elif run.model_record() is None:  # a kill came between the checkpoint and its record
+        (run.model / PARTIAL).unlink(missing_ok=True)
+        digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
+        run.write_model_record(fingerprint, digests)
+
+
+def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str, Any]]:
+    """Describe the zeros of every operator in a report, by the name of its stored weight."""
+    claims = {}
+    for layer in report.layers:
+        for operator in layer.operators:
+            name = f"{layer.name}.{operator.name}"
+            claim = {
+                "operator": name,
+                "sparsity": operator.sparsity,
+                "zeros": operator.zeros,
+                "shape": list(operator.shape),
+            }
+            stored = model.source(f"{name}.weight")
+            stack = model.checkpoint.stack_of(stored)
+            claims[stored] = claim if stack is None else {**claim, "transposed": stack.transposed}
+    return claims
+
+
+def record_head(report: Report) -> dict[str, Any]:
+    """Say in ``fistapruner.json`` which run has made the checkpoint."""
+    return {
+        "version": VERSION,
+        "fingerprint": report.fingerprint,
+        "recipe": report.recipe,
+        "model": report.model.source,
+        "versions": report.versions,
+    }
+
+
+def close_report(run: RunDirectory, report: Report, earlier: Report | None, times: Times, begin: float) -> None:
+    """Close the report of a run whose checkpoint is written, with its times and its bytes.
+
+    Args:
+        run: the run directory.
+        report: of the run.
+        earlier: report of the finished run whose checkpoint was written again; its measurements still hold.
+        times: wall time of the run so far.
+        begin: when its last step was done, by ``time.perf_counter``.
+    """
+    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
+    if earlier is not None:
+        _keep_measurements(report, earlier)
+    report.status = "finished"
+    report.finished = now()
+    report.totals.seconds = times.total()
+    report.totals.time_split["write"] = time.perf_counter() - begin
+    report.totals.checkpoint_bytes = folder_bytes(run.model)
+
+
+def _keep_measurements(report: Report, earlier: Report) -> None:
+    """Take over what was measured of a finished checkpoint that is written again, and still holds."""
+    report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+    report.totals.compressed_bytes = earlier.totals.compressed_bytes
+    if report.recovery is not None and earlier.recovery is not None:
+        report.recovery.before = earlier.recovery.before
+
+
+def folder_bytes(folder: Path) -> int:
+    """Add up the bytes of the files of a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
