@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import tiny
+from fistapruner.activations.gradients import backward
 from fistapruner.activations.store import scratch_factory
-from fistapruner.activations.stream import Watched, backward, forward
+from fistapruner.activations.stream import Watched, forward
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicCache
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens, self_generated
 from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
-from fistapruner.calibration.windows import check_source, draw_windows, tokens_sha256, window_length
+from fistapruner.calibration.windows import check_source, draw_from_documents, tokens_sha256, window_length
 from fistapruner.errors import MissingExtraError
 from fistapruner.evaluation.data import check_data
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -60,33 +60,33 @@ def text_of(tokenizer: Any, ids: torch.Tensor) -> str:
 def test_long_documents_give_one_window_each() -> None:
     tokenizer = letters_tokenizer()
     documents = [letter * 20 for letter in LETTERS[:10]] + ["zz"] * 50
-    tokens, how = draw_windows(documents, tokenizer, 8, 16, seed=3)
+    tokens, how = draw_from_documents(documents, tokenizer, 8, 16, seed=3)
     assert tokens.shape == (8, 16)
     assert "long documents" in how
     rows = [text_of(tokenizer, row) for row in tokens]
     assert all(len(set(row)) == 1 for row in rows)
     assert len(set(rows)) == 8
-    again, _ = draw_windows(documents, tokenizer, 8, 16, seed=3)
-    other, _ = draw_windows(documents, tokenizer, 8, 16, seed=4)
+    again, _ = draw_from_documents(documents, tokenizer, 8, 16, seed=3)
+    other, _ = draw_from_documents(documents, tokenizer, 8, 16, seed=4)
     assert torch.equal(tokens, again)
     assert not torch.equal(tokens, other)
 
 
 def test_too_few_long_documents_fall_back_on_the_concatenation() -> None:
     tokenizer = letters_tokenizer()
-    tokens, how = draw_windows([LETTERS] * 10, tokenizer, 4, 50)
+    tokens, how = draw_from_documents([LETTERS] * 10, tokenizer, 4, 50)
     assert how == "windows that do not overlap, from the concatenation of all documents (278 tokens)"
     rows = [text_of(tokenizer, row) for row in tokens]
     joined = "\n\n".join([LETTERS] * 10)
     assert all(row in joined for row in rows)
     assert len({tuple(row.tolist()) for row in tokens}) == 4
-    tokens, how = draw_windows([LETTERS] * 2, tokenizer, 6, 30)
+    tokens, how = draw_from_documents([LETTERS] * 2, tokenizer, 6, 30)
     assert how == "overlapping windows from the concatenation of all documents (only 54 tokens)"
     assert tokens.shape == (6, 30)
 
 
 def test_a_concatenation_that_stops_early_says_of_how_many_documents_it_is() -> None:
-    _, how = draw_windows([LETTERS] * 100, letters_tokenizer(), 1, 50)  # 28 tokens each, and 16 * 50 are enough
+    _, how = draw_from_documents([LETTERS] * 100, letters_tokenizer(), 1, 50)  # 28 tokens each, and 16 * 50 are enough
     said = "windows that do not overlap, from the concatenation of 29 of 100 documents, drawn at random (810 tokens)"
     assert how == said
 
@@ -94,7 +94,7 @@ def test_a_concatenation_that_stops_early_says_of_how_many_documents_it_is() -> 
 def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:
     tokenizer = letters_tokenizer(bos=True)
     for documents in ([LETTERS] * 4, [LETTERS * 3]):
-        tokens, _ = draw_windows(documents, tokenizer, 3, 10)
+        tokens, _ = draw_from_documents(documents, tokenizer, 3, 10)
         assert tokens[:, 0].tolist() == [1, 1, 1]
         assert not (tokens[:, 1:] == 1).any()
 
@@ -109,7 +109,7 @@ def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:
 def test_windows_are_pieces_of_the_text_or_refused(documents: list[str], samples: int, seqlen: int, bos: bool) -> None:
     tokenizer = letters_tokenizer(bos)
     try:
-        tokens, how = draw_windows(documents, tokenizer, samples, seqlen)
+        tokens, how = draw_from_documents(documents, tokenizer, samples, seqlen)
     except FistaPrunerError as error:
         assert "too short" in str(error) or "no tokens" in str(error)  # noqa: PT017
         return

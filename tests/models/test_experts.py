@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.activations.stream import check_model
+from fistapruner.activations.check import check_model
 from fistapruner.models.discovery import discover, expert_modules, linear_modules
 from fistapruner.models.files.checkpoint import Checkpoint, Stack
 from fistapruner.models.files.writer import write_checkpoint

@@ -15,8 +15,9 @@ from torch import Tensor
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
+from fistapruner.activations.check import check_model
 from fistapruner.activations.store import HiddenStates
-from fistapruner.activations.stream import Calls, check_model, run_layer
+from fistapruner.activations.stream import Calls, run_layer
 from fistapruner.evaluation.streaming import Passes, score_windows
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint

@@ -388,7 +388,7 @@ def test_a_dense_model_that_only_figures_use_may_go(
         out = tmp_path / f"{cached} {references}"
         begin = {"dense": Path(shutil.copytree(bench.dense(), dense)), "steps": 2, "references": references}
         with monkeypatch.context() as killed:
-            where = "tuning.trainer.Trainer.train" if cached else "execution.alignment.reference_log_probabilities"
+            where = "tuning.trainer.Trainer.train" if cached else "execution.align_context.reference_log_probabilities"
             killed.setattr(f"fistapruner.{where}", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 align(bench, out, folder, **begin)

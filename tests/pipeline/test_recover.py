@@ -27,7 +27,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.execution.training import RecoverContext
+from fistapruner.execution.training_context import RecoverContext
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
@@ -41,7 +41,8 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import Ranks
-from fistapruner.sparse.pack import PackedCheckpoint, is_packed, pack
+from fistapruner.sparse.pack import pack
+from fistapruner.sparse.packed_checkpoint import PackedCheckpoint, is_packed
 from fistapruner.tuning.objective import Objective
 
 SEQLEN = 16

@@ -260,7 +260,7 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
     files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
     work = RunContext.open(tmp_path / "whole")
-    work._take_less(1, True)  # as where the memory of a GPU has run out, in this process or in one before it
+    work._reduce_memory(1, True)  # as where the memory of a GPU has run out, in this process or in one before it
     assert (
         work.dense_windows()
         == dense_windows(work.recipe, layout, 20, 256, 4)

@@ -38,7 +38,7 @@ from fistapruner.sensitivity.error_curves import (
     sparsity_grid,
     split_budget,
 )
-from fistapruner.sensitivity.owl import REACH, outlier_share, owl_allocation
+from fistapruner.sensitivity.owl import OWL_REACH, outlier_share, owl_allocation
 
 SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
 FRACTIONS = st.floats(0.05, 0.9)
@@ -147,7 +147,7 @@ def test_owl_keeps_more_where_outliers_are_and_its_total_is_exact(
     sizes = {name: size for group in members.values() for name, size in group.items()}
     split = owl_allocation(shares, members, fraction)
     assert sum(pattern.zeros(1, sizes[name]) for name, pattern in split.items()) == budget(sizes, fraction)
-    assert max(abs(pattern.fraction - fraction) for pattern in split.values()) <= 2 * REACH + 0.03
+    assert max(abs(pattern.fraction - fraction) for pattern in split.values()) <= 2 * OWL_REACH + 0.03
     order = sorted(shares, key=lambda layer: shares[layer])
     slack = 1 / min(counts)
     for less, more in itertools.pairwise(order):

@@ -20,8 +20,8 @@ from fistapruner.models.files.checkpoint import ROTATED, reorder
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.sensitivity import decision
 from fistapruner.sensitivity.channel_order import channel_order, kept_share
-from fistapruner.sensitivity.decision import _Channels, _reordered_rows
 from fistapruner.sensitivity.head_rotation import head_rotation, rotated_energy
+from fistapruner.sensitivity.permutation import Permutations, reordered_rows
 
 SMALL = {"samples": 4, "seqlen": 16, "source": "python"}
 
@@ -120,9 +120,9 @@ def test_what_a_nonlinearity_reads_is_not_rotated(between: Callable[[Tensor], Te
 def test_weights_of_rotated_rows_are_those_of_independent_gradients() -> None:
     rotation, importance = rotations(2, 4), torch.rand(8)
     expected = (whole(rotation, 1).T.square() @ importance.double().square()).sqrt().float()
-    torch.testing.assert_close(_reordered_rows(importance, rotation), expected)
+    torch.testing.assert_close(reordered_rows(importance, rotation), expected)
     order = torch.randperm(8)
-    assert torch.equal(_reordered_rows(importance, order), importance[order])
+    assert torch.equal(reordered_rows(importance, order), importance[order])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -186,7 +186,7 @@ def test_channels_are_reordered_where_an_allocation_leaves_what_makes_them_dense
 def test_what_makes_channels_is_kept_until_they_are_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where what reads them gets no n:m pattern, nothing is kept."""
     made = []
-    monkeypatch.setattr(decision, "_Channels", lambda *arguments: made.append(_Channels(*arguments)) or made[-1])
+    monkeypatch.setattr(decision, "Permutations", lambda *arguments: made.append(Permutations(*arguments)) or made[-1])
     settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
     folder = tiny.save("llama", tmp_path / "model")
     for number, rule in enumerate(({}, {"o_proj": "50%"}, {"o_proj": "1:4"})):

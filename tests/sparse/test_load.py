@@ -17,8 +17,8 @@ import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
-from fistapruner.sparse.pack import PackedCheckpoint
 from fistapruner.sparse.packed import PackedOperator
+from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
 from tiny import ARCHITECTURES, VOCABULARY, store_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,9 @@ import torch
 
 import fistapruner
 import tiny
+from fistapruner.activations.gradients import backward
 from fistapruner.activations.store import scratch_factory
-from fistapruner.activations.stream import backward, forward, forward_variants
+from fistapruner.activations.stream import forward, forward_variants
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel

@@ -18,10 +18,10 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runtime.numerics import Budgets
-from fistapruner.tuning.losses import Loss
+from fistapruner.tuning.losses import TokenLoss
 from fistapruner.tuning.objective import Objective
 from fistapruner.tuning.steppers import FirstOrder
-from fistapruner.tuning.teacher import Kind, Teacher
+from fistapruner.tuning.teacher import PredictionKind, Teacher
 from fistapruner.tuning.trained import Trained
 from standin.gpu import StandIn
 
@@ -49,7 +49,9 @@ def values(index: int, layer: nn.Module) -> dict[str, Tensor]:
         ("gpt_oss", "hidden", True),
     ],
 )
-def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, architecture: str, kind: Kind, keep_graphs: bool) -> None:
+def test_gradients_are_the_cpus(
+    gpu: StandIn, tmp_path: Path, architecture: str, kind: PredictionKind, keep_graphs: bool
+) -> None:
     """Nothing adds in no fixed order; hidden states stay on the device; nothing is left there."""
     folders = [tiny.save(architecture, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     tokens = torch.randint(3, tiny.VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -60,7 +62,7 @@ def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, architecture: str,
         dense, model = (LayerwiseModel(Checkpoint.open(folder), device) for folder in folders)
         teacher = Teacher(dense, tokens, tmp_path / f"{place[:3]} {kind}", batch_size=2, kind=kind)
         store = scratch_factory(None, model.dtype, device)
-        objective = Objective(model, text, Loss(0.5), teacher, 2, store, keep_graphs=keep_graphs)
+        objective = Objective(model, text, TokenLoss(0.5), teacher, 2, store, keep_graphs=keep_graphs)
         found: dict[str, Tensor] = {}
         with objective.resident():
             sums = objective.losses([0, 1, 2], lambda index, layer: [{}, values(index, layer)])
@@ -92,7 +94,7 @@ def test_the_host_waits_no_more_often_for_more_slices_of_tokens(gpu: StandIn, tm
     for rows in (24, 1):
         budgets = Budgets(2 * 4 * model.vocabulary * rows)
         store = scratch_factory(None, model.dtype, CUDA)
-        objective = Objective(model, text_of(tokens), Loss(0.0), None, 2, store, budgets=budgets)
+        objective = Objective(model, text_of(tokens), TokenLoss(0.0), None, 2, store, budgets=budgets)
         with objective.resident():
             objective.losses([0], lambda index, layer: [{}])
             gpu.waits.clear()
@@ -112,7 +114,7 @@ def test_a_step_waits_once_for_the_norms_of_all_gradients(gpu: StandIn, tmp_path
     model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA)
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     recipe = RecoverRecipe.build({"parameters": "full"})
-    objective = Objective(model, text_of(tokens), Loss(0.0), None, 2, scratch_factory(None, model.dtype, CUDA))
+    objective = Objective(model, text_of(tokens), TokenLoss(0.0), None, 2, scratch_factory(None, model.dtype, CUDA))
     with objective.resident():
         steps = FirstOrder(Trained(model, discover(model), recipe), objective)
         steps.step(0, [0, 1], 1.0)
@@ -128,7 +130,7 @@ def test_batches_are_sent_without_a_wait(gpu: StandIn, tmp_path: Path) -> None:
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     teacher = Teacher(model, tokens, tmp_path / "teacher", batch_size=2, kind="top64")
     store = scratch_factory(None, model.dtype, CUDA)
-    objective = Objective(model, text_of(tokens), Loss(0.5), teacher, 2, store)
+    objective = Objective(model, text_of(tokens), TokenLoss(0.5), teacher, 2, store)
     with objective.resident():
         objective.gradient([0, 1], values, lambda index, layer, gradients: None)
         gpu.waits.clear()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.tuning.adamw import Patience, Verdict, adamw_step, check_due, schedule
-from fistapruner.tuning.forms import Dense, Form, Full, Hira, Lora, Spp, first_rate, form_of
+from fistapruner.tuning.forms import Form, Full, Hira, Lora, Spp, WholeMatrix, first_rate, form_of
 from fistapruner.tuning.masked import MaskedParameters
 
 FORMS: dict[str, Form] = {
-    "dense": Dense(),
+    "dense": WholeMatrix(),
     "full": Full(),
     "lora": Lora(3, 2.0),
     "spp": Spp(3, 2.0),

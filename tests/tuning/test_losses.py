@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from fistapruner.runtime.numerics import Budgets
-from fistapruner.tuning.losses import DenseLogits, Loss, TopTokens
+from fistapruner.tuning.losses import DenseLogits, TokenLoss, TopTokens
 
 cases = given(st.integers(0, 2**31), st.integers(1, 20), st.integers(2, 40), st.floats(0.1, 20))
 
@@ -32,11 +32,11 @@ def test_losses_are_what_torch_computes(seed: int, tokens: int, vocabulary: int,
     for share in (1.0, 0.0, 0.4):
         expected = share * kl + (1 - share) * ce
         (gradient,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
-        value, found = Loss(share).tokens(own, targets, DenseLogits(dense), 0.5, budgets)
+        value, found = TokenLoss(share).tokens(own, targets, DenseLogits(dense), 0.5, budgets)
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
         assert found is not None
         torch.testing.assert_close(2 * found.double(), gradient, rtol=1e-5, atol=1e-6)
-        again, nothing = Loss(share).tokens(own, targets, DenseLogits(dense))
+        again, nothing = TokenLoss(share).tokens(own, targets, DenseLogits(dense))
         assert nothing is None
         assert torch.equal(again, value)
 
@@ -46,7 +46,7 @@ def test_losses_are_what_torch_computes(seed: int, tokens: int, vocabulary: int,
 def test_a_bucket_for_the_rest_bounds_the_divergence(seed: int, tokens: int, vocabulary: int, spread: float) -> None:
     """Non-decreasing in k, at most the divergence, and equal to it where nothing is left for the bucket."""
     own, dense, targets = drawn(seed, tokens, vocabulary, spread)
-    loss = Loss(1.0)
+    loss = TokenLoss(1.0)
     exact, gradient = loss.tokens(own, targets, DenseLogits(dense), 1.0)
     assert gradient is not None
     before = torch.zeros(tokens)
@@ -73,7 +73,7 @@ def test_the_gradient_of_the_bucket_is_that_of_autograd(seed: int, tokens: int, 
     own_rest = exact.softmax(-1)[others].view(tokens, -1).sum(-1)
     expected = (p * (p / q).log()).sum(-1) + rest * (rest / own_rest).log()
     (gradient,) = torch.autograd.grad(expected.sum(), exact)
-    value, found = Loss(1.0).tokens(own, targets, top, 1.0)
+    value, found = TokenLoss(1.0).tokens(own, targets, top, 1.0)
     assert found is not None
     torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.double(), gradient, rtol=1e-4, atol=1e-5)
@@ -86,16 +86,16 @@ def test_tokens_that_the_dense_model_rules_out_do_not_count() -> None:
     targets = targets.clamp_max(7)
     expected = kl_div(own.log_softmax(-1), dense.softmax(-1), reduction="none").nan_to_num(0.0).sum(-1)
     for reference in (DenseLogits(dense), TopTokens.of(dense, 8), TopTokens.of(dense, 12)):
-        value, gradient = Loss(1.0).tokens(own, targets, reference, 1.0)
+        value, gradient = TokenLoss(1.0).tokens(own, targets, reference, 1.0)
         torch.testing.assert_close(value, expected)
         assert gradient is not None
         torch.testing.assert_close(gradient, own.softmax(-1) - dense.softmax(-1))
     own[:, 8:] = -torch.inf  # ruled out by both
     for reference in (DenseLogits(dense), TopTokens.of(dense, 8), TopTokens.of(dense, 3)):
-        value, gradient = Loss(0.9).tokens(own, targets, reference, 1.0)
+        value, gradient = TokenLoss(0.9).tokens(own, targets, reference, 1.0)
         assert gradient is not None
         assert bool(value.isfinite().all() and gradient.isfinite().all())
 
 
 def test_losses_have_names() -> None:
-    assert [Loss.named(name, 0.3).share for name in ("kl", "ce", "mix")] == [1.0, 0.0, 0.3]
+    assert [TokenLoss.named(name, 0.3).share for name in ("kl", "ce", "mix")] == [1.0, 0.0, 0.3]

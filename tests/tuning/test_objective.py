@@ -20,7 +20,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runtime.numerics import Budgets
-from fistapruner.tuning.losses import Loss
+from fistapruner.tuning.losses import TokenLoss
 from fistapruner.tuning.objective import Objective
 from fistapruner.tuning.teacher import Teacher
 
@@ -100,7 +100,9 @@ def test_gradients_are_those_of_the_whole_model(tmp_path: Path, architecture: st
     loss = cross_entropy(logits.reshape(-1, tiny.VOCABULARY), tokens[:, 1:].reshape(-1))
     expected = autograd(model, loss)
     for batch_size, check in ((3, identical), (2, close)):
-        objective = Objective(opened(folder), text, Loss(0.0), None, batch_size, scratch_factory(None, torch.float32))
+        objective = Objective(
+            opened(folder), text, TokenLoss(0.0), None, batch_size, scratch_factory(None, torch.float32)
+        )
         value, found = gradients_of(objective, numbers)
         assert value == pytest.approx(loss.item(), rel=1e-6)
         compare(found, expected, check)
@@ -135,7 +137,7 @@ def test_gradients_of_mixtures_are_those_of_the_whole_model(
     transposed = architecture == "gpt_oss"
     for keep in (False, True):
         objective = Objective(
-            opened(folder), text, Loss(0.0), None, 2, scratch_factory(None, torch.float32), keep_graphs=keep
+            opened(folder), text, TokenLoss(0.0), None, 2, scratch_factory(None, torch.float32), keep_graphs=keep
         )
         value, found = gradients_of(objective, [1, 3])
         assert value == pytest.approx(loss.item(), rel=1e-6)
@@ -180,7 +182,7 @@ def test_divergence_is_that_of_the_whole_models(
     budgets = Budgets(head=2 * 4 * tiny.VOCABULARY * 7, rows=4 * tiny.VOCABULARY * 3)  # slices of 7 and 3 tokens
     for some in (Budgets(), budgets):
         objective = Objective(
-            opened(folder), text, Loss(share), teacher, 2, scratch_factory(None, torch.float32), budgets=some
+            opened(folder), text, TokenLoss(share), teacher, 2, scratch_factory(None, torch.float32), budgets=some
         )
         value, found = gradients_of(objective, numbers)
         assert value == pytest.approx(loss.item(), rel=1e-6)
@@ -198,7 +200,7 @@ def test_only_marked_tokens_carry_loss(tmp_path: Path) -> None:
     text.marks[2] = False
     text.marks[2, 0] = True  # nothing predicts the first token
     numbers = list(range(WINDOWS))
-    objective = Objective(opened(folder), text, Loss.named("ce"), None, 3, scratch_factory(None, torch.float32))
+    objective = Objective(opened(folder), text, TokenLoss.named("ce"), None, 3, scratch_factory(None, torch.float32))
     sums = objective.losses(numbers, lambda index, layer: [{}])
     with torch.no_grad():
         logits = whole(folder)(input_ids=text.tokens, use_cache=False).logits[:, :-1].float()
@@ -235,7 +237,7 @@ def test_resident_streaming_and_stores_on_disk_give_the_same_bits(tmp_path: Path
     def measured(on_disk: bool, **resident: bool) -> tuple[float, dict[str, Tensor], Tensor]:
         teacher = Teacher(opened(dense, dtype), text.tokens, tmp_path / "teacher", batch_size=2)
         store = scratch_factory(tmp_path if on_disk else None, dtype)
-        objective = Objective(opened(folder, dtype), text, Loss(0.5), teacher, 2, store)
+        objective = Objective(opened(folder, dtype), text, TokenLoss(0.5), teacher, 2, store)
 
         def values(index: int, layer: nn.Module) -> dict[str, Tensor]:
             return {name: value.to(dtype) for name, value in moved(0.05)(index, layer).items()}
@@ -268,7 +270,7 @@ def test_kept_graphs_give_the_same_bits(tmp_path: Path, architecture: str, dtype
 
     def measured(**settings: bool) -> tuple[float, dict[str, Tensor]]:
         model = opened(folder, dtype)
-        objective = Objective(model, text, Loss(0.0), None, 2, scratch_factory(None, dtype), **settings)
+        objective = Objective(model, text, TokenLoss(0.0), None, 2, scratch_factory(None, dtype), **settings)
         result = gradients_of(objective, [2, 0, 3])
         assert all(parameter.is_meta for parameter in model.model.parameters())
         return result
@@ -285,9 +287,9 @@ def test_gradients_do_not_underflow_in_fp16(tmp_path: Path) -> None:
     text = make_text(windows=40, seqlen=100)
     numbers = list(range(40))
     found, expected = (
-        gradients_of(Objective(opened(folder, dtype), text, Loss(0.0), None, 8, scratch_factory(None, dtype)), numbers)[
-            1
-        ]
+        gradients_of(
+            Objective(opened(folder, dtype), text, TokenLoss(0.0), None, 8, scratch_factory(None, dtype)), numbers
+        )[1]
         for dtype in (torch.float16, torch.float32)
     )
     for name, grad in found.items():
@@ -300,7 +302,7 @@ def test_values_take_the_place_of_parameters(tmp_path: Path) -> None:
     text = make_text()
     numbers = [1, 2, 0]
     tokens = text.tokens[numbers]
-    objective = Objective(opened(folder), text, Loss(0.0), None, 3, scratch_factory(None, torch.float32))
+    objective = Objective(opened(folder), text, TokenLoss(0.0), None, 3, scratch_factory(None, torch.float32))
     sums = objective.losses(numbers, lambda index, layer: (moved(amount)(index, layer) for amount in (0.1, 0.0, -0.1)))
     assert sums.shape == (3, 3)
     for row, amount in zip(sums, (0.1, 0.0, -0.1), strict=True):
@@ -321,7 +323,7 @@ def test_gradients_of_several_passes_are_added_in_fp32(tmp_path: Path) -> None:
     """In bf16 passes, too: the mean of the passes' own gradients, with no bit lost."""
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     model = opened(folder, torch.bfloat16)
-    objective = Objective(model, make_text(), Loss(0.0), None, 1, scratch_factory(None, torch.bfloat16))
+    objective = Objective(model, make_text(), TokenLoss(0.0), None, 1, scratch_factory(None, torch.bfloat16))
     both, first, second = (gradients_of(objective, numbers)[1] for numbers in ([1, 2], [1], [2]))
     for name, grad in both.items():
         assert first[name].dtype == torch.float32
@@ -331,7 +333,7 @@ def test_gradients_of_several_passes_are_added_in_fp32(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_has_no_gradient(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    objective = Objective(opened(folder), make_text(), Loss(0.0), None, 2, scratch_factory(None, torch.float32))
+    objective = Objective(opened(folder), make_text(), TokenLoss(0.0), None, 2, scratch_factory(None, torch.float32))
 
     def broken(index: int, layer: nn.Module) -> dict[str, Tensor]:
         return {"mlp.up_proj.weight": torch.full((48, 32), torch.nan)}
@@ -349,7 +351,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     text = make_text()
     teacher = teacher_of(dense, text, tmp_path / "teacher")
     with pytest.raises(FistaPrunerError, match=r"128 tokens .* 160"):
-        Objective(opened(folder), text, Loss(1.0), teacher, 2, scratch_factory(None, torch.float32))
+        Objective(opened(folder), text, TokenLoss(1.0), teacher, 2, scratch_factory(None, torch.float32))
 
 
 def test_equal_ends_of_two_models_are_in_memory_once(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.calibration.training_text import TrainingText
 from fistapruner.errors import FistaPrunerError
-from fistapruner.tuning.losses import DenseLogits, Loss, TopTokens
+from fistapruner.tuning.losses import DenseLogits, TokenLoss, TopTokens
 from fistapruner.tuning.objective import Objective
 from fistapruner.tuning.teacher import Teacher
 
@@ -184,7 +184,7 @@ def test_the_most_likely_tokens_bound_the_divergence(tmp_path: Path) -> None:
     sums = {}
     for kind in ("hidden", "top128"):
         teacher = Teacher(opened(dense), tokens, tmp_path / kind, batch_size=2, kind=kind)
-        objective = Objective(opened(folder), text, Loss(1.0), teacher, 2, scratch_factory(None, torch.float32))
+        objective = Objective(opened(folder), text, TokenLoss(1.0), teacher, 2, scratch_factory(None, torch.float32))
         with objective.resident():
             sums[kind] = objective.losses([0, 1, 2], lambda index, layer: [{}])[0]
             assert teacher.dense.model.get_input_embeddings().weight.is_meta == (kind == "top128")

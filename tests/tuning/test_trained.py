@@ -23,7 +23,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.snapshots import Snapshots
-from fistapruner.tuning.losses import Loss
+from fistapruner.tuning.losses import TokenLoss
 from fistapruner.tuning.objective import Objective
 from fistapruner.tuning.trained import Trained
 
@@ -316,7 +316,7 @@ def test_steps_are_those_of_torch_on_the_whole_model(tmp_path: Path, form: str, 
     model, layout = opened(folder)
     trained = Trained(model, layout, recipe(parameters=form, decay=0.1))
     text, numbers = make_text(), [0, 1, 2, 3]
-    objective = Objective(model, text, Loss(0.0), None, 4, scratch_factory(None, torch.float32))
+    objective = Objective(model, text, TokenLoss(0.0), None, 4, scratch_factory(None, torch.float32))
 
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     parameters = dict(whole.named_parameters())

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from fistapruner.activations.store import scratch_factory
 from fistapruner.tuning.forms import Form, Full, Lora, Spp
-from fistapruner.tuning.losses import Loss
+from fistapruner.tuning.losses import TokenLoss
 from fistapruner.tuning.masked import MaskedParameters
 from fistapruner.tuning.objective import Objective
 from fistapruner.tuning.steppers import ForwardOnly
@@ -120,7 +120,7 @@ def test_the_slope_of_a_model_is_its_gradient_along_the_direction(tmp_path: Path
     trained = Trained(model, layout, recipe(**settings))
     steps = ZerothOrder(trained)
     steps.take(1, 3.0, 1.0)  # away from the start, where the gradient of A is zero
-    objective = Objective(model, make_text(), Loss(0.0), None, 4, scratch_factory(None, torch.float32))
+    objective = Objective(model, make_text(), TokenLoss(0.0), None, 4, scratch_factory(None, torch.float32))
     numbers = [0, 1, 2, 3]
     before = live(trained)
     slope = steps.slope(objective.losses(numbers, steps.variants(2)).sum(1) / objective.counts(numbers).sum())
@@ -171,7 +171,7 @@ def forward_only(folder: Path, marked: float, **settings: Any) -> ForwardOnly:
     model, layout = opened(folder)
     trained = Trained(model, layout, recipe(parameters="full", **settings))
     text = make_text(marked=marked)
-    return ForwardOnly(trained, Objective(model, text, Loss(0.0), None, 4, scratch_factory(None, torch.float32)))
+    return ForwardOnly(trained, Objective(model, text, TokenLoss(0.0), None, 4, scratch_factory(None, torch.float32)))
 
 
 def masters(trained: Trained) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ Follow the hidden states of some windows of tokens:
    the next one, which is being read into main memory.
 4. After the last layer, ``LayerwiseModel.logits`` applies the model's own final norm and head.
 
-:func:`forward` is 1 to 3 in a row, and :func:`backward` takes a gradient the same way back. Evaluation
+:func:`forward` is 1 to 3 in a row, and :func:`~.gradients.backward` takes a gradient the same way back. Evaluation
 (:mod:`fistapruner.evaluation.streaming`) and sensitivity (:mod:`fistapruner.sensitivity.fisher`) use them. Pruning
 changes the weights on the way, so it does 2 several times for each layer, for the dense and for the pruned model: read
 :mod:`fistapruner.execution.serial` for the walk from layer to layer and :mod:`fistapruner.pruning.layer` for the passes
-inside one layer. :func:`check_model` makes sure before any work that this way gives the model's own predictions.
+inside one layer. Before any work, :func:`~.check.check_model` makes sure that this way gives the model's own
+predictions.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ from ..models.discovery import Group, Operator
 from ..models.experts import Experts
 from ..models.layerwise import Call, LayerwiseModel
 from ..runtime.clock import Clock
-from ..runtime.numerics import ordered_attention
-from .store import HiddenStates, Store, scratch_factory
+from .store import HiddenStates, Store
 
 Receive = Callable[[int, int, Tensor], None]
 """Receives (group number, first window of the batch, values (batch, seqlen, n)); of an expert (1, its tokens, n)."""
@@ -43,12 +43,6 @@ Around = Callable[[Callable[[], tuple[int, int]]], AbstractContextManager[None]]
 
 Progress = Callable[[int, int], None]
 """Receives (decoder layers done, decoder layers in all)."""
-
-CHECK_TOKENS = 16
-"""Tokens in the window on which :func:`check_model` compares logits."""
-
-_COMPARED: set[str] = set()
-"""Architectures whose logits were compared in this process."""
 
 
 def _ignore(number: int, start: int, values: Tensor) -> None:
@@ -89,20 +83,11 @@ NOTHING = Watched()
 Visit = Callable[[int, nn.Module], AbstractContextManager[Watched]]
 """Called with (index, loaded decoder layer) before its batches; left after them, when the layer is freed."""
 
-VisitBack = Callable[[int, nn.Module], AbstractContextManager[Callable[[Tensor], None]]]
-"""As :data:`Visit`; what it gives receives the gradient (batch, seqlen, width) at the layer's output of each batch."""
-
 Values = Callable[[int, nn.Module], Mapping[str, Tensor]]
 """Gives for (index, loaded decoder layer) the tensors to use in place of parameters, by name inside the layer."""
 
 Variants = Callable[[int, nn.Module], Iterable[Mapping[str, Tensor]]]
 """Gives several :data:`Values` of a layer, one after the other; each is used before the next one is asked for."""
-
-Take = Callable[[int, nn.Module, dict[str, Tensor]], None]
-"""Receives (index, loaded decoder layer, gradients of one batch with respect to its values)."""
-
-Done = Callable[[int, nn.Module], None]
-"""Called with (index, loaded decoder layer) when the gradients of all batches were received."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +268,7 @@ def forward(
         batch_size: windows in one pass.
         store: makes the stores of hidden states.
         visit: called for every decoder layer; says what to watch in it.
-        keep: keep the hidden states between all layers, for :func:`backward`.
+        keep: keep the hidden states between all layers, for :func:`~.gradients.backward`.
         values: gives the tensors to use in place of a layer's parameters.
         calls: as for :func:`embed`.
         progress: receives the number of layers done.
@@ -345,209 +330,3 @@ def forward_variants(
         if index == 0:
             embedded.close()
     return states, calls
-
-
-def backward(
-    model: LayerwiseModel,
-    states: list[HiddenStates],
-    calls: Calls,
-    gradient: HiddenStates,
-    visit: VisitBack | None = None,
-    progress: Progress = lambda done, total: None,
-    *,
-    values: Values | None = None,
-    take: Take | None = None,
-    done: Done = lambda index, layer: None,
-) -> None:
-    """Take a gradient back through the whole model, from the last decoder layer to the first.
-
-    Every layer is loaded and run again with gradients, so that one layer's activations are in memory at a time.
-
-    Args:
-        model: the model.
-        states: hidden states that enter each layer (:func:`forward` with ``keep``, less the last ones). They are closed
-            one after the other.
-        calls: how decoder layers are called.
-        gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the
-            first, where there is no ``take``.
-        visit: called for every decoder layer; its hooks may watch the gradients inside.
-        progress: receives the number of layers done.
-        values: the tensors that :func:`forward` used in place of a layer's parameters.
-        take: receives the gradients with respect to them, of one batch after the other; those of each decoder layer
-            before those of the layer before it. No other gradients of weights are computed.
-        done: called after the last batch of each decoder layer.
-    """
-    for index in reversed(range(len(model))):
-        entering = states.pop()
-        with ExitStack() as visits:
-            with model.layer(index) as layer:
-                model.read_ahead(index - 1)
-                receive = None if visit is None else visits.enter_context(visit(index, layer))
-                used = {} if values is None else dict(values(index, layer))
-                if take is not None:
-                    used = {name: value.detach().requires_grad_() for name, value in used.items()}
-                visits.enter_context(ordered_attention(model.device))
-                for start, stop in calls.batches(entering.samples):
-                    hidden = entering.read(start, stop, model.device)
-                    above = gradient.read(start, stop, model.device)
-                    if receive is not None:
-                        receive(above)
-                    wanted = hidden.requires_grad_() if index > 0 or take is None else None
-                    with torch.enable_grad():
-                        out = model.run(index, hidden, calls.by_size[stop - start][index], used)
-                    below, found = _differentiate(out, above, wanted, {} if take is None else used)
-                    del out
-                    if below is not None:
-                        gradient.write(start, below)
-                    if take is not None:
-                        take(index, layer, found)
-                done(index, layer)
-            entering.close()
-        progress(len(model) - index, len(model))
-
-
-def _differentiate(
-    out: Tensor, above: Tensor, hidden: Tensor | None, values: Mapping[str, Tensor]
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Take the gradient ``above`` back through one decoder layer, for one batch.
-
-    Args:
-        out: output of the layer.
-        above: gradient with respect to it.
-        hidden: (batch, seqlen, width) hidden states that have entered the layer; None if their gradient is not needed.
-        values: tensors to differentiate with respect to.
-
-    Returns:
-        The gradient with respect to ``hidden``, or None; and those with respect to ``values``, zeros where the output
-        does not depend on one.
-    """
-    wanted = [*([] if hidden is None else [hidden]), *values.values()]
-    found: list[Tensor | None] = [None] * len(wanted)
-    if wanted and out.requires_grad:
-        found = list(torch.autograd.grad(out, wanted, above, allow_unused=bool(values)))
-    below = None if hidden is None else found.pop(0)
-    return below, {
-        name: torch.zeros_like(value) if gradient is None else gradient
-        for (name, value), gradient in zip(values.items(), found, strict=True)
-    }
-
-
-def forward_backward(
-    model: LayerwiseModel,
-    tokens: Tensor,
-    batch_size: int,
-    above: Callable[[int, Tensor], Tensor],
-    values: Values,
-    take: Take,
-    done: Done,
-    calls: Calls | None = None,
-) -> None:
-    """Run every window through the whole model and take a gradient back; no layer runs twice.
-
-    In memory are all decoder layers and their values, and the activations of all layers for one batch. The gradients
-    are those of :func:`forward` and :func:`backward`, bit for bit.
-
-    Args:
-        model: the model.
-        tokens: (windows, seqlen) token ids.
-        batch_size: windows in one pass.
-        above: receives (first window of the batch, output of the last layer); returns the gradient with respect to it.
-        values: gives the tensors to use in place of a layer's parameters.
-        take: as for :func:`backward`; receives the gradients of all layers for one batch, then those for the next.
-        done: called for each decoder layer, from the last to the first, after all batches.
-        calls: as for :func:`embed`.
-    """
-    with model.resident():
-        calls = calls or Calls(batch_size, {})
-        calls.record(model, *tokens.shape)
-        leaves = [
-            {name: value.detach().requires_grad_() for name, value in values(index, layer).items()}
-            for index, layer in enumerate(model.layers)
-        ]
-        for start, stop in calls.batches(len(tokens)):
-            hidden = model.embed(tokens[start:stop])[0]
-            graphs: list[tuple[Tensor | None, Tensor]] = []
-            with ordered_attention(model.device):
-                for index, used in enumerate(leaves):
-                    entering = hidden.detach().requires_grad_() if index else None
-                    with torch.enable_grad():
-                        into = hidden if entering is None else entering
-                        hidden = model.run(index, into, calls.by_size[stop - start][index], used)
-                    graphs.append((entering, hidden))
-                gradient: Tensor | None = above(start, hidden.detach())
-                for index in reversed(range(len(leaves))):
-                    entering, out = graphs.pop()
-                    assert gradient is not None
-                    gradient, found = _differentiate(out, gradient, entering, leaves[index])
-                    del out, entering
-                    take(index, model.layers[index], found)
-        for index in reversed(range(len(leaves))):
-            done(index, model.layers[index])
-
-
-def check_model(model: LayerwiseModel) -> None:
-    """Compare the logits of one short window, run layer by layer, with the model's own.
-
-    Loads every decoder layer twice, one at a time; in each process once for all models with this config. Other hidden
-    states go through every layer before and after those that are compared: so what a layer keeps from pass to pass
-    shows, and what it leaves for later layers, which the last ones overwrite. In no layer may the output of the first
-    token depend on later tokens.
-
-    Raises:
-        FistaPrunerError: the architecture is not supported; says why.
-    """
-    model.check()
-    architecture = model.architecture()
-    if architecture in _COMPARED:
-        return
-    tokens = model.check_window(CHECK_TOKENS)
-    tolerance = max(1e-5, 4 * torch.finfo(model.dtype).eps)
-    with model.failures_explained():
-        own = model.own_logits(tokens)
-        states = scratch_factory(None, model.dtype, model.device)("hidden", (2, tokens.shape[1], model.width))
-        calls = embed(model, torch.cat([tokens.flip(1), tokens]), 1, states)
-        largest = 0.0
-        for index in range(len(model)):
-            with model.layer(index):
-                model.read_ahead(index + 1)
-                entering = states.read(1, 2, model.device)
-                run_layer(model, index, states, calls, output=states)
-                largest = max(largest, _change_with_later(model, index, entering, calls.by_size[1][index]))
-        with model.embeddings_and_head():
-            ours = model.logits(states.read(1, 2, model.device), torch.zeros_like(tokens))
-        # Damaged weights are found later.
-        own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))
-        difference, size = float((own - ours).norm()), float(own.norm())
-        if not difference <= tolerance * size:
-            raise model.unsupported(
-                "run layer by layer it predicts otherwise than in one forward pass "
-                f"(its logits differ by {difference / size:.2g} of their size)"
-            )
-        if largest > tolerance:
-            raise model.unsupported("its predictions of a token depend on later tokens (bidirectional attention)")
-    _COMPARED.add(architecture)
-
-
-def _change_with_later(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> float:
-    """Measure how far a decoder layer's output of the first token changes with the sign of later tokens.
-
-    What enters of the first token is made small, so that it does not hide in its rounding what the layer adds to it.
-
-    Args:
-        model: the model, layer ``index`` loaded.
-        index: number of the layer.
-        hidden: (1, seqlen, width) hidden states that enter it.
-        call: its other arguments.
-
-    Returns:
-        The norm of the change, relative to that of the output.
-    """
-    first = hidden.clone()
-    first[:, 0] /= 64
-    other = -first
-    other[:, 0] = first[:, 0]
-    with torch.no_grad():
-        ours, others = (
-            model.run(index, states, call)[0, 0].float().nan_to_num(0.0, 0.0, 0.0) for states in (first, other)
-        )
-    return float((ours - others).norm()) / max(float(ours.norm()), torch.finfo(torch.float32).tiny)

@@ -167,13 +167,13 @@ def read_pairs(path: str | Path, prompt_ends: str | None = None) -> tuple[list[P
         raise FistaPrunerError(f"pairs {str(path)!r} is empty")
     if prompt_ends is not None and first != (False, False):
         raise FistaPrunerError(f"data.prompt_ends {prompt_ends!r}: {path} has {KINDS[first or (True, False)]}")
-    says = []
+    sentences = []
     if inside:
-        says.append(
+        sentences.append(
             f"{inside} of {len(pairs)} prompts, taken as what both answers begin with, end inside a word: "
             "--prompt-ends TEXT names how prompts end"
         )
-    return pairs, says
+    return pairs, sentences
 
 
 def _answer(record: dict[str, Any], name: str, where: str) -> str | Messages:

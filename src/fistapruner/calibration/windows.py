@@ -124,7 +124,7 @@ def _draw_source(
     """Draw the windows of one source; return them, a sentence on the method, and the documents read."""
     if source != SELF:
         documents = source_documents(source)
-        tokens, how = draw_windows(documents, tokenizer, samples, seqlen, seed=seed, source=source)
+        tokens, how = draw_from_documents(documents, tokenizer, samples, seqlen, seed=seed, source=source)
         return tokens, how, len(documents)
     if load_model is None:
         raise FistaPrunerError("calibration source 'self' needs the model to generate text: give a text source instead")
@@ -148,12 +148,12 @@ def tokens_sha256(tokens: Tensor) -> str:
 
 def tenths(say: Callable[[str], None], purpose: str = "calibration") -> Callable[[int, int], None]:
     """Make a progress callback of text generation that calls ``say`` at every tenth of the work."""
-    begin, said = time.monotonic(), 0
+    begin, tenths = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
-        nonlocal said
-        if done * 10 // total > said and done < total:
-            said = done * 10 // total
+        nonlocal tenths
+        if done * 10 // total > tenths and done < total:
+            tenths = done * 10 // total
             left = (time.monotonic() - begin) * (total - done) / done
             say(f"generating {purpose} text: {done} of {total} tokens, about {left:.0f} s left")
 
@@ -204,7 +204,7 @@ def source_documents(source: str, purpose: str = "calibration") -> list[str]:
     return documents
 
 
-def draw_windows(
+def draw_from_documents(
     documents: list[str], tokenizer: Any, samples: int, seqlen: int, *, seed: int = 0, source: str = "text"
 ) -> tuple[Tensor, str]:
     """Draw ``samples`` windows of ``seqlen`` tokens; return them and a sentence on the method.

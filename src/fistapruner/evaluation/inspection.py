@@ -23,7 +23,7 @@ from ..models.source import resolve_model
 from ..models.stored import stored_operators
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
-from ..sparse.pack import PackedCheckpoint, is_packed
+from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed
 
 LONGEST_GROUP = 32
 """Weights in the longest groups that are searched for an n:m pattern."""

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..activations.check import check_model
 from ..activations.store import HiddenStates, scratch_factory
-from ..activations.stream import check_model, forward
+from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.formatting import size

@@ -149,7 +149,7 @@ class RunContext:
             widths=widths,
         )
         if model.device.type == "cuda" and (smaller := run.journal.reduced(record.fingerprint)):
-            context._take_less(*smaller)
+            context._reduce_memory(*smaller)
         return context
 
     @property
@@ -330,17 +330,17 @@ class RunContext:
                 for store in (streams.dense, streams.pruned, streams.dense_out, streams.pruned_out):
                     if store is not None:
                         store.to_main_memory()
-                self._take_less(self.numerics.batch_size, self.numerics.by_operator)
+                self._reduce_memory(self.numerics.batch_size, self.numerics.by_operator)
                 then = "hidden states go to main memory"
             else:
-                self._take_less(before // _smallest_divisor(before), True)
+                self._reduce_memory(before // _smallest_divisor(before), True)
                 then = f"it goes on with {self.numerics.batch_size}, and groups of operators are solved in parts"
-            said = f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; {then}"
-            log.warning("%s", said)
+            warning = f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; {then}"
+            log.warning("%s", warning)
             if warnings is not None:
-                warnings.append(said)
+                warnings.append(warning)
 
-    def _take_less(self, batch_size: int, by_operator: bool) -> None:
+    def _reduce_memory(self, batch_size: int, by_operator: bool) -> None:
         """Use less of a GPU's memory from now on: main memory for hidden states, and a smaller batch size.
 
         It divides the one before, so that batches end at the same windows.

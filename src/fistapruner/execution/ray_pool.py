@@ -196,10 +196,10 @@ class Actor:
         if self.fault is not None:
             yield self.fault
             return
-        told: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        threading.Thread(target=self.worker.run, args=(job, told.put), daemon=True).start()
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        threading.Thread(target=self.worker.run, args=(job, events.put), daemon=True).start()
         while True:
-            event = told.get()
+            event = events.get()
             yield event
             if event["event"] in ENDS:
                 return

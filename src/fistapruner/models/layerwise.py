@@ -11,7 +11,7 @@ decoder layer's ``forward`` replaced:
 
 This is right only where every decoder layer receives the output of the layer before it, and nothing else happens
 between them. :meth:`LayerwiseModel.check` refuses models whose forward pass differs, and
-:func:`fistapruner.activations.stream.check_model` compares the logits of one short window with the model's own.
+:func:`fistapruner.activations.check.check_model` compares the logits of one short window with the model's own.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class LayerwiseModel:
         self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
         self.low_rank: LowRankAdapter | None = None
         self._checked = False
-        self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
+        self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "embeddings and head"
         self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
         self._sources = checkpoint_names(self.model, checkpoint, experts)
         self._names = {source: name for name, source in self._sources.items()}
@@ -211,7 +211,7 @@ class LayerwiseModel:
             head: False leaves out the output head, which :meth:`embed` does not need.
             like: another model; its loaded tensors of the same name and value are used too, and not loaded twice.
         """
-        if "ends" in self._open:
+        if "embeddings and head" in self._open:
             yield
             return
         prefix = self.layers_name + "."
@@ -226,11 +226,11 @@ class LayerwiseModel:
             if head:
                 if output is not None and output.weight.is_meta:
                     output.weight = embedding.weight
-                self._open.add("ends")
+                self._open.add("embeddings and head")
             yield
         finally:
             if head:
-                self._open.discard("ends")
+                self._open.discard("embeddings and head")
             self._free(names)
             output = self.model.get_output_embeddings()
             if output is not None and not output.weight.is_meta:

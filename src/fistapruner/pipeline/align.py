@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..evaluation.preferences import preference_figures
-from ..execution.alignment import AlignContext
+from ..execution.align_context import AlignContext
 from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..runs.align_directory import AlignDirectory

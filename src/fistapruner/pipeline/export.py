@@ -13,7 +13,7 @@ from ..models.source import SMALL_MODEL, small_model
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import lineage_of
 from ..runtime.formatting import shell_line
-from ..sparse.pack import is_packed
+from ..sparse.packed_checkpoint import is_packed
 
 
 def export(

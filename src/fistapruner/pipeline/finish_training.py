@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.training import TrainingContext
+from ..execution.training_context import TrainingContext
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import remove_adapter

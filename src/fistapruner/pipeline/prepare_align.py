@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from ..errors import FistaPrunerError
-from ..execution.alignment import reference_windows
+from ..execution.align_context import reference_windows
 from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
 from ..runs.align_directory import AlignDirectory

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
-from ..execution.training import identity
+from ..execution.training_context import identity
 from ..planning.plan import RESERVE
 from ..planning.training_plan import plan_training
 from ..planning.training_sizes import Task, TrainingChoice

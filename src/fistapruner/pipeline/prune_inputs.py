@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations.stream import check_model
+from ..activations.check import check_model
 from ..calibration import window_length
 from ..calibration.training_text import document_hash, shared_documents, training_documents
 from ..calibration.windows import source_documents

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..execution.training import RecoverContext
+from ..execution.training_context import RecoverContext
 from ..models.source import Permissions
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
-from ..execution.training import TrainingContext
+from ..execution.training_context import TrainingContext
 from ..models.source import Permissions
 from ..runs.decision import TrainingRecord
 from ..runs.identity import changed_files

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ..activations.stream import check_model
+from ..activations.check import check_model
 from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
 from ..errors import A_MODEL, FistaPrunerError, path_text
@@ -33,7 +33,7 @@ from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
-from ..sparse.pack import is_packed
+from ..sparse.packed_checkpoint import is_packed
 from .begun import evaluation_on, refuse_overlap
 
 TRAINING_SEQLEN = 1024

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.replay import kept_projections
+from ..activations.cached_outputs import kept_projections
 from ..calibration import SELF
 from ..calibration.self_generated import generation_bytes
 from ..constraints import Constraint

@@ -15,7 +15,7 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import KEPT, snapshot_interval
 from ..runtime.numerics import windows_at_once
 from ..runtime.ranks import Ranks
-from ..tuning.losses import Loss
+from ..tuning.losses import TokenLoss
 from ..tuning.pair_objective import AT_ONCE
 from ..tuning.teacher import BLOCK_TOKENS, TOP
 from .sizes import GENERATING, UNCOUNTED
@@ -90,7 +90,7 @@ class Task:
     survivors: Mapping[str, int]
     seqlen: int
     out: Path
-    loss: Loss
+    loss: TokenLoss
     top: int | None
     steps: int
     step_windows: int
@@ -128,7 +128,7 @@ class Task:
             survivors,
             seqlen,
             out,
-            Loss.named(str(recipe.loss), recipe.mix),
+            TokenLoss.named(str(recipe.loss), recipe.mix),
             TOP.get(recipe.teacher),
             steps=recipe.steps_of(seqlen),
             step_windows=recipe.windows_per_step,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.replay import Replay, kept_projections
+from ..activations.cached_outputs import CachedOutputs, kept_projections
 from ..activations.routed import RoutedTokens
 from ..activations.store import HiddenStates
 from ..activations.stream import Around, Watched, run_layer
@@ -76,11 +76,13 @@ class LayerPasses:
                 self._residual = ResidualDrift(
                     index, self._layer, writers, groups, streams.dense, streams.seen, context.scratch
                 )
-        self._replay: Replay | None = None
+        self._cached: CachedOutputs | None = None
         if recipe.error_correction:
             later_passes = int(streams.pruned_out is not None and not recipe.reconstruct)
             projections = kept_projections(layout, index, model.device)
-            self._replay = Replay(index, self._layer, groups, projections, later_passes, streams.seen, context.scratch)
+            self._cached = CachedOutputs(
+                index, self._layer, groups, projections, later_passes, streams.seen, context.scratch
+            )
         self._sums: dict[int, ProblemSums] = {}
         self._mixtures: dict[int, list[ExpertsDecision]] = {}
         """By number of the group before which its experts are removed."""
@@ -257,7 +259,7 @@ class LayerPasses:
             self._routed.pop(mixture).close()
 
     def _around(self) -> list[Around]:
-        return [part.around_pass for part in (self._replay, self._residual) if part is not None]
+        return [part.around_pass for part in (self._cached, self._residual) if part is not None]
 
     def cut_before(self, number: int) -> list[int]:
         """Return the groups whose inputs are removed before group ``number`` is pruned."""
@@ -296,9 +298,9 @@ class LayerPasses:
             def add(number: int, start: int, inputs: Tensor) -> None:
                 self._add_channels(number, start, inputs, drifted=number in self._sources)
 
-            # A replay would keep inputs of the operator that is next, with the channels that go.
-            replay = None if self._cut[number] == number else self._replay
-            parts = (replay, self._residual if self._first_writer_is_final(number) else None)
+            # Cached outputs would keep inputs of the operator that is next, with the channels that go.
+            cached = None if self._cut[number] == number else self._cached
+            parts = (cached, self._residual if self._first_writer_is_final(number) else None)
             around = [part.around_pass for part in parts if part is not None]
             groups = self._context.layout.layers[self._index]
             watched = Watched([(each, groups[each]) for each in together], add)
@@ -328,8 +330,8 @@ class LayerPasses:
 
     def pruned(self, number: int) -> None:
         """Note that the operators of group ``number`` have their final weights in the layer."""
-        if self._replay is not None:
-            self._replay.pruned(number)
+        if self._cached is not None:
+            self._cached.pruned(number)
 
     def output_pass(self) -> float | None:
         """Write the pruned layer's output for the next layer, and release what was kept.
@@ -342,10 +344,10 @@ class LayerPasses:
         if self._residual is not None:
             self._residual.close()
         if self._streams.pruned_out is not None:
-            last = [] if self._recipe.reconstruct or self._replay is None else [self._replay.around_pass]
+            last = [] if self._recipe.reconstruct or self._cached is None else [self._cached.around_pass]
             self._run(self._streams.seen, output=self._streams.pruned_out, around=last)
-        if self._replay is not None:
-            self._replay.close()
+        if self._cached is not None:
+            self._cached.close()
         if not self.groups or self._first_out is None or self._streams.dense is None:
             return None
         return self._output_error(self._streams.dense, self._first_out)

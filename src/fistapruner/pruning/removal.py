@@ -32,7 +32,7 @@ def remove_units(
     passes: LayerPasses,
     clock: Clock,
     measures: LayerMeasures,
-    told: Callable[[str, float | None], None],
+    progress: Callable[[str, float | None], None],
     record: LayerRecord,
 ) -> None:
     """Remove inputs of some groups of a decoder layer, one operator each, and the outputs they read.
@@ -44,7 +44,7 @@ def remove_units(
         passes: passes through the layer.
         clock: counts the time.
         measures: what was measured on the dense model for this layer.
-        told: receives the name of each operator: with None before the work on it, then with its relative error.
+        progress: receives the name of each operator: with None before the work on it, then with its relative error.
         record: receives the new tensors and the report's entries, also of the operators that lost inputs and get no
             zeros afterwards.
     """
@@ -52,7 +52,7 @@ def remove_units(
         (operator,) = context.layout.layers[index][number]
         unit = next(unit for unit in context.units(index) if unit.consumer.name == operator.name)
         name, short = context.layout.full_name(index, operator), operator.name.rpartition(".")[2]
-        told(short, None)
+        progress(short, None)
         importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
         settings, chosen = context.recipe.structure, None
         if settings.method == "goa":
@@ -73,7 +73,7 @@ def remove_units(
         record.removals[-1].relative_error, record.removals[-1].permuted = error, shares
         if number not in passes.solved:
             record.operators.append(_entry(context, unit, number, removal, weight, error))
-        told(short, error)
+        progress(short, error)
 
 
 def _cut(

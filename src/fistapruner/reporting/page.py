@@ -110,13 +110,13 @@ def _title(report: Report) -> str:
 def verdict(report: Report) -> str:
     """Say what happened to the model, in two or three sentences."""
     totals = report.totals
-    sentences = [said] if (said := structure_sentence(report)) else []
+    sentences = [sentence] if (sentence := structure_sentence(report)) else []
     if totals.zeros_share is not None and not report.only_structure:
         share = percent(totals.zeros_share, 4)
         kept = f", the same as before {report.training}" if report.recovery is not None else ""
         sentences.append(f"{share} of the pruned operators' weights are exactly zero{kept}.")
-    if said := low_rank_sentence(report):
-        sentences.append(said)
+    if sentence := low_rank_sentence(report):
+        sentences.append(sentence)
     if report.recovery is not None and (losses := held_out_text(report.recovery)):
         sentences.append(f"Held-out loss: {losses}.")
     if report.alignment is not None:

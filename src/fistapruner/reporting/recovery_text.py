@@ -76,8 +76,8 @@ def gain_text(before: Evaluation, after: Evaluation, training: str) -> str:
     text = f"perplexity on {new.data}: {old.perplexity:.2f} before {training}, {new.perplexity:.2f} after it"
     if dense is not None:
         text += f", {dense.perplexity:.2f} dense"
-    told = found.closed is not None and training != "alignment"
-    return f"{text}: {closed_text(found)} of the gap is closed" if told else text
+    shown = found.closed is not None and training != "alignment"
+    return f"{text}: {closed_text(found)} of the gap is closed" if shown else text
 
 
 def held_out_text(found: Recovery) -> str:

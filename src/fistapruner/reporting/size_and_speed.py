@@ -40,10 +40,10 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
 
 def becomes_smaller_packed(report: Report) -> bool:
     """Check whether ``pack`` takes the model and it has enough zeros to become smaller without them."""
-    from ..sparse.pack import MIN_ZEROS  # imports torch, which reading figures does without
+    from ..sparse.pack import MIN_ZEROS_TO_PACK  # imports torch, which reading figures does without
 
     totals = report.totals
-    return report.packable and (totals.operator_zeros or 0) >= MIN_ZEROS * (totals.operator_weights or math.inf)
+    return report.packable and (totals.operator_zeros or 0) >= MIN_ZEROS_TO_PACK * (totals.operator_weights or math.inf)
 
 
 def low_rank_sentence(report: Report) -> str:

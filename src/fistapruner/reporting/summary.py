@@ -115,8 +115,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
         if totals.model_weights:
             whole = 100 * (totals.operator_zeros or 0) / totals.model_weights
             rows.append(("", f"{whole:.1f} % of all {totals.model_weights} weights"))
-    if said := low_rank_sentence(report):
-        rows.append(("low rank", said))
+    if sentence := low_rank_sentence(report):
+        rows.append(("low rank", sentence))
     if report.mean_error is not None:
         over = f"mean over {len(report.relative_errors)} operators"
         rows.append(("relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))

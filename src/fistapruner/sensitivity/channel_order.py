@@ -23,7 +23,7 @@ from ..runtime.devices import available_cores
 ROWS = 2048
 """Output rows that the search for an order samples, at most."""
 
-GROUPS = 1024
+EXCHANGING_GROUPS = 1024
 """Groups that exchange members in one assignment, at most: its cost is cubic in their number."""
 
 
@@ -56,7 +56,7 @@ def sample_rows(values: Tensor, rows: int = ROWS) -> Tensor:
     return values[:: spread_stride(len(values) + rows - 1, rows, len(values))]
 
 
-def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int = GROUPS) -> Tensor:
+def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int = EXCHANGING_GROUPS) -> Tensor:
     """Find an order of the input channels in which a pattern keeps a large share of the scores.
 
     Args:

@@ -15,16 +15,13 @@ from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
 from ..calibration.windows import window_tasks
-from ..constraints import NM, Constraint
+from ..constraints import Constraint
 from ..errors import FistaPrunerError
-from ..models.coupling import find_links, reordered
 from ..models.discovery import Layout
-from ..models.files.checkpoint import reorder
 from ..models.layerwise import LayerwiseModel, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from ..runs.records import WorkloadFacts
-from .channel_order import channel_order, raised_shares
 from .error_curves import (
     REACH,
     choose_patterns,
@@ -35,8 +32,8 @@ from .error_curves import (
     split_budget,
 )
 from .fisher import DensePasses, InputEnergy, InputSums, Sensitivity, gather_inputs, measure_sensitivity, row_importance
-from .head_rotation import head_rotation, rotated_energy
-from .owl import outlier_share, owl_allocation
+from .owl import Outliers
+from .permutation import Permutations, reordered_rows
 from .workload import Workload, read_workload
 from .workload_rules import allocate_workload
 
@@ -223,36 +220,16 @@ def decide(
     sizes = {name: operator.rows * operator.columns for name, operator in after.items()}
     cut = {name for name, operator in layout.operators() if name in after and after[name].columns != operator.columns}
     fraction, patterns = recipe.pattern.fraction, patterns_measured(recipe.pattern)
-    errors: dict[str, Tensor] = {}
-    reached: set[str] = set()
-    outliers = _Outliers(layout)
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
     kept |= {name: recipe.pattern for name, _ in layout.operators() if name not in after}  # experts that may stay
     allocation = measured_by(recipe)
     curved = allocation in ("error", "workload")
-    channels = _Channels(model, layout, kept, patterns if allocation == "error" else ()) if permutes(recipe) else None
-
-    def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
-        group = layout.layers[index][number]
-        names = [layout.full_name(index, operator) for operator in group]
-        if not group[0].experts or sums.tokens:
-            reached.update(names)
-        else:  # no measured token reaches this expert
-            if curved:
-                errors.update(
-                    (name, torch.zeros(len(patterns), operator.rows)[:, sampled_rows(operator.rows)])
-                    for name, operator in zip(names, group, strict=True)
-                )
-            return
-        problem = sums.problem(names, [operator.rows for operator in group], 0.0)
-        if curved:
-            errors.update(zip(names, row_error_curves(problem, patterns), strict=True))
-        if channels is not None:
-            channels.add(index, number, sums.weight, problem.gram)
-
+    others = patterns if allocation == "error" else ()
+    permutations = Permutations(model, layout, kept, others) if permutes(recipe) else None
+    problems, outliers = _Problems(layout, patterns if curved else (), permutations), Outliers(layout)
     gather: InputSums[Any] | None = None
-    if curved or channels is not None:
-        gather = InputSums(ProblemSums, problem_seen)
+    if curved or permutations is not None:
+        gather = InputSums(ProblemSums, problems.add)
     elif allocation == "owl":  # no n:m pattern has it
         gather = InputSums(InputEnergy, outliers.add)
     found: dict[str, Constraint] | None = None
@@ -266,11 +243,11 @@ def decide(
             own = measure_sensitivity(
                 model, layout, windows, passes, seed=recipe.seed, gather=gather, outputs=recipe.reconstruct > 0
             )
-            if errors:
-                costs[task] = {name: predicted_cost(errors[name], own.rows[name]) for name in sizes}
+            if curved:
+                costs[task] = {name: predicted_cost(problems.errors[name], own.rows[name]) for name in sizes}
             sensitivity.add(own, 1.0 if workload is None else workload.settings.mix[task])
         if curved:
-            known = {name: size for name, size in sizes.items() if name in reached}
+            known = {name: size for name, size in sizes.items() if name in problems.reached}
             curves = {task: {name: cost[name] for name in known} for task, cost in costs.items()}
             found, facts = _allocate(recipe, workload, curves, known, sizes, patterns)
         if weighs_rows(recipe):
@@ -281,12 +258,48 @@ def decide(
         gather_inputs(model, layout, texts[""], passes, gather)
     if allocation == "owl":
         found = dict(outliers.allocation(sizes, fraction))
-    if channels is None:
+    if permutations is None:
         return Decision(found, metrics, importance, workload=facts)
-    channels.take(found or {})
-    for name in channels.rows.keys() & (importance or {}).keys():
-        importance[name] = _reordered_rows(importance[name], channels.rows[name])  # type: ignore[index]
-    return Decision(found, metrics, importance, channels.orders, channels.permuted, facts)
+    permutations.take(found or {})
+    for name in permutations.rows.keys() & (importance or {}).keys():
+        importance[name] = reordered_rows(importance[name], permutations.rows[name])  # type: ignore[index]
+    return Decision(found, metrics, importance, permutations.orders, permutations.permuted, facts)
+
+
+class _Problems:
+    """Gather what the layer problems of the dense model show.
+
+    Args:
+        layout: the operators to prune.
+        patterns: of the error curves; empty where none are measured.
+        permutations: to find; None where channels stay.
+
+    Attributes:
+        errors: by full name, the error curves of an operator's sampled rows.
+        reached: operators that measured tokens reach.
+    """
+
+    def __init__(self, layout: Layout, patterns: Sequence[Constraint], permutations: Permutations | None) -> None:
+        self._layout = layout
+        self._patterns = patterns
+        self._permutations = permutations
+        self.errors: dict[str, Tensor] = {}
+        self.reached: set[str] = set()
+
+    def add(self, index: int, number: int, sums: ProblemSums) -> None:
+        """Add group ``number`` of decoder layer ``index``."""
+        group = self._layout.layers[index][number]
+        names, rows = [self._layout.full_name(index, operator) for operator in group], [each.rows for each in group]
+        if group[0].experts and not sums.tokens:  # no measured token reaches this expert
+            for name, count in zip(names, rows, strict=True):
+                self.errors[name] = torch.zeros(len(self._patterns), count)[:, sampled_rows(count)]
+            return
+        self.reached.update(names)
+        problem = sums.problem(names, rows, 0.0)
+        if self._patterns:
+            self.errors.update(zip(names, row_error_curves(problem, self._patterns), strict=True))
+        if self._permutations is not None:
+            self._permutations.add(index, number, sums.weight, problem.gram)
 
 
 def _allocate(
@@ -341,136 +354,3 @@ def _windows_by_task(recipe: Recipe, tokens: Tensor, workload: Workload | None) 
     numbers, names = window_tasks(recipe.calibration), list(recipe.calibration.tasks)
     by_task = {task: tokens[numbers == names.index(task)] for task in workload.tasks}
     return {task: windows[: windows_measured(len(windows))] for task, windows in by_task.items()}
-
-
-class _Outliers:
-    """Gather the share of outliers in every decoder layer."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._shares: dict[int, float] = {}
-
-    def add(self, index: int, number: int, sums: InputEnergy) -> None:
-        """Add the mean squared inputs of group ``number`` of decoder layer ``index``."""
-        self._seen.setdefault(index, []).append((sums.weight, sums.mean().sqrt()))
-        if number == len(self._layout.layers[index]) - 1:
-            self._shares[index] = outlier_share(self._seen.pop(index))
-
-    def allocation(self, sizes: Mapping[str, int], fraction: float) -> Mapping[str, Constraint]:
-        """Compute OWL's sparsities; ``sizes`` are the numbers of weights by full name."""
-        members = {}
-        for index in self._shares:
-            names = [
-                self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group
-            ]
-            members[index] = {name: sizes[name] for name in names}
-        return owl_allocation(self._shares, members, fraction)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """An order of an operator's input channels, or rotations of those of its heads.
-
-    Args:
-        shares: for each pattern of which it raises what is kept of the scores, the shares before and after.
-        tensors: that are reordered with it (:attr:`Decision.orders`).
-        rows: the same for the rows of the operators that make the channels, by full name.
-    """
-
-    shares: dict[Constraint, tuple[float, float]]
-    tensors: dict[str, tuple[int, Tensor]]
-    rows: dict[str, Tensor]
-
-
-def _reordered_rows(importance: Tensor, order: Tensor) -> Tensor:
-    """Return the weights of reordered rows; of rotated ones, as if the rows were independent."""
-    if order.ndim == 1:
-        return importance[order]
-    return reorder(importance.square(), 0, order.square()).sqrt()
-
-
-class _Channels:
-    """Find orders of the free input channels of operators with an n:m pattern, and rotations of heads.
-
-    Args:
-        sparsity: pattern of every operator, for which its order is searched.
-        others: patterns that operators may be given instead.
-    """
-
-    def __init__(
-        self, model: LayerwiseModel, layout: Layout, sparsity: Mapping[str, Constraint], others: Sequence[Constraint]
-    ) -> None:
-        self._model = model
-        self._layout = layout
-        self._sparsity = sparsity
-        self._others = [pattern for pattern in others if pattern.nm is not None]
-        self._links = find_links(model, layout)
-        self._found: dict[str, list[_Order]] = {}
-        self._written: dict[str, tuple[Tensor, Tensor]] = {}
-        self.orders: dict[str, tuple[int, Tensor]] = {}
-        self.permuted: dict[str, tuple[float, float]] = {}
-        self.rows: dict[str, Tensor] = {}
-
-    def add(self, index: int, number: int, weight: Tensor, gram: Tensor) -> None:
-        """Order the input channels of group ``number`` of decoder layer ``index``.
-
-        Args:
-            index: number of the layer.
-            number: of the group.
-            weight: (m, n) weights of its operators, stacked by rows.
-            gram: (n, n) of its inputs.
-        """
-        energy = gram.diagonal()
-        group = self._layout.layers[index][number]
-        weights = dict(
-            zip(
-                (operator.name for operator in group),
-                weight.split([operator.rows for operator in group]),
-                strict=True,
-            )
-        )
-        for link in self._links[index]:
-            name = self._layout.full_name(index, link.consumer)
-            sparsity = self._sparsity.get(name)
-            if sparsity is None or sparsity.nm is None or link.channels % sparsity.nm[1]:
-                continue
-            pattern = NM(*sparsity.nm)
-            producers = [f"{self._layout.prefix}.{index}.{producer}" for producer in link.producers]
-            rotates = link.rotates and self._sparsity.get(producers[0]) == sparsity
-            if rotates and link.producers[0] in weights:  # it runs before what reads its channels
-                self._written[producers[0]] = weights[link.producers[0]].clone(), energy.clone()
-            if link.consumer.name not in weights:
-                continue
-            reader = weights[link.consumer.name]
-            scores = reader.square() * energy
-            written = self._written.pop(producers[0], None)
-            changed: list[tuple[Tensor, Tensor]] = []
-            if written is not None:
-                order = head_rotation(link, reader, gram, pattern, *written)
-                changed.append((order, reorder(reader, 1, order).square() * rotated_energy(link, gram, order)))
-            if written is None or self._others:  # what makes the channels may be left dense
-                order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
-                changed.append((order, scores[:, link.places(order)[1].to(scores.device)]))
-            self._found[name] = []
-            for order, after in changed:
-                shares = {
-                    each: raised
-                    for each in dict.fromkeys([sparsity, *self._others])
-                    if (raised := raised_shares(scores, after, each)) is not None
-                }
-                rows = dict.fromkeys(producers, link.places(order)[0])
-                self._found[name].append(_Order(shares, reordered(self._model, index, link, order), rows))
-
-    def take(self, chosen: Mapping[str, Constraint]) -> None:
-        """Take the first orders that raise what patterns keep: those ``chosen`` since, or else as asked."""
-        for name, orders in self._found.items():
-            for order in orders:
-                shares = order.shares.get(chosen.get(name, self._sparsity[name]))
-                # Rotated rows lose the zeros that they have, so they must get zeros of their own.
-                turned = [row for row, rows in order.rows.items() if rows.ndim == 3]
-                if shares is not None and all(chosen.get(row, self._sparsity[row]).nm is not None for row in turned):
-                    self.orders |= order.tensors
-                    self.permuted[name] = shares
-                    self.rows |= order.rows
-                    break

@@ -29,8 +29,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..activations.gradients import backward
 from ..activations.store import HiddenStates, Store
-from ..activations.stream import Visit, Watched, backward, forward
+from ..activations.stream import Visit, Watched, forward
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel, Tick

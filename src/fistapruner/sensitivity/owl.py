@@ -8,12 +8,39 @@ import torch
 from torch import Tensor
 
 from ..constraints import Unstructured
+from ..models.discovery import Layout
+from .fisher import InputEnergy
 
 OUTLIER = 5.0
 """``M``: scores above this multiple of the mean are outliers."""
 
-REACH = 0.08
+OWL_REACH = 0.08
 """``lambda``: largest distance of a layer's sparsity from the asked one."""
+
+
+class Outliers:
+    """Gather the share of outliers in every decoder layer."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._shares: dict[int, float] = {}
+
+    def add(self, index: int, number: int, sums: InputEnergy) -> None:
+        """Add the mean squared inputs of group ``number`` of decoder layer ``index``."""
+        self._seen.setdefault(index, []).append((sums.weight, sums.mean().sqrt()))
+        if number == len(self._layout.layers[index]) - 1:
+            self._shares[index] = outlier_share(self._seen.pop(index))
+
+    def allocation(self, sizes: Mapping[str, int], fraction: float) -> dict[str, Unstructured]:
+        """Compute OWL's sparsities; ``sizes`` are the numbers of weights by full name."""
+        members = {}
+        for index in self._shares:
+            names = [
+                self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group
+            ]
+            members[index] = {name: sizes[name] for name in names}
+        return owl_allocation(self._shares, members, fraction)
 
 
 def outlier_share(operators: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -39,7 +66,7 @@ def owl_allocation(
         fraction: the sparsity of all operators together.
     """
     low, high = min(shares.values()), max(shares.values())
-    reach = min(REACH, fraction / 2, (1 - fraction) / 2)
+    reach = min(OWL_REACH, fraction / 2, (1 - fraction) / 2)
     span = (high - low) or 1.0
     raw = {layer: -2 * reach * (share - low) / span for layer, share in shares.items()}
     total = sum(sum(sizes.values()) for sizes in members.values())

@@ -155,10 +155,10 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
         warnings += solution.warnings
         errors = problem.relative_errors(solution.weight)
         if not all(map(math.isfinite, errors)) and not bool(solution.weight.isfinite().all()):
-            said = step.model_dump(exclude_defaults=True) or "its defaults"
+            settings = step.model_dump(exclude_defaults=True) or "its defaults"
             raise FistaPrunerError(
-                f"{problem.label}: {step.name} with {said} ended in NaN or infinite weights: take settings nearer to "
-                "the defaults"
+                f"{problem.label}: {step.name} with {settings} ended in NaN or infinite weights: take settings nearer "
+                "to the defaults"
             )
         for index, record in enumerate(records):
             extra = solution.stats[index] if solution.stats else {}

@@ -12,10 +12,11 @@ from ..errors import FistaPrunerError
 from ..models.architecture import build_model, max_length, refuse_own_code
 from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
 from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import has_zeros, lost_structure, read_pruning_record
+from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
 from ..runtime.formatting import align_columns
 from . import kernel
-from .pack import NoPackedFormError, is_packed, pack, stacked_experts, unpack
+from .pack import NoPackedFormError, pack, unpack
+from .packed_checkpoint import is_packed
 from .speed import WARM_UP_TOKENS, Speed
 from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
@@ -141,16 +142,16 @@ def sentence(speeds: Mapping[str, Speed], stacked: str = "") -> str:
     dense = fastest.get("dense")
     if dense is None:
         return "The dense model that this smaller one was is not at hand: nothing to compare with."
-    said = [_against(fastest["packed"], dense, "packed form")] if "packed" in fastest else []
+    sentences = [_against(fastest["packed"], dense, "packed form")] if "packed" in fastest else []
     if "smaller" in fastest:
         smaller, prefill = fastest["smaller"], min(by_kind["smaller"], key=lambda speed: speed.first_token)
         whole = min(by_kind["dense"], key=lambda speed: speed.first_token)
         reading = whole.first_token / prefill.first_token
-        said.append(
+        sentences.append(
             f"{_against(smaller, dense, 'form of the smaller model')} It reads a prompt of {prefill.prompt} tokens "
             f"{max(reading, 1 / reading):.2f} times {'faster' if reading > 1 else 'slower'}."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
 def _against(packed: Speed, dense: Speed, what: str) -> str:

@@ -17,8 +17,8 @@ from ..models.names import expert_sources, joined_sources, stored_names
 from . import kernel
 from .experts import serve_experts
 from .linear import DenseLinear, FusedProjections, SparseLinear
-from .pack import PackedCheckpoint, is_packed
 from .packed import PackedOperator, pack_operator
+from .packed_checkpoint import PackedCheckpoint, is_packed
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Projections of one input in the architectures of transformers, by their usual names."""

@@ -1,4 +1,4 @@
-"""Pack a pruned checkpoint, read a packed one, and unpack it.
+"""Pack a pruned checkpoint, and unpack a packed one.
 
 Both directions go tensor by tensor. A folder is written under a temporary name and renamed when it is complete.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -27,35 +26,24 @@ from ..models.files.checkpoint import (
     QUANT_METHOD,
     SINGLE,
     Checkpoint,
-    LayerWidths,
     WeightFile,
-    inside,
-    read_json,
     read_widths,
     widths_section,
 )
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
 from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import read_pruning_record, recorded_claims
+from ..models.files.record import read_pruning_record, recorded_claims, stacked_experts
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runs.listener import Listener
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.numerics import dtype_name
-from .format import (
-    MAX_M,
-    METADATA,
-    VERSION,
-    OperatorSpec,
-    decode,
-    encode,
-    operator_fault,
-    read_specs,
-)
+from .format import MAX_M, METADATA, VERSION, OperatorSpec, encode
 from .packed import FLOATS, PackedOperator, pack_operator
+from .packed_checkpoint import PackedCheckpoint
 
-MIN_ZEROS = 0.25
+MIN_ZEROS_TO_PACK = 0.25
 """Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
 
 
@@ -133,8 +121,8 @@ def pack(
         raise FistaPrunerError(f"{source.folder} is packed already")
     refuse_low_rank(source.folder, "pack")
     record = read_pruning_record(source.folder)
-    told = progress or Listener().tick
-    plan = _plan(source, record, values, group, told)
+    tick = progress or Listener().tick
+    plan = _plan(source, record, values, group, tick)
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
@@ -142,10 +130,10 @@ def pack(
         for stored, file in source.files.items():
             name = safetensors_name(stored)
             contents[name], squares = _pack_file(
-                partial / name, file, plan, lambda: told("operators packed", next(done), len(plan))
+                partial / name, file, plan, lambda: tick("operators packed", next(done), len(plan))
             )
             changed, whole = changed + squares[0], whole + squares[1]
-            told("computing checksums", 0, 1)
+            tick("computing checksums", 0, 1)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         if whole:
             report = replace(report, rounding=math.sqrt(changed / whole))
@@ -156,118 +144,12 @@ def pack(
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)
-        write_text_atomic(partial / "README.md", model_card(report, values, source.config, _origin(source.folder)))
+        write_text_atomic(
+            partial / "README.md", packed_model_card(report, values, source.config, _origin(source.folder))
+        )
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
     return report
-
-
-class PackedCheckpoint:
-    """An opened and checked packed folder: descriptions in memory, values on disk.
-
-    Args:
-        folder: a folder that :func:`pack` wrote.
-        verify: compare every file with its checksum before anything is read.
-
-    Attributes:
-        checkpoint: the folder as a checkpoint of its stored tensors.
-        specs: every packed operator's description, by the name of its dense tensor.
-        record: the record of the pruning run, from ``packed.json``.
-
-    Raises:
-        FistaPrunerError: not a packed folder, another version, a file that is missing, damaged or does not match.
-    """
-
-    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder = Path(path_text("folder", folder, A_FOLDER))
-        if not (self.folder / PACKED_RECORD).is_file():
-            raise FistaPrunerError(
-                f"{self.folder} is not a packed checkpoint, or not all of one: it has no {PACKED_RECORD}. 'fistapruner "
-                "pack FOLDER OUT' makes one of a pruned model, 'hf download NAME --local-dir DIR' a whole folder of "
-                "a packed one on the hub, of which transformers leaves that file out"
-            )
-        about = read_json(self.folder, PACKED_RECORD)
-        if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
-            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
-        if about["version"] != VERSION:
-            raise FistaPrunerError(
-                f"{self.folder} has format version {about['version']}; this program reads version {VERSION}"
-            )
-        self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
-        self.checkpoint = Checkpoint.open(self.folder)
-        self._check_files(about.get("files"), verify)
-        self.specs: dict[str, OperatorSpec] = {}
-        self._holders: dict[str, WeightFile] = {}
-        for file in self.checkpoint.files.values():
-            for name, spec in read_specs(file.metadata, file.entries, str(file.path)).items():
-                if name in self.specs or name in self.checkpoint:
-                    raise FistaPrunerError(f"{self.folder}: operator {name[:200]!r} is there twice")
-                self.specs[name], self._holders[name] = spec, file
-        self._parts = {entry.name for name, spec in self.specs.items() for entry in spec.entries(name, 0)}
-
-    def _check_files(self, files: Any, verify: bool) -> None:
-        if not isinstance(files, dict) or set(files) != set(self.checkpoint.files):
-            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
-        for name, claim in files.items():
-            path = inside(self.folder, name)
-            if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
-                raise FistaPrunerError(
-                    f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged"
-                )
-            if verify and claim.get("sha256") != sha256_file(path):
-                raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
-
-    def dense_names(self) -> list[str]:
-        """List the names of the tensors that are stored densely."""
-        return [name for name in self.checkpoint.names() if name not in self._parts]
-
-    def operator(self, name: str) -> PackedOperator:
-        """Read one packed operator.
-
-        Raises:
-            FistaPrunerError: its tensors do not fit each other.
-        """
-        file = self._holders[name]
-        return decode(name, self.specs[name], file.read, operator_fault(str(file.path), name))
-
-    def tensor(self, name: str) -> Tensor:
-        """Read one dense tensor, unpacking it if it is a packed operator."""
-        return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
-
-    def experts(self, matrices: Sequence[Sequence[str]]) -> Tensor:
-        """Read the matrices of single experts as transformers joins them: (experts, m, n).
-
-        Args:
-            matrices: for each matrix of an expert its stored names, as of :func:`~.names.expert_sources`.
-        """
-        return torch.stack([torch.cat([self.tensor(name) for name in own]) for own in zip(*matrices, strict=True)])
-
-    def names(self) -> list[str]:
-        """List the names of the dense model's tensors; the packed ones last."""
-        return [*self.dense_names(), *self.specs]
-
-    def contents(self) -> dict[str, list[TensorEntry]]:
-        """List the tensors of the dense model by file."""
-        out = {}
-        for shard, file in self.checkpoint.files.items():
-            entries = [entry for entry in file.entries.values() if entry.name not in self._parts]
-            packed = [(name, self.specs[name]) for name, holder in self._holders.items() if holder is file]
-            out[shard] = entries + [TensorEntry.of(name, spec.dtype, spec.shape) for name, spec in packed]
-        return out
-
-    def config(self) -> dict[str, Any]:
-        """Return ``config.json`` of the dense model."""
-        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
-        return {**config, "quantization_config": widths_section(self.widths)} if self.widths else config
-
-    @property
-    def widths(self) -> LayerWidths:
-        """Widths of the decoder layers that have their own."""
-        return read_widths(self.checkpoint.config, self.folder)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the dense model's tensors."""
-        return {entry.name: entry.shape for entries in self.contents().values() for entry in entries}
 
 
 def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
@@ -281,8 +163,8 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
     Raises:
         FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
     """
-    told, done = progress or Listener().tick, count(1)
-    told("comparing checksums", 0, 1)
+    tick, done = progress or Listener().tick, count(1)
+    tick("comparing checksums", 0, 1)
     source, out = PackedCheckpoint(packed), Path(path_text("out", out, A_FOLDER))
     require_new(out, source.folder)
     contents = source.contents()
@@ -293,7 +175,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
                 for entry in entries:
                     writer.write(entry.name, source.tensor(entry.name))
-                    told("tensors written", next(done), tensors)
+                    tick("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.record:
             write_json_atomic(partial / PRUNING_RECORD, source.record)
@@ -304,11 +186,6 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
             text = "# A pruned model\n\nUnpacked from a packed folder with `fistapruner unpack`.\n"
             write_text_atomic(partial / "README.md", _card_metadata(origin) + text)
     return out
-
-
-def is_packed(folder: str | Path) -> bool:
-    """Check whether a folder is a packed checkpoint."""
-    return (Path(path_text("folder", folder, A_FOLDER)) / PACKED_RECORD).is_file()
 
 
 def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False) -> NM | None:
@@ -357,7 +234,7 @@ class _Planned:
 
 
 def _plan(
-    source: Checkpoint, record: dict[str, Any], values: str, group: int, told: Callable[[str, int, int], None]
+    source: Checkpoint, record: dict[str, Any], values: str, group: int, tick: Callable[[str, int, int], None]
 ) -> dict[str, _Planned]:
     """Decide how each pruned operator that becomes smaller is stored.
 
@@ -375,7 +252,7 @@ def _plan(
     plan, weights, zeros, wide = {}, 0, 0, ""
     names = source.names()
     for done, name in enumerate(names):
-        told("tensors looked through for zeros", done, len(names))
+        tick("tensors looked through for zeros", done, len(names))
         entry = source.entry(name)
         if len(entry.shape) != 2 or entry.dtype not in (*FLOATS, torch.float64) or 0 in entry.shape:
             continue
@@ -385,7 +262,7 @@ def _plan(
         cast = torch.bfloat16 if values == "bf16" else entry.dtype
         weight = source.read(name).to(cast)
         nonzero = int(torch.count_nonzero(weight))
-        if not listed and nonzero > (1 - MIN_ZEROS) * weight.numel():
+        if not listed and nonzero > (1 - MIN_ZEROS_TO_PACK) * weight.numel():
             continue
         if cast not in FLOATS:
             wide = wide or name
@@ -409,14 +286,9 @@ def _plan(
             f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
             "since the mask takes one bit for every weight"
         )
-    raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
-
-
-def stacked_experts(record: Mapping[str, Any]) -> str:
-    """Name a tensor of all experts that a model's record claims to be pruned; empty where there is none."""
-    operators = record.get("operators")
-    found = (re.fullmatch(r"(.+)\[\d+\]", name) for name in (operators if isinstance(operators, dict) else ()))
-    return next((match[1] for match in found if match), "")
+    raise FistaPrunerError(
+        f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS_TO_PACK:.0%} zeros"
+    )
 
 
 def _hint(known: Mapping[str, Any] | None) -> NM | None:
@@ -482,7 +354,7 @@ def _card_metadata(origin: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---\n"
 
 
-def model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+def packed_model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``.
 
     ``origin`` is what the card of the model that was packed says of its licence and dense model.

@@ -21,7 +21,7 @@ from ..models.architecture import set_widths
 from ..models.files.checkpoint import QUANT_METHOD, Checkpoint, read_widths, widths_section
 from ..models.names import expert_sources, stored_names
 from ..runtime.formatting import shell_line
-from .pack import PackedCheckpoint, is_packed
+from .packed_checkpoint import PackedCheckpoint, is_packed
 
 
 def register() -> None:

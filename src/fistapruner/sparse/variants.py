@@ -24,7 +24,7 @@ from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
 from ..runtime.memory import free_memory, reset_peak_memory
 from .load import load
-from .pack import is_packed
+from .packed_checkpoint import is_packed
 from .speed import WARM_UP_TOKENS, Run, Speed, peak, prompts, time_generation
 
 SPEED_OF_OWN_CODE = "the speed of such models is not measured"

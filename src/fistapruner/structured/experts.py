@@ -36,7 +36,7 @@ from ..runs.decision import ExpertsDecision
 EXPERTS = "experts"
 """What is removed, as the report says it."""
 
-GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
+GROUP_COUNTS = re.compile(r"(n|num)_(expert_)?groups?")
 """Names of the number of groups of experts that a router chooses among, in its module."""
 
 LIMIT = re.compile(r"top_?k_groups?")
@@ -247,7 +247,7 @@ def _groups(layer: nn.Module, mixtures: Mapping[str, Experts], experts: int) -> 
             found += [
                 (value, min(limit, value))
                 for key, value in sizes.items()
-                if GROUPS.fullmatch(key) and value > 1 and experts % value == 0
+                if GROUP_COUNTS.fullmatch(key) and value > 1 and experts % value == 0
             ]
     return max(found)
 

@@ -155,7 +155,7 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
     kinds = []
     if settings.share is not None or settings.channels is not None:
         channels = _mlp_channels(model, layout)
-        kinds.append(_with_width(channels, kept_width(model, channels, settings)))
+        kinds.append(_with_width(channels, channels_kept(model, channels, settings)))
     if settings.heads:
         groups = key_value_groups(model, layout, fused=settings.widths == "free")
         before = groups[0][0].before
@@ -277,7 +277,7 @@ def _attention(
     return Unit(GROUPS, names, blocks, (1, 1, 1), consumer, size * heads // groups)
 
 
-def kept_width(model: LayerwiseModel, units: Units, settings: Structure) -> int:
+def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> int:
     """Decide how many channels of each unit stay.
 
     Raises:

@@ -194,8 +194,8 @@ class Adapter:
             FistaPrunerError: they differ.
         """
         rank = self.rank(operator) / experts
-        if self.kind == "LORA" and rank != (said := self._of("rank_pattern", operator)):
-            raise FistaPrunerError(f"{self._file.path}: {operator} has rank {rank:g}, but {CONFIG} says {said:.0f}")
+        if self.kind == "LORA" and rank != (recorded := self._of("rank_pattern", operator)):
+            raise FistaPrunerError(f"{self._file.path}: {operator} has rank {rank:g}, but {CONFIG} says {recorded:.0f}")
 
     def _check_config(self) -> None:
         path = self.folder / CONFIG

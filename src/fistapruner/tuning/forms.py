@@ -92,7 +92,7 @@ class Form(ABC):
 
 
 @dataclass(frozen=True)
-class Dense(Form):
+class WholeMatrix(Form):
     """The whole matrix, masked in the forward pass.
 
     Three times the memory of ``full`` at half of the weights; block reconstruction uses it, since torch's fused Adam

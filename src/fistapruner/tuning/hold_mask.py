@@ -320,9 +320,9 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
         name, rows = place(operator)
         if name is None or rows is None:
             raise FistaPrunerError(f"{origin} lists the operator {operator}, which the model does not have")
-        count, said = int(rows.sum()), claim.get("zeros")
-        if isinstance(said, int) and count < said:
-            raise FistaPrunerError(f"{operator} has {count} zeros, {origin} says {said}: they were lost before")
+        count, recorded = int(rows.sum()), claim.get("zeros")
+        if isinstance(recorded, int) and count < recorded:
+            raise FistaPrunerError(f"{operator} has {count} zeros, {origin} says {recorded}: they were lost before")
         if count:
             found.add(name)
     if not found:

@@ -94,7 +94,7 @@ class TopTokens:
 
 
 @dataclass(frozen=True)
-class Loss:
+class TokenLoss:
     """A loss of predicted tokens.
 
     Args:
@@ -104,7 +104,7 @@ class Loss:
     share: float
 
     @classmethod
-    def named(cls, name: str, mix: float = 0.5) -> Loss:
+    def named(cls, name: str, mix: float = 0.5) -> TokenLoss:
         """Return the loss ``kl``, ``ce``, or ``mix`` with the share ``mix`` of kl."""
         return cls({"kl": 1.0, "ce": 0.0, "mix": mix}[name])
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .forms import ITSELF, Dense, Form
+from .forms import ITSELF, Form, WholeMatrix
 
 Rounding = Callable[[str, Tensor], Tensor]
 """Round the named tensor to the precision in which it will be stored."""
@@ -38,7 +38,7 @@ class MaskedParameters:
         tensors: start values by name, on one device. They are only read until :meth:`write`, and give the dtypes of the
             forward pass.
         pruned: names of the tensors whose zeros are kept.
-        form: of the pruned tensors; None is :class:`~fistapruner.tuning.forms.Dense`.
+        form: of the pruned tensors; None is :class:`~fistapruner.tuning.forms.WholeMatrix`.
         transposed: pruned names that are stored as (n, m).
         masters: trained values by the names of :attr:`masters`, on the same device, not copied; tensors that are not in
             it start anew.
@@ -61,7 +61,7 @@ class MaskedParameters:
         unknown = sorted(set(pruned) - set(tensors))
         if unknown:
             raise ValueError(f"pruned: {unknown[0]!r} is not one of the {len(tensors)} tensors")
-        self.form = form or Dense()
+        self.form = form or WholeMatrix()
         self._tensors = dict(tensors)
         self._transposed = set(transposed)
         self.masks = {name: self._matrix(name, tensors[name].detach()).bool() for name in tensors if name in pruned}

@@ -21,19 +21,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..activations.check import check_model
+from ..activations.gradients import Done, Take, backward, forward_backward
 from ..activations.store import Store
-from ..activations.stream import (
-    Calls,
-    Done,
-    Take,
-    Values,
-    Variants,
-    backward,
-    check_model,
-    forward,
-    forward_backward,
-    forward_variants,
-)
+from ..activations.stream import Calls, Values, Variants, forward, forward_variants
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
@@ -41,7 +32,7 @@ from ..runtime.memory import release_memory
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
 from ..runtime.ranks import ALONE, OrderedSum, Ranks
 from ..runtime.transfers import sent
-from .losses import Loss
+from .losses import TokenLoss
 from .teacher import Teacher
 
 Above = Callable[[int, Tensor], Tensor]
@@ -67,7 +58,7 @@ class Objective:
         batch_size: windows in one pass through a layer.
         store: makes the stores of hidden states between layers.
         keep_graphs: keep the activations of all layers for one batch, see
-            :func:`~fistapruner.activations.stream.forward_backward`; the bits of the result are the same.
+            :func:`~fistapruner.activations.gradients.forward_backward`; the bits of the result are the same.
         budgets: bytes of logits at once.
         ranks: the processes that share the passes. All of them ask for the same losses and gradients.
 
@@ -79,7 +70,7 @@ class Objective:
         self,
         model: LayerwiseModel,
         text: TrainingText,
-        loss: Loss,
+        loss: TokenLoss,
         teacher: Teacher | None,
         batch_size: int,
         store: Store,
@@ -276,7 +267,7 @@ class Objective:
         return self._token_sums(hidden, numbers, self.loss, factor)
 
     def _token_sums(
-        self, hidden: Sequence[Tensor], numbers: list[int], token_loss: Loss, factor: float | None
+        self, hidden: Sequence[Tensor], numbers: list[int], token_loss: TokenLoss, factor: float | None
     ) -> tuple[Tensor, Tensor | None]:
         """Sum a loss over the tokens of each window that carry it; as :meth:`_reduce`."""
         where = self._where(numbers)

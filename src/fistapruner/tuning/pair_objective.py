@@ -17,7 +17,7 @@ from torch import Tensor
 from ..activations.stream import Variants
 from ..calibration.pairs import Pairs
 from ..runtime.transfers import sent
-from .losses import Loss
+from .losses import TokenLoss
 from .objective import Objective
 from .preference import margins_of, preference_losses
 
@@ -27,7 +27,7 @@ LENGTHS = 32
 AT_ONCE = 256
 """Windows of the longest pairs whose hidden states are kept at once, if no pass has more."""
 
-LIKELIHOOD, DIVERGENCE = Loss(0.0), Loss(1.0)
+LIKELIHOOD, DIVERGENCE = TokenLoss(0.0), TokenLoss(1.0)
 
 
 class AnswerObjective(Objective):

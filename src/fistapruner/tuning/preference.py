@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-Kind = Literal["dpo", "multi-dpo", "harmonic", "geometric"]
+PreferenceLoss = Literal["dpo", "multi-dpo", "harmonic", "geometric"]
 
 GUARD = 1e-6
 """Added to the size of every margin by :func:`pair_weights`, so that equal answers are shared evenly."""
@@ -60,7 +60,7 @@ def preference_losses(
 
 
 def reference_margins(
-    kind: Kind, references: Tensor, weights: Tensor, clip: float | None = None
+    kind: PreferenceLoss, references: Tensor, weights: Tensor, clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turn the log-probabilities of references into what :func:`preference_losses` takes.
 
@@ -82,7 +82,7 @@ def reference_margins(
     return margins_of(mixed)[None], torch.ones_like(weights[:1])
 
 
-def virtual_reference(kind: Kind, references: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
+def virtual_reference(kind: PreferenceLoss, references: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
     """Return the (pairs, 2) log-probabilities of the one reference that several are combined to.
 
     multi-dpo has none; its margin is the mean of its references' margins. As :func:`reference_margins`.

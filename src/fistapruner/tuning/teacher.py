@@ -23,8 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..activations.check import check_model
 from ..activations.store import scratch_factory
-from ..activations.stream import check_model, forward
+from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..models.layerwise import LayerwiseModel, Tick
@@ -34,7 +35,7 @@ from ..runtime.ranks import ALONE, Ranks
 from ..runtime.transfers import sent
 from .losses import DenseLogits, Reference, TopTokens
 
-Kind = Literal["hidden", "top128", "top64"]
+PredictionKind = Literal["hidden", "top128", "top64"]
 
 TOP: dict[str, int] = {"top128": 128, "top64": 64}
 """Tokens that are stored for each position."""
@@ -47,7 +48,7 @@ FORMAT = 1
 
 MOST_LIKELY = ("tokens", "log_p", "rest")
 
-STORED: dict[Kind, tuple[str, ...]] = {"hidden": ("hidden",), "top128": MOST_LIKELY, "top64": MOST_LIKELY}
+STORED: dict[PredictionKind, tuple[str, ...]] = {"hidden": ("hidden",), "top128": MOST_LIKELY, "top64": MOST_LIKELY}
 """Names of what is stored for a window."""
 
 
@@ -107,7 +108,7 @@ class Teacher:
         folder: Path,
         *,
         batch_size: int,
-        kind: Kind = "hidden",
+        kind: PredictionKind = "hidden",
         identity: str = "",
         order: Sequence[int] = (),
         windows_per_step: int = 1,

@@ -43,12 +43,23 @@ def has_zeros(record: Mapping[str, Any]) -> bool:
     return any(not isinstance(claim, Mapping) or claim.get("sparsity") != "0%" for claim in claims)
 
 
+def stack_of(name: str) -> str:
+    """Name the tensor of all experts that holds a matrix such as ``down_proj[3]``; empty for others."""
+    found = re.fullmatch(r"(.+)\[\d+\]", name)
+    return found[1] if found else ""
+
+
+def stacked_experts(record: Mapping[str, Any]) -> str:
+    """Name a tensor of all experts that a model's record claims to be pruned; empty where there is none."""
+    operators = record.get("operators")
+    return next(filter(None, map(stack_of, operators if isinstance(operators, dict) else ())), "")
+
+
 def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Take the tensors apart of which a record claims something for the matrices of single experts."""
     operators = record.get("operators")
     for name, claim in operators.items() if isinstance(operators, Mapping) else ():
-        found = re.fullmatch(r"(.+)\[\d+\]", name)
-        whole = found[1] if found else ""
+        whole = stack_of(name)
         known = whole in checkpoint and whole not in checkpoint.stacks and isinstance(claim, Mapping)
         if known and len(checkpoint.entry(whole).shape) == 3:
             checkpoint.take_apart(Stack(whole, transposed=claim.get("transposed") is True))

@@ -1,4 +1,4 @@
-"""What is not computed again was not going to change: the same bits with and without replay, in fewer passes."""
+"""Outputs that cannot change are not computed again: the same bits with and without their cache, in fewer passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from fistapruner.activations.replay import Replay
+from fistapruner.activations.cached_outputs import CachedOutputs
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pipeline.prune import prune
 from fistapruner.pruning import passes
@@ -23,7 +23,7 @@ WAYS = {
 }
 
 
-class Without(Replay):
+class Without(CachedOutputs):
     """Forgets what is done."""
 
     def pruned(self, number: int) -> None:
@@ -49,25 +49,25 @@ def test_the_same_bits_in_fewer_passes(
     source = str(tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16))
     given: list[str] = []
     continued: list[str] = []
-    giving, going_on = Replay._giving, Replay._going_on
+    giving, going_on = CachedOutputs._giving, CachedOutputs._going_on
 
-    def counted(self: Replay, name: str, batch: Any) -> Any:
+    def counted(self: CachedOutputs, name: str, batch: Any) -> Any:
         given.append(name)
         return giving(self, name, batch)
 
-    def counted_on(self: Replay, ending: Any, batch: Any) -> Any:
+    def counted_on(self: CachedOutputs, ending: Any, batch: Any) -> Any:
         continued.append(ending.operator)
         return going_on(self, ending, batch)
 
-    monkeypatch.setattr(Replay, "_giving", counted)
-    monkeypatch.setattr(Replay, "_going_on", counted_on)
+    monkeypatch.setattr(CachedOutputs, "_giving", counted)
+    monkeypatch.setattr(CachedOutputs, "_going_on", counted_on)
     execution = {"threads": 1, "batch_size": 2}
     prune(source, tmp_path / "with", **SETTINGS, **WAYS[way], execution=execution)
     if architecture == "llama":  # three layers; the last one feeds none
         assert given == ["self_attn"] * {"dense": 3, "pruned": 5, "mixed": 5, "matched": 3}[way]
         attention, mlp = "self_attn.o_proj", "mlp.down_proj"
         assert continued == ([attention] * 3 if way in ("dense", "matched") else [attention, mlp] * 2 + [attention])
-    monkeypatch.setattr(passes, "Replay", Without)
+    monkeypatch.setattr(passes, "CachedOutputs", Without)
     prune(source, tmp_path / "without", **SETTINGS, **WAYS[way], execution=execution)
     one, other = weights(tmp_path / "with"), weights(tmp_path / "without")
     assert one.keys() == other.keys()

@@ -26,7 +26,7 @@ def kept_projections(layout: Layout, index: int, device: torch.device) -> Mappin
     return layout.output_projections[index] if device.type == "cpu" else {}
 
 
-class Replay:
+class CachedOutputs:
     """Cached inputs and outputs of final sub-modules of one decoder layer.
 
     Modules whose output is not one tensor of hidden states (alone, or followed by None) are computed in every pass.

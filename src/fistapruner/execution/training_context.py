@@ -30,7 +30,7 @@ from ..runtime.devices import cpu_threads, device_title
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
 from ..runtime.ranks import ALONE, Ranks
-from ..tuning.losses import Loss
+from ..tuning.losses import TokenLoss
 from ..tuning.objective import Objective
 from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
@@ -153,11 +153,11 @@ class TrainingContext:
                 pass
             del trained
             release_failed_memory()
-            said = self._take_less(listener)
+            sentence = self._reduce_plan(listener)
             if self.ranks.size > 1:
-                raise FistaPrunerError(f"{said}; give the same command again")
+                raise FistaPrunerError(f"{sentence}; give the same command again")
 
-    def _take_less(self, listener: Listener) -> str:
+    def _reduce_plan(self, listener: Listener) -> str:
         """Take less of the GPU's memory from now on, also in a run that is resumed.
 
         Of several processes the one whose memory has run out records it, as the others may not hear of it.
@@ -173,16 +173,16 @@ class TrainingContext:
             smaller = self.decision.model_copy(update=changes)
             if smaller == self.decision:
                 continue
-            said = f"{ran_out}, which goes on from the last state: {what}"
+            sentence = f"{ran_out}, which goes on from the last state: {what}"
             with preparing(self.run.folder) if self.ranks.size > 1 else nullcontext():
                 record = self.run.record()
                 assert record is not None  # the run was opened with it
                 if record.decision == self.decision:  # no other process has recorded it yet
-                    kept = {"decision": smaller, "warnings": [*record.warnings, said]}
+                    kept = {"decision": smaller, "warnings": [*record.warnings, sentence]}
                     self.run.write_record(record.model_copy(update=kept))
             self.decision = smaller
-            listener.say(said)
-            return said
+            listener.say(sentence)
+            return sentence
         raise FistaPrunerError(
             f"{ran_out}, even with one decoder layer in memory at a time, and trained tensors and hidden states in "
             f"files: free some of it and resume {self.run.folder}; or begin another run, whose plan takes what is free "
@@ -242,7 +242,7 @@ class TrainingContext:
         return Objective(
             self.model,
             self.text,
-            Loss.named(str(self.recipe.loss), self.recipe.mix),
+            TokenLoss.named(str(self.recipe.loss), self.recipe.mix),
             self._teacher(windows, listener),
             self.decision.numerics.batch_size,
             store,

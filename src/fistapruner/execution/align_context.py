@@ -22,7 +22,7 @@ from ..runtime.ranks import ALONE, Ranks
 from ..tuning.objective import Objective
 from ..tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
 from ..tuning.preference import (
-    Kind,
+    PreferenceLoss,
     fixed_weights,
     held_out_weights,
     pair_weights,
@@ -36,7 +36,7 @@ from ..tuning.references import (
     reference_log_probabilities,
 )
 from ..tuning.trained import Trained
-from .training import TrainingContext
+from .training_context import TrainingContext
 
 START_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}
 """Most nats a token by which the model at step 0 may differ from what the reference ``pruned`` has cached.
@@ -59,7 +59,7 @@ def reference_windows(name: str, recipe: AlignRecipe, pairs: Pairs) -> list[int]
 
 
 @dataclass(frozen=True)
-class Mixture:
+class ReferenceMixture:
     """The references of a loss, combined.
 
     Args:
@@ -91,7 +91,7 @@ class AlignContext(TrainingContext):
         references = self.references(store, listener, self.ranks)
         mixture, preference = self.mixture(references), None
         if recipe.loss in PREFERENCE_LOSSES:
-            kind = cast(Kind, recipe.loss)
+            kind = cast(PreferenceLoss, recipe.loss)
             margins, weights = reference_margins(kind, mixture.references, mixture.weights, self._clip())
             preference = Preference(margins, weights, recipe.beta, recipe.label_smoothing)
         anchor, teacher = recipe.resolved_anchor, None
@@ -158,7 +158,7 @@ class AlignContext(TrainingContext):
             self._at_once,
         )
 
-    def mixture(self, references: dict[str, Tensor]) -> Mixture:
+    def mixture(self, references: dict[str, Tensor]) -> ReferenceMixture:
         """Combine the references of the loss; a loss without any is told against the model that went in."""
         recipe = self.recipe
         names = recipe.resolved_references or ("pruned",)
@@ -172,8 +172,8 @@ class AlignContext(TrainingContext):
             held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
             rule = held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
             weights = fixed_weights(rule, stacked.shape[1])
-        kind = cast(Kind, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
-        return Mixture(names, stacked, weights, virtual_reference(kind, stacked, weights, self._clip()))
+        kind = cast(PreferenceLoss, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
+        return ReferenceMixture(names, stacked, weights, virtual_reference(kind, stacked, weights, self._clip()))
 
     def test_log_probabilities(self, trained: Trained) -> Tensor:
         """Compute the (test pairs, 2) log-probabilities under the trained model."""

@@ -1,0 +1,139 @@
+"""Open a packed folder and read its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..models.files.checkpoint import (
+    PACKED_RECORD,
+    Checkpoint,
+    LayerWidths,
+    WeightFile,
+    inside,
+    read_json,
+    read_widths,
+    widths_section,
+)
+from ..models.files.safetensors import TensorEntry
+from ..runtime.files import sha256_file
+from .format import VERSION, OperatorSpec, decode, operator_fault, read_specs
+from .packed import PackedOperator
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Check whether a folder is a packed checkpoint."""
+    return (Path(path_text("folder", folder, A_FOLDER)) / PACKED_RECORD).is_file()
+
+
+class PackedCheckpoint:
+    """An opened and checked packed folder: descriptions in memory, values on disk.
+
+    Args:
+        folder: a folder that :func:`~.pack.pack` wrote.
+        verify: compare every file with its checksum before anything is read.
+
+    Attributes:
+        checkpoint: the folder as a checkpoint of its stored tensors.
+        specs: every packed operator's description, by the name of its dense tensor.
+        record: the record of the pruning run, from ``packed.json``.
+
+    Raises:
+        FistaPrunerError: not a packed folder, another version, a file that is missing, damaged or does not match.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        self.folder = Path(path_text("folder", folder, A_FOLDER))
+        if not (self.folder / PACKED_RECORD).is_file():
+            raise FistaPrunerError(
+                f"{self.folder} is not a packed checkpoint, or not all of one: it has no {PACKED_RECORD}. 'fistapruner "
+                "pack FOLDER OUT' makes one of a pruned model, 'hf download NAME --local-dir DIR' a whole folder of "
+                "a packed one on the hub, of which transformers leaves that file out"
+            )
+        about = read_json(self.folder, PACKED_RECORD)
+        if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
+            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
+        if about["version"] != VERSION:
+            raise FistaPrunerError(
+                f"{self.folder} has format version {about['version']}; this program reads version {VERSION}"
+            )
+        self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
+        self.checkpoint = Checkpoint.open(self.folder)
+        self._check_files(about.get("files"), verify)
+        self.specs: dict[str, OperatorSpec] = {}
+        self._holders: dict[str, WeightFile] = {}
+        for file in self.checkpoint.files.values():
+            for name, spec in read_specs(file.metadata, file.entries, str(file.path)).items():
+                if name in self.specs or name in self.checkpoint:
+                    raise FistaPrunerError(f"{self.folder}: operator {name[:200]!r} is there twice")
+                self.specs[name], self._holders[name] = spec, file
+        self._parts = {entry.name for name, spec in self.specs.items() for entry in spec.entries(name, 0)}
+
+    def _check_files(self, files: Any, verify: bool) -> None:
+        if not isinstance(files, dict) or set(files) != set(self.checkpoint.files):
+            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
+        for name, claim in files.items():
+            path = inside(self.folder, name)
+            if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
+                raise FistaPrunerError(
+                    f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged"
+                )
+            if verify and claim.get("sha256") != sha256_file(path):
+                raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
+
+    def dense_names(self) -> list[str]:
+        """List the names of the tensors that are stored densely."""
+        return [name for name in self.checkpoint.names() if name not in self._parts]
+
+    def operator(self, name: str) -> PackedOperator:
+        """Read one packed operator.
+
+        Raises:
+            FistaPrunerError: its tensors do not fit each other.
+        """
+        file = self._holders[name]
+        return decode(name, self.specs[name], file.read, operator_fault(str(file.path), name))
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one dense tensor, unpacking it if it is a packed operator."""
+        return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
+
+    def experts(self, matrices: Sequence[Sequence[str]]) -> Tensor:
+        """Read the matrices of single experts as transformers joins them: (experts, m, n).
+
+        Args:
+            matrices: for each matrix of an expert its stored names, as of :func:`~.names.expert_sources`.
+        """
+        return torch.stack([torch.cat([self.tensor(name) for name in own]) for own in zip(*matrices, strict=True)])
+
+    def names(self) -> list[str]:
+        """List the names of the dense model's tensors; the packed ones last."""
+        return [*self.dense_names(), *self.specs]
+
+    def contents(self) -> dict[str, list[TensorEntry]]:
+        """List the tensors of the dense model by file."""
+        out = {}
+        for shard, file in self.checkpoint.files.items():
+            entries = [entry for entry in file.entries.values() if entry.name not in self._parts]
+            packed = [(name, self.specs[name]) for name, holder in self._holders.items() if holder is file]
+            out[shard] = entries + [TensorEntry.of(name, spec.dtype, spec.shape) for name, spec in packed]
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """Return ``config.json`` of the dense model."""
+        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        return {**config, "quantization_config": widths_section(self.widths)} if self.widths else config
+
+    @property
+    def widths(self) -> LayerWidths:
+        """Widths of the decoder layers that have their own."""
+        return read_widths(self.checkpoint.config, self.folder)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the dense model's tensors."""
+        return {entry.name: entry.shape for entries in self.contents().values() for entry in entries}
