@@ -264,9 +264,33 @@ def test_a_bias_changed_in_place_is_used(kind):
         assert float((layer(x) - before - 100).abs().max()) < 2
         layer.bias -= 100
         assert float((layer(x) - before).abs().max()) < 2
-    with torch.inference_mode():
-        layer.bias = torch.nn.Parameter(bias + 100) if kind == "dense" else bias + 100  # torch counts no changes of it
+        layer.bias.data += 100  # of this and of what follows torch counts no changes
         assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias.data = bias.clone()
+        assert float((layer(x) - before).abs().max()) < 2
+    with torch.inference_mode():
+        layer.bias = torch.nn.Parameter(bias + 100) if kind == "dense" else bias + 100
+        assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias -= 100
+        assert float((layer(x) - before).abs().max()) < 2
+        layer.bias += 100
+    with torch.no_grad():
+        assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias = None
+        assert float((layer(x) + bias - before).abs().max()) < 2
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
+def test_a_bias_changed_between_fused_projections_is_used(level):
+    """Of the one that is called, and of those that are multiplied with it."""
+    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.zeros(64), level) for seed in range(3)]
+    FusedProjections.join(layers)
+    for seed in range(2):
+        x = torch.randn(1, 130, generator=torch.Generator().manual_seed(seed))
+        for layer in layers:
+            layers[-1].bias.data += 1
+            expected = x @ layer.operator.to_dense().float().T + layer.bias
+            torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("level", kernel.available_levels())

@@ -172,27 +172,47 @@ class Handle:
     """
 
     def __init__(self, operator: PackedOperator | Tensor, bias: Tensor | None = None) -> None:
-        added = None if bias is None else bias.detach().float().contiguous()
         held: tuple[Tensor | None, ...]
         if isinstance(operator, Tensor):
             held, words, group, values = (
-                (None, None, operator, None, None, added),
+                (None, None, operator, None, None),
                 -(-operator.shape[1] // 64),
                 0,
                 operator.dtype,
             )
         else:
-            held = (operator.mask, operator.start, operator.values, operator.scales, operator.sums, added)
+            held = (operator.mask, operator.start, operator.values, operator.scales, operator.sums)
             words, group, values = operator.mask.shape[1] // 8, operator.group // 64, operator.values.dtype
         self._kept = held
-        mask, start, stored, scales, sums, shift = (None if tensor is None else tensor.data_ptr() for tensor in held)
+        mask, start, stored, scales, sums = (None if tensor is None else tensor.data_ptr() for tensor in held)
         self.rows, self.columns = operator.shape
         kind = VALUES[values]
         self._struct = _Operator(
-            self.rows, self.columns, words, mask, start, stored, shift, scales, sums, max(group or words, 1), kind, 0
+            self.rows, self.columns, words, mask, start, stored, None, scales, sums, max(group or words, 1), kind, 0
         )
+        self._bias: Tensor | None = None
+        self.take_bias(bias)
         self.address = ctypes.addressof(self._struct)
         self.alone = OperatorBatch([self])
+
+    def take_bias(self, bias: Tensor | None) -> bool:
+        """Copy the bias as it is now, and tell whether it differs from the last one.
+
+        Before every product: torch counts no changes through ``.data`` or of inference tensors.
+        """
+        if bias is None:
+            changed = self._struct.bias is not None
+            self._struct.bias = None
+            return changed
+        now = bias.detach().float()
+        if self._bias is None:
+            with torch.inference_mode(False):  # what is made in that mode cannot be overwritten outside of it
+                self._bias = torch.empty(self.rows)
+        elif self._struct.bias is not None and torch.equal(self._bias, now):
+            return False
+        self._bias.copy_(now)
+        self._struct.bias = self._bias.data_ptr()
+        return True
 
     def takes_many(self, level: int) -> bool:
         """Check whether matrix units multiply this operator with any number of bf16 vectors."""
