@@ -164,6 +164,22 @@ def test_not_finite_activations_stay_visible(level, bad):
         assert bool(torch.isfinite(out[1]).all())
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_gives_its_dtype_to_few_and_many_tokens(level, cast, dtype):
+    operator = make(2, 20, 130, 0.5, torch.bfloat16)
+    dense = DenseLinear(130, 20, bias=False, dtype=torch.bfloat16)
+    dense.weight.data = operator.to_dense()
+    for rows in (1, 10, 40):
+        x = torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        for layer in (SparseLinear(operator, level=level), dense):
+            with torch.no_grad(), torch.autocast("cpu", dtype=cast):
+                found, expected = layer(x), torch.nn.functional.linear(x, dense.weight)
+            assert found.dtype == cast
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.05)
+
+
 def test_gradients_flow_to_the_input():
     operator = make(2, 20, 30, 0.5, torch.float32)
     x = torch.randn(2, 30, requires_grad=True)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..errors import FistaPrunerError
 from . import kernel
-from .packed import PackedOperator, pack_operator
+from .packed import FLOATS, PackedOperator, pack_operator
 
 ON_GPU = (
     "packed operators are unpacked on the CPU for every product on {device}: on a GPU, load with packed=False, or 2:4 "
@@ -77,6 +77,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
+        x = _autocast(x)
         if (
             self.level >= 0
             and x.device.type == "cpu"
@@ -266,6 +267,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
+        x = _autocast(x)
         weight, bias, level = self.weight, self.bias, kernel.best_level()
         rows = x.numel() // self.in_features if self.in_features else 0
         if (
@@ -288,6 +290,14 @@ class DenseLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory addresses; a copy makes its own."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_seen")}
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast as ``torch.autocast`` does for torch's products, which the kernel is not."""
+    kind = x.device.type
+    if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _version(tensor: Tensor | None) -> int:
