@@ -330,6 +330,20 @@ def test_projections_of_one_input_change_no_bit(level, values):
 
 
 @pytest.mark.parametrize("level", kernel.available_levels()[:1])
+def test_products_of_fused_projections_may_be_changed_in_place(level):
+    """With gradients, and without a change of what another product keeps for its backward pass."""
+    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), level=level) for seed in range(2)]
+    FusedProjections.join(layers)
+    x, delta = torch.ones(3, 130), torch.ones(64, requires_grad=True)
+    for _ in range(2):
+        first, second = (layer(x) for layer in layers)
+        kept = (second * delta).sum()
+        first += delta
+        (first.sum() + kept).backward()
+    torch.testing.assert_close(delta.grad, 2 * (3 + second.sum(0)))
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
 def test_projections_stay_fused_after_a_short_first_input_and_new_weights(level):
     layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.ones(64), level) for seed in range(3)]
     FusedProjections.join(layers)

@@ -277,4 +277,5 @@ class OperatorBatch:
             self._addresses, self._count, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level
         ):
             raise MemoryError("no memory for the kernel's vectors")
-        return (out,) if self._count == 1 else out.split(sizes)
+        # .data: torch forbids in-place changes of views that were made together.
+        return (out,) if self._count == 1 else [part.data for part in out.split(sizes)]
