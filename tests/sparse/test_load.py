@@ -250,6 +250,18 @@ def test_int8_stays_close(tmp_path):
         assert error < 0.05
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_values_that_cannot_become_int8_are_refused_by_name(tmp_path, architecture):
+    source = save_pruned(tmp_path / "m", architecture)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name and name.endswith("weight"))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fistapruner.pack(source, tmp_path / "p")
+    with pytest.raises(FistaPrunerError, match=rf"{tmp_path / 'p'}: {name}: values that are not finite"):
+        fistapruner.load(tmp_path / "p", int8=True)
+
+
 def test_import_is_all_it_takes(tmp_path):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     code = (
