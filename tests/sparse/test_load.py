@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
+from fistapruner.sparse import kernel
 from fistapruner.sparse.packed import PackedOperator
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
 from tiny import ARCHITECTURES, VOCABULARY, store_head
@@ -48,6 +50,27 @@ def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, m
     fistapruner.pack(save_pruned(tmp_path / "m", architecture), tmp_path / "p")
     monkeypatch.setattr(PackedOperator, "to_dense", None)
     fistapruner.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"EXTENSION_SUFFIXES": []}, "no kernel was compiled here"),
+        ({"ABI": -1}, r"_kernel.* is of another version"),
+        ({}, "FISTAPRUNER_KERNEL=torch turns the kernel off"),
+    ],
+)
+def test_a_missing_kernel_is_told_with_its_reason(tmp_path, monkeypatch, changes, reason):
+    if not kernel.available_levels() and "EXTENSION_SUFFIXES" not in changes:
+        pytest.skip("there is no kernel")
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    monkeypatch.setenv("FISTAPRUNER_KERNEL", "torch" if not changes else "")
+    for name, value in changes.items():
+        monkeypatch.setattr(kernel, name, value)
+    for cached in ("library", "best_level"):
+        monkeypatch.setattr(kernel, cached, cache(getattr(kernel, cached).__wrapped__))
+    with pytest.warns(UserWarning, match=f"{reason}.*, so packed operators run slower"):
+        fistapruner.load(tmp_path / "p")
 
 
 def test_what_is_not_packed_is_refused_with_what_packs_it(tmp_path):

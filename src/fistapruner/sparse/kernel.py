@@ -64,31 +64,45 @@ class _Operator(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """Load the compiled kernel; None if it was not built, or for another version."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_kernel{suffix}"
-        if not path.exists():
-            continue
-        try:
-            loaded = ctypes.CDLL(str(path))
-            loaded.fistapruner_abi.restype = ctypes.c_int
-            if loaded.fistapruner_abi() != ABI:
-                return None
-        except (OSError, AttributeError):
+    path = _built()
+    if path is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.fistapruner_abi.restype = ctypes.c_int
+        if loaded.fistapruner_abi() != ABI:
             return None
-        pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        loaded.fistapruner_level.restype = integer
-        loaded.fistapruner_threads.argtypes = (pointer,)
-        loaded.fistapruner_multiply.argtypes = (pointer, integer, pointer, pointer, integer, integer, integer, integer)
-        loaded.fistapruner_multiply.restype = integer
-        loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
-        loaded.fistapruner_unpack.restype = None
-        loaded.fistapruner_many_bytes.argtypes = (pointer, integer, integer, integer)
-        loaded.fistapruner_many_bytes.restype = long
-        loaded.fistapruner_multiply_many.argtypes = (pointer, integer, pointer, pointer, integer, integer, pointer)
-        loaded.fistapruner_multiply_many.restype = None
-        loaded.fistapruner_threads(_parallel_runtime())
-        return loaded
-    return None
+    except (OSError, AttributeError):
+        return None
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.fistapruner_level.restype = integer
+    loaded.fistapruner_threads.argtypes = (pointer,)
+    loaded.fistapruner_multiply.argtypes = (pointer, integer, pointer, pointer, integer, integer, integer, integer)
+    loaded.fistapruner_multiply.restype = integer
+    loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
+    loaded.fistapruner_unpack.restype = None
+    loaded.fistapruner_many_bytes.argtypes = (pointer, integer, integer, integer)
+    loaded.fistapruner_many_bytes.restype = long
+    loaded.fistapruner_multiply_many.argtypes = (pointer, integer, pointer, pointer, integer, integer, pointer)
+    loaded.fistapruner_multiply_many.restype = None
+    loaded.fistapruner_threads(_parallel_runtime())
+    return loaded
+
+
+def _built() -> Path | None:
+    """Find the file of the compiled kernel."""
+    paths = (Path(__file__).parent / f"_kernel{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
+def absence() -> str:
+    """Say why :func:`best_level` found no kernel."""
+    path = _built()
+    if path is None:
+        return "no kernel was compiled here"
+    if library() is None:
+        return f"the kernel {path} cannot be loaded or is of another version of fistapruner (install it again)"
+    return f"{ENVIRONMENT}=torch turns the kernel off"
 
 
 def _parallel_runtime() -> int | None:

@@ -66,7 +66,7 @@ def load(
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() < 0:
-        slow = "no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False"
+        slow = f"{kernel.absence()}, so packed operators run slower than dense ones: load with packed=False"
         warnings.warn(slow, stacklevel=2)
     model = _build(source, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
