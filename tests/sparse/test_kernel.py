@@ -297,6 +297,16 @@ def test_a_bias_changed_in_place_is_used(kind):
 
 
 @pytest.mark.parametrize("level", kernel.available_levels()[:1])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_bias_that_is_not_on_the_cpu_is_refused(level, rows):
+    layer = SparseLinear(make(1, 20, 130, 0.5, torch.bfloat16), torch.ones(20), level)
+    layer(torch.ones(rows, 130))
+    layer.bias = layer.bias.to("meta")
+    with pytest.raises(FistaPrunerError, match="the bias is on meta"):
+        layer(torch.ones(rows, 130))
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
 def test_a_bias_changed_between_fused_projections_is_used(level):
     """Of the one that is called, and of those that are multiplied with it."""
     layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.zeros(64), level) for seed in range(3)]

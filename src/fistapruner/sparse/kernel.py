@@ -213,11 +213,16 @@ class Handle:
         """Copy the bias as it is now, and tell whether it differs from the last one.
 
         Before every product: torch counts no changes through ``.data`` or of inference tensors.
+
+        Raises:
+            FistaPrunerError: it is not on the CPU.
         """
         if bias is None:
             changed = self._struct.bias is not None
             self._struct.bias = None
             return changed
+        if bias.device.type != "cpu":
+            raise FistaPrunerError(f"the bias is on {bias.device}, the kernel and its input on the CPU: move it there")
         now = bias.detach().float()
         if self._bias is None:
             with torch.inference_mode(False):  # what is made in that mode cannot be overwritten outside of it

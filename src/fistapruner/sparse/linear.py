@@ -66,8 +66,8 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear) -> SparseLinear:
-        """Pack the weight of an ``nn.Linear``."""
-        return cls(pack_operator(linear.weight), linear.bias)
+        """Pack the weight of an ``nn.Linear``, on the CPU."""
+        return cls(pack_operator(linear.weight), None if linear.bias is None else linear.bias.cpu())
 
     @property
     def weight(self) -> Tensor:
@@ -167,7 +167,7 @@ class SparseLinear(nn.Module):
 
     def _dense_product(self, x: Tensor) -> Tensor:
         bias = cast("Tensor | None", self.bias)
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = None if bias is None else bias.to(x.device, x.dtype)
         if x.device.type != "cpu":
             warnings.warn(ON_GPU.format(device=x.device), stacklevel=3)
         if self.level < 0 or x.dtype not in kernel.TYPES or x.device.type != "cpu":
