@@ -164,6 +164,22 @@ def test_not_finite_activations_stay_visible(level, bad):
         assert bool(torch.isfinite(out[1]).all())
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_gives_its_dtype_to_few_and_many_tokens(level, cast, dtype):
+    operator = make(2, 20, 130, 0.5, torch.bfloat16)
+    dense = DenseLinear(130, 20, bias=False, dtype=torch.bfloat16)
+    dense.weight.data = operator.to_dense()
+    for rows in (1, 10, 40):
+        x = torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        for layer in (SparseLinear(operator, level=level), dense):
+            with torch.no_grad(), torch.autocast("cpu", dtype=cast):
+                found, expected = layer(x), torch.nn.functional.linear(x, dense.weight)
+            assert found.dtype == cast
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.05)
+
+
 def test_gradients_flow_to_the_input():
     operator = make(2, 20, 30, 0.5, torch.float32)
     x = torch.randn(2, 30, requires_grad=True)
@@ -264,9 +280,43 @@ def test_a_bias_changed_in_place_is_used(kind):
         assert float((layer(x) - before - 100).abs().max()) < 2
         layer.bias -= 100
         assert float((layer(x) - before).abs().max()) < 2
-    with torch.inference_mode():
-        layer.bias = torch.nn.Parameter(bias + 100) if kind == "dense" else bias + 100  # torch counts no changes of it
+        layer.bias.data += 100  # of this and of what follows torch counts no changes
         assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias.data = bias.clone()
+        assert float((layer(x) - before).abs().max()) < 2
+    with torch.inference_mode():
+        layer.bias = torch.nn.Parameter(bias + 100) if kind == "dense" else bias + 100
+        assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias -= 100
+        assert float((layer(x) - before).abs().max()) < 2
+        layer.bias += 100
+    with torch.no_grad():
+        assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias = None
+        assert float((layer(x) + bias - before).abs().max()) < 2
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_bias_that_is_not_on_the_cpu_is_refused(level, rows):
+    layer = SparseLinear(make(1, 20, 130, 0.5, torch.bfloat16), torch.ones(20), level)
+    layer(torch.ones(rows, 130))
+    layer.bias = layer.bias.to("meta")
+    with pytest.raises(FistaPrunerError, match="the bias is on meta"):
+        layer(torch.ones(rows, 130))
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
+def test_a_bias_changed_between_fused_projections_is_used(level):
+    """Of the one that is called, and of those that are multiplied with it."""
+    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.zeros(64), level) for seed in range(3)]
+    FusedProjections.join(layers)
+    for seed in range(2):
+        x = torch.randn(1, 130, generator=torch.Generator().manual_seed(seed))
+        for layer in layers:
+            layers[-1].bias.data += 1
+            expected = x @ layer.operator.to_dense().float().T + layer.bias
+            torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("level", kernel.available_levels())
@@ -287,6 +337,20 @@ def test_projections_of_one_input_change_no_bit(level, values):
     x.copy_(inputs[1])  # the same tensor, other numbers: what waits is not for it
     assert torch.equal(layers[1](x), expected[1][1])
     assert torch.equal(layers[1](inputs[2]), expected[2][1])
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
+def test_products_of_fused_projections_may_be_changed_in_place(level):
+    """With gradients, and without a change of what another product keeps for its backward pass."""
+    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), level=level) for seed in range(2)]
+    FusedProjections.join(layers)
+    x, delta = torch.ones(3, 130), torch.ones(64, requires_grad=True)
+    for _ in range(2):
+        first, second = (layer(x) for layer in layers)
+        kept = (second * delta).sum()
+        first += delta
+        (first.sum() + kept).backward()
+    torch.testing.assert_close(delta.grad, 2 * (3 + second.sum(0)))
 
 
 @pytest.mark.parametrize("level", kernel.available_levels()[:1])

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
+from fistapruner.sparse import kernel
 from fistapruner.sparse.packed import PackedOperator
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
 from tiny import ARCHITECTURES, VOCABULARY, store_head
@@ -48,6 +50,27 @@ def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, m
     fistapruner.pack(save_pruned(tmp_path / "m", architecture), tmp_path / "p")
     monkeypatch.setattr(PackedOperator, "to_dense", None)
     fistapruner.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"EXTENSION_SUFFIXES": []}, "no kernel was compiled here"),
+        ({"ABI": -1}, r"_kernel.* is of another version"),
+        ({}, "FISTAPRUNER_KERNEL=torch turns the kernel off"),
+    ],
+)
+def test_a_missing_kernel_is_told_with_its_reason(tmp_path, monkeypatch, changes, reason):
+    if not kernel.available_levels() and "EXTENSION_SUFFIXES" not in changes:
+        pytest.skip("there is no kernel")
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    monkeypatch.setenv("FISTAPRUNER_KERNEL", "torch" if not changes else "")
+    for name, value in changes.items():
+        monkeypatch.setattr(kernel, name, value)
+    for cached in ("library", "best_level"):
+        monkeypatch.setattr(kernel, cached, cache(getattr(kernel, cached).__wrapped__))
+    with pytest.warns(UserWarning, match=f"{reason}.*, so packed operators run slower"):
+        fistapruner.load(tmp_path / "p")
 
 
 def test_what_is_not_packed_is_refused_with_what_packs_it(tmp_path):
@@ -248,6 +271,18 @@ def test_int8_stays_close(tmp_path):
     for model in (fistapruner.load(tmp_path / "p"), fistapruner.load(tmp_path / "q", int8=True)):
         error = (logits(model) - expected).norm() / expected.norm()
         assert error < 0.05
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_values_that_cannot_become_int8_are_refused_by_name(tmp_path, architecture):
+    source = save_pruned(tmp_path / "m", architecture)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name and name.endswith("weight"))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fistapruner.pack(source, tmp_path / "p")
+    with pytest.raises(FistaPrunerError, match=rf"{tmp_path / 'p'}: {name}: values that are not finite"):
+        fistapruner.load(tmp_path / "p", int8=True)
 
 
 def test_import_is_all_it_takes(tmp_path):

@@ -20,7 +20,7 @@ from fistapruner.cli import main
 from fistapruner.sparse.bench import bench, record, sentence, table
 from fistapruner.sparse.speed import Run, Speed, measure_speed, time_generation
 from fistapruner.sparse.variants import Variant, Worker, compare, load_variant, serve, weight_bytes
-from tiny import build, save_image_text
+from tiny import SIZES, build, save_image_text, spread
 
 
 def speed(name: str, rate: float, spread: float = 0.0) -> Speed:
@@ -34,6 +34,27 @@ def test_decoding_is_timed(architecture):
     assert measured.tokens_per_second_range[0] <= measured.tokens_per_second <= measured.tokens_per_second_range[1]
     assert measured.first_token > 0
     assert measured.peak_memory > 2**20
+
+
+def test_a_cache_that_a_model_does_not_return_is_filled():
+    sizes = {**SIZES, "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 8}
+    config = transformers.RecurrentGemmaConfig(**sizes, num_hidden_layers=3, lru_width=32, attention_window_size=8)
+    model = spread(transformers.AutoModelForCausalLM.from_config(config).eval())
+    seen = []
+    hook = model.register_forward_hook(lambda *call: seen.append((call[2]["input_ids"], call[3])), with_kwargs=True)
+    time_generation(model, torch.arange(3, 8)[None], 5)
+    hook.remove()
+    whole = torch.cat([ids for ids, _ in seen[1:]], dim=1)  # the prompt is read twice
+    with torch.no_grad():
+        expected = model(whole, use_cache=False).logits[:, -5:]
+    torch.testing.assert_close(torch.cat([out.logits[:, -1:] for _, out in seen[1:]], dim=1), expected)
+
+
+def test_a_model_without_a_cache_is_refused_before_packing(tmp_path):
+    config = transformers.OpenAIGPTConfig(**SIZES, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(FistaPrunerError, match="OpenAIGPTLMHeadModel takes no cache"):
+        bench(tmp_path)
 
 
 def test_too_few_tokens():
@@ -186,13 +207,18 @@ def test_as_many_tokens_as_positions_are_decoded():
     measure_speed(build("gpt2"), prompt=100, tokens=29)  # 128 positions; the last token is not fed
 
 
-def test_a_process_says_what_went_wrong(tmp_path):
+def test_a_process_says_what_went_wrong(tmp_path, monkeypatch):
     class Pipe(list):
         send = list.append
 
     pipe = Pipe()
     serve(Variant("dense", save_pruned(tmp_path / "m", "gpt2")), 1, 200, 4, 1, pipe)  # 128 positions
-    assert pipe == [{"error": "IndexError: index out of range in self"}]
+    monkeypatch.setattr("fistapruner.sparse.variants.load_variant", lambda variant: variant.cache)
+    serve(Variant("dense", tmp_path), 1, 4, 4, 1, pipe)
+    assert pipe == [
+        {"error": "IndexError: index out of range in self"},
+        {"error": "AttributeError: 'Variant' object has no attribute 'cache'"},
+    ]
 
 
 def test_a_process_nobody_listens_to_ends_quietly(tmp_path):

@@ -177,9 +177,11 @@ def test_products_outside_of_iterations_are_fp32(gpu: StandIn, tmp_path: Path) -
 def test_a_packed_operator_warns_on_a_gpu(gpu: StandIn) -> None:
     dense = nn.Linear(32, 8)
     x = torch.randn(3, 32)
-    packed = fistapruner.SparseLinear.from_dense(dense)
     expected = dense(x)
-    packed.bias = nn.Parameter(packed.bias.detach().to("cuda:0"))
-    with pytest.warns(UserWarning, match="unpacked on the CPU for every product on cuda:0: .*packed=False"):
-        found = packed(x.to("cuda:0"))
-    assert torch.allclose(found.cpu(), expected, atol=1e-5)
+    packed = fistapruner.SparseLinear.from_dense(dense.to("cuda:0"))
+    assert torch.allclose(packed(x), expected, atol=1e-5)
+    for device in ("cpu", "cuda:0"):
+        packed.bias = packed.bias.to(device)
+        with pytest.warns(UserWarning, match="unpacked on the CPU for every product on cuda:0: .*packed=False"):
+            found = packed(x.to("cuda:0"))
+        assert torch.allclose(found.cpu(), expected, atol=1e-5)

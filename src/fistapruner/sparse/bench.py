@@ -17,7 +17,7 @@ from ..runtime.formatting import align_columns
 from . import kernel
 from .pack import NoPackedFormError, pack, unpack
 from .packed_checkpoint import is_packed
-from .speed import WARM_UP_TOKENS, Speed
+from .speed import WARM_UP_TOKENS, Speed, cache_argument
 from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
 DTYPES = ("float32", "bfloat16")
@@ -54,8 +54,8 @@ def bench(
         allow_pickle: read legacy ``.bin`` weights.
 
     Raises:
-        FistaPrunerError: a number that is too small, no pruned model, it needs Python code of its own, it does not fit
-            disk or memory, or it has too few positions for prompt and tokens.
+        FistaPrunerError: a number that is too small, no pruned model, it needs Python code of its own, it takes no
+            cache, it does not fit disk or memory, or it has too few positions for prompt and tokens.
     """
     for name, value, least in (
         ("batch", batch, 1),
@@ -74,7 +74,7 @@ def bench(
         if folder is not None:
             Checkpoint.open(folder, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
-    _check_positions(model, prompt, tokens, allow_pickle)
+    _check_decoding(model, prompt, tokens, allow_pickle)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
         whole = [] if before is None else [Variant(f"dense {dtype}", Path(before), dtype) for dtype in DTYPES]
         dense, packed, int8 = model, Path(scratch) / "packed", Path(scratch) / "int8"
@@ -99,13 +99,15 @@ def bench(
         return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 
 
-def _check_positions(model: Path, prompt: int, tokens: int, allow_pickle: bool) -> None:
-    """Refuse a text longer than the model's positions: learnt position embeddings end there.
+def _check_decoding(model: Path, prompt: int, tokens: int, allow_pickle: bool) -> None:
+    """Refuse a model without a cache, and a text longer than its positions, where learnt embeddings end.
 
     The last new token takes none: no other is predicted from it.
     """
     # The shapes of packed tensors are not needed.
-    positions = max_length(build_model(Checkpoint.open(model, allow_pickle), shapes={}))
+    empty = build_model(Checkpoint.open(model, allow_pickle), shapes={})
+    cache_argument(empty)
+    positions = max_length(empty)
     warm_up = f" ({WARM_UP_TOKENS} to warm up)" if tokens < WARM_UP_TOKENS else ""
     if positions is not None and prompt + max(tokens, WARM_UP_TOKENS) - 1 > positions:
         asked = f"prompt {prompt} and {tokens} new tokens{warm_up}"

@@ -64,31 +64,45 @@ class _Operator(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """Load the compiled kernel; None if it was not built, or for another version."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_kernel{suffix}"
-        if not path.exists():
-            continue
-        try:
-            loaded = ctypes.CDLL(str(path))
-            loaded.fistapruner_abi.restype = ctypes.c_int
-            if loaded.fistapruner_abi() != ABI:
-                return None
-        except (OSError, AttributeError):
+    path = _built()
+    if path is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.fistapruner_abi.restype = ctypes.c_int
+        if loaded.fistapruner_abi() != ABI:
             return None
-        pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        loaded.fistapruner_level.restype = integer
-        loaded.fistapruner_threads.argtypes = (pointer,)
-        loaded.fistapruner_multiply.argtypes = (pointer, integer, pointer, pointer, integer, integer, integer, integer)
-        loaded.fistapruner_multiply.restype = integer
-        loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
-        loaded.fistapruner_unpack.restype = None
-        loaded.fistapruner_many_bytes.argtypes = (pointer, integer, integer, integer)
-        loaded.fistapruner_many_bytes.restype = long
-        loaded.fistapruner_multiply_many.argtypes = (pointer, integer, pointer, pointer, integer, integer, pointer)
-        loaded.fistapruner_multiply_many.restype = None
-        loaded.fistapruner_threads(_parallel_runtime())
-        return loaded
-    return None
+    except (OSError, AttributeError):
+        return None
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.fistapruner_level.restype = integer
+    loaded.fistapruner_threads.argtypes = (pointer,)
+    loaded.fistapruner_multiply.argtypes = (pointer, integer, pointer, pointer, integer, integer, integer, integer)
+    loaded.fistapruner_multiply.restype = integer
+    loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
+    loaded.fistapruner_unpack.restype = None
+    loaded.fistapruner_many_bytes.argtypes = (pointer, integer, integer, integer)
+    loaded.fistapruner_many_bytes.restype = long
+    loaded.fistapruner_multiply_many.argtypes = (pointer, integer, pointer, pointer, integer, integer, pointer)
+    loaded.fistapruner_multiply_many.restype = None
+    loaded.fistapruner_threads(_parallel_runtime())
+    return loaded
+
+
+def _built() -> Path | None:
+    """Find the file of the compiled kernel."""
+    paths = (Path(__file__).parent / f"_kernel{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
+def absence() -> str:
+    """Say why :func:`best_level` found no kernel."""
+    path = _built()
+    if path is None:
+        return "no kernel was compiled here"
+    if library() is None:
+        return f"the kernel {path} cannot be loaded or is of another version of fistapruner (install it again)"
+    return f"{ENVIRONMENT}=torch turns the kernel off"
 
 
 def _parallel_runtime() -> int | None:
@@ -172,27 +186,52 @@ class Handle:
     """
 
     def __init__(self, operator: PackedOperator | Tensor, bias: Tensor | None = None) -> None:
-        added = None if bias is None else bias.detach().float().contiguous()
         held: tuple[Tensor | None, ...]
         if isinstance(operator, Tensor):
             held, words, group, values = (
-                (None, None, operator, None, None, added),
+                (None, None, operator, None, None),
                 -(-operator.shape[1] // 64),
                 0,
                 operator.dtype,
             )
         else:
-            held = (operator.mask, operator.start, operator.values, operator.scales, operator.sums, added)
+            held = (operator.mask, operator.start, operator.values, operator.scales, operator.sums)
             words, group, values = operator.mask.shape[1] // 8, operator.group // 64, operator.values.dtype
         self._kept = held
-        mask, start, stored, scales, sums, shift = (None if tensor is None else tensor.data_ptr() for tensor in held)
+        mask, start, stored, scales, sums = (None if tensor is None else tensor.data_ptr() for tensor in held)
         self.rows, self.columns = operator.shape
         kind = VALUES[values]
         self._struct = _Operator(
-            self.rows, self.columns, words, mask, start, stored, shift, scales, sums, max(group or words, 1), kind, 0
+            self.rows, self.columns, words, mask, start, stored, None, scales, sums, max(group or words, 1), kind, 0
         )
+        self._bias: Tensor | None = None
+        self.take_bias(bias)
         self.address = ctypes.addressof(self._struct)
         self.alone = OperatorBatch([self])
+
+    def take_bias(self, bias: Tensor | None) -> bool:
+        """Copy the bias as it is now, and tell whether it differs from the last one.
+
+        Before every product: torch counts no changes through ``.data`` or of inference tensors.
+
+        Raises:
+            FistaPrunerError: it is not on the CPU.
+        """
+        if bias is None:
+            changed = self._struct.bias is not None
+            self._struct.bias = None
+            return changed
+        if bias.device.type != "cpu":
+            raise FistaPrunerError(f"the bias is on {bias.device}, the kernel and its input on the CPU: move it there")
+        now = bias.detach().float()
+        if self._bias is None:
+            with torch.inference_mode(False):  # what is made in that mode cannot be overwritten outside of it
+                self._bias = torch.empty(self.rows)
+        elif self._struct.bias is not None and torch.equal(self._bias, now):
+            return False
+        self._bias.copy_(now)
+        self._struct.bias = self._bias.data_ptr()
+        return True
 
     def takes_many(self, level: int) -> bool:
         """Check whether matrix units multiply this operator with any number of bf16 vectors."""
@@ -257,4 +296,5 @@ class OperatorBatch:
             self._addresses, self._count, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level
         ):
             raise MemoryError("no memory for the kernel's vectors")
-        return (out,) if self._count == 1 else out.split(sizes)
+        # .data: torch forbids in-place changes of views that were made together.
+        return (out,) if self._count == 1 else [part.data for part in out.split(sizes)]

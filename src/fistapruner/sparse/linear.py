@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..errors import FistaPrunerError
 from . import kernel
-from .packed import PackedOperator, pack_operator
+from .packed import FLOATS, PackedOperator, pack_operator
 
 ON_GPU = (
     "packed operators are unpacked on the CPU for every product on {device}: on a GPU, load with packed=False, or 2:4 "
@@ -61,14 +61,13 @@ class SparseLinear(nn.Module):
         else:
             self.level = -1 if level == "torch" else kernel.level_index(level)
         self._handle: kernel.Handle | None = None
-        self._bias_seen: tuple[Tensor | None, int] = None, 0
         self._fused: FusedProjections | None = None
         self._place = 0
 
     @classmethod
     def from_dense(cls, linear: nn.Linear) -> SparseLinear:
-        """Pack the weight of an ``nn.Linear``."""
-        return cls(pack_operator(linear.weight), linear.bias)
+        """Pack the weight of an ``nn.Linear``, on the CPU."""
+        return cls(pack_operator(linear.weight), None if linear.bias is None else linear.bias.cpu())
 
     @property
     def weight(self) -> Tensor:
@@ -78,6 +77,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
+        x = _autocast(x)
         if (
             self.level >= 0
             and x.device.type == "cpu"
@@ -131,7 +131,6 @@ class SparseLinear(nn.Module):
     ) -> None:
         rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._handle = None  # it has a copy of the bias
         weight = state_dict.get(prefix + "weight")
         if weight is None:
             missing_keys += [prefix + "weight"] if strict else []
@@ -153,22 +152,22 @@ class SparseLinear(nn.Module):
         self._handle = None
 
     def _kernel(self) -> kernel.Handle:
-        held, handle = self._handle, self.current_handle()
-        if handle is not held and self._fused is not None:
+        handle, changed = self.current_handle()
+        if changed and self._fused is not None:
             self._fused.renew()
         return handle
 
-    def current_handle(self) -> kernel.Handle:
-        """Return the kernel's handle of the weight and bias, made again where they have changed."""
+    def current_handle(self) -> tuple[kernel.Handle, bool]:
+        """Return the kernel's handle of the weight and bias, and whether one of them has changed."""
         bias = cast("Tensor | None", self.bias)
-        version = _version(bias)
-        if self._handle is None or self._bias_seen[0] is not bias or self._bias_seen[1] != version:
-            self._handle, self._bias_seen = kernel.Handle(self.operator, bias), (bias, version)
-        return self._handle
+        if self._handle is None:
+            self._handle = kernel.Handle(self.operator, bias)
+            return self._handle, True
+        return self._handle, self._handle.take_bias(bias)
 
     def _dense_product(self, x: Tensor) -> Tensor:
         bias = cast("Tensor | None", self.bias)
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = None if bias is None else bias.to(x.device, x.dtype)
         if x.device.type != "cpu":
             warnings.warn(ON_GPU.format(device=x.device), stacklevel=3)
         if self.level < 0 or x.dtype not in kernel.TYPES or x.device.type != "cpu":
@@ -220,8 +219,8 @@ class FusedProjections:
                 layer._fused, layer._place, layer._handle = fused, place, None
 
     def renew(self) -> None:
-        """Fuse the handles that the layers have now: that of one of them has changed."""
-        handles = [layer.current_handle() for held in self._layers if (layer := held()) is not None]
+        """Fuse the handles that the layers have now: one of them, or its bias, has changed."""
+        handles = [layer.current_handle()[0] for held in self._layers if (layer := held()) is not None]
         self._batch = kernel.OperatorBatch(handles) if len(handles) == len(self._layers) else None
         self._waiting = None
 
@@ -240,6 +239,10 @@ class FusedProjections:
                 self._waiting = self._batch = batch = None
         if batch is None:
             return handle.alone.multiply(_rows_of(x, rows), level, many=many)[0]
+        others = [layer for number, held in enumerate(self._layers) if number != place and (layer := held())]
+        if any([layer.current_handle()[1] for layer in others]):  # a list: each of them takes its bias
+            self.renew()
+            batch = self._batch or batch
         outs = dict(enumerate(batch.multiply(_rows_of(x, rows), level, many=many)))
         own = outs.pop(place)
         self._waiting = (x, version, outs)
@@ -253,7 +256,7 @@ class DenseLinear(nn.Linear):
     """
 
     _handle: kernel.Handle | None = None
-    _seen: tuple[Tensor, int, Tensor | None, int] | None = None
+    _seen: tuple[Tensor, int] | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> DenseLinear:
@@ -264,6 +267,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
+        x = _autocast(x)
         weight, bias, level = self.weight, self.bias, kernel.best_level()
         rows = x.numel() // self.in_features if self.in_features else 0
         if (
@@ -277,25 +281,23 @@ class DenseLinear(nn.Linear):
         ):
             return super().forward(x)
         seen = self._seen
-        if (
-            self._handle is None
-            or seen is None
-            or seen[0] is not weight
-            or seen[1] != weight.data_ptr()
-            or seen[2] is not bias
-            or seen[3] != _version(bias)
-        ):
-            seen = weight, weight.data_ptr(), bias, _version(bias)
-            self._handle, self._seen = kernel.Handle(weight.detach(), bias), seen
+        if self._handle is None or seen is None or seen[0] is not weight or seen[1] != weight.data_ptr():
+            self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr())
+        else:
+            self._handle.take_bias(bias)
         return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._handle = None  # it has a copy of the bias
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory addresses; a copy makes its own."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_seen")}
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast as ``torch.autocast`` does for torch's products, which the kernel is not."""
+    kind = x.device.type
+    if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -47,8 +47,8 @@ def load(
         The causal language model, in evaluation mode. Its ``state_dict`` and what ``save_pretrained`` writes are dense.
 
     Raises:
-        FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, or needs Python
-            code of its own, which is never run here.
+        FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, has values that
+            cannot become int8, or needs Python code of its own, which is never run here.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -66,7 +66,7 @@ def load(
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() < 0:
-        slow = "no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False"
+        slow = f"{kernel.absence()}, so packed operators run slower than dense ones: load with packed=False"
         warnings.warn(slow, stacklevel=2)
     model = _build(source, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
@@ -85,7 +85,8 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
     rounded to int8 again after transposing.
 
     Raises:
-        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing.
+        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing; or values that
+            are not finite cannot become int8.
     """
     model = build_model(source.checkpoint, shapes=source.shapes(), dtype=dtype)
     stored = source.names()
@@ -100,6 +101,12 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
 
     def rounded(target: str, tensor: Tensor) -> Tensor:
         return tensor.to(loaded_dtype(model, target, dtype)) if tensor.is_floating_point() else tensor
+
+    def in_int8(name: str, operator: PackedOperator) -> PackedOperator:
+        try:
+            return operator.quantised() if operator.scales is None else operator
+        except FistaPrunerError as error:
+            raise FistaPrunerError(f"{source.folder}: {name}: {error}") from None
 
     rest: dict[str, Tensor] = {
         target: rounded(target, source.checkpoint.read(name))
@@ -125,12 +132,14 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
             and isinstance(module, nn.Linear)
             and (module.out_features, module.in_features) == operator.shape
         ):
-            replace(model, parent, _sparse(operator, rest.pop(f"{parent}.bias", None), int8))
+            bias = rest.pop(f"{parent}.bias", None)
+            replace(model, parent, SparseLinear(in_int8(name, operator) if int8 else operator, bias))
         elif leaf == "weight" and type(module).__name__ == "Conv1D":  # GPT-2 stores (inputs, outputs)
             turned = pack_operator(operator.to_dense().T.contiguous())
             if operator.scales is not None:
                 turned = turned.quantised(operator.group)
-            replace(model, parent, _sparse(turned, rest.pop(f"{parent}.bias", None), int8, transposed=True))
+            bias = rest.pop(f"{parent}.bias", None)
+            replace(model, parent, SparseLinear(in_int8(name, turned) if int8 else turned, bias, transposed=True))
         else:
             rest[target] = rounded(target, operator.to_dense())
     if packed:
@@ -165,12 +174,6 @@ def use_kernels(model: nn.Module) -> None:
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, SparseLinear) for layer in layers):
                 FusedProjections.join(cast("list[SparseLinear]", layers))
-
-
-def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool, transposed: bool = False) -> SparseLinear:
-    return SparseLinear(
-        operator.quantised() if int8 and operator.scales is None else operator, bias, transposed=transposed
-    )
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -97,26 +97,45 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
         tokens: new tokens, at least 2.
 
     Raises:
-        FistaPrunerError: fewer than two tokens.
+        FistaPrunerError: fewer than two tokens, or the model takes no cache.
     """
+    from transformers import DynamicCache
+
     if tokens < 2:
         raise FistaPrunerError(f"tokens {tokens} is too few to time decoding: at least 2")
-    names = inspect.signature(model.forward).parameters
-    cache_name = "cache" if "cache" in names else "past_key_values"
-    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}  # logits of the last token only, as in generate()
+    key, cache = cache_argument(model), None
+    # Logits of the last token only, as in generate().
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.inference_mode():
         _wait(prompt.device)
         begin = time.perf_counter()
         out = model(input_ids=prompt, use_cache=True, **last)
+        if not hasattr(out, key):  # RecurrentGemma does not return its cache, but fills the one that it is given
+            cache = DynamicCache(config=model.config)
+            begin = time.perf_counter()
+            out = model(input_ids=prompt, use_cache=True, **{key: cache}, **last)
         token = out.logits[:, -1:].argmax(-1)
         _wait(prompt.device)
         first = time.perf_counter()
         for _ in range(tokens - 1):
-            out = model(input_ids=token, use_cache=True, **{cache_name: getattr(out, cache_name)})
+            out = model(input_ids=token, use_cache=True, **{key: getattr(out, key, cache)})
             token = out.logits[:, -1:].argmax(-1)
         _wait(prompt.device)
         end = time.perf_counter()
     return Run(first - begin, prompt.shape[0] * (tokens - 1) / (end - first))
+
+
+def cache_argument(model: Any) -> str:
+    """Name the cache among the arguments of a model; transformers renamed it in version 5.
+
+    Raises:
+        FistaPrunerError: the model takes none.
+    """
+    names = inspect.signature(model.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in names:
+            return name
+    raise FistaPrunerError(f"{type(model).__name__} takes no cache of keys and values: its decoding is not measured")
 
 
 def _wait(device: torch.device) -> None:

@@ -177,7 +177,7 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
         return
     except FistaPrunerError as error:
         pipe.send({"error": str(error)})
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
+    except Exception as error:  # of a model's own code
         pipe.send({"error": f"{type(error).__name__}: {one_line(error, 300)}"})
 
 
