@@ -30,7 +30,6 @@ from .checkpoint import Checkpoint, read_widths
 from .gguf import (
     EPSILON_KEYS,
     architecture_of,
-    check_gguf,
     epsilon,
     head_width,
     name_map,
@@ -39,6 +38,7 @@ from .gguf import (
     scaled_positions,
     transformers_faults,
 )
+from .gguf_header import check_gguf
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
