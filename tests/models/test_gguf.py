@@ -194,6 +194,18 @@ def test_rotary_width_that_the_config_cannot_take_is_refused(tmp_path: Path) -> 
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
+def test_the_tokenizer_of_another_model_beside_the_file_is_not_read(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "alone")
+    text = (tmp_path / "alone" / "tokenizer.json").read_text("utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace('"a"', '"_"').replace('"b"', '"a"'), "utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "z", "chat_template": "other"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     ("name", "pieces"),
     [

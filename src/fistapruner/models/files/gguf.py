@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .safetensors import SafetensorsWriter, TensorEntry
 
 SHARD_BYTES = 4 * 2**30
 
-CONVERSION = 4
+CONVERSION = 5
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
 
 GEMMA2_27B = 46
@@ -104,8 +105,12 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(path.parent.absolute()), "gguf_file": path.name}
-    config = AutoConfig.from_pretrained(**where)
+    # Beside the file transformers would look for a tokenizer and its settings, and take those of another model.
+    with TemporaryDirectory() as alone:
+        (Path(alone) / path.name).symlink_to(path.absolute())
+        where = {"pretrained_model_name_or_path": alone, "gguf_file": path.name}
+        config = AutoConfig.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     _restore_attention_scale(config)
@@ -116,7 +121,6 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    tokenizer = AutoTokenizer.from_pretrained(**where)
     _restore_split(path, reader, tokenizer)
     return model, config, tokenizer
 
