@@ -151,8 +151,13 @@ def write_gguf(
     return model
 
 
-def write_gpt2(path: Path) -> GPT2LMHeadModel:
-    """A tiny GPT-2, whose matrices the file has the other way round, in fp32; returns the model."""
+def write_gpt2(path: Path, settings: Mapping[str, bool | int | float | str] | None = None) -> GPT2LMHeadModel:
+    """A tiny GPT-2, whose matrices the file has the other way round, in fp32; returns the model.
+
+    Args:
+        path: the file.
+        settings: keys of the header beside the sizes.
+    """
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(TOKENS), n_embd=64, n_layer=2, n_head=4)
     model = GPT2LMHeadModel(config).eval()
@@ -163,6 +168,7 @@ def write_gpt2(path: Path) -> GPT2LMHeadModel:
     writer.add_feed_forward_length(256)
     writer.add_head_count(4)
     writer.add_layer_norm_eps(1e-5)
+    _add_settings(writer, settings or {})
     _add_tokenizer(writer, TOKENS)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
     for name, tensor in model.state_dict().items():

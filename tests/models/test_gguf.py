@@ -23,7 +23,7 @@ from fistapruner.models.files.gguf_header import check_gguf
 from fistapruner.models.source import ModelSource, converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-from tiny_gguf import HEADS, write_gemma2, write_gguf, write_with_biases  # noqa: E402
+from tiny_gguf import HEADS, write_gemma2, write_gguf, write_gpt2, write_with_biases  # noqa: E402
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -221,8 +221,50 @@ def test_text_is_split_as_the_file_names_it(tmp_path: Path, name: str, pieces: l
     """transformers takes GPT-2's split where it does not know the name: smollm's is one."""
     write_gguf(tmp_path / "tiny.gguf", settings={"tokenizer.ggml.pre": name})
     convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
-    split = AutoTokenizer.from_pretrained(tmp_path / "out").backend_tokenizer.pre_tokenizer
-    assert [piece for piece, _ in split.pre_tokenize_str(" ab   1234, 5")] == pieces
+    assert pieces_of(tmp_path / "out") == pieces
+
+
+def pieces_of(folder: Path) -> list[str]:
+    split = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer
+    return [piece for piece, _ in split.pre_tokenize_str(" ab   1234, 5")]
+
+
+QWEN_BIASES = {
+    f"blk.{layer}.attn_{letter}.bias": np.zeros(rows)
+    for layer in range(2)
+    for letter, rows in (("q", 64), ("k", 32), ("v", 32))
+}
+
+
+def test_the_split_is_kept_whatever_class_the_architecture_has(tmp_path: Path) -> None:
+    """Classes of transformers such as GPT2Tokenizer have a split of their own."""
+    file = tmp_path / "tiny.gguf"
+    digits = ["Ġab", "ĠĠĠ", "1", "2", "3", "4", ",", "Ġ", "5"]
+    singles = ["Ġab", "ĠĠ", "Ġ", *"1234", ",", "Ġ", "5"]
+    triples = ["Ġab", "ĠĠ", "Ġ", "123", "4", ",", "Ġ", "5"]
+    for number, (architecture, name, pieces) in enumerate(
+        (("starcoder2", "starcoder", digits), ("nemotron", "tekken", singles), ("gpt2", "gpt-4o", triples))
+    ):
+        settings = {"tokenizer.ggml.pre": name}
+        if architecture == "gpt2":
+            write_gpt2(file, settings)
+        else:
+            write_with_biases(file, architecture, settings)
+        convert_gguf(file, tmp_path / str(number))
+        assert pieces_of(tmp_path / str(number)) == pieces, name
+    for number, settings in enumerate(({}, {"tokenizer.ggml.pre": "qwen2"})):
+        write_gguf(file, architecture="qwen2", more=QWEN_BIASES, settings=settings)
+        convert_gguf(file, tmp_path / f"qwen-{number}")
+        assert pieces_of(tmp_path / f"qwen-{number}") == singles
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"qwen-{number}")
+        assert tokenizer.backend_tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"
+
+
+def test_a_split_that_is_lost_when_the_tokenizer_is_loaded_is_refused(tmp_path: Path) -> None:
+    settings = {"tokenizer.ggml.pre": "smollm"}
+    write_gguf(tmp_path / "tiny.gguf", architecture="qwen2", more=QWEN_BIASES, settings=settings)
+    with pytest.raises(FistaPrunerError, match=r"tiny\.gguf has .* another pre_tokenizer than Qwen2Tokenizer, which"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

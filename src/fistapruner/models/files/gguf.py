@@ -8,6 +8,7 @@ because both trust its counts.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ import torch
 import yaml
 
 from ...errors import FistaPrunerError
-from ...runtime.files import write_text_atomic
-from .checkpoint import SINGLE
+from ...runtime.files import write_json_atomic, write_text_atomic
+from .checkpoint import SINGLE, read_json
 from .folder import checkpoint_folder, write_index
 from .gguf_header import check_gguf
 from .safetensors import SafetensorsWriter, TensorEntry
@@ -39,15 +40,18 @@ SPLIT = "tokenizer.ggml.pre"
 SPLIT_AS_GPT2 = frozenset(
     ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling")
 )
-"""Values of ``tokenizer.ggml.pre`` of vocabularies that split text as GPT-2 does; so does a file without the key."""
+"""Values of ``tokenizer.ggml.pre`` of vocabularies that split text as GPT-2 does; so do most files without the key."""
 
 SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"))
 """Those of vocabularies that split text as GPT-2 does, after every digit is split off."""
 
-SPLIT_AS_QWEN2 = frozenset(("stablelm2", "hunyuan"))
+SPLIT_AS_QWEN2 = frozenset(("qwen2", "stablelm2", "hunyuan"))
 
 SPLIT_AS_BLOOM = frozenset(("bloom", "gpt3-finnish", "poro-chat"))
 BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
+
+COMPOSED = ("Qwen2Tokenizer", "GPTNeoXTokenizer")
+"""Classes of ``transformers`` of families whose text is composed (NFC) first, which no key of a file says."""
 
 EPSILON_KEYS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
 
@@ -68,7 +72,8 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
     Raises:
         FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
             ``transformers`` reads from GGUF, it has tensors, positions or windows of attention that
-            ``transformers`` would leave out, it splits text in an unknown way, or it is a mixture of experts.
+            ``transformers`` would leave out, it splits text in a way that is unknown or that ``transformers`` does not
+            keep, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
     """
     packed = check_gguf(path)
@@ -86,7 +91,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         _keep_all(path, reader, names, config)
         entries = _entries(path, model, set(names.values()), dtype)
         config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        _save_tokenizer(path, tokenizer, partial)
         if model.can_generate():
             model.generation_config.save_pretrained(partial)
         shards = list(_shards(entries, shard_bytes))
@@ -126,7 +131,7 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
 
 
 def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
-    """Split text before byte-level BPE as the file names it.
+    """Split text before byte-level BPE as the file names it; restore what else goes with that name.
 
     ``transformers`` knows some of llama.cpp's names, and takes GPT-2's split for all others.
 
@@ -134,12 +139,17 @@ def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
         FistaPrunerError: neither it nor this function knows the name.
     """
     from tokenizers import Regex
+    from tokenizers.normalizers import NFC
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     fields = {key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", SPLIT) if key in reader.fields}
-    name = fields.get(SPLIT)
-    if fields.get("tokenizer.ggml.model") != "gpt2" or name is None or name in SPLIT_AS_GPT2:
+    if fields.get("tokenizer.ggml.model") != "gpt2":
+        return
+    if (family := type(tokenizer).__name__) in COMPOSED:
+        tokenizer.backend_tokenizer.normalizer = NFC()
+    name = fields.get(SPLIT, "qwen2" if family == "Qwen2Tokenizer" else "gpt-2")
+    if name in SPLIT_AS_GPT2:
         return
     regex = ByteLevel(add_prefix_space=False, use_regex=True)
     if name in SPLIT_DIGITS:
@@ -162,6 +172,36 @@ def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
             "Face checkpoint"
         )
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+
+
+def _save_tokenizer(path: Path, tokenizer: Any, out: Path) -> None:
+    """Save a tokenizer so that it is loaded as it is.
+
+    Classes of tokenizers of one family rebuild all but the vocabulary, whatever the folder says; the general one does
+    not.
+
+    Raises:
+        FistaPrunerError: ``transformers`` loads another one: it takes the family's class all the same.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(out)
+    kept = {"tokenizer_class": "TokenizersBackend", "padding_side": tokenizer.padding_side}
+    write_json_atomic(out / "tokenizer_config.json", read_json(out, "tokenizer_config.json") | kept)
+    found = _steps(loaded := AutoTokenizer.from_pretrained(str(out)))
+    for step, wanted in _steps(tokenizer).items():
+        if found[step] != wanted:
+            raise FistaPrunerError(
+                f"{path} has a vocabulary with another {step} than {type(loaded).__name__}, which transformers takes "
+                "for this architecture: take the model's Hugging Face checkpoint"
+            )
+
+
+def _steps(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer does beside looking up its vocabulary."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    found = {step: state[step] for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    return found | {key: state["model"].get(key) for key in ("byte_fallback", "ignore_merges")}
 
 
 def _restore_attention_scale(config: Any) -> None:
