@@ -260,6 +260,19 @@ def test_the_split_is_kept_whatever_class_the_architecture_has(tmp_path: Path) -
         assert tokenizer.backend_tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"
 
 
+@pytest.mark.parametrize(("flag", "begins"), [(None, True), (True, True), (False, False)])
+def test_texts_of_llama_3_begin_with_bos_and_its_whole_words_need_no_merges(
+    tmp_path: Path, flag: bool | None, begins: bool
+) -> None:
+    said = {} if flag is None else {"tokenizer.ggml.add_bos_token": flag}
+    for name, with_bos, whole in (("llama-bpe", begins, True), ("gpt-4o", bool(flag), False)):
+        write_gguf(tmp_path / "tiny.gguf", settings={"tokenizer.ggml.pre": name, **said})
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer("ab")["input_ids"] == [*([1] if with_bos else []), 29], name
+        assert tokenizer.backend_tokenizer.model.ignore_merges == whole, name
+
+
 def test_a_split_that_is_lost_when_the_tokenizer_is_loaded_is_refused(tmp_path: Path) -> None:
     settings = {"tokenizer.ggml.pre": "smollm"}
     write_gguf(tmp_path / "tiny.gguf", architecture="qwen2", more=QWEN_BIASES, settings=settings)

@@ -50,6 +50,11 @@ SPLIT_AS_QWEN2 = frozenset(("qwen2", "stablelm2", "hunyuan"))
 SPLIT_AS_BLOOM = frozenset(("bloom", "gpt3-finnish", "poro-chat"))
 BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
+WHOLE_WITH_BOS = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken")
+)
+"""Those of vocabularies whose whole words need no merges; texts begin with BOS unless the file says otherwise."""
+
 COMPOSED = ("Qwen2Tokenizer", "GPTNeoXTokenizer")
 """Classes of ``transformers`` of families whose text is composed (NFC) first, which no key of a file says."""
 
@@ -149,6 +154,10 @@ def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
     if (family := type(tokenizer).__name__) in COMPOSED:
         tokenizer.backend_tokenizer.normalizer = NFC()
     name = fields.get(SPLIT, "qwen2" if family == "Qwen2Tokenizer" else "gpt-2")
+    if name in WHOLE_WITH_BOS:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+        if "tokenizer.ggml.add_bos_token" not in reader.fields:
+            tokenizer.add_bos_token = True
     if name in SPLIT_AS_GPT2:
         return
     regex = ByteLevel(add_prefix_space=False, use_regex=True)
