@@ -40,9 +40,9 @@ NAMES = {
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "Ġ"]
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
+def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str], model: str = "gpt2") -> None:
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens if model == "gpt2" else [token.replace("Ġ", "▁") for token in tokens])
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
@@ -78,6 +78,7 @@ def write_gguf(
     part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
     settings: Mapping[str, bool | int | float | str] | None = None,
+    vocabulary: str = "gpt2",
 ) -> LlamaForCausalLM:
     """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
 
@@ -87,6 +88,7 @@ def write_gguf(
         architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
         part: number, from 0, and count of parts, as llama-gguf-split writes them; a part has the first tensors only.
         more: fp32 tensors beside the model's; ``settings``: further keys of the header.
+        vocabulary: ``gpt2``, or ``llama`` for SentencePiece.
     """
     torch.manual_seed(0)
     tokens = TOKENS
@@ -118,7 +120,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
-    _add_tokenizer(writer, tokens)
+    _add_tokenizer(writer, tokens, vocabulary)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     quantised = gguf.GGMLQuantizationType[kind]
     state = model.state_dict()

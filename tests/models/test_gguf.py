@@ -273,6 +273,19 @@ def test_texts_of_llama_3_begin_with_bos_and_its_whole_words_need_no_merges(
         assert tokenizer.backend_tokenizer.model.ignore_merges == whole, name
 
 
+def test_a_space_before_the_text_is_put_only_where_the_file_has_one(tmp_path: Path) -> None:
+    for said, ids in (({}, [1, 30, 29, 30, 5]), ({"tokenizer.ggml.add_space_prefix": False}, [1, 29, 30, 5])):
+        out = tmp_path / f"out-{len(said)}"
+        write_gguf(tmp_path / "tiny.gguf", settings=said, vocabulary="llama")
+        convert_gguf(tmp_path / "tiny.gguf", out)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer("ab c")["input_ids"] == ids
+        assert tokenizer.decode(ids[1:]) == "ab c"
+    write_gguf(tmp_path / "tiny.gguf", architecture="phi3", settings=said, vocabulary="llama")
+    with pytest.raises(FistaPrunerError, match=r"no space before a text \(tokenizer.ggml.add_space_prefix\), where"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+
+
 def test_a_split_that_is_lost_when_the_tokenizer_is_loaded_is_refused(tmp_path: Path) -> None:
     settings = {"tokenizer.ggml.pre": "smollm"}
     write_gguf(tmp_path / "tiny.gguf", architecture="qwen2", more=QWEN_BIASES, settings=settings)

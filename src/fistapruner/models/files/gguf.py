@@ -37,6 +37,9 @@ GEMMA2_27B = 46
 SPLIT = "tokenizer.ggml.pre"
 """Key whose value names how a vocabulary of byte-level BPE splits text."""
 
+FIRST_SPACE = "tokenizer.ggml.add_space_prefix"
+"""Key whose value says whether a vocabulary of SentencePiece has a space put before a text."""
+
 SPLIT_AS_GPT2 = frozenset(
     ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling")
 )
@@ -121,6 +124,8 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
         where = {"pretrained_model_name_or_path": alone, "gguf_file": path.name}
         config = AutoConfig.from_pretrained(**where)
         tokenizer = AutoTokenizer.from_pretrained(**where)
+    _restore_split(path, reader, tokenizer)
+    _restore_first_space(path, reader, tokenizer)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     _restore_attention_scale(config)
@@ -131,7 +136,6 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    _restore_split(path, reader, tokenizer)
     return model, config, tokenizer
 
 
@@ -181,6 +185,31 @@ def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
             "Face checkpoint"
         )
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+
+
+def _restore_first_space(path: Path, reader: Any, tokenizer: Any) -> None:
+    """Put no space before a text where the file of a SentencePiece vocabulary says so.
+
+    Raises:
+        FistaPrunerError: the tokenizer puts one there in an unknown way.
+    """
+    from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
+    from tokenizers.pre_tokenizers import Metaspace
+
+    fields = {
+        key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", FIRST_SPACE) if key in reader.fields
+    }
+    if fields != {"tokenizer.ggml.model": "llama", FIRST_SPACE: False}:
+        return
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, Metaspace):
+        backend.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = Sequence([Replace("\u2581", " "), ByteFallback(), Fuse()])
+    elif "Prepend" in json.dumps(_steps(tokenizer)["normalizer"]):
+        raise FistaPrunerError(
+            f"{path} puts no space before a text ({FIRST_SPACE}), where transformers does: take the model's Hugging "
+            "Face checkpoint"
+        )
 
 
 def _save_tokenizer(path: Path, tokenizer: Any, out: Path) -> None:
