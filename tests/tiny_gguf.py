@@ -161,11 +161,11 @@ def write_gpt2(path: Path, settings: Mapping[str, bool | int | float | str] | No
         settings: keys of the header beside the sizes.
     """
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(TOKENS), n_embd=64, n_layer=2, n_head=4)
+    config = GPT2Config(vocab_size=len(TOKENS), n_embd=64, n_layer=2, n_head=4, n_positions=32)
     model = GPT2LMHeadModel(config).eval()
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(2)
-    writer.add_context_length(1024)
+    writer.add_context_length(32)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(256)
     writer.add_head_count(4)

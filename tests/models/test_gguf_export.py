@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -167,6 +168,17 @@ def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -
     for letter, heads in (("q", 2), ("k", 1)):
         weight = kept[f"model.layers.0.self_attn.{letter}_proj.weight"].float().numpy()
         assert np.array_equal(exported[f"blk.0.attn_{letter}.weight"], permuted(weight, heads))
+    check_read_back(tmp_path / "o.gguf", tmp_path / "run" / "model", tmp_path / "back")
+
+
+def check_read_back(file: Path, asked: Path, out: Path) -> None:
+    """Check that a file is converted to the weights that it was written from."""
+    convert_gguf(file, out, torch.float32)
+    wanted, found = tensors(asked), tensors(out)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor.float()), name
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_fewer_heads_are_refused_where_they_scale_attention(tmp_path: Path) -> None:
@@ -191,6 +203,7 @@ def test_width_is_that_of_the_weights(tmp_path: Path) -> None:
     shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
     assert shapes["blk.0.ffn_up.weight"] == shapes["blk.0.ffn_down.weight"][::-1] == (64, 192)
     assert shapes["blk.0.ffn_up.bias"] == (192,)
+    check_read_back(tmp_path / "out.gguf", tmp_path / "run" / "model", tmp_path / "back")
 
 
 def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp_path: Path) -> None:

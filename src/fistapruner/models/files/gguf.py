@@ -128,6 +128,7 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
     _restore_first_space(path, reader, tokenizer)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    _restore_sizes(reader, config)
     _restore_attention_scale(config)
     _restore_positions(path, reader, config)
     _restore_rotary_width(path, reader, config)
@@ -240,6 +241,23 @@ def _steps(tokenizer: Any) -> dict[str, Any]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     found = {step: state[step] for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
     return found | {key: state["model"].get(key) for key in ("byte_fallback", "ignore_merges")}
+
+
+def _restore_sizes(reader: Any, config: Any) -> None:
+    """Set the sizes that ``transformers`` does not read: of heads for most architectures, and of GPT-2."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    architecture = reader.fields["general.architecture"].contents()
+    read = {"attention.key_length": ("head_dim", head_width(config))}
+    if "attention.key_length" in GGUF_CONFIG_MAPPING[architecture]:
+        read = {}
+    if config.model_type == "gpt2":
+        width = config.n_inner or 4 * config.n_embd
+        read = {"feed_forward_length": ("n_inner", width), "context_length": ("n_positions", config.n_positions)}
+    for key, (name, known) in read.items():
+        field = reader.fields.get(f"{architecture}.{key}")
+        if field is not None and type(stored := field.contents()) is int and stored != known:
+            setattr(config, name, stored)
 
 
 def _restore_attention_scale(config: Any) -> None:
