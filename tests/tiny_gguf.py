@@ -9,6 +9,8 @@ import gguf
 import numpy as np
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -215,19 +217,20 @@ def write_gemma2(path: Path, layers: int) -> None:
 
 
 def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float | str]) -> None:
-    """A tiny model of StarCoder2, StableLM or Nemotron, in fp32.
+    """A tiny model of StarCoder2, StableLM, Nemotron or BLOOM with an output head of its own, in fp32.
 
     Args:
         path: the file.
-        architecture: ``starcoder2``, ``stablelm`` or ``nemotron``.
+        architecture: ``starcoder2``, ``stablelm``, ``nemotron`` or ``bloom``.
         settings: keys of the header beside the sizes.
     """
     classes = {
         "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
         "stablelm": (StableLmConfig, StableLmForCausalLM),
         "nemotron": (NemotronConfig, NemotronForCausalLM),
+        "bloom": (BloomConfig, BloomForCausalLM),
     }
-    turned = {"starcoder2": 24, "stablelm": 6, "nemotron": 12}[architecture]
+    turned = {"starcoder2": 24, "stablelm": 6, "nemotron": 12, "bloom": 0}[architecture]
     make_config, make_model = classes[architecture]
     config = make_config(
         vocab_size=len(TOKENS),
@@ -250,6 +253,6 @@ def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool
     _add_tokenizer(writer, TOKENS)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 1)
     for name, tensor in make_model(config).state_dict().items():
-        stem, last = name.rsplit(".", 1)
+        stem, last = name.removeprefix("transformer.").rsplit(".", 1)
         writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
     _finish(writer)

@@ -117,6 +117,16 @@ def test_gemma_2_27b_keeps_its_attention_scale(tmp_path: Path, layers: int, scal
     assert config["query_pre_attn_scalar"] == scalar
 
 
+def test_an_output_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    """transformers ties those of all BLOOMs."""
+    write_with_biases(tmp_path / "tiny.gguf", "bloom", {})
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    head = Checkpoint.open(tmp_path / "out").read("lm_head.weight")
+    assert torch.equal(model.lm_head.weight, head)
+    assert not torch.equal(head, model.get_input_embeddings().weight)
+
+
 def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path)

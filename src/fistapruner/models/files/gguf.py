@@ -133,6 +133,8 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
     _restore_positions(path, reader, config)
     _restore_rotary_width(path, reader, config)
     _restore_epsilon(reader, config)
+    if any(tensor.name == "output.weight" for tensor in reader.tensors):
+        config.tie_word_embeddings = False  # transformers ties the heads of all Falcons and BLOOMs
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
