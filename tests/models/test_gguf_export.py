@@ -132,6 +132,21 @@ def test_the_dense_file_is_found_in_its_folder_and_by_any_spelling(tmp_path: Pat
         fp.export(tmp_path / f"run-{model}", tmp_path / f"{model}-out.gguf")
 
 
+def test_the_home_folder_is_understood(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "dense.gguf").write_bytes(dense[0].read_bytes())
+    for number, like in enumerate(("~/dense.gguf", "~/alone")):
+        fp.export(dense[1], tmp_path / f"{number}.gguf", like=like)
+    recipe = {"sparsity": "0%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    fp.prune("~/alone", tmp_path / "run", **recipe)
+    fp.export(tmp_path / "run", tmp_path / "out.gguf")
+    with pytest.raises(FistaPrunerError, match=r"~nobody-here/x\.gguf: there is no such home folder"):
+        fp.export(dense[1], tmp_path / "other.gguf", like="~nobody-here/x.gguf")
+
+
 def test_a_folder_that_cannot_be_written_shows_before_the_weights_are_converted(
     dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
