@@ -287,7 +287,9 @@ def test_the_file_alone_takes_room(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - 1))
     with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* MiB and only"):
         fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes))
+    left = tmp_path / "out.gguf.partial"  # by an export that was killed
+    left.write_bytes(b"0")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - left.exists()))
     fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "measured.gguf").read_bytes()
 
