@@ -132,11 +132,26 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     write_gguf(path)
     architecture = struct.pack("<Q", 5) + b"llama"
     path.write_bytes(path.read_bytes().replace(architecture, architecture.replace(b"llama", b"llaxa"), 1))
-    said = r"tiny\.gguf: transformers does not read GGUF files of the architecture 'llaxa', .* Hugging Face checkpoint$"
+    said = r"tiny\.gguf: fistapruner does not convert GGUF files of the architecture 'llaxa', .* Face checkpoint$"
     with pytest.raises(FistaPrunerError, match=said) as caught:
         converted_gguf(path, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("tokenizer.ggml.tokens", r"has no vocabulary \(tokenizer\.ggml\.tokens\): take a file that has"),
+        ("tokenizer.ggml.merges", r"cannot be converted with transformers .*: it has no key 'scores'$"),
+    ],
+)
+def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str, said: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    data = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(data.replace(key.encode(), key[:-1].encode() + b"_"))
+    with pytest.raises(FistaPrunerError, match=said):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
 def test_config_and_tensors_must_agree(tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         shard_bytes: bytes of tensors in one weight file at most; a larger tensor has a file of its own.
 
     Raises:
-        FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
-            ``transformers`` reads from GGUF, it has tensors, positions or windows of attention that
+        FistaPrunerError: ``out`` exists, the disk is full, the file is damaged or has no vocabulary, the order of
+            values of its architecture is not known, it has tensors, positions or windows of attention that
             ``transformers`` would leave out, it splits text in a way that is unknown or that ``transformers`` does not
             keep, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
@@ -92,6 +92,11 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
         reader = GGUFReader(path)
         architecture_of(path, reader, "take the model's Hugging Face checkpoint")
+        if "tokenizer.ggml.tokens" not in reader.fields:
+            raise FistaPrunerError(
+                f"{path} has no vocabulary (tokenizer.ggml.tokens): take a file that has, or the model's Hugging Face "
+                "checkpoint"
+            )
     space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
     with checkpoint_folder(out, space) as partial, transformers_faults(path):
         model, config, tokenizer = _describe(path, reader, dtype)
@@ -358,7 +363,9 @@ def _restore_epsilon(reader: Any, config: Any) -> None:
 
 
 def architecture_of(path: Path, reader: Any, advice: str) -> str:
-    """Return a file's architecture; refuse one that ``transformers`` does not read from GGUF.
+    """Return a file's architecture; refuse one whose order of values is not known.
+
+    Known are those of ``transformers``' earlier loader.
 
     Mixtures of experts, some of which ``transformers`` reads under another name, are refused before.
 
@@ -372,8 +379,8 @@ def architecture_of(path: Path, reader: Any, advice: str) -> str:
     architecture: str = reader.fields["general.architecture"].contents()
     if architecture not in GGUF_CONFIG_MAPPING:
         raise FistaPrunerError(
-            f"{path}: transformers does not read GGUF files of the architecture {architecture!r}, so the order of "
-            f"their values is not known; {advice}"
+            f"{path}: fistapruner does not convert GGUF files of the architecture {architecture!r}, because the order "
+            f"of their values is not known; {advice}"
         )
     return architecture
 
@@ -503,6 +510,8 @@ def transformers_faults(path: Path) -> Iterator[None]:
         import transformers
 
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it has no key {reason}"
         raise FistaPrunerError(
             f"{path} cannot be converted with transformers {transformers.__version__}: {reason}"
         ) from error
