@@ -9,6 +9,8 @@ import gguf
 import numpy as np
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -40,9 +42,9 @@ NAMES = {
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "Ġ"]
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
+def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str], model: str = "gpt2") -> None:
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens if model == "gpt2" else [token.replace("Ġ", "▁") for token in tokens])
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
@@ -78,6 +80,7 @@ def write_gguf(
     part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
     settings: Mapping[str, bool | int | float | str] | None = None,
+    vocabulary: str = "gpt2",
 ) -> LlamaForCausalLM:
     """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
 
@@ -87,6 +90,7 @@ def write_gguf(
         architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
         part: number, from 0, and count of parts, as llama-gguf-split writes them; a part has the first tensors only.
         more: fp32 tensors beside the model's; ``settings``: further keys of the header.
+        vocabulary: ``gpt2``, or ``llama`` for SentencePiece.
     """
     torch.manual_seed(0)
     tokens = TOKENS
@@ -118,7 +122,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
-    _add_tokenizer(writer, tokens)
+    _add_tokenizer(writer, tokens, vocabulary)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     quantised = gguf.GGMLQuantizationType[kind]
     state = model.state_dict()
@@ -151,18 +155,24 @@ def write_gguf(
     return model
 
 
-def write_gpt2(path: Path) -> GPT2LMHeadModel:
-    """A tiny GPT-2, whose matrices the file has the other way round, in fp32; returns the model."""
+def write_gpt2(path: Path, settings: Mapping[str, bool | int | float | str] | None = None) -> GPT2LMHeadModel:
+    """A tiny GPT-2, whose matrices the file has the other way round, in fp32; returns the model.
+
+    Args:
+        path: the file.
+        settings: keys of the header beside the sizes.
+    """
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(TOKENS), n_embd=64, n_layer=2, n_head=4)
+    config = GPT2Config(vocab_size=len(TOKENS), n_embd=64, n_layer=2, n_head=4, n_positions=32)
     model = GPT2LMHeadModel(config).eval()
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(2)
-    writer.add_context_length(1024)
+    writer.add_context_length(32)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(256)
     writer.add_head_count(4)
     writer.add_layer_norm_eps(1e-5)
+    _add_settings(writer, settings or {})
     _add_tokenizer(writer, TOKENS)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
     for name, tensor in model.state_dict().items():
@@ -207,19 +217,20 @@ def write_gemma2(path: Path, layers: int) -> None:
 
 
 def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float | str]) -> None:
-    """A tiny model of StarCoder2, StableLM or Nemotron, in fp32.
+    """A tiny model of StarCoder2, StableLM, Nemotron or BLOOM with an output head of its own, in fp32.
 
     Args:
         path: the file.
-        architecture: ``starcoder2``, ``stablelm`` or ``nemotron``.
+        architecture: ``starcoder2``, ``stablelm``, ``nemotron`` or ``bloom``.
         settings: keys of the header beside the sizes.
     """
     classes = {
         "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
         "stablelm": (StableLmConfig, StableLmForCausalLM),
         "nemotron": (NemotronConfig, NemotronForCausalLM),
+        "bloom": (BloomConfig, BloomForCausalLM),
     }
-    turned = {"starcoder2": 24, "stablelm": 6, "nemotron": 12}[architecture]
+    turned = {"starcoder2": 24, "stablelm": 6, "nemotron": 12, "bloom": 0}[architecture]
     make_config, make_model = classes[architecture]
     config = make_config(
         vocab_size=len(TOKENS),
@@ -242,6 +253,6 @@ def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool
     _add_tokenizer(writer, TOKENS)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 1)
     for name, tensor in make_model(config).state_dict().items():
-        stem, last = name.rsplit(".", 1)
+        stem, last = name.removeprefix("transformer.").rsplit(".", 1)
         writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
     _finish(writer)

@@ -12,7 +12,8 @@ from mutations import EXAMPLES, damaged, fuzz
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.gguf import check_gguf, convert_gguf
+from fistapruner.models.files.gguf import convert_gguf
+from fistapruner.models.files.gguf_header import check_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from tiny_gguf import write_gguf  # noqa: E402

@@ -18,11 +18,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.gguf import check_gguf, convert_gguf, epsilon
+from fistapruner.models.files.gguf import convert_gguf, epsilon
+from fistapruner.models.files.gguf_header import check_gguf
 from fistapruner.models.source import ModelSource, converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-from tiny_gguf import HEADS, write_gemma2, write_gguf, write_with_biases  # noqa: E402
+from tiny_gguf import HEADS, write_gemma2, write_gguf, write_gpt2, write_with_biases  # noqa: E402
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -116,16 +117,40 @@ def test_gemma_2_27b_keeps_its_attention_scale(tmp_path: Path, layers: int, scal
     assert config["query_pre_attn_scalar"] == scalar
 
 
+def test_an_output_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    """transformers ties those of all BLOOMs."""
+    write_with_biases(tmp_path / "tiny.gguf", "bloom", {})
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.tie_word_embeddings is False
+    assert torch.equal(model.lm_head.weight, Checkpoint.open(tmp_path / "out").read("lm_head.weight"))
+
+
 def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     architecture = struct.pack("<Q", 5) + b"llama"
     path.write_bytes(path.read_bytes().replace(architecture, architecture.replace(b"llama", b"llaxa"), 1))
-    said = r"tiny\.gguf: transformers does not read GGUF files of the architecture 'llaxa', .* Hugging Face checkpoint$"
+    said = r"tiny\.gguf: fistapruner does not convert GGUF files of the architecture 'llaxa', .* Face checkpoint$"
     with pytest.raises(FistaPrunerError, match=said) as caught:
         converted_gguf(path, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("tokenizer.ggml.tokens", r"has no vocabulary \(tokenizer\.ggml\.tokens\): take a file that has"),
+        ("tokenizer.ggml.merges", r"cannot be converted with transformers .*: it has no key 'scores'$"),
+    ],
+)
+def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str, said: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    data = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(data.replace(key.encode(), key[:-1].encode() + b"_"))
+    with pytest.raises(FistaPrunerError, match=said):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
 def test_config_and_tensors_must_agree(tmp_path: Path) -> None:
@@ -193,6 +218,18 @@ def test_rotary_width_that_the_config_cannot_take_is_refused(tmp_path: Path) -> 
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
+def test_the_tokenizer_of_another_model_beside_the_file_is_not_read(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "alone")
+    text = (tmp_path / "alone" / "tokenizer.json").read_text("utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace('"a"', '"_"').replace('"b"', '"a"'), "utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "z", "chat_template": "other"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     ("name", "pieces"),
     [
@@ -208,8 +245,76 @@ def test_text_is_split_as_the_file_names_it(tmp_path: Path, name: str, pieces: l
     """transformers takes GPT-2's split where it does not know the name: smollm's is one."""
     write_gguf(tmp_path / "tiny.gguf", settings={"tokenizer.ggml.pre": name})
     convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
-    split = AutoTokenizer.from_pretrained(tmp_path / "out").backend_tokenizer.pre_tokenizer
-    assert [piece for piece, _ in split.pre_tokenize_str(" ab   1234, 5")] == pieces
+    assert pieces_of(tmp_path / "out") == pieces
+
+
+def pieces_of(folder: Path) -> list[str]:
+    split = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer
+    return [piece for piece, _ in split.pre_tokenize_str(" ab   1234, 5")]
+
+
+QWEN_BIASES = {
+    f"blk.{layer}.attn_{letter}.bias": np.zeros(rows)
+    for layer in range(2)
+    for letter, rows in (("q", 64), ("k", 32), ("v", 32))
+}
+
+
+def test_the_split_is_kept_whatever_class_the_architecture_has(tmp_path: Path) -> None:
+    """Classes of transformers such as GPT2Tokenizer have a split of their own."""
+    file = tmp_path / "tiny.gguf"
+    digits = ["Ġab", "ĠĠĠ", "1", "2", "3", "4", ",", "Ġ", "5"]
+    singles = ["Ġab", "ĠĠ", "Ġ", *"1234", ",", "Ġ", "5"]
+    triples = ["Ġab", "ĠĠ", "Ġ", "123", "4", ",", "Ġ", "5"]
+    for number, (architecture, name, pieces) in enumerate(
+        (("starcoder2", "starcoder", digits), ("nemotron", "tekken", singles), ("gpt2", "gpt-4o", triples))
+    ):
+        settings = {"tokenizer.ggml.pre": name}
+        if architecture == "gpt2":
+            write_gpt2(file, settings)
+        else:
+            write_with_biases(file, architecture, settings)
+        convert_gguf(file, tmp_path / str(number))
+        assert pieces_of(tmp_path / str(number)) == pieces, name
+    for number, settings in enumerate(({}, {"tokenizer.ggml.pre": "qwen2"})):
+        write_gguf(file, architecture="qwen2", more=QWEN_BIASES, settings=settings)
+        convert_gguf(file, tmp_path / f"qwen-{number}")
+        assert pieces_of(tmp_path / f"qwen-{number}") == singles
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"qwen-{number}")
+        assert tokenizer.backend_tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"
+
+
+@pytest.mark.parametrize(("flag", "begins"), [(None, True), (True, True), (False, False)])
+def test_texts_of_llama_3_begin_with_bos_and_its_whole_words_need_no_merges(
+    tmp_path: Path, flag: bool | None, begins: bool
+) -> None:
+    said = {} if flag is None else {"tokenizer.ggml.add_bos_token": flag}
+    for name, with_bos, whole in (("llama-bpe", begins, True), ("gpt-4o", bool(flag), False)):
+        write_gguf(tmp_path / "tiny.gguf", settings={"tokenizer.ggml.pre": name, **said})
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer("ab")["input_ids"] == [*([1] if with_bos else []), 29], name
+        assert tokenizer.backend_tokenizer.model.ignore_merges == whole, name
+
+
+def test_a_space_before_the_text_is_put_only_where_the_file_has_one(tmp_path: Path) -> None:
+    for said, ids in (({}, [1, 30, 29, 30, 5]), ({"tokenizer.ggml.add_space_prefix": False}, [1, 29, 30, 5])):
+        out = tmp_path / f"out-{len(said)}"
+        write_gguf(tmp_path / "tiny.gguf", settings=said, vocabulary="llama")
+        convert_gguf(tmp_path / "tiny.gguf", out)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer("ab c")["input_ids"] == ids
+        assert tokenizer.decode(ids[1:]) == "ab c"
+    write_gguf(tmp_path / "tiny.gguf", architecture="phi3", settings=said, vocabulary="llama")
+    with pytest.raises(FistaPrunerError, match=r"no space before a text \(tokenizer.ggml.add_space_prefix\), where"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+
+
+def test_a_split_that_is_lost_when_the_tokenizer_is_loaded_is_refused(tmp_path: Path) -> None:
+    settings = {"tokenizer.ggml.pre": "smollm"}
+    write_gguf(tmp_path / "tiny.gguf", architecture="qwen2", more=QWEN_BIASES, settings=settings)
+    with pytest.raises(FistaPrunerError, match=r"tiny\.gguf has .* another pre_tokenizer than Qwen2Tokenizer, which"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

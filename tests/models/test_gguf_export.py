@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -131,6 +132,21 @@ def test_the_dense_file_is_found_in_its_folder_and_by_any_spelling(tmp_path: Pat
         fp.export(tmp_path / f"run-{model}", tmp_path / f"{model}-out.gguf")
 
 
+def test_the_home_folder_is_understood(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "dense.gguf").write_bytes(dense[0].read_bytes())
+    for number, like in enumerate(("~/dense.gguf", "~/alone")):
+        fp.export(dense[1], tmp_path / f"{number}.gguf", like=like)
+    recipe = {"sparsity": "0%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    fp.prune("~/alone", tmp_path / "run", **recipe)
+    fp.export(tmp_path / "run", tmp_path / "out.gguf")
+    with pytest.raises(FistaPrunerError, match=r"~nobody-here/x\.gguf: there is no such home folder"):
+        fp.export(dense[1], tmp_path / "other.gguf", like="~nobody-here/x.gguf")
+
+
 def test_a_folder_that_cannot_be_written_shows_before_the_weights_are_converted(
     dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +183,17 @@ def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -
     for letter, heads in (("q", 2), ("k", 1)):
         weight = kept[f"model.layers.0.self_attn.{letter}_proj.weight"].float().numpy()
         assert np.array_equal(exported[f"blk.0.attn_{letter}.weight"], permuted(weight, heads))
+    check_read_back(tmp_path / "o.gguf", tmp_path / "run" / "model", tmp_path / "back")
+
+
+def check_read_back(file: Path, asked: Path, out: Path) -> None:
+    """Check that a file is converted to the weights that it was written from."""
+    convert_gguf(file, out, torch.float32)
+    wanted, found = tensors(asked), tensors(out)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor.float()), name
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_fewer_heads_are_refused_where_they_scale_attention(tmp_path: Path) -> None:
@@ -191,6 +218,7 @@ def test_width_is_that_of_the_weights(tmp_path: Path) -> None:
     shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
     assert shapes["blk.0.ffn_up.weight"] == shapes["blk.0.ffn_down.weight"][::-1] == (64, 192)
     assert shapes["blk.0.ffn_up.bias"] == (192,)
+    check_read_back(tmp_path / "out.gguf", tmp_path / "run" / "model", tmp_path / "back")
 
 
 def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp_path: Path) -> None:
@@ -259,7 +287,9 @@ def test_the_file_alone_takes_room(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - 1))
     with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* MiB and only"):
         fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes))
+    left = tmp_path / "out.gguf.partial"  # by an export that was killed
+    left.write_bytes(b"0")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - left.exists()))
     fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "measured.gguf").read_bytes()
 

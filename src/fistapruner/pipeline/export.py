@@ -9,7 +9,7 @@ from ..errors import FistaPrunerError, path_text
 from ..models.files.checkpoint import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf
 from ..models.files.low_rank import refuse_low_rank
-from ..models.source import SMALL_MODEL, small_model
+from ..models.source import SMALL_MODEL, expand_home, small_model
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import lineage_of
 from ..runtime.formatting import shell_line
@@ -53,23 +53,25 @@ def export(
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: '{shell_line('unpack', folder, 'DIR')}' makes a checkpoint of it")
     refuse_low_rank(folder, "export")
-    where = ""
+    found = like is None
     if like is None:
         lineage, _ = lineage_of(folder)
         like = lineage.source.source if lineage else ""
-        if like != SMALL_MODEL and not like.lower().endswith(".gguf") and _only_gguf(Path(like)) is None:
-            raise FistaPrunerError(
-                f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file: give that of the dense "
-                "model with --like; its vocabulary is needed"
-            )
-        where = "" if Path(like).is_absolute() else " here (the name is relative to the folder where its run began)"
-    source = small_model() if str(like) == SMALL_MODEL else _only_gguf(Path(like)) or Path(like)
+    path = expand_home(str(like))
+    source = small_model() if str(like) == SMALL_MODEL else _only_gguf(path) or path
+    if found and source.suffix.lower() != ".gguf":
+        raise FistaPrunerError(
+            f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file: give that of the dense model "
+            "with --like; its vocabulary is needed"
+        )
     if source.exists() and not source.is_file():
         advice = which_gguf(source) or (
             ": convert the dense model with llama.cpp's convert_hf_to_gguf.py, and give that file"
         )
         raise FistaPrunerError(f"--like {source} is a folder, not a GGUF file{advice}")
     if not source.is_file():
+        relative = found and not path.is_absolute()
+        where = " here (the name is relative to the folder where its run began)" if relative else ""
         raise FistaPrunerError(
             f"{source}, the GGUF file of the dense model, does not exist{where}: give it with --like"
         )

@@ -3,35 +3,32 @@
 The format is read by the ``gguf`` package; what its names and layouts mean in ``transformers`` (configuration,
 tokenizer, tensor names, permuted attention rows) is taken from ``transformers``' own GGUF loader, whose functions are
 semi-private and used in this file only. Before either sees the file, :func:`check_gguf` walks its header with limits,
-because a GGUF is untrusted data and both trust its counts.
+because both trust its counts.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import mmap
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 
-from ...errors import FistaPrunerError, MissingExtraError
-from ...runtime.files import write_text_atomic
-from .checkpoint import SINGLE
+from ...errors import FistaPrunerError
+from ...runtime.files import write_json_atomic, write_text_atomic
+from .checkpoint import SINGLE, read_json
 from .folder import checkpoint_folder, write_index
-from .safetensors import MAX_BYTES, SafetensorsWriter, TensorEntry
+from .gguf_header import check_gguf
+from .safetensors import SafetensorsWriter, TensorEntry
 
-MAX_KEYS = 100_000
-MAX_TENSORS = 1_000_000
-MAX_ARRAY = 50_000_000
-MAX_STRING = 2**26
 SHARD_BYTES = 4 * 2**30
 
-CONVERSION = 4
+CONVERSION = 5
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
 
 GEMMA2_27B = 46
@@ -40,154 +37,34 @@ GEMMA2_27B = 46
 SPLIT = "tokenizer.ggml.pre"
 """Key whose value names how a vocabulary of byte-level BPE splits text."""
 
+FIRST_SPACE = "tokenizer.ggml.add_space_prefix"
+"""Key whose value says whether a vocabulary of SentencePiece has a space put before a text."""
+
 SPLIT_AS_GPT2 = frozenset(
     ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling")
 )
-"""Values of ``tokenizer.ggml.pre`` of vocabularies that split text as GPT-2 does; so does a file without the key."""
+"""Values of ``tokenizer.ggml.pre`` of vocabularies that split text as GPT-2 does; so do most files without the key."""
 
 SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"))
 """Those of vocabularies that split text as GPT-2 does, after every digit is split off."""
 
-SPLIT_AS_QWEN2 = frozenset(("stablelm2", "hunyuan"))
+SPLIT_AS_QWEN2 = frozenset(("qwen2", "stablelm2", "hunyuan"))
 
 SPLIT_AS_BLOOM = frozenset(("bloom", "gpt3-finnish", "poro-chat"))
 BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
+
+WHOLE_WITH_BOS = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken")
+)
+"""Those of vocabularies whose whole words need no merges; texts begin with BOS unless the file says otherwise."""
+
+COMPOSED = ("Qwen2Tokenizer", "GPTNeoXTokenizer")
+"""Classes of ``transformers`` of families whose text is composed (NFC) first, which no key of a file says."""
 
 EPSILON_KEYS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
 
 EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 """Names in configs of what norms add to the variance."""
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-
-class _Header:
-    """A cursor over a mapped GGUF header; every step is checked against the file's length."""
-
-    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
-        self.path, self.data, self.at = path, data, 0
-
-    def fault(self, what: str) -> FistaPrunerError:
-        return FistaPrunerError(f"{self.path} {what}")
-
-    def skip(self, count: int) -> None:
-        if count > len(self.data) - self.at:
-            raise self.fault(f"is truncated: its header goes on beyond the file's {len(self.data)} bytes")
-        self.at += count
-
-    def number(self, kind: str) -> Any:
-        start = self.at
-        self.skip(struct.calcsize("<" + kind))
-        return struct.unpack_from("<" + kind, self.data, start)[0]
-
-    def string(self) -> str:
-        size = self.number("Q")
-        if size > MAX_STRING:
-            raise self.fault(f"is damaged: it claims a string of {size} bytes")
-        start = self.at
-        self.skip(size)
-        try:
-            return self.data[start : self.at].decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.fault("is damaged: a string in its header is not UTF-8") from None
-
-    def value(self, kind: int, key: str) -> Any:
-        """Step over a value; return it if it is a scalar or a string."""
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            raise self.fault(f"is damaged: key {key!r} has the unknown type {kind}")
-        item, count = self.number("I"), self.number("Q")
-        if count > MAX_ARRAY:
-            raise self.fault(f"is damaged: key {key!r} claims {count} values")
-        if item in _SCALARS:
-            self.skip(count * struct.calcsize("<" + _SCALARS[item]))
-        elif item == _STRING:
-            for _ in range(count):
-                self.string()
-        else:
-            raise self.fault(f"is damaged: key {key!r} is an array of the unknown type {item}")
-        return None
-
-
-def check_gguf(path: Path) -> dict[str, TensorEntry]:
-    """Walk the header of a GGUF file and check that it fits the file.
-
-    Returns:
-        Name to entry of every tensor; shapes as PyTorch orders them, ``dtype`` uint8 because the data are packed.
-
-    Raises:
-        FistaPrunerError: names the file and the fault: not GGUF, another version or byte order, one part of several,
-            absurd counts, a name twice, unknown tensor types, tensors that reach beyond the file.
-        MissingExtraError: the ``gguf`` package is missing.
-    """
-    sizes = _type_sizes()
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise FistaPrunerError(f"{path} is not a GGUF file")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _walk(_Header(path, data), sizes)
-    except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _walk(header: _Header, sizes: dict[int, tuple[int, int]]) -> dict[str, TensorEntry]:
-    header.skip(4)
-    version = header.number("I")
-    if version not in (2, 3):
-        raise header.fault(f"is GGUF version {version}, only the little-endian versions 2 and 3 are read")
-    tensors, keys = header.number("Q"), header.number("Q")
-    # The smallest key takes 13 bytes, the smallest tensor 24: a count the file cannot hold is refused at once.
-    if keys > min(MAX_KEYS, len(header.data) // 13) or tensors > min(MAX_TENSORS, len(header.data) // 24):
-        raise header.fault(f"is damaged: it claims {keys} keys and {tensors} tensors in {len(header.data)} bytes")
-    fields: dict[str, Any] = {}
-    for _ in range(keys):
-        key = header.string()
-        if key in fields:
-            raise header.fault(f"is damaged: key {key!r} appears twice")
-        fields[key] = header.value(header.number("I"), key)
-    parts = fields.get("split.count", 1)
-    if type(parts) is int and parts > 1:
-        number = fields.get("split.no")
-        part = f"part {number + 1} of {parts}" if type(number) is int else f"one of {parts} parts"
-        raise header.fault(f"is {part}: join them with 'llama-gguf-split --merge FIRST-PART JOINED.gguf'")
-    alignment = fields.get("general.alignment", 32)
-    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-        raise header.fault(f"is damaged: alignment {alignment!r} is not a power of two")
-    for key, value in fields.items():
-        # The architecture is built from this count before any tensor is looked for.
-        if key.endswith(".block_count") and not (type(value) is int and 0 < value <= tensors):
-            raise header.fault(f"is damaged: {key} is {value!r}, and it has {tensors} tensors")
-    entries: dict[str, TensorEntry] = {}
-    ends: list[tuple[int, str]] = []
-    for _ in range(tensors):
-        name = header.string()
-        if name in entries or not name.isprintable():
-            raise header.fault(f"is damaged: tensor name {name[:100]!r} appears twice or is not a name")
-        dimensions = header.number("I")
-        if not 1 <= dimensions <= 4:
-            raise header.fault(f"is damaged: tensor {name!r} has {dimensions} dimensions")
-        shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
-        kind, offset = header.number("I"), header.number("Q")
-        if kind not in sizes:
-            raise header.fault(f"stores tensor {name!r} in the unknown type {kind}: a newer gguf package may read it")
-        block, block_bytes = sizes[kind]
-        elements = math.prod(shape)
-        if not 0 < elements <= MAX_BYTES or shape[-1] % block or offset % alignment:
-            raise header.fault(
-                f"is damaged: tensor {name!r} of shape {list(shape)} at offset {offset} does not fit its type"
-            )
-        entries[name] = TensorEntry(name, torch.uint8, shape, elements // block * block_bytes)
-        ends.append((offset + entries[name].nbytes, name))
-    start = -(-header.at // alignment) * alignment
-    for end, name in ends:
-        if start + end > len(header.data):
-            raise header.fault(f"is truncated: tensor {name!r} ends at byte {start + end} of {len(header.data)}")
-    return entries
 
 
 def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -201,9 +78,10 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         shard_bytes: bytes of tensors in one weight file at most; a larger tensor has a file of its own.
 
     Raises:
-        FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
-            ``transformers`` reads from GGUF, it has tensors, positions or windows of attention that
-            ``transformers`` would leave out, it splits text in an unknown way, or it is a mixture of experts.
+        FistaPrunerError: ``out`` exists, the disk is full, the file is damaged or has no vocabulary, the order of
+            values of its architecture is not known, it has tensors, positions or windows of attention that
+            ``transformers`` would leave out, it splits text in a way that is unknown or that ``transformers`` does not
+            keep, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
     """
     packed = check_gguf(path)
@@ -214,6 +92,11 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
         reader = GGUFReader(path)
         architecture_of(path, reader, "take the model's Hugging Face checkpoint")
+        if "tokenizer.ggml.tokens" not in reader.fields:
+            raise FistaPrunerError(
+                f"{path} has no vocabulary (tokenizer.ggml.tokens): take a file that has, or the model's Hugging Face "
+                "checkpoint"
+            )
     space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
     with checkpoint_folder(out, space) as partial, transformers_faults(path):
         model, config, tokenizer = _describe(path, reader, dtype)
@@ -221,7 +104,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         _keep_all(path, reader, names, config)
         entries = _entries(path, model, set(names.values()), dtype)
         config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        _save_tokenizer(path, tokenizer, partial)
         if model.can_generate():
             model.generation_config.save_pretrained(partial)
         shards = list(_shards(entries, shard_bytes))
@@ -240,25 +123,32 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(path.parent.absolute()), "gguf_file": path.name}
-    config = AutoConfig.from_pretrained(**where)
+    # Beside the file transformers would look for a tokenizer and its settings, and take those of another model.
+    with TemporaryDirectory() as alone:
+        (Path(alone) / path.name).symlink_to(path.absolute())
+        where = {"pretrained_model_name_or_path": alone, "gguf_file": path.name}
+        config = AutoConfig.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    _restore_split(path, reader, tokenizer)
+    _restore_first_space(path, reader, tokenizer)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    _restore_sizes(reader, config)
     _restore_attention_scale(config)
     _restore_positions(path, reader, config)
     _restore_rotary_width(path, reader, config)
     _restore_epsilon(reader, config)
+    if any(tensor.name == "output.weight" for tensor in reader.tensors):
+        config.tie_word_embeddings = False  # transformers ties the heads of all Falcons and BLOOMs
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    _restore_split(path, reader, tokenizer)
     return model, config, tokenizer
 
 
 def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
-    """Split text before byte-level BPE as the file names it.
+    """Split text before byte-level BPE as the file names it; restore what else goes with that name.
 
     ``transformers`` knows some of llama.cpp's names, and takes GPT-2's split for all others.
 
@@ -266,12 +156,21 @@ def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
         FistaPrunerError: neither it nor this function knows the name.
     """
     from tokenizers import Regex
+    from tokenizers.normalizers import NFC
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     fields = {key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", SPLIT) if key in reader.fields}
-    name = fields.get(SPLIT)
-    if fields.get("tokenizer.ggml.model") != "gpt2" or name is None or name in SPLIT_AS_GPT2:
+    if fields.get("tokenizer.ggml.model") != "gpt2":
+        return
+    if (family := type(tokenizer).__name__) in COMPOSED:
+        tokenizer.backend_tokenizer.normalizer = NFC()
+    name = fields.get(SPLIT, "qwen2" if family == "Qwen2Tokenizer" else "gpt-2")
+    if name in WHOLE_WITH_BOS:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+        if "tokenizer.ggml.add_bos_token" not in reader.fields:
+            tokenizer.add_bos_token = True
+    if name in SPLIT_AS_GPT2:
         return
     regex = ByteLevel(add_prefix_space=False, use_regex=True)
     if name in SPLIT_DIGITS:
@@ -294,6 +193,78 @@ def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
             "Face checkpoint"
         )
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+
+
+def _restore_first_space(path: Path, reader: Any, tokenizer: Any) -> None:
+    """Put no space before a text where the file of a SentencePiece vocabulary says so.
+
+    Raises:
+        FistaPrunerError: the tokenizer puts one there in an unknown way.
+    """
+    from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
+    from tokenizers.pre_tokenizers import Metaspace
+
+    fields = {
+        key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", FIRST_SPACE) if key in reader.fields
+    }
+    if fields != {"tokenizer.ggml.model": "llama", FIRST_SPACE: False}:
+        return
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, Metaspace):
+        backend.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = Sequence([Replace("\u2581", " "), ByteFallback(), Fuse()])
+    elif "Prepend" in json.dumps(_steps(tokenizer)["normalizer"]):
+        raise FistaPrunerError(
+            f"{path} puts no space before a text ({FIRST_SPACE}), where transformers does: take the model's Hugging "
+            "Face checkpoint"
+        )
+
+
+def _save_tokenizer(path: Path, tokenizer: Any, out: Path) -> None:
+    """Save a tokenizer so that it is loaded as it is.
+
+    Classes of tokenizers of one family rebuild all but the vocabulary, whatever the folder says; the general one does
+    not.
+
+    Raises:
+        FistaPrunerError: ``transformers`` loads another one: it takes the family's class all the same.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(out)
+    kept = {"tokenizer_class": "TokenizersBackend", "padding_side": tokenizer.padding_side}
+    write_json_atomic(out / "tokenizer_config.json", read_json(out, "tokenizer_config.json") | kept)
+    found = _steps(loaded := AutoTokenizer.from_pretrained(str(out)))
+    for step, wanted in _steps(tokenizer).items():
+        if found[step] != wanted:
+            raise FistaPrunerError(
+                f"{path} has a vocabulary with another {step} than {type(loaded).__name__}, which transformers takes "
+                "for this architecture: take the model's Hugging Face checkpoint"
+            )
+
+
+def _steps(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer does beside looking up its vocabulary."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    found = {step: state[step] for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    return found | {key: state["model"].get(key) for key in ("byte_fallback", "ignore_merges")}
+
+
+def _restore_sizes(reader: Any, config: Any) -> None:
+    """Set the sizes that ``transformers`` does not read: of heads for most architectures, and of GPT-2."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    architecture = reader.fields["general.architecture"].contents()
+    read = {"attention.key_length": ("head_dim", head_width(config))}
+    if "attention.key_length" in GGUF_CONFIG_MAPPING[architecture]:
+        read = {}
+    if config.model_type == "gpt2":
+        width = config.n_inner or 4 * config.n_embd
+        read = {"feed_forward_length": ("n_inner", width), "context_length": ("n_positions", config.n_positions)}
+    for key, (name, known) in read.items():
+        field = reader.fields.get(f"{architecture}.{key}")
+        if field is not None and type(stored := field.contents()) is int and stored != known:
+            setattr(config, name, stored)
 
 
 def _restore_attention_scale(config: Any) -> None:
@@ -392,7 +363,9 @@ def _restore_epsilon(reader: Any, config: Any) -> None:
 
 
 def architecture_of(path: Path, reader: Any, advice: str) -> str:
-    """Return a file's architecture; refuse one that ``transformers`` does not read from GGUF.
+    """Return a file's architecture; refuse one whose order of values is not known.
+
+    Known are those of ``transformers``' earlier loader.
 
     Mixtures of experts, some of which ``transformers`` reads under another name, are refused before.
 
@@ -406,8 +379,8 @@ def architecture_of(path: Path, reader: Any, advice: str) -> str:
     architecture: str = reader.fields["general.architecture"].contents()
     if architecture not in GGUF_CONFIG_MAPPING:
         raise FistaPrunerError(
-            f"{path}: transformers does not read GGUF files of the architecture {architecture!r}, so the order of "
-            f"their values is not known; {advice}"
+            f"{path}: fistapruner does not convert GGUF files of the architecture {architecture!r}, because the order "
+            f"of their values is not known; {advice}"
         )
     return architecture
 
@@ -526,15 +499,6 @@ def _shards(entries: list[TensorEntry], limit: int) -> Iterator[list[TensorEntry
     yield shard
 
 
-def _type_sizes() -> dict[int, tuple[int, int]]:
-    """Map every type number to the (elements, bytes) of a block."""
-    try:
-        from gguf import GGML_QUANT_SIZES
-    except ImportError:
-        raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from None
-    return {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-
-
 @contextmanager
 def transformers_faults(path: Path) -> Iterator[None]:
     """Turn any error of ``transformers`` or ``gguf`` into one line that names the file."""
@@ -546,6 +510,8 @@ def transformers_faults(path: Path) -> Iterator[None]:
         import transformers
 
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it has no key {reason}"
         raise FistaPrunerError(
             f"{path} cannot be converted with transformers {transformers.__version__}: {reason}"
         ) from error

@@ -30,7 +30,6 @@ from .checkpoint import Checkpoint, read_widths
 from .gguf import (
     EPSILON_KEYS,
     architecture_of,
-    check_gguf,
     epsilon,
     head_width,
     name_map,
@@ -39,6 +38,7 @@ from .gguf import (
     scaled_positions,
     transformers_faults,
 )
+from .gguf_header import check_gguf
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
@@ -131,9 +131,7 @@ def export_gguf(
         source = _Source(like, checkpoint)
         tensors = source.tensors()
         planned = source.plan(tensors, values)
-        with disk_errors(out):
-            require_space(out, sum(tensor.nbytes for tensor in planned.values()))
-        with _new_file(out) as partial:
+        with _new_file(out, sum(tensor.nbytes for tensor in planned.values())) as partial:
             source.write(partial, tensors, planned, values, progress)
             if progress is not None:
                 progress("checking the written file", 0, 1)
@@ -217,10 +215,17 @@ def _form(shape: Sequence[int], values: GGUFValues) -> str:
 
 
 @contextmanager
-def _new_file(out: Path) -> Iterator[Path]:
-    """Give the name of a file that becomes ``out`` only when the block ends without an error."""
+def _new_file(out: Path, nbytes: int) -> Iterator[Path]:
+    """Give the name of a file that becomes ``out`` only when the block ends without an error.
+
+    Args:
+        out: the file.
+        nbytes: free bytes that it needs at least, without what an export that was killed has left.
+    """
     partial = out.with_name(out.name + PARTIAL)
     with disk_errors(out):
+        partial.unlink(missing_ok=True)
+        require_space(out, nbytes)
         try:
             partial.touch()  # a folder that cannot be written shows before the weights are converted
             yield partial
