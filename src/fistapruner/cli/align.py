@@ -30,7 +30,7 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from ..runs.training_records import AlignComparison
+    from ..runs.comparison_records import AlignComparison
 
 SUMMARY = "train a pruned model on preference pairs, every zero kept"
 

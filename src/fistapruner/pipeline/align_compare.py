@@ -18,6 +18,7 @@ from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
+from ..runs.comparison_records import AlignComparison, AlignRow
 from ..runs.directory import refuse_out
 from ..runs.identity import stamps
 from ..runs.listener import Listener
@@ -25,7 +26,6 @@ from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
 from ..runs.times import forget_times
-from ..runs.training_records import AlignComparison, AlignRow
 from ..runs.training_runs import input_run
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions

@@ -39,6 +39,7 @@ from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
 from ..runs.base import read_json
+from ..runs.comparison_records import STATES, CompareRow, Comparison, load_comparison
 from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory, refuse_out
 from ..runs.identity import changed_files, stamps
@@ -46,7 +47,7 @@ from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import STATES, CompareRow, Comparison, Report, load_comparison, load_run
+from ..runs.records import Report, load_run
 from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
