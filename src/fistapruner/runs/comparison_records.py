@@ -70,7 +70,12 @@ STATES = "dense-states"
 
 
 class Comparison(Record):
-    """``DIR/compare.json``: many methods, one protocol. ``dense`` is the dense model on the same tokens."""
+    """``DIR/compare.json``: many methods, one protocol.
+
+    Args:
+        dense: the dense model on the same tokens.
+        asked: keys of the rows that were asked for this time; not in the file.
+    """
 
     version: int = VERSION
     kind: Literal["compare"] = "compare"
@@ -84,6 +89,7 @@ class Comparison(Record):
     calibration: CalibrationFacts | None = None
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
+    asked: set[tuple[str, str, int]] = Field(default_factory=set, exclude=True)
     warnings: list[str] = []
 
 
