@@ -22,7 +22,9 @@ from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.plan import allocate, change_widths, local_workers, plan_model
+from fistapruner.pipeline.new_widths import change_widths
+from fistapruner.pipeline.patterns import allocate
+from fistapruner.pipeline.plan import local_workers, plan_model
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes

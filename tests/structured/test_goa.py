@@ -20,7 +20,8 @@ from fistapruner.activations.store import HiddenStates
 from fistapruner.models.discovery import discover
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.plan import allocate, change_widths
+from fistapruner.pipeline.new_widths import change_widths
+from fistapruner.pipeline.patterns import allocate
 from fistapruner.planning.footprint import peak_bytes
 from fistapruner.planning.sizes import Choice, Sizes
 from fistapruner.recipes.structure_settings import Structure
