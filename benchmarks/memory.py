@@ -107,7 +107,8 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     from fistapruner.models.discovery import discover
     from fistapruner.models.files.checkpoint import Checkpoint
     from fistapruner.models.layerwise import LayerwiseModel
-    from fistapruner.planning.sizes import Choice, Sizes
+    from fistapruner.planning.measured_sizes import measure_sizes
+    from fistapruner.planning.sizes import Choice
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     skeleton = LayerwiseModel(Checkpoint.open(model), torch.device("cpu"))
@@ -116,7 +117,7 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     recipe = Recipe.build({**settings, "calibration": {"samples": arguments.samples}}).resolved()
     sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
     tokens = torch.zeros(1, arguments.seqlen, dtype=torch.long)
-    sizes = Sizes.measure(skeleton, layout, recipe, sparsity, tokens, drawn=True)  # of a text: none is generated
+    sizes = measure_sizes(skeleton, layout, recipe, sparsity, tokens, drawn=True)  # of a text: none is generated
     print(
         f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x "
         f"{arguments.seqlen} tokens"

@@ -24,7 +24,7 @@ from typing import Any
 
 from fistapruner.cli.progress import choose_listener
 from fistapruner.pipeline.compare import compare
-from fistapruner.runs.records import Comparison
+from fistapruner.runs.comparison_records import Comparison
 
 ALPS = "alps"
 SPARSEGPT = "sparsegpt"

@@ -25,7 +25,7 @@ from alps_reference import alps_reference
 
 from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.runs.records import Comparison
+from fistapruner.runs.comparison_records import Comparison
 from fistapruner.runtime.machine import Machine
 from fistapruner.solvers import solve
 from solvers.layer_problems import make_problem

@@ -11,7 +11,7 @@ import pytest
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import build_parser
-from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, recover_settings, settings
+from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, settings
 from fistapruner.cli.reference import reference
 from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.base import Settings
@@ -78,7 +78,7 @@ def test_a_default_that_the_help_shows_is_one_that_its_flag_takes(capsys: pytest
         shown = re.search(rf"{start}[^()]*\(default: ([^)]*)\)", said)
         assert shown is not None
         words = ["recover", "x", "--out", "y", flag, shown[1]]
-        assert RecoverRecipe.build(recover_settings(build_parser().parse_args(words))) == RecoverRecipe()
+        assert RecoverRecipe.build(recipe_settings(build_parser().parse_args(words), RecoverRecipe)) == RecoverRecipe()
     assert "(default: (" not in said
 
 

@@ -17,15 +17,15 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
 from fistapruner.evaluation.evaluate import evaluate as run_evaluation
 from fistapruner.models.whole import load_whole
-from fistapruner.pipeline.compare import compare, plan_jobs, run_name, shared_texts
+from fistapruner.pipeline.compare import compare
+from fistapruner.pipeline.compare_jobs import plan_jobs, run_name, shared_texts
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.protocol import Protocol
 from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
+from fistapruner.runs.comparison_records import AlignComparison, AlignRow, CompareRow
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.records import CompareRow
-from fistapruner.runs.training_records import AlignComparison, AlignRow
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 
@@ -470,7 +470,7 @@ def test_calibration_text_is_generated_once_and_in_no_row(tmp_path: Path, monkey
     """Also by a comparison that goes on."""
     loaded, given = Mock(side_effect=load_whole), Mock(side_effect=prune)
     monkeypatch.setattr("fistapruner.pipeline.prepare.load_whole", loaded)
-    monkeypatch.setattr("fistapruner.pipeline.compare.prune", given)
+    monkeypatch.setattr("fistapruner.pipeline.compare_rows.prune", given)
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     settings = {"calibration": {"samples": 2, "seqlen": 32}}
     named: dict[str, Any] = {"settings": settings, "windows": 2}
@@ -510,7 +510,7 @@ def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.Mo
         limits.append(memory_limit)
         return run_evaluation(*models, memory_limit=memory_limit, **settings)
 
-    monkeypatch.setattr("fistapruner.pipeline.compare.run_evaluation", evaluate)
+    monkeypatch.setattr("fistapruner.pipeline.compare_rows.run_evaluation", evaluate)
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     settings = {**SETTINGS, "execution": {"memory_limit": "4GiB"}}
     compare(source, "magnitude", ["50%"], tmp_path / "out", settings=settings, windows=2)

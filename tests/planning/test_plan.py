@@ -22,13 +22,16 @@ from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.plan import allocate, change_widths, local_workers, plan_model
+from fistapruner.pipeline.new_widths import change_widths
+from fistapruner.pipeline.patterns import allocate
+from fistapruner.pipeline.plan import local_workers, plan_model
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes
+from fistapruner.planning.measured_sizes import measure_sizes
 from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
-from fistapruner.planning.probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
+from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.loading import merge
@@ -51,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def sizes(model: Model, **settings: Any) -> Sizes:
     fixed = {"method": "wanda", "propagate": "dense", "calibration": {"source": "python", "samples": 64}}
     recipe = Recipe.build({**fixed, **settings}).resolved()
-    return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
+    return measure_sizes(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
 
 
 def test_bytes_of_a_computation_are_counted_while_they_live() -> None:
@@ -148,7 +151,7 @@ def mixture(folder: Path, **changes: Any) -> Model:
 
 
 def test_a_plan_is_of_the_layers_that_need_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.planning.sizes.resident_memory", lambda: 0)
+    monkeypatch.setattr("fistapruner.planning.measured_sizes.resident_memory", lambda: 0)
     opened, layout, tokens = mixture(tmp_path)
     assert layout.weights(0) < layout.weights(1)
     whole = sizes((opened, layout, tokens), method="sparsegpt")
@@ -173,7 +176,7 @@ def test_time_is_that_of_layers_of_each_shape(tmp_path: Path, monkeypatch: pytes
         timed.append((entry.index, scale.layers, scale.pruned))
         return 1.0
 
-    monkeypatch.setattr("fistapruner.planning.probe.extrapolate", seconds_of)
+    monkeypatch.setattr("fistapruner.planning.time_probe.extrapolate", seconds_of)
     assert measure_time(opened, layout, recipe, sparsity, tokens, 4, least=0) == 2.0
     assert timed == [(1, 3.0, 3.0), (0, 1.0, 1.0)]
     others = {**sparsity, **{name: parse_sparsity("30%") for name in sparsity if ".2." in name.partition("mlp")[0]}}
@@ -189,8 +192,8 @@ def test_the_method_is_timed_once_for_experts_of_one_shape(tmp_path: Path, monke
         solving.append(seconds)
         return seconds
 
-    monkeypatch.setattr("fistapruner.planning.probe.time_solve", timed)
-    monkeypatch.setattr("fistapruner.planning.probe.extrapolate", seconds_of)
+    monkeypatch.setattr("fistapruner.planning.time_probe.time_solve", timed)
+    monkeypatch.setattr("fistapruner.planning.time_probe.extrapolate", seconds_of)
     measure_time(opened, layout, recipe, allocate(recipe, layout), tokens, 4, least=0)
     assert sorted(solving) == sorted(len(groups) for groups in layout.layers)
     experts = sum(bool(group[0].experts) for groups in layout.layers for group in groups)
@@ -592,7 +595,7 @@ def test_removing_experts_alone_is_planned(tmp_path: Path) -> None:
     recipe = Recipe.build(settings).resolved()
     layout, widths = change_widths(opened, discover(opened), recipe, UNTRUSTED)
     tokens = torch.zeros(128, 16, dtype=torch.long)
-    found = Sizes.measure(opened, layout, recipe, allocate(recipe, layout), tokens, widths)
+    found = measure_sizes(opened, layout, recipe, allocate(recipe, layout), tokens, widths)
     experts, states = 3 * 3 * 64 * 256 * 4, 2 * 128 * 16 * 64 * 4
     choice = Choice(2)
     assert found.stages(choice)["removing experts"] - found.base > found.layer + states + experts

@@ -24,7 +24,8 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.compare import check_recoveries, compare, plan_jobs
+from fistapruner.pipeline.compare import compare
+from fistapruner.pipeline.compare_jobs import check_recoveries, plan_jobs
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.pipeline.plan_training import plan_alignment_of
@@ -429,7 +430,7 @@ def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
     assert not (tmp_path / "compared").exists()
     planned.reset_mock(side_effect=True)
     opened = Mock(wraps=check_trained)
-    monkeypatch.setattr("fistapruner.pipeline.compare.check_trained", opened)
+    monkeypatch.setattr("fistapruner.pipeline.compare_jobs.check_trained", opened)
     jobs = plan_jobs(parse_contenders(methods), ["2:4", "50%", "60%", "0%"], (0, 1), settings)
     check_recoveries(jobs, UNTRUSTED.find(run.parent / "dense"), tmp_path / "compared", tiny.Said())
     assert planned.call_count == 2  # with other numbers of zeros, of which 0% has none

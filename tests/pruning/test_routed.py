@@ -162,7 +162,7 @@ def test_experts_without_tokens_are_pruned_by_magnitude_by_other_processes_too(t
     }
     for run, execution in (("serial", {}), ("process", {"executor": "process", "workers": 2})):
         report = fp.prune(str(folder), tmp_path / run, **settings, execution={**execution, "threads": 1})
-    assert any(entry.tokens == 0 for layer in report.layers for entry in layer.operators)
+    assert any(entry.tokens == 0 for entry in report.operators)
     files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("serial", "process")]
     assert files[0] == files[1]
 
@@ -191,7 +191,7 @@ def test_a_gram_of_few_tokens_is_shrunk_towards_its_diagonal(tmp_path: Path) -> 
 def test_every_method_prunes_experts(tmp_path: Path, method: str) -> None:
     folder = tiny.save("mixtral", tmp_path / "model")
     report = fp.prune(str(folder), tmp_path / "run", method=method, sparsity="50%", calibration=SMALL)
-    entries = [entry for layer in report.layers for entry in layer.operators]
+    entries = report.operators
     assert sum(entry.zeros for entry in entries) == sum(entry.shape[0] * entry.shape[1] for entry in entries) // 2
     assert not inspect_checkpoint(tmp_path / "run").violations
 
@@ -230,7 +230,7 @@ def test_a_pruned_mixture_is_recovered_with_its_zeros(tmp_path: Path, architectu
     fp.prune(str(folder), tmp_path / "run", method="wanda", sparsity="2:4", calibration=SMALL)
     settings = {"data": {"source": str(text), "seqlen": 16, "tokens": 300}, "steps": 2, "windows_per_step": 2}
     report = fp.recover(tmp_path / "run", tmp_path / "recovered", evaluate=None, rank=4, **settings)
-    assert any(entry.changed for layer in report.layers for entry in layer.operators if ".experts." in entry.name)
+    assert any(entry.changed for entry in report.operators if ".experts." in entry.name)
     assert not inspect_checkpoint(tmp_path / "recovered").violations
     AutoModelForCausalLM.from_pretrained(tmp_path / "recovered" / "model")
 
@@ -261,6 +261,6 @@ def test_experts_that_no_measured_token_reaches_get_what_was_asked_for(tmp_path:
     for sparsity, allocation in (("50%", "auto"), ("2:4", "error")):
         run = tmp_path / sparsity.replace(":", "-")
         report = fp.prune(str(folder), run, sparsity=sparsity, allocation=allocation, calibration=SMALL)
-        found = {entry.name: entry.sparsity for layer in report.layers for entry in layer.operators}
+        found = {entry.name: entry.sparsity for entry in report.operators}
         assert {pattern for name, pattern in found.items() if ".experts.2." in name} == {sparsity}
         assert len(set(found.values())) > 1

@@ -147,9 +147,7 @@ def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Pat
         True,
     )
     assert Recipe.build(report.recipe) == written
-    started = {
-        record["warm_start"] for layer in report.layers for operator in layer.operators for record in operator.steps
-    }
+    started = {record["warm_start"] for operator in report.operators for record in operator.steps}
     assert started == {FISTA_PRESETS[preset][family][1]}
     rmtree(model)  # what was chosen stands in the run
     assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from fistapruner.runs.base import parse
-from fistapruner.runs.records import Comparison, Report
+from fistapruner.runs.comparison_records import Comparison
+from fistapruner.runs.records import Report
 from fistapruner.runs.results import Divergence, Evaluation, Perplexity, TaskResult
 
 OPERATORS = (

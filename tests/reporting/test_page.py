@@ -34,8 +34,9 @@ from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
+from fistapruner.runs.comparison_records import Comparison
 from fistapruner.runs.layer_records import RemovalEntry
-from fistapruner.runs.records import CalibrationTask, Comparison, Lineage, ModelFacts, Report, Stage
+from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Recovery
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import METHODS

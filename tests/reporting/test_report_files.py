@@ -265,7 +265,7 @@ def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
 
 def test_a_run_that_lost_nothing_has_no_layer_or_operator_that_stands_out() -> None:
     report = samples.report()
-    for operator in (operator for layer in report.layers for operator in layer.operators):
+    for operator in report.operators:
         operator.relative_error = 0.0
     assert not any("stand" in line or "loses most" in line for line in advice(report))
     report.layers[0].operators[0].relative_error = 0.1
@@ -337,7 +337,7 @@ def test_the_allocation_that_advice_gives_is_understood() -> None:
 @pytest.mark.parametrize(("sparsity", "chooses"), [("2:4", True), ("4:8", True), ("64:2:8", False)])
 def test_allocation_by_error_is_advised_for_patterns_that_have_neighbours(sparsity: str, chooses: bool) -> None:
     report = samples.report()
-    for operator in (operator for layer in report.layers for operator in layer.operators):
+    for operator in report.operators:
         operator.sparsity = sparsity
     report.recipe["sparsity"] = sparsity
     words = " ".join(advice(report))
@@ -456,7 +456,7 @@ def test_tokens_that_are_not_known_before_the_end_are_not_named() -> None:
 def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     report = samples.recovery(2)
     assert (report.method, report.sparsity) == ("recovered: lora, kl, 246k tokens with loss", "50%")
-    operators = [operator for layer in report.layers for operator in layer.operators]
+    operators = report.operators
     operators[0].sparsity = "2:4"
     assert report.sparsity == "50%", "what the model was pruned to"
     report.lineage = None

@@ -72,7 +72,7 @@ def test_a_run_prunes_to_a_newcomer_by_its_text(tmp_path: Path) -> None:
     with registered():
         constraint = parse_sparsity("shared 4:2:4")
         report = fp.prune(str(tmp_path / "dense"), tmp_path / "out", sparsity="shared 4:2:4", method="alps", **settings)
-        operators = [operator for layer in report.layers for operator in layer.operators]
+        operators = report.operators
         assert {operator.sparsity for operator in operators} == {"shared 4:2:4"}
         assert all(operator.zeros == constraint.zeros(*operator.shape) for operator in operators)
         with pytest.raises(FistaPrunerError, match="swap"):

@@ -20,9 +20,11 @@ from fistapruner.activations.store import HiddenStates
 from fistapruner.models.discovery import discover
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.plan import allocate, change_widths
+from fistapruner.pipeline.new_widths import change_widths
+from fistapruner.pipeline.patterns import allocate
 from fistapruner.planning.footprint import peak_bytes
-from fistapruner.planning.sizes import Choice, Sizes
+from fistapruner.planning.measured_sizes import measure_sizes
+from fistapruner.planning.sizes import Choice
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
@@ -159,7 +161,7 @@ def test_the_plan_counts_the_comparison_of_heads(tmp_path: Path, dtype: str) -> 
     recipe = fp.Recipe.build({"method": "magnitude", "sparsity": "0%", "structure": structure}).resolved()
     layout, widths = change_widths(model, discover(model), recipe, UNTRUSTED)
     tokens = torch.zeros(6, 256, dtype=torch.long)
-    sizes = Sizes.measure(model, layout, recipe, allocate(recipe, layout), tokens, widths)
+    sizes = measure_sizes(model, layout, recipe, allocate(recipe, layout), tokens, widths)
     states = HiddenStates((6, 256, model.width), model.dtype)
     states.write(0, torch.randn(6, 256, model.width, dtype=model.dtype))
     with model.layer(0):

@@ -21,25 +21,23 @@ from typing import TYPE_CHECKING, Any
 from ..recipes.align_settings import AlignRecipe
 from .arguments import (
     add_evaluation_of_result,
+    add_model_and_run,
     add_output_arguments,
     add_training_arguments,
     add_trust_arguments,
-    align_settings,
     read_seeds,
+    recipe_settings,
     run_options,
 )
 
 if TYPE_CHECKING:
-    from ..runs.training_records import AlignComparison
+    from ..runs.comparison_records import AlignComparison
 
 SUMMARY = "train a pruned model on preference pairs, every zero kept"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run directory, or a pruned checkpoint")
-    parser.add_argument(
-        "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
-    )
+    add_model_and_run(parser, "run directory, or a pruned checkpoint")
     parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
     compare = parser.add_argument_group("comparison")
     compare.add_argument("--compare", action="store_true", help="run every loss, and tabulate them")
@@ -64,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.align_compare import align_compare
     from .prune import show
 
-    recipe = AlignRecipe.build(align_settings(arguments))
+    recipe = AlignRecipe.build(recipe_settings(arguments, AlignRecipe))
     common: dict[str, Any] = {
         "recipe": recipe,
         "dense": arguments.dense,

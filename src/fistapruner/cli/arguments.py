@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
-from ..recipes.base import Settings
+from ..recipes.base import RunRecipe, Settings
 from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
@@ -43,6 +43,9 @@ SAME_FLAG = {
     "data.tasks": "data.source",
 }
 """Settings that take their value from the flag of another setting."""
+
+TEXTS: dict[type[Settings], str] = {Recipe: "calibration", RecoverRecipe: "data"}
+"""Section of a recipe whose ``source`` and ``tasks`` share a flag."""
 
 RECIPE_OF: dict[type[TrainingRecipe], str] = {
     RecoverRecipe: "a shipped recipe (spp, ...) or a YAML file",
@@ -105,6 +108,14 @@ def settings(recipe: type[Settings] = Recipe) -> Iterator[tuple[str, FieldInfo]]
 def flag_of(path: str) -> str:
     """Return the flag of a setting."""
     return FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
+
+
+def add_model_and_run(parser: argparse.ArgumentParser, model: str) -> None:
+    """Add the model that goes in, described by ``model``, and the run directory."""
+    parser.add_argument("model", metavar="MODEL", help=model)
+    parser.add_argument(
+        "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
+    )
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True, without: Sequence[str] = ()) -> None:
@@ -268,58 +279,25 @@ def _description(field: FieldInfo) -> str:
     return f"{field.description}{shown}".replace("%", "%%")
 
 
-def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Recipe) -> dict[str, Any]:
     """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe, or several calibration texts without names.
+        FistaPrunerError: an unknown recipe, several texts without names, or several files of pairs.
     """
-    name = arguments.quality if arguments.recipe is None else arguments.recipe
-    return _over({} if name is None else load_recipe_settings(name), arguments, Recipe, "calibration")
-
-
-def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Collect the recovery recipe of the arguments: ``--recipe``, single settings over it.
-
-    Raises:
-        FistaPrunerError: an unknown recipe, or several training texts without names.
-    """
-    base = {} if arguments.recipe is None else load_recipe_settings(arguments.recipe, "recover")
-    return _over(base, arguments, RecoverRecipe, "data")
-
-
-def align_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Collect the recipe of an alignment: ``--recipe``, single settings over it.
-
-    Raises:
-        FistaPrunerError: no such recipe, or several files of pairs.
-    """
-    files = getattr(arguments, _dest("--data"))
+    given = {path: getattr(arguments, _dest(flag_of(SAME_FLAG.get(path, path))), None) for path, _ in settings(recipe)}
+    files = given.get("data.pairs")
     if isinstance(files, list):  # plan: the flag is that of recovery, which may be given several times
         if len(files) > 1:
             raise FistaPrunerError(f"--data {' --data '.join(files)}: alignment takes one file of pairs")
-        setattr(arguments, _dest("--data"), files[0])
-    base = {} if arguments.recipe is None else load_recipe_settings(arguments.recipe, "align")
-    return _over(base, arguments, AlignRecipe)
-
-
-def _over(
-    base: dict[str, Any], arguments: argparse.Namespace, recipe: type[Settings], texts: str | None = None
-) -> dict[str, Any]:
-    """Collect the settings that flags change, over those of a recipe.
-
-    Args:
-        base: settings of the recipe.
-        arguments: the parsed flags.
-        recipe: whose settings.
-        texts: section whose ``source`` and ``tasks`` share a flag; None where there is none.
-    """
+        given["data.pairs"] = files[0]
+    name = getattr(arguments, "quality", None) if arguments.recipe is None else arguments.recipe
+    base = {} if name is None else load_recipe_settings(name, recipe.verb)
     changes: dict[str, Any] = {}
-    for path, _ in settings(recipe):
-        value = getattr(arguments, _dest(flag_of(SAME_FLAG.get(path, path))), None)
+    for path, value in given.items():
         section, _, key = path.rpartition(".")
         (changes.setdefault(section, {}) if section else changes)[key] = value
-    if texts is not None:
+    if (texts := TEXTS.get(recipe)) is not None:
         changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
     return merge(base, _given(changes))
 

@@ -62,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pipeline.compare import compare, plan_jobs
-    from ..pipeline.contenders import parse_contenders
+    from ..pipeline.compare import compare
     from ..recipes.settings import Recipe
     from ..reporting.comparison import comparison_table
 
@@ -86,5 +85,4 @@ def run(arguments: argparse.Namespace) -> int:
         **trust(arguments),
     )
     print(json.dumps(comparison.model_dump(mode="json")) if arguments.json else comparison_table(comparison))
-    asked = {job.key for job in plan_jobs(parse_contenders(arguments.methods), sparsities, seeds, settings)}
-    return 1 if all(row.error for row in comparison.rows if row.key in asked) else 0
+    return 1 if all(row.error for row in comparison.rows if row.key in comparison.asked) else 0

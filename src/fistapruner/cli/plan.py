@@ -18,18 +18,25 @@ import argparse
 import json
 
 from ..errors import FistaPrunerError
+from ..recipes.align_settings import AlignRecipe
+from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.settings import Recipe
 from .arguments import (
     add_recipe_arguments,
     add_training_beside,
     add_trust_arguments,
-    align_settings,
     recipe_settings,
-    recover_settings,
     refuse_other_flags,
     trust,
 )
 
 SUMMARY = "predict memory, disk and time of a run"
+
+TRAINING = {
+    RecoverRecipe: "a setting of recovery, planned with --recover",
+    AlignRecipe: "a setting of alignment, planned with --align",
+}
+"""Why flags of these recipes are refused where another is planned."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,20 +68,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.plan import plan_model
-    from ..recipes.align_settings import AlignRecipe
-    from ..recipes.recover_settings import RecoverRecipe
-    from ..recipes.settings import Recipe
     from ..runtime.formatting import align_columns, size
 
     if arguments.recover or arguments.align:
         return _training(arguments)
     if arguments.dense is not None:
         raise FistaPrunerError("--dense: the dense model of a run that trains, planned with --recover or --align")
-    trained = {
-        RecoverRecipe: "a setting of recovery, planned with --recover",
-        AlignRecipe: "a setting of alignment, planned with --align",
-    }
-    refuse_other_flags(arguments, Recipe, trained)
+    refuse_other_flags(arguments, Recipe, TRAINING)
     recipe = Recipe.build(recipe_settings(arguments))
     plan = plan_model(arguments.model, recipe, arguments.out, **trust(arguments))
     if arguments.json:
@@ -91,25 +91,19 @@ def run(arguments: argparse.Namespace) -> int:
 def _training(arguments: argparse.Namespace) -> int:
     """Plan a recovery or an alignment: one line for each form, then what a run would choose."""
     from ..pipeline.plan_training import plan_alignment_of, plan_recovery_of
-    from ..recipes.align_settings import AlignRecipe
-    from ..recipes.recover_settings import RecoverRecipe
-    from ..recipes.settings import Recipe
     from ..runtime.formatting import align_columns, duration, size
 
     pruning = f"a setting of pruning, and --{'recover' if arguments.recover else 'align'} plans a run that trains"
     if arguments.quality:
         raise FistaPrunerError(f"--quality: {pruning}")
     common = {"dense": arguments.dense, **trust(arguments)}
+    recipe = RecoverRecipe if arguments.recover else AlignRecipe
+    refuse_other_flags(arguments, recipe, {Recipe: pruning, **TRAINING})
+    settings = recipe_settings(arguments, recipe)
     if arguments.recover:
-        others = {Recipe: pruning, AlignRecipe: "a setting of alignment, planned with --align"}
-        refuse_other_flags(arguments, RecoverRecipe, others)
-        recovery = RecoverRecipe.build(recover_settings(arguments))
-        chosen, forms = plan_recovery_of(arguments.model, recovery, arguments.out, **common)
+        chosen, forms = plan_recovery_of(arguments.model, RecoverRecipe.build(settings), arguments.out, **common)
     else:
-        others = {Recipe: pruning, RecoverRecipe: "a setting of recovery, planned with --recover"}
-        refuse_other_flags(arguments, AlignRecipe, others)
-        alignment = AlignRecipe.build(align_settings(arguments))
-        chosen, forms = plan_alignment_of(arguments.model, alignment, arguments.out, **common)
+        chosen, forms = plan_alignment_of(arguments.model, AlignRecipe.build(settings), arguments.out, **common)
     says = chosen.says if chosen.fits else [str(chosen.refusal)]
     if arguments.json:
         print(json.dumps({"says": says, "chosen": chosen.to_json(), "forms": [form.to_json() for form in forms]}))

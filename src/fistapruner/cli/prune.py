@@ -22,6 +22,7 @@ from ..runtime.formatting import shell_line
 from ..runtime.launcher import leads
 from .arguments import (
     add_evaluation,
+    add_model_and_run,
     add_output_arguments,
     add_recipe_arguments,
     add_trust_arguments,
@@ -36,10 +37,7 @@ SUMMARY = "prune a model"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
-    parser.add_argument(
-        "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
-    )
+    add_model_and_run(parser, "hub id, local folder, GGUF file, or smollm2")
     add_recipe_arguments(parser)
     add_evaluation(
         parser,

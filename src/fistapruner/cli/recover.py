@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 from ..recipes.recover_settings import RecoverRecipe
 from .arguments import (
     add_evaluation_of_result,
+    add_model_and_run,
     add_output_arguments,
     add_training_arguments,
     add_trust_arguments,
     given_flags,
-    recover_settings,
+    recipe_settings,
     run_options,
     this_command,
     trust,
@@ -42,10 +43,7 @@ SUMMARY = "train a pruned model, every zero kept"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run directory, or a pruned checkpoint")
-    parser.add_argument(
-        "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
-    )
+    add_model_and_run(parser, "run directory, or a pruned checkpoint")
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--merge", metavar="ADAPTER", help="merge a PEFT adapter, every zero kept; nothing is trained")
     others.add_argument(
@@ -70,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = recover(
         arguments.model,
         arguments.out,
-        recipe=RecoverRecipe.build(recover_settings(arguments)),
+        recipe=RecoverRecipe.build(recipe_settings(arguments, RecoverRecipe)),
         dense=arguments.dense,
         **run_options(arguments, listener),
     )
@@ -85,7 +83,7 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
     _refuse_training_flags(arguments)
     common = {"command": this_command(), **trust(arguments)}
     if arguments.replay is not None:
-        device = recover_settings(arguments).get("execution", {}).get("device") or "auto"
+        device = recipe_settings(arguments, RecoverRecipe).get("execution", {}).get("device") or "auto"
         out = replay(
             arguments.model,
             arguments.replay,

@@ -21,8 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..reporting.status_text import status_facts, status_text
+    from ..runs.comparison_records import is_comparison
     from ..runs.lock import holders
-    from ..runs.records import is_comparison, is_run, load_run
+    from ..runs.records import is_run, load_run
     from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
@@ -58,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
+    from ..runs.comparison_records import load_any_comparison
     from ..runs.lock import holders
-    from ..runs.records import load_any_comparison
     from ..runtime.formatting import shell_line
 
     rows = len(load_any_comparison(folder).rows) if (folder / "compare.json").is_file() else 0

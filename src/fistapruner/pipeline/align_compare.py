@@ -18,19 +18,18 @@ from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
-from ..runs.directory import refuse_out
+from ..runs.comparison_records import AlignComparison, AlignRow
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
 from ..runs.times import forget_times
-from ..runs.training_records import AlignComparison, AlignRow
 from ..runs.training_runs import input_run
-from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import ALIGN
 from .begun import continued_by_its_command, find_dense, same_model
+from .compare_folder import refuse_other_things
 from .prepare_align import check_pairs
 from .protocol import distinct_seeds
 from .training import train
@@ -183,7 +182,7 @@ def _plan(
     models = {request.model: find_input(request.model, permissions)}
     if dense is not None:
         models[dense] = find_dense(dense, None if begun is None else begun.record(), permissions)
-    _refuse_folder(folder)
+    refuse_other_things(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     texts = [Path(text) for text in (shared.data.pairs, evaluation and evaluation.data) if text]
     files = {str(path): sha256_file(path) for path in texts if path.is_file()}
@@ -284,24 +283,6 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
         kept_step=training.kept_step if training else None,
         seconds=report.totals.seconds,
     )
-
-
-def _refuse_folder(folder: Path) -> None:
-    """Refuse a folder with other things in it.
-
-    A comparison that was killed before its first figures has left no run.
-
-    Raises:
-        FistaPrunerError: names the first of them.
-    """
-    refuse_out(folder)
-    if not folder.is_dir() or (folder / FIGURES).exists():
-        return
-    own = {"runs", LOCK, FIGURES + PARTIAL}
-    names = [path.name for path in folder.iterdir() if path.name not in own]
-    names += [f"runs/{path.name}" for path in folder.glob("runs/*")]
-    if names:
-        raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new one")
 
 
 def _refuse_other(folder: Path, now: AlignComparison) -> None:

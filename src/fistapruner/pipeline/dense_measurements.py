@@ -31,7 +31,8 @@ from ..structured.bypass import SEQUENCES, BypassLearning
 from ..structured.proof import config_entries
 from ..structured.units import Units, free_widths, resized
 from ..structured.widths import choose_widths
-from .plan import allocate, say_widths
+from .new_widths import say_widths
+from .patterns import allocate
 from .prune_inputs import Inputs
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import FistaPrunerError
 from ..evaluation.data import Windows
 from ..recipes.settings import Calibration, Recipe
-from ..runs.records import CompareRow
+from ..runs.comparison_records import CompareRow
 from ..runs.results import Perplexity
 from .contenders import has_own_calibration
 

@@ -29,7 +29,7 @@ from ..runtime.devices import cpu_threads
 from ..runtime.launcher import launched
 from ..runtime.memory import release_memory
 from .begun import refuse_other_settings
-from .plan import allocate
+from .patterns import allocate
 from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, asked, check_precision, check_training_inputs
 
 SEQLEN = "data.seqlen"

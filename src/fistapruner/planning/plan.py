@@ -1,7 +1,7 @@
 """Plan a run before it begins: predict memory, disk and time, and choose settings that fit.
 
 Memory and disk are counted (:mod:`fistapruner.planning.sizes`); time is measured on the first batch of calibration
-windows (:mod:`fistapruner.planning.probe`). The report shows predictions beside measurements.
+windows (:mod:`fistapruner.planning.time_probe`). The report shows predictions beside measurements.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from ..runtime.formatting import count, duration, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.bypass import LENGTH, MASKS, SEQUENCES
 from ..structured.units import Widths
-from .probe import measure_time
-from .sizes import GENERATING, UNCOUNTED, Choice, Sizes, low_rank_weights
+from .measured_sizes import low_rank_weights, measure_sizes
+from .sizes import GENERATING, UNCOUNTED, Choice, Sizes
+from .time_probe import measure_time
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit may use."""
@@ -177,7 +178,7 @@ def make_plan(
             the bytes.
     """
     with room_for(model.device, "one window"):
-        needs = Sizes.measure(model, layout, recipe, sparsity, tokens, widths, drawn=drawn)
+        needs = measure_sizes(model, layout, recipe, sparsity, tokens, widths, drawn=drawn)
     resources = Resources.of_this_machine(recipe, model.device, workers)
     fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice

@@ -1,48 +1,20 @@
 """Count the bytes of a run's memory and disk.
 
 Memory is a sum of known sizes (embeddings, one decoder layer, hidden states, Grams) and of two measured ones: a
-forward pass of one window, and a small solve of each group of operators (:mod:`fistapruner.planning.footprint`).
+forward pass of one window, and a small solve of each group of operators; see
+:mod:`fistapruner.planning.measured_sizes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from ..activations.cached_outputs import kept_projections
-from ..calibration import SELF
-from ..calibration.self_generated import generation_bytes
-from ..constraints import Constraint
-from ..models.coupling import named_size
-from ..models.discovery import Group, Layout
-from ..models.layerwise import Call, LayerwiseModel
-from ..models.whole import whole_bytes
 from ..problem import DriftFrom
-from ..pruning.context import fitted_groups, solved_groups
-from ..pruning.drift import dense_windows, drift_sources, kept_width
-from ..pruning.partition import cut
-from ..recipes.settings import Recipe
-from ..runtime.memory import resident_memory
-from ..runtime.numerics import ordered_attention
 from ..sensitivity.decision import (
-    chooses_widths,
-    differentiates,
-    needs_measuring,
-    permutes,
-    weighs_rows,
     windows_measured,
 )
-from ..sensitivity.fisher import HEAD_TOKENS, WIDE
-from ..solvers import parse_method
-from ..structured.bypass import LENGTH, SEQUENCES
-from ..structured.experts import expert_weights
-from ..structured.units import GROUPS, HEADS, Unit, Widths, removed_weights
-from .footprint import peak_bytes, removal_bytes, solve_bytes
 
 
 @dataclass(frozen=True)
@@ -108,7 +80,7 @@ class GroupSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes, in bytes, of the parts of a run's memory; see :meth:`measure`."""
+    """Sizes, in bytes, of the parts of a run's memory; see :func:`~.measured_sizes.measure_sizes`."""
 
     base: int
     """Main memory of the process before the run, with the calibration tokens."""
@@ -198,176 +170,6 @@ class Sizes:
 
     others: tuple[Sizes, ...] = ()
     """Sizes of other decoder layers that may need more: the dense ones of a mixture."""
-
-    @classmethod
-    def measure(
-        cls,
-        model: LayerwiseModel,
-        layout: Layout,
-        recipe: Recipe,
-        sparsity: Mapping[str, Constraint],
-        tokens: Tensor,
-        widths: Widths | None = None,
-        *,
-        drawn: bool = False,
-        index: int | None = None,
-    ) -> Sizes:
-        """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group.
-
-        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards. ``tokens``: (windows, seqlen)
-        token ids, of which the first window is passed. ``drawn``: the calibration windows are in memory already, and
-        the model generates none. ``index``: the layer; None takes those that may need most.
-        """
-        if index is None:
-            first, *others = (
-                cls.measure(model, layout, recipe, sparsity, tokens, widths, drawn=drawn, index=each)
-                for each in largest_layers(layout)
-            )
-            return replace(first, others=tuple(replace(other, base=first.base) for other in others))
-        samples, seqlen = recipe.calibration.samples, tokens.shape[1]
-        checkpoint = model.checkpoint
-        itemsize = model.dtype.itemsize
-        stored = min(itemsize, checkpoint.dtype.itemsize)
-        in_layers = [model.layer_sources(index) for index in range(len(model))]
-        outside = set(checkpoint.names()).difference(*in_layers)
-
-        with model.embeddings_and_head(head=False):
-            hidden, calls = model.embed(tokens[:1])
-        groups = layout.layers[index]
-        mixtures = {group[0].experts for group in groups} - {""}
-        with model.layer(index):
-            with torch.no_grad():
-                forward = peak_bytes(lambda: model.run(index, hidden, calls[index]))
-            graded = differentiates(recipe) or chooses_widths(recipe)
-            backward = (
-                peak_bytes(lambda: _differentiate(model, index, hidden, calls[index]))
-                if graded or recipe.reconstruct
-                else 0
-            )
-        touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
-        solved = [solved_groups(layout, number, sparsity, cut=widths is not None) for number in range(len(model))]
-        renumbered = [_renumbered(model, layout, number, solved[number], widths) for number in range(len(model))]
-        units = () if widths is None else widths.units[index]
-        cut_units = {
-            number: unit for number, group in enumerate(groups) for unit in units if group[0].name == unit.consumer.name
-        }
-        same = recipe.propagate == "dense"
-        fitted = fitted_groups(layout, index, units, recipe)
-        told = drift_sources(recipe, layout, index, units, same=same, solved=solved[index])
-        kept = [kept_width(groups[number], source) for number, source in told.items()]
-        cut = [_cut_sizes(unit, told.get(number)) for number, unit in cut_units.items() if number not in solved[index]]
-        known: dict[Any, GroupSizes] = {}  # experts are alike: one of them is measured
-        rows = (*cut,)
-        for number, group in enumerate(groups):
-            if number not in solved[index]:
-                continue
-            patterns = [sparsity[layout.full_name(index, operator)] for operator in group]
-            shapes = [(operator.rows, operator.columns) for operator in group]
-            key = (*shapes, *patterns) if group[0].experts else number
-            if key not in known:
-                known[key] = _group_sizes(group, patterns, recipe, told.get(number), model.device)
-            rows = (*rows, known[key])
-        operators = sum(4 * operator.rows * operator.columns for group in groups for operator in group)
-        passes = recipe.propagate == "pruned" and not recipe.reconstruct  # after the last group
-        columns = {
-            operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group
-        }
-        endings = kept_projections(layout, index, model.device).values() if recipe.error_correction else ()
-        generates = SELF in recipe.calibration.sources.values() and not drawn
-        text_weights = whole_bytes(checkpoint, model.dtype) if generates else 0
-        return cls(
-            base=resident_memory() + RETAINED + (0 if drawn else torch.int64.itemsize * samples * seqlen),
-            ends=model.pass_bytes(outside),
-            largest=max(entry.nbytes for entry in checkpoint.stored),
-            checkpoint=checkpoint.nbytes
-            - removed_weights(model, widths) * checkpoint.dtype.itemsize
-            + low_rank_weights(layout, recipe, sparsity) * stored,
-            pruned=stored
-            * (
-                sum(
-                    operator.rows * operator.columns
-                    for number, layer in enumerate(layout.layers)
-                    for place, group in enumerate(layer)
-                    for operator in group
-                    if place in solved[number] or operator.name in touched[number]
-                )
-                + low_rank_weights(layout, recipe, sparsity)
-            )
-            + sum(renumbered),
-            layer=max(map(model.pass_bytes, in_layers)),
-            ahead=model.ahead_bytes,
-            stored=stored,
-            together=not recipe.error_correction,
-            window=seqlen * model.width * itemsize,
-            forward=forward,
-            groups=rows,
-            float_input=4
-            * seqlen
-            * max([unit.consumer.columns for unit in units] + [op.columns for group in groups for op in group]),
-            removal=max(
-                (
-                    removal_bytes(rows, columns, kept, recipe.structure, model.device, biased=biased)
-                    for rows, columns, kept, biased in (
-                        *(
-                            (
-                                unit.consumer.rows,
-                                unit.consumer.columns,
-                                unit.after * unit.columns,
-                                unit.biased(model.layers[index]),
-                            )
-                            for unit in units
-                        ),
-                        *(
-                            (sum(op.rows for op in groups[number]), groups[number][0].columns, 1, False)
-                            for number in fitted
-                        ),
-                    )
-                ),
-                default=0,
-            ),
-            float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
-            kept=sum(kept) * seqlen * itemsize,
-            entering=seqlen
-            * itemsize
-            * sum(max(group[0].columns for group in groups if group[0].experts == mixture) for mixture in mixtures)
-            + max(
-                (seqlen * columns[ending.operator] * itemsize for ending in endings if ending.operator in columns),
-                default=0,
-            ),
-            samples=samples,
-            dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
-            inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
-            layers=len(model),
-            backward=backward if graded else 0,
-            reconstruction=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
-            if recipe.reconstruct
-            else 0,
-            renumbered=max(renumbered),
-            learning=forward * -(-SEQUENCES * LENGTH // seqlen)
-            + sum(2 * itemsize * unit.consumer.rows * unit.consumer.columns for unit in units)
-            if recipe.structure.method == "bypass" and units
-            else 0,
-            comparing=max(
-                (
-                    forward
-                    + 4 * 4 * seqlen**2 * (named_size(model.config.get_text_config(), HEADS) or 1)
-                    + 4 * unit.consumer.columns * (3 * unit.consumer.columns + 2 * unit.consumer.rows)
-                    for unit in units
-                    if recipe.structure.method == "goa" and unit.kind == GROUPS
-                ),
-                default=0,
-            ),
-            metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
-            logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
-            text=text_weights and text_weights + generation_bytes(model, samples, seqlen),
-            text_weights=text_weights,
-            measured=needs_measuring(recipe) or chooses_widths(recipe),
-            texts=1 if recipe.workload is None else 2,
-            reordered=permutes(recipe),
-            weighted=weighs_rows(recipe),
-            cuda=model.device.type == "cuda",
-            dense_windows=partial(dense_windows, recipe, layout, seqlen=seqlen),
-        )
 
     def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
         """Compute the peak bytes of every stage of a run, by the stage's name in messages.
@@ -511,78 +313,7 @@ class Sizes:
         return max([here, *(other.disk(choice, workers) for other in self.others)])
 
 
-def largest_layers(layout: Layout) -> list[int]:
-    """Choose the layers that may need most: with the most weights, most inputs, or largest group."""
-
-    def inputs(index: int) -> int:
-        return max((operator.columns for group in layout.layers[index] for operator in group), default=0)
-
-    def largest_group(index: int) -> int:
-        groups = layout.layers[index]
-        return max((sum(operator.rows * operator.columns for operator in group) for group in groups), default=0)
-
-    layers = range(len(layout.layers))
-    return list(dict.fromkeys(max(layers, key=size) for size in (layout.weights, inputs, largest_group)))
-
-
 def _larger(stages: Sequence[dict[str, int]]) -> dict[str, int]:
     """Return the larger bytes of every stage."""
     names = dict.fromkeys(name for each in stages for name in each)
     return {name: max(each.get(name, 0) for each in stages) for name in names}
-
-
-def _differentiate(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> None:
-    """Run a forward and a backward pass through decoder layer ``index``."""
-    with torch.enable_grad(), ordered_attention(model.device):
-        entering = hidden.detach().requires_grad_()
-        torch.autograd.grad(model.run(index, entering, call).float().sum(), entering)
-
-
-def _renumbered(model: LayerwiseModel, layout: Layout, index: int, solved: list[int], widths: Widths | None) -> int:
-    """Count the bytes of a layer's experts that stay when others go, and are not solved afterwards."""
-    units = () if widths is None else widths.mixtures(index)
-    weights = sum(unit.after * expert_weights(model.layers[index], unit) for unit in units)
-    mixtures = {unit.name for unit in units}
-    groups = (layout.layers[index][number] for number in solved)
-    weights -= sum(op.rows * op.columns for group in groups for op in group if op.experts in mixtures)
-    return weights * model.checkpoint.dtype.itemsize
-
-
-def _cut_sizes(unit: Unit, drift_from: DriftFrom | None) -> GroupSizes:
-    """Count the sizes of an operator that only loses inputs, with the Grams of both halves."""
-    n, operator = unit.consumer.columns, unit.consumer
-    return GroupSizes(operator.name.rpartition(".")[2], 2 * 4 * n * n, 4 * operator.rows * n, drift_from, 0, 0)
-
-
-def low_rank_weights(layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint]) -> int:
-    """Count the additional weights of the low-rank parts of all operators that get zeros."""
-    return sum(
-        recipe.low_rank * (operator.rows + operator.columns)
-        for name, operator in layout.operators()
-        if sparsity[name].zeros(operator.rows, operator.columns)
-    )
-
-
-def _group_sizes(
-    group: Group, patterns: list[Constraint], recipe: Recipe, drift_from: DriftFrom | None, device: torch.device
-) -> GroupSizes:
-    """Measure the sizes of a group of operators."""
-    n = group[0].columns
-    rows = [operator.rows for operator in group]
-    drift = drift_from is not None
-    stacked = solve_bytes(rows, n, patterns, recipe.steps, device, drift=drift, rank=recipe.low_rank)
-    parts = cut(rows, n, patterns, recipe.steps)
-    largest = max(parts, key=lambda part: part.stop - part.start)
-    alone = stacked
-    if len(parts) > 1:
-        part = [largest.stop - largest.start], n, [largest.sparsity]
-        alone = solve_bytes(*part, recipe.steps, device, drift=drift)
-        if recipe.low_rank:
-            # Beside a part: both parts of the whole group, their residual, and the Gram of low-rank parts. Low-rank
-            # parts are solved for the whole group.
-            alone += 4 * (4 * sum(rows) * n + 5 * n * n)
-            cheap = parse_method("magnitude")
-            alone = max(alone, solve_bytes(rows, n, patterns, cheap, device, drift=drift, rank=recipe.low_rank))
-    names = "+".join(operator.name.rpartition(".")[2] for operator in group)
-    routed = bool(group[0].experts)
-    return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone, routed)

@@ -133,7 +133,7 @@ def _calibration(report: Report) -> list[str]:
         return []
     found = []
     # Norms of inputs are known from few windows, Grams are not.
-    widest = max((operator.shape[1] for layer in report.layers for operator in layer.operators), default=0)
+    widest = max((operator.shape[1] for operator in report.operators), default=0)
     if used.tokens < 4 * widest and "Gram" in taken:
         found.append(
             f"{used.tokens} calibration tokens are few for operators of {widest} inputs: "
@@ -165,7 +165,7 @@ def _taken(report: Report) -> set[str]:
 
 def _why_not_uneven(report: Report) -> str:
     """Say why another allocation is not worth trying; empty where it is."""
-    if len({operator.sparsity for layer in report.layers for operator in layer.operators}) > 1:
+    if len({operator.sparsity for operator in report.operators}) > 1:
         return "Sparsity differs between operators already"
     try:
         pattern = parse_sparsity(report.recipe.get("sparsity", ""))

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
+from ..runs.comparison_records import AlignComparison, AlignRow
 from ..runs.results import Evaluation
-from ..runs.training_records import AlignComparison, AlignRow, PreferenceFigures
+from ..runs.training_records import PreferenceFigures
 from ..runtime.formatting import p_value, with_error
 from .alignment_text import accuracy_text, by_token_text
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
-from ..runs.records import CompareRow, Comparison
+from ..runs.comparison_records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
 from .comparison import failures
 from .drawing import INK, SERIES, Drawing, draw, plain_log, style

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runs.records import CompareRow, Comparison
+from ..runs.comparison_records import CompareRow, Comparison
 from ..runtime.formatting import align_columns, duration, size
 from .rendering import render
 

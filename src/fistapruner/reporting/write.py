@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runs.records import is_comparison, load_comparison, load_run
+from ..runs.comparison_records import is_comparison, load_comparison
+from ..runs.records import load_run
 from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
 from .page import run_page

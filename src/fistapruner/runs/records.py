@@ -1,4 +1,4 @@
-"""The schema of ``report.json``, layer files and ``compare.json``; see ``docs/report.md``.
+"""The schema of ``report.json``; see ``docs/report.md``.
 
 Readers are tolerant: optional parts may be missing, unknown keys are kept. A change that an old reader would
 misunderstand raises :data:`VERSION`.
@@ -17,10 +17,9 @@ from ..runtime.formatting import percent
 from ..runtime.machine import Machine
 from .base import VERSION, Record, parse, read_json
 from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
-from .layer_records import LayerEntry
-from .lock import NAME as LOCK
+from .layer_records import LayerEntry, OperatorEntry
 from .results import Divergence, Evaluation, Perplexity
-from .training_records import AlignComparison, Alignment, Recovery, TextSide
+from .training_records import Alignment, Recovery, TextSide
 
 Kind = Literal["prune", "recover", "align", "merge"]
 """The verb that a run belongs to; ``merge`` is that of an adapter."""
@@ -102,7 +101,7 @@ class CalibrationFacts(Record):
         return any(side.loss_tokens < side.tokens - side.windows for side in sides)
 
 
-def _share(part: int | None, whole: int | None) -> float | None:
+def share_of(part: int | None, whole: int | None) -> float | None:
     """Divide two counts; None where they are not known."""
     return part / whole if whole and part is not None else None
 
@@ -147,7 +146,7 @@ class Totals(Record):
     @property
     def zeros_share(self) -> float | None:
         """Share of zeros in the operators; None where it is not known."""
-        return _share(self.operator_zeros, self.operator_weights)
+        return share_of(self.operator_zeros, self.operator_weights)
 
 
 class PlanRow(Record):
@@ -259,7 +258,7 @@ class StageFigures(Record):
     @property
     def zeros_share(self) -> float | None:
         """Share of zeros in the operators; None where it is not known."""
-        return _share(self.operator_zeros, self.operator_weights)
+        return share_of(self.operator_zeros, self.operator_weights)
 
 
 class Stage(Record):
@@ -337,6 +336,11 @@ class Report(Record):
     warnings: list[str] = []
 
     @property
+    def operators(self) -> list[OperatorEntry]:
+        """Operators of all layers, in order."""
+        return [operator for layer in self.layers for operator in layer.operators]
+
+    @property
     def sparsity(self) -> str:
         """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it.
 
@@ -345,7 +349,7 @@ class Report(Record):
         """
         if self.kind == "prune" or self.structured:
             return amount_label(self.pruning)
-        operators = [operator for layer in self.layers for operator in layer.operators]
+        operators = self.operators
         claims = {operator.sparsity for operator in operators}
         if len(claims) == 1:
             return claims.pop()
@@ -393,7 +397,7 @@ class Report(Record):
     @property
     def relative_errors(self) -> list[float]:
         """Relative errors of the operators' outputs, as far as they are known and finite."""
-        errors = (operator.relative_error for layer in self.layers for operator in layer.operators)
+        errors = (operator.relative_error for operator in self.operators)
         return [error for error in errors if error is not None and math.isfinite(error)]
 
     @property
@@ -436,114 +440,6 @@ class Report(Record):
     def training(self) -> str:
         """What a run that trains does: ``recovery`` or ``alignment``."""
         return "alignment" if self.kind == "align" else "recovery"
-
-
-class CompareRow(Record):
-    """One method at one sparsity and seed.
-
-    Args:
-        method: chain as written on the command line; ``label``: what to print instead; ``sparsity``; ``seed``.
-        perplexity, divergence: on the text of the comparison; ``gap``: ln(perplexity) - ln(dense perplexity).
-        relative_error: mean over operators; ``seconds``: of the run; ``time_split``: by phase; ``peak_memory``: bytes.
-        operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
-        error: why this row has no figures, when it failed.
-    """
-
-    method: str
-    label: str | None = None
-    sparsity: str
-    seed: int = 0
-    perplexity: Perplexity | None = None
-    divergence: Divergence | None = None
-    gap: float | None = None
-    relative_error: float | None = None
-    seconds: float | None = None
-    time_split: dict[str, float] = {}
-    peak_memory: int | None = None
-    operator_weights: int | None = None
-    operator_zeros: int | None = None
-    low_rank_weights: int | None = None
-    settings: dict[str, Any] = {}
-    error: str | None = None
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """Identify the row among those of a comparison."""
-        return self.label or self.method, self.sparsity, self.seed
-
-    @property
-    def zeros_share(self) -> float | None:
-        """Share of zeros in the operators; None where it is not known."""
-        return _share(self.operator_zeros, self.operator_weights)
-
-    @property
-    def beside_zeros(self) -> str:
-        """Say what low-rank parts add and what structure went, behind the share of zeros; else nothing."""
-        more, weights = self.low_rank_weights, self.operator_weights
-        removed = (self.settings.get("structure") or {}).get("remove")
-        return (f" and {percent(more / weights)} more weights" if more and weights else "") + (
-            f" (structure {removed} removed)" if removed else ""
-        )
-
-
-STATES = "dense-states"
-"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
-
-
-class Comparison(Record):
-    """``DIR/compare.json``: many methods, one protocol. ``dense`` is the dense model on the same tokens."""
-
-    version: int = VERSION
-    kind: Literal["compare"] = "compare"
-    status: Literal["running", "finished", "failed"] = "running"
-    command: str | None = None
-    started: str | None = None
-    finished: str | None = None
-    versions: dict[str, str] = {}
-    machine: Machine = Machine()
-    model: ModelFacts = Field(default_factory=lambda: ModelFacts(source=""))
-    calibration: CalibrationFacts | None = None
-    dense: Perplexity | None = None
-    rows: list[CompareRow] = []
-    warnings: list[str] = []
-
-
-def is_comparison(folder: Path) -> bool:
-    """Check whether a folder is that of a comparison, which may have no row yet."""
-    if any((folder / name).is_file() for name in ("compare.json", "dense.json", STATES)):
-        return True
-    return (folder / "runs").is_dir() and {entry.name for entry in folder.iterdir()} <= {"runs", LOCK}
-
-
-def load_any_comparison(folder: Path) -> Comparison | AlignComparison:
-    """Read ``DIR/compare.json``, also of ``align --compare``, whose file has the same name.
-
-    Raises:
-        FistaPrunerError: it is broken or not there yet.
-    """
-    file = folder / "compare.json"
-    if not file.is_file():
-        raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
-    content = read_json(file)
-    if "kind" not in content and "recipe" in content:
-        return parse(AlignComparison, content, str(file))
-    return parse(Comparison, content, str(file))
-
-
-def load_comparison(folder: Path) -> Comparison:
-    """Read ``DIR/compare.json`` of ``fistapruner compare``.
-
-    Raises:
-        FistaPrunerError: it is broken or not there yet, or of ``align --compare``.
-    """
-    found = load_any_comparison(folder)
-    if isinstance(found, AlignComparison):
-        raise FistaPrunerError(
-            f"{folder} holds a comparison of alignments ('align --compare'), which has no page and no rows of "
-            f"'fistapruner compare': read its table {folder / 'compare.md'}, or name one of the runs in "
-            f"{folder / 'runs'}"
-        )
-    return found
 
 
 def is_run(folder: str | Path) -> bool:

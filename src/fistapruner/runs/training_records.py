@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from .base import VERSION, Record
+from .base import Record
 from .results import Evaluation, Loss, StandardError, Written
 from .steps import read_steps
 
@@ -160,47 +160,3 @@ class Alignment(Record):
     chosen_reward_error: Annotated[float | None, Written] = None
     rejected_reward: float | None = None
     rejected_reward_error: Annotated[float | None, Written] = None
-
-
-class AlignRow(Record):
-    """One alignment of a comparison.
-
-    Args:
-        label: what differs from the others; ``seed``; ``error``: why there is no result.
-        alignment: what its result prefers; ``evaluation``: on the text, against the dense model.
-        held_out: loss before training and at the step that is kept; ``kept_step``.
-        seconds: wall time.
-    """
-
-    label: str
-    seed: int = 0
-    error: str | None = None
-    alignment: Alignment | None = None
-    evaluation: Evaluation | None = None
-    held_out: tuple[Loss, Loss] | None = None
-    kept_step: int | None = None
-    seconds: float | None = None
-
-
-class AlignComparison(Record):
-    """``DIR/compare.json`` of ``fistapruner align --compare``.
-
-    Args:
-        recipe: settings that all rows share; ``model``, ``dense``: as the user named them.
-        evaluation: the text to evaluate on (``data``, ``windows``, ``seqlen``); empty where nothing is.
-        files: hashes of the pairs, of the text to evaluate on, and of the weights of the models, by path.
-        before: the model before alignment on the text, against the dense model.
-        rows: in the order of the table.
-    """
-
-    version: int = VERSION
-    status: Literal["running", "finished"] = "running"
-    command: str | None = None
-    model: str = ""
-    dense: str | None = None
-    evaluation: dict[str, Any] = {}
-    recipe: dict[str, Any] = {}
-    files: dict[str, str] = {}
-    versions: dict[str, str] = {}
-    before: Evaluation | None = None
-    rows: list[AlignRow] = []

@@ -1,0 +1,125 @@
+"""The folder of a comparison: what an earlier one has left in it, and the figures so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import FistaPrunerError
+from ..models.source import ModelSource, Permissions
+from ..recipes.settings import Recipe
+from ..reporting.comparison import comparison_markdown
+from ..runs.comparison_records import STATES, CompareRow, Comparison, load_comparison
+from ..runs.directory import refuse_out
+from ..runs.identity import changed_files
+from ..runs.lock import NAME as LOCK
+from ..runs.prune_directory import PruneDirectory
+from ..runtime.files import PARTIAL, write_json_atomic, write_text_atomic
+from .begun import changed_text, find_source, refuse_other_settings, same_model
+from .compare_jobs import Job, run_name
+from .protocol import Protocol
+
+
+def find_source_of_rows(model: str, folder: Path, permissions: Permissions) -> ModelSource:
+    """Find the model where the rows that have begun found it, so that all rows are of the same files."""
+    for file in sorted((folder / "runs").glob("*/run.json")):
+        with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
+            if (record := PruneDirectory(file.parent).record()) is not None:
+                return find_source(model, record, permissions)
+    return permissions.find(model)
+
+
+def earlier_comparison(folder: Path, model: str) -> Comparison:
+    """Read the comparison that ``folder`` already holds; one without rows where there is none."""
+    refuse_other_things(folder, (STATES, "dense.json", "dense.json" + PARTIAL))
+    if not (folder / "compare.json").is_file():
+        return Comparison()
+    before = load_comparison(folder)
+    if not same_model(before.model.source, model):
+        raise FistaPrunerError(
+            f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
+            "folder"
+        )
+    return before
+
+
+def refuse_other_things(folder: Path, own: Sequence[str] = ()) -> None:
+    """Refuse a folder that has other things in it and no ``compare.json``.
+
+    A comparison that was stopped before its first row has left the dense model's figures at most, and runs begun after
+    them.
+
+    Args:
+        folder: of the comparison to be.
+        own: files that it makes before its first figures.
+
+    Raises:
+        FistaPrunerError: names the first of them.
+    """
+    refuse_out(folder)
+    if not folder.is_dir() or (folder / "compare.json").is_file():
+        return
+    names = {path.name for path in folder.iterdir()} - {"runs", LOCK, "compare.json" + PARTIAL, *own}
+    if not (folder / "dense.json").is_file():
+        names |= {f"runs/{path.name}" for path in folder.glob("runs/*")}
+    if names:
+        raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new folder")
+
+
+def rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path) -> list[CompareRow]:
+    """Select the rows of an earlier comparison that stay, or stand until they are made again.
+
+    One that is asked for now stands if it was measured on the same windows: an interruption does not lose it.
+
+    Raises:
+        FistaPrunerError: a row was made by another protocol, or one that is asked for was begun with other settings.
+    """
+    asked = {job.key for job in jobs}
+    stay = []
+    for row in before:
+        kept = row.key not in asked
+        protocol.check(row, folder, kept=kept)
+        if kept or protocol.covers(row.perplexity):
+            stay.append(row)
+    for job in jobs:
+        run = job.run(folder)
+        if (record := run.record()) is not None:
+            earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
+            refuse_other_settings(run, earlier, job.recipe.identity())
+    return stay
+
+
+def unchanged_rows(
+    rows: list[CompareRow], jobs: Sequence[Job], source: ModelSource, folder: Path
+) -> tuple[list[CompareRow], list[str]]:
+    """Leave out rows whose model or calibration text has changed.
+
+    Returns:
+        The others, and a warning for each that is left out and not asked for now.
+    """
+    asked = {job.key for job in jobs}
+    stay, warnings = [], []
+    for row in rows:
+        changed = _changed(PruneDirectory(folder / "runs" / run_name(*row.key)), source)
+        if changed is None:
+            stay.append(row)
+        elif row.key not in asked:
+            warnings.append(
+                f"the row {row.label}, {row.sparsity}, seed {row.seed} is left out: {changed}; name it to make it again"
+            )
+    return stay, warnings
+
+
+def _changed(run: PruneDirectory, source: ModelSource) -> str | None:
+    """Say whether model or calibration text of a run has changed since it began; None where not."""
+    with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
+        if (record := run.record()) is not None:
+            text = changed_text(record, Recipe.build(record.recipe, str(run.run_file)))
+            return text or changed_files(record.decision.stamps, source)
+    return None
+
+
+def write_comparison(folder: Path, comparison: Comparison) -> None:
+    write_json_atomic(folder / "compare.json", comparison.model_dump(mode="json"))
+    write_text_atomic(folder / "compare.md", comparison_markdown(comparison))

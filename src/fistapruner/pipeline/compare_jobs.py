@@ -1,0 +1,191 @@
+"""The runs that a comparison makes: what they are, what they need, and their calibration windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..calibration import SELF, window_length
+from ..errors import FistaPrunerError
+from ..evaluation.data import load_windows
+from ..execution.context import open_model
+from ..execution.executors import default_threads
+from ..models.source import ModelSource
+from ..recipes.loading import merge
+from ..recipes.settings import Recipe
+from ..runs.listener import Listener
+from ..runs.prune_directory import PruneDirectory
+from ..runs.training_directory import RecoverDirectory
+from ..runtime.devices import cpu_threads
+from ..runtime.numerics import dtype_name
+from ..sensitivity.workload import read_workload
+from .contenders import Contender
+from .plan import check_sources
+from .prepare import draw_windows, drawing_of
+from .protocol import Protocol, distinct_seeds
+from .prune_inputs import shared_text
+from .recover_inputs import (
+    TRAINED_BY,
+    check_fits,
+    check_following,
+    check_trained,
+    refuse_processes,
+)
+
+CalibrationWindows = dict[str, tuple[Tensor, dict[str, Any]]]
+"""Calibration windows, and how they were drawn, by their settings."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Args:
+        label: the method as the user wrote it.
+        seed: of the run and of its calibration windows.
+        recipe: all settings.
+    """
+
+    label: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Identify its row among those of a comparison."""
+        return self.label, str(self.recipe.sparsity), self.seed
+
+    def run(self, folder: Path) -> PruneDirectory:
+        """Return its run directory in that of a comparison."""
+        return PruneDirectory(folder / "runs" / run_name(*self.key))
+
+
+def plan_jobs(
+    contenders: Sequence[Contender], sparsities: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]
+) -> list[Job]:
+    """List the runs of a comparison: every method at every sparsity, seed after seed.
+
+    Raises:
+        FistaPrunerError: nothing to do, a seed or sparsity named twice, or settings that are no recipe.
+    """
+    distinct_seeds(seeds)
+    jobs = []
+    for seed in seeds:
+        for sparsity in sparsities:
+            for contender in contenders:
+                said = merge(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
+                said = merge(merge(said, contender.settings), {"sparsity": sparsity})
+                jobs.append(Job(contender.label, seed, Recipe.build(said, contender.label)))
+    if not jobs:
+        raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
+    if len({str(job.recipe.sparsity) for job in jobs}) < len(sparsities):  # 0.5 is 50%
+        raise FistaPrunerError(f"--sparsity {','.join(sparsities)!r} names the same sparsity twice")
+    return jobs
+
+
+def check_jobs(jobs: Sequence[Job], folder: Path) -> None:
+    """Check what can be checked of the runs before the model is looked for.
+
+    Raises:
+        FistaPrunerError: several processes, a workload that cannot be read, or text that is not there.
+    """
+    for job in jobs:
+        refuse_processes(job.recipe)
+        if job.recipe.pattern.supports_allocation:
+            read_workload(job.recipe)
+        if not job.run(folder).run_file.exists():
+            check_sources(job.recipe)
+
+
+def check_recoveries(jobs: Sequence[Job], source: ModelSource, folder: Path, listener: Listener) -> None:
+    """Check the texts of all recoveries that have not begun, and that these fit.
+
+    Raises:
+        FistaPrunerError: a text that cannot be read, or is too short for the windows of a recovery; or memory or disk
+            that are too small.
+    """
+    following = [job for job in jobs if job.recipe.recover is not None]
+    following = [job for job in following if not RecoverDirectory(job.run(folder).recovered).run_file.exists()]
+    checked = set()
+    for recipe in (job.recipe for job in following):
+        texts = json.dumps([recipe.calibration.sources, recipe.recover.model_dump(mode="json")])
+        if texts not in checked:
+            check_following(recipe, source)
+            checked.add(texts)
+    for job in following:
+        trained = json.dumps(job.recipe.model_dump(mode="json", include=TRAINED_BY))
+        if trained in checked:
+            continue
+        try:
+            task = check_trained(job.recipe, source, job.run(folder).recovered)
+        except FistaPrunerError:  # its row says so
+            continue
+        checked.add(trained)
+        planned = json.dumps(task and [task.recipe.model_dump(mode="json"), dict(task.survivors)])
+        if planned not in checked:
+            check_fits(task, listener)
+            checked.add(planned)
+
+
+def shared_texts(jobs: Sequence[Job], data: str) -> list[str]:
+    """Warn of evaluation text that has documents of the calibration or training text of a run."""
+    calibration = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
+    following = [job.recipe.recover.data for job in jobs if job.recipe.recover is not None]
+    training = {source: None for text in following for source in [*text.tasks.values(), text.source] if source}
+    found = shared_text(calibration, data), shared_text(training, data, training=True)
+    return [warning for warning in found if warning is not None]
+
+
+def agree_protocol(
+    source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]
+) -> Protocol:
+    """Fix what all rows share, from the first ``recipe``: evaluation windows, precision, calibration."""
+    opened = open_model(source, recipe)
+    text = load_windows(data, source.tokenizer(), window_length(recipe.calibration.seqlen, opened), windows)
+    calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
+    execution = recipe.execution
+    return Protocol(text, dtype_name(opened.dtype), calibration, execution.device, recipe.dtype, execution.memory_limit)
+
+
+def draw(job: Job, source: ModelSource, folder: Path, calibrated: CalibrationWindows, listener: Listener) -> None:
+    """Draw the calibration windows of a row that has not begun, unless another row has the same.
+
+    They are drawn before the row, so that their time is not that of the method named first.
+
+    Args:
+        job: the row.
+        source: the model's folder.
+        folder: of the comparison.
+        calibrated: receives the windows.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: a text that is too short or cannot be read, or a model that cannot generate it.
+    """
+    recipe, calibration = job.recipe, job.recipe.calibration
+    key = calibration.model_dump_json()
+    if key in calibrated or job.run(folder).run_file.exists():
+        return
+    model = open_model(source, recipe)
+    seqlen, found = window_length(calibration.seqlen, model), None
+    if SELF in calibration.sources.values():  # it takes long: rows that are begun or were stopped have left it
+        drawing = drawing_of(calibration, model, seqlen)
+        earlier = (PruneDirectory(run).drawn(drawing) for run in sorted(folder.glob("runs/*")))
+        found = next(filter(None, earlier), None)
+    with cpu_threads(default_threads(recipe.execution)):
+        drawn = found or draw_windows(recipe, source, model, source.tokenizer(), seqlen, listener)
+    model.check_tokens(drawn[0])
+    calibrated[key] = drawn
+
+
+def run_name(label: str, sparsity: str, seed: int) -> str:
+    """Name the folder of a run: readable, and different for different labels."""
+    plain = re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{label}-{sparsity.replace(':', 'of').replace('%', '')}")[:80]
+    return f"{plain}-seed{seed}-{hashlib.sha256(f'{label} {sparsity}'.encode()).hexdigest()[:6]}"

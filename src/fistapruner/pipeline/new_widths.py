@@ -1,0 +1,160 @@
+"""Decide the widths of a result whose structure is removed, and say what that means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+
+import torch
+
+from ..constraints import Constraint, parse_sparsity
+from ..errors import FistaPrunerError
+from ..models.discovery import Layout
+from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
+from ..models.layerwise import LayerwiseModel
+from ..models.source import Permissions
+from ..recipes.settings import Recipe
+from ..runtime.formatting import count, span
+from ..sensitivity.decision import measured_by
+from ..structured.experts import EXPERTS
+from ..structured.proof import plan_widths
+from ..structured.units import Widths, layer_weights, removed_weights, resized, unread_tensors
+from ..structured.widths import step_of
+from .patterns import patterns_of
+
+
+def change_widths(
+    model: LayerwiseModel, layout: Layout, recipe: Recipe, permissions: Permissions
+) -> tuple[Layout, Widths | None]:
+    """Decide the widths of the result, where the recipe removes channels.
+
+    Returns:
+        The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
+
+    Raises:
+        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, widths that the
+            pattern does not divide, or goa without the operators that write the channels.
+    """
+    if recipe.structure.remove is None:
+        return layout, None
+    zeros = recipe.pattern.fraction > 0 or isinstance(recipe.allocation, Mapping)
+    if recipe.structure.method == "goa" and zeros:
+        raise FistaPrunerError(
+            f"structure: goa fits whole operators before it removes channels, and has no zeros beside it (sparsity "
+            f"{recipe.pattern}): take --sparsity 0%, and prune its result in a second run"
+        )
+    widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
+    selected = {name for name, _ in layout.operators()}
+    for index, units in enumerate(widths.units) if recipe.structure.method == "goa" else ():
+        for name in chain.from_iterable(unit.producers for unit in units):
+            if (whole := f"{layout.prefix}.{index}.{name}") not in selected:
+                raise FistaPrunerError(
+                    f"structure: targets and ignore leave out {whole}, whose outputs are to be removed, and goa fits "
+                    "and rates it too: leave it in --targets, or take --structure-method obs"
+                )
+    patterns, free = patterns_of(recipe, layout), recipe.structure.widths == "free"
+    for index, units in enumerate(widths.units):
+        for unit in units:
+            pattern = patterns[layout.full_name(index, unit.consumer)]
+            inputs, length = step_of(unit, recipe.structure) * unit.columns, pattern.group_length
+            if free and inputs % length:  # else a width that is measured, after long work, may not fit the pattern
+                raise FistaPrunerError(
+                    f"structure: free widths change the inputs of {unit.consumer.name} in steps of {inputs}, and "
+                    f"pattern {pattern} needs steps of a multiple of {length}: change --structure-multiple or the "
+                    "amount"
+                )
+            if measured_by(recipe) == "error" and unit.consumer.columns % length:
+                raise FistaPrunerError(
+                    f"allocation {recipe.allocation!r} measures errors before structure is removed, and pattern "
+                    f"{pattern} does not fit {layout.full_name(index, unit.consumer)}: its {unit.consumer.columns} "
+                    f"inputs are not a multiple of {length}; take --allocation uniform"
+                )
+    return resized(layout, widths), widths
+
+
+def say_widths(model: LayerwiseModel, widths: Widths) -> str:
+    """Say in one sentence what is removed from a model."""
+    before = layer_weights(model)
+    gone = removed_weights(model, widths)
+    found = []
+    for kind, whole in dict.fromkeys((unit.kind, unit.before) for layer in widths.units for unit in layer):
+        kept = [[unit.after for unit in layer if unit.kind == kind] or [whole] for layer in widths.units]
+        found.append(f"{span(chain.from_iterable(kept))} of {count(whole)} {kind}")
+    mixtures = dict.fromkeys(f"{unit.after} of {unit.before} {EXPERTS}" for units in widths.experts for unit in units)
+    stay, where = " and ".join([*found, *mixtures]), "decoder layer" if found else "mixture"
+    return (
+        f"structure: {stay} stay in every {where}, {before - gone} of the layers' {before} parameters "
+        f"({gone / before:.1%} fewer)"
+    )
+
+
+def say_lost_zeros(
+    model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], widths: Widths
+) -> tuple[str, ...]:
+    """Warn that removing channels does not keep the zeros of a model; empty where it gets new ones.
+
+    Without a record of zeros, the first operator that is concerned is read.
+
+    Args:
+        model: the model, which may be pruned already.
+        layout: its operators.
+        recipe: all settings, resolved.
+        sparsity: the new pattern of every operator, by full name.
+        widths: whose channels are removed.
+    """
+    settings = recipe.structure
+    goa = settings.method == "goa"
+    fitted = goa or settings.compensation == "refit"
+    changed = {  # by name, the inputs that stay or go together
+        f"{layout.prefix}.{index}.{name}": unit.columns
+        for index, units in enumerate(widths.units)
+        for unit in units
+        for name in (unit.consumer.name, *(unit.producers if goa else ()))
+    }
+    changed = {name: block for name, block in changed.items() if name not in sparsity or not sparsity[name].fraction}
+    for name, pattern in _earlier_patterns(model, list(changed)).items():
+        length = pattern.group_length
+        holds = pattern.zeros_suffice or (length > 1 and changed[name] % length == 0)
+        if pattern.fraction and (fitted or not holds):
+            why = "their weights are fitted anew" if fitted else "it is one of the inputs that they had"
+            instead = (
+                "prune the result in a second run" if goa else "give a --sparsity too, and all operators get new ones"
+            )
+            return (
+                f"{model.checkpoint.folder} has zeros already, and structure {settings.remove} does not keep "
+                f"{'them' if fitted else 'their pattern'} in operators such as {name} ({pattern}), since {why}; "
+                f"{instead}",
+            )
+    return ()
+
+
+def say_unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+    """Warn that the result leaves out tensors of layers that the model does not read; empty without."""
+    names = unread_tensors(model, widths)
+    if not names:
+        return ()
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the result leaves out tensors of layers that {type(model.model).__name__} does not read, such as those of "
+        f"multi-token prediction, since the new config would not fit them: {shown}",
+    )
+
+
+def _earlier_patterns(model: LayerwiseModel, names: Sequence[str]) -> dict[str, Constraint]:
+    """Return the patterns that a pruned model's operators have, as its record says it, or one of them has."""
+    folder, found = model.checkpoint.folder, {}
+    try:
+        claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint, folder)
+    except FistaPrunerError:  # the report says so: the lineage is in the same file
+        claims = {}
+    for name in names if claims else ():
+        claim = claims.get(model.source(f"{name}.weight"), {})
+        with suppress(FistaPrunerError):
+            found[name] = parse_sparsity(str(claim.get("sparsity", "0%")))
+    for name in () if claims else names[:1]:
+        weight = model.checkpoint.read(model.source(f"{name}.weight"))
+        share = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+        if MIN_ZEROS <= share < 1:
+            found[name] = parse_sparsity(f"{share:.1%}")
+    return found

@@ -1,0 +1,175 @@
+"""The schema of ``compare.json`` of either verb that makes one; see ``docs/report.md``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..errors import FistaPrunerError
+from ..runtime.formatting import percent
+from ..runtime.machine import Machine
+from .base import VERSION, Record, parse, read_json
+from .lock import NAME as LOCK
+from .records import CalibrationFacts, ModelFacts, share_of
+from .results import Divergence, Evaluation, Loss, Perplexity
+from .training_records import Alignment
+
+
+class CompareRow(Record):
+    """One method at one sparsity and seed.
+
+    Args:
+        method: chain as written on the command line; ``label``: what to print instead; ``sparsity``; ``seed``.
+        perplexity, divergence: on the text of the comparison; ``gap``: ln(perplexity) - ln(dense perplexity).
+        relative_error: mean over operators; ``seconds``: of the run; ``time_split``: by phase; ``peak_memory``: bytes.
+        operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
+        error: why this row has no figures, when it failed.
+    """
+
+    method: str
+    label: str | None = None
+    sparsity: str
+    seed: int = 0
+    perplexity: Perplexity | None = None
+    divergence: Divergence | None = None
+    gap: float | None = None
+    relative_error: float | None = None
+    seconds: float | None = None
+    time_split: dict[str, float] = {}
+    peak_memory: int | None = None
+    operator_weights: int | None = None
+    operator_zeros: int | None = None
+    low_rank_weights: int | None = None
+    settings: dict[str, Any] = {}
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Identify the row among those of a comparison."""
+        return self.label or self.method, self.sparsity, self.seed
+
+    @property
+    def zeros_share(self) -> float | None:
+        """Share of zeros in the operators; None where it is not known."""
+        return share_of(self.operator_zeros, self.operator_weights)
+
+    @property
+    def beside_zeros(self) -> str:
+        """Say what low-rank parts add and what structure went, behind the share of zeros; else nothing."""
+        more, weights = self.low_rank_weights, self.operator_weights
+        removed = (self.settings.get("structure") or {}).get("remove")
+        return (f" and {percent(more / weights)} more weights" if more and weights else "") + (
+            f" (structure {removed} removed)" if removed else ""
+        )
+
+
+STATES = "dense-states"
+"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
+
+
+class Comparison(Record):
+    """``DIR/compare.json``: many methods, one protocol.
+
+    Args:
+        dense: the dense model on the same tokens.
+        asked: keys of the rows that were asked for this time; not in the file.
+    """
+
+    version: int = VERSION
+    kind: Literal["compare"] = "compare"
+    status: Literal["running", "finished"] = "running"
+    command: str | None = None
+    started: str | None = None
+    finished: str | None = None
+    versions: dict[str, str] = {}
+    machine: Machine = Machine()
+    model: ModelFacts = Field(default_factory=lambda: ModelFacts(source=""))
+    calibration: CalibrationFacts | None = None
+    dense: Perplexity | None = None
+    rows: list[CompareRow] = []
+    asked: set[tuple[str, str, int]] = Field(default_factory=set, exclude=True)
+    warnings: list[str] = []
+
+
+class AlignRow(Record):
+    """One alignment of a comparison.
+
+    Args:
+        label: what differs from the others; ``seed``; ``error``: why there is no result.
+        alignment: what its result prefers; ``evaluation``: on the text, against the dense model.
+        held_out: loss before training and at the step that is kept; ``kept_step``.
+        seconds: wall time.
+    """
+
+    label: str
+    seed: int = 0
+    error: str | None = None
+    alignment: Alignment | None = None
+    evaluation: Evaluation | None = None
+    held_out: tuple[Loss, Loss] | None = None
+    kept_step: int | None = None
+    seconds: float | None = None
+
+
+class AlignComparison(Record):
+    """``DIR/compare.json`` of ``fistapruner align --compare``.
+
+    Args:
+        recipe: settings that all rows share; ``model``, ``dense``: as the user named them.
+        evaluation: the text to evaluate on (``data``, ``windows``, ``seqlen``); empty where nothing is.
+        files: hashes of the pairs, of the text to evaluate on, and of the weights of the models, by path.
+        before: the model before alignment on the text, against the dense model.
+        rows: in the order of the table.
+    """
+
+    version: int = VERSION
+    status: Literal["running", "finished"] = "running"
+    command: str | None = None
+    model: str = ""
+    dense: str | None = None
+    evaluation: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    before: Evaluation | None = None
+    rows: list[AlignRow] = []
+
+
+def is_comparison(folder: Path) -> bool:
+    """Check whether a folder is that of a comparison, which may have no row yet."""
+    if any((folder / name).is_file() for name in ("compare.json", "dense.json", STATES)):
+        return True
+    return (folder / "runs").is_dir() and {entry.name for entry in folder.iterdir()} <= {"runs", LOCK}
+
+
+def load_any_comparison(folder: Path) -> Comparison | AlignComparison:
+    """Read ``DIR/compare.json``, also of ``align --compare``, whose file has the same name.
+
+    Raises:
+        FistaPrunerError: it is broken or not there yet.
+    """
+    file = folder / "compare.json"
+    if not file.is_file():
+        raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
+    content = read_json(file)
+    if "kind" not in content and "recipe" in content:
+        return parse(AlignComparison, content, str(file))
+    return parse(Comparison, content, str(file))
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """Read ``DIR/compare.json`` of ``fistapruner compare``.
+
+    Raises:
+        FistaPrunerError: it is broken or not there yet, or of ``align --compare``.
+    """
+    found = load_any_comparison(folder)
+    if isinstance(found, AlignComparison):
+        raise FistaPrunerError(
+            f"{folder} holds a comparison of alignments ('align --compare'), which has no page and no rows of "
+            f"'fistapruner compare': read its table {folder / 'compare.md'}, or name one of the runs in "
+            f"{folder / 'runs'}"
+        )
+    return found
