@@ -223,8 +223,8 @@ def _restore_first_space(path: Path, reader: Any, tokenizer: Any) -> None:
 def _save_tokenizer(path: Path, tokenizer: Any, out: Path) -> None:
     """Save a tokenizer so that it is loaded as it is.
 
-    Classes of tokenizers of one family rebuild all but the vocabulary, whatever the folder says; the general one does
-    not.
+    Classes of tokenizers of one family rebuild all but the vocabulary, whatever the folder says; the general one,
+    by the name that transformers 4 knows too, does not.
 
     Raises:
         FistaPrunerError: ``transformers`` loads another one: it takes the family's class all the same.
@@ -232,7 +232,7 @@ def _save_tokenizer(path: Path, tokenizer: Any, out: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(out)
-    kept = {"tokenizer_class": "TokenizersBackend", "padding_side": tokenizer.padding_side}
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": tokenizer.padding_side}
     write_json_atomic(out / "tokenizer_config.json", read_json(out, "tokenizer_config.json") | kept)
     found = _steps(loaded := AutoTokenizer.from_pretrained(str(out)))
     for step, wanted in _steps(tokenizer).items():
