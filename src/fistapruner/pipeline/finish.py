@@ -17,6 +17,7 @@ from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
 from ..models.layerwise import LayerwiseModel
+from ..models.files.record import stack_of
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
 from ..runs.directory import CARD
@@ -63,7 +64,7 @@ def finish(
     pruned = {name for name, claim in own.items() if claim["sparsity"] != "0%"}
     kept = kept_claims(context, report, pruned, changed)
     report.totals.model_zeros = claimed_zeros({**own, **kept})
-    report.stacked_experts = any(name.endswith("]") for name in (*own, *kept))
+    report.stacked_experts = any(stack_of(name) for name in (*own, *kept))
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()

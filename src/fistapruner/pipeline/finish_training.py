@@ -20,7 +20,7 @@ from ..execution.training_context import TrainingContext
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import remove_adapter
-from ..models.files.record import read_pruning_record
+from ..models.files.record import read_pruning_record, stack_of
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..planning.training_sizes import STEP, TRAINING
@@ -78,7 +78,7 @@ def finish(
     report.totals = _totals(context, report, times.total())
     content = read_pruning_record(context.decision.folder)
     claims = operator_claims(report, context.model) | (content.get("operators") or {})
-    report.stacked_experts = any(name.endswith("]") for name in claims)
+    report.stacked_experts = any(stack_of(name) for name in claims)
     report.finished = now()
     add_stage(report)
     _write(context, trained, report, content, claims, listener)
@@ -130,7 +130,7 @@ def _describe(context: TrainingContext, trained: Trained, index: int, report: Re
 
 
 def _describe_training(context: TrainingContext, state: TrainingState, report: Report) -> None:
-    operators = [operator for layer in report.layers for operator in layer.operators]
+    operators = report.operators
     survivors = sum(math.prod(operator.shape) - operator.zeros for operator in operators)
     found = report.recovery
     assert found is not None
@@ -271,7 +271,7 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
 
 
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
-    operators = [operator for layer in report.layers for operator in layer.operators]
+    operators = report.operators
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=sum(operator.zeros for operator in operators),
