@@ -206,12 +206,19 @@ def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
     """Refuse too few steps or tokens for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
 
     Raises:
-        FistaPrunerError: names the windows that it needs.
+        FistaPrunerError: names the windows that it needs, and the steps or tokens that make them.
     """
     data = recipe.data
     if len(data.tasks) > 1 and data.mixture == "uniform":
         windows = min(recipe.steps_of(seqlen) * recipe.windows_per_step, recipe.windows_of(seqlen))
-        Mixture(len(data.tasks), data.per_round, data.seed).draw(windows)
+        mixture = Mixture(len(data.tasks), data.per_round, data.seed)
+        steps = -(-mixture.least // recipe.windows_per_step)
+        more = [f"at least {steps} steps"] if recipe.steps is not None and recipe.steps < steps else []
+        if recipe.steps is None:
+            more = [f"at least {steps * recipe.windows_per_step * seqlen} tokens"]
+        elif -(-data.tokens // seqlen) < mixture.least:
+            more.append(f"at least {mixture.least * seqlen} tokens")
+        mixture.draw(windows, " and ".join(more))
 
 
 def known_text(origin: RunDirectory | None) -> dict[str, Any] | None:
