@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.mixtures import Mixture
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
 from fistapruner.evaluation.data import evaluation_documents
+from fistapruner.pipeline.recover_inputs import check_mixture
 from fistapruner.recipes.loading import merge
-from fistapruner.recipes.recover_settings import TrainingData
+from fistapruner.recipes.recover_settings import RecoverRecipe, TrainingData
 from fistapruner.recipes.settings import Calibration, Recipe
 
 
@@ -73,6 +75,27 @@ def test_tasks_of_a_round_get_the_same_number_of_windows(tasks: int, data: st.Da
         assert max(counts) - min(counts) <= 1
     with pytest.raises(FistaPrunerError, match="and there are"):
         mixture.draw(mixture.rounds * per_round - 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 9), st.integers(1, 5), st.none() | st.integers(1, 9), st.integers(1, 900))
+def test_what_is_named_is_enough_for_a_mixture(
+    tasks: int, per_round: int, windows_per_step: int, steps: int | None, tokens: int
+) -> None:
+    texts = {str(number): "python" for number in range(tasks)}
+    asked: dict[str, Any] = {"windows_per_step": windows_per_step, "steps": steps}
+    asked["data"] = {"tasks": texts, "tokens": tokens, "per_round": min(per_round, tasks)}
+    try:
+        check_mixture(RecoverRecipe(**asked), 32)
+    except FistaPrunerError as error:
+        advice, _, fewer_rounds = str(error).partition(": take ")[2].partition(", or per_round ")
+        for value, name in re.findall(r"at least (\d+) (\w+)", advice):
+            (asked if name == "steps" else asked["data"])[name] = int(value)
+        assert (asked["steps"], asked["data"]["tokens"]) != (steps, tokens)
+        check_mixture(RecoverRecipe(**asked), 32)
+        if fewer_rounds:
+            asked |= {"steps": steps, "data": {"tasks": texts, "tokens": tokens, "per_round": int(fewer_rounds)}}
+            check_mixture(RecoverRecipe(**asked), 32)
 
 
 def test_uniform_and_pooled(tmp_path: Path) -> None:
@@ -159,6 +182,8 @@ def test_calibration_draws_uniformly_over_tasks(tmp_path: Path) -> None:
     assert facts["source"] == "own, a, b, c"
     assert facts["documents"] == 420
     assert sorted(task["samples"] for task in facts["tasks"].values()) == [3, 3, 4, 4]
+    with pytest.raises(FistaPrunerError, match="and there are 3: take at least 4 samples"):
+        calibration_tokens(settings_.model_copy(update={"samples": 3}), letters_tokenizer(), 24)
     assert facts["tasks"]["own"]["how"].startswith("generated")
     assert facts["tasks"]["a"]["source"] == sources["a"]
     assert "windows of a.jsonl" in facts["how"]

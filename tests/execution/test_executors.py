@@ -280,6 +280,26 @@ def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path, method: str, 
         assert [entry.relative_error for entry in one.operators] == [entry.relative_error for entry in other.operators]
 
 
+@pytest.mark.parametrize("targets", [r"re:layers\.0\.", "o_proj"])
+def test_groups_of_one_operator_need_no_workers(model: Path, tmp_path: Path, targets: str) -> None:
+    """Nor do layers without operators, where a run goes on with them."""
+    said: list[str] = []
+
+    class Says(Listener):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    settings = {**SETTINGS, "propagate": "pruned", "method": "wanda", "targets": [targets]}
+    prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
+    out = tmp_path / "run"
+    prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(0, 0))
+    execution = {"threads": 1, "executor": "process", "workers": 2}
+    prune(str(model), out, **settings, execution=execution, listener=Says())
+    assert weights(out) == weights(tmp_path / "serial")
+    assert any("no group of the layers to prune has two operators" in message for message in said)
+    assert not any("worker processes" in message for message in said)
+
+
 def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "propagate": "pruned"}
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})

@@ -74,6 +74,15 @@ def test_living_process_is_believed_where_the_file_system_has_no_locks(disk: Pat
         pass
 
 
+def test_a_holder_that_has_not_written_its_record_yet_is_waited_for(disk: Path) -> None:
+    with open(disk / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(FistaPrunerError, match="by another process that is just starting: wait"), hold(disk):
+            pass
+    with hold(disk):
+        pass
+
+
 def test_ranges_of_layers(disk: Path) -> None:
     """Ranges that do not overlap work at once; a whole run excludes them all."""
     with hold(disk, (0, 3)), hold(disk, (4, 7)):

@@ -516,7 +516,7 @@ def test_a_run_keeps_the_model_files_that_it_began_with(
         assert any("the run is made again with all its layers" in sentence for sentence in told.sentences)
 
 
-@pytest.mark.parametrize("other", ["", "model", "versions", "device", "own code", "own code now"])
+@pytest.mark.parametrize("other", ["", "model", "versions", "device", "own code", "own code now", "own code before"])
 def test_a_model_is_compared_again_only_where_it_or_what_runs_it_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
@@ -527,12 +527,12 @@ def test_a_model_is_compared_again_only_where_it_or_what_runs_it_is_another(
     settings = {**SETTINGS, "propagate": "dense"}
     if other.startswith("own code"):  # of a model_type that transformers knows
         (model / "modeling_own.py").write_text(
-            "from transformers import LlamaForCausalLM\n\nclass OwnModel(LlamaForCausalLM):\n    pass\n"
+            "import transformers\n\nclass LlamaForCausalLM(transformers.LlamaForCausalLM):\n    pass\n"
         )
         config = json.loads((model / "config.json").read_text())
-        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnModel"}
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}
         (model / "config.json").write_text(json.dumps(config))
-        settings["trust_remote_code"] = other == "own code"
+        settings["trust_remote_code"] = other != "own code now"
     fp.prune(model, run.folder, only_layers=(0, 0), **settings)
     assert checked.call_count == 1
     record = run.record()
@@ -543,8 +543,8 @@ def test_a_model_is_compared_again_only_where_it_or_what_runs_it_is_another(
         record.versions["transformers"] = "0.0"
     elif other == "device":
         record.machine.device_name = "another GPU"
-    elif other == "own code now":
-        settings["trust_remote_code"] = True
+    elif other in ("own code now", "own code before"):
+        settings["trust_remote_code"] = other == "own code now"
     run.write_record(record)
     fp.prune(model, run.folder, **settings)
     assert checked.call_count == 1 + bool(other)

@@ -327,6 +327,9 @@ def test_the_last_of_several_names_that_match_sets_the_sparsity(model: Model) ->
     assert found["self_attn.o_proj"] == "60%"
     with pytest.raises(FistaPrunerError, match="'proj' matches no operator"):
         allocate(Recipe.build({"allocation": {"proj": "40%"}}), model[1])
+    recipe = Recipe.build({"allocation": {"q_proj": "70%"}, "ignore": ["q_proj"]})
+    with pytest.raises(FistaPrunerError, match="'q_proj' matches only operators that targets and ignore leave out"):
+        allocate(recipe, model[1].select(recipe))
 
 
 def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:

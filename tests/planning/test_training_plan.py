@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -39,6 +40,7 @@ from fistapruner.planning.training_sizes import CUTTING, Task, TrainingChoice, T
 from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.recipes.settings import Recipe
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.formatting import size
@@ -402,6 +404,26 @@ def recover(run: Path, out: Path, **settings: Any) -> Report:
     data = {"seqlen": 16, "tokens": 300}
     fixed = {"steps": 4, "windows_per_step": 2, "validation_checks": 2, "rank": 4, "evaluate": None}
     return fp.recover(run, out, **{"data": data, **fixed, **settings})
+
+
+def test_a_recovery_is_planned_on_the_disk_that_pruning_leaves(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"parameters": "full", "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    recipe = Recipe.build({"method": "wanda", "sparsity": "2:4", "recover": training})
+    source = UNTRUSTED.find(run.parent / "dense")
+    task = check_trained(recipe, source, PruneDirectory(tmp_path))
+    assert task is not None
+    assert task.before == pytest.approx(sum(path.stat().st_size for path in run.rglob("*[0-9l].safetensors")), rel=0.05)
+    found = plan_training(task)
+    needed = math.ceil(sum(found.needs.disk(found.choice).values()) / 0.95) + task.before
+    for free, fits in ((needed, True), (needed - task.before, False)):
+        monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=free)))
+        with nullcontext() if fits else pytest.raises(FistaPrunerError, match=r" free, .* of it for the pruning; "):
+            assert plan_training(task).choice == found.choice
+    again = check_trained(recipe, source, PruneDirectory(run))  # which has pruned
+    assert again is not None
+    assert again.before == 0
 
 
 def test_a_recovery_that_cannot_fit_is_refused_before_pruning(

@@ -492,7 +492,9 @@ def test_zeros_that_an_allocation_sets_by_name_beside_structure_are_told() -> No
     assert not report.only_structure
     assert report.sparsity == "structure 25% and 2:4 by name"
     assert report.method.endswith(", sparsegpt+fista")
-    assert "weights of the pruned operators are zero" in card_parts(report)[1]
+    said = card_parts(report)[1]
+    assert "weights of the pruned operators are zero" in said
+    assert "; zeros of pruned operators are " in said  # those of other tensors are not counted
     report.lineage = Lineage(source=report.model, stages=[Stage(settings=report.recipe, figures=StageFigures())])
     report.lineage.stages[0].figures.operator_weights, report.lineage.stages[0].figures.operator_zeros = 8, 4
     assert "50.0 % zeros in its operators" in lineage_lines(report.lineage)[1]

@@ -587,7 +587,7 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
         (
             "llama",
             ["--structure", "heads=1", "--targets", "re:mlp"],
-            "targets and ignore leave no key/value groups that can be removed (self_attn.k_proj is left out)",
+            "targets and ignore leave no key/value groups that can be removed (self_attn.o_proj is left out)",
         ),
         ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
         (

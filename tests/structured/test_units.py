@@ -116,6 +116,25 @@ def test_amounts_that_leave_or_remove_nothing_are_refused(
         planned(tiny.save("llama", tmp_path), amount, multiple)
 
 
-def test_layers_that_are_left_out_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FistaPrunerError, match=r"structure: model.layers.1: .*targets and ignore leave"):
-        planned(tiny.save("llama", tmp_path), "25%", ignore=("re:layers.1.mlp.down",))
+@pytest.mark.parametrize(
+    ("architecture", "amount", "ignore", "said"),
+    [
+        (
+            "llama",
+            "25%",
+            ("re:layers.1.mlp.down", "q_proj"),
+            r"layers.1: .* no MLP .*\(mlp\.down_proj is left out",
+        ),
+        ("phi3", "25%", ("gate_up_proj", "qkv_proj"), r"leave no MLP .*\(mlp\.gate_up_proj is left out"),
+        ("llama", "heads=1", ("down_proj", "v_proj"), r"leave no key.*\(self_attn\.v_proj is left out"),
+        ("phi3", "heads=1", ("down_proj",), "no separate query, key and value operators of 4 and 2 heads were found"),
+        ("mixtral", "25%", ("re:experts",), "has a mixture of experts, whose channels are not removed"),
+        ("mixtral", "heads=1", ("re:experts", "q_proj"), r"leave no key.*\(self_attn\.q_proj is left out"),
+    ],
+)
+def test_layers_that_are_left_out_are_refused(
+    tmp_path: Path, architecture: str, amount: str, ignore: tuple[str, ...], said: str
+) -> None:
+    """The operator that is missed is named; where none is, the reason is the architecture."""
+    with pytest.raises(FistaPrunerError, match=f"structure: .*{said}"):
+        planned(tiny.save(architecture, tmp_path), amount, ignore=ignore)

@@ -47,13 +47,19 @@ class Mixture:
         # log1p is exact for small n/N; the margin keeps an exact quotient from being rounded up.
         return math.ceil(math.log(MISSED) / math.log1p(-self.per_round / self.tasks) - 1e-9)
 
-    def draw(self, windows: int) -> Tensor:
+    @property
+    def least(self) -> int:
+        """Return the smallest number of windows that can be drawn."""
+        return self.rounds * min(self.per_round or self.tasks, self.tasks)
+
+    def draw(self, windows: int, more: str = "more windows") -> Tensor:
         """Draw the task of each window.
 
         Rounds have the same number of windows, and so have the tasks of a round, to within one window.
 
         Args:
             windows: in all.
+            more: what to take where they are too few, for the error.
 
         Returns:
             (windows,) int64 numbers of tasks.
@@ -62,11 +68,11 @@ class Mixture:
             FistaPrunerError: a round would have fewer windows than tasks.
         """
         rounds, per_round = self.rounds, min(self.per_round or self.tasks, self.tasks)
-        if windows < rounds * per_round:
+        if windows < self.least:
             raise FistaPrunerError(
-                f"a mixture of {self.tasks} tasks, {per_round} a round, needs {rounds * per_round} windows for its "
-                f"{rounds} round{'s' if rounds > 1 else ''}, and there are {windows}: take more windows or more tasks "
-                "a round"
+                f"a mixture of {self.tasks} tasks, {per_round} a round, needs {self.least} windows for its {rounds} "
+                f"round{'s' if rounds > 1 else ''}, and there are {windows}: take {more}"
+                + (f", or per_round {self.tasks}" if per_round < self.tasks <= windows else "")
             )
         parts = []
         for number in range(rounds):

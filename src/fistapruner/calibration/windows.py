@@ -109,7 +109,8 @@ def calibration_tokens(
 
 def window_tasks(settings: Calibration) -> Tensor:
     """Return the (samples,) number of each window's task, in the order of ``settings.sources``."""
-    return Mixture(len(settings.sources), seed=settings.seed).draw(settings.samples)
+    mixture = Mixture(len(settings.sources), seed=settings.seed)
+    return mixture.draw(settings.samples, f"at least {mixture.least} samples")
 
 
 def _draw_source(

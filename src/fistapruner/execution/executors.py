@@ -56,11 +56,12 @@ def prune_layers(
         return
     executor = execution.executor
     jobs = len(todo) if executor == "serial" else count_jobs(context.layout, context.sparsity, context.recipe, todo)
-    if executor != "serial" and context.recipe.propagate == "pruned" and jobs == 1:
+    if executor != "serial" and context.recipe.propagate == "pruned" and jobs <= 1:
         listener.say(
-            f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side"
+            "propagate=pruned, and no group of the layers to prune has two operators: "
+            f"executor {executor} has nothing to run side by side"
         )
-    if inspect is not None or jobs == 1:
+    if inspect is not None or jobs <= 1:
         executor = "serial"
     with cpu_threads(context.numerics.threads):
         if executor == "serial":
@@ -105,7 +106,8 @@ def _pool(context: RunContext, execution: Execution, jobs: int, listener: Listen
 def count_jobs(layout: Layout, sparsity: Mapping[str, Constraint], recipe: Recipe, layers: Collection[int]) -> int:
     """Count what workers do side by side.
 
-    That is the decoder layers, or with ``propagate=pruned`` the parts of the largest group.
+    That is the decoder layers, or with ``propagate=pruned`` the parts of the largest group: 0 where the layers have no
+    operators to prune.
 
     Args:
         layout: operators to prune.

@@ -105,12 +105,14 @@ class Layout:
             only added to the residual stream: ``self_attn.o_proj``, ``mlp.down_proj``. A mixture of experts is one of
             them as a whole: ``mlp``.
         output_projections: for each decoder layer, the last operator of its child modules, by the child's name.
+        left_out: full names of the operators that targets and ignore leave out.
     """
 
     prefix: str
     layers: tuple[tuple[Group, ...], ...]
     residual_writers: tuple[tuple[str, ...], ...]
     output_projections: tuple[Mapping[str, OutputProjection], ...]
+    left_out: tuple[str, ...] = ()
 
     def full_name(self, index: int, operator: Operator) -> str:
         """Return the operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
@@ -151,7 +153,8 @@ class Layout:
             wanted = not recipe.targets or any(matches(name, pattern) for pattern in recipe.targets)
             return wanted and not any(matches(name, pattern) for pattern in recipe.ignore)
 
-        selected = self.only({name for name in names if chosen(name)})
+        left_out = tuple(name for name in names if not chosen(name))
+        selected = replace(self.only(set(names).difference(left_out)), left_out=left_out)
         if not any(selected.layers):
             raise FistaPrunerError(f"targets and ignore leave no operator to {purpose}")
         return selected

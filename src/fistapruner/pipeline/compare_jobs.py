@@ -124,7 +124,7 @@ def check_recoveries(jobs: Sequence[Job], source: ModelSource, folder: Path, lis
         if trained in checked:
             continue
         try:
-            task = check_trained(job.recipe, source, job.run(folder).recovered)
+            task = check_trained(job.recipe, source, job.run(folder))
         except FistaPrunerError:  # its row says so
             continue
         checked.add(trained)

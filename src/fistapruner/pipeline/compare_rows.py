@@ -110,7 +110,7 @@ class Shared:
             report = report if run.model.is_dir() else None
         if report is None or (training is not None and recovery is None and not run.model.is_dir()):
             if training is not None and recovery is None:
-                check_trained(job.recipe, self.source, run.recovered)
+                check_trained(job.recipe, self.source, run)
             report = self._prune(run, job.recipe)
         if training is not None and recovery is None:
             recovery = self._recover(run, report, training)

@@ -40,7 +40,7 @@ def patterns_of(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     """Read the pattern of every operator, by full name.
 
     Raises:
-        FistaPrunerError: a pattern of names that matches nothing.
+        FistaPrunerError: a pattern of names that matches no operator of ``layout``.
     """
     operators = layout.operators()
     chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
@@ -48,6 +48,10 @@ def patterns_of(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
         for pattern, sparsity in recipe.allocation.items():
             names = [name for name in chosen if matches(name, pattern)]
             if not names:
+                if any(matches(name, pattern) for name in layout.left_out):
+                    raise FistaPrunerError(
+                        f"allocation: {pattern!r} matches only operators that targets and ignore leave out"
+                    )
                 raise FistaPrunerError(
                     f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}"
                 )

@@ -66,7 +66,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         drawn = run.drawn(drawing)
     plan = choose_plan(run, request.recipe, inputs, listener, drawn=drawn is not None)
     if request.recipe.recover is not None and request.only_layers is None:  # a part may be pruned where it does not fit
-        check_fits(check_trained(request.recipe, inputs.source, run.recovered), listener)
+        check_fits(check_trained(request.recipe, inputs.source, run), listener)
     with cpu_threads(plan.numerics.threads):
         text = text_sha256(request.recipe)  # before the text is read
         tokens, how = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)

@@ -323,7 +323,7 @@ def _prune(
     if request.recipe.recover is not None and not found.damaged and _recovery_is_new(run, only is not None):
         source = request.source or find_source(request.model, run.record(), request.permissions)
         check_following(request.recipe, source)
-        check_trained(request.recipe, source, run.recovered)
+        check_trained(request.recipe, source, run)
     with preparing(run.folder) if only else nullcontext():
         before = run.record()
         prepare(run, request, listener)

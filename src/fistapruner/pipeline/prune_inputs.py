@@ -154,12 +154,13 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
 def _was_checked(begun: PruneRecord, model: LayerwiseModel) -> bool:
     """Check that a run has compared this model's logits already: with these versions, on this device.
 
-    A model's own code may have changed: of its files only config and weights are compared with those of the run. It
-    may also replace a class of ``transformers``, so the class that was built tells whose code runs.
+    A model's own code may have changed: of its files only config and weights are compared with those of the run. Nor is
+    it known whether that code ran then, where its class is named like one of ``transformers``.
     """
     alike = begun.versions == versions() and began_on(begun) == device_title(model.device)
     built = type(model.model)
-    return alike and built.__module__.startswith("transformers.") and built.__name__ == begun.model.architecture
+    plain = built.__module__.startswith("transformers.") and "auto_map" not in model.checkpoint.config
+    return alike and plain and built.__name__ == begun.model.architecture
 
 
 def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..calibration.mixtures import Mixture
@@ -138,7 +137,7 @@ def _on_text(recipe: Recipe) -> RecoverRecipe:
     return training.model_copy(update={"data": training.data.model_copy(update=text)})
 
 
-def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> Task | None:
+def check_trained(recipe: Recipe, dense: ModelSource, run: PruneDirectory) -> Task | None:
     """Check, before a model is pruned, which operators the recovery that follows trains.
 
     They are those that get zeros; of a model that loses channels, heads or experts, all.
@@ -146,7 +145,7 @@ def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> Task | None:
     Args:
         recipe: of the pruning run, with the section ``recover``.
         dense: the model.
-        out: the run directory of the recovery.
+        run: the pruning run.
 
     Returns:
         What :func:`check_fits` plans: the recovery of the dense model, whose shapes are those of the pruned one; None
@@ -165,6 +164,8 @@ def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> Task | None:
     sparsity = allocate(recipe, layout, model.config.model_type)
     zeros = {name: sparsity[name].zeros(operator.rows, operator.columns) for name, operator in layout.operators()}
     survivors = {name: operator.rows * operator.columns - zeros[name] for name, operator in layout.operators()}
+    checkpoint, journaled = model.checkpoint, sum(map(layout.weights, range(len(model))))
+    before = checkpoint.nbytes + journaled * min(model.dtype.itemsize, checkpoint.dtype.itemsize)
     layout = layout.only({name for name, count in zeros.items() if count})
     if not any(layout.layers):
         raise FistaPrunerError(
@@ -176,7 +177,8 @@ def check_trained(recipe: Recipe, dense: ModelSource, out: Path) -> Task | None:
     training = training.model_copy(update={"loss": loss})
     teacher, generator = None if loss == "ce" else model, model if training.generates_text else None
     seqlen = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
-    return Task.of_recovery(model, layout, teacher, training, survivors, seqlen, out, generator)
+    task = Task.of_recovery(model, layout, teacher, training, survivors, seqlen, run.recovered, generator)
+    return replace(task, before=0 if run.model.is_dir() else before)
 
 
 def check_fits(task: Task | None, listener: Listener) -> None:
@@ -206,12 +208,19 @@ def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
     """Refuse too few steps or tokens for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
 
     Raises:
-        FistaPrunerError: names the windows that it needs.
+        FistaPrunerError: names the windows that it needs, and the steps or tokens that make them.
     """
     data = recipe.data
     if len(data.tasks) > 1 and data.mixture == "uniform":
         windows = min(recipe.steps_of(seqlen) * recipe.windows_per_step, recipe.windows_of(seqlen))
-        Mixture(len(data.tasks), data.per_round, data.seed).draw(windows)
+        mixture = Mixture(len(data.tasks), data.per_round, data.seed)
+        steps = -(-mixture.least // recipe.windows_per_step)
+        more = [f"at least {steps} steps"] if recipe.steps is not None and recipe.steps < steps else []
+        if recipe.steps is None:
+            more = [f"at least {steps * recipe.windows_per_step * seqlen} tokens"]
+        elif -(-data.tokens // seqlen) < mixture.least:
+            more.append(f"at least {mixture.least * seqlen} tokens")
+        mixture.draw(windows, " and ".join(more))
 
 
 def known_text(origin: RunDirectory | None) -> dict[str, Any] | None:

@@ -81,6 +81,7 @@ class Task:
         memory: bytes of main memory that are this process's share of what is free; None is as the recipe has it.
         answers: windows of the pairs whose log-probabilities are computed before and after training, by model.
         ranks: processes that share the passes, and the run directory.
+        before: bytes of the same disk that the pruning takes before the run begins.
     """
 
     model: LayerwiseModel
@@ -102,6 +103,7 @@ class Task:
     memory: int | None = None
     answers: tuple[int, ...] = ()
     ranks: int = 1
+    before: int = 0
 
     @classmethod
     def of_recovery(

@@ -160,7 +160,7 @@ def _zeros(report: Report) -> str:
     )
     text = f"{share} ({percent(totals.zeros_share, 4)})"
     if totals.model_weights and totals.model_zeros is not None:
-        text += f", {percent(totals.model_zeros / totals.model_weights)} of the whole model"
+        text += f"; zeros of pruned operators are {percent(totals.model_zeros / totals.model_weights)} of all weights"
     return text + "."
 
 

@@ -174,6 +174,8 @@ def _may_live(holder: dict[str, Any]) -> bool:
 
 
 def _refusal(path: Path, holder: dict[str, Any]) -> FistaPrunerError:
+    if not holder:  # it has locked the file and not yet written its record
+        return FistaPrunerError(f"{path.parent} is in use by another process that is just starting: wait for it")
     host, pid = holder.get("host", "an unknown host"), holder.get("pid", "unknown")
     if host == platform.node():
         return FistaPrunerError(

@@ -110,7 +110,8 @@ class Totals(Record):
     """Sums over the run.
 
     Args:
-        operator_weights, operator_zeros: in pruned operators; ``model_weights``, ``model_zeros``: in the whole model.
+        operator_weights, operator_zeros: in the operators of this run. ``model_weights``: of the whole model;
+            ``model_zeros``: in all its pruned operators, also those of earlier runs, and in no other tensor.
         dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
             the head for a token, before and after channels were removed; None where none were.
         seconds: total wall time across interruptions; ``time_split``: wall seconds by phase.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.coupling import Link, channel_tensors, find_links, named_size
-from ..models.discovery import Layout, Operator, linear_modules
+from ..models.discovery import Layout, Operator, discover, linear_modules
 from ..models.files.checkpoint import widths_section
 from ..models.files.writer import merge_patch
 from ..models.layerwise import LayerwiseModel, assign
@@ -190,28 +190,41 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
     """
     found = []
     for index, links in enumerate(find_links(model, layout)):
-        if any(operator.experts for group in layout.layers[index] for operator in group):
-            raise FistaPrunerError(
-                f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed: take "
-                "experts=25% or the like"
-            )
-        units = tuple(
-            Unit(MLP, link.producers, (1,) * len(link.producers), (1,) * len(link.producers), link.consumer)
-            for link in links
-            if _is_whole(model.layers[index], link)
-        )
-        units = units or _fused(layout, index)
-        alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
-        if not units or not all(unit.consumer.name in alone for unit in units):
-            raise FistaPrunerError(
-                f"structure: {layout.prefix}.{index}: {_why_not(model.layers[index], layout, index)}"
-            )
+        units = _mlp_units(model, layout, index, links)
+        if not units:
+            whole = discover(model)
+            there = _mlp_units(model, whole, index, find_links(model, whole)[index])
+            why = "no operators were found that write the inputs of another one and nothing else, as those of an MLP do"
+            if there:
+                why = _left_out(there[0], layout, index, "MLP whose channels can be removed")
+            raise FistaPrunerError(f"structure: {layout.prefix}.{index}: {why}")
         found.append(units)
     widths = {unit.before for units in found for unit in units}
     if len(widths) > 1:
         shown = ", ".join(map(str, sorted(widths)))
         raise FistaPrunerError(f"structure: the MLPs have different widths ({shown}), which one config cannot change")
     return tuple(found)
+
+
+def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequence[Link]) -> tuple[Unit, ...]:
+    """Return the MLP channels of a decoder layer; none where one of their readers shares its inputs.
+
+    Raises:
+        FistaPrunerError: the layer has a mixture of experts.
+    """
+    if any(operator.experts for group in layout.layers[index] for operator in group):
+        raise FistaPrunerError(
+            f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed: take "
+            "experts=25% or the like"
+        )
+    units = tuple(
+        Unit(MLP, link.producers, (1,) * len(link.producers), (1,) * len(link.producers), link.consumer)
+        for link in links
+        if _is_whole(model.layers[index], link)
+    )
+    units = units or _fused(layout, index)
+    alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
+    return units if all(unit.consumer.name in alone for unit in units) else ()
 
 
 def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool = False) -> Units:
@@ -234,28 +247,31 @@ def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool = Fal
     found = []
     for index in range(len(model)):
         prefix = f"{layout.prefix}.{index}"
-        operators = {operator.name: operator for group in layout.layers[index] for operator in group}
-        alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
-        units = [
-            unit
-            for consumer in operators.values()
-            if consumer.name in alone and (unit := _attention(consumer, operators, heads, groups, fused=fused))
-        ]
-        left = sorted({name for name, _ in linear_modules(model.layers[index])} - set(operators))
-        if not units and left:
-            raise FistaPrunerError(
-                f"structure: {prefix}: targets and ignore leave no key/value groups that can be removed ({left[0]} is "
-                "left out)"
-            )
-        if len(units) != 1:
+        units = _groups_of(layout, index, heads, groups, fused=fused)
+        there = units or _groups_of(discover(model), index, heads, groups, fused=fused)
+        if len(there) != 1:
             raise FistaPrunerError(
                 f"structure: {prefix}: no separate query, key and value operators of {heads} and {groups} heads were "
                 "found (fused ones are not cut): its key/value groups are not removed"
             )
         if groups == 1:
             raise FistaPrunerError(f"structure: {prefix}: the model has one key/value head, which stays")
-        found.append(tuple(units))
+        if not units:
+            why = _left_out(there[0], layout, index, "key/value groups that can be removed")
+            raise FistaPrunerError(f"structure: {prefix}: {why}")
+        found.append(units)
     return tuple(found)
+
+
+def _groups_of(layout: Layout, index: int, heads: int, groups: int, *, fused: bool) -> tuple[Unit, ...]:
+    """Return the key/value groups of a decoder layer, for each operator that reads some."""
+    operators = {operator.name: operator for group in layout.layers[index] for operator in group}
+    alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
+    return tuple(
+        unit
+        for consumer in operators.values()
+        if consumer.name in alone and (unit := _attention(consumer, operators, heads, groups, fused=fused))
+    )
 
 
 def _attention(
@@ -471,10 +487,15 @@ def _fused(layout: Layout, index: int) -> tuple[Unit, ...]:
     return (Unit(MLP, (name,), (1,), (2,), reader),)
 
 
-def _why_not(layer: nn.Module, layout: Layout, index: int) -> str:
-    """Say why no channels of a decoder layer can be removed."""
-    operators = {operator.name: operator for group in layout.layers[index] for operator in group}
-    present = {name for name, _ in linear_modules(layer)}
-    if left := sorted(present - set(operators)):
-        return f"targets and ignore leave no MLP whose channels can be removed ({left[0]} is left out)"
-    return "no operators were found that write the inputs of another one and nothing else, as those of an MLP do"
+def _left_out(unit: Unit, layout: Layout, index: int, what: str) -> str:
+    """Say that targets and ignore leave out an operator of the channels of a decoder layer.
+
+    Args:
+        unit: the channels, as all operators of the model have them.
+        layout: the selected operators.
+        index: of the decoder layer.
+        what: they do not leave.
+    """
+    selected = {operator.name for group in layout.layers[index] for operator in group}
+    missing = next(name for name in (unit.consumer.name, *unit.producers) if name not in selected)
+    return f"targets and ignore leave no {what} ({missing} is left out)"
