@@ -21,14 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 import fistapruner as fp
 import tiny
 from fistapruner.evaluation import zero_shot
+from fistapruner.evaluation.local_tasks import local_task
+from fistapruner.evaluation.scoring import mcnemar
 from fistapruner.evaluation.zero_shot import (
     Tasks,
     TaskSettings,
     configured_metrics,
     evaluate_tasks,
     find_tasks,
-    local_task,
-    mcnemar,
     read_answers,
     task_result,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..runs.training_records import PreferenceFigures
 from ..runtime.numerics import mean_and_error
 from ..tuning.preference import accuracy, margins_of
-from .zero_shot import mcnemar
+from .scoring import mcnemar
 
 
 def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str) -> dict[str, PreferenceFigures]:
