@@ -254,6 +254,26 @@ def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_
     assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
 
 
+@pytest.mark.parametrize("recovered", [False, True])
+def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, recovered: bool) -> None:
+    """The dense model is known by its files, wherever they are."""
+    text = str(made / "text.txt")
+    if recovered:
+        folder = recovery_of(made / "run", tmp_path / "recovered", made / "dense").folder
+    else:
+        folder = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    again = Path(shutil.copytree(made / "dense", tmp_path / "again"))
+    own = fp.evaluate_run(folder, text, seqlen=16, windows=3)
+    kept, said = load_run(folder), tiny.Said()
+    assert own in kept.evaluations
+    found = fp.evaluate_run(folder, text, seqlen=16, windows=3, against=made / "run" / "model", listener=said)
+    assert found.reference is not None
+    assert found.reference.perplexity != own.reference.perplexity  # type: ignore[union-attr]
+    assert load_run(folder) == kept
+    assert any("is not the dense model of this run" in line for line in said.sentences)
+    assert fp.evaluate_run(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
+
+
 def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
     pruned = tmp_path / "pruned"
     shutil.copytree(made / "run" / "model", pruned / "model")  # no run that names the dense model

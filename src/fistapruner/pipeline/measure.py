@@ -25,13 +25,14 @@ from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory, finished_run
+from ..runs.identity import changed_files, stamps
 from ..runs.lineage import trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, is_run, load_run
 from ..runs.results import Evaluation
-from ..runs.training_runs import dense_of, input_run
+from ..runs.training_runs import Dense, dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.formatting import shell_line
@@ -301,7 +302,8 @@ def evaluate_run(
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
     tokens and precision, or of the same task. If tasks fail, the perplexity before them is there. The model that a
-    recovery run began with is evaluated on the same text too, unless its own run has done that.
+    recovery run began with is evaluated on the same text too, unless its own run has done that. Figures against another
+    model than the run's own dense model are returned only: the run's are of that one.
 
     Args:
         folder: the run directory.
@@ -318,8 +320,11 @@ def evaluate_run(
     """
     data = None if data is None else path_text("data", data, A_TEXT)
     check_request(data, **settings)
+    permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
     with _finished(folder) as (run, report):
         compared = Compared.of(run)
+        told = listener or Listener()
+        kept = True
         if against is None:
             against = compared.dense
             if against is None:
@@ -328,7 +333,11 @@ def evaluate_run(
                 raise FistaPrunerError(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
-        told = listener or Listener()
+        elif _is_another(against, dense_of(run), permissions):
+            kept = False
+            told.say(
+                f"{against} is not the dense model of this run, {compared.dense}: the figures are not kept with the run"
+            )
         if beside := recovered_beside(folder):
             told.say(beside)
         if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
@@ -342,15 +351,35 @@ def evaluate_run(
             return replace(found, warnings=(*shared, *found.warnings))
 
         def keep(found: Evaluation) -> None:
-            report.evaluations = _in_place(report.evaluations, warned(found))
-            publish(run, report, told)
+            if kept:
+                report.evaluations = _in_place(report.evaluations, warned(found))
+                publish(run, report, told)
 
         found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
         keep(found)
         text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
-        if _evaluate_input(report, compared, found, told, data=data, **text):
+        if kept and _evaluate_input(report, compared, found, told, data=data, **text):
             publish(run, report, told)
     return warned(found)
+
+
+def _is_another(model: str | Path, dense: Dense | None, permissions: Permissions) -> bool:
+    """Tell whether a model has other files than the dense model of a run; False where that is not known.
+
+    Args:
+        model: as the user named it.
+        dense: of the run; where no checksums of its files were noted, they are taken from its folder.
+        permissions: what the models' files may do.
+
+    Raises:
+        FistaPrunerError: the model cannot be opened.
+    """
+    if dense is None:
+        return False
+    noted = dense.stamps
+    if not noted and dense.folder.exists():
+        noted = tuple(stamps(permissions.at(dense.folder).checkpoint()))
+    return bool(noted) and changed_files(noted, permissions.find(model)) is not None
 
 
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
