@@ -274,6 +274,29 @@ def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, 
     assert fp.evaluate_run(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
 
 
+def test_a_dense_model_that_has_changed_is_not_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused where it is the default, and left out where speed is measured; another can be named."""
+    measured: list[Path | None] = []
+    monkeypatch.setattr("fistapruner.pipeline.measure.lost_structure", lambda record: True)
+    monkeypatch.setattr("fistapruner.pipeline.measure.bench", lambda *_, before: measured.append(before) or [])
+    monkeypatch.setattr("fistapruner.pipeline.measure.publish", Mock())
+    dense, run, text = tmp_path / "dense", tmp_path / "run", tmp_path / "text.txt"
+    text.write_text(TEXT)
+    tiny.save("llama", dense, num_hidden_layers=1)
+    fp.prune(dense, run, method="magnitude", calibration={"source": "python", "samples": 2, "seqlen": 16})
+    same = shutil.copytree(dense, tmp_path / "same")
+    fp.bench_run(run)
+    shutil.rmtree(dense)
+    tiny.save("llama", dense, num_hidden_layers=1, seed=5)
+    said = tiny.Said()
+    fp.bench_run(run, listener=said)
+    assert measured == [dense, None]
+    assert any("model.safetensors has changed" in line for line in said.sentences)
+    with pytest.raises(FistaPrunerError, match=r"dense/model\.safetensors has changed: .* name the .* with --against"):
+        fp.evaluate_run(run, str(text), seqlen=16, windows=2)
+    assert fp.evaluate_run(run, str(text), seqlen=16, windows=2, against=same).reference is not None
+
+
 def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
     pruned = tmp_path / "pruned"
     shutil.copytree(made / "run" / "model", pruned / "model")  # no run that names the dense model

@@ -316,14 +316,14 @@ def evaluate_run(
         What was measured.
 
     Raises:
-        FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
+        FistaPrunerError: not a finished run, its dense model is gone or has changed, or bad settings.
     """
     data = None if data is None else path_text("data", data, A_TEXT)
     check_request(data, **settings)
     permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
     with _finished(folder) as (run, report):
         compared = Compared.of(run)
-        told = listener or Listener()
+        dense, told = dense_of(run), listener or Listener()
         kept = True
         if against is None:
             against = compared.dense
@@ -333,7 +333,9 @@ def evaluate_run(
                 raise FistaPrunerError(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
-        elif _is_another(against, dense_of(run), permissions):
+            if why := _changed(dense, permissions):
+                raise FistaPrunerError(f"{why} since {folder} began: name the dense model with --against")
+        elif _is_another(against, dense, permissions):
             kept = False
             told.say(
                 f"{against} is not the dense model of this run, {compared.dense}: the figures are not kept with the run"
@@ -361,6 +363,11 @@ def evaluate_run(
         if kept and _evaluate_input(report, compared, found, told, data=data, **text):
             publish(run, report, told)
     return warned(found)
+
+
+def _changed(dense: Dense | None, permissions: Permissions) -> str | None:
+    """Say which file of a dense model is not what it was; None where all are, or no run has noted them."""
+    return changed_files(dense.stamps, permissions.at(dense.folder)) if dense is not None and dense.stamps else None
 
 
 def _is_another(model: str | Path, dense: Dense | None, permissions: Permissions) -> bool:
@@ -403,6 +410,9 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
             told.say(beside)
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
+        if before is not None and (why := _changed(dense, Permissions(settings.get("allow_pickle", False)))):
+            told.say(f"{why} since {folder} began: the dense model is not measured")
+            before = None
         found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
