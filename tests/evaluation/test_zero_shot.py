@@ -184,7 +184,8 @@ def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
     write(tmp_path, "choices", CHOICES)
     task = local_task(tmp_path / "choices.jsonl")
     assert task["output_type"] == "multiple_choice"
-    assert task["doc_to_text"](CHOICES[3]) == "Question: what comes after 3?\nAnswer:"
+    for written in ("", "\nAnswer:", "\nAnswer: "):
+        assert task["doc_to_text"]({"query": CHOICES[3]["query"] + written}) == f"{CHOICES[3]['query']}\nAnswer:"
     assert task["doc_to_text"]({"query": " A sentence that goes on "}) == "A sentence that goes on"
     assert (task["doc_to_choice"], task["doc_to_target"]) == ("choices", "gold")
     assert [metric["metric"] for metric in task["metric_list"]] == ["acc", "acc_norm"]

@@ -3,7 +3,8 @@
 The fields of a file say what kind of task it is:
 
 * ``query``, ``choices``, ``gold``: the choice with the highest likelihood after the query (ARC, PIQA, BoolQ,
-  HellaSwag). A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as in ``lm-eval``.
+  HellaSwag). A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as in ``lm-eval``, unless it ends
+  in it.
 * ``context``, ``continuation``: right if greedy decoding gives exactly the continuation (LAMBADA).
 * ``context_options``, ``continuation``, ``gold``: the context after which the continuation is likeliest (WinoGrande).
 """
@@ -155,9 +156,9 @@ def _check_gold(item: Mapping[str, Any], name: str, where: str) -> None:
 
 
 def _question(item: Mapping[str, Any]) -> str:
-    """Return the prompt of an item; a query with ``Question:`` gets a line ``Answer:``."""
+    """Return the prompt of an item; a query with ``Question:`` ends in ``Answer:``."""
     query = str(item["query"]).strip()
-    return f"{query}\nAnswer:" if "Question:" in query else query
+    return f"{query}\nAnswer:" if "Question:" in query and not query.endswith("Answer:") else query
 
 
 def _mean(metric: str) -> dict[str, Any]:
