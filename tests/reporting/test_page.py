@@ -258,6 +258,19 @@ def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
         assert "Compressed checkpoint" not in run_page(report)
 
 
+def test_zeros_of_the_whole_model_are_the_same_everywhere() -> None:
+    """Those that earlier runs made count, too."""
+    report = samples.report(2)
+    assert report.totals.model_weights is not None
+    report.totals.model_zeros = report.totals.model_weights * 5 // 8
+    for text, said in (
+        (summary(report, "runs/first"), f"62.5 % of all {report.totals.model_weights} weights"),
+        (model_card(report), "62.5 % of the whole model"),
+        (run_page(report), "62.5 % of the model"),
+    ):
+        assert said in unescape(text)
+
+
 def test_a_recovery_page_says_what_was_won_on_what() -> None:
     text = unescape(recovery_page())
     for part in (

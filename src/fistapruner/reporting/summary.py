@@ -112,8 +112,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
                 f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero ({share:.4f} %)",
             )
         )
-        if totals.model_weights:
-            whole = 100 * (totals.operator_zeros or 0) / totals.model_weights
+        if totals.model_weights and totals.model_zeros is not None:
+            whole = 100 * totals.model_zeros / totals.model_weights
             rows.append(("", f"{whole:.1f} % of all {totals.model_weights} weights"))
     if said := low_rank_sentence(report):
         rows.append(("low rank", said))
