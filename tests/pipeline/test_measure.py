@@ -456,3 +456,22 @@ def test_a_new_figure_takes_the_place_of_the_old_one() -> None:
     other = Evaluation("m", perplexity=replace(text, text_sha256="bb"))
     assert _in_place([earlier[0], other], again) == [again, other]
     assert _in_place([earlier[0], other], other) == [earlier[0], other]
+
+
+def test_a_short_try_does_not_take_the_place_of_a_full_score() -> None:
+    full = TaskResult("piqa", "acc", 1838, 0.5, 0.1, source="lm-eval", available=1838, dtype="bfloat16")
+    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
+    stored = [Evaluation("m", tasks=(full,))]
+    short = replace(full, items=100, value=0.6)
+    assert _in_place(stored, Evaluation("m", tasks=(short,))) == stored
+    assert _in_place(stored, Evaluation("m", perplexity=text, tasks=(short,))) == [
+        *stored,
+        Evaluation("m", perplexity=text),
+    ]
+    other = replace(short, source="local file", available=100)
+    assert _in_place(stored, Evaluation("m", tasks=(other,))) == stored
+    for better in (replace(full, value=0.6, dtype="float32"), replace(short, available=100)):  # the task has fewer now
+        again = Evaluation("m", tasks=(better,))
+        assert _in_place(stored, again) == [again]
+    longer = Evaluation("m", tasks=(replace(short, items=200),))
+    assert _in_place([Evaluation("m", tasks=(short,))], longer) == [longer]

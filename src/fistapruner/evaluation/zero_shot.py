@@ -24,6 +24,7 @@ from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from ..runs.results import TaskResult
+from ..runtime.numerics import dtype_name
 from .local_tasks import local_files, local_task
 from .scoring import mcnemar
 
@@ -196,6 +197,7 @@ def evaluate_tasks(
             tasks.source,
             ours.available.get(task),
             ours.shots.get(task, 0),
+            None if settings.dtype is None else dtype_name(settings.dtype),
         )
         for (task, metric), items in ours.outcomes.items()
     )
@@ -230,14 +232,15 @@ def task_result(
     source: str = "",
     available: int | None = None,
     shots: int = 0,
+    dtype: str | None = None,
 ) -> TaskResult:
     """Compute score, standard error and paired test of a task.
 
     Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
 
     Args:
-        task, metric, source, available, shots: recorded as they are; ``available`` is the number of items the task has,
-            ``shots`` that of the examples in the prompt.
+        task, metric, source, available, shots, dtype: recorded as they are; ``available`` is the number of items the
+            task has, ``shots`` that of the examples in the prompt, ``dtype`` the precision of the passes.
         items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
 
     Raises:
@@ -245,7 +248,9 @@ def task_result(
     """
     value, error = _score(items)
     if reference is None:
-        return TaskResult(task, metric, len(items), value, error, shots=shots, source=source, available=available)
+        return TaskResult(
+            task, metric, len(items), value, error, shots=shots, source=source, available=available, dtype=dtype
+        )
     if items.keys() != reference.keys():
         raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
     lost = won = None
@@ -267,6 +272,7 @@ def task_result(
         shots=shots,
         source=source,
         available=available,
+        dtype=dtype,
     )
 
 

@@ -20,6 +20,7 @@ from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
+from ..reporting.evaluation_text import item_count
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
@@ -31,7 +32,7 @@ from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, is_run, load_run
-from ..runs.results import Evaluation
+from ..runs.results import Evaluation, TaskResult
 from ..runs.training_runs import Dense, dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
@@ -301,9 +302,9 @@ def evaluate_run(
     """Evaluate a finished run against its dense model, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
-    tokens and precision, or of the same task. If tasks fail, the perplexity before them is there. The model that a
-    recovery run began with is evaluated on the same text too, unless its own run has done that. Figures against another
-    model than the run's own dense model are returned only: the run's are of that one.
+    tokens and precision, or of the same task and not more items. If tasks fail, the perplexity before them is there.
+    The model that a recovery run began with is evaluated on the same text too, unless its own run has done that.
+    Figures against another model than the run's own dense model are returned only: the run's are of that one.
 
     Args:
         folder: the run directory.
@@ -354,6 +355,8 @@ def evaluate_run(
 
         def keep(found: Evaluation) -> None:
             if kept:
+                for task in _fuller(report.evaluations, found):
+                    told.say(f"{task.task} {task.metric}: the run keeps its score on {item_count(task)}: they are more")
                 report.evaluations = _in_place(report.evaluations, warned(found))
                 publish(run, report, told)
 
@@ -445,8 +448,10 @@ def _finished(folder: str | Path) -> Iterator[tuple[RunDirectory, Report]]:
 def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
     """Put an evaluation in the place of the earlier one on its text, or last.
 
-    What it measures again is left out of the others.
+    What it measures again is left out of the others; a score that :func:`_fuller` keeps, of the new one.
     """
+    fuller = {(task.task, task.metric) for task in _fuller(earlier, found)}
+    found = replace(found, tasks=tuple(task for task in found.tasks if (task.task, task.metric) not in fuller))
     again = {(task.task, task.metric) for task in found.tasks}
     kept: list[Evaluation] = []
     place = None
@@ -458,8 +463,22 @@ def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluati
             place = len(kept) if place is None else place
         if rest.perplexity is not None or rest.tasks:
             kept.append(rest)
-    kept.insert(len(kept) if place is None else place, found)
+    if found.perplexity is not None or found.tasks:
+        kept.insert(len(kept) if place is None else place, found)
     return kept
+
+
+def _fuller(earlier: Sequence[Evaluation], found: Evaluation) -> list[TaskResult]:
+    """List the earlier scores that stay: of more items than a new one, which is not of all items there are now."""
+    new = {(task.task, task.metric): task for task in found.tasks}
+    return [
+        old
+        for evaluation in earlier
+        for old in evaluation.tasks
+        if (task := new.get((old.task, old.metric))) is not None
+        and task.items < old.items
+        and (task.source != old.source or task.items != task.available)
+    ]
 
 
 def _same_comparison(a: Evaluation, b: Evaluation) -> bool:

@@ -9,7 +9,7 @@ from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import p_value, percent_with_error, significant, with_error
 from .alignment_text import preference_rows
-from .evaluation_text import item_count, protocol
+from .evaluation_text import protocol, task_protocol
 from .recovery_text import closed_text, gain_of
 from .size_and_speed import Row
 
@@ -39,9 +39,9 @@ def task_before(report: Report, task: TaskResult) -> TaskResult | None:
     return next((old for old in before if _items(old) == _items(task)), None)
 
 
-def _items(task: TaskResult) -> tuple[str, str, int, int, str]:
+def _items(task: TaskResult) -> tuple[str, str, int, int, str, str | None]:
     """Return what scores of a task must share to be compared."""
-    return task.task, task.metric, task.items, task.shots, task.source
+    return task.task, task.metric, task.items, task.shots, task.source, task.dtype
 
 
 def _scores_before(report: Report) -> list[str]:
@@ -102,7 +102,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     rows: list[Row] = []
     tasks = [task for evaluation in evaluations for task in evaluation.tasks]
     for task in tasks:
-        before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
+        before, change, how = "–", "–", f"{task_protocol(task)}, {task.source}"
         if task.reference is not None and task.reference_standard_error is not None:
             before = percent_with_error(task.reference, task.reference_standard_error)
             change = points(task.value - task.reference)

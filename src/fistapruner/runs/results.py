@@ -104,6 +104,7 @@ class TaskResult:
         shots: examples in the prompt.
         source: where the items came from.
         available: items that the task has, where ``items`` are only its first so many.
+        dtype: precision of weights and passes; None where it was not recorded.
     """
 
     task: str
@@ -119,6 +120,7 @@ class TaskResult:
     shots: int = 0
     source: str = ""
     available: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.reference_standard_error is None:
