@@ -20,10 +20,12 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.evaluation import streaming
+from fistapruner.evaluation.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.measure import _in_place, measure
 from fistapruner.recipes.execution_settings import Execution
+from fistapruner.reporting.quality_rows import task_before
 from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
@@ -232,6 +234,31 @@ def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> 
     fp.evaluate_run(run.folder, text, seqlen=20, windows=2, listener=said)
     assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
     assert len(load_run(run.folder).recovery.before) == 3  # type: ignore[union-attr]
+
+
+def test_scores_before_recovery_are_those_that_the_input_s_run_has(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an evaluation of tasks alone, too, and on the same items."""
+    pruned = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    shutil.copytree(made / "dense", tmp_path / "dense")
+    run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
+    module = sys.modules[fp.evaluate.__module__]
+    scores: dict[Path, TaskResult] = {}
+    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
+    monkeypatch.setattr(module, "evaluate_tasks", lambda folder, *_, **__: (scores[folder],))
+    before, after = (TaskResult("piqa", "acc", 10, value, 0.1) for value in (0.3, 0.4))
+    scores = {pruned / "model": before, run.model: after}
+    fp.evaluate_run(pruned, tasks="piqa")
+    fp.evaluate_run(run.folder, tasks="piqa")
+    fp.evaluate_run(run.folder, str(made / "text.txt"), seqlen=16, windows=2, tasks="piqa")
+    report = load_run(run.folder)
+    assert [one.tasks for one in report.recovery.before] == [(before,), ()]  # type: ignore[union-attr]
+    assert task_before(report, after) == before
+    assert "| 0.3000 ± 0.1000 | 0.4000 ± 0.1000 |" in (run.model / "README.md").read_text()
+    scores[run.model] = replace(after, items=20)
+    fp.evaluate_run(run.folder, tasks="piqa")
+    assert task_before(load_run(run.folder), scores[run.model]) is None
 
 
 def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def _evaluate_input(
     """Find or measure the figures of the model that training began with, on the windows of its result.
 
     They are taken from other runs that began with it, or from the report of the run that made it, where they were
-    measured there against the same dense model; else they are measured.
+    measured there against the same dense model; else they are measured. Scores of tasks are taken only.
 
     Args:
         report: receives them.
@@ -223,24 +223,45 @@ def _evaluate_input(
     Returns:
         Whether the report has changed.
     """
-    if report.recovery is None or compared.before is None or found.perplexity is None:
+    if report.recovery is None or compared.before is None:
         return False
+    others = (*before, *_of_input(report, compared.before))
+    added = _add_scores(report.recovery.before, report.evaluations, others)
+    if found.perplexity is None:
+        return added
     known = next((one for one in report.recovery.before if _same_comparison(one, found)), None)
     changed = known is None
     if known is None:
-        others = (*before, *_of_input(report, compared.before))
         known = next((one for one in others if _same_comparison(one, found)), None)
     if known is None:
         if not compared.before.exists():
             listener.say(f"no figures of the model before {report.training}, which is not at {compared.before}")
-            return False
+            return added
         listener.say(f"evaluating the model before {report.training} on {found.perplexity.data}")
         known = run_evaluation(compared.before, against=found.against, **settings)
     if changed:
         report.recovery.before = [*(one for one in report.recovery.before if not _same_text(one, found)), known]
     if gain := gain_text(known, found, report.training):
         listener.say(gain)
-    return changed
+    return changed or added
+
+
+def _add_scores(before: list[Evaluation], evaluations: Sequence[Evaluation], others: Sequence[Evaluation]) -> bool:
+    """Add scores of a run's input on the same items of the tasks of its result; tell whether there are new ones.
+
+    Args:
+        before: evaluations of the input that the run has; receives them.
+        evaluations: of the result.
+        others: evaluations of the input by other runs.
+    """
+    wanted = {task.measured_on for one in evaluations for task in one.tasks}
+    wanted -= {task.measured_on for one in before for task in one.tasks}
+    count = len(before)
+    for one in others:
+        if tasks := tuple(task for task in one.tasks if task.measured_on in wanted):
+            before.append(replace(one, perplexity=None, reference=None, divergence=None, tasks=tasks))
+            wanted -= {task.measured_on for task in tasks}
+    return len(before) > count
 
 
 def _of_input(report: Report, before: Path) -> list[Evaluation]:

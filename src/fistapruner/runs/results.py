@@ -127,6 +127,11 @@ class TaskResult:
             object.__setattr__(self, "reference_standard_error", math.nan)  # read from JSON
 
     @property
+    def measured_on(self) -> tuple[str, str, int, int, str, str | None]:
+        """Task, metric, items, examples, source and precision: scores compare where all are the same."""
+        return self.task, self.metric, self.items, self.shots, self.source, self.dtype
+
+    @property
     def significant(self) -> bool:
         """Whether the difference from the reference is unlikely to be chance (p < 0.05)."""
         return self.p_value is not None and self.p_value < 0.05
