@@ -22,6 +22,9 @@ from ..errors import FistaPrunerError
 KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
 """Fields that make a line of a local file a task."""
 
+TEXTS = ("query", "context", "continuation")
+"""Those of them that are text."""
+
 
 def local_files(tasks: Sequence[str], tasks_dir: Path) -> list[Path]:
     """Find the files of local tasks.
@@ -48,7 +51,8 @@ def local_task(path: Path) -> dict[str, Any]:
 
     Raises:
         FistaPrunerError: the file cannot be read, is empty, has none of the known sets of fields, or a line (its
-            number is given) that is not UTF-8 JSON, lacks the fields of the first, or whose ``gold`` names no option.
+            number is given) that is not UTF-8 JSON, lacks the fields of the first, has another value than text in one
+            of them or an empty option, or whose ``gold`` names no option.
     """
     try:
         fields = _fields_of_file(path)
@@ -92,50 +96,49 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
     Raises:
         FistaPrunerError: see :func:`local_task`.
     """
-    kind: dict[str, type] = {}
+    kind: tuple[str, ...] = ()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             if line.startswith(codecs.BOM_UTF8):  # lm-eval reads the file itself
-                raise FistaPrunerError(
-                    f"{path}, line {number} begins with a byte order mark: save the file as UTF-8 without one"
-                )
+                raise FistaPrunerError(f"{where} begins with a byte order mark: save the file as UTF-8 without one")
             try:
                 item = json.loads(line.decode())
             except ValueError:
-                raise FistaPrunerError(f"{path}, line {number} is not JSON in UTF-8") from None
+                raise FistaPrunerError(f"{where} is not JSON in UTF-8") from None
             fields = item if isinstance(item, dict) else {}
             kind = kind or _kind_of(path, fields)
-            for field, expected in kind.items():
-                if type(fields.get(field)) is not expected:
-                    raise FistaPrunerError(
-                        f"{path}, line {number}: {field!r} is not there, or of another type than in the first line"
-                    )
+            for field in kind:
+                if field not in fields:
+                    raise FistaPrunerError(f"{where}: {field!r} is not there, and every line has {', '.join(kind)}")
+                if field in TEXTS and not isinstance(fields[field], str):
+                    raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
             if "gold" in kind:
-                _check_gold(fields, "choices" if "choices" in kind else "context_options", f"{path}, line {number}")
+                _check_options(fields, "choices" if "choices" in kind else "context_options", where)
     if not kind:
         raise FistaPrunerError(f"{path} is empty: a task has one JSON object a line")
-    return tuple(kind)
+    return kind
 
 
-def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
-    """Find the fields that make an item a task, with the type of each.
+def _kind_of(path: Path, item: Mapping[str, Any]) -> tuple[str, ...]:
+    """Find the fields that make an item a task.
 
     Raises:
         FistaPrunerError: the item has not all fields of any kind.
     """
     for fields in KINDS:
         if item.keys() >= set(fields):
-            return {field: type(item[field]) for field in fields}
+            return fields
     raise FistaPrunerError(
         f"{path} has the fields {', '.join(sorted(item)) or 'none'}: a task has query, choices and gold; context and "
         "continuation; or context_options, continuation and gold"
     )
 
 
-def _check_gold(item: Mapping[str, Any], name: str, where: str) -> None:
-    """Refuse an item whose ``gold`` is not the number of one of its options.
+def _check_options(item: Mapping[str, Any], name: str, where: str) -> None:
+    """Refuse an item with an option that is no text, or whose ``gold`` is not the number of one of them.
 
     Args:
         item: the item.
@@ -143,11 +146,14 @@ def _check_gold(item: Mapping[str, Any], name: str, where: str) -> None:
         where: file and line.
 
     Raises:
-        FistaPrunerError: names file and line.
+        FistaPrunerError: names file, line and value.
     """
     options, gold = item[name], item["gold"]
     if not isinstance(options, list) or not options:
         raise FistaPrunerError(f"{where}: {name!r} is {options!r:.100}, and a list with an answer in it is expected")
+    for option in options:
+        if not isinstance(option, str) or not option.strip():
+            raise FistaPrunerError(f"{where}: {name!r} has {option!r:.100}, and text that is not empty is expected")
     if type(gold) is not int or not 0 <= gold < len(options):
         raise FistaPrunerError(
             f"{where}: 'gold' is {gold!r:.100}, and the number of one of the {len(options)} {name} is expected, which "
