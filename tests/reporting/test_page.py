@@ -115,6 +115,13 @@ def test_an_infinite_perplexity_is_said_to_be_one() -> None:
     for key in ("perplexity", "standard_error", "nll", "nll_standard_error"):
         data["evaluations"][0]["perplexity"][key] = None
     assert "∞" in run_page(parse(Report, data, "sample"))
+    for evaluation in data["evaluations"]:
+        assert 'id="figure-divergence"' in run_page(parse(Report, data, "sample"))
+        for key in ("kl", "kl_standard_error"):
+            evaluation["divergence"][key] = None
+    page = run_page(parse(Report, data, "sample"))
+    assert 'id="figure-divergence"' not in page
+    assert "∞" in page
 
 
 def test_an_empty_run_has_a_page() -> None:
