@@ -26,6 +26,7 @@ from fistapruner.reporting.compare_page import (
     quality_against_time,
     short_labels,
 )
+from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.drawing import HEAT_LEVELS, draw
 from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
@@ -276,6 +277,12 @@ def test_zeros_of_the_whole_model_are_the_same_everywhere() -> None:
         (run_page(report), "62.5 % of the model"),
     ):
         assert said in unescape(text)
+
+
+def test_the_mean_error_of_the_operators_has_one_name() -> None:
+    run, compared = samples.report(2), samples.comparison()
+    for text in (summary(run, "runs/first"), run_page(run), comparison_table(compared), comparison_page(compared)):
+        assert "mean relative error" in text.lower()
 
 
 def test_a_recovery_page_says_what_was_won_on_what() -> None:

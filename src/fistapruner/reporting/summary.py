@@ -118,8 +118,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
     if said := low_rank_sentence(report):
         rows.append(("low rank", said))
     if report.mean_error is not None:
-        over = f"mean over {len(report.relative_errors)} operators"
-        rows.append(("relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
+        over = f"over {len(report.relative_errors)} operators"
+        rows.append(("mean relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
     return rows
 
 
