@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation import streaming
-from fistapruner.evaluation.zero_shot import task_result
+from fistapruner.evaluation.zero_shot import Tasks, task_result
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.records import Report
@@ -75,6 +76,28 @@ def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> Non
     assert same is not None
     assert (same.top1_agreement, same.nll_difference) == (1.0, 0.0)
     assert same.kl < 1e-6
+
+
+def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wider one, for text and for tasks: the same weights stored in two precisions are the same model."""
+    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: True)
+    module = sys.modules[fp.evaluate.__module__]
+    asked: list[torch.dtype | None] = []
+    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
+    monkeypatch.setattr(module, "evaluate_tasks", lambda _, __, given, **rest: (asked.append(given.dtype), ())[1])
+    half = tiny.save("llama", tmp_path / "half", dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
+    AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / "full")
+    for model, against, expected in ((half, half, "bfloat16"), (half, "full", "float32"), ("full", half, "float32")):
+        found = fp.evaluate(
+            tmp_path / model, str(text), seqlen=16, windows=4, against=tmp_path / against, tasks=["boolq"]
+        )
+        assert found.perplexity == found.reference
+        assert found.perplexity is not None
+        assert found.perplexity.dtype == expected
+        assert found.divergence is not None
+        assert (found.divergence.top1_agreement, found.divergence.nll_difference) == (1.0, 0.0)
+    assert asked == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_blocks_of_windows_change_nothing(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import stdev
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 import fistapruner as fp
 import tiny
 from fistapruner.evaluation import zero_shot
+from fistapruner.evaluation.local_tasks import local_task
+from fistapruner.evaluation.scoring import mcnemar
 from fistapruner.evaluation.zero_shot import (
     Tasks,
     TaskSettings,
     configured_metrics,
     evaluate_tasks,
     find_tasks,
-    local_task,
-    mcnemar,
     read_answers,
     task_result,
 )
@@ -184,7 +185,8 @@ def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
     write(tmp_path, "choices", CHOICES)
     task = local_task(tmp_path / "choices.jsonl")
     assert task["output_type"] == "multiple_choice"
-    assert task["doc_to_text"](CHOICES[3]) == "Question: what comes after 3?\nAnswer:"
+    for written in ("", "\nAnswer:", "\nAnswer: "):
+        assert task["doc_to_text"]({"query": CHOICES[3]["query"] + written}) == f"{CHOICES[3]['query']}\nAnswer:"
     assert task["doc_to_text"]({"query": " A sentence that goes on "}) == "A sentence that goes on"
     assert (task["doc_to_choice"], task["doc_to_target"]) == ("choices", "gold")
     assert [metric["metric"] for metric in task["metric_list"]] == ["acc", "acc_norm"]
@@ -227,7 +229,7 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
         (b'{"context": "\xff", "continuation": "a"}', "line 5 is not JSON in UTF-8"),
         (b"[]", "line 5: 'context' is not there"),
         (b'{"context": "a"}', "line 5: 'continuation' is not there"),
-        (b'{"context": "a", "continuation": 1}', "line 5: 'continuation' is not there, or of another type"),
+        (b'{"context": "a", "continuation": 1}', "line 5: 'continuation' is 1, and text is expected"),
     ],
 )
 def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: str) -> None:
@@ -238,6 +240,24 @@ def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: s
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(fp.FistaPrunerError, match=message):
         local_task(path)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"query": 3, "choices": ["a", "b"], "gold": 0}, "'query' is 3, and text"),
+        ({"query": "?", "choices": [4, 5], "gold": 0}, "'choices' has 4, and text"),
+        ({"query": "?", "choices": ["no", ""], "gold": 0}, "'choices' has '', and text that is not empty"),
+        ({"context_options": ["a", " "], "continuation": "b", "gold": 0}, "'context_options' has ' ', and text"),
+        ({"context_options": ["a"], "continuation": None, "gold": 0}, "'continuation' is None, and text"),
+        ({"context": ["a"], "continuation": "b"}, r"'context' is \['a'\], and text"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path: Path, item: dict[str, Any], message: str) -> None:
+    """In the first line, too."""
+    write(tmp_path, "odd", [item])
+    with pytest.raises(fp.FistaPrunerError, match=rf"odd\.jsonl, line 1: {message}"):
+        local_task(tmp_path / "odd.jsonl")
 
 
 @pytest.mark.parametrize("gold", [2, -1, "1", True, 0.0, None])
@@ -317,13 +337,12 @@ def test_a_task_that_lm_eval_does_not_know() -> None:
         find_tasks(["absent"])
 
 
-@pytest.mark.slow
 def test_items_that_lm_eval_cannot_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write(tmp_path / "tasks", "hollow", [{"query": "which?", "choices": [""], "gold": 0}])
-    with pytest.raises(fp.FistaPrunerError, match="lm-eval could not evaluate the tasks"):
-        evaluate_tasks(tiny.save("llama", tmp_path / "model"), find_tasks(["hollow"], tmp_path / "tasks"))
+    stand_in = SimpleNamespace(simple_evaluate=Mock(side_effect=IndexError("odd item")), HFLM=Mock())
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    with pytest.raises(fp.FistaPrunerError, match=r"lm-eval could not evaluate the tasks on .*: IndexError: odd item"):
+        evaluate_tasks(tiny.save("llama", tmp_path / "model"), Tasks((), None, "local file"))
 
 
 @pytest.mark.slow

@@ -152,6 +152,12 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
 
 
+def test_an_alignment_that_changed_nothing_is_neither_right_nor_wrong(bench: Bench, tmp_path: Path) -> None:
+    found = align(bench, tmp_path / "out", lr=1e-30, steps=1).alignment
+    assert found is not None
+    assert (found.margin, found.reward_accuracy, found.reward_accuracy_error) == (0.0, 0.5, 0.0)
+
+
 @pytest.mark.parametrize("verb", ["align", "recover"])
 def test_a_padding_token_that_the_model_does_not_have(bench: Bench, tmp_path: Path, verb: str) -> None:
     """It was added to the tokenizer alone; windows are padded with the end-of-text token."""

@@ -20,10 +20,12 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.evaluation import streaming
+from fistapruner.evaluation.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.measure import _in_place, measure
 from fistapruner.recipes.execution_settings import Execution
+from fistapruner.reporting.quality_rows import task_before
 from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
@@ -234,6 +236,31 @@ def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> 
     assert len(load_run(run.folder).recovery.before) == 3  # type: ignore[union-attr]
 
 
+def test_scores_before_recovery_are_those_that_the_input_s_run_has(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an evaluation of tasks alone, too, and on the same items."""
+    pruned = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    shutil.copytree(made / "dense", tmp_path / "dense")
+    run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
+    module = sys.modules[fp.evaluate.__module__]
+    scores: dict[Path, TaskResult] = {}
+    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
+    monkeypatch.setattr(module, "evaluate_tasks", lambda folder, *_, **__: (scores[folder],))
+    before, after = (TaskResult("piqa", "acc", 10, value, 0.1) for value in (0.3, 0.4))
+    scores = {pruned / "model": before, run.model: after}
+    fp.evaluate_run(pruned, tasks="piqa")
+    fp.evaluate_run(run.folder, tasks="piqa")
+    fp.evaluate_run(run.folder, str(made / "text.txt"), seqlen=16, windows=2, tasks="piqa")
+    report = load_run(run.folder)
+    assert [one.tasks for one in report.recovery.before] == [(before,), ()]  # type: ignore[union-attr]
+    assert task_before(report, after) == before
+    assert "| 0.3000 ± 0.1000 | 0.4000 ± 0.1000 |" in (run.model / "README.md").read_text()
+    scores[run.model] = replace(after, items=20)
+    fp.evaluate_run(run.folder, tasks="piqa")
+    assert task_before(load_run(run.folder), scores[run.model]) is None
+
+
 def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_path: Path) -> None:
     """The input's run was made again since, with another result; or it was measured against another model."""
     text, pruned = str(made / "text.txt"), tmp_path / "pruned"
@@ -252,6 +279,49 @@ def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_
     said.sentences.clear()
     fp.evaluate_run(run.folder, text, seqlen=16, windows=6, listener=said)
     assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, recovered: bool) -> None:
+    """The dense model is known by its files, wherever they are."""
+    text = str(made / "text.txt")
+    if recovered:
+        folder = recovery_of(made / "run", tmp_path / "recovered", made / "dense").folder
+    else:
+        folder = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    again = Path(shutil.copytree(made / "dense", tmp_path / "again"))
+    own = fp.evaluate_run(folder, text, seqlen=16, windows=3)
+    kept, said = load_run(folder), tiny.Said()
+    assert own in kept.evaluations
+    found = fp.evaluate_run(folder, text, seqlen=16, windows=3, against=made / "run" / "model", listener=said)
+    assert found.reference is not None
+    assert found.reference.perplexity != own.reference.perplexity  # type: ignore[union-attr]
+    assert load_run(folder) == kept
+    assert any("is not the dense model of this run" in line for line in said.sentences)
+    assert fp.evaluate_run(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
+
+
+def test_a_dense_model_that_has_changed_is_not_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused where it is the default, and left out where speed is measured; another can be named."""
+    measured: list[Path | None] = []
+    monkeypatch.setattr("fistapruner.pipeline.measure.lost_structure", lambda record: True)
+    monkeypatch.setattr("fistapruner.pipeline.measure.bench", lambda *_, before: measured.append(before) or [])
+    monkeypatch.setattr("fistapruner.pipeline.measure.publish", Mock())
+    dense, run, text = tmp_path / "dense", tmp_path / "run", tmp_path / "text.txt"
+    text.write_text(TEXT)
+    tiny.save("llama", dense, num_hidden_layers=1)
+    fp.prune(dense, run, method="magnitude", calibration={"source": "python", "samples": 2, "seqlen": 16})
+    same = shutil.copytree(dense, tmp_path / "same")
+    fp.bench_run(run)
+    shutil.rmtree(dense)
+    tiny.save("llama", dense, num_hidden_layers=1, seed=5)
+    said = tiny.Said()
+    fp.bench_run(run, listener=said)
+    assert measured == [dense, None]
+    assert any("model.safetensors has changed" in line for line in said.sentences)
+    with pytest.raises(FistaPrunerError, match=r"dense/model\.safetensors has changed: .* name the .* with --against"):
+        fp.evaluate_run(run, str(text), seqlen=16, windows=2)
+    assert fp.evaluate_run(run, str(text), seqlen=16, windows=2, against=same).reference is not None
 
 
 def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
@@ -413,3 +483,22 @@ def test_a_new_figure_takes_the_place_of_the_old_one() -> None:
     other = Evaluation("m", perplexity=replace(text, text_sha256="bb"))
     assert _in_place([earlier[0], other], again) == [again, other]
     assert _in_place([earlier[0], other], other) == [earlier[0], other]
+
+
+def test_a_short_try_does_not_take_the_place_of_a_full_score() -> None:
+    full = TaskResult("piqa", "acc", 1838, 0.5, 0.1, source="lm-eval", available=1838, dtype="bfloat16")
+    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
+    stored = [Evaluation("m", tasks=(full,))]
+    short = replace(full, items=100, value=0.6)
+    assert _in_place(stored, Evaluation("m", tasks=(short,))) == stored
+    assert _in_place(stored, Evaluation("m", perplexity=text, tasks=(short,))) == [
+        *stored,
+        Evaluation("m", perplexity=text),
+    ]
+    other = replace(short, source="local file", available=100)
+    assert _in_place(stored, Evaluation("m", tasks=(other,))) == stored
+    for better in (replace(full, value=0.6, dtype="float32"), replace(short, available=100)):  # the task has fewer now
+        again = Evaluation("m", tasks=(better,))
+        assert _in_place(stored, again) == [again]
+    longer = Evaluation("m", tasks=(replace(short, items=200),))
+    assert _in_place([Evaluation("m", tasks=(short,))], longer) == [longer]

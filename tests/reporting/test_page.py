@@ -26,6 +26,7 @@ from fistapruner.reporting.compare_page import (
     quality_against_time,
     short_labels,
 )
+from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.drawing import HEAT_LEVELS, draw
 from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
@@ -116,6 +117,13 @@ def test_an_infinite_perplexity_is_said_to_be_one() -> None:
     for key in ("perplexity", "standard_error", "nll", "nll_standard_error"):
         data["evaluations"][0]["perplexity"][key] = None
     assert "∞" in run_page(parse(Report, data, "sample"))
+    for evaluation in data["evaluations"]:
+        assert 'id="figure-divergence"' in run_page(parse(Report, data, "sample"))
+        for key in ("kl", "kl_standard_error"):
+            evaluation["divergence"][key] = None
+    page = run_page(parse(Report, data, "sample"))
+    assert 'id="figure-divergence"' not in page
+    assert "∞" in page
 
 
 def test_an_empty_run_has_a_page() -> None:
@@ -257,6 +265,25 @@ def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
         assert "fistapruner pack" not in model_card(report)
         assert "Only packed" not in run_page(report)
         assert "Compressed checkpoint" not in run_page(report)
+
+
+def test_zeros_of_the_whole_model_are_the_same_everywhere() -> None:
+    """Those that earlier runs made count, too."""
+    report = samples.report(2)
+    assert report.totals.model_weights is not None
+    report.totals.model_zeros = report.totals.model_weights * 5 // 8
+    for text, said in (
+        (summary(report, "runs/first"), f"62.5 % of all {report.totals.model_weights} weights"),
+        (model_card(report), "62.5 % of the whole model"),
+        (run_page(report), "62.5 % of the model"),
+    ):
+        assert said in unescape(text)
+
+
+def test_the_mean_error_of_the_operators_has_one_name() -> None:
+    run, compared = samples.report(2), samples.comparison()
+    for text in (summary(run, "runs/first"), run_page(run), comparison_table(compared), comparison_page(compared)):
+        assert "mean relative error" in text.lower()
 
 
 def test_a_recovery_page_says_what_was_won_on_what() -> None:

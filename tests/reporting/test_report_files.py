@@ -581,7 +581,8 @@ def test_scores_before_training_are_those_of_the_same_items() -> None:
     assert (page["arc_easy, acc, %"], page["piqa, acc, %"]) == ("52.0 ± 1.0", "65.5 ± 1.1")
     assert page["Mean of 2 tasks, %"] == f"{100 * (easy.value + piqa.value) / 2:.1f} ± 0.8"
     assert "p = 0.500 | 0.5800 ± 0.0101 | 0.5200 ± 0.0102 | 0.5400 ± 0.0102 |" in card
-    for other in ({"items": 100}, {"shots": 5}, {"source": "another file"}, {"metric": "acc_norm"}):
+    others = {"items": 100, "shots": 5, "source": "another file", "dtype": "float32", "metric": "acc_norm"}
+    for other in ({name: value} for name, value in others.items()):
         page, card = shown(replace(after[0], **other), after[1])
         assert (page[f"arc_easy, {other.get('metric', 'acc')}, %"], page["piqa, acc, %"]) == ("–", "65.5 ± 1.1")
         assert page["Mean of 2 tasks, %"] == "–"

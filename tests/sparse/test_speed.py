@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,12 @@ def test_sentence_tells_wins_losses_and_doubt():
         assert verdict in doubtful
         assert "within the spread" in doubtful
     assert Run(1.0, 2.0).tokens_per_second == 2.0
+
+
+def test_ranges_are_printed_from_the_slowest_run_to_the_fastest():
+    printed = table([replace(speed("packed", 20), tokens_per_second_range=(18, 22), first_token_range=(0.1, 0.3))])
+    assert "(18.0 - 22.0)" in printed
+    assert "(300 - 100)" in printed
 
 
 def test_sentence_compares_the_smaller_model_with_the_dense_one():

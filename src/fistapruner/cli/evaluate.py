@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--against",
         metavar="DENSE",
         help="the dense model: adds its figures, KL divergence and paired tests (default for a run: the model it "
-        "was made from)",
+        "was made from; figures against another are not kept with the run)",
     )
     text = parser.add_argument_group("perplexity")
     text.add_argument(

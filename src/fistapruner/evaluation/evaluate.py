@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def evaluate(
         limit: take only this many items of each task, from the start.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units
-            for it.
+            for it; of two models the wider one, for both.
         batch_size: windows in one forward pass.
         memory_limit: main memory that the process may use, in bytes or as ``8GiB``; hidden states take what the models
             leave of it, by default half of what is free. Tasks are refused on a model that it does not hold.
@@ -107,12 +108,12 @@ def evaluate(
     permissions = Permissions(allow_pickle, trust_remote_code)
     source = permissions.find(model)
     dense = permissions.find(against) if against is not None else None
-    if known is not None:  # transformers reads the weights for tasks, whatever they are
-        for needed in filter(None, (source, dense)):
-            checkpoint = needed.checkpoint()
-            if memory is not None:
-                passes = DTYPES.get(dtype) or pass_dtype(checkpoint.dtype, place)
-                require_tasks_fit(needed.folder, checkpoint, passes, memory)
+    models = [source] if dense is None else [source, dense]
+    checkpoints = [each.checkpoint() for each in models]  # transformers would read the weights, whatever they are
+    passes = DTYPES.get(dtype) or reduce(torch.promote_types, (pass_dtype(each.dtype, place) for each in checkpoints))
+    if known is not None and memory is not None:
+        for each, checkpoint in zip(models, checkpoints, strict=True):
+            require_tasks_fit(each.folder, checkpoint, passes, memory)
     added = LowRankAdapter.beside(source.folder)
     warnings: tuple[str | None, ...] = ()
     if known is not None:
@@ -123,7 +124,7 @@ def evaluate(
     divergence: Divergence | None = None
     forward = 0.0
     if data is not None:
-        opened = _open(source, place, dtype)  # before the tokenizer, which a folder that is no model lacks too
+        opened = _open(source, place, passes)  # before the tokenizer, which a folder that is no model lacks too
         tokenizer = source.tokenizer()
         longest = opened.max_length
         default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
@@ -133,7 +134,7 @@ def evaluate(
         cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
         other = None
         if dense is not None:
-            other = _open(dense, place, dtype)
+            other = _open(dense, place, passes)
             _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
         start = time.perf_counter()
         sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other, kept)
@@ -157,7 +158,7 @@ def evaluate(
     if known is not None:
         if perplexity is not None:
             keep(found)
-        settings = TaskSettings(limit, place, DTYPES.get(dtype), batch_size, trust_remote_code)
+        settings = TaskSettings(limit, place, passes, batch_size, trust_remote_code)
         said: list[str] = []
         results = evaluate_tasks(
             source.folder, known, settings, against=dense.folder if dense else None, tick=tick, warn=said.append
@@ -220,9 +221,9 @@ def check_request(
         raise FistaPrunerError(f"memory_limit: {error}") from None
 
 
-def _open(source: ModelSource, device: torch.device, dtype: str) -> LayerwiseModel:
+def _open(source: ModelSource, device: torch.device, dtype: torch.dtype) -> LayerwiseModel:
     """Open a model for layer-by-layer passes, with the low-rank part that belongs to it."""
-    model = LayerwiseModel(source.checkpoint(), device, DTYPES.get(dtype), trust_remote_code=source.trust_remote_code)
+    model = LayerwiseModel(source.checkpoint(), device, dtype, trust_remote_code=source.trust_remote_code)
     model.low_rank = LowRankAdapter.beside(source.folder)
     return model
 

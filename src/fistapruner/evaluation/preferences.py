@@ -9,7 +9,7 @@ from torch import Tensor
 from ..runs.training_records import PreferenceFigures
 from ..runtime.numerics import mean_and_error
 from ..tuning.preference import accuracy, margins_of
-from .zero_shot import mcnemar
+from .scoring import mcnemar
 
 
 def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str) -> dict[str, PreferenceFigures]:
@@ -27,9 +27,9 @@ def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str
         by_token = margins_of(values / tokens)
         figures = PreferenceFigures(
             accuracy=float(accuracy(margins)),
-            accuracy_error=_accuracy_error(margins),
+            accuracy_error=accuracy_error(margins),
             normalised=float(accuracy(by_token)),
-            normalised_error=_accuracy_error(by_token),
+            normalised_error=accuracy_error(by_token),
         )
         if name != result:
             lost = int((right[name] & ~right[result]).sum())
@@ -39,5 +39,6 @@ def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str
     return found
 
 
-def _accuracy_error(margins: Tensor) -> float:
+def accuracy_error(margins: Tensor) -> float:
+    """Return the standard error of the :func:`~fistapruner.tuning.preference.accuracy` of (pairs,) margins."""
     return mean_and_error((margins > 0).double() + (margins == 0).double() / 2)[1]

@@ -1,4 +1,4 @@
-"""Reduce logits to token NLL, KL divergence, top-1 agreement, and standard errors over windows.
+"""Reduce logits to token NLL, KL divergence, top-1 agreement, with standard errors and paired tests.
 
 With a vocabulary of 128,000 entries, logits are the largest tensor of an evaluation: half a megabyte for each token
 in fp32, 1 GB for a window of 2,048. So hidden states go through the head in slices of some hundred tokens. Each slice
@@ -144,3 +144,13 @@ def divergence_of(sums: WindowSums) -> Divergence:
     agree, agree_error = mean_and_error(sums.agree.double() / sums.length)
     difference, difference_error = mean_and_error((sums.nll - sums.reference_nll).double() / sums.length)
     return Divergence(kl, kl_error, agree, agree_error, difference, difference_error)
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Return the p-value of the two-sided exact McNemar test of ``lost`` against ``won`` items.
+
+    McNemar 1947. Items that both models get right, or both wrong, do not enter.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0

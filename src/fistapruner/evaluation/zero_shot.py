@@ -1,19 +1,12 @@
 """Score zero-shot tasks with ``lm-eval``, with paired tests against the dense model.
 
-A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network. The
-fields of a file say what kind of task it is:
-
-* ``query``, ``choices``, ``gold``: the choice with the highest likelihood after the query (ARC, PIQA, BoolQ,
-  HellaSwag). A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as in ``lm-eval``.
-* ``context``, ``continuation``: right if greedy decoding gives exactly the continuation (LAMBADA).
-* ``context_options``, ``continuation``, ``gold``: the context after which the continuation is likeliest (WinoGrande).
+A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network
+(:mod:`~fistapruner.evaluation.local_tasks`).
 """
 
 from __future__ import annotations
 
-import codecs
 import gc
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +24,9 @@ from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from ..runs.results import TaskResult
+from ..runtime.numerics import dtype_name
+from .local_tasks import local_files, local_task
+from .scoring import mcnemar
 
 log = logging.getLogger("fistapruner")
 
@@ -43,9 +39,6 @@ Outcomes = dict[tuple[str, str], dict[int, float]]
 A metric of answers that were filtered has the filter's name after a comma, as in ``lm-eval``:
 ``exact_match,strict-match``.
 """
-
-KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
-"""Fields that make a line of a local file a task."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
         FistaPrunerError: an unknown task, one without a metric of :data:`METRICS`, or a file that is no task.
         MissingExtraError: the extra ``eval`` is not installed.
     """
-    local = None if tasks_dir is None else tuple(local_task(path) for path in _local_files(tasks, tasks_dir))
+    local = None if tasks_dir is None else tuple(local_task(path) for path in local_files(tasks, tasks_dir))
     _require_lm_eval()
     from lm_eval.tasks import TaskManager
 
@@ -204,6 +197,7 @@ def evaluate_tasks(
             tasks.source,
             ours.available.get(task),
             ours.shots.get(task, 0),
+            None if settings.dtype is None else dtype_name(settings.dtype),
         )
         for (task, metric), items in ours.outcomes.items()
     )
@@ -238,14 +232,15 @@ def task_result(
     source: str = "",
     available: int | None = None,
     shots: int = 0,
+    dtype: str | None = None,
 ) -> TaskResult:
     """Compute score, standard error and paired test of a task.
 
     Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
 
     Args:
-        task, metric, source, available, shots: recorded as they are; ``available`` is the number of items the task has,
-            ``shots`` that of the examples in the prompt.
+        task, metric, source, available, shots, dtype: recorded as they are; ``available`` is the number of items the
+            task has, ``shots`` that of the examples in the prompt, ``dtype`` the precision of the passes.
         items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
 
     Raises:
@@ -253,7 +248,9 @@ def task_result(
     """
     value, error = _score(items)
     if reference is None:
-        return TaskResult(task, metric, len(items), value, error, shots=shots, source=source, available=available)
+        return TaskResult(
+            task, metric, len(items), value, error, shots=shots, source=source, available=available, dtype=dtype
+        )
     if items.keys() != reference.keys():
         raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
     lost = won = None
@@ -275,160 +272,8 @@ def task_result(
         shots=shots,
         source=source,
         available=available,
+        dtype=dtype,
     )
-
-
-def mcnemar(lost: int, won: int) -> float:
-    """Return the p-value of the two-sided exact McNemar test of ``lost`` against ``won`` items.
-
-    McNemar 1947. Items that both models get right, or both wrong, do not enter.
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-
-
-def local_task(path: Path) -> dict[str, Any]:
-    """Make the ``lm-eval`` configuration of a local ``.jsonl`` task.
-
-    The first line gives the kind of task; all lines are checked.
-
-    Raises:
-        FistaPrunerError: the file cannot be read, is empty, has none of the known sets of fields, or a line (its
-            number is given) that is not UTF-8 JSON, lacks the fields of the first, or whose ``gold`` names no option.
-    """
-    try:
-        fields = _fields_of_file(path)
-    except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
-    task: dict[str, Any] = {
-        "task": path.stem,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
-        "test_split": "test",
-        "num_fewshot": 0,
-    }
-    if fields == KINDS[0]:
-        return task | {
-            "output_type": "multiple_choice",
-            "doc_to_text": _question,
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "metric_list": [_mean("acc"), _mean("acc_norm")],
-        }
-    if fields == KINDS[1]:
-        # With a number as text and the contexts as choices, lm-eval scores one continuation after each context.
-        return task | {
-            "output_type": "multiple_choice",
-            "doc_to_text": "gold",
-            "doc_to_choice": lambda item: [option.rstrip(" ") for option in item["context_options"]],
-            "doc_to_target": lambda item: item["continuation"].lstrip(" "),
-            "metric_list": [_mean("acc")],
-        }
-    return task | {
-        "output_type": "loglikelihood",
-        "doc_to_text": lambda item: item["context"].rstrip(" "),
-        "doc_to_target": lambda item: " " + item["continuation"].lstrip(" "),
-        "metric_list": [_mean("acc")],
-    }
-
-
-def _fields_of_file(path: Path) -> tuple[str, ...]:
-    """Find the one of :data:`KINDS` that every line of a file is.
-
-    Raises:
-        FistaPrunerError: see :func:`local_task`.
-    """
-    kind: dict[str, type] = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if line.startswith(codecs.BOM_UTF8):  # lm-eval reads the file itself
-                raise FistaPrunerError(
-                    f"{path}, line {number} begins with a byte order mark: save the file as UTF-8 without one"
-                )
-            try:
-                item = json.loads(line.decode())
-            except ValueError:
-                raise FistaPrunerError(f"{path}, line {number} is not JSON in UTF-8") from None
-            fields = item if isinstance(item, dict) else {}
-            kind = kind or _kind_of(path, fields)
-            for field, expected in kind.items():
-                if type(fields.get(field)) is not expected:
-                    raise FistaPrunerError(
-                        f"{path}, line {number}: {field!r} is not there, or of another type than in the first line"
-                    )
-            if "gold" in kind:
-                _check_gold(fields, "choices" if "choices" in kind else "context_options", f"{path}, line {number}")
-    if not kind:
-        raise FistaPrunerError(f"{path} is empty: a task has one JSON object a line")
-    return tuple(kind)
-
-
-def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
-    """Find the fields that make an item a task, with the type of each.
-
-    Raises:
-        FistaPrunerError: the item has not all fields of any kind.
-    """
-    for fields in KINDS:
-        if item.keys() >= set(fields):
-            return {field: type(item[field]) for field in fields}
-    raise FistaPrunerError(
-        f"{path} has the fields {', '.join(sorted(item)) or 'none'}: a task has query, choices and gold; context and "
-        "continuation; or context_options, continuation and gold"
-    )
-
-
-def _check_gold(item: Mapping[str, Any], name: str, where: str) -> None:
-    """Refuse an item whose ``gold`` is not the number of one of its options.
-
-    Args:
-        item: the item.
-        name: field that has its options.
-        where: file and line.
-
-    Raises:
-        FistaPrunerError: names file and line.
-    """
-    options, gold = item[name], item["gold"]
-    if not isinstance(options, list) or not options:
-        raise FistaPrunerError(f"{where}: {name!r} is {options!r:.100}, and a list with an answer in it is expected")
-    if type(gold) is not int or not 0 <= gold < len(options):
-        raise FistaPrunerError(
-            f"{where}: 'gold' is {gold!r:.100}, and the number of one of the {len(options)} {name} is expected, which "
-            f"counts from 0: 0 to {len(options) - 1}"
-        )
-
-
-def _question(item: Mapping[str, Any]) -> str:
-    """Return the prompt of an item; a query with ``Question:`` gets a line ``Answer:``."""
-    query = str(item["query"]).strip()
-    return f"{query}\nAnswer:" if "Question:" in query else query
-
-
-def _mean(metric: str) -> dict[str, Any]:
-    """Return the ``lm-eval`` configuration of a metric."""
-    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-
-
-def _local_files(tasks: Sequence[str], tasks_dir: Path) -> list[Path]:
-    """Find the files of local tasks.
-
-    Raises:
-        FistaPrunerError: the folder has no tasks, or not this one.
-    """
-    present = sorted(tasks_dir.glob("*.jsonl")) if tasks_dir.is_dir() else []
-    if not present:
-        raise FistaPrunerError(f"--tasks-dir {tasks_dir} holds no .jsonl task")
-    names = {path.stem: path for path in present}
-    if "all" in tasks:
-        return present
-    for task in tasks:
-        if task not in names:
-            raise FistaPrunerError(f"task {task!r} is not in {tasks_dir}: it has {', '.join(names)}")
-    return [names[task] for task in tasks]
 
 
 def _require_lm_eval() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.preferences import preference_figures
+from ..evaluation.preferences import accuracy_error, preference_figures
 from ..execution.align_context import AlignContext
 from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
@@ -17,7 +17,7 @@ from ..runs.listener import Listener
 from ..runs.records import Report
 from ..runs.training_records import Alignment
 from ..runtime.numerics import mean_and_error
-from ..tuning.preference import margins_of
+from ..tuning.preference import accuracy, margins_of
 from ..tuning.trained import Trained
 from .prepare_align import make_text, prepare
 from .training import TrainingVerb, train
@@ -111,8 +111,8 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
         left_out=next(iter(text.facts["tasks"].values()))["too_long"],
         references=dict(zip(mixture.names, weights, strict=True)) if used else {},
         test=preference_figures({**models, RESULT: own}, tokens, RESULT),
-        reward_accuracy=float((margins > 0).double().mean()),
-        reward_accuracy_error=mean_and_error((margins > 0).double())[1],
+        reward_accuracy=float(accuracy(margins)),
+        reward_accuracy_error=accuracy_error(margins),
         margin=float(margins.mean()),
         margin_error=mean_and_error(margins)[1],
         chosen_reward=chosen,

@@ -129,9 +129,11 @@ def align_compare(
             found.rows = [_row(*key, reports[key]) for key in done]
             found.before = next(
                 (
-                    report.recovery.before[0]
+                    before
                     for report in reports.values()
-                    if isinstance(report, Report) and report.recovery and report.recovery.before
+                    if isinstance(report, Report) and report.recovery
+                    for before in report.recovery.before
+                    if before.perplexity is not None
                 ),
                 None,
             )

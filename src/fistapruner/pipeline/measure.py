@@ -20,18 +20,20 @@ from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
+from ..reporting.evaluation_text import item_count
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory, finished_run
+from ..runs.identity import changed_files, stamps
 from ..runs.lineage import trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, is_run, load_run
-from ..runs.results import Evaluation
-from ..runs.training_runs import dense_of, input_run
+from ..runs.results import Evaluation, TaskResult
+from ..runs.training_runs import Dense, dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.formatting import shell_line
@@ -208,7 +210,7 @@ def _evaluate_input(
     """Find or measure the figures of the model that training began with, on the windows of its result.
 
     They are taken from other runs that began with it, or from the report of the run that made it, where they were
-    measured there against the same dense model; else they are measured.
+    measured there against the same dense model; else they are measured. Scores of tasks are taken only.
 
     Args:
         report: receives them.
@@ -221,24 +223,45 @@ def _evaluate_input(
     Returns:
         Whether the report has changed.
     """
-    if report.recovery is None or compared.before is None or found.perplexity is None:
+    if report.recovery is None or compared.before is None:
         return False
+    others = (*before, *_of_input(report, compared.before))
+    added = _add_scores(report.recovery.before, report.evaluations, others)
+    if found.perplexity is None:
+        return added
     known = next((one for one in report.recovery.before if _same_comparison(one, found)), None)
     changed = known is None
     if known is None:
-        others = (*before, *_of_input(report, compared.before))
         known = next((one for one in others if _same_comparison(one, found)), None)
     if known is None:
         if not compared.before.exists():
             listener.say(f"no figures of the model before {report.training}, which is not at {compared.before}")
-            return False
+            return added
         listener.say(f"evaluating the model before {report.training} on {found.perplexity.data}")
         known = run_evaluation(compared.before, against=found.against, **settings)
     if changed:
         report.recovery.before = [*(one for one in report.recovery.before if not _same_text(one, found)), known]
     if gain := gain_text(known, found, report.training):
         listener.say(gain)
-    return changed
+    return changed or added
+
+
+def _add_scores(before: list[Evaluation], evaluations: Sequence[Evaluation], others: Sequence[Evaluation]) -> bool:
+    """Add scores of a run's input on the same items of the tasks of its result; tell whether there are new ones.
+
+    Args:
+        before: evaluations of the input that the run has; receives them.
+        evaluations: of the result.
+        others: evaluations of the input by other runs.
+    """
+    wanted = {task.measured_on for one in evaluations for task in one.tasks}
+    wanted -= {task.measured_on for one in before for task in one.tasks}
+    count = len(before)
+    for one in others:
+        if tasks := tuple(task for task in one.tasks if task.measured_on in wanted):
+            before.append(replace(one, perplexity=None, reference=None, divergence=None, tasks=tasks))
+            wanted -= {task.measured_on for task in tasks}
+    return len(before) > count
 
 
 def _of_input(report: Report, before: Path) -> list[Evaluation]:
@@ -300,8 +323,9 @@ def evaluate_run(
     """Evaluate a finished run against its dense model, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
-    tokens and precision, or of the same task. If tasks fail, the perplexity before them is there. The model that a
-    recovery run began with is evaluated on the same text too, unless its own run has done that.
+    tokens and precision, or of the same task and not more items. If tasks fail, the perplexity before them is there.
+    The model that a recovery run began with is evaluated on the same text too, unless its own run has done that.
+    Figures against another model than the run's own dense model are returned only: the run's are of that one.
 
     Args:
         folder: the run directory.
@@ -314,12 +338,15 @@ def evaluate_run(
         What was measured.
 
     Raises:
-        FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
+        FistaPrunerError: not a finished run, its dense model is gone or has changed, or bad settings.
     """
     data = None if data is None else path_text("data", data, A_TEXT)
     check_request(data, **settings)
+    permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
     with _finished(folder) as (run, report):
         compared = Compared.of(run)
+        dense, told = dense_of(run), listener or Listener()
+        kept = True
         if against is None:
             against = compared.dense
             if against is None:
@@ -328,7 +355,13 @@ def evaluate_run(
                 raise FistaPrunerError(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
-        told = listener or Listener()
+            if why := _changed(dense, permissions):
+                raise FistaPrunerError(f"{why} since {folder} began: name the dense model with --against")
+        elif _is_another(against, dense, permissions):
+            kept = False
+            told.say(
+                f"{against} is not the dense model of this run, {compared.dense}: the figures are not kept with the run"
+            )
         if beside := recovered_beside(folder):
             told.say(beside)
         if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
@@ -342,15 +375,42 @@ def evaluate_run(
             return replace(found, warnings=(*shared, *found.warnings))
 
         def keep(found: Evaluation) -> None:
-            report.evaluations = _in_place(report.evaluations, warned(found))
-            publish(run, report, told)
+            if kept:
+                for task in _fuller(report.evaluations, found):
+                    told.say(f"{task.task} {task.metric}: the run keeps its score on {item_count(task)}: they are more")
+                report.evaluations = _in_place(report.evaluations, warned(found))
+                publish(run, report, told)
 
         found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
         keep(found)
         text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
-        if _evaluate_input(report, compared, found, told, data=data, **text):
+        if kept and _evaluate_input(report, compared, found, told, data=data, **text):
             publish(run, report, told)
     return warned(found)
+
+
+def _changed(dense: Dense | None, permissions: Permissions) -> str | None:
+    """Say which file of a dense model is not what it was; None where all are, or no run has noted them."""
+    return changed_files(dense.stamps, permissions.at(dense.folder)) if dense is not None and dense.stamps else None
+
+
+def _is_another(model: str | Path, dense: Dense | None, permissions: Permissions) -> bool:
+    """Tell whether a model has other files than the dense model of a run; False where that is not known.
+
+    Args:
+        model: as the user named it.
+        dense: of the run; where no checksums of its files were noted, they are taken from its folder.
+        permissions: what the models' files may do.
+
+    Raises:
+        FistaPrunerError: the model cannot be opened.
+    """
+    if dense is None:
+        return False
+    noted = dense.stamps
+    if not noted and dense.folder.exists():
+        noted = tuple(stamps(permissions.at(dense.folder).checkpoint()))
+    return bool(noted) and changed_files(noted, permissions.find(model)) is not None
 
 
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
@@ -374,6 +434,9 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
             told.say(beside)
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
+        if before is not None and (why := _changed(dense, Permissions(settings.get("allow_pickle", False)))):
+            told.say(f"{why} since {folder} began: the dense model is not measured")
+            before = None
         found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
@@ -406,8 +469,10 @@ def _finished(folder: str | Path) -> Iterator[tuple[RunDirectory, Report]]:
 def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
     """Put an evaluation in the place of the earlier one on its text, or last.
 
-    What it measures again is left out of the others.
+    What it measures again is left out of the others; a score that :func:`_fuller` keeps, of the new one.
     """
+    fuller = {(task.task, task.metric) for task in _fuller(earlier, found)}
+    found = replace(found, tasks=tuple(task for task in found.tasks if (task.task, task.metric) not in fuller))
     again = {(task.task, task.metric) for task in found.tasks}
     kept: list[Evaluation] = []
     place = None
@@ -419,8 +484,22 @@ def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluati
             place = len(kept) if place is None else place
         if rest.perplexity is not None or rest.tasks:
             kept.append(rest)
-    kept.insert(len(kept) if place is None else place, found)
+    if found.perplexity is not None or found.tasks:
+        kept.insert(len(kept) if place is None else place, found)
     return kept
+
+
+def _fuller(earlier: Sequence[Evaluation], found: Evaluation) -> list[TaskResult]:
+    """List the earlier scores that stay: of more items than a new one, which is not of all items there are now."""
+    new = {(task.task, task.metric): task for task in found.tasks}
+    return [
+        old
+        for evaluation in earlier
+        for old in evaluation.tasks
+        if (task := new.get((old.task, old.metric))) is not None
+        and task.items < old.items
+        and (task.source != old.source or task.items != task.available)
+    ]
 
 
 def _same_comparison(a: Evaluation, b: Evaluation) -> bool:

@@ -12,7 +12,7 @@ HEADER = (
     "seed",
     "perplexity",
     "gap",
-    "layer error",
+    "mean relative error",
     "time",
     "of it solving",
     "peak memory",

@@ -63,6 +63,11 @@ def task_text(task: TaskResult) -> str:
     return f"{text} (dense {before} %; {task.lost} lost, {task.won} won, {p_value(task.p_value)}: {verdict})"
 
 
+def task_protocol(task: TaskResult) -> str:
+    """Say what a task's score depends on: ``0-shot, 2376 items, bfloat16``."""
+    return f"{task.shots}-shot, {item_count(task)}" + (f", {task.dtype}" if task.dtype else "")
+
+
 def item_count(task: TaskResult) -> str:
     """Write ``2376 items``, or ``the first 400 of 2376 items`` where not all were used."""
     return (

@@ -97,6 +97,7 @@ def divergences(report: Report) -> Drawing | None:
             if earlier is not None and earlier[0].divergence is not None:
                 rows.append((f"{data}, before", earlier[0].divergence))
             rows.append((data if report.recovery is None else f"{data}, {report.trained}", evaluation.divergence))
+    rows = [(data, found) for data, found in rows if math.isfinite(found.kl)]
     if not rows:
         return None
 

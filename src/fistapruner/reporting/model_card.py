@@ -11,7 +11,7 @@ from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
 from .alignment_text import preference_rows, preference_sentence
-from .evaluation_text import item_count, on_text
+from .evaluation_text import on_text, task_protocol
 from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
@@ -235,7 +235,7 @@ def _task_values(task: TaskResult) -> tuple[str, str, str, str]:
     """Write the same of a task."""
     return (
         f"{plain_markdown(task.task)} ({task.metric})",
-        f"{task.shots}-shot, {item_count(task)}" + (f", {p_value(task.p_value)}" if task.p_value is not None else ""),
+        task_protocol(task) + (f", {p_value(task.p_value)}" if task.p_value is not None else ""),
         with_error(task.reference, task.reference_standard_error, 4),
         with_error(task.value, task.standard_error, 4),
     )

@@ -9,7 +9,7 @@ from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import p_value, percent_with_error, significant, with_error
 from .alignment_text import preference_rows
-from .evaluation_text import item_count, protocol
+from .evaluation_text import protocol, task_protocol
 from .recovery_text import closed_text, gain_of
 from .size_and_speed import Row
 
@@ -36,23 +36,18 @@ def recovery_rows(report: Report) -> list[tuple[str, ...]]:
 def task_before(report: Report, task: TaskResult) -> TaskResult | None:
     """Find the score that a run's input had on the same items of a task."""
     before = [old for evaluation in report.recovery.before for old in evaluation.tasks] if report.recovery else []
-    return next((old for old in before if _items(old) == _items(task)), None)
-
-
-def _items(task: TaskResult) -> tuple[str, str, int, int, str]:
-    """Return what scores of a task must share to be compared."""
-    return task.task, task.metric, task.items, task.shots, task.source
+    return next((old for old in before if old.measured_on == task.measured_on), None)
 
 
 def _scores_before(report: Report) -> list[str]:
     """Write the scores before training beside :func:`_task_rows`, and their mean over the same tasks."""
     tasks = [task for evaluation in report.evaluations for task in evaluation.tasks]
-    known = {_items(task): task_before(report, task) for task in tasks}
+    known = {task.measured_on: task_before(report, task) for task in tasks}
     scores = [
-        percent_with_error(old.value, old.standard_error) if (old := known[_items(task)]) else "–" for task in tasks
+        percent_with_error(old.value, old.standard_error) if (old := known[task.measured_on]) else "–" for task in tasks
     ]
     if len(together := one_metric(tasks)) > 1:
-        before = [old for task in together if (old := known[_items(task)]) is not None]
+        before = [old for task in together if (old := known[task.measured_on]) is not None]
         scores.append(percent_with_error(*mean_score(before)[:2]) if len(before) == len(together) else "–")
     return scores
 
@@ -102,7 +97,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     rows: list[Row] = []
     tasks = [task for evaluation in evaluations for task in evaluation.tasks]
     for task in tasks:
-        before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
+        before, change, how = "–", "–", f"{task_protocol(task)}, {task.source}"
         if task.reference is not None and task.reference_standard_error is not None:
             before = percent_with_error(task.reference, task.reference_standard_error)
             change = points(task.value - task.reference)

@@ -112,14 +112,14 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
                 f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero ({share:.4f} %)",
             )
         )
-        if totals.model_weights:
-            whole = 100 * (totals.operator_zeros or 0) / totals.model_weights
+        if totals.model_weights and totals.model_zeros is not None:
+            whole = 100 * totals.model_zeros / totals.model_weights
             rows.append(("", f"{whole:.1f} % of all {totals.model_weights} weights"))
     if sentence := low_rank_sentence(report):
         rows.append(("low rank", sentence))
     if report.mean_error is not None:
-        over = f"mean over {len(report.relative_errors)} operators"
-        rows.append(("relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
+        over = f"over {len(report.relative_errors)} operators"
+        rows.append(("mean relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
     return rows
 
 

@@ -104,6 +104,7 @@ class TaskResult:
         shots: examples in the prompt.
         source: where the items came from.
         available: items that the task has, where ``items`` are only its first so many.
+        dtype: precision of weights and passes; None where it was not recorded.
     """
 
     task: str
@@ -119,10 +120,16 @@ class TaskResult:
     shots: int = 0
     source: str = ""
     available: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.reference_standard_error is None:
             object.__setattr__(self, "reference_standard_error", math.nan)  # read from JSON
+
+    @property
+    def measured_on(self) -> tuple[str, str, int, int, str, str | None]:
+        """Task, metric, items, examples, source and precision: scores compare where all are the same."""
+        return self.task, self.metric, self.items, self.shots, self.source, self.dtype
 
     @property
     def significant(self) -> bool:

@@ -140,7 +140,7 @@ class Alignment(Record):
         pairs, held_out_pairs, test_pairs: of the three sides; ``left_out``: pairs that did not fit.
         references: their weights by name, the mean over training pairs where they differ; empty without any.
         test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
-        reward_accuracy: share of test pairs whose margin is above the references'.
+        reward_accuracy: share of test pairs whose margin is above the references'; ties count one half.
         margin: ``beta (h - m)``, the mean over test pairs.
         chosen_reward, rejected_reward: ``beta (p - r)`` of either answer, means.
         reward_accuracy_error, margin_error, chosen_reward_error, rejected_reward_error: standard errors.

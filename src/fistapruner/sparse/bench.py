@@ -193,7 +193,7 @@ def table(speeds: Sequence[Speed]) -> str:
         low, high = speed.tokens_per_second_range
         early, late = (1000 * value for value in speed.first_token_range)
         rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
-        latency = f"{1000 * speed.first_token:.0f} ({early:.0f} - {late:.0f})"
+        latency = f"{1000 * speed.first_token:.0f} ({late:.0f} - {early:.0f})"
         size = f"{speed.file_size / 2**20:.1f}" if speed.file_size else "-"
         rows.append((speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", size))
     return f"{setting}\n{align_columns(rows, right=(1, 2, 3, 4))}"
