@@ -19,11 +19,13 @@ from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.lock import hold
+from fistapruner.runs.lock import hold, preparing
 from fistapruner.runs.log import Logged, log_file
 from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.snapshots import Snapshots
+from fistapruner.runs.steps import StepJournal
 from fistapruner.runs.times import spent
+from fistapruner.runtime.files import claim_folder, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
 
@@ -125,6 +127,39 @@ def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
     for name in [*names, "times.json.partial", "times.0-9.json.partial"]:
         (tmp_path / name).touch()
     RecoverDirectory(tmp_path).check_place()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("lock", lambda run: hold(run).__enter__()),
+        ("lock.preparing", lambda run: preparing(run).__enter__()),
+        ("log.txt", lambda run: log_file(run / "log.txt").__enter__()),
+        ("steps.jsonl", lambda run: StepJournal(run / "steps.jsonl", 0)),
+        ("model.partial", lambda run: claim_folder(run / "model.partial")),
+        ("run.json", lambda run: RunDirectory(run).check_place()),
+    ],
+)
+def test_links_of_a_run_folder_are_refused_and_lead_to_no_other_file(
+    tmp_path: Path, name: str, write: Callable[[Path], object]
+) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    run.mkdir()
+    victim.write_text("years of work")
+    (run / name).symlink_to(victim)
+    with pytest.raises(FistaPrunerError, match=rf"{name}\b.* a link .*move (it|the link) away"):
+        write(run)
+    assert victim.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_linked_temporary_file_is_replaced(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    (victim := tmp_path / "victim").write_text("years of work")
+    link(tmp_path / "report.html.partial", victim)
+    write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / "report.html").read_text() == "a report"
+    assert not (tmp_path / "report.html").is_symlink()
+    assert victim.read_text() == "years of work"
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:

@@ -120,9 +120,10 @@ class RunDirectory:
                     f"{path} is {what} where the run keeps a folder: move it away, or choose another --out"
                 )
         for path in self.own_files():
-            if path.is_dir():
+            if path.is_symlink() or path.is_dir():
+                what = "a link" if path.is_symlink() else "a folder"
                 raise FistaPrunerError(
-                    f"{path} is a folder where the run keeps a file: move it away, or choose another --out"
+                    f"{path} is {what} where the run keeps a file: move it away, or choose another --out"
                 )
 
     @contextmanager

@@ -90,7 +90,7 @@ def preparing(folder: Path) -> Iterator[None]:
     """Let one part or process of a run at a time decide its settings; the others wait for it."""
     path = folder / PREPARING
     with disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with _ignore_unsupported():
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -114,7 +114,7 @@ def _take(path: Path) -> int:
     """Lock a file that no living process holds and write this process into it; its descriptor."""
     while True:
         with disk_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             try:
                 with _ignore_unsupported():
