@@ -24,7 +24,7 @@ from fistapruner.runs.log import Logged, log_file
 from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import StepJournal
-from fistapruner.runs.times import spent
+from fistapruner.runs.times import forget_times, spent
 from fistapruner.runtime.files import claim_folder, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
@@ -150,6 +150,23 @@ def test_links_of_a_run_folder_are_refused_and_lead_to_no_other_file(
     with pytest.raises(FistaPrunerError, match=rf"{name}\b.* a link .*move (it|the link) away"):
         write(run)
     assert victim.read_text() == "years of work"
+
+
+def test_files_that_are_only_called_like_those_of_a_run_are_kept(tmp_path: Path) -> None:
+    names = ["lock-picking.md", "locksmith.txt", "lock.0-9.txt", "times-table.json", "timesheet.json", "times.a-b.json"]
+    for name in names:
+        (tmp_path / name).write_text("[1e6]")
+    with hold(tmp_path), spent(tmp_path) as times:
+        assert times.total() < 1e6
+        assert times.parts() is None
+    forget_times(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    run = training_directory.RecoverDirectory(tmp_path)
+    run.run_file.touch()
+    (tmp_path / "lock").touch()  # of a process that was killed
+    with pytest.raises(FistaPrunerError, match=r"was not written by this run"):
+        run.remove()
+    assert (tmp_path / "lock").exists()
 
 
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])

@@ -28,6 +28,7 @@ from ..errors import FistaPrunerError, explain
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
 from ..runtime.files import (
+    PARTIAL,
     disk_errors,
     read_sealed_json,
     remove_folder,
@@ -40,8 +41,9 @@ from ..runtime.files import (
 from ..runtime.formatting import shell_line
 from .base import parse, read_json
 from .decision import RunRecord
-from .lock import holders
+from .lock import LOCK_FILE, holders
 from .records import Report, is_run, load_run
+from .times import TIMES_FILE
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -49,7 +51,7 @@ CARD = "README.md"
 FORMAT = 3
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
-EARLY = r"log\.txt|lock(\.\d+-\d+|\.preparing)?|times(\.\d+-\d+)?\.json(\.partial)?"
+EARLY = rf"log\.txt|{LOCK_FILE}|{TIMES_FILE}({re.escape(PARTIAL)})?"
 """Names of files that an attempt has left that was stopped before its first result."""
 
 R = TypeVar("R", bound=RunRecord)

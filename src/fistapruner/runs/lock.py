@@ -34,6 +34,9 @@ NAME = "lock"
 
 PREPARING = f"{NAME}.preparing"
 
+LOCK_FILE = rf"{NAME}(\.\d+-\d+|\.preparing)?"
+"""Names of lock files; any other file is somebody else's."""
+
 TRIES, PAUSE = 10, 0.05
 """How often, and after how many seconds each, a lock of another range is tried before it is believed."""
 
@@ -55,7 +58,7 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
     path = folder / (NAME if layers is None else f"{NAME}.{layers[0]}-{layers[1]}")
     descriptor = _take(path)
     try:
-        for other in sorted(folder.glob(f"{NAME}*")):
+        for other in _locks(folder):
             if other == path or (layers is not None and other.name == PREPARING):
                 continue
             span = _layers_of(other.name)
@@ -102,12 +105,17 @@ def preparing(folder: Path) -> Iterator[None]:
 def holders(folder: Path) -> list[dict[str, Any]]:
     """Return records (``host``, ``pid``, ``started``) of the processes that work on a run. Takes no lock."""
     found = []
-    for path in sorted(folder.glob(f"{NAME}*")):
+    for path in _locks(folder):
         with suppress(OSError, ValueError, RecursionError):
             record = json.loads(path.read_bytes())
             if isinstance(record, dict) and _may_live(record):
                 found.append(record)
     return found
+
+
+def _locks(folder: Path) -> list[Path]:
+    """List the lock files of a run directory."""
+    return sorted(path for path in folder.glob(f"{NAME}*") if re.fullmatch(LOCK_FILE, path.name))
 
 
 def _take(path: Path) -> int:
