@@ -132,8 +132,11 @@ def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run: move it away"):
         fp.resume(run)
     assert contents(run / "model") == before
-    shutil.rmtree(run / "model")
     (run / "model.json").unlink()
+    with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run: move it away"):
+        fp.resume(run)
+    assert contents(run / "model") == before
+    shutil.rmtree(run / "model")
     (run / "model").mkdir()
     (run / "model" / "thesis.tex").write_text("years of work")
     with pytest.raises(fp.FistaPrunerError, match=r"was not written by this run"):

@@ -64,7 +64,7 @@ def begin(folder: Path) -> RecoverDirectory:
 def write_model(run: RunDirectory, record: bool) -> None:
     """Write a checkpoint with a file in a folder; its ``model.json`` only with ``record``."""
     (run.model / "templates").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "templates/one.jinja"):
+    for name in ("config.json", "model.safetensors", *(["templates/one.jinja"] if record else [])):
         (run.model / name).touch()
     (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
     if record:

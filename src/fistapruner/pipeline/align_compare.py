@@ -130,7 +130,8 @@ def align_compare(
                     raise
                 reports[label, seed] = str(error)
             if not keep and isinstance(reports[label, seed], Report):
-                shutil.rmtree(run.model, ignore_errors=True)
+                if run.model.is_dir():
+                    run.remove_model()
                 shutil.rmtree(run.states.folder, ignore_errors=True)
                 forget_times(run.folder)
             done = sorted(reports, key=lambda key: list(JOBS).index(key[0]))

@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
+from ..models.files.writer import safetensors_name
 from ..runtime.files import (
     PARTIAL,
     disk_errors,
@@ -287,10 +288,14 @@ class RunDirectory:
             return None
         return fingerprint if isinstance(fingerprint, str) else None
 
-    def remove_model(self) -> None:
+    def remove_model(self, source: Checkpoint | None = None) -> None:
         """Remove the checkpoint: the files that the run wrote.
 
         What shows that the run wrote them goes last, so that a removal that was killed can be done again.
+
+        Args:
+            source: the model that the run changes; where ``model.json`` is gone, it tells the names of the files that
+                the run writes. None knows those of every checkpoint only.
 
         Raises:
             FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
@@ -300,7 +305,12 @@ class RunDirectory:
             raise FistaPrunerError(
                 f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away"
             )
-        if record is not None and (others := sorted(names - {*record["files"], *record["others"]})):
+        if record is not None:
+            own = {*record["files"], *record["others"]}
+        else:
+            own = {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD, PARTIAL}
+            own |= {*map(safetensors_name, source.files), *source.companions} if source is not None else set()
+        if others := sorted(names - own):
             raise FistaPrunerError(
                 f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
             )
