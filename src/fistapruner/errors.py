@@ -72,6 +72,27 @@ def path_text(name: str, value: object, expected: str) -> str:
     return text
 
 
+def expand_home(path: str, instead: str = "give the whole path") -> Path:
+    """Put the home folder in place of a path's ``~`` or ``~user``.
+
+    Raises:
+        FistaPrunerError: names the path, which has no such home folder, and what to do ``instead``.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
+
+
+def out_path(out: object, expected: str = A_FOLDER) -> Path:
+    """Return the path of an output or a run, with the home folder in place of ``~``.
+
+    Raises:
+        FistaPrunerError: it is no path, or there is no such home folder.
+    """
+    return expand_home(path_text("out", out, expected))
+
+
 def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     """Refuse yes and no for a setting whose type is a number; Python takes them for 1 and 0.
 

@@ -70,12 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
-    from ..errors import FistaPrunerError, OtherRankFailed
+    from ..errors import FistaPrunerError, OtherRankFailed, out_path
     from ..runtime.launcher import leads
 
     with _readers_may_leave() as results, _signals() as terminated:
         try:
             parsed = build_parser().parse_args(arguments)
+            for name in ("out", "run_directory"):
+                if getattr(parsed, name, None):
+                    setattr(parsed, name, str(out_path(getattr(parsed, name))))
             _quieten()
             _refuse_processes(parsed)
             status = int(parsed.run(parsed))

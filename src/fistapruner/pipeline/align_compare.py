@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
+from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
@@ -95,7 +95,7 @@ def align_compare(
     Raises:
         FistaPrunerError: bad input, named, before anything is trained.
     """
-    folder, listener = Path(path_text("out", out, A_FOLDER)), listener or Listener()
+    folder, listener = out_path(out), listener or Listener()
     request = TrainingRequest(
         path_text("model", model, A_MODEL),
         AlignRecipe.of(recipe).changed(settings),

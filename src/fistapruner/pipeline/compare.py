@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..calibration import SELF, window_length
-from ..errors import FistaPrunerError, MissingExtraError, explain
+from ..errors import FistaPrunerError, MissingExtraError, explain, out_path
 from ..evaluation.data import check_data, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.streaming import KeptStates
@@ -128,7 +128,7 @@ def compare(
         FistaPrunerError: bad input, named, before anything is pruned; or another comparison works on ``out``.
     """
     listener, permissions = listener or Listener(), Permissions(allow_pickle, trust_remote_code)
-    model, folder = str(model), Path(out)
+    model, folder = str(model), out_path(out)
     jobs = plan_jobs(parse_contenders(methods), sparsities, seeds, settings or {})
     for job in jobs:
         refuse_processes(job.recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import FistaPrunerError, path_text
+from ..errors import FistaPrunerError, out_path
 from ..models.files.checkpoint import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf
 from ..models.files.low_rank import refuse_low_rank
@@ -45,7 +45,7 @@ def export(
             made from a GGUF file and ``like`` names none, where it is packed, or where the run is not finished.
         MissingExtraError: the ``gguf`` package is missing.
     """
-    out, folder = path_text("out", out, "the path of a file"), checkpoint_of(model)
+    out, folder = out_path(out, "the path of a file"), checkpoint_of(model)
     if not (folder / "config.json").is_file():
         raise FistaPrunerError(
             f"{model} is neither a run directory nor a folder with a Hugging Face model, and only these are exported; "

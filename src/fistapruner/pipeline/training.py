@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
+from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..execution.training import TrainingContext
 from ..models.source import Permissions
 from ..runs.decision import EvaluationRequest, TrainingRecord
@@ -78,7 +78,7 @@ def train(
 
     See :class:`TrainingRequest` for ``before`` and ``like``.
     """
-    run = verb.directory(Path(path_text("out", out, A_FOLDER)))
+    run = verb.directory(out_path(out))
     run.check_place()
     request = TrainingRequest(
         path_text("model", model, A_MODEL),
