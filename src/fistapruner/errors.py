@@ -11,6 +11,11 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError, ValidationInfo
 
 
+def printable(text: str, also: str = "") -> str:
+    """Write line breaks, control codes and half characters of a text as escapes, but for those in ``also``."""
+    return "".join(c if c.isprintable() or c in also else repr(c)[1:-1] for c in text)
+
+
 class FistaPrunerError(Exception):
     """An error of the input, the machine or the settings, not of the program.
 
@@ -20,7 +25,7 @@ class FistaPrunerError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class OtherRankFailed(FistaPrunerError):

@@ -498,6 +498,17 @@ def test_zeros_that_an_allocation_sets_by_name_beside_structure_are_told() -> No
     assert "50.0 % zeros in its operators" in lineage_lines(report.lineage)[1]
 
 
+def test_a_name_in_a_record_adds_no_line_and_no_control_code() -> None:
+    report = samples.report()
+    report.model.source = "name\x1b[2J\nforged: line"
+    report.warnings = ["one\ntwo"]
+    report.lineage = Lineage(source=report.model, stages=[])
+    assert lineage_lines(report.lineage)[0].startswith(r"name\x1b[2J\nforged: line")
+    lines = status_text(report).split("\n")
+    assert lines[0].startswith(r"name\x1b[2J\nforged: line")
+    assert lines[-1] == r"warning: one\ntwo"
+
+
 def test_the_gap_s_error_is_that_of_a_resampled_ratio() -> None:
     """An independent estimate: the jackknife over windows."""
     generator = torch.Generator().manual_seed(0)
