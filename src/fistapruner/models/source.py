@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock
 
 from ..errors import A_MODEL, FistaPrunerError, expand_home, path_text
+from ..recipes.loading import YAML_FAULTS
 from ..runtime.files import disk_errors, require_utf8
 from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
 from .files.gguf import CONVERSION, convert_gguf
@@ -102,7 +103,7 @@ class ModelSource:
             text = (self.folder / "README.md").read_text("utf-8")
             block = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
             metadata = yaml.safe_load(block.group(1)) if block else None
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        except (OSError, *YAML_FAULTS):
             return {}
         return metadata if isinstance(metadata, dict) else {}
 
