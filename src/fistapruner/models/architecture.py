@@ -35,6 +35,10 @@ LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_le
 """What configs call the longest text that a model was made for."""
 
 
+BUILT_IN = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation": ("eager", "batched_mm", "grouped_mm")}
+"""What a config may name for attention and experts; anything else is as if it named nothing."""
+
+
 def auto_class(config: Any) -> Any:
     """Return the class of ``transformers`` that builds and loads the language model of a config.
 
@@ -71,6 +75,27 @@ def needs_own_code(config: Mapping[str, Any]) -> bool:
     )
 
 
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read the config of a model; attention and experts are computed by code that transformers has built in.
+
+    A config may name other code of theirs, which the hub has or which needs a package and a GPU.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    _leave_out_kernels(config)
+    return config
+
+
+def _leave_out_kernels(config: Any) -> None:
+    for name, known in BUILT_IN.items():
+        if getattr(config, name, None) not in (None, *known):
+            setattr(config, name, None)
+    for key in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, key, None)) is not None:
+            _leave_out_kernels(part)
+
+
 def build_model(
     checkpoint: Checkpoint,
     *,
@@ -91,12 +116,11 @@ def build_model(
             not trusted.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
     folder = checkpoint.folder
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code=trust_remote_code)
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         text = config if encoder_decoder else config.get_text_config()  # an encoder-decoder may have several
     except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
