@@ -31,6 +31,9 @@ NO_NAMES: Mapping[str, str] = MappingProxyType({})
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of dense weights in a checkpoint."""
 
+LAYERS_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configs call the number of decoder layers."""
+
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 """What configs call the longest text that a model was made for."""
 
@@ -119,6 +122,9 @@ def build_model(
     from transformers.initialization import no_init_weights
 
     folder = checkpoint.folder
+    for section in (checkpoint.config, checkpoint.config.get("text_config")):  # configs list what each layer is
+        for name in LAYERS_NAMES if isinstance(section, Mapping) else ():
+            _refuse_layers(checkpoint, section.get(name))
     try:
         config = read_config(folder, trust_remote_code=trust_remote_code)
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -130,11 +136,7 @@ def build_model(
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
         )
-    layers = getattr(text, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(checkpoint.names()):
-        raise FistaPrunerError(
-            f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors"
-        )
+    _refuse_layers(checkpoint, getattr(text, "num_hidden_layers", 0))
     if not hasattr(text, "vocab_size"):
         raise FistaPrunerError(f"{folder}: {config.model_type} has no vocab_size in config.json: it predicts no text")
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
@@ -177,6 +179,15 @@ def build_model(
     if widths:
         set_widths(model, widths, checkpoint.shapes() if shapes is None else shapes)
     return model
+
+
+def _refuse_layers(checkpoint: Checkpoint, layers: object) -> None:
+    """Refuse more decoder layers than the checkpoint has tensors, before anything is made for each of them."""
+    if isinstance(layers, int) and layers > len(checkpoint.names()):
+        raise FistaPrunerError(
+            f"{checkpoint.folder}: config.json asks for {layers} decoder layers and there are "
+            f"{len(checkpoint.names())} tensors"
+        )
 
 
 def refuse_own_code(folder: Path, why: str) -> None:
