@@ -25,7 +25,7 @@ from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runs.times import forget_times, spent
-from fistapruner.runtime.files import claim_folder, write_text_atomic
+from fistapruner.runtime.files import claim_folder, write_sealed_json, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
 
@@ -192,6 +192,25 @@ def test_a_run_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     run.run_file.write_text(json.dumps(content))
     with pytest.raises(FistaPrunerError, match="its checksum is wrong"):
         run.record()
+
+
+@pytest.mark.parametrize("versions", ["x", ["x"], None, {"fistapruner": "0.0.1"}])
+def test_a_run_file_of_another_format_is_refused_whatever_is_in_it(tmp_path: Path, versions: object) -> None:
+    run = RunDirectory(tmp_path)
+    write_sealed_json(run.run_file, {"format": 0, "versions": versions})
+    with pytest.raises(FistaPrunerError, match=r"was written by another release of fistapruner \((unknown|0\.0\.1)\)"):
+        run.record()
+
+
+@pytest.mark.parametrize("damage", [{"others": None}, {"others": 3}, {"files": []}, {"files": {"a": {}}}])
+def test_a_record_of_a_model_in_a_wrong_form_counts_as_missing(tmp_path: Path, damage: dict[str, object]) -> None:
+    run = RunDirectory(tmp_path)
+    write_model(run, record=True)
+    assert run.model_record() is not None
+    content = json.loads(run.model_file.read_text()) | damage
+    write_sealed_json(run.model_file, {key: value for key, value in content.items() if key != "sha256"})
+    assert run.model_record() is None
+    assert run.model_fault("another run") == f"{run.model} is not of this run, or is damaged"
 
 
 def test_decisions_do_not_change(tmp_path: Path) -> None:

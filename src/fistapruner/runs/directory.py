@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -40,7 +40,7 @@ from ..runtime.files import (
     write_text_atomic,
 )
 from ..runtime.formatting import shell_line
-from .base import parse, read_json
+from .base import Record, parse, read_json
 from .decision import RunRecord
 from .lock import LOCK_FILE, holders
 from .records import Report, is_run, load_run
@@ -56,6 +56,22 @@ EARLY = rf"log\.txt|{LOCK_FILE}|{TIMES_FILE}({re.escape(PARTIAL)})?"
 """Names of files that an attempt has left that was stopped before its first result."""
 
 R = TypeVar("R", bound=RunRecord)
+
+
+class FileClaim(Record):
+    """What ``model.json`` says of a weight file: its size, and checksums of all bytes and of samples of them."""
+
+    bytes: int
+    sha256: str
+    sampled: str
+
+
+class ModelRecord(Record):
+    """``model.json``: the fingerprint of the run, the weight files by name, and the names of the other files."""
+
+    fingerprint: str
+    files: dict[str, FileClaim]
+    others: list[str]
 
 
 def refuse_out(out: Path) -> None:
@@ -179,7 +195,8 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): {hint}") from None
         if content.pop("format", 0) != FORMAT:
-            by = content.get("versions", {}).get("fistapruner", "unknown")
+            versions = content.get("versions")
+            by = versions.get("fistapruner", "unknown") if isinstance(versions, Mapping) else "unknown"
             raise FistaPrunerError(
                 f"{self.run_file} was written by another release of fistapruner ({by}) in a format that this one does "
                 "not read: go on with that release, or choose another --out"
@@ -233,10 +250,10 @@ class RunDirectory:
         others = sorted(name for name in self._model_names() if name not in shards)
         write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": shards, "others": others})
 
-    def model_record(self) -> dict[str, Any] | None:
+    def model_record(self) -> ModelRecord | None:
         """Read ``model.json``; None where it is missing or damaged."""
         try:
-            return read_sealed_json(self.model_file)
+            return ModelRecord.model_validate(read_sealed_json(self.model_file))
         except (OSError, ValueError):
             return None
 
@@ -261,18 +278,18 @@ class RunDirectory:
             except FistaPrunerError as error:
                 return str(error)
             return None
-        if record["fingerprint"] != fingerprint:
+        if record.fingerprint != fingerprint:
             return f"{self.model} is of another model or calibration text"
-        for name in record["others"]:
+        for name in record.others:
             if name != CARD and not (self.model / name).is_file():
                 return f"{self.model / name} is gone"
-        for name, claim in record["files"].items():
+        for name, claim in record.files.items():
             path = self.model / name
             if not path.is_file():
                 return f"{path} is gone"
-            if path.stat().st_size != claim["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {claim['bytes']}"
-            if sampled_sha256(path) != claim["sampled"]:
+            if path.stat().st_size != claim.bytes:
+                return f"{path} has {path.stat().st_size} bytes instead of {claim.bytes}"
+            if sampled_sha256(path) != claim.sampled:
                 return f"{path} is damaged: its checksum is not the one it was written with"
         try:
             LowRankAdapter.beside(self.model)
@@ -306,7 +323,7 @@ class RunDirectory:
                 f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away"
             )
         if record is not None:
-            own = {*record["files"], *record["others"]}
+            own = {*record.files, *record.others}
         else:
             own = {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD, PARTIAL}
             own |= {*map(safetensors_name, source.files), *source.companions} if source is not None else set()
