@@ -821,9 +821,14 @@ def test_several_calibration_texts_are_known_by_name_and_content(
     assert calibration.tasks["own"].source == str(text)
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     assert "holds the finished run" in capsys.readouterr().err
+    first = PruneDirectory(tmp_path / "run").tokens()
     text.write_text(TEXT[::-1] * 20)
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     assert "own, generated is not the text that it was calibrated on" in capsys.readouterr().err
+    again = PruneDirectory(tmp_path / "run").tokens()
+    assert not torch.equal(again, first)
+    assert main([*command, "--out", str(tmp_path / "new")]) == 0
+    assert torch.equal(PruneDirectory(tmp_path / "new").tokens(), again)
     text.unlink()  # nobody can tell
     assert main(["resume", str(tmp_path / "run")]) == 0
 
