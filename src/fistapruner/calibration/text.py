@@ -133,7 +133,7 @@ def text_of(record: dict[str, Any], where: str, others: str = "") -> str:
 
 
 def whole_text(text: str, field: str, where: str) -> str:
-    """Return a text of a ``.jsonl`` line, which tokenizers do not read with half of a surrogate pair in it.
+    """Return a text of a ``.jsonl`` line; refuse half of a surrogate pair, which no tokenizer reads.
 
     Raises:
         FistaPrunerError: it has one; ``where`` names the line, ``field`` the field.

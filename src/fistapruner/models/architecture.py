@@ -123,8 +123,9 @@ def build_model(
 
     folder = checkpoint.folder
     for section in (checkpoint.config, checkpoint.config.get("text_config")):  # configs list what each layer is
-        for name in LAYERS_NAMES if isinstance(section, Mapping) else ():
-            _refuse_layers(checkpoint, section.get(name))
+        if isinstance(section, Mapping):
+            for name in LAYERS_NAMES:
+                _refuse_layers(checkpoint, section.get(name))
     try:
         config = read_config(folder, trust_remote_code=trust_remote_code)
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -182,7 +183,7 @@ def build_model(
 
 
 def _refuse_layers(checkpoint: Checkpoint, layers: object) -> None:
-    """Refuse more decoder layers than the checkpoint has tensors, before anything is made for each of them."""
+    """Refuse more decoder layers than the checkpoint has tensors, before each of them is built."""
     if isinstance(layers, int) and layers > len(checkpoint.names()):
         raise FistaPrunerError(
             f"{checkpoint.folder}: config.json asks for {layers} decoder layers and there are "

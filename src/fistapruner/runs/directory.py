@@ -59,7 +59,7 @@ R = TypeVar("R", bound=RunRecord)
 
 
 class FileClaim(Record):
-    """What ``model.json`` says of a weight file: its size, and checksums of all bytes and of samples of them."""
+    """Hold what ``model.json`` says of a weight file; ``sampled`` is a checksum of samples of its bytes."""
 
     bytes: int
     sha256: str
@@ -67,7 +67,7 @@ class FileClaim(Record):
 
 
 class ModelRecord(Record):
-    """``model.json``: the fingerprint of the run, the weight files by name, and the names of the other files."""
+    """Hold ``model.json``: the run's fingerprint, weight files by name, names of the other files."""
 
     fingerprint: str
     files: dict[str, FileClaim]
