@@ -11,6 +11,11 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError, ValidationInfo
 
 
+def printable(text: str, also: str = "") -> str:
+    """Write line breaks, control codes and half characters as escapes, but for those in ``also``."""
+    return "".join(c if c.isprintable() or c in also else repr(c)[1:-1] for c in text)
+
+
 class FistaPrunerError(Exception):
     """An error of the input, the machine or the settings, not of the program.
 
@@ -20,7 +25,7 @@ class FistaPrunerError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class OtherRankFailed(FistaPrunerError):
@@ -70,6 +75,27 @@ def path_text(name: str, value: object, expected: str) -> str:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             raise FistaPrunerError(f"{name} has {len(text)} characters, and {expected} is expected") from None
     return text
+
+
+def expand_home(path: str, instead: str = "give the whole path") -> Path:
+    """Put the home folder in place of a path's ``~`` or ``~user``.
+
+    Raises:
+        FistaPrunerError: names the path, which has no such home folder, and what to do ``instead``.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
+
+
+def out_path(out: object, expected: str = A_FOLDER) -> Path:
+    """Return the path of an output or a run, with the home folder in place of ``~``.
+
+    Raises:
+        FistaPrunerError: it is no path, or there is no such home folder.
+    """
+    return expand_home(path_text("out", out, expected))
 
 
 def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:

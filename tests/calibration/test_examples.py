@@ -184,6 +184,8 @@ ANSWER = {"role": "assistant", "content": "b"}
         ({"messages": [ASK, "b"]}, "message 2 has no field 'role'"),
         ({"messages": [ASK, {"role": "assistant", "content": None}]}, "message 2 has no field 'content'"),
         ({"messages": [ASK, {"role": "assistant", "content": " "}]}, "message 2 is an empty answer"),
+        ({"prompt": "a", "completion": "b\ud83d"}, r"line 1: 'completion' has half a character \(\\ud83d\)"),
+        ({"messages": [ASK, {**ANSWER, "content": "\ude00"}]}, r"message 2: 'content' has half a character"),
         ({"messages": [ASK]}, "no message of the role 'assistant'"),
     ],
 )
@@ -251,9 +253,17 @@ def test_any_line_is_read_or_refused_with_its_number(records: list[Any]) -> None
             assert len(ids) == len(marks) > 0
 
 
-def test_text_that_no_tokenizer_reads_is_named(tmp_path: Path) -> None:
-    lone = "\ud800"
-    for record in ({"prompt": "a", "completion": lone}, {"text": lone * 20}):
-        source = write(tmp_path / "a.jsonl", [record, {**record, next(iter(record)): lone}])
-        with pytest.raises(FistaPrunerError, match="the tokenizer cannot read the"):
-            training_text(TrainingData(source=source), letters_tokenizer(), 16)
+def test_text_that_no_tokenizer_reads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = letters_tokenizer()
+    reads = type(tokenizer).__call__
+
+    def only_a(self: Any, text: str | list[str], **keywords: Any) -> Any:
+        if set("".join(text)) != {"a"}:
+            raise ValueError("no such letter")
+        return reads(self, text, **keywords)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", only_a)
+    for record in (GOOD, {"text": "b" * 20}):
+        source = write(tmp_path / "a.jsonl", [record, {**record, next(iter(record)): "b"}])
+        with pytest.raises(FistaPrunerError, match=r"the tokenizer cannot read the .*no such letter"):
+            training_text(TrainingData(source=source), tokenizer, 16)

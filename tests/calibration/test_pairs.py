@@ -86,6 +86,7 @@ BAD = [
     ({**CHAT, "chosen": says(" ")}, "message 1 is an empty answer"),
     ({**CHAT, "chosen": [{"role": "user"}]}, "message 1 has no field 'content'"),
     ("a list", "no field 'chosen'"),
+    ({**GOOD, "rejected": "\ud83d"}, r"'rejected' has half a character (\ud83d)"),
 ]
 
 

@@ -52,6 +52,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"text": \xff}\n', "line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', "line 3 has no field 'text'"),
         ("a.jsonl", b'{"text": 3}\n', "line 1 has no field 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}', r"line 2: 'text' has half a character \(\\ud83d\)$"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b"nonsense", "line 1 is not JSON"),
         ("a.csv", b"text\na\n", "suffix '.csv'"),

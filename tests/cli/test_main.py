@@ -15,10 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 import fistapruner
 import tiny
-from fistapruner.cli import VERBS, build_parser, main
+from fistapruner.cli import VERBS, Styled, build_parser, main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.recipes.base import MAX_SEED
@@ -87,6 +88,24 @@ def test_what_the_terminal_has_no_character_for_is_escaped(encoding: str) -> Non
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "3 \\u2192 2\n", "")
+
+
+def test_what_would_steer_the_terminal_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A title, the clipboard and a line written over are in reach of control codes; colours of rich are kept."""
+
+    def run(_: object) -> int:
+        print("model \x1b]52;c;Y3VybA==\x07 and\rover\nnext → line")
+        print("\x9b2J", file=sys.stderr)
+        Console(file=Styled(sys.stdout), force_terminal=True, color_system="standard").print("[red]x")  # type: ignore[arg-type]
+        return 0
+
+    monkeypatch.setattr("fistapruner.cli.methods.run", run)
+    assert main(["methods"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "model \\x1b]52;c;Y3VybA==\\x07 and\\rover\nnext → line\n\x1b[31mx\x1b[0m\n"
+    assert said.err == "\\x9b2J\n"
 
 
 def test_a_file_that_may_not_be_read_is_named_in_one_line(

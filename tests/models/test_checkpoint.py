@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,6 +146,22 @@ def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(
         (single / name).symlink_to(blobs / name)
     with pytest.raises(FistaPrunerError, match="link out of its folder"):
         Checkpoint.open(single)
+
+
+def test_weights_that_only_transformers_would_add_or_read_are_refused(single: Path, sharded: Path) -> None:
+    (single / "adapter_config.json").write_text("{}")
+    with pytest.raises(FistaPrunerError, match=r"single has an adapter .*: merge the adapter first"):
+        Checkpoint.open(single)
+    config = json.loads((sharded / "config.json").read_text())
+    for name, said in (
+        ("model.safetensors.index.json", None),
+        (None, None),
+        ("other.safetensors", "transformers_weights is 'other.safetensors', and model.safetensors.index.json is there"),
+        ({}, "transformers_weights is '{}'"),
+    ):
+        (sharded / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+        with pytest.raises(FistaPrunerError, match=said) if said else nullcontext():
+            Checkpoint.open(sharded)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])

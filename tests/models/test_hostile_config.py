@@ -40,6 +40,27 @@ def test_wrong_config_is_refused_by_name(tmp_path: Path, change: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "qwen3", "num_hidden_layers": 2**40},
+        {"model_type": "gpt2", "n_layer": 2**40},
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2**40}},
+    ],
+    ids=lambda change: change["model_type"],
+)
+def test_absurd_layers_are_refused_before_the_config_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Some configs have a list with what each layer is."""
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | change), "utf-8")
+    monkeypatch.setattr("fistapruner.models.architecture.read_config", lambda *_, **__: pytest.fail("it is built"))
+    with pytest.raises(FistaPrunerError, match=r"asks for 1099511627776 decoder layers and there are \d+ tensors"):
+        LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
+
+
 def test_quantisation_is_named_by_its_method(tmp_path: Path) -> None:
     tiny.build("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))

@@ -205,6 +205,9 @@ def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "fistapruner"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    assert default_cache() == tmp_path / "cache" / "fistapruner"
 
 
 def test_what_is_loaded_only_with_code_of_the_models_own(tmp_path: Path) -> None:

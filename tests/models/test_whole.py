@@ -54,6 +54,20 @@ def test_the_precision_is_that_of_the_weights_whatever_the_config_says(
         assert torch.equal(parameter, checkpoint.read(name).to(parameter.dtype)), name
 
 
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [("flash_attention_2", "sdpa"), ("evil/kernel", "sdpa"), ("flex_attention", "sdpa"), ("eager", "eager")],
+)
+def test_a_config_does_not_choose_other_code_for_attention(tmp_path: Path, named: str, taken: str) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    named_too = {"_attn_implementation": named, "_experts_implementation": "deepgemm"}
+    (folder / "config.json").write_text(json.dumps({**config, **named_too}), "utf-8")
+    for model in (load_whole(folder, CPU), LayerwiseModel(Checkpoint.open(folder), CPU).model):
+        assert model.config._attn_implementation == taken
+        assert model.config._experts_implementation != "deepgemm"
+
+
 def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_runs_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,9 @@ def test_licence_and_revision_are_those_of_the_dense_model(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "card", ["", "license: mit\n", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\nlicense: mit"]
+    "card",
+    ["", "license: mit\n", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\nlicense: mit"]
+    + [f"---\nlicense: {value}\n---\n" for value in ("!!bool maybe", '!!int ""', "!!timestamp x")],
 )
 def test_a_card_without_a_licence_names_none(card: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card)

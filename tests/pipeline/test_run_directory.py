@@ -122,6 +122,22 @@ def test_an_empty_folder_becomes_a_run(dense: Path, tmp_path: Path) -> None:
     assert fp.prune(dense, tmp_path / "run", **SETTINGS).status == "finished"
 
 
+def test_an_output_may_be_named_from_the_home_folder(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shells leave the ~ of --out=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--out=~/run", "--method", "magnitude", "--calibration", "python", "--samples", "2", "--seqlen", "16"]
+    assert main(["prune", str(dense), *flags, "--evaluate", "none"]) == 0
+    assert str(tmp_path / "home" / "run") in capsys.readouterr().out
+    assert main(["status", "~/run"]) == 0
+    assert main(["unpack", str(dense), "~nobody-of-this-name/x"]) == 2
+    assert "there is no such home folder" in capsys.readouterr().err
+    fp.resume("~/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
     """A damaged checkpoint is not made again over files that somebody put beside it, nor one that the run did not
     write."""
@@ -132,8 +148,11 @@ def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run: move it away"):
         fp.resume(run)
     assert contents(run / "model") == before
-    shutil.rmtree(run / "model")
     (run / "model.json").unlink()
+    with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run: move it away"):
+        fp.resume(run)
+    assert contents(run / "model") == before
+    shutil.rmtree(run / "model")
     (run / "model").mkdir()
     (run / "model" / "thesis.tex").write_text("years of work")
     with pytest.raises(fp.FistaPrunerError, match=r"was not written by this run"):
@@ -802,9 +821,14 @@ def test_several_calibration_texts_are_known_by_name_and_content(
     assert calibration.tasks["own"].source == str(text)
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     assert "holds the finished run" in capsys.readouterr().err
+    first = PruneDirectory(tmp_path / "run").tokens()
     text.write_text(TEXT[::-1] * 20)
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     assert "own, generated is not the text that it was calibrated on" in capsys.readouterr().err
+    again = PruneDirectory(tmp_path / "run").tokens()
+    assert not torch.equal(again, first)
+    assert main([*command, "--out", str(tmp_path / "new")]) == 0
+    assert torch.equal(PruneDirectory(tmp_path / "new").tokens(), again)
     text.unlink()  # nobody can tell
     assert main(["resume", str(tmp_path / "run")]) == 0
 

@@ -190,7 +190,8 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
         "true": True,
     }
     assert {text: parse_value(text, "x") for text in values} == values
-    for text in ("'", "[1", "*a", "!!python/name:os.system x"):
+    misfits = ("!!bool maybe", '!!int ""', "!!timestamp x", "!!float [1]", "!!set {[1]: 2}")
+    for text in ("'", "[1", "*a", "!!python/name:os.system x", *misfits):
         with pytest.raises(FistaPrunerError, match="x is not valid YAML"):
             parse_value(text, "x")
 

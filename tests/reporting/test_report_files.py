@@ -32,7 +32,7 @@ from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
-from fistapruner.reporting.model_card import model_card
+from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import verdict
 from fistapruner.reporting.quality_rows import recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain, text_used
@@ -500,6 +500,17 @@ def test_zeros_that_an_allocation_sets_by_name_beside_structure_are_told() -> No
     assert "50.0 % zeros in its operators" in lineage_lines(report.lineage)[1]
 
 
+def test_a_name_in_a_record_adds_no_line_and_no_control_code() -> None:
+    report = samples.report()
+    report.model.source = "name\x1b[2J\nforged: line"
+    report.warnings = ["one\ntwo"]
+    report.lineage = Lineage(source=report.model, stages=[])
+    assert lineage_lines(report.lineage)[0].startswith(r"name\x1b[2J\nforged: line")
+    lines = status_text(report).split("\n")
+    assert lines[0].startswith(r"name\x1b[2J\nforged: line")
+    assert lines[-1] == r"warning: one\ntwo"
+
+
 def test_the_gap_s_error_is_that_of_a_resampled_ratio() -> None:
     """An independent estimate: the jackknife over windows."""
     generator = torch.Generator().manual_seed(0)
@@ -618,6 +629,14 @@ def test_model_card_metadata_and_figures() -> None:
     assert report.command in text  # type: ignore[operator]
     assert "neither smaller nor faster" in text
     assert "/home/someone" not in text
+
+
+def test_a_licence_of_several_lines_adds_nothing_to_the_metadata() -> None:
+    card = plain_card("mit\ntags: [official]\n---\n# forged", "A model", "has made it")
+    block = yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])
+    assert block["tags"] == ["pruning", "sparsity", "fistapruner"]
+    assert block["license"].startswith("mit\n")
+    assert "license" not in yaml.safe_load(plain_card(None, "A model", "has made it").split("---\n")[1])
 
 
 def test_model_card_of_a_local_model_names_no_folder_of_this_machine() -> None:

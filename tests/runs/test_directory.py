@@ -19,11 +19,13 @@ from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.lock import hold
+from fistapruner.runs.lock import hold, preparing
 from fistapruner.runs.log import Logged, log_file
 from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.snapshots import Snapshots
-from fistapruner.runs.times import spent
+from fistapruner.runs.steps import StepJournal
+from fistapruner.runs.times import forget_times, spent
+from fistapruner.runtime.files import claim_folder, write_sealed_json, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
 
@@ -62,7 +64,7 @@ def begin(folder: Path) -> RecoverDirectory:
 def write_model(run: RunDirectory, record: bool) -> None:
     """Write a checkpoint with a file in a folder; its ``model.json`` only with ``record``."""
     (run.model / "templates").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "templates/one.jinja"):
+    for name in ("config.json", "model.safetensors", *(["templates/one.jinja"] if record else [])):
         (run.model / name).touch()
     (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
     if record:
@@ -127,6 +129,56 @@ def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
     RecoverDirectory(tmp_path).check_place()
 
 
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("lock", lambda run: hold(run).__enter__()),
+        ("lock.preparing", lambda run: preparing(run).__enter__()),
+        ("log.txt", lambda run: log_file(run / "log.txt").__enter__()),
+        ("steps.jsonl", lambda run: StepJournal(run / "steps.jsonl", 0)),
+        ("model.partial", lambda run: claim_folder(run / "model.partial")),
+        ("run.json", lambda run: RunDirectory(run).check_place()),
+    ],
+)
+def test_links_of_a_run_folder_are_refused_and_lead_to_no_other_file(
+    tmp_path: Path, name: str, write: Callable[[Path], object]
+) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    run.mkdir()
+    victim.write_text("years of work")
+    (run / name).symlink_to(victim)
+    with pytest.raises(FistaPrunerError, match=rf"{name}\b.* a link .*move (it|the link) away"):
+        write(run)
+    assert victim.read_text() == "years of work"
+
+
+def test_files_that_are_only_called_like_those_of_a_run_are_kept(tmp_path: Path) -> None:
+    names = ["lock-picking.md", "locksmith.txt", "lock.0-9.txt", "times-table.json", "timesheet.json", "times.a-b.json"]
+    for name in names:
+        (tmp_path / name).write_text("[1e6]")
+    with hold(tmp_path), spent(tmp_path) as times:
+        assert times.total() < 1e6
+        assert times.parts() is None
+    forget_times(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    run = training_directory.RecoverDirectory(tmp_path)
+    run.run_file.touch()
+    (tmp_path / "lock").touch()  # of a process that was killed
+    with pytest.raises(FistaPrunerError, match=r"was not written by this run"):
+        run.remove()
+    assert (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_linked_temporary_file_is_replaced(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    (victim := tmp_path / "victim").write_text("years of work")
+    link(tmp_path / "report.html.partial", victim)
+    write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / "report.html").read_text() == "a report"
+    assert not (tmp_path / "report.html").is_symlink()
+    assert victim.read_text() == "years of work"
+
+
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "calibration.safetensors").write_text("not ours")
     with pytest.raises(FistaPrunerError, match=r"other things in it \(calibration\.safetensors\)"):
@@ -140,6 +192,25 @@ def test_a_run_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     run.run_file.write_text(json.dumps(content))
     with pytest.raises(FistaPrunerError, match="its checksum is wrong"):
         run.record()
+
+
+@pytest.mark.parametrize("versions", ["x", ["x"], None, {"fistapruner": "0.0.1"}])
+def test_a_run_file_of_another_format_is_refused_whatever_is_in_it(tmp_path: Path, versions: object) -> None:
+    run = RunDirectory(tmp_path)
+    write_sealed_json(run.run_file, {"format": 0, "versions": versions})
+    with pytest.raises(FistaPrunerError, match=r"was written by another release of fistapruner \((unknown|0\.0\.1)\)"):
+        run.record()
+
+
+@pytest.mark.parametrize("damage", [{"others": None}, {"others": 3}, {"files": []}, {"files": {"a": {}}}])
+def test_a_record_of_a_model_in_a_wrong_form_counts_as_missing(tmp_path: Path, damage: dict[str, object]) -> None:
+    run = RunDirectory(tmp_path)
+    write_model(run, record=True)
+    assert run.model_record() is not None
+    content = json.loads(run.model_file.read_text()) | damage
+    write_sealed_json(run.model_file, {key: value for key, value in content.items() if key != "sha256"})
+    assert run.model_record() is None
+    assert run.model_fault("another run") == f"{run.model} is not of this run, or is damaged"
 
 
 def test_decisions_do_not_change(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class HiddenStates:
         self._descriptor = -1
         if file is not None:
             with disk_errors(file):
-                self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+                self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, one_line
-from .text import read_lines, text_of
+from .text import read_lines, text_of, whole_text
 
 KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
 """Kinds of lines, and how they are called in messages."""
@@ -89,6 +89,7 @@ def _completion(record: dict[str, Any], where: str) -> Example:
     for field in ("prompt", "completion"):
         if not isinstance(record.get(field), str):
             raise FistaPrunerError(f"{where} has no field {field!r} with a string in it")
+        whole_text(record[field], field, where)
     if not record["completion"].strip():
         raise FistaPrunerError(f"{where}: the completion is empty, so that there is nothing to learn")
     return Example("prompt", (record["prompt"], record["completion"]), where)
@@ -109,7 +110,7 @@ def read_messages(value: Any, field: str, where: str) -> tuple[tuple[str, str], 
         field: that holds it; ``where``: file and line, for messages.
 
     Raises:
-        FistaPrunerError: not such a list, or an empty answer of the assistant.
+        FistaPrunerError: not such a list, an empty answer of the assistant, or half a character.
     """
     if not isinstance(value, list) or not value:
         raise FistaPrunerError(f"{where}: {field!r} is not a list of messages with role and content")
@@ -117,6 +118,7 @@ def read_messages(value: Any, field: str, where: str) -> tuple[tuple[str, str], 
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise FistaPrunerError(f"{where}: message {number} has no field {key!r} with a string in it")
+            whole_text(message[key], key, f"{where}: message {number}")
         if message["role"] == "assistant" and not message["content"].strip():
             raise FistaPrunerError(f"{where}: message {number} is an empty answer of the assistant")
     return tuple((message["role"], message["content"]) for message in value)

@@ -20,7 +20,7 @@ from ..errors import FistaPrunerError
 from ..recipes.align_settings import PairData
 from .examples import read_messages, token_ids, write_chat
 from .mixtures import shuffled
-from .text import read_lines
+from .text import read_lines, whole_text
 from .training_text import TrainingText, document_hash
 from .windows import tokens_sha256
 
@@ -180,7 +180,7 @@ def _answer(record: dict[str, Any], name: str, where: str) -> str | Messages:
     """Read a field that is a text or a list of messages."""
     value = record.get(name)
     if isinstance(value, str):
-        return value
+        return whole_text(value, name, where)
     if not isinstance(value, list):
         raise FistaPrunerError(f"{where} has no field {name!r} with a string or a list of messages in it")
     return read_messages(value, name, where)

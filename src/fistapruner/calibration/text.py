@@ -125,11 +125,24 @@ def text_of(record: dict[str, Any], where: str, others: str = "") -> str:
         others: what else the line might have had instead, for the message.
 
     Raises:
-        FistaPrunerError: it has none.
+        FistaPrunerError: it has none, or half a character in it.
     """
     if not isinstance(record.get("text"), str):
         raise FistaPrunerError(f"{where} has no field 'text' with a string in it{others}")
-    return str(record["text"])
+    return whole_text(record["text"], "text", where)
+
+
+def whole_text(text: str, field: str, where: str) -> str:
+    """Return a text of a ``.jsonl`` line; refuse half of a surrogate pair, which no tokenizer reads.
+
+    Raises:
+        FistaPrunerError: it has one; ``where`` names the line, ``field`` the field.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FistaPrunerError(f"{where}: {field!r} has half a character ({text[error.start]})") from None
+    return text
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:

@@ -70,12 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
-    from ..errors import FistaPrunerError, OtherRankFailed
+    from ..errors import FistaPrunerError, OtherRankFailed, out_path
     from ..runtime.launcher import leads
 
-    with _readers_may_leave() as results, _signals() as terminated:
+    with _readers_may_leave() as (results, messages), _signals() as terminated:
         try:
-            parsed = build_parser().parse_args(arguments)
+            parsed = build_parser().parse_args(arguments)  # which may colour its help
+            results.escapes = messages.escapes = True
+            for name in ("out", "run_directory"):
+                if getattr(parsed, name, None):
+                    setattr(parsed, name, str(out_path(getattr(parsed, name))))
             _quieten()
             _refuse_processes(parsed)
             status = int(parsed.run(parsed))
@@ -129,14 +133,25 @@ class _Output:
 
     Args:
         stream: the stream; everything but writing is its own.
+
+    Attributes:
+        escapes: control codes but line breaks are written as escapes: those in names and texts of others' files would
+            steer the terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._fault = ""
+        self.escapes = False
 
     def write(self, text: str) -> int:
         """Write text, or drop it where that fails."""
+        from ..errors import printable
+
+        return self.write_styled(printable(text, "\n") if self.escapes else text)
+
+    def write_styled(self, text: str) -> int:
+        """Write text with the control codes that it has, or drop it where that fails."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -174,14 +189,34 @@ class _Output:
         return getattr(self._stream, name)
 
 
+class Styled:
+    """A standard stream for ``rich``, which colours text and moves the cursor with control codes.
+
+    What is printed there must have none from others' files (:func:`~fistapruner.errors.printable`).
+
+    Args:
+        stream: the stream; everything but writing is its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text as it is."""
+        return int(getattr(self._stream, "write_styled", self._stream.write)(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
-def _readers_may_leave() -> Iterator[_Output]:
+def _readers_may_leave() -> Iterator[tuple[_Output, _Output]]:
     """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``).
 
     What the terminal's encoding does not have is written as an escape.
 
     Yields:
-        Standard output.
+        Standard output and standard error.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
@@ -191,7 +226,7 @@ def _readers_may_leave() -> Iterator[_Output]:
         results, messages = (_Output(stream or null) for stream in before)
         sys.stdout, sys.stderr = cast(TextIO, results), cast(TextIO, messages)
         try:
-            yield results
+            yield results, messages
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()

@@ -13,8 +13,10 @@ import argparse
 import json
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
+from ..errors import printable
+from . import Styled
 from .arguments import add_pickle_argument
 
 if TYPE_CHECKING:
@@ -43,13 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..evaluation.inspection import inspect_checkpoint
 
-    console = Console(stderr=True)
+    console = Console(file=cast(TextIO, Styled(sys.stderr)))
     with console.status("") as status:
         found = inspect_checkpoint(
             arguments.checkpoint,
             arguments.pattern,
             allow_pickle=arguments.allow_pickle,
-            progress=lambda name, *_: status.update(Text(name)),
+            progress=lambda name, *_: status.update(Text(printable(name))),
         )
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
@@ -65,11 +67,11 @@ def _print(found: Inspection, quiet: bool) -> None:
 
     rows = [
         (
-            operator.name,
+            printable(operator.name),
             "x".join(map(str, operator.shape)),
             f"{operator.sparsity:.4%}",
             operator.pattern or "-",
-            operator.claim or "-",
+            printable(operator.claim or "-"),
             "VIOLATED" if operator.fault else "holds" if operator.claim else "",
         )
         for operator in found.operators
@@ -79,10 +81,10 @@ def _print(found: Inspection, quiet: bool) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*headings, title=str(found.folder))
+        table = Table(*headings, title=printable(str(found.folder)))
         for row in rows:
             table.add_row(*row, style="red" if row[-1] == "VIOLATED" else None)
-        Console(markup=False).print(table)  # names come from the checkpoint
+        Console(file=cast(TextIO, Styled(sys.stdout)), markup=False).print(table)  # names come from the checkpoint
     elif not quiet:
         print(align_columns((headings, *rows)))
         print()
@@ -102,7 +104,7 @@ def _print(found: Inspection, quiet: bool) -> None:
     if found.lineage is not None:
         print("made from: " + "\n       then: ".join(lineage_lines(found.lineage)))
     for violation in found.violations:
-        print(f"violated: {violation}")
+        print(f"violated: {printable(violation)}")
     if found.violations:
         return
     if found.widths or any(operator.claim for operator in found.operators):

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -20,10 +21,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..errors import printable
 from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
 from ..runtime.formatting import duration
 from ..runtime.launcher import leads
+from . import Styled
 
 EVERY = 7.0
 """Seconds after which it is said again what is being done."""
@@ -160,7 +163,7 @@ class LiveListener(_WorkListener):
 
     def __init__(self) -> None:
         super().__init__()
-        self._console = Console(stderr=True)
+        self._console = Console(file=cast(TextIO, Styled(sys.stderr)))
         self._bar = Progress(
             TextColumn("[bold]layers"),
             BarColumn(),
@@ -175,7 +178,7 @@ class LiveListener(_WorkListener):
         self._errors: list[float] = []
 
     def write(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False)
+        self._console.print(printable(line), highlight=False, markup=False)
 
     def remind(self) -> None:
         if self._task is None:  # the bar shows the time
@@ -189,7 +192,7 @@ class LiveListener(_WorkListener):
     def operators(self, index: int, names: str, error: float | None) -> None:
         if self._task is not None:
             mean = f", error so far {100 * sum(self._errors) / len(self._errors):.2f} %" if self._errors else ""
-            self._bar.update(self._task, description=f"{index}.{names}{mean}")
+            self._bar.update(self._task, description=f"{index}.{printable(names)}{mean}")
 
     def layer(self, entry: LayerEntry) -> None:
         self._errors += [operator.relative_error or 0.0 for operator in entry.operators]

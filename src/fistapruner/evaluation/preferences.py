@@ -40,5 +40,5 @@ def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str
 
 
 def accuracy_error(margins: Tensor) -> float:
-    """Return the standard error of the :func:`~fistapruner.tuning.preference.accuracy` of (pairs,) margins."""
+    """Return the standard error of an accuracy of (pairs,) margins."""
     return mean_and_error((margins > 0).double() + (margins == 0).double() / 2)[1]

@@ -31,8 +31,15 @@ NO_NAMES: Mapping[str, str] = MappingProxyType({})
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of dense weights in a checkpoint."""
 
+LAYERS_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configs call the number of decoder layers."""
+
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 """What configs call the longest text that a model was made for."""
+
+
+BUILT_IN = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation": ("eager", "batched_mm", "grouped_mm")}
+"""What a config may name for attention and experts; anything else is as if it named nothing."""
 
 
 def auto_class(config: Any) -> Any:
@@ -71,6 +78,27 @@ def needs_own_code(config: Mapping[str, Any]) -> bool:
     )
 
 
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read the config of a model, so that attention and experts are computed by built-in code.
+
+    A config may name other code than that of transformers, which the hub has or which needs a package and a GPU.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    _leave_out_kernels(config)
+    return config
+
+
+def _leave_out_kernels(config: Any) -> None:
+    for name, known in BUILT_IN.items():
+        if getattr(config, name, None) not in (None, *known):
+            setattr(config, name, None)
+    for key in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, key, None)) is not None:
+            _leave_out_kernels(part)
+
+
 def build_model(
     checkpoint: Checkpoint,
     *,
@@ -91,12 +119,15 @@ def build_model(
             not trusted.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
     folder = checkpoint.folder
+    for section in (checkpoint.config, checkpoint.config.get("text_config")):  # configs list what each layer is
+        if isinstance(section, Mapping):
+            for name in LAYERS_NAMES:
+                _refuse_layers(checkpoint, section.get(name))
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code=trust_remote_code)
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         text = config if encoder_decoder else config.get_text_config()  # an encoder-decoder may have several
     except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
@@ -106,11 +137,7 @@ def build_model(
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
         )
-    layers = getattr(text, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(checkpoint.names()):
-        raise FistaPrunerError(
-            f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors"
-        )
+    _refuse_layers(checkpoint, getattr(text, "num_hidden_layers", 0))
     if not hasattr(text, "vocab_size"):
         raise FistaPrunerError(f"{folder}: {config.model_type} has no vocab_size in config.json: it predicts no text")
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
@@ -153,6 +180,15 @@ def build_model(
     if widths:
         set_widths(model, widths, checkpoint.shapes() if shapes is None else shapes)
     return model
+
+
+def _refuse_layers(checkpoint: Checkpoint, layers: object) -> None:
+    """Refuse more decoder layers than the checkpoint has tensors, before each of them is built."""
+    if isinstance(layers, int) and layers > len(checkpoint.names()):
+        raise FistaPrunerError(
+            f"{checkpoint.folder}: config.json asks for {layers} decoder layers and there are "
+            f"{len(checkpoint.names())} tensors"
+        )
 
 
 def refuse_own_code(folder: Path, why: str) -> None:

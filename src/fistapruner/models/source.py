@@ -16,7 +16,8 @@ import torch
 import yaml
 from filelock import FileLock
 
-from ..errors import A_MODEL, FistaPrunerError, one_line, path_text
+from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text
+from ..recipes.loading import YAML_FAULTS
 from ..runtime.files import disk_errors, require_utf8
 from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
 from .files.gguf import CONVERSION, convert_gguf
@@ -102,7 +103,7 @@ class ModelSource:
             text = (self.folder / "README.md").read_text("utf-8")
             block = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
             metadata = yaml.safe_load(block.group(1)) if block else None
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        except (OSError, *YAML_FAULTS):
             return {}
         return metadata if isinstance(metadata, dict) else {}
 
@@ -132,25 +133,13 @@ class ModelSource:
         )
 
 
-def expand_home(path: str, instead: str = "give the whole path") -> Path:
-    """Put the home folder in place of a path's ``~`` or ``~user``.
-
-    Raises:
-        FistaPrunerError: names the path, which has no such home folder, and what to do ``instead``.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
-
-
 def default_cache() -> Path:
     """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``.
 
     Raises:
         FistaPrunerError: neither is known.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache", "set XDG_CACHE_HOME")) / "fistapruner"
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "set XDG_CACHE_HOME") / "fistapruner"
 
 
 def resolve_model(

@@ -12,7 +12,7 @@ from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.formatting import size
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from ..runtime.numerics import pass_dtype
-from .architecture import auto_class
+from .architecture import auto_class, read_config
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter
 
@@ -98,12 +98,11 @@ def load_whole(
     Raises:
         FistaPrunerError: the checkpoint needs its own code, which was not trusted, or transformers cannot load it.
     """
-    from transformers import AutoConfig
-
     dtype = dtype or pass_dtype(Checkpoint.open(folder, allow_pickle=True).dtype, device)
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        model = auto_class(config).from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+        settings = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = auto_class(config).from_pretrained(str(folder), **settings)
     except (OSError, ValueError) as error:
         reason = one_line(error)
         fault = FistaPrunerError(f"{folder} cannot be loaded by transformers: {reason}")

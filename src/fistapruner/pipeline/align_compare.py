@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..errors import FistaPrunerError, out_path
 from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
@@ -95,7 +95,7 @@ def align_compare(
     Raises:
         FistaPrunerError: bad input, named, before anything is trained.
     """
-    folder, listener = Path(path_text("out", out, A_FOLDER)), listener or Listener()
+    folder, listener = out_path(out), listener or Listener()
     request = TrainingRequest.of(
         model,
         AlignRecipe.of(recipe).changed(settings),
@@ -122,7 +122,8 @@ def align_compare(
                     raise
                 reports[label, seed] = str(error)
             if not keep and isinstance(reports[label, seed], Report):
-                shutil.rmtree(run.model, ignore_errors=True)
+                if run.model.is_dir():
+                    run.remove_model()
                 shutil.rmtree(run.states.folder, ignore_errors=True)
                 forget_times(run.folder)
             done = sorted(reports, key=lambda key: list(JOBS).index(key[0]))

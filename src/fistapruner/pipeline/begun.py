@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import A_TEXT, FistaPrunerError, path_text
-from ..models.source import SMALL_MODEL, ModelSource, Permissions, expand_home
+from ..errors import A_TEXT, FistaPrunerError, expand_home, path_text
+from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord, TrainingRecord

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import SELF
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, out_path
 from ..evaluation.data import check_data
 from ..evaluation.streaming import KeptStates
 from ..execution.context import open_model
@@ -91,7 +91,7 @@ def compare(
         FistaPrunerError: bad input, named, before anything is pruned; or another comparison works on ``out``.
     """
     listener, permissions = listener or Listener(), Permissions(allow_pickle, trust_remote_code)
-    model, folder = str(model), Path(out)
+    model, folder = str(model), out_path(out)
     jobs = plan_jobs(parse_contenders(methods), sparsities, seeds, settings or {})
     check_jobs(jobs, folder)
     check_data(data)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import FistaPrunerError, path_text
+from ..errors import FistaPrunerError, expand_home, out_path
 from ..models.files.checkpoint import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf
 from ..models.files.low_rank import refuse_low_rank
-from ..models.source import SMALL_MODEL, expand_home, small_model
+from ..models.source import SMALL_MODEL, small_model
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import lineage_of
 from ..runtime.formatting import shell_line
@@ -44,7 +44,7 @@ def export(
             made from a GGUF file and ``like`` names none, where it is packed, or where the run is not finished.
         MissingExtraError: the ``gguf`` package is missing.
     """
-    out, folder = path_text("out", out, "the path of a file"), checkpoint_of(model)
+    out, folder = out_path(out, "the path of a file"), checkpoint_of(model)
     if not (folder / "config.json").is_file():
         raise FistaPrunerError(
             f"{model} is neither a run directory nor a folder with a Hugging Face model, and only these are exported; "

@@ -247,7 +247,7 @@ def _evaluate_input(
 
 
 def _add_scores(before: list[Evaluation], evaluations: Sequence[Evaluation], others: Sequence[Evaluation]) -> bool:
-    """Add scores of a run's input on the same items of the tasks of its result; tell whether there are new ones.
+    """Add scores of a run's input on the same items of its result's tasks; tell whether there are new ones.
 
     Args:
         before: evaluations of the input that the run has; receives them.
@@ -490,7 +490,7 @@ def _in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluati
 
 
 def _fuller(earlier: Sequence[Evaluation], found: Evaluation) -> list[TaskResult]:
-    """List the earlier scores that stay: of more items than a new one, which is not of all items there are now."""
+    """List the earlier scores that stay: of more items than a new one, which is not of all items."""
     new = {(task.task, task.metric): task for task in found.tasks}
     return [
         old

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.architecture import build_model, checkpoint_names, find_decoder_layers
 from ..models.discovery import Operator, expert_modules, linear_modules
 from ..models.experts import Experts, separate_experts
@@ -158,7 +158,7 @@ def merge_adapter(
             the checkpoint does not keep what its ``fistapruner.json`` claims; the run is not finished, or its
             checkpoint is damaged; ``out`` exists.
     """
-    adapter, out = path_text("adapter", adapter, A_FOLDER), Path(path_text("out", out, A_FOLDER))
+    adapter, out = path_text("adapter", adapter, A_FOLDER), out_path(out)
     source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_of(folder))
     found = Adapter(adapter)
     refuse_low_rank(source.folder, "merge")

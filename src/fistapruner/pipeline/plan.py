@@ -12,6 +12,7 @@ from ..calibration import window_length
 from ..calibration.packing import PURPOSE
 from ..calibration.windows import check_source
 from ..constraints import Constraint
+from ..errors import out_path
 from ..execution.context import open_model
 from ..execution.executors import count_jobs, default_threads
 from ..execution.ray_pool import cluster_head
@@ -52,7 +53,7 @@ def plan_model(
     Raises:
         FistaPrunerError: bad input, or a run that would not fit.
     """
-    refuse_out(Path(out))
+    refuse_out(out_path(out))
     check_allocation(recipe)
     check_sources(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
@@ -61,7 +62,7 @@ def plan_model(
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
     sparsity = allocate(recipe, layout, opened.config.model_type)
-    plan = plan_run(opened, layout, recipe, sparsity, Path(out), widths)
+    plan = plan_run(opened, layout, recipe, sparsity, out_path(out), widths)
     if recipe.recover is not None:
         later = "recovery is not in this plan: 'fistapruner plan RUN --recover' predicts it once RUN is pruned"
         plan = replace(plan, says=(*plan.says, later))

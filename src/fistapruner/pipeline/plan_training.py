@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import out_path
 from ..execution.executors import default_threads
 from ..models.source import Permissions
 from ..planning.training_plan import FormPlan, plan_forms
@@ -48,7 +49,7 @@ def plan_recovery_of(
     Raises:
         FistaPrunerError: bad input.
     """
-    refuse_out(Path(out))
+    refuse_out(out_path(out))
     if (
         recipe.data.source is None
         and not recipe.data.tasks
@@ -56,7 +57,7 @@ def plan_recovery_of(
     ):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
-    run = RecoverDirectory(Path(out) / "run")  # of a run in that folder
+    run = RecoverDirectory(out_path(out) / "run")  # of a run in that folder
     return _plan(prepare_recover.task_of(run.folder, recover_inputs.check_inputs(run, request, Listener())))
 
 
@@ -76,11 +77,11 @@ def plan_alignment_of(
     Returns:
         The plan of the recipe's own form, and those of all forms; those that do not fit say why.
     """
-    refuse_out(Path(out))
+    refuse_out(out_path(out))
     recipe.refuse_idle()
     pairs, _ = prepare_align.check_pairs(recipe)
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
-    run = AlignDirectory(Path(out) / "run")  # of a run in that folder
+    run = AlignDirectory(out_path(out) / "run")  # of a run in that folder
     inputs = prepare_align.check_inputs(run, request, Listener())
     return _plan(prepare_align.task_of(run.folder, inputs, prepare_align.cut_pairs(inputs, pairs, Listener())))
 

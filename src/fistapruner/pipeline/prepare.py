@@ -23,6 +23,7 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts
 from ..runtime.devices import cpu_threads
+from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
 from .begun import absolute, changed_text, moved_text, say_kept_plan
@@ -97,9 +98,12 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
 
 
 def drawing_of(calibration: Calibration, model: LayerwiseModel, seqlen: int) -> str:
-    """Write the settings and the model that decide calibration windows, as one line."""
-    place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(model.checkpoint)]
-    return json.dumps([calibration.model_dump(mode="json"), *place])
+    """Write the settings, the model and the texts that decide calibration windows, as one line."""
+    checkpoint = model.checkpoint
+    place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(checkpoint)]
+    files = {str(file): sha256_file(file) for file in calibration.files if file.is_file()}
+    tokenizer = {name: sha256_file(checkpoint.folder / name) for name in checkpoint.companions}
+    return json.dumps([calibration.model_dump(mode="json"), *place, files, tokenizer])
 
 
 def _decided(decision: PruneDecision) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, explain, path_text
+from ..errors import A_MODEL, FistaPrunerError, explain, out_path, path_text
 from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
@@ -111,8 +111,8 @@ def prune(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    model, out = path_text("model", model, A_MODEL), path_text("out", out, A_FOLDER)
-    run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
+    model, out = path_text("model", model, A_MODEL), out_path(out)
+    run, permissions = PruneDirectory(out), Permissions(allow_pickle, trust_remote_code)
     _check_range(only_layers)
     _check_tokens(tokens)
     evaluation = evaluation_on(evaluate, evaluate_windows)
@@ -227,7 +227,7 @@ def finish_run(
     Raises:
         FistaPrunerError: layers are missing, or the text to evaluate on; they are named.
     """
-    run = PruneDirectory(Path(path_text("out", out, A_FOLDER)))
+    run = PruneDirectory(out_path(out))
     permissions = Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
     begun = run.record()

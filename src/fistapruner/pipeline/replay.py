@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, out_path
 from ..execution.context import open_model
 from ..models.discovery import discover
 from ..models.files.checkpoint import PRUNING_RECORD
@@ -75,7 +75,7 @@ def replay(
     """
     source, out, journal = (
         find_input(str(model), Permissions(allow_pickle, trust_remote_code)),
-        Path(out),
+        out_path(out),
         Path(journal),
     )
     require_new(out, source.folder)

@@ -70,7 +70,7 @@ def write_model(
         config_changes: of ``config.json``, as a JSON merge patch.
     """
     if run.model.exists() and run.model_fault(fingerprint):
-        run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
+        run.remove_model(checkpoint)  # it is damaged, or of a model or calibration text that has changed since
     if not run.model.exists():
         listener.say("writing the checkpoint")
         digests = write_checkpoint(

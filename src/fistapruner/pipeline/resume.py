@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..errors import FistaPrunerError, out_path
 from ..models.source import Permissions
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
@@ -38,7 +38,7 @@ def resume(
         FistaPrunerError: not a run, a run that was stopped before anything was decided, or a pruning run and several
             processes of ``torchrun``.
     """
-    out = Path(path_text("out", out, A_FOLDER))
+    out = out_path(out)
     record = RunDirectory(out).record()
     permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
     if record is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..errors import FistaPrunerError, out_path
 from ..execution.training_context import TrainingContext
 from ..models.source import Permissions
 from ..runs.decision import TrainingRecord
@@ -70,7 +70,7 @@ def train(
     verb: TrainingVerb[R], out: str | Path, request: TrainingRequest[R], listener: Listener | None = None
 ) -> Report:
     """Begin a run, or go on with one that was begun, as the public function of its verb describes it."""
-    run = verb.directory(Path(path_text("out", out, A_FOLDER)))
+    run = verb.directory(out_path(out))
     run.check_place()
     return _run(verb, run, request, listener or Listener())
 

@@ -51,6 +51,10 @@ _PlainLoader.add_implicit_resolver(
 )
 
 
+YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""What PyYAML raises for text that is no YAML; all but the first for values that their tag does not fit."""
+
+
 def parse_value(text: str, origin: str) -> Any:
     """Load a YAML value safely.
 
@@ -59,7 +63,7 @@ def parse_value(text: str, origin: str) -> Any:
     """
     try:
         return yaml.load(text, _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except YAML_FAULTS as error:
         raise FistaPrunerError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

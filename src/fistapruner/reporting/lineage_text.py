@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import printable
 from ..runs.labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from ..runs.records import Lineage, Stage
 from ..runtime.formatting import count, percent, with_error
@@ -14,7 +15,8 @@ def lineage_lines(lineage: Lineage) -> list[str]:
     source = lineage.source
     known = [source.architecture, source.dtype, f"revision {source.revision[:12]}" if source.revision else ""]
     about = ", ".join(part for part in known if part)
-    return [source.source + (f" ({about})" if about else ""), *(_stage_line(stage) for stage in lineage.stages)]
+    lines = [source.source + (f" ({about})" if about else ""), *(_stage_line(stage) for stage in lineage.stages)]
+    return [printable(line) for line in lines]
 
 
 def _stage_line(stage: Stage) -> str:

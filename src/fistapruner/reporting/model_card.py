@@ -55,11 +55,14 @@ def model_card(report: Report) -> str:
 def plain_card(license_name: str | None, title: str, text: str, recipe: Mapping[str, Any] | None = None) -> str:
     """Write the card of a model that no run has made: its title, how it was made, and the recipe."""
     with_recipe = f"\nRecipe:\n\n{code_block(yaml_text(_recipe(recipe)), 'yaml')}\n" if recipe else ""
-    licence = f"license: {license_name}\n" if license_name else ""
+    block = {
+        **({"license": license_name} if license_name else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruning", "sparsity", "fistapruner"],
+    }
     return f"""---
-{licence}library_name: transformers
-pipeline_tag: text-generation
-tags: [pruning, sparsity, fistapruner]
+{yaml_text(block)}
 ---
 # {title}
 

@@ -6,6 +6,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
+from ..errors import printable
 from ..runs.records import Report
 from ..runs.training_records import Recovery
 from ..runtime.formatting import align_columns, duration, percent
@@ -111,15 +112,15 @@ def status_text(
     about = f"{found['model']}: {found['method']}, {found['sparsity']}"
     if report.recovery is not None:
         about = f"{found['model']}, {found['sparsity']}, {report.training} ({found['method'].partition(': ')[2]})"
-    lines = [f"{about}: {state}"]
+    lines = [printable(f"{about}: {state}")]
     if report.error:
-        lines.append(f"error: {report.error}")
+        lines.append(printable(f"error: {report.error}"))
     left = f", about {duration(found['seconds_left'])} left" if found["seconds_left"] and alive is not False else ""
     if report.recovery is None:
         lines += [f"{_bar(found['layers_done'], found['layers'])} decoder layers{left}", *_layer_lines(report, found)]
     else:
         lines += [f"{_bar(found['steps_done'], found['steps'])} steps{left}", *_step_lines(report.recovery, found)]
-    lines += [f"warning: {warning}" for warning in report.warnings]
+    lines += [printable(f"warning: {warning}") for warning in report.warnings]
     return "\n".join(lines)
 
 
@@ -148,7 +149,7 @@ def _layer_lines(report: Report, found: dict[str, Any]) -> list[str]:
         layer, operator = max(operators, key=lambda pair: pair[1].relative_error or 0.0)
         lines.append(
             f"relative error: mean {percent(found['mean_relative_error'])}, worst {percent(operator.relative_error)} "
-            f"(layer {layer.index}, {operator.name})"
+            f"(layer {layer.index}, {printable(operator.name)})"
         )
     spent = [duration(sum(layer.seconds.values())) if layer.seconds else "–" for layer in report.layers]
     rows = [

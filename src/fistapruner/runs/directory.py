@@ -20,14 +20,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
+from ..models.files.writer import safetensors_name
 from ..runtime.files import (
+    PARTIAL,
     disk_errors,
     read_sealed_json,
     remove_folder,
@@ -38,10 +40,11 @@ from ..runtime.files import (
     write_text_atomic,
 )
 from ..runtime.formatting import shell_line
-from .base import parse, read_json
+from .base import Record, parse, read_json
 from .decision import RunRecord
-from .lock import holders
+from .lock import LOCK_FILE, holders
 from .records import Report, is_run, load_run
+from .times import TIMES_FILE
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -49,10 +52,26 @@ CARD = "README.md"
 FORMAT = 3
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
-EARLY = r"log\.txt|lock(\.\d+-\d+|\.preparing)?|times(\.\d+-\d+)?\.json(\.partial)?"
+EARLY = rf"log\.txt|{LOCK_FILE}|{TIMES_FILE}({re.escape(PARTIAL)})?"
 """Names of files that an attempt has left that was stopped before its first result."""
 
 R = TypeVar("R", bound=RunRecord)
+
+
+class FileClaim(Record):
+    """Hold what ``model.json`` says of a weight file; ``sampled`` is a checksum of samples of its bytes."""
+
+    bytes: int
+    sha256: str
+    sampled: str
+
+
+class ModelRecord(Record):
+    """Hold ``model.json``: the run's fingerprint, weight files by name, names of the other files."""
+
+    fingerprint: str
+    files: dict[str, FileClaim]
+    others: list[str]
 
 
 def refuse_out(out: Path) -> None:
@@ -120,9 +139,10 @@ class RunDirectory:
                     f"{path} is {what} where the run keeps a folder: move it away, or choose another --out"
                 )
         for path in self.own_files():
-            if path.is_dir():
+            if path.is_symlink() or path.is_dir():
+                what = "a link" if path.is_symlink() else "a folder"
                 raise FistaPrunerError(
-                    f"{path} is a folder where the run keeps a file: move it away, or choose another --out"
+                    f"{path} is {what} where the run keeps a file: move it away, or choose another --out"
                 )
 
     @contextmanager
@@ -175,7 +195,8 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): {hint}") from None
         if content.pop("format", 0) != FORMAT:
-            by = content.get("versions", {}).get("fistapruner", "unknown")
+            versions = content.get("versions")
+            by = versions.get("fistapruner", "unknown") if isinstance(versions, Mapping) else "unknown"
             raise FistaPrunerError(
                 f"{self.run_file} was written by another release of fistapruner ({by}) in a format that this one does "
                 "not read: go on with that release, or choose another --out"
@@ -229,10 +250,10 @@ class RunDirectory:
         others = sorted(name for name in self._model_names() if name not in shards)
         write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": shards, "others": others})
 
-    def model_record(self) -> dict[str, Any] | None:
+    def model_record(self) -> ModelRecord | None:
         """Read ``model.json``; None where it is missing or damaged."""
         try:
-            return read_sealed_json(self.model_file)
+            return ModelRecord.model_validate(read_sealed_json(self.model_file))
         except (OSError, ValueError):
             return None
 
@@ -257,18 +278,18 @@ class RunDirectory:
             except FistaPrunerError as error:
                 return str(error)
             return None
-        if record["fingerprint"] != fingerprint:
+        if record.fingerprint != fingerprint:
             return f"{self.model} is of another model or calibration text"
-        for name in record["others"]:
+        for name in record.others:
             if name != CARD and not (self.model / name).is_file():
                 return f"{self.model / name} is gone"
-        for name, claim in record["files"].items():
+        for name, claim in record.files.items():
             path = self.model / name
             if not path.is_file():
                 return f"{path} is gone"
-            if path.stat().st_size != claim["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {claim['bytes']}"
-            if sampled_sha256(path) != claim["sampled"]:
+            if path.stat().st_size != claim.bytes:
+                return f"{path} has {path.stat().st_size} bytes instead of {claim.bytes}"
+            if sampled_sha256(path) != claim.sampled:
                 return f"{path} is damaged: its checksum is not the one it was written with"
         try:
             LowRankAdapter.beside(self.model)
@@ -284,10 +305,14 @@ class RunDirectory:
             return None
         return fingerprint if isinstance(fingerprint, str) else None
 
-    def remove_model(self) -> None:
+    def remove_model(self, source: Checkpoint | None = None) -> None:
         """Remove the checkpoint: the files that the run wrote.
 
         What shows that the run wrote them goes last, so that a removal that was killed can be done again.
+
+        Args:
+            source: the model that the run changes; where ``model.json`` is gone, it tells the names of the files that
+                the run writes. None knows those of every checkpoint only.
 
         Raises:
             FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
@@ -297,7 +322,12 @@ class RunDirectory:
             raise FistaPrunerError(
                 f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away"
             )
-        if record is not None and (others := sorted(names - {*record["files"], *record["others"]})):
+        if record is not None:
+            own = {*record.files, *record.others}
+        else:
+            own = {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD, PARTIAL}
+            own |= {*map(safetensors_name, source.files), *source.companions} if source is not None else set()
+        if others := sorted(names - own):
             raise FistaPrunerError(
                 f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
             )

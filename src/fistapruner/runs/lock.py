@@ -34,6 +34,9 @@ NAME = "lock"
 
 PREPARING = f"{NAME}.preparing"
 
+LOCK_FILE = rf"{NAME}(\.\d+-\d+|\.preparing)?"
+"""Names of lock files; any other file is somebody else's."""
+
 TRIES, PAUSE = 10, 0.05
 """How often, and after how many seconds each, a lock of another range is tried before it is believed."""
 
@@ -55,7 +58,7 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
     path = folder / (NAME if layers is None else f"{NAME}.{layers[0]}-{layers[1]}")
     descriptor = _take(path)
     try:
-        for other in sorted(folder.glob(f"{NAME}*")):
+        for other in _locks(folder):
             if other == path or (layers is not None and other.name == PREPARING):
                 continue
             span = _layers_of(other.name)
@@ -90,7 +93,7 @@ def preparing(folder: Path) -> Iterator[None]:
     """Let one part or process of a run at a time decide its settings; the others wait for it."""
     path = folder / PREPARING
     with disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with _ignore_unsupported():
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -102,7 +105,7 @@ def preparing(folder: Path) -> Iterator[None]:
 def holders(folder: Path) -> list[dict[str, Any]]:
     """Return records (``host``, ``pid``, ``started``) of the processes that work on a run. Takes no lock."""
     found = []
-    for path in sorted(folder.glob(f"{NAME}*")):
+    for path in _locks(folder):
         with suppress(OSError, ValueError, RecursionError):
             record = json.loads(path.read_bytes())
             if isinstance(record, dict) and _may_live(record):
@@ -110,11 +113,16 @@ def holders(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _locks(folder: Path) -> list[Path]:
+    """List the lock files of a run directory."""
+    return sorted(path for path in folder.glob(f"{NAME}*") if re.fullmatch(LOCK_FILE, path.name))
+
+
 def _take(path: Path) -> int:
     """Lock a file that no living process holds and write this process into it; its descriptor."""
     while True:
         with disk_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             try:
                 with _ignore_unsupported():

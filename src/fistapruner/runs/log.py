@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..runtime.files import disk_errors
+from ..runtime.files import disk_errors, refuse_link
 from .layer_records import LayerEntry
 from .listener import Listener
 
@@ -65,8 +65,9 @@ def log_file(path: Path) -> Iterator[None]:
     """Write the log to a file inside the block.
 
     Raises:
-        FistaPrunerError: the file cannot be opened.
+        FistaPrunerError: the file is a link, or cannot be opened.
     """
+    refuse_link(path)
     with disk_errors(path):
         handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -51,7 +51,7 @@ class StepJournal:
         self._end = ends[kept - 1] if kept else 0
         self._unsynced = 0
         with disk_errors(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,9 @@ from ..errors import FistaPrunerError
 from ..runtime.files import write_json_atomic
 
 NAME = "times"
+
+TIMES_FILE = rf"{NAME}(\.\d+-\d+)?\.json"
+"""Names of files of times; any other file is somebody else's."""
 
 
 class Times:
@@ -51,7 +55,7 @@ class Times:
 
     def total(self) -> float:
         """Return the seconds of all processes of the run, of this one up to now."""
-        others = [path for path in self._folder.glob(f"{NAME}*.json") if path != self._file]
+        others = [path for path in _files(self._folder) if path != self._file]
         return sum(self._before) + time.perf_counter() - self._begin + sum(sum(_read(path)) for path in others)
 
     def parts(self) -> int | None:
@@ -62,12 +66,12 @@ class Times:
 
 def count_parts(folder: Path) -> int:
     """Count the parts of the layers that processes of their own have worked on (``--only-layers``)."""
-    return len(list(folder.glob(f"{NAME}.*-*.json")))
+    return len([path for path in _files(folder) if path.name != f"{NAME}.json"])
 
 
 def forget_times(folder: Path) -> None:
     """Remove what a run directory keeps of times: what they were spent on is gone."""
-    for path in folder.glob(f"{NAME}*.json"):
+    for path in _files(folder):
         path.unlink(missing_ok=True)
 
 
@@ -85,6 +89,11 @@ def spent(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[Times
             if layers is None or times.noted():
                 times.note()
         raise
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the files of times in a run directory."""
+    return [path for path in folder.glob(f"{NAME}*.json") if re.fullmatch(TIMES_FILE, path.name)]
 
 
 def _read(path: Path) -> list[float]:

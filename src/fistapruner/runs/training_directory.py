@@ -78,13 +78,12 @@ class TrainingDirectory(RunDirectory):
         Raises:
             FistaPrunerError: a process works in it, or the folder holds files that the run did not write.
         """
+        own = {path.name for path in (*self.own_folders(), *self.own_files(), self.folder / "report.html")}
+        if others := [name for name in self.foreign() if name.removesuffix(PARTIAL) not in own]:
+            raise FistaPrunerError(
+                f"{self.folder / others[0]} was not written by this run: move it away, and run the same command again"
+            )
         with hold(self.folder), disk_errors(self.folder):
-            own = {path.name for path in (*self.own_folders(), *self.own_files(), self.folder / "report.html")}
-            if others := [name for name in self.foreign() if name.removesuffix(PARTIAL) not in own]:
-                raise FistaPrunerError(
-                    f"{self.folder / others[0]} was not written by this run: move it away, and run the same command "
-                    "again"
-                )
             if self.model.is_dir():
                 self.remove_model()
             early = [path for path in self.folder.iterdir() if re.fullmatch(EARLY, path.name)]

@@ -1,7 +1,7 @@
 """Write files atomically: under a temporary name, fsynced, renamed, the folder fsynced.
 
 Readers never see a part of a file under its final name, even if the writer is killed. The temporary name is fixed
-(``NAME.partial``), so a second attempt overwrites the file of a killed one.
+(``NAME.partial``), so a second attempt replaces the file of a killed one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise FistaPrunerError(
                 f"the disk is full: cannot write {path}; free some space and run the same command again"
             ) from error
+        if error.errno == errno.ELOOP:  # O_NOFOLLOW
+            raise FistaPrunerError(f"cannot write {path}: a link is in its place: move the link away") from error
         raise FistaPrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -58,6 +60,16 @@ def require_utf8(path: Path) -> None:
     except UnicodeEncodeError:
         what = "is not a UTF-8 path, which the tokenizer library cannot open: rename it"
         raise FistaPrunerError(f"{whole} {what}") from None
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a link where a file or folder is to be written or removed: it may lead to anybody's.
+
+    Raises:
+        FistaPrunerError: names the link.
+    """
+    if path.is_symlink():
+        raise FistaPrunerError(f"{path} is a link where a run keeps a file or folder of its own: move the link away")
 
 
 def require_space(path: Path, nbytes: int) -> None:
@@ -93,9 +105,10 @@ def claim_folder(folder: Path) -> None:
     The file :data:`PARTIAL` inside marks it as written by fistapruner, until :func:`publish_folder` removes it.
 
     Raises:
-        FistaPrunerError: the folder holds files and has no mark, or the disk refuses.
+        FistaPrunerError: the folder is a link, or holds files and has no mark, or the disk refuses.
     """
     marker = folder / PARTIAL
+    refuse_link(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
@@ -103,7 +116,7 @@ def claim_folder(folder: Path) -> None:
                 raise FistaPrunerError(
                     f"{folder} holds files that fistapruner did not write: move it away, or name another output"
                 )
-            os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
 
 
 def publish_folder(partial: Path, out: Path) -> None:
@@ -134,8 +147,7 @@ def remove_folder(folder: Path, *last: Path) -> None:
     Raises:
         FistaPrunerError: the folder is a link, or the disk refuses.
     """
-    if folder.is_symlink():
-        raise FistaPrunerError(f"{folder} is a link where a folder is to be removed: move the link away")
+    refuse_link(folder)
     with disk_errors(folder):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -178,7 +190,8 @@ def atomic_file(path: Path) -> Iterator[int]:
     """
     temporary = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        temporary.unlink(missing_ok=True)  # it may be a link, or another name of somebody's file
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             try:
                 yield descriptor

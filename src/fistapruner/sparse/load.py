@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import auto_class, build_model, find_decoder_layers, loaded_dtype, refuse_own_code
+from ..models.architecture import (
+    auto_class,
+    build_model,
+    find_decoder_layers,
+    loaded_dtype,
+    read_config,
+    refuse_own_code,
+)
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
@@ -50,15 +57,15 @@ def load(
         FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, has values that
             cannot become int8, or needs Python code of its own, which is never run here.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
     plain = not is_packed(folder) and (Path(folder) / "config.json").is_file()
     if plain and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
-        settings = {"dtype": dtype or "auto", "trust_remote_code": False}
-        auto = auto_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-        return auto.from_pretrained(str(folder), **settings).eval()
+        config = read_config(Path(folder))
+        settings = {"config": config, "dtype": dtype or "auto", "trust_remote_code": False}
+        return auto_class(config).from_pretrained(str(folder), **settings).eval()
     source = PackedCheckpoint(folder, verify=verify)
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
 from ..constraints.nm import patterns_of
-from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.files.checkpoint import (
     PACKED_RECORD,
     PRUNING_RECORD,
@@ -114,7 +114,7 @@ def pack(
         raise FistaPrunerError(f"group {group} needs int8 values")
     if not isinstance(group, int) or group < 0 or group % 64:
         raise FistaPrunerError(f"group {group!r} is not a multiple of 64 columns (or 0 for a whole row)")
-    out = Path(path_text("out", out, A_FOLDER))
+    out = out_path(out)
     source = Checkpoint.open(path_text("checkpoint", checkpoint, A_FOLDER), allow_pickle)
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
@@ -165,7 +165,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
     """
     tick, done = progress or Listener().tick, count(1)
     tick("comparing checksums", 0, 1)
-    source, out = PackedCheckpoint(packed), Path(path_text("out", out, A_FOLDER))
+    source, out = PackedCheckpoint(packed), out_path(out)
     require_new(out, source.folder)
     contents = source.contents()
     tensors = sum(len(entries) for entries in contents.values())

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import auto_class, refuse_own_code
+from ..models.architecture import auto_class, read_config, refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
 from ..runtime.memory import free_memory, reset_peak_memory
@@ -183,8 +183,6 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
 
 def load_variant(variant: Variant) -> Any:
     """Load the model of a variant onto the CPU."""
-    from transformers import AutoConfig
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     dtype = getattr(torch, variant.dtype) if variant.dtype else None
     refuse_own_code(variant.folder, SPEED_OF_OWN_CODE)
@@ -192,8 +190,10 @@ def load_variant(variant: Variant) -> Any:
         model = load(variant.folder, dtype=dtype)
     else:
         settings = {"local_files_only": True, "trust_remote_code": False}
-        auto = auto_class(AutoConfig.from_pretrained(str(variant.folder), **settings))
-        model = auto.from_pretrained(str(variant.folder), dtype=dtype or "auto", **settings)
+        config = read_config(variant.folder)
+        model = auto_class(config).from_pretrained(
+            str(variant.folder), config=config, dtype=dtype or "auto", **settings
+        )
     if variant.fill:
         fill_zeros(model)
     return model.eval()

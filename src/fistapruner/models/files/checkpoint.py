@@ -47,7 +47,10 @@ COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acc
 OTHER_CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 """Beside ``config.json``, what names Python code of the model in ``auto_map``."""
 
-NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD}
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder a PEFT adapter; in a model folder transformers adds that adapter to the weights."""
+
+NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD, ADAPTER_CONFIG}
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ class Checkpoint:
 
         Raises:
             FistaPrunerError: names the folder or file and what is wrong: not a folder, no config, no weights, pickles
-                that were not allowed, an index that points outside the folder, a missing or truncated shard.
+                that were not allowed, an adapter beside the weights, other weights that ``config.json`` names, an
+                index that points outside the folder, a missing or truncated shard.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -178,21 +182,30 @@ class Checkpoint:
             raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
         config = read_json(folder, "config.json")
         # The single file first, as transformers does: an index beside it is of an earlier save.
-        if (folder / SINGLE).exists():
-            return cls(folder, config, {SINGLE: SafetensorsFile(inside(folder, SINGLE))}, None)
-        if (folder / INDEX).exists():
-            return cls._sharded(folder, config, INDEX, SafetensorsFile)
-        pickles = next((name for name in (SINGLE_PICKLE, INDEX_PICKLE) if (folder / name).exists()), None)
-        if pickles is None:
+        names = (SINGLE, INDEX, SINGLE_PICKLE, INDEX_PICKLE)
+        found = next((name for name in names if (folder / name).exists()), None)
+        if found is None:
             raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}{which_gguf(folder)}")
-        if not allow_pickle:
+        pickled = found in (SINGLE_PICKLE, INDEX_PICKLE)
+        if pickled and not allow_pickle:
             raise FistaPrunerError(
-                f"{folder} has only legacy pickle weights ({pickles}), which can carry code: "
+                f"{folder} has only legacy pickle weights ({found}), which can carry code: "
                 "convert them to safetensors, or trust them with --allow-pickle"
             )
-        if pickles == INDEX_PICKLE:
-            return cls._sharded(folder, config, INDEX_PICKLE, PickleFile)
-        return cls(folder, config, {SINGLE_PICKLE: PickleFile(inside(folder, SINGLE_PICKLE))}, None)
+        if (folder / ADAPTER_CONFIG).exists():
+            raise FistaPrunerError(
+                f"{folder} has an adapter ({ADAPTER_CONFIG}) beside its weights: merge the adapter first, such as with "
+                "merge_and_unload of peft, or move its files away"
+            )
+        if (other := config.get("transformers_weights", found)) not in (None, found):
+            raise FistaPrunerError(
+                f"{folder / 'config.json'}: transformers_weights is {str(other)[:100]!r}, and {found} is there too, "
+                f"which is read here: keep one of them, named {found}, and take the entry out"
+            )
+        kind: Callable[[Path], WeightFile] = PickleFile if pickled else SafetensorsFile
+        if found in (INDEX, INDEX_PICKLE):
+            return cls._sharded(folder, config, found, kind)
+        return cls(folder, config, {found: kind(inside(folder, found))}, None)
 
     @classmethod
     def _sharded(

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, remove_folder, sampled_sha256, write_json_atomic
-from .checkpoint import PRUNING_RECORD
+from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD
 from .folder import checkpoint_folder
 from .record import read_pruning_record
 from .safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 """Files of a PEFT adapter."""
 
 PREFIX = "base_model.model."
