@@ -247,7 +247,7 @@ def _evaluate_input(
 
 
 def _add_scores(before: list[Evaluation], evaluations: Sequence[Evaluation], others: Sequence[Evaluation]) -> bool:
-    """Add scores of a run's input on the same items of its result's tasks; tell whether there are new ones.
+    """Add scores of a run's input on the same items of its result's tasks; tell whether any are new.
 
     Args:
         before: evaluations of the input that the run has; receives them.
