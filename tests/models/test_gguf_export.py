@@ -287,7 +287,7 @@ def test_the_file_alone_takes_room(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - 1))
     with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* MiB and only"):
         fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
-    left = tmp_path / "out.gguf.partial"  # by an export that was killed
+    left = tmp_path / ".out.gguf.partial"  # by an export that was killed
     left.write_bytes(b"0")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - left.exists()))
     fp.export(folder, tmp_path / "out.gguf", like=source, values=values)

@@ -25,7 +25,7 @@ import numpy as np
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
-from ..architecture import auto_class, checkpoint_names, refuse_own_code
+from ..architecture import auto_class, checkpoint_names, read_config, refuse_own_code
 from .checkpoint import Checkpoint, read_widths
 from .gguf import (
     EPSILON_KEYS,
@@ -222,7 +222,7 @@ def _new_file(out: Path, nbytes: int) -> Iterator[Path]:
         out: the file.
         nbytes: free bytes that it needs at least, without what an export that was killed has left.
     """
-    partial = out.with_name(out.name + PARTIAL)
+    partial = out.with_name(f".{out.name}{PARTIAL}")  # not out.gguf.partial, which programs that download take
     with disk_errors(out):
         partial.unlink(missing_ok=True)
         require_space(out, nbytes)
@@ -251,14 +251,14 @@ class _Source:
     def __init__(self, like: Path, checkpoint: Checkpoint) -> None:
         from accelerate import init_empty_weights
         from gguf import GGUFReader
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.integrations import GGUF_CONFIG_MAPPING
 
         self.like, self.checkpoint = like, checkpoint
         self.orders: dict[tuple[str, tuple[int, ...]], Order] = {}
         self.reader = GGUFReader(like)
         self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = read_config(checkpoint.folder)
         if auto_class(config) is not AutoModelForCausalLM:
             raise FistaPrunerError(
                 f"{checkpoint.folder}: {config.model_type} is a model of images and text, and only models of text are "
