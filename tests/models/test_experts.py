@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner.activations.check import check_model
 from fistapruner.models.discovery import discover, expert_modules, linear_modules
+from fistapruner.models.experts import ExpertLinear
 from fistapruner.models.files.checkpoint import Checkpoint, Stack
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -188,3 +189,18 @@ def test_an_unknown_kind_of_mixture_is_refused_by_name(tmp_path: Path) -> None:
         Exception, match=r"layers\.0\.feed_forward\.experts\.gate_up_proj is a fused mixture of experts"
     ):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_low_precision_have_few_sizes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of tokens; the outputs, and what hooks see, are of the tokens alone."""
+    linear, sizes = functional.linear, set()
+    layer, inputs = ExpertLinear(32, 16).to(dtype), torch.randn(200, 32).to(dtype)
+    wanted = [linear(inputs[:tokens], layer.weight, layer.bias) for tokens in range(200)]
+    monkeypatch.setattr(functional, "linear", lambda x, *others: sizes.add(len(x)) or linear(x, *others))
+    layer.register_forward_hook(lambda _, args, output: seen.append((len(args[0]), len(output))))
+    seen: list[tuple[int, int]] = []
+    for tokens in range(200):
+        assert torch.allclose(layer(inputs[:tokens]), wanted[tokens], rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert seen == [(tokens, tokens) for tokens in range(200)]
+    assert len(sizes) == (5 if dtype == torch.bfloat16 else 200)

@@ -17,12 +17,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .files.checkpoint import Checkpoint, Stack
 from .names import expert_sources, stored_names
 
 PARTS = ("gate_proj", "up_proj")
 """Names of the two matrices that ``gate_up_proj`` joins, where the checkpoint has them apart."""
+
+
+ROWS = 64
+"""Products of an expert in low precision on the CPU have a multiple of so many rows."""
+
+
+class ExpertLinear(nn.Linear):
+    """A linear operator of an expert, whose number of tokens is another one in every batch.
+
+    oneDNN keeps a program for every number of rows in low precision, of about 0.6 MiB: so zeros are added to make it
+    one of few.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the outputs (tokens, m) of the inputs (tokens, n)."""
+        if input.device.type != "cpu" or input.dtype.itemsize != 2:
+            return super().forward(input)
+        return super().forward(functional.pad(input, (0, 0, 0, -len(input) % ROWS)))[: len(input)]
 
 
 class Expert(nn.Module):
@@ -42,8 +61,8 @@ class Expert(nn.Module):
         self._fused: list[Any] = [fused]  # in a list: no submodule
         self._readers = [name for name, _, _ in readers]
         for name, outputs, inputs in readers:
-            self.add_module(name, nn.Linear(inputs, outputs, bias=biased, device="meta"))
-        self.down_proj = nn.Linear(down[1], down[0], bias=biased, device="meta")
+            self.add_module(name, ExpertLinear(inputs, outputs, bias=biased, device="meta"))
+        self.down_proj = ExpertLinear(down[1], down[0], bias=biased, device="meta")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the expert's output (tokens, n)."""

@@ -18,7 +18,7 @@ from ..models.architecture import (
     read_config,
     refuse_own_code,
 )
-from ..models.experts import separate_experts
+from ..models.experts import ExpertLinear, separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
 from . import kernel
@@ -175,7 +175,7 @@ def _missing(model: nn.Module) -> list[str]:
 def use_kernels(model: nn.Module) -> None:
     """Fuse packed projections of one input, and run dense operators with the compiled kernel too."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
+        if type(module) in (nn.Linear, ExpertLinear):
             replace(model, name, DenseLinear.like(module))
         for names in SAME_INPUT:
             layers = [getattr(module, name, None) for name in names]
