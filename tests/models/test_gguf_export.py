@@ -324,7 +324,7 @@ def test_readers_are_turned_round(shape: tuple[int, ...]) -> None:
 
 
 def test_bad_input_is_refused_and_leaves_nothing(
-    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = dense
     (tmp_path / "there.gguf").write_bytes(b"mine")
@@ -354,6 +354,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
     (tmp_path / "two").mkdir()
     for name in "ab":
         (tmp_path / "two" / f"{name}.gguf").touch()
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "other.gguf").symlink_to(source)
+    monkeypatch.chdir(tmp_path / "alone")  # whose only file is not taken unasked
     unfinished = tmp_path / "run"
     recipe = {"method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
     fp.prune(folder, unfinished, only_layers=(0, 0), **recipe)

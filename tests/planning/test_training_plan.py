@@ -421,6 +421,11 @@ def test_a_recovery_is_planned_on_the_disk_that_pruning_leaves(
         monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=free)))
         with nullcontext() if fits else pytest.raises(FistaPrunerError, match=r" free, .* of it for the pruning; "):
             assert plan_training(task).choice == found.choice
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "0000.safetensors").write_bytes(b"0" * 1000)  # of a run that was interrupted
+    part = check_trained(recipe, source, PruneDirectory(tmp_path))
+    assert part is not None
+    assert part.before == task.before - 1000
     again = check_trained(recipe, source, PruneDirectory(run))  # which has pruned
     assert again is not None
     assert again.before == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.files.checkpoint import PRUNING_RECORD
 from fistapruner.runs import training_directory
@@ -165,7 +166,7 @@ def test_files_that_are_only_called_like_those_of_a_run_are_kept(tmp_path: Path)
     run.run_file.touch()
     (tmp_path / "lock").touch()  # of a process that was killed
     with pytest.raises(FistaPrunerError, match=r"was not written by this run"):
-        run.remove()
+        run.remove(tmp_path / "input")
     assert (tmp_path / "lock").exists()
 
 
@@ -266,6 +267,16 @@ def test_a_checkpoint_whose_removal_was_killed_is_removed_by_the_next_attempt(
     assert removals > 5
 
 
+def test_a_training_run_without_record_of_its_checkpoint_is_removed_with_what_its_input_has(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "input", shard="20KB")
+    run = training_directory.RecoverDirectory(tmp_path / "run")
+    shutil.copytree(model, run.model)
+    (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
+    run.run_file.touch()
+    run.remove(model)
+    assert not run.run_file.exists()
+
+
 def test_a_training_run_whose_removal_was_killed_is_still_a_run_or_a_new_one(
     tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool]
 ) -> None:
@@ -277,9 +288,9 @@ def test_a_training_run_whose_removal_was_killed_is_still_a_run_or_a_new_one(
             file.touch()
         (run.states.folder / "00000001.json").touch()
         write_model(run, record=True)
-        killed = kill_removal(run.remove, removals)
+        killed = kill_removal(lambda: run.remove(tmp_path / "input"), removals)
         if run.run_file.exists():
-            run.remove()
+            run.remove(tmp_path / "input")
         run.check_place()
         if run.folder.exists():
             shutil.rmtree(run.folder)

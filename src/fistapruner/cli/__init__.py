@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _readers_may_leave() as (results, messages), _signals() as terminated:
         try:
             parsed = build_parser().parse_args(arguments)  # which may colour its help
-            results.escapes = messages.escapes = True
+            results.passes, messages.passes = "\n", "\n\r"  # progress bars of other libraries return
             for name in ("out", "run_directory"):
                 if getattr(parsed, name, None):
                     setattr(parsed, name, str(out_path(getattr(parsed, name))))
@@ -135,20 +135,20 @@ class _Output:
         stream: the stream; everything but writing is its own.
 
     Attributes:
-        escapes: control codes but line breaks are written as escapes: those in names and texts of others' files would
-            steer the terminal.
+        passes: all control codes but these are written as escapes: those in names and texts of others' files would
+            steer the terminal. None passes all.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._fault = ""
-        self.escapes = False
+        self.passes: str | None = None
 
     def write(self, text: str) -> int:
         """Write text, or drop it where that fails."""
         from ..errors import printable
 
-        return self.write_styled(printable(text, "\n") if self.escapes else text)
+        return self.write_styled(text if self.passes is None else printable(text, self.passes))
 
     def write_styled(self, text: str) -> int:
         """Write text with the control codes that it has, or drop it where that fails."""

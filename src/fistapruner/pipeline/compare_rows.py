@@ -138,7 +138,7 @@ class Shared:
         begun = following.record()
         if begun is not None and not _follows(begun, pruned, recipe):
             self.listener.say(f"the recovery in {following.folder} is of other settings or input: it is made again")
-            following.remove()
+            following.remove(run.model)
         report = recover(
             run.folder,
             following.folder,

@@ -59,7 +59,7 @@ def export(
         like = lineage.source.source if lineage else ""
     path = expand_home(str(like))
     source = small_model() if str(like) == SMALL_MODEL else _only_gguf(path) or path
-    if found and source.suffix.lower() != ".gguf":
+    if found and (not like or source.suffix.lower() != ".gguf"):
         raise FistaPrunerError(
             f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file: give that of the dense model "
             "with --like; its vocabulary is needed"

@@ -261,7 +261,7 @@ def _recover(
     begun = earlier.record()
     if begun is not None and same_path(begun.decision.model, run.folder) and not recovers(begun, report):
         (listener or Listener()).say(f"the recovery in {earlier.folder} is of another pruning: it is made again")
-        earlier.remove()
+        earlier.remove(run.model)
     return recover(
         run.folder,
         run.recovered,

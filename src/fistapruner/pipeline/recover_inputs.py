@@ -29,6 +29,7 @@ from ..runtime.launcher import launched
 from ..runtime.memory import release_memory
 from .begun import refuse_other_settings
 from .patterns import allocate
+from .result import folder_bytes
 from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, asked, check_precision, check_training_inputs
 
 SEQLEN = "data.seqlen"
@@ -178,7 +179,8 @@ def check_trained(recipe: Recipe, dense: ModelSource, run: PruneDirectory) -> Ta
     teacher, generator = None if loss == "ce" else model, model if training.generates_text else None
     seqlen = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
     task = Task.of_recovery(model, layout, teacher, training, survivors, seqlen, run.recovered, generator)
-    return replace(task, before=0 if run.model.is_dir() else before)
+    written = folder_bytes(run.journal.folder) if run.journal.folder.is_dir() else 0
+    return replace(task, before=0 if run.model.is_dir() else max(0, before - written))
 
 
 def check_fits(task: Task | None, listener: Listener) -> None:

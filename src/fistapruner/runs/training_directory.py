@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
+from ..models.files.checkpoint import Checkpoint
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, disk_errors, remove_folder
 from .decision import TrainingRecord
@@ -70,10 +71,14 @@ class TrainingDirectory(RunDirectory):
     def record(self) -> TrainingRecord | None:
         return self.read_record(TrainingRecord, self.verb)
 
-    def remove(self) -> None:
+    def remove(self, source: Path) -> None:
         """Remove the run; ``run.json`` goes last of what makes it one.
 
         So a removal that was killed can go on.
+
+        Args:
+            source: folder of the model that the run changed, if it is still there
+                (:meth:`~.directory.RunDirectory.remove_model`).
 
         Raises:
             FistaPrunerError: a process works in it, or the folder holds files that the run did not write.
@@ -85,7 +90,7 @@ class TrainingDirectory(RunDirectory):
             )
         with hold(self.folder), disk_errors(self.folder):
             if self.model.is_dir():
-                self.remove_model()
+                self.remove_model(Checkpoint.open(source) if source.is_dir() else None)
             early = [path for path in self.folder.iterdir() if re.fullmatch(EARLY, path.name)]
             remove_folder(self.folder, self.run_file, *early)
 

@@ -77,7 +77,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
-        x = _autocast(x)
+        given, x = x, _autocast(x)
         if (
             self.level >= 0
             and x.device.type == "cpu"
@@ -92,7 +92,7 @@ class SparseLinear(nn.Module):
                 if self._fused is None:
                     out = handle.alone.multiply(_rows_of(x, rows), self.level, many=many)[0]
                 else:
-                    out = self._fused.product(self._place, handle, x, rows, self.level, many)
+                    out = self._fused.product(self._place, handle, given, x, rows, self.level, many)
                 return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
         if self.level >= 0 and x.device.type == "cpu" and x.dtype is torch.float16:
             return self._dense_product(x.float()).to(x.dtype)
@@ -199,7 +199,7 @@ class FusedProjections:
     def __init__(self, layers: Sequence[SparseLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._batch: kernel.OperatorBatch | None = None
-        self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        self._waiting: tuple[Tensor, tuple[int, torch.dtype], dict[int, Tensor]] | None = None
 
     @staticmethod
     def join(layers: Sequence[SparseLinear]) -> None:
@@ -224,12 +224,24 @@ class FusedProjections:
         self._batch = kernel.OperatorBatch(handles) if len(handles) == len(self._layers) else None
         self._waiting = None
 
-    def product(self, place: int, handle: kernel.Handle, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
-        """Multiply the layer at ``place``, whose handle is given, with ``rows`` vectors ``x``; flat."""
+    def product(
+        self, place: int, handle: kernel.Handle, given: Tensor, x: Tensor, rows: int, level: int, many: bool
+    ) -> Tensor:
+        """Multiply the layer at ``place``, whose handle is given, with ``rows`` vectors; flat.
+
+        Args:
+            place: of the layer.
+            handle: of the layer.
+            given: the layer's input; that of the other layers is the same tensor.
+            x: the same in the dtype of the product.
+            rows: number of vectors.
+            level: of the kernel.
+            many: the kernel takes them all at once.
+        """
         # Held here: another thread may give up the batch meanwhile.
-        waiting, batch, version = self._waiting, self._batch, _version(x)
+        waiting, batch, state = self._waiting, self._batch, (_version(given), x.dtype)
         if waiting is not None:
-            if waiting[0] is x and waiting[1] == version:
+            if waiting[0] is given and waiting[1] == state:
                 out = waiting[2].pop(place, None)
                 if not waiting[2]:
                     self._waiting = None
@@ -245,7 +257,7 @@ class FusedProjections:
             batch = self._batch or batch
         outs = dict(enumerate(batch.multiply(_rows_of(x, rows), level, many=many)))
         own = outs.pop(place)
-        self._waiting = (x, version, outs)
+        self._waiting = (given, state, outs)
         return own
 
 
