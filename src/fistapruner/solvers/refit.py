@@ -21,9 +21,10 @@ class Refit(Method):
     """Minimise f over the weights that a mask keeps; the mask does not change.
 
     ``cg`` runs conjugate gradients with a Jacobi preconditioner on all rows at once, each row with its own step sizes;
-    a step takes one m x n x n product. ``exact`` factors the kept block of the Gram of every row by batched Cholesky,
-    which costs about ``n^3 / 3`` times the cube of the kept share for each row. Rows whose error would not fall keep
-    their weights, so that the result is never worse.
+    a step takes one m x n x n product. A row stops where rounding errors would decide on its steps. ``exact`` factors
+    the kept block of the Gram of every row by batched Cholesky, which costs about ``n^3 / 3`` times the cube of the
+    kept share for each row. Rows whose error would not fall, by more than it is rounded, keep their weights, so that
+    the result is never worse.
     """
 
     name: ClassVar[str] = "refit"
@@ -57,7 +58,9 @@ class Refit(Method):
                 self.damping,
                 [],
             )
-        better = problem.row_errors(weight) < problem.row_errors(start.weight)
+        # Large changes that cancel leave a small error with a large rounding error.
+        rounding = torch.finfo(gram.dtype).eps * ((weight - problem.weight).square() @ problem.gram.diagonal())
+        better = problem.row_errors(weight) + rounding < problem.row_errors(start.weight)
         weight = torch.where(better[:, None], weight, start.weight)
         stats = tuple({"damping": damping, "rows_improved": int(part.sum())} for part in better.split(problem.rows))
         return Solution(weight, start.mask, stats, tuple(warnings))
@@ -94,14 +97,18 @@ def refit_with_residual(
         residual += problem.drift_gradient
     direction = residual * inverse_diagonal
     length = torch.linalg.vecdot(residual, direction)
-    tiny = torch.finfo(weight.dtype).tiny
+    eps, tiny = torch.finfo(weight.dtype).eps, torch.finfo(weight.dtype).tiny
+    diagonal = gram.diagonal() * (len(gram) ** 0.5 * eps)
+    going = torch.ones_like(length, dtype=torch.bool)
     # Everything is written in place: allocating memory of this size takes longer than computing in it.
     with fast_products(fast):
         for step in range(iterations):
+            rounding = torch.mv(torch.square(direction, out=buffer), diagonal)
             curved = torch.mm(direction, gram, out=buffer)
             curvature = torch.linalg.vecdot(direction, curved)
-            # A row that is solved, or has no weights, has zero curvature: its step is zero.
-            along = torch.where(curvature > tiny, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
+            # A row stops where its curvature is no larger than rounding errors; a solved or empty one has none.
+            going &= curvature > rounding.clamp_min(tiny)
+            along = torch.where(going, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
             weight.addcmul_(along, direction)
             residual.addcmul_(along, curved, value=-1.0)
             if step == iterations - 1:
