@@ -98,3 +98,15 @@ def test_a_refit_on_a_nearly_singular_gram_is_as_good_as_it_says(iterations: int
     said, true = error(["wanda", {"refit": {"iterations": iterations}}])
     assert true == pytest.approx(said, rel=1e-3)
     assert true < 0.6 * error(["wanda"])[1]
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-7])
+def test_swap_damps_singular_supports_with_a_warning(damping: float) -> None:
+    """Duplicated inputs, of which many supports have both."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(300, 16, generator=generator).repeat(1, 2)
+    problem = LayerProblem.from_activations(torch.randn(16, 32, generator=generator), inputs, name="fc1")
+    before = solve(problem, "2:4", "wanda").stats[0]["relative_error"]
+    solution = solve(problem, "2:4", ["wanda", {"swap": {"damping": damping}}])
+    assert any("fc1" in warning and "damping raised" in warning for warning in solution.warnings)
+    assert solution.stats[0]["relative_error"] < 0.5 * before

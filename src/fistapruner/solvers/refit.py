@@ -14,7 +14,7 @@ from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from .base import Method, Solution
-from .conditioning import regularised_gram
+from .conditioning import MOST_DAMPING, regularised_gram
 
 
 class Refit(Method):
@@ -151,23 +151,46 @@ def refit_exact(
         index, real = order[rows], filled[rows]
         pairs = real[:, :, None] & real[:, None, :]
         blocks = torch.where(pairs, gram[index[:, :, None], index[:, None, :]], torch.zeros_like(mean))
-        used = damping
-        while True:
-            ridge = torch.where(real, used * mean, torch.ones_like(mean))
-            factor, info = torch.linalg.cholesky_ex(blocks + torch.diag_embed(ridge))
-            if not bool(info.any()):
-                break
-            used = max(used * 10.0, 1e-7)
-            if used > 10.0:
-                raise FistaPrunerError(
-                    f"{problem.label}: the kept block of a row has no Cholesky factor; check its activations"
-                )
+        factor, used = factor_blocks(blocks, real, mean, damping, problem.label)
         worst = max(worst, used)
         change = torch.cholesky_solve((rhs[rows].gather(1, index) * real)[:, :, None], factor)[:, :, 0]
         values = torch.where(real, problem.weight[rows].gather(1, index) + change, torch.zeros_like(mean))
         weight[rows] = weight[rows].scatter(1, index, values)
-    warnings = []
-    if worst != damping:
-        raised = f"damping raised from {damping:g} to {worst:g} of its mean diagonal"
-        warnings = [f"{problem.label}: a kept block of the Gram is singular; {raised}"]
-    return weight, worst, warnings
+    return weight, worst, damping_warning(damping, worst, problem.label)
+
+
+def factor_blocks(blocks: Tensor, kept: Tensor, mean: Tensor, damping: float, label: str) -> tuple[Tensor, float]:
+    """Factor each row's kept block of the Gram, raising the damping tenfold until that succeeds.
+
+    Args:
+        blocks: (rows, k, k) Grams, zero in all rows and columns that are not kept.
+        kept: (rows, k) True where a block is kept; its other part becomes the identity.
+        mean: of the diagonal of the whole Gram.
+        damping: first ridge, as a share of ``mean``.
+        label: names of the operators, for the error.
+
+    Returns:
+        Lower factors (rows, k, k) and the damping that was used.
+
+    Raises:
+        FistaPrunerError: no damping helps.
+    """
+    floor = blocks.shape[-1] * torch.finfo(blocks.dtype).eps  # as of damped_cholesky
+    while True:
+        ridge = torch.where(kept, damping * mean, torch.ones_like(mean))
+        damped = blocks + torch.diag_embed(ridge)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        pivots = factor.diagonal(dim1=1, dim2=2).square() / damped.diagonal(dim1=1, dim2=2)
+        if bool(((info == 0) & (pivots > floor).all(1)).all()):
+            return factor, damping
+        damping = max(damping * 10.0, 1e-7)
+        if damping > MOST_DAMPING:
+            raise FistaPrunerError(f"{label}: the kept block of a row has no Cholesky factor; check its activations")
+
+
+def damping_warning(damping: float, used: float, label: str) -> list[str]:
+    """Return a warning that kept blocks of the Gram needed more damping; none where they did not."""
+    if used == damping:
+        return []
+    by = f"damping raised from {damping:g} to {used:g} of its mean diagonal"
+    return [f"{label}: a kept block of the Gram is singular; {by}"]
