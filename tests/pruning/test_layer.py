@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner import Recipe, solve
+from fistapruner import FistaPrunerError, Recipe, solve
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
 from fistapruner.constraints import parse_sparsity
@@ -29,6 +29,7 @@ from fistapruner.pruning.layer import prune_layer
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.solvers.low_rank import solve_low_rank
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 
@@ -339,6 +340,22 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
         assert tensor.dtype == stored, name
         if name.endswith("_proj.weight"):
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
+
+
+def test_weights_that_the_checkpoint_cannot_hold_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.float16)
+
+    def large(*arguments: object) -> Any:
+        found = solve_low_rank(*arguments)
+        found.sparse.weight[:, 3] *= 1e8
+        return found
+
+    monkeypatch.setattr("fistapruner.pruning.layer.solve_low_rank", large)
+    expected = r"layers\.0\.self_attn\.q_proj: a pruned weight of .*e\+0.* beyond 65504, the largest of float16"
+    with pytest.raises(FistaPrunerError, match=expected):
+        stream(folder, Recipe.build({"method": "sparsegpt"}), None, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("settings", [{"weighting": "fisher"}, {"dtype": "bfloat16"}], ids=str)
