@@ -166,6 +166,25 @@ def test_channels_that_something_else_reads_in_order_are_not_linked(
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
+def test_layers_that_differ_in_an_attribute_only_are_tried_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes of layers with and without a sliding window are the same; those that differ in their number are one."""
+    tried: list[int] = []
+    run = LayerwiseModel.run
+    monkeypatch.setattr(
+        LayerwiseModel, "run", lambda self, index, *rest: [tried.append(index), run(self, index, *rest)][1]
+    )
+    for architecture, expected in (("llama", {0}), ("gemma2", {0, 1})):
+        skeleton = LayerwiseModel(
+            Checkpoint.open(tiny.save(architecture, tmp_path / architecture)), torch.device("cpu")
+        )
+        layout = discover(skeleton)
+        tried.clear()
+        find_links(skeleton, layout)
+        assert set(tried) == expected
+
+
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
 def test_a_run_reorders_everything_that_belongs_together(tmp_path: Path, architecture: str) -> None:
     """With the weights that pruning removed put back, the model must answer as the dense one does."""

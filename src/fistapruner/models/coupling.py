@@ -29,6 +29,9 @@ from .layerwise import LayerwiseModel
 SAME = 1e-8
 """Largest relative squared difference of outputs that are the same; rounding in fp32 makes about 1e-13."""
 
+NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
+"""Attributes of modules that hold the number of their decoder layer."""
+
 LOUDER = 64.0
 """Factor of the channels that are rotated in the search for links, which shows where they are clipped."""
 
@@ -84,13 +87,14 @@ class Link:
 def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...], ...]:
     """Find the links of every decoder layer to operators of ``layout``, disjoint ones.
 
-    Layers with the same operators are run once. Loads the embeddings and one decoder layer, and copies that in fp32.
+    Layers that differ in their number and weights only are run once. Loads the embeddings and one decoder layer, and
+    copies that in fp32.
     """
     hidden, calls = tree_map(_in_fp32, model.probe())
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Link]] = {}
+    known: dict[Any, list[Link]] = {}
     found = []
     for index, layer in enumerate(model.layers):
-        signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
+        signature = _signature(layer)
         if signature not in known:
             with model.layer(index) as module, torch.no_grad(), exact_products():
                 heads = _head_sizes(model.config.get_text_config())
@@ -116,6 +120,23 @@ def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> d
     """
     changes = link_tensors(model.layers[index], link, order)
     return {model.source(f"{model.layers_name}.{index}.{name}"): change for name, change in changes.items()}
+
+
+def _signature(layer: nn.Module) -> Any:
+    """Describe modules, shapes and plain attributes of a decoder layer, but for its number."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((key, tuple(value.shape)) for key, value in module._parameters.items() if value is not None),
+            tuple(
+                (key, value)
+                for key, value in vars(module).items()
+                if isinstance(value, (bool, int, float, str)) and key not in NUMBERS
+            ),
+        )
+        for name, module in layer.named_modules()
+    )
 
 
 def _head_sizes(config: Any) -> set[int]:
