@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner import Recipe, solve
+from fistapruner import FistaPrunerError, Recipe, solve
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
 from fistapruner.constraints import parse_sparsity
@@ -24,11 +24,12 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums, unweighted
 from fistapruner.pruning.context import NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
-from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
+from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.solvers.low_rank import solve_low_rank
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 
@@ -312,6 +313,22 @@ def test_drift_is_taken_back(tmp_path: Path) -> None:
     assert left["correct"] < left["none"]
 
 
+@pytest.mark.parametrize("still", [0, 1, 3, 6, 8])
+def test_tokens_without_drift_do_not_hide_that_of_others(still: int) -> None:
+    """Drift is cut to what is typical of the tokens that have some."""
+    dense, seen = HiddenStates((2, 4, 16), torch.float32), HiddenStates((2, 4, 16), torch.float32)
+    moved = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
+    moved[-1] *= 100
+    moved[:still] = 0
+    dense.write(0, moved.view(2, 4, 16))
+    seen.write(0, torch.zeros(2, 4, 16))
+    group = (Operator("o_proj", 16, 16, transposed=False),)
+    drift = ResidualDrift(0, torch.nn.Module(), ["o_proj"], [group], dense, seen, scratch_factory(None, torch.float32))
+    found = drift.drift(0, 0, 2, torch.device("cpu"))
+    moved[-1] *= LONGEST / 100
+    torch.testing.assert_close(found, moved)
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("match", [0, 2])
 def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(
@@ -323,6 +340,22 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
         assert tensor.dtype == stored, name
         if name.endswith("_proj.weight"):
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
+
+
+def test_weights_that_the_checkpoint_cannot_hold_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.float16)
+
+    def large(*arguments: object) -> Any:
+        found = solve_low_rank(*arguments)
+        found.sparse.weight[:, 3] *= 1e8
+        return found
+
+    monkeypatch.setattr("fistapruner.pruning.layer.solve_low_rank", large)
+    expected = r"layers\.0\.self_attn\.q_proj: a pruned weight of .*e\+0.* beyond 65504, the largest of float16"
+    with pytest.raises(FistaPrunerError, match=expected):
+        stream(folder, Recipe.build({"method": "sparsegpt"}), None, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("settings", [{"weighting": "fisher"}, {"dtype": "bfloat16"}], ids=str)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +135,54 @@ def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architec
                 for name, change in reordered(skeleton, index, link, way).items():
                     state[prefix + name].copy_(reorder(state[prefix + name], *change))
     torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "operator"), [("doge", "v_proj"), ("deepseek_v3", "q_a_proj")])
+def test_channels_that_something_else_reads_in_order_are_not_linked(
+    tmp_path: Path, architecture: str, operator: str
+) -> None:
+    """Doge makes its attention mask from the values; DeepSeek has a norm with weights near one between operators."""
+    folder = tmp_path / "model"
+    if architecture == "doge":
+        config = transformers.DogeConfig(**tiny.SIZES, **tiny.GQA)
+        torch.manual_seed(0)
+        tiny.spread(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    else:
+        tiny.save(architecture, folder)
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    links = find_links(skeleton, discover(skeleton))
+    assert all(links)
+    assert not any(name.endswith(operator) for found in links for link in found for name in link.producers)
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
+    before = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    tensors = load_file(folder / "model.safetensors")
+    for index, found in enumerate(links):
+        for link in found:
+            order = torch.stack([torch.randperm(link.channels) for _ in range(link.blocks)])
+            for name, change in reordered(skeleton, index, link, order).items():
+                tensors[name] = reorder(tensors[name], *change)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    after = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def test_layers_that_differ_in_an_attribute_only_are_tried_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes of layers with and without a sliding window are the same; those that differ in their number are one."""
+    tried: list[int] = []
+    run = LayerwiseModel.run
+    monkeypatch.setattr(
+        LayerwiseModel, "run", lambda self, index, *rest: [tried.append(index), run(self, index, *rest)][1]
+    )
+    for architecture, expected in (("llama", {0}), ("gemma2", {0, 1})):
+        skeleton = LayerwiseModel(
+            Checkpoint.open(tiny.save(architecture, tmp_path / architecture)), torch.device("cpu")
+        )
+        layout = discover(skeleton)
+        tried.clear()
+        find_links(skeleton, layout)
+        assert set(tried) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])

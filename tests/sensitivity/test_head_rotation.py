@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import tiny
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
@@ -112,7 +113,7 @@ def test_what_a_nonlinearity_reads_is_not_rotated(between: Callable[[Tensor], Te
     layer, hidden = Heads(between), torch.randn(3, 16, 8)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     with torch.no_grad():
-        (link,) = _watch(layer, {4}, lambda: layer(hidden))
+        (link,) = _watch(layer, {4}, lambda values: functional_call(layer, values, (hidden,)))
     assert (link.producers, link.blocks, link.rotates) == (("v_proj",), 2, rotates)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 

@@ -80,3 +80,33 @@ def test_swap_beats_refit_on_a_bad_mask() -> None:
     problem = make_problem((16,), 48)
     refit = solve(problem, 0.5, "magnitude+refit").stats[0]["relative_error"]
     assert solve(problem, 0.5, "magnitude+swap").stats[0]["relative_error"] < 0.8 * refit
+
+
+@pytest.mark.parametrize("iterations", [40, 200])
+def test_a_refit_on_a_nearly_singular_gram_is_as_good_as_it_says(iterations: int) -> None:
+    """Half of the inputs are near duplicates: curvature along their differences is lost in rounding errors."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1000, 64, generator=generator)
+    inputs = torch.cat([inputs, inputs + 1e-4 * torch.randn(1000, 64, generator=generator)], 1)
+    problem = LayerProblem(torch.randn(64, 128, generator=generator), inputs.T @ inputs / len(inputs))
+
+    def error(chain: list[object]) -> tuple[float, float]:
+        solution = solve(problem, "2:4", chain)
+        outputs, dense = (inputs.double() @ weight.double().T for weight in (solution.weight, problem.weight))
+        return solution.stats[0]["relative_error"], float((outputs - dense).square().sum() / dense.square().sum())
+
+    said, true = error(["wanda", {"refit": {"iterations": iterations}}])
+    assert true == pytest.approx(said, rel=1e-3)
+    assert true < 0.6 * error(["wanda"])[1]
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-7])
+def test_swap_damps_singular_supports_with_a_warning(damping: float) -> None:
+    """Duplicated inputs, of which many supports have both."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(300, 16, generator=generator).repeat(1, 2)
+    problem = LayerProblem.from_activations(torch.randn(16, 32, generator=generator), inputs, name="fc1")
+    before = solve(problem, "2:4", "wanda").stats[0]["relative_error"]
+    solution = solve(problem, "2:4", ["wanda", {"swap": {"damping": damping}}])
+    assert any("fc1" in warning and "damping raised" in warning for warning in solution.warnings)
+    assert solution.stats[0]["relative_error"] < 0.5 * before

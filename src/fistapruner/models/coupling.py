@@ -4,7 +4,8 @@ Permute the rows of ``up_proj`` (and ``gate_proj``) and, in the same way, the co
 the layer does not change. The same holds for the channels of ``v_proj`` inside an attention head and the columns of
 ``o_proj`` that read that head; these may also be rotated, since attention adds them up without a nonlinearity. No
 architecture is listed by name: channels of operators whose sizes fit are permuted and rotated at random in a small
-forward pass. Operators are linked where the output stays the same.
+forward pass, in fp32. Operators are linked where the output stays the same. What is no weight of an operator (norms,
+biases, gates) is multiplied by random factors in it: a norm between operators must not pass because it is nearly one.
 """
 
 from __future__ import annotations
@@ -12,15 +13,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+from ..runtime.numerics import exact_products
 from .discovery import Layout, Operator, alike, expert_modules, linear_modules
 from .files.checkpoint import reorder
 from .layerwise import LayerwiseModel
+
+SAME = 1e-8
+"""Largest relative squared difference of outputs that are the same; rounding in fp32 makes about 1e-13."""
+
+NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
+"""Attributes of modules that hold the number of their decoder layer."""
 
 LOUDER = 64.0
 """Factor of the channels that are rotated in the search for links, which shows where they are clipped."""
@@ -77,17 +87,22 @@ class Link:
 def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...], ...]:
     """Find the links of every decoder layer to operators of ``layout``, disjoint ones.
 
-    Layers with the same operators are run once. Loads the embeddings and one decoder layer.
+    Layers that differ in their number and weights only are run once. Loads the embeddings and one decoder layer, and
+    copies that in fp32.
     """
-    hidden, calls = model.probe()
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Link]] = {}
+    hidden, calls = tree_map(_in_fp32, model.probe())
+    known: dict[Any, list[Link]] = {}
     found = []
     for index, layer in enumerate(model.layers):
-        signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
+        signature = _signature(layer)
         if signature not in known:
-            with model.layer(index) as module, torch.no_grad():
+            with model.layer(index) as module, torch.no_grad(), exact_products():
                 heads = _head_sizes(model.config.get_text_config())
-                known[signature] = _watch(module, heads, lambda i=index: model.run(i, hidden.clone(), calls[i]))  # type: ignore[misc]
+                known[signature] = _watch(
+                    module,
+                    heads,
+                    lambda values, i=index: model.run(i, hidden.clone(), calls[i], values),  # type: ignore[misc]
+                )
                 known[signature] += _in_experts(module, hidden)
         pruned = {operator.name for group in layout.layers[index] for operator in group}
         found.append(tuple(link for link in known[signature] if link.consumer.name in pruned))
@@ -105,6 +120,23 @@ def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> d
     """
     changes = link_tensors(model.layers[index], link, order)
     return {model.source(f"{model.layers_name}.{index}.{name}"): change for name, change in changes.items()}
+
+
+def _signature(layer: nn.Module) -> Any:
+    """Describe modules, shapes and plain attributes of a decoder layer, but for its number."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((key, tuple(value.shape)) for key, value in module._parameters.items() if value is not None),
+            tuple(
+                (key, value)
+                for key, value in vars(module).items()
+                if isinstance(value, (bool, int, float, str)) and key not in NUMBERS
+            ),
+        )
+        for name, module in layer.named_modules()
+    )
 
 
 def _head_sizes(config: Any) -> set[int]:
@@ -131,7 +163,8 @@ def _in_experts(layer: nn.Module, hidden: Tensor) -> list[Link]:
         first = experts.get_submodule("0")
         inputs = next(Operator.of(key, module).columns for key, module in linear_modules(first))
         tokens = torch.randn(16, inputs, generator=torch.Generator().manual_seed(0)).to(hidden)
-        for link in _watch(first, set(), lambda first=first, tokens=tokens: first(tokens)):  # type: ignore[misc]
+        run = partial(torch.func.functional_call, first, args=(tokens,))
+        for link in _watch(first, set(), run):
             for number, _ in experts.experts():
                 prefix = f"{name}.{number}."
                 consumer = replace(link.consumer, name=prefix + link.consumer.name, experts=name)
@@ -139,8 +172,15 @@ def _in_experts(layer: nn.Module, hidden: Tensor) -> list[Link]:
     return links
 
 
-def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list[Link]:
-    """Find the links of a loaded module, those inside experts left out."""
+def _watch(layer: nn.Module, heads: set[int], run: Callable[[dict[str, Tensor]], Tensor]) -> list[Link]:
+    """Find the links of a loaded module, those inside experts left out.
+
+    Args:
+        layer: the module.
+        heads: possible sizes of an attention head.
+        run: runs it with other values of its parameters and buffers.
+    """
+    values = _tried_values(layer)
     experts = tuple(name + "." for name in expert_modules(layer))
     operators = [Operator.of(name, module) for name, module in linear_modules(layer) if not name.startswith(experts)]
     links: list[Link] = []
@@ -162,8 +202,8 @@ def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list
                     )
         for link in candidates:
             used = {name for other in links for name in (*other.producers, other.consumer.name)}
-            if not used & {*link.producers, consumer.name} and _is_free(layer, link, run, _permutations(link)):
-                turns = link is not whole and _is_free(layer, link, run, _rotations(link), LOUDER)
+            if not used & {*link.producers, consumer.name} and _is_free(layer, link, values, run, _permutations(link)):
+                turns = link is not whole and _is_free(layer, link, values, run, _rotations(link), LOUDER)
                 links.append(replace(link, rotates=turns))
     return links
 
@@ -179,34 +219,58 @@ def _rotations(link: Link) -> Tensor:
     return rotations
 
 
-def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor], order: Tensor, scale: float = 1.0) -> bool:
+def _in_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _tried_values(layer: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers in fp32, those that are no operators' weights randomly scaled.
+
+    So a link depends on what is computed, and not on values near one or zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"{name}.weight" for name, _ in linear_modules(layer)}
+    values = {name: _in_fp32(buffer) for name, buffer in layer.named_buffers()}
+    for name, parameter in layer.named_parameters():
+        values[name] = value = _in_fp32(parameter)
+        if name not in weights and value.is_floating_point():
+            factor = 0.5 + torch.rand(value.shape, generator=generator).to(value.device)
+            values[name] = torch.where(value == 0, factor - 1, value * factor)
+    return values
+
+
+def _is_free(
+    layer: nn.Module,
+    link: Link,
+    values: Mapping[str, Tensor],
+    run: Callable[[dict[str, Tensor]], Tensor],
+    order: Tensor,
+    scale: float = 1.0,
+) -> bool:
     """Check that layer and consumer have the same output with the link's channels changed.
 
     Args:
-        layer: the loaded decoder layer; ``run`` runs it.
+        layer: the decoder layer.
         link: the link; ``order``: the change, as for :meth:`Link.places`.
+        values: parameters and buffers of the layer.
+        run: runs the layer with such values.
         scale: of the channels, in both passes.
     """
+    changes = link_tensors(layer, link, order)
+    given = dict(values)
+    for name in changes.keys() - {f"{link.consumer.name}.weight"} if scale != 1.0 else ():
+        given[name] = scale * given[name]
     answers: list[Tensor] = []
     handle = layer.get_submodule(link.consumer.name).register_forward_hook(lambda _, __, output: answers.append(output))
-    changes = link_tensors(layer, link, order)
-    before = {name: layer.get_parameter(name).clone() for name in changes}
     try:
-        for name in before.keys() - {f"{link.consumer.name}.weight"}:
-            layer.get_parameter(name).mul_(scale)
-        answers.append(run())
-        for name, change in changes.items():
-            parameter = layer.get_parameter(name)
-            parameter.copy_(reorder(parameter, *change))
-        answers.append(run())
+        answers.append(run(given))
+        answers.append(run(given | {name: reorder(given[name], *change) for name, change in changes.items()}))
     finally:
         handle.remove()
-    for name, values in before.items():
-        layer.get_parameter(name).copy_(values)
     if len(answers) != 4:  # the consumer is not called: its weight is read otherwise
         return False
     consumer, whole, consumer_after, whole_after = answers
-    return alike(consumer, consumer_after) and alike(whole, whole_after)
+    return alike(consumer, consumer_after, SAME) and alike(whole, whole_after, SAME)
 
 
 def link_tensors(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:

@@ -251,10 +251,10 @@ def _mixture_blocks(layer: nn.Module) -> list[str]:
     return list({name.rpartition(".")[0] or name: None for name in expert_modules(layer)})
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
+def alike(a: Tensor, b: Tensor, most: float = ALIKE) -> bool:
     """Check whether two tensors of one shape are equal up to the order of summation, at any precision."""
     a, b = a.float(), b.float()
-    return float((a - b).square().sum()) <= ALIKE * float(a.square().sum())
+    return float((a - b).square().sum()) <= most * float(a.square().sum())
 
 
 def _watch(

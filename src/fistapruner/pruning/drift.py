@@ -29,7 +29,7 @@ DRIFT_NOISE = 1 / 128
 """Largest noise of drift from measuring it on fewer windows, in inputs / tokens (docs/quality.md)."""
 
 LONGEST = 1.5
-"""Longest corrected drift of a token, in medians over the tokens of a batch (docs/quality.md)."""
+"""Longest corrected drift of a token, in medians over the tokens of a batch with drift (docs/quality.md)."""
 
 
 def dense_windows(
@@ -238,7 +238,9 @@ class ResidualDrift:
             drift = self._kept.read(start, stop, device, torch.float32)
         drift = drift.reshape(-1, drift.shape[-1])
         length = drift.norm(dim=1, keepdim=True)
-        short = (LONGEST * length.median() / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+        # Of the tokens with drift: where most of a batch have none, the median of all would be zero.
+        typical = torch.where(length > 0, length, torch.nan).nanmedian().nan_to_num()
+        short = (LONGEST * typical / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
         return drift.mul_(short)
 
     def around_dense_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:

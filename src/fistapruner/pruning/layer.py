@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..constraints import Constraint
+from ..errors import FistaPrunerError
 from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
@@ -244,12 +245,24 @@ def _write(model: LayerwiseModel, module: nn.Module, group: Group, names: Sequen
 
     Returns:
         Whether rounding changed nothing.
+
+    Raises:
+        FistaPrunerError: the dtype of the checkpoint or of the passes cannot hold a weight.
     """
     unrounded = True
     parts = solution.weight.split([operator.rows for operator in group])
     for operator, name, part in zip(group, names, parts, strict=True):
         target = operator.weight(module)
-        target.copy_(model.rounded(model.source(f"{name}.weight"), part))
+        rounded = model.rounded(model.source(f"{name}.weight"), part)
+        target.copy_(rounded)
+        if not bool(target.isfinite().all()):
+            dtype = min((rounded.dtype, target.dtype), key=lambda dtype: torch.finfo(dtype).max)
+            better = "convert the checkpoint" if dtype == rounded.dtype else "set dtype"
+            raise FistaPrunerError(
+                f"{name}: a pruned weight of {float(part.abs().max()):g} is beyond {torch.finfo(dtype).max:g}, the "
+                f"largest of {str(dtype).removeprefix('torch.')}: {better} to bfloat16 or float32, or raise the "
+                "method's damping"
+            )
         unrounded = unrounded and torch.equal(part, target.to(part.dtype))
         part.copy_(target)
     return unrounded

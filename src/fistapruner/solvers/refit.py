@@ -14,16 +14,17 @@ from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from .base import Method, Solution
-from .conditioning import regularised_gram
+from .conditioning import MOST_DAMPING, regularised_gram
 
 
 class Refit(Method):
     """Minimise f over the weights that a mask keeps; the mask does not change.
 
     ``cg`` runs conjugate gradients with a Jacobi preconditioner on all rows at once, each row with its own step sizes;
-    a step takes one m x n x n product. ``exact`` factors the kept block of the Gram of every row by batched Cholesky,
-    which costs about ``n^3 / 3`` times the cube of the kept share for each row. Rows whose error would not fall keep
-    their weights, so that the result is never worse.
+    a step takes one m x n x n product. A row stops where rounding errors would decide on its steps. ``exact`` factors
+    the kept block of the Gram of every row by batched Cholesky, which costs about ``n^3 / 3`` times the cube of the
+    kept share for each row. Rows whose error would not fall, by more than it is rounded, keep their weights, so that
+    the result is never worse.
     """
 
     name: ClassVar[str] = "refit"
@@ -57,7 +58,9 @@ class Refit(Method):
                 self.damping,
                 [],
             )
-        better = problem.row_errors(weight) < problem.row_errors(start.weight)
+        # Large changes that cancel leave a small error with a large rounding error.
+        rounding = torch.finfo(gram.dtype).eps * ((weight - problem.weight).square() @ problem.gram.diagonal())
+        better = problem.row_errors(weight) + rounding < problem.row_errors(start.weight)
         weight = torch.where(better[:, None], weight, start.weight)
         stats = tuple({"damping": damping, "rows_improved": int(part.sum())} for part in better.split(problem.rows))
         return Solution(weight, start.mask, stats, tuple(warnings))
@@ -94,14 +97,18 @@ def refit_with_residual(
         residual += problem.drift_gradient
     direction = residual * inverse_diagonal
     length = torch.linalg.vecdot(residual, direction)
-    tiny = torch.finfo(weight.dtype).tiny
+    eps, tiny = torch.finfo(weight.dtype).eps, torch.finfo(weight.dtype).tiny
+    diagonal = gram.diagonal() * (len(gram) ** 0.5 * eps)
+    going = torch.ones_like(length, dtype=torch.bool)
     # Everything is written in place: allocating memory of this size takes longer than computing in it.
     with fast_products(fast):
         for step in range(iterations):
+            rounding = torch.mv(torch.square(direction, out=buffer), diagonal)
             curved = torch.mm(direction, gram, out=buffer)
             curvature = torch.linalg.vecdot(direction, curved)
-            # A row that is solved, or has no weights, has zero curvature: its step is zero.
-            along = torch.where(curvature > tiny, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
+            # A row stops where its curvature is no larger than rounding errors; a solved or empty one has none.
+            going &= curvature > rounding.clamp_min(tiny)
+            along = torch.where(going, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
             weight.addcmul_(along, direction)
             residual.addcmul_(along, curved, value=-1.0)
             if step == iterations - 1:
@@ -144,23 +151,46 @@ def refit_exact(
         index, real = order[rows], filled[rows]
         pairs = real[:, :, None] & real[:, None, :]
         blocks = torch.where(pairs, gram[index[:, :, None], index[:, None, :]], torch.zeros_like(mean))
-        used = damping
-        while True:
-            ridge = torch.where(real, used * mean, torch.ones_like(mean))
-            factor, info = torch.linalg.cholesky_ex(blocks + torch.diag_embed(ridge))
-            if not bool(info.any()):
-                break
-            used = max(used * 10.0, 1e-7)
-            if used > 10.0:
-                raise FistaPrunerError(
-                    f"{problem.label}: the kept block of a row has no Cholesky factor; check its activations"
-                )
+        factor, used = factor_blocks(blocks, real, mean, damping, problem.label)
         worst = max(worst, used)
         change = torch.cholesky_solve((rhs[rows].gather(1, index) * real)[:, :, None], factor)[:, :, 0]
         values = torch.where(real, problem.weight[rows].gather(1, index) + change, torch.zeros_like(mean))
         weight[rows] = weight[rows].scatter(1, index, values)
-    warnings = []
-    if worst != damping:
-        raised = f"damping raised from {damping:g} to {worst:g} of its mean diagonal"
-        warnings = [f"{problem.label}: a kept block of the Gram is singular; {raised}"]
-    return weight, worst, warnings
+    return weight, worst, damping_warning(damping, worst, problem.label)
+
+
+def factor_blocks(blocks: Tensor, kept: Tensor, mean: Tensor, damping: float, label: str) -> tuple[Tensor, float]:
+    """Factor each row's kept block of the Gram, raising the damping tenfold until that succeeds.
+
+    Args:
+        blocks: (rows, k, k) Grams, zero in all rows and columns that are not kept.
+        kept: (rows, k) True where a block is kept; its other part becomes the identity.
+        mean: of the diagonal of the whole Gram.
+        damping: first ridge, as a share of ``mean``.
+        label: names of the operators, for the error.
+
+    Returns:
+        Lower factors (rows, k, k) and the damping that was used.
+
+    Raises:
+        FistaPrunerError: no damping helps.
+    """
+    floor = blocks.shape[-1] * torch.finfo(blocks.dtype).eps  # as of damped_cholesky
+    while True:
+        ridge = torch.where(kept, damping * mean, torch.ones_like(mean))
+        damped = blocks + torch.diag_embed(ridge)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        pivots = factor.diagonal(dim1=1, dim2=2).square() / damped.diagonal(dim1=1, dim2=2)
+        if bool(((info == 0) & (pivots > floor).all(1)).all()):
+            return factor, damping
+        damping = max(damping * 10.0, 1e-7)
+        if damping > MOST_DAMPING:
+            raise FistaPrunerError(f"{label}: the kept block of a row has no Cholesky factor; check its activations")
+
+
+def damping_warning(damping: float, used: float, label: str) -> list[str]:
+    """Return a warning that kept blocks of the Gram needed more damping; none where they did not."""
+    if used == damping:
+        return []
+    by = f"damping raised from {damping:g} to {used:g} of its mean diagonal"
+    return [f"{label}: a kept block of the Gram is singular; {by}"]

@@ -14,7 +14,7 @@ from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from .base import Method, Solution
 from .conditioning import alive_gram
-from .refit import refit_exact
+from .refit import damping_warning, factor_blocks, refit_exact
 
 
 class Swap(Method):
@@ -52,8 +52,7 @@ class Swap(Method):
             raise FistaPrunerError("swap needs the mask of a step before it, such as alps+swap")
         gram = alive_gram(problem.gram)
         weight, damping, warnings = refit_exact(problem, gram, start.mask, self.damping)
-        gram.diagonal().add_(damping * gram.diagonal().mean())
-        n = problem.shape[1]
+        n, most = problem.shape[1], damping
         # On a CPU, small batches stay in the cache and stop as soon as their rows do; a GPU needs many rows at once.
         batch = max(1, (1 << 22 if gram.device.type == "cpu" else 1 << 28) // (n * n))
         masks, counts = [], []
@@ -66,11 +65,13 @@ class Swap(Method):
             for begin in range(0, len(mask), batch):
                 rows = slice(begin, begin + batch)
                 part = operator.slice(begin, min(begin + batch, len(mask)), operator.names)
-                swept, done[rows] = self._exchange(part, gram, mask[rows], values[rows], pattern)
+                swept, done[rows], used = self._exchange(part, gram, mask[rows], values[rows], pattern, damping)
+                most = max(most, used)
                 parts.append(swept)
             masks.append(torch.cat(parts))
             counts.append(int(done.sum()))
         mask = torch.cat(masks)
+        warnings += damping_warning(damping, most, problem.label)
         moved, _, more = refit_exact(problem, alive_gram(problem.gram), mask, damping)
         better = problem.row_errors(moved) < problem.row_errors(start.weight)
         weight = torch.where(better[:, None], moved, start.weight)
@@ -80,11 +81,11 @@ class Swap(Method):
         )
 
     def _exchange(
-        self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Constraint
-    ) -> tuple[Tensor, Tensor]:
-        """Exchange weights of a batch of rows; returns their masks and the number of swaps of each row."""
+        self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Constraint, damping: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """Exchange weights of a batch of rows; returns their masks, each row's swaps, and the damping."""
         n = problem.shape[1]
-        table, border = _sweep_support(problem, gram, mask, weight)
+        table, border, damping = _sweep_support(problem, gram, mask, weight, damping)
         mask = mask.clone()
         every = torch.arange(len(mask), device=mask.device)
         count = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
@@ -124,14 +125,24 @@ class Swap(Method):
             mask.scatter_(1, out[:, None], mask.gather(1, out[:, None]) & ~moving[:, None])
             mask.scatter_(1, into[:, None], mask.gather(1, into[:, None]) | moving[:, None])
             count += moving
-        return mask, count
+        return mask, count, damping
 
 
-def _sweep_support(problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sweep the Gram (rows, n, n) on each row's support; its border (rows, n) is weights or correlations."""
+def _sweep_support(
+    problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, damping: float
+) -> tuple[Tensor, Tensor, float]:
+    """Sweep the damped Gram on each row's support.
+
+    Returns:
+        The table (rows, n, n); its border (rows, n), weights or correlations; and the damping, which is raised until
+        all supports have a Cholesky factor.
+    """
     kept = mask.to(gram.dtype)
     pairs = kept[:, :, None] * kept[:, None, :]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram * pairs + torch.diag_embed(1.0 - kept))) * pairs
+    mean = gram.diagonal().mean()
+    factor, damping = factor_blocks(gram * pairs, mask, mean, damping, problem.label)
+    inverse = torch.cholesky_inverse(factor) * pairs
+    gram = gram + torch.diag_embed((damping * mean).expand(len(gram)))
     cross = gram @ inverse  # (rows, n, n): T on dropped rows, identity on kept ones
     schur = gram - cross @ gram
     lower = cross * (1.0 - kept)[:, :, None]
@@ -140,7 +151,7 @@ def _sweep_support(problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Te
     residual = (problem.weight - weight) @ gram
     if problem.drift_gradient is not None:
         residual += problem.drift_gradient
-    return table, torch.where(mask, weight, residual)
+    return table, torch.where(mask, weight, residual), damping
 
 
 def _sweep(table: Tensor, border: Tensor, pivot: Tensor, moving: Tensor, *, removing: bool) -> None:
