@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import math
@@ -193,6 +194,15 @@ def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
     assert all(metric["aggregation"] == "mean" and metric["higher_is_better"] for metric in task["metric_list"])
     assert (task["num_fewshot"], task["test_split"]) == (0, "test")
     assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "choices.jsonl")}}
+
+
+def test_no_other_file_is_scored_for_one_whose_path_has_wildcards(tmp_path: Path) -> None:
+    """``datasets`` reads a path as a pattern."""
+    folder = tmp_path / "a[1]*?"
+    for name in ("t1", "t[1]", "t*"):
+        write(folder, name, GREEDY)
+        pattern = local_task(folder / f"{name}.jsonl")["dataset_kwargs"]["data_files"]["test"]
+        assert glob.glob(pattern) == [str(folder / f"{name}.jsonl")]
 
 
 def test_different_items_cannot_be_compared() -> None:

@@ -12,6 +12,7 @@ The fields of a file say what kind of task it is:
 from __future__ import annotations
 
 import codecs
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def local_task(path: Path) -> dict[str, Any]:
     task: dict[str, Any] = {
         "task": path.stem,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(path.absolute()))}},
         "test_split": "test",
         "num_fewshot": 0,
     }
