@@ -260,6 +260,8 @@ def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: s
         ({"query": "?", "choices": ["no", ""], "gold": 0}, "'choices' has '', and text that is not empty"),
         ({"context_options": ["a", " "], "continuation": "b", "gold": 0}, "'context_options' has ' ', and text"),
         ({"context_options": ["a"], "continuation": None, "gold": 0}, "'continuation' is None, and text"),
+        ({"context_options": ["a"], "continuation": "", "gold": 0}, "'continuation' is '', and text that is not empty"),
+        ({"context": "a", "continuation": "  "}, "'continuation' is '  ', and text that is not empty"),
         ({"context": ["a"], "continuation": "b"}, r"'context' is \['a'\], and text"),
     ],
 )

@@ -53,7 +53,7 @@ def local_task(path: Path) -> dict[str, Any]:
     Raises:
         FistaPrunerError: the file cannot be read, is empty, has none of the known sets of fields, or a line (its
             number is given) that is not UTF-8 JSON, lacks the fields of the first, has another value than text in one
-            of them or an empty option, or whose ``gold`` names no option.
+            of them, an empty continuation or option, or whose ``gold`` names no option.
     """
     try:
         fields = _fields_of_file(path)
@@ -116,6 +116,11 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
                     raise FistaPrunerError(f"{where}: {field!r} is not there, and every line has {', '.join(kind)}")
                 if field in TEXTS and not isinstance(fields[field], str):
                     raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
+            if "continuation" in kind and not fields["continuation"].strip(" "):
+                text = fields["continuation"]
+                raise FistaPrunerError(
+                    f"{where}: 'continuation' is {text!r:.100}, and text that is not empty is expected"
+                )
             if "gold" in kind:
                 _check_options(fields, "choices" if "choices" in kind else "context_options", where)
     if not kind:
