@@ -285,6 +285,12 @@ def test_quantised_weights_are_refused(record: bool, tmp_path: Path) -> None:
         fp.hold_mask(model)
 
 
+def test_weights_without_values_are_refused() -> None:
+    """As ``fsdp_cpu_ram_efficient_loading`` leaves them on most processes."""
+    with pytest.raises(FistaPrunerError, match=r"q_proj\.weight has no values on this process \(meta device\): switch"):
+        fp.hold_mask(pruned().to("meta"))
+
+
 def test_new_adapters_and_heads_are_not_held() -> None:
     model = pruned()
     layer = model.model.layers[0].mlp

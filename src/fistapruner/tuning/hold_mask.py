@@ -68,7 +68,7 @@ def hold_mask(model: nn.Module) -> HoldMask:
 
     Raises:
         FistaPrunerError: it is no model, nothing is pruned, an operator of ``fistapruner.json`` is missing or has lost
-            zeros, or a weight is quantised.
+            zeros, or a weight is quantised or has no values.
     """
     return HoldMask(model)
 
@@ -336,6 +336,11 @@ def _zeros(name: str, weight: Tensor) -> Tensor:
     if not weight.is_floating_point():
         kind = dtype_name(weight.dtype)
         raise FistaPrunerError(f"{name} is quantised ({kind}): its zeros cannot be held; a frozen base keeps them")
+    if weight.is_meta:
+        raise FistaPrunerError(
+            f"{name} has no values on this process (meta device): switch fsdp_cpu_ram_efficient_loading off, or call "
+            "hold_mask after accelerator.prepare"
+        )
     count = (weight == 0).sum(-1)
     whole: Tensor = count.full_tensor() if hasattr(count, "full_tensor") else count
     return whole.cpu()
