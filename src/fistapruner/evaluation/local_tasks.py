@@ -147,7 +147,7 @@ def _kind_of(path: Path, item: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check_options(item: Mapping[str, Any], name: str, where: str) -> None:
-    """Refuse an item with an option that is no whole text, or whose ``gold`` is not the number of one of them.
+    """Refuse an item with an option that is no text, or whose ``gold`` is not the number of one of them.
 
     Args:
         item: the item.

@@ -451,7 +451,7 @@ def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
 
 
 def _signature(layer: nn.Module) -> Any:
-    """Return what decoder layers share that compute alike: names and shapes of parameters, numbers of modules."""
+    """Return what layers that compute alike share: shapes of parameters, numbers of modules."""
     return tuple((name, tuple(tensor.shape)) for name, tensor in layer.named_parameters()), noted_numbers(layer)
 
 
