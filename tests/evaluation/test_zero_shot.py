@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import math
@@ -195,6 +196,15 @@ def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
     assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "choices.jsonl")}}
 
 
+def test_no_other_file_is_scored_for_one_whose_path_has_wildcards(tmp_path: Path) -> None:
+    """``datasets`` reads a path as a pattern."""
+    folder = tmp_path / "a[1]*?"
+    for name in ("t1", "t[1]", "t*"):
+        write(folder, name, GREEDY)
+        pattern = local_task(folder / f"{name}.jsonl")["dataset_kwargs"]["data_files"]["test"]
+        assert glob.glob(pattern) == [str(folder / f"{name}.jsonl")]
+
+
 def test_different_items_cannot_be_compared() -> None:
     with pytest.raises(fp.FistaPrunerError, match="different items"):
         task_result("t", "acc", {0: 1.0}, {1: 1.0})
@@ -250,6 +260,10 @@ def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: s
         ({"query": "?", "choices": ["no", ""], "gold": 0}, "'choices' has '', and text that is not empty"),
         ({"context_options": ["a", " "], "continuation": "b", "gold": 0}, "'context_options' has ' ', and text"),
         ({"context_options": ["a"], "continuation": None, "gold": 0}, "'continuation' is None, and text"),
+        ({"context_options": ["a"], "continuation": "", "gold": 0}, "'continuation' is '', and text that is not empty"),
+        ({"context": "a", "continuation": "  "}, "'continuation' is '  ', and text that is not empty"),
+        ({"context": "a\ud800", "continuation": "b"}, "'context' has half a character"),
+        ({"query": "?", "choices": ["no", "\udc00"], "gold": 0}, "'choices' has half a character"),
         ({"context": ["a"], "continuation": "b"}, r"'context' is \['a'\], and text"),
     ],
 )

@@ -150,7 +150,9 @@ def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(
 
 def test_weights_that_only_transformers_would_add_or_read_are_refused(single: Path, sharded: Path) -> None:
     (single / "adapter_config.json").write_text("{}")
-    with pytest.raises(FistaPrunerError, match=r"single has an adapter .*: merge the adapter first"):
+    with pytest.raises(
+        FistaPrunerError, match=r"single has an adapter .* merged already, move adapter_config\.json and adapter"
+    ):
         Checkpoint.open(single)
     config = json.loads((sharded / "config.json").read_text())
     for name, said in (

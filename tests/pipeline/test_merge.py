@@ -277,13 +277,14 @@ def test_a_damaged_model_of_a_run_is_refused(run: Path, tmp_path: Path) -> None:
         fp.merge_adapter(copy, tmp_path / "adapter", tmp_path / "out")
 
 
-def test_claims_and_lineage_go_on(run: Path, tmp_path: Path) -> None:
+def test_claims_and_lineage_go_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
     names = tuple(f"model.layers.{index}.self_attn.{name}" for index in (0, 1) for name in ("q_proj", "k_proj"))
     adapter(tmp_path / "adapter", model, "LORA", names)
-    report = fp.merge_adapter(run, tmp_path / "adapter", tmp_path / "out", command="the command")
+    monkeypatch.chdir(tmp_path / "adapter")
+    report = fp.merge_adapter(run, ".", tmp_path / "out", command="the command")
     assert len(report.operators) == 4
     found = inspect_checkpoint(tmp_path / "out")
     assert not found.violations
@@ -292,6 +293,7 @@ def test_claims_and_lineage_go_on(run: Path, tmp_path: Path) -> None:
     assert found.lineage is not None
     assert [stage.kind for stage in found.lineage.stages] == ["prune", "merge"]
     assert found.lineage.stages[1].settings["adapter"] == "adapter"
+    assert "merged the LoRA adapter adapter into model, its" in (tmp_path / "out" / "README.md").read_text()
     assert found.lineage.stages[1].command == "the command"
     record = json.loads((run / "model" / "fistapruner.json").read_text())
     assert json.loads((tmp_path / "out" / "fistapruner.json").read_text())["operators"] == record["operators"]

@@ -610,6 +610,12 @@ def other_vocabulary(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"dense": bench.dense(vocab_size=160)}
 
 
+def other_vocabulary_since(bench: Bench, folder: Path) -> dict[str, Any]:
+    record = plain(bench, folder) / "fistapruner.json"
+    record.write_text(record.read_text().replace(str(bench.dense()), str(bench.dense(vocab_size=160))))
+    return {"model": record.parent, "data": {"source": str(bench.text)}}
+
+
 def no_dense(bench: Bench, folder: Path) -> dict[str, Any]:
     model = plain(bench, folder)
     (model / "fistapruner.json").unlink()
@@ -703,6 +709,10 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     ),
     "packed": (packed, r"is packed: unpack it first with 'fistapruner unpack .*packed DIR'"),
     "other vocabulary": (other_vocabulary, r"predicts 160 tokens, .* 128: --dense must name the model"),
+    "other vocabulary since": (
+        other_vocabulary_since,
+        r"128: name the model that was pruned with --dense, or take --loss ce; where tokens were added since, no dense",
+    ),
     "no dense model": (no_dense, r"--loss kl needs the dense model, which .*plain does not name: give --dense MODEL"),
     "text of no model": (nobody_generates, r"--data self needs the dense model, which .*plain does not name"),
     "text of no model, loss auto": (nobody_generates_for_auto, r"--data self needs the dense model, which .*plain"),

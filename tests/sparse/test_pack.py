@@ -123,6 +123,21 @@ def test_only_recorded_operators_are_packed(tmp_path):
     assert set(PackedCheckpoint(tmp_path / "p").specs) == {name}
 
 
+def test_a_violated_claim_is_told(tmp_path):
+    source = save_pruned(tmp_path / "m")
+    names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(2)]
+    zeros = int((load_file(source / "model.safetensors")[names[1]] == 0).sum())
+    for more, said in ((0, False), (1, True)):
+        claims = {names[0]: {"sparsity": "50%"}, names[1]: {"sparsity": "50%", "zeros": zeros + more}}
+        (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+        assert (report := pack(source, tmp_path / f"p{more}")).operators == 2
+        assert ("is not what its record claims" in str(report)) == said
+        assert "record claims" not in (tmp_path / f"p{more}" / "README.md").read_text()
+    assert f"{names[1]}: has {zeros} zeros, {zeros + 1} are claimed; 'fistapruner inspect {source}' shows" in str(
+        report
+    )
+
+
 @pytest.mark.parametrize("group", [0, 64])
 def test_int8_folder(tmp_path, group):
     source = save_pruned(tmp_path / "m", hidden_size=128)

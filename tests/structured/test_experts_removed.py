@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -249,6 +250,16 @@ def test_what_cannot_be_removed_is_refused_by_name(
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_layers_that_choose_different_numbers_of_experts_are_told_apart(tmp_path: Path) -> None:
+    sizes = {**tiny.SIZES, **tiny.GQA, "head_dim": 8, "num_experts": 4, "moe_topk": [1, 3, 3]}
+    config = transformers.HunYuanMoEV1Config(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
+    assert list(removal.chosen_experts(model).values()) == [1, 3, 3]
+    with pytest.raises(fp.FistaPrunerError, match=r"experts of model\.layers\.1\.mlp.* the router chooses 3"):
+        removal.find_experts(model, discover(model), Structure(remove="experts=2"), {})
 
 
 @pytest.mark.parametrize(("limit", "experts", "most"), [(1, 2, 3), (1, 4, 2), (2, 2, None), (2, 4, None)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import socket
@@ -283,6 +284,54 @@ def test_quantised_weights_are_refused(record: bool, tmp_path: Path) -> None:
         model.name_or_path = str(tmp_path)
     with pytest.raises(FistaPrunerError, match=r"up_proj\.weight is quantised \(uint8\): its zeros cannot be held"):
         fp.hold_mask(model)
+
+
+class Saved(nn.Module):
+    """What PEFT puts in the place of a module of ``modules_to_save``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        other = copy.deepcopy(module).requires_grad_(False)  # of an adapter that is not active
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module), "other": other})
+        module.requires_grad_(False)
+
+    def forward(self, *args: Any) -> Any:
+        return self.modules_to_save["default"](*args)
+
+
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("place", ["mlp", "mlp.up_proj"])
+def test_modules_that_peft_copies_are_held(tmp_path: Path, place: str, record: bool) -> None:
+    model = pruned()
+    if record:
+        name = "model.layers.0.mlp.up_proj"
+        zero = int((model.get_parameter(f"{name}.weight") == 0).sum())
+        claims = {f"{name}.weight": {"operator": name, "zeros": zero}}
+        (tmp_path / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+        model.name_or_path = str(tmp_path)
+    before = fp.hold_mask(model)
+    place = f"model.layers.0.{place}"
+    model.set_submodule(place, Saved(model.get_submodule(place)))
+    with pytest.raises(FistaPrunerError, match=r"_proj\.weight: PEFT has frozen it .* call hold_mask after get_peft"):
+        before.on_train_begin(None, None, None, model=model)
+    masks = zeros(model)
+    held = fp.hold_mask(model)
+    rest = "mlp.up_proj".removeprefix(place.removeprefix("model.layers.0.")).removeprefix(".")
+    assert f"{place}.modules_to_save.default.{rest}.weight".replace("..", ".") in held.operators
+    assert not [name for name in held.operators if "original_module" in name]
+    if record:
+        assert len(held.operators) == 1
+    with held:
+        train(model, OPTIMIZERS["adamw"])
+    after = zeros(model)
+    assert all(torch.equal(after[name] & masks[name], masks[name]) for name in held.operators)
+
+
+def test_weights_without_values_are_refused() -> None:
+    """As ``fsdp_cpu_ram_efficient_loading`` leaves them on most processes."""
+    with pytest.raises(FistaPrunerError, match=r"q_proj\.weight has no values on this process \(meta device\): switch"):
+        fp.hold_mask(pruned().to("meta"))
 
 
 def test_new_adapters_and_heads_are_not_held() -> None:

@@ -17,7 +17,14 @@ from ..errors import FistaPrunerError
 from ..models.discovery import Operator
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
 from ..models.files.low_rank import LowRankAdapter
-from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims, take_claimed_apart
+from ..models.files.record import (
+    MIN_ZEROS,
+    read_pruning_record,
+    recorded_claims,
+    stores_inputs_first,
+    take_claimed_apart,
+    violation_of,
+)
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
 from ..models.stored import stored_operators
@@ -151,7 +158,7 @@ def inspect_checkpoint(
     asked = None if pattern is None else parse_sparsity(pattern)
     entries, read, record, known = _open(folder, allow_pickle, stacks, asked=asked is not None)
     claims, faults = recorded_claims(record, entries, folder)
-    transposed = _is_transposed(claims, entries)
+    transposed = stores_inputs_first(claims, entries)
     if asked is not None:
         claims, faults = {}, []
     operators = []
@@ -249,27 +256,11 @@ def _inspect(
     pattern = exact_pattern(weight, zeros) if search and weight.ndim == 2 else None
     fault = None if _is_finite(tensor) else NOT_FINITE
     if claim is not None and fault is None:
-        fault = _violation(weight, zeros, claim)
+        fault = violation_of(weight, zeros, claim)
     said = None if claim is None else str(claim.get("sparsity"))
     return OperatorInspection(
         entry.name, entry.shape, zeros, tensor.numel(), None if pattern is None else str(pattern), said, fault
     )
-
-
-def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
-    """Describe how a weight (rows, columns) violates a claim; None if it does not."""
-    try:
-        sparsity = parse_sparsity(claim["sparsity"])
-    except (FistaPrunerError, KeyError) as error:
-        return f"its claim cannot be read: {error}"
-    promised = claim.get("zeros")
-    if type(promised) is int and zeros < promised:
-        return f"has {zeros} zeros, {promised} are claimed"
-    if type(promised) is int and sparsity.zeros_suffice:
-        return None  # the exact count says more than the percentage, which is rounded
-    if weight.ndim != 2 or not sparsity.satisfies(weight):
-        return f"is not {sparsity} ({zeros / max(weight.numel(), 1):.2%} zeros)"
-    return None
 
 
 def _open(
@@ -296,12 +287,6 @@ def _open(
         checkpoint.take_apart(stack)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
     return entries, checkpoint.read, record, known
-
-
-def _is_transposed(claims: dict[str, dict[str, Any]], entries: dict[str, TensorEntry]) -> bool:
-    """Check whether operators are stored as (inputs, outputs), as GPT-2's are, by their recorded shapes."""
-    shapes = [(claim.get("shape"), list(entries[name].shape)) for name, claim in claims.items()]
-    return any(said == stored[::-1] and said != stored for said, stored in shapes)
 
 
 def _is_operator(entry: TensorEntry) -> bool:

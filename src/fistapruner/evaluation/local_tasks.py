@@ -12,11 +12,13 @@ The fields of a file say what kind of task it is:
 from __future__ import annotations
 
 import codecs
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..calibration.text import whole_text
 from ..errors import FistaPrunerError
 
 KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
@@ -51,8 +53,8 @@ def local_task(path: Path) -> dict[str, Any]:
 
     Raises:
         FistaPrunerError: the file cannot be read, is empty, has none of the known sets of fields, or a line (its
-            number is given) that is not UTF-8 JSON, lacks the fields of the first, has another value than text in one
-            of them or an empty option, or whose ``gold`` names no option.
+            number is given) that is not UTF-8 JSON, lacks the fields of the first, has another value than whole
+            text in one of them, an empty continuation or option, or whose ``gold`` names no option.
     """
     try:
         fields = _fields_of_file(path)
@@ -61,7 +63,7 @@ def local_task(path: Path) -> dict[str, Any]:
     task: dict[str, Any] = {
         "task": path.stem,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(path.absolute()))}},
         "test_split": "test",
         "num_fewshot": 0,
     }
@@ -113,8 +115,15 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
             for field in kind:
                 if field not in fields:
                     raise FistaPrunerError(f"{where}: {field!r} is not there, and every line has {', '.join(kind)}")
-                if field in TEXTS and not isinstance(fields[field], str):
-                    raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
+                if field in TEXTS:
+                    if not isinstance(fields[field], str):
+                        raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
+                    whole_text(fields[field], field, where)
+            if "continuation" in kind and not fields["continuation"].strip(" "):
+                text = fields["continuation"]
+                raise FistaPrunerError(
+                    f"{where}: 'continuation' is {text!r:.100}, and text that is not empty is expected"
+                )
             if "gold" in kind:
                 _check_options(fields, "choices" if "choices" in kind else "context_options", where)
     if not kind:
@@ -154,6 +163,7 @@ def _check_options(item: Mapping[str, Any], name: str, where: str) -> None:
     for option in options:
         if not isinstance(option, str) or not option.strip():
             raise FistaPrunerError(f"{where}: {name!r} has {option!r:.100}, and text that is not empty is expected")
+        whole_text(option, name, where)
     if type(gold) is not int or not 0 <= gold < len(options):
         raise FistaPrunerError(
             f"{where}: 'gold' is {gold!r:.100}, and the number of one of the {len(options)} {name} is expected, which "

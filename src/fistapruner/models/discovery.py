@@ -205,6 +205,19 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
     ]
 
 
+def noted_numbers(layer: nn.Module) -> tuple[tuple[str, str, int], ...]:
+    """Return the whole numbers that the modules of a decoder layer note, less the layer's own.
+
+    Layers with the same parameters may differ in them, such as in how many experts a token goes to.
+    """
+    return tuple(
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is int and key not in ("layer_idx", "layer_id")
+    )
+
+
 def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
     """Return a check, by name and outputs, for what routes or weighs a decoder layer's experts.
 

@@ -167,7 +167,8 @@ def merge_adapter(
     record = read_pruning_record(source.folder)
     merge = _Merge(checkpoint, found, record, trust_remote_code=source.trust_remote_code, progress=progress)
     record = _record(record, found, command)
-    report = f"merged the {KINDS[found.kind]} adapter {found.folder.name} into {source.folder.name}, its zeros kept"
+    names = found.folder.resolve().name, source.folder.resolve().name  # "." has none
+    report = f"merged the {KINDS[found.kind]} adapter {names[0]} into {names[1]}, its zeros kept"
     documents = {CARD: plain_card(source.license(), "A pruned model with a merged adapter", report)}
     if record:
         documents[PRUNING_RECORD] = json.dumps(record, indent=2) + "\n"
@@ -381,5 +382,5 @@ class _Merge:
 
 def _record(record: dict[str, Any], adapter: Adapter, command: str | None) -> dict[str, Any]:
     """Return the record of the result: the claims of the input, and one more stage in its lineage."""
-    settings = {"adapter": adapter.folder.name, "type": adapter.kind, "trained_on": adapter.base or None}
+    settings = {"adapter": adapter.folder.resolve().name, "type": adapter.kind, "trained_on": adapter.base or None}
     return record_with_stage(record, Stage(kind="merge", command=command, finished=now(), settings=settings))

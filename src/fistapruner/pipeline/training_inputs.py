@@ -168,7 +168,8 @@ def check_training_inputs(
     listener.say(f"model {request.model}: {source.folder}")
     listener.tick("opening and checking the model", 0, 1)
     recipe = resolve(request.recipe, origin)
-    dense_source = _find_dense(replace(request, recipe=recipe), origin, source)
+    resolved = replace(request, recipe=recipe)
+    dense_source = _find_dense(resolved, origin, source)
     model = open_model(source, recipe)
     check_precision(model)
     layout, claims, survivors, zeros = _operators(source, model, recipe, listener)
@@ -180,7 +181,7 @@ def check_training_inputs(
     if dense_source is not None:
         refuse_overlap(dense_source.folder, run.folder)
         dense = open_model(dense_source, recipe)
-        _check_dense(dense, model)
+        _check_dense(dense, model, resolved)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
     pad_with_known_token(tokenizer, model.embedded_tokens)
     if evaluation is not None:  # a fault in the text shows now
@@ -331,7 +332,7 @@ def _say_rank(recipe: TrainingRecipe, layout: Layout, listener: Listener) -> Non
         )
 
 
-def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
+def _check_dense(dense: LayerwiseModel, model: LayerwiseModel, request: TrainingRequest[Any]) -> None:
     """Refuse a dense model whose predictions cannot be compared.
 
     Raises:
@@ -339,9 +340,13 @@ def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
     """
     theirs, ours = dense.vocabulary, model.vocabulary
     if theirs != ours:
+        right = "name the model that was pruned with --dense"
+        without = request.recipe.without_dense
+        if request.dense is not None:
+            right, without = "--dense must name the model that was pruned", without and f"{without} without --dense"
         raise FistaPrunerError(
             f"the dense model {dense.checkpoint.folder} predicts {theirs} tokens, {model.checkpoint.folder} {ours}: "
-            "--dense must name the model that was pruned"
+            f"{right}{without}; where tokens were added since, no dense model fits"
         )
     check_model(dense)
 

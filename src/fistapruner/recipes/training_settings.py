@@ -153,7 +153,7 @@ class TrainingRecipe(RunRecipe):
 
     @property
     def without_dense(self) -> str:
-        """What else a user may do where the dense model has changed."""
+        """What else a user may do where the dense model does not fit."""
         return ""
 
     @abstractmethod

@@ -32,12 +32,19 @@ from ..models.files.checkpoint import (
 )
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
 from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import read_pruning_record, recorded_claims, stacked_experts
+from ..models.files.record import (
+    read_pruning_record,
+    recorded_claims,
+    stacked_experts,
+    stores_inputs_first,
+    violation_of,
+)
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runs.listener import Listener
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name
 from .format import MAX_M, METADATA, VERSION, OperatorSpec, encode
 from .packed import FLOATS, PackedOperator, pack_operator
@@ -56,6 +63,7 @@ class PackReport:
     """Bytes of the pruned operators and of all weights; ``dense`` is the size in the checkpoint.
 
     ``rounding`` is the norm of what rounding changed in operators over their norm; None where values stay as they were.
+    ``violation`` is the first claim of the checkpoint's own record that does not hold, and how to see all; else None.
     """
 
     operators: int
@@ -66,6 +74,7 @@ class PackReport:
     packed_total: int
     zeros: float
     rounding: float | None = None
+    violation: str | None = None
 
     def __str__(self) -> str:
         mib = 2**20
@@ -80,6 +89,8 @@ class PackReport:
             lines.insert(1, f"{self.packed_operators / self.dense_bf16_operators:.3f} of the operators' size in bf16")
         if self.rounding is not None:
             lines.append(f"rounding changed the operators' weights by {self.rounding:.2%} of their norm")
+        if self.violation is not None:
+            lines.append(self.violation)
         return "\n".join(lines)
 
 
@@ -122,7 +133,7 @@ def pack(
     refuse_low_rank(source.folder, "pack")
     record = read_pruning_record(source.folder)
     tick = progress or Listener().tick
-    plan = _plan(source, record, values, group, tick)
+    plan, violation = _plan(source, record, values, group, tick)
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
@@ -149,7 +160,7 @@ def pack(
         )
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
-    return report
+    return replace(report, violation=violation)
 
 
 def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
@@ -235,8 +246,11 @@ class _Planned:
 
 def _plan(
     source: Checkpoint, record: dict[str, Any], values: str, group: int, tick: Callable[[str, int, int], None]
-) -> dict[str, _Planned]:
+) -> tuple[dict[str, _Planned], str | None]:
     """Decide how each pruned operator that becomes smaller is stored.
+
+    Returns:
+        The decisions, and :attr:`PackReport.violation`.
 
     Raises:
         NoPackedFormError: none becomes smaller, pruned experts are stored as one tensor, or values are fp64.
@@ -249,6 +263,8 @@ def _plan(
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
+    inputs_first = stores_inputs_first(listed, {name: source.entry(name) for name in listed})
+    violation: str | None = None
     plan, weights, zeros, wide = {}, 0, 0, ""
     names = source.names()
     for done, name in enumerate(names):
@@ -260,7 +276,15 @@ def _plan(
         if listed and known is None:
             continue
         cast = torch.bfloat16 if values == "bf16" else entry.dtype
-        weight = source.read(name).to(cast)
+        stored_weight = source.read(name)
+        if known is not None and violation is None:
+            count = stored_weight.numel() - int(torch.count_nonzero(stored_weight))
+            if fault := violation_of(stored_weight.T if inputs_first else stored_weight, count, known):
+                violation = (
+                    f"{source.folder} is not what its record claims: {name}: {fault}; "
+                    f"'{shell_line('inspect', source.folder)}' shows all"
+                )
+        weight = stored_weight.to(cast)
         nonzero = int(torch.count_nonzero(weight))
         if not listed and nonzero > (1 - MIN_ZEROS_TO_PACK) * weight.numel():
             continue
@@ -277,7 +301,7 @@ def _plan(
             plan[name] = _Planned(spec, stored, nonzero, entry, cast)
         weights, zeros = weights + weight.numel(), zeros + weight.numel() - nonzero
     if plan:
-        return plan
+        return plan, violation
     if wide:
         advice = "bf16, fp16 and fp32 are packed: give --values bf16"
         raise NoPackedFormError(f"{source.folder}: {wide} is {dtype_name(source.entry(wide).dtype)}; {advice}")

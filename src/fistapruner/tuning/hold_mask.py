@@ -35,7 +35,10 @@ from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.record import MIN_ZEROS, read_pruning_record
 from ..runtime.numerics import dtype_name
 
-WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)(?=\.|$)")
+WRAPPERS = re.compile(
+    r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module"
+    r"|modules_to_save\.[^.]+)(?=\.|$)"
+)
 """Parts of a parameter's name that wrappers add: data parallelism, compilation, checkpointing, adapters."""
 
 
@@ -68,7 +71,7 @@ def hold_mask(model: nn.Module) -> HoldMask:
 
     Raises:
         FistaPrunerError: it is no model, nothing is pruned, an operator of ``fistapruner.json`` is missing or has lost
-            zeros, or a weight is quantised.
+            zeros, or a weight is quantised or has no values.
     """
     return HoldMask(model)
 
@@ -98,6 +101,12 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         return tuple(self._weights)
 
     def __enter__(self) -> Self:
+        copied = _copied(self._model)
+        if name := next((name for name, weight in self._weights.items() if weight.module in copied), None):
+            raise FistaPrunerError(
+                f"{name}: PEFT has frozen it and trains a copy (modules_to_save): call hold_mask after get_peft_model, "
+                "with the model that it returns"
+            )
         if not self._handles:
             self._reshard()
             own = weakref.ref(self)  # the hooks are global: they must not keep a model alive whose training failed
@@ -168,7 +177,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         """Begin to mask (called by the trainer).
 
         Raises:
-            FistaPrunerError: the trainer trains another model.
+            FistaPrunerError: the trainer trains another model, or copies of held weights.
         """
         if (model := kwargs.get("model")) is not None:
             trained = set(model.modules())
@@ -276,9 +285,19 @@ def _held(model: nn.Module) -> dict[str, _Weight]:
     return found
 
 
+def _copied(model: nn.Module) -> set[nn.Module]:
+    """Find the modules that PEFT keeps as they were, and trains a copy of (``modules_to_save``)."""
+    wrapped = (dict(module.named_children()) for module in model.modules())
+    pairs = ((children.get("original_module"), children.get("modules_to_save")) for children in wrapped)
+    return {inner for kept, copies in pairs if kept is not None and copies for inner in kept.modules()}
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
     """Yield the weights of linear modules, and the tensors of all experts, with their names."""
+    copied = _copied(model)
     for name, module in model.named_modules():
+        if module in copied:
+            continue
         if isinstance(module, (nn.Linear, Conv1D)):
             yield f"{name}.weight", _Weight(module, "weight")
             continue
@@ -291,7 +310,8 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
     """Find the operators that ``fistapruner.json`` lists, and check that they still have their zeros."""
     if not isinstance(claims, dict) or not all(isinstance(claim, dict) for claim in claims.values()):
         raise FistaPrunerError(f"{origin} has no mapping of operators to claims")
-    plain = {WRAPPERS.sub("", name).strip("."): name for name in weights}
+    trained_last = sorted(weights, key=lambda name: weights[name].tensor.requires_grad)  # of the copies of one module
+    plain = {WRAPPERS.sub("", name).strip("."): name for name in trained_last}
 
     @cache
     def find(asked: str) -> str | None:
@@ -336,6 +356,11 @@ def _zeros(name: str, weight: Tensor) -> Tensor:
     if not weight.is_floating_point():
         kind = dtype_name(weight.dtype)
         raise FistaPrunerError(f"{name} is quantised ({kind}): its zeros cannot be held; a frozen base keeps them")
+    if weight.is_meta:
+        raise FistaPrunerError(
+            f"{name} has no values on this process (meta device): switch fsdp_cpu_ram_efficient_loading off, or call "
+            "hold_mask after accelerator.prepare"
+        )
     count = (weight == 0).sum(-1)
     whole: Tensor = count.full_tensor() if hasattr(count, "full_tensor") else count
     return whole.cpu()

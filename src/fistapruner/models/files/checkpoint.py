@@ -194,8 +194,9 @@ class Checkpoint:
             )
         if (folder / ADAPTER_CONFIG).exists():
             raise FistaPrunerError(
-                f"{folder} has an adapter ({ADAPTER_CONFIG}) beside its weights: merge the adapter first, such as with "
-                "merge_and_unload of peft, or move its files away"
+                f"{folder} has an adapter ({ADAPTER_CONFIG}) beside its weights: if the weights have it merged "
+                f"already, move {ADAPTER_CONFIG} and adapter_model.* away; otherwise merge it into the model that "
+                "it was trained on"
             )
         if (other := config.get("transformers_weights", found)) not in (None, found):
             raise FistaPrunerError(

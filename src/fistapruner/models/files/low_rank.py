@@ -86,7 +86,7 @@ def write_adapter(folder: Path, layers: Iterable[SafetensorsFile], rank: int, *,
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": None,  # a path would make other bytes of the same run in another folder
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

@@ -7,8 +7,12 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ...constraints import parse_sparsity
 from ...errors import FistaPrunerError
 from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json
+from .safetensors import TensorEntry
 
 MIN_ZEROS = 0.01
 """Least share of zeros of an operator that counts as pruned where no record says so."""
@@ -94,3 +98,25 @@ def recorded_claims(
         else:
             claims[found] = claim
     return claims, faults
+
+
+def stores_inputs_first(claims: Mapping[str, Mapping[str, Any]], entries: Mapping[str, TensorEntry]) -> bool:
+    """Check whether operators are stored as (inputs, outputs), as GPT-2's are, by their recorded shapes."""
+    shapes = [(claim.get("shape"), list(entries[name].shape)) for name, claim in claims.items()]
+    return any(said == stored[::-1] and said != stored for said, stored in shapes)
+
+
+def violation_of(weight: Tensor, zeros: int, claim: Mapping[str, Any]) -> str | None:
+    """Describe how a weight (rows, columns) violates a claim; None if it does not."""
+    try:
+        sparsity = parse_sparsity(claim["sparsity"])
+    except (FistaPrunerError, KeyError) as error:
+        return f"its claim cannot be read: {error}"
+    promised = claim.get("zeros")
+    if type(promised) is int and zeros < promised:
+        return f"has {zeros} zeros, {promised} are claimed"
+    if type(promised) is int and sparsity.zeros_suffice:
+        return None  # the exact count says more than the percentage, which is rounded
+    if weight.ndim != 2 or not sparsity.satisfies(weight):
+        return f"is not {sparsity} ({zeros / max(weight.numel(), 1):.2%} zeros)"
+    return None
