@@ -22,15 +22,12 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..runtime.numerics import exact_products
-from .discovery import Layout, Operator, alike, expert_modules, linear_modules
+from .discovery import Layout, Operator, alike, expert_modules, layer_signature, linear_modules
 from .files.checkpoint import reorder
 from .layerwise import LayerwiseModel
 
 SAME = 1e-8
 """Largest relative squared difference of outputs that are the same; rounding in fp32 makes about 1e-13."""
-
-NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
-"""Attributes of modules that hold the number of their decoder layer."""
 
 LOUDER = 64.0
 """Factor of the channels that are rotated in the search for links, which shows where they are clipped."""
@@ -94,7 +91,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
     known: dict[Any, list[Link]] = {}
     found = []
     for index, layer in enumerate(model.layers):
-        signature = _signature(layer)
+        signature = layer_signature(layer)
         if signature not in known:
             with model.layer(index) as module, torch.no_grad(), exact_products():
                 heads = _head_sizes(model.config.get_text_config())
@@ -120,23 +117,6 @@ def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> d
     """
     changes = link_tensors(model.layers[index], link, order)
     return {model.source(f"{model.layers_name}.{index}.{name}"): change for name, change in changes.items()}
-
-
-def _signature(layer: nn.Module) -> Any:
-    """Describe modules, shapes and plain attributes of a decoder layer, but for its number."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple((key, tuple(value.shape)) for key, value in module._parameters.items() if value is not None),
-            tuple(
-                (key, value)
-                for key, value in vars(module).items()
-                if isinstance(value, (bool, int, float, str)) and key not in NUMBERS
-            ),
-        )
-        for name, module in layer.named_modules()
-    )
 
 
 def _head_sizes(config: Any) -> set[int]:
@@ -226,12 +206,17 @@ def _in_fp32(value: Any) -> Any:
 def _tried_values(layer: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers in fp32, those that are no operators' weights randomly scaled.
 
-    So a link depends on what is computed, and not on values near one or zero.
+    So a link depends on what is computed, and not on values near one or zero. Experts, which would take several times
+    the memory of the rest, are zero: they are in no link with what is outside of them.
     """
     generator = torch.Generator().manual_seed(0)
     weights = {f"{name}.weight" for name, _ in linear_modules(layer)}
+    experts = tuple(name + "." for name in expert_modules(layer))
     values = {name: _in_fp32(buffer) for name, buffer in layer.named_buffers()}
     for name, parameter in layer.named_parameters():
+        if name.startswith(experts):
+            values[name] = torch.zeros((), device=parameter.device).expand(parameter.shape)
+            continue
         values[name] = value = _in_fp32(parameter)
         if name not in weights and value.is_floating_point():
             factor = 0.5 + torch.rand(value.shape, generator=generator).to(value.device)

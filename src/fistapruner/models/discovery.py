@@ -86,6 +86,9 @@ class OutputProjection:
     others: int | None
 
 
+NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
+"""Attributes of modules that hold the number of their decoder layer."""
+
 ALIKE = 1e-3
 """Largest relative squared difference of outputs that differ in the order of summation only."""
 
@@ -205,16 +208,20 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
     ]
 
 
-def noted_numbers(layer: nn.Module) -> tuple[tuple[str, str, int], ...]:
-    """Return the whole numbers that the modules of a decoder layer note, less the layer's own.
-
-    Layers with the same parameters may differ in them, such as in how many experts a token goes to.
-    """
+def layer_signature(layer: nn.Module) -> Any:
+    """Describe modules, shapes and plain attributes of a decoder layer, but for its number."""
     return tuple(
-        (name, key, value)
+        (
+            name,
+            type(module),
+            tuple((key, tuple(value.shape)) for key, value in module._parameters.items() if value is not None),
+            tuple(
+                (key, value)
+                for key, value in vars(module).items()
+                if isinstance(value, (bool, int, float, str)) and key not in NUMBERS
+            ),
+        )
         for name, module in layer.named_modules()
-        for key, value in vars(module).items()
-        if type(value) is int and key not in ("layer_idx", "layer_id")
     )
 
 

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from ..activations.routed import RoutedTokens
 from ..errors import FistaPrunerError, one_line
 from ..models.architecture import build_changed, find_decoder_layers
-from ..models.discovery import Layout, alike, expert_modules, noted_numbers
+from ..models.discovery import Layout, alike, expert_modules, layer_signature
 from ..models.experts import Experts
 from ..models.files.writer import merge_patch
 from ..models.layerwise import LayerwiseModel, assign, buffers_to, hidden_of
@@ -382,7 +382,7 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any, most: int) -
     buffers_to(smaller, hidden.device)
     known = set()
     for index, layer_units in enumerate(units):
-        signature = _signature(model.layers[index])
+        signature = layer_signature(model.layers[index])
         if not layer_units or signature in known:
             continue
         known.add(signature)
@@ -425,13 +425,13 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any, most: int) -
 def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
     """Return how many experts the router of every mixture chooses for a token, by the mixture's name.
 
-    Decoder layers with the same parameters and numbers are run once.
+    Decoder layers that differ in their number and weights only are run once.
     """
     hidden, calls = model.probe()
     found: dict[str, int] = {}
     known: dict[Any, dict[str, int]] = {}
     for index, layer in enumerate(model.layers):
-        signature = _signature(layer)
+        signature = layer_signature(layer)
         if signature not in known:
             seen: dict[str, int] = {}
 
@@ -448,11 +448,6 @@ def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
             known[signature] = seen
         found |= {f"{model.layers_name}.{index}.{name}": count for name, count in known[signature].items()}
     return found
-
-
-def _signature(layer: nn.Module) -> Any:
-    """Return what layers that compute alike share: shapes of parameters, numbers of modules."""
-    return tuple((name, tuple(tensor.shape)) for name, tensor in layer.named_parameters()), noted_numbers(layer)
 
 
 def _noting(seen: dict[str, int], name: str) -> Any:
