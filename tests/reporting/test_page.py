@@ -27,8 +27,8 @@ from fistapruner.reporting.compare_page import (
     short_labels,
 )
 from fistapruner.reporting.comparison import comparison_table
-from fistapruner.reporting.drawing import HEAT_LEVELS, draw
-from fistapruner.reporting.figures import layer_figures
+from fistapruner.reporting.drawing import HALF, HEAT_LEVELS, NARROW, draw
+from fistapruner.reporting.figures import layer_errors, layer_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.structure_text import structure_table
@@ -351,6 +351,29 @@ def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     text = run_page(samples.report(2))
     assert "<svg" not in text
     assert 'id="figure-layer-errors"' in text
+
+
+def test_a_run_that_sets_no_zeros_has_no_figure_of_them() -> None:
+    report = samples.report(2)
+    assert "layer-sparsity" in layer_figures(report)
+    report.recipe = {**report.recipe, "structure": {"remove": "25%"}, "sparsity": "0%"}
+    assert "layer-sparsity" not in layer_figures(report)
+
+
+@pytest.mark.parametrize("width", [NARROW, HALF])
+def test_the_legend_of_the_errors_is_above_the_data(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    plots: list[Any] = []
+    monkeypatch.setattr("fistapruner.reporting.figures.draw", lambda key, title, plot, **_: plots.append(plot))
+    layer_errors(samples.report().layers)
+    figure = Figure(figsize=(width / 72, 300 / 72), dpi=72, layout="constrained")
+    plots[0](figure, width)
+    figure.draw_without_rendering()
+    (legend,), (axes,) = figure.legends, figure.axes
+    box = legend.get_window_extent()
+    assert box.y0 >= axes.get_window_extent().y1
+    assert 0 <= box.x0 < box.x1 <= width
 
 
 def test_a_solver_s_records_may_be_anything() -> None:
