@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from html import unescape
 from pathlib import Path
@@ -29,6 +30,7 @@ from fistapruner.reporting.compare_page import (
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.drawing import HALF, HEAT_LEVELS, NARROW, draw
 from fistapruner.reporting.figures import layer_errors, layer_figures
+from fistapruner.reporting.figures_quality import quality_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.structure_text import structure_table
@@ -353,6 +355,20 @@ def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'id="figure-layer-errors"' in text
 
 
+def test_evaluations_on_one_text_are_told_apart_in_figures() -> None:
+    report = samples.report(2)
+    first = report.evaluations[0]
+    alone = quality_figures(report)
+    assert first.perplexity is not None
+    report.evaluations.append(replace(first, perplexity=replace(first.perplexity, windows=7, seqlen=32)))
+    for key in ("perplexity", "divergence"):
+        drawing = quality_figures(report)[key]
+        for where in (drawing.wide, drawing.narrow, drawing.description):
+            assert "wikitext2, 60 x 1024" in where
+            assert "wikitext2, 7 x 32" in where
+        assert " x 1024" not in alone[key].wide
+
+
 def test_a_run_that_sets_no_zeros_has_no_figure_of_them() -> None:
     report = samples.report(2)
     assert "layer-sparsity" in layer_figures(report)
@@ -540,9 +556,13 @@ def test_names_in_figures_may_have_any_signs() -> None:
 
 
 def test_labels_in_figures_are_short_and_different() -> None:
-    methods = ("wanda@propagate=pruned", "alps", "alps@propagate=pruned,dense_target=pruned")
+    recovered = ("proximal@recover=500k", "proximal", "proximal@propagate=pruned,recover.steps=9")
+    methods = ("wanda@propagate=pruned", "alps", "alps@propagate=pruned,dense_target=pruned", *recovered)
     found = [Point(method, "50%", 1, 0.5, 0.0, 10.0) for method in methods]
-    assert list(short_labels(found).values()) == ["wanda", "alps (1)", "alps (2)"]
+    assert list(short_labels(found).values()) == [
+        *("wanda", "alps (1)", "alps (2)"),
+        *("proximal+recover (1)", "proximal", "proximal+recover (2)"),
+    ]
 
 
 def test_write_page_chooses_by_what_is_there(tmp_path: Path) -> None:
