@@ -355,6 +355,21 @@ def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'id="figure-layer-errors"' in text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "split", "said"),
+    [
+        (76.0, {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0}, "76 s (solve 34, other 27, gram 15)"),
+        (76.0, {"solve": 75.8, "io": 0.2}, "76 s (solve 76)"),
+        (50.0, {"solve": 75.8, "io": 0.2}, "50 s (solve 76)"),  # of several workers
+        (0.4, {"solve": 0.2, "io": 0.2}, "0 s\n"),
+    ],
+)
+def test_the_time_of_a_summary_leaves_out_what_is_nothing(seconds: float, split: dict[str, float], said: str) -> None:
+    report = samples.report(2)
+    report.totals.seconds, report.totals.time_split = seconds, split
+    assert said in summary(report, "runs/first")
+
+
 def test_evaluations_on_one_text_are_told_apart_in_figures() -> None:
     report = samples.report(2)
     first = report.evaluations[0]
