@@ -142,7 +142,10 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
 
 
 def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]) -> str:
-    """Name the setting nearest to one that is unknown, or all that its section has; nothing where that is not known."""
+    """Name the setting nearest to one that is unknown, or all that its section has.
+
+    Empty where the section is not known.
+    """
     for part in place[:-1]:
         field = None if settings is None else settings.model_fields.get(str(part))
         kind = None if field is None else field.annotation

@@ -19,6 +19,7 @@ import samples
 
 from fistapruner import reporting
 from fistapruner.reporting import compare_page
+from fistapruner.reporting.alignment_text import preference_sentence
 from fistapruner.reporting.compare_page import (
     Point,
     comparison_page,
@@ -40,7 +41,7 @@ from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import Comparison
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
-from fistapruner.runs.training_records import Recovery
+from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import METHODS
 
@@ -353,6 +354,21 @@ def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     text = run_page(samples.report(2))
     assert "<svg" not in text
     assert 'id="figure-layer-errors"' in text
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (1, "of 1 test pair, before alignment in 40.0 %; fewer than 20 pairs say little."),
+        (19, "of 19 test pairs, before alignment in 40.0 %; fewer than 20 pairs say little."),
+        (20, "of 20 test pairs, before alignment in 40.0 %."),
+    ],
+)
+def test_few_test_pairs_are_said_to_say_little(pairs: int, said: str) -> None:
+    report, shares = samples.recovery(), {"pruned": 0.4, "aligned": 0.6}
+    test = {name: PreferenceFigures(accuracy=share, accuracy_error=0.1, normalised=0) for name, share in shares.items()}
+    report.alignment = Alignment(test_pairs=pairs, test=test)
+    assert preference_sentence(report).endswith(said)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def _extra(point: Point, found: Sequence[Point]) -> float:
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
-    """Shorten labels to fit into figures: without the settings after ``@``, but for whether it was recovered.
+    """Shorten labels to fit into figures: of the settings after ``@`` only ``+recover`` stays.
 
     Methods that this makes alike are numbered.
     """

@@ -15,7 +15,7 @@ OVER_WINDOWS = "Lines are one standard error over windows."
 
 
 def _text_labels(report: Report) -> list[str]:
-    """Name the text of every evaluation, with windows and their length where another one is on the same text."""
+    """Name the text of every evaluation; with windows and their length where several have it."""
     texts = [evaluation.perplexity for evaluation in report.evaluations]
     data = [text.data for text in texts if text is not None]
     return [

@@ -247,7 +247,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 
 def _preference_tile(found: Alignment) -> list[tuple[str, str, str]]:
     before, after = found.test["pruned"], found.test["aligned"]
-    note = f"{percent(before.accuracy)} before; {count(found.test_pairs)} test pairs"
+    note = f"{percent(before.accuracy)} before; {counted(found.test_pairs, 'test pair')}"
     return [("Preference accuracy", percent(after.accuracy), note)]
 
 
