@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -113,15 +115,20 @@ def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -
     return value
 
 
-def explain(error: Exception) -> str:
-    """One line for a validation error: which setting, what is wrong with it, what it was."""
+def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
+    """Describe a validation error in one line: which setting, what is wrong with it, what it was.
+
+    Args:
+        error: of pydantic, or any other.
+        settings: what was validated; lets an unknown setting be answered with the nearest name, or with all.
+    """
     if not isinstance(error, ValidationError):
         return str(error)
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            parts.append(f"unknown setting {where!r}")
+            parts.append(f"unknown setting {where!r}{_known_settings(settings, item['loc'])}")
         else:
             value = item.get("input")
             shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool, type(None))) else ""
@@ -132,6 +139,22 @@ def explain(error: Exception) -> str:
                 message = "a mapping of settings is expected"
             parts.append(f"{where}: {message}{shown}" if where else message)
     return "; ".join(parts)
+
+
+def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]) -> str:
+    """Name the setting nearest to one that is unknown, or all that its section has.
+
+    Empty where the section is not known.
+    """
+    for part in place[:-1]:
+        field = None if settings is None else settings.model_fields.get(str(part))
+        kind = None if field is None else field.annotation
+        sections = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+        settings = sections[0] if sections else None
+    if settings is None:
+        return ""
+    near = get_close_matches(str(place[-1]), settings.model_fields, n=1)
+    return f": did you mean {near[0]!r}?" if near else f": one of {', '.join(settings.model_fields)} is expected"
 
 
 def one_line(error: Exception, most: int = 200) -> str:

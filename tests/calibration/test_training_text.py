@@ -157,6 +157,15 @@ def test_a_text_without_a_window_on_either_side_is_refused(tmp_path: Path, docum
         training_text(data, letters_tokenizer(), 40)
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_short_text_says_that_repeated_passages_count_once(tmp_path: Path, repeated: bool) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("ab\n" * 500 if repeated else LETTERS)
+    with pytest.raises(FistaPrunerError) as refused:
+        training_text(TrainingData(source=str(text), tokens=10**4), letters_tokenizer(), 400)
+    assert ("what is repeated counts once" in str(refused.value)) == repeated
+
+
 @pytest.mark.parametrize("lengths", [[2000], [100], [90], [130], [1000, 3], [120, 3, 3, 3, 3], [3] * 4 + [95]])
 @pytest.mark.parametrize("seed", range(4))
 def test_one_long_document_fills_both_sides(tmp_path: Path, lengths: list[int], seed: int) -> None:

@@ -430,3 +430,16 @@ def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pyte
     command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
     assert main([*command, *SETTINGS]) == 2
     assert "--only-layers '' is not a range of decoder layers such as 0-9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("methods", "named"), [("methods: wanda", True), ("method: wanda", False)])
+def test_a_fault_of_a_recipe_file_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], methods: str, named: bool
+) -> None:
+    """That of a flag does not."""
+    (tmp_path / "mine.yaml").write_text(methods)
+    words = ["prune", "model", "--out", str(tmp_path / "run"), "--recipe", str(tmp_path / "mine.yaml")]
+    assert main([*words, "--sparsity", "5:4"]) == 2
+    said = capsys.readouterr().err
+    assert ("mine.yaml: unknown setting 'methods': did you mean 'method'?" in said) == named
+    assert ("recipe: sparsity: " in said) != named

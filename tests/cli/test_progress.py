@@ -38,7 +38,7 @@ def test_every_long_pass_is_told(tmp_path: Path) -> None:
         "decoder layers, forwards",
         "decoder layers, backwards",
         "decoder layers of dense",
-        "decoder layers of model",
+        "decoder layers of run",  # RUN/model has the run's name
     ):
         assert [(done, total) for name, done, total in told if name == what] == [
             (done, layers) for done in range(1, layers + 1)

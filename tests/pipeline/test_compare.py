@@ -38,10 +38,11 @@ class Counts(Listener):
     """
 
     def __init__(self, stop: str | None = None) -> None:
-        self.stop, self.measured, self.dense = stop, 0, 0
+        self.stop, self.measured, self.dense, self.reports = stop, 0, 0, 0
 
     def say(self, message: str) -> None:
         self.measured += message.startswith("evaluating on")
+        self.reports += message.startswith("report: ")
         if self.stop and message.startswith(self.stop):
             raise KeyboardInterrupt
 
@@ -580,6 +581,7 @@ def test_all_rows_are_of_the_commit_that_the_first_one_was_of(tmp_path: Path, mo
     counts = Counts()
     both = compare("someone/model", "magnitude,wanda", ["50%"], tmp_path / "out", listener=counts, **shared)
     assert (both.dense, both.rows[0], counts.measured) == (first.dense, first.rows[0], 1)
+    assert counts.reports <= 1  # of the new row; none without matplotlib
     folders = [json.loads(file.read_text())["decision"]["folder"] for file in (tmp_path / "out").rglob("run.json")]
     assert folders == [str(tmp_path / "seed_0")] * 2
 

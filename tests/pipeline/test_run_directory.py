@@ -262,7 +262,7 @@ def test_what_is_damaged_is_said_where_layers_are_gone_too(run: Path, capsys: py
     assert main(["finish", str(run)]) == 2
     said = capsys.readouterr().err
     assert "bytes instead of" in said
-    assert f"decoder layers 1 are not pruned yet: 'fistapruner resume {run}' prunes them here" in said
+    assert f"decoder layer 1 is not pruned yet: 'fistapruner resume {run}' prunes it here" in said
     assert main(["resume", str(run)]) == 0  # the dense model is there: the layer is pruned again, to the same bits
     assert weights(run) == before
 

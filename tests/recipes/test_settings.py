@@ -354,6 +354,21 @@ def test_wrong_settings_of_a_recipe_are_one_line() -> None:
     assert Recipe(sparsity="2:4") == Recipe.model_validate({"sparsity": "2:4"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": "wanda"}, r"unknown setting 'methods': did you mean 'method'\?$"),
+        ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
+        ({"recover": {"data": {"xyz": 4}}}, r"recover: unknown setting 'data\.xyz': one of source, "),
+        ({"calibration": {"xyz": 4}}, r"unknown setting 'calibration\.xyz': one of .*samples, .* is expected$"),
+        ({"method": {"fista": {"iteration": 4}}}, r"unknown setting 'iteration': did you mean 'iterations'\?"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest_or_all(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        Recipe.build(settings)
+
+
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
     flap = {"structure": {"method": "flap"}}
     for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from html import unescape
 from pathlib import Path
@@ -18,6 +19,7 @@ import samples
 
 from fistapruner import reporting
 from fistapruner.reporting import compare_page
+from fistapruner.reporting.alignment_text import preference_sentence
 from fistapruner.reporting.compare_page import (
     Point,
     comparison_page,
@@ -27,8 +29,9 @@ from fistapruner.reporting.compare_page import (
     short_labels,
 )
 from fistapruner.reporting.comparison import comparison_table
-from fistapruner.reporting.drawing import HEAT_LEVELS, draw
-from fistapruner.reporting.figures import layer_figures
+from fistapruner.reporting.drawing import HALF, HEAT_LEVELS, NARROW, draw
+from fistapruner.reporting.figures import layer_errors, layer_figures
+from fistapruner.reporting.figures_quality import quality_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.structure_text import structure_table
@@ -38,7 +41,7 @@ from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import Comparison
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
-from fistapruner.runs.training_records import Recovery
+from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import METHODS
 
@@ -353,6 +356,73 @@ def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'id="figure-layer-errors"' in text
 
 
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (1, "of 1 test pair, before alignment in 40.0 %; fewer than 20 pairs say little."),
+        (19, "of 19 test pairs, before alignment in 40.0 %; fewer than 20 pairs say little."),
+        (20, "of 20 test pairs, before alignment in 40.0 %."),
+    ],
+)
+def test_few_test_pairs_are_said_to_say_little(pairs: int, said: str) -> None:
+    report, shares = samples.recovery(), {"pruned": 0.4, "aligned": 0.6}
+    test = {name: PreferenceFigures(accuracy=share, accuracy_error=0.1, normalised=0) for name, share in shares.items()}
+    report.alignment = Alignment(test_pairs=pairs, test=test)
+    assert preference_sentence(report).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "split", "said"),
+    [
+        (76.0, {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0}, "76 s (solve 34, other 27, gram 15)"),
+        (76.0, {"solve": 75.8, "io": 0.2}, "76 s (solve 76)"),
+        (50.0, {"solve": 75.8, "io": 0.2}, "50 s (solve 76)"),  # of several workers
+        (0.4, {"solve": 0.2, "io": 0.2}, "0 s\n"),
+    ],
+)
+def test_the_time_of_a_summary_leaves_out_what_is_nothing(seconds: float, split: dict[str, float], said: str) -> None:
+    report = samples.report(2)
+    report.totals.seconds, report.totals.time_split = seconds, split
+    assert said in summary(report, "runs/first")
+
+
+def test_evaluations_on_one_text_are_told_apart_in_figures() -> None:
+    report = samples.report(2)
+    first = report.evaluations[0]
+    alone = quality_figures(report)
+    assert first.perplexity is not None
+    report.evaluations.append(replace(first, perplexity=replace(first.perplexity, windows=7, seqlen=32)))
+    for key in ("perplexity", "divergence"):
+        drawing = quality_figures(report)[key]
+        for where in (drawing.wide, drawing.narrow, drawing.description):
+            assert "wikitext2, 60 x 1024" in where
+            assert "wikitext2, 7 x 32" in where
+        assert " x 1024" not in alone[key].wide
+
+
+def test_a_run_that_sets_no_zeros_has_no_figure_of_them() -> None:
+    report = samples.report(2)
+    assert "layer-sparsity" in layer_figures(report)
+    report.recipe = {**report.recipe, "structure": {"remove": "25%"}, "sparsity": "0%"}
+    assert "layer-sparsity" not in layer_figures(report)
+
+
+@pytest.mark.parametrize("width", [NARROW, HALF])
+def test_the_legend_of_the_errors_is_above_the_data(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    plots: list[Any] = []
+    monkeypatch.setattr("fistapruner.reporting.figures.draw", lambda key, title, plot, **_: plots.append(plot))
+    layer_errors(samples.report().layers)
+    figure = Figure(figsize=(width / 72, 300 / 72), dpi=72, layout="constrained")
+    plots[0](figure, width)
+    figure.draw_without_rendering()
+    (legend,), (axes,) = figure.legends, figure.axes
+    box = legend.get_window_extent()
+    assert box.y0 >= axes.get_window_extent().y1
+    assert 0 <= box.x0 < box.x1 <= width
+
+
 def test_a_solver_s_records_may_be_anything() -> None:
     report = samples.report(2)
     odd: list[Any] = [
@@ -517,9 +587,13 @@ def test_names_in_figures_may_have_any_signs() -> None:
 
 
 def test_labels_in_figures_are_short_and_different() -> None:
-    methods = ("wanda@propagate=pruned", "alps", "alps@propagate=pruned,dense_target=pruned")
+    recovered = ("proximal@recover=500k", "proximal", "proximal@propagate=pruned,recover.steps=9")
+    methods = ("wanda@propagate=pruned", "alps", "alps@propagate=pruned,dense_target=pruned", *recovered)
     found = [Point(method, "50%", 1, 0.5, 0.0, 10.0) for method in methods]
-    assert list(short_labels(found).values()) == ["wanda", "alps (1)", "alps (2)"]
+    assert list(short_labels(found).values()) == [
+        *("wanda", "alps (1)", "alps (2)"),
+        *("proximal+recover (1)", "proximal", "proximal+recover (2)"),
+    ]
 
 
 def test_write_page_chooses_by_what_is_there(tmp_path: Path) -> None:

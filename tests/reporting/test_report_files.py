@@ -201,10 +201,11 @@ def test_status_of_a_pruning_run_shows_its_recovery(tmp_path: Path, capsys: pyte
     assert (facts["status"], facts["working"], facts["recovery"]["status"]) == ("finished", True, "running")
 
 
-def test_status_of_a_run_in_parts_names_the_command_that_joins_them(
+def test_status_of_a_run_in_parts_names_missing_layers_or_the_command_that_joins_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for done, message in ((11, "give the same command again"), (12, "fistapruner finish RUN")):
+    messages = {10: "layers 10, 11 are missing: prune them", 11: "layer 11 is missing: prune it", 12: "finish RUN"}
+    for done, message in messages.items():
         run = unfinished(tmp_path / str(done), done)
         (run / "times.0-11.json").write_text("[1.0]")
         assert main(["status", str(run)]) == 0

@@ -74,7 +74,20 @@ def test_sentence_tells_wins_losses_and_doubt():
         doubtful = sentence({"dense float32": speed("dense float32", 10, 3), "packed": speed("packed", rate, 3)})
         assert verdict in doubtful
         assert "within the spread" in doubtful
+    for rate in (10.04, 9.96):
+        assert "decodes as fast as the fastest dense one" in sentence(
+            {"dense float32": speed("dense float32", 10), "packed": speed("packed", rate)}
+        )
+    once = sentence(
+        {name: replace(speed(name, rate), runs=1) for name, rate in (("dense float32", 10), ("packed", 20))}
+    )
+    assert "2.00 times faster than the fastest dense one (dense float32), in one run, whose spread is not known" in once
     assert Run(1.0, 2.0).tokens_per_second == 2.0
+
+
+def test_one_run_and_one_thread_are_singular():
+    assert "1 interleaved run, 1 thread, kernel" in table([replace(speed("packed", 10), runs=1, threads=1)])
+    assert "3 interleaved runs, 2 threads, kernel" in table([speed("packed", 10)])
 
 
 def test_ranges_are_printed_from_the_slowest_run_to_the_fastest():
@@ -87,7 +100,7 @@ def test_sentence_compares_the_smaller_model_with_the_dense_one():
     forms = {"dense float32": speed("dense float32", 10), "smaller float32": speed("smaller float32", 15)}
     said = sentence(forms)
     assert "fastest form of the smaller model (smaller float32) decodes 1.50 times faster" in said
-    assert "reads a prompt of 4 tokens 1.00 times" in said
+    assert "reads a prompt of 4 tokens as fast as the dense one." in said
     both = sentence({**forms, "packed": speed("packed", 20)})
     assert "packed form (packed) decodes 2.00 times faster than the fastest dense one (dense float32)" in both
     assert "nothing to compare with" in sentence({"smaller float32": speed("smaller float32", 15)})

@@ -423,7 +423,7 @@ def _too_short(source: _Source, whole: Packed, data: TrainingData, seqlen: int) 
     else:
         there = f"its {whole.tokens} tokens cannot be split into one window of {seqlen} to train on and one to validate"
         there += " on, without what other tasks hold out" if len(data.tasks) > 1 else " on"
-    if not whole.too_long and len(set(source.read)) < len(source.read):
+    if not whole.too_long and any(len(set(texts)) < len(texts) for texts in (source.read, source.documents)):
         there += " (what is repeated counts once)"
     remedy = "a larger --seqlen" if whole.too_long else "a smaller --seqlen"
     return FistaPrunerError(

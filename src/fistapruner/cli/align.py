@@ -25,8 +25,8 @@ from .arguments import (
     add_output_arguments,
     add_training_arguments,
     add_trust_arguments,
+    read_recipe,
     read_seeds,
-    recipe_settings,
     run_options,
 )
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.align_compare import align_compare
     from .prune import show
 
-    recipe = AlignRecipe.build(recipe_settings(arguments, AlignRecipe))
+    recipe = read_recipe(arguments, AlignRecipe)
     common: dict[str, Any] = {
         "recipe": recipe,
         "dense": arguments.dense,

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -25,6 +25,8 @@ from ..recipes.training_settings import TrainingRecipe
 
 if TYPE_CHECKING:
     from ..runs.listener import Listener
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 FLAGS = {
     "calibration.source": "--calibration",
@@ -291,7 +293,7 @@ def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Rec
         if len(files) > 1:
             raise FistaPrunerError(f"--data {' --data '.join(files)}: alignment takes one file of pairs")
         given["data.pairs"] = files[0]
-    name = getattr(arguments, "quality", None) if arguments.recipe is None else arguments.recipe
+    name = _recipe_name(arguments)
     base = {} if name is None else load_recipe_settings(name, recipe.verb)
     changes: dict[str, Any] = {}
     for path, value in given.items():
@@ -300,6 +302,25 @@ def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Rec
     if (texts := TEXTS.get(recipe)) is not None:
         changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
     return merge(base, _given(changes))
+
+
+def read_recipe(arguments: argparse.Namespace, recipe: type[AnyRecipe]) -> AnyRecipe:
+    """Build the recipe of the arguments.
+
+    Raises:
+        FistaPrunerError: as :func:`recipe_settings`, or wrong settings; those that the recipe file has itself are named
+            as its own.
+    """
+    try:
+        return recipe.build(recipe_settings(arguments, recipe))
+    except FistaPrunerError:
+        recipe.of(_recipe_name(arguments))
+        raise
+
+
+def _recipe_name(arguments: argparse.Namespace) -> str | None:
+    """Return what ``--recipe`` or ``--quality`` names."""
+    return getattr(arguments, "quality", None) if arguments.recipe is None else arguments.recipe
 
 
 def _given(changes: dict[str, Any]) -> dict[str, Any]:

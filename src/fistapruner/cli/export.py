@@ -18,8 +18,8 @@ SUMMARY = "write a model as a GGUF file for llama.cpp"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="run directory, or folder of a Hugging Face model")
-    parser.add_argument("out", help="the .gguf file to write")
+    parser.add_argument("model", metavar="MODEL", help="run directory, or folder of a Hugging Face model")
+    parser.add_argument("out", metavar="OUT", help="the .gguf file to write")
     parser.add_argument("--like", metavar="FILE", help="GGUF file of the dense model (default: what it was made from)")
     parser.add_argument(
         "--values",

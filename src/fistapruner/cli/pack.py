@@ -3,6 +3,9 @@
 Every pruned operator is stored as a bit mask (n:m patterns as a shorter index) and its kept values; the rest as it is.
 The result loads in transformers after 'import fistapruner', and 'fistapruner unpack' brings the dense checkpoint back,
 bit for bit unless values were rounded (--values bf16 of wider weights, --values int8).
+
+  fistapruner pack runs/first/model packed
+  fistapruner pack runs/first/model packed-int8 --values int8
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ SUMMARY = "write a pruned checkpoint without its zeros"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder of a pruned Hugging Face model")
-    parser.add_argument("out", help="folder to make")
+    parser.add_argument("checkpoint", metavar="MODEL", help="folder of a pruned Hugging Face model")
+    parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument(
         "--values",
         choices=["same", "bf16", "int8"],

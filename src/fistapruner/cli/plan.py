@@ -25,7 +25,7 @@ from .arguments import (
     add_recipe_arguments,
     add_training_beside,
     add_trust_arguments,
-    recipe_settings,
+    read_recipe,
     refuse_other_flags,
     trust,
 )
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dense is not None:
         raise FistaPrunerError("--dense: the dense model of a run that trains, planned with --recover or --align")
     refuse_other_flags(arguments, Recipe, TRAINING)
-    recipe = Recipe.build(recipe_settings(arguments))
+    recipe = read_recipe(arguments, Recipe)
     plan = plan_model(arguments.model, recipe, arguments.out, **trust(arguments))
     if arguments.json:
         rows = [row.model_dump(mode="json", exclude={"actual"}) for row in plan.rows]
@@ -99,11 +99,11 @@ def _training(arguments: argparse.Namespace) -> int:
     common = {"dense": arguments.dense, **trust(arguments)}
     recipe = RecoverRecipe if arguments.recover else AlignRecipe
     refuse_other_flags(arguments, recipe, {Recipe: pruning, **TRAINING})
-    settings = recipe_settings(arguments, recipe)
+    model, out = arguments.model, arguments.out
     if arguments.recover:
-        chosen, forms = plan_recovery_of(arguments.model, RecoverRecipe.build(settings), arguments.out, **common)
+        chosen, forms = plan_recovery_of(model, read_recipe(arguments, RecoverRecipe), out, **common)
     else:
-        chosen, forms = plan_alignment_of(arguments.model, AlignRecipe.build(settings), arguments.out, **common)
+        chosen, forms = plan_alignment_of(model, read_recipe(arguments, AlignRecipe), out, **common)
     says = chosen.says if chosen.fits else [str(chosen.refusal)]
     if arguments.json:
         print(json.dumps({"says": says, "chosen": chosen.to_json(), "forms": [form.to_json() for form in forms]}))

@@ -24,7 +24,7 @@ from rich.progress import (
 from ..errors import printable
 from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
-from ..runtime.formatting import duration
+from ..runtime.formatting import counted, duration
 from ..runtime.launcher import leads
 from . import Styled
 
@@ -152,7 +152,7 @@ class PlainListener(_WorkListener):
         self._pruned += 1
         self._left -= 1
         left = (self._clock() - self._begin) / self._pruned * self._left
-        to_go = f"; {self._left} layer{'s' * (self._left > 1)} and about {duration(left)} left" if self._left else ""
+        to_go = f"; {counted(self._left, 'layer')} and about {duration(left)} left" if self._left else ""
         self.say(describe_layer(entry) + to_go)
         if self._left:
             self.work(f"layer {entry.index + 1}")

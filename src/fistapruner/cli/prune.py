@@ -26,7 +26,7 @@ from .arguments import (
     add_output_arguments,
     add_recipe_arguments,
     add_trust_arguments,
-    recipe_settings,
+    read_recipe,
     run_options,
 )
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.prune import prune
     from ..recipes.settings import Recipe
 
-    recipe = Recipe.build(recipe_settings(arguments))
+    recipe = read_recipe(arguments, Recipe)
     report = prune(
         arguments.model,
         arguments.out,

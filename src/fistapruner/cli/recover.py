@@ -30,6 +30,7 @@ from .arguments import (
     add_training_arguments,
     add_trust_arguments,
     given_flags,
+    read_recipe,
     recipe_settings,
     run_options,
     this_command,
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = recover(
         arguments.model,
         arguments.out,
-        recipe=RecoverRecipe.build(recipe_settings(arguments, RecoverRecipe)),
+        recipe=read_recipe(arguments, RecoverRecipe),
         dense=arguments.dense,
         **run_options(arguments, listener),
     )

@@ -1,8 +1,8 @@
 """Continue an interrupted run.
 
-Model, recipe and evaluation are read from the run directory. Finished layers are kept, and the checkpoint is bit for
-bit that of a run without interruption. The prune command, given again, does the same. --allow-pickle and
---trust-remote-code hold for one command and must be given again.
+Model, recipe and evaluation are read from the run directory. Finished layers or steps are kept, and the checkpoint is
+bit for bit that of a run without interruption. The command that began the run (prune, recover or align), given again,
+does the same. --allow-pickle and --trust-remote-code hold for one command and must be given again.
 
   fistapruner resume runs/first
 """

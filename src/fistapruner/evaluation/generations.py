@@ -52,7 +52,7 @@ def generate_side_by_side(
         return []
     texts = {}
     for number, (name, folder) in enumerate(models.items()):
-        tick("models that continue some prompts", number, len(models))
+        tick("models that have continued the sample prompts", number, len(models))
         texts[name] = _continue(folder, device, prompts, tokens, trust_remote_code)
     return [
         Generation.model_validate({"prompt": prompt, **{name: found[place] for name, found in texts.items()}})

@@ -22,6 +22,7 @@ from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel, Tick
+from ..runs.records import is_run
 from ..runtime.formatting import size
 from ..runtime.memory import free_memory, release_failed_memory, resident_memory
 from ..runtime.numerics import BUDGETS, slices, windows_at_once
@@ -224,7 +225,9 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: T
     Raises:
         FistaPrunerError: memory runs out with one window at a time.
     """
-    what = f"decoder layers of {model.checkpoint.folder.name}"
+    folder = model.checkpoint.folder
+    of = folder.parent if folder.name == "model" and is_run(folder.parent) else folder
+    what = f"decoder layers of {of.name}"
     store = scratch_factory(None, model.dtype)
     while True:
         try:

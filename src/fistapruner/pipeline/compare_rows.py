@@ -158,7 +158,7 @@ class Shared:
                 run.model, self.source.folder, lambda sentence: add_warning(report, sentence, self.listener)
             )
             report.evaluations.append(found)
-            publish(run, report, self.listener)
+            publish(run, report, Listener())  # pruning has named the report already
         return report
 
 

@@ -26,7 +26,7 @@ from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals
 from ..runs.times import Times
-from ..runtime.formatting import shell_line
+from ..runtime.formatting import listed, shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_device_memory, peak_memory
 from ..structured.experts import EXPERTS, chosen_experts
@@ -84,11 +84,11 @@ def finish(
 def _finished_layers(context: RunContext) -> list[LayerEntry]:
     journal = context.run.journal
     entries = [journal.finished(index, context.fingerprint) for index in range(len(context.model))]
-    if missing := [str(index) for index, entry in enumerate(entries) if entry is None]:
+    if missing := [index for index, entry in enumerate(entries) if entry is None]:
+        layers = f"{listed('decoder layer', missing)} {'is' if len(missing) == 1 else 'are'}"
         raise FistaPrunerError(
-            f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet: "
-            f"'{shell_line('resume', context.run.folder)}' prunes them here, the prune command with --only-layers "
-            "elsewhere"
+            f"{context.run.folder}: {layers} not pruned yet: '{shell_line('resume', context.run.folder)}' prunes "
+            f"{'it' if len(missing) == 1 else 'them'} here, the prune command with --only-layers elsewhere"
         )
     return [entry for entry in entries if entry is not None]
 

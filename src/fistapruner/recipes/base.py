@@ -95,7 +95,7 @@ class RunRecipe(Settings):
             try:
                 super().__init__(**settings)
             except ValidationError as error:
-                raise FistaPrunerError(f"{type(self).__name__}: {explain(error)}") from None
+                raise FistaPrunerError(f"{type(self).__name__}: {explain(error, type(self))}") from None
 
         __init__.__pydantic_base_init__ = True  # as pydantic marks its own: model_validate does not call it
 
@@ -158,4 +158,4 @@ class RunRecipe(Settings):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            raise FistaPrunerError(f"{origin}: {explain(error)}") from None
+            raise FistaPrunerError(f"{origin}: {explain(error, cls)}") from None

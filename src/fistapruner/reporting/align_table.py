@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from ..runs.comparison_records import AlignComparison, AlignRow
 from ..runs.results import Evaluation
 from ..runs.training_records import PreferenceFigures
-from ..runtime.formatting import p_value, with_error
+from ..runtime.formatting import counted, p_value, with_error
 from .alignment_text import accuracy_text, by_token_text
 
 HEAD = (
@@ -49,8 +49,8 @@ def align_table(found: AlignComparison) -> str:
     if first is not None:
         seeds = len({row.seed for row in found.rows})
         lines.append(
-            f"{first.pairs} pairs to train on, {first.held_out_pairs} held out, {first.test_pairs} test pairs; "
-            f"{seeds} {'seed' if seeds == 1 else 'seeds'}."
+            f"{counted(first.pairs, 'pair')} to train on, {first.held_out_pairs} held out, "
+            f"{counted(first.test_pairs, 'test pair')}; {counted(seeds, 'seed')}."
         )
     lines.append(
         "± is one standard error over test pairs or windows; of several seeds a row has the mean, and in brackets the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..runs.records import Report
 from ..runs.training_records import PreferenceFigures
-from ..runtime.formatting import count, p_value, percent, percent_with_error, significant, with_error
+from ..runtime.formatting import count, counted, p_value, percent, percent_with_error, significant, with_error
 
 LOSSES = {
     "dpo": "dpo, nats a pair",
@@ -19,6 +19,10 @@ LOSSES = {
 Row = tuple[str, str, str, str, str]
 
 
+FEW = 20
+"""Test pairs below which a preference accuracy says little."""
+
+
 def preference_rows(report: Report) -> list[Row]:
     """List measure, its value of the dense model, before alignment and after it, and how it was measured."""
     found = report.alignment
@@ -26,7 +30,7 @@ def preference_rows(report: Report) -> list[Row]:
         return []
     after = found.test["aligned"]
     models = [found.test.get(name) for name in ("dense", "pruned")] + [after]
-    pairs = f"{count(found.test_pairs)} test pairs"
+    pairs = f"{counted(found.test_pairs, 'test pair')}"
     dense, before, result = (accuracy_text(each) for each in models)
     rows = [("Preference accuracy, %", dense, before, result, "; ".join([pairs, *_tests(report)]))]
     dense, before, result = (by_token_text(each) for each in models)
@@ -80,11 +84,13 @@ def preference_sentence(report: Report) -> str:
     if found is None:
         return ""
     before, after = found.test["pruned"], found.test["aligned"]
-    text = f"The chosen answer is more likely in {percent(after.accuracy)} of {count(found.test_pairs)} test pairs"
+    text = f"The chosen answer is more likely in {percent(after.accuracy)} of {counted(found.test_pairs, 'test pair')}"
     text += f", before alignment in {percent(before.accuracy)}"
     if before.p_value is not None:
         chance = "" if before.p_value < 0.05 else ": the difference may be chance"
         text += f" (McNemar {p_value(before.p_value)}{chance})"
+    if found.test_pairs < FEW:
+        text += f"; fewer than {FEW} pairs say little"
     return f"{text}."
 
 

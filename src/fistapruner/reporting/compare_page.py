@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
@@ -130,16 +131,22 @@ def _extra(point: Point, found: Sequence[Point]) -> float:
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
-    """Shorten labels to fit into figures: without the settings after ``@``.
+    """Shorten labels to fit into figures: of the settings after ``@`` only ``+recover`` stays.
 
     Methods that this makes alike are numbered.
     """
     methods = list(dict.fromkeys(point.method for point in found))
-    bases = [method.partition("@")[0] for method in methods]
+    bases = [_short(method) for method in methods]
     return {
         method: base if bases.count(base) == 1 else f"{base} ({bases[:place].count(base) + 1})"
         for place, (method, base) in enumerate(zip(methods, bases, strict=True))
     }
+
+
+def _short(method: str) -> str:
+    """Return a label without its settings: ``proximal+recover`` of ``proximal@recover=500k``."""
+    name, _, settings = method.partition("@")
+    return name + ("+recover" if re.search(r"(^|,)recover[.=]", settings) else "")
 
 
 def patterns(found: Sequence[Point]) -> list[str]:
@@ -299,7 +306,7 @@ def _overview(found: Sequence[Point]) -> Table:
     methods = list(dict.fromkeys(point.method for point in found))
     short = short_labels(found)
     names = {
-        method: method if short[method] in (method, method.partition("@")[0]) else f"{short[method]}: {method}"
+        method: method if short[method] in (method, _short(method)) else f"{short[method]}: {method}"
         for method in methods
     }
     rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in methods]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..runs.comparison_records import CompareRow, Comparison
-from ..runtime.formatting import align_columns, duration, size
+from ..runtime.formatting import align_columns, counted, duration, size
 from .rendering import render
 
 HEADER = (
@@ -52,7 +52,8 @@ def protocol(comparison: Comparison) -> list[str]:
         lines.append(f"calibration: {text}, seed as in the table")
     machine = comparison.machine
     if machine.cpu or machine.device_name:
-        lines.append(f"machine: {machine.device_name or machine.cpu}, {machine.threads} threads")
+        threads = f", {counted(machine.threads, 'thread')}" if machine.threads else ""
+        lines.append(f"machine: {machine.device_name or machine.cpu}{threads}")
     return lines
 
 

@@ -16,7 +16,7 @@ from ..runs.records import Report
 from ..runtime.formatting import duration, significant
 from ..solvers import METHODS
 from ..solvers.base import Trace
-from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, plain_log, style
+from .drawing import HEAT, HEAT_LEVELS, INK, NARROW, SERIES, SURFACE, Drawing, draw, heat_level, plain_log, style
 from .layer_errors import hardest, mean_error, short_names
 
 MOST_NAMES = 40
@@ -34,7 +34,7 @@ def layer_figures(report: Report) -> dict[str, Drawing]:
         change_map(report.layers),
         error_map(report.layers),
         layer_errors(report.layers),
-        layer_sparsity(report.layers),
+        None if report.only_structure else layer_sparsity(report.layers),
         chain_errors(report.layers),
         solver_path(report.layers),
         time_by_layer(report.layers),
@@ -176,7 +176,7 @@ def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         _whole_numbers(axes)
         style(axes)
         if output:
-            axes.legend(loc="best")
+            figure.legend(loc="outside upper left", ncols=2 if width > NARROW else 1)
 
     of = next((layer.relative_error_of for layer in layers if layer.relative_error_of), None)
     worst = max(means, key=lambda pair: pair[1])

@@ -14,6 +14,16 @@ from .recovery_text import gain_of
 OVER_WINDOWS = "Lines are one standard error over windows."
 
 
+def _text_labels(report: Report) -> list[str]:
+    """Name the text of every evaluation; with windows and their length where several have it."""
+    texts = [evaluation.perplexity for evaluation in report.evaluations]
+    data = [text.data for text in texts if text is not None]
+    return [
+        "" if text is None else text.data + (f", {text.windows} x {text.seqlen}" if data.count(text.data) > 1 else "")
+        for text in texts
+    ]
+
+
 def quality_figures(report: Report) -> dict[str, Drawing]:
     """Draw all figures that there is data for, by key."""
     drawings = [perplexities(report), divergences(report), zero_shot(report)]
@@ -23,7 +33,7 @@ def quality_figures(report: Report) -> dict[str, Drawing]:
 def perplexities(report: Report) -> Drawing | None:
     """Draw perplexities with standard errors: dense model, before recovery, result."""
     name, rows = DONE[report.kind], []
-    for evaluation in report.evaluations:
+    for evaluation, data in zip(report.evaluations, _text_labels(report), strict=True):
         text = evaluation.perplexity
         if text is not None and math.isfinite(text.perplexity):
             earlier = gain_of(report, evaluation)
@@ -33,23 +43,23 @@ def perplexities(report: Report) -> Drawing | None:
                 (name, text, SERIES[0]),
             ]
             known = [(label, found, color) for label, found, color in bars if found is not None]
-            rows.append([bar for bar in known if math.isfinite(bar[1].perplexity)])
+            rows.append((data, [bar for bar in known if math.isfinite(bar[1].perplexity)]))
     if not rows:
         return None
-    ends = [p.perplexity + _finite(p.standard_error) for row in rows for _, p, _ in row]
-    bars_in_all = sum(map(len, rows))
+    ends = [p.perplexity + _finite(p.standard_error) for _, row in rows for _, p, _ in row]
+    bars_in_all = sum(len(row) for _, row in rows)
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
         position = 0.0
         ticks = []
-        for row in rows:
+        for data, row in rows:
             for label, found, color in row:
                 error = _finite(found.standard_error)
                 axes.barh(position, found.perplexity, height=0.72, color=color)
                 axes.errorbar(found.perplexity, position, xerr=error, color=INK, capsize=3, linewidth=1.2)
                 label_right(axes, found.perplexity + error, position, f"{found.perplexity:.2f}")
-                ticks.append((position, f"{found.data}, {label}"))
+                ticks.append((position, f"{data}, {label}"))
                 position += 1
             position += 0.6
         axes.set_yticks([p for p, _ in ticks], [label for _, label in ticks])
@@ -65,9 +75,9 @@ def perplexities(report: Report) -> Drawing | None:
         caption="exp of the mean NLL of a token over non-overlapping windows; "
         "lines are one standard error over windows. All models saw the same tokens.",
         description="; ".join(
-            f"{row[-1][1].data}: "
+            f"{data}: "
             + ", ".join(f"{label} {with_error(p.perplexity, p.standard_error)}" for label, p, _ in reversed(row))
-            for row in rows
+            for data, row in rows
         ),
         heights=(90 + 31 * bars_in_all, 90 + 31 * bars_in_all),
         table=(
@@ -81,7 +91,7 @@ def perplexities(report: Report) -> Drawing | None:
                     label,
                     with_error(p.perplexity, p.standard_error),
                 ]
-                for row in rows
+                for _, row in rows
                 for label, p, _ in row
             ],
         ),
@@ -91,9 +101,9 @@ def perplexities(report: Report) -> Drawing | None:
 def divergences(report: Report) -> Drawing | None:
     """Draw the KL divergence from the dense model, and tokens whose most likely successor changed."""
     rows = []
-    for evaluation in report.evaluations:
+    for evaluation, data in zip(report.evaluations, _text_labels(report), strict=True):
         if evaluation.perplexity is not None and evaluation.divergence is not None:
-            data, earlier = evaluation.perplexity.data, gain_of(report, evaluation)
+            earlier = gain_of(report, evaluation)
             if earlier is not None and earlier[0].divergence is not None:
                 rows.append((f"{data}, before", earlier[0].divergence))
             rows.append((data if report.recovery is None else f"{data}, {report.trained}", evaluation.divergence))

@@ -9,7 +9,7 @@ import yaml
 from ..runs.records import Report
 from ..runs.results import Evaluation
 from ..runs.training_records import Alignment, Recovery, TextSide
-from ..runtime.formatting import count, duration, pattern, percent, short_count, significant, size, with_error
+from ..runtime.formatting import count, counted, duration, pattern, percent, short_count, significant, size, with_error
 from .advice import advice
 from .alignment_text import pairs_text, preference_sentence, references_text
 from .evaluation_text import on_text
@@ -24,7 +24,6 @@ from .recovery_text import (
     Gain,
     change_text,
     closed_text,
-    documents_text,
     gain_of,
     held_out_text,
     task_losses,
@@ -248,7 +247,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 
 def _preference_tile(found: Alignment) -> list[tuple[str, str, str]]:
     before, after = found.test["pruned"], found.test["aligned"]
-    note = f"{percent(before.accuracy)} before; {count(found.test_pairs)} test pairs"
+    note = f"{percent(before.accuracy)} before; {counted(found.test_pairs, 'test pair')}"
     return [("Preference accuracy", percent(after.accuracy), note)]
 
 
@@ -318,7 +317,7 @@ def _side(side: TextSide | None) -> str:
     """Write the windows and documents of one side of a text; empty where there is none."""
     if side is None:
         return ""
-    return f"{count(side.windows)} windows" + (f" of {documents_text(side.documents)}" if side.documents else "")
+    return counted(side.windows, "window") + (f" of {counted(side.documents, 'document')}" if side.documents else "")
 
 
 def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:

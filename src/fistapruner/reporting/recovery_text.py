@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
 from ..runs.training_records import Recovery
-from ..runtime.formatting import count, percent, percent_with_error, short_count, significant
+from ..runtime.formatting import count, counted, percent, percent_with_error, short_count, significant
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,6 @@ def change_text(report: Report) -> str:
     return text
 
 
-def documents_text(documents: int) -> str:
-    """Write a number of documents: ``1 document``, ``1,200 documents``."""
-    return f"{count(documents)} document{'' if documents == 1 else 's'}"
-
-
 def text_used(report: Report) -> str:
     """Say on what a recovery run trained: text, windows and documents of either side."""
     found, used = report.recovery, report.calibration
@@ -138,7 +133,7 @@ def text_used(report: Report) -> str:
         (found.held_out_windows, found.held_out_documents, "held out"),
     ]
     shown = [
-        f"{count(windows)} windows{f' ({documents_text(documents)})' if documents else ''} {what}"
+        counted(windows, "window") + (f" ({counted(documents, 'document')})" if documents else "") + f" {what}"
         for windows, documents, what in sides
     ]
     passed = f"; {short_count(found.tokens)} tokens with loss passed" if found.tokens else ""

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from ..runs.records import Report
-from ..runtime.formatting import count, duration, percent, significant, size
+from ..runtime.formatting import count, counted, duration, percent, significant, size
 
 Row = tuple[str, str, str, str, str]
 """Measure, dense, pruned, change, how it was measured."""
@@ -119,10 +119,10 @@ def speed_protocol(report: Report, row: dict[str, Any]) -> str:
     parts = [
         "greedy",
         f"batch {row['batch']}" if "batch" in row else "",
-        f"{row['prompt']} prompt tokens" if "prompt" in row else "",
-        f"{row['tokens']} new tokens" if "tokens" in row else "",
-        f"median (range) of {row['runs']} runs" if "runs" in row else "",
-        f"{row['threads']} threads" if row.get("device") != "cuda" and "threads" in row else "",
+        counted(row["prompt"], "prompt token") if "prompt" in row else "",
+        counted(row["tokens"], "new token") if "tokens" in row else "",
+        f"median (range) of {counted(row['runs'], 'run')}" if "runs" in row else "",
+        counted(row["threads"], "thread") if row.get("device") != "cuda" and "threads" in row else "",
         str(((report.speed or {}).get("machine") or {}).get("cpu") or ""),
     ]
     return ", ".join(part for part in parts if part)

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import printable
 from ..runs.records import Report
 from ..runs.training_records import Recovery
-from ..runtime.formatting import align_columns, duration, percent
+from ..runtime.formatting import align_columns, duration, listed, percent
 from .layer_errors import mean_error
 from .recovery_text import held_out_text
 
@@ -103,10 +103,8 @@ def status_text(
     found = status_facts(report, now)
     state = str(found["status"])
     if state == "running" and alive is not None:
-        joins = in_parts and found["layers_done"] == found["layers"]
-        how = "all layers are done; join the parts with 'fistapruner finish RUN'"
-        stopped = how if joins else "stopped: no process works on it; give the same command again to go on"
-        state = "running" if alive else stopped
+        stopped = "stopped: no process works on it; give the same command again to go on"
+        state = "running" if alive else _parts_to_go(report) if in_parts else stopped
     if state == "finished" and alive is not None and evaluates and not found["measured"]:
         state += ", being measured" if alive else ", not measured: give the same command again"
     about = f"{found['model']}: {found['method']}, {found['sparsity']}"
@@ -122,6 +120,17 @@ def status_text(
         lines += [f"{_bar(found['steps_done'], found['steps'])} steps{left}", *_step_lines(report.recovery, found)]
     lines += [printable(f"warning: {warning}") for warning in report.warnings]
     return "\n".join(lines)
+
+
+def _parts_to_go(report: Report) -> str:
+    """Say which layers of a run in parts are missing, and how to go on."""
+    done = {layer.index for layer in report.layers}
+    missing = [index for index in range(report.model.layers) if index not in done]
+    if not missing:
+        return "all layers are done; join the parts with 'fistapruner finish RUN'"
+    one = len(missing) == 1
+    how = f"prune {'it' if one else 'them'} with --only-layers, or all that are missing with 'fistapruner resume RUN'"
+    return f"stopped: {listed('layer', missing)} {'is' if one else 'are'} missing: {how}"
 
 
 def _bar(done: int, total: int) -> str:

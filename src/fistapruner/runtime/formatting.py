@@ -73,6 +73,16 @@ def count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write how many of something there are: ``1 layer``, ``1,024 layers``."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(noun: str, numbers: Sequence[int]) -> str:
+    """Name numbered things: ``layer 2``, ``layers 2, 3``."""
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
 def span(values: Iterable[int]) -> str:
     """Format whole numbers as smallest and largest, ``1,024 to 1,280``; as one if they are equal."""
     *_, last = ordered = sorted(values)

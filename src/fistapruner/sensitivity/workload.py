@@ -114,7 +114,7 @@ def read_workload(recipe: Recipe) -> Workload | None:
     except UnicodeDecodeError:
         raise FistaPrunerError(f"{path} is not UTF-8 text") from None
     except ValidationError as error:
-        raise FistaPrunerError(f"{path}: {explain(error)}") from None
+        raise FistaPrunerError(f"{path}: {explain(error, WorkloadFile)}") from None
     _check_mix(settings, list(recipe.calibration.tasks), path)
     _check_method(settings, path)
     digest, history = hashlib.sha256(text), None

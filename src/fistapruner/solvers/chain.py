@@ -78,7 +78,7 @@ def _parse_step(step: object) -> Method:
     try:
         return METHODS[name].model_validate(settings or {})
     except ValueError as error:
-        raise FistaPrunerError(f"method {name}: {explain(error)}") from None
+        raise FistaPrunerError(f"method {name}: {explain(error, METHODS[name])}") from None
 
 
 def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Method], name: str = "operator") -> None:

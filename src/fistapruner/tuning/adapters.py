@@ -55,6 +55,12 @@ TENSOR = re.compile(
 """Name of an adapter's tensor; the adapter's own name (``lora_A.default.weight``) may stand in it."""
 
 
+def _cut(value: object, most: int = 60) -> str:
+    """Write a value of a config for a message, with an ellipsis where it is long."""
+    text = str(value)
+    return text if len(text) <= most else text[:most] + "…"
+
+
 @dataclass(frozen=True)
 class OperatorAdapter:
     """What an adapter does to one operator.
@@ -200,17 +206,22 @@ class Adapter:
     def _check_config(self) -> None:
         path = self.folder / CONFIG
         if self.kind not in KINDS:
-            raise FistaPrunerError(f"{path}: adapters of type {self.kind[:40]} are not read: {', '.join(KINDS)} are")
+            raise FistaPrunerError(f"{path}: adapters of type {_cut(self.kind)} are not read: {', '.join(KINDS)} are")
         init = self._config.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
             raise FistaPrunerError(
-                f"{path}: init_lora_weights {init[:40]!r} changed the base model's weights before the training: "
+                f"{path}: init_lora_weights {_cut(init)!r} changed the base model's weights before the training: "
                 "convert the adapter to a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        if modules := self._config.get("modules_to_save"):
+            raise FistaPrunerError(
+                f"{path}: modules_to_save is {_cut(modules)}: whole modules, such as norms, are not merged: train "
+                "without them, as 'recover' does with --also none; RUN/model of a recovery has its own merged already"
             )
         for key, value in self._config.items():
             if key not in HARMLESS and value and not (key == "bias" and value == "none"):
                 raise FistaPrunerError(
-                    f"{path}: the setting {key[:60]} is {str(value)[:60]!r}, which is not understood: only adapters "
+                    f"{path}: the setting {_cut(key)} is {_cut(value)!r}, which is not understood: only adapters "
                     "that change nothing but the weights of linear operators are merged"
                 )
         if self._config.get("target_parameters") and (self.kind != "LORA" or self._patterns()):
@@ -226,11 +237,11 @@ class Adapter:
             if not isinstance(patterns, dict):
                 raise FistaPrunerError(f"{path}: {key} is not a mapping of names to numbers")
             for pattern, value in patterns.items():
-                self._check_number(f"{key}[{pattern[:60]!r}]", value, least=1 if key == "rank_pattern" else None)
+                self._check_number(f"{key}[{_cut(pattern)!r}]", value, least=1 if key == "rank_pattern" else None)
                 try:
                     re.compile(pattern)
                 except (re.error, RecursionError, OverflowError) as error:
-                    raise FistaPrunerError(f"{path}: {key}: {pattern[:60]!r} is no pattern: {error}") from None
+                    raise FistaPrunerError(f"{path}: {key}: {_cut(pattern)!r} is no pattern: {error}") from None
 
     def _patterns(self) -> bool:
         return any(self._config.get(key) for key in ("rank_pattern", "alpha_pattern"))
@@ -242,7 +253,7 @@ class Adapter:
         wanted = (int,) if least is not None else (int, float)
         if type(value) not in wanted or not abs(value) <= 1e9 or (least is not None and value < least):
             kind = f"a whole number from {least}" if least is not None else "a number"
-            raise FistaPrunerError(f"{self.folder / CONFIG}: {key} is {str(value)[:40]!r}, {kind} is expected")
+            raise FistaPrunerError(f"{self.folder / CONFIG}: {key} is {_cut(value)!r}, {kind} is expected")
         return float(value)
 
     def _of(self, key: str, operator: str) -> float:
