@@ -277,7 +277,7 @@ def test_zeros_of_the_whole_model_are_the_same_everywhere() -> None:
     report.totals.model_zeros = report.totals.model_weights * 5 // 8
     for text, said in (
         (summary(report, "runs/first"), f"62.5 % of all {report.totals.model_weights} weights"),
-        (model_card(report), "62.5 % of the whole model"),
+        (model_card(report), "62.5 % of all weights"),
         (run_page(report), "62.5 % of the model"),
     ):
         assert said in unescape(text)
