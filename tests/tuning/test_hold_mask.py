@@ -392,6 +392,7 @@ def parallel_training(rank: int, port: int, folder: Path) -> None:
             }
             if rank == 0:
                 torch.save(whole, folder / f"{when}.pt")
+        dist.barrier()  # a process that ends takes the group's store with it
     finally:
         dist.destroy_process_group()
 
