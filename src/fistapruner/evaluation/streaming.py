@@ -225,9 +225,7 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: T
     Raises:
         FistaPrunerError: memory runs out with one window at a time.
     """
-    folder = model.checkpoint.folder
-    of = folder.parent if folder.name == "model" and is_run(folder.parent) else folder
-    what = f"decoder layers of {of.name}"
+    what = f"decoder layers of {_name(model)}"
     store = scratch_factory(None, model.dtype)
     while True:
         try:
@@ -280,5 +278,11 @@ def _reduce(
                 rows.append((score_tokens(hidden[0], targets, heads[0], vocabulary),))
             else:
                 rows.append(compare_tokens(hidden[0], hidden[1], targets, heads[0], heads[1], vocabulary))
-            tick(f"windows scored with {models[0].checkpoint.folder.name}", window + 1, len(tokens))
+            tick(f"windows scored with {_name(models[0])}", window + 1, len(tokens))
     return rows
+
+
+def _name(model: LayerwiseModel) -> str:
+    """Return the name of a model's folder; of RUN/model that of the run."""
+    folder = model.checkpoint.folder
+    return (folder.parent if folder.name == "model" and is_run(folder.parent) else folder).name
