@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
+from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import ModelSource, Permissions
@@ -124,7 +125,8 @@ def evaluate(
     divergence: Divergence | None = None
     forward = 0.0
     if data is not None:
-        opened = _open(source, place, passes)  # before the tokenizer, which a folder that is no model lacks too
+        # Before the tokenizer, which a folder that is no model lacks too.
+        opened = _open(source, checkpoints[0], place, passes)
         tokenizer = source.tokenizer()
         longest = opened.max_length
         default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
@@ -134,7 +136,7 @@ def evaluate(
         cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
         other = None
         if dense is not None:
-            other = _open(dense, place, passes)
+            other = _open(dense, checkpoints[1], place, passes)
             _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
         start = time.perf_counter()
         sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other, kept)
@@ -221,9 +223,9 @@ def check_request(
         raise FistaPrunerError(f"memory_limit: {error}") from None
 
 
-def _open(source: ModelSource, device: torch.device, dtype: torch.dtype) -> LayerwiseModel:
+def _open(source: ModelSource, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LayerwiseModel:
     """Open a model for layer-by-layer passes, with the low-rank part that belongs to it."""
-    model = LayerwiseModel(source.checkpoint(), device, dtype, trust_remote_code=source.trust_remote_code)
+    model = LayerwiseModel(checkpoint, device, dtype, trust_remote_code=source.trust_remote_code)
     model.low_rank = LowRankAdapter.beside(source.folder)
     return model
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.architecture import max_length
 from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
@@ -315,9 +315,8 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
             runner, tasks=wanted, limit=settings.limit, bootstrap_iters=0, log_samples=True, task_manager=tasks.manager
         )
     except (OSError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise FistaPrunerError(
-            f"task data could not be loaded: {reason}; --tasks-dir takes local files and needs no network"
+            f"task data could not be loaded: {one_line(error)}; --tasks-dir takes local files and needs no network"
         ) from None
     except Exception as error:  # every task has its own code for unexpected items
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

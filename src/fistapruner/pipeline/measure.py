@@ -345,7 +345,7 @@ def evaluate_run(
     permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
     with _finished(folder) as (run, report):
         compared = Compared.of(run)
-        dense, told = dense_of(run), listener or Listener()
+        dense, listener = dense_of(run), listener or Listener()
         kept = True
         if against is None:
             against = compared.dense
@@ -359,17 +359,17 @@ def evaluate_run(
                 raise FistaPrunerError(f"{why} since {folder} began: name the dense model with --against")
         elif _is_another(against, dense, permissions):
             kept = False
-            told.say(
+            listener.say(
                 f"{against} is not the dense model of this run, {compared.dense}: the figures are not kept with the run"
             )
         if beside := recovered_beside(folder):
-            told.say(beside)
+            listener.say(beside)
         if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
-            told.say(warning)
+            listener.say(warning)
             if warning not in report.warnings:
                 report.warnings.append(warning)
 
-        shared = () if data is None else _compare_texts(report, data, told)
+        shared = () if data is None else _compare_texts(report, data, listener)
 
         def warned(found: Evaluation) -> Evaluation:
             return replace(found, warnings=(*shared, *found.warnings))
@@ -377,15 +377,17 @@ def evaluate_run(
         def keep(found: Evaluation) -> None:
             if kept:
                 for task in _fuller(report.evaluations, found):
-                    told.say(f"{task.task} {task.metric}: the run keeps its score on {item_count(task)}: they are more")
+                    listener.say(
+                        f"{task.task} {task.metric}: the run keeps its score on {item_count(task)}: they are more"
+                    )
                 report.evaluations = _in_place(report.evaluations, warned(found))
-                publish(run, report, told)
+                publish(run, report, listener)
 
         found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
         keep(found)
         text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
-        if kept and _evaluate_input(report, compared, found, told, data=data, **text):
-            publish(run, report, told)
+        if kept and _evaluate_input(report, compared, found, listener, data=data, **text):
+            publish(run, report, listener)
     return warned(found)
 
 
@@ -429,19 +431,19 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.
     """
     with _finished(folder) as (run, report):
-        told = listener or Listener()
+        listener = listener or Listener()
         if beside := recovered_beside(folder):
-            told.say(beside)
+            listener.say(beside)
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
         if before is not None and (why := _changed(dense, Permissions(settings.get("allow_pickle", False)))):
-            told.say(f"{why} since {folder} began: the dense model is not measured")
+            listener.say(f"{why} since {folder} began: the dense model is not measured")
             before = None
         found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
         report.totals.compressed_bytes = packed_bytes(found)
-        publish(run, report, told)
+        publish(run, report, listener)
     return found
 
 

@@ -53,7 +53,8 @@ def plan_model(
     Raises:
         FistaPrunerError: bad input, or a run that would not fit.
     """
-    refuse_out(out_path(out))
+    folder = out_path(out)
+    refuse_out(folder)
     check_allocation(recipe)
     check_sources(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
@@ -62,7 +63,7 @@ def plan_model(
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
     sparsity = allocate(recipe, layout, opened.config.model_type)
-    plan = plan_run(opened, layout, recipe, sparsity, out_path(out), widths)
+    plan = plan_run(opened, layout, recipe, sparsity, folder, widths)
     if recipe.recover is not None:
         later = "recovery is not in this plan: 'fistapruner plan RUN --recover' predicts it once RUN is pruned"
         plan = replace(plan, says=(*plan.says, later))

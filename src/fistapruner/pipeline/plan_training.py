@@ -49,7 +49,8 @@ def plan_recovery_of(
     Raises:
         FistaPrunerError: bad input.
     """
-    refuse_out(out_path(out))
+    folder = out_path(out)
+    refuse_out(folder)
     if (
         recipe.data.source is None
         and not recipe.data.tasks
@@ -57,7 +58,7 @@ def plan_recovery_of(
     ):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
-    run = RecoverDirectory(out_path(out) / "run")  # of a run in that folder
+    run = RecoverDirectory(folder / "run")  # of a run in that folder
     return _plan(prepare_recover.task_of(run.folder, recover_inputs.check_inputs(run, request, Listener())))
 
 
@@ -77,11 +78,12 @@ def plan_alignment_of(
     Returns:
         The plan of the recipe's own form, and those of all forms; those that do not fit say why.
     """
-    refuse_out(out_path(out))
+    folder = out_path(out)
+    refuse_out(folder)
     recipe.refuse_idle()
     pairs, _ = prepare_align.check_pairs(recipe)
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
-    run = AlignDirectory(out_path(out) / "run")  # of a run in that folder
+    run = AlignDirectory(folder / "run")  # of a run in that folder
     inputs = prepare_align.check_inputs(run, request, Listener())
     return _plan(prepare_align.task_of(run.folder, inputs, prepare_align.cut_pairs(inputs, pairs, Listener())))
 

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from ..errors import FistaPrunerError
-from ..runtime.files import disk_errors
+from ..runtime.files import disk_errors, files_named
 
 NAME = "lock"
 
@@ -58,7 +58,7 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
     path = folder / (NAME if layers is None else f"{NAME}.{layers[0]}-{layers[1]}")
     descriptor = _take(path)
     try:
-        for other in _locks(folder):
+        for other in files_named(folder, LOCK_FILE):
             if other == path or (layers is not None and other.name == PREPARING):
                 continue
             span = _layers_of(other.name)
@@ -105,17 +105,12 @@ def preparing(folder: Path) -> Iterator[None]:
 def holders(folder: Path) -> list[dict[str, Any]]:
     """Return records (``host``, ``pid``, ``started``) of the processes that work on a run. Takes no lock."""
     found = []
-    for path in _locks(folder):
+    for path in files_named(folder, LOCK_FILE):
         with suppress(OSError, ValueError, RecursionError):
             record = json.loads(path.read_bytes())
             if isinstance(record, dict) and _may_live(record):
                 found.append(record)
     return found
-
-
-def _locks(folder: Path) -> list[Path]:
-    """List the lock files of a run directory."""
-    return sorted(path for path in folder.glob(f"{NAME}*") if re.fullmatch(LOCK_FILE, path.name))
 
 
 def _take(path: Path) -> int:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runtime.files import write_json_atomic
+from ..runtime.files import files_named, write_json_atomic
 
 NAME = "times"
 
@@ -55,7 +54,7 @@ class Times:
 
     def total(self) -> float:
         """Return the seconds of all processes of the run, of this one up to now."""
-        others = [path for path in _files(self._folder) if path != self._file]
+        others = [path for path in files_named(self._folder, TIMES_FILE) if path != self._file]
         return sum(self._before) + time.perf_counter() - self._begin + sum(sum(_read(path)) for path in others)
 
     def parts(self) -> int | None:
@@ -66,12 +65,12 @@ class Times:
 
 def count_parts(folder: Path) -> int:
     """Count the parts of the layers that processes of their own have worked on (``--only-layers``)."""
-    return len([path for path in _files(folder) if path.name != f"{NAME}.json"])
+    return len([path for path in files_named(folder, TIMES_FILE) if path.name != f"{NAME}.json"])
 
 
 def forget_times(folder: Path) -> None:
     """Remove what a run directory keeps of times: what they were spent on is gone."""
-    for path in _files(folder):
+    for path in files_named(folder, TIMES_FILE):
         path.unlink(missing_ok=True)
 
 
@@ -89,11 +88,6 @@ def spent(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[Times
             if layers is None or times.noted():
                 times.note()
         raise
-
-
-def _files(folder: Path) -> list[Path]:
-    """List the files of times in a run directory."""
-    return [path for path in folder.glob(f"{NAME}*.json") if re.fullmatch(TIMES_FILE, path.name)]
 
 
 def _read(path: Path) -> list[float]:

@@ -25,7 +25,7 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, remove_folder
+from ..runtime.files import PARTIAL, disk_errors, files_named, remove_folder
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .lock import hold
@@ -91,8 +91,7 @@ class TrainingDirectory(RunDirectory):
         with hold(self.folder), disk_errors(self.folder):
             if self.model.is_dir():
                 self.remove_model(Checkpoint.open(source) if source.is_dir() else None)
-            early = [path for path in self.folder.iterdir() if re.fullmatch(EARLY, path.name)]
-            remove_folder(self.folder, self.run_file, *early)
+            remove_folder(self.folder, self.run_file, *files_named(self.folder, EARLY))
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.

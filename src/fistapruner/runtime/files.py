@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -60,6 +61,11 @@ def require_utf8(path: Path) -> None:
     except UnicodeEncodeError:
         what = "is not a UTF-8 path, which the tokenizer library cannot open: rename it"
         raise FistaPrunerError(f"{whole} {what}") from None
+
+
+def files_named(folder: Path, names: str) -> list[Path]:
+    """List what a folder holds whose whole name matches a regular expression; none without a folder."""
+    return sorted(path for path in folder.glob("*") if re.fullmatch(names, path.name))
 
 
 def refuse_link(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from ...errors import FistaPrunerError
+from ...errors import FistaPrunerError, one_line
 from ...runtime.files import write_json_atomic, write_text_atomic
 from .checkpoint import SINGLE, read_json
 from .folder import checkpoint_folder, write_index
@@ -509,7 +509,7 @@ def transformers_faults(path: Path) -> Iterator[None]:
     except Exception as error:  # whatever a hostile file makes of a configuration, a tokenizer or an array
         import transformers
 
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"it has no key {reason}"
         raise FistaPrunerError(
