@@ -187,6 +187,28 @@ def test_a_rank_without_a_number_of_processes_is_none(
         assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("cores", "said", "spins"),
+    [
+        (8, {}, "1000"),
+        (9, {}, "None"),  # not measured there
+        (2, {"OMP_WAIT_POLICY": "active"}, "None"),
+        (2, {"GOMP_SPINCOUNT": "5"}, "5"),
+    ],
+)
+def test_waiting_threads_leave_the_cores_to_other_work(cores: int, said: dict[str, str], spins: str) -> None:
+    program = (
+        "import os, sys\nfrom fistapruner.cli import main\n"
+        f"os.cpu_count = lambda: {cores}\nassert 'torch' not in sys.modules  # which reads the variable\n"
+        "main(['methods'])\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    kept = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    shown = subprocess.run(
+        [sys.executable, "-c", program], env={**kept, **said}, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines()[-1] == spins
+
+
 def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.txt").touch()
     parent = psutil.Process(os.getppid())

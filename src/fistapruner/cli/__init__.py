@@ -41,6 +41,13 @@ VERBS = (
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment variables that hide other libraries' output; importing transformers for it would take seconds."""
 
+SPINS, SPINNING_CORES = 1000, 8
+"""How often a waiting thread of GNU OpenMP looks before it sleeps, and the most cores where it holds.
+
+The number is what OpenMP itself takes where it has more threads than cores. Its default for others is 300 times as
+many: beside another busy program, a thread that spins uses up the time in which the one it waits for could have run.
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
@@ -81,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if getattr(parsed, name, None):
                     setattr(parsed, name, str(out_path(getattr(parsed, name))))
             _quieten()
+            _share_cores()
             _refuse_processes(parsed)
             status = int(parsed.run(parsed))
             results.complete()
@@ -263,6 +271,13 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _share_cores() -> None:
+    """Let waiting OpenMP threads sleep soon, unless the user says how; torch reads it when imported."""
+    said = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+    if not said and (os.cpu_count() or 1) <= SPINNING_CORES:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def _quieten() -> None:
