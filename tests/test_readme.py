@@ -144,10 +144,11 @@ def test_commands_in_the_documentation_are_understood() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The places of a page that GitHub lets a link lead to."""
+    """The places of a page that both GitHub and the site of ``make docs`` let a link lead to."""
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
     headings = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.*)", text, re.MULTILINE))
-    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    words = [re.sub(r"[^\w -]", "", heading).strip().lower() for heading in headings]
+    return {each.replace(" ", "-") for each in words} & {re.sub("[- ]+", "-", each) for each in words}
 
 
 def test_links_lead_to_a_page_and_a_heading() -> None:
