@@ -365,6 +365,17 @@ def test_a_longer_training_is_advised_by_the_setting_that_decides_its_length(
     assert advice(report) == [f"The held-out loss was lowest at the last step: more `{flag}` may win more."]
 
 
+def test_a_training_without_gradients_is_told_what_is_better() -> None:
+    report = samples.recovery(2)
+    assert report.recovery is not None
+    for optimizer in ("adamw", "mezo", "subzero"):
+        for report.recovery.kept_step in (0, 12, 60):
+            report.recovery.optimizer = optimizer
+            found = [line for line in advice(report) if "`--parameters lora --optimizer adamw`" in line]
+            assert len(found) == (optimizer != "adamw")
+            assert all(f"of {optimizer} are estimates, which need thousands of steps" in line for line in found)
+
+
 def unfinished_recovery(folder: Path, lines: list[dict[str, Any]]) -> Path:
     """A recovery run that has just begun, and its journal."""
     facts = samples.recovery().model_dump(mode="json", exclude={"layers", "totals", "evaluations", "generations"})

@@ -44,11 +44,19 @@ def length_setting(report: Report) -> str:
 
 def _recovery(report: Report, found: Recovery) -> list[str]:
     checks = len(found.checks)
+    lines: list[str] = []
     if checks > 1 and found.kept_step == 0:
-        return ["No check was better than the start: try a smaller `--lr`, or a text closer to the model's own use."]
-    if checks > 1 and found.kept_step == found.asked_steps:
-        return [f"The held-out loss was lowest at the last step: more `{length_setting(report)}` may win more."]
-    return []
+        lines.append(
+            "No check was better than the start: try a smaller `--lr`, or a text closer to the model's own use."
+        )
+    elif checks > 1 and found.kept_step == found.asked_steps:
+        lines.append(f"The held-out loss was lowest at the last step: more `{length_setting(report)}` may win more.")
+    if found.optimizer in ("mezo", "subzero"):
+        lines.append(
+            f"The gradients of {found.optimizer} are estimates, which need thousands of steps: where its memory is "
+            "there, `--parameters lora --optimizer adamw` for the same time is better."
+        )
+    return lines
 
 
 def _layers(report: Report, why_not: str) -> list[str]:
