@@ -440,6 +440,10 @@ def test_amounts_are_read_as_users_write_them() -> None:
     ):
         with pytest.raises(ValueError, match="is expected"):
             Structure(remove=wrong)
+    for wrong in ("mlp=20%,heads=0", "heads=0", "experts=0%", "mlp=0.0"):
+        unit = wrong.rpartition("=")[0].rpartition(",")[2]
+        with pytest.raises(ValueError, match=f"{unit}=0.*: more than 0 is expected; leave {unit} out"):
+            Structure(remove=wrong)
 
 
 def test_an_operator_whose_weights_are_zero_loses_channels_without_an_error() -> None:
