@@ -36,7 +36,7 @@ def advice(report: Report) -> list[str]:
 
 
 def length_setting(report: Report) -> str:
-    """Name the setting that a longer training needs: ``--steps`` where the recipe has them, which come first."""
+    """Name the setting that makes a training longer: steps, where they are given, override the others."""
     if report.recipe.get("steps") is not None:
         return "--steps"
     return "--epochs" if report.kind == "align" else "--tokens"
