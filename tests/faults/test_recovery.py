@@ -17,7 +17,11 @@ from fistapruner.cli import main
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=slow)])
+@pytest.mark.parametrize(
+    ("recoveries", "kills"),
+    [("adamw", 10), ("mezo", 10), *(pytest.param(name, 50, marks=slow) for name in ("adamw", "mezo", "subzero"))],
+    indirect=["recoveries"],
+)
 def test_random_kills(recoveries: Runs, disk: Path, kills: int) -> None:
     """SIGKILL at random instants, up to three times before the run is left in peace."""
     generator = random.Random(kills)

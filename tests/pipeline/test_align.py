@@ -203,7 +203,7 @@ def test_test_pairs_pass_as_many_at_once_as_the_plan_counts(
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        ("none", "less likely than under the model that went in; try a lower --lr, or fewer --epochs"),
+        ("none", "less likely than under the model that went in; try a lower --lr, or fewer --steps"),
         ("geometric", "the references, as geometric may do; try a lower --lr, a larger --beta, or --anchor 0.1"),
     ],
 )

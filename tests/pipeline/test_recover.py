@@ -467,6 +467,7 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
     assert report.recovery.kept_step == 0
     assert (report.recovery.changed, report.recovery.change) == (0, 0)
     assert "no step was better than the start" in report.warnings[0]
+    assert "or more --steps" in report.warnings[0]  # which override --tokens
     assert "no step was better than the start" in capsys.readouterr().out
 
 

@@ -34,6 +34,7 @@ from fistapruner.reporting.figures import layer_errors, layer_figures
 from fistapruner.reporting.figures_quality import quality_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
+from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
@@ -209,6 +210,15 @@ def test_sizes_and_speeds_of_a_recovered_smaller_model() -> None:
     card = model_card(report)
     assert "| Decoding, smaller float32, tokens/s |" in card
     assert "(–)" not in card
+
+
+def test_quantising_is_named_once_where_sizes_are() -> None:
+    report = samples.report(1)
+    report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
+    for text in (sample_page(), recovery_page(), run_page(report)):
+        assert unescape(text).count(QUANTISE_FIRST) == 1
+    report.totals.checkpoint_bytes = None
+    assert QUANTISE_FIRST not in unescape(run_page(report))
 
 
 def test_speeds_without_a_packed_form_are_not_called_unmeasured() -> None:

@@ -41,7 +41,7 @@ from fistapruner.reporting.summary import summary
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lineage import stage_of
-from fistapruner.runs.records import Lineage, Report, Stage, StageFigures, load_run
+from fistapruner.runs.records import Kind, Lineage, Report, Stage, StageFigures, load_run
 from fistapruner.runs.results import Divergence, Evaluation, TaskResult
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.formatting import (
@@ -345,6 +345,35 @@ def test_allocation_by_error_is_advised_for_patterns_that_have_neighbours(sparsi
     assert ("`--allocation error` spreads the same budget" in words) == chooses
     assert (f"The pattern {sparsity} has the same sparsity in every operator" in words) != chooses
     assert "{'" not in words  # a share of zeros for one layer would leave the pattern
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "flag"),
+    [
+        ("recover", {"steps": None}, "--tokens"),
+        ("recover", {"steps": 60}, "--steps"),
+        ("align", {}, "--epochs"),
+        ("align", {"steps": 60}, "--steps"),
+    ],
+)
+def test_a_longer_training_is_advised_by_the_setting_that_decides_its_length(
+    kind: Kind, settings: dict[str, Any], flag: str
+) -> None:
+    report = samples.recovery(2)
+    report.kind = kind
+    report.recipe |= settings
+    assert advice(report) == [f"The held-out loss was lowest at the last step: more `{flag}` may win more."]
+
+
+def test_a_training_without_gradients_is_told_what_is_better() -> None:
+    report = samples.recovery(2)
+    assert report.recovery is not None
+    for optimizer in ("adamw", "mezo", "subzero"):
+        for report.recovery.kept_step in (0, 12, 60):
+            report.recovery.optimizer = optimizer
+            found = [line for line in advice(report) if "`--parameters lora --optimizer adamw`" in line]
+            assert len(found) == (optimizer != "adamw")
+            assert all(f"of {optimizer} are estimates, which need thousands of steps" in line for line in found)
 
 
 def unfinished_recovery(folder: Path, lines: list[dict[str, Any]]) -> Path:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
+from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
 from fistapruner.sparse.bench import bench, record, sentence, table
 from fistapruner.sparse.speed import Run, Speed, measure_speed, time_generation
 from fistapruner.sparse.variants import Variant, Worker, compare, load_variant, serve, weight_bytes
@@ -166,6 +167,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "dense float32" in printed
     assert "2.00 times faster" in printed
+    assert printed.endswith(f"{QUANTISE_FIRST}\n")
     assert main([*command, "--json"]) == 0
     assert [row["variant"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["dense float32", "packed"]
     assert asked == 2 * [

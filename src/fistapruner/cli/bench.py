@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     import json
 
     from ..pipeline.measure import bench_run
+    from ..reporting.size_and_speed import QUANTISE_FIRST
     from ..runs.directory import RunDirectory
     from ..runs.listener import Listener
     from ..runs.records import is_run
@@ -60,4 +61,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(speeds))
     print()
     print(found["sentence"])
+    print(QUANTISE_FIRST)
     return 0

@@ -12,6 +12,7 @@ from ..evaluation.preferences import accuracy_error, preference_figures
 from ..execution.align_context import AlignContext
 from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
+from ..reporting.advice import length_setting
 from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
@@ -121,12 +122,12 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
         rejected_reward_error=mean_and_error(rewards[:, 1])[1],
     )
     if chosen < LOWEST_REWARD:
-        report.warnings.append(_less_likely(chosen, context.recipe))
+        report.warnings.append(_less_likely(chosen, context.recipe, length_setting(report)))
 
 
-def _less_likely(reward: float, recipe: AlignRecipe) -> str:
+def _less_likely(reward: float, recipe: AlignRecipe, length: str) -> str:
     """Say what to do about chosen answers that have become much less likely, which depends on the loss."""
-    than, more = "the model that went in", "or fewer --epochs"
+    than, more = "the model that went in", f"or fewer {length}"
     if recipe.loss in PREFERENCE_LOSSES:
         than, more = f"the references, as {recipe.loss} may do", "a larger --beta, or --anchor 0.1"
     return (

@@ -24,6 +24,7 @@ from ..models.files.record import read_pruning_record, stack_of
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..planning.training_sizes import STEP, TRAINING
+from ..reporting.advice import length_setting
 from ..reporting.model_card import model_card
 from ..runs.directory import CARD
 from ..runs.layer_records import LayerEntry, OperatorEntry
@@ -156,7 +157,7 @@ def _warn(state: TrainingState, report: Report) -> None:
             "a lower --lr)"
         )
     elif state.patience.best_step == 0:
-        more = "" if report.kind == "align" else ", or more --tokens"
+        more = "" if report.kind == "align" else f", or more {length_setting(report)}"
         report.warnings.append(
             f"no step was better than the start on what is held out, so the weights are those of the input "
             f"({rates}: try a lower --lr; a higher one where the loss has hardly changed{more})"

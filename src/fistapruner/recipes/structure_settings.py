@@ -57,12 +57,14 @@ def _remove(value: Any) -> Any:
         if name not in units:
             continue
         share = None if name == "heads" else read_share(units[name])
-        written.append(f"{name}={_count(units[name]) if share is None else f'{100 * share:.10g}%'}")
+        written.append(f"{name}={_count(name, units[name]) if share is None else f'{100 * share:.10g}%'}")
     return ",".join(written) or None
 
 
-def _count(value: Any) -> int:
+def _count(name: str, value: Any) -> int:
     """Read a number of 1 or more."""
+    if re.fullmatch(r"\s*0*\.?0+\s*%?\s*", str(value)):
+        raise ValueError(f"{name}={value}: more than 0 is expected; leave {name} out to remove nothing of it")
     if isinstance(value, bool) or not re.fullmatch(r"\s*[1-9][0-9]*\s*", str(value)):
         raise ValueError(EXPECTED)
     return int(value)

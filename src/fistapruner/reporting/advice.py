@@ -27,7 +27,7 @@ def advice(report: Report) -> list[str]:
     Empty when nothing stands out.
     """
     if report.recovery is not None:
-        return _recovery(report.recovery, "--epochs" if report.kind == "align" else "--tokens")
+        return _recovery(report, report.recovery)
     if report.only_structure:
         return _calibration(report)
     why = _why_not_uneven(report)
@@ -35,13 +35,28 @@ def advice(report: Report) -> list[str]:
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
 
 
-def _recovery(found: Recovery, more: str) -> list[str]:
+def length_setting(report: Report) -> str:
+    """Name the setting that makes a training longer: steps, where they are given, override the others."""
+    if report.recipe.get("steps") is not None:
+        return "--steps"
+    return "--epochs" if report.kind == "align" else "--tokens"
+
+
+def _recovery(report: Report, found: Recovery) -> list[str]:
     checks = len(found.checks)
+    lines: list[str] = []
     if checks > 1 and found.kept_step == 0:
-        return ["No check was better than the start: try a smaller `--lr`, or a text closer to the model's own use."]
-    if checks > 1 and found.kept_step == found.asked_steps:
-        return [f"The held-out loss was lowest at the last step: more `{more}` may win more."]
-    return []
+        lines.append(
+            "No check was better than the start: try a smaller `--lr`, or a text closer to the model's own use."
+        )
+    elif checks > 1 and found.kept_step == found.asked_steps:
+        lines.append(f"The held-out loss was lowest at the last step: more `{length_setting(report)}` may win more.")
+    if found.optimizer in ("mezo", "subzero"):
+        lines.append(
+            f"The gradients of {found.optimizer} are estimates, which need thousands of steps: where its memory is "
+            "there, `--parameters lora --optimizer adamw` for the same time is better."
+        )
+    return lines
 
 
 def _layers(report: Report, why_not: str) -> list[str]:

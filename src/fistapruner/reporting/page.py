@@ -31,6 +31,7 @@ from .recovery_text import (
 )
 from .rendering import Table, moment, present, render
 from .size_and_speed import (
+    QUANTISE_FIRST,
     becomes_smaller_packed,
     dense_speed,
     low_rank_sentence,
@@ -73,6 +74,7 @@ def run_page(report: Report) -> str:
         figures=layer_figures(report) | quality_figures(report) | training_figures(report),
         tiles=_tiles(report),
         measured=_measured(report),
+        below_sizes=QUANTISE_FIRST if size_rows(report) else "",
         speed=_speed(report),
         speed_sentence=str((report.speed or {}).get("sentence") or ""),
         speed_measured=_speed_measured(report),

@@ -16,6 +16,12 @@ Row = tuple[str, str, str, str, str]
 
 NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
 
+QUANTISE_FIRST = (
+    "Where a smaller file is all you want, quantise first: at the same size 4 or 8 bits cost less quality in what was "
+    "measured; an ordinary, smaller model can have both ('fistapruner export')."
+)
+"""Said beside sizes; measured in ``docs/sparsity-pays.md``."""
+
 
 def speeds(report: Report) -> list[dict[str, Any]]:
     """Return the rows of a speed measurement, one for each form of the model."""
