@@ -332,5 +332,8 @@ def test_kept_states_give_the_same_figures_and_their_model_runs_once(
     other = streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense, kept)
     assert torch.equal(other.kl, streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense).kl)
     assert (tmp_path / "states").exists()
+    half = LayerwiseModel(Checkpoint.open(folders[0]), torch.device("cpu"), torch.bfloat16)  # of the same folder
+    rounded = streaming.score_windows(half, tokens[:2].flip(1), passes(2), kept=kept)
+    assert torch.equal(rounded.nll, streaming.score_windows(half, tokens[:2].flip(1), passes(2)).nll)
     kept.close()
     assert not (tmp_path / "states").exists()

@@ -84,6 +84,13 @@ def test_reads_every_tensor_of_single_and_sharded(single: Path, sharded: Path) -
     assert checkpoint.file_of("lm_head.weight") in checkpoint.files
 
 
+def test_the_dtype_is_that_of_most_weights_not_of_most_tensors(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    vectors = {f"norm.{number}.weight": torch.ones(4) for number in range(5)}
+    save_file({"head.weight": torch.ones(8, 8, dtype=torch.bfloat16), **vectors}, tmp_path / "model.safetensors")
+    assert Checkpoint.open(tmp_path).dtype == torch.bfloat16
+
+
 def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(FistaPrunerError, match="not a folder"):
         Checkpoint.open(tmp_path / "absent")

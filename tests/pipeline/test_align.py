@@ -89,8 +89,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def of_test_pairs(run: Path, model: Path) -> Tensor:
-    """(test pairs, 2) log-probabilities of the answers, by transformers, one window at a time."""
+def of_test_pairs(run: Path, model: Path) -> tuple[Tensor, Tensor]:
+    """(test pairs, 2) log-probabilities and tokens of the answers, by transformers, one window at a time."""
     file = SafetensorsFile(run / "windows.safetensors")
     where = file.read("test").to(torch.bool)
     tokens, marks = file.read("tokens")[where], file.read("marks").to(torch.bool)[where]
@@ -100,7 +100,7 @@ def of_test_pairs(run: Path, model: Path) -> Tensor:
         end = int(carries.nonzero().max()) + 1
         logs = whole(ids[None, :end]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:end, None])[:, 0]
         found.append(logs[carries[1:end]].double().sum())
-    return torch.stack(found).view(-1, 2)
+    return torch.stack(found).view(-1, 2), marks.sum(1).view(-1, 2)
 
 
 CASES = [
@@ -133,9 +133,12 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     models = {"dense": bench.dense(architecture), "pruned": pruned / "model", "aligned": out / "model"}
     margins = {}
     for name, folder in models.items():
-        own = of_test_pairs(out, folder)
+        own, counts = of_test_pairs(out, folder)
         margins[name] = own[:, 0] - own[:, 1]
         assert found.test[name].accuracy == float((margins[name] > 0).double().mean())
+        by_token = own / counts
+        assert found.test[name].normalised == float((by_token[:, 0] > by_token[:, 1]).double().mean())
+    assert bool((counts[:, 0] != counts[:, 1]).any())
     assert float(margins["aligned"].mean()) > float(margins["pruned"].mean()) + 0.5
     assert found.margin is not None
     for error in (found.test["pruned"].normalised_error, found.reward_accuracy_error):

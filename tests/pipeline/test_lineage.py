@@ -91,6 +91,12 @@ def test_what_is_measured_later_reaches_the_stage(runs: Path, tmp_path: Path) ->
     first, last = stored(run)["stages"]
     assert last["figures"]["perplexity"]["perplexity"] == found.perplexity.perplexity
     assert last["figures"]["divergence"]["kl"] is not None
+    alone = fp.evaluate(
+        next((runs / "models--a--b" / "snapshots").iterdir()), "python", seqlen=16, windows=2
+    ).perplexity
+    assert alone is not None
+    assert last["figures"]["reference"]["perplexity"] == pytest.approx(alone.perplexity)
+    assert alone.perplexity != pytest.approx(found.perplexity.perplexity, rel=0.01)
     assert first["figures"]["perplexity"] is None
     assert (
         f"perplexity {found.perplexity.perplexity:.2f}"

@@ -18,7 +18,8 @@ import torch
 
 import fistapruner as fp
 import tiny
-from fistapruner.calibration.training_text import training_text
+from fistapruner.activations.store import HiddenStates
+from fistapruner.calibration.training_text import TrainingText, training_text
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
@@ -42,9 +43,13 @@ from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
+from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.formatting import size
 from fistapruner.runtime.ranks import Ranks
+from fistapruner.tuning.losses import TokenLoss
+from fistapruner.tuning.objective import Objective
+from fistapruner.tuning.trained import Trained
 
 CPU = torch.device("cpu")
 AMPLE = 2**50
@@ -193,26 +198,49 @@ def test_forms_are_ordered_by_what_they_train(folder: Path) -> None:
     assert one_check == moments * 3 / 4
 
 
-def test_trained_numbers_are_those_of_the_training(folder: Path) -> None:
-    """Counted from the shapes, and held by the optimizer after a step of the layer: values and two moments."""
-    from fistapruner.tuning.trained import Trained
+def stepped(task: Task) -> tuple[Trained, dict[str, int]]:
+    """The trained tensors after a step of AdamW and a check that keeps them, and the survivors of all operators."""
+    trained, survivors = Trained(task.model, task.layout, task.recipe), {}
+    for index in range(len(task.model)):
+        with task.model.layer(index) as layer:
+            for operator in (each for group in task.layout.layers[index] for each in group):
+                full_name = task.layout.full_name(index, operator)
+                survivors[full_name] = int((operator.weight(layer) != 0).sum())
+            ones = {key: torch.ones_like(value) for key, value in trained.values(index, layer).items()}
+            trained.step(index, layer, trained.chain(index, layer, ones), 1.0)
+    trained.keep()
+    return trained, survivors
 
+
+def test_trained_numbers_are_those_of_the_training(folder: Path, needs: TrainingSizes) -> None:
+    """Counted from the shapes, and held after a step and a check: values, two moments, and the best values."""
     mixtures = (("gpt_oss", "lora"), ("qwen3_moe", "full"))
     for architecture, name in (*(("llama", name) for name in ("full", "lora", "spp", "norms")), *mixtures):
         task = task_for(folder, architecture=architecture, parameters=name)
-        trained = Trained(task.model, task.layout, task.recipe)
-        survivors, held = {}, 0
-        for index in range(len(task.model)):
-            with task.model.layer(index) as layer:
-                for group in task.layout.layers[index]:
-                    for operator in group:
-                        full_name = task.layout.full_name(index, operator)
-                        survivors[full_name] = int((operator.weight(layer) != 0).sum())
-                values = trained.values(index, layer)
-                ones = {key: torch.ones_like(value) for key, value in values.items()}
-                trained.step(index, layer, trained.chain(index, layer, ones), 1.0)
-        held = sum(tensor.nbytes for key, tensor in trained.tensors().items() if key.startswith("trained/"))
-        assert measure_form(replace(task, survivors=survivors)).trained == held
+        trained, survivors = stepped(task)
+        form = measure_form(replace(task, survivors=survivors))
+        held = {key: tensor.nbytes for key, tensor in trained.tensors().items() if key != "steps"}
+        assert form.trained == sum(nbytes for key, nbytes in held.items() if key.startswith("trained/"))
+        assert replace(needs, task=task, form=form).state == sum(held.values())
+
+
+def test_the_disk_holds_the_snapshots_and_the_one_that_replaces_the_oldest(
+    folder: Path, needs: TrainingSizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_for(folder, parameters="full")
+    trained, survivors = stepped(task)
+    planned = replace(needs, task=task, form=measure_form(replace(task, survivors=survivors))).disk(TrainingChoice(4))
+    most: list[int] = []
+    tidy = Snapshots.tidy
+
+    def measured(states: Snapshots, step: int) -> None:
+        most.append(sum(file.stat().st_size for file in states.folder.glob("*.safetensors")))
+        tidy(states, step)
+
+    monkeypatch.setattr(Snapshots, "tidy", measured)
+    for step in range(1, 5):
+        Snapshots(tmp_path).write("run", step, {}, trained.tensors())
+    assert max(most) == pytest.approx(planned["snapshots"], rel=0.05)  # but for names in the files
 
 
 def test_writing_holds_a_tensor_of_all_experts_and_its_matrices(folder: Path) -> None:
@@ -289,6 +317,54 @@ def test_time_in_all_counts_what_references_and_test_pairs_take(needs: TrainingS
     walks = math.ceil(1000 / at_once) + 2 * math.ceil(50 / at_once)
     passes = model.layers * (1100 * model.forward_seconds + walks * model.load_seconds) + 1100 * model.head_seconds / 2
     assert aligned.seconds_in_all(choice) - needs.seconds(choice) == pytest.approx(passes)
+
+
+def test_a_check_takes_half_of_the_time_that_the_head_takes_with_gradients(
+    needs: TrainingSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing else takes time."""
+
+    def only(sizes: Any, **seconds: float) -> Any:
+        return replace(sizes, **{name: 0.0 for name in vars(sizes) if name.endswith("_seconds")} | seconds)
+
+    monkeypatch.setattr("fistapruner.planning.training_sizes.DISK_RATE", math.inf)
+    found = replace(needs, model=only(needs.model, head_seconds=3.0), form=only(needs.form))
+    task = needs.task
+    checks = 1 + task.recipe.validation_checks
+    passes = task.steps * task.step_windows + checks * task.held_out / 2
+    assert 1 < checks <= 1 + task.steps
+    assert found.seconds(TrainingChoice(4)) == pytest.approx(3.0 * passes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "mezo"])
+def test_hidden_states_that_are_counted_are_those_of_a_step(folder: Path, optimizer: str) -> None:
+    """Of AdamW the inputs of all layers, the output and its gradient; without gradients those of two variants."""
+    task = task_for(folder, 6, optimizer=optimizer)
+    live: set[HiddenStates] = set()
+    counts: list[int] = []
+
+    class Counted(HiddenStates):
+        def close(self, *, keep: bool = False) -> None:
+            super().close(keep=keep)
+            live.discard(self)
+
+    def store(name: str, shape: tuple[int, int, int]) -> HiddenStates:
+        live.add(made := Counted(shape, torch.float32))
+        counts.append(sum(states.samples for states in live))
+        return made
+
+    windows = task.step_windows
+    tokens = torch.arange(windows * 32).remainder(tiny.VOCABULARY).view(windows, 32)
+    nothing = torch.zeros(windows, dtype=torch.int64)
+    text = TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
+    objective = Objective(task.model, text, TokenLoss(0.0), None, 2, store)
+    if optimizer == "mezo":
+        objective.losses(range(windows), lambda index, layer: [{}, {}])
+    else:
+        objective.gradient(range(windows), lambda index, layer: {}, lambda index, layer, gradients: None)
+    stores = sizes(task)._stores(TrainingChoice(2))
+    assert not live
+    assert max(counts) == max(count for stage, count in stores.items() if stage != "held out")
 
 
 @pytest.mark.parametrize(("writing", "more"), [(1.0, 7), (1000.0, 3)])

@@ -19,6 +19,7 @@ import samples
 
 from fistapruner import reporting
 from fistapruner.reporting import compare_page
+from fistapruner.reporting.align_table import HEAD, align_rows
 from fistapruner.reporting.alignment_text import preference_sentence
 from fistapruner.reporting.compare_page import (
     Point,
@@ -34,12 +35,13 @@ from fistapruner.reporting.figures import layer_errors, layer_figures
 from fistapruner.reporting.figures_quality import quality_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
+from fistapruner.reporting.recovery_text import change_text
+from fistapruner.reporting.size_and_speed import QUANTISE_FIRST, speed_rows
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
-from fistapruner.runs.comparison_records import Comparison
+from fistapruner.runs.comparison_records import AlignComparison, AlignRow, Comparison
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
@@ -221,6 +223,15 @@ def test_quantising_is_named_once_where_sizes_are() -> None:
     assert QUANTISE_FIRST not in unescape(run_page(report))
 
 
+def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
+    report, prompts = samples.report(2), {"batch": 4, "prompt": 30}
+    rows = [samples.speed(name, 12.0) | prompts for name in ("dense float32", "smaller float32")]
+    rows[1]["first_token"] = 0.05
+    report.speed = {"speeds": rows}
+    found = {row[0]: row[1:4] for row in speed_rows(report)}
+    assert found["Reading the prompt, smaller float32, tokens/s"] == ("600", "2,400", "×4.00")
+
+
 def test_speeds_without_a_packed_form_are_not_called_unmeasured() -> None:
     report = samples.report(1)
     report.speed = {"speeds": [samples.speed("dense float32", 12.0)], "sentence": "no packed form"}
@@ -297,6 +308,8 @@ def test_the_mean_error_of_the_operators_has_one_name() -> None:
     run, compared = samples.report(2), samples.comparison()
     for text in (summary(run, "runs/first"), run_page(run), comparison_table(compared), comparison_page(compared)):
         assert "mean relative error" in text.lower()
+    assert compared.rows[0].relative_error == 0.8 / 15
+    assert " 5.33 % " in comparison_table(compared)
 
 
 def test_a_recovery_page_says_what_was_won_on_what() -> None:
@@ -319,6 +332,15 @@ def test_a_recovery_page_says_what_was_won_on_what() -> None:
     assert not {"Where the error is", "How the solver got there"} & {*sections}
     assert not re.search(r"--method|--calibration|--allocation", text)
     assert "Training" not in re.findall(r"<h2[^>]*>(.*?)</h2>", sample_page())
+
+
+def test_the_largest_change_is_named_with_its_layer_and_operator() -> None:
+    report = samples.recovery(3)
+    changes = {(at.index, op.name): op.change for at in report.layers for op in at.operators if op.change is not None}
+    report.layers[1].operators[2].change = 0.5
+    assert max(changes.values()) < 0.5
+    expected = f"largest ‖ΔW‖ / ‖W‖ 50 % (layer 1, {report.layers[1].operators[2].name})"
+    assert change_text(report).endswith(expected)
 
 
 @pytest.mark.parametrize("missing", ["layers", "evaluations", "calibration", "lineage", "recipe", "totals"])
@@ -379,6 +401,14 @@ def test_few_test_pairs_are_said_to_say_little(pairs: int, said: str) -> None:
     test = {name: PreferenceFigures(accuracy=share, accuracy_error=0.1, normalised=0) for name, share in shares.items()}
     report.alignment = Alignment(test_pairs=pairs, test=test)
     assert preference_sentence(report).endswith(said)
+
+
+def test_alignments_are_tested_against_the_model_before_them() -> None:
+    figures = {"accuracy": 0.5, "accuracy_error": 0.1, "normalised": 0.5}
+    values = {"dense": 0.9, "pruned": 0.01, "aligned": None}
+    test = {name: PreferenceFigures(**figures, p_value=value) for name, value in values.items()}
+    found = AlignComparison(rows=[AlignRow(label="dpo", alignment=Alignment(test=test))])
+    assert align_rows(found)[-1][HEAD.index("McNemar against before")] == "p = 0.010"
 
 
 @pytest.mark.parametrize(

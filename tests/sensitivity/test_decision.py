@@ -19,6 +19,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.problem import LayerProblem
 from fistapruner.sensitivity.decision import (
+    _allocate,
     check_allocation,
     differentiates,
     measured_by,
@@ -229,6 +230,21 @@ def test_chosen_patterns_cost_least(counts: list[int], pattern: NM, total: float
         >= sum(zeros.values()) - 1e-9
     )
     assert cost(chosen.values()) <= min(rivals) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("total", [0.46, 0.54])
+def test_what_no_token_reaches_has_the_pattern_that_is_asked_and_the_total_holds(total: float) -> None:
+    """So that the others make up for it, to within one step of one operator."""
+    recipe = Recipe.build({"sparsity": "2:4", "allocation": f"error:{total}"})
+    patterns = patterns_measured(NM(2, 4))
+    known = {f"op{number}": 40 for number in range(20)}
+    generator = torch.Generator().manual_seed(0)
+    curves = {name: torch.rand(4, generator=generator).cumsum(0).cumsum(0) for name in known}
+    sizes = {**known, "expert": 800}
+    found, _ = _allocate(recipe, None, {"": curves}, known, sizes, patterns)
+    assert found["expert"] == NM(2, 4)
+    zeros = sum(found[name].fraction * size for name, size in sizes.items())
+    assert total * 1600 <= zeros < total * 1600 + 0.5 * 40
 
 
 def test_an_operator_that_costs_nothing_gives_its_zeros_first() -> None:

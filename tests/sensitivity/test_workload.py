@@ -15,10 +15,17 @@ from torch import Tensor
 
 import tiny
 from fistapruner import Recipe, prune
+from fistapruner.activations.store import scratch_factory
+from fistapruner.calibration.windows import window_tasks
 from fistapruner.errors import FistaPrunerError
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.compare import compare
 from fistapruner.reporting.workload_text import workload_sentence
+from fistapruner.sensitivity.decision import decide
 from fistapruner.sensitivity.error_curves import POINTS, ZerosBudget, bounds, sparsity_grid, split_budget
+from fistapruner.sensitivity.fisher import DensePasses, measure_sensitivity, row_importance
 from fistapruner.sensitivity.workload import MIN_DEPLOYMENTS, History, Workload, WorkloadFile, read_workload
 from fistapruner.sensitivity.workload_rules import (
     DAMAGE,
@@ -446,6 +453,28 @@ def test_a_begun_run_keeps_its_decision_and_refuses_another_workload(tmp_path: P
     file.unlink()  # what was decided stands in the run
     prune(model, tmp_path / "run", recipe=asked, only_layers=(1, 2))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["decision"]["sparsity"] == before
+
+
+def test_importance_and_metrics_of_a_workload_are_the_weighted_means_of_its_tasks(tmp_path: Path) -> None:
+    """Each task measured alone, on the first of its windows."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "dense")), torch.device("cpu"))
+    layout, mix = discover(model), {"chat": 0.2, "code": 0.8}
+    asked = recipe(written(tmp_path, "mix: {chat: 0.2, code: 0.8}\n"), reconstruct=2)
+    tokens = torch.randint(3, tiny.VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(3))
+    passes = DensePasses(scratch_factory(None, model.dtype))
+    alone = {}
+    for place, task in enumerate(mix):
+        windows = tokens[window_tasks(asked.calibration) == place][:2]
+        alone[task] = measure_sensitivity(model, layout, windows, passes, seed=asked.seed)
+    found = decide(asked, layout, model, tokens, {})
+    assert found.metrics is not None
+    assert found.importance is not None
+    for index, metric in enumerate(found.metrics):
+        expected = sum(weight * alone[task].outputs[index] for task, weight in mix.items())
+        torch.testing.assert_close(metric, expected)
+    for name, rows in found.importance.items():
+        mean = sum(weight * alone[task].rows[name] for task, weight in mix.items())
+        torch.testing.assert_close(rows, row_importance(mean))
 
 
 def test_more_weight_for_a_task_means_less_predicted_loss_in_it(tmp_path: Path) -> None:

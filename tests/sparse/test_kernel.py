@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.sparse import kernel
+from fistapruner.sparse import kernel, linear
 from fistapruner.sparse.linear import DenseLinear, FusedProjections, SparseLinear
 from fistapruner.sparse.packed import PackedOperator, pack_operator
 
@@ -127,9 +127,11 @@ def test_int8_is_the_same_in_every_level(seed, columns, group):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.parametrize("tile", [linear.TILE_BYTES, 1], ids=["whole", "64 rows at a time"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_many_tokens_equal_the_dense_product(level, dtype):
+def test_many_tokens_equal_the_dense_product(level, dtype, tile, monkeypatch):
+    monkeypatch.setattr(linear, "TILE_BYTES", tile)
     operator = make(5, 300, 130, 0.5, torch.bfloat16)
     bias = torch.randn(300, generator=torch.Generator().manual_seed(8)).to(dtype)
     x = torch.randn(2, 40, 130, generator=torch.Generator().manual_seed(6)).to(dtype)

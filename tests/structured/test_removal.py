@@ -394,11 +394,11 @@ def test_a_bias_makes_up_for_constant_channels() -> None:
 
 def test_cross_validation_tests_the_bias_of_the_fitted_half() -> None:
     generator = torch.Generator().manual_seed(3)
-    inputs = torch.randn(60, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + torch.arange(6.0)
-    inputs[30:] += 0.2
+    inputs = torch.randn(600, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + torch.arange(6.0)
+    inputs[300:] += 0.2
     weight, keep = torch.randn(5, 6, generator=generator), torch.tensor([0, 2, 5])
-    halves = inputs[:30], inputs[30:]
-    grams, means = [part.T @ part / 30 for part in halves], [part.double().mean(0) for part in halves]
+    halves = inputs[:300], inputs[300:]
+    grams, means = [part.T @ part / 300 for part in halves], [part.double().mean(0) for part in halves]
     problem = LayerProblem.from_activations(weight, inputs)
     plain, fitted = validation_errors(problem, grams, keep, (1.0, 0.0), means)
     expected, constant = 0.0, 0.0
@@ -411,6 +411,10 @@ def test_cross_validation_tests_the_bias_of_the_fitted_half() -> None:
     energy = float((inputs.double() @ weight.T.double()).square().mean(0).sum())
     assert fitted == pytest.approx(expected / energy, rel=1e-3)
     assert plain == pytest.approx(constant / energy, rel=1e-3)
+    known = ChannelStatistics(problem, inputs.mean(0), (grams[0], grams[1]), None, (means[0], means[1]))
+    removal = remove_channels(known, 3, Structure(), chosen=keep, biased=True)
+    assert removal.shrink == 0.0  # with so many tokens
+    assert removal.validated == pytest.approx(expected / energy, rel=1e-3)
 
 
 @pytest.mark.parametrize(
