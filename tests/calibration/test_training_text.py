@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, text_of, tiny
 
 from fistapruner import FistaPrunerError
-from fistapruner.calibration.packing import pack_documents, passages
+from fistapruner.calibration.packing import pack_documents
+from fistapruner.calibration.text import passages
 from fistapruner.calibration.training_text import document_hash, order, split_documents, training_text
 from fistapruner.recipes.recover_settings import TrainingData
 
@@ -74,9 +75,9 @@ def test_windows_are_the_joined_documents(documents: list[str], seqlen: int, win
 @settings(max_examples=40, deadline=None)
 @given(st.text("ab \n", max_size=300), st.integers(1, 40))
 def test_passages_are_the_text(text: str, characters: int) -> None:
-    parts = passages(text, characters)
+    parts = list(passages(text, characters))
     assert all(0 < len(part) <= characters for part in parts)
-    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert "".join(parts) == text
 
 
 def test_windows_of_both_sides_are_cut_apart(tmp_path: Path) -> None:

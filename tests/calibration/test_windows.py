@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicCache
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens, self_generated
+from fistapruner.calibration import windows as drawing
 from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
 from fistapruner.calibration.windows import check_source, draw_from_documents, tokens_sha256, window_length
 from fistapruner.errors import MissingExtraError
@@ -89,6 +90,46 @@ def test_a_concatenation_that_stops_early_says_of_how_many_documents_it_is() -> 
     _, how = draw_from_documents([LETTERS] * 100, letters_tokenizer(), 1, 50)  # 28 tokens each, and 16 * 50 are enough
     said = "windows that do not overlap, from the concatenation of 29 of 100 documents, drawn at random (810 tokens)"
     assert how == said
+
+
+class Counting:
+    """A tokenizer that notes the most characters it was given at once, and how many in all."""
+
+    def __init__(self) -> None:
+        self.inner = letters_tokenizer()
+        self.bos_token_id = None
+        self.most = self.all = 0
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        characters = sum(map(len, texts))
+        self.most, self.all = max(self.most, characters), self.all + characters
+        return self.inner(texts, **options)
+
+
+@pytest.mark.parametrize(("samples", "how"), [(4, "each of that many long passages"), (60, "of 54 passages, drawn at")])
+def test_a_large_document_is_drawn_from_by_passages(monkeypatch: pytest.MonkeyPatch, samples: int, how: str) -> None:
+    for name, value in (("LARGE", 1000), ("PASSAGE", 100), ("TOGETHER", 200), ("ENOUGH", 4)):
+        monkeypatch.setattr(drawing, name, value)
+    document = "\n\n".join(LETTERS[i % 26 :] + LETTERS[: i % 26] for i in range(160))
+    for documents in ([document], [document, LETTERS]):
+        tokenizer = Counting()
+        tokens, said = draw_from_documents(documents, tokenizer, samples, 8)
+        assert tokenizer.most <= 200
+        assert tokenizer.all < len(document) * 2 / 3 or samples == 60
+        assert len(documents) == 2 or how in said
+        assert len(documents) == 1 or "documents and passages" in said
+        assert all(part in document for row in tokens for part in text_of(tokenizer.inner, row).split("\n"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(LETTERS, min_size=1, max_size=40), min_size=1, max_size=80), st.integers(1, 100))
+def test_other_documents_are_tokenised_whole_however_many_together(documents: list[str], together: int) -> None:
+    tokenizer = Counting()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "TOGETHER", together)
+        got = list(drawing.tokenise(documents, tokenizer, "text"))
+    assert got == letters_tokenizer()(documents, add_special_tokens=False)["input_ids"]
+    assert tokenizer.most <= max(together, *map(len, documents), 0)
 
 
 def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.calibration.datasets import DATA_SETS, load_documents
+from fistapruner.evaluation import data as reading
 from fistapruner.evaluation.data import cut_windows, load_windows, read_text
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 20
@@ -49,6 +51,45 @@ def test_bos_stands_where_the_tokenizer_says() -> None:
     once = cut_windows(TEXT, adding, 16, bos="text")
     assert once.tokens.flatten().tolist()[0] == 1
     assert 1 not in once.tokens.flatten().tolist()[1:]
+
+
+class Runs:
+    """A tokenizer that cuts as GPT-2's does, and notes the longest text it was given."""
+
+    bos_token_id = None
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.longest = 0
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        self.longest = max(self.longest, len(text))
+        found = re.findall(r" ?\S+|\s+(?!\S)|\s+", text)
+        self.tokens += set(found).difference(self.tokens)
+        return {"input_ids": [self.tokens.index(token) for token in found]}
+
+
+def test_a_large_text_is_tokenised_by_parts_and_no_further_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"word{i % 7}" + ("\n" * 5 if i % 9 == 0 else " ") for i in range(5000))
+    tokenizer = Runs()
+    whole = cut_windows(text, tokenizer, 16).tokens
+    assert tokenizer.longest == len(text)
+    monkeypatch.setattr(reading, "LARGE", len(text))
+    assert cut_windows(text, tokenizer, 16).tokens.equal(whole)
+    monkeypatch.setattr(reading, "LARGE", 8000)
+    tokenizer.longest = 0
+    by_parts = cut_windows(text, tokenizer, 16).tokens
+    assert 4000 < tokenizer.longest <= 8000
+    joined = "".join(tokenizer.tokens[token] for token in by_parts.flatten())
+    assert text.startswith(joined)
+    assert len(text) - len(joined) < 16 * 6
+    assert not by_parts[: len(whole)].equal(whole[: len(by_parts)])  # where it is cut, five line ends are two tokens
+    for windows in (1, 20, 50, 300):
+        tokenizer.longest = 0
+        asked = cut_windows(text, tokenizer, 16, windows).tokens
+        assert asked.equal(by_parts[:windows])
+        assert windows == 300 or asked.equal(whole[:windows])
+        assert tokenizer.longest <= max(8 * (16 * windows + 64), 8000 * (windows > 50))
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])

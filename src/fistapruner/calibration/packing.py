@@ -113,22 +113,6 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
     return Packed(cut, carry, read, first or read, tokens, filled, too_long)
 
 
-def passages(text: str, characters: int) -> list[str]:
-    """Cut a text into passages of at most ``characters``, where it has blank lines, line ends or spaces."""
-    parts, start = [], 0
-    while start < len(text):
-        end = start + characters
-        if end < len(text):
-            for separator in ("\n\n", "\n", " "):
-                place = text.rfind(separator, start + 1, end)
-                if place > 0:
-                    end = place + len(separator)
-                    break
-        parts.append(text[start:end].rstrip())
-        start = end
-    return [part for part in parts if part]
-
-
 def _tensor(numbers: array[int]) -> Tensor:
     """Return an array as a tensor that shares its memory."""
     return torch.from_numpy(np.asarray(numbers))

@@ -21,6 +21,13 @@ PYTHON_EVAL_TOPICS = ("compound", "debugger", "formatstrings")
 PLAIN = (".txt", ".raw", ".md")
 SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 
+LARGE = 2**24
+"""Longest calibration document or evaluation text that is tokenised at once, in characters.
+
+A fast tokenizer takes about 150 bytes of memory for each byte of it. A longer text is tokenised by passages, which can
+change a few tokens where it is cut.
+"""
+
 
 def read_documents(path: str | Path) -> list[str]:
     """Read the documents of a local file: a whole text file, a ``.jsonl`` line or a Parquet row each.
@@ -66,6 +73,24 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield where, _record(content, where)
     except OSError as error:
         raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def passages(text: str, characters: int) -> Iterator[str]:
+    """Cut a text into passages of at most ``characters``, behind blank lines, line ends or spaces.
+
+    A text that is not longer is one passage. Joined, passages are the text.
+    """
+    start = 0
+    while start < len(text):
+        end = start + characters
+        if end < len(text):
+            for separator in ("\n\n", "\n", " "):
+                place = text.rfind(separator, start + 1, end)
+                if place > 0:
+                    end = place + len(separator)
+                    break
+        yield text[start:end]
+        start = end
 
 
 def python_documents(part: str = PYTHON) -> list[str]:

@@ -19,9 +19,9 @@ from ..errors import FistaPrunerError
 from ..recipes.recover_settings import TrainingData
 from .examples import Example, read_training_file
 from .mixtures import Mixture, shuffled
-from .packing import PURPOSE, Packed, pack_documents, pack_examples, passages
+from .packing import PURPOSE, Packed, pack_documents, pack_examples
 from .self_generated import generate_tokens
-from .text import PLAIN
+from .text import PLAIN, passages
 from .windows import GENERATED, SELF, check_source, describe_tasks, source_documents, tenths, tokens_sha256
 
 MAX_HELD_OUT_WINDOWS = 16
@@ -131,7 +131,8 @@ class _Source:
 
     def _divide(self, characters: int) -> None:
         """Cut the documents into passages of at most so many characters."""
-        parts = [(part, text) for text in self.read for part in passages(text, characters)]
+        cut = [(part.rstrip(), text) for text in self.read for part in passages(text, characters)]
+        parts = [(part, text) for part, text in cut if part]
         self.documents, self.origin = [part for part, _ in parts], dict(parts)
         documents = "one document" if len(self.read) == 1 else f"{len(self.read)} documents"
         self.how = f"{documents}, cut into {len(self.documents)} passages; {JOINED}"

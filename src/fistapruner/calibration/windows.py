@@ -1,14 +1,15 @@
 """Draw windows of calibration tokens.
 
 As in the papers' loader, documents longer than a window are drawn at random, and one random window of each is taken.
-Where too few documents are that long, windows are drawn from the concatenation of all, or of as many as suffice. The
-facts returned with the tokens record the choice.
+Where too few documents are that long, windows are drawn from the concatenation of all, or of as many as suffice. A
+large document is cut first, and its passages count as documents. The facts returned with the tokens record the choice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -23,7 +24,7 @@ from ..recipes.settings import Calibration
 from .datasets import DATA_SETS, check_extra, load_documents
 from .mixtures import Mixture
 from .self_generated import generate_tokens
-from .text import PYTHON, PYTHON_EVAL, SUFFIXES, adds_bos, python_documents, read_documents
+from .text import LARGE, PYTHON, PYTHON_EVAL, SUFFIXES, adds_bos, passages, python_documents, read_documents
 
 SELF = "self"
 JOINT = "\n\n"
@@ -33,6 +34,12 @@ CALIBRATION_SEQLEN = 2048
 
 ENOUGH = 16
 """The concatenation of a large source stops at this multiple of the tokens needed."""
+
+PASSAGE = 2**18
+"""Longest passage of a large document, in characters."""
+
+TOGETHER = 2**20
+"""Documents are tokenised together up to this many characters: their tokens are those of each alone."""
 
 
 def window_length(
@@ -211,7 +218,8 @@ def draw_from_documents(
     """Draw ``samples`` windows of ``seqlen`` tokens; return them and a sentence on the method.
 
     Args:
-        documents: the texts.
+        documents: the texts. One of more than :data:`LARGE` characters is cut into passages at blank lines (at
+            line ends or spaces where there are none), which are drawn like documents.
         tokenizer: a ``transformers`` tokenizer.
         samples: number of windows.
         seqlen: tokens in a window, BOS included.
@@ -224,6 +232,11 @@ def draw_from_documents(
     random = Random(seed)
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     room = seqlen - len(bos)
+    kind = "documents"
+    if any(len(document) > LARGE for document in documents):
+        kind = "documents and passages" if len(documents) > 1 else "passages"
+        cut = (map(str.rstrip, passages(text, PASSAGE)) if len(text) > LARGE else [text] for text in documents)
+        documents = [part for parts in cut for part in parts if part]
     order = list(range(len(documents)))
     random.shuffle(order)
 
@@ -238,17 +251,16 @@ def draw_from_documents(
                 start = random.randrange(len(ids) - room + 1)
                 windows.append(bos + ids[start : start + room])
                 if len(windows) == samples:
-                    return torch.tensor(
-                        windows, dtype=torch.int64
-                    ), "one random window of each of that many long documents"
+                    how = f"one random window of each of that many long {kind}"
+                    return torch.tensor(windows, dtype=torch.int64), how
 
     separator = tokenizer(JOINT, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    stream: list[int] = []
+    stream = array("i")  # a list of integers has nine times the bytes
     read = 0
     for ids in tokenise([documents[i] for i in order], tokenizer, source):
         read += 1
-        stream += (separator if stream else []) + ids
-        if len(stream) >= ENOUGH * samples * seqlen and len(documents) > 1:
+        stream.extend((separator if stream else []) + ids)
+        if len(stream) >= ENOUGH * samples * seqlen:
             break
     if len(stream) < room:
         raise FistaPrunerError(
@@ -257,7 +269,7 @@ def draw_from_documents(
         )
     if len(stream) // room >= samples:
         starts = [room * index for index in random.sample(range(len(stream) // room), samples)]
-        which = "all documents" if read == len(documents) else f"{read} of {len(documents)} documents, drawn at random"
+        which = f"all {kind}" if read == len(documents) else f"{read} of {len(documents)} {kind}, drawn at random"
         how = f"windows that do not overlap, from the concatenation of {which} ({len(stream)} tokens)"
     else:
         places = len(stream) - room + 1
@@ -267,8 +279,9 @@ def draw_from_documents(
                 f"of {seqlen} and --samples asks for {samples}"
             )
         starts = random.sample(range(places), samples)
-        how = f"overlapping windows from the concatenation of all documents (only {len(stream)} tokens)"
-    return torch.tensor([bos + stream[start : start + room] for start in starts], dtype=torch.int64), how
+        how = f"overlapping windows from the concatenation of all {kind} (only {len(stream)} tokens)"
+    windows = [bos + stream[start : start + room].tolist() for start in starts]
+    return torch.tensor(windows, dtype=torch.int64), how
 
 
 def tokenise(
@@ -284,14 +297,28 @@ def tokenise(
     Raises:
         FistaPrunerError: the tokenizer fails, or makes no tokens of 64 documents.
     """
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(documents), 64):
-        batch = list(documents[start : start + 64])
-        try:
-            ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        except Exception as error:  # tokenizers have their own exceptions
-            raise FistaPrunerError(
-                f"the tokenizer cannot read the {purpose} text {source!r}: {one_line(error)}"
-            ) from None
-        if not any(ids):
+        found = False
+        for batch in _batches(documents[start : start + 64]):
+            try:
+                ids = tokenizer(batch, **options)["input_ids"]
+            except Exception as error:  # tokenizers have their own exceptions
+                raise FistaPrunerError(
+                    f"the tokenizer cannot read the {purpose} text {source!r}: {one_line(error)}"
+                ) from None
+            found = found or any(ids)
+            yield from ids
+        if not found:
             raise FistaPrunerError(f"the tokenizer makes no tokens of the {purpose} text {source!r}")
-        yield from ids
+
+
+def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
+    """Group documents that are tokenised together; one of more characters than :data:`TOGETHER` is alone."""
+    batch: list[str] = []
+    for document in documents:
+        if batch and sum(map(len, batch)) + len(document) > TOGETHER:
+            yield batch
+            batch = []
+        batch.append(document)
+    yield batch

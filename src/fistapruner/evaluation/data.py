@@ -1,23 +1,28 @@
 """Cut evaluation text into token windows, by the protocol that the pruning papers share.
 
-The rows of the data set are joined to one string (:mod:`fistapruner.calibration.datasets`), tokenised once, and cut
-into non-overlapping windows; what does not fill a window is dropped.
+The rows of the data set are joined to one string (:mod:`fistapruner.calibration.datasets`), tokenised once (a
+large one by parts), and cut into non-overlapping windows; what does not fill a window is dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..calibration.datasets import DATA_SETS, check_extra, load_documents
 from ..calibration.examples import token_ids
-from ..calibration.text import PYTHON, PYTHON_EVAL, adds_bos, python_documents, read_documents
+from ..calibration.text import LARGE, PYTHON, PYTHON_EVAL, adds_bos, passages, python_documents, read_documents
 from ..errors import A_TEXT, FistaPrunerError, path_text
+
+UNSURE = 64
+"""Last tokens of the beginning of a text, which are left out because what follows might change them."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,12 @@ class Windows:
         tokens: (windows, seqlen) int64 token ids.
         data: name of the data set or file; ``split``: of it, ``file`` for a local one.
         bos: ``none``, ``text`` or ``window``: where BOS tokens stand.
-        available: windows that the text would have filled.
     """
 
     tokens: Tensor
     data: str
     split: str
     bos: str
-    available: int
 
     @property
     def seqlen(self) -> int:
@@ -91,27 +94,49 @@ def cut_windows(
     data: str = "text",
     split: str = "text",
 ) -> Windows:
-    """Tokenise ``text`` once and cut it; see :func:`load_windows`."""
+    """Tokenise ``text``, a large one by parts, and cut it; see :func:`load_windows`."""
     if bos not in ("auto", "none", "text", "window"):
         raise FistaPrunerError(f"bos {bos!r} is not known: auto, none, text or window")
     if bos == "auto":
         bos = "window" if adds_bos(tokenizer) else "none"
     if bos != "none" and tokenizer.bos_token_id is None:
         raise FistaPrunerError(f"bos {bos!r} cannot be done: this tokenizer has no BOS token")
-    ids = token_ids(text, tokenizer, data)
-    if bos == "text":
-        ids = [tokenizer.bos_token_id, *ids]
     room = seqlen - 1 if bos == "window" else seqlen
-    available = len(ids) // room
-    count = available if windows is None else min(windows, available)
+    ids = _tokens(text, tokenizer, data, None if windows is None else windows * room)
+    if bos == "text":
+        ids.insert(0, tokenizer.bos_token_id)
+    count = len(ids) // room
+    if windows is not None:
+        count = min(windows, count)
     if count == 0:
         raise FistaPrunerError(
             f"{data}: {len(ids)} tokens do not fill one window of {seqlen}: take a longer text or a smaller seqlen"
         )
-    tokens = torch.tensor(ids[: count * room], dtype=torch.int64).view(count, room)
+    tokens = torch.tensor(np.asarray(ids[: count * room]), dtype=torch.int64).view(count, room)
     if bos == "window":
         tokens = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), tokens], dim=1)
-    return Windows(tokens, data, split, bos, available)
+    return Windows(tokens, data, split, bos)
+
+
+def _tokens(text: str, tokenizer: Any, data: str, enough: int | None) -> array[int]:
+    """Tokenise a text; of one longer than :data:`LARGE` no more than it takes for ``enough`` tokens.
+
+    Such a text is tokenised by parts, cut at blank lines where it has any. Where its beginning has enough tokens, they
+    are those of the whole first part.
+    """
+    if enough is not None and len(text) > LARGE:
+        characters = 8 * (enough + UNSURE)
+        while characters < LARGE:
+            ids = array("i", token_ids(next(passages(text, characters)), tokenizer, data)[:-UNSURE])
+            if len(ids) >= enough:
+                return ids
+            characters *= 2
+    ids = array("i")
+    for part in passages(text, LARGE):
+        ids.extend(token_ids(part, tokenizer, data))
+        if enough is not None and len(ids) >= enough:
+            break
+    return ids
 
 
 def read_text(data: str) -> tuple[str, str, int | None]:
