@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,21 @@ def test_blocks_are_made_when_they_are_needed(tmp_path: Path) -> None:
     again = teacher(order=order, held_out=[5, 2, 8])
     again.require([5, 2, 8])
     assert len(counted.made) == 5
+
+
+def test_held_out_windows_are_looked_through_few_times(tmp_path: Path) -> None:
+    """However many windows there are to train on."""
+    looked: list[int] = []
+
+    class HeldOut(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            looked.append(1)
+            return super().__iter__()
+
+    dense = opened(tiny.save("llama", tmp_path / "model"))
+    teacher = Teacher(dense, some_tokens(40), tmp_path / "teacher", batch_size=2, held_out=HeldOut([3, 5]))
+    assert [window for block in teacher.blocks for window in block][2:] == [0, 1, 2, 4, *range(6, 40)]
+    assert len(looked) < 5
 
 
 def test_each_window_passes_through_the_dense_model_once(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ class Teacher:
         self.identity, self.order = identity, list(order)
         windows, seqlen = tokens.shape
         size = max(1, block_tokens // (seqlen * batch_size)) * batch_size
-        train = [window for window in dict.fromkeys(self.order or range(windows)) if window not in set(held_out)]
+        kept_out = set(held_out)
+        train = [window for window in dict.fromkeys(self.order or range(windows)) if window not in kept_out]
         self.batch_size = batch_size
         self.blocks = _cut(held_out, size)
         self.step = 1
