@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Pairs(TrainingText):
 
     test: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """See :class:`TrainingText`: the loss of a pair stands at its chosen answer."""
         return torch.tensor([1, 0]).repeat(len(self.tokens) // 2)
