@@ -157,6 +157,7 @@ def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
         step_windows=recipe.step_windows,
         windows=2 * trained,
         held_out=len(text.windows("held_out")),
+        test=len(text.windows("test")),
         fill=float(passed.clamp_max(most).mean()) / most,
         together=2,
         answers=(*references, len(text.windows("test"))),
