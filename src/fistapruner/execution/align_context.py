@@ -156,6 +156,7 @@ class AlignContext(TrainingContext):
             listener.say,
             ranks,
             self._at_once,
+            listener.tick,
         )
 
     def mixture(self, references: dict[str, Tensor]) -> ReferenceMixture:
@@ -177,15 +178,16 @@ class AlignContext(TrainingContext):
 
     def test_log_probabilities(self, trained: Trained) -> Tensor:
         """Compute the (test pairs, 2) log-probabilities under the trained model."""
+        windows = self.text.windows("test")
+        found = torch.zeros(len(self.text.tokens) // 2, 2, dtype=torch.float64)
         with self.passes() as store:
             objective = self._answers(store)
             with objective.resident(layers=self.decision.resident):
-                return log_probabilities_by_parts(
-                    objective,
-                    self.text.windows("test"),
-                    lambda index, layer: [trained.values(index, layer)],
-                    self._at_once,
-                )
+                for pairs, sums in log_probabilities_by_parts(
+                    objective, windows, lambda index, layer: [trained.values(index, layer)], self._at_once
+                ):
+                    found[pairs] = sums
+        return found[[window // 2 for window in windows[::2]]]
 
     @property
     def _at_once(self) -> int:
