@@ -99,7 +99,7 @@ ANSWERS = st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(ANSWERS, min_size=1, max_size=30), st.integers(8, 30), st.integers(1, 12), st.booleans())
+@given(st.lists(ANSWERS, min_size=1, max_size=60), st.integers(8, 40), st.integers(1, 24), st.booleans())
 def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, windows: int, bos: bool) -> None:
     tokenizer = letters_tokenizer(bos)
     examples = [Example("prompt", answer, "here") for answer in answers]
@@ -110,19 +110,25 @@ def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, 
     fitting = [example for example in whole if len(example[0]) <= seqlen]
     assert packed.too_long == len(whole) - len(fitting)
     assert packed.filled == sum(len(ids) for ids, _ in fitting)
-    found = []
+    found: list[list[tuple[list[int], list[bool]]]] = []
     for ids, marks in zip(packed.windows.tolist(), packed.marks.tolist(), strict=True):
         assert len(ids) == len(marks) == seqlen
         rest = list(zip(ids, marks, strict=True))
+        found.append([])
         while rest:  # the window is read back as examples, each up to its EOS, and padding
             end = next(place for place, (token, _) in enumerate(rest) if token == 2) + 1
             if end == 1:  # padding is EOS, as the tokenizer has no padding token
                 assert set(rest) == {(2, False)}
                 break
-            found.append(([token for token, _ in rest[:end]], [mark for _, mark in rest[:end]]))
+            found[-1].append(([token for token, _ in rest[:end]], [mark for _, mark in rest[:end]]))
             rest = rest[end:]
-    assert sorted(found) == sorted(fitting)
-    # First fit: no window but the first could have taken what another begins with.
+    expected: list[list[tuple[list[int], list[bool]]]] = []
+    for example in fitting:  # each in the first window that has room
+        used = [sum(len(ids) for ids, _ in window) for window in expected]
+        place = next((place for place, length in enumerate(used) if length + len(example[0]) <= seqlen), len(expected))
+        expected.extend([[]] if place == len(expected) else [])
+        expected[place].append(example)
+    assert found == expected
     if packed.documents < len(examples):
         ids, _ = examples[packed.documents].encode(tokenizer, start)
         assert len(packed.windows) == windows

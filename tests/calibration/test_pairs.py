@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
+from fistapruner.calibration.pairs import SIDES, Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from fistapruner.recipes.align_settings import PairData
 
 
@@ -254,6 +255,21 @@ def test_equal_prompts_are_on_one_side(tmp_path: Path) -> None:
     assert 0.05 < len(prompts["test"]) / 300 < 0.17
     fewer, _ = tokenised(records[:200], tmp_path)
     assert {number // 2 for number in fewer.windows("test")} == {number for number in prompts["test"] if number < 200}
+
+
+def test_few_prompts_are_held_out_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are trained on, and the test is the same."""
+    whole, few = ({name: set(pairs.windows(name)) for name in SIDES} for pairs in capped(tmp_path, monkeypatch))
+    assert few["test"] == whole["test"]
+    assert len(few["held_out"]) == 2 * 5 < len(whole["held_out"])
+    assert few["held_out"] < whole["held_out"]
+    assert few["trained"] == whole["trained"] | whole["held_out"] - few["held_out"]
+
+
+def capped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pairs]:
+    for most in (512, 5):
+        monkeypatch.setattr("fistapruner.calibration.pairs.MAX_HELD_OUT_PROMPTS", most)
+        yield tokenised(many(200), folder)[0]
 
 
 def test_three_prompts_are_enough_and_two_are_not(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from test_windows import LETTERS, letters_tokenizer, text_of, tiny
 from fistapruner import FistaPrunerError
 from fistapruner.calibration.packing import pack_documents
 from fistapruner.calibration.text import passages
-from fistapruner.calibration.training_text import document_hash, order, split_documents, training_text
+from fistapruner.calibration.training_text import TrainingText, document_hash, order, split_documents, training_text
 from fistapruner.recipes.recover_settings import TrainingData
 
 EOS = "</s>"
@@ -245,3 +245,13 @@ def test_all_windows_come_once_before_any_comes_twice(tmp_path: Path) -> None:
     for start in range(0, 100 - count, count):
         assert set(flat[start : start + count]) == windows
     assert flat[:count] != flat[count : 2 * count]
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 2**20])
+def test_tokens_with_loss_are_counted_once_and_few_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.calibration.training_text.COUNTED", at_once)
+    marks = torch.rand(23, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    number = torch.arange(23)
+    text = TrainingText(number[:, None].expand(-1, 32), marks, number > 20, 0 * number, ("a",), {})
+    assert torch.equal(text.counts, marks[:, 1:].sum(1))
+    assert text.counts is text.counts

@@ -520,6 +520,16 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
     assert one == two
 
 
+def test_references_are_computed_of_the_pairs_that_are_used(bench: Bench, tmp_path: Path) -> None:
+    report = align(bench, tmp_path / "out", loss="harmonic", weights="per-pair", steps=2)
+    assert report.alignment is not None
+    used = 2 * SETTINGS["pairs_per_step"] + report.alignment.held_out_pairs + report.alignment.test_pairs
+    file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
+    for name in ("pruned", "dense"):
+        assert int(file.read(f"{name}.chosen").isfinite().sum()) == used < 40
+    assert sum(report.alignment.references.values()) == pytest.approx(1.0)
+
+
 def test_what_a_part_of_the_pairs_taught_is_told(bench: Bench, tmp_path: Path) -> None:
     """Pairs that were passed, tokens of the answers that have a loss, and no share of a gap that is not the aim."""
     said, tokens = tiny.Said(), {}
@@ -621,8 +631,9 @@ def test_rows_of_a_comparison_have_the_same_tokens_on_another_day(
     assert [row.error for row in found.rows] == [None] * 3
     tokens = [SafetensorsFile(run / "windows.safetensors").read("tokens") for run in (out / "runs").iterdir()]
     assert all(torch.equal(each, tokens[0]) for each in tokens)
-    computed = [sentence for sentence in said.sentences if "pairs under the pruned model" in sentence]
-    assert len(computed) == 2  # and once more after the damage
+    told = (re.search(r"of (\d+) pairs under the pruned model", sentence) for sentence in said.sentences)
+    first, again, more = (int(found[1]) for found in told if found)
+    assert first == again > more > 0  # once more after the damage, and then the pairs of another order that lack
     runs = [load_run(run) for run in sorted((out / "runs").iterdir())]
     assert [run.calibration and run.calibration.seed for run in runs] == [1, 2, 3]
 

@@ -606,8 +606,12 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert re.search("and one pair at a time; .* or lower --max-length, for --parameters", capsys.readouterr().out)
     for loss, whole in (("dpo", 1), ("harmonic", 2)):
         recipe = AlignRecipe.build({"loss": loss, "data": {"pairs": str(pairs)}})
-        answers = plan_alignment_of(run, recipe, tmp_path)[0].needs.task.answers
-        assert (len(answers), answers.count(120)) == (3, whole)
+        task = plan_alignment_of(run, recipe, tmp_path)[0].needs.task
+        assert (len(task.answers), task.answers.count(120)) == (3, whole)
+        few = AlignRecipe.build({"loss": loss, "data": {"pairs": str(pairs)}, "steps": 2, "pairs_per_step": 3})
+        answers = plan_alignment_of(run, few, tmp_path)[0].needs.task.answers
+        assert answers.count(12 + task.held_out + task.test) == whole  # of the pairs that the steps take
+        assert task.text_bytes == 9 * 120 * task.seqlen  # of all pairs, those of the test too
     assert not list(tmp_path.glob("run*"))
 
 

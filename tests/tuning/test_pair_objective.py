@@ -77,8 +77,11 @@ def test_log_probabilities_do_not_depend_on_batch_or_padding(tmp_path: Path, pai
         objective = AnswerObjective(opened(folder), pairs, LIKELIHOOD, None, batch_size, STORE)
         (found,) = answer_log_probabilities(objective, order, nothing)
         assert torch.allclose(found, expected[[window // 2 for window in order[::2]]], atol=1e-4)
-        by_parts = log_probabilities_by_parts(objective, order, nothing, 4)
-        assert torch.allclose(by_parts, found, atol=1e-4)
+        by_parts = list(log_probabilities_by_parts(objective, order, nothing, 4))
+        numbers = [number for part, _ in by_parts for number in part]
+        assert sorted(numbers) == list(range(4))
+        sums = torch.cat([part for _, part in by_parts])
+        assert torch.allclose(sums, expected[numbers], atol=1e-4)
     with pytest.raises(ValueError, match="batch_size is 3"):
         AnswerObjective(opened(folder), pairs, LIKELIHOOD, None, 3, STORE)
 
@@ -271,7 +274,7 @@ def test_cached_references_are_used_until_something_changes(tmp_path: Path, pair
     assert said == []
     assert path.stat().st_mtime_ns == before
     assert not torch.isnan(asked(list(range(8)))).any()
-    assert said == ["log-probabilities of 4 pairs under the pruned model"]  # the file has fewer
+    assert said == ["log-probabilities of 2 pairs under the pruned model"]  # the file has the others
     assert torch.equal(asked([0, 1, 4, 5])[[0, 2]], asked(list(range(8)))[[0, 2]])
     assert said == []
     for changed, words in (
@@ -287,3 +290,44 @@ def test_cached_references_are_used_until_something_changes(tmp_path: Path, pair
     again = asked([0, 1, 4, 5])
     assert "is not used" in said[0]
     assert torch.allclose(again[[0, 2]], first[[0, 2]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_references_that_were_interrupted_go_on_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    pairs = make_pairs(tmp_path, [*TRL_PAIRS, ("One", " a", " b"), ("Two", " ab" * 9, " b")])
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
+    monkeypatch.setattr("fistapruner.tuning.references.LEAST_SECONDS", -1.0)
+    parts = 12 // at_once
+    passed: list[int] = []
+    ticks: list[tuple[int, int]] = []
+    stop_at: int | None = None
+
+    def counted(objective: AnswerObjective, windows: list[int], *more: Any) -> Tensor:
+        if len(passed) == stop_at:
+            raise KeyboardInterrupt
+        passed.append(len(windows))
+        return answer_log_probabilities(objective, windows, *more)
+
+    def computed(path: Path) -> Tensor:
+        model = ReferenceModel(lambda: opened(folder), range(12), {"its weights": "w"})
+        settings = {"at_once": at_once, "tick": lambda _, done, total: ticks.append((done, total))}
+        passed.clear()
+        ticks.clear()
+        return reference_log_probabilities(path, {"pruned": model}, pairs, 2, STORE, print, **settings)["pruned"]
+
+    monkeypatch.setattr("fistapruner.tuning.references.answer_log_probabilities", counted)
+    whole = computed(tmp_path / "whole")
+    assert passed == [at_once] * parts
+    assert ticks == [(part * at_once // 2, 6) for part in range(1, parts + 1)]
+    for stopped in range(parts):
+        path, stop_at = tmp_path / f"stopped at {stopped}", stopped
+        with pytest.raises(KeyboardInterrupt):
+            computed(path)
+        stop_at = None
+        assert torch.equal(computed(path), whole)
+        assert len(passed) == parts - stopped
+        assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+        computed(path)
+        assert not passed

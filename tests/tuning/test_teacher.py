@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,21 @@ def test_blocks_are_made_when_they_are_needed(tmp_path: Path) -> None:
     assert len(counted.made) == 5
 
 
+def test_held_out_windows_are_looked_through_few_times(tmp_path: Path) -> None:
+    """However many windows there are to train on."""
+    looked: list[int] = []
+
+    class HeldOut(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            looked.append(1)
+            return super().__iter__()
+
+    dense = opened(tiny.save("llama", tmp_path / "model"))
+    teacher = Teacher(dense, some_tokens(40), tmp_path / "teacher", batch_size=2, held_out=HeldOut([3, 5]))
+    assert [window for block in teacher.blocks for window in block][2:] == [0, 1, 2, 4, *range(6, 40)]
+    assert len(looked) < 5
+
+
 def test_each_window_passes_through_the_dense_model_once(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     tokens, counted = some_tokens(4), Counted()
@@ -199,8 +214,17 @@ def test_the_most_likely_tokens_bound_the_divergence(tmp_path: Path) -> None:
     torch.testing.assert_close(rows.rest, 1 - p.topk(128).values.sum(-1), rtol=1e-3, atol=1e-5)
 
 
-def test_rounds_hold_only_the_windows_of_the_next_steps(tmp_path: Path) -> None:
+def test_rounds_hold_only_the_windows_of_the_next_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three passes over the text in other orders; a run that stops anywhere goes on with the same bits."""
+    removed: list[Path] = []
+    unlink = Path.unlink
+
+    def counted_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix in (".json", ".safetensors"):
+            removed.append(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", counted_unlink)
     folder = tiny.save("llama", tmp_path / "model")
     tokens, held_out = some_tokens(10), [2, 7]
     generator = torch.Generator().manual_seed(0)
@@ -237,6 +261,7 @@ def test_rounds_hold_only_the_windows_of_the_next_steps(tmp_path: Path) -> None:
         if number % 5 == 0:
             torch.testing.assert_close(logits_of(rounds, held_out), exact[held_out])
     assert len(counted.made) == 1 + 6  # rounds of 4 windows
+    assert len(removed) == 5 * 2  # the two files of a round when the next one comes
     for begin in (0, 4, 5, 9, 11):
         counted.made.clear()
         going_on = teacher("rounds" if begin == 11 else f"from {begin}")

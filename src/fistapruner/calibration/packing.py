@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,9 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
     """
     packed: list[array[int]] = []
     marked: list[array[int]] = []
-    rooms: list[int] = []
+    roomy: list[list[int]] = [[] for _ in range(seqlen + 1)]  # heaps of windows, by their room
+    none = np.iinfo(np.int64).max
+    lowest = np.full(seqlen + 1, none)  # window of each heap
     read = tokens = first = too_long = 0
     bos = _bos(tokenizer)
     for example in examples:
@@ -90,18 +93,22 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
         if len(ids) > seqlen:
             read, too_long, tokens = read + 1, too_long + 1, tokens + len(ids)
             continue
-        place = next((place for place, room in enumerate(rooms) if room >= len(ids)), len(rooms))
-        if place == len(packed):
-            if place == 1:
+        room = len(ids) + int(lowest[len(ids) :].argmin())
+        if not roomy[room]:
+            if len(packed) == 1:
                 first = read
-            if place == windows:
+            if len(packed) == windows:
                 break
+            room = seqlen
+            roomy[room].append(len(packed))
             packed.append(array("i"))
             marked.append(array("b"))
-            rooms.append(seqlen)
+        place, left = heappop(roomy[room]), room - len(ids)
+        heappush(roomy[left], place)
+        for changed in (room, left):
+            lowest[changed] = roomy[changed][0] if roomy[changed] else none
         packed[place].extend(ids)
         marked[place].extend(marks)
-        rooms[place] -= len(ids)
         read, tokens = read + 1, tokens + len(ids)
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     filled = sum(map(len, packed))

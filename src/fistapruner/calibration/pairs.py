@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ KINDS = {
 
 MANY = 0.05
 """Share of pairs whose prompt ends inside a token above which a remedy is named."""
+
+MAX_HELD_OUT_PROMPTS = 512
+"""Prompts that are held out: more would take time at every check and hardly change the choice of the step."""
 
 SIDES = ("trained", "held_out", "test")
 
@@ -101,7 +105,7 @@ class Pairs(TrainingText):
 
     test: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """See :class:`TrainingText`: the loss of a pair stands at its chosen answer."""
         return torch.tensor([1, 0]).repeat(len(self.tokens) // 2)
@@ -333,6 +337,8 @@ def tokenise_pairs(
 def _sides(prompts: Sequence[str], data: PairData, too_long: int) -> list[int]:
     """Return the side of every pair, an index into :data:`SIDES`; each has at least one prompt.
 
+    Where the share to hold out has more than :data:`MAX_HELD_OUT_PROMPTS` prompts, the others are trained on.
+
     Raises:
         FistaPrunerError: fewer than three different prompts.
     """
@@ -347,7 +353,9 @@ def _sides(prompts: Sequence[str], data: PairData, too_long: int) -> list[int]:
     held = max(1, sum(each < data.held_out for each in share))
     test = max(1, sum(each < data.held_out + data.test for each in share) - held)
     held, test = min(held, len(hashes) - 2), min(test, len(hashes) - held - 1)
-    side = {digest: 1 if at < held else 2 if at < held + test else 0 for at, digest in enumerate(hashes)}
+    kept = min(held, MAX_HELD_OUT_PROMPTS)
+    numbers = [1] * kept + [0] * (held - kept) + [2] * test + [0] * (len(hashes) - held - test)
+    side = dict(zip(hashes, numbers, strict=True))
     return [side[document_hash(prompt)] for prompt in prompts]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ JOINED = "documents joined by end-of-text tokens, windows that do not overlap"
 
 CHARACTERS_PER_TOKEN = 4
 """A source of one document is cut into passages of about one window, at this many characters a token."""
+
+COUNTED = 2**20
+"""Tokens whose marks are counted at once."""
 
 SHARED = 3
 """Documents named by :func:`shared_documents`."""
@@ -60,10 +64,16 @@ class TrainingText:
     facts: dict[str, Any]
     documents: frozenset[str] = frozenset()
 
+    @cached_property
+    def loss_tokens(self) -> Tensor:
+        """(windows,) tokens that carry loss."""
+        few = max(1, COUNTED // self.marks.shape[1])  # a sum takes eight bytes a token
+        return torch.cat([part[:, 1:].sum(1) for part in self.marks.split(few)])
+
     @property
     def counts(self) -> Tensor:
         """(windows,) numbers that the loss of each window is a sum over: tokens that carry loss."""
-        return self.marks[:, 1:].sum(1)
+        return self.loss_tokens
 
     def amount(self, held_out: Sequence[int]) -> str:
         """Say how much is held out."""

@@ -48,14 +48,16 @@ CHECKED_PAIRS = 8
 """Held-out pairs on which that is checked."""
 
 
-def reference_windows(name: str, recipe: AlignRecipe, pairs: Pairs) -> list[int]:
+def reference_windows(name: str, recipe: AlignRecipe, pairs: Pairs, order: Tensor) -> list[int]:
     """List the windows whose log-probabilities under a model a run needs.
 
-    Of a model that is no reference of the loss they are those of the test, and of the check of the start.
+    Of a reference of the loss they are those of the steps (``order``), held out and of the test; of another model those
+    of the test, and of the check of the start.
     """
+    held_out, test = pairs.windows("held_out"), pairs.windows("test")
     if name in recipe.resolved_references:
-        return list(range(len(pairs.tokens)))
-    return sorted([*pairs.windows("held_out")[: 2 * CHECKED_PAIRS], *pairs.windows("test")])
+        return sorted({*order.flatten().tolist(), *held_out, *test})
+    return sorted([*held_out[: 2 * CHECKED_PAIRS], *test])
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,13 @@ class AlignContext(TrainingContext):
     def references(self, store: Store, listener: Listener, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """Return the (pairs, 2) log-probabilities of the models, from the cache where it has them.
 
-        Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known,
-        or that rank 0 does not find, then has none.
+        Those that the run does not need are NaN (:func:`reference_windows`). A dense model that is no reference of the
+        loss, and is not known or not found by rank 0, has none.
 
         Raises:
             FistaPrunerError: another rank has no dense model, or the disk refuses.
         """
-        recipe = self.recipe
+        recipe, order = self.recipe, self._order()
         tokens = hashlib.sha256()
         for part in (self.text.tokens, self.text.marks):
             tokens.update(part.reshape(-1).numpy().data)  # without a copy
@@ -145,7 +147,7 @@ class AlignContext(TrainingContext):
                 "the tokens": tokens.hexdigest(),
                 "its precision": str(self.model.dtype),
             }
-            return ReferenceModel(opened, reference_windows(name, recipe, self.text), identity)
+            return ReferenceModel(opened, reference_windows(name, recipe, self.text, order), identity)
 
         return reference_log_probabilities(
             self.run.references_file,
@@ -156,6 +158,7 @@ class AlignContext(TrainingContext):
             listener.say,
             ranks,
             self._at_once,
+            listener.tick,
         )
 
     def mixture(self, references: dict[str, Tensor]) -> ReferenceMixture:
@@ -175,17 +178,23 @@ class AlignContext(TrainingContext):
         kind = cast(PreferenceLoss, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
         return ReferenceMixture(names, stacked, weights, virtual_reference(kind, stacked, weights, self._clip()))
 
+    @property
+    def trained_pairs(self) -> list[int]:
+        """Numbers of the pairs that the steps train on."""
+        return sorted({window // 2 for window in self._order().flatten().tolist()})
+
     def test_log_probabilities(self, trained: Trained) -> Tensor:
         """Compute the (test pairs, 2) log-probabilities under the trained model."""
+        windows = self.text.windows("test")
+        found = torch.zeros(len(self.text.tokens) // 2, 2, dtype=torch.float64)
         with self.passes() as store:
             objective = self._answers(store)
             with objective.resident(layers=self.decision.resident):
-                return log_probabilities_by_parts(
-                    objective,
-                    self.text.windows("test"),
-                    lambda index, layer: [trained.values(index, layer)],
-                    self._at_once,
-                )
+                for pairs, sums in log_probabilities_by_parts(
+                    objective, windows, lambda index, layer: [trained.values(index, layer)], self._at_once
+                ):
+                    found[pairs] = sums
+        return found[[window // 2 for window in windows[::2]]]
 
     @property
     def _at_once(self) -> int:

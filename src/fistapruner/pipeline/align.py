@@ -101,12 +101,11 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
     models: dict[str, Tensor] = {name: references[name][places] for name in ("dense", "pruned") if name in references}
     rewards = context.recipe.beta * (own - mixture.mixed[places])
     margins = margins_of(rewards)
-    trained_places = [window // 2 for window in text.windows("trained")[::2]]
-    weights = mixture.weights[:, trained_places].mean(1).tolist()
+    weights = mixture.weights[:, context.trained_pairs].mean(1).tolist()
     used = context.recipe.resolved_references
     chosen, rejected = rewards.mean(0).tolist()
     report.alignment = Alignment(
-        pairs=len(trained_places),
+        pairs=len(text.windows("trained")) // 2,
         held_out_pairs=len(text.windows("held_out")) // 2,
         test_pairs=len(places),
         left_out=next(iter(text.facts["tasks"].values()))["too_long"],

@@ -19,6 +19,7 @@ from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.files import sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
+from ..tuning.references import missing_windows
 from ..tuning.teacher import TOP
 from .prepare_training import choose_plan, describe_text, record, share_of
 from .training_inputs import Inputs, TrainingRequest, check_training_inputs
@@ -140,8 +141,9 @@ def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
     order = pair_order(text, steps, recipe.pairs_per_step, recipe.data.seed)
     longest, most = text.lengths[order].amax(1), text.tokens.shape[1]
     known = ("pruned",) if inputs.dense is None else ("pruned", "dense")
-    cached = AlignDirectory(out).references_file.exists()  # a comparison has given them
-    references = () if cached else (len(reference_windows(name, recipe, text)) for name in known)
+    cache = AlignDirectory(out).references_file  # a comparison has given what it has
+    asked = {name: reference_windows(name, recipe, text, order) for name in known}
+    references = (len(missing_windows(cache, name, windows, text)) for name, windows in asked.items())
     passed = (longest / LENGTHS).ceil() * LENGTHS
     return Task(
         inputs.model,
@@ -157,6 +159,7 @@ def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
         step_windows=recipe.step_windows,
         windows=2 * trained,
         held_out=len(text.windows("held_out")),
+        test=len(text.windows("test")),
         fill=float(passed.clamp_max(most).mean()) / most,
         together=2,
         answers=(*references, len(text.windows("test"))),

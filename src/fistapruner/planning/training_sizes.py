@@ -74,7 +74,7 @@ class Task:
         out: the run directory; its disk must have the free space.
         loss: of tokens; ``top``: tokens of the dense model's predictions that are stored, None stores hidden states.
         steps: optimizer steps; ``step_windows``: windows of one.
-        windows: to train on, at most; ``held_out``: windows that are held out, at most.
+        windows: to train on, at most; ``held_out``: windows that are held out, at most; ``test``: of the test pairs.
         fill: share of the passes that are not padding.
         together: windows that no pass may part.
         generator: the dense model where it generates the training text; else None.
@@ -97,6 +97,7 @@ class Task:
     step_windows: int
     windows: int
     held_out: int
+    test: int = 0
     fill: float = 1.0
     together: int = 1
     generator: LayerwiseModel | None = None
@@ -143,7 +144,7 @@ class Task:
     @property
     def text_bytes(self) -> int:
         """Bytes of the training text: token ids, and which of them carry loss."""
-        return 9 * (self.windows + self.held_out) * self.seqlen
+        return 9 * (self.windows + self.held_out + self.test) * self.seqlen
 
     @property
     def batch_size(self) -> int:

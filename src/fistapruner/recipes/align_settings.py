@@ -42,7 +42,8 @@ class PairData(Settings):
         0.1,
         gt=0.0,
         le=0.4,
-        description="Share of the prompts that is held out from training, to choose the step that is kept.",
+        description="Share of the prompts that is held out from training, to choose the step that is kept; at most "
+        "512 prompts.",
     )
     test: float = Field(
         0.1, gt=0.0, le=0.4, description="Share of the prompts that the result is measured on, and nothing else."

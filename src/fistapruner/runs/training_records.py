@@ -138,7 +138,7 @@ class Alignment(Record):
 
     Args:
         pairs, held_out_pairs, test_pairs: of the three sides; ``left_out``: pairs that did not fit.
-        references: their weights by name, the mean over training pairs where they differ; empty without any.
+        references: their weights by name, the mean over the pairs of the steps where they differ; empty without any.
         test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
         reward_accuracy: share of test pairs whose margin is above the references'; ties count one half.
         margin: ``beta (h - m)``, the mean over test pairs.

@@ -2,12 +2,15 @@
 
 A reference enters a preference loss as two numbers a pair: the log-probabilities of both answers, summed over their
 tokens in fp64. The file has, for each reference, tensors ``NAME.chosen`` and ``NAME.rejected`` (pairs,), NaN where a
-pair was not asked for, and in its metadata what decides them: the tokens, the weight files, the precision.
+pair was not asked for or is not computed yet, and in its metadata what decides them: the tokens, the weight files, the
+precision. Pairs are computed in the order of their lengths, so many at once, and the file is written now and then: a
+run that was killed goes on with the next ones, and with the same bits.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ from ..activations.stream import Variants
 from ..calibration.pairs import Pairs
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..models.layerwise import LayerwiseModel
+from ..models.layerwise import LayerwiseModel, Tick
+from ..runs.snapshots import LEAST_SECONDS
 from ..runtime.ranks import ALONE, Ranks
 from .pair_objective import LIKELIHOOD, AnswerObjective
 
@@ -49,13 +53,18 @@ def answer_log_probabilities(objective: AnswerObjective, windows: Sequence[int],
 
 def log_probabilities_by_parts(
     objective: AnswerObjective, windows: Sequence[int], variants: Variants, at_once: int
-) -> Tensor:
-    """Compute the (pairs, 2) log-probabilities under one variant, of at most ``at_once`` windows together."""
-    places = {chosen: place for place, chosen in enumerate(windows[::2])}
-    found = torch.zeros(len(places), 2, dtype=torch.float64)
-    for part in _chunks(objective, windows, at_once):
-        found[[places[chosen] for chosen in part[::2]]] = answer_log_probabilities(objective, part, variants)[0]
-    return found
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Compute the log-probabilities under one variant, of at most ``at_once`` windows together.
+
+    Yields:
+        Numbers of some pairs, and their (pairs, 2) log-probabilities; pairs of like length come together.
+    """
+    chosen = sorted(windows[::2], key=lambda window: (objective.seqlen([window, window + 1]), window))
+    size = max(1, at_once // 2)
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        both = [window for first in part for window in (first, first + 1)]
+        yield [first // 2 for first in part], answer_log_probabilities(objective, both, variants)[0]
 
 
 def reference_log_probabilities(
@@ -67,13 +76,14 @@ def reference_log_probabilities(
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
     at_once: int = 256,
+    tick: Tick = lambda what, done, total: None,
 ) -> dict[str, Tensor]:
     """Return the (pairs, 2) log-probabilities under each reference, from the file where it has them.
 
     A reference that the file does not have, and whose model is gone, is left out.
 
     Args:
-        path: of the file; what is missing in it is computed and added.
+        path: of the file; the pairs that are missing in it are computed and added.
         references: by name.
         text: the pairs.
         batch_size: windows in one pass.
@@ -81,32 +91,51 @@ def reference_log_probabilities(
         say: receives sentences.
         ranks: the processes that compute together; rank 0 reads and writes.
         at_once: windows whose hidden states are kept at once.
+        tick: receives progress: (what, pairs done, pairs in all).
 
     Raises:
         FistaPrunerError: the disk refuses.
     """
-    kept = ranks.share(_read(path, references, say) if ranks.first else None)
-    found = dict(kept)
+    found = ranks.share(_read(path, references, say) if ranks.first else None)
+    gone: set[str] = set()
     for name, reference in references.items():
-        if name in kept or (model := reference.open()) is None:
+        values = _known(found, name, text)
+        windows = _missing(values, reference.windows)
+        if not windows:
             continue
-        say(f"log-probabilities of {len(reference.windows) // 2} pairs under the {name} model")
+        if (model := reference.open()) is None:
+            gone.add(name)
+            continue
+        found[name], done, total = values, 0, len(windows) // 2
+        say(f"log-probabilities of {total} pairs under the {name} model")
         objective = AnswerObjective(model, text, LIKELIHOOD, None, batch_size, store, ranks=ranks)
-        values = torch.full((len(text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
-        pairs = [window // 2 for window in reference.windows[::2]]
-        values[pairs] = log_probabilities_by_parts(objective, reference.windows, lambda index, layer: [{}], at_once)
-        found[name] = values
-        if ranks.first:
-            _write(path, references, found)
-    return {name: found[name] for name in references if name in found}
+        written = time.monotonic()
+        for pairs, sums in log_probabilities_by_parts(objective, windows, lambda index, layer: [{}], at_once):
+            values[pairs] = sums
+            done += len(pairs)
+            if ranks.first and (done == total or time.monotonic() - written > LEAST_SECONDS):
+                _write(path, references, found)
+                written = time.monotonic()
+            tick(f"log-probabilities under the {name} model", done, total)
+    return {name: found[name] for name in references if name in found and name not in gone}
 
 
-def _chunks(objective: AnswerObjective, windows: Sequence[int], at_once: int) -> Iterator[list[int]]:
-    """Yield the windows, pairs of like length together, at most so many at once."""
-    pairs = sorted(windows[::2], key=lambda chosen: (objective.seqlen([chosen, chosen + 1]), chosen))
-    size = max(1, at_once // 2)
-    for start in range(0, len(pairs), size):
-        yield [window for chosen in pairs[start : start + size] for window in (chosen, chosen + 1)]
+def missing_windows(path: Path, name: str, windows: Sequence[int], text: Pairs) -> list[int]:
+    """List the windows whose log-probabilities the file does not have, whatever they were computed from."""
+    found = _read(path, {name: ReferenceModel(lambda: None, windows, {})}, lambda sentence: None)
+    return _missing(_known(found, name, text), windows)
+
+
+def _known(found: Mapping[str, Tensor], name: str, text: Pairs) -> Tensor:
+    """Return the (pairs, 2) log-probabilities under a reference, NaN where they are not known."""
+    pairs = len(text.tokens) // 2
+    values = found.get(name)
+    return torch.full((pairs, 2), torch.nan, dtype=torch.float64) if values is None or len(values) != pairs else values
+
+
+def _missing(values: Tensor, windows: Sequence[int]) -> list[int]:
+    missing = values.isnan().any(1).tolist()
+    return [window for window in windows if missing[window // 2]]
 
 
 def _read(path: Path, references: Mapping[str, ReferenceModel], say: Callable[[str], None]) -> dict[str, Tensor]:
@@ -120,13 +149,10 @@ def _read(path: Path, references: Mapping[str, ReferenceModel], say: Callable[[s
             if name not in file.metadata:
                 continue
             before, now = json.loads(file.metadata[name]), reference.identity
-            asked = [window // 2 for window in reference.windows[::2]]
             values = torch.stack([file.read(f"{name}.{answer}").clone() for answer in ("chosen", "rejected")], -1)
             if before.get("checksum") != _checksum(values):
                 raise FistaPrunerError(f"the checksum of {name} is wrong")
             changed = [what for what in now if before.get(what) != now[what]]
-            if not changed and bool(values[asked].isnan().any()):
-                continue  # of fewer pairs
             if changed:
                 say(f"log-probabilities of the {name} model are computed again: {' and '.join(changed)} changed")
                 continue

@@ -14,6 +14,7 @@ training goes in rounds: the windows of the next steps are stored, used, and mak
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ BLOCK_TOKENS = 32768
 
 FORMAT = 1
 """Of the files of a block."""
+
+BLOCK_FILE = re.compile(r"\d{5,}\.(json|safetensors)")
+"""Names of the files of a block."""
 
 MOST_LIKELY = ("tokens", "log_p", "rest")
 
@@ -124,7 +128,8 @@ class Teacher:
         self.identity, self.order = identity, list(order)
         windows, seqlen = tokens.shape
         size = max(1, block_tokens // (seqlen * batch_size)) * batch_size
-        train = [window for window in dict.fromkeys(self.order or range(windows)) if window not in set(held_out)]
+        kept_out = set(held_out)
+        train = [window for window in dict.fromkeys(self.order or range(windows)) if window not in kept_out]
         self.batch_size = batch_size
         self.blocks = _cut(held_out, size)
         self.step = 1
@@ -163,9 +168,7 @@ class Teacher:
             needed = self._round_of(list(windows))
             self.ranks.wait()  # until all have read what makes room
             self._of = {window: at for window, at in self._of.items() if at < self.permanent}
-            for number in range(self.permanent, len(self.blocks)):
-                if number != needed:
-                    self._remove(number)
+            self._remove_rounds(needed)
             self._of.update(dict.fromkeys(self.blocks[needed], needed))
         self._share(sorted({self._of[window] for window in windows}))
 
@@ -212,15 +215,18 @@ class Teacher:
             raise ValueError(f"windows {windows[:8]} are not those of step {self.step} in the order of training")
         return self.permanent + first // self._round
 
-    def _remove(self, number: int) -> None:
-        """Remove a block's files, the record first."""
-        self._open.pop(number, None)
-        self._there.discard(number)
+    def _remove_rounds(self, needed: int) -> None:
+        """Remove the blocks of all rounds but the one that is needed, the record of each first."""
+        for number in {*self._open, *self._there}:
+            if number >= self.permanent and number != needed:
+                self._open.pop(number, None)
+                self._there.discard(number)
         if not self.ranks.first:
             return
         with disk_errors(self.folder):
-            self._path(number, ".json").unlink(missing_ok=True)
-            self._path(number, ".safetensors").unlink(missing_ok=True)
+            for path in sorted(self.folder.glob("*")):
+                if BLOCK_FILE.fullmatch(path.name) and self.permanent <= int(path.stem) != needed:
+                    path.unlink(missing_ok=True)
 
     def predictions(self, windows: Sequence[int], where: Tensor) -> Predictions:
         """Return the predictions of some tokens. Needs :meth:`require`.

@@ -143,7 +143,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.state = TrainingState()
         self.held_out = self.text.held_out.nonzero().flatten().tolist()
-        self.counts, self.loss_tokens = self.text.counts, self.text.marks[:, 1:].sum(1)
+        self.counts, self.loss_tokens = self.text.counts, self.text.loss_tokens
         if isinstance(self.recipe, AlignRecipe) and self.recipe.loss not in PREFERENCE_LOSSES:
             # Of a pair only the chosen answer carries loss.
             self.loss_tokens = self.loss_tokens * self.counts
