@@ -156,9 +156,9 @@ def test_shared_documents_are_named(tmp_path: Path) -> None:
     text = training_text(TrainingData(source=sources["a"], tokens=10**5), letters_tokenizer(), 32)
     other, documents = evaluation_documents(sources["b"]), evaluation_documents(sources["a"])
     assert shared_documents(text.documents, other, "b.jsonl") is None
-    said = shared_documents(text.documents, [*other, *documents[:7]], "b.jsonl")
+    said = shared_documents(text.documents, [*other, *documents], "b.jsonl")  # of both sides
     assert said is not None
-    assert said.startswith("7 of the 10 documents of the evaluation text 'b.jsonl' are also in the training text (")
+    assert said.startswith("100 of the 103 documents of the evaluation text 'b.jsonl' are also in the training text (")
     assert documents[0] in said
     (tmp_path / "c.txt").write_text("\n\n".join(documents))
     source = str(tmp_path / "c.txt")

@@ -206,6 +206,20 @@ def test_a_document_of_which_one_task_holds_out_a_passage_is_trained_on_by_no_ot
     assert not parts[0] & parts[1]
 
 
+def test_a_document_that_one_task_holds_out_is_not_trained_on_in_passages(tmp_path: Path) -> None:
+    """Of a file that is this document alone, nothing is left to train on."""
+    generator = random.Random(0)
+    documents = ["".join(generator.choices(LETTERS, k=300)) for _ in range(20)]
+    ordered, held = split_documents(documents, 0.05, 0)
+    tasks = {"whole": lines(tmp_path / "a.jsonl", documents), "parted": str(tmp_path / "b.txt")}
+    data = TrainingData(tasks=tasks, tokens=1000, mixture="pooled")
+    (tmp_path / "b.txt").write_text(ordered[held])  # one that it trains on
+    training_text(data, letters_tokenizer(), 32)
+    (tmp_path / "b.txt").write_text(ordered[0])
+    with pytest.raises(FistaPrunerError, match=r"b\.txt' is too short: its 300 .* without what other tasks hold out"):
+        training_text(data, letters_tokenizer(), 32)
+
+
 def test_a_document_is_left_to_train_on_whatever_share_is_held_out(tmp_path: Path) -> None:
     documents = ["abc" * 100, "def" * 100]
     seed = 13

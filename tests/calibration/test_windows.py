@@ -86,6 +86,18 @@ def test_too_few_long_documents_fall_back_on_the_concatenation() -> None:
     assert tokens.shape == (6, 30)
 
 
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("samples", [3, 6])
+def test_windows_of_a_concatenation_do_not_overlap(samples: int, bos: bool) -> None:
+    """No letter comes twice in the text, so a letter is a place in it."""
+    tokenizer = letters_tokenizer(bos)
+    tokens, how = draw_from_documents([LETTERS], tokenizer, samples, 4 + bos)
+    assert "do not overlap" in how
+    starts = [LETTERS.index(text_of(tokenizer, row[int(bos) :])) for row in tokens]
+    assert set(starts) <= set(range(0, 24, 4))
+    assert len(set(starts)) == samples
+
+
 def test_a_concatenation_that_stops_early_says_of_how_many_documents_it_is() -> None:
     _, how = draw_from_documents([LETTERS] * 100, letters_tokenizer(), 1, 50)  # 28 tokens each, and 16 * 50 are enough
     said = "windows that do not overlap, from the concatenation of 29 of 100 documents, drawn at random (810 tokens)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,18 +225,21 @@ def test_equal_tasks_are_one() -> None:
     assert split == split_budget(curves, SIZES, 0.5)
 
 
+def loss_at(curves: Mapping[str, Tensor], shares: Sequence[float]) -> float:
+    """The loss of a task whose curves are exponential, at the sparsity of each operator."""
+    low, high = bounds(0.5)
+    pairs = zip(shares, curves.values(), strict=True)
+    return sum(float(curve[0] * (curve[-1] / curve[0]) ** ((share - low) / (high - low))) for share, curve in pairs)
+
+
 def test_predicted_losses_are_the_sums_of_the_curves() -> None:
     """At uniform sparsity, and for any other zeros: the curves are exponential, so interpolation is exact."""
     curves, budget = made_curves(2), ZerosBudget(SIZES, 0.5)
     found = find_candidates(budget, curves, torch.tensor([0.5, 0.5], dtype=torch.float64))
-    low, high = bounds(0.5)
     for row in (0, 1, 100):
         shares = (found.zeros[row] / torch.tensor(list(SIZES.values()))).tolist()
         for number, task in enumerate(curves):
-            expected = 0.0
-            for share, curve in zip(shares, task.values(), strict=True):
-                expected += float(curve[0] * (curve[-1] / curve[0]) ** ((share - low) / (high - low)))
-            assert float(found.losses[row, number]) == pytest.approx(expected, rel=0.01)
+            assert float(found.losses[row, number]) == pytest.approx(loss_at(task, shares), rel=0.01)
 
 
 def candidates_of(tasks: int, seed: int = 0) -> tuple[ZerosBudget, Candidates, Costs]:
@@ -328,6 +332,26 @@ def test_regret_is_never_negative_and_features_help() -> None:
     assert all(by_rule[rule].behind > by_rule[rule].behind_error for rule in simpler)
 
 
+def test_rules_are_compared_on_deployments_that_they_have_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each deployment is decided for once, with what all those of the other parts teach."""
+    costs = candidates_of(2)[2]
+    history = made_history(costs.losses[0])
+    decided: list[int] = []
+
+    def decide(learn: History, features: Tensor, *_: Any, **__: Any) -> dict[str, Tensor]:
+        held, seen = (
+            [history.features.tolist().index(row) for row in rows.tolist()] for rows in (features, learn.features)
+        )
+        assert sorted(held + seen) == list(range(80))
+        assert torch.equal(learn.tolerances, history.tolerances[seen])
+        decided.extend(held)
+        return {"mix": torch.ones(len(features), dtype=torch.int64)}
+
+    monkeypatch.setattr("fistapruner.sensitivity.workload_rules.decide_by_rules", decide)
+    compare_rules(history, costs)
+    assert sorted(decided) == list(range(80))
+
+
 def test_learnt_decisions_are_nearly_optimal_for_a_known_distribution() -> None:
     """Expected cost within 5 % of the best possible, for one feature and Gaussian tolerances."""
     _, _, costs = candidates_of(2)
@@ -381,6 +405,27 @@ def test_the_named_method_decides_and_the_result_repeats() -> None:
     simplest = workload(2, history, features=(1.5, -0.5), method="mix")
     assert allocate_workload(simplest, curves, SIZES, 0.5)[1].costs["chosen"] == facts.costs["mix"]
     assert all(curve.shape == (POINTS,) for task in curves.values() for curve in task.values())
+
+
+def test_what_is_said_of_the_chosen_allocation_is_that_of_the_returned_one() -> None:
+    """The losses of the tasks, and the mean cost over the history; in a larger unit of loss the choice is the same."""
+    losses = find_candidates(ZerosBudget(SIZES, 0.5), made_curves(2), torch.full((2,), 0.5).double()).losses[0]
+    history, found = made_history(losses), []
+    for unit in (1, 8):
+        curves = [{name: unit * curve for name, curve in task.items()} for task in made_curves(2)]
+        scaled = History(history.features, unit * history.tolerances)
+        asked = workload(2, scaled, features=(1.5, -0.5), method="neighbours")
+        split, facts = allocate_workload(asked, dict(zip(("chat", "code"), curves, strict=True)), SIZES, 0.5)
+        shares = [pattern.zeros(1, SIZES[name]) / SIZES[name] for name, pattern in split.items()]
+        predicted = torch.tensor([loss_at(task, shares) for task in curves], dtype=torch.float64)
+        assert [task.predicted for task in facts.tasks.values()] == pytest.approx(predicted.tolist(), rel=0.01)
+        mean = sum(task.uniform for task in facts.tasks.values()) / 2
+        costs = Costs(predicted[None] / mean, asked.mix).known(scaled.tolerances / mean)
+        assert facts.costs["chosen"] == pytest.approx(float(costs.mean()), rel=0.02)
+        assert facts.costs["chosen"] != facts.costs["mix"]
+        found.append((split, facts.costs))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1])
 
 
 def test_a_feature_that_never_varied_does_not_count() -> None:

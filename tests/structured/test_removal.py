@@ -127,6 +127,18 @@ def test_every_subset_has_its_least_squares_weights(drift: float, target: float)
             assert small.relative_errors(weight)[0] <= small.dense_errors()[0] + 1e-6  # type: ignore[index]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.7])
+def test_shrinkage_is_a_penalty_on_the_change_of_each_channel(share: float) -> None:
+    """Of ``share / (1 - share) H_jj``, with drift too: the minimum from the Gram and the drift before shrinkage."""
+    problem = make(0.3, 0.5)
+    assert problem.drift is not None
+    gram = problem.gram.double()
+    penalised = gram + share / (1 - share) * torch.diag(gram.diagonal())
+    change = torch.linalg.solve(penalised, 0.5 * problem.drift.double(), left=False)
+    found = refitted(shrunk(problem, share))[0]
+    torch.testing.assert_close(found.double(), problem.weight + change, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 0.5)])
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_costs_add_up_to_the_exact_error_of_every_number(drift: float, target: float, share: float) -> None:

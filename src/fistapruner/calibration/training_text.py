@@ -398,7 +398,7 @@ def _cut(
     held_out = source.pack(held, tokenizer, seqlen, most)
     trained = source.pack(rest, tokenizer, seqlen, windows)
     if not len(trained.windows) or not len(held_out.windows):
-        raise _too_short(source, source.pack([*held, *rest], tokenizer, seqlen, None), data, seqlen)
+        raise _too_short(source, data, tokenizer, seqlen)
     too_long = held_out.too_long + trained.too_long
     if too_long and say is not None:
         tried = held_out.documents + trained.documents
@@ -423,17 +423,19 @@ def _cut(
     return _Task(*sides, {**facts, **_both(*sides)}, frozenset(hashes))
 
 
-def _too_short(source: _Source, whole: Packed, data: TrainingData, seqlen: int) -> FistaPrunerError:
+def _too_short(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> FistaPrunerError:
     """Make the error that a source does not fill one window on either side."""
+    whole = source.pack(list(dict.fromkeys(source.documents)), tokenizer, seqlen, None)
+    others = ", without what other tasks hold out" if len(data.tasks) > 1 else ""
     if source.examples:
         fitting = whole.documents - whole.too_long
         there = f"{fitting} of its {whole.documents} examples have at most {seqlen} tokens, and two are needed:"
-        there += " one to train on and one to validate on"
+        there += f" one to train on and one to validate on{others}"
     elif len(whole.windows) < 2:
         there = f"its {whole.tokens} tokens do not fill one window of {seqlen} to train on and one to validate on"
     else:
         there = f"its {whole.tokens} tokens cannot be split into one window of {seqlen} to train on and one to validate"
-        there += " on, without what other tasks hold out" if len(data.tasks) > 1 else " on"
+        there += f" on{others}"
     if not whole.too_long and any(len(set(texts)) < len(texts) for texts in (source.read, source.documents)):
         there += " (what is repeated counts once)"
     remedy = "a larger --seqlen" if whole.too_long else "a smaller --seqlen"
