@@ -21,12 +21,16 @@ V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 
 
 def group(folder: Path, version: int, limit: str, used: int, cache: int) -> None:
-    """A control group's files as the kernel writes them."""
+    """A control group's files as the kernel writes them; a third of the cache was read more than once."""
     folder.mkdir(parents=True, exist_ok=True)
     names = memory.CONTROL_GROUPS[version == 1]
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\nactive_file 7\n")
+    once, more = cache - cache // 3, cache // 3
+    held = {"anon": 5, "inactive_anon": 3, "inactive_file": once, "active_file": more}
+    if version == 1:  # there the totals count, which have the groups below in them
+        held |= {"inactive_file": 1, "active_file": 1, "total_inactive_file": once, "total_active_file": more}
+    (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in held.items()))
 
 
 @pytest.mark.parametrize("version", [1, 2])

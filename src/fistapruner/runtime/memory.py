@@ -15,10 +15,10 @@ import psutil
 import torch
 
 CONTROL_GROUPS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", "(?:in)?active_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_(?:in)?active_file"),
 )
-"""Files of a control group's limit and use, and its ``memory.stat`` entry of cache (versions 2, 1)."""
+"""Files of a control group's limit and use, and the pattern of its ``memory.stat`` entries of cache (versions 2, 1)."""
 OWN_GROUPS = Path("/proc/self/cgroup")
 """Control groups of this process, on Linux."""
 
@@ -100,14 +100,15 @@ def release_failed_memory() -> None:
 def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
     """Yield the bytes that each control group of this process, and each above it, still allows.
 
-    File cache that the kernel can reclaim counts as free. Arguments as for :func:`free_memory`.
+    File cache counts as free, whether it was read once or more often: the kernel reclaims both. Arguments as for
+    :func:`free_memory`.
     """
     for folder, version in control_groups("memory", own, mounted):
         limit, used, cache = CONTROL_GROUPS[version == 1]
         with suppress(OSError, ValueError):  # not visible inside a container, or "max": no limit
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            held = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-            yield left + (int(held[1]) if held else 0)
+            held = re.findall(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            yield left + sum(map(int, held))
 
 
 def control_groups(
