@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -178,6 +182,38 @@ def test_a_linked_temporary_file_is_replaced(tmp_path: Path, link: Callable[[Pat
     assert (tmp_path / "report.html").read_text() == "a report"
     assert not (tmp_path / "report.html").is_symlink()
     assert victim.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("fault", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EIO])
+def test_folders_that_cannot_be_flushed_take_files_and_a_file_that_cannot_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folders = True
+    with nullcontext() if fault != errno.EIO else pytest.raises(FistaPrunerError, match="cannot write"):
+        write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / "report.html").read_text() == "a report"
+    folders = False
+    with pytest.raises(FistaPrunerError, match=r"cannot write .*report\.html"):
+        write_text_atomic(tmp_path / "report.html", "another")
+    assert (tmp_path / "report.html").read_text() == "a report"
+
+
+def test_a_folder_that_may_not_be_listed_takes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refuse(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECTORY:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / "report.html").read_text() == "a report"
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from ..errors import FistaPrunerError
 
 PARTIAL = ".partial"
 
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES)
+"""What systems say that cannot flush a folder, and folders that may be written to but not listed."""
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -97,12 +100,19 @@ def require_space(path: Path, nbytes: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk, so that renames inside it survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Flush a folder to the disk, so that renames inside it survive a power loss, where it can be flushed.
+
+    By then the files are in place and flushed themselves.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def claim_folder(folder: Path) -> None:
