@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -64,6 +66,18 @@ def test_free_memory_is_the_least_of_the_machine_and_the_control_groups(tmp_path
     assert memory.free_memory(own, tmp_path) == 3 * 2**20
     group(tmp_path / "job", 2, str(4 * 2**20), 4 * 2**20 + 1, 0)
     assert memory.free_memory(own, tmp_path) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS ignores these limits")
+@pytest.mark.parametrize(("name", "field"), [("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")])
+def test_free_memory_keeps_within_the_limits_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, name: str, field: str
+) -> None:
+    used = getattr(psutil.Process().memory_info(), field)
+    most = used + 64 * 2**20
+    limits = {getattr(resource, name): (most, resource.RLIM_INFINITY)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits.get(which, (resource.RLIM_INFINITY,) * 2))
+    assert 32 * 2**20 < memory.free_memory() < 96 * 2**20  # what the process holds may change meanwhile
 
 
 @pytest.mark.parametrize("version", [1, 2])

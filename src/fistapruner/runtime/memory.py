@@ -27,13 +27,13 @@ MOUNTED_GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
-    """Measure the bytes that this process can still allocate on the machine and in its control groups.
+    """Measure the bytes that this process can still allocate: on the machine, in its control groups, by its limits.
 
     Args:
         own: file with the control groups of this process (a container's, Slurm's).
         mounted: folder where control groups are mounted.
     """
-    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted)]))
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted), *left_by_limits()]))
 
 
 def free_device_memory(device: torch.device) -> int:
@@ -109,6 +109,15 @@ def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> It
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
             held = re.findall(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
             yield left + sum(map(int, held))
+
+
+def left_by_limits() -> Iterator[int]:
+    """Yield the bytes of address space and of data that the limits of this process (``ulimit``) still allow."""
+    if sys.platform == "linux":  # macOS ignores them
+        held = psutil.Process().memory_info()
+        for limit, used in ((resource.RLIMIT_AS, held.vms), (resource.RLIMIT_DATA, held.data)):
+            if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+                yield most - used
 
 
 def control_groups(
