@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,9 @@ import platform
 import select
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -72,6 +75,17 @@ def test_living_process_is_believed_where_the_file_system_has_no_locks(disk: Pat
     write_lock(disk, host=platform.node(), pid=parent.pid, started=parent.create_time())
     with pytest.raises(FistaPrunerError, match=f"process {parent.pid}"), hold(disk):
         pass
+
+
+@pytest.mark.parametrize("fault", [errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EIO])
+def test_file_systems_without_locks_serve_and_other_faults_are_named(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(fault, os.strerror(fault))))
+    for lock in (hold, preparing):
+        named = pytest.raises(FistaPrunerError, match=rf"cannot lock {disk / 'lock'}.*: Input/output error$")
+        with nullcontext() if fault != errno.EIO else named, lock(disk):
+            pass
 
 
 def test_a_holder_that_has_not_written_its_record_yet_is_waited_for(disk: Path) -> None:

@@ -40,7 +40,7 @@ LOCK_FILE = rf"{NAME}(\.\d+-\d+|\.preparing)?"
 TRIES, PAUSE = 10, 0.05
 """How often, and after how many seconds each, a lock of another range is tried before it is believed."""
 
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """What ``flock`` says on file systems that have none; there the process id and start time decide."""
 
 
@@ -95,7 +95,7 @@ def preparing(folder: Path) -> Iterator[None]:
     with disk_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with _ignore_unsupported():
+        with _locking(path):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -120,7 +120,7 @@ def _take(path: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             try:
-                with _ignore_unsupported():
+                with _locking(path):
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _refusal(path, _read(descriptor)) from None
@@ -203,11 +203,17 @@ def _same_file(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
-def _ignore_unsupported() -> Iterator[None]:
+def _locking(path: Path) -> Iterator[None]:
+    """Go on where the file system has no locks; name the file where the lock fails otherwise.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FistaPrunerError: any other fault.
+    """
     try:
         yield
     except BlockingIOError:
         raise
     except OSError as error:
         if error.errno not in UNSUPPORTED:
-            raise
+            raise FistaPrunerError(f"cannot lock {path}: {error.strerror or error}") from error
