@@ -20,7 +20,7 @@ import pytest
 from faults.conftest import Runs
 from fistapruner.errors import FistaPrunerError
 from fistapruner.runs.directory import RunDirectory
-from fistapruner.runs.lock import PREPARING, hold, preparing
+from fistapruner.runs.lock import PREPARING, hold, holders, preparing
 
 
 def write_lock(folder: Path, **record: object) -> None:
@@ -68,6 +68,23 @@ def test_dead_and_reborn_processes_are_stale(disk: Path) -> None:
     write_lock(disk, host=platform.node(), pid=os.getppid(), started=1.0)
     with hold(disk):
         pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="elsewhere start times do not move with the clock")
+def test_a_holder_lives_whatever_the_clock_was_set_to(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold(disk):
+        record = json.loads((disk / "lock").read_text())
+    parent = psutil.Process(os.getppid())
+    monkeypatch.setattr(os, "getpid", lambda: parent.pid)
+    with hold(disk):
+        theirs = json.loads((disk / "lock").read_text())
+    monkeypatch.undo()
+    write_lock(disk, **theirs | {"started": parent.create_time() - 3600})
+    assert [holder["pid"] for holder in holders(disk)] == [parent.pid]
+    with pytest.raises(FistaPrunerError, match=f"process {parent.pid}"), hold(disk):
+        pass
+    write_lock(disk, **theirs | {"born": record["born"], "started": parent.create_time()})  # an id that was used again
+    assert holders(disk) == []
 
 
 def test_living_process_is_believed_where_the_file_system_has_no_locks(disk: Path) -> None:

@@ -149,7 +149,21 @@ def _release(path: Path, descriptor: int) -> None:
 
 
 def _me() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    pid = os.getpid()
+    return {"host": platform.node(), "pid": pid, "started": psutil.Process().create_time(), "born": _born(pid)}
+
+
+def _born(pid: int) -> str | None:
+    """Name the boot and the clock tick in which a process began; None where it is gone, or the system is not Linux.
+
+    On Linux ``create_time`` moves when the clock is set.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return f"{boot} {int(after_name[19])}"
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _read(descriptor: int) -> dict[str, Any]:
@@ -170,6 +184,8 @@ def _may_live(holder: dict[str, Any]) -> bool:
         return True
     if pid == os.getpid():
         return False  # this process died half-way through a release, in an earlier call
+    if isinstance(holder.get("born"), str) and (born := _born(pid)) is not None:
+        return bool(born == holder["born"])
     try:
         return abs(psutil.Process(pid).create_time() - started) < 1.0
     except (psutil.Error, OverflowError, ValueError):
