@@ -21,6 +21,9 @@ from ..errors import FistaPrunerError
 
 PARTIAL = ".partial"
 
+BYSTANDERS = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
+"""Names of files that macOS and NFS leave in any folder: nobody's work."""
+
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES)
 """What systems say that cannot flush a folder, and folders that may be written to but not listed."""
 
@@ -69,6 +72,11 @@ def require_utf8(path: Path) -> None:
 def files_named(folder: Path, names: str) -> list[Path]:
     """List what a folder holds whose whole name matches a regular expression; none without a folder."""
     return sorted(path for path in folder.glob("*") if re.fullmatch(names, path.name))
+
+
+def entries(folder: Path) -> list[Path]:
+    """List what a folder holds, but for files that macOS and NFS leave in any folder."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() or not BYSTANDERS.fullmatch(path.name))
 
 
 def refuse_link(path: Path) -> None:
@@ -128,7 +136,7 @@ def claim_folder(folder: Path) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
-            if any(folder.iterdir()):
+            if entries(folder):
                 raise FistaPrunerError(
                     f"{folder} holds files that fistapruner did not write: move it away, or name another output"
                 )
