@@ -15,9 +15,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line
 
 PARTIAL = ".partial"
 
@@ -181,6 +182,18 @@ def remove_folder(folder: Path, *last: Path) -> None:
         for path in last:
             path.unlink(missing_ok=True)
         folder.rmdir()
+
+
+def temporary_folder() -> TemporaryDirectory[str]:
+    """Make a folder in the system's place for temporary ones; as a context manager it removes it.
+
+    Raises:
+        NoTemporaryFolderError: no such folder can be made.
+    """
+    try:
+        return TemporaryDirectory(prefix="fistapruner-")
+    except OSError as error:
+        raise NoTemporaryFolderError(f"no temporary folder can be written ({one_line(error)}): set TMPDIR") from None
 
 
 @contextmanager
