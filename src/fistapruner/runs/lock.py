@@ -154,9 +154,9 @@ def _me() -> dict[str, Any]:
 
 
 def _born(pid: int) -> str | None:
-    """Name the boot and the clock tick in which a process began; None where it is gone, or the system is not Linux.
+    """Name the boot and the clock tick in which a process began.
 
-    On Linux ``create_time`` moves when the clock is set.
+    None where it is gone, or the system is not Linux. On Linux ``create_time`` moves when the clock is set.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

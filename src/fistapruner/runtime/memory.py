@@ -27,7 +27,9 @@ MOUNTED_GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
-    """Measure the bytes that this process can still allocate: on the machine, in its control groups, by its limits.
+    """Measure the bytes that this process can still allocate: on the machine and within its limits.
+
+    These are those of its control groups, and of ``ulimit``.
 
     Args:
         own: file with the control groups of this process (a container's, Slurm's).
@@ -112,7 +114,7 @@ def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> It
 
 
 def left_by_limits() -> Iterator[int]:
-    """Yield the bytes of address space and of data that the limits of this process (``ulimit``) still allow."""
+    """Yield the bytes that the limits of this process (``ulimit``) still allow: address space, data."""
     if sys.platform == "linux":  # macOS ignores them
         held = psutil.Process().memory_info()
         for limit, used in ((resource.RLIMIT_AS, held.vms), (resource.RLIMIT_DATA, held.data)):
