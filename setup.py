@@ -4,9 +4,13 @@ The kernel is plain C without Python's headers: it is loaded with ctypes. Where 
 without it, and the package computes in torch alone.
 """
 
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+
+if sys.platform == "win32":
+    sys.exit("fistapruner runs on Linux and macOS; on Windows use WSL")
 
 FOLDER = Path("src/fistapruner/sparse/csrc")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -168,6 +170,13 @@ def test_make_targets_exist() -> None:
     named = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")]
     assert named
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
+
+
+def test_an_installation_on_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setuptools")
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"runs on Linux and macOS; on Windows use WSL$"):
+        runpy.run_path(str(ROOT / "setup.py"))
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -34,6 +34,10 @@ class OtherRankFailed(FistaPrunerError):
     """Another process of the same run has failed, and says why; this one has nothing to add."""
 
 
+class NoTemporaryFolderError(FistaPrunerError):
+    """No temporary folder can be made, which is no fault of the model that it was for."""
+
+
 class MissingExtraError(FistaPrunerError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -117,6 +118,22 @@ def test_a_file_that_may_not_be_read_is_named_in_one_line(
     monkeypatch.setattr("fistapruner.cli.methods.run", run)
     assert main(["methods"]) == 2
     assert capsys.readouterr().err == f"fistapruner: {tmp_path / 'locked'}: Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no memory for the kernel's vectors"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_memory_that_ran_out_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr("fistapruner.cli.methods.run", Mock(side_effect=error))
+    assert main(["methods"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fistapruner: main memory ran out: ")
+    monkeypatch.setattr("fistapruner.cli.methods.run", Mock(side_effect=RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["methods"])
 
 
 @pytest.mark.parametrize("stream", ["stderr", "stdout"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,9 @@ import platform
 import select
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -17,7 +20,7 @@ import pytest
 from faults.conftest import Runs
 from fistapruner.errors import FistaPrunerError
 from fistapruner.runs.directory import RunDirectory
-from fistapruner.runs.lock import PREPARING, hold, preparing
+from fistapruner.runs.lock import PREPARING, hold, holders, preparing
 
 
 def write_lock(folder: Path, **record: object) -> None:
@@ -67,11 +70,39 @@ def test_dead_and_reborn_processes_are_stale(disk: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="elsewhere start times do not move with the clock")
+def test_a_holder_lives_whatever_the_clock_was_set_to(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold(disk):
+        record = json.loads((disk / "lock").read_text())
+    parent = psutil.Process(os.getppid())
+    monkeypatch.setattr(os, "getpid", lambda: parent.pid)
+    with hold(disk):
+        theirs = json.loads((disk / "lock").read_text())
+    monkeypatch.undo()
+    write_lock(disk, **theirs | {"started": parent.create_time() - 3600})
+    assert [holder["pid"] for holder in holders(disk)] == [parent.pid]
+    with pytest.raises(FistaPrunerError, match=f"process {parent.pid}"), hold(disk):
+        pass
+    write_lock(disk, **theirs | {"born": record["born"], "started": parent.create_time()})  # an id that was used again
+    assert holders(disk) == []
+
+
 def test_living_process_is_believed_where_the_file_system_has_no_locks(disk: Path) -> None:
     parent = psutil.Process(os.getppid())
     write_lock(disk, host=platform.node(), pid=parent.pid, started=parent.create_time())
     with pytest.raises(FistaPrunerError, match=f"process {parent.pid}"), hold(disk):
         pass
+
+
+@pytest.mark.parametrize("fault", [errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EIO])
+def test_file_systems_without_locks_serve_and_other_faults_are_named(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(fault, os.strerror(fault))))
+    for lock in (hold, preparing):
+        named = pytest.raises(FistaPrunerError, match=rf"cannot lock {disk / 'lock'}.*: Input/output error$")
+        with nullcontext() if fault != errno.EIO else named, lock(disk):
+            pass
 
 
 def test_a_holder_that_has_not_written_its_record_yet_is_waited_for(disk: Path) -> None:

@@ -310,6 +310,13 @@ def test_a_space_before_the_text_is_put_only_where_the_file_has_one(tmp_path: Pa
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
+def test_a_missing_temporary_folder_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+    with pytest.raises(FistaPrunerError, match=r"no temporary folder can be written \(.*nothing.*\): set TMPDIR$"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+
+
 def test_a_split_that_is_lost_when_the_tokenizer_is_loaded_is_refused(tmp_path: Path) -> None:
     settings = {"tokenizer.ggml.pre": "smollm"}
     write_gguf(tmp_path / "tiny.gguf", architecture="qwen2", more=QWEN_BIASES, settings=settings)

@@ -18,6 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
+from fistapruner.models.files.checkpoint import gguf_files
 from fistapruner.models.source import ModelSource, default_cache, resolve_model
 from fistapruner.models.tokenizer import load_tokenizer
 
@@ -44,6 +45,12 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
     with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is truncated"):
         resolve_model(tmp_path / "link")
+
+
+def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
+    for name in ("model.gguf", "._model.gguf", "._model.safetensors", "mmproj-model.gguf"):
+        (tmp_path / name).touch()
+    assert gguf_files(tmp_path) == [tmp_path / "model.gguf"]
 
 
 @pytest.mark.parametrize(

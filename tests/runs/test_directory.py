@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.files.checkpoint import PRUNING_RECORD
+from fistapruner.pipeline.compare_folder import refuse_other_things
 from fistapruner.runs import training_directory
 from fistapruner.runs.base import parse
 from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord
@@ -22,6 +27,7 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold, preparing
 from fistapruner.runs.log import Logged, log_file
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import StepJournal
@@ -178,6 +184,69 @@ def test_a_linked_temporary_file_is_replaced(tmp_path: Path, link: Callable[[Pat
     assert (tmp_path / "report.html").read_text() == "a report"
     assert not (tmp_path / "report.html").is_symlink()
     assert victim.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("fault", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EIO])
+def test_folders_that_cannot_be_flushed_take_files_and_a_file_that_cannot_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folders = True
+    with nullcontext() if fault != errno.EIO else pytest.raises(FistaPrunerError, match="cannot write"):
+        write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / "report.html").read_text() == "a report"
+    folders = False
+    with pytest.raises(FistaPrunerError, match=r"cannot write .*report\.html"):
+        write_text_atomic(tmp_path / "report.html", "another")
+    assert (tmp_path / "report.html").read_text() == "a report"
+
+
+def test_a_folder_that_may_not_be_listed_takes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refuse(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECTORY:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / "report.html").read_text() == "a report"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._notes", ".nfs000000000001"])
+def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name: str) -> None:
+    for kind in (RunDirectory, PruneDirectory, training_directory.RecoverDirectory):
+        run = kind(tmp_path / kind.__name__)
+        run.create()
+        (run.folder / name).touch()
+        if isinstance(run, PruneDirectory):
+            (run.journal.folder / name).touch()
+        run.check_place()
+        run.model.mkdir()
+        (run.model / name).touch()
+        write_model(run, record=True)
+        record = run.model_record()
+        assert record is not None
+        assert name not in record.others
+        run.remove_model()
+        assert not run.model.exists()
+    compared = tmp_path / "compared"
+    (compared / "runs").mkdir(parents=True)
+    for folder in (compared, compared / "runs"):
+        (folder / name).touch()
+    refuse_other_things(compared)
+    (partial := tmp_path / "model.partial").mkdir()
+    (partial / name).touch()
+    claim_folder(partial)
+    (run.folder / name).unlink()
+    (run.folder / name).mkdir()  # no file of a system
+    with pytest.raises(FistaPrunerError, match="other things in it"):
+        run.check_place()
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -21,12 +23,16 @@ V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 
 
 def group(folder: Path, version: int, limit: str, used: int, cache: int) -> None:
-    """A control group's files as the kernel writes them."""
+    """A control group's files as the kernel writes them; a third of the cache was read more than once."""
     folder.mkdir(parents=True, exist_ok=True)
     names = memory.CONTROL_GROUPS[version == 1]
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\nactive_file 7\n")
+    once, more = cache - cache // 3, cache // 3
+    held = {"anon": 5, "inactive_anon": 3, "inactive_file": once, "active_file": more}
+    if version == 1:  # there the totals count, which have the groups below in them
+        held |= {"inactive_file": 1, "active_file": 1, "total_inactive_file": once, "total_active_file": more}
+    (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in held.items()))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -60,6 +66,18 @@ def test_free_memory_is_the_least_of_the_machine_and_the_control_groups(tmp_path
     assert memory.free_memory(own, tmp_path) == 3 * 2**20
     group(tmp_path / "job", 2, str(4 * 2**20), 4 * 2**20 + 1, 0)
     assert memory.free_memory(own, tmp_path) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS ignores these limits")
+@pytest.mark.parametrize(("name", "field"), [("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")])
+def test_free_memory_keeps_within_the_limits_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, name: str, field: str
+) -> None:
+    used = getattr(psutil.Process().memory_info(), field)
+    most = used + 64 * 2**20
+    limits = {getattr(resource, name): (most, resource.RLIM_INFINITY)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits.get(which, (resource.RLIM_INFINITY,) * 2))
+    assert 32 * 2**20 < memory.free_memory() < 96 * 2**20  # what the process holds may change meanwhile
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from functools import cache
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, m
     [
         ({"EXTENSION_SUFFIXES": []}, "no kernel was compiled here"),
         ({"ABI": -1}, r"_kernel.* is of another version"),
-        ({}, "FISTAPRUNER_KERNEL=torch turns the kernel off"),
+        ({}, "FISTAPRUNER_KERNEL=torch turns the fast kernel off"),
     ],
 )
 def test_a_missing_kernel_is_told_with_its_reason(tmp_path, monkeypatch, changes, reason):
@@ -70,6 +71,22 @@ def test_a_missing_kernel_is_told_with_its_reason(tmp_path, monkeypatch, changes
     for cached in ("library", "best_level"):
         monkeypatch.setattr(kernel, cached, cache(getattr(kernel, cached).__wrapped__))
     with pytest.warns(UserWarning, match=f"{reason}.*, so packed operators run slower"):
+        fistapruner.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("forced", ["", "portable"])
+def test_a_kernel_that_is_slower_than_torch_is_told(tmp_path, monkeypatch, forced):
+    if not kernel.available_levels():
+        pytest.skip("there is no kernel")
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    monkeypatch.setenv("FISTAPRUNER_KERNEL", forced)
+    monkeypatch.setattr(kernel, "best_level", lambda: 0)
+    reason = "FISTAPRUNER_KERNEL=portable turns" if forced else "fast on x86-64 with AVX2 only, .* gcc or clang >= 10"
+    with pytest.warns(UserWarning, match=f"{reason}.*: load with packed=False"):
+        fistapruner.load(tmp_path / "p")
+    monkeypatch.setattr(kernel, "best_level", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         fistapruner.load(tmp_path / "p")
 
 

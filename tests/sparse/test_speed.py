@@ -190,6 +190,13 @@ def test_numbers_that_are_too_small_are_refused_before_packing(tmp_path, monkeyp
         bench(save_pruned(tmp_path / "m"), **settings)
 
 
+def test_a_missing_temporary_folder_is_named(tmp_path, monkeypatch):
+    source = save_pruned(tmp_path / "m")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+    with pytest.raises(FistaPrunerError, match=r"no temporary folder can be written \(.*nothing.*\): set TMPDIR$"):
+        bench(source)
+
+
 def test_more_tokens_than_positions_are_refused(tmp_path):
     source = save_pruned(tmp_path / "m", "gpt2")  # 128 positions
     assert bench(source, prompt=100, tokens=29, measure=lambda *_, **__: []) == []

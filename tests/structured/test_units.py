@@ -53,6 +53,13 @@ def test_channels_are_found_and_proved_or_refused(tmp_path: Path, architecture: 
         assert (after[name].rows, after[name].columns) == (rows, columns)
 
 
+def test_a_missing_temporary_folder_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+    with pytest.raises(FistaPrunerError, match=r"no temporary folder can be written \(.*nothing.*\): set TMPDIR$"):
+        planned(folder, "mlp=25%")
+
+
 def test_a_forward_pass_that_depends_on_the_width_is_refused(tmp_path: Path) -> None:
     """Its channels can be permuted, so only the surgery shows it."""
     model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path)), torch.device("cpu"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, needs_code, one_line
-from ..runtime.files import copy_atomic, write_json_atomic
+from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name
 from .experts import holds_experts, separate_experts
@@ -252,10 +251,11 @@ def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_r
         trust_remote_code: run the checkpoint's own Python code.
 
     Raises:
+        NoTemporaryFolderError: there is no place for the config.
         FistaPrunerError: the changed config describes no model.
     """
     config = merge_patch(checkpoint.config, changes)
-    with TemporaryDirectory() as name:
+    with temporary_folder() as name:
         folder = Path(name)
         write_json_atomic(folder / "config.json", config)
         for code in (file for file in checkpoint.companions if file.endswith(".py")):

@@ -15,7 +15,7 @@ from ..runs.directory import refuse_out
 from ..runs.identity import changed_files
 from ..runs.lock import NAME as LOCK
 from ..runs.prune_directory import PruneDirectory
-from ..runtime.files import PARTIAL, write_json_atomic, write_text_atomic
+from ..runtime.files import PARTIAL, entries, write_json_atomic, write_text_atomic
 from .begun import changed_text, find_source, refuse_other_settings, same_model
 from .compare_jobs import Job, run_name
 from .protocol import Protocol
@@ -60,9 +60,9 @@ def refuse_other_things(folder: Path, own: Sequence[str] = ()) -> None:
     refuse_out(folder)
     if not folder.is_dir() or (folder / "compare.json").is_file():
         return
-    names = {path.name for path in folder.iterdir()} - {"runs", LOCK, "compare.json" + PARTIAL, *own}
+    names = {path.name for path in entries(folder)} - {"runs", LOCK, "compare.json" + PARTIAL, *own}
     if not (folder / "dense.json").is_file():
-        names |= {f"runs/{path.name}" for path in folder.glob("runs/*")}
+        names |= {f"runs/{path.name}" for path in entries(folder / "runs")} if (folder / "runs").is_dir() else set()
     if names:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new folder")
 

@@ -52,7 +52,7 @@ from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
 from .recover_inputs import check_following, check_trained, recovers, recovery_recipe, refuse_processes
-from .result import reporting_failure
+from .result import refuse_foreign_files, reporting_failure
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -338,6 +338,8 @@ def _prune(
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, part, request.permissions)
     with nullcontext() if only or found.damaged else reporting_failure(run, times):
+        if only is None:
+            refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
         todo = _prune_missing(context, request, Logged(told, times.note), inspect)
         if only is not None:
             times.note()

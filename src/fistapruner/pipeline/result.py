@@ -45,6 +45,18 @@ def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> Non
     run.write_report(report)
 
 
+def refuse_foreign_files(run: RunDirectory, checkpoint: Checkpoint, fingerprint: str) -> None:
+    """Refuse others' files in a checkpoint that must be made again, before the work for it.
+
+    Arguments as for :func:`write_model`.
+
+    Raises:
+        FistaPrunerError: names the first of them.
+    """
+    if run.model.exists() and run.model_fault(fingerprint):
+        run.check_model(checkpoint)
+
+
 def write_model(
     run: RunDirectory,
     checkpoint: Checkpoint,

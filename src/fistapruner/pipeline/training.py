@@ -40,7 +40,7 @@ from .begun import (
 )
 from .finish_training import AddResults, finish
 from .measure import measure
-from .result import reporting_failure
+from .result import refuse_foreign_files, reporting_failure
 from .training_inputs import R, TrainingRequest, asked, evaluated_length, evaluation_of, find_input
 
 
@@ -153,6 +153,7 @@ def _lead(
                 ranks.share(True)  # the others train, too
                 listener.tick("opening the run", 0, 1)
                 context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions, ranks)
+                refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
                 trained, state = context.train(listener, times.note)
                 with cpu_threads(context.decision.numerics.threads):  # whatever those of this process are
                     report = finish(context, trained, state, times, listener, verb.add_results, report)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import FistaPrunerError
+from ..runtime.files import entries
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
 from .base import VERSION, Record, parse, read_json
@@ -141,7 +142,7 @@ def is_comparison(folder: Path) -> bool:
     """Check whether a folder is that of a comparison, which may have no row yet."""
     if any((folder / name).is_file() for name in ("compare.json", "dense.json", STATES)):
         return True
-    return (folder / "runs").is_dir() and {entry.name for entry in folder.iterdir()} <= {"runs", LOCK}
+    return (folder / "runs").is_dir() and {entry.name for entry in entries(folder)} <= {"runs", LOCK}
 
 
 def load_any_comparison(folder: Path) -> Comparison | AlignComparison:

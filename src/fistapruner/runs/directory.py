@@ -29,8 +29,10 @@ from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
 from ..models.files.writer import safetensors_name
 from ..runtime.files import (
+    BYSTANDERS,
     PARTIAL,
     disk_errors,
+    entries,
     read_sealed_json,
     remove_folder,
     require_utf8,
@@ -116,7 +118,7 @@ class RunDirectory:
 
     def foreign(self) -> list[str]:
         """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
-        return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(EARLY, path.name))
+        return [path.name for path in entries(self.folder) if not re.fullmatch(EARLY, path.name)]
 
     def check_place(self) -> None:
         """Refuse a folder that is neither new, nor empty, nor a run, or that has others' files in it.
@@ -317,6 +319,15 @@ class RunDirectory:
         Raises:
             FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
         """
+        self.check_model(source)
+        remove_folder(self.model, self.model_file, self.model / PRUNING_RECORD)
+
+    def check_model(self, source: Checkpoint | None = None) -> None:
+        """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`.
+
+        Raises:
+            FistaPrunerError: names the first of them.
+        """
         record, names = self.model_record(), self._model_names()
         if names and record is None and self.model_fingerprint() is None:
             raise FistaPrunerError(
@@ -331,10 +342,10 @@ class RunDirectory:
             raise FistaPrunerError(
                 f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
             )
-        remove_folder(self.model, self.model_file, self.model / PRUNING_RECORD)
 
     def _model_names(self) -> set[str]:
-        return {str(path.relative_to(self.model)) for path in self.model.rglob("*") if not path.is_dir()}
+        files = (path for path in self.model.rglob("*") if not path.is_dir())
+        return {str(path.relative_to(self.model)) for path in files if not BYSTANDERS.fullmatch(path.name)}
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

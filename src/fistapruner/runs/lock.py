@@ -40,7 +40,7 @@ LOCK_FILE = rf"{NAME}(\.\d+-\d+|\.preparing)?"
 TRIES, PAUSE = 10, 0.05
 """How often, and after how many seconds each, a lock of another range is tried before it is believed."""
 
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """What ``flock`` says on file systems that have none; there the process id and start time decide."""
 
 
@@ -95,7 +95,7 @@ def preparing(folder: Path) -> Iterator[None]:
     with disk_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with _ignore_unsupported():
+        with _locking(path):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -120,7 +120,7 @@ def _take(path: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             try:
-                with _ignore_unsupported():
+                with _locking(path):
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _refusal(path, _read(descriptor)) from None
@@ -149,7 +149,21 @@ def _release(path: Path, descriptor: int) -> None:
 
 
 def _me() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    pid = os.getpid()
+    return {"host": platform.node(), "pid": pid, "started": psutil.Process().create_time(), "born": _born(pid)}
+
+
+def _born(pid: int) -> str | None:
+    """Name the boot and the clock tick in which a process began.
+
+    None where it is gone, or the system is not Linux. On Linux ``create_time`` moves when the clock is set.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return f"{boot} {int(after_name[19])}"
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _read(descriptor: int) -> dict[str, Any]:
@@ -170,6 +184,8 @@ def _may_live(holder: dict[str, Any]) -> bool:
         return True
     if pid == os.getpid():
         return False  # this process died half-way through a release, in an earlier call
+    if isinstance(holder.get("born"), str) and (born := _born(pid)) is not None:
+        return bool(born == holder["born"])
     try:
         return abs(psutil.Process(pid).create_time() - started) < 1.0
     except (psutil.Error, OverflowError, ValueError):
@@ -203,11 +219,17 @@ def _same_file(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
-def _ignore_unsupported() -> Iterator[None]:
+def _locking(path: Path) -> Iterator[None]:
+    """Go on where the file system has no locks; name the file where the lock fails otherwise.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FistaPrunerError: any other fault.
+    """
     try:
         yield
     except BlockingIOError:
         raise
     except OSError as error:
         if error.errno not in UNSUPPORTED:
-            raise
+            raise FistaPrunerError(f"cannot lock {path}: {error.strerror or error}") from error

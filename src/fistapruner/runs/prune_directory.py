@@ -25,7 +25,7 @@ from ..calibration import tokens_sha256
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, sha256_file
+from ..runtime.files import PARTIAL, entries, sha256_file
 from .decision import PruneRecord
 from .directory import EARLY, RunDirectory
 from .journal import LAYER_FILE, LayerJournal
@@ -72,8 +72,8 @@ class PruneDirectory(RunDirectory):
     def foreign(self) -> list[str]:
         begun, layers = self._has_own_tokens(), self.journal.folder
         names = BEFORE_RUN_FILE if begun else BEFORE_TOKENS
-        others = [path.name for path in self.folder.iterdir() if not re.fullmatch(names, path.name)]
-        inside = list(layers.iterdir()) if layers.is_dir() else []
+        others = [path.name for path in entries(self.folder) if not re.fullmatch(names, path.name)]
+        inside = entries(layers) if layers.is_dir() else []
         others += [f"{layers.name}/{path.name}" for path in inside if not (begun and LAYER_FILE.fullmatch(path.name))]
         return sorted(others)
 

@@ -25,7 +25,7 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, files_named, remove_folder
+from ..runtime.files import PARTIAL, disk_errors, entries, files_named, remove_folder
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .lock import hold
@@ -66,7 +66,7 @@ class TrainingDirectory(RunDirectory):
         return (*super().own_files(), self.windows_file, self.steps_file)
 
     def foreign(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(BEFORE_RUN_FILE, path.name))
+        return [path.name for path in entries(self.folder) if not re.fullmatch(BEFORE_RUN_FILE, path.name)]
 
     def record(self) -> TrainingRecord | None:
         return self.read_record(TrainingRecord, self.verb)

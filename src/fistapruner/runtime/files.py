@@ -15,11 +15,18 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line
 
 PARTIAL = ".partial"
+
+BYSTANDERS = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
+"""Names of files that macOS and NFS leave in any folder: nobody's work."""
+
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES)
+"""What systems say that cannot flush a folder, and folders that may be written to but not listed."""
 
 
 @contextmanager
@@ -68,6 +75,11 @@ def files_named(folder: Path, names: str) -> list[Path]:
     return sorted(path for path in folder.glob("*") if re.fullmatch(names, path.name))
 
 
+def entries(folder: Path) -> list[Path]:
+    """List what a folder holds, but for files that macOS and NFS leave in any folder."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() or not BYSTANDERS.fullmatch(path.name))
+
+
 def refuse_link(path: Path) -> None:
     """Refuse a link where a file or folder is to be written or removed: it may lead to anybody's.
 
@@ -97,12 +109,19 @@ def require_space(path: Path, nbytes: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk, so that renames inside it survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Flush a folder to the disk, so that renames inside it survive a power loss, where it can be flushed.
+
+    By then the files are in place and flushed themselves.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def claim_folder(folder: Path) -> None:
@@ -118,7 +137,7 @@ def claim_folder(folder: Path) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
-            if any(folder.iterdir()):
+            if entries(folder):
                 raise FistaPrunerError(
                     f"{folder} holds files that fistapruner did not write: move it away, or name another output"
                 )
@@ -163,6 +182,18 @@ def remove_folder(folder: Path, *last: Path) -> None:
         for path in last:
             path.unlink(missing_ok=True)
         folder.rmdir()
+
+
+def temporary_folder() -> TemporaryDirectory[str]:
+    """Make a folder in the system's place for temporary ones; as a context manager it removes it.
+
+    Raises:
+        NoTemporaryFolderError: no such folder can be made.
+    """
+    try:
+        return TemporaryDirectory(prefix="fistapruner-")
+    except OSError as error:
+        raise NoTemporaryFolderError(f"no temporary folder can be written ({one_line(error)}): set TMPDIR") from None
 
 
 @contextmanager

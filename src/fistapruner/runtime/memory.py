@@ -15,10 +15,10 @@ import psutil
 import torch
 
 CONTROL_GROUPS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", "(?:in)?active_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_(?:in)?active_file"),
 )
-"""Files of a control group's limit and use, and its ``memory.stat`` entry of cache (versions 2, 1)."""
+"""Files of a control group's limit and use, and the pattern of its ``memory.stat`` entries of cache (versions 2, 1)."""
 OWN_GROUPS = Path("/proc/self/cgroup")
 """Control groups of this process, on Linux."""
 
@@ -27,13 +27,15 @@ MOUNTED_GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
-    """Measure the bytes that this process can still allocate on the machine and in its control groups.
+    """Measure the bytes that this process can still allocate: on the machine and within its limits.
+
+    These are those of its control groups, and of ``ulimit``.
 
     Args:
         own: file with the control groups of this process (a container's, Slurm's).
         mounted: folder where control groups are mounted.
     """
-    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted)]))
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted), *left_by_limits()]))
 
 
 def free_device_memory(device: torch.device) -> int:
@@ -100,14 +102,24 @@ def release_failed_memory() -> None:
 def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
     """Yield the bytes that each control group of this process, and each above it, still allows.
 
-    File cache that the kernel can reclaim counts as free. Arguments as for :func:`free_memory`.
+    File cache counts as free, whether it was read once or more often: the kernel reclaims both. Arguments as for
+    :func:`free_memory`.
     """
     for folder, version in control_groups("memory", own, mounted):
         limit, used, cache = CONTROL_GROUPS[version == 1]
         with suppress(OSError, ValueError):  # not visible inside a container, or "max": no limit
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            held = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-            yield left + (int(held[1]) if held else 0)
+            held = re.findall(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            yield left + sum(map(int, held))
+
+
+def left_by_limits() -> Iterator[int]:
+    """Yield the bytes that the limits of this process (``ulimit``) still allow: address space, data."""
+    if sys.platform == "linux":  # macOS ignores them
+        held = psutil.Process().memory_info()
+        for limit, used in ((resource.RLIMIT_AS, held.vms), (resource.RLIMIT_DATA, held.data)):
+            if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+                yield most - used
 
 
 def control_groups(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FistaPrunerError
@@ -13,6 +12,7 @@ from ..models.architecture import build_model, max_length, refuse_own_code
 from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
+from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted
 from . import kernel
 from .pack import NoPackedFormError, pack, unpack
@@ -75,7 +75,7 @@ def bench(
             Checkpoint.open(folder, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
     _check_decoding(model, prompt, tokens, allow_pickle)
-    with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
+    with temporary_folder() as scratch:
         whole = [] if before is None else [Variant(f"dense {dtype}", Path(before), dtype) for dtype in DTYPES]
         dense, packed, int8 = model, Path(scratch) / "packed", Path(scratch) / "int8"
         if is_packed(model):

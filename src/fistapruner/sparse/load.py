@@ -44,8 +44,8 @@ def load(
     Args:
         folder: folder that ``fistapruner pack`` wrote; or a model whose decoder layers have different widths, which has
             nothing packed in it.
-        packed: keep the operators packed (:class:`SparseLinear`): less memory, and faster decoding on a CPU; False
-            unpacks them to an ordinary dense model.
+        packed: keep the operators packed (:class:`SparseLinear`): less memory, and faster decoding on a CPU
+            (x86-64 with AVX2); False unpacks them to an ordinary dense model.
         int8: with ``packed``, round float values to int8 while loading.
         dtype: precision of activations and dense tensors; None takes the checkpoint's.
         verify: compare the files with their checksums first.
@@ -72,7 +72,7 @@ def load(
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     dtype = dtype or _main_dtype(source)
-    if packed and kernel.best_level() < 0:
+    if packed and kernel.best_level() <= 0:
         slow = f"{kernel.absence()}, so packed operators run slower than dense ones: load with packed=False"
         warnings.warn(slow, stacklevel=2)
     model = _build(source, dtype, packed, int8)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, NoTemporaryFolderError
 from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import read_widths
@@ -183,6 +183,8 @@ def _fitting(
         both = merge_patch(config, change)
         try:
             smaller = build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code)
+        except NoTemporaryFolderError:
+            raise
         except FistaPrunerError:
             continue
         if {name: tuple(tensor.shape) for name, tensor in smaller.state_dict(keep_vars=True).items()} == wanted:

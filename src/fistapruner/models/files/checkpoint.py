@@ -406,9 +406,10 @@ def inside(folder: Path, name: str) -> Path:
 
 def gguf_files(folder: Path) -> list[Path]:
     """List the GGUF files of a folder without other weights, but for those of image encoders."""
-    if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
+    files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
+    if any(path.suffix in (".safetensors", ".bin") for path in files):
         return []
-    return [path for path in sorted(folder.glob("*.gguf")) if "mmproj" not in path.name]
+    return [path for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
 
 
 def which_gguf(folder: Path) -> str:

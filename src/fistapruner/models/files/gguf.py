@@ -13,14 +13,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 
 from ...errors import FistaPrunerError, one_line
-from ...runtime.files import write_json_atomic, write_text_atomic
+from ...runtime.files import temporary_folder, write_json_atomic, write_text_atomic
 from .checkpoint import SINGLE, read_json
 from .folder import checkpoint_folder, write_index
 from .gguf_header import check_gguf
@@ -124,7 +123,7 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     # Beside the file transformers would look for a tokenizer and its settings, and take those of another model.
-    with TemporaryDirectory() as alone:
+    with temporary_folder() as alone:
         (Path(alone) / path.name).symlink_to(path.absolute())
         where = {"pretrained_model_name_or_path": alone, "gguf_file": path.name}
         config = AutoConfig.from_pretrained(**where)

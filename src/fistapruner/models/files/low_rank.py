@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import FistaPrunerError
-from ...runtime.files import PARTIAL, remove_folder, sampled_sha256, write_json_atomic
+from ...runtime.files import PARTIAL, entries, remove_folder, sampled_sha256, write_json_atomic
 from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD
 from .folder import checkpoint_folder
 from .record import read_pruning_record
@@ -116,7 +116,7 @@ def remove_adapter(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    if others := sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS, PARTIAL)):
+    if others := [path.name for path in entries(folder) if path.name not in (CONFIG, WEIGHTS, PARTIAL)]:
         raise FistaPrunerError(f"{folder / others[0]} was not written by this run: move it away, and run it again")
     remove_folder(folder)
 
