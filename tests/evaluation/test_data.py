@@ -109,6 +109,16 @@ def test_local_files(tmp_path: Path, suffix: str) -> None:
     assert load_windows(str(path), tiny.tokenizer(), 8).data == path.name
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(None, 3), (5, 3), (2, 2)])
+def test_no_more_windows_are_taken_than_the_protocol_takes(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, taken: int
+) -> None:
+    monkeypatch.setattr("fistapruner.evaluation.data.read_text", lambda data: (TEXT, "validation", 3))
+    windows = load_windows("c4", tiny.tokenizer(), 8, asked)
+    assert len(windows.tokens) == taken
+    assert windows.available > 5
+
+
 def test_python_text_is_held_out_from_calibration() -> None:
     from fistapruner.calibration.text import PYTHON, python_documents
 

@@ -58,6 +58,15 @@ def test_equals_the_textbook_loop(tmp_path: Path, text: Path, architecture: str)
     assert (found.data, found.split, found.seqlen, found.dtype) == ("text.txt", "file", 24, "float32")
 
 
+@pytest.mark.parametrize(("longest", "seqlen"), [(4096, 2048), (64, 64)])
+def test_windows_are_by_default_those_of_the_model_up_to_2048(tmp_path: Path, longest: int, seqlen: int) -> None:
+    folder = tiny.save("llama", tmp_path / "model", max_position_embeddings=longest)
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    found = fp.evaluate(folder, tmp_path / "text.txt", windows=1).perplexity
+    assert found is not None
+    assert found.seqlen == seqlen
+
+
 def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> None:
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", seed=3)

@@ -903,5 +903,5 @@ def test_a_run_that_is_made_again_has_its_own_time_only(dense: Path, tmp_path: P
 
     assert seconds(TEXT) < 1000
     (run / "report.json").unlink()
-    assert seconds(TEXT) > 1000
+    assert 1000 < seconds(TEXT) < 1100
     assert seconds("it was the epoch of belief, it was the epoch of incredulity. ") < 1000

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,6 +37,24 @@ def test_decoding_is_timed(architecture):
     assert measured.tokens_per_second_range[0] <= measured.tokens_per_second <= measured.tokens_per_second_range[1]
     assert measured.first_token > 0
     assert measured.peak_memory > 2**20
+
+
+def test_the_first_token_and_those_after_it_are_timed_apart(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0])  # at the begin, at the first token, at the end
+    monkeypatch.setattr("fistapruner.sparse.speed.time", Mock(perf_counter=lambda: next(clock)))
+    assert time_generation(build("llama"), torch.zeros(2, 3, dtype=torch.int64), 5) == Run(1.0, 4.0)
+
+
+def test_runs_are_summarised_by_median_and_range():
+    found = Speed.of(
+        "packed",
+        [Run(1.0, 5.0), Run(2.0, 7.0), Run(9.0, 6.0)],
+        **{name: 1 for name in ("peak_memory", "file_size", "batch", "prompt", "tokens", "threads")},
+        device="cpu",
+    )
+    assert (found.first_token, found.first_token_range) == (2.0, (1.0, 9.0))
+    assert (found.tokens_per_second, found.tokens_per_second_range) == (6.0, (5.0, 7.0))
+    assert found.runs == 3
 
 
 def test_a_cache_that_a_model_does_not_return_is_filled():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.tuning.adamw import Patience, Verdict, adamw_step, check_due, schedule
 from fistapruner.tuning.forms import Form, Full, Hira, Lora, Spp, WholeMatrix, first_rate, form_of
@@ -160,8 +161,17 @@ def test_automatic_rates() -> None:
     assert first_rate(recipe(parameters="full", lr=1e-3, lr_unit="absolute"), None, 576, 0.1) == 1e-3
     assert first_rate(recipe(parameters="full", optimizer="mezo"), None, 576, 0.1) == 1e-6
     assert first_rate(recipe(parameters="full", optimizer="mezo", lr=1e-5), None, 576, 0.1) == 1e-5
+    assert first_rate(recipe(parameters="full", optimizer="mezo", lr=0.01, lr_unit="share"), None, 576, 0.1) == 1e-3
     assert form_of(recipe(parameters="norms")) is None
     assert form_of(recipe(rank=4)) == Lora(4, 2.0)
+
+
+@pytest.mark.parametrize("form", ["full", "lora", "spp", "hira"])
+def test_automatic_rates_of_an_alignment_are_a_twentieth(form: str) -> None:
+    align = AlignRecipe.build({"data": {"pairs": "pairs.jsonl"}, "parameters": form})
+    for columns in (576, None) if form != "full" else (None,):
+        expected = first_rate(recipe(parameters=form), columns, 576, 0.1) / 20
+        assert first_rate(align, columns, 576, 0.1) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("form", ["spp", "hira"])

@@ -86,6 +86,21 @@ def test_log_probabilities_do_not_depend_on_batch_or_padding(tmp_path: Path, pai
         AnswerObjective(opened(folder), pairs, LIKELIHOOD, None, 3, STORE)
 
 
+def test_both_answers_of_a_pair_are_in_one_pass_at_every_length(tmp_path: Path) -> None:
+    """More windows pass where they are shorter; three of 64 tokens are as many as two of 96."""
+    lines = [(f"{count}", " so" * count, " no") for count in (11, 15, 19, 31)]  # three tokens each
+    pairs = make_pairs(tmp_path, lines)
+    assert pairs.tokens.shape[1] == 96
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
+    preference = Preference(torch.zeros(1, 4), torch.ones(1, 4), BETA)
+    objective = PairObjective(opened(folder), pairs, LIKELIHOOD, None, 2, STORE, preference=preference)
+    assert {objective.batch(length) for length in range(32, 97)} == {2, 4, 6}
+    with torch.no_grad():
+        chosen, rejected = log_probabilities(folder, pairs, list(range(8))).double().T
+    found = objective.losses(range(8), nothing)[0, ::2]
+    torch.testing.assert_close(found, -logsigmoid(BETA * (chosen - rejected)), rtol=1e-4, atol=1e-5)
+
+
 def test_losses_of_many_pairs_keep_few_hidden_states_and_have_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner.activations.store import scratch_factory
+from fistapruner.activations.stream import forward
 from fistapruner.calibration.training_text import TrainingText
 from fistapruner.errors import FistaPrunerError
 from fistapruner.tuning.losses import DenseLogits, TokenLoss, TopTokens
@@ -248,8 +249,15 @@ def test_rounds_hold_only_the_windows_of_the_next_steps(tmp_path: Path, monkeypa
         sizes = sum(file.stat().st_size for file in (tmp_path / blocks).glob("*.safetensors"))
         return sizes / (SEQLEN * 32 * 4)
 
-    counted = Counted()
+    def passed(model: Any, tokens: Tensor, batch_size: int, *rest: Any, **more: Any) -> Any:
+        passes.add(batch_size)
+        return forward(model, tokens, batch_size, *rest, **more)
+
+    monkeypatch.setattr("fistapruner.tuning.teacher.forward", passed)
+    counted, passes = Counted(), set[int]()
     exact = logits_of(teacher("everything", None), range(10))
+    assert passes == {2}
+    passes.clear()
     counted.made.clear()
     steps: list[Tensor] = []
     rounds = teacher("rounds")
@@ -269,5 +277,6 @@ def test_rounds_hold_only_the_windows_of_the_next_steps(tmp_path: Path, monkeypa
             going_on.step = number + 1
             assert torch.equal(logits_of(going_on, order[number].tolist()), steps[number])
         assert len(counted.made) == (0 if begin == 11 else 6 - begin // 2)
+    assert passes == {1}  # what is stored for a window does not depend on the others of its round
     with pytest.raises(FistaPrunerError, match="room for the dense model's predictions of 3 windows: 2 held-out"):
         teacher("small", 3)

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_objective import make_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
@@ -124,6 +125,21 @@ def test_the_factors_start_from_the_seed_and_the_name_of_the_operator(tmp_path: 
         assert float(value.square().mean()) == pytest.approx(bound**2 / 3, rel=0.2)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rate_may_be_a_share_of_the_root_mean_square_at_the_start(tmp_path: Path, form: str) -> None:
+    """Of A for low-rank tensors, whose size is known without drawing it; of the tensor itself for others."""
+    model, layout = opened(pruned("llama", tmp_path))
+    trained = Trained(model, layout, recipe(parameters=form, lr_unit="share", rank=8))
+    with model.layer(0) as layer:
+        parameters = trained.parameters(0, layer)
+        rates = trained.rates(0, parameters)
+    assert rates.keys() == parameters.masters.keys()
+    for name, source in parameters.origin.items():
+        start = parameters.masters[name if name == source else f"{source}.A"].detach()
+        root_mean_square = float(start[start != 0].square().mean().sqrt())
+        assert rates[name] == pytest.approx(0.01 * root_mean_square, rel=0.1)
+
+
 def test_the_start_of_a_vector_that_is_kept_in_fp32_is_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +186,23 @@ def test_zeros_stay_and_the_live_model_is_the_one_that_is_written(
     for full, value in live(trained).items():
         name = model.source(f"{model.layers_name}.{full}")
         assert torch.equal(value.to(dtype), result.get(name, model.checkpoint.read(name)))
+
+
+@pytest.mark.parametrize("form", ["full", "lora", "spp", "hira"])
+def test_a_weight_that_is_zero_in_the_passes_only_is_written_as_it_was(tmp_path: Path, form: str) -> None:
+    file = pruned("llama", tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    before = tensors["model.layers.0.mlp.up_proj.weight"]
+    place = tuple(before.nonzero()[0])
+    before[place] = 1e-9
+    save_file(tensors, file, {"format": "pt"})
+    model = LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"), torch.float16)
+    trained = Trained(model, discover(model), recipe(parameters=form))
+    step(trained, 0)
+    after = written(trained)["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(after == 0, before == 0)
+    assert after[place] == before[place]
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("form", FORMS)
