@@ -67,7 +67,7 @@ def finish(
         FistaPrunerError: the written checkpoint does not have the zeros of the input, or the disk is full.
     """
     listener.tick("comparing the trained weights with the input's", 0, 1)
-    begin, run = time.perf_counter(), context.run
+    run = context.run
     record = run.record()
     assert record is not None  # the context was opened with it
     report = record.report()
@@ -81,6 +81,7 @@ def finish(
     report.stacked_experts = any(stack_of(name) for name in claims)
     report.finished = now()
     add_stage(report)
+    begin = time.perf_counter()
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     _write_adapter(context, trained, listener)

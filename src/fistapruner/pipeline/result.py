@@ -127,7 +127,7 @@ def close_report(run: RunDirectory, report: Report, earlier: Report | None, time
         report: of the run.
         earlier: report of the finished run whose checkpoint was written again; its measurements still hold.
         times: wall time of the run so far.
-        begin: when its last step was done, by ``time.perf_counter``.
+        begin: when the writing of the checkpoint began, by ``time.perf_counter``.
     """
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
