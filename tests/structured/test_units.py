@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 
 import tiny
 from fistapruner import FistaPrunerError
@@ -90,6 +91,14 @@ def test_key_value_groups_are_found_and_proved_or_refused(tmp_path: Path, archit
     assert removed_weights(model, widths) >= 3 * 32 * 8 * 4
 
 
+@pytest.mark.parametrize("amount", ["25%", "heads=1"])
+def test_operators_in_different_modules_are_said_not_to_be_found_in_one(tmp_path: Path, amount: str) -> None:
+    config = BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_decoder=True)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(FistaPrunerError, match="found beside one another, in one module"):
+        planned(tmp_path, amount)
+
+
 def test_counts_of_heads_that_would_do_are_named(tmp_path: Path) -> None:
     """Llama refuses a number of heads that does not divide the hidden size."""
     folder = tiny.save("llama", tmp_path, hidden_size=32, num_attention_heads=8, num_key_value_heads=8)
@@ -127,7 +136,12 @@ def test_amounts_that_leave_or_remove_nothing_are_refused(
         ),
         ("phi3", "25%", ("gate_up_proj", "qkv_proj"), r"leave no MLP .*\(mlp\.gate_up_proj is left out"),
         ("llama", "heads=1", ("down_proj", "v_proj"), r"leave no key.*\(self_attn\.v_proj is left out"),
-        ("phi3", "heads=1", ("down_proj",), "no separate query, key and value operators of 4 and 2 heads were found"),
+        (
+            "phi3",
+            "heads=1",
+            ("down_proj",),
+            "no separate query, key and value operators of 4 and 2 heads and one",
+        ),
         ("mixtral", "25%", ("re:experts",), "has a mixture of experts, whose channels are not removed"),
         ("mixtral", "heads=1", ("re:experts", "q_proj"), r"leave no key.*\(self_attn\.q_proj is left out"),
     ],
