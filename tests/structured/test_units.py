@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
+from fistapruner.structured import proof
 from fistapruner.structured.proof import plan_widths
 from fistapruner.structured.units import Widths, channel_weights, layer_weights, removed_weights, resized
 
@@ -89,6 +91,21 @@ def test_key_value_groups_are_found_and_proved_or_refused(tmp_path: Path, archit
     assert (unit.before, unit.after) == ((4, 2) if architecture == "phi" else (2, 1))
     assert widths.config["num_key_value_heads"] == unit.after
     assert removed_weights(model, widths) >= 3 * 32 * 8 * 4
+
+
+def test_a_tensor_of_heads_that_is_not_cut_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model of another number of heads is built to find one that would do."""
+    folder, built = tiny.save("gpt_oss", tmp_path), []
+    build = proof.build_changed
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        built.append(arguments)
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(proof, "build_changed", counted)
+    with pytest.raises(FistaPrunerError, match=r"layers\.0\.self_attn\.sinks has values for each head"):
+        planned(folder, "heads=1")
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize("amount", ["25%", "heads=1"])
