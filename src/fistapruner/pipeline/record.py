@@ -63,7 +63,7 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         hidden_size=model.width,
         parameters=checkpoint.parameters,
         dtype=dtype_name(checkpoint.dtype),
-        bytes=checkpoint.nbytes,
+        bytes=checkpoint.file_bytes,
         license=source.license(),
         own_code=source.own_code(),
     )

@@ -136,7 +136,7 @@ def close_report(run: RunDirectory, report: Report, earlier: Report | None, time
     report.finished = now()
     report.totals.seconds = times.total()
     report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    report.totals.checkpoint_bytes = Checkpoint.open(run.model).file_bytes
 
 
 def _keep_measurements(report: Report, earlier: Report) -> None:

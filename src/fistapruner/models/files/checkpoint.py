@@ -340,6 +340,11 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.stored)
 
     @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files: of all tensors, and of what else these files hold."""
+        return sum(file.path.stat().st_size for file in self.files.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype that most of the weights have.
 
