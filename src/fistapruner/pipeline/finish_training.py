@@ -276,7 +276,7 @@ def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=sum(operator.zeros for operator in operators),
-        model_weights=context.model.checkpoint.parameters,
+        model_weights=context.model.parameter_count(),
         model_zeros=context.decision.zeros,
         seconds=seconds,
         peak_memory=peak_memory(),

@@ -31,7 +31,8 @@ class ModelFacts(Record):
     Args:
         source: hub id, folder or file as the user named it; ``revision``: of the hub.
         architecture: class name in ``transformers``.
-        layers: number of decoder layers; ``hidden_size``: their width; ``parameters``: of the whole model.
+        layers: number of decoder layers; ``hidden_size``: their width; ``parameters``: of the whole model,
+            each shared one once.
         dtype: of the checkpoint; ``bytes``: of its weight files; ``license``: if its card states one.
         own_code: what is loaded only with Python code of the model's own: ``model``, ``tokenizer``.
     """

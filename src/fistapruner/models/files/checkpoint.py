@@ -9,7 +9,6 @@ when the folder is opened.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,6 +251,11 @@ class Checkpoint:
         """Return the stack that a matrix of :meth:`parts` is in; None of another tensor."""
         return self._parts[name][0] if name in self._parts else None
 
+    def whole(self, name: str) -> list[str]:
+        """Name the stored tensors that one is read from: the joined ones, that of all experts, or itself."""
+        stack = self.stack_of(name)
+        return self._joins.get(name, [name if stack is None else stack.name])
+
     def parts(self, name: str) -> list[str]:
         """Return the names of the matrices of a tensor that is taken apart; of another tensor its own name."""
         stack = self.stacks.get(name)
@@ -328,11 +332,6 @@ class Checkpoint:
     def stored(self) -> list[TensorEntry]:
         """All tensors as the files have them: those that are taken apart whole."""
         return [entry for file in self.files.values() for entry in file.entries.values()]
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, those of all tensors."""
-        return sum(math.prod(self.entry(name).shape) for name in self.names())
 
     @property
     def nbytes(self) -> int:
