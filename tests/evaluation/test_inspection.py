@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -20,9 +21,9 @@ from fistapruner.cli import main
 from fistapruner.constraints.nm import patterns_of
 from fistapruner.evaluation import inspection
 from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
-from fistapruner.models.discovery import Operator
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.stored import stored_operators
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.stored import StoredModel, stored_model
 
 PROJECTIONS = (
     "self_attn.q_proj",
@@ -84,6 +85,28 @@ def test_true_claims_hold(
     assert main(["inspect", str(folder)]) == 0
     assert "every claim holds" in capsys.readouterr().out
     assert inspect_checkpoint(tmp_path).folder == folder  # a run directory
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("record", [False, True])
+def test_masks_and_a_tied_head_are_no_parameters(tmp_path: Path, architecture: str, record: bool) -> None:
+    """Old checkpoints store causal masks of GPT-2, and some a tied head beside its embedding."""
+    folder = tiny.save(architecture, tmp_path / "model", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    file = folder / "model.safetensors"
+    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    embedding = next(tensor for name, tensor in stored.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril()} if architecture == "gpt2" else {}
+    save_file({**stored, **mask, "lm_head.weight": embedding.clone()}, file, {"format": "pt"})
+    if record:
+        name = next(name for name in stored if "mlp" in name and name.endswith("weight"))
+        claims = {name: {"sparsity": "0%", "zeros": 0, "shape": list(stored[name].shape)}}
+        (folder / "fistapruner.json").write_text(json.dumps({"version": "1", "operators": claims}))
+    found, opened = inspect_checkpoint(folder), LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    assert found.weights == opened.parameter_count() == model.num_parameters()
+    assert found.zeros == sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    save_file({**stored, "lm_head.weight": embedding + 1.0}, file, {"format": "pt"})  # so it is a parameter of its own
+    assert inspect_checkpoint(folder).weights == model.num_parameters() + embedding.numel()
 
 
 def test_a_single_weight_too_many_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,11 +226,13 @@ def test_experts_that_the_model_does_not_take_apart_are_no_less_asked(
 ) -> None:
     folder = tiny.save(architecture, tmp_path / "model", original=original)
 
-    def without_experts(checkpoint: Checkpoint) -> dict[str, Operator]:
-        found = stored_operators(Checkpoint.open(checkpoint.folder)) or {}
-        return {name: operator for name, operator in found.items() if "expert" not in name}
+    def without_experts(checkpoint: Checkpoint) -> StoredModel:
+        found = stored_model(Checkpoint.open(checkpoint.folder))
+        assert found is not None
+        known = {name: operator for name, operator in found.operators.items() if "expert" not in name}
+        return replace(found, operators=known)
 
-    monkeypatch.setattr(inspection, "stored_operators", without_experts)
+    monkeypatch.setattr(inspection, "stored_model", without_experts)
     faults = "\n".join(inspect_checkpoint(folder, "2:4").violations)
     assert "model.layers.0.mlp.experts." in faults
     assert "router" not in faults

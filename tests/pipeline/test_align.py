@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from fistapruner.pipeline.training import train
+from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.tuning.pair_objective import AnswerObjective
@@ -159,6 +161,22 @@ def test_an_alignment_that_changed_nothing_is_neither_right_nor_wrong(bench: Ben
     found = align(bench, tmp_path / "out", lr=1e-30, steps=1).alignment
     assert found is not None
     assert (found.margin, found.reward_accuracy, found.reward_accuracy_error) == (0.0, 0.5, 0.0)
+
+
+def test_the_time_of_writing_does_not_contain_that_of_measuring(bench: Bench, tmp_path: Path) -> None:
+    class Slow(Listener):
+        writing = 0.0
+
+        def say(self, message: str) -> None:
+            if "test pairs under the aligned model" in message:
+                time.sleep(1.0)
+            if message == "writing the checkpoint":
+                self.writing = time.perf_counter()
+
+    slow = Slow()
+    report = align(bench, tmp_path / "out", steps=1, listener=slow)
+    assert slow.writing
+    assert report.totals.time_split["write"] < time.perf_counter() - slow.writing + 0.5
 
 
 @pytest.mark.parametrize("verb", ["align", "recover"])

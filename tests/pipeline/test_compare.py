@@ -614,6 +614,7 @@ def test_a_recovery_is_that_of_the_row(tmp_path: Path) -> None:
             settings["recover"] = following
         found = compare(source, "wanda", ["50%"], tmp_path / out, settings=settings, listener=counts, windows=2, **more)
         assert found.rows[0].error is None
+        assert (found.rows[0].relative_error is None) == bool(steps)  # that of pruning is not of the recovered model
         return found.rows[0].perplexity, counts.measured
 
     write("{} is the best of times, as everybody knows.")

@@ -29,12 +29,12 @@ from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
-from fistapruner.reporting.evaluation_text import evaluation_text
+from fistapruner.reporting.evaluation_text import evaluation_text, protocol
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import verdict
-from fistapruner.reporting.quality_rows import recovery_rows
+from fistapruner.reporting.quality_rows import points, recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.reporting.summary import summary
@@ -690,6 +690,17 @@ def test_numbers_for_people() -> None:
     assert (percent(0.5), percent(0.123456), percent(None)) == ("50.0 %", "12.3 %", "–")
     assert (short_count(134515008), p_value(0.0001), p_value(0.15)) == ("135M", "p < 0.001", "p = 0.150")
     assert (with_error(25.321, 0.414), with_error(25.321, float("nan"))) == ("25.32 ± 0.41", "25.32")
+    assert (with_error(-0.0004, 0.0021, 3), with_error(-0.001, None)) == ("0.000 ± 0.002", "0.00")
+    assert points(-0.0002) == "+0.0"
+    assert (with_error(0.00512, 0.00012, 3), with_error(0.5, 0.0, 1)) == ("0.0051 ± 0.0001", "0.5 ± 0.0")
+    assert with_error(0.5, 1e-9) == "0.50 ± 0.00"
+
+
+def test_the_error_of_a_perplexity_is_explained_where_it_is_shown() -> None:
+    settings: dict[str, Any] = {"data": "text", "split": "test", "seqlen": 9, "dtype": "float32", "bos": "none"}
+    one, two = (protocol(perplexity_of(torch.tensor(sums), 8, **settings, sha256="")) for sums in ([9.0], [9.0, 12.0]))
+    assert one == "text (test), 1 window of 9 tokens, no BOS, float32"
+    assert two == "text (test), 2 windows of 9 tokens, no BOS, float32; ± one standard error"
 
 
 def test_columns_of_a_text_table_are_aligned() -> None:

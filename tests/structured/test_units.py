@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 
 import tiny
 from fistapruner import FistaPrunerError
@@ -14,6 +16,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
+from fistapruner.structured import proof
 from fistapruner.structured.proof import plan_widths
 from fistapruner.structured.units import Widths, channel_weights, layer_weights, removed_weights, resized
 
@@ -97,6 +100,29 @@ def test_key_value_groups_are_found_and_proved_or_refused(tmp_path: Path, archit
     assert removed_weights(model, widths) >= 3 * 32 * 8 * 4
 
 
+def test_a_tensor_of_heads_that_is_not_cut_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model of another number of heads is built to find one that would do."""
+    folder, built = tiny.save("gpt_oss", tmp_path), []
+    build = proof.build_changed
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        built.append(arguments)
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(proof, "build_changed", counted)
+    with pytest.raises(FistaPrunerError, match=r"layers\.0\.self_attn\.sinks has values for each head"):
+        planned(folder, "heads=1")
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("amount", ["25%", "heads=1"])
+def test_operators_in_different_modules_are_said_not_to_be_found_in_one(tmp_path: Path, amount: str) -> None:
+    config = BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_decoder=True)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(FistaPrunerError, match="found beside one another, in one module"):
+        planned(tmp_path, amount)
+
+
 def test_counts_of_heads_that_would_do_are_named(tmp_path: Path) -> None:
     """Llama refuses a number of heads that does not divide the hidden size."""
     folder = tiny.save("llama", tmp_path, hidden_size=32, num_attention_heads=8, num_key_value_heads=8)
@@ -134,7 +160,12 @@ def test_amounts_that_leave_or_remove_nothing_are_refused(
         ),
         ("phi3", "25%", ("gate_up_proj", "qkv_proj"), r"leave no MLP .*\(mlp\.gate_up_proj is left out"),
         ("llama", "heads=1", ("down_proj", "v_proj"), r"leave no key.*\(self_attn\.v_proj is left out"),
-        ("phi3", "heads=1", ("down_proj",), "no separate query, key and value operators of 4 and 2 heads were found"),
+        (
+            "phi3",
+            "heads=1",
+            ("down_proj",),
+            "no separate query, key and value operators of 4 and 2 heads and one",
+        ),
         ("mixtral", "25%", ("re:experts",), "has a mixture of experts, whose channels are not removed"),
         ("mixtral", "heads=1", ("re:experts", "q_proj"), r"leave no key.*\(self_attn\.q_proj is left out"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..models.files.record import (
 )
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
-from ..models.stored import stored_operators
+from ..models.stored import stored_model
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
 from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed
@@ -73,7 +73,8 @@ class Inspection:
     Args:
         folder: the checkpoint's folder.
         operators: the linear operators of its decoder layers, in order.
-        zeros: zeros of the whole model; ``weights``: all of its parameters.
+        zeros: zeros of the whole model; ``weights``: all of its parameters, each shared one once (all floating-point
+            tensors where the model cannot be built from ``config.json``).
         faults: claims about operators that the checkpoint does not have, or that have another shape; other tensors that
             have NaN or infinite weights.
         widths: what the record tells of removed structure: decoder layer, what was removed, number before and after.
@@ -133,6 +134,7 @@ def inspect_checkpoint(
     allow_pickle: bool = False,
     stacks: Collection[Stack] = (),
     all_patterns: bool = True,
+    parameters: Set[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Inspection:
     """Inspect a checkpoint, one tensor in memory at a time.
@@ -145,6 +147,8 @@ def inspect_checkpoint(
         allow_pickle: read legacy ``.bin`` weights.
         stacks: tensors of all experts to inspect by expert, beside those of which a record claims something.
         all_patterns: find the n:m pattern of operators with a claim too, not only of the others.
+        parameters: stored tensors that hold the parameters of a checkpoint that is not packed, where they are known;
+            None finds them.
         progress: called with each tensor's name, how many were inspected before it, and the number of all.
 
     Raises:
@@ -156,7 +160,7 @@ def inspect_checkpoint(
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
         folder = folder / "model"
     asked = None if pattern is None else parse_sparsity(pattern)
-    entries, read, record, known = _open(folder, allow_pickle, stacks, asked=asked is not None)
+    entries, read, record, known, counted = _open(folder, allow_pickle, stacks, parameters, asked=asked is not None)
     claims, faults = recorded_claims(record, entries, folder)
     transposed = stores_inputs_first(claims, entries)
     if asked is not None:
@@ -172,7 +176,8 @@ def inspect_checkpoint(
         if entry.dtype.itemsize == 1:  # torch counts no zeros of 8-bit floats
             tensor = tensor.float()
         zero = tensor.numel() - int(torch.count_nonzero(tensor))
-        zeros, weights = zeros + zero, weights + tensor.numel()
+        if name in counted:
+            zeros, weights = zeros + zero, weights + tensor.numel()
         if name in claims or _is_operator(entry):
             claim = claims.get(name)
             if asked is not None and (known is None or name in known or _is_of_an_expert(name)):
@@ -264,29 +269,44 @@ def _inspect(
 
 
 def _open(
-    folder: Path, allow_pickle: bool, stacks: Collection[Stack], *, asked: bool
-) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any], Mapping[str, Operator] | None]:
-    """Open a folder: entries of all dense tensors, what reads one, the run's record, the operators.
+    folder: Path, allow_pickle: bool, stacks: Collection[Stack], parameters: Set[str] | None, *, asked: bool
+) -> tuple[
+    dict[str, TensorEntry],
+    Callable[[str], Tensor],
+    dict[str, Any],
+    Mapping[str, Operator] | None,
+    Collection[str],
+]:
+    """Open a folder: entries of dense tensors, what reads one, the run's record, operators, parameters.
 
     The operators are those that the model's code names; None where a record says enough, unless a pattern is ``asked``
-    of them all, and where the model cannot be built.
+    of them all, and where the model cannot be built: then all tensors are called parameters.
     """
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
-        return (
-            {entry.name: entry for entries in packed.contents().values() for entry in entries},
-            packed.tensor,
-            packed.record,
-            stored_operators(packed.checkpoint, packed.shapes()) if asked else None,
-        )
+
+        def same(name: str, other: str) -> bool:
+            one, two = packed.tensor(name), packed.tensor(other)
+            return one.dtype == two.dtype and torch.equal(one, two)
+
+        entries = {entry.name: entry for shard in packed.contents().values() for entry in shard}
+        found = stored_model(packed.checkpoint, packed.shapes(), same)
+        known = found.operators if found is not None and asked else None
+        counted = None if found is None else found.parameters
+        return entries, packed.tensor, packed.record, known, entries if counted is None else counted
     checkpoint = Checkpoint.open(folder, allow_pickle)
-    record = read_pruning_record(folder)
-    known = stored_operators(checkpoint) if asked or not record.get("operators") else None
+    record, known = read_pruning_record(folder), None
+    needed = asked or not record.get("operators")
+    if needed or parameters is None:  # where it is for the parameters alone, experts stay together
+        found = stored_model(checkpoint if needed else Checkpoint.open(folder, allow_pickle))
+        known = found.operators if found is not None and needed else None
+        parameters = parameters or (None if found is None else found.parameters)
     take_claimed_apart(checkpoint, record)
     for stack in stacks:
         checkpoint.take_apart(stack)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
-    return entries, checkpoint.read, record, known
+    counted = {name for name in entries if parameters is None or set(checkpoint.whole(name)) <= parameters}
+    return entries, checkpoint.read, record, known, counted
 
 
 def _is_operator(entry: TensorEntry) -> bool:

@@ -7,7 +7,7 @@ number and size, and every tensor that the class asks for must be in the checkpo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -392,6 +392,26 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str
             f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it"
         )
     return sources
+
+
+def parameter_names(
+    model: Any, sources: Mapping[str, str], checkpoint: Checkpoint, same: Callable[[str, str], bool]
+) -> set[str]:
+    """List the stored tensors that hold parameters of a model: no buffers, and each shared one once.
+
+    Args:
+        model: the model.
+        sources: stored names of its tensors, by the model's name.
+        checkpoint: the checkpoint.
+        same: compares two stored tensors: a tied one may be stored twice.
+    """
+    twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    found: set[str] = set()
+    for name, _ in model.named_parameters():
+        source, first = sources.get(name), sources.get(twins.get(name, name))
+        if source is not None and (first in (None, source) or not same(source, first)):
+            found.update(checkpoint.whole(source))
+    return found
 
 
 def loaded_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:

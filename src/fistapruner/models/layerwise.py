@@ -36,6 +36,7 @@ from .architecture import (
     find_decoder_layers,
     loaded_dtype,
     max_length,
+    parameter_names,
     refuse_experts,
     unsupported,
 )
@@ -136,6 +137,24 @@ class LayerwiseModel:
     def sources(self) -> Collection[str]:
         """Return the names in the checkpoint of all of the model's parameters and stored buffers."""
         return self._names.keys()
+
+    @cached_property
+    def parameter_names(self) -> set[str]:
+        """Name the stored tensors that hold parameters; see :func:`~.architecture.parameter_names`."""
+        return parameter_names(self.model, self._sources, self.checkpoint, self.checkpoint.same)
+
+    def parameter_count(
+        self, shapes: Mapping[str, tuple[int, ...]] | None = None, dropped: Collection[str] = ()
+    ) -> int:
+        """Count the parameters of the model.
+
+        Args:
+            shapes: of stored tensors that have other shapes than the checkpoint's, by name.
+            dropped: names of stored tensors that are left out.
+        """
+        names = self.parameter_names.difference(dropped)
+        sizes = {entry.name: entry.shape for entry in self.checkpoint.stored} | dict(shapes or {})
+        return sum(math.prod(sizes[name]) for name in names)
 
     def layer_parameters(self, index: int) -> list[str]:
         """Return the names in the model of the parameters of decoder layer ``index``."""

@@ -266,7 +266,7 @@ def _filled(
         row.perplexity, row.divergence = measured.perplexity, measured.divergence
     if row.perplexity is not None and math.isfinite(row.perplexity.nll):
         row.gap = row.perplexity.nll - dense.nll
-    row.relative_error = report.mean_error
+    row.relative_error = report.mean_error if recovery is None else None  # it is of the model before the recovery
     row.seconds, row.time_split, row.peak_memory = totals.seconds, totals.time_split, totals.peak_memory
     row.operator_weights, row.operator_zeros = totals.operator_weights, totals.operator_zeros
     row.low_rank_weights = totals.low_rank_weights

@@ -207,9 +207,7 @@ def _totals(
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=zeros,
-        model_weights=checkpoint.parameters
-        - sum(gone.values())
-        - sum(math.prod(checkpoint.entry(name).shape) for name in changed.dropped),
+        model_weights=context.model.parameter_count(shapes, changed.dropped),
         model_zeros=zeros,
         dense_flops_per_token=dense_flops,
         flops_per_token=flops,

@@ -68,7 +68,7 @@ def finish(
         FistaPrunerError: the written checkpoint does not have the zeros of the input, or the disk is full.
     """
     listener.tick("comparing the trained weights with the input's", 0, 1)
-    begin, run = time.perf_counter(), context.run
+    run = context.run
     record = run.record()
     assert record is not None  # the context was opened with it
     report = record.report()
@@ -82,6 +82,7 @@ def finish(
     report.stacked_experts = any(stack_of(name) for name in claims)
     report.finished = now()
     add_stage(report)
+    begin = time.perf_counter()
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     _write_adapter(context, trained, listener)
@@ -276,7 +277,7 @@ def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=sum(operator.zeros for operator in operators),
-        model_weights=context.model.checkpoint.parameters,
+        model_weights=context.model.parameter_count(),
         model_zeros=context.decision.zeros,
         seconds=seconds,
         peak_memory=peak_memory(),

@@ -61,9 +61,9 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         architecture=type(model.model).__name__,
         layers=len(model),
         hidden_size=model.width,
-        parameters=checkpoint.parameters,
+        parameters=model.parameter_count(),
         dtype=dtype_name(checkpoint.dtype),
-        bytes=checkpoint.nbytes,
+        bytes=checkpoint.file_bytes,
         license=source.license(),
         own_code=source.own_code(),
     )

@@ -139,7 +139,7 @@ def close_report(run: RunDirectory, report: Report, earlier: Report | None, time
         report: of the run.
         earlier: report of the finished run whose checkpoint was written again; its measurements still hold.
         times: wall time of the run so far.
-        begin: when its last step was done, by ``time.perf_counter``.
+        begin: when the writing of the checkpoint began, by ``time.perf_counter``.
     """
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
@@ -148,7 +148,7 @@ def close_report(run: RunDirectory, report: Report, earlier: Report | None, time
     report.finished = now()
     report.totals.seconds = times.total()
     report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    report.totals.checkpoint_bytes = Checkpoint.open(run.model).file_bytes
 
 
 def _keep_measurements(report: Report, earlier: Report) -> None:

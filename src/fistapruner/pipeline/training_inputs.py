@@ -274,6 +274,7 @@ def _operators(
         allow_pickle=source.allow_pickle,
         stacks=model.checkpoint.stacks.values(),
         all_patterns=False,
+        parameters=model.parameter_names,
         progress=lambda _, done, total: listener.tick("tensors whose zeros were checked", done, total),
     )
     listener.tick("opening and checking the model", 0, 1)

@@ -164,10 +164,10 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
         here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
         if len(here) > 1:
             best, second = here[:2]
-            first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f})"
-            sentences.append(f"{first}, then {second.method} ({second.gap:.3f}).")
+            first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:z.3f})"
+            sentences.append(f"{first}, then {second.method} ({second.gap:z.3f}).")
         sentences += [
-            f"{point.method}{point.note} has {point.gap:.3f} at {pattern}."
+            f"{point.method}{point.note} has {point.gap:z.3f} at {pattern}."
             for point in found
             if point.sparsity == pattern and point.uneven and not point.missing and here and point.gap < here[0].gap
         ]

@@ -44,8 +44,9 @@ def protocol(comparison: Comparison) -> list[str]:
     lines = []
     if (dense := comparison.dense) is not None:
         lines.append(
-            f"dense: perplexity {dense.perplexity:.2f} on {dense.data} ({dense.split}), {dense.windows} windows of "
-            f"{dense.seqlen} tokens, {dense.dtype}; gap = ln(perplexity) - ln(dense perplexity)"
+            f"dense: perplexity {dense.perplexity:.2f} on {dense.data} ({dense.split}), "
+            f"{counted(dense.windows, 'window')} of {dense.seqlen} tokens, {dense.dtype}; "
+            "gap = ln(perplexity) - ln(dense perplexity)"
         )
     if (facts := comparison.calibration) is not None:
         text = f"{facts.source}, {facts.samples} windows of {facts.seqlen} tokens, {facts.how}"
@@ -73,7 +74,7 @@ def _cells(row: CompareRow) -> tuple[str, ...]:
         row.sparsity,
         str(row.seed),
         "failed" if row.error else ("–" if row.perplexity is None else f"{row.perplexity.perplexity:.2f}"),
-        "–" if row.gap is None else f"{row.gap:.4f}",
+        "–" if row.gap is None else f"{row.gap:z.4f}",
         "–" if row.relative_error is None else f"{100 * row.relative_error:.2f} %",
         duration(row.seconds),
         duration(row.time_split.get("solve")),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..runs.results import Evaluation, Perplexity, TaskResult
-from ..runtime.formatting import align_columns, duration, p_value, percent_with_error, with_error
+from ..runtime.formatting import align_columns, counted, duration, p_value, percent_with_error, with_error
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
@@ -44,8 +45,9 @@ def on_text(evaluations: Sequence[Evaluation]) -> Evaluation | None:
 def protocol(text: Perplexity) -> str:
     """Say what a perplexity depends on, in one line."""
     bos = {"none": "no BOS", "text": "BOS before the text", "window": "BOS in every window"}.get(text.bos, text.bos)
-    windows = f"{text.windows} windows of {text.seqlen} tokens"
-    return f"{text.data} ({text.split}), {windows}, {bos}, {text.dtype}; ± one standard error"
+    windows = f"{counted(text.windows, 'window')} of {text.seqlen} tokens"
+    error = "; ± one standard error" if math.isfinite(text.standard_error) else ""
+    return f"{text.data} ({text.split}), {windows}, {bos}, {text.dtype}{error}"
 
 
 def task_text(task: TaskResult) -> str:

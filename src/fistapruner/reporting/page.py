@@ -298,7 +298,7 @@ def _training(report: Report) -> list[tuple[str, str]]:
 def _tasks(report: Report) -> Table:
     """Tabulate the held-out loss of every task of a mixture."""
     rows = [
-        (name, f"{start:.4f}", f"{best:.4f}", f"{best - start:+.4f}".replace("-", "−"))
+        (name, f"{start:.4f}", f"{best:.4f}", f"{best - start:+z.4f}".replace("-", "−"))
         for name, start, best in (task_losses(report.recovery) if report.recovery is not None else [])
     ]
     return Table("Held-out loss by task", ("task", "before", "recovered", "change"), rows, numeric=(1, 2, 3))

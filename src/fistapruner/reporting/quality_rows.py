@@ -125,7 +125,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 def points(difference: float) -> str:
     """Format a difference of two shares in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+    return f"{100 * difference:+z.1f}".replace("-", "−")
 
 
 def one_metric(tasks: Sequence[TaskResult]) -> list[TaskResult]:

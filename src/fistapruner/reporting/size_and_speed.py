@@ -67,7 +67,7 @@ def low_rank_sentence(report: Report) -> str:
 
 
 def size_rows(report: Report) -> list[Row]:
-    """List the size of the checkpoint as written, and packed if that makes it smaller."""
+    """List the size of the weight files as written, and packed if that makes them smaller."""
     totals, dense = report.totals, report.origin.bytes
     rows = []
     if totals.checkpoint_bytes:

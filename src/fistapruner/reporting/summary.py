@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..runs.records import Report
-from ..runtime.formatting import align_columns, size, with_error
+from ..runtime.formatting import align_columns, counted, size, with_error
 from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import protocol
 from .lineage_text import lineage_lines
@@ -62,10 +62,10 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
             rows.append(("gap closed", f"{closed_text(earlier[1])} of ln(before / dense); error paired over windows"))
         damage, old = evaluation.divergence, earlier and earlier[0].divergence
         if damage is not None:
-            start = f"{old.kl:.3f} → " if old else ""
+            start = f"{old.kl:z.3f} → " if old else ""
             agreed = f"{100 * old.top1_agreement:.1f} → " if old else ""
             same = f"{agreed}{100 * damage.top1_agreement:.1f} %"
-            rows.append(("divergence", f"KL {start}{damage.kl:.3f} nats a token, same top token at {same}"))
+            rows.append(("divergence", f"KL {start}{damage.kl:z.3f} nats a token, same top token at {same}"))
     for measure, of_dense, before, after_it, how in preference_rows(report):
         known = [f"{what} {value}" for what, value in (("dense", of_dense), ("before", before)) if value != "–"]
         beside = f" ({', '.join(known)})" if known else ""
@@ -87,7 +87,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
         dense, pruned = evaluation.reference, evaluation.perplexity
         if pruned is None:
             continue
-        how = f"{pruned.data} ({pruned.split}), {pruned.windows} windows of {pruned.seqlen} tokens, {pruned.dtype}"
+        windows = f"{counted(pruned.windows, 'window')} of {pruned.seqlen} tokens"
+        how = f"{pruned.data} ({pruned.split}), {windows}, {pruned.dtype}"
         if dense is not None:
             rows.append(("perplexity, dense", f"{with_error(dense.perplexity, dense.standard_error)}  {how}"))
         rows.append(("perplexity, pruned", f"{with_error(pruned.perplexity, pruned.standard_error)}  {how}"))
@@ -96,7 +97,7 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
             rows.append(
                 (
                     "divergence",
-                    f"KL {divergence.kl:.3f} nats a token, same top token at {100 * divergence.top1_agreement:.1f} %",
+                    f"KL {divergence.kl:z.3f} nats a token, same top token at {100 * divergence.top1_agreement:.1f} %",
                 )
             )
     if report.calibration is not None:

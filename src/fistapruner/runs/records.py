@@ -31,8 +31,9 @@ class ModelFacts(Record):
     Args:
         source: hub id, folder or file as the user named it; ``revision``: of the hub.
         architecture: class name in ``transformers``.
-        layers: number of decoder layers; ``hidden_size``: their width; ``parameters``: of the whole model.
-        dtype: of the checkpoint; ``bytes``: its size on disk; ``license``: if its card states one.
+        layers: number of decoder layers; ``hidden_size``: their width; ``parameters``: of the whole model,
+            each shared one once.
+        dtype: of the checkpoint; ``bytes``: of its weight files; ``license``: if its card states one.
         own_code: what is loaded only with Python code of the model's own: ``model``, ``tokenizer``.
     """
 
@@ -121,7 +122,8 @@ class Totals(Record):
             process pruned all layers.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
             ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
-        checkpoint_bytes: of ``RUN/model``; ``compressed_bytes``: of the packed weights if they were measured.
+        checkpoint_bytes: of the weight files in ``RUN/model``; ``compressed_bytes``: of the packed ones if they were
+            measured.
         low_rank_weights: additional weights of the low-rank parts, counted in no other number; ``low_rank_bytes``: of
             ``RUN/adapter``, which holds them; None where there are none.
     """

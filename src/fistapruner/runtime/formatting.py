@@ -6,6 +6,9 @@ import math
 import shlex
 from collections.abc import Collection, Iterable, Sequence
 
+MOST_DECIMALS = 6
+"""Decimals that a value gets at most for the sake of its error."""
+
 
 def shell_line(*words: object) -> str:
     """Write a command of ``fistapruner`` for a shell, to be pasted."""
@@ -100,11 +103,17 @@ def short_count(value: int | None) -> str:
 
 
 def with_error(value: float | None, error: float | None, digits: int = 2) -> str:
-    """Format a value with its error: ``25.32 ± 0.41``; without an unknown error."""
+    """Format a value with its error: ``25.32 ± 0.41``; without an unknown error.
+
+    A small error gets up to :data:`MOST_DECIMALS` in place of ``digits``, so that it is not shown as nothing.
+    """
     if value is None or not math.isfinite(value):
         return significant(value)
-    text = f"{value:,.{digits}f}"
-    return text if error is None or not math.isfinite(error) else f"{text} ± {error:,.{digits}f}"
+    known = error is not None and math.isfinite(error)
+    if known and error:
+        digits = next((more for more in range(digits, MOST_DECIMALS + 1) if round(error, more)), digits)
+    text = f"{value:z,.{digits}f}"
+    return f"{text} ± {error:,.{digits}f}" if known else text
 
 
 def percent_with_error(share: float | None, error: float | None, digits: int = 1) -> str:

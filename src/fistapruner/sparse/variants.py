@@ -213,5 +213,4 @@ def weight_bytes(folder: Path) -> int:
     Raises:
         FistaPrunerError: a file is missing or damaged.
     """
-    files = Checkpoint.open(folder, allow_pickle=True).files
-    return sum(file.path.stat().st_size for file in files.values())
+    return Checkpoint.open(folder, allow_pickle=True).file_bytes

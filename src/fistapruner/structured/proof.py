@@ -139,12 +139,18 @@ def _find_config(
         All changes together.
 
     Raises:
-        FistaPrunerError: no entry does that; names the width, and numbers of groups that would do.
+        FistaPrunerError: no entry does that; names a tensor that is not cut and stands in the way, or else the width,
+            and numbers of groups that would do.
     """
     unit = next(unit for unit in units[0] if unit.kind == kind)
-    found = _fitting(model, units, kind, unit.after, config, trust_remote_code)
+    found, uncut = _fitting(model, units, kind, unit.after, config, trust_remote_code)
     if found is not None:
         return found
+    if uncut is not None:
+        each = "channel" if kind == MLP else "head"
+        raise FistaPrunerError(
+            f"structure: {uncut} has values for each {each}, which are not cut: {kind} are not removed"
+        )
     name = type(model.model).__name__
     if kind == MLP:
         raise FistaPrunerError(
@@ -154,7 +160,7 @@ def _find_config(
     others = [
         str(unit.before - after)
         for after in reversed(range(1, unit.before))
-        if after != unit.after and _fitting(model, units, kind, after, config, trust_remote_code) is not None
+        if after != unit.after and _fitting(model, units, kind, after, config, trust_remote_code)[0] is not None
     ]
     would = f"; heads={' or heads='.join(others)} would do" if others else ": its key/value groups are not removed"
     raise FistaPrunerError(
@@ -164,11 +170,16 @@ def _find_config(
 
 def _fitting(
     model: LayerwiseModel, units: Units, kind: str, after: int, config: Mapping[str, Any], trust_remote_code: bool
-) -> dict[str, Any] | None:
-    """Return the change of ``config.json`` for ``after`` channels of one kind; None if none fits."""
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Try the changes of ``config.json`` for ``after`` channels of one kind.
+
+    Returns:
+        The change that fits, None if none does. And a tensor that no unit cuts, and that has another shape with a
+        change that fits all that are cut; None if there is none.
+    """
     kinds = list(dict.fromkeys(found.kind for found in units[0]))
     expressed = kinds[: kinds.index(kind) + 1]
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict(keep_vars=True).items()}
+    wanted, cut = _shapes(model.model), set()
     for index, layer in enumerate(units):
         for unit in layer:
             if unit.kind not in expressed:
@@ -177,19 +188,28 @@ def _fitting(
             for name, (dim, places) in unit.tensors(model.layers[index], torch.arange(width)).items():
                 full = f"{model.layers_name}.{index}.{name}"
                 wanted[full] = (*wanted[full][:dim], len(places), *wanted[full][dim + 1 :])
+                cut.add(full)
     unit = next(unit for unit in units[0] if unit.kind == kind)
     changes = _widths(model, unit.before, after) if kind == MLP else _head_counts(model, unit, after)
+    uncut = None
     for change in changes:
         both = merge_patch(config, change)
         try:
-            smaller = build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code)
+            shapes = _shapes(build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code))
         except NoTemporaryFolderError:
             raise
         except FistaPrunerError:
             continue
-        if {name: tuple(tensor.shape) for name, tensor in smaller.state_dict(keep_vars=True).items()} == wanted:
-            return both
-    return None
+        if shapes == wanted:
+            return both, None
+        if shapes.keys() == wanted.keys():
+            others = [name for name in wanted if shapes[name] != wanted[name]]
+            uncut = uncut or (others[0] if cut.isdisjoint(others) else None)
+    return None, uncut
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _widths(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[str, Any]]:

@@ -194,7 +194,10 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
         if not units:
             whole = discover(model)
             there = _mlp_units(model, whole, index, find_links(model, whole)[index])
-            why = "no operators were found that write the inputs of another one and nothing else, as those of an MLP do"
+            why = (
+                "no operators were found beside one another, in one module, that write the inputs of another one and "
+                "nothing else, as those of an MLP do"
+            )
             if there:
                 why = _left_out(there[0], layout, index, "MLP whose channels can be removed")
             raise FistaPrunerError(f"structure: {layout.prefix}.{index}: {why}")
@@ -251,8 +254,9 @@ def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool = Fal
         there = units or _groups_of(discover(model), index, heads, groups, fused=fused)
         if len(there) != 1:
             raise FistaPrunerError(
-                f"structure: {prefix}: no separate query, key and value operators of {heads} and {groups} heads were "
-                "found (fused ones are not cut): its key/value groups are not removed"
+                f"structure: {prefix}: no separate query, key and value operators of {heads} and {groups} heads and "
+                "one that reads them were found beside one another, in one module (fused ones are not cut): its "
+                "key/value groups are not removed"
             )
         if groups == 1:
             raise FistaPrunerError(f"structure: {prefix}: the model has one key/value head, which stays")

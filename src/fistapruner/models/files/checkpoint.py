@@ -9,7 +9,6 @@ when the folder is opened.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,6 +251,11 @@ class Checkpoint:
         """Return the stack that a matrix of :meth:`parts` is in; None of another tensor."""
         return self._parts[name][0] if name in self._parts else None
 
+    def whole(self, name: str) -> list[str]:
+        """Name the stored tensors that one is read from: the joined ones, that of all experts, or itself."""
+        stack = self.stack_of(name)
+        return self._joins.get(name, [name if stack is None else stack.name])
+
     def parts(self, name: str) -> list[str]:
         """Return the names of the matrices of a tensor that is taken apart; of another tensor its own name."""
         stack = self.stacks.get(name)
@@ -330,14 +334,14 @@ class Checkpoint:
         return [entry for file in self.files.values() for entry in file.entries.values()]
 
     @property
-    def parameters(self) -> int:
-        """Number of parameters, those of all tensors."""
-        return sum(math.prod(self.entry(name).shape) for name in self.names())
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.stored)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files: of all tensors, and of what else these files hold."""
+        return sum(file.path.stat().st_size for file in self.files.values())
 
     @property
     def dtype(self) -> torch.dtype:
