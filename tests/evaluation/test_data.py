@@ -116,7 +116,7 @@ def test_no_more_windows_are_taken_than_the_protocol_takes(
     monkeypatch.setattr("fistapruner.evaluation.data.read_text", lambda data: (TEXT, "validation", 3))
     windows = load_windows("c4", tiny.tokenizer(), 8, asked)
     assert len(windows.tokens) == taken
-    assert windows.available > 5
+    assert len(cut_windows(TEXT, tiny.tokenizer(), 8).tokens) > 5
 
 
 def test_python_text_is_held_out_from_calibration() -> None:
