@@ -100,16 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except (RuntimeError, MemoryError) as error:
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which --help does not import
-                advice = "the GPU's memory ran out: free some of it, lower --batch-size or --seqlen, or choose "
-                advice += "--device cpu"
-            elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's, on the host
-                advice = (
-                    "main memory ran out: free some of it, and the same command goes on; a new run needs less with a "
+                said = (
+                    "the GPU's memory ran out: free some of it, lower --batch-size or --seqlen, or choose --device cpu"
                 )
-                advice += "lower --batch-size or --memory-limit"
+            elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's, on the host
+                said = (
+                    "main memory ran out: free some of it, and the same command goes on; a new run needs less with a "
+                    "lower --batch-size or --memory-limit"
+                )
             else:
                 raise
-            print(f"fistapruner: {advice}", file=sys.stderr)
+            print(f"fistapruner: {said}", file=sys.stderr)
             return 2
         except OSError as error:
             if error.filename is None:
