@@ -15,6 +15,7 @@ from ..activations.store import Store, scratch_factory
 from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
+from ..models.files.low_rank import LowRankAdapter
 from ..models.files.safetensors import LazyTensors
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, Permissions
@@ -60,6 +61,7 @@ class TrainingContext:
         decision: what the run has decided.
         permissions: what the models' files may do.
         ranks: the processes that train together.
+        low_rank: the low-rank part that belongs to the model; None where it has none.
 
     Attributes:
         progress: name of the steps.
@@ -76,6 +78,7 @@ class TrainingContext:
     decision: TrainingDecision
     permissions: Permissions = UNTRUSTED
     ranks: Ranks = ALONE
+    low_rank: LowRankAdapter | None = None
 
     @classmethod
     def open(
@@ -108,7 +111,9 @@ class TrainingContext:
         if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
             raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")
         model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
-        if record.fingerprint != identity(recipe, model, text, decision):
+        low_rank = LowRankAdapter.beside(decision.folder)
+        same = decision.low_rank == (None if low_rank is None else low_rank.sampled)
+        if not same or record.fingerprint != identity(recipe, model, text, decision):
             raise FistaPrunerError(
                 f"{run.folder}: the model is not the one that the run began with; name another --out"
             )
@@ -119,13 +124,13 @@ class TrainingContext:
                 f"processes share them: start at most {passes}"
             )
         layout = discover(model).only(decision.operators)
-        return cls(run, recipe, record.fingerprint, model, layout, text, decision, permissions, ranks)
+        return cls(run, recipe, record.fingerprint, model, layout, text, decision, permissions, ranks, low_rank)
 
     @property
     def trained(self) -> Trained:
         """The tensors to train, at their start."""
         folder = self.own(self.run.trained) if self.decision.states_on_disk else None
-        return Trained(self.model, self.layout, self.recipe, folder)
+        return Trained(self.model, self.layout, self.recipe, folder, self.low_rank)
 
     def train(self, listener: Listener, after_snapshot: Callable[[], None]) -> tuple[Trained, TrainingState]:
         """Train, or go on training.
@@ -329,5 +334,6 @@ def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, 
         decision.windows_sha256,
         decision.steps,
         decision.teacher_windows is not None,  # in rounds windows pass one by one, however many fit
+        *([] if decision.low_rank is None else [decision.low_rank]),
     ]
     return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)

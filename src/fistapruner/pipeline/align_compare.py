@@ -182,7 +182,7 @@ def _plan(
     begun = _begun(folder)
     if evaluation is not None and begun is None:
         check_data(evaluation.data)
-    models = {request.model: find_input(request.model, permissions)}
+    models = {request.model: find_input(request.model, permissions, verb="align")}
     if dense is not None:
         models[dense] = find_dense(dense, None if begun is None else begun.record(), permissions)
     refuse_other_things(folder)

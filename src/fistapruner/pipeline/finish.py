@@ -15,7 +15,7 @@ from ..execution.context import RunContext
 from ..models.discovery import expert_modules
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.low_rank import RECORD as LOW_RANK
-from ..models.files.low_rank import write_adapter
+from ..models.files.low_rank import journaled_factors, write_adapter
 from ..models.files.record import stack_of
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
@@ -124,11 +124,12 @@ def _write_model(
         operators = [operator for layer in context.layout.layers for group in layer for operator in group]
         low_rank = write_adapter(
             run.adapter,
-            [journal.weights(index) for index in layers],
+            journaled_factors(journal.weights(index) for index in layers),
             context.recipe.low_rank,
             transposed=any(operator.transposed for operator in operators),
         )
-        report.totals.low_rank_weights, report.totals.low_rank_bytes = low_rank["weights"], low_rank["bytes"]
+        totals, rank = report.totals, context.recipe.low_rank
+        totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, low_rank["weights"], low_rank["bytes"]
 
     def documents() -> dict[str, str]:
         content = _record(report, context, claims, changed) | ({} if low_rank is None else {LOW_RANK: low_rank})

@@ -19,8 +19,10 @@ from ..errors import FistaPrunerError
 from ..execution.training_context import TrainingContext
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
-from ..models.files.low_rank import remove_adapter
+from ..models.files.low_rank import RECORD as LOW_RANK
+from ..models.files.low_rank import LowRankAdapter, remove_adapter, write_adapter
 from ..models.files.record import read_pruning_record, stack_of
+from ..models.files.safetensors import LazyTensors
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..planning.training_sizes import STEP, TRAINING
@@ -83,9 +85,12 @@ def finish(
     report.finished = now()
     add_stage(report)
     begin = time.perf_counter()
+    if context.low_rank is not None:
+        content |= {LOW_RANK: _write_low_rank(context, trained, context.low_rank, report.totals)}
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
-    _write_adapter(context, trained, listener)
+    if context.low_rank is None:
+        _write_adapter(context, trained, listener)
     if report.recovery is not None:
         report.totals.time_split["train"] = report.recovery.seconds
     close_report(run, report, earlier, times, begin)
@@ -270,6 +275,30 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
     write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=transposed)
     without = f", without {left_out} trained vectors, which PEFT's HiRA cannot hold" if left_out else ""
     listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
+
+
+def _write_low_rank(
+    context: TrainingContext, trained: Trained, before: LowRankAdapter, totals: Totals
+) -> dict[str, Any]:
+    """Write the low-rank part with its trained factors; return what the checkpoint's record says of it."""
+
+    @lru_cache(maxsize=1)
+    def of_layer(index: int) -> Mapping[str, Tensor]:
+        with context.model.layer(index) as layer:
+            return trained.factors(index, layer)
+
+    prefix, places = f"{context.model.layers_name}.", before.factors.entries
+
+    def read(name: str) -> Tensor:
+        found = of_layer(int(name.removeprefix(prefix).partition(".")[0]))
+        return found[name] if name in found else before.factors[name]
+
+    transposed = any(operator.transposed for _, operator in context.layout.operators())
+    found = write_adapter(context.run.adapter, LazyTensors(places, read), before.rank, transposed=transposed)
+    totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = (
+        found[key] for key in ("rank", "weights", "bytes")
+    )
+    return found
 
 
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:

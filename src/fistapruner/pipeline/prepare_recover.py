@@ -56,7 +56,7 @@ def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
     recipe, dense = inputs.recipe, inputs.dense
     teacher, generator = None if recipe.loss == "ce" else dense, dense if recipe.generates_text else None
     return Task.of_recovery(
-        inputs.model, inputs.layout, teacher, recipe, inputs.survivors, inputs.seqlen, out, generator
+        inputs.model, inputs.layout, teacher, recipe, inputs.survivors, inputs.seqlen, out, generator, inputs.low_rank
     )
 
 

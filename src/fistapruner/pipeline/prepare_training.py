@@ -106,6 +106,7 @@ def record(
         teacher_windows=choice.teacher_windows,
         operators=inputs.claims,
         zeros=inputs.zeros,
+        low_rank=None if inputs.low_rank is None else inputs.low_rank.sampled,
         windows_sha256=sha256_file(run.windows_file),
         text_sha256=sources,
         steps=steps,

@@ -74,7 +74,7 @@ def replay(
             or written zeros that are not those of the checkpoint.
     """
     source, out, journal = (
-        find_input(str(model), Permissions(allow_pickle, trust_remote_code)),
+        find_input(str(model), Permissions(allow_pickle, trust_remote_code), verb="recover --replay"),
         out_path(out),
         Path(journal),
     )

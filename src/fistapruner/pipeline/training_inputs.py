@@ -17,7 +17,7 @@ from ..evaluation.data import check_data, load_windows
 from ..evaluation.inspection import inspect_checkpoint
 from ..execution.context import open_model
 from ..models.discovery import Layout, discover
-from ..models.files.low_rank import refuse_low_rank
+from ..models.files.low_rank import LowRankAdapter, refuse_low_rank
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
@@ -113,6 +113,7 @@ class Inputs(Generic[R]):
         claims: sparsity of each of these, by full name, as the input's record has it or as it was found;
             ``survivors``: its weights that are not zero; an operator that is missing has all.
         zeros: of all pruned operators, those that are not trained among them.
+        low_rank: the low-rank part that belongs to the model; None where it has none.
         dense: the dense model; None where it is not known.
         recipe: all settings, resolved.
         tokenizer: of the model; ``seqlen``: tokens in a window.
@@ -126,6 +127,7 @@ class Inputs(Generic[R]):
     claims: dict[str, str]
     survivors: dict[str, int]
     zeros: int
+    low_rank: LowRankAdapter | None
     dense: LayerwiseModel | None
     dense_source: ModelSource | None
     recipe: R
@@ -163,7 +165,7 @@ def check_training_inputs(
     evaluation = request.evaluation_beside(evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:
         check_data(evaluation.data)
-    source = find_input(request.model, permissions)
+    source = find_input(request.model, permissions, verb=run.verb)
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
     listener.tick("opening and checking the model", 0, 1)
@@ -174,8 +176,12 @@ def check_training_inputs(
     check_precision(model)
     layout, claims, survivors, zeros = _operators(source, model, recipe, listener)
     _say_rank(recipe, layout, listener)
-    if recipe.parameters in ("spp", "hira") and any(operator.experts for _, operator in layout.operators()):
-        listener.say("experts are trained, which PEFT's HiRA does not reach: no adapter is written beside the model")
+    low_rank = LowRankAdapter.beside(source.folder)
+    if recipe.parameters in ("spp", "hira"):
+        if any(operator.experts for _, operator in layout.operators()):
+            listener.say("experts are trained, which PEFT's HiRA does not reach: no adapter of it is written")
+        elif low_rank is not None:
+            listener.say("the adapter beside the model is that of its low-rank part: none of PEFT's HiRA is written")
     check_model(model)
     dense = None
     if dense_source is not None:
@@ -196,6 +202,7 @@ def check_training_inputs(
         claims,
         survivors,
         zeros,
+        low_rank,
         dense,
         dense_source,
         recipe,
@@ -206,17 +213,24 @@ def check_training_inputs(
     )
 
 
-def find_input(model: str, permissions: Permissions) -> ModelSource:
+def find_input(model: str, permissions: Permissions, *, verb: str = "recover") -> ModelSource:
     """Find the pruned checkpoint of a run, or any other model.
 
+    Args:
+        model: run directory or checkpoint, as the user named it.
+        permissions: what the model's files may do.
+        verb: that uses it; all but ``recover`` leave out low-rank parts.
+
     Raises:
-        FistaPrunerError: an unfinished run, a damaged checkpoint of one, a packed folder, or no such model.
+        FistaPrunerError: an unfinished run, a damaged checkpoint of one, a packed folder, a low-rank part that the verb
+            would leave out, or no such model.
     """
     folder = checkpoint_of(model)
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
     found = permissions.find(folder if folder.is_dir() else model)
-    refuse_low_rank(found.folder, "a run that trains")
+    if verb != "recover":
+        refuse_low_rank(found.folder, verb)
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..calibration.self_generated import generation_bytes
+from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.whole import whole_bytes
 from ..recipes.align_settings import AlignRecipe
@@ -191,10 +192,13 @@ def measure_form(task: Task) -> FormSizes:
     """Measure a form: one layer's effective weights, a pass back through it, its optimizer step."""
     model, recipe, index = task.model, task.recipe, largest_layer(task)
     form = form_of(recipe)
-    trained = Trained(model, task.layout, recipe)
+    adapter = task.low_rank if isinstance(task.low_rank, LowRankAdapter) else None
+    rank = adapter.rank if adapter else task.low_rank or 0
+    trained = Trained(model, task.layout, recipe, low_rank=adapter)
     counts = [
         sum(
             form.numbers(operator.rows, operator.columns, task.survivors.get(name, operator.rows * operator.columns))
+            + rank * (operator.rows + operator.columns)
             for group in task.layout.layers[at]
             for operator in group
             if (name := task.layout.full_name(at, operator))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..calibration.training_text import MAX_HELD_OUT_WINDOWS, file_windows
 from ..models.discovery import Layout
+from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
@@ -82,6 +83,7 @@ class Task:
         answers: windows of the pairs whose log-probabilities are computed before and after training, by model.
         ranks: processes that share the passes, and the run directory.
         before: bytes of the same disk that the pruning takes before the run begins.
+        low_rank: the low-rank part that belongs to the model; its rank where it is not made yet; else None.
     """
 
     model: LayerwiseModel
@@ -105,6 +107,7 @@ class Task:
     answers: tuple[int, ...] = ()
     ranks: int = 1
     before: int = 0
+    low_rank: LowRankAdapter | int | None = None
 
     @classmethod
     def of_recovery(
@@ -117,6 +120,7 @@ class Task:
         seqlen: int,
         out: Path,
         generator: LayerwiseModel | None = None,
+        low_rank: LowRankAdapter | int | None = None,
     ) -> Task:
         """Plan a recovery: steps and windows are those that the asked tokens make.
 
@@ -139,6 +143,7 @@ class Task:
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
             generator=generator,
+            low_rank=low_rank,
         )
 
     @property

@@ -360,8 +360,6 @@ class Recipe(RunRecipe):
     def _low_rank_alone(self) -> Recipe:
         if not self.low_rank:
             return self
-        if self.recover is not None:
-            raise ValueError(f"low_rank {self.low_rank} with recover: recover does not train the low-rank part")
         if self.structure.remove is not None:
             raise ValueError(f"low_rank {self.low_rank} with structure: a smaller model has no low-rank part")
         return self

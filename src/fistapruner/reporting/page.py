@@ -35,6 +35,7 @@ from .size_and_speed import (
     becomes_smaller_packed,
     dense_speed,
     low_rank_sentence,
+    low_rank_share,
     packed_speeds,
     size_rows,
     smaller_speeds,
@@ -203,11 +204,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
                 f"{count(totals.operator_zeros)}; {whole}".rstrip("; "),
             )
         )
-    if totals.low_rank_weights and totals.operator_weights:
-        share, rank = percent(totals.low_rank_weights / totals.operator_weights), report.recipe.get("low_rank")
-        items.append(
-            ("Additional weights", share, f"{count(totals.low_rank_weights)} in low-rank parts of rank {rank}")
-        )
+    if more := totals.low_rank_weights:
+        share = low_rank_share(report) or count(more)
+        items.append(("Additional weights", share, f"{count(more)} in low-rank parts of rank {totals.low_rank}"))
     if report.mean_error is not None:
         errors = report.relative_errors
         items.append(

@@ -57,13 +57,21 @@ def low_rank_sentence(report: Report) -> str:
     totals = report.totals
     if not totals.low_rank_weights:
         return ""
-    share = percent(totals.low_rank_weights / totals.operator_weights) if totals.operator_weights else "–"
+    share = low_rank_share(report)
+    beside = f", {share} of the pruned operators' weights" if share else ""
     return (
-        f"Beside its zeros every pruned operator has a low-rank part of rank {report.recipe.get('low_rank')}: "
-        f"{count(totals.low_rank_weights)} additional weights, {share} of the pruned operators' weights "
-        f"({size(totals.low_rank_bytes)}), in a LoRA adapter, a folder of its own. All figures are of the model with "
-        "both parts."
+        f"Beside its zeros every pruned operator has a low-rank part of rank {totals.low_rank}: "
+        f"{count(totals.low_rank_weights)} additional weights{beside} ({size(totals.low_rank_bytes)}), in a LoRA "
+        "adapter, a folder of its own. All figures are of the model with both parts."
     )
+
+
+def low_rank_share(report: Report) -> str:
+    """Write what low-rank parts add to the weights of all pruned operators; empty where only some were trained."""
+    totals = report.totals
+    if report.recovery is not None or not (totals.low_rank_weights and totals.operator_weights):
+        return ""
+    return percent(totals.low_rank_weights / totals.operator_weights)
 
 
 def size_rows(report: Report) -> list[Row]:

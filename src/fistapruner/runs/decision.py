@@ -172,6 +172,7 @@ class TrainingDecision(RunDecision):
             part of the run's identity: it changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input; None where that was not noted.
+        low_rank: checksum of the low-rank part that belongs to the input; None where it has none.
         windows_sha256: of ``windows.safetensors``.
         text_sha256: of the files that the text comes from, by path.
         steps: optimizer steps to take.
@@ -187,6 +188,7 @@ class TrainingDecision(RunDecision):
     keep_graphs: bool = False
     operators: dict[str, str] = {}
     zeros: int | None = None
+    low_rank: str | None = None
     windows_sha256: str = ""
     text_sha256: dict[str, str] = {}
     steps: int

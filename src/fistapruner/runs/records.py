@@ -124,8 +124,8 @@ class Totals(Record):
             ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
         checkpoint_bytes: of the weight files in ``RUN/model``; ``compressed_bytes``: of the packed ones if they were
             measured.
-        low_rank_weights: additional weights of the low-rank parts, counted in no other number; ``low_rank_bytes``: of
-            ``RUN/adapter``, which holds them; None where there are none.
+        low_rank: rank of the low-rank parts; ``low_rank_weights``: additional weights of them, counted in no other
+            number; ``low_rank_bytes``: of ``RUN/adapter``, which holds them; None where there are none.
     """
 
     operator_weights: int | None = None
@@ -143,6 +143,7 @@ class Totals(Record):
     forward_tokens_per_second: float | None = None
     checkpoint_bytes: int | None = None
     compressed_bytes: int | None = None
+    low_rank: int | None = None
     low_rank_weights: int | None = None
     low_rank_bytes: int | None = None
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, linear_modules, router_check
+from ..models.files.low_rank import A, B, LowRankAdapter, is_factor, plus_product
 from ..models.files.safetensors import LazyTensors, TensorEntry
 from ..models.layerwise import LayerwiseModel
 from ..recipes.training_settings import TrainingRecipe
-from ..runtime.numerics import seeded
+from ..runtime.numerics import exact_products, seeded
 from .adamw import adamw_step
 from .forms import Hira, first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
@@ -43,10 +44,17 @@ class Trained:
         recipe: form, optimizer, rates, seed.
         folder: keeps everything in files there, and one layer at a time in memory; None keeps it in memory. The bits
             are the same.
+        low_rank: the low-rank part that belongs to the model. The factors of the operators to train are trained, too;
+            ``model`` adds those of others to the weights that it loads from now on.
     """
 
     def __init__(
-        self, model: LayerwiseModel, layout: Layout, recipe: TrainingRecipe, folder: Path | None = None
+        self,
+        model: LayerwiseModel,
+        layout: Layout,
+        recipe: TrainingRecipe,
+        folder: Path | None = None,
+        low_rank: LowRankAdapter | None = None,
     ) -> None:
         self.model = model
         self.recipe = recipe
@@ -54,6 +62,8 @@ class Trained:
         self._pruned: list[set[str]] = []
         self._transposed: list[set[str]] = []
         self._sources: list[dict[str, str]] = []  # parameter inside the layer -> name in the checkpoint
+        self._low_rank: list[dict[str, str]] = []  # name in the checkpoint -> operator whose factors are trained
+        self._factors: Mapping[str, Tensor] = {} if low_rank is None else low_rank.factors
         for index, layer in enumerate(model.layers):
             operators = [operator for group in layout.layers[index] for operator in group] if self.form else []
             chosen = {f"{operator.name}.weight" for operator in operators} | vectors(layer, recipe.also)
@@ -67,6 +77,10 @@ class Trained:
             self._transposed.append(
                 {sources[f"{operator.name}.weight"] for operator in operators if operator.transposed}
             )
+            names = {sources[f"{operator.name}.weight"]: layout.full_name(index, operator) for operator in operators}
+            self._low_rank.append({source: name for source, name in names.items() if name + A in self._factors})
+        if low_rank is not None:
+            model.low_rank = low_rank.without({name for names in self._low_rank for name in names.values()})
         self._states = MemoryStates() if folder is None else FileStates(folder, model.device)
         self._steps = [0 for _ in model.layers]
         self._rates: list[dict[str, float]] = [{} for _ in model.layers]
@@ -83,11 +97,22 @@ class Trained:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
         """
-        return self.inside(index, self.parameters(index, layer).rounded(self.model.rounded))
+        return self.inside(index, self.parameters(index, layer).rounded(self._rounded))
 
     def inside(self, index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename tensors of a layer from names in the checkpoint to names inside the layer."""
-        return {name: values[source] for name, source in self._sources[index].items()}
+        """Rename tensors of a layer from names in the checkpoint to names inside it; low-rank parts are added."""
+        found = {name: values[source] for name, source in self._sources[index].items()}
+        for name, source in self._sources[index].items():
+            if (operator := self._low_rank[index].get(source)) is not None:
+                a, b = (values[operator + part] for part in (A, B))
+                with exact_products():
+                    total = plus_product(found[name], a, b, transposed=source in self._transposed[index])
+                found[name] = total.to(found[name].dtype)
+        return found
+
+    def _rounded(self, source: str, value: Tensor) -> Tensor:
+        """Round a tensor as it will be stored; factors have the dtype of their file."""
+        return value if is_factor(source) else self.model.rounded(source, value)
 
     def chain(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn gradients with respect to :meth:`values` into those with respect to trained tensors.
@@ -101,7 +126,13 @@ class Trained:
         if not sources:
             return {}
         found = {sources[name]: gradient for name, gradient in gradients.items()}
-        return self.parameters(index, layer).chain(found)
+        parameters = self.parameters(index, layer)
+        for source, operator in self._low_rank[index].items():
+            above = (found[source].T if source in self._transposed[index] else found[source]).float()
+            a, b = (parameters.stored(operator + part, self._rounded).float() for part in (A, B))
+            with exact_products():
+                found |= {operator + A: b.T @ above, operator + B: above @ a.T}
+        return parameters.chain(found)
 
     def step(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> list[Tensor]:
         """Take one step of AdamW with the trained tensors of a layer.
@@ -154,7 +185,9 @@ class Trained:
         if not self._states.lazy("trained", index):
             return {}
         found = {}
-        for source, value in self.parameters(index, layer).rounded(self.model.rounded).items():
+        for source, value in self.parameters(index, layer).rounded(self._rounded).items():
+            if is_factor(source):
+                continue
             before = self.model.checkpoint.read(source)
             after = self.model.result(source, value).to(before.dtype)
             if source in self._pruned[index]:
@@ -163,6 +196,17 @@ class Trained:
             if not torch.equal(after, before):
                 found[source] = after
         return found
+
+    def factors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the trained factors of a layer's low-rank parts, rounded once, in main memory."""
+        if not self._low_rank[index]:
+            return {}
+        parameters = self.parameters(index, layer)
+        return {
+            operator + part: parameters.stored(operator + part, self._rounded).cpu()
+            for operator in self._low_rank[index].values()
+            for part in (A, B)
+        }
 
     def describe(self, index: int, layer: nn.Module) -> tuple[int, list[float]]:
         """Count the trained numbers of a layer, and list their tensors' first learning rates."""
@@ -206,8 +250,13 @@ class Trained:
             layer: the loaded layer of the input checkpoint.
             masters: trained tensors in place of the present ones.
         """
+        tensors: dict[str, Tensor] = {
+            source: layer.get_parameter(name) for name, source in self._sources[index].items()
+        }
+        for operator in self._low_rank[index].values():
+            tensors |= {operator + part: self._factors[operator + part].to(self.model.device) for part in (A, B)}
         return MaskedParameters(
-            {source: layer.get_parameter(name) for name, source in self._sources[index].items()},
+            tensors,
             self._pruned[index],
             self.form,
             transposed=self._transposed[index],
@@ -272,6 +321,8 @@ class Trained:
             FistaPrunerError: a tensor that this recipe does not train.
         """
         owner = {source: index for index, sources in enumerate(self._sources) for source in sources.values()}
+        for index, names in enumerate(self._low_rank):
+            owner |= {operator + part: index for operator in names.values() for part in (A, B)}
         found: dict[tuple[str, int], list[str]] = {}
         for full in tensors:
             kind, _, name = full.partition("/")

@@ -10,8 +10,9 @@ record (``fistapruner.json``) names the adapter, so that no verb takes the spars
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...runtime.files import PARTIAL, entries, remove_folder, sampled_sha256, wr
 from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD
 from .folder import checkpoint_folder
 from .record import read_pruning_record
-from .safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from .safetensors import LazyTensors, SafetensorsFile, SafetensorsWriter, TensorEntry
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 """Files of a PEFT adapter."""
@@ -51,8 +52,20 @@ def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *
         operator: its name in the model.
         transposed: the sparse part is (n, m).
     """
-    product = factors[operator + B].cpu().float() @ factors[operator + A].cpu().float()
-    return sparse.cpu().float() + (product.T if transposed else product)
+    a, b = (factors[operator + part].cpu() for part in (A, B))
+    return plus_product(sparse.cpu(), a, b, transposed=transposed)
+
+
+def plus_product(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
+    """Add the product of the factors to a sparse part: fp32, on their device.
+
+    Args:
+        sparse: (m, n), or (n, m) where the checkpoint stores it so.
+        a: (r, n); ``b``: (m, r).
+        transposed: the sparse part is (n, m).
+    """
+    product = b.float() @ a.float()
+    return sparse.float() + (product.T if transposed else product)
 
 
 def is_factor(name: str) -> bool:
@@ -60,14 +73,22 @@ def is_factor(name: str) -> bool:
     return name.endswith((A, B))
 
 
-def write_adapter(folder: Path, layers: Iterable[SafetensorsFile], rank: int, *, transposed: bool) -> dict[str, Any]:
-    """Write the low-rank parts of all decoder layers as a LoRA adapter with the factor 1.
+def journaled_factors(layers: Iterable[SafetensorsFile]) -> LazyTensors:
+    """Return the factors in the journal of a run, by name."""
+    places = {name: file for file in layers for name in file.entries if is_factor(name)}
+    return LazyTensors(
+        {name: file.entries[name] for name, file in places.items()}, lambda name: places[name].read(name)
+    )
+
+
+def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: bool) -> dict[str, Any]:
+    """Write the low-rank parts of all operators as a LoRA adapter with the factor 1.
 
     An adapter that the run has written before is replaced.
 
     Args:
         folder: ``RUN/adapter``.
-        layers: tensors of the decoder layers; their factors are taken.
+        factors: by name in the model.
         rank: of every low-rank part.
         transposed: the model stores operators as (inputs, outputs), as GPT-2 does.
 
@@ -78,11 +99,7 @@ def write_adapter(folder: Path, layers: Iterable[SafetensorsFile], rank: int, *,
         FistaPrunerError: the folder holds other files, or the disk is full.
     """
     remove_adapter(folder)
-    places = {name: file for file in layers for name in file.entries if is_factor(name)}
-    entries = [
-        TensorEntry.of(PREFIX + name, file.entries[name].dtype, file.entries[name].shape)
-        for name, file in places.items()
-    ]
+    entries = [TensorEntry.of(PREFIX + name, entry.dtype, entry.shape) for name, entry in factors.entries.items()]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -93,12 +110,12 @@ def write_adapter(folder: Path, layers: Iterable[SafetensorsFile], rank: int, *,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": transposed,
-        "target_modules": sorted(name.removesuffix(A) for name in places if name.endswith(A)),
+        "target_modules": sorted(name.removesuffix(A) for name in factors if name.endswith(A)),
     }
     with checkpoint_folder(folder, sum(entry.nbytes for entry in entries)) as partial:
         with SafetensorsWriter(partial / WEIGHTS, entries, {"format": "pt"}) as writer:
-            for name, file in places.items():
-                writer.write(PREFIX + name, file.read(name))
+            for name, factor in factors.items():
+                writer.write(PREFIX + name, factor)
         write_json_atomic(partial / CONFIG, config)
     return {
         "rank": rank,
@@ -124,6 +141,10 @@ def remove_adapter(folder: Path) -> None:
 class LowRankAdapter:
     """The low-rank part that belongs to a checkpoint; its tensors are on disk until they are read.
 
+    Attributes:
+        factors: A and B of every operator, by :data:`A` and :data:`B` behind its name in the model.
+        sampled: checksum of the file.
+
     Args:
         folder: of the adapter.
         claim: what the checkpoint's record says of it.
@@ -134,18 +155,21 @@ class LowRankAdapter:
 
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:
         self.folder, path = folder, folder / WEIGHTS
+        self._left_out: Container[str] = ()
         if not path.is_file():
             raise FistaPrunerError(
                 f"the low-rank part of the model, {path}, is gone: its checkpoint is the sparse part only"
             )
-        if sampled_sha256(path) != claim.get("sampled"):
+        self.sampled = sampled_sha256(path)
+        if self.sampled != claim.get("sampled"):
             raise FistaPrunerError(f"{path} is damaged, or is the low-rank part of another model")
-        self._file = SafetensorsFile(path)
-        self._names = {name.removeprefix(PREFIX) for name in self._file.entries}
-        self.operators = sorted(name.removesuffix(A) for name in self._names if name.endswith(A))
-        self.rank = max((entry.shape[0] for name, entry in self._file.entries.items() if name.endswith(A)), default=0)
-        self.weights = sum(math.prod(entry.shape) for entry in self._file.entries.values())
-        self.nbytes = sum(entry.nbytes for entry in self._file.entries.values())
+        file = SafetensorsFile(path)
+        entries = {name.removeprefix(PREFIX): entry for name, entry in file.entries.items()}
+        self.factors = LazyTensors(entries, lambda name: file.read(PREFIX + name))
+        self.operators = sorted(name.removesuffix(A) for name in entries if name.endswith(A))
+        self.rank = max((entry.shape[0] for name, entry in entries.items() if name.endswith(A)), default=0)
+        self.weights = sum(math.prod(entry.shape) for entry in entries.values())
+        self.nbytes = sum(entry.nbytes for entry in entries.values())
 
     @classmethod
     def beside(cls, checkpoint: Path) -> LowRankAdapter | None:
@@ -166,10 +190,15 @@ class LowRankAdapter:
             transposed: it is (inputs, outputs).
         """
         operator = parameter.removesuffix(".weight")
-        if operator + A not in self._names:
+        if operator in self._left_out or operator + A not in self.factors:
             return weight
-        factors = {operator + part: self._file.read(PREFIX + operator + part) for part in (A, B)}
-        return sum_of_parts(weight, factors, operator, transposed=transposed)
+        return sum_of_parts(weight, self.factors, operator, transposed=transposed)
+
+    def without(self, operators: Container[str]) -> LowRankAdapter:
+        """Return the adapter with :meth:`added` changing no weight of these operators."""
+        part = copy(self)
+        part._left_out = operators
+        return part
 
 
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
