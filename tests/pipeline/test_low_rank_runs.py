@@ -257,7 +257,6 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
     for command in (
         ["pack", str(run / "model"), out],
         ["export", str(run), out + ".gguf"],
-        ["recover", str(run), "--out", out],
         ["recover", str(run), "--merge", adapter, "--out", out],
         ["align", str(run), "--data", str(pairs), "--out", out],
         ["compare", str(run / "model"), "--methods", "wanda", "--out", out],
@@ -279,7 +278,6 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
         ({"sparsity": "0%"}, "low_rank 4 with sparsity 0%: operators without zeros have no low-rank part"),
         ({"low_rank": 17}, "k_proj is 16 x 32: its low-rank part has a rank from 0 to 16, not 17"),
         ({"structure": "25%"}, "low_rank 4 with structure"),
-        ({"recover": "10k"}, "low_rank 4 with recover"),
     ],
 )
 def test_what_cannot_have_a_low_rank_part_is_refused_before_any_work(

@@ -75,6 +75,7 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
     if totals.zeros_share is not None:
         kept = f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero, the same as before"
         rows.append(("zeros kept", f"{kept} ({100 * totals.zeros_share:.4f} %)"))
+    rows += _low_rank(report)
     rows.append(("pairs", pairs_text(report)) if report.alignment else ("training text", text_used(report)))
     return rows
 
@@ -116,12 +117,16 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
         if totals.model_weights and totals.model_zeros is not None:
             whole = 100 * totals.model_zeros / totals.model_weights
             rows.append(("", f"{whole:.1f} % of all {totals.model_weights} weights"))
-    if sentence := low_rank_sentence(report):
-        rows.append(("low rank", sentence))
+    rows += _low_rank(report)
     if report.mean_error is not None:
         over = f"over {len(report.relative_errors)} operators"
         rows.append(("mean relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
     return rows
+
+
+def _low_rank(report: Report) -> list[tuple[str, str]]:
+    sentence = low_rank_sentence(report)
+    return [("low rank", sentence)] if sentence else []
 
 
 def _cost(report: Report) -> list[tuple[str, str]]:

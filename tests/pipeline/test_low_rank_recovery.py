@@ -1,0 +1,214 @@
+"""Recovery of models with a low-rank part: both parts are trained, zeros stay, the sum is what the passes use."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.cli import main
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.low_rank import LowRankAdapter
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.reporting.summary import summary
+from fistapruner.runs.records import Report
+from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.tuning.trained import Trained
+
+PRUNING: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", "low_rank": 4}
+TEXT: dict[str, Any] = {"source": "python", "samples": 4, "seqlen": 32}
+TRAINING: dict[str, Any] = {"steps": 6, "windows_per_step": 2, "validation_checks": 2, "rank": 4}
+PARTS = ("model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make a pruning run of an architecture, once."""
+
+    @cache
+    def make(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
+        dense = tiny.save(architecture, folder / "dense", **{layers: 2})
+        fp.prune(dense, folder / "run", calibration=TEXT, **PRUNING)
+        return folder / "run"
+
+    return make
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def pruned(request: pytest.FixtureRequest, runs: Callable[[str], Path]) -> Path:
+    """A pruning run; GPT-2 stores its matrices transposed."""
+    return runs(request.param)
+
+
+@pytest.fixture
+def llama(runs: Callable[[str], Path]) -> Path:
+    return runs("llama")
+
+
+def recover(run: Path, out: Path, **settings: Any) -> Report:
+    data = {"source": "python", "seqlen": 32, "tokens": 1000}
+    return fp.recover(run, out, **{"evaluate": None, "data": data, **TRAINING, **settings})
+
+
+def results(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in PARTS}
+
+
+def opened(run: Path, low_rank: bool = False, **settings: Any) -> tuple[LayerwiseModel, Trained]:
+    """Open the model of a run, with what a recovery of it trains."""
+    model = LayerwiseModel(Checkpoint.open(run / "model"), torch.device("cpu"))
+    adapter = LowRankAdapter.beside(run / "model")
+    recipe = RecoverRecipe.build({"rank": 4, **settings})
+    trained = Trained(model, discover(model).select(recipe, "train"), recipe, low_rank=None if low_rank else adapter)
+    if low_rank:
+        model.low_rank = adapter
+    return model, trained
+
+
+@pytest.mark.parametrize("settings", [{}, {"parameters": "full"}, {"parameters": "norms"}, {"targets": ["re:mlp"]}])
+def test_training_begins_with_the_sum_of_both_parts(pruned: Path, settings: dict[str, Any]) -> None:
+    """Bit for bit what an evaluation uses, also where only some operators are trained."""
+    whole, _ = opened(pruned, low_rank=True)
+    model, trained = opened(pruned, **settings)
+    for index in range(len(model)):
+        with model.layer(index) as layer, whole.layer(index) as expected:
+            values = dict(layer.named_parameters()) | trained.values(index, layer)
+            for name, parameter in expected.named_parameters():
+                assert torch.equal(values[name], parameter), name
+
+
+def test_gradients_of_both_parts_are_those_of_their_sum(pruned: Path) -> None:
+    model, trained = opened(pruned, parameters="full")
+    generator = torch.Generator().manual_seed(0)
+    with model.layer(0) as layer:
+        values = trained.values(0, layer)
+        above = {name: torch.randn(value.shape, generator=generator) for name, value in values.items()}
+        found = trained.chain(0, layer, above)
+        adapter = LowRankAdapter.beside(pruned / "model")
+        assert adapter is not None
+        of_layer = [name for name in adapter.operators if ".0." in name]
+        assert of_layer
+        for operator in of_layer:
+            inside = operator.partition(".0.")[2] + ".weight"
+            a, b = (adapter.factors[f"{operator}.lora_{part}.weight"].float().requires_grad_() for part in "AB")
+            change = (b @ a).T if operator.startswith("transformer.h") else b @ a
+            (change * above[inside]).sum().backward()
+            for factor, part in ((a, "A"), (b, "B")):
+                assert factor.grad is not None
+                assert torch.allclose(found[f"{operator}.lora_{part}.weight"], factor.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("parameters", ["lora", "full", "spp"])
+def test_both_parts_are_trained_and_zeros_stay(pruned: Path, tmp_path: Path, parameters: str) -> None:
+    report = recover(pruned, tmp_path / "out", parameters=parameters, evaluate="python", evaluate_windows=2)
+    assert report.recovery is not None
+    assert report.recovery.kept_step
+    before, after = (Checkpoint.open(run / "model") for run in (pruned, tmp_path / "out"))
+    for name in before.names():
+        assert torch.equal(before.read(name) == 0, after.read(name) == 0), name
+    assert not inspect_checkpoint(tmp_path / "out" / "model").violations
+    changed = [name for name, content in results(pruned).items() if content != results(tmp_path / "out")[name]]
+    assert changed == list(PARTS[:2])
+    totals, adapter = report.totals, LowRankAdapter.beside(tmp_path / "out" / "model")
+    assert adapter is not None
+    assert (totals.low_rank, totals.low_rank_weights) == (adapter.rank, adapter.weights) == (4, adapter.weights)
+    assert totals.low_rank_bytes == sum(path.stat().st_size for path in (tmp_path / "out" / "adapter").iterdir())
+    assert [evaluation.low_rank for evaluation in report.evaluations] == [adapter.weights]
+    assert "low-rank part of rank 4" in summary(report, tmp_path / "out")
+    assert "PeftModel.from_pretrained" in (tmp_path / "out" / "model" / "README.md").read_text()
+    assert report.recovery.trained > sum(factor.numel() for factor in adapter.factors.values())
+
+
+def test_parts_of_operators_that_are_not_trained_stay(llama: Path, tmp_path: Path) -> None:
+    report = recover(llama, tmp_path / "out", targets=["re:mlp"])
+    assert report.recovery is not None
+    assert report.recovery.kept_step
+    before, after = (LowRankAdapter.beside(run / "model") for run in (llama, tmp_path / "out"))
+    assert before is not None
+    assert after is not None
+    for name in before.factors:
+        assert torch.equal(before.factors[name], after.factors[name]) == ("mlp" not in name), name
+    assert recover(llama, tmp_path / "norms", parameters="norms").recovery is not None
+    assert (tmp_path / "norms" / PARTS[1]).read_bytes() == (llama / PARTS[1]).read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "mezo"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_run_that_goes_on_has_the_same_bytes(llama: Path, tmp_path: Path, optimizer: str, on_disk: bool) -> None:
+    """From the state in the middle, with trained tensors in memory or in files."""
+    rate = {"lr": 1e-3} if optimizer == "mezo" else {}
+    recover(llama, tmp_path / "whole", optimizer=optimizer, **rate)
+    out = Path(shutil.copytree(tmp_path / "whole", tmp_path / "again"))
+    for name in ("report.json", "model.json"):
+        (out / name).unlink()
+    for name in ("model", "adapter"):
+        shutil.rmtree(out / name)
+    max((out / "states").glob("*.safetensors")).unlink()
+    if on_disk:
+        record = RecoverDirectory(out).record()
+        assert record is not None
+        files = {"resident": False, "states_on_disk": True, "hidden_on_disk": True, "keep_graphs": False}
+        decision = record.decision.model_copy(update=files)
+        RecoverDirectory(out).write_record(record.model_copy(update={"decision": decision}))
+    assert main(["resume", str(out)]) == 0
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_a_run_whose_low_rank_part_was_exchanged_is_refused(llama: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(llama, tmp_path / "run"))
+    recover(run, tmp_path / "out")
+    for name in ("report.json", "model.json"):
+        (tmp_path / "out" / name).unlink()
+    shutil.rmtree(tmp_path / "out" / "model")
+    file = run / PARTS[1]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(FistaPrunerError, match="is damaged, or is the low-rank part of another model"):
+        recover(run, tmp_path / "out")
+
+
+def test_pruning_and_recovery_in_one_command(llama: Path, tmp_path: Path) -> None:
+    """The same bytes as in two; the plan of the recovery counts the factors."""
+    data = {"source": "python", "seqlen": 32, "tokens": 1000}
+    recovery = {**TRAINING, "data": data}
+    fp.prune(llama.parent / "dense", tmp_path / "one", calibration=TEXT, recover=recovery, **PRUNING)
+    recover(llama, tmp_path / "two")
+    assert results(tmp_path / "one" / "recovered") == results(tmp_path / "two")
+
+
+def test_trained_again_and_refused_by_others(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recover(llama, tmp_path / "first", optimizer="mezo", lr=1e-3)
+    again = recover(tmp_path / "first", tmp_path / "second")
+    assert again.recovery is not None
+    assert again.recovery.kept_step
+    journal = tmp_path / "first" / "steps.jsonl"
+    command = ["recover", str(llama), "--replay", str(journal), "--out", str(tmp_path / "replayed")]
+    assert main(command) == 2
+    assert "which recover --replay would leave out" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_the_result(pruned: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    recover(pruned, tmp_path / "out", parameters="full")
+    model, _ = opened(tmp_path / "out", low_rank=True)
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
+    merged = peft.PeftModel.from_pretrained(sparse, tmp_path / "out" / "adapter").merge_and_unload()
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            for name, parameter in layer.named_parameters():
+                theirs = merged.get_parameter(f"{model.layers_name}.{index}.{name}")
+                assert torch.allclose(parameter, theirs, atol=1e-5), name
