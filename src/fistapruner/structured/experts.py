@@ -29,7 +29,8 @@ from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, alike, expert_modules, layer_signature
 from ..models.experts import Experts
 from ..models.files.writer import merge_patch
-from ..models.layerwise import LayerwiseModel, assign, buffers_to, hidden_of
+from ..models.layerwise import LayerwiseModel, hidden_of
+from ..models.layerwise_weights import assign, buffers_to
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision
 

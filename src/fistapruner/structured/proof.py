@@ -21,7 +21,8 @@ from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import read_widths
 from ..models.files.writer import merge_patch
-from ..models.layerwise import Call, LayerwiseModel, assign, buffers_to, hidden_of
+from ..models.layerwise import Call, LayerwiseModel, hidden_of
+from ..models.layerwise_weights import assign, buffers_to
 from ..recipes.structure_settings import Structure
 from .experts import find_experts, text_section
 from .goa import attention_probabilities

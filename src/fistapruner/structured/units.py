@@ -20,7 +20,8 @@ from ..models.coupling import Link, channel_tensors, find_links, named_size
 from ..models.discovery import Layout, Operator, discover, linear_modules
 from ..models.files.checkpoint import widths_section
 from ..models.files.writer import merge_patch
-from ..models.layerwise import LayerwiseModel, assign
+from ..models.layerwise import LayerwiseModel
+from ..models.layerwise_weights import assign
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
 from .experts import ExpertUnits, removed_experts_weights, text_section
