@@ -89,14 +89,14 @@ def find_experts(
     (before,) = sizes
     groups, limit = max(_groups(model.layers[index], found, before) for index, found in enumerate(mixtures))
     after = _remaining(settings, before, groups)
-    base = _shapes(build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code))
+    base = tensor_shapes(build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code))
     for change in _changes(model, before, after):
         both = merge_patch(config, change)
         try:
             smaller = build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code)
         except FistaPrunerError:
             continue
-        tensors = _cut_tensors(model, base, _shapes(smaller), before, after)
+        tensors = _cut_tensors(model, base, tensor_shapes(smaller), before, after)
         if tensors is None:
             continue
         alone = build_changed(model.checkpoint, change, trust_remote_code=trust_remote_code).eval()
@@ -278,8 +278,9 @@ def _changes(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[st
             yield change if section is None else {section: change}
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's parameters and stored buffers by name."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _cut_tensors(
