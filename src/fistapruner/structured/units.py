@@ -231,7 +231,7 @@ def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequenc
     return units if all(unit.consumer.name in alone for unit in units) else ()
 
 
-def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool = False) -> Units:
+def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool) -> Units:
     """Find the key/value groups of every decoder layer.
 
     They are taken from sizes alone; :mod:`.proof` shows whether they can be cut.
