@@ -693,12 +693,6 @@ def out_is_the_input_model(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"out": bench.pruned() / "model"}
 
 
-def out_holds_the_dense_model(bench: Bench, folder: Path) -> dict[str, Any]:
-    out = Path(shutil.copytree(bench.recovered, folder / "out"))
-    (out / "run.json").unlink()
-    return {"out": out}
-
-
 CHANGED = r"has changed: its checksum was [0-9a-f]{12} and is [0-9a-f]{12}"
 
 BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
