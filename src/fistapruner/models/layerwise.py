@@ -44,7 +44,7 @@ class _Stop(Exception):
 
 
 class LayerwiseModel(LayerwiseWeights):
-    """A model that runs with the weights of one decoder layer in memory; arguments as of its base class."""
+    """A model that runs with one decoder layer in memory. Arguments as for :class:`.LayerwiseWeights`."""
 
     _checked = False
     _container: tuple[type[tuple[Any, ...]] | type[list[Any]], int] | None = None

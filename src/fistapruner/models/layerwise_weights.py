@@ -32,7 +32,7 @@ from .read_ahead import ReadAhead
 
 
 class LayerwiseWeights:
-    """A model whose decoder layers are loaded one by one; :class:`~.layerwise.LayerwiseModel` runs them.
+    """A model whose decoder layers are loaded one by one, for :class:`~.layerwise.LayerwiseModel`.
 
     Args:
         checkpoint: the model's weights.

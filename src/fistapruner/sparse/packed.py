@@ -190,7 +190,7 @@ def group_sums(levels: Tensor, group: int) -> Tensor:
 
 
 def _in_groups(values: Tensor, group: int) -> Tensor:
-    """View (rows, columns) values by groups of columns, the last one padded with zeros: (rows, groups, width)."""
+    """View (rows, columns) values as (rows, groups, width), the last group padded with zeros."""
     rows, columns = values.shape
     width = _group_width(group, columns)
     groups = -(-columns // width)
