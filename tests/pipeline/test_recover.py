@@ -28,7 +28,6 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.execution.training_context import RecoverContext
-from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
@@ -44,6 +43,7 @@ from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import pack
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint, is_packed
 from fistapruner.tuning.objective import Objective
+from tiny import tensors
 
 SEQLEN = 16
 SETTINGS: dict[str, Any] = {
@@ -97,11 +97,6 @@ def recover(model: Path, out: Path, **settings: Any) -> Report:
     """A short recovery."""
     data = {"seqlen": SEQLEN, "tokens": 300, **settings.pop("data", {})}
     return fp.recover(model, out, **{**SETTINGS, "data": data, **settings})
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.open(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 def weights(run: Path) -> bytes:
