@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.runs.listener import Listener
 
 VOCABULARY = 128
@@ -151,6 +152,12 @@ def save(
     model.save_pretrained(folder, max_shard_size=shard, save_original_format=original)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name."""
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 def save_image_text(folder: Path) -> Path:

@@ -10,7 +10,6 @@ import torch
 
 import tiny
 from fistapruner.activations.cached_outputs import CachedOutputs
-from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pipeline.prune import prune
 from fistapruner.pruning import passes
 
@@ -28,11 +27,6 @@ class Without(CachedOutputs):
 
     def pruned(self, number: int) -> None:
         """Nothing is settled."""
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(folder / "model")
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 CASES = [
@@ -69,6 +63,6 @@ def test_the_same_bits_in_fewer_passes(
         assert continued == ([attention] * 3 if way in ("dense", "matched") else [attention, mlp] * 2 + [attention])
     monkeypatch.setattr(passes, "CachedOutputs", Without)
     prune(source, tmp_path / "without", **SETTINGS, **WAYS[way], execution=execution)
-    one, other = weights(tmp_path / "with"), weights(tmp_path / "without")
+    one, other = (tiny.tensors(tmp_path / out / "model") for out in ("with", "without"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

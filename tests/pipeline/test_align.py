@@ -22,13 +22,13 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from fistapruner.pipeline.training import train
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.tuning.pair_objective import AnswerObjective
+from tiny import tensors
 
 SETTINGS: dict[str, Any] = {
     "evaluate": None,
@@ -83,11 +83,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def align(bench: Bench, out: Path, model: Path | None = None, **settings: Any) -> Report:
     data = {"pairs": str(bench.pairs), **settings.pop("data", {})}
     return fp.align(model or bench.pruned(), out, **{**SETTINGS, "data": data, **settings})
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.open(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 @torch.no_grad()

@@ -36,8 +36,7 @@ from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_records import Recovery
 from fistapruner.sparse.bench import record
-from fistapruner.sparse.speed import Speed, measure_speed
-from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
+from speeds import in_this_process
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -401,14 +400,6 @@ def test_a_perplexity_outlives_tasks_that_fail(
 
 
 def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
-    def in_this_process(variants: list[Variant], *, threads: int | None, **settings: Any) -> list[Speed]:
-        return [
-            measure_speed(
-                load_variant(variant), variant=variant.name, file_size=weight_bytes(variant.folder), **settings
-            )
-            for variant in variants
-        ]
-
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
     found = fp.bench_run(run, prompt=4, tokens=3, runs=1, measure=in_this_process)

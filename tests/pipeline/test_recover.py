@@ -28,7 +28,6 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.execution.training_context import RecoverContext
-from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
@@ -44,6 +43,7 @@ from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import pack
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint, is_packed
 from fistapruner.tuning.objective import Objective
+from tiny import tensors
 
 SEQLEN = 16
 SETTINGS: dict[str, Any] = {
@@ -97,11 +97,6 @@ def recover(model: Path, out: Path, **settings: Any) -> Report:
     """A short recovery."""
     data = {"seqlen": SEQLEN, "tokens": 300, **settings.pop("data", {})}
     return fp.recover(model, out, **{**SETTINGS, "data": data, **settings})
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.open(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 def weights(run: Path) -> bytes:
@@ -691,12 +686,6 @@ def out_is_the_input(bench: Bench, folder: Path) -> dict[str, Any]:
 
 def out_is_the_input_model(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"out": bench.pruned() / "model"}
-
-
-def out_holds_the_dense_model(bench: Bench, folder: Path) -> dict[str, Any]:
-    out = Path(shutil.copytree(bench.recovered, folder / "out"))
-    (out / "run.json").unlink()
-    return {"out": out}
 
 
 CHANGED = r"has changed: its checksum was [0-9a-f]{12} and is [0-9a-f]{12}"

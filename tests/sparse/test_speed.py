@@ -21,8 +21,9 @@ from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
 from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
 from fistapruner.sparse.bench import bench, record, sentence, table
-from fistapruner.sparse.speed import Run, Speed, measure_speed, time_generation
-from fistapruner.sparse.variants import Variant, Worker, compare, load_variant, serve, weight_bytes
+from fistapruner.sparse.speed import Run, Speed, time_generation
+from fistapruner.sparse.variants import Variant, Worker, compare, serve, weight_bytes
+from speeds import in_this_process
 from tiny import SIZES, build, save_image_text, spread
 
 
@@ -32,11 +33,9 @@ def speed(name: str, rate: float, spread: float = 0.0) -> Speed:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_decoding_is_timed(architecture):
-    measured = measure_speed(build(architecture), prompt=5, tokens=4, runs=3, batch=2)
-    assert measured.runs == 3
-    assert measured.tokens_per_second_range[0] <= measured.tokens_per_second <= measured.tokens_per_second_range[1]
-    assert measured.first_token > 0
-    assert measured.peak_memory > 2**20
+    run = time_generation(build(architecture), torch.arange(3, 13).view(2, 5), 4)
+    assert run.first_token > 0
+    assert run.tokens_per_second > 0
 
 
 def test_the_first_token_and_those_after_it_are_timed_apart(monkeypatch):
@@ -127,9 +126,6 @@ def test_sentence_compares_the_smaller_model_with_the_dense_one():
 
 
 def test_every_form_of_a_pruned_model_is_measured(tmp_path):
-    def in_this_process(variants, *, threads, **settings):
-        return [measure_speed(load_variant(variant), variant=variant.name, **settings) for variant in variants]
-
     source = save_pruned(tmp_path / "m")
     pack(source, tmp_path / "p")
     legacy = pickle_weights(save_pruned(tmp_path / "legacy"))
@@ -252,7 +248,8 @@ def test_positions_are_those_that_text_may_fill(tmp_path, config):
 
 
 def test_as_many_tokens_as_positions_are_decoded():
-    measure_speed(build("gpt2"), prompt=100, tokens=29)  # 128 positions; the last token is not fed
+    prompt = torch.zeros(1, 100, dtype=torch.int64)
+    time_generation(build("gpt2"), prompt, 29)  # 128 positions; the last token is not fed
 
 
 def test_a_process_says_what_went_wrong(tmp_path, monkeypatch):

@@ -26,8 +26,7 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
-from fistapruner.sparse.speed import Speed, measure_speed
-from fistapruner.sparse.variants import Variant, load_variant
+from speeds import in_this_process
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 LESS: dict[str, Any] = {"structure": {"remove": "mlp=25%", "multiple": 4}, "calibration": SMALL}
@@ -516,9 +515,6 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
 def test_the_smaller_model_is_timed_beside_the_dense_one(
     tmp_path: Path, architecture: str, remove: str, sparsity: str
 ) -> None:
-    def in_this_process(variants: list[Variant], *, threads: int | None, **settings: Any) -> list[Speed]:
-        return [measure_speed(load_variant(variant), variant=variant.name, **settings) for variant in variants]
-
     folder = tiny.save(architecture, tmp_path / "model")
     out = tmp_path / "run"
     fp.prune(str(folder), out, sparsity=sparsity, method="wanda", structure=remove, calibration=SMALL)

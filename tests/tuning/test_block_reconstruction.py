@@ -24,6 +24,7 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.sensitivity.decision import decide
 from fistapruner.tuning import block_reconstruction
 from fistapruner.tuning.block_reconstruction import Reconstructed, ReconstructionSettings, reconstruct_layer
+from tiny import tensors
 
 SETTINGS: dict[str, Any] = {
     "method": "wanda",
@@ -35,11 +36,6 @@ WAYS = {
     "pruned": {"propagate": "pruned", "dense_target": "pruned"},
     "mixed": {"propagate": "pruned", "dense_target": 0.5},
 }
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.open(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 @pytest.mark.parametrize("way", WAYS)

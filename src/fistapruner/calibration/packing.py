@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.tokenizer import padding_id
 from .examples import Example
 from .text import adds_bos
 from .windows import JOINT, tokenise
@@ -110,9 +111,8 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
         packed[place].extend(ids)
         marked[place].extend(marks)
         read, tokens = read + 1, tokens + len(ids)
-    padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     filled = sum(map(len, packed))
-    cut = torch.full((len(packed), seqlen), padding)
+    cut = torch.full((len(packed), seqlen), padding_id(tokenizer))
     carry = torch.zeros(len(packed), seqlen, dtype=torch.bool)
     for row, (window, its_marks) in enumerate(zip(packed, marked, strict=True)):
         cut[row, : len(window)] = _tensor(window)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.tokenizer import padding_id
 from ..recipes.align_settings import PairData
 from .examples import read_messages, token_ids, write_chat
 from .mixtures import shuffled
@@ -291,9 +292,8 @@ def tokenise_pairs(
         remedy = "; better move the space from the prompt's end to the answers" if broken > MANY * len(pairs) else ""
         say(f"the prompts of {broken} of {len(pairs)} pairs end inside a token of the answer{remedy}")
     sides = _sides([pair.key for pair, *_ in kept], data, too_long + equal)
-    padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     longest = max(len(answer) for *_, chosen, rejected in kept for answer in (chosen, rejected))
-    tokens = torch.full((2 * len(kept), longest), padding, dtype=torch.int64)
+    tokens = torch.full((2 * len(kept), longest), padding_id(tokenizer), dtype=torch.int64)
     marks = torch.zeros(2 * len(kept), longest, dtype=torch.bool)
     for number, (_, start, *both) in enumerate(kept):
         for place, answer in enumerate(both, 2 * number):

@@ -18,7 +18,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
+from ..runtime.formatting import align_columns
 from .arguments import (
     add_evaluation_of_result,
     add_model_and_run,
@@ -29,6 +31,7 @@ from .arguments import (
     read_seeds,
     run_options,
 )
+from .prune import show
 
 if TYPE_CHECKING:
     from ..runs.comparison_records import AlignComparison
@@ -57,10 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..errors import FistaPrunerError
     from ..pipeline.align import align
     from ..pipeline.align_compare import align_compare
-    from .prune import show
 
     recipe = read_recipe(arguments, AlignRecipe)
     common: dict[str, Any] = {
@@ -82,6 +83,5 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(found: AlignComparison) -> str:
     """Write the table for the terminal, with the rows that failed below it."""
     from ..reporting.align_table import HEAD, align_failures, align_rows
-    from ..runtime.formatting import align_columns
 
     return "\n".join([align_columns([HEAD, *align_rows(found)]), *align_failures(found)])

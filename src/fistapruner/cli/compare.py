@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..recipes.settings import Recipe
 from .arguments import (
     add_evaluation,
     add_output_arguments,
@@ -63,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.compare import compare
-    from ..recipes.settings import Recipe
     from ..reporting.comparison import comparison_table
 
     settings, seeds, said = recipe_settings(arguments), read_seeds(arguments.seeds), arguments.sparsity

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..errors import FistaPrunerError
 from .arguments import add_output_arguments, add_trust_arguments, trust
 
 SUMMARY = "perplexity, divergence from the dense model, zero-shot tasks"
@@ -75,7 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
     from ..pipeline.measure import evaluate_run
     from ..reporting.evaluation_text import evaluation_text

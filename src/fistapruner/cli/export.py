@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..runtime.formatting import size
 from .arguments import add_pickle_argument
 
 SUMMARY = "write a model as a GGUF file for llama.cpp"
@@ -37,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.export import export
     from ..pipeline.measure import recovered_beside
     from ..runs.records import is_run
-    from ..runtime.formatting import size
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
     out = export(arguments.model, arguments.out, arguments.like, arguments.values, **settings)

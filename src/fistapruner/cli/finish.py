@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 from .arguments import add_begun_run, trust
+from .prune import show
 
 SUMMARY = "write the checkpoint of a run that was pruned in parts"
 
@@ -25,7 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.prune import finish_run
-    from .prune import show
 
     report = finish_run(arguments.run_directory, listener=listener, **trust(arguments))
     return show(report, arguments.run_directory, as_json=arguments.json)

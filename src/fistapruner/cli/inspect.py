@@ -16,6 +16,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, TextIO, cast
 
 from ..errors import printable
+from ..runtime.formatting import align_columns
 from . import Styled
 from .arguments import add_pickle_argument
 
@@ -63,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(found: Inspection, quiet: bool) -> None:
     from ..models.files.checkpoint import PRUNING_RECORD
     from ..reporting.lineage_text import lineage_lines
-    from ..runtime.formatting import align_columns
 
     rows = [
         (

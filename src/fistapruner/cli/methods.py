@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..errors import FistaPrunerError
+from ..solvers.catalogue import CATALOGUE
+
 SUMMARY = "list the pruning methods"
 
 
@@ -28,8 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_list(*, as_json: bool) -> None:
-    from ..solvers.catalogue import CATALOGUE
-
     if as_json:
         rows = {
             entry.name: {"summary": entry.summary, "reference": entry.reference, "refines": entry.refines}
@@ -47,9 +48,7 @@ def _print_list(*, as_json: bool) -> None:
 
 
 def _print_method(name: str, *, as_json: bool) -> None:
-    from ..errors import FistaPrunerError
     from ..solvers import METHODS
-    from ..solvers.catalogue import CATALOGUE
 
     found = [entry for entry in CATALOGUE if entry.name == name]
     if not found:

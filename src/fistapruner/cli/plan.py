@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
+from ..runtime.formatting import align_columns, duration, size
 from .arguments import (
     add_recipe_arguments,
     add_training_beside,
@@ -68,7 +70,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.plan import plan_model
-    from ..runtime.formatting import align_columns, size
 
     if arguments.recover or arguments.align:
         return _training(arguments)
@@ -83,15 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for sentence in plan.says:
         print(sentence)
-    stages = sorted(plan.stages.items(), key=lambda item: -item[1])
-    print(align_columns([("", size(nbytes), stage) for stage, nbytes in stages], right=(1,)))
+    _print_stages(plan.stages)
     return 0
 
 
 def _training(arguments: argparse.Namespace) -> int:
     """Plan a recovery or an alignment: one line for each form, then what a run would choose."""
     from ..pipeline.plan_training import plan_alignment_of, plan_recovery_of
-    from ..runtime.formatting import align_columns, duration, size
 
     pruning = f"a setting of pruning, and --{'recover' if arguments.recover else 'align'} plans a run that trains"
     if arguments.quality:
@@ -123,10 +122,15 @@ def _training(arguments: argparse.Namespace) -> int:
         )
     print(align_columns(rows, right=(1, 2, 3, 4)))
     print(f"\n{chosen.parameters}, by stage:")
-    stages = sorted(chosen.stages.items(), key=lambda item: -item[1])
-    print(align_columns([("", size(nbytes), stage) for stage, nbytes in stages], right=(1,)))
+    _print_stages(chosen.stages)
     if not chosen.fits:
         raise FistaPrunerError(str(chosen.refusal))
     for sentence in says:
         print(sentence)
     return 0
+
+
+def _print_stages(stages: Mapping[str, int]) -> None:
+    """Print the memory of every stage, the largest first."""
+    ordered = sorted(stages.items(), key=lambda item: -item[1])
+    print(align_columns([("", size(nbytes), stage) for stage, nbytes in ordered], right=(1,)))

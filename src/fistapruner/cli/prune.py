@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
+from ..recipes.settings import Recipe
 from ..runtime.formatting import shell_line
 from ..runtime.launcher import leads
 from .arguments import (
@@ -58,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.prune import prune
-    from ..recipes.settings import Recipe
 
     recipe = read_recipe(arguments, Recipe)
     report = prune(

@@ -22,6 +22,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from ..errors import FistaPrunerError
 from ..recipes.recover_settings import RecoverRecipe
 from .arguments import (
     add_evaluation_of_result,
@@ -36,6 +37,7 @@ from .arguments import (
     this_command,
     trust,
 )
+from .prune import show
 
 if TYPE_CHECKING:
     from ..runs.listener import Listener
@@ -62,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.recover import recover
-    from .prune import show
 
     if arguments.merge is not None or arguments.replay is not None:
         return _without_training(arguments, listener)
@@ -106,7 +107,6 @@ def _refuse_training_flags(arguments: argparse.Namespace) -> None:
     Raises:
         FistaPrunerError: names the first one.
     """
-    from ..errors import FistaPrunerError
 
     given = given_flags(arguments, RecoverRecipe)
     for name in ("recipe", "dense", "evaluate", "evaluate_windows"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from .arguments import add_begun_run, trust
+from .prune import show
 
 SUMMARY = "continue an interrupted run"
 
@@ -24,7 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.resume import resume
-    from .prune import show
 
     report = resume(arguments.run_directory, listener=listener, **trust(arguments))
     return show(report, arguments.run_directory, as_json=arguments.json)

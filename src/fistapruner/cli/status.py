@@ -11,6 +11,9 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import FistaPrunerError
+from ..runtime.formatting import shell_line
+
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
 
 
@@ -61,7 +64,6 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
     from ..runs.comparison_records import load_any_comparison
     from ..runs.lock import holders
-    from ..runtime.formatting import shell_line
 
     rows = len(load_any_comparison(folder).rows) if (folder / "compare.json").is_file() else 0
     runs = sorted(folder.glob("runs/*"))
@@ -80,7 +82,6 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
 
 def _evaluates(folder: Path) -> bool:
     """Check that a run was asked to evaluate its result."""
-    from ..errors import FistaPrunerError
     from ..runs.base import read_json
 
     with suppress(FistaPrunerError):

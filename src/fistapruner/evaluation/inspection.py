@@ -160,8 +160,9 @@ def inspect_checkpoint(
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
         folder = folder / "model"
     asked = None if pattern is None else parse_sparsity(pattern)
-    entries, read, record, known, counted = _open(folder, allow_pickle, stacks, parameters, asked=asked is not None)
-    claims, faults = recorded_claims(record, entries, folder)
+    stored = _open(folder, allow_pickle, stacks, parameters, asked=asked is not None)
+    entries, known = stored.entries, stored.operators
+    claims, faults = recorded_claims(stored.record, entries, folder)
     transposed = stores_inputs_first(claims, entries)
     if asked is not None:
         claims, faults = {}, []
@@ -172,11 +173,11 @@ def inspect_checkpoint(
             continue
         if progress is not None:
             progress(name, done, len(entries))
-        tensor = read(name)
+        tensor = stored.read(name)
         if entry.dtype.itemsize == 1:  # torch counts no zeros of 8-bit floats
             tensor = tensor.float()
         zero = tensor.numel() - int(torch.count_nonzero(tensor))
-        if name in counted:
+        if name in stored.parameters:
             zeros, weights = zeros + zero, weights + tensor.numel()
         if name in claims or _is_operator(entry):
             claim = claims.get(name)
@@ -195,9 +196,9 @@ def inspect_checkpoint(
             )
     if asked is not None and not operators:
         faults.append(f"no operator of a decoder layer is there to be {asked}")
-    lineage, fault = read_lineage(record, folder)
+    lineage, fault = read_lineage(stored.record, folder)
     faults += [fault] if fault else []
-    widths = () if asked is not None else _widths(record, folder)
+    widths = () if asked is not None else _widths(stored.record, folder)
     faults += [
         f"{layer}: {name} has the shape {list(entries[name].shape)}, {after} {unit} are claimed"
         for layer, unit, _, after, sizes in widths
@@ -268,20 +269,30 @@ def _inspect(
     )
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint as it is read for inspection.
+
+    Args:
+        entries: header entries of its dense tensors, by name; experts apart where they are inspected one by one.
+        read: reads one of them.
+        record: the pruning record.
+        operators: those that the model's code names, by tensor; None where the record says enough, unless a pattern is
+            asked of them all, and where the model cannot be built.
+        parameters: names of the entries that hold parameters; all where those cannot be told.
+    """
+
+    entries: dict[str, TensorEntry]
+    read: Callable[[str], Tensor]
+    record: dict[str, Any]
+    operators: Mapping[str, Operator] | None
+    parameters: Collection[str]
+
+
 def _open(
     folder: Path, allow_pickle: bool, stacks: Collection[Stack], parameters: Set[str] | None, *, asked: bool
-) -> tuple[
-    dict[str, TensorEntry],
-    Callable[[str], Tensor],
-    dict[str, Any],
-    Mapping[str, Operator] | None,
-    Collection[str],
-]:
-    """Open a folder: entries of dense tensors, what reads one, the run's record, operators, parameters.
-
-    The operators are those that the model's code names; None where a record says enough, unless a pattern is ``asked``
-    of them all, and where the model cannot be built: then all tensors are called parameters.
-    """
+) -> _Stored:
+    """Open a folder, dense or packed; ``asked``: a pattern is asked of all operators."""
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
 
@@ -293,7 +304,7 @@ def _open(
         found = stored_model(packed.checkpoint, packed.shapes(), same)
         known = found.operators if found is not None and asked else None
         counted = None if found is None else found.parameters
-        return entries, packed.tensor, packed.record, known, entries if counted is None else counted
+        return _Stored(entries, packed.tensor, packed.record, known, entries if counted is None else counted)
     checkpoint = Checkpoint.open(folder, allow_pickle)
     record, known = read_pruning_record(folder), None
     needed = asked or not record.get("operators")
@@ -306,7 +317,7 @@ def _open(
         checkpoint.take_apart(stack)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
     counted = {name for name in entries if parameters is None or set(checkpoint.whole(name)) <= parameters}
-    return entries, checkpoint.read, record, known, counted
+    return _Stored(entries, checkpoint.read, record, known, counted)
 
 
 def _is_operator(entry: TensorEntry) -> bool:

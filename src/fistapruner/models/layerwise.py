@@ -1,8 +1,7 @@
 """Run a causal language model with one decoder layer in memory at a time.
 
-The architecture is built on the meta device, without weights; decoder layers are read from the checkpoint when they are
-needed and freed afterwards. No architecture is listed by name. Instead, the model's own ``forward`` runs with every
-decoder layer's ``forward`` replaced:
+No architecture is listed by name. Instead, the model's own ``forward`` runs with every decoder layer's ``forward``
+replaced:
 
 * by a recorder, which gives the input of the first layer and the exact arguments of every layer
   (:meth:`LayerwiseModel.embed`);
@@ -17,33 +16,18 @@ between them. :meth:`LayerwiseModel.check` refuses models whose forward pass dif
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..errors import FistaPrunerError, one_line
-from ..runtime.numerics import pass_dtype
 from ..runtime.transfers import sent
-from .architecture import (
-    build_model,
-    checkpoint_names,
-    find_decoder_layers,
-    loaded_dtype,
-    max_length,
-    parameter_names,
-    refuse_experts,
-    unsupported,
-)
-from .experts import separate_experts
-from .files.checkpoint import Checkpoint
-from .files.low_rank import LowRankAdapter
-from .read_ahead import ReadAhead
+from .architecture import max_length, unsupported
+from .layerwise_weights import LayerwiseWeights
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a decoder layer, without its hidden states."""
@@ -59,51 +43,12 @@ class _Stop(Exception):
     """End a forward pass early."""
 
 
-class LayerwiseModel:
-    """A model whose decoder layers are loaded one by one.
+class LayerwiseModel(LayerwiseWeights):
+    """A model that runs with one decoder layer in memory. Arguments as for :class:`.LayerwiseWeights`."""
 
-    Args:
-        checkpoint: the model's weights.
-        device: device of the passes.
-        dtype: precision of the passes; None is the checkpoint's own, or fp32 where the device has no matrix units for
-            it (CPUs for fp16, most CPUs for bf16) and would be several times slower.
-        trust_remote_code: run the checkpoint's own Python code.
-
-    Attributes:
-        low_rank: what is added to the weights of operators as they are loaded; None adds nothing.
-
-    Raises:
-        FistaPrunerError: the architecture is not a plain decoder-only language model, or a tensor is missing.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        *,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.device = device
-        self.dtype = dtype or pass_dtype(checkpoint.dtype, device)
-        self.model = build_model(checkpoint, trust_remote_code=trust_remote_code).eval()
-        self.config = self.model.config
-        self.layers_name, self.layers = find_decoder_layers(self.model)
-        experts = separate_experts(self.model, self.layers_name, self.layers, checkpoint)
-        refuse_experts(self.model, self.layers_name, self.layers)
-        self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
-        self.low_rank: LowRankAdapter | None = None
-        self._checked = False
-        self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "embeddings and head"
-        self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
-        self._sources = checkpoint_names(self.model, checkpoint, experts)
-        self._names = {source: name for name, source in self._sources.items()}
-        self._parameters = {name for name, _ in self.model.named_parameters()}
-        buffers_to(self.model, device)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+    _checked = False
+    _container: tuple[type[tuple[Any, ...]] | type[list[Any]], int] | None = None
+    """Type in which layers return hidden states, and the number of other things in it; None for a tensor alone."""
 
     @property
     def width(self) -> int:
@@ -129,145 +74,6 @@ class LayerwiseModel:
     def embedded_tokens(self) -> int:
         """Return the number of tokens that have an embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
-
-    def source(self, parameter: str) -> str:
-        """Return the name in the checkpoint of one of the model's parameters."""
-        return self._sources[parameter]
-
-    def sources(self) -> Collection[str]:
-        """Return the names in the checkpoint of all of the model's parameters and stored buffers."""
-        return self._names.keys()
-
-    @cached_property
-    def parameter_names(self) -> set[str]:
-        """Name the stored tensors that hold parameters; see :func:`~.architecture.parameter_names`."""
-        return parameter_names(self.model, self._sources, self.checkpoint, self.checkpoint.same)
-
-    def parameter_count(
-        self, shapes: Mapping[str, tuple[int, ...]] | None = None, dropped: Collection[str] = ()
-    ) -> int:
-        """Count the parameters of the model.
-
-        Args:
-            shapes: of stored tensors that have other shapes than the checkpoint's, by name.
-            dropped: names of stored tensors that are left out.
-        """
-        names = self.parameter_names.difference(dropped)
-        sizes = {entry.name: entry.shape for entry in self.checkpoint.stored} | dict(shapes or {})
-        return sum(math.prod(sizes[name]) for name in names)
-
-    def layer_parameters(self, index: int) -> list[str]:
-        """Return the names in the model of the parameters of decoder layer ``index``."""
-        prefix = f"{self.layers_name}.{index}."
-        return [name for name in self._sources if name.startswith(prefix)]
-
-    def layer_sources(self, index: int) -> set[str]:
-        """Return the names in the checkpoint of the parameters of decoder layer ``index``."""
-        return {self.source(name) for name in self.layer_parameters(index)}
-
-    def pass_bytes(self, names: Iterable[str]) -> int:
-        """Count the bytes of tensors, by their names in the checkpoint, in the precision of the passes."""
-        return sum(math.prod(self.checkpoint.entry(name).shape) for name in names) * self.dtype.itemsize
-
-    @contextmanager
-    def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """Load decoder layer ``index`` for the block, and free its weights afterwards.
-
-        Inside another block that holds the layer nothing is loaded or freed.
-
-        Args:
-            index: number of the layer.
-            replaced: tensors that replace the checkpoint's, by name in the checkpoint (pruned weights).
-
-        Raises:
-            ValueError: ``replaced`` inside another block that holds the layer.
-        """
-        if index in self._open:
-            if replaced:
-                raise ValueError(f"layer {index} is loaded with other weights")
-            yield self.layers[index]
-            return
-        names = self.layer_parameters(index)
-        ahead = self._ahead.pop(index, None)
-        try:
-            self._load(names, {**(ahead.tensors() if ahead is not None else {}), **(replaced or {})})
-            del ahead
-            self._open.add(index)
-            yield self.layers[index]
-        except BaseException:
-            self._ahead.clear()  # what comes next is not known
-            raise
-        finally:
-            self._open.discard(index)
-            self._free(names)
-
-    def read_ahead(self, index: int) -> None:
-        """Begin to read decoder layer ``index``, which will be loaded soon, while a GPU computes.
-
-        Its bytes are in main memory until it is loaded, or an error ends the block of another layer. Nothing happens on
-        a CPU, where the layer is loaded or being read, or where the model has no such layer.
-        """
-        known = index in self._open or index in self._ahead or not 0 <= index < len(self)
-        if self.device.type == "cuda" and not known:
-            self._ahead[index] = ReadAhead(self.checkpoint, map(self.source, self.layer_parameters(index)))
-
-    @property
-    def ahead_bytes(self) -> int:
-        """Return the bytes of main memory that :meth:`read_ahead` of a decoder layer takes, at most.
-
-        They are in the dtypes of the checkpoint, and PyTorch rounds page-locked buffers up to powers of two.
-        """
-        names = map(self.layer_sources, range(len(self)))
-        return 2 * max(sum(self.checkpoint.entry(name).nbytes for name in layer) for layer in names)
-
-    @contextmanager
-    def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
-        """Load everything outside the decoder layers for the block: embeddings, final norm, head.
-
-        Inside another block that holds all of it nothing is loaded or freed.
-
-        Args:
-            head: False leaves out the output head, which :meth:`embed` does not need.
-            like: another model; its loaded tensors of the same name and value are used too, and not loaded twice.
-        """
-        if "embeddings and head" in self._open:
-            yield
-            return
-        prefix = self.layers_name + "."
-        names = [name for name in self._sources if not name.startswith(prefix)]
-        if not head:
-            output = self.model.get_output_embeddings()
-            tensors = self.model.state_dict(keep_vars=True)
-            names = [name for name in names if output is None or tensors[name] is not output.weight]
-        try:
-            self._load(names, {}, like)
-            output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-            if head:
-                if output is not None and output.weight.is_meta:
-                    output.weight = embedding.weight
-                self._open.add("embeddings and head")
-            yield
-        finally:
-            if head:
-                self._open.discard("embeddings and head")
-            self._free(names)
-            output = self.model.get_output_embeddings()
-            if output is not None and not output.weight.is_meta:
-                output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
-
-    @contextmanager
-    def resident(self, *, layers: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
-        """Keep weights loaded for the block; inside it nothing of them is loaded or freed again.
-
-        Args:
-            layers: keep the decoder layers too, and not only embeddings, final norm and head.
-            like: see :meth:`embeddings_and_head`.
-        """
-        with ExitStack() as loaded:
-            loaded.enter_context(self.embeddings_and_head(like=like))
-            for index in range(len(self) if layers else 0):
-                loaded.enter_context(self.layer(index))
-            yield
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Record the input of the first decoder layer and the arguments of every decoder layer.
@@ -385,6 +191,13 @@ class LayerwiseModel:
         logits: Tensor = out.logits
         return logits
 
+    def _returned(self, hidden: Tensor) -> Any:
+        """Give hidden states in the type in which layers return them."""
+        if self._container is None:
+            return hidden
+        kind, others = self._container
+        return kind((hidden, *(None for _ in range(others))))
+
     def _learn_return_type(self, tokens: Tensor) -> None:
         """Run layer 0 once on ``tokens`` to find the type in which layers return hidden states."""
         first: list[Call] = []
@@ -402,8 +215,7 @@ class LayerwiseModel:
         with self.layer(0) as layer, torch.no_grad():
             out = layer(*args, **kwargs)
         if isinstance(out, (tuple, list)):
-            kind, others = (list if isinstance(out, list) else tuple), len(out) - 1
-            self._returned = lambda hidden: kind((hidden, *(None for _ in range(others))))
+            self._container = (list if isinstance(out, list) else tuple), len(out) - 1
         elif not isinstance(out, Tensor):
             raise self.unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
 
@@ -553,78 +365,6 @@ class LayerwiseModel:
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
-
-    def rounded(self, source: str, tensor: Tensor) -> Tensor:
-        """Round ``tensor`` to the narrower of the stored dtype of ``source`` and its dtype in the passes."""
-        stored = self.checkpoint.entry(source).dtype
-        tensor = tensor.to(stored)
-        if stored.itemsize <= self.dtype.itemsize:  # no tensor has fewer bits in passes; training asks often
-            return tensor
-        loaded = loaded_dtype(self.model, self._names[source], self.dtype)
-        return tensor if stored.itemsize <= loaded.itemsize else tensor.to(loaded)
-
-    def result(self, source: str, tensor: Tensor) -> Tensor:
-        """Copy ``tensor`` to main memory, :meth:`rounded`."""
-        rounded = self.rounded(source, tensor).cpu()
-        return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
-
-    def _load(self, names: list[str], replaced: Mapping[str, Tensor], like: LayerwiseModel | None = None) -> None:
-        """Load parameters and buffers to the device, in the dtypes of transformers (:func:`.loaded_dtype`).
-
-        See :meth:`embeddings_and_head` for ``like``.
-        """
-        for name in names:
-            source = self._sources[name]
-            tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
-            if self.low_rank is not None:
-                module = self.model.get_submodule(name.rpartition(".")[0])
-                tensor = self.low_rank.added(name, tensor, transposed=isinstance(module, Conv1D))
-            if tensor.is_floating_point():
-                # Weights of operators are checked where they are pruned; here norms and biases, which are small.
-                if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):
-                    raise FistaPrunerError(f"{self.checkpoint.folder}: {source} contains NaN or infinite values")
-                tensor = tensor.to(loaded_dtype(self.model, name, self.dtype))
-            tensor = tensor.to(self.device, non_blocking=True)
-            twin = None if like is None else like._held(name)
-            same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device
-            assign(self.model, name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)
-
-    def _held(self, name: str) -> Tensor | None:
-        """Return a loaded parameter or buffer; None where it is not there or not loaded."""
-        parent, _, key = name.rpartition(".")
-        try:
-            module = self.model.get_submodule(parent)
-        except AttributeError:
-            return None
-        held = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
-        return None if held is None or held.is_meta else held.detach()
-
-    def _free(self, names: list[str]) -> None:
-        """Move parameters and buffers to the meta device, in the shapes of the checkpoint."""
-        for name in names:
-            if (held := self._held(name)) is not None:
-                shape = self.checkpoint.entry(self._sources[name]).shape
-                assign(self.model, name, held.new_empty(shape, device="meta"))
-
-
-def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer of a module by its name; the tensor may have another shape."""
-    parent, _, key = name.rpartition(".")
-    module = module.get_submodule(parent)
-    if key in module._parameters:
-        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[key] = tensor
-    if isinstance(module, Conv1D):
-        module.nf = module.weight.shape[1]  # its forward pass makes the output in this shape
-
-
-def buffers_to(module: nn.Module, device: torch.device) -> None:
-    """Move the buffers of a module and of all inside it to a device, but for those on the meta device."""
-    for part in module.modules():
-        for key, buffer in part._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                part._buffers[key] = buffer.to(device)
 
 
 def _same(value: Any, again: Any) -> bool:

@@ -35,6 +35,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise needs_code(folder, error) or fault from None
 
 
+def padding_id(tokenizer: Any) -> int:
+    """Return the token that fills shorter rows: padding, EOS, or 0 where the tokenizer has neither."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
 def pad_with_known_token(tokenizer: Any, size: int) -> None:
     """Let a tokenizer pad with EOS where its padding token is beyond the ``size`` tokens of a model.
 

@@ -20,7 +20,7 @@ ROOM = 0.75
 """Share of the free memory that a whole model may take where the rest of what it needs is not counted."""
 
 
-def whole_fits(checkpoint: Checkpoint, device: torch.device, limit: int | None = None) -> bool:
+def whole_fits(checkpoint: Checkpoint, device: torch.device, limit: int | None) -> bool:
     """Check whether a model fits into :data:`ROOM` of what the process may still take; arguments as below."""
     return whole_bytes(checkpoint, pass_dtype(checkpoint.dtype, device)) <= ROOM * _left(device, limit)
 

@@ -92,7 +92,7 @@ def plan_run(
     recipe: Recipe,
     sparsity: Mapping[str, Constraint],
     out: Path,
-    widths: Widths | None = None,
+    widths: Widths | None,
     *,
     drawn: bool = False,
 ) -> Plan:

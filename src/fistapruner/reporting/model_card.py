@@ -284,10 +284,9 @@ def _recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {key: value for key, value in settings.items() if key != "execution"}
     for section in ("calibration", "data"):
         text = recipe.get(section)
-        if isinstance(text, dict) and text.get("source"):
-            recipe[section] = text = {**text, "source": file_name(str(text["source"]))}
-        if isinstance(text, dict) and text.get("pairs"):
-            recipe[section] = text = {**text, "pairs": file_name(str(text["pairs"]))}
+        for key in ("source", "pairs"):
+            if isinstance(text, dict) and text.get(key):
+                recipe[section] = text = {**text, key: file_name(str(text[key]))}
         if isinstance(text, dict) and isinstance(tasks := text.get("tasks"), dict):
             recipe[section] = {**text, "tasks": {name: file_name(str(source)) for name, source in tasks.items()}}
     if isinstance(allocation := recipe.get("allocation"), str) and allocation.startswith(WORKLOAD):

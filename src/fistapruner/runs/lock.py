@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from ..errors import FistaPrunerError
-from ..runtime.files import disk_errors, files_named
+from ..runtime.files import disk_errors, files_named, open_file
 
 NAME = "lock"
 
@@ -92,8 +92,7 @@ def _remove_stale(path: Path) -> None:
 def preparing(folder: Path) -> Iterator[None]:
     """Let one part or process of a run at a time decide its settings; the others wait for it."""
     path = folder / PREPARING
-    with disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(path)
     try:
         with _locking(path):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -116,8 +115,7 @@ def holders(folder: Path) -> list[dict[str, Any]]:
 def _take(path: Path) -> int:
     """Lock a file that no living process holds and write this process into it; its descriptor."""
     while True:
-        with disk_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        descriptor = open_file(path)
         try:
             try:
                 with _locking(path):

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import FistaPrunerError
-from ..runtime.files import disk_errors, write_all
+from ..runtime.files import disk_errors, open_file, write_all
 
 SYNC_EVERY = 16
 """Lines after which the file is flushed to the disk."""
@@ -50,8 +50,7 @@ class StepJournal:
         self.dropped = {line["step"]: line for line in lines[kept:]}
         self._end = ends[kept - 1] if kept else 0
         self._unsynced = 0
-        with disk_errors(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self._descriptor = open_file(path)
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):

@@ -48,6 +48,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise FistaPrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def open_file(path: Path) -> int:
+    """Open a file for reading and writing, made if it is missing; return its descriptor.
+
+    Raises:
+        FistaPrunerError: the disk refuses, or a link is in its place.
+    """
+    with disk_errors(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def existing_folder(path: Path) -> Path:
     """Return the nearest folder of ``path`` that exists."""
     path = path.absolute()

@@ -99,7 +99,7 @@ def release_failed_memory() -> None:
     release_device_memory()
 
 
-def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
+def left_in_groups(own: Path, mounted: Path) -> Iterator[int]:
     """Yield the bytes that each control group of this process, and each above it, still allows.
 
     File cache counts as free, whether it was read once or more often: the kernel reclaims both. Arguments as for
@@ -122,9 +122,7 @@ def left_by_limits() -> Iterator[int]:
                 yield most - used
 
 
-def control_groups(
-    controller: str, own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS
-) -> Iterator[tuple[Path, int]]:
+def control_groups(controller: str, own: Path, mounted: Path) -> Iterator[tuple[Path, int]]:
     """Yield folder and version of each control group of this process, and of each above it.
 
     Args:

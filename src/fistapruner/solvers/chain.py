@@ -81,7 +81,7 @@ def _parse_step(step: object) -> Method:
         raise FistaPrunerError(f"method {name}: {explain(error, METHODS[name])}") from None
 
 
-def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Method], name: str = "operator") -> None:
+def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Method], name: str) -> None:
     """Refuse a constraint that does not fit an operator or that a step does not support.
 
     Raises:

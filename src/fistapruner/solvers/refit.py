@@ -86,7 +86,7 @@ def refit_cg(
 
 
 def refit_with_residual(
-    problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False
+    problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool
 ) -> tuple[Tensor, Tensor]:
     """Refit as :func:`refit_cg` and return the last residual ``(W - V) H + a R`` (m, n), too."""
     inverse_diagonal = mask / gram.diagonal()

@@ -89,9 +89,7 @@ class PackedOperator:
         if not bool(torch.isfinite(dense).all()):
             raise FistaPrunerError("values that are not finite cannot become int8")
         rows, columns = self.shape
-        width = _group_width(group, columns)
-        groups = -(-columns // width)
-        padded = torch.nn.functional.pad(dense, (0, groups * width - columns)).view(rows, groups, width)
+        padded = _in_groups(dense, group)
         scales = padded.abs().amax(-1) / 127.0
         # A scale that underflows would divide by zero; such a group is zero in fp32 anyway.
         levels = (padded / torch.where(scales > 0, scales, 1.0)[..., None]).round().clamp(-127, 127).to(torch.int8)
@@ -188,11 +186,15 @@ def group_sums(levels: Tensor, group: int) -> Tensor:
         levels: with zeros.
         group: columns of a group; 0 takes the whole row.
     """
-    rows, columns = levels.shape
+    return _in_groups(levels, group).sum(-1, dtype=torch.int32).contiguous()
+
+
+def _in_groups(values: Tensor, group: int) -> Tensor:
+    """View (rows, columns) values as (rows, groups, width), the last group padded with zeros."""
+    rows, columns = values.shape
     width = _group_width(group, columns)
     groups = -(-columns // width)
-    padded = torch.nn.functional.pad(levels, (0, groups * width - columns))
-    return padded.view(rows, groups, width).sum(-1, dtype=torch.int32).contiguous()
+    return torch.nn.functional.pad(values, (0, groups * width - columns)).view(rows, groups, width)
 
 
 def _group_width(group: int, columns: int) -> int:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..runtime.memory import peak_device_memory, peak_memory, reset_peak_memory
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""
@@ -45,7 +44,7 @@ class Speed:
         tokens_per_second_range: slowest and fastest run.
         first_token: median seconds to the first token.
         first_token_range: shortest and longest.
-        peak_memory: largest resident memory of the process (on CUDA: of the device) during the runs, in bytes.
+        peak_memory: largest resident memory of the process during the runs, in bytes.
         file_size: bytes of the weight files, 0 where there are none.
         batch: sequences per forward pass.
         prompt: prompt tokens.
@@ -143,55 +142,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_speed(
-    model: Any,
-    *,
-    variant: str = "model",
-    batch: int = 1,
-    prompt: int = 128,
-    tokens: int = 128,
-    runs: int = 3,
-    file_size: int = 0,
-    seed: int = 0,
-) -> Speed:
-    """Measure the speed of a model that is in memory.
-
-    Args:
-        model: causal language model on its device.
-        variant: what to call it in the result.
-        batch: sequences per forward pass.
-        prompt: tokens in each prompt, drawn at random: speed does not depend on them.
-        tokens: new tokens in a run.
-        runs: timed runs, after a short warm-up.
-        file_size: bytes of the weight files, for the result.
-        seed: of the prompts.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    ids = prompts(model, batch, prompt, seed).to(device)
-    time_generation(model, ids, WARM_UP_TOKENS)
-    reset_peak_memory(device)
-    done = [time_generation(model, ids, tokens) for _ in range(runs)]
-    return Speed.of(
-        variant,
-        done,
-        peak_memory=peak(device),
-        file_size=file_size,
-        batch=batch,
-        prompt=prompt,
-        tokens=tokens,
-        threads=torch.get_num_threads(),
-        device=device.type,
-    )
-
-
 def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
     """Draw (batch, length) random token ids from a model's vocabulary."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def peak(device: torch.device) -> int:
-    """Return the peak bytes since the last reset: a GPU's memory, or on a CPU this process's."""
-    on_device = peak_device_memory(device)
-    return peak_memory() if on_device is None else on_device

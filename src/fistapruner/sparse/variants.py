@@ -22,10 +22,10 @@ from ..errors import FistaPrunerError, one_line
 from ..models.architecture import auto_class, read_config, refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
-from ..runtime.memory import free_memory, reset_peak_memory
+from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
 from .load import load
 from .packed_checkpoint import is_packed
-from .speed import WARM_UP_TOKENS, Run, Speed, peak, prompts, time_generation
+from .speed import WARM_UP_TOKENS, Run, Speed, prompts, time_generation
 
 SPEED_OF_OWN_CODE = "the speed of such models is not measured"
 """Why a model with Python code of its own is refused."""
@@ -172,7 +172,7 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
         reset_peak_memory(ids.device)
         pipe.send({})
         while (word := pipe.recv()) is not None:
-            pipe.send(asdict(time_generation(model, ids, tokens)) if word == "run" else {"peak": peak(ids.device)})
+            pipe.send(asdict(time_generation(model, ids, tokens)) if word == "run" else {"peak": peak_memory()})
     except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody listens: another variant cannot be loaded
         return
     except FistaPrunerError as error:

@@ -29,7 +29,8 @@ from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, alike, expert_modules, layer_signature
 from ..models.experts import Experts
 from ..models.files.writer import merge_patch
-from ..models.layerwise import LayerwiseModel, assign, buffers_to, hidden_of
+from ..models.layerwise import LayerwiseModel, hidden_of
+from ..models.layerwise_weights import assign, buffers_to
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision
 
@@ -88,14 +89,14 @@ def find_experts(
     (before,) = sizes
     groups, limit = max(_groups(model.layers[index], found, before) for index, found in enumerate(mixtures))
     after = _remaining(settings, before, groups)
-    base = _shapes(build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code))
+    base = tensor_shapes(build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code))
     for change in _changes(model, before, after):
         both = merge_patch(config, change)
         try:
             smaller = build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code)
         except FistaPrunerError:
             continue
-        tensors = _cut_tensors(model, base, _shapes(smaller), before, after)
+        tensors = _cut_tensors(model, base, tensor_shapes(smaller), before, after)
         if tensors is None:
             continue
         alone = build_changed(model.checkpoint, change, trust_remote_code=trust_remote_code).eval()
@@ -277,8 +278,9 @@ def _changes(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[st
             yield change if section is None else {section: change}
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's parameters and stored buffers by name."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _cut_tensors(

@@ -21,9 +21,10 @@ from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import read_widths
 from ..models.files.writer import merge_patch
-from ..models.layerwise import Call, LayerwiseModel, assign, buffers_to, hidden_of
+from ..models.layerwise import Call, LayerwiseModel, hidden_of
+from ..models.layerwise_weights import assign, buffers_to
 from ..recipes.structure_settings import Structure
-from .experts import find_experts, text_section
+from .experts import find_experts, tensor_shapes, text_section
 from .goa import attention_probabilities
 from .units import GROUPS, HEADS, MLP, Unit, Units, Widths, cut_channels, find_units, free_widths
 
@@ -179,7 +180,7 @@ def _fitting(
     """
     kinds = list(dict.fromkeys(found.kind for found in units[0]))
     expressed = kinds[: kinds.index(kind) + 1]
-    wanted, cut = _shapes(model.model), set()
+    wanted, cut = tensor_shapes(model.model), set()
     for index, layer in enumerate(units):
         for unit in layer:
             if unit.kind not in expressed:
@@ -195,7 +196,7 @@ def _fitting(
     for change in changes:
         both = merge_patch(config, change)
         try:
-            shapes = _shapes(build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code))
+            shapes = tensor_shapes(build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code))
         except NoTemporaryFolderError:
             raise
         except FistaPrunerError:
@@ -206,10 +207,6 @@ def _fitting(
             others = [name for name in wanted if shapes[name] != wanted[name]]
             uncut = uncut or (others[0] if cut.isdisjoint(others) else None)
     return None, uncut
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _widths(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[str, Any]]:

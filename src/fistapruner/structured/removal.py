@@ -199,7 +199,7 @@ def choose_share(errors: Sequence[float]) -> float:
 
 
 def choose_shrink(
-    known: ChannelStatistics, keep: Tensor, settings: Structure, *, biased: bool = False
+    known: ChannelStatistics, keep: Tensor, settings: Structure, *, biased: bool
 ) -> tuple[float, float | None]:
     """Choose the share of shrinkage.
 

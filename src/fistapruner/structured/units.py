@@ -20,7 +20,8 @@ from ..models.coupling import Link, channel_tensors, find_links, named_size
 from ..models.discovery import Layout, Operator, discover, linear_modules
 from ..models.files.checkpoint import widths_section
 from ..models.files.writer import merge_patch
-from ..models.layerwise import LayerwiseModel, assign
+from ..models.layerwise import LayerwiseModel
+from ..models.layerwise_weights import assign
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
 from .experts import ExpertUnits, removed_experts_weights, text_section
@@ -230,7 +231,7 @@ def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequenc
     return units if all(unit.consumer.name in alone for unit in units) else ()
 
 
-def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool = False) -> Units:
+def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool) -> Units:
     """Find the key/value groups of every decoder layer.
 
     They are taken from sizes alone; :mod:`.proof` shows whether they can be cut.

@@ -1,0 +1,33 @@
+"""Speed of models without processes of their own, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fistapruner.runtime.memory import peak_memory
+from fistapruner.sparse.speed import Speed, prompts, time_generation
+from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
+
+
+def in_this_process(
+    variants: Sequence[Variant], *, batch: int, prompt: int, tokens: int, runs: int, threads: int | None
+) -> list[Speed]:
+    """Measure what :func:`fistapruner.sparse.variants.compare` does, one variant after the other."""
+    found = []
+    for variant in variants:
+        model = load_variant(variant)
+        ids = prompts(model, batch, prompt, seed=0)
+        found.append(
+            Speed.of(
+                variant.name,
+                [time_generation(model, ids, tokens) for _ in range(runs)],
+                peak_memory=peak_memory(),
+                file_size=0 if variant.fill else weight_bytes(variant.folder),
+                batch=batch,
+                prompt=prompt,
+                tokens=tokens,
+                threads=threads or 1,
+                device="cpu",
+            )
+        )
+    return found
