@@ -283,8 +283,8 @@ def _delete_weights(run: PruneDirectory) -> None:
     for made in (run, following):
         if made.model.is_dir():
             made.remove_model()
+        remove_adapter(made.adapter)
         forget_times(made.folder)
     shutil.rmtree(following.states.folder, ignore_errors=True)
-    remove_adapter(run.adapter)
     run.journal.remove_weights()
     run.metrics_file.unlink(missing_ok=True)

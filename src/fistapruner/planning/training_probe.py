@@ -193,15 +193,19 @@ def measure_form(task: Task) -> FormSizes:
     model, recipe, index = task.model, task.recipe, largest_layer(task)
     form = form_of(recipe)
     adapter = task.low_rank if isinstance(task.low_rank, LowRankAdapter) else None
-    rank = adapter.rank if adapter else task.low_rank or 0
+    rank = task.low_rank.rank if isinstance(task.low_rank, LowRankAdapter) else task.low_rank or 0
     trained = Trained(model, task.layout, recipe, low_rank=adapter)
+
+    def operators_of(at: int) -> Iterator[tuple[str, Operator]]:
+        for group in task.layout.layers[at]:
+            for operator in group:
+                yield task.layout.full_name(at, operator), operator
+
     counts = [
         sum(
             form.numbers(operator.rows, operator.columns, task.survivors.get(name, operator.rows * operator.columns))
             + rank * (operator.rows + operator.columns)
-            for group in task.layout.layers[at]
-            for operator in group
-            if (name := task.layout.full_name(at, operator))
+            for name, operator in operators_of(at)
         )
         if form is not None
         else 0

@@ -321,8 +321,8 @@ class Trained:
             FistaPrunerError: a tensor that this recipe does not train.
         """
         owner = {source: index for index, sources in enumerate(self._sources) for source in sources.values()}
-        for index, names in enumerate(self._low_rank):
-            owner |= {operator + part: index for operator in names.values() for part in (A, B)}
+        for index, operators in enumerate(self._low_rank):
+            owner |= {operator + part: index for operator in operators.values() for part in (A, B)}
         found: dict[tuple[str, int], list[str]] = {}
         for full in tensors:
             kind, _, name = full.partition("/")
