@@ -22,7 +22,6 @@ from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import LowRankAdapter, remove_adapter, write_adapter
 from ..models.files.record import read_pruning_record, stack_of
-from ..models.files.safetensors import LazyTensors
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..planning.training_sizes import STEP, TRAINING
@@ -86,7 +85,7 @@ def finish(
     add_stage(report)
     begin = time.perf_counter()
     if context.low_rank is not None:
-        content |= {LOW_RANK: _write_low_rank(context, trained, context.low_rank, report.totals)}
+        content |= {LOW_RANK: _write_low_rank(context, context.low_rank, report.totals)}
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     if context.low_rank is None:
@@ -277,27 +276,11 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
     listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
 
 
-def _write_low_rank(
-    context: TrainingContext, trained: Trained, before: LowRankAdapter, totals: Totals
-) -> dict[str, Any]:
-    """Write the low-rank part with its trained factors; return what the checkpoint's record says of it."""
-
-    @lru_cache(maxsize=1)
-    def of_layer(index: int) -> Mapping[str, Tensor]:
-        with context.model.layer(index) as layer:
-            return trained.factors(index, layer)
-
-    prefix, places = f"{context.model.layers_name}.", before.factors.entries
-
-    def read(name: str) -> Tensor:
-        found = of_layer(int(name.removeprefix(prefix).partition(".")[0]))
-        return found[name] if name in found else before.factors[name]
-
+def _write_low_rank(context: TrainingContext, before: LowRankAdapter, totals: Totals) -> dict[str, Any]:
+    """Write the low-rank part of the input again; return what the checkpoint's record says of it."""
     transposed = any(operator.transposed for _, operator in context.layout.operators())
-    found = write_adapter(context.run.adapter, LazyTensors(places, read), before.rank, transposed=transposed)
-    totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = (
-        found[key] for key in ("rank", "weights", "bytes")
-    )
+    found = write_adapter(context.run.adapter, before.factors, before.rank, transposed=transposed)
+    totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = found["rank"], found["weights"], found["bytes"]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,10 @@ def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
     """Return what is to be planned, for a run in ``out``."""
     recipe, dense = inputs.recipe, inputs.dense
     teacher, generator = None if recipe.loss == "ce" else dense, dense if recipe.generates_text else None
-    return Task.of_recovery(
-        inputs.model, inputs.layout, teacher, recipe, inputs.survivors, inputs.seqlen, out, generator, inputs.low_rank
+    task = Task.of_recovery(
+        inputs.model, inputs.layout, teacher, recipe, inputs.survivors, inputs.seqlen, out, generator
     )
+    return replace(task, low_rank=inputs.low_rank)
 
 
 def cut_text(

@@ -178,8 +178,7 @@ def check_trained(recipe: Recipe, dense: ModelSource, run: PruneDirectory) -> Ta
     training = training.model_copy(update={"loss": loss})
     teacher, generator = None if loss == "ce" else model, model if training.generates_text else None
     seqlen = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
-    rank = recipe.low_rank or None
-    task = Task.of_recovery(model, layout, teacher, training, survivors, seqlen, run.recovered, generator, rank)
+    task = Task.of_recovery(model, layout, teacher, training, survivors, seqlen, run.recovered, generator)
     written = folder_bytes(run.journal.folder) if run.journal.folder.is_dir() else 0
     return replace(task, before=0 if run.model.is_dir() else max(0, before - written))
 

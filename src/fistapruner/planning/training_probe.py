@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..calibration.self_generated import generation_bytes
-from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.whole import whole_bytes
 from ..recipes.align_settings import AlignRecipe
@@ -192,20 +191,13 @@ def measure_form(task: Task) -> FormSizes:
     """Measure a form: one layer's effective weights, a pass back through it, its optimizer step."""
     model, recipe, index = task.model, task.recipe, largest_layer(task)
     form = form_of(recipe)
-    adapter = task.low_rank if isinstance(task.low_rank, LowRankAdapter) else None
-    rank = task.low_rank.rank if isinstance(task.low_rank, LowRankAdapter) else task.low_rank or 0
-    trained = Trained(model, task.layout, recipe, low_rank=adapter)
-
-    def operators_of(at: int) -> Iterator[tuple[str, Operator]]:
-        for group in task.layout.layers[at]:
-            for operator in group:
-                yield task.layout.full_name(at, operator), operator
-
+    trained = Trained(model, task.layout, recipe, low_rank=task.low_rank)
     counts = [
         sum(
             form.numbers(operator.rows, operator.columns, task.survivors.get(name, operator.rows * operator.columns))
-            + rank * (operator.rows + operator.columns)
-            for name, operator in operators_of(at)
+            for group in task.layout.layers[at]
+            for operator in group
+            if (name := task.layout.full_name(at, operator))
         )
         if form is not None
         else 0

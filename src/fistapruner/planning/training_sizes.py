@@ -83,7 +83,7 @@ class Task:
         answers: windows of the pairs whose log-probabilities are computed before and after training, by model.
         ranks: processes that share the passes, and the run directory.
         before: bytes of the same disk that the pruning takes before the run begins.
-        low_rank: the low-rank part that belongs to the model; its rank where it is not made yet; else None.
+        low_rank: the low-rank part that belongs to the model.
     """
 
     model: LayerwiseModel
@@ -107,7 +107,7 @@ class Task:
     answers: tuple[int, ...] = ()
     ranks: int = 1
     before: int = 0
-    low_rank: LowRankAdapter | int | None = None
+    low_rank: LowRankAdapter | None = None
 
     @classmethod
     def of_recovery(
@@ -120,7 +120,6 @@ class Task:
         seqlen: int,
         out: Path,
         generator: LayerwiseModel | None = None,
-        low_rank: LowRankAdapter | int | None = None,
     ) -> Task:
         """Plan a recovery: steps and windows are those that the asked tokens make.
 
@@ -143,7 +142,6 @@ class Task:
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
             generator=generator,
-            low_rank=low_rank,
         )
 
     @property
@@ -407,7 +405,7 @@ class TrainingSizes:
             "snapshots": (KEPT + 1) * self.state,
             "trained tensors": (self.state + self.form.trained_layer) * in_files,
             "hidden states": max(self._stores(choice).values()) * model.window * hidden,
-            "the checkpoint": model.checkpoint,
+            "the checkpoint": model.checkpoint + (0 if task.low_rank is None else task.low_rank.nbytes),
             "the training text": task.text_bytes,
         }
 

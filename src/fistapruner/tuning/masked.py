@@ -129,22 +129,18 @@ class MaskedParameters:
         Args:
             rounding: precision of the checkpoint, where that is lower than the tensors' own.
         """
-        # One after the other, so that memory is used again.
-        return {name: self.stored(name, rounding) for name in self._tensors}
-
-    @torch.no_grad()
-    def stored(self, name: str, rounding: Rounding = lambda name, value: value) -> Tensor:
-        """Return one of the tensors of :meth:`rounded`."""
-        tensor = self._tensors[name]
-        exact = self._exact(name, self.masters)
-        value = rounding(name, exact.detach().to(tensor.dtype)).to(tensor.dtype).contiguous()
-        if name in self.masks:
-            mask, kept = self._matrix(name, self.masks[name]), value.bool()
-            if value.is_cuda:  # no wait of the host for what torch.equal finds
-                value = torch.where(mask == kept, value, tensor)
-            elif not torch.equal(mask, kept):
-                value = torch.where(mask & kept, value, tensor)
-        return value
+        values = {}
+        for name, tensor in self._tensors.items():
+            exact = self._exact(name, self.masters)  # one after the other, so that memory is used again
+            value = rounding(name, exact.detach().to(tensor.dtype)).to(tensor.dtype).contiguous()
+            if name in self.masks:
+                mask, kept = self._matrix(name, self.masks[name]), value.bool()
+                if value.is_cuda:  # no wait of the host for what torch.equal finds
+                    value = torch.where(mask == kept, value, tensor)
+                elif not torch.equal(mask, kept):
+                    value = torch.where(mask & kept, value, tensor)
+            values[name] = value
+        return values
 
     def chain(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute gradients with respect to the masters from those with respect to :meth:`rounded` tensors.

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, linear_modules, router_check
-from ..models.files.low_rank import A, B, LowRankAdapter, is_factor, plus_product
+from ..models.files.low_rank import LowRankAdapter
 from ..models.files.safetensors import LazyTensors, TensorEntry
 from ..models.layerwise import LayerwiseModel
 from ..recipes.training_settings import TrainingRecipe
-from ..runtime.numerics import exact_products, seeded
+from ..runtime.numerics import seeded
 from .adamw import adamw_step
 from .forms import Hira, first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
@@ -44,8 +44,8 @@ class Trained:
         recipe: form, optimizer, rates, seed.
         folder: keeps everything in files there, and one layer at a time in memory; None keeps it in memory. The bits
             are the same.
-        low_rank: the low-rank part that belongs to the model. The factors of the operators to train are trained, too;
-            ``model`` adds those of others to the weights that it loads from now on.
+        low_rank: the low-rank part that belongs to the model, which stays as it is. ``model`` adds it to the weights
+            that it loads from now on, but for the operators to train, whose values are the sum of both parts.
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class Trained:
         self._pruned: list[set[str]] = []
         self._transposed: list[set[str]] = []
         self._sources: list[dict[str, str]] = []  # parameter inside the layer -> name in the checkpoint
-        self._low_rank: list[dict[str, str]] = []  # name in the checkpoint -> operator whose factors are trained
-        self._factors: Mapping[str, Tensor] = {} if low_rank is None else low_rank.factors
+        self._low_rank = low_rank
         for index, layer in enumerate(model.layers):
             operators = [operator for group in layout.layers[index] for operator in group] if self.form else []
             chosen = {f"{operator.name}.weight" for operator in operators} | vectors(layer, recipe.also)
@@ -77,10 +76,8 @@ class Trained:
             self._transposed.append(
                 {sources[f"{operator.name}.weight"] for operator in operators if operator.transposed}
             )
-            names = {sources[f"{operator.name}.weight"]: layout.full_name(index, operator) for operator in operators}
-            self._low_rank.append({source: name for source, name in names.items() if name + A in self._factors})
         if low_rank is not None:
-            model.low_rank = low_rank.without({name for names in self._low_rank for name in names.values()})
+            model.low_rank = low_rank.without({name for name, _ in layout.operators()} if self.form else ())
         self._states = MemoryStates() if folder is None else FileStates(folder, model.device)
         self._steps = [0 for _ in model.layers]
         self._rates: list[dict[str, float]] = [{} for _ in model.layers]
@@ -97,22 +94,19 @@ class Trained:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
         """
-        return self.inside(index, self.parameters(index, layer).rounded(self._rounded))
+        return self.inside(index, self.parameters(index, layer).rounded(self.model.rounded))
 
     def inside(self, index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename tensors of a layer from names in the checkpoint to names inside it; low-rank parts are added."""
         found = {name: values[source] for name, source in self._sources[index].items()}
-        for name, source in self._sources[index].items():
-            if (operator := self._low_rank[index].get(source)) is not None:
-                a, b = (values[operator + part] for part in (A, B))
-                with exact_products():
-                    total = plus_product(found[name], a, b, transposed=source in self._transposed[index])
-                found[name] = total.to(found[name].dtype)
+        if self._low_rank is not None:
+            prefix = f"{self.model.layers_name}.{index}."
+            for name, source in self._sources[index].items():
+                if source in self._pruned[index]:
+                    transposed = source in self._transposed[index]
+                    whole = self._low_rank.added(prefix + name, found[name], transposed=transposed)
+                    found[name] = whole.to(found[name].dtype)
         return found
-
-    def _rounded(self, source: str, value: Tensor) -> Tensor:
-        """Round a tensor as it will be stored; factors have the dtype of their file."""
-        return value if is_factor(source) else self.model.rounded(source, value)
 
     def chain(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn gradients with respect to :meth:`values` into those with respect to trained tensors.
@@ -126,13 +120,7 @@ class Trained:
         if not sources:
             return {}
         found = {sources[name]: gradient for name, gradient in gradients.items()}
-        parameters = self.parameters(index, layer)
-        for source, operator in self._low_rank[index].items():
-            above = (found[source].T if source in self._transposed[index] else found[source]).float()
-            a, b = (parameters.stored(operator + part, self._rounded).float() for part in (A, B))
-            with exact_products():
-                found |= {operator + A: b.T @ above, operator + B: above @ a.T}
-        return parameters.chain(found)
+        return self.parameters(index, layer).chain(found)
 
     def step(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> list[Tensor]:
         """Take one step of AdamW with the trained tensors of a layer.
@@ -185,9 +173,7 @@ class Trained:
         if not self._states.lazy("trained", index):
             return {}
         found = {}
-        for source, value in self.parameters(index, layer).rounded(self._rounded).items():
-            if is_factor(source):
-                continue
+        for source, value in self.parameters(index, layer).rounded(self.model.rounded).items():
             before = self.model.checkpoint.read(source)
             after = self.model.result(source, value).to(before.dtype)
             if source in self._pruned[index]:
@@ -196,17 +182,6 @@ class Trained:
             if not torch.equal(after, before):
                 found[source] = after
         return found
-
-    def factors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
-        """Return the trained factors of a layer's low-rank parts, rounded once, in main memory."""
-        if not self._low_rank[index]:
-            return {}
-        parameters = self.parameters(index, layer)
-        return {
-            operator + part: parameters.stored(operator + part, self._rounded).cpu()
-            for operator in self._low_rank[index].values()
-            for part in (A, B)
-        }
 
     def describe(self, index: int, layer: nn.Module) -> tuple[int, list[float]]:
         """Count the trained numbers of a layer, and list their tensors' first learning rates."""
@@ -250,13 +225,8 @@ class Trained:
             layer: the loaded layer of the input checkpoint.
             masters: trained tensors in place of the present ones.
         """
-        tensors: dict[str, Tensor] = {
-            source: layer.get_parameter(name) for name, source in self._sources[index].items()
-        }
-        for operator in self._low_rank[index].values():
-            tensors |= {operator + part: self._factors[operator + part].to(self.model.device) for part in (A, B)}
         return MaskedParameters(
-            tensors,
+            {source: layer.get_parameter(name) for name, source in self._sources[index].items()},
             self._pruned[index],
             self.form,
             transposed=self._transposed[index],
@@ -321,8 +291,6 @@ class Trained:
             FistaPrunerError: a tensor that this recipe does not train.
         """
         owner = {source: index for index, sources in enumerate(self._sources) for source in sources.values()}
-        for index, operators in enumerate(self._low_rank):
-            owner |= {operator + part: index for operator in operators.values() for part in (A, B)}
         found: dict[tuple[str, int], list[str]] = {}
         for full in tensors:
             kind, _, name = full.partition("/")

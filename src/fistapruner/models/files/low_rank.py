@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, entries, remove_folder, sampled_sha256, write_json_atomic
+from ...runtime.numerics import exact_products
 from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD
 from .folder import checkpoint_folder
 from .record import read_pruning_record
@@ -52,19 +53,14 @@ def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *
         operator: its name in the model.
         transposed: the sparse part is (n, m).
     """
-    a, b = (factors[operator + part].cpu() for part in (A, B))
-    return plus_product(sparse.cpu(), a, b, transposed=transposed)
+    return _sum(sparse.cpu(), factors, operator, transposed=transposed)
 
 
-def plus_product(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
-    """Add the product of the factors to a sparse part: fp32, on their device.
-
-    Args:
-        sparse: (m, n), or (n, m) where the checkpoint stores it so.
-        a: (r, n); ``b``: (m, r).
-        transposed: the sparse part is (n, m).
-    """
-    product = b.float() @ a.float()
+def _sum(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
+    """Do what :func:`sum_of_parts` does, on the device of the sparse part."""
+    a, b = (factors[operator + part].to(sparse.device).float() for part in (A, B))
+    with exact_products():
+        product = b @ a
     return sparse.float() + (product.T if transposed else product)
 
 
@@ -184,6 +180,8 @@ class LowRankAdapter:
     def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
         """Add the low-rank part of an operator to its weight; a parameter that has none is returned as it is.
 
+        The sum is fp32, on the weight's device.
+
         Args:
             parameter: its name in the model, ``NAME.weight``.
             weight: the sparse part, as the checkpoint stores it.
@@ -192,7 +190,7 @@ class LowRankAdapter:
         operator = parameter.removesuffix(".weight")
         if operator in self._left_out or operator + A not in self.factors:
             return weight
-        return sum_of_parts(weight, self.factors, operator, transposed=transposed)
+        return _sum(weight, self.factors, operator, transposed=transposed)
 
     def without(self, operators: Container[str]) -> LowRankAdapter:
         """Return the adapter with :meth:`added` changing no weight of these operators."""
