@@ -62,12 +62,13 @@ def low_rank_sentence(report: Report) -> str:
     return (
         f"Beside its zeros every pruned operator has a low-rank part of rank {totals.low_rank}: "
         f"{count(totals.low_rank_weights)} additional weights{beside} ({size(totals.low_rank_bytes)}), in a LoRA "
-        "adapter, a folder of its own. All figures are of the model with both parts."
+        "adapter, a folder of its own. Perplexity, divergence, task scores and errors are of both parts together; zeros "
+        "and the checkpoint's size are of the sparse part."
     )
 
 
 def low_rank_share(report: Report) -> str:
-    """Write what low-rank parts add to the weights of all pruned operators; empty where only some were trained."""
+    """Write what low-rank parts add to the operators' weights; empty where only some were trained."""
     totals = report.totals
     if report.recovery is not None or not (totals.low_rank_weights and totals.operator_weights):
         return ""
