@@ -62,8 +62,8 @@ def low_rank_sentence(report: Report) -> str:
     return (
         f"Beside its zeros every pruned operator has a low-rank part of rank {totals.low_rank}: "
         f"{count(totals.low_rank_weights)} additional weights{beside} ({size(totals.low_rank_bytes)}), in a LoRA "
-        "adapter, a folder of its own. Perplexity, divergence, task scores and errors are of both parts together, zeros "
-        "and the checkpoint's size of the sparse part."
+        "adapter, a folder of its own. Perplexity, divergence, task scores and errors are of both parts together, "
+        "zeros and the checkpoint's size of the sparse part."
     )
 
 
