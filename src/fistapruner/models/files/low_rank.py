@@ -47,11 +47,11 @@ def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *
 
     Args:
         sparse: (m, n), or (n, m) where the checkpoint stores it so.
-        factors: tensors by name, with the two of the operator.
+        factors: tensors in main memory by name, with the two of the operator.
         operator: its name in the model.
         transposed: the sparse part is (n, m).
     """
-    product = factors[operator + B].cpu().float() @ factors[operator + A].cpu().float()
+    product = factors[operator + B].float() @ factors[operator + A].float()
     return sparse.cpu().float() + (product.T if transposed else product)
 
 
