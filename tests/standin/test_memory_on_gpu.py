@@ -25,6 +25,7 @@ from fistapruner.execution.operator_parallel import ParallelSolver
 from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.serial import prune_serially
 from fistapruner.execution.worker import Worker
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import Permissions
@@ -34,6 +35,7 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runtime import transfers
+from fistapruner.sensitivity.fisher import DensePasses, measure_sensitivity
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")
@@ -326,3 +328,10 @@ def test_an_error_drops_what_was_read_ahead(gpu: StandIn, deep: Path) -> None:
         assert model._ahead
         raise KeyboardInterrupt
     assert not model._ahead
+
+
+def test_what_is_measured_on_the_dense_model_is_kept_in_main_memory(gpu: StandIn, deep: Path) -> None:
+    model = LayerwiseModel(Checkpoint.open(deep), CUDA)
+    passes = DensePasses(scratch_factory(None, model.dtype))
+    found = measure_sensitivity(model, discover(model), torch.arange(16).view(2, 8), passes)
+    assert {tensor.device.type for tensor in (*found.rows.values(), *found.outputs)} == {"cpu"}
