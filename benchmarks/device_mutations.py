@@ -143,8 +143,9 @@ class Runner:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        from standin.operators import facts
         from transformers import LlamaForCausalLM  # noqa: F401  (here, once, and not in every copy of the process)
+
+        from standin.operators import facts
 
         facts(torch.ops.aten.add.Tensor)
         noted, times = self.folder / "noted", self.folder / "times"
@@ -155,7 +156,7 @@ class Runner:
             times.write_text("".join(f"{seconds} {test}\n" for test, seconds in self.seconds.items()))
 
         if failed := self.failure(session, session.items, write_times):
-            raise SystemExit(f"the tests fail without a mutant:\n{failed}")
+            pytest.exit(f"the tests fail without a mutant:\n{failed}", 1)
         seconds = {test: float(taken) for taken, test in _pairs(times)}
         reached = set(_pairs(noted))
         print(f"{len(seconds)} tests in {sum(seconds.values()):.0f} s", flush=True)

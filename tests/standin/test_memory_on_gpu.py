@@ -29,8 +29,10 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import Permissions
+from fistapruner.planning.footprint import solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE
 from fistapruner.recipes.loading import load_recipe_settings, merge
+from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
@@ -335,3 +337,17 @@ def test_what_is_measured_on_the_dense_model_is_kept_in_main_memory(gpu: StandIn
     passes = DensePasses(scratch_factory(None, model.dtype))
     found = measure_sensitivity(model, discover(model), torch.arange(16).view(2, 8), passes)
     assert {tensor.device.type for tensor in (*found.rows.values(), *found.outputs)} == {"cpu"}
+
+
+def test_buffers_are_on_the_device_and_results_in_main_memory(gpu: StandIn, deep: Path) -> None:
+    model = LayerwiseModel(Checkpoint.open(deep), CUDA)
+    assert {buffer.device for buffer in model.model.buffers() if not buffer.is_meta} == {CUDA}
+    source = model.source(f"{model.layers_name}.0.mlp.up_proj.weight")
+    assert model.result(source, torch.ones(2, 2, device=CUDA)).device == torch.device("cpu")
+
+
+def test_the_small_solve_of_the_plan_is_on_the_device(gpu: StandIn) -> None:
+    """Some steps are computed differently there."""
+    recipe = Recipe.build({"method": "magnitude"})
+    assert solve_bytes([8], 16, [recipe.pattern], recipe.steps, CUDA) > 0
+    assert gpu.peak[CUDA] > 0

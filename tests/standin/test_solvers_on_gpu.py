@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from fistapruner.constraints import parse_sparsity
+from fistapruner.constraints import NM, parse_sparsity
 from fistapruner.constraints.selection import keep_n_of_m
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import DriftFrom, LayerProblem, ProblemSums
 from fistapruner.pruning.experts import routed_problem
 from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.settings import Recipe
+from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.conditioning import inverse_from_cholesky
 from fistapruner.solvers.low_rank import solve_low_rank
@@ -151,3 +152,7 @@ def test_an_expert_without_tokens_has_a_problem_on_the_device(gpu: StandIn) -> N
     group: Any = [SimpleNamespace(rows=4, columns=6)]
     found = routed_problem(ProblemSums(torch.ones(4, 6, device=LAST)), ["a"], group, 0.0)
     assert solve(found, "50%", "wanda").weight.device == torch.device(LAST)
+
+
+def test_an_order_of_channels_that_is_none_is_on_the_device(gpu: StandIn) -> None:
+    assert channel_order(torch.ones(3, 4, device=LAST), NM(2, 4)).device == torch.device(LAST)
