@@ -17,6 +17,7 @@ from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.execution.executors import _pool
 from fistapruner.execution.worker import Worker
 from fistapruner.models.source import Permissions
+from fistapruner.models.whole import load_whole
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
@@ -202,6 +203,7 @@ def test_small_tensors_are_sent_without_page_locked_memory_too(gpu: StandIn, mon
 def test_models_write_on_a_gpu(gpu: StandIn, tmp_path: Path) -> None:
     """Prompts are continued, and decoding is timed."""
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    assert load_whole(folder, torch.device("cuda:0")).device == torch.device("cuda:0")
     models = {"dense": folder, "pruned": folder}
     there, here = (
         generate_side_by_side(models, torch.device(device), prompts=("once upon",), tokens=2)

@@ -29,10 +29,11 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import Permissions
-from fistapruner.planning.footprint import solve_bytes
+from fistapruner.planning.footprint import removal_bytes, solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE
 from fistapruner.recipes.loading import load_recipe_settings, merge
 from fistapruner.recipes.settings import Recipe
+from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
@@ -346,8 +347,9 @@ def test_buffers_are_on_the_device_and_results_in_main_memory(gpu: StandIn, deep
     assert model.result(source, torch.ones(2, 2, device=CUDA)).device == torch.device("cpu")
 
 
-def test_the_small_solve_of_the_plan_is_on_the_device(gpu: StandIn) -> None:
+def test_the_small_solves_of_the_plan_are_on_the_device(gpu: StandIn) -> None:
     """Some steps are computed differently there."""
     recipe = Recipe.build({"method": "magnitude"})
     assert solve_bytes([8], 16, [recipe.pattern], recipe.steps, CUDA) > 0
     assert gpu.peak[CUDA] > 0
+    assert removal_bytes(8, 16, 8, Structure(remove="mlp=8"), CUDA, biased=True) > 0
