@@ -20,6 +20,7 @@ from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.conditioning import inverse_from_cholesky
 from fistapruner.solvers.low_rank import solve_low_rank
+from fistapruner.structured.units import MLP, Unit
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
 
@@ -156,3 +157,10 @@ def test_an_expert_without_tokens_has_a_problem_on_the_device(gpu: StandIn) -> N
 
 def test_an_order_of_channels_that_is_none_is_on_the_device(gpu: StandIn) -> None:
     assert channel_order(torch.ones(3, 4, device=LAST), NM(2, 4)).device == torch.device(LAST)
+
+
+def test_kept_rows_are_in_main_memory(gpu: StandIn) -> None:
+    """They choose among weights of rows, which are there."""
+    consumer: Any = SimpleNamespace(columns=4)
+    unit = Unit(MLP, ("up",), (1,), (1,), consumer)
+    assert torch.ones(4)[unit.kept_rows(torch.arange(2, device=LAST))["up"]].tolist() == [1.0, 1.0]
