@@ -10,7 +10,7 @@ environment says which is at work. First all tests of ``tests/standin`` run with
 moves a tensor at which of these places, or makes one on a GPU there. Then, for each mutant, the tests that were noted
 run, the quickest first, until one fails, in a copy of the process that has imported them all. Prints each mutant with
 ``caught``, ``missed`` or ``not reached`` (no test moves anything there) and, at the end, a Markdown table by room of
-the package.
+the package. Calls that name more than a device by keywords, such as ``non_blocking``, are not among the mutants.
 """
 
 from __future__ import annotations
