@@ -274,7 +274,6 @@ class LayerProblem:
             FistaPrunerError: no channel is kept, or one is out of range or named twice.
         """
         n = self.shape[1]
-        keep = keep.to(self.weight.device)
         if not keep.numel() or int(keep.min()) < 0 or int(keep.max()) >= n or len(keep.unique()) != len(keep):
             raise FistaPrunerError(f"{self.label}: the kept channels are not distinct places among {n} inputs")
         dropped = torch.ones(n, dtype=torch.bool, device=keep.device)

@@ -5,8 +5,8 @@
 
 * an operator on tensors of different devices raises, by PyTorch's own rules; so do ``numpy()``, a generator of another
   device, an operator without a CUDA kernel, and more bytes than the GPU has (``torch.OutOfMemoryError``);
-* every wait of the host for the device (``item``, ``nonzero``, a mask as index, copies between host and device) is
-  counted with the line of the package that asked for it, and so are the bytes that are copied;
+* every wait of the host for the device (``item``, ``nonzero``, a mask or a CPU tensor as index, copies between host
+  and device) is counted with the line of the package that asked for it, and so are the bytes that are copied;
 * copies between page-locked memory and a device that are not to block are queued where they are made on a stream of
   their own, and made when something waits for it: what is read before is NaN;
 * operators that CUDA does not compute in a fixed order are counted;
@@ -450,6 +450,8 @@ class StandIn(TorchDispatchMode):
             if not isinstance(args[0], DeviceTensor):
                 raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
             tensors = [args[0], *args[2:3]]
+            if here := [item for item in args[1] if isinstance(item, torch.Tensor) and item.is_cpu]:
+                self.wait("to device", sum(item.nbytes for item in here))
             if any(isinstance(item, torch.Tensor) and item.dtype == torch.bool for item in args[1]):
                 self.wait(known.name)
         places = {item.device for item in tensors if isinstance(item, DeviceTensor) or item.dim() or not known.scalars}

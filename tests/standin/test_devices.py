@@ -13,14 +13,17 @@ from torch import nn
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.execution.executors import _pool
 from fistapruner.execution.worker import Worker
 from fistapruner.models.source import Permissions
+from fistapruner.models.whole import load_whole
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
 from fistapruner.runtime.ranks import Ranks, _check_gpus, ranks_of_run
-from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked
+from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked, sent
+from fistapruner.sparse.speed import measure_speed
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -185,3 +188,26 @@ def test_a_packed_operator_warns_on_a_gpu(gpu: StandIn) -> None:
         with pytest.warns(UserWarning, match="unpacked on the CPU for every product on cuda:0: .*packed=False"):
             found = packed(x.to("cuda:0"))
         assert torch.allclose(found.cpu(), expected, atol=1e-5)
+
+
+def test_small_tensors_are_sent_without_page_locked_memory_too(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no page-locked memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    there = sent(torch.ones(3), torch.device("cuda", 1))
+    assert there.device == torch.device("cuda", 1)
+    assert sent(there, torch.device("cpu")).device == torch.device("cpu")
+
+
+def test_models_write_on_a_gpu(gpu: StandIn, tmp_path: Path) -> None:
+    """Prompts are continued, and decoding is timed."""
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    assert load_whole(folder, torch.device("cuda:0")).device == torch.device("cuda:0")
+    models = {"dense": folder, "pruned": folder}
+    there, here = (
+        generate_side_by_side(models, torch.device(device), prompts=("once upon",), tokens=2)
+        for device in ("cuda:0", "cpu")
+    )
+    assert there == here
+    assert measure_speed(tiny.build("llama").to("cuda:0"), prompt=5, tokens=2, runs=1).device == "cuda"

@@ -88,3 +88,12 @@ def test_a_closed_file_has_all_batches(gpu: StandIn, tmp_path: Path) -> None:
     values = fill(states, 3)
     states.close(keep=True)
     assert (tmp_path / "states").read_bytes() == values.numpy().tobytes()
+
+
+def test_states_on_the_device_go_to_main_memory(gpu: StandIn) -> None:
+    states = HiddenStates(SHAPE, torch.float32, device=CUDA)
+    values = fill(states, 3)
+    assert torch.equal(states.read(2, 4, torch.device("cpu")), values[2:4])
+    assert states.read(2, 4).device == CUDA
+    states.to_main_memory()
+    assert states.read(2, 4).device == torch.device("cpu")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fistapruner
 import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.calibration.training_text import TrainingText
@@ -18,12 +19,16 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runtime.numerics import Budgets
+from fistapruner.tuning.forms import Spp
 from fistapruner.tuning.losses import TokenLoss
 from fistapruner.tuning.objective import Objective
+from fistapruner.tuning.states import FileStates
 from fistapruner.tuning.steppers import FirstOrder
 from fistapruner.tuning.teacher import PredictionKind, Teacher
 from fistapruner.tuning.trained import Trained
+from fistapruner.tuning.zeroth_order import Directions
 from standin.gpu import StandIn
+from standin.hardware import LAST
 
 CUDA = torch.device("cuda:0")
 
@@ -136,3 +141,41 @@ def test_batches_are_sent_without_a_wait(gpu: StandIn, tmp_path: Path) -> None:
         gpu.waits.clear()
         objective.gradient([0, 1], values, lambda index, layer, gradients: None)
     assert "to device" not in {what for what, _ in gpu.waits}
+
+
+def test_spp_and_directions_in_a_subspace_are_the_cpus_but_for_random_numbers(gpu: StandIn) -> None:
+    weight, form = torch.arange(24.0).view(6, 4), Spp(2, 2.0)
+    trained = form.start(weight, weight != 0, torch.Generator().manual_seed(0))
+    trained["b"] += 1
+    there = {name: value.to(CUDA) for name, value in trained.items()}
+    torch.testing.assert_close(
+        form.weight(weight.to(CUDA), weight.to(CUDA) != 0, there).cpu(), form.weight(weight, weight != 0, trained)
+    )
+    assert Directions(0, 2).matrix(1, "w", 6, 4, CUDA).device == CUDA
+
+
+def test_zeros_of_a_model_that_moves_to_gpus_are_held(gpu: StandIn) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for part in model:
+        part.weight.data[:, :2] = 0
+    with fistapruner.hold_mask(model) as held:
+        for part, device in zip(model, (CUDA, LAST), strict=True):
+            part.to(device)(torch.ones(3, 4, device=device)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert held.operators == ("0.weight", "1.weight")
+    for part in model:
+        assert (part.weight == 0).tolist() == [[True, True, False, False]] * 4
+
+
+def test_trained_tensors_in_files_come_back_to_the_device(gpu: StandIn, tmp_path: Path) -> None:
+    """Their checksum is that of those in memory."""
+    model, values = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA), torch.arange(6.0)
+    checksums = set()
+    for states in (None, tmp_path / "states"):
+        trained = Trained(model, discover(model), RecoverRecipe.build({"parameters": "full"}), states)
+        trained.replace(0, {"a": values.to(CUDA)})
+        checksums.add(trained.digest())
+    assert len(checksums) == 1
+    files = FileStates(tmp_path / "states", CUDA)
+    files.put("trained", 0, {"a": values.to(CUDA)})
+    assert files.get("trained", 0)["a"].device == CUDA

@@ -164,10 +164,10 @@ def test_channels_are_removed(gpu: StandIn, model: Path, tmp_path: Path) -> None
 
 
 def test_channels_that_goa_chooses(gpu: StandIn, model: Path, tmp_path: Path) -> None:
-    report = prune(model, tmp_path / "run", structure={"remove": "mlp=25%", "multiple": 4, "method": "goa"})
-    assert [(removal.method, removal.after) for layer in report.layers for removal in layer.removals] == [
-        ("goa", 36)
-    ] * 2
+    structure = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "goa"}
+    report = prune(model, tmp_path / "run", structure=structure, weighting="fisher")
+    found = {(removal.method, removal.after) for layer in report.layers for removal in layer.removals}
+    assert found == {("goa", 36), ("goa", 1)}
     assert not gpu.unordered
 
 
@@ -235,3 +235,35 @@ def test_alignment(gpu: StandIn, model: Path, tmp_path: Path) -> None:
 def test_experts_are_removed(gpu: StandIn, tmp_path: Path) -> None:
     report = prune(tiny.save("qwen3_moe", tmp_path / "model"), tmp_path / "run", structure="experts=25%")
     assert [removal.after for layer in report.layers for removal in layer.removals] == [3, 3]
+
+
+def test_experts_are_pruned(gpu: StandIn, tmp_path: Path) -> None:
+    """In an order of channels that an n:m pattern asks for."""
+    folder = tiny.save("qwen3_moe", tmp_path / "model", num_hidden_layers=1)
+    prune(folder, tmp_path / "run", method="magnitude", sparsity="2:4", permutation="channels")
+    assert not inspect_checkpoint(tmp_path / "run" / "model").violations
+
+
+def test_zeros_and_low_rank_parts(gpu: StandIn, model: Path, tmp_path: Path) -> None:
+    """The evaluation of the sum is that of a CPU."""
+    prune(model, tmp_path / "run", method="magnitude", low_rank=2, reconstruct=1)
+    found, here = (
+        fistapruner.evaluate(tmp_path / "run" / "model", "python", windows=2, seqlen=16, device=device)
+        for device in (GPU, "cpu")
+    )
+    assert found.perplexity is not None
+    assert here.perplexity is not None
+    assert found.perplexity.nll == pytest.approx(here.perplexity.nll, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["obs", "bypass"])
+def test_what_is_measured_on_the_dense_model_decides(gpu: StandIn, model: Path, tmp_path: Path, method: str) -> None:
+    """Of the channels that stay, an n:m pattern takes the order that suits it."""
+    structure: dict[str, Any] = {"remove": "mlp=25%", "multiple": 4, "method": "bypass", "steps": 2}
+    if method == "obs":
+        structure = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "obs", "widths": "free"}
+    zeros = {"method": "magnitude", "sparsity": "2:4", "permutation": "channels"}
+    calibration = {"source": "python", "samples": 2, "seqlen": 16}
+    report = prune(model, tmp_path / "run", structure=structure, calibration=calibration, **zeros)
+    assert all(layer.removals for layer in report.layers)
+    assert not gpu.unordered

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fistapruner.constraints import parse_sparsity
+from fistapruner.constraints import NM, parse_sparsity
 from fistapruner.constraints.selection import keep_n_of_m
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import DriftFrom, LayerProblem, ProblemSums
+from fistapruner.pruning.experts import routed_problem
 from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.settings import Recipe
+from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.conditioning import inverse_from_cholesky
 from fistapruner.solvers.low_rank import solve_low_rank
+from fistapruner.structured.units import MLP, Unit
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
 
@@ -41,6 +45,7 @@ def test_the_result_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None
     for stats, expected in zip(solution.stats, there.stats, strict=True):
         assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=0.03)
     assert not gpu.unordered
+    assert not any(place.startswith("solvers/refit.py") for _, place in gpu.moved)
 
 
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
@@ -142,3 +147,20 @@ def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str)
         solve(problem("cuda:0"), sparsity, [{"proximal": {"steps": steps, "refit": 2 * steps}}])
         waits.append(Counter(gpu.waits))
     assert waits[0] == waits[1]
+
+
+def test_an_expert_without_tokens_has_a_problem_on_the_device(gpu: StandIn) -> None:
+    group: Any = [SimpleNamespace(rows=4, columns=6)]
+    found = routed_problem(ProblemSums(torch.ones(4, 6, device=LAST)), ["a"], group, 0.0)
+    assert solve(found, "50%", "wanda").weight.device == torch.device(LAST)
+
+
+def test_an_order_of_channels_that_is_none_is_on_the_device(gpu: StandIn) -> None:
+    assert channel_order(torch.ones(3, 4, device=LAST), NM(2, 4)).device == torch.device(LAST)
+
+
+def test_kept_rows_are_in_main_memory(gpu: StandIn) -> None:
+    """They choose among weights of rows, which are there."""
+    consumer: Any = SimpleNamespace(columns=4)
+    unit = Unit(MLP, ("up",), (1,), (1,), consumer)
+    assert torch.ones(4)[unit.kept_rows(torch.arange(2, device=LAST))["up"]].tolist() == [1.0, 1.0]

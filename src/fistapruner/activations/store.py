@@ -83,7 +83,7 @@ class HiddenStates:
             return self._memory[start:stop].to(device or self._memory.device, dtype or self.dtype, copy=True)
         out = torch.empty(stop - start, self.seqlen, self.width, dtype=self.dtype)
         self._read_file([start * self.seqlen], out)
-        return out.to(device or CPU, dtype or self.dtype)
+        return out.to(dtype or self.dtype)
 
     def _read_file(self, places: Sequence[int], out: Tensor) -> None:
         """Read equal parts of ``out``, one from each of ``places``: numbers of tokens of all windows."""
@@ -144,7 +144,7 @@ class HiddenStates:
             self._read_file([start * self.seqlen + row for row in rows.tolist()], out)
             return out.to(device or CPU, non_blocking=True)
         within = self._memory[start:stop].flatten(0, 1)
-        return within[rows.to(within.device)].to(device or within.device)
+        return within[rows].to(device or within.device)
 
     def write(self, start: int, values: Tensor) -> None:
         """Store windows from ``start`` on: (count, seqlen, width).
@@ -179,7 +179,7 @@ class HiddenStates:
         if self._memory is not None:
             self._memory[start : start + len(values)] = values
             return
-        values = values.to(device="cpu", dtype=self.dtype).contiguous()
+        values = values.to(self.dtype).contiguous()
         view = memoryview(values.view(torch.uint8).numpy().data).cast("B")
         assert self.file is not None
         with disk_errors(self.file):

@@ -193,7 +193,7 @@ def _sample(
                 raise _cannot(model, "it does not use its key-value cache")
             if not bool(finite):
                 raise _cannot(model, f"its logits are NaN or infinite (damaged weights, or {model.dtype} overflows)")
-            tokens[:, column] = drawn.cpu()
+            tokens[:, column] = drawn
             ended = (before == (-1 if vocabulary.end is None else vocabulary.end)) & ~began
             tokens[ended, column] = vocabulary.begin(int(ended.sum()), random)
             began = ended

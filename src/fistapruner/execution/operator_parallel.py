@@ -76,9 +76,7 @@ class ParallelSolver:
             log.warning("the GPU memory of all workers ran out at %s, which this process solves", problem.label)
             solution = solve_in_parts(problem, sparsity, steps)
         else:
-            solution = join(
-                problem, parts, (_read_solution(self._folder / job.solution, problem.weight.device) for job in jobs)
-            )
+            solution = join(problem, parts, (_read_solution(self._folder / job.solution) for job in jobs))
         for name in [GRAM, *(name for job in jobs for name in (job.problem, job.solution))]:
             (self._folder / name).unlink(missing_ok=True)
         return solution
@@ -129,10 +127,8 @@ def do_part(job: PartJob, folder: Path, steps: Sequence[Method], device: torch.d
     write_tensors(folder / job.solution, tensors, {"record": json.dumps(record)})
 
 
-def _read_solution(path: Path, device: torch.device) -> Solution:
+def _read_solution(path: Path) -> Solution:
     """Read the solution of a part."""
     file = SafetensorsFile(path)
     record = json.loads(file.metadata["record"])
-    return Solution(
-        file.read("weight").to(device), file.read("mask").to(device), (record["stats"],), tuple(record["warnings"])
-    )
+    return Solution(file.read("weight"), file.read("mask"), (record["stats"],), tuple(record["warnings"]))

@@ -102,9 +102,8 @@ def _cut(
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
     """
     model, layer, settings = context.model, context.model.layers[index], context.recipe.structure
-    places = keep.cpu()
-    tensors = unit.tensors(layer, places)
-    cut_channels(layer, unit, places)
+    tensors = unit.tensors(layer, keep)
+    cut_channels(layer, unit, keep)
     target = unit.consumer.weight(layer)
     target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, unit.consumer)}.weight"), weight))
     weight.copy_(target)
@@ -125,7 +124,7 @@ def _cut(
         else:
             dim, stay = tensors[name]
             record.weights[source] = model.checkpoint.read(source).index_select(dim, stay)
-    record.rows |= unit.kept_rows(places)
+    record.rows |= unit.kept_rows(keep)
     record.warnings += removal.warnings
     record.removals.append(
         RemovalEntry(

@@ -81,7 +81,7 @@ def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int 
             chunks = [members[first::count] for first in range(count)]
             chosen = [pool.submit(_assign, _gains(few, chunk, place, pattern)) for chunk in chunks]
             for chunk, assigned in zip(chunks, chosen, strict=True):
-                chunk[:, place] = chunk[assigned.result().to(members.device), place]
+                chunk[:, place] = chunk[assigned.result(), place]
     order = members.reshape(-1)
     return order if kept_share(scores[:, order], pattern) > kept_share(scores, pattern) else identity
 

@@ -72,13 +72,13 @@ def head_rotation(link: Link, reader: Tensor, gram: Tensor, pattern: NM, writer:
     rotation = (left @ right).float()
     kept = scores(rotation)[0].view(blocks, -1, channels)
     orders = torch.stack([channel_order(block, pattern) for block in kept])
-    ordered: Tensor = rotation.gather(2, orders[:, None].expand(-1, channels, -1).to(rotation.device)).contiguous()
+    ordered: Tensor = rotation.gather(2, orders[:, None].expand(-1, channels, -1)).contiguous()
     return ordered
 
 
 def rotated_energy(link: Link, gram: Tensor, rotation: Tensor) -> Tensor:
     """Compute the (columns,) mean squared inputs of an operator after its heads are rotated."""
-    return _energy(_grams_of_heads(link, gram), rotation.to(gram.device)).reshape(-1)
+    return _energy(_grams_of_heads(link, gram), rotation).reshape(-1)
 
 
 def _energy(grams: Tensor, rotation: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Permutations:
                 changed.append((order, reorder(reader, 1, order).square() * rotated_energy(link, gram, order)))
             if written is None or self._others:  # what makes the channels may be left dense
                 order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
-                changed.append((order, scores[:, link.places(order)[1].to(scores.device)]))
+                changed.append((order, scores[:, link.places(order)[1]]))
             self._found[name] = []
             for order, after in changed:
                 shares = {

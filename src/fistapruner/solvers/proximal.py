@@ -90,7 +90,7 @@ class Proximal(Method):
         paths: list[list[Stats]] = [[] for _ in sparsity]
         for length in layouts:
             chosen = [i for i, pattern in enumerate(sparsity) if pattern.group_length == length]
-            rows = torch.cat([torch.arange(starts[i], starts[i] + problem.rows[i]) for i in chosen]).to(weight.device)
+            rows = torch.cat([torch.arange(starts[i], starts[i] + problem.rows[i]) for i in chosen])
             whole = len(chosen) == len(sparsity)
             dense = (problem.weight if whole else problem.weight[rows]) * scale
             drift_gradient = problem.drift_gradient

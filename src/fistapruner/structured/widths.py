@@ -156,7 +156,7 @@ def error_curves(
         share = choose_shrink(known, keep, settings, biased=biased)[0]
         problem = shrunk(problem.weighted(fisher.clamp_min(floor)), share)
         count = limits[slot.places.start][1] * steps[unit.kind]
-        found[unit.kind, name] = eliminate(problem, count, unit.columns).costs.cpu() / 2
+        found[unit.kind, name] = eliminate(problem, count, unit.columns).costs / 2
 
     gather_inputs(model, few, tokens, passes, InputSums(lambda weight: _WindowSums(weight, *tokens.shape), done))
     return found

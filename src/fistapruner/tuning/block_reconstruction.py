@@ -270,7 +270,7 @@ class _Loss:
 
     @classmethod
     def of(cls, model: LayerwiseModel, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None) -> _Loss:
-        loss = cls(model.device, source, wanted, _root(metric, model.device), torch.ones((), device=model.device))
+        loss = cls(model.device, source, wanted, _root(metric, model.device), torch.ones(()))
         loss.limit = loss.energy(loss.target(0) - loss.inputs(0).float()).median().clamp_min(1e-30)
         return loss
 

@@ -49,7 +49,7 @@ def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *
 
     Args:
         sparse: (m, n), or (n, m) where the checkpoint stores it so.
-        factors: tensors by name, with the two of the operator.
+        factors: tensors in main memory by name, with the two of the operator.
         operator: its name in the model.
         transposed: the sparse part is (n, m).
     """
