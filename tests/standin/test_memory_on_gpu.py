@@ -123,13 +123,13 @@ def test_an_evaluation_takes_no_more_windows_than_fit(
     """It halves its batch where memory runs out. It begins with those of the run, where that has fewer."""
     text = tmp_path / "text.txt"
     text.write_text("it was the best of times, it was the worst of times. " * 200)
-    settings: dict[str, Any] = {"method": "magnitude", "evaluate": str(text), "evaluate_windows": 64}
+    settings: dict[str, Any] = {"method": "magnitude", "evaluate": str(text), "evaluate_windows": 32}
     whole = prune(deep, tmp_path / "whole", **settings)
-    less = gpu.peak[CUDA] // 2  # the peak is that of the evaluation: 64 windows at a time
+    less = gpu.peak[CUDA] // 2  # the peak is that of the evaluation: 32 windows at a time
     gpu.refused = 0
     report = prune(deep, tmp_path / "run", listener=Shrinking(gpu, less, after=2), **settings)
     assert gpu.refused > 0
-    assert "evaluation: the memory of cuda:0 ran out with 64 windows at a time; it goes on with 32" in caplog.text
+    assert "evaluation: the memory of cuda:0 ran out with 32 windows at a time; it goes on with 16" in caplog.text
     (found,), (expected,) = report.evaluations, whole.evaluations
     assert found.perplexity is not None
     assert expected.perplexity is not None
