@@ -115,12 +115,11 @@ def _differentiate(
 def forward_backward(
     model: LayerwiseModel,
     tokens: Tensor,
-    batch_size: int,
+    calls: Calls,
     above: Callable[[int, Tensor], Tensor],
     values: Values,
     take: Take,
     done: Done,
-    calls: Calls | None = None,
 ) -> None:
     """Run every window through the whole model and take a gradient back; no layer runs twice.
 
@@ -130,15 +129,13 @@ def forward_backward(
     Args:
         model: the model.
         tokens: (windows, seqlen) token ids.
-        batch_size: windows in one pass.
+        calls: how decoder layers are called, as far as it is recorded.
         above: receives (first window of the batch, output of the last layer); returns the gradient with respect to it.
         values: gives the tensors to use in place of a layer's parameters.
         take: as for :func:`backward`; receives the gradients of all layers for one batch, then those for the next.
         done: called for each decoder layer, from the last to the first, after all batches.
-        calls: as for :func:`~.stream.embed`.
     """
     with model.resident():
-        calls = calls or Calls(batch_size, {})
         calls.record(model, *tokens.shape)
         leaves = [
             {name: value.detach().requires_grad_() for name, value in values(index, layer).items()}

@@ -213,8 +213,7 @@ class Objective:
     def _walk_once(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer once and keep its graph."""
         with self._ends():
-            calls = self._calls_of(tokens.shape[1])
-            forward_backward(self.model, tokens, calls.batch_size, above, values, take, done, calls)
+            forward_backward(self.model, tokens, self._calls_of(tokens.shape[1]), above, values, take, done)
 
     def _walk_twice(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer forwards, and again on the way back."""
