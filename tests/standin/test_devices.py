@@ -23,7 +23,7 @@ from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, work
 from fistapruner.runtime.numerics import exact_in_fast_products
 from fistapruner.runtime.ranks import Ranks, _check_gpus, ranks_of_run
 from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked, sent
-from fistapruner.sparse.speed import measure_speed
+from fistapruner.sparse.speed import prompts, time_generation
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -210,4 +210,5 @@ def test_models_write_on_a_gpu(gpu: StandIn, tmp_path: Path) -> None:
         for device in ("cuda:0", "cpu")
     )
     assert there == here
-    assert measure_speed(tiny.build("llama").to("cuda:0"), prompt=5, tokens=2, runs=1).device == "cuda"
+    model = tiny.build("llama").to("cuda:0")
+    assert time_generation(model, prompts(model, 1, 5, seed=0), 2)

@@ -16,6 +16,7 @@ from fistapruner.calibration.training_text import TrainingText
 from fistapruner.evaluation.scoring import compare_tokens, score_tokens
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.low_rank import LowRankAdapter
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runtime.numerics import Budgets
@@ -41,6 +42,27 @@ def text_of(tokens: Tensor) -> TrainingText:
 
 def values(index: int, layer: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+
+def test_factors_of_low_rank_parts_are_moved_once(gpu: StandIn, tmp_path: Path) -> None:
+    """A recovery has the losses of the CPU; its passes do not wait for the factors."""
+    text = {"source": "python", "samples": 2, "seqlen": 16}
+    dense, execution = tiny.save("llama", tmp_path / "dense", num_hidden_layers=2), {"device": "cuda:0"}
+    settings = {"sparsity": "2:4", "method": "magnitude", "low_rank": 2, "evaluate": None, "execution": execution}
+    fistapruner.prune(dense, tmp_path / "run", calibration=text, **settings)
+    data = {"source": "python", "seqlen": 16, "tokens": 400}
+    training = {"steps": 3, "windows_per_step": 2, "data": data, "evaluate": None}
+    gpu.waits.clear()
+    there = fistapruner.recover(tmp_path / "run", tmp_path / "there", execution=execution, **training)
+    factors = LowRankAdapter.beside(tmp_path / "run" / "model")
+    assert factors is not None
+    of_factors = [count for (_, place), count in Counter(gpu.waits).items() if "low_rank.py" in place]
+    assert sum(of_factors) <= 2 * len(factors.factors)  # once for the plan, once for the training
+    here = fistapruner.recover(tmp_path / "run", tmp_path / "here", execution={"device": "cpu"}, **training)
+    assert there.recovery is not None
+    assert here.recovery is not None
+    assert there.recovery.kept_step
+    assert there.recovery.checks[-1].held_out == pytest.approx(here.recovery.checks[-1].held_out, rel=1e-4)
 
 
 @pytest.mark.parametrize(

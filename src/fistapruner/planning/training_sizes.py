@@ -306,7 +306,8 @@ class TrainingSizes:
         base = 0 if model.cuda else model.base
         stores = self._stores(choice)
         hidden = {name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in stores.items()}
-        state = 0 if choice.states_on_disk else self.state
+        factors = 0 if self.task.low_rank is None else self.task.low_rank.nbytes
+        state = 0 if choice.states_on_disk else self.state + factors
         at_hand = 3 * form.trained_layer if choice.states_on_disk else 0  # of the layer at work, read from its files
         loaded = base + model.ends + state + form.frames + (2 * batch + 1) * model.calls
         layer = loaded + (model.weights if choice.resident else model.layer)

@@ -16,6 +16,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import FistaPrunerError
@@ -191,6 +192,12 @@ class LowRankAdapter:
         if operator in self._left_out or operator + A not in self.factors:
             return weight
         return _sum(weight, self.factors, operator, transposed=transposed)
+
+    def loaded(self, device: torch.device) -> LowRankAdapter:
+        """Return the adapter with all factors on a device."""
+        part, kept = copy(self), {name: factor.to(device) for name, factor in self.factors.items()}
+        part.factors = LazyTensors(self.factors.entries, kept.__getitem__)
+        return part
 
     def without(self, operators: Container[str]) -> LowRankAdapter:
         """Return the adapter with :meth:`added` changing no weight of these operators."""
