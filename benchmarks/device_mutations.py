@@ -156,7 +156,8 @@ class Runner:
             times.write_text("".join(f"{seconds} {test}\n" for test, seconds in self.seconds.items()))
 
         if failed := self.failure(session, session.items, write_times):
-            pytest.exit(f"the tests fail without a mutant:\n{failed}", 1)
+            print(f"the tests fail without a mutant:\n{failed}", flush=True)
+            pytest.exit("they fail", 1)
         seconds = {test: float(taken) for taken, test in _pairs(times)}
         reached = set(_pairs(noted))
         print(f"{len(seconds)} tests in {sum(seconds.values()):.0f} s", flush=True)

@@ -211,4 +211,4 @@ def test_models_write_on_a_gpu(gpu: StandIn, tmp_path: Path) -> None:
     )
     assert there == here
     model = tiny.build("llama").to("cuda:0")
-    assert time_generation(model, prompts(model, 1, 5, seed=0), 2)
+    assert time_generation(model, prompts(model, 1, 5, seed=0).to(model.device), 2)

@@ -18,6 +18,7 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.whole import load_whole
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runtime.numerics import Budgets
 from fistapruner.tuning.forms import Spp
@@ -58,6 +59,8 @@ def test_factors_of_low_rank_parts_are_moved_once(gpu: StandIn, tmp_path: Path) 
     assert factors is not None
     of_factors = [count for (_, place), count in Counter(gpu.waits).items() if "low_rank.py" in place]
     assert sum(of_factors) <= 2 * len(factors.factors)  # once for the plan, once for the training
+    whole = [load_whole(tmp_path / "run" / "model", device).state_dict() for device in (CUDA, torch.device("cpu"))]
+    assert all(torch.equal(tensor.cpu(), whole[1][name]) for name, tensor in whole[0].items())
     here = fistapruner.recover(tmp_path / "run", tmp_path / "here", execution={"device": "cpu"}, **training)
     assert there.recovery is not None
     assert here.recovery is not None

@@ -58,8 +58,8 @@ def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *
 
 
 def _sum(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
-    """Do what :func:`sum_of_parts` does, on the device of the sparse part."""
-    a, b = (factors[operator + part].to(sparse.device).float() for part in (A, B))
+    """Do what :func:`sum_of_parts` does, on the device of all three."""
+    a, b = (factors[operator + part].float() for part in (A, B))
     with exact_products():
         product = b @ a
     return sparse.float() + (product.T if transposed else product)
@@ -191,7 +191,8 @@ class LowRankAdapter:
         operator = parameter.removesuffix(".weight")
         if operator in self._left_out or operator + A not in self.factors:
             return weight
-        return _sum(weight, self.factors, operator, transposed=transposed)
+        factors = {operator + part: self.factors[operator + part].to(weight.device) for part in (A, B)}
+        return _sum(weight, factors, operator, transposed=transposed)
 
     def loaded(self, device: torch.device) -> LowRankAdapter:
         """Return the adapter with all factors on a device."""
