@@ -8,6 +8,7 @@ per token. After an end-of-text token a new text begins at once; other special t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import weakref
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import find_decoder_layers
+from ..models.architecture import auto_class, find_decoder_layers
 from ..models.coupling import named_size
 from ..models.layerwise import LayerwiseModel
 from ..runtime.transfers import sent
@@ -29,13 +31,16 @@ TEXT_LENGTH = 512
 """Tokens of a generated text, at most."""
 
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**32
-"""Bytes of keys and values of a batch, at most: on a CPU, and of a large model on a GPU (:func:`batch_size`)."""
+"""Bytes of the cache of a batch, at most: on a CPU, and of a large model on a GPU (:func:`batch_size`)."""
 
 CACHE_SHARE = 1 / 8
-"""Bytes of keys and values of a batch on a GPU, as a share of those of the decoder layers' weights."""
+"""Bytes of the cache of a batch on a GPU, as a share of those of the decoder layers' weights."""
 
 MAX_BATCH = 128
 """Texts of a batch, at most."""
+
+MEASURED = 16
+"""Tokens of the shorter of two texts of which the cache is measured; the other has twice as many."""
 
 
 def generate_tokens(
@@ -72,7 +77,7 @@ def generate_tokens(
     vocabulary = _Vocabulary(tokenizer, int(model.config.get_text_config().vocab_size))
     pieces, length = _texts(seqlen, text_length)
     texts = samples * pieces
-    batch = batch_size(model, length)
+    batch = batch_size(model, _cached_bytes(model, length))
     parts = []
     for start in range(0, texts, batch):
         count = min(batch, texts - start)
@@ -85,29 +90,34 @@ def generate_tokens(
     return torch.cat(parts).view(samples, pieces * length)[:, :seqlen].contiguous()
 
 
-def batch_size(model: Any, length: int) -> int:
-    """Choose how many texts are generated at once: their keys and values take :data:`CACHE_BYTES` at most.
+def batch_size(model: Any, each: int) -> int:
+    """Choose how many texts are generated at once: their cache takes :data:`CACHE_BYTES` at most.
 
-    Small batches leave a GPU idle. There they take :data:`CACHE_SHARE` of the layers' weights if that is more, up to
+    Small batches leave a GPU idle. There it takes :data:`CACHE_SHARE` of the layers' weights if that is more, up to
     :data:`CUDA_CACHE_BYTES`: a GPU that holds the model has as a rule that much left.
+
+    Args:
+        model: the model that generates.
+        each: bytes of the cache of a text.
     """
     room = CACHE_BYTES
     if model.device.type == "cuda":
         room = max(room, min(CUDA_CACHE_BYTES, int(CACHE_SHARE * _layer_bytes(model))))
-    return max(1, min(MAX_BATCH, room // max(_cached_bytes(model, length), 1)))
+    return max(1, min(MAX_BATCH, room // max(each, 1)))
 
 
 def generation_bytes(model: Any, samples: int, seqlen: int) -> int:
-    """Count the bytes that :func:`generate_tokens` needs beside the weights: keys and values, and logits.
+    """Count the bytes that :func:`generate_tokens` needs beside the weights: the cache, and logits.
 
     Args:
         model: the model that generates, taken apart into layers (:class:`.LayerwiseModel`); it need not be loaded.
         samples, seqlen: as there.
     """
     pieces, length = _texts(seqlen, TEXT_LENGTH)
-    batch = min(batch_size(model, length), samples * pieces)
+    each = _cached_bytes(model, length)
+    batch = min(batch_size(model, each), samples * pieces)
     # Of each logit: as computed, in fp32, without forbidden tokens, its probability, and the sum of those in fp64.
-    return batch * (_cached_bytes(model, length) + 6 * 4 * int(model.config.get_text_config().vocab_size))
+    return batch * (each + 6 * 4 * int(model.config.get_text_config().vocab_size))
 
 
 def _layer_bytes(model: Any) -> int:
@@ -123,14 +133,49 @@ def _texts(seqlen: int, text_length: int) -> tuple[int, int]:
 
 
 def _cached_bytes(model: Any, length: int) -> int:
-    """Count the bytes of a text's keys and values; 0 of recurrent layers alone, whose state does not grow."""
-    config = model.config.get_text_config()
-    queries = named_size(config, "num_attention_heads") or 0
-    if not queries:
-        return 0
-    heads = named_size(config, "num_key_value_heads") or queries
-    width = named_size(config, "head_dim") or config.hidden_size // queries
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * length * int(model.dtype.itemsize)
+    """Count the bytes of a text's cache: keys and values, and the states of recurrent layers, which do not grow.
+
+    They are measured where the model can be run without weights, on the meta device, and else follow from the config.
+    """
+    try:
+        short, long = _measure_cache(model.config, model.dtype, (MEASURED, 2 * MEASURED))
+    except Exception:  # of each architecture in its own way, such as one that looks at values
+        config = model.config.get_text_config()
+        queries = named_size(config, "num_attention_heads") or 0
+        if not queries:
+            return 0
+        heads = named_size(config, "num_key_value_heads") or queries
+        width = named_size(config, "head_dim") or config.hidden_size // queries
+        return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * length * int(model.dtype.itemsize)
+    return short + (long - short) * (length - MEASURED) // MEASURED
+
+
+def _measure_cache(config: Any, dtype: torch.dtype, lengths: tuple[int, ...]) -> list[int]:
+    """Measure the bytes that the cache of a text of each of ``lengths`` tokens holds, on the meta device."""
+    from transformers.cache_utils import DynamicCache
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(config)
+    # Other ways to compute experts ask which of them are chosen.
+    settings = {"dtype": dtype, "trust_remote_code": False, "experts_implementation": "batched_mm"}
+    with torch.device("meta"), no_init_weights():
+        model = auto_class(config).from_config(config, **settings).eval()
+    found = []
+    for length in lengths:
+        cache = DynamicCache(config=config)
+        tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
+        with torch.inference_mode():
+            model(input_ids=tokens, use_cache=True, **{_cache_argument(model): cache})
+        held = tree_leaves([list(vars(layer).values()) for layer in cache.layers])
+        found.append(sum(each.nbytes for each in held if isinstance(each, Tensor) and each.ndim))
+    if not found[-1]:
+        raise ValueError("the model does not use its cache")
+    return found
+
+
+def _cache_argument(model: Any) -> str:
+    """Return what the model calls its cache: transformers renamed the argument on its way through version 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _Vocabulary:
@@ -170,8 +215,7 @@ def _sample(
         if type(layer) is DynamicLayer:
             # By proxy: a layer that held itself would keep its keys and values until the next full garbage collection.
             layer.update = partial(_update_in_place, weakref.proxy(layer), length)
-    # transformers renamed the argument on its way through version 5.
-    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    keyword = _cache_argument(model)
     tokens = torch.empty(count, length, dtype=torch.int64)
     tokens[:, 0] = vocabulary.begin(count, random)
     # Where BOS is EOS, as in OPT, a token that begins a text must not end it.
