@@ -223,6 +223,25 @@ def test_facts_say_what_was_drawn(tmp_path: Path) -> None:
 
 
 SIZES: dict[str, dict[str, Any]] = {
+    "bamba": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_chunk_size": 8,
+    },
+    "roberta": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "is_decoder": True,
+        "pad_token_id": 0,
+    },
     "falcon": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},  # which share a key
     "mamba2": {
         "hidden_size": 16,
@@ -256,7 +275,13 @@ def tiny(kind: str, vocabulary: int = 40) -> Any:
             GPT2Config(vocab_size=vocabulary, n_positions=128, n_embd=16, n_layer=2, n_head=2)
         ).eval()
     if kind != "llama":
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=vocabulary, **SIZES[kind])).eval()
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, vocab_size=vocabulary, **SIZES[kind])
+        ).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data.mul_(10)  # so that positions show
+        return model
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=16,
@@ -308,9 +333,10 @@ def test_a_text_that_begins_with_the_end_of_text_token_goes_on() -> None:
     assert ((tokens[:, 1:-2] == 1) & (tokens[:, 2:-1] == 1) & (tokens[:, 3:] != 1)).any()
 
 
-def test_sampling_follows_the_whole_past() -> None:
-    """A model pushed to repeat its first token does so through the cache, however far back it is."""
-    model, tokenizer = tiny("llama"), letters_tokenizer()
+@pytest.mark.parametrize("kind", ["llama", "bamba", "roberta"])
+def test_sampling_follows_the_whole_past(kind: str) -> None:
+    """Bamba takes every token that comes alone for the first; RoBERTa counts positions from its padding token."""
+    model, tokenizer = tiny(kind), letters_tokenizer()
     seen: list[torch.Tensor] = []
     forward = model.forward
 
@@ -324,7 +350,27 @@ def test_sampling_follows_the_whole_past() -> None:
     tokens = generate_tokens(model, tokenizer, 3, 30)
     with torch.no_grad():
         whole = forward(input_ids=tokens).logits
-    assert torch.allclose(torch.stack(seen, 1), whole[:, :-1], atol=1e-5)
+    assert torch.allclose(torch.stack(seen[-29:], 1), whole[:, :-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("llama", False), ("bamba", True), ("roberta", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_told_to_models_that_need_them(kind: str, needed: bool, dtype: torch.dtype) -> None:
+    vocabulary = self_generated._Vocabulary(letters_tokenizer(), 40)
+    assert self_generated._needs_positions(tiny(kind).to(dtype), vocabulary, 24) == needed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_steps_predict_otherwise_is_refused(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+
+    def confuse(_: Any, arguments: Any, given: dict[str, Any], out: Any) -> Any:
+        out.logits = out.logits.flip(-1) if given["input_ids"].shape[1] == 1 else out.logits
+        return out
+
+    model.register_forward_hook(confuse, with_kwargs=True)
+    with pytest.raises(FistaPrunerError, match="step by step it predicts otherwise than in one pass"):
+        generate_tokens(model, letters_tokenizer(), 2, 16)
 
 
 def test_windows_longer_than_a_text_pack_several() -> None:

@@ -12,7 +12,8 @@ import copy
 import inspect
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,15 @@ MAX_BATCH = 128
 
 MEASURED = 16
 """Tokens of the shorter of two texts of which the cache is measured; the other has twice as many."""
+
+TRIED = 8
+"""Tokens on which steps are compared with one pass (:func:`_needs_positions`)."""
+
+SAME, CLEARLY = 1e-3, 3
+"""Relative distance of logits up to which they are the same in fp32, and how many times nearer positions must bring."""
+
+DIFFERENT, DIFFERENT_ROUNDED = 0.01, 0.25
+"""Relative distance of logits above which they are other predictions, in fp32 and in less precision."""
 
 
 def generate_tokens(
@@ -71,13 +81,14 @@ def generate_tokens(
         (samples, seqlen) int64 token ids.
 
     Raises:
-        FistaPrunerError: the model's logits are not finite, or it cannot generate step by step.
+        FistaPrunerError: the model's logits are not finite, or it cannot generate step by step, or not as in one pass.
     """
     random = torch.Generator().manual_seed(seed)
     vocabulary = _Vocabulary(tokenizer, int(model.config.get_text_config().vocab_size))
     pieces, length = _texts(seqlen, text_length)
     texts = samples * pieces
     batch = batch_size(model, _cached_bytes(model, length))
+    positions = _needs_positions(model, vocabulary, length)
     parts = []
     for start in range(0, texts, batch):
         count = min(batch, texts - start)
@@ -86,7 +97,7 @@ def generate_tokens(
             if progress is not None:
                 progress(start * length + step * count, texts * length)
 
-        parts.append(_sample(model, vocabulary, count, length, random, report))
+        parts.append(_sample(model, vocabulary, count, length, random, report, positions))
     return torch.cat(parts).view(samples, pieces * length)[:, :seqlen].contiguous()
 
 
@@ -205,17 +216,16 @@ class _Vocabulary:
 
 
 def _sample(
-    model: Any, vocabulary: _Vocabulary, count: int, length: int, random: torch.Generator, report: Callable[[int], None]
+    model: Any,
+    vocabulary: _Vocabulary,
+    count: int,
+    length: int,
+    random: torch.Generator,
+    report: Callable[[int], None],
+    positions: bool,
 ) -> Tensor:
     """Sample (count, length) tokens, one column in each step, with a key-value cache."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache(config=model.config)
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            # By proxy: a layer that held itself would keep its keys and values until the next full garbage collection.
-            layer.update = partial(_update_in_place, weakref.proxy(layer), length)
-    keyword = _cache_argument(model)
+    steps = _Steps(model, length, positions)
     tokens = torch.empty(count, length, dtype=torch.int64)
     tokens[:, 0] = vocabulary.begin(count, random)
     # Where BOS is EOS, as in OPT, a token that begins a text must not end it.
@@ -224,17 +234,10 @@ def _sample(
     with torch.inference_mode():
         for column in range(1, length):
             before = tokens[:, column - 1]
-            try:
-                out = model(input_ids=sent(before[:, None], model.device), use_cache=True, **{keyword: cache})
-                logits = out.logits[:, -1].float()
+            with _explained(model, count):
+                logits = steps.next(before)
                 finite = torch.isfinite(logits).all()
                 drawn = _draw(logits.masked_fill(forbidden, -torch.inf), random)
-            except torch.OutOfMemoryError as error:
-                raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-                raise _cannot(model, one_line(error)) from error
-            if _cached_tokens(cache) not in (None, column):
-                raise _cannot(model, "it does not use its key-value cache")
             if not bool(finite):
                 raise _cannot(model, f"its logits are NaN or infinite (damaged weights, or {model.dtype} overflows)")
             tokens[:, column] = drawn.cpu()
@@ -243,6 +246,96 @@ def _sample(
             began = ended
             report(column + 1)
     return tokens
+
+
+class _Steps:
+    """Run a model token by token, with a key-value cache.
+
+    Args:
+        model: the model.
+        length: tokens, at most.
+        positions: tell the model the position of each token.
+    """
+
+    def __init__(self, model: Any, length: int, positions: bool) -> None:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        self.model, self.positions, self.done = model, positions, 0
+        self.keyword = _cache_argument(model)
+        self.cache = DynamicCache(config=model.config)
+        for layer in self.cache.layers:
+            if type(layer) is DynamicLayer:
+                # By proxy: a layer that held itself would keep keys and values until the next full garbage collection.
+                layer.update = partial(_update_in_place, weakref.proxy(layer), length)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Compute the (count, vocabulary) logits in fp32 after the (count,) next tokens.
+
+        Raises:
+            FistaPrunerError: the model does not use its cache.
+        """
+        given = {self.keyword: self.cache}
+        if self.positions:
+            given["position_ids"] = torch.full((len(tokens), 1), self.done, device=self.model.device)
+        out = self.model(input_ids=sent(tokens[:, None], self.model.device), use_cache=True, **given)
+        self.done += 1
+        if _cached_tokens(self.cache) not in (None, self.done):
+            raise _cannot(self.model, "it does not use its key-value cache")
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+def _needs_positions(model: Any, vocabulary: _Vocabulary, length: int) -> bool:
+    """Find out whether the model must be told the positions of tokens that come one by one.
+
+    Some models take each for the first of a text. Others count in their own way, from the padding token, and must not
+    be told; so positions are given only where the steps then come near to what one pass over the same tokens predicts.
+    Both tries round alike, and experts that are chosen otherwise in one pass are so in both.
+
+    Args:
+        model: the model.
+        vocabulary: its tokens.
+        length: tokens of a text.
+
+    Raises:
+        FistaPrunerError: the steps predict otherwise either way, by more than rounding explains.
+    """
+    random = torch.Generator().manual_seed(0)
+    words = (~vocabulary.forbidden).nonzero().flatten()
+    tokens = words[torch.randint(len(words), (2, min(TRIED, length)), generator=random)]
+    with torch.inference_mode():
+        with _explained(model, len(tokens)):
+            whole = model(input_ids=sent(tokens, model.device), use_cache=False).logits.float()
+
+        def distance(positions: bool) -> float:
+            steps = _Steps(model, tokens.shape[1], positions)
+            with _explained(model, len(tokens)):
+                logits = torch.stack([steps.next(column) for column in tokens.T], 1)
+            return float(((logits - whole).norm(dim=-1) / whole.norm(dim=-1)).median())
+
+        plain = distance(False)
+        if not plain > SAME:  # NaN is refused where text is sampled
+            return False
+        try:
+            told = distance(True)
+        except FistaPrunerError:  # it cannot be told
+            told = math.inf
+    if told < plain / CLEARLY:
+        return True
+    if plain > (DIFFERENT if model.dtype == torch.float32 else DIFFERENT_ROUNDED):
+        raise _cannot(model, "step by step it predicts otherwise than in one pass")
+    return False
+
+
+@contextmanager
+def _explained(model: Any, count: int) -> Iterator[None]:
+    """Turn what can go wrong in a pass over ``count`` texts into an error that says that no text can be generated."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise _cannot(model, one_line(error)) from error
 
 
 def _cached_tokens(cache: Any) -> int | None:
