@@ -144,7 +144,7 @@ def _texts(seqlen: int, text_length: int) -> tuple[int, int]:
 
 
 def _cached_bytes(model: Any, length: int) -> int:
-    """Count the bytes of a text's cache: keys and values, and the states of recurrent layers, which do not grow.
+    """Count the bytes of a text's cache: keys and values, and states of recurrent layers.
 
     They are measured where the model can be run without weights, on the meta device, and else follow from the config.
     """
@@ -185,7 +185,8 @@ def _measure_cache(config: Any, dtype: torch.dtype, lengths: tuple[int, ...]) ->
 
 
 def _cache_argument(model: Any) -> str:
-    """Return what the model calls its cache: transformers renamed the argument on its way through version 5."""
+    """Return what the model calls the argument that is its cache."""
+    # transformers renamed it on its way through version 5.
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -329,7 +330,7 @@ def _needs_positions(model: Any, vocabulary: _Vocabulary, length: int) -> bool:
 
 @contextmanager
 def _explained(model: Any, count: int) -> Iterator[None]:
-    """Turn what can go wrong in a pass over ``count`` texts into an error that says that no text can be generated."""
+    """Turn errors of a pass over ``count`` texts into one that says that no text can be generated."""
     try:
         yield
     except torch.OutOfMemoryError as error:
