@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils._pytree import tree_leaves
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
     GPT2Config,
@@ -29,7 +32,7 @@ from transformers.cache_utils import DynamicCache
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens, self_generated
 from fistapruner.calibration import windows as drawing
-from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
+from fistapruner.calibration.self_generated import _cached_bytes, _draw, batch_size, generate_tokens
 from fistapruner.calibration.windows import check_source, draw_from_documents, tokens_sha256, window_length
 from fistapruner.errors import MissingExtraError
 from fistapruner.evaluation.data import check_data
@@ -219,12 +222,66 @@ def test_facts_say_what_was_drawn(tmp_path: Path) -> None:
     assert facts["documents"] > 10
 
 
+SIZES: dict[str, dict[str, Any]] = {
+    "bamba": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_chunk_size": 8,
+    },
+    "roberta": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "is_decoder": True,
+        "pad_token_id": 0,
+    },
+    "falcon": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},  # which share a key
+    "mamba2": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "head_dim": 8,
+        "state_size": 4,
+        "n_groups": 1,
+    },
+    "qwen3_5_text": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+    },
+}
+"""Of further tiny models."""
+
+
 def tiny(kind: str, vocabulary: int = 40) -> Any:
     torch.manual_seed(0)
     if kind == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(vocab_size=vocabulary, n_positions=128, n_embd=16, n_layer=2, n_head=2)
         ).eval()
+    if kind != "llama":
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, vocab_size=vocabulary, **SIZES[kind])
+        ).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data.mul_(10)  # so that positions show
+        return model
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=16,
@@ -276,9 +333,10 @@ def test_a_text_that_begins_with_the_end_of_text_token_goes_on() -> None:
     assert ((tokens[:, 1:-2] == 1) & (tokens[:, 2:-1] == 1) & (tokens[:, 3:] != 1)).any()
 
 
-def test_sampling_follows_the_whole_past() -> None:
-    """A model pushed to repeat its first token does so through the cache, however far back it is."""
-    model, tokenizer = tiny("llama"), letters_tokenizer()
+@pytest.mark.parametrize("kind", ["llama", "bamba", "roberta"])
+def test_sampling_follows_the_whole_past(kind: str) -> None:
+    """Bamba takes every token that comes alone for the first; RoBERTa counts positions from its padding token."""
+    model, tokenizer = tiny(kind), letters_tokenizer()
     seen: list[torch.Tensor] = []
     forward = model.forward
 
@@ -292,7 +350,27 @@ def test_sampling_follows_the_whole_past() -> None:
     tokens = generate_tokens(model, tokenizer, 3, 30)
     with torch.no_grad():
         whole = forward(input_ids=tokens).logits
-    assert torch.allclose(torch.stack(seen, 1), whole[:, :-1], atol=1e-5)
+    assert torch.allclose(torch.stack(seen[-29:], 1), whole[:, :-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("llama", False), ("bamba", True), ("roberta", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_told_to_models_that_need_them(kind: str, needed: bool, dtype: torch.dtype) -> None:
+    vocabulary = self_generated._Vocabulary(letters_tokenizer(), 40)
+    assert self_generated._needs_positions(tiny(kind).to(dtype), vocabulary, 24) == needed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_steps_predict_otherwise_is_refused(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+
+    def confuse(_: Any, arguments: Any, given: dict[str, Any], out: Any) -> Any:
+        out.logits = out.logits.flip(-1) if given["input_ids"].shape[1] == 1 else out.logits
+        return out
+
+    model.register_forward_hook(confuse, with_kwargs=True)
+    with pytest.raises(FistaPrunerError, match="step by step it predicts otherwise than in one pass"):
+        generate_tokens(model, letters_tokenizer(), 2, 16)
 
 
 def test_windows_longer_than_a_text_pack_several() -> None:
@@ -316,9 +394,9 @@ def test_a_broken_model_is_named() -> None:
 
 def test_batches_are_bounded_by_the_cache() -> None:
     model = tiny("llama")
-    assert batch_size(model, 10) == 128
-    assert batch_size(model, 2**20) == 8  # 2 layers x (keys, values) x 2 heads x 4 wide x 4 bytes = 128 bytes a token
-    assert batch_size(model, 2**40) == 1
+    # 2 layers x (keys, values) x 2 heads x 4 wide x 4 bytes = 128 bytes a token
+    for length, texts in ((10, 128), (2**20, 8), (2**40, 1)):
+        assert batch_size(model, _cached_bytes(model, length)) == texts
 
 
 def test_on_a_gpu_larger_models_get_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +405,7 @@ def test_on_a_gpu_larger_models_get_larger_batches(monkeypatch: pytest.MonkeyPat
     on_gpu = SimpleNamespace(config=model.config, dtype=model.dtype, device=torch.device("cuda"))
     for weights, texts in ((2**20, 8), (2**33, 8), (2**34, 16), (2**35, 32), (2**40, 32)):
         monkeypatch.setattr(self_generated, "_layer_bytes", lambda _, weights=weights: weights)
-        assert batch_size(on_gpu, 2**20) == texts
+        assert batch_size(on_gpu, 2**27) == texts
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
@@ -356,15 +434,38 @@ def test_generation_says_how_far_it_is() -> None:
     assert said[-1].startswith("generating calibration text: 58 of 64 tokens, about ")
 
 
-def test_keys_and_values_are_freed_with_their_batch() -> None:
-    alive: list[weakref.ref[Any]] = []
+def watch_caches(model: Any, seen: Callable[[DynamicCache], None]) -> None:
+    """Give ``seen`` the cache with which each step begins."""
 
     def watch(_: Any, __: Any, arguments: dict[str, Any]) -> None:
-        caches = [value for value in arguments.values() if isinstance(value, DynamicCache)]
-        alive.extend(weakref.ref(layer) for cache in caches for layer in cache.layers)
+        for value in arguments.values():
+            if isinstance(value, DynamicCache):
+                seen(value)
 
-    model = tiny("llama")
     model.register_forward_pre_hook(watch, with_kwargs=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "mamba2", "qwen3_5_text"])
+def test_the_cache_is_counted_as_it_is(kind: str) -> None:
+    """Without weights; GPT-2 does not run so, and is counted from its config."""
+    held: dict[int, int] = {}
+
+    def seen(cache: DynamicCache) -> None:
+        held.clear()
+        for leaf in tree_leaves([list(vars(layer).values()) for layer in cache.layers]):
+            if isinstance(leaf, torch.Tensor):
+                held[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+
+    model = tiny(kind)
+    watch_caches(model, seen)
+    generate_tokens(model, letters_tokenizer(), 3, 24)
+    assert sum(held.values()) == 3 * _cached_bytes(model, 24)
+
+
+def test_keys_and_values_are_freed_with_their_batch() -> None:
+    alive: list[weakref.ref[Any]] = []
+    model = tiny("llama")
+    watch_caches(model, lambda cache: alive.extend(map(weakref.ref, cache.layers)))
     gc.disable()
     try:
         generate_tokens(model, letters_tokenizer(), 2, 16)

@@ -77,10 +77,17 @@ def test_values_that_the_file_cannot_hold_are_refused(
     fp.export(folder, tmp_path / "out.gguf", like=source, values="bf16")
 
 
-def test_a_model_of_images_and_text_is_refused(dense: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = tiny.save_image_text(tmp_path / "model")
-    with pytest.raises(FistaPrunerError, match="model: qwen3_vl is a model of images and text"):
-        fp.export(folder, tmp_path / "out.gguf", like=dense[0])
+def test_kinds_of_models_are_refused_before_a_file_of_the_dense_model_is_asked_for(tmp_path: Path) -> None:
+    tiny.save_image_text(tmp_path / "images")
+    tiny.save("qwen3_moe", tmp_path / "experts")
+    tiny.save("gpt_oss", tmp_path / "stacked")
+    for name, said in (
+        ("images", "images: qwen3_vl is a model of images and text"),
+        ("experts", "experts is a mixture of experts"),
+        ("stacked", "stacked is a mixture of experts"),
+    ):
+        with pytest.raises(FistaPrunerError, match=said):
+            fp.export(tmp_path / name, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize(("values", "kept"), [("f16", False), ("q8_0", True)])

@@ -8,18 +8,21 @@ per token. After an end-of-text token a new text begins at once; other special t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import find_decoder_layers
+from ..models.architecture import auto_class, find_decoder_layers
 from ..models.coupling import named_size
 from ..models.layerwise import LayerwiseModel
 from ..runtime.transfers import sent
@@ -29,13 +32,25 @@ TEXT_LENGTH = 512
 """Tokens of a generated text, at most."""
 
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**32
-"""Bytes of keys and values of a batch, at most: on a CPU, and of a large model on a GPU (:func:`batch_size`)."""
+"""Bytes of the cache of a batch, at most: on a CPU, and of a large model on a GPU (:func:`batch_size`)."""
 
 CACHE_SHARE = 1 / 8
-"""Bytes of keys and values of a batch on a GPU, as a share of those of the decoder layers' weights."""
+"""Bytes of the cache of a batch on a GPU, as a share of those of the decoder layers' weights."""
 
 MAX_BATCH = 128
 """Texts of a batch, at most."""
+
+MEASURED = 16
+"""Tokens of the shorter of two texts of which the cache is measured; the other has twice as many."""
+
+TRIED = 8
+"""Tokens on which steps are compared with one pass (:func:`_needs_positions`)."""
+
+SAME, CLEARLY = 1e-3, 3
+"""Relative distance of logits up to which they are the same in fp32, and how many times nearer positions must bring."""
+
+DIFFERENT, DIFFERENT_ROUNDED = 0.01, 0.25
+"""Relative distance of logits above which they are other predictions, in fp32 and in less precision."""
 
 
 def generate_tokens(
@@ -66,13 +81,14 @@ def generate_tokens(
         (samples, seqlen) int64 token ids.
 
     Raises:
-        FistaPrunerError: the model's logits are not finite, or it cannot generate step by step.
+        FistaPrunerError: the model's logits are not finite, or it cannot generate step by step, or not as in one pass.
     """
     random = torch.Generator().manual_seed(seed)
     vocabulary = _Vocabulary(tokenizer, int(model.config.get_text_config().vocab_size))
     pieces, length = _texts(seqlen, text_length)
     texts = samples * pieces
-    batch = batch_size(model, length)
+    batch = batch_size(model, _cached_bytes(model, length))
+    positions = _needs_positions(model, vocabulary, length)
     parts = []
     for start in range(0, texts, batch):
         count = min(batch, texts - start)
@@ -81,33 +97,38 @@ def generate_tokens(
             if progress is not None:
                 progress(start * length + step * count, texts * length)
 
-        parts.append(_sample(model, vocabulary, count, length, random, report))
+        parts.append(_sample(model, vocabulary, count, length, random, report, positions))
     return torch.cat(parts).view(samples, pieces * length)[:, :seqlen].contiguous()
 
 
-def batch_size(model: Any, length: int) -> int:
-    """Choose how many texts are generated at once: their keys and values take :data:`CACHE_BYTES` at most.
+def batch_size(model: Any, each: int) -> int:
+    """Choose how many texts are generated at once: their cache takes :data:`CACHE_BYTES` at most.
 
-    Small batches leave a GPU idle. There they take :data:`CACHE_SHARE` of the layers' weights if that is more, up to
+    Small batches leave a GPU idle. There it takes :data:`CACHE_SHARE` of the layers' weights if that is more, up to
     :data:`CUDA_CACHE_BYTES`: a GPU that holds the model has as a rule that much left.
+
+    Args:
+        model: the model that generates.
+        each: bytes of the cache of a text.
     """
     room = CACHE_BYTES
     if model.device.type == "cuda":
         room = max(room, min(CUDA_CACHE_BYTES, int(CACHE_SHARE * _layer_bytes(model))))
-    return max(1, min(MAX_BATCH, room // max(_cached_bytes(model, length), 1)))
+    return max(1, min(MAX_BATCH, room // max(each, 1)))
 
 
 def generation_bytes(model: Any, samples: int, seqlen: int) -> int:
-    """Count the bytes that :func:`generate_tokens` needs beside the weights: keys and values, and logits.
+    """Count the bytes that :func:`generate_tokens` needs beside the weights: the cache, and logits.
 
     Args:
         model: the model that generates, taken apart into layers (:class:`.LayerwiseModel`); it need not be loaded.
         samples, seqlen: as there.
     """
     pieces, length = _texts(seqlen, TEXT_LENGTH)
-    batch = min(batch_size(model, length), samples * pieces)
+    each = _cached_bytes(model, length)
+    batch = min(batch_size(model, each), samples * pieces)
     # Of each logit: as computed, in fp32, without forbidden tokens, its probability, and the sum of those in fp64.
-    return batch * (_cached_bytes(model, length) + 6 * 4 * int(model.config.get_text_config().vocab_size))
+    return batch * (each + 6 * 4 * int(model.config.get_text_config().vocab_size))
 
 
 def _layer_bytes(model: Any) -> int:
@@ -123,14 +144,50 @@ def _texts(seqlen: int, text_length: int) -> tuple[int, int]:
 
 
 def _cached_bytes(model: Any, length: int) -> int:
-    """Count the bytes of a text's keys and values; 0 of recurrent layers alone, whose state does not grow."""
-    config = model.config.get_text_config()
-    queries = named_size(config, "num_attention_heads") or 0
-    if not queries:
-        return 0
-    heads = named_size(config, "num_key_value_heads") or queries
-    width = named_size(config, "head_dim") or config.hidden_size // queries
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * length * int(model.dtype.itemsize)
+    """Count the bytes of a text's cache: keys and values, and states of recurrent layers.
+
+    They are measured where the model can be run without weights, on the meta device, and else follow from the config.
+    """
+    try:
+        short, long = _measure_cache(model.config, model.dtype, (MEASURED, 2 * MEASURED))
+    except Exception:  # of each architecture in its own way, such as one that looks at values
+        config = model.config.get_text_config()
+        queries = named_size(config, "num_attention_heads") or 0
+        if not queries:
+            return 0
+        heads = named_size(config, "num_key_value_heads") or queries
+        width = named_size(config, "head_dim") or config.hidden_size // queries
+        return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * length * int(model.dtype.itemsize)
+    return short + (long - short) * (length - MEASURED) // MEASURED
+
+
+def _measure_cache(config: Any, dtype: torch.dtype, lengths: tuple[int, ...]) -> list[int]:
+    """Measure the bytes that the cache of a text of each of ``lengths`` tokens holds, on the meta device."""
+    from transformers.cache_utils import DynamicCache
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(config)
+    # Other ways to compute experts ask which of them are chosen.
+    settings = {"dtype": dtype, "trust_remote_code": False, "experts_implementation": "batched_mm"}
+    with torch.device("meta"), no_init_weights():
+        model = auto_class(config).from_config(config, **settings).eval()
+    found = []
+    for length in lengths:
+        cache = DynamicCache(config=config)
+        tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
+        with torch.inference_mode():
+            model(input_ids=tokens, use_cache=True, **{_cache_argument(model): cache})
+        held = tree_leaves([list(vars(layer).values()) for layer in cache.layers])
+        found.append(sum(each.nbytes for each in held if isinstance(each, Tensor) and each.ndim))
+    if not found[-1]:
+        raise ValueError("the model does not use its cache")
+    return found
+
+
+def _cache_argument(model: Any) -> str:
+    """Return what the model calls the argument that is its cache."""
+    # transformers renamed it on its way through version 5.
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _Vocabulary:
@@ -160,18 +217,16 @@ class _Vocabulary:
 
 
 def _sample(
-    model: Any, vocabulary: _Vocabulary, count: int, length: int, random: torch.Generator, report: Callable[[int], None]
+    model: Any,
+    vocabulary: _Vocabulary,
+    count: int,
+    length: int,
+    random: torch.Generator,
+    report: Callable[[int], None],
+    positions: bool,
 ) -> Tensor:
     """Sample (count, length) tokens, one column in each step, with a key-value cache."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache(config=model.config)
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            # By proxy: a layer that held itself would keep its keys and values until the next full garbage collection.
-            layer.update = partial(_update_in_place, weakref.proxy(layer), length)
-    # transformers renamed the argument on its way through version 5.
-    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    steps = _Steps(model, length, positions)
     tokens = torch.empty(count, length, dtype=torch.int64)
     tokens[:, 0] = vocabulary.begin(count, random)
     # Where BOS is EOS, as in OPT, a token that begins a text must not end it.
@@ -180,17 +235,10 @@ def _sample(
     with torch.inference_mode():
         for column in range(1, length):
             before = tokens[:, column - 1]
-            try:
-                out = model(input_ids=sent(before[:, None], model.device), use_cache=True, **{keyword: cache})
-                logits = out.logits[:, -1].float()
+            with _explained(model, count):
+                logits = steps.next(before)
                 finite = torch.isfinite(logits).all()
                 drawn = _draw(logits.masked_fill(forbidden, -torch.inf), random)
-            except torch.OutOfMemoryError as error:
-                raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-                raise _cannot(model, one_line(error)) from error
-            if _cached_tokens(cache) not in (None, column):
-                raise _cannot(model, "it does not use its key-value cache")
             if not bool(finite):
                 raise _cannot(model, f"its logits are NaN or infinite (damaged weights, or {model.dtype} overflows)")
             tokens[:, column] = drawn
@@ -199,6 +247,96 @@ def _sample(
             began = ended
             report(column + 1)
     return tokens
+
+
+class _Steps:
+    """Run a model token by token, with a key-value cache.
+
+    Args:
+        model: the model.
+        length: tokens, at most.
+        positions: tell the model the position of each token.
+    """
+
+    def __init__(self, model: Any, length: int, positions: bool) -> None:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        self.model, self.positions, self.done = model, positions, 0
+        self.keyword = _cache_argument(model)
+        self.cache = DynamicCache(config=model.config)
+        for layer in self.cache.layers:
+            if type(layer) is DynamicLayer:
+                # By proxy: a layer that held itself would keep keys and values until the next full garbage collection.
+                layer.update = partial(_update_in_place, weakref.proxy(layer), length)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Compute the (count, vocabulary) logits in fp32 after the (count,) next tokens.
+
+        Raises:
+            FistaPrunerError: the model does not use its cache.
+        """
+        given = {self.keyword: self.cache}
+        if self.positions:
+            given["position_ids"] = torch.full((len(tokens), 1), self.done, device=self.model.device)
+        out = self.model(input_ids=sent(tokens[:, None], self.model.device), use_cache=True, **given)
+        self.done += 1
+        if _cached_tokens(self.cache) not in (None, self.done):
+            raise _cannot(self.model, "it does not use its key-value cache")
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+def _needs_positions(model: Any, vocabulary: _Vocabulary, length: int) -> bool:
+    """Find out whether the model must be told the positions of tokens that come one by one.
+
+    Some models take each for the first of a text. Others count in their own way, from the padding token, and must not
+    be told; so positions are given only where the steps then come near to what one pass over the same tokens predicts.
+    Both tries round alike, and experts that are chosen otherwise in one pass are so in both.
+
+    Args:
+        model: the model.
+        vocabulary: its tokens.
+        length: tokens of a text.
+
+    Raises:
+        FistaPrunerError: the steps predict otherwise either way, by more than rounding explains.
+    """
+    random = torch.Generator().manual_seed(0)
+    words = (~vocabulary.forbidden).nonzero().flatten()
+    tokens = words[torch.randint(len(words), (2, min(TRIED, length)), generator=random)]
+    with torch.inference_mode():
+        with _explained(model, len(tokens)):
+            whole = model(input_ids=sent(tokens, model.device), use_cache=False).logits.float()
+
+        def distance(positions: bool) -> float:
+            steps = _Steps(model, tokens.shape[1], positions)
+            with _explained(model, len(tokens)):
+                logits = torch.stack([steps.next(column) for column in tokens.T], 1)
+            return float(((logits - whole).norm(dim=-1) / whole.norm(dim=-1)).median())
+
+        plain = distance(False)
+        if not plain > SAME:  # NaN is refused where text is sampled
+            return False
+        try:
+            told = distance(True)
+        except FistaPrunerError:  # it cannot be told
+            told = math.inf
+    if told < plain / CLEARLY:
+        return True
+    if plain > (DIFFERENT if model.dtype == torch.float32 else DIFFERENT_ROUNDED):
+        raise _cannot(model, "step by step it predicts otherwise than in one pass")
+    return False
+
+
+@contextmanager
+def _explained(model: Any, count: int) -> Iterator[None]:
+    """Turn errors of a pass over ``count`` texts into one that says that no text can be generated."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise _cannot(model, one_line(error)) from error
 
 
 def _cached_tokens(cache: Any) -> int | None:

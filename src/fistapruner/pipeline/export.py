@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError, expand_home, out_path
 from ..models.files.checkpoint import gguf_files, which_gguf
-from ..models.files.gguf_export import GGUFValues, export_gguf
+from ..models.files.gguf_export import GGUFValues, export_gguf, open_exported
 from ..models.files.low_rank import refuse_low_rank
 from ..models.source import SMALL_MODEL, small_model
 from ..runs.directory import checkpoint_of
@@ -53,6 +53,7 @@ def export(
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: '{shell_line('unpack', folder, 'DIR')}' makes a checkpoint of it")
     refuse_low_rank(folder, "export")
+    open_exported(folder, allow_pickle)  # before it asks for a file in vain
     found = like is None
     if like is None:
         lineage, _ = lineage_of(folder)

@@ -108,8 +108,9 @@ def export_gguf(
         ``out``.
 
     Raises:
-        FistaPrunerError: ``out`` exists or is not called ``.gguf``, ``like`` is another model's file or has a layout
-            that cannot be turned round, ``values`` cannot hold the weights, or the disk is full.
+        FistaPrunerError: ``out`` exists or is not called ``.gguf``, the checkpoint is of a kind that is not exported
+            (:func:`open_exported`), ``like`` is another model's file or has a layout that cannot be turned round,
+            ``values`` cannot hold the weights, or the disk is full.
         MissingExtraError: the ``gguf`` package is missing.
     """
     folder, out, like = Path(folder), Path(out), Path(like)
@@ -121,10 +122,7 @@ def export_gguf(
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint.open(folder, allow_pickle)
-    refuse_own_code(folder, "such models are not exported")
-    if read_widths(checkpoint.config, folder):
-        raise FistaPrunerError(f"{folder}: its decoder layers have different widths, which are not exported")
+    checkpoint = open_exported(folder, allow_pickle)
     if any("_exps." in name for name in check_gguf(like)):
         raise FistaPrunerError(f"{like} is a mixture of experts, which is not exported")
     with transformers_faults(like):
@@ -137,6 +135,33 @@ def export_gguf(
                 progress("checking the written file", 0, 1)
             check_gguf(partial)
     return out
+
+
+def open_exported(folder: Path, allow_pickle: bool = False) -> Checkpoint:
+    """Open a checkpoint that is to be exported.
+
+    Args:
+        folder, allow_pickle: as for :func:`export_gguf`.
+
+    Raises:
+        FistaPrunerError: it is of a kind that is not exported, whatever the GGUF file of the dense model is.
+    """
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint.open(folder, allow_pickle)
+    refuse_own_code(folder, "such models are not exported")
+    if read_widths(checkpoint.config, folder):
+        raise FistaPrunerError(f"{folder}: its decoder layers have different widths, which are not exported")
+    if any(".experts." in name for name in checkpoint.names()):
+        raise FistaPrunerError(f"{folder} is a mixture of experts, which is not exported")
+    with transformers_faults(folder):
+        config = read_config(folder)
+    if auto_class(config) is not AutoModelForCausalLM:
+        raise FistaPrunerError(
+            f"{folder}: {config.model_type} is a model of images and text, and only models of text are exported: use "
+            "llama.cpp's own converter"
+        )
+    return checkpoint
 
 
 @dataclass(frozen=True)
@@ -259,11 +284,6 @@ class _Source:
         self.reader = GGUFReader(like)
         self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
         config = read_config(checkpoint.folder)
-        if auto_class(config) is not AutoModelForCausalLM:
-            raise FistaPrunerError(
-                f"{checkpoint.folder}: {config.model_type} is a model of images and text, and only models of text are "
-                "exported: use llama.cpp's own converter"
-            )
         known = GGUF_CONFIG_MAPPING[self.architecture].items()
         # The width of the MLPs has many names in configs: it comes from the weights.
         self.counts = self._counts(
