@@ -232,6 +232,17 @@ def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
     assert found["Reading the prompt, smaller float32, tokens/s"] == ("600", "2,400", "×4.00")
 
 
+def test_the_fastest_form_is_on_the_tile() -> None:
+    report = samples.report(2)
+    rates = {"dense float32": 10.0, "packed": 12.0, "packed int8": 15.0, "smaller float32": 20.0}
+    for best, ratio in (("smaller float32", "×2.00"), ("packed int8", "×1.50"), ("packed", "×1.20")):
+        report.speed = {"speeds": [samples.speed(name, rate) for name, rate in rates.items()]}
+        tile = run_page(report).partition("Decoding speed</dt>")[2].partition("</dd>")[0]
+        assert ratio in tile
+        assert f"{best}, against dense float32" in tile
+        del rates[best]
+
+
 def test_speeds_without_a_packed_form_are_not_called_unmeasured() -> None:
     report = samples.report(1)
     report.speed = {"speeds": [samples.speed("dense float32", 12.0)], "sentence": "no packed form"}

@@ -31,7 +31,7 @@ def speeds(report: Report) -> list[dict[str, Any]]:
 
 def dense_speed(report: Report) -> dict[str, Any] | None:
     """Find the fastest dense form, with which the others are compared."""
-    return _fastest([row for row in speeds(report) if not _is_packed(row) and not _is_smaller(row)])
+    return fastest([row for row in speeds(report) if not _is_packed(row) and not _is_smaller(row)])
 
 
 def smaller_speeds(report: Report) -> list[dict[str, Any]]:
@@ -62,8 +62,8 @@ def low_rank_sentence(report: Report) -> str:
     return (
         f"Beside its zeros every pruned operator has a low-rank part of rank {totals.low_rank}: "
         f"{count(totals.low_rank_weights)} additional weights{beside} ({size(totals.low_rank_bytes)}), in a LoRA "
-        "adapter, a folder of its own. Perplexity, divergence, task scores and errors are of both parts together, zeros "
-        "and the checkpoint's size of the sparse part."
+        "adapter, a folder of its own. Perplexity, divergence, task scores and errors are of both parts together, "
+        "zeros and the checkpoint's size of the sparse part."
     )
 
 
@@ -121,7 +121,7 @@ def speed_rows(report: Report) -> list[Row]:
         change = _times(_prefill(row), _prefill(whole))
         how = f"against {whole['variant']}; {speed_protocol(report, row)}"
         rows.append((name, significant(_prefill(whole)), significant(_prefill(row)), change, how))
-    best = _fastest(packed or smaller) or [*packed, *smaller][0]
+    best = fastest(packed or smaller) or [*packed, *smaller][0]
     how = f"of the process that decodes, {best['variant']} against {dense['variant']}"
     memory = best.get("peak_memory"), dense.get("peak_memory")
     if all(memory):
@@ -178,7 +178,8 @@ def _rate(row: dict[str, Any]) -> float:
     return float(rate) if isinstance(rate, (int, float)) else 0.0
 
 
-def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Find the form that decodes most tokens in a second; None where none was measured."""
     return max((row for row in rows if _rate(row)), key=_rate, default=None)
 
 
