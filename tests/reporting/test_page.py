@@ -293,13 +293,21 @@ def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
     assert "Only packed" in run_page(report)
     assert "Compressed checkpoint" in run_page(report)
     assert report.totals.operator_weights is not None
-    for share in (0.05, 0):
+    report.totals.compressed_bytes, report.speed = None, None
+    for dtype, share, smaller in (  # a mask has a bit for each weight
+        ("bfloat16", 0.07, True),
+        ("bfloat16", 0.06, False),
+        ("float32", 0.04, True),
+        ("float32", 0.03, False),
+        ("float32", 0, False),
+        ("float64", 0.5, False),
+    ):
+        report.model.dtype = dtype
         report.totals.operator_zeros = int(share * report.totals.operator_weights)
-        report.totals.compressed_bytes, report.speed = None, None
-        assert "fistapruner pack" not in summary(report, "runs/first")
-        assert "fistapruner pack" not in model_card(report)
-        assert "Only packed" not in run_page(report)
-        assert "Compressed checkpoint" not in run_page(report)
+        assert ("fistapruner pack" in summary(report, "runs/first")) == smaller
+        assert ("fistapruner pack" in model_card(report)) == smaller
+        assert ("Only packed" in run_page(report)) == smaller
+        assert ("Compressed checkpoint" in run_page(report)) == smaller
 
 
 def test_zeros_of_the_whole_model_are_the_same_everywhere() -> None:

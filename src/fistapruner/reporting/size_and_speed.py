@@ -45,11 +45,12 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
 
 
 def becomes_smaller_packed(report: Report) -> bool:
-    """Check whether ``pack`` takes the model and it has enough zeros to become smaller without them."""
-    from ..sparse.pack import MIN_ZEROS_TO_PACK  # imports torch, which reading figures does without
+    """Check whether ``pack`` takes the model as it is, and leaves out more zeros than a mask has bits."""
+    from ..runtime.numerics import dtype_name  # imports torch, which reading figures does without
+    from ..sparse.packed import FLOATS
 
-    totals = report.totals
-    return report.packable and (totals.operator_zeros or 0) >= MIN_ZEROS_TO_PACK * (totals.operator_weights or math.inf)
+    bits = {dtype_name(dtype): 8 * dtype.itemsize for dtype in FLOATS}.get(report.model.dtype, 0)  # none for fp64
+    return report.packable and bits * (report.totals.operator_zeros or 0) > (report.totals.operator_weights or math.inf)
 
 
 def low_rank_sentence(report: Report) -> str:
