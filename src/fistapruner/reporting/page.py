@@ -117,7 +117,7 @@ def verdict(report: Report) -> str:
     if totals.zeros_share is not None and not report.only_structure:
         share = percent(totals.zeros_share, 4)
         kept = f", the same as before {report.training}" if report.recovery is not None else ""
-        sentences.append(f"{share} of the pruned operators' weights are exactly zero{kept}.")
+        sentences.append(f"{share} of the {report.counted}' weights are exactly zero{kept}.")
     if sentence := low_rank_sentence(report):
         sentences.append(sentence)
     if report.recovery is not None and (losses := held_out_text(report.recovery)):

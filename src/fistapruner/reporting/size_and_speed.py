@@ -59,7 +59,7 @@ def low_rank_sentence(report: Report) -> str:
     if not totals.low_rank_weights:
         return ""
     share = low_rank_share(report)
-    beside = f", {share} of the pruned operators' weights" if share else ""
+    beside = f", {share} of the {report.counted}' weights" if share else ""
     return (
         f"Beside its zeros every pruned operator has a low-rank part of rank {totals.low_rank}: "
         f"{count(totals.low_rank_weights)} additional weights{beside} ({size(totals.low_rank_bytes)}), in a LoRA "
