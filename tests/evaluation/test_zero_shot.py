@@ -93,11 +93,11 @@ def test_scores_between_right_and_wrong_have_no_verdict(scores: list[float]) -> 
 
 def test_every_filter_has_its_own_score_and_examples_are_counted() -> None:
     samples = [
-        {"doc_id": item, "filter": name, "metrics": ["exact_match"], "exact_match": float(right)}
+        {"doc_id": item, "doc_hash": "", "filter": name, "metrics": ["exact_match"], "exact_match": float(right)}
         for name, rights in (("strict-match", (0, 0, 1)), ("flexible-extract", (1, 0, 1)))
         for item, right in enumerate(rights)
     ]
-    plain = [{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0}]
+    plain = [{"doc_id": 0, "doc_hash": "", "filter": "none", "metrics": ["acc"], "acc": 1.0}]
     found = read_answers({"samples": {"gsm8k": samples, "piqa": plain}, "n-shot": {"gsm8k": 5, "piqa": 0}})
     assert found.outcomes == {
         ("gsm8k", "exact_match,strict-match"): {0: 0.0, 1: 0.0, 2: 1.0},
@@ -105,6 +105,20 @@ def test_every_filter_has_its_own_score_and_examples_are_counted() -> None:
         ("piqa", "acc"): {0: 1.0},
     }
     assert found.shots == {"gsm8k": 5, "piqa": 0}
+
+
+def test_scores_of_other_items_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*hashes: str, filters: tuple[str, ...] = ("none",)) -> Any:
+        samples = [
+            {"doc_id": item, "doc_hash": text, "filter": name, "metrics": ["acc"], "acc": 1.0}
+            for name in filters
+            for item, text in enumerate(hashes)
+        ]
+        monkeypatch.setattr(zero_shot, "_run", lambda *_: {"samples": {"t": samples}})
+        return evaluate_tasks(tmp_path, Tasks((), None, "local file"))[0].measured_on
+
+    assert measured("a", "b") == measured("a", "b") == measured("a", "b", filters=("none", "strict"))
+    assert len({measured("a", "b"), measured("a", "c"), measured("b", "a"), measured("a")}) == 4
 
 
 def test_a_task_without_a_known_metric_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,7 +136,7 @@ def test_a_task_without_a_known_metric_is_refused(tmp_path: Path, caplog: pytest
     with pytest.raises(fp.FistaPrunerError, match=r"'truthfulqa_gen' has the metrics bleu_max, bleu_diff: only tasks"):
         read_answers({"samples": {"truthfulqa_gen": samples}})
     assert not caplog.messages
-    scored = [{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0}]
+    scored = [{"doc_id": 0, "doc_hash": "", "filter": "none", "metrics": ["acc"], "acc": 1.0}]
     for found in ({"own": scored, "truthfulqa_gen": samples}, {"truthfulqa_gen": samples, "own": scored}):
         assert read_answers({"samples": found}).outcomes == {("own", "acc"): {0: 1.0}}
     assert [message[:44] for message in caplog.messages] == ["left out: task 'truthfulqa_gen' has the metr"] * 2
@@ -317,7 +331,7 @@ def test_prompts_that_lm_eval_cuts_are_told(
         if folder.name == "short":
             for number in (3, 4):
                 logger.warning("Combined length exceeds model's maximum. Truncating %d tokens from the left.", number)
-        return {"samples": {"t": [{"doc_id": 0, "metrics": ["acc"], "acc": 1.0}]}}
+        return {"samples": {"t": [{"doc_id": 0, "doc_hash": "", "metrics": ["acc"], "acc": 1.0}]}}
 
     monkeypatch.setattr(zero_shot, "_run", run)
     monkeypatch.setattr(sys.modules[fp.evaluate.__module__], "find_tasks", lambda *_: Tasks((), None, "local file"))

@@ -255,9 +255,12 @@ def test_scores_before_recovery_are_those_that_the_input_s_run_has(
     assert [one.tasks for one in report.recovery.before] == [(before,), ()]  # type: ignore[union-attr]
     assert task_before(report, after) == before
     assert "| 0.3000 ± 0.1000 | 0.4000 ± 0.1000 |" in (run.model / "README.md").read_text()
-    scores[run.model] = replace(after, items=20)
-    fp.evaluate_run(run.folder, tasks="piqa")
-    assert task_before(load_run(run.folder), scores[run.model]) is None
+    for other in (replace(after, items_sha256="of another file"), replace(after, items=20)):
+        scores[run.model] = other
+        fp.evaluate_run(run.folder, tasks="piqa")
+        report = load_run(run.folder)
+        assert report.evaluations[-1].tasks == (other,)
+        assert task_before(report, other) is None
 
 
 def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.reporting.layer_errors import mean_error
+from fistapruner.reporting.lineage_text import lineage_lines
+from fistapruner.reporting.page import verdict
+from fistapruner.reporting.summary import summary
 from fistapruner.runs.decision import EvaluationRequest, RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
@@ -220,7 +224,8 @@ def test_operators_that_were_left_dense_are_not_trained(
     calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
     allocation = {"re:mlp": "0%", "q_proj": "1:4"}
     pruned, out = tmp_path / "pruned", tmp_path / "out"
-    fp.prune(bench.dense(), pruned, method="magnitude", sparsity="2:4", allocation=allocation, calibration=calibration)
+    settings = {"method": "magnitude", "sparsity": "2:4", "allocation": allocation, "calibration": calibration}
+    made = fp.prune(bench.dense(), pruned, **settings)
     assert main(["inspect", str(pruned), "--quiet"]) == 0
     assert "pruned operators: 8 of 14" in capsys.readouterr().out
     report = recover(pruned, out, parameters="full")
@@ -237,6 +242,17 @@ def test_operators_that_were_left_dense_are_not_trained(
         for layer in range(2)
         for name in "qkvo"
     }
+    # Shares of zeros say in whose weights they are; errors are of operators that were pruned.
+    assert made.totals.operator_zeros == report.totals.operator_zeros == made.totals.model_zeros
+    assert "weights of the operators are zero" in summary(made, pruned)
+    assert "weights of the pruned operators are zero" in summary(report, out)
+    assert "of the operators' weights are exactly zero." in verdict(made)
+    assert "of the pruned operators' weights are exactly zero, the same as before recovery." in verdict(report)
+    assert ["zeros in its operators" in line for line in lineage_lines(report.lineage)] == [False, True, False]
+    errors = [entry.relative_error for entry in made.operators if entry.sparsity != "0%"]
+    assert made.relative_errors == errors
+    assert mean_error(made.layers[0]) == pytest.approx(sum(errors[:4]) / 4)
+    assert "over 8 operators" in summary(made, pruned)
 
 
 def test_experts_are_recovered_right_after_pruning(bench: Bench, tmp_path: Path) -> None:

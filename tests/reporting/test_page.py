@@ -232,6 +232,17 @@ def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
     assert found["Reading the prompt, smaller float32, tokens/s"] == ("600", "2,400", "×4.00")
 
 
+def test_the_fastest_form_is_on_the_tile() -> None:
+    report = samples.report(2)
+    rates = {"dense float32": 10.0, "packed": 12.0, "packed int8": 15.0, "smaller float32": 20.0}
+    for best, ratio in (("smaller float32", "×2.00"), ("packed int8", "×1.50"), ("packed", "×1.20")):
+        report.speed = {"speeds": [samples.speed(name, rate) for name, rate in rates.items()]}
+        tile = run_page(report).partition("Decoding speed</dt>")[2].partition("</dd>")[0]
+        assert ratio in tile
+        assert f"{best}, against dense float32" in tile
+        del rates[best]
+
+
 def test_speeds_without_a_packed_form_are_not_called_unmeasured() -> None:
     report = samples.report(1)
     report.speed = {"speeds": [samples.speed("dense float32", 12.0)], "sentence": "no packed form"}
@@ -282,13 +293,21 @@ def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
     assert "Only packed" in run_page(report)
     assert "Compressed checkpoint" in run_page(report)
     assert report.totals.operator_weights is not None
-    for share in (0.05, 0):
+    report.totals.compressed_bytes, report.speed = None, None
+    for dtype, share, smaller in (  # a mask has a bit for each weight
+        ("bfloat16", 0.07, True),
+        ("bfloat16", 0.06, False),
+        ("float32", 0.04, True),
+        ("float32", 0.03, False),
+        ("float32", 0, False),
+        ("float64", 0.5, False),
+    ):
+        report.model.dtype = dtype
         report.totals.operator_zeros = int(share * report.totals.operator_weights)
-        report.totals.compressed_bytes, report.speed = None, None
-        assert "fistapruner pack" not in summary(report, "runs/first")
-        assert "fistapruner pack" not in model_card(report)
-        assert "Only packed" not in run_page(report)
-        assert "Compressed checkpoint" not in run_page(report)
+        assert ("fistapruner pack" in summary(report, "runs/first")) == smaller
+        assert ("fistapruner pack" in model_card(report)) == smaller
+        assert ("Only packed" in run_page(report)) == smaller
+        assert ("Compressed checkpoint" in run_page(report)) == smaller
 
 
 def test_zeros_of_the_whole_model_are_the_same_everywhere() -> None:

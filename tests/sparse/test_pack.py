@@ -167,6 +167,23 @@ def test_fp32_to_bf16_values(tmp_path):
     )
 
 
+@pytest.mark.parametrize("values", ["int8", "bf16"])
+def test_operators_that_were_kept_dense_are_not_rounded(tmp_path, values):
+    source = save_pruned(tmp_path / "m", dtype=torch.float32)
+    names = [name for name in Checkpoint.open(source).names() if "_proj" in name]
+    claims = {name: {"sparsity": "0%" if "self_attn" in name else "50%"} for name in names}
+    (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    pruned = [name for name, claim in claims.items() if claim["sparsity"] == "50%"]
+    assert pack(source, tmp_path / "p", values=values).operators == len(pruned) < len(names)
+    assert set(PackedCheckpoint(tmp_path / "p").specs) == set(pruned)
+    before, after = Checkpoint.open(source), Checkpoint.open(unpack(tmp_path / "p", tmp_path / "u"))
+    assert all(torch.equal(before.read(name), after.read(name)) for name in names if name not in pruned)
+    claims = {name: {"sparsity": "0%"} for name in names}
+    (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    with pytest.raises(FistaPrunerError, match="no pruned operators: its record claims no zeros"):
+        pack(source, tmp_path / "q", values=values)
+
+
 def test_fp64_is_packed_in_bf16_only(tmp_path):
     source = save_pruned(tmp_path / "m", dtype=torch.float64)
     for values in ("same", "int8"):

@@ -160,7 +160,15 @@ def test_a_model_that_packing_makes_no_smaller_is_measured_as_it_is(tmp_path):
     (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
     found = bench(source, measure=lambda variants, **_: [speed(variant.name, 10) for variant in variants])
     assert [one.variant for one in found] == ["dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16"]
-    assert "nothing packed to compare with" in record(found, source)["sentence"]
+    said = "No operator has a smaller packed form, so there is nothing packed to compare with."
+    assert record(found, source)["sentence"] == said
+
+
+def test_fp64_weights_are_the_reason_for_no_packed_form(tmp_path):
+    wide = pickle_weights(save_pruned(tmp_path / "m", dtype=torch.float64))
+    found = bench(wide, measure=lambda variants, **_: [speed(each.name, 10) for each in variants], allow_pickle=True)
+    assert not any(one.variant.startswith("packed") for one in found)
+    assert "fp64 are packed rounded to bf16 only" in record(found, wide, allow_pickle=True)["sentence"]
 
 
 def test_a_folder_with_int8_values_is_measured_once_and_called_so(tmp_path):

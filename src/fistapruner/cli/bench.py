@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         speeds = bench_run(arguments.model, listener=Listener() if arguments.json else PlainListener(), **settings)
     else:
         speeds = bench(arguments.model, **settings)
-    found = record(speeds, folder)
+    found = record(speeds, folder, allow_pickle=arguments.allow_pickle)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0

@@ -62,7 +62,7 @@ def _keep_saying(reference: Callable[[], _WorkListener | None], ended: threading
 
 def describe_layer(entry: LayerEntry) -> str:
     """Describe a layer: ``layer 3: error 1.93 % (worst: mlp.down_proj 4.10 %), 5.2 s``."""
-    errors = [(operator.relative_error or 0.0, operator.name) for operator in entry.operators]
+    errors = [(operator.relative_error or 0.0, operator.name) for operator in entry.judged]
     if not errors and entry.removals:
         removed = ", ".join(f"{removal.unit} {removal.before} → {removal.after}" for removal in entry.removals)
         return f"layer {entry.index}: {removed}"
@@ -195,7 +195,7 @@ class LiveListener(_WorkListener):
             self._bar.update(self._task, description=f"{index}.{printable(names)}{mean}")
 
     def layer(self, entry: LayerEntry) -> None:
-        self._errors += [operator.relative_error or 0.0 for operator in entry.operators]
+        self._errors += [operator.relative_error or 0.0 for operator in entry.judged]
         if self._task is not None:
             self._bar.advance(self._task)
         self.say(describe_layer(entry))

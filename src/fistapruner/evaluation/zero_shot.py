@@ -7,6 +7,7 @@ A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,6 +199,7 @@ def evaluate_tasks(
             ours.available.get(task),
             ours.shots.get(task, 0),
             None if settings.dtype is None else dtype_name(settings.dtype),
+            ours.items_sha256.get(task, ""),
         )
         for (task, metric), items in ours.outcomes.items()
     )
@@ -233,14 +235,16 @@ def task_result(
     available: int | None = None,
     shots: int = 0,
     dtype: str | None = None,
+    items_sha256: str = "",
 ) -> TaskResult:
     """Compute score, standard error and paired test of a task.
 
     Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
 
     Args:
-        task, metric, source, available, shots, dtype: recorded as they are; ``available`` is the number of items the
-            task has, ``shots`` that of the examples in the prompt, ``dtype`` the precision of the passes.
+        task, metric, source, available, shots, dtype, items_sha256: recorded as they are; ``available`` is the number
+            of items the task has, ``shots`` that of the examples in the prompt, ``dtype`` the precision of the passes,
+            ``items_sha256`` a hash of the items.
         items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
 
     Raises:
@@ -249,7 +253,16 @@ def task_result(
     value, error = _score(items)
     if reference is None:
         return TaskResult(
-            task, metric, len(items), value, error, shots=shots, source=source, available=available, dtype=dtype
+            task,
+            metric,
+            len(items),
+            value,
+            error,
+            shots=shots,
+            source=source,
+            available=available,
+            dtype=dtype,
+            items_sha256=items_sha256,
         )
     if items.keys() != reference.keys():
         raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
@@ -273,6 +286,7 @@ def task_result(
         source=source,
         available=available,
         dtype=dtype,
+        items_sha256=items_sha256,
     )
 
 
@@ -291,11 +305,13 @@ class Answers:
     Args:
         outcomes: scores of single items.
         available: number of items that a task has; ``shots``: number of examples in its prompts.
+        items_sha256: of each task, a hash of the items that were asked.
     """
 
     outcomes: Outcomes
     available: dict[str, int]
     shots: dict[str, int]
+    items_sha256: dict[str, str]
 
 
 def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
@@ -357,7 +373,14 @@ def read_answers(found: Mapping[str, Any]) -> Answers:
         outcomes,
         {task: int(count["original"]) for task, count in found.get("n-samples", {}).items()},
         {task: int(shots or 0) for task, shots in found.get("n-shot", {}).items()},
+        {task: _items_sha256(found["samples"][task]) for task, _ in outcomes},
     )
+
+
+def _items_sha256(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Hash the items of a task, which ``lm-eval`` has hashed one by one."""
+    items = {sample["doc_id"]: sample["doc_hash"] for sample in samples}  # one sample for each filter
+    return hashlib.sha256("".join(f"{number} {items[number]}\n" for number in sorted(items)).encode()).hexdigest()
 
 
 def _score(items: Mapping[int, float]) -> tuple[float, float]:

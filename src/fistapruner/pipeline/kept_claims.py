@@ -54,8 +54,9 @@ def kept_claims(
 
 
 def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
-    """Add up the zeros of claims."""
-    return sum(zeros for claim in claims.values() if type(zeros := claim.get("zeros")) is int)
+    """Add up the zeros of operators that are claimed to have some."""
+    pruned = (claim for claim in claims.values() if claim.get("sparsity") != "0%")
+    return sum(zeros for claim in pruned if type(zeros := claim.get("zeros")) is int)
 
 
 def kept_permuted(context: RunContext, report: Report, changed: ChangedTensors) -> list[str]:

@@ -235,7 +235,7 @@ def layer_sparsity(layers: Sequence[LayerEntry]) -> Drawing | None:
         "layer-sparsity",
         "Sparsity by decoder layer",
         plot,
-        caption="Exact share of zeros in the pruned operators. A line spans a layer's operators where they differ.",
+        caption="Exact share of zeros in the operators. A line spans a layer's operators where they differ.",
         description=f"Bars over {len(rows)} layers, from {least} % to {most} % zeros.",
         table=(
             ["layer", "zeros, %", "least", "most"],

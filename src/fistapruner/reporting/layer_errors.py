@@ -15,8 +15,8 @@ def hardest(layers: Sequence[LayerEntry], count: int) -> list[tuple[LayerEntry, 
 
 
 def mean_error(layer: LayerEntry) -> float | None:
-    """Return the mean relative error of a layer's operators."""
-    errors = [operator.relative_error for operator in layer.operators if operator.relative_error is not None]
+    """Return the mean relative error of a layer's operators, without those that were kept as they were."""
+    errors = [operator.relative_error or 0.0 for operator in layer.judged]
     return sum(errors) / len(errors) if errors else None
 
 

@@ -33,7 +33,7 @@ def _stage_line(stage: Stage) -> str:
         parts[0] += f" {'by' if less else 'to'} {amount_label(settings)} with {methods_label(settings)}"
     if figures.parameters:
         parts.append(f"{count(figures.parameters)} parameters")
-    if figures.zeros_share is not None and sets_zeros(settings):
+    if stage.kind == "prune" and figures.zeros_share is not None and sets_zeros(settings):  # no other changes zeros
         parts.append(f"{percent(figures.zeros_share)} zeros in its operators")
     if (text := figures.perplexity) is not None:
         measured = f"{text.windows} windows of {text.seqlen} tokens of {text.data}"

@@ -159,7 +159,7 @@ def _zeros(report: Report) -> str:
     if totals.zeros_share is None or report.only_structure:
         return ""
     share = (
-        f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
+        f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the {report.counted} are zero"
     )
     text = f"{share} ({percent(totals.zeros_share, 4)})"
     if totals.model_weights and totals.model_zeros is not None:

@@ -34,6 +34,7 @@ from .size_and_speed import (
     QUANTISE_FIRST,
     becomes_smaller_packed,
     dense_speed,
+    fastest,
     low_rank_sentence,
     low_rank_share,
     packed_speeds,
@@ -116,7 +117,7 @@ def verdict(report: Report) -> str:
     if totals.zeros_share is not None and not report.only_structure:
         share = percent(totals.zeros_share, 4)
         kept = f", the same as before {report.training}" if report.recovery is not None else ""
-        sentences.append(f"{share} of the pruned operators' weights are exactly zero{kept}.")
+        sentences.append(f"{share} of the {report.counted}' weights are exactly zero{kept}.")
     if sentence := low_rank_sentence(report):
         sentences.append(sentence)
     if report.recovery is not None and (losses := held_out_text(report.recovery)):
@@ -232,12 +233,10 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         if totals.low_rank_bytes:
             packed += f"; and {size(totals.low_rank_bytes)} of adapter"
         items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
-    baseline, fast = dense_speed(report), packed_speeds(report) or smaller_speeds(report)
-    if baseline is not None and fast:
-        ratio = float(fast[0]["tokens_per_second"]) / float(baseline["tokens_per_second"])
-        note = (
-            f"{significant(fast[0]['tokens_per_second'])} tokens/s, {fast[0]['variant']}, against {baseline['variant']}"
-        )
+    baseline, best = dense_speed(report), fastest([*packed_speeds(report), *smaller_speeds(report)])
+    if baseline is not None and best is not None:
+        ratio = float(best["tokens_per_second"]) / float(baseline["tokens_per_second"])
+        note = f"{significant(best['tokens_per_second'])} tokens/s, {best['variant']}, against {baseline['variant']}"
         items.append(("Decoding speed", f"×{significant(ratio)}", note))
     if totals.seconds:
         notes = [f"{totals.parts} parts added up"] if totals.parts else []

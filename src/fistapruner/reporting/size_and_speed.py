@@ -31,7 +31,7 @@ def speeds(report: Report) -> list[dict[str, Any]]:
 
 def dense_speed(report: Report) -> dict[str, Any] | None:
     """Find the fastest dense form, with which the others are compared."""
-    return _fastest([row for row in speeds(report) if not _is_packed(row) and not _is_smaller(row)])
+    return fastest([row for row in speeds(report) if not _is_packed(row) and not _is_smaller(row)])
 
 
 def smaller_speeds(report: Report) -> list[dict[str, Any]]:
@@ -45,11 +45,12 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
 
 
 def becomes_smaller_packed(report: Report) -> bool:
-    """Check whether ``pack`` takes the model and it has enough zeros to become smaller without them."""
-    from ..sparse.pack import MIN_ZEROS_TO_PACK  # imports torch, which reading figures does without
+    """Check whether ``pack`` takes the model as it is, and leaves out more zeros than a mask has bits."""
+    from ..runtime.numerics import dtype_name  # imports torch, which reading figures does without
+    from ..sparse.packed import FLOATS
 
-    totals = report.totals
-    return report.packable and (totals.operator_zeros or 0) >= MIN_ZEROS_TO_PACK * (totals.operator_weights or math.inf)
+    bits = {dtype_name(dtype): 8 * dtype.itemsize for dtype in FLOATS}.get(report.model.dtype, 0)  # none for fp64
+    return report.packable and bits * (report.totals.operator_zeros or 0) > (report.totals.operator_weights or math.inf)
 
 
 def low_rank_sentence(report: Report) -> str:
@@ -58,7 +59,7 @@ def low_rank_sentence(report: Report) -> str:
     if not totals.low_rank_weights:
         return ""
     share = low_rank_share(report)
-    beside = f", {share} of the pruned operators' weights" if share else ""
+    beside = f", {share} of the {report.counted}' weights" if share else ""
     return (
         f"Beside its zeros every pruned operator has a low-rank part of rank {totals.low_rank}: "
         f"{count(totals.low_rank_weights)} additional weights{beside} ({size(totals.low_rank_bytes)}), in a LoRA "
@@ -121,7 +122,7 @@ def speed_rows(report: Report) -> list[Row]:
         change = _times(_prefill(row), _prefill(whole))
         how = f"against {whole['variant']}; {speed_protocol(report, row)}"
         rows.append((name, significant(_prefill(whole)), significant(_prefill(row)), change, how))
-    best = _fastest(packed or smaller) or [*packed, *smaller][0]
+    best = fastest(packed or smaller) or [*packed, *smaller][0]
     how = f"of the process that decodes, {best['variant']} against {dense['variant']}"
     memory = best.get("peak_memory"), dense.get("peak_memory")
     if all(memory):
@@ -178,7 +179,8 @@ def _rate(row: dict[str, Any]) -> float:
     return float(rate) if isinstance(rate, (int, float)) else 0.0
 
 
-def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Find the form that decodes most tokens in a second; None where none was measured."""
     return max((row for row in rows if _rate(row)), key=_rate, default=None)
 
 

@@ -154,7 +154,7 @@ def _layer_lines(report: Report, found: dict[str, Any]) -> list[str]:
     """Write the mean and the largest error, and a line for every finished layer."""
     lines = []
     if found["mean_relative_error"] is not None:
-        operators = [(layer, operator) for layer in report.layers for operator in layer.operators]
+        operators = [(layer, operator) for layer in report.layers for operator in layer.judged]
         layer, operator = max(operators, key=lambda pair: pair[1].relative_error or 0.0)
         lines.append(
             f"relative error: mean {percent(found['mean_relative_error'])}, worst {percent(operator.relative_error)} "

@@ -73,8 +73,7 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
     if text := change_text(report):
         rows.append(("changed", text))
     if totals.zeros_share is not None:
-        kept = f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero, the same as before"
-        rows.append(("zeros kept", f"{kept} ({100 * totals.zeros_share:.4f} %)"))
+        rows.append(("zeros kept", f"{_zeros(report)}, the same as before"))
     rows += _low_rank(report)
     rows.append(("pairs", pairs_text(report)) if report.alignment else ("training text", text_used(report)))
     return rows
@@ -107,13 +106,7 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
         rows.append(("allocation", workload_sentence(report.workload)))
     rows += structure_rows(report)
     if totals.zeros_share is not None and not report.only_structure:
-        share = 100 * totals.zeros_share
-        rows.append(
-            (
-                "sparsity",
-                f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero ({share:.4f} %)",
-            )
-        )
+        rows.append(("sparsity", _zeros(report)))
         if totals.model_weights and totals.model_zeros is not None:
             whole = 100 * totals.model_zeros / totals.model_weights
             rows.append(("", f"{whole:.1f} % of all {totals.model_weights} weights"))
@@ -122,6 +115,13 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
         over = f"over {len(report.relative_errors)} operators"
         rows.append(("mean relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
     return rows
+
+
+def _zeros(report: Report) -> str:
+    totals = report.totals
+    share = 100 * (totals.zeros_share or 0.0)
+    counts = f"{totals.operator_zeros} of {totals.operator_weights}"
+    return f"{counts} weights of the {report.counted} are zero ({share:.4f} %)"
 
 
 def _low_rank(report: Report) -> list[tuple[str, str]]:

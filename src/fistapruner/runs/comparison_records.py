@@ -24,7 +24,7 @@ class CompareRow(Record):
     Args:
         method: chain as written on the command line; ``label``: what to print instead; ``sparsity``; ``seed``.
         perplexity, divergence: on the text of the comparison; ``gap``: ln(perplexity) - ln(dense perplexity).
-        relative_error: mean over operators, None after a recovery.
+        relative_error: mean over changed operators, None after a recovery.
         seconds: of the run; ``time_split``: by phase; ``peak_memory``: bytes.
         operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
         error: why this row has no figures, when it failed.

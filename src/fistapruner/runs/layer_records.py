@@ -113,3 +113,9 @@ class LayerEntry(Record):
     warnings: list[str] = []
     batch_size: int | None = None
     by_operator: bool | None = None
+
+    @property
+    def judged(self) -> list[OperatorEntry]:
+        """Operators whose errors are known, without those that an allocation kept as they were."""
+        known = [operator for operator in self.operators if operator.relative_error is not None]
+        return [operator for operator in known if operator.sparsity != "0%" or self.removals]

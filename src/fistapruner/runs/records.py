@@ -111,7 +111,8 @@ class Totals(Record):
     """Sums over the run.
 
     Args:
-        operator_weights, operator_zeros: in the operators of this run. ``model_weights``: of the whole model;
+        operator_weights, operator_zeros: in the operators of this run: those that it was asked to prune, also where an
+            allocation kept them dense, or those that a recovery may train. ``model_weights``: of the whole model;
             ``model_zeros``: in all its pruned operators, also those of earlier runs, and in no other tensor.
         dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
             the head for a token, before and after channels were removed; None where none were.
@@ -242,7 +243,7 @@ class StageFigures(Record):
     Args:
         operator_weights, operator_zeros: in its operators, exact.
         parameters: of its result; None where it has as many as its input.
-        relative_error: mean over operators of their outputs' error.
+        relative_error: mean over changed operators of their outputs' error.
         seconds: wall time.
         tokens: passed in training.
         perplexity: of the stage's result; ``reference``: of its input on the same tokens; ``divergence``: of the
@@ -345,6 +346,11 @@ class Report(Record):
         return [operator for layer in self.layers for operator in layer.operators]
 
     @property
+    def counted(self) -> str:
+        """What to call the operators whose zeros are counted: an allocation may have kept some dense."""
+        return "operators" if any(operator.sparsity == "0%" for operator in self.operators) else "pruned operators"
+
+    @property
     def sparsity(self) -> str:
         """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it.
 
@@ -400,8 +406,8 @@ class Report(Record):
 
     @property
     def relative_errors(self) -> list[float]:
-        """Relative errors of the operators' outputs, as far as they are known and finite."""
-        errors = (operator.relative_error for operator in self.operators)
+        """Relative errors of changed operators' outputs, as far as they are known and finite."""
+        errors = (operator.relative_error for layer in self.layers for operator in layer.judged)
         return [error for error in errors if error is not None and math.isfinite(error)]
 
     @property

@@ -105,6 +105,7 @@ class TaskResult:
         source: where the items came from.
         available: items that the task has, where ``items`` are only its first so many.
         dtype: precision of weights and passes; None where it was not recorded.
+        items_sha256: hash of the items themselves, so that two scores can be known to be of the same ones.
     """
 
     task: str
@@ -121,15 +122,16 @@ class TaskResult:
     source: str = ""
     available: int | None = None
     dtype: str | None = None
+    items_sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.reference_standard_error is None:
             object.__setattr__(self, "reference_standard_error", math.nan)  # read from JSON
 
     @property
-    def measured_on(self) -> tuple[str, str, int, int, str, str | None]:
+    def measured_on(self) -> tuple[str, str, int, str, int, str, str | None]:
         """Task, metric, items, examples, source and precision: scores compare where all are the same."""
-        return self.task, self.metric, self.items, self.shots, self.source, self.dtype
+        return self.task, self.metric, self.items, self.items_sha256, self.shots, self.source, self.dtype
 
     @property
     def significant(self) -> bool:

@@ -123,10 +123,11 @@ def percent_with_error(share: float | None, error: float | None, digits: int = 1
 
 
 def p_value(value: float | None) -> str:
-    """Format a p-value: ``p = 0.034``, ``p < 0.001``."""
+    """Format a p-value: ``p = 0.034``, ``p < 0.001``; next to 0.05 with more digits."""
     if value is None or not math.isfinite(value):
         return "p –"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    digits = next((digits for digits in range(3, MOST_DECIMALS) if round(value, digits) != 0.05), MOST_DECIMALS)
+    return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value == 0.05 else digits}f}"
 
 
 def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import FistaPrunerError
 from ..models.architecture import build_model, max_length, refuse_own_code
 from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
@@ -114,31 +116,38 @@ def _check_decoding(model: Path, prompt: int, tokens: int, allow_pickle: bool) -
         raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
 
 
-def record(speeds: Sequence[Speed], model: str | Path) -> dict[str, Any]:
+def record(speeds: Sequence[Speed], model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
-    stacked = stacked_experts(read_pruning_record(Path(model)))
+    forms = {speed.variant: speed for speed in speeds}
+    compared = any(name.startswith(("packed", "smaller")) for name in forms)
     return {
         "speeds": [speed.to_json() for speed in speeds],
         "kernel": kernel_name(),
-        "sentence": sentence({speed.variant: speed for speed in speeds}, stacked),
+        "sentence": sentence(forms, "" if compared else _why_not_packed(Path(model), allow_pickle)),
     }
 
 
-def sentence(speeds: Mapping[str, Speed], stacked: str = "") -> str:
+def _why_not_packed(model: Path, allow_pickle: bool) -> str:
+    """Say why a model has no packed form."""
+    if stacked := stacked_experts(read_pruning_record(model)):
+        return f"{stacked} is one tensor of all experts, and only matrices are packed"
+    if Checkpoint.open(model, allow_pickle).dtype == torch.float64:
+        return "Weights in fp64 are packed rounded to bf16 only ('fistapruner pack --values bf16')"
+    return "No operator has a smaller packed form"
+
+
+def sentence(speeds: Mapping[str, Speed], why: str = "") -> str:
     """Say in a few words how the fastest packed or smaller form compares with the fastest dense one.
 
     Args:
         speeds: by variant; names that start with ``packed`` are sparse products, those with ``smaller`` models that
             have lost channels or heads, the others dense ones.
-        stacked: a tensor of all experts, for which the model was not packed.
+        why: there is no such form, where there is none.
     """
     by_kind: dict[str, list[Speed]] = {"packed": [], "smaller": [], "dense": []}
     for name, speed in speeds.items():
         by_kind.get(name.split()[0], by_kind["dense"]).append(speed)
     if not by_kind["packed"] and not by_kind["smaller"]:
-        why = "No operator has a smaller packed form"
-        if stacked:
-            why = f"{stacked} is one tensor of all experts, and only matrices are packed"
         return f"{why}, so there is nothing packed to compare with."
     fastest = {kind: max(found, key=lambda speed: speed.tokens_per_second) for kind, found in by_kind.items() if found}
     dense = fastest.get("dense")

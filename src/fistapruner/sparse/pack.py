@@ -284,6 +284,8 @@ def _plan(
                     f"{source.folder} is not what its record claims: {name}: {fault}; "
                     f"'{shell_line('inspect', source.folder)}' shows all"
                 )
+        if known is not None and known.get("sparsity") == "0%":
+            continue  # an operator that was not pruned keeps its values
         weight = stored_weight.to(cast)
         nonzero = int(torch.count_nonzero(weight))
         if not listed and nonzero > (1 - MIN_ZEROS_TO_PACK) * weight.numel():
@@ -310,9 +312,8 @@ def _plan(
             f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
             "since the mask takes one bit for every weight"
         )
-    raise FistaPrunerError(
-        f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS_TO_PACK:.0%} zeros"
-    )
+    why = "its record claims no zeros" if listed else f"no matrix has at least {MIN_ZEROS_TO_PACK:.0%} zeros"
+    raise FistaPrunerError(f"{source.folder} has no pruned operators: {why}")
 
 
 def _hint(known: Mapping[str, Any] | None) -> NM | None:
