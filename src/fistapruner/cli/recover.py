@@ -107,7 +107,6 @@ def _refuse_training_flags(arguments: argparse.Namespace) -> None:
     Raises:
         FistaPrunerError: names the first one.
     """
-
     given = given_flags(arguments, RecoverRecipe)
     for name in ("recipe", "dense", "evaluate", "evaluate_windows"):
         if getattr(arguments, name) not in (None, "auto"):

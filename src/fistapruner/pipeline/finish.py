@@ -14,8 +14,7 @@ from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.discovery import expert_modules
 from ..models.files.checkpoint import PRUNING_RECORD
-from ..models.files.low_rank import RECORD as LOW_RANK
-from ..models.files.low_rank import journaled_factors, write_adapter
+from ..models.files.low_rank import journaled_factors
 from ..models.files.record import stack_of
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
@@ -33,7 +32,7 @@ from ..structured.experts import EXPERTS, chosen_experts
 from ..structured.units import changed_config
 from .changed_tensors import ChangedTensors
 from .kept_claims import claimed_zeros, kept_claims, kept_permuted, kept_widths, moved_experts
-from .result import close_report, folder_bytes, operator_claims, record_head, write_model
+from .result import close_report, folder_bytes, operator_claims, record_head, write_low_rank, write_model
 
 
 def finish(
@@ -118,21 +117,13 @@ def _write_model(
 ) -> None:
     """Write the checkpoint, unless a whole one of this run is there."""
     run, journal, checkpoint = context.run, context.run.journal, context.model.checkpoint
-    layers = range(len(context.model))
-    low_rank = None
-    if context.recipe.low_rank:
-        operators = [operator for layer in context.layout.layers for group in layer for operator in group]
-        low_rank = write_adapter(
-            run.adapter,
-            journaled_factors(journal.weights(index) for index in layers),
-            context.recipe.low_rank,
-            transposed=any(operator.transposed for operator in operators),
-        )
-        totals, rank = report.totals, context.recipe.low_rank
-        totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, low_rank["weights"], low_rank["bytes"]
+    low_rank: dict[str, Any] = {}
+    if rank := context.recipe.low_rank:
+        factors = journaled_factors(journal.weights(index) for index in range(len(context.model)))
+        low_rank = write_low_rank(run, factors, rank, context.layout, report.totals)
 
     def documents() -> dict[str, str]:
-        content = _record(report, context, claims, changed) | ({} if low_rank is None else {LOW_RANK: low_rank})
+        content = _record(report, context, claims, changed) | low_rank
         return {CARD: model_card(report), PRUNING_RECORD: json.dumps(content, indent=2) + "\n"}
 
     write_model(

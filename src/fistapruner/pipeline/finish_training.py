@@ -19,8 +19,7 @@ from ..errors import FistaPrunerError
 from ..execution.training_context import TrainingContext
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
-from ..models.files.low_rank import RECORD as LOW_RANK
-from ..models.files.low_rank import LowRankAdapter, remove_adapter, write_adapter
+from ..models.files.low_rank import remove_adapter
 from ..models.files.record import read_pruning_record, stack_of
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
@@ -39,7 +38,7 @@ from ..runtime.memory import peak_device_memory, peak_memory
 from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
-from .result import close_report, operator_claims, record_head, write_model
+from .result import close_report, operator_claims, record_head, write_low_rank, write_model
 
 AddResults = Callable[[Any, Trained, Report, Listener], None]
 """Receives (opened run, trained tensors, report) before the checkpoint is written, and adds to the report."""
@@ -85,7 +84,8 @@ def finish(
     add_stage(report)
     begin = time.perf_counter()
     if context.low_rank is not None:
-        content |= {LOW_RANK: _write_low_rank(context, context.low_rank, report.totals)}
+        part = context.low_rank
+        content |= write_low_rank(run, part.factors, part.rank, context.layout, report.totals)
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     if context.low_rank is None:
@@ -274,14 +274,6 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
     write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=transposed)
     without = f", without {left_out} trained vectors, which PEFT's HiRA cannot hold" if left_out else ""
     listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
-
-
-def _write_low_rank(context: TrainingContext, before: LowRankAdapter, totals: Totals) -> dict[str, Any]:
-    """Write the low-rank part of the input again; return what the checkpoint's record says of it."""
-    transposed = any(operator.transposed for _, operator in context.layout.operators())
-    found = write_adapter(context.run.adapter, before.factors, before.rank, transposed=transposed)
-    totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = found["rank"], found["weights"], found["bytes"]
-    return found
 
 
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:

@@ -11,13 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.discovery import Layout
 from ..models.files.checkpoint import Checkpoint
+from ..models.files.low_rank import RECORD as LOW_RANK
+from ..models.files.low_rank import write_adapter
+from ..models.files.safetensors import LazyTensors
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..runs.base import VERSION
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
-from ..runs.records import Report, load_run
+from ..runs.records import Report, Totals, load_run
 from ..runs.times import Times
 from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.machine import now
@@ -100,6 +104,23 @@ def write_model(
         (run.model / PARTIAL).unlink(missing_ok=True)
         digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
         run.write_model_record(fingerprint, digests)
+
+
+def write_low_rank(
+    run: RunDirectory, factors: LazyTensors, rank: int, layout: Layout, totals: Totals
+) -> dict[str, Any]:
+    """Write the low-rank part of a run and count it; return what the checkpoint's record says of it.
+
+    Args:
+        run: the run directory.
+        factors: by name in the model; ``rank``: of every part.
+        layout: operators of the run.
+        totals: receives rank, weights and bytes.
+    """
+    transposed = any(operator.transposed for _, operator in layout.operators())
+    found = write_adapter(run.adapter, factors, rank, transposed=transposed)
+    totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, found["weights"], found["bytes"]
+    return {LOW_RANK: found}
 
 
 def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str, Any]]:
