@@ -135,7 +135,7 @@ def _prune_group(
     model, group = context.model, context.layout.layers[index][number]
     names = context.names(index, group)
     patterns = [context.sparsity[name] for name in names]
-    with clock.phase("gram"):
+    with clock.phase("problem"):
         rows, share = [operator.rows for operator in group], context.recipe.dense_share
         if routed := group[0].experts:
             problem = routed_problem(sums, names, group, share)

@@ -307,7 +307,7 @@ class LayerPasses:
             self._run(self._streams.seen, watched=watched, around=around)
         if self._activations is not None and number not in self.solved:
             self._activations.close(number)
-        with self._clock.phase("gram"):
+        with self._clock.phase("problem"):
             name = self._context.layout.full_name(self._index, operator)
             return self._channels.pop(number).statistics(name, self._recipe.dense_share)
 
@@ -318,7 +318,7 @@ class LayerPasses:
         self._fits_left[number] -= 1
         if self._activations is not None and not self._fits_left[number]:
             self._activations.close(number)
-        with self._clock.phase("gram"):
+        with self._clock.phase("problem"):
             names = self._context.names(self._index, group)
             rows = [len(operator.weight(self._layer)) for operator in group]
             return self._sums.pop(number).problem(names, rows, self._recipe.dense_share, release=True)

@@ -105,7 +105,7 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
         return []
     spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
-        f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, "
+        f"{worst} loses most of all operators, drift of its inputs apart: {percent(means[worst], 2)} on average, "
         f"against a median of {percent(middle, 2)}. {spread}`--ignore {short_names(layers)[worst]}` leaves it dense."
     ]
 

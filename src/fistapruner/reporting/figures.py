@@ -25,7 +25,8 @@ MOST_NAMES = 40
 MOST_DOTS = 2000
 """Dots of a figure, about."""
 
-PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
+PHASES = ("capture", "gram", "problem", "structure", "solve", "reconstruct", "io")
+"""Phases of a decoder layer that have a color; the others are short."""
 
 
 def layer_figures(report: Report) -> dict[str, Drawing]:
@@ -360,14 +361,13 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
     timed = [layer for layer in layers if layer.seconds]
     if not timed:
         return None
-    found = {phase for layer in timed for phase in layer.seconds}
-    phases = [phase for phase in PHASES if phase in found] + sorted(found - set(PHASES))
+    found = {phase: values for phase in PHASES if any(values := [layer.seconds.get(phase, 0.0) for layer in timed])}
+    found["other"] = [sum(s for phase, s in layer.seconds.items() if phase not in PHASES) for layer in timed]
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
         base = [0.0] * len(timed)
-        for color, phase in zip(SERIES, phases, strict=False):
-            values = [layer.seconds.get(phase, 0.0) for layer in timed]
+        for color, (phase, values) in zip(SERIES, found.items(), strict=False):
             axes.bar([layer.index for layer in timed], values, bottom=base, width=0.82, color=color, label=phase)
             base = [b + v for b, v in zip(base, values, strict=True)]
         axes.set_xlabel("decoder layer")
@@ -377,7 +377,7 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
         style(axes)
         axes.legend(loc="upper center", ncols=4 if width > 500 else 3, columnspacing=1.2, handlelength=1.2)
 
-    totals = {phase: sum(layer.seconds.get(phase, 0.0) for layer in timed) for phase in phases}
+    totals = {phase: sum(values) for phase, values in found.items()}
     return draw(
         "time-by-layer",
         "Time by decoder layer",

@@ -385,6 +385,7 @@ def _hardest(report: Report) -> Table:
 PHASES = {
     "capture": "forward passes that collect inputs",
     "gram": "sums of outer products",
+    "problem": "products of these sums with the weights",
     "structure": "choosing channels to remove, and the weights of those that remain",
     "solve": "the method itself",
     "reconstruct": "block reconstruction",
