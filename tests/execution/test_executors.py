@@ -23,7 +23,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
 from fistapruner.execution.operator_parallel import ParallelSolver, do_part
-from fistapruner.execution.pool import Event, Job, PartJob
+from fistapruner.execution.pool import Event, LayerJob, PartJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
 from fistapruner.execution.serial import prune_serially
@@ -130,9 +130,9 @@ class Deadly(ProcessPool):
         self.at_start, self.at_event = at_start, at_event
         super().__init__(*arguments)
 
-    def start(self, worker: int, job: Job | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob | PartJob) -> None:
         super().start(worker, job)
-        key = job.index if isinstance(job, Job) else job.problem
+        key = job.index if isinstance(job, LayerJob) else job.problem
         if self.at_start.get(key):
             self.at_start[key] -= 1
             os.kill(self._processes[worker].pid, signal.SIGKILL)
@@ -174,7 +174,7 @@ class Small:
         self.started: list[int] = []
         self._events: list[tuple[int, Event]] = []
 
-    def start(self, worker: int, job: Job | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob | PartJob) -> None:
         assert isinstance(job, PartJob)
         self.started.append(worker)
         if worker not in self.short:

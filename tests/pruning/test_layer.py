@@ -23,7 +23,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums, unweighted
-from fistapruner.pruning.context import NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
+from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer
 from fistapruner.runs.layer_records import LayerEntry
@@ -41,7 +41,7 @@ def stream(
     inspect: Callable[[int, LayerProblem], None] | None = None,
     noise: float = DRIFT_NOISE,
     dtype: torch.dtype | None = None,
-    measures: LayerMeasures = NOT_MEASURED,
+    measures: LayerMeasures = NO_MEASURES,
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
     recipe = recipe.resolved()

@@ -22,7 +22,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
 from fistapruner.execution.operator_parallel import ParallelSolver
-from fistapruner.execution.pool import Event, Job, PartJob
+from fistapruner.execution.pool import Event, LayerJob, PartJob
 from fistapruner.execution.serial import prune_serially
 from fistapruner.execution.worker import Worker
 from fistapruner.models.discovery import discover
@@ -176,7 +176,7 @@ class OneWorker:
         self.emptied.append(self.gpu.emptied)
         self._events.append(event)
 
-    def start(self, worker: int, job: Job | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob | PartJob) -> None:
         self.emptied.append(self.gpu.emptied)
         before, self.gpu.memory = self.gpu.memory, self.memory
         self.worker.run(asdict(job), self._tell)

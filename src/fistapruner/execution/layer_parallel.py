@@ -13,7 +13,7 @@ from ..errors import FistaPrunerError
 from ..runs.listener import Listener
 from ..runtime.memory import release_device_memory
 from .context import RunContext
-from .pool import Event, Job, Pool, run_jobs
+from .pool import Event, LayerJob, Pool, run_jobs
 
 
 def prune_layers_in_parallel(context: RunContext, todo: Collection[int], pool: Pool, listener: Listener) -> None:
@@ -47,23 +47,23 @@ class _LayerSchedule:
     def unfinished(self) -> bool:
         return len(self._finished) <= self._last
 
-    def take(self) -> Job | None:
+    def take(self) -> LayerJob | None:
         if not self._queue or self._queue[0] not in self._written:
             return None
         index = self._queue.pop(0)
         onward = index < self._last and index + 1 not in self._written
-        return Job(index, index in self._todo, _file(index), _file(index + 1) if onward else None)
+        return LayerJob(index, index in self._todo, _file(index), _file(index + 1) if onward else None)
 
-    def put_back(self, job: Job) -> None:
+    def put_back(self, job: LayerJob) -> None:
         self._queue.insert(0, job.index)
 
-    def progress(self, job: Job, event: Event) -> None:
+    def progress(self, job: LayerJob, event: Event) -> None:
         if event["event"] == "passed":
             self._written.add(job.index + 1)
         else:
             self._listener.operators(job.index, event["names"], event["error"])
 
-    def done(self, job: Job) -> None:
+    def done(self, job: LayerJob) -> None:
         index = job.index
         self._finished.add(index)
         for number in (index, index + 1):  # a file is read by its own layer, and may still be written by the one before

@@ -41,7 +41,7 @@ class NoRoom(FistaPrunerError):
 
 
 @dataclass(frozen=True)
-class Job:
+class LayerJob:
     """Prune one decoder layer, or pass hidden states through it.
 
     Args:
@@ -84,7 +84,7 @@ class PartJob:
         return f"{self.name}, {self.problem}"
 
 
-J = TypeVar("J", Job, PartJob)
+J = TypeVar("J", LayerJob, PartJob)
 
 
 class Pool(Protocol):
@@ -92,7 +92,7 @@ class Pool(Protocol):
 
     size: int
 
-    def start(self, worker: int, job: Job | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob | PartJob) -> None:
         """Give an idle worker, 0 to ``size`` - 1, a job."""
 
     def wait(self) -> list[tuple[int, Event]]:

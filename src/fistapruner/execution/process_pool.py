@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .context import RunContext
-from .pool import Event, Job, PartJob
+from .pool import Event, LayerJob, PartJob
 
 
 class ProcessPool:
@@ -36,7 +36,7 @@ class ProcessPool:
         for worker in range(self.size):
             self.revive(worker)
 
-    def start(self, worker: int, job: Job | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob | PartJob) -> None:
         """Give an idle worker a job."""
         pipe = self._processes[worker].stdin
         assert pipe is not None

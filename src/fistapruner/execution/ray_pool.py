@@ -20,7 +20,7 @@ from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
 from .context import RunContext
-from .pool import Event, Job, PartJob
+from .pool import Event, LayerJob, PartJob
 
 ENDS = ("done", "failed", "broken", "lost", "short")
 """Events that end a job."""
@@ -139,7 +139,7 @@ class RayPool:
         for worker in range(self.size):
             self.revive(worker)
 
-    def start(self, worker: int, job: Job | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob | PartJob) -> None:
         """Give an idle worker a job."""
         self._streams[self._actors[worker].run.remote(asdict(job))] = worker
 

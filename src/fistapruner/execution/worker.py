@@ -32,7 +32,7 @@ from ..runtime.memory import release_device_memory, release_failed_memory
 from ..runtime.numerics import exact_products
 from .context import RunContext
 from .operator_parallel import do_part
-from .pool import Event, Job, PartJob
+from .pool import Event, LayerJob, PartJob
 
 PR_SET_PDEATHSIG = 1
 
@@ -69,7 +69,7 @@ class Worker:
         """Run a job and report every outcome, errors too, as an event.
 
         Args:
-            job: a :class:`Job` or a :class:`PartJob` as JSON values.
+            job: a :class:`LayerJob` or a :class:`PartJob` as JSON values.
             tell: receives the events.
         """
         torch.set_num_threads(self.context.numerics.threads)
@@ -86,7 +86,7 @@ class Worker:
                     do_part(PartJob(**job), self.context.hidden, self.context.recipe.steps, self.context.model.device)
                     release_device_memory()  # for the processes that share the GPU
                 else:
-                    self._do_layer(Job(**job), tell)
+                    self._do_layer(LayerJob(**job), tell)
             return {"event": "done"}
         except FistaPrunerError as error:
             return {"event": "failed", "message": str(error)}
@@ -95,7 +95,7 @@ class Worker:
         except Exception:
             return {"event": "broken", "message": traceback.format_exc()}
 
-    def _do_layer(self, job: Job, tell: Callable[[Event], None]) -> None:
+    def _do_layer(self, job: LayerJob, tell: Callable[[Event], None]) -> None:
         """Prune one decoder layer, or run hidden states through it."""
         source = self._open(job.source)
         target = None if job.target is None else self._open(job.target)

@@ -17,7 +17,7 @@ from ..runs.lock import NAME as LOCK
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.files import PARTIAL, entries, write_json_atomic, write_text_atomic
 from .begun import changed_text, find_source, refuse_other_settings, same_model
-from .compare_jobs import Job, run_name
+from .compare_jobs import CompareJob, run_name
 from .protocol import Protocol
 
 
@@ -67,7 +67,9 @@ def refuse_other_things(folder: Path, own: Sequence[str] = ()) -> None:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new folder")
 
 
-def rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path) -> list[CompareRow]:
+def rows_that_stay(
+    before: list[CompareRow], jobs: Sequence[CompareJob], protocol: Protocol, folder: Path
+) -> list[CompareRow]:
     """Select the rows of an earlier comparison that stay, or stand until they are made again.
 
     One that is asked for now stands if it was measured on the same windows: an interruption does not lose it.
@@ -91,7 +93,7 @@ def rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Prot
 
 
 def unchanged_rows(
-    rows: list[CompareRow], jobs: Sequence[Job], source: ModelSource, folder: Path
+    rows: list[CompareRow], jobs: Sequence[CompareJob], source: ModelSource, folder: Path
 ) -> tuple[list[CompareRow], list[str]]:
     """Leave out rows whose model or calibration text has changed.
 

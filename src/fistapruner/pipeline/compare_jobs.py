@@ -44,7 +44,7 @@ CalibrationWindows = dict[str, tuple[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Job:
+class CompareJob:
     """One run of a comparison.
 
     Args:
@@ -69,7 +69,7 @@ class Job:
 
 def plan_jobs(
     contenders: Sequence[Contender], sparsities: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]
-) -> list[Job]:
+) -> list[CompareJob]:
     """List the runs of a comparison: every method at every sparsity, seed after seed.
 
     Raises:
@@ -82,7 +82,7 @@ def plan_jobs(
             for contender in contenders:
                 said = merge(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
                 said = merge(merge(said, contender.settings), {"sparsity": sparsity})
-                jobs.append(Job(contender.label, seed, Recipe.build(said, contender.label)))
+                jobs.append(CompareJob(contender.label, seed, Recipe.build(said, contender.label)))
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     if len({str(job.recipe.sparsity) for job in jobs}) < len(sparsities):  # 0.5 is 50%
@@ -90,7 +90,7 @@ def plan_jobs(
     return jobs
 
 
-def check_jobs(jobs: Sequence[Job], folder: Path) -> None:
+def check_jobs(jobs: Sequence[CompareJob], folder: Path) -> None:
     """Check what can be checked of the runs before the model is looked for.
 
     Raises:
@@ -104,7 +104,7 @@ def check_jobs(jobs: Sequence[Job], folder: Path) -> None:
             check_sources(job.recipe)
 
 
-def check_recoveries(jobs: Sequence[Job], source: ModelSource, folder: Path, listener: Listener) -> None:
+def check_recoveries(jobs: Sequence[CompareJob], source: ModelSource, folder: Path, listener: Listener) -> None:
     """Check the texts of all recoveries that have not begun, and that these fit.
 
     Raises:
@@ -134,7 +134,7 @@ def check_recoveries(jobs: Sequence[Job], source: ModelSource, folder: Path, lis
             checked.add(planned)
 
 
-def shared_texts(jobs: Sequence[Job], data: str) -> list[str]:
+def shared_texts(jobs: Sequence[CompareJob], data: str) -> list[str]:
     """Warn of evaluation text that has documents of the calibration or training text of a run."""
     calibration = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
     following = [job.recipe.recover.data for job in jobs if job.recipe.recover is not None]
@@ -154,7 +154,9 @@ def agree_protocol(
     return Protocol(text, dtype_name(opened.dtype), calibration, execution.device, recipe.dtype, execution.memory_limit)
 
 
-def draw(job: Job, source: ModelSource, folder: Path, calibrated: CalibrationWindows, listener: Listener) -> None:
+def draw(
+    job: CompareJob, source: ModelSource, folder: Path, calibrated: CalibrationWindows, listener: Listener
+) -> None:
     """Draw the calibration windows of a row that has not begun, unless another row has the same.
 
     They are drawn before the row, so that their time is not that of the method named first.

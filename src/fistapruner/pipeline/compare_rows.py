@@ -30,7 +30,7 @@ from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.files import write_json_atomic
 from .begun import changed_text
-from .compare_jobs import CalibrationWindows, Job
+from .compare_jobs import CalibrationWindows, CompareJob
 from .measure import add_warning, publish
 from .protocol import Protocol
 from .prune import prune
@@ -92,7 +92,7 @@ class Shared:
             **permissions.keywords(),
         )
 
-    def reports_of(self, job: Job) -> tuple[Report, Report | None]:
+    def reports_of(self, job: CompareJob) -> tuple[Report, Report | None]:
         """Prune and measure, or read the report of a run that was pruned and measured so before.
 
         One whose checkpoint is to be kept, and was not, is made again.
@@ -162,7 +162,7 @@ class Shared:
         return report
 
 
-def run_job(job: Job, shared: Shared, comparison: Comparison, dense: Perplexity) -> CompareRow:
+def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perplexity) -> CompareRow:
     """Prune and measure one row, or find that it was done before.
 
     Args:

@@ -33,7 +33,7 @@ from ..structured.units import Units, free_widths, resized
 from ..structured.widths import choose_widths
 from .new_widths import say_widths
 from .patterns import allocate
-from .prune_inputs import Inputs
+from .prune_inputs import PruneInputs
 
 T = TypeVar("T")
 
@@ -76,15 +76,15 @@ class DenseMeasurements:
     states: Path | None
     listener: Listener
 
-    def _identity(self, inputs: Inputs) -> str:
+    def _identity(self, inputs: PruneInputs) -> str:
         return fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.plan.numerics)
 
-    def seconds_before(self, inputs: Inputs) -> float:
+    def seconds_before(self, inputs: PruneInputs) -> float:
         """Return how long attempts that were stopped have learned which channels stay."""
         state = self.run.learned()
         return float(state.get("seconds", 0)) if state and state.get("identity") == self._identity(inputs) else 0.0
 
-    def learn_channels(self, inputs: Inputs) -> dict[str, Tensor]:
+    def learn_channels(self, inputs: PruneInputs) -> dict[str, Tensor]:
         """Learn which channels stay, where the recipe asks for it.
 
         Returns:
@@ -114,7 +114,7 @@ class DenseMeasurements:
         found = self._fitting(inputs, "learn which channels stay", learn, SEQUENCES, advice)
         return {f"{inputs.layout.prefix}.{index}.{name}": scores for (index, name), scores in found.items()}
 
-    def free_widths(self, inputs: Inputs, scores: Mapping[str, Tensor]) -> Inputs:
+    def free_widths(self, inputs: PruneInputs, scores: Mapping[str, Tensor]) -> PruneInputs:
         """Choose a width for every layer, where the recipe asks for it.
 
         Args:
@@ -150,7 +150,7 @@ class DenseMeasurements:
         self.listener.say(f"{say_widths(model, widths)}. {ONLY_HERE}")
         return replace(inputs, widths=widths, smaller=smaller, sparsity=allocate(self.recipe, smaller))
 
-    def measure(self, inputs: Inputs, scores: Mapping[str, Tensor]) -> Measured:
+    def measure(self, inputs: PruneInputs, scores: Mapping[str, Tensor]) -> Measured:
         """Measure on the dense model what the recipe's allocation, weighting and channel order need.
 
         Args:
@@ -198,7 +198,7 @@ class DenseMeasurements:
         self.run.write_metrics(metrics, importance, orders, scores)
         return sha256_file(self.run.metrics_file)
 
-    def _fitting(self, inputs: Inputs, what: str, work: Callable[[int], T], batch_size: int, advice: str) -> T:
+    def _fitting(self, inputs: PruneInputs, what: str, work: Callable[[int], T], batch_size: int, advice: str) -> T:
         """Measure; where the GPU's memory runs out, measure again with one window at a time.
 
         Args:

@@ -29,7 +29,7 @@ from ..sensitivity.decision import needs_measuring
 from .begun import absolute, changed_text, moved_text, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
-from .prune_inputs import Inputs, RunRequest, check_inputs
+from .prune_inputs import PruneInputs, RunRequest, check_inputs
 from .record import common_fields, numerics_of
 from .recover_inputs import check_fits, check_trained, refuse_other_recovery
 
@@ -111,7 +111,9 @@ def _decided(decision: PruneDecision) -> dict[str, Any]:
     return decision.model_dump(mode="json", include={"sparsity", "structure", "metrics_sha256"})
 
 
-def choose_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs, listener: Listener, *, drawn: bool) -> PlannedRun:
+def choose_plan(
+    run: PruneDirectory, recipe: Recipe, inputs: PruneInputs, listener: Listener, *, drawn: bool
+) -> PlannedRun:
     """Plan the run; one that has begun with this model keeps its plan, and with it its last bits.
 
     ``drawn``: the calibration windows are there already, so the model generates none.
@@ -137,7 +139,7 @@ def choose_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs, listener: L
     return PlannedRun(numerics=numerics, on_disk=choice.on_disk, on_device=choice.on_device, rows=list(found.rows))
 
 
-def _learned_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs) -> PlannedRun | None:
+def _learned_plan(run: PruneDirectory, recipe: Recipe, inputs: PruneInputs) -> PlannedRun | None:
     """Return the plan with which this run learned which channels stay; None if it cannot go on so."""
     learned = run.learned()
     try:
@@ -153,7 +155,7 @@ def _learned_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs) -> Planne
 def draw_calibration(
     run: PruneDirectory,
     recipe: Recipe,
-    inputs: Inputs,
+    inputs: PruneInputs,
     drawing: str,
     drawn: tuple[Tensor, dict[str, Any]] | None,
     listener: Listener,
@@ -208,7 +210,7 @@ def draw_windows(
 def record(
     run: PruneDirectory,
     request: RunRequest,
-    inputs: Inputs,
+    inputs: PruneInputs,
     tokens: Tensor,
     how: Mapping[str, Any],
     decision: PruneDecision,
@@ -263,7 +265,7 @@ def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, f
         run.write_record(record)
 
 
-def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:
+def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: PruneInputs) -> str | None:
     """Say why tokens and measurements are not those that the run began with; None where they are."""
     decision = begun.decision
     if inputs.planned is None:

@@ -22,7 +22,7 @@ from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
 from ..tuning.references import missing_windows
 from ..tuning.teacher import TOP
 from .prepare_training import choose_plan, describe_text, record, share_of
-from .training_inputs import Inputs, TrainingRequest, check_training_inputs
+from .training_inputs import TrainingInputs, TrainingRequest, check_training_inputs
 
 LONGEST = "data.max_length"
 """How messages call the tokens of prompt and answer."""
@@ -64,7 +64,7 @@ def check_pairs(recipe: AlignRecipe) -> tuple[list[Pair], list[str]]:
 
 def check_inputs(
     run: TrainingDirectory, request: TrainingRequest[AlignRecipe], listener: Listener
-) -> Inputs[AlignRecipe]:
+) -> TrainingInputs[AlignRecipe]:
     """Check everything but the pairs that can be checked before any long work.
 
     Raises:
@@ -89,7 +89,7 @@ def resolve(recipe: AlignRecipe, origin: RunDirectory | None) -> AlignRecipe:
     return recipe.with_absolute_files().model_copy(update=changes)
 
 
-def cut_pairs(inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener) -> Pairs:
+def cut_pairs(inputs: TrainingInputs[AlignRecipe], pairs: list[Pair], listener: Listener) -> Pairs:
     """Tokenise the pairs, and split them.
 
     Raises:
@@ -106,7 +106,7 @@ def cut_pairs(inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener
 def write_pairs(
     run: TrainingDirectory,
     request: TrainingRequest[AlignRecipe],
-    inputs: Inputs[AlignRecipe],
+    inputs: TrainingInputs[AlignRecipe],
     pairs: list[Pair],
     listener: Listener,
 ) -> Pairs:
@@ -133,7 +133,7 @@ def make_text(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], lis
     write_pairs(run, request, inputs, pairs, listener)
 
 
-def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
+def task_of(out: Path, inputs: TrainingInputs[AlignRecipe], text: Pairs) -> Task:
     """Return what is to be planned, for a run in ``out``."""
     recipe, anchored = inputs.recipe, inputs.recipe.resolved_anchor > 0
     trained = len(text.windows("trained")) // 2

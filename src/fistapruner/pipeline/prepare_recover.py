@@ -23,7 +23,7 @@ from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from .prepare_training import choose_plan, describe_text, record, share_of
 from .recover_inputs import check_inputs, check_mixture
-from .training_inputs import Inputs, TrainingRequest
+from .training_inputs import TrainingInputs, TrainingRequest
 
 
 def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener) -> None:
@@ -52,7 +52,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     record(run, request, inputs, text, plan, task.steps, sources, facts)
 
 
-def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
+def task_of(out: Path, inputs: TrainingInputs[RecoverRecipe]) -> Task:
     """Return what is to be planned, for a run in ``out``."""
     recipe, dense = inputs.recipe, inputs.dense
     teacher, generator = None if recipe.loss == "ce" else dense, dense if recipe.generates_text else None
@@ -63,7 +63,7 @@ def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
 
 
 def cut_text(
-    run: TrainingDirectory, inputs: Inputs[RecoverRecipe], listener: Listener, threads: int
+    run: TrainingDirectory, inputs: TrainingInputs[RecoverRecipe], listener: Listener, threads: int
 ) -> tuple[TrainingText, dict[str, str]]:
     """Read the text, hold documents out, cut windows, and store them.
 

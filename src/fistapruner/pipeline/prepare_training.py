@@ -24,7 +24,7 @@ from ..runtime.memory import free_memory, release_memory, resident_memory
 from ..runtime.ranks import Ranks
 from .begun import absolute
 from .record import common_fields, numerics_of
-from .training_inputs import Inputs, R, TrainingRequest, asked
+from .training_inputs import R, TrainingInputs, TrainingRequest, asked
 
 
 def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, TrainingChoice, list[PlanRow]]:
@@ -70,7 +70,7 @@ def share_of(task: Task, ranks: Ranks) -> Task:
 def record(
     run: TrainingDirectory,
     request: TrainingRequest[R],
-    inputs: Inputs[R],
+    inputs: TrainingInputs[R],
     text: TrainingText,
     plan: tuple[Numerics, TrainingChoice, list[PlanRow]],
     steps: int,

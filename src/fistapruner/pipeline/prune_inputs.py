@@ -62,7 +62,7 @@ class RunRequest:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class PruneInputs:
     """The checked input of a run.
 
     Args:
@@ -89,7 +89,9 @@ class Inputs:
     warnings: tuple[str, ...] = ()
 
 
-def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | None, listener: Listener) -> Inputs:
+def check_inputs(
+    run: PruneDirectory, request: RunRequest, begun: PruneRecord | None, listener: Listener
+) -> PruneInputs:
     """Check everything that can be checked before any long work.
 
     Args:
@@ -148,7 +150,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
             warnings = (*warnings, shared)
-    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, planned, warnings)
+    return PruneInputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, planned, warnings)
 
 
 def _was_checked(begun: PruneRecord, model: LayerwiseModel) -> bool:

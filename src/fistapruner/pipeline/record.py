@@ -15,12 +15,13 @@ from ..runs.lineage import begin_lineage
 from ..runs.records import ModelFacts
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
-from . import prune_inputs, training_inputs
+from .prune_inputs import PruneInputs, RunRequest
+from .training_inputs import TrainingInputs, TrainingRequest
 
 
 def common_fields(
-    request: prune_inputs.RunRequest | training_inputs.TrainingRequest[Any],
-    inputs: prune_inputs.Inputs | training_inputs.Inputs[Any],
+    request: RunRequest | TrainingRequest[Any],
+    inputs: PruneInputs | TrainingInputs[Any],
     recipe: Recipe | TrainingRecipe,
     threads: int,
 ) -> dict[str, Any]:

@@ -30,7 +30,14 @@ from ..runtime.memory import release_memory
 from .begun import refuse_other_settings
 from .patterns import allocate
 from .result import folder_bytes
-from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, asked, check_precision, check_training_inputs
+from .training_inputs import (
+    TRAINING_SEQLEN,
+    TrainingInputs,
+    TrainingRequest,
+    asked,
+    check_precision,
+    check_training_inputs,
+)
 
 SEQLEN = "data.seqlen"
 """How messages call the tokens in a window."""
@@ -46,7 +53,7 @@ TRAINED_BY: Any = {
 
 def check_inputs(
     run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener
-) -> Inputs[RecoverRecipe]:
+) -> TrainingInputs[RecoverRecipe]:
     """Check everything that can be checked before any long work.
 
     Raises:

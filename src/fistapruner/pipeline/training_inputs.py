@@ -105,7 +105,7 @@ class TrainingRequest(Generic[R]):
 
 
 @dataclass(frozen=True)
-class Inputs(Generic[R]):
+class TrainingInputs(Generic[R]):
     """The checked input of a run that trains.
 
     Args:
@@ -148,7 +148,7 @@ def check_training_inputs(
     listener: Listener,
     resolve: Callable[[R, RunDirectory | None], R],
     seqlen: tuple[int | None, str],
-) -> Inputs[R]:
+) -> TrainingInputs[R]:
     """Check everything that can be checked before any long work.
 
     Args:
@@ -195,7 +195,7 @@ def check_training_inputs(
         evaluation = evaluation.model_copy(update={"seqlen": evaluated})
         cut = load_windows(evaluation.data, tokenizer, evaluated, evaluation.windows)
         model.check_tokens(cut.tokens)
-    return Inputs(
+    return TrainingInputs(
         source,
         model,
         layout,

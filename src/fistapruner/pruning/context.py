@@ -151,7 +151,7 @@ class LayerMeasures:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-NOT_MEASURED = LayerMeasures()
+NO_MEASURES = LayerMeasures()
 """Measures of a recipe that needs none."""
 
 

@@ -22,7 +22,7 @@ from ..solvers import parse_method
 from ..solvers.base import Solution
 from ..solvers.low_rank import SparsePlusLowRank, solve_low_rank
 from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
-from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
+from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
 from .entries import operator_entries
 from .experts import remove_experts, routed_problem, routing_warnings
 from .passes import LayerPasses
@@ -49,7 +49,7 @@ def prune_layer(
     context: LayerContext,
     index: int,
     streams: LayerStreams,
-    measures: LayerMeasures = NOT_MEASURED,
+    measures: LayerMeasures = NO_MEASURES,
     events: LayerEvents = NO_EVENTS,
 ) -> LayerResult:
     """Prune decoder layer ``index``, group after group.
