@@ -28,6 +28,12 @@ def _quick_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
 
 
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short continuations of the sample prompts, which take longer than the rest of an evaluation of a tiny model."""
+    monkeypatch.setattr("fistapruner.evaluation.generations.NEW_TOKENS", 3)
+
+
 @pytest.fixture
 def kill_removal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], bool]:
     """A function that stops work before it removes a file or folder for the nth time; returns whether it did.

@@ -20,7 +20,7 @@ def test_what_a_model_does_not_take_of_its_tokenizer_is_left_out(tmp_path: Path)
     )
     assert set(AutoTokenizer.from_pretrained(folder)("once")) == {"input_ids", "token_type_ids"}
     models = {"dense": folder, "pruned": folder}
-    (found,) = generate_side_by_side(models, torch.device("cpu"), prompts=("once upon",), tokens=4)
+    (found,) = generate_side_by_side(models, torch.device("cpu"), prompts=("once upon",))
     assert found.dense == found.pruned
     assert found.recovered is None
     assert found.dense

@@ -127,9 +127,7 @@ def test_evaluation_and_speed_keep_within_a_quota(tmp_path: Path, monkeypatch: p
         settings = {"seqlen": 16, "windows": 1}
         fp.evaluate(folder, "python", tick=lambda *_: counts.append(torch.get_num_threads()), **settings)
         models = {"dense": folder}
-        generate_side_by_side(
-            models, torch.device("cpu"), tokens=1, tick=lambda *_: counts.append(torch.get_num_threads())
-        )
+        generate_side_by_side(models, torch.device("cpu"), tick=lambda *_: counts.append(torch.get_num_threads()))
         with pytest.raises(Started):
             variants.compare([Variant("dense", folder)])
         assert torch.get_num_threads() == 2

@@ -20,6 +20,9 @@ PROMPTS = (
     "def fibonacci(n):",
 )
 
+NEW_TOKENS = 32
+"""Tokens that continue a prompt."""
+
 
 @threads_within_quota()
 def generate_side_by_side(
@@ -27,7 +30,6 @@ def generate_side_by_side(
     device: torch.device,
     *,
     prompts: tuple[str, ...] = PROMPTS,
-    tokens: int = 32,
     memory_limit: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -42,7 +44,6 @@ def generate_side_by_side(
         models: Hugging Face folders, by the field of :class:`Generation` that they fill.
         device: where the models run.
         prompts: texts to continue.
-        tokens: new tokens for each prompt.
         memory_limit: bytes of main memory that the process may use; None is the free memory.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoints.
@@ -53,16 +54,14 @@ def generate_side_by_side(
     texts = {}
     for number, (name, folder) in enumerate(models.items()):
         tick("models that have continued the sample prompts", number, len(models))
-        texts[name] = _continue(folder, device, prompts, tokens, trust_remote_code)
+        texts[name] = _continue(folder, device, prompts, trust_remote_code)
     return [
         Generation.model_validate({"prompt": prompt, **{name: found[place] for name, found in texts.items()}})
         for place, prompt in enumerate(prompts)
     ]
 
 
-def _continue(
-    folder: Path, device: torch.device, prompts: tuple[str, ...], tokens: int, trust_remote_code: bool
-) -> list[str]:
+def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], trust_remote_code: bool) -> list[str]:
     """Continue prompts greedily with one model."""
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     model = load_whole(folder, device, trust_remote_code=trust_remote_code)
@@ -72,6 +71,6 @@ def _continue(
         # A tokenizer may return more, such as token_type_ids, which generate() refuses.
         ids = {name: found[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+            out = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         texts.append(str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))
     return texts
