@@ -715,6 +715,16 @@ def test_another_recovery_than_the_one_that_has_begun_is_refused(dense: Path, tm
     assert prune(steps=2).recovery.asked_steps == 2
 
 
+def test_an_allocation_in_another_order_is_another_run(dense: Path, tmp_path: Path) -> None:
+    names = {"down_proj": "40%", r"re:layers\.0\.": "30%"}
+    for number, allocation in enumerate((names, dict(reversed(names.items())))):
+        run = tmp_path / str(number)
+        first = fp.prune(dense, run, **SETTINGS, allocation=allocation)
+        assert fp.prune(dense, run, **SETTINGS, allocation=allocation).finished == first.finished
+        with pytest.raises(fp.FistaPrunerError, match=r"holds a run with allocation = \[.*\], this one has \["):
+            fp.prune(dense, run, **SETTINGS, allocation=dict(reversed(allocation.items())))
+
+
 def test_a_part_of_a_finished_run_leaves_its_report_alone(dense: Path, run: Path) -> None:
     """Several parts may be given again at once."""
     before = contents(run)

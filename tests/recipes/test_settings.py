@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -121,6 +123,18 @@ def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
     earlier = Recipe().resolved().model_dump(mode="json")
     assert Recipe.build(PARALLEL).resolved(earlier=earlier).propagate == "pruned"
     assert Recipe.build({"dense_target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
+
+
+def test_names_of_an_allocation_in_another_order_are_another_run() -> None:
+    """Those in the order of the alphabet have the hash of runs that began before the order counted."""
+    names = {"down_proj": "40%", r"re:layers\.0\.": "30%"}
+    recipe, other = Recipe(allocation=names), Recipe(allocation=dict(reversed(names.items())))
+    assert recipe.fingerprint() != other.fingerprint()
+    assert recipe.identity()["allocation"] == other.identity()["allocation"][::-1]
+    earlier = json.dumps(recipe.model_dump(mode="json", exclude=set(Recipe.no_identity)), sort_keys=True)
+    assert recipe.fingerprint() == hashlib.sha256(earlier.encode()).hexdigest()[:16]
+    for one in (recipe, other):
+        assert Recipe.build(one.model_dump(mode="json")).fingerprint() == one.fingerprint()
 
 
 FISTA_PRESETS = {

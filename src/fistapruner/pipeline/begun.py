@@ -186,7 +186,7 @@ def refuse_other(
     Raises:
         FistaPrunerError: names the first setting that differs; or the model cannot be opened to be compared.
     """
-    refuse_other_settings(run, record.recipe, recipe.identity())
+    refuse_other_settings(run, Recipe.build(record.recipe, str(run.run_file)).identity(), recipe.identity())
     found = workload_sha256(recipe)
     if record.workload is not None and found not in (None, record.workload.sha256):
         raise FistaPrunerError(

@@ -87,7 +87,7 @@ def rows_that_stay(
     for job in jobs:
         run = job.run(folder)
         if (record := run.record()) is not None:
-            earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
+            earlier = Recipe.build(record.recipe, str(run.run_file)).identity()
             refuse_other_settings(run, earlier, job.recipe.identity())
     return stay
 

@@ -364,6 +364,20 @@ class Recipe(RunRecipe):
             raise ValueError(f"low_rank {self.low_rank} with structure: a smaller model has no low-rank part")
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine the resulting weights, a mapping ``allocation`` as pairs in its order."""
+        found = super().identity()
+        if isinstance(found["allocation"], dict):  # of several names that match the last counts
+            found["allocation"] = [list(pair) for pair in found["allocation"].items()]
+        return found
+
+    def _hashed(self) -> dict[str, Any]:
+        """Hash pairs that are in the order of their names as a mapping, so that earlier runs with them go on."""
+        found = self.identity()
+        if isinstance(pairs := found["allocation"], list) and pairs == sorted(pairs):
+            found["allocation"] = dict(pairs)
+        return found
+
     @property
     def pattern(self) -> Constraint:
         """The sparsity, parsed."""
