@@ -101,6 +101,13 @@ def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path
     assert [job.recipe.dense_target for job in jobs[::2]] == [0.5, 0.5]
 
 
+def test_a_recovery_of_a_row_has_the_seed_of_the_row() -> None:
+    methods = ["wanda@recover=2k", "wanda@recover={seed: 5, data: {tokens: 2k}}"]
+    jobs = plan_jobs(parse_contenders(methods), ["50%"], [1, 2], SETTINGS)
+    recoveries = [job.recipe.resolved().recover for job in jobs]
+    assert [(recover.seed, recover.data.seed) for recover in recoveries] == [(1, 1), (5, 1), (2, 2), (5, 2)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -256,6 +256,20 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
     assert merge(base, own) == own
 
 
+def test_a_recovery_takes_the_seeds_that_it_does_not_name_from_the_run() -> None:
+    """Those of a run that has begun are named, whatever they are."""
+
+    def seeds(**settings: Any) -> tuple[int, int]:
+        # as prune builds it from a recipe and single settings
+        given = Recipe.build({"recover": "2k", **settings}).model_dump(mode="json", exclude_unset=True)
+        recover = Recipe.build(merge(given, {"seed": 3})).resolved().recover
+        return recover.seed, recover.data.seed
+
+    assert seeds() == seeds(recover={"steps": 1}) == seeds(recover=RecoverRecipe(rank=2)) == (3, 3)
+    assert seeds(recover={"seed": 0, "data": {"seed": 5}}) == (0, 5)
+    assert seeds(**Recipe(recover="2k").resolved().model_dump(mode="json")) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

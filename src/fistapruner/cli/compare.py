@@ -50,7 +50,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="sparsities, separated by commas (default: that of --recipe; else 50%%, or 0%% with --structure)",
     )
     parser.add_argument(
-        "--seeds", "--seed", default="0", metavar="N,...", help="seeds of calibration windows (default: 0)"
+        "--seeds",
+        "--seed",
+        default="0",
+        metavar="N,...",
+        help="seeds of the runs and their calibration windows (default: 0)",
     )
     add_evaluation(parser, "text for perplexity: wikitext2, ptb, c4, python or a file")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints")

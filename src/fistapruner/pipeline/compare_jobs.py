@@ -119,7 +119,7 @@ def check_recoveries(jobs: Sequence[CompareJob], source: ModelSource, folder: Pa
         if texts not in checked:
             check_following(recipe, source)
             checked.add(texts)
-    for job in following:
+    for job in {(job.label, str(job.recipe.sparsity)): job for job in reversed(following)}.values():  # of one seed
         trained = json.dumps(job.recipe.model_dump(mode="json", include=TRAINED_BY))
         if trained in checked:
             continue

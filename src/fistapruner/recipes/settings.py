@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PlainSerializer,
+    SerializationInfo,
     field_validator,
     model_validator,
 )
@@ -89,8 +90,11 @@ def _recover(value: Any) -> Any:
         raise ValueError(str(error).removeprefix("recipe: ")) from None
 
 
-def _dump_recover(value: Any) -> Any:
-    return None if value is None else value.model_dump(mode="json", exclude={"execution"})
+def _dump_recover(value: Any, info: SerializationInfo) -> Any:
+    """Write a recovery recipe; the seeds that it does not name stay open where unset settings are left out."""
+    if value is None:
+        return None
+    return value.model_dump(mode="json", exclude={"execution"}, exclude_unset=info.exclude_unset)
 
 
 def _dense_target(value: Any) -> Any:
@@ -317,8 +321,8 @@ class Recipe(RunRecipe):
     )
     seed: Seed = Field(
         0,
-        description="Seed of everything random that is not calibration data; as a flag also that of the calibration "
-        "windows.",
+        description="Seed of everything random that is not calibration data, and of a recovery for which recover names "
+        "none; as a flag also that of the calibration windows.",
     )
     execution: Execution = Field(
         Execution(),
@@ -426,6 +430,7 @@ class Recipe(RunRecipe):
         """Return this recipe with ``auto`` of ``propagate``, ``dense_target`` and ``residual`` resolved.
 
         Paths of calibration and workload files become absolute, so that a run can be continued from another folder.
+        Seeds that ``recover`` does not name become those of this recipe.
 
         Args:
             in_parts: only a part of the decoder layers is pruned (``--only-layers``), independently of the others.
@@ -456,6 +461,8 @@ class Recipe(RunRecipe):
                 step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
             )
         chosen["calibration"] = self.calibration.with_absolute_files()
+        if self.recover is not None:
+            chosen["recover"] = self.recover.with_seed(self.seed)
         if self.workload is not None:
             chosen["allocation"] = WORKLOAD + os.path.abspath(self.workload)
         return self.model_copy(update=chosen)
