@@ -385,6 +385,26 @@ def test_wrong_settings_of_a_recipe_are_one_line() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"allocation": {"down_proj": "150%"}}, "down_proj: sparsity '?1.5'? is out of range: a share of "),
+        ({"allocation": "{down_proj: 150%}"}, "down_proj: sparsity '?1.5'? is out of range: a share of "),
+        ({"allocation": {0: "30%"}}, r"0: names of operators are expected, such as down_proj or 're:layers\\.0\\.'"),
+        ({"allocation": "{down_proj: }"}, "down_proj: sparsity None is not understood: write "),
+        ({"allocation": {"re:(": "30%"}}, r"'re:\(' is not a regular expression: "),
+        ({"targets": "down_proj"}, r"a list of names is expected, such as \[down_proj\] \(got 'down_proj'\)$"),
+        ({"ignore": None}, r"a list of names is expected, such as \[down_proj\] \(got None\)$"),
+        ({"targets": [0]}, r"Input should be a valid string \(got 0\)$"),
+    ],
+)
+def test_names_of_operators_and_their_sparsities_are_checked_one_by_one(settings: dict[str, Any], message: str) -> None:
+    [setting] = settings
+    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}(\.0)?: {message}") as error:
+        Recipe.build(settings)
+    assert str(error.value).count("allocation") <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"methods": "wanda"}, r"unknown setting 'methods': did you mean 'method'\?$"),
         ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
         ({"recover": {"data": {"xyz": 4}}}, r"recover: unknown setting 'data\.xyz': one of source, "),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Annotated, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 P = TypeVar("P", bound=Iterable[str])
 
@@ -26,7 +26,13 @@ def check_patterns(patterns: P) -> P:
     return patterns
 
 
-Patterns = Annotated[tuple[str, ...], AfterValidator(check_patterns)]
+def _names(value: Any) -> Any:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError("a list of names is expected, such as [down_proj]")
+    return value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(check_patterns)]
 
 
 def matches(name: str, pattern: str) -> bool:

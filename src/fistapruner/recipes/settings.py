@@ -19,7 +19,6 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PlainSerializer,
     SerializationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -115,7 +114,20 @@ def _allocation(value: Any) -> Any:
     if not isinstance(value, dict) and value not in ALLOCATIONS:
         known = ", ".join(ALLOCATIONS)
         raise ValueError(f"{known}, error:46%, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
-    return value
+    return value if isinstance(value, str) else _sparsities(value)
+
+
+def _sparsities(named: Mapping[Any, Any]) -> dict[str, Constraint]:
+    """Parse the sparsities of operators, by names of these; the first fault is a ValueError."""
+    found = {}
+    for name, value in named.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r}: names of operators are expected, such as down_proj or 're:layers\\.0\\.'")
+        try:
+            found[name] = _sparsity(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return check_patterns(found)
 
 
 def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
@@ -345,11 +357,6 @@ class Recipe(RunRecipe):
         recipe = read({**value, "sparsity": "0%"})
         recipe.model_fields_set.discard("sparsity")  # a default: without the structure it is another one
         return recipe
-
-    @field_validator("allocation", mode="after")
-    @classmethod
-    def _patterns(cls, value: Any) -> Any:
-        return value if isinstance(value, str) else check_patterns(value)
 
     @model_validator(mode="after")
     def _structure_of_something(self) -> Recipe:
