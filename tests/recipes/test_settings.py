@@ -125,6 +125,13 @@ def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
     assert Recipe.build({"dense_target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
 
 
+def test_a_set_of_targets_is_the_same_run_in_every_process() -> None:
+    names = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    for kind in (set, frozenset):
+        recipe = Recipe(targets=kind(names), ignore=kind(names))
+        assert recipe.targets == recipe.ignore == RecoverRecipe(targets=kind(names)).targets == names
+
+
 def test_names_of_an_allocation_in_another_order_are_another_run() -> None:
     """Those in the order of the alphabet have the hash of runs that began before the order counted."""
     names = {"down_proj": "40%", r"re:layers\.0\.": "30%"}

@@ -29,7 +29,7 @@ def check_patterns(patterns: P) -> P:
 def _names(value: Any) -> Any:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
         raise ValueError("a list of names is expected, such as [down_proj]")
-    return value
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else value  # the same in every process
 
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(check_patterns)]
