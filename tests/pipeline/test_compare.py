@@ -71,6 +71,19 @@ def test_methods_and_their_settings() -> None:
     assert "calibration" not in contenders[3].settings
 
 
+def test_settings_of_a_single_method_itself_follow_as_those_of_its_recipe_do() -> None:
+    jobs = plan_jobs(parse_contenders("alps@iterations=3,propagate=dense,damping=0.1,alps"), ["50%"], [0], SETTINGS)
+    [own], [default] = (job.recipe.steps for job in jobs)
+    assert (own.iterations, own.damping, jobs[0].recipe.propagate) == (3, 0.1, "dense")
+    assert own.model_copy(update={"iterations": default.iterations, "damping": default.damping}) == default
+    for text, message in (
+        ("wanda+refit@rho=3", "unknown setting 'rho'"),
+        ("alps@iterations=0", "method alps: iterations"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            plan_jobs(parse_contenders(text), ["50%"], [0], SETTINGS)
+
+
 def test_a_list_of_methods_is_read_as_text() -> None:
     text = "wanda@targets=re:.*q_proj,ignore=lm_head,alps@calibration={samples: 2, seqlen: 8},sparsegpt"
     items = ["wanda@targets=re:.*q_proj,ignore=lm_head", "alps@calibration={samples: 2, seqlen: 8}", "sparsegpt"]

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..recipes.loading import load_recipe_settings, merge, parse_value, shipped_recipes
+from ..recipes.settings import Recipe
+from ..solvers import METHODS
 
 SHARED = {"sparsity": "--sparsity", "seed": "--seeds", "calibration.seed": "--seeds"}
 """Settings that all methods of a comparison share, and the flag that gives them."""
@@ -31,8 +33,10 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
 
     ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` belongs to the method before
     it. A value in brackets may have commas. Dots name settings of a section: ``alps@calibration.samples=64``. Each item
-    of a list is read as such a text. The name of a shipped recipe, or a ``.yaml`` file, is a recipe; its sparsity,
-    calibration, seed and execution are left out: all methods use those of the comparison.
+    of a list is read as such a text. Settings of the method itself follow, too, where it is a single one:
+    ``alps@iterations=30``.
+    The name of a shipped recipe, or a ``.yaml`` file, is a recipe; its sparsity, calibration, seed and execution are
+    left out: all methods use those of the comparison.
 
     Raises:
         FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share.
@@ -58,10 +62,15 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
             )
         label = name + ("@" + ",".join(settings) if settings else "")
         is_recipe = name in shipped_recipes() or name.endswith((".yaml", ".yml"))
-        base = load_recipe_settings(name) if is_recipe else {"method": name}
+        base: dict[str, Any] = load_recipe_settings(name) if is_recipe else {"method": name}
         for shared in ("sparsity", "calibration", "seed", "execution"):
             base.pop(shared, None)
-        contenders.append(Contender(label, merge(base, _nested(settings, label))))
+        given = _nested(settings, label)
+        if not is_recipe and name in METHODS:
+            own = given.keys() & METHODS[name].model_fields.keys() - Recipe.model_fields.keys()
+            if own:
+                base["method"] = {name: {key: given.pop(key) for key in own}}
+        contenders.append(Contender(label, merge(base, given)))
     if len({contender.label for contender in contenders}) < len(contenders):
         raise FistaPrunerError(f"--methods {','.join(parts)!r} names the same method twice")
     return contenders

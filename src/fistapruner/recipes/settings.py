@@ -90,7 +90,7 @@ def _recover(value: Any) -> Any:
 
 
 def _dump_recover(value: Any, info: SerializationInfo) -> Any:
-    """Write a recovery recipe; the seeds that it does not name stay open where unset settings are left out."""
+    """Write a recovery recipe, without its unset settings where those of the run are left out, too."""
     if value is None:
         return None
     return value.model_dump(mode="json", exclude={"execution"}, exclude_unset=info.exclude_unset)
@@ -376,7 +376,7 @@ class Recipe(RunRecipe):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that determine the resulting weights, a mapping ``allocation`` as pairs in its order."""
+        """Return the settings that determine the weights, an allocation by name as pairs in its order."""
         found = super().identity()
         if isinstance(found["allocation"], dict):  # of several names that match the last counts
             found["allocation"] = [list(pair) for pair in found["allocation"].items()]
