@@ -17,10 +17,11 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
 from fistapruner.evaluation.evaluate import evaluate as run_evaluation
 from fistapruner.models.whole import load_whole
+from fistapruner.pipeline.align_compare import align_compare
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.compare_jobs import plan_jobs, run_name, shared_texts
 from fistapruner.pipeline.contenders import parse_contenders
-from fistapruner.pipeline.protocol import Protocol
+from fistapruner.pipeline.protocol import Protocol, distinct_seeds
 from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
@@ -155,6 +156,17 @@ def test_a_row_cannot_be_asked_twice(tmp_path: Path) -> None:
     ):
         with pytest.raises(FistaPrunerError, match=re.escape(message)):
             compare(tmp_path, "wanda", sparsities, tmp_path / "out", seeds=seeds)
+
+
+@pytest.mark.parametrize("seeds", [3, "0,1,2", None, [0, "1"], [0.5], [True], {0: 1}])
+def test_what_is_no_list_of_seeds_is_refused(tmp_path: Path, seeds: Any) -> None:
+    message = re.escape(f"seeds {seeds!r}: a list of different whole numbers such as [0, 1, 2] is expected")
+    with pytest.raises(FistaPrunerError, match=message):
+        compare(tmp_path, "wanda", ["50%"], tmp_path / "out", seeds=seeds)
+    if seeds is not None:  # that of the recipe
+        with pytest.raises(FistaPrunerError, match=message):
+            align_compare(tmp_path, tmp_path / "out", seeds=seeds)
+    assert distinct_seeds(seed for seed in range(3)) == (0, 1, 2)
 
 
 def test_run_names_are_plain_and_different() -> None:

@@ -166,10 +166,9 @@ def _plan(
     for name in VARIED:
         if getattr(shared, name) != getattr(default, name):
             raise FistaPrunerError(f"{name}: a comparison runs all losses and decides it for each row; leave it out")
-    varied, seeds = seeds is not None, (shared.seed,) if seeds is None else seeds
+    varied, seeds = seeds is not None, (shared.seed,) if seeds is None else distinct_seeds(seeds)
     if not seeds:
         raise FistaPrunerError("seeds: at least one is needed")
-    distinct_seeds(seeds)
     jobs = {}
     # Those with both references come first: the others then find what they need in the cache.
     order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))

@@ -73,11 +73,11 @@ def plan_jobs(
     """List the runs of a comparison: every method at every sparsity, seed after seed.
 
     Raises:
-        FistaPrunerError: nothing to do, a seed or sparsity named twice, or settings that are no recipe.
+        FistaPrunerError: nothing to do, what is no list of seeds, a seed or sparsity named twice, or
+            settings that are no recipe.
     """
-    distinct_seeds(seeds)
     jobs = []
-    for seed in seeds:
+    for seed in distinct_seeds(seeds):
         for sparsity in sparsities:
             for contender in contenders:
                 said = merge(dict(settings), {"seed": seed, "calibration": {"seed": seed}})

@@ -33,10 +33,9 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
 
     ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` belongs to the method before
     it. A value in brackets may have commas. Dots name settings of a section: ``alps@calibration.samples=64``. Each item
-    of a list is read as such a text. Settings of the method itself follow, too, where it is a single one:
-    ``alps@iterations=30``.
-    The name of a shipped recipe, or a ``.yaml`` file, is a recipe; its sparsity, calibration, seed and execution are
-    left out: all methods use those of the comparison.
+    of a list is read as such a text. Where the method is a single one, its own settings may follow, too:
+    ``alps@iterations=30``. The name of a shipped recipe, or a ``.yaml`` file, is a recipe; its sparsity, calibration,
+    seed and execution are left out: all methods use those of the comparison.
 
     Raises:
         FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share.

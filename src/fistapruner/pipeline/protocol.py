@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import FistaPrunerError
 from ..evaluation.data import Windows
@@ -74,13 +75,17 @@ def _said(calibration: Calibration) -> str:
     return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.name}"
 
 
-def distinct_seeds(seeds: Sequence[int]) -> None:
-    """Refuse seeds of a comparison of which one is named twice.
+def distinct_seeds(seeds: Any) -> tuple[int, ...]:
+    """Read the seeds of a comparison.
 
     Raises:
-        FistaPrunerError: names them.
+        FistaPrunerError: no list of whole numbers, or one of them is named twice; shows them.
     """
-    if len(set(seeds)) < len(seeds):
+    found = tuple(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, (str, Mapping)) else (None,)
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in found):
+        raise FistaPrunerError(f"seeds {seeds!r}: a list of different whole numbers such as [0, 1, 2] is expected")
+    if len(set(found)) < len(found):
         raise FistaPrunerError(
-            f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
+            f"--seeds {','.join(map(str, found))!r}: different whole numbers such as 0,1,2 are expected"
         )
+    return found
