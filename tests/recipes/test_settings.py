@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -133,13 +131,10 @@ def test_a_set_of_targets_is_the_same_run_in_every_process() -> None:
 
 
 def test_names_of_an_allocation_in_another_order_are_another_run() -> None:
-    """Those in the order of the alphabet have the hash of runs that began before the order counted."""
     names = {"down_proj": "40%", r"re:layers\.0\.": "30%"}
     recipe, other = Recipe(allocation=names), Recipe(allocation=dict(reversed(names.items())))
     assert recipe.fingerprint() != other.fingerprint()
     assert recipe.identity()["allocation"] == other.identity()["allocation"][::-1]
-    earlier = json.dumps(recipe.model_dump(mode="json", exclude=set(Recipe.no_identity)), sort_keys=True)
-    assert recipe.fingerprint() == hashlib.sha256(earlier.encode()).hexdigest()[:16]
     for one in (recipe, other):
         assert Recipe.build(one.model_dump(mode="json")).fingerprint() == one.fingerprint()
 

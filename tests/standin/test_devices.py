@@ -206,8 +206,7 @@ def test_models_write_on_a_gpu(gpu: StandIn, tmp_path: Path) -> None:
     assert load_whole(folder, torch.device("cuda:0")).device == torch.device("cuda:0")
     models = {"dense": folder, "pruned": folder}
     there, here = (
-        generate_side_by_side(models, torch.device(device), prompts=("once upon",))
-        for device in ("cuda:0", "cpu")
+        generate_side_by_side(models, torch.device(device), prompts=("once upon",)) for device in ("cuda:0", "cpu")
     )
     assert there == here
     model = tiny.build("llama").to("cuda:0")

@@ -105,11 +105,7 @@ class RunRecipe(Settings):
 
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the resulting weights."""
-        return hashlib.sha256(json.dumps(self._hashed(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def _hashed(self) -> dict[str, Any]:
-        """Return what :meth:`fingerprint` hashes."""
-        return self.identity()
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML with every setting."""

@@ -382,13 +382,6 @@ class Recipe(RunRecipe):
             found["allocation"] = [list(pair) for pair in found["allocation"].items()]
         return found
 
-    def _hashed(self) -> dict[str, Any]:
-        """Hash pairs that are in the order of their names as a mapping, so that earlier runs with them go on."""
-        found = self.identity()
-        if isinstance(pairs := found["allocation"], list) and pairs == sorted(pairs):
-            found["allocation"] = dict(pairs)
-        return found
-
     @property
     def pattern(self) -> Constraint:
         """The sparsity, parsed."""
