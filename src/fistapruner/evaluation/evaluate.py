@@ -233,7 +233,7 @@ def check_request(
 
 
 def _unpacked(source: ModelSource, scratch: ExitStack, tick: Tick) -> ModelSource:
-    """Unpack a packed model into a temporary folder, which ``scratch`` removes; another is returned as it is."""
+    """Unpack a packed model into a temporary folder, which ``scratch`` removes; return others as is."""
     if not is_packed(source.folder):
         return source
     folder = Path(scratch.enter_context(temporary_folder())) / "unpacked"

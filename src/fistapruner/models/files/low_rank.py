@@ -282,7 +282,7 @@ class LowRankAdapter:
 
 
 def adapter_folder(checkpoint: Path) -> Path:
-    """Find the folder of the low-rank part of a checkpoint that has one: in its own folder, or beside that."""
+    """Find the folder of a checkpoint's low-rank part: inside the checkpoint's own, or beside that."""
     inside = checkpoint / FOLDER
     return inside if inside.is_dir() else checkpoint.resolve().parent / FOLDER
 
