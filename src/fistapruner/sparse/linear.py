@@ -32,7 +32,7 @@ class SparseLinear(nn.Module):
     The compiled kernel, if there is one, multiplies up to :data:`kernel.MAX_BATCH` tokens on a CPU, with matrix units
     up to :data:`kernel.MAX_MANY`. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
     unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32. The low-rank part is two products by
-    torch, which are added.
+    torch in fp32, which are added.
 
     The state dict holds the dense ``weight``, the sum of both parts, so that a saved model is an ordinary checkpoint.
     Loading a state dict packs the weight again, in the operator's dtype, or in int8 if the operator is int8; another
@@ -90,8 +90,9 @@ class SparseLinear(nn.Module):
         out = self._sparse_product(x)
         if (low_rank := self._low_rank()) is None:
             return out
-        a, b = (factor.to(x.device, x.dtype) for factor in low_rank)
-        return out + functional.linear(functional.linear(x, a), b)
+        wide = torch.promote_types(x.dtype, torch.float32)  # one bf16 token takes torch three times as long
+        a, b = (factor.to(x.device, wide) for factor in low_rank)
+        return (out + functional.linear(functional.linear(x.to(wide), a), b)).to(out.dtype)
 
     def _low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Return A and B of the low-rank part; None where there is none."""

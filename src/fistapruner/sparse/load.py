@@ -118,7 +118,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
 
     def factors(target: str) -> tuple[Tensor, Tensor] | None:
         found = None if source.low_rank is None else source.low_rank.of(target)
-        return None if found is None else (found[0].to(dtype), found[1].to(dtype))
+        return None if found is None else (found[0].float(), found[1].float())
 
     def in_int8(name: str, operator: PackedOperator) -> PackedOperator:
         try:
