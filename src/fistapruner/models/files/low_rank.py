@@ -241,10 +241,8 @@ class LowRankAdapter:
         Raises:
             FistaPrunerError: names the adapter's file and the operator.
         """
-        modules, shapes = (
-            dict(model.named_modules()),
-            {name: entry.shape for name, entry in self.factors.entries.items()},
-        )
+        modules = dict(model.named_modules())
+        shapes = {name: entry.shape for name, entry in self.factors.entries.items()}
         for name in self.operators:
             module, a, b = modules.get(name), shapes[name + A], shapes.get(name + B, ())
             weight = tuple(getattr(getattr(module, "weight", None), "shape", ()))
