@@ -1,4 +1,4 @@
-"""Runs whose operators have a low-rank part: checkpoint and adapter are measured, resumed and refused as one model."""
+"""Runs whose operators have a low-rank part: checkpoint and adapter are measured, packed and refused as one model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from torch import Tensor
 
 import fistapruner as fp
 import tiny
-from fistapruner import FistaPrunerError
+from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
 from fistapruner.constraints import NM
-from fistapruner.models.files.low_rank import sum_of_parts
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.low_rank import LowRankAdapter, sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.whole import load_whole
+from fistapruner.pipeline.measure import bench_run
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
+from fistapruner.sparse.bench import bench, record, table
+from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
+from fistapruner.sparse.speed import Speed
+from fistapruner.sparse.variants import Variant, compare, load_variant, weight_bytes
 from fistapruner.tuning import block_reconstruction
 from fistapruner.tuning.adapters import Adapter
 
@@ -103,8 +109,7 @@ def test_additional_weights_are_counted_and_said(run: Path, capsys: pytest.Captu
     page = (run / "report.html").read_text()
     assert "Additional weights" in page
     assert "Low-rank adapter beside it" in page
-    assert "do not take the sum of a sparse and a low-rank part" in page
-    assert "bench RUN" not in page
+    assert "bench RUN" in page
     assert "2:4 + rank 4" in page
     assert "additional weights" in summary(load_run(run), run)
 
@@ -255,12 +260,10 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
     out, pairs, adapter = str(tmp_path / "out"), tmp_path / "pairs.jsonl", str(run / "adapter")
     pairs.write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
     for command in (
-        ["pack", str(run / "model"), out],
         ["export", str(run), out + ".gguf"],
         ["recover", str(run), "--merge", adapter, "--out", out],
         ["align", str(run), "--data", str(pairs), "--out", out],
         ["compare", str(run / "model"), "--methods", "wanda", "--out", out],
-        ["bench", str(run)],
         ["prune", str(run / "model"), "--out", out],
         ["plan", str(run / "model")],
     ):
@@ -270,6 +273,182 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
         assert "prune without --low-rank" in said, command
     assert main(["pack", str(run), out]) != 0
     assert f"so it is not a Hugging Face model folder: give {run / 'model'}" in capsys.readouterr().err
+
+
+FORMS = [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("phi3", {}), ("opt", {})]
+"""Separate, fused and transposed operators, with and without biases, heads that are tied and that are not."""
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.param)  # type: ignore[no-any-return]
+
+
+def packed_run(tmp_path: Path, architecture: str, **changes: Any) -> tuple[Path, Path]:
+    """Prune a model with a low-rank part and pack it; return the run and the packed folder."""
+    folder = tiny.save(architecture, tmp_path / "dense", **changes)
+    calibration = {"source": "python", "samples": 2, "seqlen": 16}
+    fp.prune(folder, tmp_path / "run", low_rank=RANK, sparsity="2:4", method="wanda", calibration=calibration)
+    fp.pack(tmp_path / "run" / "model", tmp_path / "packed")
+    return tmp_path / "run", tmp_path / "packed"
+
+
+@pytest.mark.parametrize(("architecture", "changes"), FORMS)
+def test_packed_and_loaded_it_is_the_sum_of_both_parts(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    run, packed = packed_run(tmp_path, architecture, dtype=dtype, **changes)
+    whole, adapter = load_whole(run / "model", torch.device("cpu"), dtype), LowRankAdapter.beside(run / "model")
+    assert adapter is not None
+    model = fp.load(packed)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for name in adapter.operators:
+        module = model.get_submodule(name)
+        assert isinstance(module, SparseLinear)
+        assert torch.equal(module.weight, whole.get_submodule(name).weight)
+        a, b = (adapter.factors[f"{name}.lora_{part}.weight"] for part in "AB")
+        x = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+        alone = SparseLinear(module.operator, module.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), alone(x) + (x @ a.T) @ b.T, **close)
+    with torch.no_grad():
+        expected = whole(tokens()).logits
+        torch.testing.assert_close(model(tokens()).logits, expected, **close)
+        for dense in (fp.load(packed, packed=False), load_whole(packed, torch.device("cpu"), dtype)):
+            assert torch.equal(dense(tokens()).logits, expected)
+        model.save_pretrained(tmp_path / "saved")
+        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)
+        assert torch.equal(saved(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize(("architecture", "changes"), FORMS[1:3])
+def test_unpacked_it_is_the_sparse_checkpoint_with_its_adapter(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, packed = packed_run(tmp_path, architecture, dtype=dtype, **changes)
+    again = tmp_path / "again"
+    assert main(["unpack", str(packed), str(again)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"its low-rank part: {again / 'adapter'}"
+    before, after = Checkpoint.open(run / "model"), Checkpoint.open(again)
+    assert sorted(before.names()) == sorted(after.names())
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / "adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    assert (again / "fistapruner.json").read_bytes() == (run / "model" / "fistapruner.json").read_bytes()
+    found = [
+        fp.evaluate(folder, "python", seqlen=16, windows=3, against=tmp_path / "dense", dtype="float32")
+        for folder in (run / "model", packed, again)
+    ]
+    assert len({(each.perplexity, each.divergence, each.low_rank) for each in found}) == 1
+    shutil.rmtree(packed)
+    fp.pack(again, packed)
+    assert PackedCheckpoint(packed).low_rank is not None
+    assert main(["export", str(again), str(tmp_path / "out.gguf")]) != 0
+    assert f"whose low-rank part is {again / 'adapter'}, which export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_rounded_values_are_those_of_the_sparse_part_alone(run: Path, tmp_path: Path, values: str) -> None:
+    report = fp.pack(run / "model", tmp_path / "packed", values=values)
+    assert report.rounding
+    assert (tmp_path / "packed" / "adapter" / "adapter_model.safetensors").read_bytes() == results(run)[
+        "adapter/adapter_model.safetensors"
+    ]
+    with torch.no_grad():
+        found, expected = (model(tokens()).logits for model in (fp.load(tmp_path / "packed"), summed(run)))
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+
+
+def test_a_weight_that_is_loaded_takes_the_place_of_both_parts(run: Path, tmp_path: Path) -> None:
+    fp.pack(run / "model", tmp_path / "packed")
+    model = fp.load(tmp_path / "packed")
+    module = model.get_submodule("model.layers.0.mlp.up_proj")
+    model.load_state_dict(model.state_dict())
+    assert "low_rank=4" in str(module)
+    module.load_state_dict({"weight": 2 * module.weight})
+    assert "low_rank" not in str(module)
+    x = torch.ones(1, module.in_features)
+    torch.testing.assert_close(module(x), x @ module.weight.T)
+
+
+@pytest.mark.parametrize("lost", ["adapter", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"])
+def test_a_packed_model_without_its_adapter_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    packed = tmp_path / "packed"
+    fp.pack(run / "model", packed)
+    path = packed / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for command in (["evaluate"], ["bench"], ["unpack", str(tmp_path / "out")], ["inspect"]):
+        assert main([command[0], str(packed), *command[1:]]) != 0
+        said = "".join(capsys.readouterr())
+        assert f"{path}" in said
+        assert "is gone" in said
+    with pytest.raises(FistaPrunerError, match=r"adapter/adapter_.* is gone"):
+        fp.load(packed)
+
+
+def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
+    fp.pack(run / "model", tmp_path / "packed")
+    file = tmp_path / "packed" / "adapter" / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(FistaPrunerError, match="is damaged, or is the low-rank part of another model"):
+        fp.load(tmp_path / "packed")
+    adapter = LowRankAdapter.beside(run / "model")
+    assert adapter is not None
+    other = tiny.build("llama", intermediate_size=64)
+    with pytest.raises(FistaPrunerError, match=r"of another model: .*mlp\.down_proj has factors .* has \[32, 64\]"):
+        adapter.add_to(other)
+    with pytest.raises(FistaPrunerError, match=r"of another model: .*GPT2LMHeadModel has no such operator"):
+        adapter.add_to(tiny.build("gpt2"))
+
+
+def counted(variants: list[Variant], **_: Any) -> list[Speed]:
+    """Measure only the bytes of each form."""
+    setting = {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1, "device": "cpu", "peak_memory": 1}
+    return [
+        Speed(one.name, 1.0, (1.0, 1.0), 1.0, (1.0, 1.0), file_size=weight_bytes(one.folder), **setting)  # type: ignore[arg-type]
+        for one in variants
+    ]
+
+
+def test_bench_measures_the_sum_and_counts_its_bytes(run: Path, tmp_path: Path) -> None:
+    report = fp.pack(run / "model", tmp_path / "packed")
+    adapter = sum(path.stat().st_size for path in (run / "adapter").iterdir())
+    said = "Packed forms compute the sum of the sparse part and the low-rank part of rank 4; their sizes count both"
+    for folder in (run / "model", tmp_path / "packed"):
+        found = bench(folder, measure=counted)
+        assert [one.variant for one in found] == ["dense float32", "dense bfloat16", "packed", "packed int8"]
+        sizes = {one.variant: one.file_size for one in found}
+        assert sizes["packed"] == (tmp_path / "packed" / "model.safetensors").stat().st_size + adapter
+        assert said in record(found, folder)["sentence"]
+    bench_run(run, measure=counted)
+    written = load_run(run)
+    assert written.totals.compressed_bytes == sizes["packed"]
+    page = (run / "report.html").read_text()
+    assert said in page
+    assert "the adapter is counted" in page
+    factors = LowRankAdapter.beside(run / "model")
+    assert factors is not None
+    assert report.low_rank == factors.nbytes
+    plain = report.dense_total - report.dense_operators
+    assert report.packed_total == plain + report.packed_operators
+    packed = PackedCheckpoint(tmp_path / "packed")
+    stored = sum(entry.nbytes for file in packed.checkpoint.files.values() for entry in file.entries.values())
+    assert report.packed_total == stored + factors.nbytes
+    assert "of it the low-rank part" in str(report)
+
+
+def test_the_form_that_is_timed_is_the_sum(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fp.pack(run / "model", tmp_path / "packed")
+    form = Variant("packed", tmp_path / "packed", "bfloat16")
+    with torch.no_grad():
+        found, expected = (model(tokens()).logits for model in (load_variant(form), summed(run)))
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
+    speeds = compare([form], prompt=4, tokens=3, runs=1, threads=1)
+    assert f"{weight_bytes(form.folder) / 2**20:.1f}" in table(speeds)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_there_and_back(tmp_path, dtype, sparsity, layout):
     assert (tmp_path / "u" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("verb", ["prune", "evaluate", "plan", "compare", "recover", "align", "export"])
+@pytest.mark.parametrize("verb", ["prune", "plan", "compare", "recover", "align", "export"])
 def test_verbs_that_need_a_checkpoint_say_how_to_make_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
@@ -68,7 +68,6 @@ def test_verbs_that_need_a_checkpoint_say_how_to_make_one(
     more = {
         "compare": ["--methods", "wanda", "--out", out],
         "align": ["--data", str(pairs), "--out", out],
-        "evaluate": [],
         "plan": [],
         "export": [out],
     }

@@ -3,7 +3,8 @@
 Every variant runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled,
 since the speed of a dense product does not depend on its values. A run that removed channels or heads is measured as
 the smaller model beside the dense one that it was. fp32 and bf16 are both measured, because which of them is faster
-depends on the processor.
+depends on the processor. Packed forms of a model with a low-rank part (prune --low-rank) compute the sum of both parts,
+and their sizes count both.
 
 Of a run directory the checkpoint is measured, and the figures are added to RUN/report.json, the page and the model
 card.

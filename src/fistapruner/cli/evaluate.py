@@ -1,8 +1,9 @@
 """Measure a model: perplexity, divergence from the dense model, zero-shot tasks.
 
-MODEL is a model as for 'prune', or a run directory: then the run's checkpoint is compared with the model it was made
-from, and the figures are added to RUN/report.json, the page and the model card. Perplexity reads one decoder layer at a
-time, so the model may be larger than memory. It depends on --seqlen, and is printed with everything it depends on.
+MODEL is a model as for 'prune', a packed folder, or a run directory: then the run's checkpoint is compared with the
+model it was made from, and the figures are added to RUN/report.json, the page and the model card. Perplexity reads one
+decoder layer at a time, so the model may be larger than memory. It depends on --seqlen, and is printed with everything
+it depends on. A packed folder is unpacked into a temporary one.
 
   fistapruner evaluate smollm2 --data wikitext2 --seqlen 1024
   fistapruner evaluate runs/first --data text.txt --windows 60

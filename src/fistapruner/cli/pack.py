@@ -2,7 +2,8 @@
 
 Every pruned operator is stored as a bit mask (n:m patterns as a shorter index) and its kept values; the rest as it is.
 The result loads in transformers after 'import fistapruner', and 'fistapruner unpack' brings the dense checkpoint back,
-bit for bit unless values were rounded (--values bf16 of wider weights, --values int8).
+bit for bit unless values were rounded (--values bf16 of wider weights, --values int8). A low-rank part (prune
+--low-rank) is copied as it is, and the packed model is the sum of both.
 
   fistapruner pack runs/first/model packed
   fistapruner pack runs/first/model packed-int8 --values int8

@@ -1,7 +1,8 @@
 """Restore the dense checkpoint of a packed one.
 
 The packed folder is checked: its checksums before the first byte is written, masks and offsets of each operator as it
-is written. A damaged folder leaves nothing behind.
+is written. A damaged folder leaves nothing behind. Of a model with a low-rank part (prune --low-rank) the sparse
+checkpoint comes back, with the part as OUT/adapter.
 
   fistapruner unpack packed dense
 """
@@ -22,7 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
+    from ..models.files.low_rank import FOLDER
     from ..sparse.pack import unpack
 
-    print(f"dense checkpoint: {unpack(arguments.packed, arguments.out, progress=listener.tick)}")
+    out = unpack(arguments.packed, arguments.out, progress=listener.tick)
+    print(f"dense checkpoint: {out}")
+    if (out / FOLDER).is_dir():
+        print(f"its low-rank part: {out / FOLDER}")
     return 0

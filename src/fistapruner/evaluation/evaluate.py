@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -21,7 +22,10 @@ from ..recipes.loading import parse_bytes
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device, threads_within_quota
+from ..runtime.files import temporary_folder
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
+from ..sparse.pack import unpack
+from ..sparse.packed_checkpoint import is_packed
 from .data import Windows, check_count, check_data, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows
@@ -61,7 +65,7 @@ def evaluate(
     load the whole model.
 
     Args:
-        model: hub id, local folder, GGUF file, or ``smollm2``.
+        model: hub id, local folder, GGUF file, or ``smollm2``; a packed one is unpacked into a temporary folder.
         data: text for perplexity: ``wikitext2``, ``ptb``, ``c4``, ``python`` or a local ``.txt``, ``.raw``,
             ``.md``, ``.jsonl`` or ``.parquet`` file; or windows that were cut before, by the models' tokenizer. None
             measures tasks only.
@@ -109,65 +113,70 @@ def evaluate(
     permissions = Permissions(allow_pickle, trust_remote_code)
     source = permissions.find(model)
     dense = permissions.find(against) if against is not None else None
-    models = [source] if dense is None else [source, dense]
-    checkpoints = [each.checkpoint() for each in models]  # transformers would read the weights, whatever they are
-    passes = DTYPES.get(dtype) or reduce(torch.promote_types, (pass_dtype(each.dtype, place) for each in checkpoints))
-    if known is not None and memory is not None:
-        for each, checkpoint in zip(models, checkpoints, strict=True):
-            require_tasks_fit(each.folder, checkpoint, passes, memory)
-    added = LowRankAdapter.beside(source.folder)
-    warnings: tuple[str | None, ...] = ()
-    if known is not None:
-        lineage, fault = lineage_of(source.folder)
-        warnings = fault, trained_on(lineage)
-    perplexity: Perplexity | None = None
-    reference: Perplexity | None = None
-    divergence: Divergence | None = None
-    forward = 0.0
-    if data is not None:
-        # Before the tokenizer, which a folder that is no model lacks too.
-        opened = _open(source, checkpoints[0], place, passes)
-        tokenizer = source.tokenizer()
-        longest = opened.max_length
-        default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
-        length = data.seqlen if isinstance(data, Windows) else seqlen or default
-        if longest is not None and length > longest:
-            raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
-        cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
-        other = None
-        if dense is not None:
-            other = _open(dense, checkpoints[1], place, passes)
-            _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
-        start = time.perf_counter()
-        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other, kept)
-        forward = time.perf_counter() - start
-        perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, opened))
-        if other is not None and sums.reference_nll is not None:
-            reference = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, other))
-            divergence = divergence_of(sums)
-    found = Evaluation(
-        model=str(model),
-        against=None if against is None else str(against),
-        perplexity=perplexity,
-        reference=reference,
-        divergence=divergence,
-        seconds=time.perf_counter() - begin,
-        forward_seconds=forward,
-        device=str(place),
-        low_rank=None if added is None else added.weights,
-        warnings=tuple(filter(None, warnings)),
-    )
-    if known is not None:
-        if perplexity is not None:
-            keep(found)
-        settings = TaskSettings(limit, place, passes, batch_size, trust_remote_code)
-        said: list[str] = []
-        results = evaluate_tasks(
-            source.folder, known, settings, against=dense.folder if dense else None, tick=tick, warn=said.append
+    with ExitStack() as scratch:
+        source = _unpacked(source, scratch, tick)
+        dense = None if dense is None else _unpacked(dense, scratch, tick)
+        models = [source] if dense is None else [source, dense]
+        checkpoints = [each.checkpoint() for each in models]  # transformers would read the weights, whatever they are
+        passes = DTYPES.get(dtype) or reduce(
+            torch.promote_types, (pass_dtype(each.dtype, place) for each in checkpoints)
         )
-        said = [*found.warnings, *said]
-        found = replace(found, tasks=results, seconds=time.perf_counter() - begin, warnings=tuple(said))
-    return found
+        if known is not None and memory is not None:
+            for each, checkpoint in zip(models, checkpoints, strict=True):
+                require_tasks_fit(each.folder, checkpoint, passes, memory)
+        added = LowRankAdapter.beside(source.folder)
+        warnings: tuple[str | None, ...] = ()
+        if known is not None:
+            lineage, fault = lineage_of(source.folder)
+            warnings = fault, trained_on(lineage)
+        perplexity: Perplexity | None = None
+        reference: Perplexity | None = None
+        divergence: Divergence | None = None
+        forward = 0.0
+        if data is not None:
+            # Before the tokenizer, which a folder that is no model lacks too.
+            opened = _open(source, checkpoints[0], place, passes)
+            tokenizer = source.tokenizer()
+            longest = opened.max_length
+            default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
+            length = data.seqlen if isinstance(data, Windows) else seqlen or default
+            if longest is not None and length > longest:
+                raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
+            cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
+            other = None
+            if dense is not None:
+                other = _open(dense, checkpoints[1], place, passes)
+                _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
+            start = time.perf_counter()
+            sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other, kept)
+            forward = time.perf_counter() - start
+            perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, opened))
+            if other is not None and sums.reference_nll is not None:
+                reference = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, other))
+                divergence = divergence_of(sums)
+        found = Evaluation(
+            model=str(model),
+            against=None if against is None else str(against),
+            perplexity=perplexity,
+            reference=reference,
+            divergence=divergence,
+            seconds=time.perf_counter() - begin,
+            forward_seconds=forward,
+            device=str(place),
+            low_rank=None if added is None else added.weights,
+            warnings=tuple(filter(None, warnings)),
+        )
+        if known is not None:
+            if perplexity is not None:
+                keep(found)
+            settings = TaskSettings(limit, place, passes, batch_size, trust_remote_code)
+            said: list[str] = []
+            results = evaluate_tasks(
+                source.folder, known, settings, against=dense.folder if dense else None, tick=tick, warn=said.append
+            )
+            said = [*found.warnings, *said]
+            found = replace(found, tasks=results, seconds=time.perf_counter() - begin, warnings=tuple(said))
+        return found
 
 
 def check_request(
@@ -221,6 +230,14 @@ def check_request(
         return tasks, None if memory_limit is None else parse_bytes(str(memory_limit))
     except ValueError as error:
         raise FistaPrunerError(f"memory_limit: {error}") from None
+
+
+def _unpacked(source: ModelSource, scratch: ExitStack, tick: Tick) -> ModelSource:
+    """Unpack a packed model into a temporary folder, which ``scratch`` removes; return others as is."""
+    if not is_packed(source.folder):
+        return source
+    folder = Path(scratch.enter_context(temporary_folder())) / "unpacked"
+    return source.permissions.at(unpack(source.folder, folder, progress=tick))
 
 
 def _open(source: ModelSource, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LayerwiseModel:

@@ -16,7 +16,6 @@ from ..constraints.nm import patterns_of
 from ..errors import FistaPrunerError
 from ..models.discovery import Operator
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
-from ..models.files.low_rank import LowRankAdapter
 from ..models.files.record import (
     MIN_ZEROS,
     read_pruning_record,
@@ -30,7 +29,7 @@ from ..models.source import resolve_model
 from ..models.stored import stored_model
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
-from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed
+from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed, low_rank_part
 
 LONGEST_GROUP = 32
 """Weights in the longest groups that are searched for an n:m pattern."""
@@ -207,7 +206,7 @@ def inspect_checkpoint(
     ]
     low_rank = None
     try:
-        if not is_packed(folder) and (adapter := LowRankAdapter.beside(folder)) is not None:
+        if (adapter := low_rank_part(folder)) is not None:
             low_rank = adapter.weights, adapter.rank
     except FistaPrunerError as error:
         faults.append(str(error))

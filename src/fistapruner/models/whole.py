@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.formatting import size
@@ -86,7 +85,8 @@ def load_whole(
 ) -> Any:
     """Load a ``transformers`` model for forward passes.
 
-    The low-rank part that belongs to a checkpoint is added to its operators.
+    The low-rank part that belongs to a checkpoint is added to its operators (that of a packed one by the plug-in of
+    transformers).
 
     Args:
         folder: a Hugging Face folder, dense or packed.
@@ -109,9 +109,5 @@ def load_whole(
         raise needs_code(folder, error) or fault from None
     model = model.to(device)
     if (low_rank := LowRankAdapter.beside(folder)) is not None:
-        with torch.no_grad():
-            for name in low_rank.operators:
-                module = model.get_submodule(name)
-                weight = low_rank.added(f"{name}.weight", module.weight, transposed=isinstance(module, Conv1D))
-                module.weight.copy_(weight)
+        low_rank.add_to(model)
     return model.eval()

@@ -231,7 +231,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             else "zeros are stored as they are"
         )
         if totals.low_rank_bytes:
-            packed += f"; and {size(totals.low_rank_bytes)} of adapter"
+            adapter = f"{size(totals.low_rank_bytes)} of adapter"
+            packed += f", {adapter} among them" if totals.compressed_bytes else f"; and {adapter}"
         items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
     baseline, best = dense_speed(report), fastest([*packed_speeds(report), *smaller_speeds(report)])
     if baseline is not None and best is not None:

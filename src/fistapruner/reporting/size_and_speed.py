@@ -90,6 +90,8 @@ def size_rows(report: Report) -> list[Row]:
             return rows
         packed = totals.compressed_bytes
         how = "packed, the same weights bit for bit: a mask and the kept values" if packed else NOT_MEASURED
+        if packed and more:
+            how += "; the adapter is counted"
         rows.append(("Compressed checkpoint", "–", size(packed), _times(packed, dense), how))
     return rows
 

@@ -142,11 +142,11 @@ def _cost(report: Report) -> list[tuple[str, str]]:
     if totals.peak_memory:
         rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:
-        text = f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"
+        adapter = f", and {size(totals.low_rank_bytes)} of adapter" if totals.low_rank_bytes else ""
+        text = f"{size(totals.checkpoint_bytes)}{adapter}: zeros are stored; 'fistapruner pack' makes the file smaller"
         if report.only_structure:
             text = f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
         elif not becomes_smaller_packed(report):
-            adapter = f", and {size(totals.low_rank_bytes)} of adapter" if totals.low_rank_bytes else ""
             text = f"{size(totals.checkpoint_bytes)}{adapter}: zeros are stored"
         rows.append(("size on disk", text))
     return rows

@@ -123,8 +123,8 @@ class Totals(Record):
             process pruned all layers.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
             ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
-        checkpoint_bytes: of the weight files in ``RUN/model``; ``compressed_bytes``: of the packed ones if they were
-            measured.
+        checkpoint_bytes: of the weight files in ``RUN/model``; ``compressed_bytes``: of the packed ones, and of
+            the adapter beside them, if they were measured.
         low_rank: rank of the low-rank parts; ``low_rank_weights``: additional weights of them, counted in no other
             number; ``low_rank_bytes``: of ``RUN/adapter``, which holds them; None where there are none.
     """
@@ -387,8 +387,8 @@ class Report(Record):
 
     @property
     def packable(self) -> bool:
-        """Whether ``pack`` takes the model: single matrices, and no low-rank part beside them."""
-        return not (self.totals.low_rank_weights or self.stacked_experts)
+        """Whether ``pack`` takes the model: pruned experts are single matrices."""
+        return not self.stacked_experts
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:

@@ -12,13 +12,12 @@ import torch
 from ..errors import FistaPrunerError
 from ..models.architecture import build_model, max_length, refuse_own_code
 from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
-from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
 from ..runtime.files import temporary_folder
-from ..runtime.formatting import align_columns, counted
+from ..runtime.formatting import align_columns, counted, size
 from . import kernel
 from .pack import NoPackedFormError, pack, unpack
-from .packed_checkpoint import is_packed
+from .packed_checkpoint import is_packed, low_rank_part
 from .speed import WARM_UP_TOKENS, Speed, cache_argument
 from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
@@ -42,7 +41,8 @@ def bench(
 
     A model that has lost channels or heads is measured as ``smaller``, beside the dense model that it was. Without
     zeros, where no operator becomes smaller without them, where the experts are one tensor, or where weights are fp64,
-    it is not packed.
+    it is not packed. Of a model with a low-rank part the packed forms are the sum of both parts; pruned-as-dense forms,
+    which would be the sparse part alone, are left out.
 
     Args:
         model: folder of a pruned model, ordinary or packed.
@@ -71,10 +71,10 @@ def bench(
     model = Path(model)
     if not (model / "config.json").is_file():
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
-    refuse_low_rank(model, "bench")
     for folder in (model, before):
         if folder is not None:
             Checkpoint.open(folder, allow_pickle)
+    low_rank = low_rank_part(model)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
     _check_decoding(model, prompt, tokens, allow_pickle)
     with temporary_folder() as scratch:
@@ -87,7 +87,8 @@ def bench(
             variants = [*whole, *(Variant(f"smaller {dtype}", dense, dtype) for dtype in DTYPES)]
         else:
             variants = [Variant(f"dense {dtype}", dense, dtype, fill=True) for dtype in DTYPES]
-            variants += [Variant(f"pruned {dtype}", dense, dtype) for dtype in DTYPES]
+            if low_rank is None:
+                variants += [Variant(f"pruned {dtype}", dense, dtype) for dtype in DTYPES]
         if is_packed(model) or has_zeros(about):
             with suppress(NoPackedFormError):
                 if not is_packed(model):
@@ -120,11 +121,13 @@ def record(speeds: Sequence[Speed], model: str | Path, *, allow_pickle: bool = F
     """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
     forms = {speed.variant: speed for speed in speeds}
     compared = any(name.startswith(("packed", "smaller")) for name in forms)
-    return {
-        "speeds": [speed.to_json() for speed in speeds],
-        "kernel": kernel_name(),
-        "sentence": sentence(forms, "" if compared else _why_not_packed(Path(model), allow_pickle)),
-    }
+    said = sentence(forms, "" if compared else _why_not_packed(Path(model), allow_pickle))
+    if compared and (low_rank := low_rank_part(Path(model))) is not None:
+        said += (
+            f" Packed forms compute the sum of the sparse part and the low-rank part of rank {low_rank.rank}; their "
+            f"sizes count both, {size(low_rank.file_bytes)} of the low-rank part."
+        )
+    return {"speeds": [speed.to_json() for speed in speeds], "kernel": kernel_name(), "sentence": said}
 
 
 def _why_not_packed(model: Path, allow_pickle: bool) -> str:
@@ -214,6 +217,6 @@ def table(speeds: Sequence[Speed]) -> str:
         early, late = (1000 * value for value in speed.first_token_range)
         rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
         latency = f"{1000 * speed.first_token:.0f} ({late:.0f} - {early:.0f})"
-        size = f"{speed.file_size / 2**20:.1f}" if speed.file_size else "-"
-        rows.append((speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", size))
+        file = f"{speed.file_size / 2**20:.1f}" if speed.file_size else "-"
+        rows.append((speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", file))
     return f"{', '.join(parts)}\n{align_columns(rows, right=(1, 2, 3, 4))}"

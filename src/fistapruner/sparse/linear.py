@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FistaPrunerError
+from ..models.files.low_rank import plus_product
 from . import kernel
 from .packed import FLOATS, PackedOperator, pack_operator
 
@@ -26,14 +27,16 @@ TILE_BYTES = 2**26
 
 
 class SparseLinear(nn.Module):
-    """``nn.Linear`` for inference with a packed weight.
+    """``nn.Linear`` for inference with a packed weight, and a low-rank part beside it where there is one.
 
     The compiled kernel, if there is one, multiplies up to :data:`kernel.MAX_BATCH` tokens on a CPU, with matrix units
     up to :data:`kernel.MAX_MANY`. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
-    unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32.
+    unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32. The low-rank part is two products by
+    torch in fp32, which are added.
 
-    The state dict holds the dense ``weight``, so that a saved model is an ordinary checkpoint. Loading a state dict
-    packs the weight again, in the operator's dtype, or in int8 if the operator is int8.
+    The state dict holds the dense ``weight``, the sum of both parts, so that a saved model is an ordinary checkpoint.
+    Loading a state dict packs the weight again, in the operator's dtype, or in int8 if the operator is int8; another
+    weight than that which is held replaces both parts.
 
     Args:
         operator: the packed weight.
@@ -41,6 +44,7 @@ class SparseLinear(nn.Module):
         level: kernel level by name, ``"torch"`` for none; None takes the fastest one, or that of
             ``FISTAPRUNER_KERNEL``.
         transposed: the dense weight is (in_features, out_features), as that of GPT-2's ``Conv1D``.
+        low_rank: A (rank, in_features) and B (out_features, rank) of the low-rank part; None where there is none.
     """
 
     def __init__(
@@ -50,11 +54,14 @@ class SparseLinear(nn.Module):
         level: str | None = None,
         *,
         transposed: bool = False,
+        low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = operator.shape
         self.operator = operator
         self.transposed = transposed
+        for name, factor in zip(("low_rank_a", "low_rank_b"), low_rank or (None, None), strict=True):
+            self.register_buffer(name, factor, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
         if level is None:
             self.level = kernel.best_level()
@@ -73,10 +80,27 @@ class SparseLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight, unpacked at every access, for code that reads its dtype or values."""
         dense = self.operator.to_dense()
+        if (low_rank := self._low_rank()) is not None:
+            a, b = (factor.cpu() for factor in low_rank)
+            dense = plus_product(dense, a, b, transposed=False).to(dense.dtype)
         return dense.T.contiguous() if self.transposed else dense
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
+        out = self._sparse_product(x)
+        if (low_rank := self._low_rank()) is None:
+            return out
+        wide = torch.promote_types(x.dtype, torch.float32)  # one bf16 token takes torch three times as long
+        a, b = (factor.to(x.device, wide) for factor in low_rank)
+        return (out + functional.linear(functional.linear(x.to(wide), a), b)).to(out.dtype)
+
+    def _low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Return A and B of the low-rank part; None where there is none."""
+        a, b = cast("Tensor | None", self.low_rank_a), cast("Tensor | None", self.low_rank_b)
+        return None if a is None or b is None else (a, b)
+
+    def _sparse_product(self, x: Tensor) -> Tensor:
+        """Multiply with the packed weight and add the bias."""
         given, x = x, _autocast(x)
         if (
             self.level >= 0
@@ -104,6 +128,8 @@ class SparseLinear(nn.Module):
         density = self.operator.stored / max(rows * columns, 1)
         level = kernel.LEVELS[self.level] if self.level >= 0 else "torch"
         shape = f"in_features={columns}, out_features={rows}"
+        if (low_rank := self._low_rank()) is not None:
+            shape += f", low_rank={low_rank[0].shape[0]}"
         return f"{shape}, density={density:.3f}, values={self.operator.values.dtype}, kernel={level}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,6 +173,7 @@ class SparseLinear(nn.Module):
         weight = weight.detach().to("cpu", held.dtype)
         if torch.equal(weight, held):
             return  # int8 values stay as they are: they are not rounded again
+        self.low_rank_a = self.low_rank_b = None
         operator = pack_operator(weight.T.contiguous() if self.transposed else weight)
         self.operator = operator if self.operator.scales is None else operator.quantised(self.operator.group)
         self._handle = None

@@ -51,7 +51,8 @@ def load(
         verify: compare the files with their checksums first.
 
     Returns:
-        The causal language model, in evaluation mode. Its ``state_dict`` and what ``save_pretrained`` writes are dense.
+        The causal language model, in evaluation mode; of a model with a low-rank part the sum of both parts. Its
+        ``state_dict`` and what ``save_pretrained`` writes are dense.
 
     Raises:
         FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, has values that
@@ -106,8 +107,18 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
     )
     names = {**stored_names(model, stored, skipped=own), **own}
 
+    if source.low_rank is not None:
+        source.low_rank.require_fit(model)
+
     def rounded(target: str, tensor: Tensor) -> Tensor:
+        if source.low_rank is not None:
+            module = model.get_submodule(target.rpartition(".")[0])
+            tensor = source.low_rank.added(target, tensor, transposed=type(module).__name__ == "Conv1D")
         return tensor.to(loaded_dtype(model, target, dtype)) if tensor.is_floating_point() else tensor
+
+    def factors(target: str) -> tuple[Tensor, Tensor] | None:
+        found = None if source.low_rank is None else source.low_rank.of(target)
+        return None if found is None else (found[0].float(), found[1].float())
 
     def in_int8(name: str, operator: PackedOperator) -> PackedOperator:
         try:
@@ -121,7 +132,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
         if name not in source.specs
     }
     rest |= {
-        target: torch.cat([rounded(target, source.tensor(part)) for part in parts])
+        target: rounded(target, torch.cat([source.tensor(part) for part in parts]))
         for target, parts in joined_sources(model, stored).items()
         if target not in names
     }
@@ -140,13 +151,15 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
             and (module.out_features, module.in_features) == operator.shape
         ):
             bias = rest.pop(f"{parent}.bias", None)
-            replace(model, parent, SparseLinear(in_int8(name, operator) if int8 else operator, bias))
+            operator = in_int8(name, operator) if int8 else operator
+            replace(model, parent, SparseLinear(operator, bias, low_rank=factors(target)))
         elif leaf == "weight" and type(module).__name__ == "Conv1D":  # GPT-2 stores (inputs, outputs)
             turned = pack_operator(operator.to_dense().T.contiguous())
             if operator.scales is not None:
                 turned = turned.quantised(operator.group)
             bias = rest.pop(f"{parent}.bias", None)
-            replace(model, parent, SparseLinear(in_int8(name, turned) if int8 else turned, bias, transposed=True))
+            turned = in_int8(name, turned) if int8 else turned
+            replace(model, parent, SparseLinear(turned, bias, transposed=True, low_rank=factors(target)))
         else:
             rest[target] = rounded(target, operator.to_dense())
     if packed:

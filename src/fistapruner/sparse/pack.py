@@ -31,7 +31,7 @@ from ..models.files.checkpoint import (
     widths_section,
 )
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
-from ..models.files.low_rank import refuse_low_rank
+from ..models.files.low_rank import CONFIG, FOLDER, WEIGHTS, LowRankAdapter
 from ..models.files.record import (
     read_pruning_record,
     recorded_claims,
@@ -62,6 +62,8 @@ class NoPackedFormError(FistaPrunerError):
 class PackReport:
     """Bytes of the pruned operators and of all weights; ``dense`` is the size in the checkpoint.
 
+    ``low_rank`` is the bytes of the low-rank part beside the sparse one; the packed sizes count them, the dense ones do
+    not.
     ``rounding`` is the norm of what rounding changed in operators over their norm; None where values stay as they were.
     ``violation`` is the first claim of the checkpoint's own record that does not hold, and how to see all; else None.
     """
@@ -73,6 +75,7 @@ class PackReport:
     dense_total: int
     packed_total: int
     zeros: float
+    low_rank: int = 0
     rounding: float | None = None
     violation: str | None = None
 
@@ -81,7 +84,8 @@ class PackReport:
         share = self.packed_operators / self.dense_operators
         lines = [
             f"{self.operators} pruned operators, {self.zeros:.1%} zeros: {self.dense_operators / mib:.1f} MiB -> "
-            f"{self.packed_operators / mib:.1f} MiB ({share:.3f} of their dense size)",
+            f"{self.packed_operators / mib:.1f} MiB ({share:.3f} of their dense size)"
+            + (f", {self.low_rank / mib:.1f} MiB of it the low-rank part" if self.low_rank else ""),
             f"whole checkpoint, embeddings included: {self.dense_total / mib:.1f} MiB -> "
             f"{self.packed_total / mib:.1f} MiB ({self.packed_total / self.dense_total:.3f})",
         ]
@@ -103,7 +107,7 @@ def pack(
     allow_pickle: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PackReport:
-    """Write a pruned checkpoint without its zeros.
+    """Write a pruned checkpoint without its zeros; a low-rank part that belongs to it is copied as it is.
 
     Args:
         checkpoint: folder of a pruned Hugging Face model.
@@ -115,7 +119,8 @@ def pack(
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged; as
+        FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged, its low-rank
+            part is gone or damaged; as
             :class:`NoPackedFormError` if no operator becomes smaller, pruned experts are stored as one tensor, or
             values are fp64 and are not to be rounded to bf16.
     """
@@ -130,11 +135,11 @@ def pack(
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
-    refuse_low_rank(source.folder, "pack")
+    low_rank = LowRankAdapter.beside(source.folder)
     record = read_pruning_record(source.folder)
     tick = progress or Listener().tick
     plan, violation = _plan(source, record, values, group, tick)
-    report = _report(source, plan)
+    report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
         changed, whole, done = 0.0, 0.0, count(1)
@@ -146,6 +151,10 @@ def pack(
             changed, whole = changed + squares[0], whole + squares[1]
             tick("computing checksums", 0, 1)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+        if low_rank is not None:
+            low_rank.copy_into(partial)
+            for name in (f"{FOLDER}/{each}" for each in (CONFIG, WEIGHTS)):
+                files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         if whole:
             report = replace(report, rounding=math.sqrt(changed / whole))
         copy_companions(source, partial)
@@ -153,7 +162,7 @@ def pack(
         section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD}
         config = {**source.config, "quantization_config": {**section, "version": VERSION}}
         write_json_atomic(partial / "config.json", config)
-        if set(files) != {SINGLE}:
+        if set(contents) != {SINGLE}:
             write_index(partial, contents)
         write_text_atomic(
             partial / "README.md", packed_model_card(report, values, source.config, _origin(source.folder))
@@ -165,6 +174,8 @@ def pack(
 
 def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
     """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
+
+    A low-rank part comes back as it was, as ``adapter`` in the folder; the checkpoint is the sparse part.
 
     Args:
         packed: folder that :func:`pack` wrote.
@@ -180,7 +191,8 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
     require_new(out, source.folder)
     contents = source.contents()
     tensors = sum(len(entries) for entries in contents.values())
-    with checkpoint_folder(out, sum(entry.nbytes for entries in contents.values() for entry in entries)) as partial:
+    nbytes = sum(entry.nbytes for entries in contents.values() for entry in entries)
+    with checkpoint_folder(out, nbytes + (0 if source.low_rank is None else source.low_rank.nbytes)) as partial:
         for shard, entries in contents.items():
             metadata = {key: value for key, value in source.checkpoint.files[shard].metadata.items() if key != METADATA}
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
@@ -188,13 +200,18 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
                     writer.write(entry.name, source.tensor(entry.name))
                     tick("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
+        if source.low_rank is not None:
+            source.low_rank.copy_into(partial)
         if source.record:
             write_json_atomic(partial / PRUNING_RECORD, source.record)
         write_json_atomic(partial / "config.json", source.config())
         if set(contents) != {SINGLE}:
             write_index(partial, contents)
-        if origin := _origin(source.folder):
+        if (origin := _origin(source.folder)) or source.low_rank is not None:
             text = "# A pruned model\n\nUnpacked from a packed folder with `fistapruner unpack`.\n"
+            if source.low_rank is not None:
+                text += "\nThe weights are the sparse part. Add the low-rank part, a LoRA adapter, with PEFT:\n"
+                text += f'`PeftModel.from_pretrained(model, "FOLDER/{FOLDER}")`.\n'
             write_text_atomic(partial / "README.md", _card_metadata(origin) + text)
     return out
 
@@ -325,12 +342,13 @@ def _hint(known: Mapping[str, Any] | None) -> NM | None:
     return None if pattern is None or pattern.nm is None else NM(*pattern.nm)
 
 
-def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
-    packed = sum(part.nbytes for name, item in plan.items() for part in item.spec.entries(name, item.stored))
+def _report(source: Checkpoint, plan: dict[str, _Planned], low_rank: int) -> PackReport:
+    packed = sum(part.nbytes for name, item in plan.items() for part in item.spec.entries(name, item.stored)) + low_rank
     dense = sum(item.source.nbytes for item in plan.values())
     weights = sum(item.spec.shape[0] * item.spec.shape[1] for item in plan.values())
     zeros = 1 - sum(item.nonzero for item in plan.values()) / weights
-    return PackReport(len(plan), dense, packed, 2 * weights, source.nbytes, source.nbytes - dense + packed, zeros)
+    total = source.nbytes - dense + packed
+    return PackReport(len(plan), dense, packed, 2 * weights, source.nbytes, total, zeros, low_rank)
 
 
 def _pack_file(
@@ -391,11 +409,15 @@ def packed_model_card(report: PackReport, values: str, config: Mapping[str, Any]
     own = needs_own_code(config)
     trusted = ", trust_remote_code=True" if own else ""
     packed = "" if own else 'model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU\n'
+    both = (
+        f"The model is the sum of the packed sparse part and the low-rank part in `{FOLDER}`. Both ways of loading "
+        "give the sum: do not add the adapter again.\n\n"
+    )
     return f"""{_card_metadata(origin)}# A pruned model, packed
 
 {report}
 
-Values are stored as {"they were" if values == "same" else values}. Load it with
+{both if report.low_rank else ""}Values are stored as {"they were" if values == "same" else values}. Load it with
 
 ```python
 import fistapruner

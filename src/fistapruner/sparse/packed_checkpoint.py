@@ -20,6 +20,7 @@ from ..models.files.checkpoint import (
     read_widths,
     widths_section,
 )
+from ..models.files.low_rank import CONFIG, FOLDER, WEIGHTS, LowRankAdapter
 from ..models.files.safetensors import TensorEntry
 from ..runtime.files import sha256_file
 from .format import VERSION, OperatorSpec, decode, operator_fault, read_specs
@@ -29,6 +30,15 @@ from .packed import PackedOperator
 def is_packed(folder: str | Path) -> bool:
     """Check whether a folder is a packed checkpoint."""
     return (Path(path_text("folder", folder, A_FOLDER)) / PACKED_RECORD).is_file()
+
+
+def low_rank_part(folder: Path) -> LowRankAdapter | None:
+    """Open the low-rank part of a model folder, packed or ordinary; None where it has none.
+
+    Raises:
+        FistaPrunerError: it is gone or damaged, or the packed folder is.
+    """
+    return PackedCheckpoint(folder, verify=False).low_rank if is_packed(folder) else LowRankAdapter.beside(folder)
 
 
 class PackedCheckpoint:
@@ -42,6 +52,7 @@ class PackedCheckpoint:
         checkpoint: the folder as a checkpoint of its stored tensors.
         specs: every packed operator's description, by the name of its dense tensor.
         record: the record of the pruning run, from ``packed.json``.
+        low_rank: the low-rank part of the model, whose sparse part is packed; None where it has none.
 
     Raises:
         FistaPrunerError: not a packed folder, another version, a file that is missing, damaged or does not match.
@@ -64,6 +75,7 @@ class PackedCheckpoint:
             )
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
+        self.low_rank = LowRankAdapter.recorded(self.record, self.folder / PACKED_RECORD, self.folder / FOLDER)
         self._check_files(about.get("files"), verify)
         self.specs: dict[str, OperatorSpec] = {}
         self._holders: dict[str, WeightFile] = {}
@@ -75,10 +87,15 @@ class PackedCheckpoint:
         self._parts = {entry.name for name, spec in self.specs.items() for entry in spec.entries(name, 0)}
 
     def _check_files(self, files: Any, verify: bool) -> None:
-        if not isinstance(files, dict) or set(files) != set(self.checkpoint.files):
+        there = {name: inside(self.folder, name) for name in self.checkpoint.files}
+        if self.low_rank is not None:
+            there |= {f"{FOLDER}/{name}": inside(self.low_rank.folder, name) for name in (CONFIG, WEIGHTS)}
+        if not isinstance(files, dict) or set(files) != set(there):
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
         for name, claim in files.items():
-            path = inside(self.folder, name)
+            path = there[name]
+            if not path.is_file():
+                raise FistaPrunerError(f"{path}, which {PACKED_RECORD} lists, is gone")
             if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
                 raise FistaPrunerError(
                     f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged"

@@ -43,7 +43,7 @@ def register() -> None:
             self.dequantize = True
 
     class PackedLoader(HfQuantizer):  # type: ignore[misc]
-        """Loads the packed operators and sets widths; transformers loads the rest."""
+        """Loads packed operators, sets widths and adds low-rank parts; transformers loads the rest."""
 
         requires_calibration = False
         source: PackedCheckpoint | None = None
@@ -130,6 +130,8 @@ def register() -> None:
                         f"{tuple(wanted.shape)}"
                     )
                 model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
+            if source.low_rank is not None:
+                source.low_rank.add_to(model)
             stored = stored_names(model, source.names())
             model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 

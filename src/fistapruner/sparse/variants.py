@@ -24,7 +24,7 @@ from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
 from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
 from .load import load
-from .packed_checkpoint import is_packed
+from .packed_checkpoint import is_packed, low_rank_part
 from .speed import WARM_UP_TOKENS, Run, Speed, prompts, time_generation
 
 SPEED_OF_OWN_CODE = "the speed of such models is not measured"
@@ -210,7 +210,10 @@ def fill_zeros(model: nn.Module) -> None:
 def weight_bytes(folder: Path) -> int:
     """Count the bytes of the weight files that are loaded, not of the same weights in another form.
 
+    Those of a low-rank part are counted.
+
     Raises:
         FistaPrunerError: a file is missing or damaged.
     """
-    return Checkpoint.open(folder, allow_pickle=True).file_bytes
+    low_rank = low_rank_part(folder)
+    return Checkpoint.open(folder, allow_pickle=True).file_bytes + (0 if low_rank is None else low_rank.file_bytes)

@@ -4,7 +4,8 @@
     RUN/adapter    the low-rank part ``B A`` of every operator that has zeros
 
 The model that a run has made is the sum of both: ``PeftModel.from_pretrained(model, "RUN/adapter")``. The checkpoint's
-record (``fistapruner.json``) names the adapter, so that no verb takes the sparse part for the model.
+record (``fistapruner.json``) names the adapter, so that no verb takes the sparse part for the model. Packed and
+unpacked checkpoints have the adapter in their own folder: ``PACKED/adapter``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import FistaPrunerError
-from ...runtime.files import PARTIAL, entries, remove_folder, sampled_sha256, write_json_atomic
+from ...runtime.files import (
+    PARTIAL,
+    copy_atomic,
+    disk_errors,
+    entries,
+    remove_folder,
+    sampled_sha256,
+    write_json_atomic,
+)
 from ...runtime.numerics import exact_products
 from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD
 from .folder import checkpoint_folder
@@ -34,7 +43,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's modules."""
 
 FOLDER = "adapter"
-"""Folder of the low-rank part, beside that of the checkpoint."""
+"""Folder of the low-rank part: beside that of a run's checkpoint, inside that of a packed or unpacked one."""
 
 RECORD = "low_rank"
 """Key of the checkpoint's record that describes the adapter."""
@@ -54,14 +63,13 @@ def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *
         operator: its name in the model.
         transposed: the sparse part is (n, m).
     """
-    return _sum(sparse.cpu(), factors, operator, transposed=transposed)
+    return plus_product(sparse.cpu(), factors[operator + A], factors[operator + B], transposed=transposed)
 
 
-def _sum(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
-    """Do what :func:`sum_of_parts` does, on the device of all three."""
-    a, b = (factors[operator + part].float() for part in (A, B))
+def plus_product(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
+    """Add the product of two factors to a sparse part: fp32, on the device of all three."""
     with exact_products():
-        product = b @ a
+        product = b.float() @ a.float()
     return sparse.float() + (product.T if transposed else product)
 
 
@@ -170,13 +178,47 @@ class LowRankAdapter:
 
     @classmethod
     def beside(cls, checkpoint: Path) -> LowRankAdapter | None:
-        """Open the low-rank part that belongs to a checkpoint; None where it has none."""
-        claim = read_pruning_record(checkpoint).get(RECORD)
+        """Open the low-rank part that belongs to a checkpoint, which is not packed; None where it has none."""
+        return cls.recorded(read_pruning_record(checkpoint), checkpoint / PRUNING_RECORD, adapter_folder(checkpoint))
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any], origin: Path, folder: Path) -> LowRankAdapter | None:
+        """Open the low-rank part that a record names; None where it names none.
+
+        Args:
+            record: of a checkpoint.
+            origin: the record's file, for errors.
+            folder: of the adapter.
+        """
+        claim = record.get(RECORD)
         if claim is None:
             return None
         if not isinstance(claim, dict):
-            raise FistaPrunerError(f"{checkpoint / PRUNING_RECORD}: {RECORD} is not a mapping")
-        return cls(checkpoint.resolve().parent / FOLDER, claim)
+            raise FistaPrunerError(f"{origin}: {RECORD} is not a mapping")
+        return cls(folder, claim)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the adapter's files."""
+        return sum((self.folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
+
+    def copy_into(self, checkpoint: Path) -> None:
+        """Copy the adapter's files into the folder of a packed or unpacked checkpoint.
+
+        Raises:
+            FistaPrunerError: a file is gone, or the disk is full or refuses the write.
+        """
+        with disk_errors(checkpoint / FOLDER):
+            (checkpoint / FOLDER).mkdir()
+        for name in (CONFIG, WEIGHTS):
+            copy_atomic(self.folder / name, checkpoint / FOLDER / name)
+
+    def of(self, parameter: str) -> tuple[Tensor, Tensor] | None:
+        """Read A and B of an operator by the name of its weight; None where it has no low-rank part."""
+        operator = parameter.removesuffix(".weight")
+        if operator in self._left_out or operator + A not in self.factors:
+            return None
+        return self.factors[operator + A], self.factors[operator + B]
 
     def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
         """Add the low-rank part of an operator to its weight; a parameter that has none is returned as it is.
@@ -188,11 +230,41 @@ class LowRankAdapter:
             weight: the sparse part, as the checkpoint stores it.
             transposed: it is (inputs, outputs).
         """
-        operator = parameter.removesuffix(".weight")
-        if operator in self._left_out or operator + A not in self.factors:
+        if (factors := self.of(parameter)) is None:
             return weight
-        factors = {operator + part: self.factors[operator + part].to(weight.device) for part in (A, B)}
-        return _sum(weight, factors, operator, transposed=transposed)
+        a, b = (factor.to(weight.device) for factor in factors)
+        return plus_product(weight, a, b, transposed=transposed)
+
+    def require_fit(self, model: nn.Module) -> None:
+        """Refuse a model that lacks one of the operators, or has it in another shape.
+
+        Raises:
+            FistaPrunerError: names the adapter's file and the operator.
+        """
+        modules = dict(model.named_modules())
+        shapes = {name: entry.shape for name, entry in self.factors.entries.items()}
+        for name in self.operators:
+            module, a, b = modules.get(name), shapes[name + A], shapes.get(name + B, ())
+            weight = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+            shape = weight[::-1] if type(module).__name__ == "Conv1D" else weight
+            if not len(a) == len(b) == len(shape) == 2 or (*b, *a) != (shape[0], a[0], a[0], shape[1]):
+                raise FistaPrunerError(
+                    f"{self.folder / WEIGHTS} is of another model: {name} has factors {list(a)} and {list(b)}, and "
+                    f"{type(model).__name__} {f'has {list(weight)}' if weight else 'has no such operator'}"
+                )
+
+    def add_to(self, model: nn.Module) -> None:
+        """Add the low-rank parts to the operators of a whole model that holds the sparse part, in place.
+
+        Raises:
+            FistaPrunerError: the model does not have these operators.
+        """
+        self.require_fit(model)
+        with torch.no_grad():
+            for name in self.operators:
+                module: Any = model.get_submodule(name)
+                transposed = type(module).__name__ == "Conv1D"
+                module.weight.copy_(self.added(f"{name}.weight", module.weight, transposed=transposed))
 
     def loaded(self, device: torch.device) -> LowRankAdapter:
         """Return the adapter with all factors on a device."""
@@ -207,6 +279,12 @@ class LowRankAdapter:
         return part
 
 
+def adapter_folder(checkpoint: Path) -> Path:
+    """Find the folder of a checkpoint's low-rank part: inside the checkpoint's own, or beside that."""
+    inside = checkpoint / FOLDER
+    return inside if inside.is_dir() else checkpoint.resolve().parent / FOLDER
+
+
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
     """Refuse a checkpoint that is only the sparse part of a model, for verbs that cannot add the rest.
 
@@ -217,8 +295,8 @@ def refuse_low_rank(checkpoint: Path, verb: str) -> None:
     with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
         record = read_pruning_record(checkpoint)
     if record.get(RECORD) is not None:
-        adapter = checkpoint.resolve().parent / FOLDER
         raise FistaPrunerError(
-            f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter}, which {verb} would leave out"
-            ": prune without --low-rank for it, or merge both with PEFT (merge_and_unload), which fills the zeros"
+            f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter_folder(checkpoint)}, which "
+            f"{verb} would leave out: prune without --low-rank for it, or merge both with PEFT (merge_and_unload), "
+            "which fills the zeros"
         )
