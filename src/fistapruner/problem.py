@@ -122,7 +122,7 @@ class LayerProblem:
         for name, energy in by_row.items():
             if energy is not None and energy.shape != (m,):
                 raise FistaPrunerError(f"{self.label}: {name} is {tuple(energy.shape)}, expected ({m},)")
-        for name, tensor in (("gram", self.gram), ("drift", self.drift)):
+        for name, tensor in (("gram", self.gram), ("drift", self.drift), ("energy", self.energy)):
             if tensor is not None and tensor.device != self.weight.device:
                 raise FistaPrunerError(
                     f"{self.label}: the weight is on {self.weight.device}, its {name} on {tensor.device}"
@@ -336,11 +336,10 @@ class LayerProblem:
 
         Where that is zero, any error is 1.
         """
-        shares = []
-        for errors, energies in zip(self._not_weighted(row_errors).split(self.rows), self.output_energies, strict=True):
-            error, energy = float(errors.sum()), float(energies.sum())
-            shares.append(error / energy if energy else float(error > 0))
-        return shares
+        parts = zip(self._not_weighted(row_errors).split(self.rows), self.output_energies, strict=True)
+        sums = torch.stack([part.sum() for pair in parts for part in pair]).view(-1, 2)
+        waited = sums.tolist()  # the host waits for a GPU once
+        return [error / energy if energy else float(error > 0) for error, energy in waited]
 
     def _not_weighted(self, by_row: Tensor) -> Tensor:
         """Divide (m,) errors or energies by the importance of the rows."""

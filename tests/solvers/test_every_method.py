@@ -243,7 +243,8 @@ def test_settings_beyond_fp32_end_in_a_sentence(method: dict[str, object]) -> No
         solve(make_problem(), "50%", [method])
 
 
-def test_what_a_method_of_ones_own_returns_is_checked() -> None:
+@pytest.mark.parametrize("catalogued", [False, True])
+def test_what_a_method_returns_is_checked(catalogued: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(rows=(8,), n=16)
 
     class Mine(Magnitude):
@@ -254,6 +255,8 @@ def test_what_a_method_of_ones_own_returns_is_checked() -> None:
             def solve(self, *given: Any) -> Any:
                 return change(super().solve(*given))
 
+        if catalogued:
+            monkeypatch.setitem(METHODS, "mine", Changed)
         return Changed()
 
     def dense(found: Solution) -> Solution:
@@ -262,6 +265,7 @@ def test_what_a_method_of_ones_own_returns_is_checked() -> None:
     assert torch.equal(solve(problem, "2:4", Mine()).weight, solve(problem, "2:4", "magnitude").weight)
     changes: list[tuple[Callable[[Solution], object], str]] = [
         (dense, "method 'mine' returned 0 zeros in .* that are not the 64 of 2:4"),
+        (lambda found: replace(found, weight=problem.weight.clone()), "weights of .* not zero where mask is False"),
         (lambda found: replace(found, weight=found.weight.roll(1, 1)), "weights of .* not zero where mask is False"),
         (lambda found: replace(found, mask=found.mask[:1]), r"a mask \(1, 16\), and \(8, 16\) is expected"),
         (lambda found: found.weight, "method 'mine' returned Tensor, and a Solution is expected"),
