@@ -23,7 +23,8 @@ stream it adds to in the dense model and S* in the partly pruned one, ``V X* + S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from .errors import FistaPrunerError
 from .runtime.numerics import (
     add_gram,
     add_product,
+    changes_in_place,
     exact_in_fast_products,
     fast_products,
     mirror,
@@ -168,6 +170,24 @@ class LayerProblem:
         for (what, _), finite in zip(checked, flags, strict=True):
             if not finite:
                 raise FistaPrunerError(f"{what} NaN or infinite values")
+
+    @contextmanager
+    def unchanged(self, by: str) -> Iterator[None]:
+        """Refuse that others' code changes a tensor of the problem in place.
+
+        Args:
+            by: names the code in the error.
+
+        Raises:
+            FistaPrunerError: names the operators and the tensor.
+        """
+        names = ("weight", "gram", "drift", "drift_energy", "energy", "importance")
+        tensors = {name: found for name in names if (found := getattr(self, name)) is not None}
+        before = {name: changes_in_place(tensor) for name, tensor in tensors.items()}
+        yield
+        for name, tensor in tensors.items():
+            if changes_in_place(tensor) != before[name]:
+                raise FistaPrunerError(f"{by} has changed the {name} of {self.label} in place: change a clone of it")
 
     def row_errors(self, weight: Tensor) -> Tensor:
         """Compute the error f of each row of ``weight`` (m, n): (m,) fp64."""

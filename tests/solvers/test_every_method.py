@@ -283,6 +283,30 @@ def test_what_a_method_returns_is_checked(catalogued: bool, monkeypatch: pytest.
         solve(problem, "2:4", Nameless())
 
 
+@pytest.mark.parametrize("tensor", ["weight", "gram"])
+def test_a_method_that_changes_the_problem_is_refused(tensor: str) -> None:
+    """Its error would be computed from what it has left there."""
+
+    class Careless(Magnitude):
+        name = "careless"
+
+        def solve(self, problem: LayerProblem, *given: Any) -> Solution:
+            mask = super().solve(problem, *given).mask
+            getattr(problem, tensor).mul_(mask[:16])
+            return Solution(problem.weight * mask, mask)
+
+    message = f"^method 'careless' has changed the {tensor} of operator0 in place: change a clone of it$"
+    with pytest.raises(FistaPrunerError, match=message):
+        solve(make_problem(rows=(16,), n=16), "2:4", Careless())
+
+
+def test_tensors_of_inference_mode_are_pruned() -> None:
+    """Torch does not count their changes."""
+    with torch.inference_mode():
+        problem = make_problem()
+    assert solve(problem, "50%", "wanda").mask.any()
+
+
 def test_what_is_no_problem_is_refused() -> None:
     with pytest.raises(FistaPrunerError, match="problem is a Tensor, expected a LayerProblem"):
         solve(torch.ones(2, 2), "50%")  # type: ignore[arg-type]

@@ -118,7 +118,8 @@ def solve(
 
     Raises:
         FistaPrunerError: bad settings, a constraint that does not fit or is not supported, NaN in the data,
-            settings so extreme that the solution is not finite, or a method that returns no solution.
+            settings so extreme that the solution is not finite, or a method that returns no solution or changes the
+            problem.
     """
     if not isinstance(problem, LayerProblem):
         raise FistaPrunerError(f"problem is a {type(problem).__name__}, expected a LayerProblem")
@@ -147,7 +148,9 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
         if all(dense):
             solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
         else:
-            found = step.solve(problem if step.name == "magnitude" else rated, parsed, solution)
+            given = problem if step.name == "magnitude" else rated
+            with given.unchanged(f"method {step.name!r}"):
+                found = step.solve(given, parsed, solution)
             _check_form(problem, step.name, found)
             solution = _restored(problem, found, dense)
         seconds = time.perf_counter() - begin
