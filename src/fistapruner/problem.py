@@ -150,6 +150,11 @@ class LayerProblem:
         return m, n
 
     @property
+    def starts(self) -> list[int]:
+        """First row of each operator."""
+        return [sum(self.rows[:i]) for i in range(len(self.rows))]
+
+    @property
     def drift_gradient(self) -> Tensor | None:
         """(m, n) ``a R``, the drift's part of the negative gradient at W; None if it is zero."""
         return None if self.drift is None or self.target == 0.0 else self.drift * self.target
@@ -254,10 +259,9 @@ class LayerProblem:
 
     def operators(self) -> list[LayerProblem]:
         """Split the problem into one for each operator; tensors are views, the Gram is shared."""
-        starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
         return [
             self.slice(start, start + size, (name,))
-            for start, size, name in zip(starts, self.rows, self.names, strict=True)
+            for start, size, name in zip(self.starts, self.rows, self.names, strict=True)
         ]
 
     def slice(self, start: int, stop: int, names: tuple[str, ...] = ("rows",)) -> LayerProblem:
