@@ -23,7 +23,8 @@ stream it adds to in the dense model and S* in the partly pruned one, ``V X* + S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from .errors import FistaPrunerError
 from .runtime.numerics import (
     add_gram,
     add_product,
+    changes_in_place,
     exact_in_fast_products,
     fast_products,
     mirror,
@@ -122,7 +124,7 @@ class LayerProblem:
         for name, energy in by_row.items():
             if energy is not None and energy.shape != (m,):
                 raise FistaPrunerError(f"{self.label}: {name} is {tuple(energy.shape)}, expected ({m},)")
-        for name, tensor in (("gram", self.gram), ("drift", self.drift)):
+        for name, tensor in (("gram", self.gram), ("drift", self.drift), ("energy", self.energy)):
             if tensor is not None and tensor.device != self.weight.device:
                 raise FistaPrunerError(
                     f"{self.label}: the weight is on {self.weight.device}, its {name} on {tensor.device}"
@@ -148,6 +150,11 @@ class LayerProblem:
         return m, n
 
     @property
+    def starts(self) -> list[int]:
+        """First row of each operator."""
+        return [sum(self.rows[:i]) for i in range(len(self.rows))]
+
+    @property
     def drift_gradient(self) -> Tensor | None:
         """(m, n) ``a R``, the drift's part of the negative gradient at W; None if it is zero."""
         return None if self.drift is None or self.target == 0.0 else self.drift * self.target
@@ -168,6 +175,24 @@ class LayerProblem:
         for (what, _), finite in zip(checked, flags, strict=True):
             if not finite:
                 raise FistaPrunerError(f"{what} NaN or infinite values")
+
+    @contextmanager
+    def unchanged(self, by: str) -> Iterator[None]:
+        """Refuse that others' code changes a tensor of the problem in place.
+
+        Args:
+            by: names the code in the error.
+
+        Raises:
+            FistaPrunerError: names the operators and the tensor.
+        """
+        names = ("weight", "gram", "drift", "drift_energy", "energy", "importance")
+        tensors = {name: found for name in names if (found := getattr(self, name)) is not None}
+        before = {name: changes_in_place(tensor) for name, tensor in tensors.items()}
+        yield
+        for name, tensor in tensors.items():
+            if changes_in_place(tensor) != before[name]:
+                raise FistaPrunerError(f"{by} has changed the {name} of {self.label} in place: change a clone of it")
 
     def row_errors(self, weight: Tensor) -> Tensor:
         """Compute the error f of each row of ``weight`` (m, n): (m,) fp64."""
@@ -234,10 +259,9 @@ class LayerProblem:
 
     def operators(self) -> list[LayerProblem]:
         """Split the problem into one for each operator; tensors are views, the Gram is shared."""
-        starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
         return [
             self.slice(start, start + size, (name,))
-            for start, size, name in zip(starts, self.rows, self.names, strict=True)
+            for start, size, name in zip(self.starts, self.rows, self.names, strict=True)
         ]
 
     def slice(self, start: int, stop: int, names: tuple[str, ...] = ("rows",)) -> LayerProblem:
@@ -336,11 +360,10 @@ class LayerProblem:
 
         Where that is zero, any error is 1.
         """
-        shares = []
-        for errors, energies in zip(self._not_weighted(row_errors).split(self.rows), self.output_energies, strict=True):
-            error, energy = float(errors.sum()), float(energies.sum())
-            shares.append(error / energy if energy else float(error > 0))
-        return shares
+        parts = zip(self._not_weighted(row_errors).split(self.rows), self.output_energies, strict=True)
+        sums = torch.stack([part.sum() for pair in parts for part in pair]).view(-1, 2)
+        waited = sums.tolist()  # the host waits for a GPU once
+        return [error / energy if energy else float(error > 0) for error, energy in waited]
 
     def _not_weighted(self, by_row: Tensor) -> Tensor:
         """Divide (m,) errors or energies by the importance of the rows."""

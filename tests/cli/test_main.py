@@ -182,6 +182,28 @@ def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
     assert done.stderr == ("fistapruner: interrupted\n" if status else "")
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("place", ["del", "weak"])
+def test_an_interruption_where_python_drops_exceptions_comes_again(name: str, status: int, place: str) -> None:
+    program = (
+        "import signal, sys, time, weakref\nfrom fistapruner.cli import main, methods\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have background jobs ignore it
+        "def wait(*_):\n    print('there', flush=True); time.sleep(60)\n"
+        "class Thing: pass\n"
+        f"if {place == 'del'}: Thing.__del__ = wait\n"
+        "def run(_):\n    thing = Thing(); weak = weakref.ref(thing, None if hasattr(thing, '__del__') else wait)\n"
+        "    del thing\n    time.sleep(60); print('worked on'); return 0\n"
+        "methods.run = run\nsys.exit(main(['methods']))"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(getattr(signal, name))
+        assert process.communicate(timeout=50) == ("", "fistapruner: interrupted\n")
+    assert process.returncode == status
+
+
 @pytest.mark.parametrize("rank", ["1", "gold"])
 def test_a_rank_without_a_number_of_processes_is_none(
     rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

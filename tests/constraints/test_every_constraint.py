@@ -14,7 +14,8 @@ from fistapruner.constraints import CONSTRAINTS, NM, Constraint, Scope, parse_sp
 from toy_constraints import EXAMPLES, every_constraint, registered
 
 SCOPES: tuple[Scope, Scope] = ("operator", "row")
-over_every_constraint = pytest.mark.parametrize("constraint", every_constraint(), ids=str)
+EVERY_CONSTRAINT = every_constraint()
+over_every_constraint = pytest.mark.parametrize("constraint", EVERY_CONSTRAINT, ids=str)
 
 
 def make_scores(constraint: Constraint, kind: str = "normal", rows: int = 10, groups: int = 6) -> Tensor:
@@ -25,6 +26,11 @@ def make_scores(constraint: Constraint, kind: str = "normal", rows: int = 10, gr
 def test_every_registered_constraint_has_examples() -> None:
     with registered():
         assert set(CONSTRAINTS) == set(EXAMPLES)
+
+
+def test_a_constraint_without_examples_stops_no_other_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONSTRAINTS, "new", NM)
+    assert every_constraint() == EVERY_CONSTRAINT
 
 
 @over_every_constraint

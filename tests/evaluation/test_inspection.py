@@ -18,7 +18,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
-from fistapruner.constraints.nm import patterns_of
+from fistapruner.constraints.nm import patterns_met
 from fistapruner.evaluation import inspection
 from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -308,7 +308,7 @@ def test_patterns_are_those_that_every_group_shows(rows: int, columns: int, dens
     weight = (torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density).float()
     lengths = [m for m in (2, 4, 8, 16, 32) if columns % m == 0]
     counts = {m: int(weight.view(rows, -1, m).sum(-1).max()) for m in lengths}
-    found = patterns_of(weight, 32)
+    found = patterns_met(weight, 32)
     assert found == [NM(max(1, n), m) for m, n in counts.items() if max(1, n) < m]
     assert all(pattern.satisfies(weight) for pattern in found)
     assert not any(NM(pattern.n - 1, pattern.m).satisfies(weight) for pattern in found if pattern.n > 1)

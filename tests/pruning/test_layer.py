@@ -238,6 +238,19 @@ def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pr
         assert seen[1, group].drift_gradient is None
 
 
+def test_a_function_that_changes_what_it_inspects_is_refused(tmp_path: Path) -> None:
+    settings = {"method": "magnitude", "calibration": {"source": "python", "samples": SAMPLES, "seqlen": SEQLEN}}
+    with pytest.raises(
+        FistaPrunerError, match=r"^inspect has changed the weight of .*q_proj.* in place: change a clone"
+    ):
+        prune(
+            str(tiny.save("llama", tmp_path / "model")),
+            tmp_path / "run",
+            **settings,
+            inspect=lambda layer, group, problem: problem.weight.zero_(),
+        )
+
+
 def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path: Path) -> None:
     """The hidden states of both models are made again up to where it stopped."""
 

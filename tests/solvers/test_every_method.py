@@ -243,7 +243,8 @@ def test_settings_beyond_fp32_end_in_a_sentence(method: dict[str, object]) -> No
         solve(make_problem(), "50%", [method])
 
 
-def test_what_a_method_of_ones_own_returns_is_checked() -> None:
+@pytest.mark.parametrize("catalogued", [False, True])
+def test_what_a_method_returns_is_checked(catalogued: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(rows=(8,), n=16)
 
     class Mine(Magnitude):
@@ -254,6 +255,8 @@ def test_what_a_method_of_ones_own_returns_is_checked() -> None:
             def solve(self, *given: Any) -> Any:
                 return change(super().solve(*given))
 
+        if catalogued:
+            monkeypatch.setitem(METHODS, "mine", Changed)
         return Changed()
 
     def dense(found: Solution) -> Solution:
@@ -262,6 +265,7 @@ def test_what_a_method_of_ones_own_returns_is_checked() -> None:
     assert torch.equal(solve(problem, "2:4", Mine()).weight, solve(problem, "2:4", "magnitude").weight)
     changes: list[tuple[Callable[[Solution], object], str]] = [
         (dense, "method 'mine' returned 0 zeros in .* that are not the 64 of 2:4"),
+        (lambda found: replace(found, weight=problem.weight.clone()), "weights of .* not zero where mask is False"),
         (lambda found: replace(found, weight=found.weight.roll(1, 1)), "weights of .* not zero where mask is False"),
         (lambda found: replace(found, mask=found.mask[:1]), r"a mask \(1, 16\), and \(8, 16\) is expected"),
         (lambda found: found.weight, "method 'mine' returned Tensor, and a Solution is expected"),
@@ -277,6 +281,30 @@ def test_what_a_method_of_ones_own_returns_is_checked() -> None:
 
     with pytest.raises(FistaPrunerError, match="the class Nameless of a method has no name"):
         solve(problem, "2:4", Nameless())
+
+
+@pytest.mark.parametrize("tensor", ["weight", "gram"])
+def test_a_method_that_changes_the_problem_is_refused(tensor: str) -> None:
+    """Its error would be computed from what it has left there."""
+
+    class Careless(Magnitude):
+        name = "careless"
+
+        def solve(self, problem: LayerProblem, *given: Any) -> Solution:
+            mask = super().solve(problem, *given).mask
+            getattr(problem, tensor).mul_(mask[:16])
+            return Solution(problem.weight * mask, mask)
+
+    message = f"^method 'careless' has changed the {tensor} of operator0 in place: change a clone of it$"
+    with pytest.raises(FistaPrunerError, match=message):
+        solve(make_problem(rows=(16,), n=16), "2:4", Careless())
+
+
+def test_tensors_of_inference_mode_are_pruned() -> None:
+    """Torch does not count their changes."""
+    with torch.inference_mode():
+        problem = make_problem()
+    assert solve(problem, "50%", "wanda").mask.any()
 
 
 def test_what_is_no_problem_is_refused() -> None:

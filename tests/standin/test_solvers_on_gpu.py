@@ -18,6 +18,7 @@ from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.settings import Recipe
 from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
+from fistapruner.solvers.chain import _check_zeros
 from fistapruner.solvers.conditioning import inverse_from_cholesky
 from fistapruner.solvers.low_rank import solve_low_rank
 from fistapruner.structured.units import MLP, Unit
@@ -118,6 +119,19 @@ def test_a_problem_is_checked_with_one_wait(gpu: StandIn) -> None:
     there.gram[3, 4] = float("nan")
     with pytest.raises(FistaPrunerError, match=r"^a\+b: the Gram of the calibration activations contains NaN"):
         there.check_finite()
+
+
+@pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
+@pytest.mark.parametrize("sparsity", ["50%", "2:4", "4:2:8"])
+def test_a_solution_is_checked_with_one_wait_for_each_operator(gpu: StandIn, sparsity: str) -> None:
+    """The relative errors of all operators take one more."""
+    there, found, patterns = problem(LAST), solve(problem(LAST), sparsity, "wanda"), [parse_sparsity(sparsity)] * 2
+    gpu.waits.clear()
+    _check_zeros(there, patterns, "wanda", found)
+    assert sum(gpu.waits.values()) == len(patterns)
+    gpu.waits.clear()
+    there.relative_errors(found.weight)
+    assert sum(gpu.waits.values()) == 1
 
 
 @pytest.mark.skipif(REAL, reason="only the stand-in counts waits")

@@ -22,6 +22,8 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.sparse.linear import SparseLinear
+from fistapruner.sparse.packed import pack_operator
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.1),
@@ -269,6 +271,16 @@ def test_operators_of_the_record_are_held_whatever_their_share(tmp_path: Path) -
 def test_a_model_without_zeros_is_refused() -> None:
     with pytest.raises(FistaPrunerError, match="no linear weight of LlamaForCausalLM has at least 1% zeros"):
         fp.hold_mask(tiny.build("llama"))
+
+
+def test_packed_weights_are_refused() -> None:
+    model, linear = pruned(), nn.Linear(8, 8)
+    model.model.layers[0].mlp.up_proj = SparseLinear(pack_operator(linear.weight.detach()))
+    with pytest.raises(
+        FistaPrunerError,
+        match=r"^model\.layers\.0\.mlp\.up_proj is packed, .* fistapruner\.load\(folder, packed=False\)$",
+    ):
+        fp.hold_mask(model)
 
 
 @pytest.mark.parametrize("record", [True, False])

@@ -7,6 +7,7 @@ quick.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import errno
 import os
@@ -47,6 +48,9 @@ SPINS, SPINNING_CORES = 1000, 8
 The number is what OpenMP itself takes where it has more threads than cores. Its default for others is 300 times as
 many: beside another busy program, a thread that spins uses up the time in which the one it waits for could have run.
 """
+
+AGAIN = 0.01
+"""Seconds after which an interruption that Python has dropped comes again."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -257,10 +261,14 @@ def _signals() -> Iterator[list[int]]:
     them: there SIGHUP is left alone, and a second SIGTERM, which may come from what has sent the first one to all, does
     not cut short that the run is left in order. Only the main thread can set signals.
 
+    Python drops an interruption that is raised inside of a ``__del__`` or of a callback of a weak reference: it comes
+    again a moment later, until it is outside of them.
+
     Yields:
         A list that is empty until SIGTERM comes.
     """
     came: list[int] = []
+    again: list[threading.Timer] = []
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
 
     def interrupt(number: int, _: object) -> None:
@@ -268,17 +276,39 @@ def _signals() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is not KeyboardInterrupt or threading.current_thread() is not threading.main_thread():
+            report(dropped)
+            return
+        # A second SIGTERM would end the process, and background jobs of a shell ignore SIGINT.
+        before.setdefault(signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        again.append(threading.Timer(AGAIN, _interrupt_main_thread))
+        again[-1].start()
+
     actions: dict[str, Any] = {"SIGTERM": interrupt} if elastic else {"SIGTERM": interrupt, "SIGHUP": signal.SIG_IGN}
-    before = {}
+    before: dict[int, Any] = {}
+    report = sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
         for name, action in actions.items():
             if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
                 before[number] = signal.signal(number, action)
+        sys.unraisablehook = unraisable
     try:
         yield came
     finally:
+        sys.unraisablehook = report
+        for timer in again:
+            timer.cancel()
         for number, earlier in before.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _interrupt_main_thread() -> None:
+    """Let SIGINT come to the main thread, and end what it waits for where the system can."""
+    if hasattr(signal, "pthread_kill"):  # Windows has none
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _share_cores() -> None:

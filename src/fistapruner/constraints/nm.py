@@ -65,7 +65,7 @@ class NM(Grouped):
         return GroupThreshold(self.n, self.m)
 
 
-def patterns_of(weight: Tensor, longest: int) -> list[NM]:
+def patterns_met(weight: Tensor, longest: int) -> list[NM]:
     """Find the sparsest n:m pattern that a weight has for each m of 2, 4, 8 up to ``longest``.
 
     Args:

@@ -64,10 +64,11 @@ class VNM(Grouped):
             return False
         kept = weight != 0
         used = torch.stack([block.any(0) for block in kept.split(self.v)])
-        return all(
-            bool((part.view(len(part), -1, self.m).sum(-1) <= most).all())
+        fit = [
+            (part.reshape(len(part), -1, self.m).sum(-1) <= most).all()
             for part, most in ((kept, self.n), (used, 2 * self.n))
-        )
+        ]
+        return bool(torch.stack(fit).all())  # the host waits for a GPU once
 
     def threshold(self, rows: int, columns: int) -> Threshold:
         return SharedThreshold(self.v, self.n, self.m)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import NM, Constraint, parse_sparsity
-from ..constraints.nm import patterns_of
+from ..constraints.nm import patterns_met
 from ..errors import FistaPrunerError
 from ..models.discovery import Operator
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
@@ -244,7 +244,7 @@ def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
     """
     if zeros == weight.numel():
         return None
-    found = patterns_of(weight, LONGEST_GROUP)
+    found = patterns_met(weight, LONGEST_GROUP)
     best = min(found, key=lambda pattern: (pattern.n / pattern.m, pattern.m), default=None)
     return best if best is not None and best.n / best.m <= 1 - zeros / weight.numel() + 0.05 else None
 

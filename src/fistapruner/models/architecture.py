@@ -21,7 +21,7 @@ from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name
 from .experts import holds_experts, separate_experts
-from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_json, read_widths
+from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_json_in, read_widths
 from .files.writer import merge_patch
 from .names import joined_sources, stored_names
 
@@ -200,7 +200,7 @@ def refuse_own_code(folder: Path, why: str) -> None:
     Raises:
         FistaPrunerError: names the folder.
     """
-    if needs_own_code(read_json(folder, "config.json")):
+    if needs_own_code(read_json_in(folder, "config.json")):
         raise FistaPrunerError(f"{folder} needs Python code of its own: {why}")
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text
 from ..recipes.loading import YAML_FAULTS
 from ..runtime.files import disk_errors, require_utf8
-from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json
+from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json_in
 from .files.gguf import CONVERSION, convert_gguf
 from .tokenizer import load_tokenizer
 
@@ -111,10 +111,10 @@ class ModelSource:
         """List what ``transformers`` loads only with Python code of the model's own: ``model``, ``tokenizer``."""
         from .architecture import needs_own_code
 
-        if needs_own_code(read_json(self.folder, "config.json")):
+        if needs_own_code(read_json_in(self.folder, "config.json")):
             return ["model", "tokenizer"]  # AutoTokenizer reads the config too
         tokenizer = "tokenizer_config.json"
-        named = read_json(self.folder, tokenizer).get("auto_map") if (self.folder / tokenizer).is_file() else None
+        named = read_json_in(self.folder, tokenizer).get("auto_map") if (self.folder / tokenizer).is_file() else None
         return ["tokenizer"] if named else []
 
     def revision(self) -> str | None:

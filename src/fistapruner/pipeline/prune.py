@@ -57,7 +57,7 @@ from .result import refuse_foreign_files, reporting_failure
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Inspect = Callable[[int, int, LayerProblem], None]
-"""Receives (layer, group, problem) before each solve."""
+"""Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 
 @undisturbed()
@@ -95,7 +95,7 @@ def prune(
         evaluate_windows: only its first so many windows.
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
             are done, :func:`finish_run` writes the checkpoint.
-        inspect: receives (layer, group, problem) before each solve.
+        inspect: receives (layer, group, problem) before each solve; it must not change the problem's tensors.
         tokens: a pair: (samples, seqlen) token ids of calibration windows that were drawn before with the recipe's
             settings, and a mapping that says in the report how they were drawn: ``source`` and perhaps ``how``,
             ``documents``, ``seed``, ``sha256``. Those of a run that is continued must be its own.

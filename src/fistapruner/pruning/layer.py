@@ -141,7 +141,8 @@ def _prune_group(
             problem = routed_problem(sums, names, group, share)
         else:
             problem = sums.problem(names, rows, share, release=True)
-    events.problem(number, problem)
+    with problem.unchanged("inspect"):
+        events.problem(number, problem)
     with clock.phase("solve"):
         if routed and not sums.tokens:
             magnitude = context.solver(problem, patterns, parse_method("magnitude"))

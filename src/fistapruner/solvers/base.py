@@ -120,7 +120,7 @@ class Method(BaseModel, ABC):
         """Solve for all operators of ``problem`` at once.
 
         Args:
-            problem: the layer problem.
+            problem: the layer problem; its tensors must not be changed.
             sparsity: one constraint for each operator.
             start: the solution of the previous step of a chain, or None.
         """

@@ -86,7 +86,7 @@ class Proximal(Method):
         weight = torch.empty_like(problem.weight)
         # Operators with the same group length iterate together.
         layouts = sorted({pattern.group_length for pattern in sparsity})
-        starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
+        starts = problem.starts
         paths: list[list[Stats]] = [[] for _ in sparsity]
         for length in layouts:
             chosen = [i for i, pattern in enumerate(sparsity) if pattern.group_length == length]

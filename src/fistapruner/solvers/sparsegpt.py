@@ -51,7 +51,7 @@ class SparseGPT(Method):
 
         columns = weight.T.contiguous()  # (n, m): a column of weights is then one contiguous row
         keep = torch.ones_like(columns, dtype=torch.bool)
-        starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
+        starts = problem.starts
         # Groups of all operators must end at the boundaries of blocks and of the panels inside them.
         unit = math.lcm(*(pattern.group_length for pattern in sparsity))
         panel = unit * max(1, 16 // unit)

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.architecture import build_model, max_length, refuse_own_code
-from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
+from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size
@@ -93,7 +93,7 @@ def bench(
             with suppress(NoPackedFormError):
                 if not is_packed(model):
                     pack(model, packed, allow_pickle=allow_pickle)
-                if read_json(packed, PACKED_RECORD).get("values") == "int8":
+                if read_json_in(packed, PACKED_RECORD).get("values") == "int8":
                     int8 = packed
                 else:
                     pack(dense, int8, values="int8", allow_pickle=allow_pickle)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ..errors import FistaPrunerError
 from ..models.files.low_rank import plus_product
+from ..runtime.numerics import changes_in_place
 from . import kernel
 from .packed import FLOATS, PackedOperator, pack_operator
 
@@ -266,7 +267,7 @@ class FusedProjections:
             many: the kernel takes them all at once.
         """
         # Held here: another thread may give up the batch meanwhile.
-        waiting, batch, state = self._waiting, self._batch, (_version(given), x.dtype)
+        waiting, batch, state = self._waiting, self._batch, (changes_in_place(given), x.dtype)
         if waiting is not None:
             if waiting[0] is given and waiting[1] == state:
                 out = waiting[2].pop(place, None)
@@ -337,11 +338,6 @@ def _autocast(x: Tensor) -> Tensor:
     if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
-
-
-def _version(tensor: Tensor | None) -> int:
-    """Count the in-place changes of a tensor; for an inference tensor torch does not count them."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _rows_of(x: Tensor, rows: int) -> Tensor:

@@ -19,7 +19,7 @@ from ..models.architecture import (
     refuse_own_code,
 )
 from ..models.experts import ExpertLinear, separate_experts
-from ..models.files.checkpoint import read_json, read_widths, widths_section
+from ..models.files.checkpoint import read_json_in, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
 from . import kernel
 from .experts import serve_experts
@@ -63,7 +63,7 @@ def load(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
     plain = not is_packed(folder) and (Path(folder) / "config.json").is_file()
-    if plain and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
+    if plain and read_widths(read_json_in(Path(folder), "config.json"), Path(folder)):
         config = read_config(Path(folder))
         settings = {"config": config, "dtype": dtype or "auto", "trust_remote_code": False}
         return auto_class(config).from_pretrained(str(folder), **settings).eval()

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
-from ..constraints.nm import patterns_of
+from ..constraints.nm import patterns_met
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.files.checkpoint import (
     PACKED_RECORD,
@@ -231,7 +231,7 @@ def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False)
         return sum(part.nbytes for part in spec.entries("", stored))
 
     best, least = None, nbytes(None, int(torch.count_nonzero(weight)))
-    found = patterns_of(weight, MAX_M)
+    found = patterns_met(weight, MAX_M)
     if hint is not None and hint.m <= MAX_M and hint.satisfies(weight):
         found.insert(0, hint)
     for pattern in found:

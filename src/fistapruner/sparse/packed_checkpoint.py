@@ -16,7 +16,7 @@ from ..models.files.checkpoint import (
     LayerWidths,
     WeightFile,
     inside,
-    read_json,
+    read_json_in,
     read_widths,
     widths_section,
 )
@@ -66,7 +66,7 @@ class PackedCheckpoint:
                 "pack FOLDER OUT' makes one of a pruned model, 'hf download NAME --local-dir DIR' a whole folder of "
                 "a packed one on the hub, of which transformers leaves that file out"
             )
-        about = read_json(self.folder, PACKED_RECORD)
+        about = read_json_in(self.folder, PACKED_RECORD)
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
         if about["version"] != VERSION:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import inside, read_json
+from ..models.files.checkpoint import inside, read_json_in
 from ..models.files.folder import checkpoint_folder
 from ..models.files.low_rank import CONFIG, PREFIX, WEIGHTS
 from ..models.files.safetensors import SafetensorsFile, write_tensors
@@ -137,7 +137,7 @@ class Adapter:
         self.folder = Path(folder)
         if not (self.folder / CONFIG).is_file():
             raise FistaPrunerError(f"{self.folder} is not the folder of a PEFT adapter: it has no {CONFIG}")
-        self._config = read_json(self.folder, CONFIG)
+        self._config = read_json_in(self.folder, CONFIG)
         self.kind = str(self._config.get("peft_type"))
         base = self._config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) and base.isprintable() else ""

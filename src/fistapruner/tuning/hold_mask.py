@@ -41,6 +41,9 @@ WRAPPERS = re.compile(
 )
 """Parts of a parameter's name that wrappers add: data parallelism, compilation, checkpointing, adapters."""
 
+PACKED = "SparseLinear"
+"""Class of packed operators, by name: its package ``sparse`` is above this one."""
+
 
 class _Weight(NamedTuple):
     """A parameter of a module: the weight of a linear one, or a tensor of all experts."""
@@ -71,7 +74,7 @@ def hold_mask(model: nn.Module) -> HoldMask:
 
     Raises:
         FistaPrunerError: it is no model, nothing is pruned, an operator of ``fistapruner.json`` is missing or has lost
-            zeros, or a weight is quantised or has no values.
+            zeros, or a weight is packed, quantised or has no values.
     """
     return HoldMask(model)
 
@@ -265,6 +268,12 @@ def _held(model: nn.Module) -> dict[str, _Weight]:
     """Find the weights to hold, by name."""
     if not isinstance(model, nn.Module):
         raise FistaPrunerError(f"model is of the class {type(model).__name__}, and a loaded model is expected")
+    for name, module in model.named_modules():
+        if type(module).__name__ == PACKED:
+            raise FistaPrunerError(
+                f"{name} is packed, and packed weights cannot be trained: load the model with "
+                "fistapruner.load(folder, packed=False)"
+            )
     weights = dict(_weights(model))
     names = (getattr(module, "name_or_path", None) for module in model.modules())  # of the model inside its wrappers
     folder = Path(next((name for name in names if isinstance(name, str) and name), ""))

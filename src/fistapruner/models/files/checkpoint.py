@@ -150,7 +150,7 @@ class Checkpoint:
         self.config = config
         self.files = files
         self.index = index
-        others = (read_json(folder, name) for name in OTHER_CONFIGS if (folder / name).is_file())
+        others = (read_json_in(folder, name) for name in OTHER_CONFIGS if (folder / name).is_file())
         self.companions = _companions(folder, code=any("auto_map" in each for each in (config, *others)))
         self.orders: Orders = {}
         self.stacks: dict[str, Stack] = {}
@@ -179,7 +179,7 @@ class Checkpoint:
             inner = folder / "model"  # of a run directory
             hint = f": give {inner}" if (inner / "config.json").exists() else which_gguf(folder)
             raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
-        config = read_json(folder, "config.json")
+        config = read_json_in(folder, "config.json")
         # The single file first, as transformers does: an index beside it is of an earlier save.
         names = (SINGLE, INDEX, SINGLE_PICKLE, INDEX_PICKLE)
         found = next((name for name in names if (folder / name).exists()), None)
@@ -211,7 +211,7 @@ class Checkpoint:
     def _sharded(
         cls, folder: Path, config: dict[str, Any], index: str, kind: Callable[[Path], WeightFile]
     ) -> Checkpoint:
-        places = read_json(folder, index).get("weight_map")
+        places = read_json_in(folder, index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()) or not places:
             raise FistaPrunerError(f"{folder / index} has no weight_map of tensor names to file names")
         suffix = index.removesuffix(".index.json").rpartition(".")[2]
@@ -423,7 +423,7 @@ def which_gguf(folder: Path) -> str:
     return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf" if names else ""
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json_in(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint folder.
 
     Raises:

@@ -20,7 +20,7 @@ import yaml
 
 from ...errors import FistaPrunerError, one_line
 from ...runtime.files import temporary_folder, write_json_atomic, write_text_atomic
-from .checkpoint import SINGLE, read_json
+from .checkpoint import SINGLE, read_json_in
 from .folder import checkpoint_folder, write_index
 from .gguf_header import check_gguf
 from .safetensors import SafetensorsWriter, TensorEntry
@@ -232,7 +232,7 @@ def _save_tokenizer(path: Path, tokenizer: Any, out: Path) -> None:
 
     tokenizer.save_pretrained(out)
     kept = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": tokenizer.padding_side}
-    write_json_atomic(out / "tokenizer_config.json", read_json(out, "tokenizer_config.json") | kept)
+    write_json_atomic(out / "tokenizer_config.json", read_json_in(out, "tokenizer_config.json") | kept)
     found = _steps(loaded := AutoTokenizer.from_pretrained(str(out)))
     for step, wanted in _steps(tokenizer).items():
         if found[step] != wanted:

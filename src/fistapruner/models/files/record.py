@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...constraints import parse_sparsity
 from ...errors import FistaPrunerError
-from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json
+from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json_in
 from .safetensors import TensorEntry
 
 MIN_ZEROS = 0.01
@@ -20,7 +20,7 @@ MIN_ZEROS = 0.01
 
 def read_pruning_record(folder: Path) -> dict[str, Any]:
     """Read ``fistapruner.json`` of a model folder; empty where there is none."""
-    return read_json(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
+    return read_json_in(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
 
 
 def permuted_tensors(record: Mapping[str, Any]) -> set[str]:

@@ -27,7 +27,7 @@ from ...runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from .checkpoint import INDEX, Checkpoint, WeightFile, read_json, read_widths
+from .checkpoint import INDEX, Checkpoint, WeightFile, read_json_in, read_widths
 from .folder import checkpoint_folder, copy_companions, write_index
 from .safetensors import SafetensorsWriter, TensorEntry
 
@@ -192,7 +192,7 @@ def _shards(
 def _index_metadata(source: Checkpoint, shards: list[_Shard]) -> dict[str, Any]:
     """Copy the metadata of the source's index; the number of parameters follows the new shapes."""
     assert source.index is not None
-    metadata = read_json(source.folder, source.index).get("metadata")
+    metadata = read_json_in(source.folder, source.index).get("metadata")
     if not isinstance(metadata, dict):
         return {}
     if type(metadata.get("total_parameters")) is int:
