@@ -278,7 +278,7 @@ def test_packed_weights_are_refused() -> None:
     model.model.layers[0].mlp.up_proj = SparseLinear(pack_operator(linear.weight.detach()))
     with pytest.raises(
         FistaPrunerError,
-        match=r"^model\.layers\.0\.mlp\.up_proj is packed, .* fistapruner\.load\(folder, packed=False\)$",
+        match=r"^model\.layers\.0\.mlp\.up_proj is packed, .* \('fistapruner unpack FOLDER DIR'\), and load DIR$",
     ):
         fp.hold_mask(model)
 

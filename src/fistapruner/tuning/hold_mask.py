@@ -271,8 +271,8 @@ def _held(model: nn.Module) -> dict[str, _Weight]:
     for name, module in model.named_modules():
         if type(module).__name__ == PACKED:
             raise FistaPrunerError(
-                f"{name} is packed, and packed weights cannot be trained: load the model with "
-                "fistapruner.load(folder, packed=False)"
+                f"{name} is packed, and packed weights cannot be trained: unpack the model first ('fistapruner unpack "
+                "FOLDER DIR'), and load DIR"
             )
     weights = dict(_weights(model))
     names = (getattr(module, "name_or_path", None) for module in model.modules())  # of the model inside its wrappers
