@@ -209,6 +209,24 @@ def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
     assert found == kept
 
 
+@pytest.mark.parametrize("record", ["fistapruner.json", "packed.json"])
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_the_low_rank_part_is_downloaded_with_a_model_that_has_one(tmp_path: Path, record: str, low_rank: bool) -> None:
+    about: dict[str, object] = {"low_rank": {"rank": 4}} if low_rank else {}
+    adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    other = ["adapter/README.md", "other/adapter_config.json", "other/adapter/adapter_config.json"]
+    found: list[str] = []
+
+    def snapshot(name: str, **patterns: list[str]) -> str:
+        found.extend(filter_repo_objects(["model.safetensors", record, *adapter, *other], **patterns))
+        (tmp_path / "model.safetensors").touch()
+        (tmp_path / record).write_text(json.dumps({"record": about} if record == "packed.json" else about), "utf-8")
+        return str(tmp_path)
+
+    assert resolve_model("a/b", download=snapshot) == tmp_path
+    assert found == ["model.safetensors", record, *(adapter if low_rank else [])]
+
+
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "fistapruner"

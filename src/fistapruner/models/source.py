@@ -19,8 +19,18 @@ from filelock import FileLock
 from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text
 from ..recipes.loading import YAML_FAULTS
 from ..runtime.files import disk_errors, require_utf8
-from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint, gguf_files, read_json_in
+from .files.checkpoint import (
+    COMPANION_NAMES,
+    COMPANION_SUFFIXES,
+    INDEX_PICKLE,
+    PACKED_RECORD,
+    Checkpoint,
+    gguf_files,
+    read_json_in,
+)
 from .files.gguf import CONVERSION, convert_gguf
+from .files.low_rank import CONFIG, FOLDER, RECORD, WEIGHTS
+from .files.record import read_pruning_record
 from .tokenizer import load_tokenizer
 
 SMALL_MODEL = "smollm2"
@@ -198,6 +208,12 @@ def resolve_model(
 
     folder = _snapshot(text, patterns, download)
     if any(folder.glob("*.safetensors")):
+        if (folder / PACKED_RECORD).is_file():
+            record = read_json_in(folder, PACKED_RECORD).get("record")
+        else:
+            record = read_pruning_record(folder)
+        if isinstance(record, dict) and record.get(RECORD) is not None:
+            _snapshot(text, [f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}"], download, folders=True)
         return folder
     if constants.HF_HUB_OFFLINE and not any(file.suffix in (".bin", ".gguf") for file in folder.iterdir()):
         raise FistaPrunerError(
@@ -265,8 +281,12 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16,
     return out
 
 
-def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | None) -> Path:
-    """Download the files of a hub model that match ``patterns``, or find them in the hub's cache."""
+def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | None, *, folders: bool = False) -> Path:
+    """Download the files of a hub model that match ``patterns``, or find them in the hub's cache.
+
+    Without ``folders`` only those in the folder itself, and chat templates (.jinja) in folders of it: "original/" and
+    the like hold the same weights in other formats.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -277,9 +297,7 @@ def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | Non
     )
 
     try:
-        # Only the folder itself, and chat templates (.jinja) in folders of it: "original/" and the like hold the same
-        # weights in other formats.
-        ignored = ["*/*[!a]", "*/*/*", "consolidated*"]
+        ignored = [] if folders else ["*/*[!a]", "*/*/*", "consolidated*"]
         return Path((download or snapshot_download)(name, allow_patterns=patterns, ignore_patterns=ignored))
     except GatedRepoError:
         what = "is gated: accept its terms on the hub and log in with 'hf auth login'"
