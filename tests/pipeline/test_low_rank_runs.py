@@ -316,6 +316,8 @@ def test_packed_and_loaded_it_is_the_sum_of_both_parts(
         torch.testing.assert_close(model(tokens()).logits, expected, **close)
         for dense in (fp.load(packed, packed=False), load_whole(packed, torch.device("cpu"), dtype)):
             assert torch.equal(dense(tokens()).logits, expected)
+        base = transformers.AutoModel.from_pretrained(packed, dtype=dtype)
+        assert torch.equal(base(tokens()).last_hidden_state, dense.base_model(tokens()).last_hidden_state)
         model.save_pretrained(tmp_path / "saved")
         saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)
         assert torch.equal(saved(tokens()).logits, expected)

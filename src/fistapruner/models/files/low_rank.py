@@ -235,16 +235,23 @@ class LowRankAdapter:
         a, b = (factor.to(weight.device) for factor in factors)
         return plus_product(weight, a, b, transposed=transposed)
 
-    def require_fit(self, model: nn.Module) -> None:
+    def require_fit(self, model: nn.Module) -> dict[str, Any]:
         """Refuse a model that lacks one of the operators, or has it in another shape.
+
+        Args:
+            model: the language model, or its base model alone (``AutoModel``), whose names lack a prefix.
+
+        Returns:
+            The model's modules by operator.
 
         Raises:
             FistaPrunerError: names the adapter's file and the operator.
         """
-        modules = dict(model.named_modules())
+        modules, base = dict(model.named_modules()), f"{getattr(model, 'base_model_prefix', '')}."
+        found = {name: modules.get(name, modules.get(name.removeprefix(base))) for name in self.operators}
         shapes = {name: entry.shape for name, entry in self.factors.entries.items()}
-        for name in self.operators:
-            module, a, b = modules.get(name), shapes[name + A], shapes.get(name + B, ())
+        for name, module in found.items():
+            a, b = shapes[name + A], shapes.get(name + B, ())
             weight = tuple(getattr(getattr(module, "weight", None), "shape", ()))
             shape = weight[::-1] if type(module).__name__ == "Conv1D" else weight
             if not len(a) == len(b) == len(shape) == 2 or (*b, *a) != (shape[0], a[0], a[0], shape[1]):
@@ -252,6 +259,7 @@ class LowRankAdapter:
                     f"{self.folder / WEIGHTS} is of another model: {name} has factors {list(a)} and {list(b)}, and "
                     f"{type(model).__name__} {f'has {list(weight)}' if weight else 'has no such operator'}"
                 )
+        return found
 
     def add_to(self, model: nn.Module) -> None:
         """Add the low-rank parts to the operators of a whole model that holds the sparse part, in place.
@@ -259,10 +267,8 @@ class LowRankAdapter:
         Raises:
             FistaPrunerError: the model does not have these operators.
         """
-        self.require_fit(model)
         with torch.no_grad():
-            for name in self.operators:
-                module: Any = model.get_submodule(name)
+            for name, module in self.require_fit(model).items():
                 transposed = type(module).__name__ == "Conv1D"
                 module.weight.copy_(self.added(f"{name}.weight", module.weight, transposed=transposed))
 
