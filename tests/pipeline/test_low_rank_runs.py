@@ -390,6 +390,23 @@ def test_a_packed_model_without_its_adapter_is_refused(
         fp.load(packed)
 
 
+def test_faults_of_a_packed_model_name_its_folder_and_come_before_it_is_unpacked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+    fp.pack(run / "model", packed)
+    other = tiny.save("llama", tmp_path / "other", vocab_size=tiny.VOCABULARY + 8)
+    with pytest.raises(FistaPrunerError, match=f"^{packed} and {other} do not share a vocabulary"):
+        fp.evaluate(packed, "python", seqlen=16, against=other)
+    monkeypatch.setattr("fistapruner.evaluation.evaluate.unpack", None)
+    with pytest.raises(FistaPrunerError, match=rf"seqlen 99999 is more than the \d+ tokens {packed} was made for"):
+        fp.evaluate(packed, "python", seqlen=99999)
+    for file in packed.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(FistaPrunerError, match=f"^{packed} has no tokenizer"):
+        fp.evaluate(packed, "python", seqlen=16)
+
+
 def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     fp.pack(run / "model", tmp_path / "packed")
     file = tmp_path / "packed" / "adapter" / "adapter_model.safetensors"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, printable
+from ..models.architecture import build_model, max_length
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel, Tick
@@ -113,9 +114,13 @@ def evaluate(
     permissions = Permissions(allow_pickle, trust_remote_code)
     source = permissions.find(model)
     dense = permissions.find(against) if against is not None else None
+    if data is not None and is_packed(source.folder):  # as below, but before it is unpacked, which takes long
+        empty = build_model(source.checkpoint(), shapes={}, trust_remote_code=trust_remote_code)
+        source.tokenizer()
+        _window_length(data, seqlen, max_length(empty), model)
     with ExitStack() as scratch:
-        source = _unpacked(source, scratch, tick)
-        dense = None if dense is None else _unpacked(dense, scratch, tick)
+        source = scratch.enter_context(_unpacked(source, tick))
+        dense = None if dense is None else scratch.enter_context(_unpacked(dense, tick))
         models = [source] if dense is None else [source, dense]
         checkpoints = [each.checkpoint() for each in models]  # transformers would read the weights, whatever they are
         passes = DTYPES.get(dtype) or reduce(
@@ -137,11 +142,7 @@ def evaluate(
             # Before the tokenizer, which a folder that is no model lacks too.
             opened = _open(source, checkpoints[0], place, passes)
             tokenizer = source.tokenizer()
-            longest = opened.max_length
-            default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
-            length = data.seqlen if isinstance(data, Windows) else seqlen or default
-            if longest is not None and length > longest:
-                raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
+            length = _window_length(data, seqlen, opened.max_length, model)
             cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
             other = None
             if dense is not None:
@@ -232,12 +233,41 @@ def check_request(
         raise FistaPrunerError(f"memory_limit: {error}") from None
 
 
-def _unpacked(source: ModelSource, scratch: ExitStack, tick: Tick) -> ModelSource:
-    """Unpack a packed model into a temporary folder, which ``scratch`` removes; return others as is."""
+@contextmanager
+def _unpacked(source: ModelSource, tick: Tick) -> Iterator[ModelSource]:
+    """Unpack a packed model into a temporary folder for the block, and yield it; yield others as is.
+
+    Errors in the block name the packed folder.
+    """
     if not is_packed(source.folder):
-        return source
-    folder = Path(scratch.enter_context(temporary_folder())) / "unpacked"
-    return source.permissions.at(unpack(source.folder, folder, progress=tick))
+        yield source
+        return
+    with temporary_folder() as scratch:
+        folder = unpack(source.folder, Path(scratch) / "unpacked", progress=tick)
+        try:
+            yield source.permissions.at(folder)
+        except FistaPrunerError as error:
+            error.args = (str(error).replace(str(folder), printable(str(source.folder))),)
+            raise
+
+
+def _window_length(data: str | Windows, seqlen: int | None, longest: int | None, model: str | Path) -> int:
+    """Choose the tokens of a window.
+
+    Args:
+        data: the text, or windows that have their length.
+        seqlen: as the user asks; None is the default.
+        longest: text of the model, in tokens; None where its config states none.
+        model: as the user named it, for the message.
+
+    Raises:
+        FistaPrunerError: more tokens than the model was made for.
+    """
+    default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    length = data.seqlen if isinstance(data, Windows) else seqlen or default
+    if longest is not None and length > longest:
+        raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
+    return length
 
 
 def _open(source: ModelSource, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LayerwiseModel:
