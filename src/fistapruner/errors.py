@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -155,10 +155,13 @@ def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]
         kind = None if field is None else field.annotation
         sections = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
         settings = sections[0] if sections else None
-    if settings is None:
-        return ""
-    near = get_close_matches(str(place[-1]), settings.model_fields, n=1)
-    return f": did you mean {near[0]!r}?" if near else f": one of {', '.join(settings.model_fields)} is expected"
+    return "" if settings is None else instead_of(str(place[-1]), settings.model_fields)
+
+
+def instead_of(name: str, known: Collection[str]) -> str:
+    """Say which known name is nearest to one that is not, or name all; the end of an error's sentence."""
+    near = get_close_matches(name, known, n=1)
+    return f": did you mean {near[0]!r}?" if near else f": one of {', '.join(known)} is expected"
 
 
 def one_line(error: Exception, most: int = 200) -> str:

@@ -142,6 +142,13 @@ def test_a_recovery_of_a_row_has_the_seed_of_the_row() -> None:
         ("wanda@calibration.seed=5", "calibration.seed is that of --seeds for all"),
         ("wanda@calibration={samples: 4, seed: 5}", "calibration.seed is that of --seeds for all"),
         ("wanda@method=magnitude", "'method=magnitude' is a second method"),
+        ("alps@iteration=3", r"^--methods alps@iteration=3: unknown setting 'iteration': did you mean 'iterations'\?$"),
+        ("alps@propagat=dense,rho=1", r"unknown setting 'propagat': did you mean 'propagate'\?$"),
+        ("alps@xyz=3", "unknown setting 'xyz': one of rho, iterations, .*propagate, .* is expected$"),
+        *(
+            (f"{name}@{key}=3", f"{key} is one of the own settings of {re.escape(name)}'s steps: write them in a")
+            for name, key in (("fista", "iterations"), ("wanda+refit", "iterations"), ("paper", "warm_start"))
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:

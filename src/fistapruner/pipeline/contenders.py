@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, instead_of
 from ..recipes.loading import load_recipe_settings, merge, parse_value, shipped_recipes
 from ..recipes.settings import Recipe
-from ..solvers import METHODS
+from ..solvers import METHODS, parse_method
 
 SHARED = {"sparsity": "--sparsity", "seed": "--seeds", "calibration.seed": "--seeds"}
 """Settings that all methods of a comparison share, and the flag that gives them."""
@@ -38,7 +38,8 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
     seed and execution are left out: all methods use those of the comparison.
 
     Raises:
-        FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share.
+        FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share; an
+            unknown setting of a single method, or one of a step of a chain or recipe.
     """
     parts = [part for item in ([text] if isinstance(text, str) else text) for part in _split(item)]
     grouped: list[list[str]] = []
@@ -65,10 +66,19 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
         for shared in ("sparsity", "calibration", "seed", "execution"):
             base.pop(shared, None)
         given = _nested(settings, label)
-        if not is_recipe and name in METHODS:
-            own = given.keys() & METHODS[name].model_fields.keys() - Recipe.model_fields.keys()
-            if own:
-                base["method"] = {name: {key: given.pop(key) for key in own}}
+        own = [key for key in given if key not in Recipe.model_fields]
+        if own and not is_recipe and name in METHODS:
+            known = {**METHODS[name].model_fields, **Recipe.model_fields}
+            if wrong := next((key for key in own if key not in known), None):
+                raise FistaPrunerError(f"--methods {label}: unknown setting {wrong!r}{instead_of(wrong, known)}")
+            base["method"] = {name: {key: given.pop(key) for key in own}}
+        elif own and "method" in base:
+            of_steps = {key for step in parse_method(base["method"]) for key in type(step).model_fields}
+            if inner := next((key for key in own if key in of_steps), None):
+                raise FistaPrunerError(
+                    f"--methods {label}: {inner} is one of the own settings of {name}'s steps: write them in a recipe "
+                    "file"
+                )
         contenders.append(Contender(label, merge(base, given)))
     if len({contender.label for contender in contenders}) < len(contenders):
         raise FistaPrunerError(f"--methods {','.join(parts)!r} names the same method twice")

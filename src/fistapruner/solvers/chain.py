@@ -13,7 +13,7 @@ import torch
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
-from ..runtime.numerics import undisturbed
+from ..runtime.numerics import dtype_name, undisturbed
 from .base import Method, Solution
 from .catalogue import CATALOGUE
 from .conditioning import dead_inputs, with_faint_dead_weights
@@ -175,39 +175,57 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
 
 
 def _check_form(problem: LayerProblem, name: str, found: object) -> None:
-    """Refuse what a method returns if it is no solution, or one of another shape.
+    """Refuse what a method returns if it is no solution, or one whose parts are of another kind.
 
     Raises:
-        FistaPrunerError: names the method and what it returned.
+        FistaPrunerError: names the method, what it returned and what is expected.
     """
     if not isinstance(found, Solution):
         raise FistaPrunerError(f"method {name!r} returned {type(found).__name__}, and a Solution is expected")
-    shape = problem.weight.shape
-    for what, tensor in (("weight", found.weight), ("mask", found.mask)):
-        if tensor.shape != shape:
-            raise FistaPrunerError(
-                f"method {name!r} returned a {what} {tuple(tensor.shape)}, and {tuple(shape)} is expected"
-            )
+    weight, operators = problem.weight, len(problem.rows)
+    listed = _all_are(found.stats, dict) and len(found.stats) in (0, operators)
+    for what, value, right, expected in (
+        ("weight", found.weight, _kind(found.weight) == _kind(weight), _kind(weight)),
+        ("mask", found.mask, _kind(found.mask) == _kind(weight, torch.bool), _kind(weight, torch.bool)),
+        ("stats", found.stats, listed, f"a tuple of {operators} dict or of none"),
+        ("warnings", found.warnings, _all_are(found.warnings, str), "a tuple of str"),
+    ):
+        if not right:
+            raise FistaPrunerError(f"method {name!r} returned as {what} {_kind(value)}, and {expected} is expected")
+
+
+def _kind(value: object, dtype: torch.dtype | None = None) -> str:
+    """Describe a tensor, with its dtype or another, or the class of anything else and of its entries."""
+    if isinstance(value, torch.Tensor):
+        return f"{dtype_name(dtype or value.dtype)} {tuple(value.shape)} on {value.device}"
+    entries = [type(entry).__name__ for entry in value] if isinstance(value, (tuple, list)) else None
+    return type(value).__name__ + (f" ({', '.join(entries)})" if entries is not None else "")
+
+
+def _all_are(value: object, kind: type) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(entry, kind) for entry in value)
 
 
 def _check_zeros(problem: LayerProblem, parsed: Sequence[Constraint], name: str, found: Solution) -> None:
-    """Refuse the solution of a method whose zeros are not those of its mask or of the patterns.
+    """Refuse a solution whose mask has not the zeros of the patterns, or whose weight has not those.
 
     Raises:
         FistaPrunerError: names the method, and the operator with its zeros.
     """
     parts = (tensor.split(problem.rows) for tensor in (found.weight, found.mask))
     for operator, pattern, weight, mask in zip(problem.names, parsed, *parts, strict=True):
-        outside = (weight != 0).logical_and_(mask == 0).any()
-        # Ones everywhere satisfy no pattern with zeros: the host waits for a GPU once for both.
-        if not pattern.satisfies(weight.masked_fill(outside, 1.0)):
+        outside = (weight != 0).logical_and_(~mask).any()
+        # With nothing outside this has the zeros of the mask, and the weight has them too; ones everywhere satisfy no
+        # pattern with zeros. The host waits for a GPU once for both.
+        if not pattern.satisfies(weight.masked_fill(mask | outside, 1.0)):
             if bool(outside):
                 raise FistaPrunerError(
                     f"method {name!r} returned weights of {operator} that are not zero where mask is False"
                 )
-            zeros, expected = int((weight == 0).sum()), pattern.zeros(*weight.shape)
+            zeros, expected = int((~mask).sum()), pattern.zeros(*weight.shape)
             raise FistaPrunerError(
-                f"method {name!r} returned {zeros} zeros in {operator} that are not the {expected} of {pattern}"
+                f"method {name!r} returned {zeros} zeros in the mask of {operator} that are not the {expected} of "
+                f"{pattern}"
             )
 
 
