@@ -93,7 +93,10 @@ class Constraint(ABC):
 
     @abstractmethod
     def satisfies(self, weight: Tensor) -> bool:
-        """Return whether ``weight`` (rows, columns) has the zeros that the constraint asks for, or more."""
+        """Return whether ``weight`` (rows, columns) has the zeros that the constraint asks for, or more.
+
+        A mask of bytes, 0 where weights go, is taken as a weight.
+        """
 
     def check(self, columns: int, name: str = "operator") -> None:
         """Refuse an operator whose inputs are not a multiple of the group length.

@@ -217,7 +217,7 @@ def _check_zeros(problem: LayerProblem, parsed: Sequence[Constraint], name: str,
         outside = (weight != 0).logical_and_(~mask).any()
         # With nothing outside this has the zeros of the mask, and the weight has them too; ones everywhere satisfy no
         # pattern with zeros. The host waits for a GPU once for both.
-        if not pattern.satisfies(weight.masked_fill(mask | outside, 1.0)):
+        if not pattern.satisfies((mask | outside).view(torch.uint8)):  # a byte a weight, as the mask has
             if bool(outside):
                 raise FistaPrunerError(
                     f"method {name!r} returned weights of {operator} that are not zero where mask is False"
