@@ -426,10 +426,8 @@ def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> No
 def counted(variants: list[Variant], **_: Any) -> list[Speed]:
     """Measure only the bytes of each form."""
     setting = {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1, "device": "cpu", "peak_memory": 1}
-    return [
-        Speed(one.name, 1.0, (1.0, 1.0), 1.0, (1.0, 1.0), file_size=weight_bytes(one.folder), **setting)  # type: ignore[arg-type]
-        for one in variants
-    ]
+    times: tuple[Any, ...] = (1.0, (1.0, 1.0), 1.0, (1.0, 1.0))
+    return [Speed(one.name, *times, file_size=weight_bytes(one.folder), **setting) for one in variants]
 
 
 def test_bench_measures_the_sum_and_counts_its_bytes(run: Path, tmp_path: Path) -> None:

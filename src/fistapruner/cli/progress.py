@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TextIO, cast
 
@@ -74,7 +75,7 @@ def describe_layer(entry: LayerEntry) -> str:
     return f"layer {entry.index}: error {100 * mean:.2f} % (worst: {name} {100 * worst:.2f} %), {spent}"
 
 
-class _WorkListener(Listener):
+class _WorkListener(Listener, ABC):
     """Say what is being done, where nothing else was said for :data:`EVERY` seconds.
 
     Args:
@@ -124,9 +125,9 @@ class _WorkListener(Listener):
             self.write(line)
             self.spoken()
 
+    @abstractmethod
     def write(self, line: str) -> None:
         """Write a line to standard error."""
-        raise NotImplementedError
 
 
 class PlainListener(_WorkListener):

@@ -29,7 +29,7 @@ from .files.checkpoint import (
     read_json_in,
 )
 from .files.gguf import CONVERSION, convert_gguf
-from .files.low_rank import CONFIG, FOLDER, RECORD, WEIGHTS
+from .files.low_rank import FILES, RECORD
 from .files.record import read_pruning_record
 from .tokenizer import load_tokenizer
 
@@ -213,7 +213,7 @@ def resolve_model(
         else:
             record = read_pruning_record(folder)
         if isinstance(record, dict) and record.get(RECORD) is not None:
-            _snapshot(text, [f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}"], download, folders=True)
+            _snapshot(text, list(FILES), download, folders=True)
         return folder
     if constants.HF_HUB_OFFLINE and not any(file.suffix in (".bin", ".gguf") for file in folder.iterdir()):
         raise FistaPrunerError(

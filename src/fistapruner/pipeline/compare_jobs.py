@@ -119,7 +119,10 @@ def check_recoveries(jobs: Sequence[CompareJob], source: ModelSource, folder: Pa
         if texts not in checked:
             check_following(recipe, source)
             checked.add(texts)
-    for job in {(job.label, str(job.recipe.sparsity)): job for job in reversed(following)}.values():  # of one seed
+    of_one_seed: dict[tuple[str, str], CompareJob] = {}
+    for job in following:
+        of_one_seed.setdefault((job.label, str(job.recipe.sparsity)), job)
+    for job in of_one_seed.values():
         trained = json.dumps(job.recipe.model_dump(mode="json", include=TRAINED_BY))
         if trained in checked:
             continue

@@ -31,7 +31,7 @@ from ..models.files.checkpoint import (
     widths_section,
 )
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
-from ..models.files.low_rank import CONFIG, FOLDER, WEIGHTS, LowRankAdapter
+from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.record import (
     read_pruning_record,
     recorded_claims,
@@ -141,7 +141,8 @@ def pack(
     plan, violation = _plan(source, record, values, group, tick)
     report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
-        files, contents = {}, {}
+        files: dict[str, dict[str, Any]] = {}
+        contents = {}
         changed, whole, done = 0.0, 0.0, count(1)
         for stored, file in source.files.items():
             name = safetensors_name(stored)
@@ -150,11 +151,10 @@ def pack(
             )
             changed, whole = changed + squares[0], whole + squares[1]
             tick("computing checksums", 0, 1)
-            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+            files[name] = _claim(partial / name)
         if low_rank is not None:
             low_rank.copy_into(partial)
-            for name in (f"{FOLDER}/{each}" for each in (CONFIG, WEIGHTS)):
-                files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+            files |= {name: _claim(partial / name) for name in FILES}
         if whole:
             report = replace(report, rounding=math.sqrt(changed / whole))
         copy_companions(source, partial)
@@ -170,6 +170,11 @@ def pack(
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
     return replace(report, violation=violation)
+
+
+def _claim(path: Path) -> dict[str, Any]:
+    """Describe a written file, as ``packed.json`` lists it."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:

@@ -20,7 +20,7 @@ from ..models.files.checkpoint import (
     read_widths,
     widths_section,
 )
-from ..models.files.low_rank import CONFIG, FOLDER, WEIGHTS, LowRankAdapter
+from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.safetensors import TensorEntry
 from ..runtime.files import sha256_file
 from .format import VERSION, OperatorSpec, decode, operator_fault, read_specs
@@ -89,7 +89,7 @@ class PackedCheckpoint:
     def _check_files(self, files: Any, verify: bool) -> None:
         there = {name: inside(self.folder, name) for name in self.checkpoint.files}
         if self.low_rank is not None:
-            there |= {f"{FOLDER}/{name}": inside(self.low_rank.folder, name) for name in (CONFIG, WEIGHTS)}
+            there |= {name: inside(self.low_rank.folder, Path(name).name) for name in FILES}
         if not isinstance(files, dict) or set(files) != set(there):
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
         for name, claim in files.items():

@@ -45,6 +45,9 @@ PREFIX = "base_model.model."
 FOLDER = "adapter"
 """Folder of the low-rank part: beside that of a run's checkpoint, inside that of a packed or unpacked one."""
 
+FILES = (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}")
+"""Files of the low-rank part inside a packed or unpacked checkpoint."""
+
 RECORD = "low_rank"
 """Key of the checkpoint's record that describes the adapter."""
 
