@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, one_line
 from ..models.architecture import (
@@ -113,7 +114,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
     def rounded(target: str, tensor: Tensor) -> Tensor:
         if source.low_rank is not None:
             module = model.get_submodule(target.rpartition(".")[0])
-            tensor = source.low_rank.added(target, tensor, transposed=type(module).__name__ == "Conv1D")
+            tensor = source.low_rank.added(target, tensor, transposed=isinstance(module, Conv1D))
         return tensor.to(loaded_dtype(model, target, dtype)) if tensor.is_floating_point() else tensor
 
     def factors(target: str) -> tuple[Tensor, Tensor] | None:
@@ -153,7 +154,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
             bias = rest.pop(f"{parent}.bias", None)
             operator = in_int8(name, operator) if int8 else operator
             replace(model, parent, SparseLinear(operator, bias, low_rank=factors(target)))
-        elif leaf == "weight" and type(module).__name__ == "Conv1D":  # GPT-2 stores (inputs, outputs)
+        elif leaf == "weight" and isinstance(module, Conv1D):  # GPT-2 stores (inputs, outputs)
             turned = pack_operator(operator.to_dense().T.contiguous())
             if operator.scales is not None:
                 turned = turned.quantised(operator.group)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from ..constraints import NM
 from ..errors import FistaPrunerError, one_line
@@ -104,7 +105,7 @@ def to_semi_structured(
             reason = f"only {reason}, less than {MARGIN}"
         choices.append(OperatorChoice(name, faster, reason, dense, sparse))
     for name, other in model.named_modules():
-        if type(other).__name__ == "Conv1D":
+        if isinstance(other, Conv1D):
             choices.append(OperatorChoice(name, False, "it is a Conv1D, whose weight is transposed"))
         elif isinstance(other, SparseLinear):
             choices.append(OperatorChoice(name, False, "its weight is packed: load the model with packed=False"))

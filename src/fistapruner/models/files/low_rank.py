@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...errors import FistaPrunerError
 from ...runtime.files import (
@@ -256,7 +257,7 @@ class LowRankAdapter:
         for name, module in found.items():
             a, b = shapes[name + A], shapes.get(name + B, ())
             weight = tuple(getattr(getattr(module, "weight", None), "shape", ()))
-            shape = weight[::-1] if type(module).__name__ == "Conv1D" else weight
+            shape = weight[::-1] if isinstance(module, Conv1D) else weight
             if not len(a) == len(b) == len(shape) == 2 or (*b, *a) != (shape[0], a[0], a[0], shape[1]):
                 raise FistaPrunerError(
                     f"{self.folder / WEIGHTS} is of another model: {name} has factors {list(a)} and {list(b)}, and "
@@ -272,7 +273,7 @@ class LowRankAdapter:
         """
         with torch.no_grad():
             for name, module in self.require_fit(model).items():
-                transposed = type(module).__name__ == "Conv1D"
+                transposed = isinstance(module, Conv1D)
                 module.weight.copy_(self.added(f"{name}.weight", module.weight, transposed=transposed))
 
     def loaded(self, device: torch.device) -> LowRankAdapter:
