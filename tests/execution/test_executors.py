@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.devices import worker_devices
 from fistapruner.solvers import parse_method
@@ -251,6 +253,23 @@ def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
     assert "2 parts added up" in (out / "report.html").read_text()
     assert "s (2 parts added up) on" in (out / "model" / "README.md").read_text()
     assert not RunDirectory(out).model.with_suffix(".partial").exists()
+
+
+def test_a_part_opens_the_model_where_its_own_command_sees_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines have copies of their own under one relative name; a part leaves the place of the others alone."""
+    out = tmp_path / "run"
+    for name, layers, executor in (("one", (0, 1), "serial"), ("two", (2, 4), "process")):
+        machine = tmp_path / name
+        shutil.copytree(model, machine / "model")
+        monkeypatch.chdir(machine)
+        prune("model", out, **SETTINGS, execution={"threads": 1, "executor": executor}, only_layers=layers)
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree(machine)
+        record = PruneDirectory(out).record()
+        assert record is not None
+        assert record.decision.folder == tmp_path / "one" / "model"
 
 
 @pytest.mark.parametrize(("method", "workers"), [("sparsegpt", 3), ("wanda+refit", 2)])

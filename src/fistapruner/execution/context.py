@@ -98,6 +98,7 @@ class RunContext:
         device: torch.device | None = None,
         part: str = "",
         permissions: Permissions = UNTRUSTED,
+        model: Path | None = None,
     ) -> RunContext:
         """Open a run that has been prepared.
 
@@ -106,6 +107,7 @@ class RunContext:
             device: where to compute; None is the recipe's device.
             part: subfolder of ``RUN/hidden`` to work in, if this is one of several processes that share the run.
             permissions: what the model's files may do.
+            model: the dense model's folder, as this process sees it; None is the one in ``run.json``.
 
         Raises:
             FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
@@ -121,15 +123,16 @@ class RunContext:
                 f"'{shell_line('resume', folder)}' measures the dense model again"
             )
         recipe = Recipe.build(record.recipe, str(run.run_file))
-        model = open_model(permissions.at(decision.folder), recipe, device, dtype=decision.numerics.dtype)
+        source = permissions.at(model or decision.folder)
+        opened = open_model(source, recipe, device, dtype=decision.numerics.dtype)
         if decision.metrics_sha256:
-            model.checkpoint.orders = run.orders()
+            opened.checkpoint.orders = run.orders()
         tokens = run.tokens()
-        if record.fingerprint != fingerprint(recipe, model.checkpoint, tokens, decision.numerics):
+        if record.fingerprint != fingerprint(recipe, opened.checkpoint, tokens, decision.numerics):
             raise FistaPrunerError(
                 f"{folder}: the model or the calibration tokens are not those the run began with; name another --out"
             )
-        layout, widths = discover(model).select(recipe), None
+        layout, widths = discover(opened).select(recipe), None
         if decision.structure is not None:
             widths = Widths.of(decision.structure, layout)
             layout = resized(layout, widths)
@@ -137,18 +140,18 @@ class RunContext:
             run=run,
             recipe=recipe,
             fingerprint=record.fingerprint,
-            model=model,
+            model=opened,
             layout=layout,
             sparsity=decision.sparsity,
             tokens=tokens,
             numerics=decision.numerics,
             on_disk=decision.on_disk,
-            on_device=decision.on_device and model.device.type == "cuda",
+            on_device=decision.on_device and opened.device.type == "cuda",
             part=part,
             permissions=permissions,
             widths=widths,
         )
-        if model.device.type == "cuda" and (smaller := run.journal.reduced(record.fingerprint)):
+        if opened.device.type == "cuda" and (smaller := run.journal.reduced(record.fingerprint)):
             context._reduce_memory(*smaller)
         return context
 

@@ -61,17 +61,22 @@ class ProcessPool:
 
     def revive(self, worker: int) -> None:
         """Start a worker, or start it again."""
-        numerics = self._context.numerics
+        context = self._context
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics.threads)}
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(context.numerics.threads)}
         # -P: nothing is imported from the current folder, which may be one that was downloaded
         program = [sys.executable, "-P", "-m", "fistapruner.execution.worker"]
-        place = [str(self._context.run.folder), self._context.part, str(self._devices[worker]), str(os.getpid())]
-        permitted = [name for name, allowed in self._context.permissions.keywords().items() if allowed]
+        place = [
+            str(context.run.folder),
+            context.part,
+            str(self._devices[worker]),
+            str(context.model.checkpoint.folder),
+        ]
+        permitted = [name for name, allowed in context.permissions.keywords().items() if allowed]
         # In a group of its own, so that Ctrl-C does not reach it while it imports; it dies with this process.
         process = subprocess.Popen(
-            [*program, *place, *permitted],
+            [*program, *place, str(os.getpid()), *permitted],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

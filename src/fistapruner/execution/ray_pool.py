@@ -132,6 +132,7 @@ class RayPool:
             context.part,
             "cuda" if cuda else "cpu",
             context.permissions,
+            context.model.checkpoint.folder,
         )
         self._actor = ray.remote(max_restarts=0)(Actor)
         self._actors: list[Any] = [None] * self.size
@@ -175,7 +176,7 @@ class RayPool:
 class Actor:
     """A :class:`~fistapruner.execution.worker.Worker` on some node of the cluster."""
 
-    def __init__(self, folder: str, part: str, device: str, permissions: Permissions) -> None:
+    def __init__(self, folder: str, part: str, device: str, permissions: Permissions, model: Path) -> None:
         from .worker import Worker
 
         self.fault: Event | None = None
@@ -187,7 +188,7 @@ class Actor:
             self.fault = {"event": "failed", "message": message}
             return
         try:
-            self.worker = Worker(Path(folder), part, device, permissions, shared=True)
+            self.worker = Worker(Path(folder), part, device, permissions, model, shared=True)
         except FistaPrunerError as error:
             self.fault = {"event": "failed", "message": f"Ray worker on host {host}: {error}"}
 

@@ -46,17 +46,27 @@ class Worker:
         device: device of the passes and solves.
         shared: other hosts read the files that are written, so they are flushed before an event names them.
         permissions: permissions for the model's files, given with the command that started the run.
+        model: the dense model's folder, where the process that started this one has opened it.
 
     Raises:
         FistaPrunerError: the device or the run directory cannot be opened.
     """
 
-    def __init__(self, folder: Path, part: str, device: str, permissions: Permissions, *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        part: str,
+        device: str,
+        permissions: Permissions,
+        model: Path | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
         try:
             torch.empty(1, device=device)
         except RuntimeError as error:  # such as a GPU that the run's own process has for itself
             raise FistaPrunerError(f"a worker cannot use device {device}: {first_line(error)}") from None
-        self.context = RunContext.open(folder, torch.device(device), part, permissions)
+        self.context = RunContext.open(folder, torch.device(device), part, permissions, model)
         torch.set_num_threads(self.context.numerics.threads)
         self.shared = shared
 
@@ -150,10 +160,10 @@ def main(arguments: list[str]) -> None:
     """Run jobs from standard input until it ends.
 
     Args:
-        arguments: run directory, part, device, process id of the parent, then names of permissions.
+        arguments: run directory, part, device, the model's folder, process id of the parent, then names of permissions.
     """
     die_with_parent()
-    folder, part, device, parent, *permitted = arguments
+    folder, part, device, model, parent, *permitted = arguments
     if os.getppid() != int(parent):
         return
     # Only events go to standard output; what libraries print goes to standard error.
@@ -164,7 +174,7 @@ def main(arguments: list[str]) -> None:
         events.write(json.dumps(event) + "\n")
 
     try:
-        worker = Worker(Path(folder), part, device, Permissions(**dict.fromkeys(permitted, True)))
+        worker = Worker(Path(folder), part, device, Permissions(**dict.fromkeys(permitted, True)), Path(model))
     except FistaPrunerError as error:
         tell({"event": "failed", "message": str(error)})
         return

@@ -26,7 +26,7 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import absolute, changed_text, moved_text, say_kept_plan
+from .begun import absolute, changed_text, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
 from .prune_inputs import PruneInputs, RunRequest, check_inputs
@@ -34,7 +34,7 @@ from .record import common_fields, numerics_of
 from .recover_inputs import check_fits, check_trained, refuse_other_recovery
 
 
-def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> None:
+def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Path:
     """Check the input, then decide and record what all processes of the run will use.
 
     Args:
@@ -42,18 +42,23 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         request: what to do.
         listener: receives progress.
 
+    Returns:
+        The dense model's folder, as this process sees it.
+
     Raises:
         FistaPrunerError: bad input, named.
     """
     begun = run.record()
     inputs = check_inputs(run, request, begun, listener)
+    folder = inputs.source.folder.absolute()
     if inputs.planned is not None:
         say_kept_plan(inputs.planned, request.recipe.execution, listener)
     if begun is not None:
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
-            note_command(run, begun, request, inputs.source.folder.absolute())
-            return
+            if request.only_layers is None:  # other parts may see the model elsewhere
+                note_command(run, begun, request, folder)
+            return folder
         if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers
             raise FistaPrunerError(
                 f"the calibration tokens of {run.folder} would be made again ({why}), and a part of the layers cannot "
@@ -80,7 +85,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     measuring = bool(scores) or inputs is not uniform or needs_measuring(request.recipe)
     decision = PruneDecision(
         model=absolute(request.model),
-        folder=inputs.source.folder.absolute(),
+        folder=folder,
         stamps=tuple(stamps(inputs.model.checkpoint)),
         numerics=plan.numerics,
         evaluation=request.evaluation,
@@ -95,6 +100,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     if begun is not None and _decided(begun.decision) != _decided(decision):
         run.journal.remove()  # the finished layers were pruned by other measurements
     record(run, request, inputs, tokens, how, decision, plan, measured)
+    return folder
 
 
 def drawing_of(calibration: Calibration, model: LayerwiseModel, seqlen: int) -> str:
@@ -235,29 +241,25 @@ def record(
 
 
 def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, folder: Path) -> None:
-    """Record what a command that continues a run changes, so that ``resume`` goes on with it.
+    """Record what a command for all layers of a begun run changes, so that ``resume`` goes on with it.
 
     That is where the model is, such as in a moved tree, and what is no part of the run's identity: the text to
-    evaluate on, the recovery that follows, the execution. A command for some of the layers changes only the place.
+    evaluate on, the recovery that follows, the execution.
 
     Args:
         run: its directory.
         begun: its record.
         request: what the command asks.
-        folder: where the model is now; all processes of the run open it there.
+        folder: where the model is now.
 
     Raises:
         FistaPrunerError: another recovery than the one that has begun; nothing is recorded then.
     """
-    decided: dict[str, Any] = {}
-    settings = dict(begun.recipe)
+    refuse_other_recovery(run, begun, request.recipe)
+    decided: dict[str, Any] = {"evaluation": request.evaluation}
     if folder != begun.decision.folder:
-        moved = moved_text(begun.decision.evaluation, request.evaluation)
-        decided = {"model": absolute(request.model), "folder": folder, **moved}
-    if request.only_layers is None:
-        refuse_other_recovery(run, begun, request.recipe)
-        decided["evaluation"] = request.evaluation
-        settings |= request.recipe.model_dump(mode="json", include=set(Recipe.no_identity))
+        decided |= {"model": absolute(request.model), "folder": folder}
+    settings = begun.recipe | request.recipe.model_dump(mode="json", include=set(Recipe.no_identity))
     if settings != begun.recipe:
         run.write_recipe(request.recipe.to_yaml())
     record = begun.model_copy(update={"recipe": settings, "decision": begun.decision.model_copy(update=decided)})

@@ -326,7 +326,7 @@ def _prune(
         check_trained(request.recipe, source, run)
     with preparing(run.folder) if only else nullcontext():
         before = run.record()
-        prepare(run, request, listener)
+        model = prepare(run, request, listener)
         now = run.record()
         if before is not None and now is not None and before.fingerprint != now.fingerprint:
             times.forget()
@@ -336,7 +336,7 @@ def _prune(
         _remove_failure(run)
     part = "" if only is None else f"{only[0]}-{only[1]}"
     listener.tick("opening the run", 0, 1)
-    context = RunContext.open(run.folder, device, part, request.permissions)
+    context = RunContext.open(run.folder, device, part, request.permissions, model)
     with nullcontext() if only or found.damaged else reporting_failure(run, times):
         if only is None:
             refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
