@@ -14,18 +14,26 @@ def launched() -> int:
     """Count the processes that a launcher has started for this run; 1 without one.
 
     Raises:
-        FistaPrunerError: ``WORLD_SIZE`` is no number.
+        FistaPrunerError: ``RANK``, ``WORLD_SIZE`` or ``MASTER_PORT`` is not what a launcher sets it to.
     """
     if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
         return 1
-    return _number("WORLD_SIZE")
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise FistaPrunerError(
+            f"environment variables RANK and WORLD_SIZE are {rank} and {size}: a launcher sets WORLD_SIZE to 1 or more "
+            "processes, and RANK to a number from 0 to WORLD_SIZE - 1; without one, unset both"
+        )
+    if size > 1 and "MASTER_PORT" in os.environ:
+        _number("MASTER_PORT")
+    return size
 
 
 def leads() -> bool:
     """Check that this is the first of the processes that a launcher has started, or the only one.
 
     Raises:
-        FistaPrunerError: ``RANK`` or ``WORLD_SIZE`` is no number.
+        FistaPrunerError: as of :func:`launched`.
     """
     return launched() == 1 or _number("RANK") == 0
 
