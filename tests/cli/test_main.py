@@ -226,6 +226,16 @@ def test_a_rank_without_a_number_of_processes_is_none(
         assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("own", "size"), [("3", "2"), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "-1")])
+def test_a_rank_that_is_none_of_its_processes_is_refused_at_once(
+    own: str, size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", own)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert main(["recover", "run", "--out", "recovered"]) == 2
+    assert f"environment variables RANK and WORLD_SIZE are {own} and {size}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("cores", "said", "spins"),
     [
@@ -448,6 +458,17 @@ def test_an_empty_value_is_not_one_that_is_not_given(
     tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_behind_a_link_to_nothing_is_refused(
+    tmp_path: Path, below: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link, target = tmp_path / "link", tmp_path / "gone"
+    link.symlink_to("gone")
+    assert main(["prune", "x", "--out", str(link / below)]) == 2
+    said = f"--out {link / below}: {link} is a link to {target}, which does not exist: make it, or name another"
     assert said in capsys.readouterr().err
 
 

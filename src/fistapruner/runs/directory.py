@@ -77,12 +77,18 @@ class ModelRecord(Record):
 
 
 def refuse_out(out: Path) -> None:
-    """Refuse an output folder that is a file, or whose path is not UTF-8.
+    """Refuse an output folder that is a file or below a link to nothing, or whose path is not UTF-8.
 
     Raises:
         FistaPrunerError: names it.
     """
     require_utf8(out)
+    for path in (out, *out.parents):
+        if path.is_symlink() and not path.exists():
+            target = path.parent / path.readlink()
+            raise FistaPrunerError(
+                f"--out {out}: {path} is a link to {target}, which does not exist: make it, or name another folder"
+            )
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
