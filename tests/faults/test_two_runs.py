@@ -141,8 +141,7 @@ def test_parts_take_turns_to_prepare(disk: Path) -> None:
 from pathlib import Path
 from fistapruner.runs.lock import hold, preparing
 with hold(Path({str(disk)!r}), (4, 7)):
-    print("waits", flush=True)
-    with preparing(Path({str(disk)!r})):
+    with preparing(Path({str(disk)!r}), lambda: print("waits", flush=True)):
         print("prepares", flush=True)
 """
     with hold(disk, (0, 3)), preparing(disk):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,8 @@ def _prune(
         source = request.source or find_source(request.model, run.record(), request.permissions)
         check_following(request.recipe, source)
         check_trained(request.recipe, source, run)
-    with preparing(run.folder) if only else nullcontext():
+    waits = partial(listener.tick, "waiting for another part of this run to prepare it", 0, 1)
+    with preparing(run.folder, waits) if only else nullcontext():
         before = run.record()
         model = prepare(run, request, listener)
         now = run.record()

@@ -20,7 +20,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,22 @@ def _remove_stale(path: Path) -> None:
 
 
 @contextmanager
-def preparing(folder: Path) -> Iterator[None]:
-    """Let one part or process of a run at a time decide its settings; the others wait for it."""
+def preparing(folder: Path, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Let one part or process of a run at a time decide its settings; the others wait for it.
+
+    Args:
+        folder: the run directory.
+        waits: called before this process waits for another.
+    """
     path = folder / PREPARING
     descriptor = open_file(path)
     try:
         with _locking(path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
