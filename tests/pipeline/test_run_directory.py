@@ -418,8 +418,9 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     told = tiny.Said()
     assert fp.prune("model", "run", listener=told, **SETTINGS).status == "finished"
     assert "run holds the finished run of this recipe" in told.sentences
+    other = tiny.save("llama", tmp_path / "other", seed=5, num_hidden_layers=2)
     with pytest.raises(fp.FistaPrunerError, match="a run of the model"):
-        fp.prune(dense, "run", **SETTINGS)
+        fp.prune(other, "run", **SETTINGS)
     (tmp_path / "b" / "run" / "report.json").unlink()  # an unfinished one goes on
     (tmp_path / "b" / "run" / "layers" / "0001.json").unlink()
     times = (tmp_path / "b" / "run" / "layers" / "0000.safetensors").stat().st_mtime_ns
@@ -427,6 +428,24 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert (tmp_path / "b" / "run" / "layers" / "0000.safetensors").stat().st_mtime_ns == times
     (tmp_path / "b" / "run" / "report.json").unlink()
     assert fp.resume("run").status == "finished"
+
+
+def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, tmp_path: Path) -> None:
+    model, elsewhere, run = Path(shutil.copytree(dense, tmp_path / "a")), tmp_path / "b", tmp_path / "run"
+    fp.prune(model, run, only_layers=(0, 0), **SETTINGS)
+    layer = (run / "layers" / "0000.safetensors").stat().st_mtime_ns
+    model.rename(elsewhere)
+    message = f"the model of the run in {run} is not at {model} any more; give its prune command again for all layers"
+    for go_on in (finish_run, fp.resume):
+        with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
+            go_on(run)
+    assert fp.prune(elsewhere, run, **SETTINGS).status == "finished"
+    assert (run / "layers" / "0000.safetensors").stat().st_mtime_ns == layer
+    record = PruneDirectory(run).record()
+    assert record is not None
+    assert (record.decision.model, record.decision.folder) == (str(elsewhere), elsewhere)
+    elsewhere.rename(model)
+    assert fp.resume(run).status == "finished"  # which needs no model any more
 
 
 class StopsAfterALayer(tiny.Said):

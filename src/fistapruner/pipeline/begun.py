@@ -58,6 +58,19 @@ def refuse_lost_text(known: EvaluationRequest | None) -> None:
         )
 
 
+def refuse_lost_model(run: PruneDirectory, record: PruneRecord) -> None:
+    """Refuse to go on with a run whose model's folder is gone.
+
+    Raises:
+        FistaPrunerError: names it, and the command that goes on with the model elsewhere.
+    """
+    if not record.decision.folder.is_dir():
+        raise FistaPrunerError(
+            f"the model of the run in {run.folder} is not at {record.decision.folder} any more; give its prune command "
+            "again for all layers, with its new place"
+        )
+
+
 def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
     """Return what changes in a decision where its text to evaluate on is a file that is elsewhere now."""
     if known is None or now is None or Path(known.data).exists() or not os.path.isabs(known.data):
@@ -196,12 +209,12 @@ def refuse_other(
     before, here = record.decision.model, absolute(model)
     if same_path(before, here):
         return
-    # A name that is no path here is the same everywhere; a path is the same model where its files are, as in a moved
-    # tree.
-    named_alike = record.model.source == model
-    if not named_alike or (
-        Path(model).exists() and changed_files(record.decision.stamps, find_source(model, record, permissions))
-    ):
+    # A path is the same model where its files are, as in a moved tree or a copy; any other name where it is alike.
+    if Path(model).exists():
+        other = changed_files(record.decision.stamps, find_source(model, record, permissions)) is not None
+    else:
+        other = record.model.source != model
+    if other:
         raise FistaPrunerError(
             f"--out {run.folder} holds a run of the model {before!r}, this one is of {here!r}: name another folder"
         )

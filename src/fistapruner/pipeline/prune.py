@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -42,6 +43,7 @@ from .begun import (
     execution_here,
     find_finished,
     find_source,
+    refuse_lost_model,
     refuse_lost_text,
     refuse_other_tokens,
     same_path,
@@ -244,6 +246,7 @@ def finish_run(
         if found.says:
             listener.say(found.says)
         if report is None:
+            refuse_lost_model(run, begun)
             context = RunContext.open(run.folder, choose_device(recipe.execution.device), permissions=permissions)
             with spent(run.folder) as times:
                 report = finish(context, times, listener, found.damaged)
@@ -321,8 +324,12 @@ def _prune(
     listener, only = Logged(told), request.only_layers
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
+    begun = run.record()
+    gone = os.path.isabs(request.model) and not os.path.exists(request.model)  # a name that is no path is found again
+    if begun is not None and gone and request.model == begun.decision.model:
+        refuse_lost_model(run, begun)
     if request.recipe.recover is not None and not found.damaged and _recovery_is_new(run, only is not None):
-        source = request.source or find_source(request.model, run.record(), request.permissions)
+        source = request.source or find_source(request.model, begun, request.permissions)
         check_following(request.recipe, source)
         check_trained(request.recipe, source, run)
     waits = partial(listener.tick, "waiting for another part of this run to prepare it", 0, 1)
