@@ -201,6 +201,28 @@ def test_status_of_a_pruning_run_shows_its_recovery(tmp_path: Path, capsys: pyte
     assert (facts["status"], facts["working"], facts["recovery"]["status"]) == ("finished", True, "running")
 
 
+@pytest.mark.parametrize("error", ["the disk is full", None], ids=["failed", "finished"])
+def test_a_run_at_work_again_does_not_have_the_status_of_its_last_attempt(
+    error: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, report = tmp_path / "run", samples.report(2)
+    report.error, report.status = error, "failed" if error else "finished"
+    report.finished = "2020-01-01T00:00:00+00:00"
+    run.mkdir()
+    (run / "report.json").write_text(report.model_dump_json())
+    parent = psutil.Process(os.getppid())
+    (run / "lock").write_text(json.dumps({"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}))
+    assert main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f": running again; {'the last attempt failed: ' + error if error else 'it was finished before'}\n" in said
+    assert main(["status", str(run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["status"], facts["error"]) == ("running again", error)
+    (run / "lock").unlink()
+    assert main(["status", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == report.status
+
+
 def test_status_of_a_run_in_parts_names_missing_layers_or_the_command_that_joins_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,6 +424,7 @@ def test_status_of_a_finished_run_that_has_no_figures_yet(tmp_path: Path, capsys
     run, record = unfinished(tmp_path / "run") / "run.json", samples.report()
     holder = psutil.Process(os.getppid())
     lock = json.dumps({"host": platform.node(), "pid": holder.pid, "started": holder.create_time()})
+    record.finished = datetime.now(UTC).isoformat()  # by the process that holds it
 
     def told(evaluations: list[Any], *, asked: bool, held: bool) -> str:
         run.write_text(json.dumps({"decision": {"evaluation": {"data": "python"} if asked else None}}))

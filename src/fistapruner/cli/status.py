@@ -44,19 +44,21 @@ def run(arguments: argparse.Namespace) -> int:
     report, recovered = load_run(folder), folder / "recovered"
     recovery = load_run(recovered) if (recovered / "run.json").is_file() else None
     follows = recovery is not None or bool(report.recipe.get("recover"))
-    pruning, training = bool(holders(folder)), bool(holders(recovered))
+    pruning, training = (max((holder["started"] for holder in holders(at)), default=None) for at in (folder, recovered))
+    working = pruning is not None or training is not None
     if arguments.json:
-        facts = {**status_facts(report), "working": pruning or training}
+        facts = {**status_facts(report, began=pruning), "working": working}
         if follows:
-            facts["recovery"] = recovery and status_facts(recovery)
+            facts["recovery"] = recovery and status_facts(recovery, began=training)
         print(json.dumps(facts, indent=2))
         return 0
-    in_parts = count_parts(folder) > 0
-    print(status_text(report, alive=pruning, in_parts=in_parts, evaluates=_evaluates(folder)))
+    in_parts, alive = count_parts(folder) > 0, pruning is not None
+    print(status_text(report, alive=alive, began=pruning, in_parts=in_parts, evaluates=_evaluates(folder)))
+    alive = training is not None
     if recovery is not None:
-        print(status_text(recovery, alive=training, evaluates=_evaluates(recovered)))
+        print(status_text(recovery, alive=alive, began=training, evaluates=_evaluates(recovered)))
     elif follows:
-        print(f"recovery: {'being prepared' if training else 'not begun'}")
+        print(f"recovery: {'being prepared' if alive else 'not begun'}")
     return 0
 
 

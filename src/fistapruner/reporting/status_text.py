@@ -17,14 +17,25 @@ LOSSES = 8
 """Steps whose mean is shown as the training loss: that of one step is noisy."""
 
 
-def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
+AGAIN = "running again"
+"""Status of a run whose report is of an earlier attempt, which failed or was finished."""
+
+
+def status_facts(report: Report, now: datetime | None = None, *, began: float | None = None) -> dict[str, Any]:
     """Return progress as JSON values: layers or steps done, errors or losses, times.
 
     The seconds left are an estimate from the time that the finished layers or steps took; None before the first one.
+
+    Args:
+        report: of the run, finished or not.
+        now: time that durations end at; the present by default.
+        began: when the last process that works on the run now has begun, by ``time.time``; None where none does.
     """
     now = now or datetime.now(UTC)
+    ended = _since(report.finished, now) or 0.0
+    later = began is not None and (report.status == "failed" or now.timestamp() - began < ended)
     facts = {
-        "status": report.status,
+        "status": AGAIN if later and report.status != "running" else report.status,
         "measured": bool(report.evaluations),
         "error": report.error,
         "model": report.model.source,
@@ -87,6 +98,7 @@ def status_text(
     report: Report,
     *,
     alive: bool | None = None,
+    began: float | None = None,
     in_parts: bool = False,
     evaluates: bool = False,
     now: datetime | None = None,
@@ -96,12 +108,16 @@ def status_text(
     Args:
         report: of the run, finished or not.
         alive: whether a process works on it now; None if that is not known.
+        began: as for :func:`status_facts`.
         in_parts: its layers are pruned in parts, which another command joins.
         evaluates: it was asked to evaluate its result.
         now: time that durations end at; the present by default.
     """
-    found = status_facts(report, now)
+    found = status_facts(report, now, began=began)
     state = str(found["status"])
+    again = state == AGAIN
+    if again:
+        state += f"; the last attempt failed: {report.error}" if report.error else "; it was finished before"
     if state == "running" and alive is not None:
         stopped = "stopped: no process works on it; give the same command again to go on"
         state = "running" if alive else _parts_to_go(report) if in_parts else stopped
@@ -111,7 +127,7 @@ def status_text(
     if report.recovery is not None:
         about = f"{found['model']}, {found['sparsity']}, {report.training} ({found['method'].partition(': ')[2]})"
     lines = [printable(f"{about}: {state}")]
-    if report.error:
+    if report.error and not again:
         lines.append(printable(f"error: {report.error}"))
     left = f", about {duration(found['seconds_left'])} left" if found["seconds_left"] and alive is not False else ""
     if report.recovery is None:
