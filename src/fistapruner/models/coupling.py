@@ -101,7 +101,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
                     lambda values, i=index: model.run(i, hidden.clone(), calls[i], values),  # type: ignore[misc]
                 )
                 known[signature] += _in_experts(module, hidden)
-        pruned = {operator.name for group in layout.layers[index] for operator in group}
+        pruned = {operator.name for operator in layout.in_layer(index)}
         found.append(tuple(link for link in known[signature] if link.consumer.name in pruned))
     return tuple(found)
 

@@ -121,18 +121,26 @@ class Layout:
         """Return the operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
         return f"{self.prefix}.{index}.{operator.name}"
 
+    def in_layer(self, index: int) -> tuple[Operator, ...]:
+        """Return the operators of one decoder layer, in order."""
+        return tuple(operator for group in self.layers[index] for operator in group)
+
     def operators(self) -> list[tuple[str, Operator]]:
         """Return the full name and the operator of all operators, in order."""
         return [
             (self.full_name(index, operator), operator)
-            for index, groups in enumerate(self.layers)
-            for group in groups
-            for operator in group
+            for index in range(len(self.layers))
+            for operator in self.in_layer(index)
         ]
+
+    @property
+    def transposed(self) -> bool:
+        """Return whether an operator is stored as (n, m)."""
+        return any(operator.transposed for _, operator in self.operators())
 
     def weights(self, index: int) -> int:
         """Count the weights of the operators of one decoder layer."""
-        return sum(operator.rows * operator.columns for group in self.layers[index] for operator in group)
+        return sum(operator.rows * operator.columns for operator in self.in_layer(index))
 
     def select(self, recipe: Selection, purpose: str = "prune") -> Layout:
         """Select operators by the recipe's ``targets`` and ``ignore``.

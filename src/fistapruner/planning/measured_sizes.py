@@ -294,7 +294,7 @@ def largest_layers(layout: Layout) -> list[int]:
     """Choose the layers that may need most: with the most weights, most inputs, or largest group."""
 
     def inputs(index: int) -> int:
-        return max((operator.columns for group in layout.layers[index] for operator in group), default=0)
+        return max((operator.columns for operator in layout.in_layer(index)), default=0)
 
     def largest_group(index: int) -> int:
         groups = layout.layers[index]

@@ -80,7 +80,7 @@ def find_experts(
         shown = f"mixtures of {', '.join(map(str, sorted(sizes)))} experts" if sizes else "no mixture of experts"
         raise FistaPrunerError(f"structure: {name} has {shown}: no experts are removed")
     for index, found in enumerate(mixtures):
-        read = {operator.experts for group in layout.layers[index] for operator in group}
+        read = {operator.experts for operator in layout.in_layer(index)}
         if missing := set(found) - read:
             raise FistaPrunerError(
                 f"structure: targets and ignore leave out {layout.prefix}.{index}.{min(missing)}, whose experts are to "

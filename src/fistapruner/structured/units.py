@@ -216,7 +216,7 @@ def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequenc
     Raises:
         FistaPrunerError: the layer has a mixture of experts.
     """
-    if any(operator.experts for group in layout.layers[index] for operator in group):
+    if any(operator.experts for operator in layout.in_layer(index)):
         raise FistaPrunerError(
             f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed: take "
             "experts=25% or the like"
@@ -270,7 +270,7 @@ def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool) -> U
 
 def _groups_of(layout: Layout, index: int, heads: int, groups: int, *, fused: bool) -> tuple[Unit, ...]:
     """Return the key/value groups of a decoder layer, for each operator that reads some."""
-    operators = {operator.name: operator for group in layout.layers[index] for operator in group}
+    operators = {operator.name: operator for operator in layout.in_layer(index)}
     alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
     return tuple(
         unit
@@ -479,7 +479,7 @@ def _fused(layout: Layout, index: int) -> tuple[Unit, ...]:
     The largest operator that has twice as many outputs as another one beside it has inputs. :mod:`.proof` shows whether
     it is what it seems.
     """
-    operators = [operator for group in layout.layers[index] for operator in group]
+    operators = layout.in_layer(index)
     pairs = [
         (writer.rows, writer.name, reader)
         for reader in operators
@@ -501,6 +501,6 @@ def _left_out(unit: Unit, layout: Layout, index: int, what: str) -> str:
         index: of the decoder layer.
         what: they do not leave.
     """
-    selected = {operator.name for group in layout.layers[index] for operator in group}
+    selected = {operator.name for operator in layout.in_layer(index)}
     missing = next(name for name in (unit.consumer.name, *unit.producers) if name not in selected)
     return f"targets and ignore leave no {what} ({missing} is left out)"

@@ -64,7 +64,7 @@ class Trained:
         self._sources: list[dict[str, str]] = []  # parameter inside the layer -> name in the checkpoint
         self._low_rank = low_rank.loaded(model.device) if low_rank is not None and folder is None else low_rank
         for index, layer in enumerate(model.layers):
-            operators = [operator for group in layout.layers[index] for operator in group] if self.form else []
+            operators = layout.in_layer(index) if self.form else ()
             chosen = {f"{operator.name}.weight" for operator in operators} | vectors(layer, recipe.also)
             sources = {
                 name: model.source(f"{model.layers_name}.{index}.{name}")
