@@ -157,7 +157,7 @@ def test_a_plan_is_of_the_layers_that_need_most(tmp_path: Path, monkeypatch: pyt
     whole = sizes((opened, layout, tokens), method="sparsegpt")
     assert len(whole.others) == 1
     for index in (0, 1):
-        names = {name for name, _ in layout.operators() if f".{index}." in name.removeprefix(layout.prefix)[:4]}
+        names = {name for name, _ in layout.operators() if f".{index}." in name.removeprefix(layout.layers_name)[:4]}
         alone = sizes((opened, layout.only(names), tokens), method="sparsegpt")
         for choice in (Choice(16), Choice(1, on_disk=True, by_operator=True)):
             assert not alone.others

@@ -116,7 +116,7 @@ def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> d
         See :data:`.checkpoint.Orders`.
     """
     changes = link_tensors(model.layers[index], link, order)
-    return {model.source(f"{model.layers_name}.{index}.{name}"): change for name, change in changes.items()}
+    return {model.source_of(index, name): change for name, change in changes.items()}
 
 
 def _head_sizes(config: Any) -> set[int]:

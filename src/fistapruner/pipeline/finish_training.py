@@ -106,7 +106,7 @@ def finish(
 def _describe(context: TrainingContext, trained: Trained, index: int, report: Report) -> LayerEntry:
     """Describe one decoder layer, and add what was trained in it to the report."""
     model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
-    entry.name = f"{context.layout.prefix}.{index}"
+    entry.name = f"{context.layout.layers_name}.{index}"
     with model.layer(index) as layer:
         new = trained.result(index, layer)
         numbers, rates = trained.describe(index, layer)
@@ -265,7 +265,7 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
                     continue
                 # PEFT replaces whole modules: all that a module holds must have been trained.
                 if {f"{module}{dot}{key}" for key in layer.get_submodule(module).state_dict()} <= others:
-                    whole[f"{model.layers_name}.{index}.{name}"] = value
+                    whole[model.full_name(index, name)] = value
                 else:
                     left_out += 1
     remove_adapter(folder)

@@ -169,7 +169,7 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
     by_layer = list(zip(*kinds, strict=True)) if kinds else [()] * len(model)
     found = tuple(tuple(unit for units in layers for unit in units) for layers in by_layer)
     sources = [
-        model.source(f"{layout.prefix}.{index}.{name}")
+        model.source_of(index, name)
         for index, units in enumerate(found)
         for unit in units
         for name in unit.tensors(model.layers[index], torch.arange(unit.before))
@@ -201,7 +201,7 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
             )
             if there:
                 why = _left_out(there[0], layout, index, "MLP whose channels can be removed")
-            raise FistaPrunerError(f"structure: {layout.prefix}.{index}: {why}")
+            raise FistaPrunerError(f"structure: {layout.layers_name}.{index}: {why}")
         found.append(units)
     widths = {unit.before for units in found for unit in units}
     if len(widths) > 1:
@@ -218,7 +218,7 @@ def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequenc
     """
     if any(operator.experts for operator in layout.in_layer(index)):
         raise FistaPrunerError(
-            f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed: take "
+            f"structure: {layout.layers_name}.{index} has a mixture of experts, whose channels are not removed: take "
             "experts=25% or the like"
         )
     units = tuple(
@@ -250,7 +250,7 @@ def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool) -> U
     groups = named_size(config, "num_key_value_heads") or heads
     found = []
     for index in range(len(model)):
-        prefix = f"{layout.prefix}.{index}"
+        prefix = f"{layout.layers_name}.{index}"
         units = _groups_of(layout, index, heads, groups, fused=fused)
         there = units or _groups_of(discover(model), index, heads, groups, fused=fused)
         if len(there) != 1:
@@ -380,7 +380,7 @@ def unread_tensors(model: LayerwiseModel, widths: Widths | None) -> list[str]:
     for index, units in enumerate(widths.units):
         names = [name for unit in units for name in unit.tensors(model.layers[index], torch.arange(1))]
         for name in (*names, *(name for unit in widths.mixtures(index) for name in unit.tensors)):
-            stored = model.source(f"{model.layers_name}.{index}.{name}")
+            stored = model.source_of(index, name)
             if (found := LAYER.fullmatch(stored)) and len(shape := checkpoint.entry(stored).shape) > 1:
                 cut.add((found[2], shape))
     read = {found[1] for name in model.sources() if (found := LAYER.fullmatch(name))}

@@ -189,7 +189,7 @@ def _summed(
     """Find the operators with a low-rank part, by the name of their weight inside the layer."""
     found = {}
     for operator in (operator for group in groups for operator in group):
-        name, inside = f"{model.layers_name}.{index}.{operator.name}", f"{operator.name}.weight"
+        name, inside = model.full_name(index, operator.name), f"{operator.name}.weight"
         if name + A in parts:
             source = model.source(f"{name}.weight")
             tensors = {inside: parts[source], inside + A: parts[name + A], inside + B: parts[name + B]}
@@ -233,8 +233,7 @@ def _write(
     """Write trained values into the layer, rounded as stored; return them by their names in the journal."""
     owners = {name + part: one for name, one in summed.items() for part in (A, B)}
     sources = {
-        name: owners[name].source if name in owners else model.source(f"{model.layers_name}.{index}.{name}")
-        for name in parameters.masters
+        name: owners[name].source if name in owners else model.source_of(index, name) for name in parameters.masters
     }
     parameters.write(lambda name, value: model.rounded(sources[name], value))
     layer, starts = model.layers[index], parameters.starts()
