@@ -23,8 +23,8 @@ from ..tuning.losses import Reference, TopTokens
 from ..tuning.teacher import Predictions, stored_dtype
 from ..tuning.trained import Trained, vectors
 from ..tuning.zeroth_order import ZerothOrder
+from .budget import room_for
 from .footprint import kept_bytes, peak_bytes
-from .plan import room_for
 from .sizes import RETAINED
 from .training_sizes import FormSizes, ModelSizes, Task
 
