@@ -166,7 +166,7 @@ def _dense_tensors(
     experts: Mapping[str, list[list[str]]],
     rounded: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Read the tensors of a model that are not packed, and those that are several tensors in the checkpoint.
+    """Read the tensors of a model that are not packed, or that are several tensors in the checkpoint.
 
     Args:
         source: the checkpoint.

@@ -85,7 +85,7 @@ def register() -> None:
 
 
 def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: Any) -> None:
-    """Prepare a model and its loader before transformers loads the ordinary tensors: widths, what is read later."""
+    """Prepare a model and its loader, before transformers loads the ordinary tensors."""
     if not checkpoint_files:
         raise FistaPrunerError("a packed model is loaded from its folder")
     folder = Path(checkpoint_files[0]).parent
@@ -131,7 +131,7 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
 
 
 def _load_operators(loader: Any, model: Any, source: PackedCheckpoint) -> None:
-    """Give the model the operators that are packed, and low-rank parts, after transformers has loaded the rest."""
+    """Load the packed operators and low-rank parts, after transformers has loaded the rest."""
     device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
     for name, (parent, leaf) in loader.places.items():
         module = model.get_submodule(parent)
