@@ -15,7 +15,7 @@ from ..runs.comparison_records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
 from .comparison import failures
 from .drawing import INK, SERIES, Drawing, draw, plain_log, style
-from .evaluation_text import protocol
+from .evaluation_text import kl_text, perplexity_text, protocol
 from .model_card import base_model_name
 from .rendering import Table, moment, present, render
 
@@ -329,18 +329,16 @@ def _results(comparison: Comparison) -> Table:
     )
     rows: list[tuple[str, ...]] = []
     if comparison.dense is not None:
-        dense = with_error(comparison.dense.perplexity, comparison.dense.standard_error)
-        rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–", "–"))
+        rows.append(("dense", "–", "–", perplexity_text(comparison.dense), "0", "0", "0", "–", "–", "–", "–"))
     for row in comparison.rows:
-        text = row.perplexity
         rows.append(
             (
                 row.label or row.method,
                 row.sparsity,
                 str(row.seed),
-                "failed" if row.error else with_error(text.perplexity, text.standard_error) if text else "–",
+                "failed" if row.error else perplexity_text(row.perplexity),
                 with_error(row.gap, None, 3),
-                with_error(row.divergence.kl, row.divergence.kl_standard_error, 3) if row.divergence else "–",
+                kl_text(row.divergence, 3),
                 percent(row.relative_error),
                 duration(row.seconds),
                 duration(row.time_split.get("solve")),

@@ -11,7 +11,7 @@ from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
 from .alignment_text import preference_rows, preference_sentence
-from .evaluation_text import on_text, task_protocol
+from .evaluation_text import kl_text, on_text, perplexity_text, task_protocol
 from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
@@ -226,10 +226,9 @@ def _text_values(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     if text is None:
         return []
     protocol = f"{plain_markdown(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
-    before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
-    rows = [("perplexity", protocol, before, with_error(text.perplexity, text.standard_error))]
+    rows = [("perplexity", protocol, perplexity_text(dense), perplexity_text(text))]
     if damage is not None:
-        rows.append(("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4)))
+        rows.append(("KL from dense (nats/token)", protocol, "0", kl_text(damage, 4)))
         rows.append(("top-1 agreement", protocol, "100 %", percent(damage.top1_agreement)))
     return rows
 

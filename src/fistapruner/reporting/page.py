@@ -9,10 +9,10 @@ import yaml
 from ..runs.records import Report
 from ..runs.results import Evaluation
 from ..runs.training_records import Alignment, Recovery, TextSide
-from ..runtime.formatting import count, counted, duration, pattern, percent, short_count, significant, size, with_error
+from ..runtime.formatting import count, counted, duration, pattern, percent, short_count, significant, size
 from .advice import advice
 from .alignment_text import pairs_text, preference_sentence, references_text
-from .evaluation_text import on_text
+from .evaluation_text import kl_text, on_text, perplexity_text
 from .figures import layer_figures
 from .figures_quality import quality_figures
 from .figures_recovery import training_figures
@@ -167,9 +167,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     evaluation = on_text(report.evaluations)
     if evaluation is not None and evaluation.perplexity is not None:
         text, dense, earlier = evaluation.perplexity, evaluation.reference, gain_of(report, evaluation)
-        note = f"dense {with_error(dense.perplexity, dense.standard_error)}; " if dense is not None else ""
+        note = f"dense {perplexity_text(dense)}; " if dense is not None else ""
         if earlier is not None and earlier[0].perplexity is not None:
-            note += f"before {with_error(earlier[0].perplexity.perplexity, earlier[0].perplexity.standard_error)}; "
+            note += f"before {perplexity_text(earlier[0].perplexity)}; "
         items.append(("Perplexity", f"{text.perplexity:.2f}", f"{note}{text.data}, windows of {text.seqlen}"))
         if earlier is not None and earlier[1].closed is not None:
             items.append(
@@ -181,7 +181,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
                 (
                     "Top-1 agreement",
                     percent(agreement.top1_agreement),
-                    f"KL {with_error(agreement.kl, agreement.kl_standard_error, 3)} nats",
+                    f"KL {kl_text(agreement, 3)} nats",
                 )
             )
     if report.alignment is not None:
