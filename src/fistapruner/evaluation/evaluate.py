@@ -16,7 +16,7 @@ from ..errors import FistaPrunerError, printable
 from ..models.architecture import build_model, max_length
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit
 from ..recipes.loading import parse_bytes
@@ -25,6 +25,7 @@ from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import temporary_folder
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
+from ..runtime.progress import Tick, silent
 from ..sparse.pack import unpack
 from ..sparse.packed_checkpoint import is_packed
 from .data import Windows, check_count, check_data, load_windows
@@ -55,7 +56,7 @@ def evaluate(
     bos: str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = silent,
     keep: Callable[[Evaluation], None] = lambda found: None,
     warn: Callable[[str], None] | None = None,
     kept: KeptStates | None = None,

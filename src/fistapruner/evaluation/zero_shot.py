@@ -21,11 +21,11 @@ import yaml
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.architecture import max_length
-from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from ..runs.results import TaskResult
 from ..runtime.numerics import dtype_name
+from ..runtime.progress import Tick, silent
 from .local_tasks import local_files, local_task
 from .scoring import mcnemar
 
@@ -159,7 +159,7 @@ def evaluate_tasks(
     settings: TaskSettings = TaskSettings(),
     *,
     against: Path | None = None,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = silent,
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[TaskResult, ...]:
     """Score a model on zero-shot tasks, and a reference model on the same items.
