@@ -28,7 +28,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
         agreement = percent_with_error(damage.top1_agreement, damage.top1_standard_error)
         rows.append(("top-1 agreement", f"{agreement} % of tokens"))
     if evaluation.perplexity is not None:
-        rows.append(("measured on", protocol(evaluation.perplexity)))
+        rows.append(("measured on", perplexity_conditions(evaluation.perplexity)))
     if evaluation.low_rank is not None:
         rows.append(("of the model", f"with its low-rank part, {evaluation.low_rank} additional weights"))
     rows += [(f"{task.task} {task.metric}", task_text(task)) for task in evaluation.tasks]
@@ -52,7 +52,7 @@ def kl_text(found: Divergence | None, digits: int) -> str:
     return "–" if found is None else with_error(found.kl, found.kl_standard_error, digits)
 
 
-def protocol(text: Perplexity) -> str:
+def perplexity_conditions(text: Perplexity) -> str:
     """Say what a perplexity depends on, in one line."""
     bos = {"none": "no BOS", "text": "BOS before the text", "window": "BOS in every window"}.get(text.bos, text.bos)
     windows = f"{counted(text.windows, 'window')} of {text.seqlen} tokens"

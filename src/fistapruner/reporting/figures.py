@@ -25,7 +25,7 @@ MOST_NAMES = 40
 MOST_DOTS = 2000
 """Dots of a figure, about."""
 
-PHASES = ("capture", "gram", "problem", "structure", "solve", "reconstruct", "io")
+COLOURED_PHASES = ("capture", "gram", "problem", "structure", "solve", "reconstruct", "io")
 """Phases of a decoder layer that have a color; the others are short."""
 
 
@@ -361,8 +361,10 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
     timed = [layer for layer in layers if layer.seconds]
     if not timed:
         return None
-    found = {phase: values for phase in PHASES if any(values := [layer.seconds.get(phase, 0.0) for layer in timed])}
-    found["other"] = [sum(s for phase, s in layer.seconds.items() if phase not in PHASES) for layer in timed]
+    found = {
+        phase: values for phase in COLOURED_PHASES if any(values := [layer.seconds.get(phase, 0.0) for layer in timed])
+    }
+    found["other"] = [sum(s for phase, s in layer.seconds.items() if phase not in COLOURED_PHASES) for layer in timed]
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()

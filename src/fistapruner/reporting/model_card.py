@@ -15,7 +15,7 @@ from .evaluation_text import kl_text, on_text, perplexity_text, task_protocol
 from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
-from .rendering import code_block, plain_markdown, render, yaml_text
+from .rendering import code_block, plain_markdown, render, versions_text, yaml_text
 from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import has_free_widths, structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
@@ -249,8 +249,7 @@ def _made(report: Report) -> list[str]:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
         source = plain_markdown(file_name(used.source))
-        what = "calibration" if report.recovery is None else "training text"
-        lines.append(f"{what}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
+        lines.append(f"{report.text_kind}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
     if report.recovery is not None and (text := held_out_text(report.recovery)):
         held_out = f"{report.recovery.held_out_windows} windows"
         if report.alignment is not None:
@@ -274,7 +273,7 @@ def _made(report: Report) -> list[str]:
         parts = f" ({report.totals.parts} parts added up)" if report.totals.parts else ""
         lines.append(f"{significant(report.totals.seconds)} s{parts} on {machine}{peak}")
     if report.versions:
-        lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+        lines.append(versions_text(report.versions))
     return lines
 
 

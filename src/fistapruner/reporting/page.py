@@ -29,7 +29,7 @@ from .recovery_text import (
     task_losses,
     trained_text,
 )
-from .rendering import Table, moment, present, render
+from .rendering import Table, moment, present, render, versions_text
 from .size_and_speed import (
     QUANTISE_FIRST,
     becomes_smaller_packed,
@@ -383,7 +383,7 @@ def _hardest(report: Report) -> Table:
     return Table("The hardest operators", head, rows, numeric=(1, 2), stack=True)
 
 
-PHASES = {
+PHASE_TEXTS = {
     "capture": "forward passes that collect inputs",
     "gram": "sums of outer products",
     "problem": "products of these sums with the weights",
@@ -404,7 +404,7 @@ def _time_split(report: Report) -> Table:
     times = report.totals.time_split
     whole = sum(times.values()) or 1.0
     rows = [
-        (name, duration(value), f"{100 * value / whole:.1f} %", PHASES.get(name, ""))
+        (name, duration(value), f"{100 * value / whole:.1f} %", PHASE_TEXTS.get(name, ""))
         for name, value in sorted(times.items(), key=lambda pair: -pair[1])
     ]
     return Table("Time split", ("phase", "time", "share", "what it is"), rows, numeric=(1, 2), stack=True)
@@ -449,7 +449,7 @@ def _used(report: Report) -> list[tuple[str, str]]:
         ("fingerprint", report.fingerprint),
     ]
     if used is not None:
-        text = "calibration" if report.recovery is None else "training text"
+        text = report.text_kind
         pairs += [
             (text, used.description),
             (
@@ -464,7 +464,7 @@ def _used(report: Report) -> list[tuple[str, str]]:
         ("instructions", " ".join(machine.instructions)),
         ("threads", f"{machine.threads} of {machine.cores} cores" if machine.threads and machine.cores else None),
         ("memory", size(machine.memory) if machine.memory else None),
-        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        ("versions", versions_text(report.versions)),
         ("started", moment(report.started)),
         ("finished", moment(report.finished)),
     ]

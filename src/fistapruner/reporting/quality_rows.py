@@ -9,7 +9,7 @@ from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import p_value, percent_with_error, significant, with_error
 from .alignment_text import preference_rows
-from .evaluation_text import kl_text, perplexity_text, protocol, task_protocol
+from .evaluation_text import kl_text, perplexity_conditions, perplexity_text, task_protocol
 from .recovery_text import closed_text, gain_of
 from .size_and_speed import Row
 
@@ -64,7 +64,7 @@ def _text_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         if text is not None:
             change = f"×{significant(text.perplexity / dense.perplexity)}" if dense is not None else "–"
             name = f"Perplexity, {text.data}"
-            rows.append((name, perplexity_text(dense), perplexity_text(text), change, protocol(text)))
+            rows.append((name, perplexity_text(dense), perplexity_text(text), change, perplexity_conditions(text)))
         if damage is not None:
             gap = with_error(damage.nll_difference, damage.nll_difference_standard_error, 3)
             rows.append(
