@@ -33,11 +33,11 @@ from fistapruner.reporting.evaluation_text import evaluation_text, perplexity_co
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
-from fistapruner.reporting.page import verdict
 from fistapruner.reporting.quality_rows import points, recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.reporting.summary import summary
+from fistapruner.reporting.verdict import verdict
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lineage import stage_of
