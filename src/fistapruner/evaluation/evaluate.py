@@ -237,7 +237,9 @@ def _unpacked(source: ModelSource, tick: Tick) -> Iterator[ModelSource]:
 
 
 def _check_packed(source: ModelSource, data: str | Windows, seqlen: int | None, model: str | Path) -> None:
-    """Check a packed model's configuration, tokenizer and window length before it is unpacked, which takes long.
+    """Check a packed model's configuration, tokenizer and window length.
+
+    It is opened again when it is unpacked, which takes long.
 
     Raises:
         FistaPrunerError: as where the unpacked model is opened.

@@ -1,4 +1,4 @@
-"""Read the values of pruning's settings: sparsities, methods, allocations; write them as a recipe has them."""
+"""Read sparsities, methods, allocations and other values of a pruning recipe, and write them."""
 
 from __future__ import annotations
 
