@@ -21,9 +21,10 @@ from fistapruner.calibration.mixtures import Mixture
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
 from fistapruner.evaluation.data import evaluation_documents
 from fistapruner.pipeline.recover_inputs import check_mixture
+from fistapruner.recipes.calibration_settings import Calibration
 from fistapruner.recipes.loading import merge
 from fistapruner.recipes.recover_settings import RecoverRecipe, TrainingData
-from fistapruner.recipes.settings import Calibration, Recipe
+from fistapruner.recipes.settings import Recipe
 
 
 def texts(folder: Path, sizes: dict[str, int]) -> dict[str, str]:

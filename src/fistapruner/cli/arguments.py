@@ -120,6 +120,11 @@ def add_model_and_run(parser: argparse.ArgumentParser, model: str) -> None:
     )
 
 
+def add_dense_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the dense model of a run that trains a pruned one."""
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True, without: Sequence[str] = ()) -> None:
     """Add the recipe's settings.
 
@@ -377,6 +382,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="print only errors and the result")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add that what a verb found is printed as JSON."""
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
 def add_begun_run(parser: argparse.ArgumentParser) -> None:

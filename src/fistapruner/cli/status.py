@@ -13,13 +13,14 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..runtime.formatting import shell_line
+from .arguments import add_json_argument
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of a comparison")
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
-from ..recipes.settings import Calibration, Recipe
+from ..recipes.calibration_settings import Calibration
+from ..recipes.settings import Recipe
 from ..runs.decision import PlannedRun, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.listener import Listener

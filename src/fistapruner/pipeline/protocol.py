@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..evaluation.data import Windows
-from ..recipes.settings import Calibration, Recipe
+from ..recipes.calibration_settings import Calibration
+from ..recipes.settings import Recipe
 from ..runs.comparison_records import CompareRow
 from ..runs.results import Perplexity
 from .contenders import has_own_calibration

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, unreadable
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -110,7 +110,7 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
     except UnicodeDecodeError:
         raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     known = f"neither a file nor a shipped recipe ({', '.join(shipped)})" if shipped else "not a file"
     raise FistaPrunerError(f"recipe {name_or_file!r} is {known}")
 

@@ -48,9 +48,14 @@ class CompareRow(Record):
     error: str | None = None
 
     @property
+    def name(self) -> str:
+        """What to print for the method."""
+        return self.label or self.method
+
+    @property
     def key(self) -> tuple[str, str, int]:
         """Identify the row among those of a comparison."""
-        return self.label or self.method, self.sparsity, self.seed
+        return self.name, self.sparsity, self.seed
 
     @property
     def zeros_share(self) -> float | None:

@@ -447,6 +447,11 @@ class Report(Record):
         return TRAINED.get(self.kind, "recovered")
 
     @property
+    def text_kind(self) -> str:
+        """What the run's text is for it: ``calibration`` or ``training text``."""
+        return "calibration" if self.recovery is None else "training text"
+
+    @property
     def training(self) -> str:
         """What a run that trains does: ``recovery`` or ``alignment``."""
         return "alignment" if self.kind == "align" else "recovery"

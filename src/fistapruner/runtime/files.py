@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line
+from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line, unreadable
 
 PARTIAL = ".partial"
 
@@ -329,7 +329,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
             while piece := file.read(2**24):
                 yield piece
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def sampled_sha256(path: Path) -> str:

@@ -29,9 +29,10 @@ from ..activations.store import scratch_factory
 from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..runtime.files import disk_errors, write_json_atomic
 from ..runtime.numerics import BUDGETS, dtype_name, slices
+from ..runtime.progress import Tick, silent
 from ..runtime.ranks import ALONE, Ranks
 from ..runtime.transfers import sent
 from .losses import DenseLogits, Reference, TopTokens
@@ -119,7 +120,7 @@ class Teacher:
         held_out: Sequence[int] = (),
         windows_on_disk: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
-        tick: Tick = lambda what, done, total: None,
+        tick: Tick = silent,
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
