@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +22,6 @@ from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
-from ..runs.times import forget_times
 from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
@@ -122,10 +120,7 @@ def align_compare(
                     raise
                 reports[label, seed] = str(error)
             if not keep and isinstance(reports[label, seed], Report):
-                if run.model.is_dir():
-                    run.remove_model()
-                shutil.rmtree(run.states.folder, ignore_errors=True)
-                forget_times(run.folder)
+                run.remove_weights()
             done = sorted(reports, key=lambda key: list(JOBS).index(key[0]))
             found.rows = [_row(*key, reports[key]) for key in done]
             found.before = next(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import FistaPrunerError, explain
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.streaming import KeptStates
-from ..models.files.low_rank import remove_adapter
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
@@ -26,7 +24,6 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.results import Evaluation, Perplexity
-from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.files import write_json_atomic
 from .begun import changed_text
@@ -115,7 +112,8 @@ class Shared:
         if training is not None and recovery is None:
             recovery = self._recover(run, report, training)
         if not self.keep:
-            _delete_weights(run)
+            run.remove_weights()
+            RecoverDirectory(run.recovered).remove_weights()
         return report, recovery
 
     def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
@@ -275,16 +273,3 @@ def _filled(
         row.time_split = {**row.time_split, "recovery": recovery.totals.seconds}
         row.peak_memory = max(row.peak_memory or 0, recovery.totals.peak_memory or 0)
     return row
-
-
-def _delete_weights(run: PruneDirectory) -> None:
-    """Delete what is as large as the model: checkpoints, tensors of layers, states of training."""
-    following = RecoverDirectory(run.recovered)
-    for made in (run, following):
-        if made.model.is_dir():
-            made.remove_model()
-        remove_adapter(made.adapter)
-        forget_times(made.folder)
-    shutil.rmtree(following.states.folder, ignore_errors=True)
-    run.journal.remove_weights()
-    run.metrics_file.unlink(missing_ok=True)

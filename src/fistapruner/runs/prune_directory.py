@@ -80,6 +80,11 @@ class PruneDirectory(RunDirectory):
     def record(self) -> PruneRecord | None:
         return self.read_record(PruneRecord, "prune")
 
+    def remove_weights(self) -> None:
+        super().remove_weights()
+        self.journal.remove_weights()
+        self.metrics_file.unlink(missing_ok=True)
+
     def _has_own_tokens(self) -> bool:
         try:
             return DRAWING in SafetensorsFile(self.calibration_file).metadata

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,6 +93,10 @@ class TrainingDirectory(RunDirectory):
             if self.model.is_dir():
                 self.remove_model(Checkpoint.open(source) if source.is_dir() else None)
             remove_folder(self.folder, self.run_file, *files_named(self.folder, EARLY))
+
+    def remove_weights(self) -> None:
+        super().remove_weights()
+        shutil.rmtree(self.states.folder, ignore_errors=True)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.
