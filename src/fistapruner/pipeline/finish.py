@@ -51,8 +51,7 @@ def finish(
         FistaPrunerError: layers are missing.
     """
     begin, run = time.perf_counter(), context.run
-    record = run.record()
-    assert record is not None  # the context was opened with it
+    record = run.begun_record()
     report = record.report()
     report.layers = _finished_layers(context)
     report.permuted = _of_kept_experts(report.permuted, report.layers)

@@ -69,9 +69,7 @@ def finish(
     """
     listener.tick("comparing the trained weights with the input's", 0, 1)
     run = context.run
-    record = run.record()
-    assert record is not None  # the context was opened with it
-    report = record.report()
+    report = run.begun_record().report()
     report.layers = [_describe(context, trained, index, report) for index in range(len(context.model))]
     _describe_training(context, state, report)
     _warn(state, report)

@@ -116,6 +116,5 @@ def make_text(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], l
     Raises:
         FistaPrunerError: the text is gone.
     """
-    begun = run.record()
-    assert begun is not None  # the caller has read it
-    cut_text(run, check_inputs(run, request, listener), listener, begun.decision.numerics.threads)
+    threads = run.begun_record().decision.numerics.threads
+    cut_text(run, check_inputs(run, request, listener), listener, threads)

@@ -192,8 +192,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
         permissions: what the model's files may do; it is not recorded but said with every command.
         listener: receives progress.
     """
-    begun = run.record()
-    assert begun is not None  # the caller has read it
+    begun = run.begun_record()
     evaluation = begun.decision.evaluation
     refuse_lost_text(evaluation)
     return prune(
@@ -230,9 +229,7 @@ def finish_run(
     run = PruneDirectory(out_path(out))
     permissions = Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
-    begun = run.record()
-    if begun is None:
-        raise FistaPrunerError(f"{run.folder} is not a run that was begun (it has no run.json)")
+    begun = run.begun_record()
     run.check_place()
     refuse_lost_text(begun.decision.evaluation)
     recipe = _recipe_here(run, begun, listener)
@@ -356,9 +353,7 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
     todo = set(range(first, last + 1)) - done
     if todo:
         check_layers_before(context.recipe, first, last, done)
-    record = context.run.record()
-    assert record is not None  # the context was opened with it
-    if (began := began_on(record)) != (device := device_title(context.model.device)):
+    if (began := began_on(context.run.begun_record())) != (device := device_title(context.model.device)):
         listener.say(f"this run began on {began}; on {device} its last bits may differ")
     if request.recipe.execution.threads not in (None, numerics.threads):
         listener.say(f"this run began with {numerics.threads} threads for each worker and keeps them")

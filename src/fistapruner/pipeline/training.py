@@ -85,8 +85,7 @@ def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permission
         listener: receives progress.
     """
     run = verb.directory(folder)
-    record = run.record()
-    assert record is not None
+    record = run.begun_record()
     recipe = verb.settings.build(record.recipe, str(run.run_file))
     recipe = recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)})
     decision = record.decision
@@ -160,9 +159,8 @@ def _lead(
         else:
             ranks.share(False)
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        record = run.record()
-        assert record is not None
-        origin, known = input_run(record.decision.model), record.decision.evaluation
+        decision = run.begun_record().decision
+        origin, known = input_run(decision.model), decision.evaluation
         if known is None and request.evaluates:  # as if the run had begun so
             known = evaluation_of(origin)
         evaluation = request.evaluation_beside(known)

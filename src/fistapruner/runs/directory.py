@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import ValidationError
 
@@ -92,7 +92,12 @@ class RunDirectory:
 
     Args:
         folder: the run directory.
+
+    Attributes:
+        early: pattern of the names that an attempt has left that was stopped before ``run.json`` was written.
     """
+
+    early: ClassVar[str] = EARLY
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,7 +123,7 @@ class RunDirectory:
 
     def foreign(self) -> list[str]:
         """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
-        return [path.name for path in entries(self.folder) if not re.fullmatch(EARLY, path.name)]
+        return [path.name for path in entries(self.folder) if not re.fullmatch(self.early, path.name)]
 
     def check_place(self) -> None:
         """Refuse a folder that is neither new, nor empty, nor a run, or that has others' files in it.

@@ -26,7 +26,7 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, entries, files_named, remove_folder
+from ..runtime.files import PARTIAL, disk_errors, files_named, remove_folder
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .lock import hold
@@ -50,6 +50,7 @@ class TrainingDirectory(RunDirectory):
     """
 
     verb: ClassVar[str]
+    early = BEFORE_RUN_FILE
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -66,11 +67,18 @@ class TrainingDirectory(RunDirectory):
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.windows_file, self.steps_file)
 
-    def foreign(self) -> list[str]:
-        return [path.name for path in entries(self.folder) if not re.fullmatch(BEFORE_RUN_FILE, path.name)]
-
     def record(self) -> TrainingRecord | None:
         return self.read_record(TrainingRecord, self.verb)
+
+    def begun_record(self) -> TrainingRecord:
+        """Read ``run.json`` of a run that was begun.
+
+        Raises:
+            FistaPrunerError: there is none, or it is none of this verb.
+        """
+        if (record := self.record()) is None:
+            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
+        return record
 
     def remove(self, source: Path) -> None:
         """Remove the run; ``run.json`` goes last of what makes it one.
