@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,9 +353,9 @@ def same_model(first: str, second: str) -> bool:
 
 
 @contextmanager
-def continued_by_its_command() -> Iterator[None]:
-    """Let an interruption say that the same command goes on with the comparison, not with one row."""
+def interrupted_with(say: Callable[[], str]) -> Iterator[None]:
+    """Let an interruption of the block carry what ``say`` returns then: what is done, and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; nothing is lost: give the same command again") from None
+        raise KeyboardInterrupt(say()) from None

@@ -20,6 +20,7 @@ from ..execution.executors import default_threads
 from ..models.source import ModelSource
 from ..recipes.loading import merge
 from ..recipes.settings import Recipe
+from ..runs.comparison_records import RUNS
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.training_directory import RecoverDirectory
@@ -64,7 +65,7 @@ class CompareJob:
 
     def run(self, folder: Path) -> PruneDirectory:
         """Return its run directory in that of a comparison."""
-        return PruneDirectory(folder / "runs" / run_name(*self.key))
+        return PruneDirectory(folder / RUNS / run_name(*self.key))
 
 
 def plan_jobs(
@@ -182,7 +183,7 @@ def draw(
     seqlen, found = window_length(calibration.seqlen, model), None
     if SELF in calibration.sources.values():  # it takes long: rows that are begun or were stopped have left it
         drawing = drawing_of(calibration, model, seqlen)
-        earlier = (PruneDirectory(run).drawn(drawing) for run in sorted(folder.glob("runs/*")))
+        earlier = (PruneDirectory(run).drawn(drawing) for run in sorted((folder / RUNS).glob("*")))
         found = next(filter(None, earlier), None)
     with cpu_threads(default_threads(recipe.execution)):
         drawn = found or draw_windows(recipe, source, model, source.tokenizer(), seqlen, listener)

@@ -16,7 +16,7 @@ from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.base import read_json
-from ..runs.comparison_records import CompareRow, Comparison
+from ..runs.comparison_records import DENSE, CompareRow, Comparison
 from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
@@ -192,7 +192,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
 
 def measure_dense(shared: Shared) -> Perplexity:
     """Measure the dense model on the windows of the protocol, or read what was measured before."""
-    file, protocol = shared.folder / "dense.json", shared.protocol
+    file, protocol = shared.folder / DENSE, shared.protocol
     weights = [list(stamp) for stamp in stamps(shared.source.checkpoint())]
     found = _earlier_dense(file, protocol, weights)
     if found is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from .begun import (
     execution_here,
     find_finished,
     find_source,
+    interrupted_with,
     refuse_lost_text,
     refuse_other_tokens,
     same_path,
@@ -236,7 +237,7 @@ def finish_run(
     refuse_processes(recipe)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
     report = found.report
-    with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
+    with interrupted_with(lambda: _how_to_continue(run)), hold(run.folder), log_file(run.log_file):
         if found.says:
             listener.say(found.says)
         if report is None:
@@ -287,8 +288,8 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     if request.drawn is not None:
         refuse_other_tokens(run, request.drawn[0], request.recipe, request.permissions)
     report, only = found.report, request.only_layers
-    saying = _saying_how_to_continue(run, only, found.outdated)
-    with saying, run.created(), hold(run.folder, only), log_file(run.log_file):
+    interruption = interrupted_with(lambda: _how_to_continue(run, only, found.outdated))
+    with interruption, run.created(), hold(run.folder, only), log_file(run.log_file):
         if found.says and (report is not None or only is None):  # a part makes nothing again
             listener.say(found.says)
         if report is None:
@@ -378,22 +379,18 @@ def _remove_failure(run: PruneDirectory) -> None:
         run.report_file.unlink(missing_ok=True)
 
 
-@contextmanager
-def _saying_how_to_continue(
+def _how_to_continue(
     run: PruneDirectory, only_layers: tuple[int, int] | None = None, outdated: Report | None = None
-) -> Iterator[None]:
-    """Let an interruption carry the command that continues the run, or the part of it.
+) -> str:
+    """Say where a run was interrupted, and which command continues it, or the part of it.
 
     The layers in the ``outdated`` report, which stays until the first layer begins, are not those of the run.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        how, where = "give the same command again", "before the first decoder layer"
-        with suppress(FistaPrunerError):
-            report = load_run(run.folder)
-            if outdated is None or report.finished != outdated.finished:
-                where = f"with {len(report.layers)} decoder layers done"
-            if only_layers is None:
-                how = f"go on with: {shell_line('resume', run.folder)}"
-        raise KeyboardInterrupt(f"interrupted {where}; {how}") from None
+    how, where = "give the same command again", "before the first decoder layer"
+    with suppress(FistaPrunerError):
+        report = load_run(run.folder)
+        if outdated is None or report.finished != outdated.finished:
+            where = f"with {len(report.layers)} decoder layers done"
+        if only_layers is None:
+            how = f"go on with: {shell_line('resume', run.folder)}"
+    return f"interrupted {where}; {how}"

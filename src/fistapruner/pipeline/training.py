@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
@@ -32,6 +32,7 @@ from .begun import (
     absolute,
     execution_here,
     find_dense,
+    interrupted_with,
     moved_text,
     refuse_other_settings,
     same_path,
@@ -127,7 +128,8 @@ def _lead(
 ) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener, ranks = Logged(told), request.ranks
-    with _saying_how_to_continue(run), run.created(), hold(run.folder), log_file(run.log_file):
+    interruption = interrupted_with(lambda: _how_to_continue(run))
+    with interruption, run.created(), hold(run.folder), log_file(run.log_file):
         begun = run.record()
         if begun is not None:
             if not resumed:
@@ -312,16 +314,12 @@ def _restore_text(
         raise FistaPrunerError(f"{run.windows_file} is gone or damaged, and {verb.changed} since: name another --out")
 
 
-@contextmanager
-def _saying_how_to_continue(run: TrainingDirectory) -> Iterator[None]:
-    """Let an interruption carry the command that continues the run."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        how, where = "give the same command again", "before the first step"
-        with suppress(FistaPrunerError):
-            if (record := run.record()) is not None:
-                how = f"go on with: {shell_line('resume', run.folder)}"
-                if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
-                    where = f"after step {lines[-1]['step']} of {record.decision.steps}"
-        raise KeyboardInterrupt(f"interrupted {where}; {how}") from None
+def _how_to_continue(run: TrainingDirectory) -> str:
+    """Say where a run was interrupted, and which command continues it."""
+    how, where = "give the same command again", "before the first step"
+    with suppress(FistaPrunerError):
+        if (record := run.record()) is not None:
+            how = f"go on with: {shell_line('resume', run.folder)}"
+            if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
+                where = f"after step {lines[-1]['step']} of {record.decision.steps}"
+    return f"interrupted {where}; {how}"
