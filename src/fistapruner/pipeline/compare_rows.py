@@ -28,7 +28,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.files import write_json_atomic
 from .begun import changed_text
 from .compare_jobs import CalibrationWindows, CompareJob
-from .measure import add_warning, publish
+from .measure import publish
 from .protocol import Protocol
 from .prune import prune
 from .recover import recover
@@ -37,6 +37,7 @@ from .recover_inputs import (
     recovers,
     recovery_recipe,
 )
+from .result import add_warning
 from .training import changed_texts
 from .training_inputs import asked
 

@@ -27,6 +27,13 @@ from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.machine import now
 
 
+def add_warning(report: Report, sentence: str, listener: Listener) -> None:
+    """Add a warning to a report and say it, unless it is there."""
+    if sentence not in report.warnings:
+        listener.say(sentence)
+        report.warnings.append(sentence)
+
+
 @contextmanager
 def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
     """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
