@@ -13,7 +13,7 @@ from ..errors import FistaPrunerError, out_path
 from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
-from ..recipes.loading import merge
+from ..recipes.loading import merge_settings
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
@@ -25,8 +25,8 @@ from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import ALIGN
-from .begun import find_dense, same_model
 from .compare_folder import comparing, refuse_other_things
+from .find_model import find_dense, same_model
 from .prepare_align import check_pairs
 from .protocol import distinct_seeds
 from .training import train
@@ -165,7 +165,9 @@ def _plan(
     for seed in seeds:
         own = {"seed": seed, "data": {"seed": seed}} if varied else {}
         for label in order:
-            jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
+            jobs[label, seed] = AlignRecipe.build(
+                merge_settings({**shared.model_dump(mode="json"), **JOBS[label]}, own)
+            )
     check_pairs(shared)
     evaluation = request.evaluation_beside(evaluation_of(input_run(request.model)))
     begun = _begun(folder)

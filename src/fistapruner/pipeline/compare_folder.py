@@ -17,8 +17,9 @@ from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.files import PARTIAL, disk_errors, entries, write_json_atomic, write_text_atomic
-from .begun import changed_text, find_source, interrupted_with, refuse_other_settings, same_model
+from .begun import changed_text, interrupted_with, refuse_other_settings
 from .compare_jobs import CompareJob, run_name
+from .find_model import find_source, same_model
 from .protocol import Protocol
 
 

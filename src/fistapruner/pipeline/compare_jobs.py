@@ -18,7 +18,7 @@ from ..evaluation.data import load_windows
 from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..models.source import ModelSource
-from ..recipes.loading import merge
+from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
 from ..runs.comparison_records import RUNS
 from ..runs.listener import Listener
@@ -81,8 +81,8 @@ def plan_jobs(
     for seed in distinct_seeds(seeds):
         for sparsity in sparsities:
             for contender in contenders:
-                said = merge(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
-                said = merge(merge(said, contender.settings), {"sparsity": sparsity})
+                said = merge_settings(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
+                said = merge_settings(merge_settings(said, contender.settings), {"sparsity": sparsity})
                 jobs.append(CompareJob(contender.label, seed, Recipe.build(said, contender.label)))
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")

@@ -33,7 +33,7 @@ from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import windows_at_once
-from .begun import absolute
+from .find_model import absolute
 from .kept_evaluations import add_scores, same_comparison, same_text
 from .prune_inputs import shared_text
 from .result import add_warning

@@ -17,7 +17,7 @@ from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..models.source import ModelSource, Permissions
 from ..problem import LayerProblem
-from ..recipes.loading import merge
+from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
 from ..runs.base import read_json
 from ..runs.decision import PruneRecord
@@ -40,12 +40,11 @@ from .begun import (
     evaluation_on,
     execution_here,
     find_finished,
-    find_source,
     interrupted_with,
     refuse_lost_text,
     refuse_other_tokens,
-    same_path,
 )
+from .find_model import find_source, same_path
 from .finish import finish
 from .measure import measure
 from .plan import check_sources
@@ -124,7 +123,7 @@ def prune(
         return (source or find_source(model, begun, permissions)).family()
 
     given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
-    recipe = Recipe.build(merge(given, settings))
+    recipe = Recipe.build(merge_settings(given, settings))
     refuse_processes(recipe)
     if begun is None:  # what a run has decided does not need its texts and its workload file any more
         check_allocation(recipe)

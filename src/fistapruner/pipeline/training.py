@@ -29,16 +29,14 @@ from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..runtime.ranks import ranks_of_run
 from .begun import (
-    absolute,
     execution_here,
-    find_dense,
     interrupted_with,
     moved_text,
     refuse_other_settings,
-    same_path,
     say_kept_plan,
     say_other_versions,
 )
+from .find_model import absolute, find_dense, same_path
 from .finish_training import AddResults, finish
 from .measure import measure
 from .result import refuse_foreign_files, reporting_failure
