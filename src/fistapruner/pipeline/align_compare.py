@@ -165,9 +165,8 @@ def _plan(
     for seed in seeds:
         own = {"seed": seed, "data": {"seed": seed}} if varied else {}
         for label in order:
-            jobs[label, seed] = AlignRecipe.build(
-                merge_settings({**shared.model_dump(mode="json"), **JOBS[label]}, own)
-            )
+            row = {**shared.model_dump(mode="json"), **JOBS[label]}
+            jobs[label, seed] = AlignRecipe.build(merge_settings(row, own))
     check_pairs(shared)
     evaluation = request.evaluation_beside(evaluation_of(input_run(request.model)))
     begun = _begun(folder)

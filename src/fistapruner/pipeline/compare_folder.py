@@ -25,7 +25,10 @@ from .protocol import Protocol
 
 @contextmanager
 def comparing(folder: Path) -> Iterator[None]:
-    """Make and hold the folder of a comparison; an interruption says that the same command goes on with it."""
+    """Make and hold the folder of a comparison.
+
+    An interruption says that the same command goes on with all of it, not with one row.
+    """
     with disk_errors(folder):
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
     with interrupted_with(lambda: "interrupted; nothing is lost: give the same command again"), hold(folder):

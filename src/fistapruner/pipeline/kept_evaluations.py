@@ -64,7 +64,7 @@ def add_scores(before: list[Evaluation], evaluations: Sequence[Evaluation], othe
 
 
 def same_comparison(a: Evaluation, b: Evaluation) -> bool:
-    """Check that two evaluations are of the same windows in the same precision, against the same dense model."""
+    """Check that two evaluations are of the same windows, precision and dense model."""
     dense = [None if one.against is None else Path(one.against).resolve() for one in (a, b)]
     return dense[0] == dense[1] and same_text(a, b)
 

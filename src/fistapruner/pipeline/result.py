@@ -171,7 +171,7 @@ def checkpoint_record(report: Report, claims: Mapping[str, Any], **more: Any) ->
 
 
 def model_documents(card: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the text files beside a model's weights, by name: its card, and its record unless it is empty."""
+    """Return the text files beside a model's weights: its card, and its record unless that is empty."""
     return {CARD: card} | ({PRUNING_RECORD: json.dumps(record, indent=2) + "\n"} if record else {})
 
 
