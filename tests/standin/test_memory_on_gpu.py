@@ -29,8 +29,8 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import Permissions
+from fistapruner.planning.budget import DEVICE_RESERVE
 from fistapruner.planning.footprint import removal_bytes, solve_bytes
-from fistapruner.planning.plan import DEVICE_RESERVE
 from fistapruner.recipes.loading import load_recipe_settings, merge_settings
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure

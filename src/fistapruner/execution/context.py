@@ -292,7 +292,7 @@ class RunContext:
 
     def _summed(self, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Add the low-rank parts in a decoder layer's journal to its operators."""
-        for operator in (operator for group in self.layout.layers[index] for operator in group):
+        for operator in self.layout.in_layer(index):
             name = self.layout.full_name(index, operator)
             if name + A in tensors:
                 source = self.model.source(f"{name}.weight")

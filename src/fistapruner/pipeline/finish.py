@@ -153,7 +153,7 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
 
     used = weights(model.layers_name)
     mixtures = {
-        f"{model.layers_name}.{index}.{name}": experts.number
+        model.full_name(index, name): experts.number
         for index, layer in enumerate(model.layers)
         for name, experts in expert_modules(layer).items()
     }
@@ -213,7 +213,7 @@ def _record(report: Report, context: RunContext, claims: Mapping[str, Any], chan
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
     widths = [
         {
-            "layer": f"{context.layout.prefix}.{index}",
+            "layer": f"{context.layout.layers_name}.{index}",
             "unit": unit.kind,
             "before": unit.before,
             "after": unit.after,
@@ -224,7 +224,7 @@ def _record(report: Report, context: RunContext, claims: Mapping[str, Any], chan
         for unit in units
     ] + [
         {
-            "layer": f"{context.layout.prefix}.{index}",
+            "layer": f"{context.layout.layers_name}.{index}",
             "unit": EXPERTS,
             "before": unit.before,
             "after": unit.after,

@@ -107,7 +107,7 @@ def finish(
 def _describe(context: TrainingContext, trained: Trained, index: int, report: Report) -> LayerEntry:
     """Describe one decoder layer, and add what was trained in it to the report."""
     model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
-    entry.name = f"{context.layout.prefix}.{index}"
+    entry.name = f"{context.layout.layers_name}.{index}"
     with model.layer(index) as layer:
         new = trained.result(index, layer)
         numbers, rates = trained.describe(index, layer)
@@ -115,24 +115,23 @@ def _describe(context: TrainingContext, trained: Trained, index: int, report: Re
     report.recovery.trained += numbers
     known = [*report.recovery.lr.values(), *rates]
     report.recovery.lr = {"lowest": min(known), "highest": max(known)} if known else {}
-    for group in context.layout.layers[index]:
-        for operator in group:
-            name = context.layout.full_name(index, operator)
-            source = model.source(f"{name}.weight")
-            before = model.checkpoint.read(source).float()
-            after = new[source].float() if source in new else before
-            zeros = before.numel() - int(torch.count_nonzero(before))
-            entry.operators.append(
-                OperatorEntry(
-                    name=operator.name,
-                    shape=(operator.rows, operator.columns),
-                    sparsity=claims[name],
-                    zeros=zeros,
-                    density=1 - zeros / before.numel(),
-                    change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
-                    changed=int((after != before).sum()),
-                )
+    for operator in context.layout.in_layer(index):
+        name = context.layout.full_name(index, operator)
+        source = model.source(f"{name}.weight")
+        before = model.checkpoint.read(source).float()
+        after = new[source].float() if source in new else before
+        zeros = before.numel() - int(torch.count_nonzero(before))
+        entry.operators.append(
+            OperatorEntry(
+                name=operator.name,
+                shape=(operator.rows, operator.columns),
+                sparsity=claims[name],
+                zeros=zeros,
+                density=1 - zeros / before.numel(),
+                change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
+                changed=int((after != before).sum()),
             )
+        )
     return entry
 
 
@@ -241,12 +240,11 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
                     continue
                 # PEFT replaces whole modules: all that a module holds must have been trained.
                 if {f"{module}{dot}{key}" for key in layer.get_submodule(module).state_dict()} <= others:
-                    whole[f"{model.layers_name}.{index}.{name}"] = value
+                    whole[model.full_name(index, name)] = value
                 else:
                     left_out += 1
     remove_adapter(folder)
-    transposed = any(operator.transposed for _, operator in context.layout.operators())
-    write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=transposed)
+    write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=context.layout.transposed)
     without = f", without {left_out} trained vectors, which PEFT's HiRA cannot hold" if left_out else ""
     listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
 

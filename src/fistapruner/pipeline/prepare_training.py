@@ -8,7 +8,7 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
 from ..execution.training_context import identity
-from ..planning.plan import RESERVE
+from ..planning.budget import RESERVE
 from ..planning.training_plan import plan_training
 from ..planning.training_sizes import Task, TrainingChoice
 from ..recipes.training_settings import TrainingRecipe

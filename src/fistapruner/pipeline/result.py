@@ -126,8 +126,7 @@ def write_low_rank(
         layout: operators of the run.
         totals: receives rank, weights and bytes.
     """
-    transposed = any(operator.transposed for _, operator in layout.operators())
-    found = write_adapter(run.adapter, factors, rank, transposed=transposed)
+    found = write_adapter(run.adapter, factors, rank, transposed=layout.transposed)
     totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, found["weights"], found["bytes"]
     return {LOW_RANK: found}
 

@@ -168,7 +168,7 @@ def measure_sensitivity(
 
     @contextmanager
     def measure(index: int, layer: nn.Module) -> Iterator[Callable[[Tensor], None]]:
-        operators = [operator for group in layout.layers[index] for operator in group]
+        operators = layout.in_layer(index)
         sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
         metric = _OutputMetric(model.width, model.device) if outputs else None
 
