@@ -36,7 +36,7 @@ from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
-from fistapruner.recipes.loading import merge
+from fistapruner.recipes.loading import merge_settings
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
@@ -352,7 +352,7 @@ def on_cpu(limit: int) -> Resources:
 def fit_on_gpu(measured: Sizes, host: int, free: int, devices: Sequence[str] = ("cuda:0",), **settings: Any) -> Fitted:
     """The choice for a model whose layers run on GPUs with so many bytes free, of which ``measured`` are the sizes."""
     execution = {"memory_limit": host, "executor": "process" if len(devices) > 1 else "serial"}
-    settings = merge({"method": "wanda", "propagate": "dense", "execution": execution}, settings)
+    settings = merge_settings({"method": "wanda", "propagate": "dense", "execution": execution}, settings)
     places = tuple(torch.device(name) for name in devices)
     resources = Resources(host, GPU, dict.fromkeys(places, free), places)
     return fit(measured, Recipe.build(settings).resolved(), resources, 16, len(places))

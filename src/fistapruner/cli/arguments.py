@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import RunRecipe, Settings
-from ..recipes.loading import load_recipe_settings, merge
+from ..recipes.loading import load_recipe_settings, merge_settings
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..recipes.structure_settings import Structure
@@ -306,7 +306,7 @@ def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Rec
         (changes.setdefault(section, {}) if section else changes)[key] = value
     if (texts := TEXTS.get(recipe)) is not None:
         changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
-    return merge(base, _given(changes))
+    return merge_settings(base, _given(changes))
 
 
 def read_recipe(arguments: argparse.Namespace, recipe: type[AnyRecipe]) -> AnyRecipe:

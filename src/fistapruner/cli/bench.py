@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from ..pipeline.measure import bench_run
+    from ..pipeline.measure_run import bench_run
     from ..reporting.size_and_speed import QUANTISE_FIRST
     from ..runs.directory import RunDirectory
     from ..runs.listener import Listener

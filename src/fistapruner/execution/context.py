@@ -111,9 +111,7 @@ class RunContext:
             FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
         """
         run = PruneDirectory(folder)
-        record = run.record()
-        if record is None:
-            raise FistaPrunerError(f"{folder} is not a prepared run")
+        record = run.begun_record()
         decision = record.decision
         if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
             raise FistaPrunerError(

@@ -27,8 +27,9 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import absolute, changed_text, moved_text, say_kept_plan
+from .begun import changed_text, moved_text, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
+from .find_model import absolute
 from .plan import plan_run
 from .prune_inputs import PruneInputs, RunRequest, check_inputs
 from .record import common_fields, numerics_of

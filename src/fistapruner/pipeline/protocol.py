@@ -11,7 +11,7 @@ from ..errors import FistaPrunerError
 from ..evaluation.data import Windows
 from ..recipes.calibration_settings import Calibration
 from ..recipes.settings import Recipe
-from ..runs.comparison_records import CompareRow
+from ..runs.comparison_records import FIGURES, CompareRow
 from ..runs.results import Perplexity
 from .contenders import has_own_calibration
 
@@ -55,9 +55,7 @@ class Protocol:
             "name another folder",
         )
         if "calibration" in row.settings and not has_own_calibration(row.label or ""):
-            calibration = Recipe.build(
-                {"calibration": row.settings["calibration"]}, str(folder / "compare.json")
-            ).calibration
+            calibration = Recipe.build({"calibration": row.settings["calibration"]}, str(folder / FIGURES)).calibration
             if not self.shares(calibration):
                 raise FistaPrunerError(
                     f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: "
