@@ -42,8 +42,8 @@ def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architec
     layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
     pruned = set()
     for name, operator in layout.operators():
-        index = int(name.removeprefix(layout.prefix + ".").partition(".")[0])
-        weight = operator.weight(model.get_submodule(f"{layout.prefix}.{index}"))
+        index = int(name.removeprefix(layout.layers_name + ".").partition(".")[0])
+        weight = operator.weight(model.get_submodule(f"{layout.layers_name}.{index}"))
         assert NM(2, 4).satisfies(weight), name
         assert int((weight == 0).sum()) == weight.numel() // 2, name
         pruned.add(f"{name}.weight")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .pipeline.align import align
     from .pipeline.align_compare import align_compare
     from .pipeline.export import export
-    from .pipeline.measure import bench_run, evaluate_run
+    from .pipeline.measure_run import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
     from .pipeline.prune import finish_run, prune
     from .pipeline.recover import recover
@@ -78,7 +78,7 @@ _MODULES = {
     "pipeline.align": ("align",),
     "pipeline.align_compare": ("align_compare",),
     "pipeline.export": ("export",),
-    "pipeline.measure": ("bench_run", "evaluate_run"),
+    "pipeline.measure_run": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),
     "pipeline.prune": ("finish_run", "prune"),
     "pipeline.recover": ("recover",),

@@ -164,6 +164,11 @@ def instead_of(name: str, known: Collection[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else f": one of {', '.join(known)} is expected"
 
 
+def unreadable(path: str | Path, error: OSError) -> FistaPrunerError:
+    """Make the error of a file that the system does not let us read."""
+    return FistaPrunerError(f"cannot read {path}: {error.strerror or error}")
+
+
 def one_line(error: Exception, most: int = 200) -> str:
     """Return the message of another library's error as one line of at most so many characters."""
     return " ".join(str(error).split())[:most]

@@ -21,9 +21,10 @@ from fistapruner.calibration.mixtures import Mixture
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
 from fistapruner.evaluation.data import evaluation_documents
 from fistapruner.pipeline.recover_inputs import check_mixture
-from fistapruner.recipes.loading import merge
+from fistapruner.recipes.calibration_settings import Calibration
+from fistapruner.recipes.loading import merge_settings
 from fistapruner.recipes.recover_settings import RecoverRecipe, TrainingData
-from fistapruner.recipes.settings import Calibration, Recipe
+from fistapruner.recipes.settings import Recipe
 
 
 def texts(folder: Path, sizes: dict[str, int]) -> dict[str, str]:
@@ -216,9 +217,11 @@ def test_one_calibration_source_or_several_tasks() -> None:
 
 def test_a_source_replaces_tasks_of_the_recipe_under_it() -> None:
     base = {"calibration": {"tasks": {"a": "c4"}, "samples": 4}}
-    assert merge(base, {"calibration": {"source": "python"}}) == {"calibration": {"source": "python", "samples": 4}}
+    assert merge_settings(base, {"calibration": {"source": "python"}}) == {
+        "calibration": {"source": "python", "samples": 4}
+    }
     base = {"calibration": {"source": "c4", "tasks": {}}}
-    assert merge(base, {"calibration": {"tasks": {"a": "b"}}}) == {"calibration": {"tasks": {"a": "b"}}}
+    assert merge_settings(base, {"calibration": {"tasks": {"a": "b"}}}) == {"calibration": {"tasks": {"a": "b"}}}
 
 
 @settings(max_examples=25, deadline=None)

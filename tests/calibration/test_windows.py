@@ -39,7 +39,7 @@ from fistapruner.evaluation.data import check_data
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.whole import load_whole
-from fistapruner.recipes.settings import Calibration
+from fistapruner.recipes.calibration_settings import Calibration
 from tiny import save
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -703,6 +703,15 @@ def test_a_finished_comparison_makes_the_checkpoints_that_are_to_be_kept(
         assert len(json.loads((run / "times.json").read_text())) == 1
 
 
+def test_a_comparison_leaves_no_adapters(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are of checkpoints that are removed, too."""
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "parameters": "hira"}
+    for keep in (True, False):
+        fp.align_compare(bench.pruned(), tmp_path / "out", keep=keep, **settings)
+        assert (tmp_path / "out" / "runs" / "sft-on-chosen-0" / "adapter").is_dir() == keep
+
+
 def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}

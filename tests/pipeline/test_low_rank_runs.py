@@ -21,7 +21,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter, sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.whole import load_whole
-from fistapruner.pipeline.measure import bench_run
+from fistapruner.pipeline.measure_run import bench_run
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run

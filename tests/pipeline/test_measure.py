@@ -23,7 +23,8 @@ from fistapruner.evaluation import streaming
 from fistapruner.evaluation.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
-from fistapruner.pipeline.measure import _in_place, measure
+from fistapruner.pipeline.kept_evaluations import put_in_place
+from fistapruner.pipeline.measure import measure
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.reporting.quality_rows import task_before
 from fistapruner.reporting.recovery_text import gain
@@ -306,9 +307,9 @@ def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, 
 def test_a_dense_model_that_has_changed_is_not_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused where it is the default, and left out where speed is measured; another can be named."""
     measured: list[Path | None] = []
-    monkeypatch.setattr("fistapruner.pipeline.measure.lost_structure", lambda record: True)
-    monkeypatch.setattr("fistapruner.pipeline.measure.bench", lambda *_, before: measured.append(before) or [])
-    monkeypatch.setattr("fistapruner.pipeline.measure.publish", Mock())
+    monkeypatch.setattr("fistapruner.pipeline.measure_run.lost_structure", lambda record: True)
+    monkeypatch.setattr("fistapruner.pipeline.measure_run.bench", lambda *_, before: measured.append(before) or [])
+    monkeypatch.setattr("fistapruner.pipeline.measure_run.publish", Mock())
     dense, run, text = tmp_path / "dense", tmp_path / "run", tmp_path / "text.txt"
     text.write_text(TEXT)
     tiny.save("llama", dense, num_hidden_layers=1)
@@ -423,7 +424,7 @@ def test_a_run_says_that_its_recovered_model_is_elsewhere(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(made / "run", tmp_path / "run"))
-    monkeypatch.setattr("fistapruner.pipeline.measure.bench", Mock(side_effect=FistaPrunerError("no bench")))
+    monkeypatch.setattr("fistapruner.pipeline.measure_run.bench", Mock(side_effect=FistaPrunerError("no bench")))
     monkeypatch.setattr("fistapruner.pipeline.export.export", Mock(return_value=made / "text.txt"))
     commands = (["evaluate", str(run), "--data", str(made / "text.txt"), "--seqlen", "16"], ["bench", str(run)])
     for recovered in (False, True):
@@ -468,15 +469,15 @@ def test_a_new_figure_takes_the_place_of_the_old_one() -> None:
     tasks = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
     earlier = [Evaluation("m", perplexity=text, tasks=tasks[:1]), Evaluation("m", tasks=tasks[1:])]
     again = Evaluation("m", tasks=tasks[1:])
-    assert _in_place(earlier, again) == [earlier[0], again]
+    assert put_in_place(earlier, again) == [earlier[0], again]
     again = Evaluation("m", perplexity=text)
-    assert _in_place(earlier[:1], again) == [again, Evaluation("m", tasks=tasks[:1])]
+    assert put_in_place(earlier[:1], again) == [again, Evaluation("m", tasks=tasks[:1])]
     again = Evaluation("m", perplexity=text, tasks=tasks)
-    assert _in_place(earlier, again) == [again]
+    assert put_in_place(earlier, again) == [again]
     # The first text stays the first, so it stays in the headline.
     other = Evaluation("m", perplexity=replace(text, text_sha256="bb"))
-    assert _in_place([earlier[0], other], again) == [again, other]
-    assert _in_place([earlier[0], other], other) == [earlier[0], other]
+    assert put_in_place([earlier[0], other], again) == [again, other]
+    assert put_in_place([earlier[0], other], other) == [earlier[0], other]
 
 
 def test_a_short_try_does_not_take_the_place_of_a_full_score() -> None:
@@ -484,15 +485,15 @@ def test_a_short_try_does_not_take_the_place_of_a_full_score() -> None:
     text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
     stored = [Evaluation("m", tasks=(full,))]
     short = replace(full, items=100, value=0.6)
-    assert _in_place(stored, Evaluation("m", tasks=(short,))) == stored
-    assert _in_place(stored, Evaluation("m", perplexity=text, tasks=(short,))) == [
+    assert put_in_place(stored, Evaluation("m", tasks=(short,))) == stored
+    assert put_in_place(stored, Evaluation("m", perplexity=text, tasks=(short,))) == [
         *stored,
         Evaluation("m", perplexity=text),
     ]
     other = replace(short, source="local file", available=100)
-    assert _in_place(stored, Evaluation("m", tasks=(other,))) == stored
+    assert put_in_place(stored, Evaluation("m", tasks=(other,))) == stored
     for better in (replace(full, value=0.6, dtype="float32"), replace(short, available=100)):  # the task has fewer now
         again = Evaluation("m", tasks=(better,))
-        assert _in_place(stored, again) == [again]
+        assert put_in_place(stored, again) == [again]
     longer = Evaluation("m", tasks=(replace(short, items=200),))
-    assert _in_place([Evaluation("m", tasks=(short,))], longer) == [longer]
+    assert put_in_place([Evaluation("m", tasks=(short,))], longer) == [longer]

@@ -35,8 +35,8 @@ from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.reporting.layer_errors import mean_error
 from fistapruner.reporting.lineage_text import lineage_lines
-from fistapruner.reporting.page import verdict
 from fistapruner.reporting.summary import summary
+from fistapruner.reporting.verdict import verdict
 from fistapruner.runs.decision import EvaluationRequest, RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold

@@ -25,7 +25,7 @@ from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
-from fistapruner.pipeline.begun import absolute
+from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.directory import RunDirectory

@@ -26,15 +26,17 @@ from fistapruner.pipeline.new_widths import change_widths
 from fistapruner.pipeline.patterns import allocate
 from fistapruner.pipeline.plan import local_workers, plan_model
 from fistapruner.pipeline.prune import prune
+from fistapruner.planning import budget as budget_module
 from fistapruner.planning import plan as plan_module
+from fistapruner.planning.budget import DEVICE_RESERVE, Resources, room_for
 from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes
 from fistapruner.planning.measured_sizes import measure_sizes
-from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
+from fistapruner.planning.plan import Fitted, fit, make_plan, written
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
-from fistapruner.recipes.loading import merge
+from fistapruner.recipes.loading import merge_settings
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
@@ -157,7 +159,7 @@ def test_a_plan_is_of_the_layers_that_need_most(tmp_path: Path, monkeypatch: pyt
     whole = sizes((opened, layout, tokens), method="sparsegpt")
     assert len(whole.others) == 1
     for index in (0, 1):
-        names = {name for name, _ in layout.operators() if f".{index}." in name.removeprefix(layout.prefix)[:4]}
+        names = {name for name, _ in layout.operators() if f".{index}." in name.removeprefix(layout.layers_name)[:4]}
         alone = sizes((opened, layout.only(names), tokens), method="sparsegpt")
         for choice in (Choice(16), Choice(1, on_disk=True, by_operator=True)):
             assert not alone.others
@@ -350,7 +352,7 @@ def on_cpu(limit: int) -> Resources:
 def fit_on_gpu(measured: Sizes, host: int, free: int, devices: Sequence[str] = ("cuda:0",), **settings: Any) -> Fitted:
     """The choice for a model whose layers run on GPUs with so many bytes free, of which ``measured`` are the sizes."""
     execution = {"memory_limit": host, "executor": "process" if len(devices) > 1 else "serial"}
-    settings = merge({"method": "wanda", "propagate": "dense", "execution": execution}, settings)
+    settings = merge_settings({"method": "wanda", "propagate": "dense", "execution": execution}, settings)
     places = tuple(torch.device(name) for name in devices)
     resources = Resources(host, GPU, dict.fromkeys(places, free), places)
     return fit(measured, Recipe.build(settings).resolved(), resources, 16, len(places))
@@ -492,7 +494,7 @@ def test_a_gpu_without_room_for_a_part_is_named(model: Model) -> None:
 
 
 def test_a_gpu_without_room_for_one_window_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "free_device_memory", lambda _: 2**29)
+    monkeypatch.setattr(budget_module, "free_device_memory", lambda _: 2**29)
     with (
         pytest.raises(
             FistaPrunerError, match=r"^the 512 MiB that are free on cuda:0 are not enough for one window through"

@@ -33,7 +33,7 @@ from fistapruner.pipeline.plan import plan_model
 from fistapruner.pipeline.plan_training import plan_alignment_of
 from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.pipeline.recover_inputs import check_trained
-from fistapruner.planning.plan import Resources
+from fistapruner.planning.budget import Resources
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model

@@ -117,7 +117,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
 
     def added_to(model: Any, index: int, name: str, start: int, stop: int) -> Tensor:
         """What operator ``name`` of a layer adds its output to."""
-        layer = model.get_submodule(f"{layout.prefix}.{index}")
+        layer = model.get_submodule(f"{layout.layers_name}.{index}")
         hidden: list[Tensor] = []
         first: list[Tensor] = []
         handles = [
@@ -147,7 +147,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
         if recipe.propagate == "dense" and index:
             # This layer is fed by the dense model: the layers before it stand dense again.
             for earlier, module in dense.named_modules():
-                if hasattr(module, "weight") and f"{layout.prefix}.{index - 1}." in earlier + ".":
+                if hasattr(module, "weight") and f"{layout.layers_name}.{index - 1}." in earlier + ".":
                     pruned.get_submodule(earlier).weight.data.copy_(module.weight)
         for number, group in enumerate(groups):
             drifts = number > 0 or (index > 0 and recipe.propagate == "pruned")
@@ -155,7 +155,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
             source = sources.get(number) if drifts else None
             names = [layout.full_name(index, operator) for operator in group]
             stacked = torch.cat(
-                [operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group]
+                [operator.weight(dense.get_submodule(f"{layout.layers_name}.{index}")) for operator in group]
             )
             sums = ProblemSums(stacked.detach(), drift_from=source)
             for start in range(0, SAMPLES, BATCH):
@@ -170,7 +170,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
             problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)
             solution = solve(problem, recipe.pattern, recipe.steps)
             for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):
-                operator.weight(pruned.get_submodule(f"{layout.prefix}.{index}")).data.copy_(part)
+                operator.weight(pruned.get_submodule(f"{layout.layers_name}.{index}")).data.copy_(part)
                 weights[f"{name}.weight"] = pruned.get_submodule(name).weight.detach().clone()
     return weights
 

@@ -18,7 +18,14 @@ from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, ali
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.constraints import NM, Scope
-from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_count, parse_value, parse_yaml
+from fistapruner.recipes.loading import (
+    load_recipe_settings,
+    merge_settings,
+    parse_bytes,
+    parse_count,
+    parse_value,
+    parse_yaml,
+)
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
 from fistapruner.solvers.magnitude import Magnitude
@@ -244,18 +251,18 @@ def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
 def test_a_section_that_is_no_mapping_is_refused() -> None:
     for section, value in (("calibration", "c4"), ("execution", "process")):
         with pytest.raises(FistaPrunerError, match=f"{section}: a mapping of settings is expected .got '{value}'"):
-            Recipe.build(merge({section: value}, {section: {"device": None}}))
+            Recipe.build(merge_settings({section: value}, {section: {"device": None}}))
 
 
 def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
     base = {"recover": {"parameters": "norms", "loss": "ce", "data": {"source": "c4", "tokens": 1000}}}
-    recover = Recipe.build(merge(base, {"recover": "500k"})).recover
+    recover = Recipe.build(merge_settings(base, {"recover": "500k"})).recover
     assert (recover.parameters, recover.loss) == ("norms", "ce")
     assert (recover.data.source, recover.data.tokens) == ("c4", 500_000)
     assert base["recover"]["data"] == {"source": "c4", "tokens": 1000}
-    assert merge({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
+    assert merge_settings({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
     own = {"recover": {"loss": "kl"}}
-    assert merge(base, own) == own
+    assert merge_settings(base, own) == own
 
 
 def test_a_recovery_takes_the_seeds_that_it_does_not_name_from_the_run() -> None:
@@ -264,7 +271,7 @@ def test_a_recovery_takes_the_seeds_that_it_does_not_name_from_the_run() -> None
     def seeds(**settings: Any) -> tuple[int, int]:
         # as prune builds it from a recipe and single settings
         given = Recipe.build({"recover": "2k", **settings}).model_dump(mode="json", exclude_unset=True)
-        recover = Recipe.build(merge(given, {"seed": 3})).resolved().recover
+        recover = Recipe.build(merge_settings(given, {"seed": 3})).resolved().recover
         return recover.seed, recover.data.seed
 
     assert seeds() == seeds(recover={"steps": 1}) == seeds(recover=RecoverRecipe(rank=2)) == (3, 3)
@@ -332,7 +339,7 @@ def test_shipped_recoveries_are_as_long_as_published() -> None:
 def test_none_over_a_recipe_replaces_what_it_says() -> None:
     """As null does in a recipe file; flags that are not given leave the recipe as it is."""
     base = {"recover": "500k", "calibration": {"source": "c4", "seqlen": 64}}
-    recipe = Recipe.build(merge(base, {"recover": None, "calibration": {"seqlen": None}}))
+    recipe = Recipe.build(merge_settings(base, {"recover": None, "calibration": {"seqlen": None}}))
     assert (recipe.recover, recipe.calibration.seqlen, recipe.calibration.source) == (None, None, "c4")
     flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
     assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
@@ -422,9 +429,9 @@ def test_an_unknown_setting_is_answered_with_the_nearest_or_all(settings: dict[s
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
     flap = {"structure": {"method": "flap"}}
     for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):
-        structure = Recipe.build(merge(base, changes)).structure
+        structure = Recipe.build(merge_settings(base, changes)).structure
         assert (structure.remove, structure.method) == ("25%", "flap")
-    assert merge({"structure": "25%"}, {"structure": {"remove": "50%", **flap["structure"]}}) == {
+    assert merge_settings({"structure": "25%"}, {"structure": {"remove": "50%", **flap["structure"]}}) == {
         "structure": {"remove": "50%", "method": "flap"}
     }
 

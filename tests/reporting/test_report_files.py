@@ -29,15 +29,15 @@ from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
-from fistapruner.reporting.evaluation_text import evaluation_text, protocol
+from fistapruner.reporting.evaluation_text import evaluation_text, perplexity_conditions
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
-from fistapruner.reporting.page import verdict
 from fistapruner.reporting.quality_rows import points, recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.reporting.summary import summary
+from fistapruner.reporting.verdict import verdict
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lineage import stage_of
@@ -723,7 +723,10 @@ def test_numbers_for_people() -> None:
 
 def test_the_error_of_a_perplexity_is_explained_where_it_is_shown() -> None:
     settings: dict[str, Any] = {"data": "text", "split": "test", "seqlen": 9, "dtype": "float32", "bos": "none"}
-    one, two = (protocol(perplexity_of(torch.tensor(sums), 8, **settings, sha256="")) for sums in ([9.0], [9.0, 12.0]))
+    one, two = (
+        perplexity_conditions(perplexity_of(torch.tensor(sums), 8, **settings, sha256=""))
+        for sums in ([9.0], [9.0, 12.0])
+    )
     assert one == "text (test), 1 window of 9 tokens, no BOS, float32"
     assert two == "text (test), 2 windows of 9 tokens, no BOS, float32; ± one standard error"
 

@@ -41,7 +41,8 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     grads: dict[str, Tensor] = {}
-    names = [name for name, _ in layout.operators()] + [f"{layout.prefix}.{index}" for index in range(len(skeleton))]
+    names = [name for name, _ in layout.operators()]
+    names += [f"{layout.layers_name}.{index}" for index in range(len(skeleton))]
 
     def hook(name: str) -> object:
         def after_forward(_: object, __: object, output: object) -> None:
@@ -64,7 +65,7 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     for name, _ in layout.operators():
         torch.testing.assert_close(found.rows[name], grads[name].square().sum(0) / count, rtol=1e-3, atol=1e-7)
     for index, metric in enumerate(found.outputs):
-        gradient = grads[f"{layout.prefix}.{index}"]
+        gradient = grads[f"{layout.layers_name}.{index}"]
         torch.testing.assert_close(metric, gradient.T @ gradient / count, rtol=1e-3, atol=1e-6)
 
 

@@ -29,9 +29,9 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import Permissions
+from fistapruner.planning.budget import DEVICE_RESERVE
 from fistapruner.planning.footprint import removal_bytes, solve_bytes
-from fistapruner.planning.plan import DEVICE_RESERVE
-from fistapruner.recipes.loading import load_recipe_settings, merge
+from fistapruner.recipes.loading import load_recipe_settings, merge_settings
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
@@ -51,7 +51,7 @@ def prune(folder: Path, out: Path, **settings: Any) -> Report:
         "execution": {"device": "cuda:0", "threads": 1},
         "dtype": "bfloat16",
     }
-    return fistapruner.prune(str(folder), out, **merge(base, settings))
+    return fistapruner.prune(str(folder), out, **merge_settings(base, settings))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_an_evaluation_takes_no_more_windows_than_fit(
     assert expected.perplexity is not None
     assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, rel=1e-3)
     gpu.memory, gpu.refused = 80 * 2**30, 0
-    fewer = merge(settings, {"execution": {"batch_size": 8}})
+    fewer = merge_settings(settings, {"execution": {"batch_size": 8}})
     prune(deep, tmp_path / "fewer", listener=Shrinking(gpu, less, after=2), **fewer)
     assert gpu.refused == 0
     gpu.memory = 10_000

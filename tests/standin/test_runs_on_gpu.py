@@ -14,7 +14,7 @@ import fistapruner
 import tiny
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.pipeline.prune import finish_run
-from fistapruner.recipes.loading import load_recipe_settings, merge
+from fistapruner.recipes.loading import load_recipe_settings, merge_settings
 from fistapruner.runs.records import Report
 from standin.gpu import StandIn
 from standin.hardware import GPUS
@@ -39,7 +39,7 @@ def prune(model: Path, out: Path, device: str = GPU, **settings: Any) -> Report:
         "execution": {"device": device, "threads": 1},
         "dtype": "bfloat16",
     }
-    return fistapruner.prune(str(model), out, **merge(base, settings))
+    return fistapruner.prune(str(model), out, **merge_settings(base, settings))
 
 
 def errors(report: Report) -> list[float]:
@@ -72,7 +72,7 @@ def test_the_result_is_the_cpus_but_for_rounding(gpu: StandIn, model: Path, tmp_
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
 def test_best_quality(gpu: StandIn, model: Path, tmp_path: Path, sparsity: str) -> None:
     """Allocation by error, row weights, channel order, block reconstruction."""
-    settings = merge(load_recipe_settings("best"), {"sparsity": sparsity, "reconstruct": 8})
+    settings = merge_settings(load_recipe_settings("best"), {"sparsity": sparsity, "reconstruct": 8})
     report = prune(model, tmp_path / "run", **settings)
     assert len(report.layers) == 2
     assert not inspect_checkpoint(tmp_path / "run" / "model").violations
@@ -99,7 +99,7 @@ def test_workers_on_two_gpus_write_the_same_bytes(gpu: StandIn, model: Path, tmp
     both = prune(model, tmp_path / "process", "auto", **settings)
     if propagate == "dense":
         assert {layer.device for layer in both.layers} == {f"cuda:{index}" for index in range(GPUS)}
-    alone = prune(model, tmp_path / "serial", **merge(settings, {"execution": {"executor": "serial"}}))
+    alone = prune(model, tmp_path / "serial", **merge_settings(settings, {"execution": {"executor": "serial"}}))
     if propagate == "pruned":  # with workers, groups are solved in parts
         assert errors(both) == pytest.approx(errors(alone), rel=0.02)
         return

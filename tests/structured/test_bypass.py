@@ -183,7 +183,7 @@ def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, arc
                 for unit in (unit for unit in layer if unit.kind == kind):
                     columns = mask[start : start + unit.before].float().repeat_interleave(unit.columns)
                     start += unit.before
-                    module = whole.get_submodule(f"{layout.prefix}.{index}.{unit.consumer.name}")
+                    module = whole.get_submodule(f"{layout.layers_name}.{index}.{unit.consumer.name}")
                     handles.append(
                         module.register_forward_pre_hook(lambda _, args, columns=columns: (args[0] * columns,))
                     )

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..models.discovery import Group, Operator
 from ..models.experts import Experts
@@ -53,6 +54,10 @@ def _ignore_routed(name: str, start: int, inputs: Tensor, chosen: Tensor, weight
     pass
 
 
+class _Reached(Exception):
+    """The last watched operator was reached; the rest of the layer is not needed."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """Operators that are watched while batches run through their decoder layer.
@@ -75,6 +80,59 @@ class Watched:
     outputs: Receive = _ignore
     mixtures: Sequence[str] = ()
     routed: Callable[[str, int, Tensor, Tensor, Tensor], None] = _ignore_routed
+
+    def attach(self, layer: nn.Module, windows: Callable[[], tuple[int, int]], *, stops: bool) -> list[RemovableHandle]:
+        """Hook a loaded decoder layer, so that its passes hand over what is watched.
+
+        Args:
+            layer: the layer.
+            windows: returns the windows (start, stop) of the batch at work.
+            stops: whether a pass stops at the last watched group: :class:`_Reached` is raised there.
+        """
+
+        def receive_inputs(number: int, routed: bool, last: bool) -> Callable[..., None]:
+            def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
+                start, stop = windows()
+                # Some architectures (OPT) flatten batch and sequence inside the layer.
+                inputs = args[0][None] if routed else args[0].reshape(stop - start, -1, args[0].shape[-1])
+                self.inputs(number, start, inputs)
+                if last and stops:
+                    raise _Reached
+
+            return pre_forward
+
+        def receive_outputs(number: int) -> Callable[..., None]:
+            def after_forward(_: object, __: object, out: Tensor) -> None:
+                start, stop = windows()
+                self.outputs(number, start, out.reshape(stop - start, -1, out.shape[-1]))
+
+            return after_forward
+
+        def receive_routed(name: str, last: bool) -> Callable[..., None]:
+            def pre_forward(module: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.routed(name, windows()[0], *module.routed(*args, **kwargs))
+                if last and stops:
+                    raise _Reached
+
+            return pre_forward
+
+        handles = [
+            layer.get_submodule(group[0].name).register_forward_pre_hook(
+                receive_inputs(number, bool(group[0].experts), number == self.groups[-1][0] and not self.mixtures)
+            )
+            for number, group in self.groups
+        ]
+        handles += [
+            layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number))
+            for number, operator in self.operators
+        ]
+        handles += [
+            layer.get_submodule(name).register_forward_pre_hook(
+                receive_routed(name, not self.groups and name == self.mixtures[-1]), with_kwargs=True
+            )
+            for name in self.mixtures
+        ]
+        return handles
 
 
 NOTHING = Watched()
@@ -149,10 +207,6 @@ def embed(
     return calls
 
 
-class _Reached(Exception):
-    """The last watched operator was reached; the rest of the layer is not needed."""
-
-
 def run_layer(
     model: LayerwiseModel,
     index: int,
@@ -180,54 +234,17 @@ def run_layer(
         around: entered before the first batch and left after the last.
         clock: counts the time as ``io`` and ``capture``; functions that receive something count their own.
     """
-    layer = model.layers[index]
     phase = (lambda _: nullcontext()) if clock is None else clock.phase
     start = stop = 0
 
-    def receive_inputs(number: int, windows: bool, last: bool) -> Callable[..., None]:
-        def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
-            # Some architectures (OPT) flatten batch and sequence inside the layer.
-            inputs = args[0].reshape(stop - start, -1, args[0].shape[-1]) if windows else args[0][None]
-            watched.inputs(number, start, inputs)
-            if last and output is None:
-                raise _Reached
+    def windows() -> tuple[int, int]:
+        return start, stop
 
-        return pre_forward
-
-    def receive_outputs(number: int) -> Callable[..., None]:
-        def after_forward(_: object, __: object, out: Tensor) -> None:
-            watched.outputs(number, start, out.reshape(stop - start, -1, out.shape[-1]))
-
-        return after_forward
-
-    def receive_routed(name: str, last: bool) -> Callable[..., None]:
-        def pre_forward(module: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watched.routed(name, start, *module.routed(*args, **kwargs))
-            if last and output is None:
-                raise _Reached
-
-        return pre_forward
-
-    handles = [
-        layer.get_submodule(group[0].name).register_forward_pre_hook(
-            receive_inputs(number, not group[0].experts, number == watched.groups[-1][0] and not watched.mixtures)
-        )
-        for number, group in watched.groups
-    ]
-    handles += [
-        layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number))
-        for number, operator in watched.operators
-    ]
-    handles += [
-        layer.get_submodule(name).register_forward_pre_hook(
-            receive_routed(name, not watched.groups and name == watched.mixtures[-1]), with_kwargs=True
-        )
-        for name in watched.mixtures
-    ]
+    handles = watched.attach(model.layers[index], windows, stops=output is None)
     try:
         with ExitStack() as stack:
             for enter in around:
-                stack.enter_context(enter(lambda: (start, stop)))
+                stack.enter_context(enter(windows))
             for start, stop in calls.batches(inputs.samples):
                 with phase("io"):
                     hidden = inputs.read(start, stop, model.device)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError, one_line
+from ..errors import FistaPrunerError, one_line, unreadable
 from .datasets import check_extra
 
 PYTHON, PYTHON_EVAL = "python", "python-eval"
@@ -53,7 +53,7 @@ def read_documents(path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -72,7 +72,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     where = f"{path}, line {number}"
                     yield where, _record(content, where)
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
 
 
 def passages(text: str, characters: int) -> Iterator[str]:

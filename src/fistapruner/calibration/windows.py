@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, one_line, path_text
 from ..models.layerwise import LayerwiseModel
-from ..recipes.settings import Calibration
+from ..recipes.calibration_settings import Calibration
 from .datasets import DATA_SETS, check_extra, load_documents
 from .mixtures import Mixture
 from .self_generated import generate_tokens

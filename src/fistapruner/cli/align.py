@@ -22,6 +22,7 @@ from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..runtime.formatting import align_columns
 from .arguments import (
+    add_dense_argument,
     add_evaluation_of_result,
     add_model_and_run,
     add_output_arguments,
@@ -41,7 +42,7 @@ SUMMARY = "train a pruned model on preference pairs, every zero kept"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model_and_run(parser, "run directory, or a pruned checkpoint")
-    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
+    add_dense_argument(parser)
     compare = parser.add_argument_group("comparison")
     compare.add_argument("--compare", action="store_true", help="run every loss, and tabulate them")
     compare.add_argument(

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import RunRecipe, Settings
-from ..recipes.loading import load_recipe_settings, merge
+from ..recipes.loading import load_recipe_settings, merge_settings
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..recipes.structure_settings import Structure
@@ -118,6 +118,11 @@ def add_model_and_run(parser: argparse.ArgumentParser, model: str) -> None:
     parser.add_argument(
         "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
     )
+
+
+def add_dense_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the dense model of a run that trains a pruned one."""
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True, without: Sequence[str] = ()) -> None:
@@ -301,7 +306,7 @@ def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Rec
         (changes.setdefault(section, {}) if section else changes)[key] = value
     if (texts := TEXTS.get(recipe)) is not None:
         changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
-    return merge(base, _given(changes))
+    return merge_settings(base, _given(changes))
 
 
 def read_recipe(arguments: argparse.Namespace, recipe: type[AnyRecipe]) -> AnyRecipe:
@@ -377,6 +382,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="print only errors and the result")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add that what a verb found is printed as JSON."""
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
 def add_begun_run(parser: argparse.ArgumentParser) -> None:

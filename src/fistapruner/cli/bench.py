@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_pickle_argument
+from .arguments import add_json_argument, add_pickle_argument
 
 SUMMARY = "measure tokens per second, memory and size of a pruned model"
 
@@ -33,13 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's, within a CPU quota)")
     add_pickle_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from ..pipeline.measure import bench_run
+    from ..pipeline.measure_run import bench_run
     from ..reporting.size_and_speed import QUANTISE_FIRST
     from ..runs.directory import RunDirectory
     from ..runs.listener import Listener

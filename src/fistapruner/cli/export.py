@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.export import export
-    from ..pipeline.measure import recovered_beside
+    from ..pipeline.measure_run import recovered_beside
     from ..runs.records import is_run
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}

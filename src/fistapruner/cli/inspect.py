@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 from ..errors import printable
 from ..runtime.formatting import align_columns
 from . import Styled
-from .arguments import add_pickle_argument
+from .arguments import add_json_argument, add_pickle_argument
 
 if TYPE_CHECKING:
     from ..evaluation.inspection import Inspection
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_pickle_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="print totals and violations only")
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

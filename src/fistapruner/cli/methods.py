@@ -13,13 +13,14 @@ import json
 
 from ..errors import FistaPrunerError
 from ..solvers.catalogue import CATALOGUE
+from .arguments import add_json_argument
 
 SUMMARY = "list the pruning methods"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="describe this method and its settings")
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

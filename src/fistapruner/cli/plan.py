@@ -24,6 +24,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runtime.formatting import align_columns, duration, size
 from .arguments import (
+    add_json_argument,
     add_recipe_arguments,
     add_training_beside,
     add_trust_arguments,
@@ -62,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="with --recover or --align: the dense model (default: the one that was pruned)",
     )
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    add_json_argument(parser)
     add_recipe_arguments(parser, without=("recover",))
     add_training_beside(parser)
     add_trust_arguments(parser)

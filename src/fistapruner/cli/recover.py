@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from ..errors import FistaPrunerError
 from ..recipes.recover_settings import RecoverRecipe
 from .arguments import (
+    add_dense_argument,
     add_evaluation_of_result,
     add_model_and_run,
     add_output_arguments,
@@ -52,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     others.add_argument(
         "--replay", metavar="STEPS", help="take the steps of a steps.jsonl of mezo or subzero again; nothing is trained"
     )
-    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
+    add_dense_argument(parser)
     add_training_arguments(parser, RecoverRecipe)
     add_evaluation_of_result(parser)
     add_trust_arguments(parser)

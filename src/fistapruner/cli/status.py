@@ -13,13 +13,14 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..runtime.formatting import shell_line
+from .arguments import add_json_argument
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of a comparison")
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,11 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
-    from ..runs.comparison_records import load_any_comparison
+    from ..runs.comparison_records import FIGURES, RUNS, load_any_comparison
     from ..runs.lock import holders
 
-    rows = len(load_any_comparison(folder).rows) if (folder / "compare.json").is_file() else 0
-    runs = sorted(folder.glob("runs/*"))
+    rows = len(load_any_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
+    runs = sorted((folder / RUNS).glob("*"))
     at_work = next((run for run in runs if holders(run) or holders(run / "recovered")), None)
     working = bool(holders(folder)) or at_work is not None
     if as_json:
@@ -77,7 +78,7 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
     print(f"{folder}: comparison, {rows} rows done, " + ("running" if working else "no process works on it"))
     if at_work is None:
         if runs:
-            print(f"for one of its {len(runs)} runs: {shell_line('status', folder / 'runs' / '...')}")
+            print(f"for one of its {len(runs)} runs: {shell_line('status', folder / RUNS / '...')}")
         return 0
     return run(argparse.Namespace(run_directory=at_work, json=False))
 

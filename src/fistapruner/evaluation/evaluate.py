@@ -16,15 +16,16 @@ from ..errors import FistaPrunerError, printable
 from ..models.architecture import build_model, max_length
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit
 from ..recipes.loading import parse_bytes
 from ..runs.lineage import lineage_of, trained_on
-from ..runs.results import Divergence, Evaluation, Perplexity
+from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import temporary_folder
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
+from ..runtime.progress import Tick, silent
 from ..sparse.pack import unpack
 from ..sparse.packed_checkpoint import is_packed
 from .data import Windows, check_count, check_data, load_windows
@@ -55,7 +56,7 @@ def evaluate(
     bos: str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = silent,
     keep: Callable[[Evaluation], None] = lambda found: None,
     warn: Callable[[str], None] | None = None,
     kept: KeptStates | None = None,
@@ -114,10 +115,8 @@ def evaluate(
     permissions = Permissions(allow_pickle, trust_remote_code)
     source = permissions.find(model)
     dense = permissions.find(against) if against is not None else None
-    if data is not None and is_packed(source.folder):  # as below, but before it is unpacked, which takes long
-        empty = build_model(source.checkpoint(), shapes={}, trust_remote_code=trust_remote_code)
-        source.tokenizer()
-        _window_length(data, seqlen, max_length(empty), model)
+    if data is not None and is_packed(source.folder):
+        _check_packed(source, data, seqlen, model)
     with ExitStack() as scratch:
         source = scratch.enter_context(_unpacked(source, tick))
         dense = None if dense is None else scratch.enter_context(_unpacked(dense, tick))
@@ -134,10 +133,13 @@ def evaluate(
         if known is not None:
             lineage, fault = lineage_of(source.folder)
             warnings = fault, trained_on(lineage)
-        perplexity: Perplexity | None = None
-        reference: Perplexity | None = None
-        divergence: Divergence | None = None
-        forward = 0.0
+        found = Evaluation(
+            model=str(model),
+            against=None if against is None else str(against),
+            device=str(place),
+            low_rank=None if added is None else added.weights,
+            warnings=tuple(filter(None, warnings)),
+        )
         if data is not None:
             # Before the tokenizer, which a folder that is no model lacks too.
             opened = _open(source, checkpoints[0], place, passes)
@@ -148,27 +150,10 @@ def evaluate(
             if dense is not None:
                 other = _open(dense, checkpoints[1], place, passes)
                 _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
-            start = time.perf_counter()
-            sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other, kept)
-            forward = time.perf_counter() - start
-            perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, opened))
-            if other is not None and sums.reference_nll is not None:
-                reference = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, other))
-                divergence = divergence_of(sums)
-        found = Evaluation(
-            model=str(model),
-            against=None if against is None else str(against),
-            perplexity=perplexity,
-            reference=reference,
-            divergence=divergence,
-            seconds=time.perf_counter() - begin,
-            forward_seconds=forward,
-            device=str(place),
-            low_rank=None if added is None else added.weights,
-            warnings=tuple(filter(None, warnings)),
-        )
+            found = _with_text(found, cut, opened, other, Passes(batch_size, memory, warn, tick), kept)
+        found = replace(found, seconds=time.perf_counter() - begin)
         if known is not None:
-            if perplexity is not None:
+            if found.perplexity is not None:
                 keep(found)
             settings = TaskSettings(limit, place, passes, batch_size, trust_remote_code)
             said: list[str] = []
@@ -249,6 +234,39 @@ def _unpacked(source: ModelSource, tick: Tick) -> Iterator[ModelSource]:
         except FistaPrunerError as error:
             error.args = (str(error).replace(str(folder), printable(str(source.folder))),)
             raise
+
+
+def _check_packed(source: ModelSource, data: str | Windows, seqlen: int | None, model: str | Path) -> None:
+    """Check a packed model's configuration, tokenizer and window length.
+
+    It is opened again when it is unpacked, which takes long.
+
+    Raises:
+        FistaPrunerError: as where the unpacked model is opened.
+    """
+    empty = build_model(source.checkpoint(), shapes={}, trust_remote_code=source.trust_remote_code)
+    source.tokenizer()
+    _window_length(data, seqlen, max_length(empty), model)
+
+
+def _with_text(
+    found: Evaluation,
+    cut: Windows,
+    model: LayerwiseModel,
+    reference: LayerwiseModel | None,
+    passes: Passes,
+    kept: KeptStates | None,
+) -> Evaluation:
+    """Add perplexity on windows to an evaluation; with a reference its own, and the divergence from it."""
+    start = time.perf_counter()
+    sums = score_windows(model, cut.tokens, passes, reference, kept)
+    forward = time.perf_counter() - start
+    perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, model))
+    found = replace(found, perplexity=perplexity, forward_seconds=forward)
+    if reference is None or sums.reference_nll is None:
+        return found
+    before = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, reference))
+    return replace(found, reference=before, divergence=divergence_of(sums))
 
 
 def _window_length(data: str | Windows, seqlen: int | None, longest: int | None, model: str | Path) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from ..models.files.checkpoint import Checkpoint
-from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, whole_fits
 from ..runs.records import Generation
 from ..runtime.devices import threads_within_quota
+from ..runtime.progress import Tick, silent
 
 PROMPTS = (
     "The capital of France is",
@@ -33,7 +33,7 @@ def generate_side_by_side(
     memory_limit: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = silent,
 ) -> list[Generation]:
     """Continue prompts greedily with every model.
 

@@ -29,6 +29,7 @@ from ..models.source import resolve_model
 from ..models.stored import stored_model
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
+from ..runtime.progress import Tick, silent
 from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed, low_rank_part
 
 LONGEST_GROUP = 32
@@ -134,7 +135,7 @@ def inspect_checkpoint(
     stacks: Collection[Stack] = (),
     all_patterns: bool = True,
     parameters: Set[str] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Tick = silent,
 ) -> Inspection:
     """Inspect a checkpoint, one tensor in memory at a time.
 
@@ -170,8 +171,7 @@ def inspect_checkpoint(
     for done, (name, entry) in enumerate(entries.items()):
         if not entry.dtype.is_floating_point:
             continue
-        if progress is not None:
-            progress(name, done, len(entries))
+        progress(name, done, len(entries))
         tensor = stored.read(name)
         if entry.dtype.itemsize == 1:  # torch counts no zeros of 8-bit floats
             tensor = tensor.float()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.text import whole_text
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, unreadable
 
 KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
 """Fields that make a line of a local file a task."""
@@ -59,7 +59,7 @@ def local_task(path: Path) -> dict[str, Any]:
     try:
         fields = _fields_of_file(path)
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     task: dict[str, Any] = {
         "task": path.stem,
         "dataset_path": "json",

@@ -21,11 +21,12 @@ from ..activations.check import check_model
 from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import forward
 from ..errors import FistaPrunerError
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..runs.records import is_run
 from ..runtime.formatting import size
 from ..runtime.memory import free_memory, release_failed_memory, resident_memory
 from ..runtime.numerics import BUDGETS, slices, windows_at_once
+from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent
 from .scoring import WindowSums, compare_tokens, score_tokens
 
@@ -48,7 +49,7 @@ class Passes:
     batch_size: int | None = None
     memory_limit: int | None = None
     warn: Callable[[str], None] | None = None
-    tick: Tick = lambda what, done, total: None
+    tick: Tick = silent
 
     def batch(self, seqlen: int, device: torch.device) -> int:
         """Return the number of windows in one forward pass."""

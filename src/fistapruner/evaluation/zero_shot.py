@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import yaml
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.architecture import max_length
-from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from ..runs.results import TaskResult
 from ..runtime.numerics import dtype_name
+from ..runtime.progress import Tick, silent
 from .local_tasks import local_files, local_task
 from .scoring import mcnemar
 
@@ -159,7 +159,7 @@ def evaluate_tasks(
     settings: TaskSettings = TaskSettings(),
     *,
     against: Path | None = None,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = silent,
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[TaskResult, ...]:
     """Score a model on zero-shot tasks, and a reference model on the same items.
@@ -194,12 +194,12 @@ def evaluate_tasks(
             task,
             metric,
             items,
-            answers[1].outcomes[task, metric] if against is not None else None,
-            tasks.source,
-            ours.available.get(task),
-            ours.shots.get(task, 0),
-            None if settings.dtype is None else dtype_name(settings.dtype),
-            ours.items_sha256.get(task, ""),
+            reference=answers[1].outcomes[task, metric] if against is not None else None,
+            source=tasks.source,
+            available=ours.available.get(task),
+            shots=ours.shots.get(task, 0),
+            dtype=None if settings.dtype is None else dtype_name(settings.dtype),
+            items_sha256=ours.items_sha256.get(task, ""),
         )
         for (task, metric), items in ours.outcomes.items()
     )
@@ -250,20 +250,19 @@ def task_result(
     Raises:
         FistaPrunerError: the two models answered different items.
     """
-    value, error = _score(items)
+    alone = TaskResult(
+        task,
+        metric,
+        len(items),
+        *_score(items),
+        shots=shots,
+        source=source,
+        available=available,
+        dtype=dtype,
+        items_sha256=items_sha256,
+    )
     if reference is None:
-        return TaskResult(
-            task,
-            metric,
-            len(items),
-            value,
-            error,
-            shots=shots,
-            source=source,
-            available=available,
-            dtype=dtype,
-            items_sha256=items_sha256,
-        )
+        return alone
     if items.keys() != reference.keys():
         raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
     lost = won = None
@@ -271,22 +270,13 @@ def task_result(
         lost = sum(reference[item] > right for item, right in items.items())
         won = sum(reference[item] < right for item, right in items.items())
     before, before_error = _score(reference)
-    return TaskResult(
-        task,
-        metric,
-        len(items),
-        value,
-        error,
-        before,
-        before_error,
+    return replace(
+        alone,
+        reference=before,
+        reference_standard_error=before_error,
         lost=lost,
         won=won,
         p_value=None if lost is None or won is None else mcnemar(lost, won),
-        shots=shots,
-        source=source,
-        available=available,
-        dtype=dtype,
-        items_sha256=items_sha256,
     )
 
 

@@ -113,9 +113,7 @@ class RunContext:
             FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
         """
         run = PruneDirectory(folder)
-        record = run.record()
-        if record is None:
-            raise FistaPrunerError(f"{folder} is not a prepared run")
+        record = run.begun_record()
         decision = record.decision
         if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
             raise FistaPrunerError(
@@ -297,7 +295,7 @@ class RunContext:
 
     def _summed(self, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Add the low-rank parts in a decoder layer's journal to its operators."""
-        for operator in (operator for group in self.layout.layers[index] for operator in group):
+        for operator in self.layout.in_layer(index):
             name = self.layout.full_name(index, operator)
             if name + A in tensors:
                 source = self.model.source(f"{name}.weight")

@@ -102,9 +102,7 @@ class TrainingContext:
             FistaPrunerError: not a prepared run, its models or windows are gone or have changed, or a step has fewer
                 passes than there are processes.
         """
-        record = run.record()
-        if record is None:
-            raise FistaPrunerError(f"{run.folder} is not a prepared run")
+        record = run.begun_record()
         decision, recipe = record.decision, settings.build(record.recipe, str(run.run_file))
         recipe = recipe.model_copy(update={"execution": execution})
         text = run.text()
@@ -180,8 +178,7 @@ class TrainingContext:
                 continue
             sentence = f"{ran_out}, which goes on from the last state: {what}"
             with preparing(self.run.folder) if self.ranks.size > 1 else nullcontext():
-                record = self.run.record()
-                assert record is not None  # the run was opened with it
+                record = self.run.begun_record()
                 if record.decision == self.decision:  # no other process has recorded it yet
                     kept = {"decision": smaller, "warnings": [*record.warnings, sentence]}
                     self.run.write_record(record.model_copy(update=kept))

@@ -101,7 +101,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
                     lambda values, i=index: model.run(i, hidden.clone(), calls[i], values),  # type: ignore[misc]
                 )
                 known[signature] += _in_experts(module, hidden)
-        pruned = {operator.name for group in layout.layers[index] for operator in group}
+        pruned = {operator.name for operator in layout.in_layer(index)}
         found.append(tuple(link for link in known[signature] if link.consumer.name in pruned))
     return tuple(found)
 
@@ -116,7 +116,7 @@ def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> d
         See :data:`.checkpoint.Orders`.
     """
     changes = link_tensors(model.layers[index], link, order)
-    return {model.source(f"{model.layers_name}.{index}.{name}"): change for name, change in changes.items()}
+    return {model.source_of(index, name): change for name, change in changes.items()}
 
 
 def _head_sizes(config: Any) -> set[int]:

@@ -102,7 +102,7 @@ class Layout:
     """The prunable operators of every decoder layer of a model.
 
     Args:
-        prefix: name of the list of decoder layers, such as ``model.layers``.
+        layers_name: name of the list of decoder layers, such as ``model.layers``.
         layers: groups of each decoder layer, in execution order.
         residual_writers: for each decoder layer, in execution order, the operators (selected or not) whose output is
             only added to the residual stream: ``self_attn.o_proj``, ``mlp.down_proj``. A mixture of experts is one of
@@ -111,28 +111,37 @@ class Layout:
         left_out: full names of the operators that targets and ignore leave out.
     """
 
-    prefix: str
+    layers_name: str
     layers: tuple[tuple[Group, ...], ...]
     residual_writers: tuple[tuple[str, ...], ...]
     output_projections: tuple[Mapping[str, OutputProjection], ...]
     left_out: tuple[str, ...] = ()
 
-    def full_name(self, index: int, operator: Operator) -> str:
-        """Return the operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
-        return f"{self.prefix}.{index}.{operator.name}"
+    def full_name(self, index: int, inside: Operator | str) -> str:
+        """Return the name in the model: ``model.layers.3.self_attn.q_proj``."""
+        name = inside if isinstance(inside, str) else inside.name
+        return f"{self.layers_name}.{index}.{name}"
+
+    def in_layer(self, index: int) -> tuple[Operator, ...]:
+        """Return the operators of one decoder layer, in order."""
+        return tuple(operator for group in self.layers[index] for operator in group)
 
     def operators(self) -> list[tuple[str, Operator]]:
         """Return the full name and the operator of all operators, in order."""
         return [
             (self.full_name(index, operator), operator)
-            for index, groups in enumerate(self.layers)
-            for group in groups
-            for operator in group
+            for index in range(len(self.layers))
+            for operator in self.in_layer(index)
         ]
+
+    @property
+    def transposed(self) -> bool:
+        """Return whether an operator is stored as (n, m)."""
+        return any(operator.transposed for _, operator in self.operators())
 
     def weights(self, index: int) -> int:
         """Count the weights of the operators of one decoder layer."""
-        return sum(operator.rows * operator.columns for group in self.layers[index] for operator in group)
+        return sum(operator.rows * operator.columns for operator in self.in_layer(index))
 
     def select(self, recipe: Selection, purpose: str = "prune") -> Layout:
         """Select operators by the recipe's ``targets`` and ``ignore``.

@@ -35,9 +35,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 UNSTATED_LENGTH = 2048
 """Tokens that the head takes at once where the config states no longest text."""
 
-Tick = Callable[[str, int, int], None]
-"""Receives the progress of a pass through all decoder layers: (what, steps done, steps in all)."""
-
 
 class _Stop(Exception):
     """End a forward pass early."""

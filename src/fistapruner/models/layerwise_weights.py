@@ -79,6 +79,14 @@ class LayerwiseWeights:
         """Return the name in the checkpoint of one of the model's parameters."""
         return self._sources[parameter]
 
+    def full_name(self, index: int, inside: str) -> str:
+        """Return the name in the model of what is called ``inside`` in decoder layer ``index``."""
+        return f"{self.layers_name}.{index}.{inside}"
+
+    def source_of(self, index: int, inside: str) -> str:
+        """Return the name in the checkpoint of a parameter of decoder layer ``index``."""
+        return self.source(self.full_name(index, inside))
+
     def sources(self) -> Collection[str]:
         """Return the names in the checkpoint of all of the model's parameters and stored buffers."""
         return self._names.keys()

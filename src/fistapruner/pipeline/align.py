@@ -21,6 +21,7 @@ from ..runtime.numerics import mean_and_error
 from ..tuning.preference import accuracy, margins_of
 from ..tuning.trained import Trained
 from .prepare_align import make_text, prepare
+from .result import add_warning
 from .training import TrainingVerb, train
 from .training_inputs import TrainingRequest
 
@@ -92,8 +93,8 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
     with context.passes() as store:
         references = context.references(store, listener)
     if context.decision.dense is not None and "dense" not in references:
-        report.warnings.append(f"no preferences of the dense model, which is not at {context.decision.dense} any more")
-        listener.say(report.warnings[-1])
+        gone = f"no preferences of the dense model, which is not at {context.decision.dense} any more"
+        add_warning(report, gone, listener)
     windows = text.windows("test")
     places = [window // 2 for window in windows[::2]]
     mixture = context.mixture(references)

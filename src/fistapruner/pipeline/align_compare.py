@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,22 +13,20 @@ from ..errors import FistaPrunerError, out_path
 from ..evaluation.data import check_data
 from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
-from ..recipes.loading import merge
+from ..recipes.loading import merge_settings
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
-from ..runs.comparison_records import AlignComparison, AlignRow
+from ..runs.comparison_records import FIGURES, RUNS, TABLE, AlignComparison, AlignRow
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runs.lock import hold
 from ..runs.records import Report, load_run
-from ..runs.times import forget_times
 from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import ALIGN
-from .begun import continued_by_its_command, find_dense, same_model
-from .compare_folder import refuse_other_things
+from .compare_folder import comparing, refuse_other_things
+from .find_model import find_dense, same_model
 from .prepare_align import check_pairs
 from .protocol import distinct_seeds
 from .training import train
@@ -50,8 +47,6 @@ JOBS: dict[str, dict[str, Any]] = {
 
 VARIED = ("loss", "references", "weights", "shares", "clip", "anchor")
 """Settings that the rows decide."""
-
-TABLE, FIGURES = "compare.md", "compare.json"
 
 
 def align_compare(
@@ -107,14 +102,12 @@ def align_compare(
     )
     found, jobs, dense = _plan(folder, request, seeds)
     request = replace(request, dense=dense)
-    with disk_errors(folder):
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, int], Report | str] = {}
-    with continued_by_its_command(), hold(folder):
+    with comparing(folder):
         _write(folder, found)
         for number, ((label, seed), job) in enumerate(jobs.items(), 1):
             listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
-            run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
+            run = AlignDirectory(folder / RUNS / f"{_slug(label)}-{seed}")
             try:
                 reports[label, seed] = _run(folder, found, run, replace(request, recipe=job), listener, keep=keep)
             except FistaPrunerError as error:
@@ -122,10 +115,7 @@ def align_compare(
                     raise
                 reports[label, seed] = str(error)
             if not keep and isinstance(reports[label, seed], Report):
-                if run.model.is_dir():
-                    run.remove_model()
-                shutil.rmtree(run.states.folder, ignore_errors=True)
-                forget_times(run.folder)
+                run.remove_weights()
             done = sorted(reports, key=lambda key: list(JOBS).index(key[0]))
             found.rows = [_row(*key, reports[key]) for key in done]
             found.before = next(
@@ -175,7 +165,8 @@ def _plan(
     for seed in seeds:
         own = {"seed": seed, "data": {"seed": seed}} if varied else {}
         for label in order:
-            jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
+            row = {**shared.model_dump(mode="json"), **JOBS[label]}
+            jobs[label, seed] = AlignRecipe.build(merge_settings(row, own))
     check_pairs(shared)
     evaluation = request.evaluation_beside(evaluation_of(input_run(request.model)))
     begun = _begun(folder)
@@ -232,7 +223,7 @@ def _run(
 
 def _begun(folder: Path) -> AlignDirectory | None:
     """Find a row that has begun; None where there is none."""
-    for file in sorted(folder.glob("runs/*/run.json")):
+    for file in sorted((folder / RUNS).glob("*/run.json")):
         run = AlignDirectory(file.parent)
         with suppress(FistaPrunerError):  # a damaged record is named where its row is made
             if run.record() is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import A_TEXT, FistaPrunerError, expand_home, path_text
-from ..models.source import SMALL_MODEL, ModelSource, Permissions
+from ..errors import A_TEXT, FistaPrunerError, path_text
+from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
-from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord, TrainingRecord
+from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
@@ -27,6 +27,7 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.formatting import shell_line
 from ..runtime.machine import versions
 from ..sensitivity.workload import workload_sha256
+from .find_model import absolute, find_source, same_path
 
 
 def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
@@ -133,62 +134,6 @@ def find_finished(
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
         return FinishedRun(damaged=report, says=f"the checkpoint is made again: {fault}")
     return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
-
-
-def find_source(model: str, record: PruneRecord | None, permissions: Permissions) -> ModelSource:
-    """Find a model, that of a begun run where the run has found it as long as it is there unchanged.
-
-    The same name may lead to other files since: to a later commit on the hub, or to what another release of
-    ``transformers`` makes of a GGUF file. A local folder, or a GGUF file that has changed, is taken as it is now.
-
-    Args:
-        model: as the user named it.
-        record: of the begun run; None where nothing has begun.
-        permissions: what the model's files may do.
-
-    Raises:
-        FistaPrunerError: no such model.
-    """
-    if record is None:
-        return permissions.find(model)
-    decision = record.decision
-    same = decision.model == model != SMALL_MODEL and not expand_home(model).exists()
-    earlier = permissions.at(decision.folder) if same else None
-    return _find_again(model, earlier, decision.stamps, record.versions, permissions)
-
-
-def find_dense(model: str, begun: TrainingRecord | None, permissions: Permissions) -> ModelSource:
-    """Find a dense model, that of a begun run if it is an earlier commit of the same model on the hub.
-
-    Args:
-        model: as the user named it.
-        begun: record of the run; None where nothing has begun.
-        permissions: what the model's files may do.
-
-    Raises:
-        FistaPrunerError: no such model.
-    """
-    if begun is None:
-        return permissions.find(model)
-    decision = begun.decision
-    earlier = None if decision.dense is None else permissions.at(decision.dense)
-    if earlier is not None and not earlier.is_commit_of(model):
-        earlier = None
-    return _find_again(model, earlier, decision.dense_stamps, begun.versions, permissions)
-
-
-def _find_again(
-    model: str,
-    earlier: ModelSource | None,
-    stamps: Iterable[tuple[str, str]],
-    versions: Mapping[str, str],
-    permissions: Permissions,
-) -> ModelSource:
-    """Return a model where a run has found it, if its files are there unchanged; else find it by its name."""
-    with suppress(FistaPrunerError):  # it is gone
-        if earlier is not None and changed_files(stamps, earlier) is None:
-            return earlier
-    return permissions.find(model, versions.get("transformers"))
 
 
 def refuse_other(
@@ -344,31 +289,10 @@ def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
         )
 
 
-def absolute(name: str) -> str:
-    """Make a path that exists absolute, so that a run can continue from another folder; keep other names.
-
-    Its last part stays if it is a link: where the link points, a file may have another suffix, as in the hub's cache.
-    """
-    path = Path(name)
-    if not path.exists():
-        return name
-    return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
-
-
-def same_path(before: str | Path, here: str | Path) -> bool:
-    """Check that a path in a run's record and one of now are of the same file; other names are only alike."""
-    return str(before) == str(here) or (os.path.isabs(before) and os.path.realpath(before) == os.path.realpath(here))
-
-
-def same_model(first: str, second: str) -> bool:
-    """Check whether two names are of one model: equal, or paths to the same file or folder."""
-    return first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second))
-
-
 @contextmanager
-def continued_by_its_command() -> Iterator[None]:
-    """Let an interruption say that the same command goes on with the comparison, not with one row."""
+def interrupted_with(say: Callable[[], str]) -> Iterator[None]:
+    """Let an interruption of the block carry what ``say`` returns then: what is done, and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; nothing is lost: give the same command again") from None
+        raise KeyboardInterrupt(say()) from None

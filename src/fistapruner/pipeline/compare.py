@@ -27,13 +27,18 @@ from ..models.source import Permissions
 from ..reporting.write import write_page
 from ..runs.comparison_records import STATES, Comparison
 from ..runs.listener import Listener
-from ..runs.lock import hold
 from ..runtime.devices import choose_device
-from ..runtime.files import disk_errors
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import undisturbed
-from .begun import continued_by_its_command, refuse_overlap
-from .compare_folder import earlier_comparison, find_source_of_rows, rows_that_stay, unchanged_rows, write_comparison
+from .begun import refuse_overlap
+from .compare_folder import (
+    comparing,
+    earlier_comparison,
+    find_source_of_rows,
+    rows_that_stay,
+    unchanged_rows,
+    write_comparison,
+)
 from .compare_jobs import (
     CalibrationWindows,
     agree_protocol,
@@ -107,9 +112,7 @@ def compare(
     for job in jobs:
         if SELF not in job.recipe.calibration.sources.values():  # a fault in the text shows now
             draw(job, source, folder, calibrated, listener)
-    with disk_errors(folder):
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-    with continued_by_its_command(), hold(folder):
+    with comparing(folder):
         before = earlier_comparison(folder, model)  # as it is now that it is held
         rows, dropped = unchanged_rows(rows_that_stay(before.rows, jobs, protocol, folder), jobs, source, folder)
         comparison = Comparison(

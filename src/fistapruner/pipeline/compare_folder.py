@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..models.source import ModelSource, Permissions
 from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
-from ..runs.comparison_records import STATES, CompareRow, Comparison, load_comparison
+from ..runs.comparison_records import DENSE, FIGURES, RUNS, STATES, TABLE, CompareRow, Comparison, load_comparison
 from ..runs.directory import refuse_out
 from ..runs.identity import changed_files
 from ..runs.lock import NAME as LOCK
+from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runtime.files import PARTIAL, entries, write_json_atomic, write_text_atomic
-from .begun import changed_text, find_source, refuse_other_settings, same_model
+from ..runtime.files import PARTIAL, disk_errors, entries, write_json_atomic, write_text_atomic
+from .begun import changed_text, interrupted_with, refuse_other_settings
 from .compare_jobs import CompareJob, run_name
+from .find_model import find_source, same_model
 from .protocol import Protocol
+
+
+@contextmanager
+def comparing(folder: Path) -> Iterator[None]:
+    """Make and hold the folder of a comparison.
+
+    An interruption says that the same command goes on with all of it, not with one row.
+    """
+    with disk_errors(folder):
+        (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    with interrupted_with(lambda: "interrupted; nothing is lost: give the same command again"), hold(folder):
+        yield
 
 
 def find_source_of_rows(model: str, folder: Path, permissions: Permissions) -> ModelSource:
     """Find the model where the rows that have begun found it, so that all rows are of the same files."""
-    for file in sorted((folder / "runs").glob("*/run.json")):
+    for file in sorted((folder / RUNS).glob("*/run.json")):
         with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
             if (record := PruneDirectory(file.parent).record()) is not None:
                 return find_source(model, record, permissions)
@@ -32,8 +46,8 @@ def find_source_of_rows(model: str, folder: Path, permissions: Permissions) -> M
 
 def earlier_comparison(folder: Path, model: str) -> Comparison:
     """Read the comparison that ``folder`` already holds; one without rows where there is none."""
-    refuse_other_things(folder, (STATES, "dense.json", "dense.json" + PARTIAL))
-    if not (folder / "compare.json").is_file():
+    refuse_other_things(folder, (STATES, DENSE, DENSE + PARTIAL))
+    if not (folder / FIGURES).is_file():
         return Comparison()
     before = load_comparison(folder)
     if not same_model(before.model.source, model):
@@ -58,11 +72,11 @@ def refuse_other_things(folder: Path, own: Sequence[str] = ()) -> None:
         FistaPrunerError: names the first of them.
     """
     refuse_out(folder)
-    if not folder.is_dir() or (folder / "compare.json").is_file():
+    if not folder.is_dir() or (folder / FIGURES).is_file():
         return
-    names = {path.name for path in entries(folder)} - {"runs", LOCK, "compare.json" + PARTIAL, *own}
-    if not (folder / "dense.json").is_file():
-        names |= {f"runs/{path.name}" for path in entries(folder / "runs")} if (folder / "runs").is_dir() else set()
+    names = {path.name for path in entries(folder)} - {RUNS, LOCK, FIGURES + PARTIAL, *own}
+    if not (folder / DENSE).is_file():
+        names |= {f"{RUNS}/{path.name}" for path in entries(folder / RUNS)} if (folder / RUNS).is_dir() else set()
     if names:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new folder")
 
@@ -103,7 +117,7 @@ def unchanged_rows(
     asked = {job.key for job in jobs}
     stay, warnings = [], []
     for row in rows:
-        changed = _changed(PruneDirectory(folder / "runs" / run_name(*row.key)), source)
+        changed = _changed(PruneDirectory(folder / RUNS / run_name(*row.key)), source)
         if changed is None:
             stay.append(row)
         elif row.key not in asked:
@@ -123,5 +137,5 @@ def _changed(run: PruneDirectory, source: ModelSource) -> str | None:
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:
-    write_json_atomic(folder / "compare.json", comparison.model_dump(mode="json"))
-    write_text_atomic(folder / "compare.md", comparison_markdown(comparison))
+    write_json_atomic(folder / FIGURES, comparison.model_dump(mode="json"))
+    write_text_atomic(folder / TABLE, comparison_markdown(comparison))

@@ -18,8 +18,9 @@ from ..evaluation.data import load_windows
 from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..models.source import ModelSource
-from ..recipes.loading import merge
+from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
+from ..runs.comparison_records import RUNS
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.training_directory import RecoverDirectory
@@ -64,7 +65,7 @@ class CompareJob:
 
     def run(self, folder: Path) -> PruneDirectory:
         """Return its run directory in that of a comparison."""
-        return PruneDirectory(folder / "runs" / run_name(*self.key))
+        return PruneDirectory(folder / RUNS / run_name(*self.key))
 
 
 def plan_jobs(
@@ -80,8 +81,8 @@ def plan_jobs(
     for seed in distinct_seeds(seeds):
         for sparsity in sparsities:
             for contender in contenders:
-                said = merge(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
-                said = merge(merge(said, contender.settings), {"sparsity": sparsity})
+                said = merge_settings(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
+                said = merge_settings(merge_settings(said, contender.settings), {"sparsity": sparsity})
                 jobs.append(CompareJob(contender.label, seed, Recipe.build(said, contender.label)))
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
@@ -182,7 +183,7 @@ def draw(
     seqlen, found = window_length(calibration.seqlen, model), None
     if SELF in calibration.sources.values():  # it takes long: rows that are begun or were stopped have left it
         drawing = drawing_of(calibration, model, seqlen)
-        earlier = (PruneDirectory(run).drawn(drawing) for run in sorted(folder.glob("runs/*")))
+        earlier = (PruneDirectory(run).drawn(drawing) for run in sorted((folder / RUNS).glob("*")))
         found = next(filter(None, earlier), None)
     with cpu_threads(default_threads(recipe.execution)):
         drawn = found or draw_windows(recipe, source, model, source.tokenizer(), seqlen, listener)

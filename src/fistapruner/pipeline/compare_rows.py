@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import FistaPrunerError, explain
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.streaming import KeptStates
-from ..models.files.low_rank import remove_adapter
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.base import read_json
-from ..runs.comparison_records import CompareRow, Comparison
+from ..runs.comparison_records import DENSE, CompareRow, Comparison
 from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
@@ -26,12 +24,11 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.results import Evaluation, Perplexity
-from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.files import write_json_atomic
 from .begun import changed_text
 from .compare_jobs import CalibrationWindows, CompareJob
-from .measure import add_warning, publish
+from .measure import publish
 from .protocol import Protocol
 from .prune import prune
 from .recover import recover
@@ -40,6 +37,7 @@ from .recover_inputs import (
     recovers,
     recovery_recipe,
 )
+from .result import add_warning
 from .training import changed_texts
 from .training_inputs import asked
 
@@ -115,7 +113,8 @@ class Shared:
         if training is not None and recovery is None:
             recovery = self._recover(run, report, training)
         if not self.keep:
-            _delete_weights(run)
+            run.remove_weights()
+            RecoverDirectory(run.recovered).remove_weights()
         return report, recovery
 
     def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
@@ -194,7 +193,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
 
 def measure_dense(shared: Shared) -> Perplexity:
     """Measure the dense model on the windows of the protocol, or read what was measured before."""
-    file, protocol = shared.folder / "dense.json", shared.protocol
+    file, protocol = shared.folder / DENSE, shared.protocol
     weights = [list(stamp) for stamp in stamps(shared.source.checkpoint())]
     found = _earlier_dense(file, protocol, weights)
     if found is None:
@@ -275,16 +274,3 @@ def _filled(
         row.time_split = {**row.time_split, "recovery": recovery.totals.seconds}
         row.peak_memory = max(row.peak_memory or 0, recovery.totals.peak_memory or 0)
     return row
-
-
-def _delete_weights(run: PruneDirectory) -> None:
-    """Delete what is as large as the model: checkpoints, tensors of layers, states of training."""
-    following = RecoverDirectory(run.recovered)
-    for made in (run, following):
-        if made.model.is_dir():
-            made.remove_model()
-        remove_adapter(made.adapter)
-        forget_times(made.folder)
-    shutil.rmtree(following.states.folder, ignore_errors=True)
-    run.journal.remove_weights()
-    run.metrics_file.unlink(missing_ok=True)

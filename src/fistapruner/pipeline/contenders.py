@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FistaPrunerError, instead_of
-from ..recipes.loading import load_recipe_settings, merge, parse_value, shipped_recipes
+from ..recipes.loading import load_recipe_settings, merge_settings, parse_value, shipped_recipes
 from ..recipes.settings import Recipe
 from ..solvers import METHODS, parse_method
 
@@ -79,7 +79,7 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
                     f"--methods {label}: {inner} is one of the own settings of {name}'s steps: write them in a recipe "
                     "file"
                 )
-        contenders.append(Contender(label, merge(base, given)))
+        contenders.append(Contender(label, merge_settings(base, given)))
     if len({contender.label for contender in contenders}) < len(contenders):
         raise FistaPrunerError(f"--methods {','.join(parts)!r} names the same method twice")
     return contenders

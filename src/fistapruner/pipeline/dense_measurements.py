@@ -112,7 +112,7 @@ class DenseMeasurements:
 
         advice = "take --structure-method obs, which learns nothing"
         found = self._fitting(inputs, "learn which channels stay", learn, SEQUENCES, advice)
-        return {f"{inputs.layout.prefix}.{index}.{name}": scores for (index, name), scores in found.items()}
+        return {inputs.layout.full_name(index, name): scores for (index, name), scores in found.items()}
 
     def free_widths(self, inputs: PruneInputs, scores: Mapping[str, Tensor]) -> PruneInputs:
         """Choose a width for every layer, where the recipe asks for it.

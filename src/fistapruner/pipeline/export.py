@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import FistaPrunerError, expand_home, out_path
@@ -13,6 +12,7 @@ from ..models.source import SMALL_MODEL, small_model
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import lineage_of
 from ..runtime.formatting import shell_line
+from ..runtime.progress import Tick, silent
 from ..sparse.packed_checkpoint import is_packed
 
 
@@ -23,7 +23,7 @@ def export(
     values: GGUFValues = "bf16",
     *,
     allow_pickle: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Tick = silent,
 ) -> Path:
     """Write a pruned or recovered model as a GGUF file, which llama.cpp runs.
 

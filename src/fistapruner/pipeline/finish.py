@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,18 +12,17 @@ import torch
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.discovery import expert_modules
-from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.low_rank import journaled_factors
 from ..models.files.record import stack_of
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
-from ..runs.directory import CARD
 from ..runs.layer_records import LayerEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals
 from ..runs.times import Times
+from ..runtime.files import folder_bytes
 from ..runtime.formatting import listed, shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_device_memory, peak_memory
@@ -32,7 +30,7 @@ from ..structured.experts import EXPERTS, chosen_experts
 from ..structured.units import changed_config
 from .changed_tensors import ChangedTensors
 from .kept_claims import claimed_zeros, kept_claims, kept_permuted, kept_widths, moved_experts
-from .result import close_report, folder_bytes, operator_claims, record_head, write_low_rank, write_model
+from .result import checkpoint_record, close_report, model_documents, operator_claims, write_low_rank, write_model
 
 
 def finish(
@@ -51,14 +49,13 @@ def finish(
         FistaPrunerError: layers are missing.
     """
     begin, run = time.perf_counter(), context.run
-    record = run.record()
-    assert record is not None  # the context was opened with it
+    record = run.begun_record()
     report = record.report()
     report.layers = _finished_layers(context)
     report.permuted = _of_kept_experts(report.permuted, report.layers)
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
     changed = ChangedTensors.of(context)
-    report.totals = _totals(report.layers, context, times.total(), changed, alone=alone)
+    report.totals = _totals(report, context, times.total(), changed, alone=alone)
     own = operator_claims(report, context.model)
     pruned = {name for name, claim in own.items() if claim["sparsity"] != "0%"}
     kept = kept_claims(context, report, pruned, changed)
@@ -123,8 +120,7 @@ def _write_model(
         low_rank = write_low_rank(run, factors, rank, context.layout, report.totals)
 
     def documents() -> dict[str, str]:
-        content = _record(report, context, claims, changed) | low_rank
-        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(content, indent=2) + "\n"}
+        return model_documents(model_card(report), _record(report, context, claims, changed) | low_rank)
 
     write_model(
         run,
@@ -157,7 +153,7 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
 
     used = weights(model.layers_name)
     mixtures = {
-        f"{model.layers_name}.{index}.{name}": experts.number
+        model.full_name(index, name): experts.number
         for index, layer in enumerate(model.layers)
         for name, experts in expert_modules(layer).items()
     }
@@ -169,7 +165,7 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
 
 
 def _totals(
-    layers: list[LayerEntry],
+    report: Report,
     context: RunContext,
     seconds: float,
     changed: ChangedTensors,
@@ -177,12 +173,11 @@ def _totals(
     alone: bool,
 ) -> Totals:
     checkpoint, tokens, device = context.model.checkpoint, context.tokens, context.model.device
+    layers = report.layers
     split: dict[str, float] = {}
     for layer in layers:
         for phase, value in layer.seconds.items():
             split[phase] = split.get(phase, 0.0) + value
-    operators = [operator for layer in layers for operator in layer.operators]
-    zeros = sum(operator.zeros for operator in operators)
     # Every layer timed one pass of its first batch without hooks: together, a plain forward pass of these windows.
     plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
@@ -197,10 +192,10 @@ def _totals(
         else (None, None)
     )
     return Totals(
-        operator_weights=sum(math.prod(operator.shape) for operator in operators),
-        operator_zeros=zeros,
+        operator_weights=report.operator_weights,
+        operator_zeros=report.operator_zeros,
         model_weights=context.model.parameter_count(shapes, changed.dropped),
-        model_zeros=zeros,
+        model_zeros=report.operator_zeros,
         dense_flops_per_token=dense_flops,
         flops_per_token=flops,
         seconds=seconds,
@@ -218,7 +213,7 @@ def _record(report: Report, context: RunContext, claims: Mapping[str, Any], chan
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
     widths = [
         {
-            "layer": f"{context.layout.prefix}.{index}",
+            "layer": f"{context.layout.layers_name}.{index}",
             "unit": unit.kind,
             "before": unit.before,
             "after": unit.after,
@@ -229,7 +224,7 @@ def _record(report: Report, context: RunContext, claims: Mapping[str, Any], chan
         for unit in units
     ] + [
         {
-            "layer": f"{context.layout.prefix}.{index}",
+            "layer": f"{context.layout.layers_name}.{index}",
             "unit": EXPERTS,
             "before": unit.before,
             "after": unit.after,
@@ -239,10 +234,5 @@ def _record(report: Report, context: RunContext, claims: Mapping[str, Any], chan
         for unit in (context.widths.mixtures(index) if context.widths else ())
     ]
     widths = kept_widths(changed.earlier, widths)
-    return {
-        **record_head(report),
-        "operators": claims,
-        "permuted": kept_permuted(context, report, changed),
-        **({"widths": widths} if widths else {}),
-        "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
-    }
+    more = {"widths": widths} if widths else {}
+    return checkpoint_record(report, claims, permuted=kept_permuted(context, report, changed), **more)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
 from ..execution.training_context import TrainingContext
-from ..models.discovery import Layout, linear_modules
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.discovery import linear_modules
 from ..models.files.low_rank import remove_adapter
 from ..models.files.record import read_pruning_record, stack_of
 from ..models.layerwise import LayerwiseModel
@@ -26,7 +21,6 @@ from ..planning.plan import check_plan
 from ..planning.training_sizes import STEP, TRAINING
 from ..reporting.advice import length_setting
 from ..reporting.model_card import model_card
-from ..runs.directory import CARD
 from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
@@ -38,7 +32,16 @@ from ..runtime.memory import peak_device_memory, peak_memory
 from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
-from .result import close_report, operator_claims, record_head, write_low_rank, write_model
+from .result import (
+    check_zeros,
+    checkpoint_record,
+    close_report,
+    model_documents,
+    operator_claims,
+    stored_weights,
+    write_low_rank,
+    write_model,
+)
 
 AddResults = Callable[[Any, Trained, Report, Listener], None]
 """Receives (opened run, trained tensors, report) before the checkpoint is written, and adds to the report."""
@@ -69,9 +72,7 @@ def finish(
     """
     listener.tick("comparing the trained weights with the input's", 0, 1)
     run = context.run
-    record = run.record()
-    assert record is not None  # the context was opened with it
-    report = record.report()
+    report = run.begun_record().report()
     report.layers = [_describe(context, trained, index, report) for index in range(len(context.model))]
     _describe_training(context, state, report)
     _warn(state, report)
@@ -106,7 +107,7 @@ def finish(
 def _describe(context: TrainingContext, trained: Trained, index: int, report: Report) -> LayerEntry:
     """Describe one decoder layer, and add what was trained in it to the report."""
     model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
-    entry.name = f"{context.layout.prefix}.{index}"
+    entry.name = f"{context.layout.layers_name}.{index}"
     with model.layer(index) as layer:
         new = trained.result(index, layer)
         numbers, rates = trained.describe(index, layer)
@@ -114,30 +115,28 @@ def _describe(context: TrainingContext, trained: Trained, index: int, report: Re
     report.recovery.trained += numbers
     known = [*report.recovery.lr.values(), *rates]
     report.recovery.lr = {"lowest": min(known), "highest": max(known)} if known else {}
-    for group in context.layout.layers[index]:
-        for operator in group:
-            name = context.layout.full_name(index, operator)
-            source = model.source(f"{name}.weight")
-            before = model.checkpoint.read(source).float()
-            after = new[source].float() if source in new else before
-            zeros = before.numel() - int(torch.count_nonzero(before))
-            entry.operators.append(
-                OperatorEntry(
-                    name=operator.name,
-                    shape=(operator.rows, operator.columns),
-                    sparsity=claims[name],
-                    zeros=zeros,
-                    density=1 - zeros / before.numel(),
-                    change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
-                    changed=int((after != before).sum()),
-                )
+    for operator in context.layout.in_layer(index):
+        name = context.layout.full_name(index, operator)
+        source = model.source(f"{name}.weight")
+        before = model.checkpoint.read(source).float()
+        after = new[source].float() if source in new else before
+        zeros = before.numel() - int(torch.count_nonzero(before))
+        entry.operators.append(
+            OperatorEntry(
+                name=operator.name,
+                shape=(operator.rows, operator.columns),
+                sparsity=claims[name],
+                zeros=zeros,
+                density=1 - zeros / before.numel(),
+                change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
+                changed=int((after != before).sum()),
             )
+        )
     return entry
 
 
 def _describe_training(context: TrainingContext, state: TrainingState, report: Report) -> None:
-    operators = report.operators
-    survivors = sum(math.prod(operator.shape) - operator.zeros for operator in operators)
+    operators, survivors = report.operators, report.operator_weights - report.operator_zeros
     found = report.recovery
     assert found is not None
     found.read_journal(context.run.steps_file)
@@ -198,9 +197,7 @@ def _write(
     model = context.model
 
     def documents() -> dict[str, str]:
-        lineage = report.lineage.model_dump(mode="json") if report.lineage else None
-        record = {**earlier, **record_head(report), "operators": claims, "lineage": lineage}
-        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(record, indent=2) + "\n"}
+        return model_documents(model_card(report), {**earlier, **checkpoint_record(report, claims)})
 
     write_model(context.run, model.checkpoint, context.fingerprint, replacements(model, trained), documents, listener)
 
@@ -225,29 +222,6 @@ def replacements(model: LayerwiseModel, trained: Trained) -> Callable[[str], Ten
     return lambda name: layer_result(places[name]).get(name) if name in places else None
 
 
-def stored_weights(model: LayerwiseModel, layout: Layout) -> list[str]:
-    """List the stored weights of all operators."""
-    return [model.source(f"{name}.weight") for name, _ in layout.operators()]
-
-
-def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Compare the zeros of stored weights in the written files with those of the input.
-
-    Args:
-        folder: of the written checkpoint.
-        checkpoint: the input; ``names``: its weights that were changed.
-
-    Raises:
-        FistaPrunerError: names the weight.
-    """
-    written = Checkpoint.open(folder)
-    for stack in checkpoint.stacks.values():
-        written.take_apart(stack)
-    for name in names:
-        if not torch.equal(checkpoint.read(name) == 0, written.read(name) == 0):
-            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of the input (a fault in fistapruner)")
-
-
 def _write_adapter(context: TrainingContext, trained: Trained, listener: Listener) -> None:
     """Write what ``spp`` or ``hira`` has trained as a PEFT adapter of the input, too; none with experts."""
     operators, model, folder = trained.rescalings(), context.model, context.run.adapter
@@ -266,21 +240,19 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
                     continue
                 # PEFT replaces whole modules: all that a module holds must have been trained.
                 if {f"{module}{dot}{key}" for key in layer.get_submodule(module).state_dict()} <= others:
-                    whole[f"{model.layers_name}.{index}.{name}"] = value
+                    whole[model.full_name(index, name)] = value
                 else:
                     left_out += 1
     remove_adapter(folder)
-    transposed = any(operator.transposed for _, operator in context.layout.operators())
-    write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=transposed)
+    write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=context.layout.transposed)
     without = f", without {left_out} trained vectors, which PEFT's HiRA cannot hold" if left_out else ""
     listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
 
 
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
-    operators = report.operators
     return Totals(
-        operator_weights=sum(math.prod(operator.shape) for operator in operators),
-        operator_zeros=sum(operator.zeros for operator in operators),
+        operator_weights=report.operator_weights,
+        operator_zeros=report.operator_zeros,
         model_weights=context.model.parameter_count(),
         model_zeros=context.decision.zeros,
         seconds=seconds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,14 +23,14 @@ from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_reco
 from ..models.files.writer import write_checkpoint
 from ..models.source import Permissions
 from ..reporting.model_card import plain_card
-from ..runs.directory import CARD, checkpoint_of
+from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
 from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
-from .finish_training import check_zeros
+from .result import check_zeros, model_documents
 
 
 @dataclass(frozen=True)
@@ -169,9 +168,7 @@ def merge_adapter(
     record = _record(record, found, command)
     names = found.folder.resolve().name, source.folder.resolve().name  # "." has none
     report = f"merged the {KINDS[found.kind]} adapter {names[0]} into {names[1]}, its zeros kept"
-    documents = {CARD: plain_card(source.license(), "A pruned model with a merged adapter", report)}
-    if record:
-        documents[PRUNING_RECORD] = json.dumps(record, indent=2) + "\n"
+    documents = model_documents(plain_card(source.license(), "A pruned model with a merged adapter", report), record)
     # The figures are measured while tensors are written: the shards of a killed attempt would leave theirs out.
     write_checkpoint(checkpoint, out, merge.tensor, documents=documents, resume=False)
     check_zeros(out, checkpoint, merge.zeroed)

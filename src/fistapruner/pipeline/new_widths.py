@@ -48,7 +48,7 @@ def change_widths(
     selected = {name for name, _ in layout.operators()}
     for index, units in enumerate(widths.units) if recipe.structure.method == "goa" else ():
         for name in chain.from_iterable(unit.producers for unit in units):
-            if (whole := f"{layout.prefix}.{index}.{name}") not in selected:
+            if (whole := layout.full_name(index, name)) not in selected:
                 raise FistaPrunerError(
                     f"structure: targets and ignore leave out {whole}, whose outputs are to be removed, and goa fits "
                     "and rates it too: leave it in --targets, or take --structure-method obs"
@@ -107,7 +107,7 @@ def say_lost_zeros(
     goa = settings.method == "goa"
     fitted = goa or settings.compensation == "refit"
     changed = {  # by name, the inputs that stay or go together
-        f"{layout.prefix}.{index}.{name}": unit.columns
+        layout.full_name(index, name): unit.columns
         for index, units in enumerate(widths.units)
         for unit in units
         for name in (unit.consumer.name, *(unit.producers if goa else ()))

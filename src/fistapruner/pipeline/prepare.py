@@ -16,7 +16,8 @@ from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
-from ..recipes.settings import Calibration, Recipe
+from ..recipes.calibration_settings import Calibration
+from ..recipes.settings import Recipe
 from ..runs.decision import PlannedRun, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
@@ -26,8 +27,9 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import absolute, changed_text, say_kept_plan
+from .begun import changed_text, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
+from .find_model import absolute
 from .plan import plan_run
 from .prune_inputs import PruneInputs, RunRequest, check_inputs
 from .record import common_fields, numerics_of

@@ -42,7 +42,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     data = recipe.data
     check_mixture(recipe, inputs.seqlen)  # too few steps for the tasks show now
     plan = choose_plan(share_of(task, request.ranks), listener)
-    text, sources = cut_text(run, inputs, listener, plan[0].threads)
+    text, sources = cut_text(run, inputs, listener, plan.numerics.threads)
     passes = task.steps * recipe.windows_per_step / len(text.windows("trained"))
     if passes >= 2:
         listener.say(
@@ -116,6 +116,5 @@ def make_text(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], l
     Raises:
         FistaPrunerError: the text is gone.
     """
-    begun = run.record()
-    assert begun is not None  # the caller has read it
-    cut_text(run, check_inputs(run, request, listener), listener, begun.decision.numerics.threads)
+    threads = run.begun_record().decision.numerics.threads
+    cut_text(run, check_inputs(run, request, listener), listener, threads)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
 from ..execution.training_context import identity
-from ..planning.plan import RESERVE
+from ..planning.budget import RESERVE
 from ..planning.training_plan import plan_training
 from ..planning.training_sizes import Task, TrainingChoice
 from ..recipes.training_settings import TrainingRecipe
@@ -22,13 +22,28 @@ from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.memory import free_memory, release_memory, resident_memory
 from ..runtime.ranks import Ranks
-from .begun import absolute
+from .find_model import absolute
 from .record import common_fields, numerics_of
 from .training_inputs import R, TrainingInputs, TrainingRequest, asked
 
 
-def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, TrainingChoice, list[PlanRow]]:
-    """Plan the run: what sets the last bits, and how memory and disk are used.
+@dataclass(frozen=True)
+class PlannedTraining:
+    """What a run that trains has decided before its long work.
+
+    Args:
+        numerics: what sets the last bits.
+        choice: how memory and disk are used.
+        rows: predictions for the report.
+    """
+
+    numerics: Numerics
+    choice: TrainingChoice
+    rows: list[PlanRow]
+
+
+def choose_plan(task: Task, listener: Listener) -> PlannedTraining:
+    """Plan the run.
 
     Raises:
         FistaPrunerError: it does not fit; names what is too large.
@@ -41,7 +56,7 @@ def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, TrainingChoic
     for sentence in found.says:
         listener.say(sentence)
     numerics = numerics_of(task.model, execution, found.choice.batch_size)
-    return numerics, found.choice, found.rows
+    return PlannedTraining(numerics, found.choice, found.rows)
 
 
 def share_of(task: Task, ranks: Ranks) -> Task:
@@ -72,7 +87,7 @@ def record(
     request: TrainingRequest[R],
     inputs: TrainingInputs[R],
     text: TrainingText,
-    plan: tuple[Numerics, TrainingChoice, list[PlanRow]],
+    plan: PlannedTraining,
     steps: int,
     sources: dict[str, str],
     calibration: CalibrationFacts,
@@ -89,7 +104,7 @@ def record(
         sources: SHA-256 of the text's files.
     """
     recipe: TrainingRecipe = inputs.recipe
-    model, (numerics, choice, rows) = inputs.model, plan
+    model, numerics, choice = inputs.model, plan.numerics, plan.choice
     decision = TrainingDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
@@ -128,7 +143,7 @@ def record(
             **common_fields(request, inputs, recipe, numerics.threads),
             fingerprint=identity(recipe, model, text, decision),
             calibration=calibration,
-            plan=rows,
+            plan=plan.rows,
             recovery=recovery,
             decision=decision,
         )

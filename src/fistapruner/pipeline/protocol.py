@@ -9,8 +9,9 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..evaluation.data import Windows
-from ..recipes.settings import Calibration, Recipe
-from ..runs.comparison_records import CompareRow
+from ..recipes.calibration_settings import Calibration
+from ..recipes.settings import Recipe
+from ..runs.comparison_records import FIGURES, CompareRow
 from ..runs.results import Perplexity
 from .contenders import has_own_calibration
 
@@ -54,9 +55,7 @@ class Protocol:
             "name another folder",
         )
         if "calibration" in row.settings and not has_own_calibration(row.label or ""):
-            calibration = Recipe.build(
-                {"calibration": row.settings["calibration"]}, str(folder / "compare.json")
-            ).calibration
+            calibration = Recipe.build({"calibration": row.settings["calibration"]}, str(folder / FIGURES)).calibration
             if not self.shares(calibration):
                 raise FistaPrunerError(
                     f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: "

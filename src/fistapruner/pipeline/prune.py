@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..models.source import ModelSource, Permissions
 from ..problem import LayerProblem
-from ..recipes.loading import merge
+from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
 from ..runs.base import read_json
 from ..runs.decision import PruneRecord
@@ -42,12 +42,12 @@ from .begun import (
     evaluation_on,
     execution_here,
     find_finished,
-    find_source,
+    interrupted_with,
     refuse_lost_model,
     refuse_lost_text,
     refuse_other_tokens,
-    same_path,
 )
+from .find_model import find_source, same_path
 from .finish import finish
 from .measure import measure
 from .plan import check_sources
@@ -126,7 +126,7 @@ def prune(
         return (source or find_source(model, begun, permissions)).family()
 
     given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
-    recipe = Recipe.build(merge(given, settings))
+    recipe = Recipe.build(merge_settings(given, settings))
     refuse_processes(recipe)
     if begun is None:  # what a run has decided does not need its texts and its workload file any more
         check_allocation(recipe)
@@ -195,8 +195,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
         permissions: what the model's files may do; it is not recorded but said with every command.
         listener: receives progress.
     """
-    begun = run.record()
-    assert begun is not None  # the caller has read it
+    begun = run.begun_record()
     evaluation = begun.decision.evaluation
     refuse_lost_text(evaluation)
     return prune(
@@ -233,16 +232,14 @@ def finish_run(
     run = PruneDirectory(out_path(out))
     permissions = Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
-    begun = run.record()
-    if begun is None:
-        raise FistaPrunerError(f"{run.folder} is not a run that was begun (it has no run.json)")
+    begun = run.begun_record()
     run.check_place()
     refuse_lost_text(begun.decision.evaluation)
     recipe = _recipe_here(run, begun, listener)
     refuse_processes(recipe)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
     report = found.report
-    with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
+    with interrupted_with(lambda: _how_to_continue(run)), hold(run.folder), log_file(run.log_file):
         if found.says:
             listener.say(found.says)
         if report is None:
@@ -294,8 +291,8 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     if request.drawn is not None:
         refuse_other_tokens(run, request.drawn[0], request.recipe, request.permissions)
     report, only = found.report, request.only_layers
-    saying = _saying_how_to_continue(run, only, found.outdated)
-    with saying, run.created(), hold(run.folder, only), log_file(run.log_file):
+    interruption = interrupted_with(lambda: _how_to_continue(run, only, found.outdated))
+    with interruption, run.created(), hold(run.folder, only), log_file(run.log_file):
         if found.says and (report is not None or only is None):  # a part makes nothing again
             listener.say(found.says)
         if report is None:
@@ -365,9 +362,7 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
     todo = set(range(first, last + 1)) - done
     if todo:
         check_layers_before(context.recipe, first, last, done)
-    record = context.run.record()
-    assert record is not None  # the context was opened with it
-    if (began := began_on(record)) != (device := device_title(context.model.device)):
+    if (began := began_on(context.run.begun_record())) != (device := device_title(context.model.device)):
         listener.say(f"this run began on {began}; on {device} its last bits may differ")
     if request.recipe.execution.threads not in (None, numerics.threads):
         listener.say(f"this run began with {numerics.threads} threads for each worker and keeps them")
@@ -392,22 +387,18 @@ def _remove_failure(run: PruneDirectory) -> None:
         run.report_file.unlink(missing_ok=True)
 
 
-@contextmanager
-def _saying_how_to_continue(
+def _how_to_continue(
     run: PruneDirectory, only_layers: tuple[int, int] | None = None, outdated: Report | None = None
-) -> Iterator[None]:
-    """Let an interruption carry the command that continues the run, or the part of it.
+) -> str:
+    """Say where a run was interrupted, and which command continues it, or the part of it.
 
     The layers in the ``outdated`` report, which stays until the first layer begins, are not those of the run.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        how, where = "give the same command again", "before the first decoder layer"
-        with suppress(FistaPrunerError):
-            report = load_run(run.folder)
-            if outdated is None or report.finished != outdated.finished:
-                where = f"with {len(report.layers)} decoder layers done"
-            if only_layers is None:
-                how = f"go on with: {shell_line('resume', run.folder)}"
-        raise KeyboardInterrupt(f"interrupted {where}; {how}") from None
+    how, where = "give the same command again", "before the first decoder layer"
+    with suppress(FistaPrunerError):
+        report = load_run(run.folder)
+        if outdated is None or report.finished != outdated.finished:
+            where = f"with {len(report.layers)} decoder layers done"
+        if only_layers is None:
+            how = f"go on with: {shell_line('resume', run.folder)}"
+    return f"interrupted {where}; {how}"

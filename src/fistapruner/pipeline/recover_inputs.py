@@ -25,11 +25,11 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import cpu_threads
+from ..runtime.files import folder_bytes
 from ..runtime.launcher import launched
 from ..runtime.memory import release_memory
 from .begun import refuse_other_settings
 from .patterns import allocate
-from .result import folder_bytes
 from .training_inputs import (
     TRAINING_SEQLEN,
     TrainingInputs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from ..errors import FistaPrunerError, out_path
 from ..execution.context import open_model
 from ..models.discovery import discover
-from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.folder import require_new
 from ..models.files.record import read_pruning_record
 from ..models.files.writer import write_checkpoint
@@ -25,7 +23,6 @@ from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..reporting.model_card import plain_card
-from ..runs.directory import CARD
 from ..runs.identity import stamps
 from ..runs.labels import TRAINED
 from ..runs.lineage import record_with_stage
@@ -39,7 +36,8 @@ from ..tuning.adamw import Patience
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState, take_again
 from ..tuning.zeroth_order import ZerothOrder
-from .finish_training import check_zeros, replacements, stored_weights
+from .finish_training import replacements
+from .result import check_zeros, model_documents, stored_weights
 from .training_inputs import find_input
 
 
@@ -151,7 +149,5 @@ def _documents(source: ModelSource, stage: Stage, state: TrainingState) -> dict[
         f"took the {state.step} steps of the run that {done} this model again, from its journal, and kept those up to "
         f"step {state.patience.best_step}, with every zero"
     )
-    documents = {CARD: plain_card(source.license(), f"A pruned and {done} model", text, stage.settings)}
-    if record := read_pruning_record(source.folder):
-        documents[PRUNING_RECORD] = json.dumps(record_with_stage(record, stage), indent=2) + "\n"
-    return documents
+    card = plain_card(source.license(), f"A pruned and {done} model", text, stage.settings)
+    return model_documents(card, record_with_stage(read_pruning_record(source.folder), stage))

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
-from ..models.files.checkpoint import Checkpoint
+from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
 from ..models.files.safetensors import LazyTensors
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..runs.base import VERSION
-from ..runs.directory import RunDirectory
+from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals, load_run
 from ..runs.times import Times
 from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.machine import now
+
+
+def add_warning(report: Report, sentence: str, listener: Listener) -> None:
+    """Add a warning to a report and say it, unless it is there."""
+    if sentence not in report.warnings:
+        listener.say(sentence)
+        report.warnings.append(sentence)
 
 
 @contextmanager
@@ -117,8 +126,7 @@ def write_low_rank(
         layout: operators of the run.
         totals: receives rank, weights and bytes.
     """
-    transposed = any(operator.transposed for _, operator in layout.operators())
-    found = write_adapter(run.adapter, factors, rank, transposed=transposed)
+    found = write_adapter(run.adapter, factors, rank, transposed=layout.transposed)
     totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, found["weights"], found["bytes"]
     return {LOW_RANK: found}
 
@@ -141,15 +149,52 @@ def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str
     return claims
 
 
-def record_head(report: Report) -> dict[str, Any]:
-    """Say in ``fistapruner.json`` which run has made the checkpoint."""
+def checkpoint_record(report: Report, claims: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Describe a checkpoint (``fistapruner.json``): the run that has made it, and what ``inspect`` checks.
+
+    Args:
+        report: of the run.
+        claims: about the zeros of every operator, by the name of its stored weight.
+        **more: stands between these and the lineage.
+    """
     return {
         "version": VERSION,
         "fingerprint": report.fingerprint,
         "recipe": report.recipe,
         "model": report.model.source,
         "versions": report.versions,
+        "operators": claims,
+        **more,
+        "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }
+
+
+def model_documents(card: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the text files beside a model's weights: its card, and its record unless that is empty."""
+    return {CARD: card} | ({PRUNING_RECORD: json.dumps(record, indent=2) + "\n"} if record else {})
+
+
+def stored_weights(model: LayerwiseModel, layout: Layout) -> list[str]:
+    """List the stored weights of all operators."""
+    return [model.source(f"{name}.weight") for name, _ in layout.operators()]
+
+
+def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Compare the zeros of stored weights in the written files with those of the input.
+
+    Args:
+        folder: of the written checkpoint.
+        checkpoint: the input; ``names``: its weights that were changed.
+
+    Raises:
+        FistaPrunerError: names the weight.
+    """
+    written = Checkpoint.open(folder)
+    for stack in checkpoint.stacks.values():
+        written.take_apart(stack)
+    for name in names:
+        if not torch.equal(checkpoint.read(name) == 0, written.read(name) == 0):
+            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of the input (a fault in fistapruner)")
 
 
 def close_report(run: RunDirectory, report: Report, earlier: Report | None, times: Times, begin: float) -> None:
@@ -178,8 +223,3 @@ def _keep_measurements(report: Report, earlier: Report) -> None:
     report.totals.compressed_bytes = earlier.totals.compressed_bytes
     if report.recovery is not None and earlier.recovery is not None:
         report.recovery.before = earlier.recovery.before
-
-
-def folder_bytes(folder: Path) -> int:
-    """Add up the bytes of the files of a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

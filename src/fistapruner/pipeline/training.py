@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
@@ -29,15 +29,14 @@ from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..runtime.ranks import ranks_of_run
 from .begun import (
-    absolute,
     execution_here,
-    find_dense,
+    interrupted_with,
     moved_text,
     refuse_other_settings,
-    same_path,
     say_kept_plan,
     say_other_versions,
 )
+from .find_model import absolute, find_dense, same_path
 from .finish_training import AddResults, finish
 from .measure import measure
 from .result import refuse_foreign_files, reporting_failure
@@ -85,8 +84,7 @@ def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permission
         listener: receives progress.
     """
     run = verb.directory(folder)
-    record = run.record()
-    assert record is not None
+    record = run.begun_record()
     recipe = verb.settings.build(record.recipe, str(run.run_file))
     recipe = recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)})
     decision = record.decision
@@ -128,7 +126,8 @@ def _lead(
 ) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener, ranks = Logged(told), request.ranks
-    with _saying_how_to_continue(run), run.created(), hold(run.folder), log_file(run.log_file):
+    interruption = interrupted_with(lambda: _how_to_continue(run))
+    with interruption, run.created(), hold(run.folder), log_file(run.log_file):
         begun = run.record()
         if begun is not None:
             if not resumed:
@@ -160,9 +159,8 @@ def _lead(
         else:
             ranks.share(False)
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        record = run.record()
-        assert record is not None
-        origin, known = input_run(record.decision.model), record.decision.evaluation
+        decision = run.begun_record().decision
+        origin, known = input_run(decision.model), decision.evaluation
         if known is None and request.evaluates:  # as if the run had begun so
             known = evaluation_of(origin)
         evaluation = request.evaluation_beside(known)
@@ -314,16 +312,12 @@ def _restore_text(
         raise FistaPrunerError(f"{run.windows_file} is gone or damaged, and {verb.changed} since: name another --out")
 
 
-@contextmanager
-def _saying_how_to_continue(run: TrainingDirectory) -> Iterator[None]:
-    """Let an interruption carry the command that continues the run."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        how, where = "give the same command again", "before the first step"
-        with suppress(FistaPrunerError):
-            if (record := run.record()) is not None:
-                how = f"go on with: {shell_line('resume', run.folder)}"
-                if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
-                    where = f"after step {lines[-1]['step']} of {record.decision.steps}"
-        raise KeyboardInterrupt(f"interrupted {where}; {how}") from None
+def _how_to_continue(run: TrainingDirectory) -> str:
+    """Say where a run was interrupted, and which command continues it."""
+    how, where = "give the same command again", "before the first step"
+    with suppress(FistaPrunerError):
+        if (record := run.record()) is not None:
+            how = f"go on with: {shell_line('resume', run.folder)}"
+            if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
+                where = f"after step {lines[-1]['step']} of {record.decision.steps}"
+    return f"interrupted {where}; {how}"

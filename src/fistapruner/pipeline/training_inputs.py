@@ -196,20 +196,20 @@ def check_training_inputs(
         cut = load_windows(evaluation.data, tokenizer, evaluated, evaluation.windows)
         model.check_tokens(cut.tokens)
     return TrainingInputs(
-        source,
-        model,
-        layout,
-        claims,
-        survivors,
-        zeros,
-        low_rank,
-        dense,
-        dense_source,
-        recipe,
-        tokenizer,
-        length,
-        evaluation,
-        [],
+        source=source,
+        model=model,
+        layout=layout,
+        claims=claims,
+        survivors=survivors,
+        zeros=zeros,
+        low_rank=low_rank,
+        dense=dense,
+        dense_source=dense_source,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        seqlen=length,
+        evaluation=evaluation,
+        warnings=[],
     )
 
 

@@ -104,7 +104,6 @@ def _measure_layer(
     )
     more = low_rank_weights(layout, recipe, sparsity)
     measured = _measured_groups(layout, recipe, sparsity, index, units, told, solved[index], model.device)
-    operators = sum(4 * operator.rows * operator.columns for group in groups for operator in group)
     generates = SELF in recipe.calibration.sources.values() and not drawn
     text_weights = whole_bytes(checkpoint, model.dtype) if generates else 0
     return Sizes(
@@ -120,9 +119,7 @@ def _measure_layer(
         window=seqlen * model.width * itemsize,
         forward=forward,
         groups=measured,
-        float_input=4
-        * seqlen
-        * max([unit.consumer.columns for unit in units] + [op.columns for group in groups for op in group]),
+        float_input=4 * seqlen * _largest_input(layout, index, units),
         removal=_removal_bytes(model, layout, recipe, index, units),
         float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
         kept=sum(kept) * seqlen * itemsize,
@@ -132,24 +129,10 @@ def _measure_layer(
         inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
         layers=len(model),
         backward=backward if graded else 0,
-        reconstruction=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
-        if recipe.reconstruct
-        else 0,
+        reconstruction=backward + _reconstruction_bytes(model, layout, index) if recipe.reconstruct else 0,
         renumbered=max(renumbered),
-        learning=forward * -(-SEQUENCES * LENGTH // seqlen)
-        + sum(2 * itemsize * unit.consumer.rows * unit.consumer.columns for unit in units)
-        if recipe.structure.method == "bypass" and units
-        else 0,
-        comparing=max(
-            (
-                forward
-                + 4 * 4 * seqlen**2 * (named_size(model.config.get_text_config(), HEADS) or 1)
-                + 4 * unit.consumer.columns * (3 * unit.consumer.columns + 2 * unit.consumer.rows)
-                for unit in units
-                if recipe.structure.method == "goa" and unit.kind == GROUPS
-            ),
-            default=0,
-        ),
+        learning=_learning_bytes(model, recipe, units, seqlen, forward),
+        comparing=_comparing_bytes(model, recipe, units, seqlen, forward),
         metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
         logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
         text=text_weights and text_weights + generation_bytes(model, samples, seqlen),
@@ -240,6 +223,35 @@ def _group_sizes(
     return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone, routed)
 
 
+def _largest_input(layout: Layout, index: int, units: Sequence[Unit]) -> int:
+    """Return the most inputs of an operator of a layer, before any are removed."""
+    consumers = [unit.consumer for unit in units]
+    return max(operator.columns for operator in (*consumers, *layout.in_layer(index)))
+
+
+def _reconstruction_bytes(model: LayerwiseModel, layout: Layout, index: int) -> int:
+    """Count the bytes of block reconstruction of a layer, without those of a forward and backward pass."""
+    return (5 * 4 + 1 + model.dtype.itemsize) * layout.weights(index) + 3 * 4 * model.width**2
+
+
+def _learning_bytes(model: LayerwiseModel, recipe: Recipe, units: Sequence[Unit], seqlen: int, forward: int) -> int:
+    """Count the bytes of a pass through a layer whose weights are masked (bypass): 0 without."""
+    if recipe.structure.method != "bypass" or not units:
+        return 0
+    masked = sum(2 * model.dtype.itemsize * unit.consumer.rows * unit.consumer.columns for unit in units)
+    return forward * -(-SEQUENCES * LENGTH // seqlen) + masked
+
+
+def _comparing_bytes(model: LayerwiseModel, recipe: Recipe, units: Sequence[Unit], seqlen: int, forward: int) -> int:
+    """Count the bytes of comparing the heads of a layer (goa): 0 without."""
+    if recipe.structure.method != "goa":
+        return 0
+    heads = named_size(model.config.get_text_config(), HEADS) or 1
+    readers = [unit.consumer for unit in units if unit.kind == GROUPS]
+    problems = [4 * reader.columns * (3 * reader.columns + 2 * reader.rows) for reader in readers]
+    return forward + 4 * 4 * seqlen**2 * heads + max(problems) if problems else 0
+
+
 def _removal_bytes(model: LayerwiseModel, layout: Layout, recipe: Recipe, index: int, units: Sequence[Unit]) -> int:
     """Measure the peak of choosing which channels are removed, and of the weights that remain."""
     groups = layout.layers[index]
@@ -294,7 +306,7 @@ def largest_layers(layout: Layout) -> list[int]:
     """Choose the layers that may need most: with the most weights, most inputs, or largest group."""
 
     def inputs(index: int) -> int:
-        return max((operator.columns for group in layout.layers[index] for operator in group), default=0)
+        return max((operator.columns for operator in layout.in_layer(index)), default=0)
 
     def largest_group(index: int) -> int:
         groups = layout.layers[index]

@@ -8,42 +8,28 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
-from ..models.whole import other_text
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.layer_records import LayerEntry
 from ..runs.records import PlanRow, Totals
-from ..runtime.devices import free_memory_of_gpus, worker_devices
 from ..runtime.files import existing_folder
 from ..runtime.formatting import count, duration, percent, size
-from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.bypass import LENGTH, MASKS, SEQUENCES
 from ..structured.units import Widths
+from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
 from .measured_sizes import low_rank_weights, measure_sizes
-from .sizes import GENERATING, UNCOUNTED, Choice, Sizes
+from .sizes import UNCOUNTED, Choice, Sizes
 from .time_probe import measure_time
-
-RESERVE = 0.9
-"""Share of the free memory that a run without --memory-limit may use."""
-
-DEVICE_RESERVE = 2**29
-"""Bytes of a GPU's free memory reserved in each process for CUDA context, workspaces and fragments."""
-
-MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
 
 
 @dataclass(frozen=True)
@@ -62,87 +48,6 @@ class Plan:
     stages: Mapping[str, int]
     rows: tuple[PlanRow, ...]
     says: tuple[str, ...]
-
-
-Settings = TypeVar("Settings")
-"""The settings that a plan chooses: :class:`~.sizes.Choice`, or those of another verb."""
-
-
-@dataclass(frozen=True)
-class MemoryBudget(Generic[Settings]):
-    """Budget of a run in main memory or in a GPU's, and its predicted use.
-
-    Args:
-        given: the budget, in messages.
-        limit: bytes.
-        sharing: processes that each need the bytes of the stages, but for :data:`~.sizes.GENERATING`.
-        stages: peak bytes of every stage, as a function of the choice.
-        even: the smallest settings, in messages.
-        kind: kind of memory, in messages.
-        quantity: row of the report.
-        suffix: added to names of stages.
-        more, lighter: advice in messages.
-        option: names the text, in messages.
-        parent: bytes of the process that starts the sharing ones, beside them.
-        solvers: worker processes that share the solving of a group; 0 without.
-        generating: the budget of :data:`~.sizes.GENERATING`, in messages and in bytes, where it is another one: one of
-            several processes does it while the others wait.
-    """
-
-    given: str
-    limit: int
-    sharing: int
-    stages: Callable[[Settings], dict[str, int]]
-    even: str
-    kind: str = "memory"
-    quantity: str = MEMORY
-    suffix: str = ""
-    more: str = "give more"
-    lighter: str = "shorten --seqlen, or choose a lighter --method"
-    option: str = "--calibration"
-    parent: int = 0
-    solvers: int = 0
-    generating: tuple[str, int] | None = None
-
-    def worst(self, choice: Settings) -> str:
-        """Return the stage that needs most."""
-        stages = self.stages(choice)
-        return max(stages, key=lambda name: stages[name])
-
-    def peak(self, choice: Settings) -> int:
-        """Return the peak bytes of all stages."""
-        return max(self.stages(choice).values())
-
-    def load(self, choice: Settings) -> tuple[float, str]:
-        """Return the stage that takes the largest share of its budget, after that share."""
-        together = self._together(choice)
-        return max((each / max(1, self._of(name)[1]), name) for name, each in together.items())
-
-    def holds(self, choice: Settings) -> bool:
-        """Check whether a run with ``choice`` fits."""
-        return self.load(choice)[0] <= 1
-
-    def refusal(self, choice: Settings) -> FistaPrunerError:
-        """Make the error that ``choice`` does not fit."""
-        _, worst = self.load(choice)
-        needs = f"{self._of(worst)[0]} is not enough: {worst} needs {size(self.stages(choice)[worst])}"
-        if worst == GENERATING:
-            return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
-        shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
-        beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
-        fewer = "take fewer --workers, " if self.sharing > 1 or self.solvers else ""
-        return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {fewer}{self.lighter}")
-
-    def _of(self, stage: str) -> tuple[str, int]:
-        """Return the budget of a stage, in messages and in bytes."""
-        return self.generating if self.generating and stage == GENERATING else (self.given, self.limit)
-
-    def _together(self, choice: Settings) -> dict[str, int]:
-        """Compute what each stage needs in all processes."""
-        stages = self.stages(choice)
-        return {
-            name: each if name == GENERATING else each * self.sharing + self.parent for name, each in stages.items()
-        }
 
 
 def make_plan(
@@ -215,38 +120,6 @@ def make_plan(
     share = percent(more / weights)
     said = f"low-rank parts: {count(more)} additional weights, {share} of the operators' ({size(nbytes)})"
     return replace(found, says=(*found.says, said))
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Memory that a run may take.
-
-    Args:
-        limit: bytes of main memory for all workers together.
-        device: device of the layers.
-        free: free bytes of each GPU with workers; empty on a CPU.
-        places: the device of each worker.
-    """
-
-    limit: int
-    device: torch.device
-    free: Mapping[torch.device, int]
-    places: tuple[torch.device, ...]
-
-    @classmethod
-    def of_this_machine(cls, recipe: Recipe | TrainingRecipe, device: torch.device, workers: int) -> Resources:
-        """Measure the free memory of this machine."""
-        execution = recipe.execution
-        limit = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
-        release_device_memory()
-        alone = device.type != "cuda" or workers <= 1
-        places = [device] if alone else worker_devices(execution.device, workers, execution.threads)
-        if device.type != "cuda":
-            return cls(limit, device, {}, tuple(places))
-        others = {place for place in places if place != device}
-        free = {place: free_memory_of_gpus(torch.cuda.device_count())[place.index] for place in others}
-        free[device] = free_device_memory(device)
-        return cls(limit, device, free, tuple(places))
 
 
 @dataclass(frozen=True)
@@ -362,37 +235,19 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     parent = needs.base if _in_files(recipe) else 0
     windows, lower = fewest_windows(recipe.execution.batch_size or 1)
-    even, lighter = f"hidden states on disk and {windows}", f"{lower}{MemoryBudget.lighter}"
-    if not needs.cuda:
-        return MemoryBudget(
-            given,
-            limit,
-            workers,
-            lambda choice: needs.stages(choice, solvers),
-            even=even,
-            lighter=lighter,
-            parent=parent,
-            solvers=solvers,
-        )
+    stages = needs.host_stages if needs.cuda else needs.stages
     return MemoryBudget(
-        given if recipe.execution.memory_limit else f"{given} of main memory",
+        f"{given} of main memory" if needs.cuda and not recipe.execution.memory_limit else given,
         limit,
         workers,
-        lambda choice: needs.host_stages(choice, solvers),
-        kind="main memory",
-        suffix=" (main memory)",
-        even=even,
-        lighter=lighter,
+        lambda choice: stages(choice, solvers),
+        even=f"hidden states on disk and {windows}",
+        kind="main memory" if needs.cuda else MemoryBudget.kind,
+        suffix=" (main memory)" if needs.cuda else "",
+        lighter=f"{lower}{MemoryBudget.lighter}",
         parent=parent,
         solvers=solvers,
     )
-
-
-def fewest_windows(count: int) -> tuple[str, str]:
-    """Say the fewest windows in one pass, 1 or as given, and advise fewer."""
-    if count == 1:
-        return "one window at a time", ""
-    return f"{count} windows at a time (--batch-size)", "lower --batch-size, "
 
 
 def _device_budget(
@@ -467,23 +322,3 @@ def _choices(batch_size: int, recipe: Recipe, cuda: bool) -> list[Choice]:
     choices = [Choice(batch_size, on_disk=in_files, by_operator=sequential)]
     choices += [Choice(size, on_disk=True, by_operator=sequential) for size in sizes]
     return [*choices, Choice(sizes[-1], on_disk=True, by_operator=True)]
-
-
-@contextmanager
-def room_for(device: torch.device, what: str) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error inside the block into one line with advice.
-
-    Args:
-        device: the GPU.
-        what: the work inside the block, such as ``one window``.
-
-    Raises:
-        FistaPrunerError: the GPU has no room for ``what``.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise FistaPrunerError(
-            f"the {size(free_device_memory(device))} that are free on {device} are not enough for {what} through one "
-            "decoder layer: free some of it, shorten --seqlen, lower --batch-size, or choose --device cpu"
-        ) from None

@@ -10,8 +10,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..activations.store import scratch_factory
-from ..activations.stream import embed
+from ..activations.store import Store, scratch_factory
+from ..activations.stream import Calls, embed
 from ..constraints import Constraint
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
@@ -96,7 +96,6 @@ def measure_time(
     if sum(map(layout.weights, range(len(model)))) * samples * seqlen < least:
         return None
     batch = tokens[:batch_size]
-    shape = (len(batch), seqlen, model.width)
     solving: list[float] = []
     known: dict[Hashable, float] = {}  # experts are alike: one of them is timed, and one that no token was routed to
 
@@ -109,15 +108,7 @@ def measure_time(
         solving.append(known[key])
 
     store = scratch_factory(None, model.dtype, model.device if on_device else torch.device("cpu"))
-    states, onward = store("states", shape), store("onward", shape)
-    calls = embed(model, batch, len(batch), states)
-    streams = LayerStreams(states, None, onward, None)
-    if recipe.propagate == "pruned":
-        drifted, drifted_on = store("drifted", shape), store("drifted-on", shape)
-        drifted.write(0, states.read(0, len(batch)))
-        streams = LayerStreams(None, drifted, None, drifted_on)
-        if recipe.dense_share:
-            streams = LayerStreams(states, drifted, onward, drifted_on)
+    streams, calls = _streams(model, batch, recipe, store)
     timed_steps = min(recipe.reconstruct, TIMED_STEPS)
     cheap = recipe.model_copy(
         update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": timed_steps}
@@ -142,6 +133,20 @@ def measure_time(
         entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
         seconds += extrapolate(entry, sum(solving) * (ALTERNATIONS if recipe.low_rank else 1), scale)
     return seconds
+
+
+def _streams(model: LayerwiseModel, batch: Tensor, recipe: Recipe, store: Store) -> tuple[LayerStreams, Calls]:
+    """Embed a batch for the passes that the recipe makes: dense, pruned, or both."""
+    shape = (*batch.shape, model.width)
+    states, onward = store("states", shape), store("onward", shape)
+    calls = embed(model, batch, len(batch), states)
+    if recipe.propagate != "pruned":
+        return LayerStreams(states, None, onward, None), calls
+    drifted, drifted_on = store("drifted", shape), store("drifted-on", shape)
+    drifted.write(0, states.read(0, len(batch)))
+    if not recipe.dense_share:
+        return LayerStreams(None, drifted, None, drifted_on), calls
+    return LayerStreams(states, drifted, onward, drifted_on), calls
 
 
 def frequent_shapes(layout: Layout, sparsity: Mapping[str, Constraint]) -> dict[int, int]:

@@ -22,7 +22,7 @@ from ..runs.records import PlanRow
 from ..runtime.files import existing_folder
 from ..runtime.formatting import duration, size
 from ..tuning.teacher import TOP
-from .plan import DEVICE, DEVICE_RESERVE, DISK, MemoryBudget, Resources, fewest_windows
+from .budget import DEVICE, DEVICE_RESERVE, DISK, MemoryBudget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
 from .training_sizes import CUTTING, STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
@@ -236,35 +236,32 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[MemoryBudget[Tr
         shorter, windows = "lower --max-length", windows if lower else "one pair at a time"
     lighter = f"{lower}or {shorter}, for --parameters {needs.task.recipe.parameters}"
     even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
-    if not needs.model.cuda:
-        return [
-            MemoryBudget(
-                given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data", generating=generating
-            )
-        ]
+    cuda = needs.model.cuda
+    of_what = " of main memory" if cuda else ""
+    host = MemoryBudget(
+        f"{given}{of_what}",
+        limit,
+        1,
+        needs.host_stages if cuda else needs.stages,
+        suffix=" (main memory)" if cuda else "",
+        even="hidden states in files" if cuda else even,
+        lighter=lighter,
+        option="--data",
+        generating=generating and (f"{generating[0]}{of_what}", generating[1]),
+    )
+    if not cuda:
+        return [host]
     free = max(1, resources.free[device] - DEVICE_RESERVE)
-    return [
-        MemoryBudget(
-            f"the {size(free)} that are free on {device}",
-            free,
-            1,
-            needs.stages,
-            kind="GPU memory",
-            quantity=DEVICE,
-            even=even,
-            more="free some of it",
-            lighter=lighter,
-            option="--data",
-        ),
-        MemoryBudget(
-            f"{given} of main memory",
-            limit,
-            1,
-            needs.host_stages,
-            suffix=" (main memory)",
-            even="hidden states in files",
-            lighter=lighter,
-            option="--data",
-            generating=generating and (f"{generating[0]} of main memory", generating[1]),
-        ),
-    ]
+    gpu = MemoryBudget(
+        f"the {size(free)} that are free on {device}",
+        free,
+        1,
+        needs.stages,
+        kind="GPU memory",
+        quantity=DEVICE,
+        even=even,
+        more="free some of it",
+        lighter=lighter,
+        option="--data",
+    )
+    return [gpu, host]

@@ -23,8 +23,8 @@ from ..tuning.losses import Reference, TopTokens
 from ..tuning.teacher import Predictions, stored_dtype
 from ..tuning.trained import Trained, vectors
 from ..tuning.zeroth_order import ZerothOrder
+from .budget import room_for
 from .footprint import kept_bytes, peak_bytes
-from .plan import room_for
 from .sizes import RETAINED
 from .training_sizes import FormSizes, ModelSizes, Task
 
@@ -173,7 +173,7 @@ def _out(task: Task, hidden: Tensor, call: Call) -> Tensor:
 def _weights(task: Task) -> dict[str, Tensor]:
     """Return the weights of the largest layer's operators to train, by name inside the layer."""
     index = largest_layer(task)
-    names = [f"{operator.name}.weight" for group in task.layout.layers[index] for operator in group]
+    names = [f"{operator.name}.weight" for operator in task.layout.in_layer(index)]
     return {name: task.model.layers[index].get_parameter(name) for name in names}
 
 
@@ -195,8 +195,7 @@ def measure_form(task: Task) -> FormSizes:
     counts = [
         sum(
             form.numbers(operator.rows, operator.columns, task.survivors.get(name, operator.rows * operator.columns))
-            for group in task.layout.layers[at]
-            for operator in group
+            for operator in task.layout.in_layer(at)
             if (name := task.layout.full_name(at, operator))
         )
         if form is not None

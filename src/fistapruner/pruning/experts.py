@@ -93,7 +93,7 @@ def remove_experts(
     layer = model.layers[index]
 
     def stored(name: str) -> str:
-        return model.source(f"{model.layers_name}.{index}.{name}")
+        return model.source_of(index, name)
 
     routed = passes.routed_to(unit.name)
     experts = layer.get_submodule(unit.name)

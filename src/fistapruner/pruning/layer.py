@@ -99,8 +99,8 @@ def prune_layer(
             events.operators(names, worst)
         _reconstruct(context, index, streams, passes, clock, measures, record)
         error = passes.output_pass()
-    name = f"{context.layout.prefix}.{index}"
-    mixtures = dict.fromkeys(operator.experts for group in context.layout.layers[index] for operator in group)
+    name = f"{context.layout.layers_name}.{index}"
+    mixtures = dict.fromkeys(operator.experts for operator in context.layout.in_layer(index))
     record.warnings += routing_warnings(name, record.operators, filter(None, mixtures))
     entry = LayerEntry(
         index=index,

@@ -105,7 +105,7 @@ def _cut(
     tensors = unit.tensors(layer, keep)
     cut_channels(layer, unit, keep)
     target = unit.consumer.weight(layer)
-    target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, unit.consumer)}.weight"), weight))
+    target.copy_(model.rounded(model.source_of(index, f"{unit.consumer.name}.weight"), weight))
     weight.copy_(target)
     goa = settings.method == "goa"
     fitted = unit.names if goa else (unit.consumer.name,) if settings.compensation == "refit" else ()
@@ -114,11 +114,11 @@ def _cut(
         new.append(f"{unit.consumer.name}.bias")
         bias = layer.get_parameter(new[-1]).detach()
         before = bias.to(torch.float32, copy=True)
-        source = model.source(f"{context.layout.prefix}.{index}.{new[-1]}")
+        source = model.source_of(index, new[-1])
         bias.copy_(model.rounded(source, before + removal.bias))
         added = bias.float() - before
     for name in dict.fromkeys((*tensors, *new)):
-        source = model.source(f"{context.layout.prefix}.{index}.{name}")
+        source = model.source_of(index, name)
         if name in new:
             record.weights[source] = model.result(source, layer.get_parameter(name).detach())
         else:
@@ -176,9 +176,7 @@ def _fitted(
             for operator, part in zip(group, weight.split(problem.rows), strict=True):
                 if operator.name in unit.producers:
                     target = operator.weight(layer)
-                    target.copy_(
-                        model.rounded(model.source(f"{context.layout.full_name(index, operator)}.weight"), part)
-                    )
+                    target.copy_(model.rounded(model.source_of(index, f"{operator.name}.weight"), part))
                     copies = unit.copies[unit.producers.index(operator.name)]
                     producers += target.float().chunk(copies)
             moment = problem.gram

@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
 from ..errors import FistaPrunerError, explain, refuse_yes_no
-from .loading import load_recipe_settings, merge, parse_yaml
+from .loading import load_recipe_settings, merge_settings, parse_yaml
 
 MAX_SEED = 2**63 - 1
 """Largest seed that torch's random generators accept."""
@@ -146,7 +146,7 @@ class RunRecipe(Settings):
         Raises:
             FistaPrunerError: wrong settings.
         """
-        return self.build(merge(self.model_dump(mode="json"), settings))
+        return self.build(merge_settings(self.model_dump(mode="json"), settings))
 
     @classmethod
     def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:

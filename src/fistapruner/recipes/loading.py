@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, unreadable
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -110,7 +110,7 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
     except UnicodeDecodeError:
         raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     known = f"neither a file nor a shipped recipe ({', '.join(shipped)})" if shipped else "not a file"
     raise FistaPrunerError(f"recipe {name_or_file!r} is {known}")
 
@@ -119,7 +119,7 @@ SECTIONS = ("calibration", "data", "execution", "structure")
 """Settings that are sections with settings of their own."""
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated by ``changes``, section by section; None replaces what is there.
 
     Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone;
@@ -133,9 +133,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and key in SECTIONS:
             section = merged.get(key) or {}
             # A section that is not a mapping stays, so that validation names it.
-            merged[key] = merge(section, value) if isinstance(section, dict) else section
+            merged[key] = merge_settings(section, value) if isinstance(section, dict) else section
         elif key == "recover" and isinstance(merged.get(key), dict) and isinstance(value, (str, int, float)):
-            merged[key] = merge(merged[key], {"data": {"tokens": value}})
+            merged[key] = merge_settings(merged[key], {"data": {"tokens": value}})
         else:
             merged[key] = value
     return merged

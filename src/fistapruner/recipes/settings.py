@@ -11,215 +11,32 @@ import os
 from collections.abc import Callable, Mapping
 from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ModelWrapValidatorHandler,
-    PlainSerializer,
-    SerializationInfo,
-    model_validator,
-)
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from ..errors import FistaPrunerError
-from .base import PATHS_TOO, RunRecipe, Seed, Settings, absolute_file, word_or_number
+from .base import RunRecipe, Seed
+from .calibration_settings import Calibration
 from .execution_settings import Execution
-from .loading import parse_value, read_share
-from .patterns import Patterns, check_patterns
-from .recover_settings import RecoverRecipe
+from .loading import read_share
+from .patterns import Patterns
 from .structure_settings import Structure, removes_nothing
+from .values import (
+    TOTAL,
+    WORKLOAD,
+    AllocationSetting,
+    DenseTarget,
+    MethodSetting,
+    RecoverSetting,
+    SparsitySetting,
+    StructureSetting,
+    read_method,
+)
 
 if TYPE_CHECKING:
     from ..constraints import Constraint
     from ..solvers.base import Method
-
-ALLOCATIONS = ("uniform", "owl", "error", "auto")
-WORKLOAD = "workload:"
-"""What an allocation for a workload begins with; the path of its file follows."""
-
-TOTAL = "error:"
-"""What an allocation by error to a total begins with; the share of zeros follows."""
-
-
-def _sparsity(value: Any) -> Constraint:
-    """Parse a sparsity; the error is a ValueError, which pydantic collects."""
-    # imports torch, which reading the settings' descriptions does not need
-    from ..constraints import CONSTRAINTS, parse_sparsity
-
-    try:
-        found = parse_sparsity(value)
-    except FistaPrunerError as error:
-        raise ValueError(str(error)) from None
-    if type(found) not in CONSTRAINTS.values():
-        raise ValueError(
-            f"sparsity {str(found)!r} of the class {type(found).__name__} is not in CONSTRAINTS of "
-            "constraints/__init__.py, where worker processes and a resumed run find it; fp.solve takes it as it is"
-        )
-    return found
-
-
-def _method(value: Any) -> tuple[Method, ...]:
-    from ..solvers import METHODS, parse_method
-
-    try:
-        steps = parse_method(value)
-    except FistaPrunerError as error:
-        raise ValueError(str(error)) from None
-    for step in steps:
-        if METHODS.get(step.name) is not type(step):
-            raise ValueError(
-                f"method {step.name!r} of the class {type(step).__name__} is not in solvers/catalogue.py, where worker "
-                "processes and a resumed run find it; fp.solve takes it as it is"
-            )
-    return steps
-
-
-def _recover(value: Any) -> Any:
-    """Parse a recovery recipe, or the tokens of one."""
-    if value is None or isinstance(value, RecoverRecipe):
-        return value
-    if isinstance(value, bool):
-        raise ValueError("tokens such as 500k, or the settings of a recovery, are expected")
-    if not isinstance(value, Mapping):
-        value = {"data": {"tokens": value}}
-    try:
-        return RecoverRecipe.build(dict(value))
-    except FistaPrunerError as error:
-        raise ValueError(str(error).removeprefix("recipe: ")) from None
-
-
-def _dump_recover(value: Any, info: SerializationInfo) -> Any:
-    """Write a recovery recipe, without its unset settings where those of the run are left out, too."""
-    if value is None:
-        return None
-    return value.model_dump(mode="json", exclude={"execution"}, exclude_unset=info.exclude_unset)
-
-
-def _dense_target(value: Any) -> Any:
-    return {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
-
-
-def _allocation(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(WORKLOAD):
-        if file := value.removeprefix(WORKLOAD).strip():
-            return WORKLOAD + file
-        raise ValueError("workload: names no file: write workload:FILE")
-    if isinstance(value, str) and value.startswith(TOTAL):
-        if (share := read_share(value.removeprefix(TOTAL))) is None:
-            raise ValueError("error: is followed by the share of zeros of all operators together: error:46%")
-        return f"{TOTAL}{100 * share:.10g}%"
-    if isinstance(value, str) and value not in ALLOCATIONS:
-        value = parse_value(value, repr(value))
-    if not isinstance(value, dict) and value not in ALLOCATIONS:
-        known = ", ".join(ALLOCATIONS)
-        raise ValueError(f"{known}, error:46%, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
-    return value if isinstance(value, str) else _sparsities(value)
-
-
-def _sparsities(named: Mapping[Any, Any]) -> dict[str, Constraint]:
-    """Parse the sparsities of operators, by names of these; the first fault is a ValueError."""
-    found = {}
-    for name, value in named.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{name!r}: names of operators are expected, such as down_proj or 're:layers\\.0\\.'")
-        try:
-            found[name] = _sparsity(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return check_patterns(found)
-
-
-def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
-    return [{step.name: step.model_dump()} for step in steps]
-
-
-def _structure(value: Any) -> Any:
-    """Read an amount alone, ``25%``, as the section with this amount."""
-    return value if value is None or isinstance(value, (Mapping, Structure)) else {"remove": value}
-
-
-SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
-MethodSetting = Annotated[Any, BeforeValidator(_method), PlainSerializer(_dump_method)]
-
-
-DenseTarget = Annotated[
-    Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"],
-    word_or_number(
-        "auto",
-        "dense, pruned, auto, or a share of the dense output from 0 to 1 is expected",
-        lambda share: 0 <= share <= 1,
-    ),
-    BeforeValidator(_dense_target),
-]
-
-
-class Calibration(Settings):
-    """Set where the calibration tokens come from."""
-
-    source: Annotated[str | None, PATHS_TOO] = Field(
-        "self",
-        description="Calibration text: self (text that the model generates), python (the language reference "
-        "that comes with every Python), a .txt, .raw, .md, .jsonl or .parquet file, or a data set of the "
-        "extra 'data': c4, wikitext2, ptb.",
-    )
-    tasks: Annotated[dict[str, str], PATHS_TOO] = Field(
-        {},
-        description="Several calibration texts by name instead of one source; each gives the same number of windows.",
-    )
-    samples: int = Field(
-        128,
-        ge=1,
-        lt=2**31,
-        description="Number of calibration windows. 128 is the papers' choice.",
-    )
-    seqlen: int | None = Field(
-        None,
-        ge=8,
-        description="Tokens in a window; without it the model's maximum length, at most 2048.",
-    )
-    seed: Seed = Field(
-        0,
-        description="Seed that draws the windows, and generates the text of self.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if value.get("tasks"):
-            if value.get("source") is not None:
-                raise ValueError("give either one source or tasks, not both")
-            return {**value, "source": None}
-        return {key: inner for key, inner in value.items() if key != "source" or inner is not None}
-
-    @model_validator(mode="after")
-    def _a_window_each(self) -> Calibration:
-        if self.samples < len(self.tasks):
-            raise ValueError(f"samples is {self.samples}, and each of the {len(self.tasks)} tasks needs a window")
-        return self
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """The sources by name; a single one is called as it is."""
-        return self.tasks if self.source is None else {self.source: self.source}
-
-    @property
-    def name(self) -> str:
-        """The source, or the names of the tasks."""
-        return ", ".join(self.sources)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files among the sources; known names have no suffix."""
-        return tuple(Path(source) for source in self.sources.values() if Path(source).suffix)
-
-    def with_absolute_files(self) -> Calibration:
-        """Return these settings with the absolute path of every file."""
-        paths = {name: absolute_file(text) for name, text in self.sources.items()}
-        return self.model_copy(update={"tasks": paths} if self.tasks else {"source": paths[self.name]})
-
 
 RESOLVED = ("propagate", "dense_target", "residual")
 """Settings whose ``auto`` is resolved before a run begins (:meth:`Recipe.resolved`)."""
@@ -277,9 +94,7 @@ class Recipe(RunRecipe):
         (),
         description="Operators to leave dense, by names as targets takes them.",
     )
-    allocation: Annotated[
-        Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
-    ] = Field(
+    allocation: AllocationSetting = Field(
         "auto",
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
         "error), error:46% (for n:m patterns: by measured error, to this share of zeros in all), workload:FILE (by "
@@ -300,7 +115,7 @@ class Recipe(RunRecipe):
         "computes the same, but adapters of the dense model no longer fit). auto is channels for proximal and none "
         "for published methods.",
     )
-    structure: Annotated[Structure, BeforeValidator(_structure)] = Field(
+    structure: StructureSetting = Field(
         Structure(),
         description="Whole channels that are removed.",
     )
@@ -326,7 +141,7 @@ class Recipe(RunRecipe):
         description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without "
         "matrix units for it.",
     )
-    recover: Annotated[Any, BeforeValidator(_recover), PlainSerializer(_dump_recover)] = Field(
+    recover: RecoverSetting = Field(
         None,
         description="Recovery after pruning: tokens to train on, such as 500k, or the settings of 'recover'; its "
         "result is in RUN/recovered. Not part of the pruning run's identity.",
@@ -456,7 +271,7 @@ class Recipe(RunRecipe):
         if chosen["residual"] == "auto":
             chosen["residual"] = "none" if idle or solver.auto_keeps_paper_settings or goa else "correct"
         if family is not None:
-            before = _method(earlier["method"]) if earlier else ()
+            before = read_method(earlier["method"]) if earlier else ()
             chosen["method"] = tuple(
                 step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
             )

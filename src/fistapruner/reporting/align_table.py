@@ -11,6 +11,7 @@ from ..runs.results import Evaluation
 from ..runs.training_records import PreferenceFigures
 from ..runtime.formatting import counted, p_value, with_error
 from .alignment_text import accuracy_text, by_token_text
+from .evaluation_text import kl_text, perplexity_text
 
 HEAD = (
     "model",
@@ -31,9 +32,8 @@ def align_rows(found: AlignComparison) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     if first is not None and first.alignment is not None:
         test, text = first.alignment.test, first.evaluation
-        dense = text and text.reference
-        perplexity = with_error(dense.perplexity, dense.standard_error) if dense else "–"
-        rows.append(("dense", *_of_others(test.get("dense")), "0" if dense else "–", perplexity))
+        dense = None if text is None else text.reference
+        rows.append(("dense", *_of_others(test.get("dense")), "0" if dense else "–", perplexity_text(dense)))
         rows.append(("pruned", *_of_others(test.get("pruned")), *_text(found.before)))
     labels = dict.fromkeys(row.label for row in found.rows)
     return rows + [_merged(label, [row for row in found.rows if row.label == label]) for label in labels]
@@ -77,8 +77,7 @@ def _text(found: Evaluation | None) -> tuple[str, str]:
     """Write divergence and perplexity."""
     if found is None or found.perplexity is None:
         return "–", "–"
-    kl = "–" if found.divergence is None else with_error(found.divergence.kl, found.divergence.kl_standard_error, 3)
-    return kl, with_error(found.perplexity.perplexity, found.perplexity.standard_error)
+    return kl_text(found.divergence, 3), perplexity_text(found.perplexity)
 
 
 def _merged(label: str, rows: Sequence[AlignRow]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from ..runs.records import Report
 from ..runs.training_records import PreferenceFigures
 from ..runtime.formatting import count, counted, p_value, percent, percent_with_error, significant, with_error
 
-LOSSES = {
+PAIR_LOSS_TEXTS = {
     "dpo": "dpo, nats a pair",
     "multi-dpo": "dpo, mean over references, nats a pair",
     "harmonic": "dpo with the harmonic mean of the references, nats a pair",

@@ -15,9 +15,9 @@ from ..runs.comparison_records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
 from .comparison import failures
 from .drawing import INK, SERIES, Drawing, draw, plain_log, style
-from .evaluation_text import protocol
+from .evaluation_text import kl_text, perplexity_conditions, perplexity_text
 from .model_card import base_model_name
-from .rendering import Table, moment, present, render
+from .rendering import Table, moment, present, render, versions_text
 
 ROUNDING = 0.002
 """Shares of kept weights that differ by less are the same."""
@@ -96,7 +96,7 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
     """Gather rows over their seeds, in the order of first appearance; only groups that have a finite gap."""
     groups: dict[tuple[str, str], list[CompareRow]] = {}
     for row in rows:
-        groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
+        groups.setdefault((row.name, row.sparsity), []).append(row)
     whole = max((row.operator_weights or 0 for row in rows), default=0)
     finite = {(row.sparsity, row.seed) for row in rows if row.gap is not None and math.isfinite(row.gap)}
     made = []
@@ -135,11 +135,11 @@ def short_labels(found: Sequence[Point]) -> dict[str, str]:
 
     Methods that this makes alike are numbered.
     """
-    methods = list(dict.fromkeys(point.method for point in found))
-    bases = [_short(method) for method in methods]
+    labels = methods(found)
+    bases = [_short(label) for label in labels]
     return {
-        method: base if bases.count(base) == 1 else f"{base} ({bases[:place].count(base) + 1})"
-        for place, (method, base) in enumerate(zip(methods, bases, strict=True))
+        label: base if bases.count(base) == 1 else f"{base} ({bases[:place].count(base) + 1})"
+        for place, (label, base) in enumerate(zip(labels, bases, strict=True))
     }
 
 
@@ -152,6 +152,11 @@ def _short(method: str) -> str:
 def patterns(found: Sequence[Point]) -> list[str]:
     """List the sparsities that occur, in order of first appearance."""
     return list(dict.fromkeys(point.sparsity for point in found))
+
+
+def methods(found: Sequence[Point]) -> list[str]:
+    """List the methods that occur, in order of first appearance."""
+    return list(dict.fromkeys(point.method for point in found))
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
@@ -179,7 +184,6 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
 def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
     """Draw the gap of every method by sparsity."""
     order = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
-    methods = list(dict.fromkeys(point.method for point in found))
     if not found:
         return None
     places = {pattern: index for index, pattern in enumerate(order)}
@@ -187,7 +191,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
-        for index, method in enumerate(methods):
+        for index, method in enumerate(methods(found)):
             color = SERIES[index % len(SERIES)]
             for nm in (False, True):
                 mine = sorted(
@@ -235,7 +239,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
 
 def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None:
     """Draw the gap of every method at one sparsity against the time of its whole run."""
-    methods = list(dict.fromkeys(point.method for point in found))
+    labels = methods(found)
     here = [point for point in found if point.sparsity == pattern and point.seconds]
     short = short_labels(found)
     if not here:
@@ -244,7 +248,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
         for order, point in enumerate(sorted(here, key=lambda point: (point.seconds or 0.0, point.gap))):
-            index = methods.index(point.method)
+            index = labels.index(point.method)
             axes.errorbar(
                 point.seconds,
                 point.gap,
@@ -303,13 +307,13 @@ def _overview(found: Sequence[Point]) -> Table:
     for p in found:
         note = p.note or (" ★" if p.gap == best[p.sparsity] else "")
         cells[p.method, p.sparsity] = with_error(p.gap, p.spread or None, 3) + note
-    methods = list(dict.fromkeys(point.method for point in found))
+    labels = methods(found)
     short = short_labels(found)
     names = {
         method: method if short[method] in (method, _short(method)) else f"{short[method]}: {method}"
-        for method in methods
+        for method in labels
     }
-    rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in methods]
+    rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in labels]
     return Table("Gap by method and sparsity", ("method", *columns), rows, numeric=range(1, len(columns) + 1))
 
 
@@ -329,18 +333,16 @@ def _results(comparison: Comparison) -> Table:
     )
     rows: list[tuple[str, ...]] = []
     if comparison.dense is not None:
-        dense = with_error(comparison.dense.perplexity, comparison.dense.standard_error)
-        rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–", "–"))
+        rows.append(("dense", "–", "–", perplexity_text(comparison.dense), "0", "0", "0", "–", "–", "–", "–"))
     for row in comparison.rows:
-        text = row.perplexity
         rows.append(
             (
-                row.label or row.method,
+                row.name,
                 row.sparsity,
                 str(row.seed),
-                "failed" if row.error else with_error(text.perplexity, text.standard_error) if text else "–",
+                "failed" if row.error else perplexity_text(row.perplexity),
                 with_error(row.gap, None, 3),
-                with_error(row.divergence.kl, row.divergence.kl_standard_error, 3) if row.divergence else "–",
+                kl_text(row.divergence, 3),
                 percent(row.relative_error),
                 duration(row.seconds),
                 duration(row.time_split.get("solve")),
@@ -362,11 +364,11 @@ def _protocol(comparison: Comparison) -> list[tuple[str, str]]:
     text = comparison.dense or next((row.perplexity for row in comparison.rows if row.perplexity), None)
     pairs = [
         ("model", comparison.model.source),
-        ("evaluated on", protocol(text) if text else None),
+        ("evaluated on", perplexity_conditions(text) if text else None),
         ("calibration", used.description if used is not None else None),
         ("machine", ", ".join(part for part in (machine.cpu, machine.device_name or "") if part)),
         ("threads", str(machine.threads) if machine.threads else None),
-        ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
+        ("versions", versions_text(comparison.versions)),
         ("command", comparison.command),
     ]
     return present(pairs)

@@ -24,7 +24,7 @@ def comparison_table(comparison: Comparison) -> str:
     """Write the rows in aligned columns, the protocol above them."""
     table = align_columns([HEADER, *(_cells(row) for row in comparison.rows)])
     failed = failures(comparison)
-    return "\n".join([*protocol(comparison), "", table, *(["", *failed] if failed else [])])
+    return "\n".join([*comparison_lines(comparison), "", table, *(["", *failed] if failed else [])])
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -32,14 +32,14 @@ def comparison_markdown(comparison: Comparison) -> str:
     return render(
         "compare.md.j2",
         source=comparison.model.source,
-        protocol=protocol(comparison),
+        protocol=comparison_lines(comparison),
         head=HEADER,
         rows=[_cells(row) for row in comparison.rows],
         failures=failures(comparison),
     )
 
 
-def protocol(comparison: Comparison) -> list[str]:
+def comparison_lines(comparison: Comparison) -> list[str]:
     """Say what all rows share, one sentence a line."""
     lines = []
     if (dense := comparison.dense) is not None:
@@ -60,17 +60,13 @@ def protocol(comparison: Comparison) -> list[str]:
 
 def failures(comparison: Comparison) -> list[str]:
     """List the rows that failed, and why."""
-    return [
-        f"{row.label or row.method}, {row.sparsity}, seed {row.seed}: {row.error}"
-        for row in comparison.rows
-        if row.error
-    ]
+    return [f"{row.name}, {row.sparsity}, seed {row.seed}: {row.error}" for row in comparison.rows if row.error]
 
 
 def _cells(row: CompareRow) -> tuple[str, ...]:
     share = row.zeros_share
     return (
-        row.label or row.method,
+        row.name,
         row.sparsity,
         str(row.seed),
         "failed" if row.error else ("–" if row.perplexity is None else f"{row.perplexity.perplexity:.2f}"),

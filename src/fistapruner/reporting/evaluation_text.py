@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..runs.results import Evaluation, Perplexity, TaskResult
+from ..runs.results import Divergence, Evaluation, Perplexity, TaskResult
 from ..runtime.formatting import align_columns, counted, duration, p_value, percent_with_error, with_error
 
 
@@ -13,9 +13,9 @@ def evaluation_text(evaluation: Evaluation) -> str:
     """Write lines of ``name  value``; every perplexity says what it depends on."""
     rows: list[tuple[str, str]] = []
     if evaluation.perplexity is not None:
-        rows.append(("perplexity", with_error(evaluation.perplexity.perplexity, evaluation.perplexity.standard_error)))
+        rows.append(("perplexity", perplexity_text(evaluation.perplexity)))
     if evaluation.reference is not None:
-        rows.append(("  dense", with_error(evaluation.reference.perplexity, evaluation.reference.standard_error)))
+        rows.append(("  dense", perplexity_text(evaluation.reference)))
     if evaluation.divergence is not None:
         damage = evaluation.divergence
         rows.append(
@@ -24,11 +24,11 @@ def evaluation_text(evaluation: Evaluation) -> str:
                 f"{with_error(damage.nll_difference, damage.nll_difference_standard_error, 4)} nats a token (paired)",
             )
         )
-        rows.append(("KL from dense", f"{with_error(damage.kl, damage.kl_standard_error, 4)} nats a token"))
+        rows.append(("KL from dense", f"{kl_text(damage, 4)} nats a token"))
         agreement = percent_with_error(damage.top1_agreement, damage.top1_standard_error)
         rows.append(("top-1 agreement", f"{agreement} % of tokens"))
     if evaluation.perplexity is not None:
-        rows.append(("measured on", protocol(evaluation.perplexity)))
+        rows.append(("measured on", perplexity_conditions(evaluation.perplexity)))
     if evaluation.low_rank is not None:
         rows.append(("of the model", f"with its low-rank part, {evaluation.low_rank} additional weights"))
     rows += [(f"{task.task} {task.metric}", task_text(task)) for task in evaluation.tasks]
@@ -42,7 +42,17 @@ def on_text(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     return next((evaluation for evaluation in evaluations if evaluation.perplexity is not None), None)
 
 
-def protocol(text: Perplexity) -> str:
+def perplexity_text(found: Perplexity | None) -> str:
+    """Write a perplexity with its error: ``25.32 ± 0.41``; ``–`` for None."""
+    return "–" if found is None else with_error(found.perplexity, found.standard_error)
+
+
+def kl_text(found: Divergence | None, digits: int) -> str:
+    """Write a KL divergence with its error: ``0.021 ± 0.002``; ``–`` for None."""
+    return "–" if found is None else with_error(found.kl, found.kl_standard_error, digits)
+
+
+def perplexity_conditions(text: Perplexity) -> str:
     """Say what a perplexity depends on, in one line."""
     bos = {"none": "no BOS", "text": "BOS before the text", "window": "BOS in every window"}.get(text.bos, text.bos)
     windows = f"{counted(text.windows, 'window')} of {text.seqlen} tokens"

@@ -6,8 +6,7 @@ Each function returns None when the report lacks what it shows.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,16 +15,14 @@ from ..runs.records import Report
 from ..runtime.formatting import duration, significant
 from ..solvers import METHODS
 from ..solvers.base import Trace
-from .drawing import HEAT, HEAT_LEVELS, INK, NARROW, SERIES, SURFACE, Drawing, draw, heat_level, plain_log, style
+from .drawing import INK, NARROW, SERIES, Drawing, draw, plain_log, style
+from .heat_map import heat_map
 from .layer_errors import hardest, mean_error, short_names
-
-MOST_NAMES = 40
-"""Operators of a layer above which a heat map has one row for all experts' operators of a kind."""
 
 MOST_DOTS = 2000
 """Dots of a figure, about."""
 
-PHASES = ("capture", "gram", "problem", "structure", "solve", "reconstruct", "io")
+COLOURED_PHASES = ("capture", "gram", "problem", "structure", "solve", "reconstruct", "io")
 """Phases of a decoder layer that have a color; the others are short."""
 
 
@@ -54,7 +51,7 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
     caption = "Squared error of the outputs as a share of their energy, in %, on calibration tokens; logarithmic scale."
     if any(operator.dense_error for layer in layers for operator in layer.operators):
         caption += " Drift of an operator's inputs counts: its dense weights would have part of this error too."
-    return _map("error-map", "Relative error of every operator", layers, values, caption, "error")
+    return heat_map("error-map", "Relative error of every operator", layers, values, caption, "error")
 
 
 def change_map(layers: Sequence[LayerEntry]) -> Drawing | None:
@@ -65,98 +62,7 @@ def change_map(layers: Sequence[LayerEntry]) -> Drawing | None:
     if not any(values.values()):  # the input's weights were kept
         return None
     caption = "‖ΔW‖ / ‖W‖ in %: norm of the change of an operator's weights over their norm before; logarithmic scale."
-    return _map("change-map", "Change of every operator", layers, values, caption, "change")
-
-
-def _map(
-    key: str,
-    title: str,
-    layers: Sequence[LayerEntry],
-    values: Mapping[tuple[Any, Any], float],
-    caption: str,
-    what: str,
-) -> Drawing | None:
-    """Draw percentages by (decoder layer, operator) as a heat map; None without any.
-
-    Of a mixture with many experts, a row is the median over all experts' operators of a kind.
-
-    Args:
-        key, title, caption: see :class:`Drawing`.
-        layers: of the run.
-        values: in percent.
-        what: the quantity in a word, for the description.
-    """
-    if not values:
-        return None
-    full = short_names(layers)
-    merged = len(full) > MOST_NAMES
-    kinds = {op.name: _kind(op.name) if merged else op.name for layer in layers for op in layer.operators}
-    names = list(dict.fromkeys(kinds.values()))
-    short: dict[Any, str] = {kind: _kind(full[name]) if merged else full[name] for name, kind in kinds.items()}
-    experts = [kind for kind in names if kind not in kinds]
-    if experts:
-        caption += f" A row such as {short[experts[0]]} is the median of a layer's experts; the table has the largest."
-    cells: dict[tuple[Any, Any], list[float]] = {}
-    for (index, name), value in values.items():
-        cells.setdefault((index, kinds[name]), []).append(value)
-    shown = {place: median(found) for place, found in cells.items()}
-    low, high = _log_range(list(shown.values()))
-    indexes = [layer.index for layer in layers]
-
-    def plot(figure: Any, width: int) -> None:
-        wide = width > 500
-        axes, scale = figure.subplots(
-            *((1, 2) if wide else (2, 1)), gridspec_kw={"width_ratios": [60, 1]} if wide else {"height_ratios": [60, 1]}
-        )
-        across, down = (indexes, names) if wide else (names, indexes)
-        cell = (width - 150) / max(1, len(across))
-        for column, a in enumerate(across):
-            for row, d in enumerate(down):
-                key = (a, d) if wide else (d, a)
-                if key not in shown:
-                    continue
-                level = heat_level(math.log(max(shown[key], 1e-12)), low, high)
-                axes.add_patch(_cell(column, row, HEAT[level]))
-                if cell > 27:
-                    color = INK if level < HEAT_LEVELS // 2 else SURFACE
-                    axes.text(column, row, _brief(shown[key]), ha="center", va="center", fontsize=9.5, color=color)
-        axes.set_xlim(-0.5, len(across) - 0.5)
-        axes.set_ylim(len(down) - 0.5, -0.5)
-        names_across, names_down = ([short.get(label, label) for label in labels] for labels in (across, down))
-        _ticks(axes, "x", names_across, every=1 if not wide else max(1, round(28 / max(cell, 1))), rotate=not wide)
-        _ticks(axes, "y", names_down, every=1 if wide else max(1, len(down) // 40))
-        axes.set_xlabel("decoder layer" if wide else "")
-        axes.set_ylabel("" if wide else "decoder layer")
-        style(axes, grid=None)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_visible(False)
-        _scale(scale, low, high, vertical=wide)
-
-    worst = max(values, key=lambda key: values[key])
-    middle = significant(median(values.values()), 2)
-    return draw(
-        key,
-        title,
-        plot,
-        caption=caption,
-        description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators"
-        + (" or kinds of them" if experts else "")
-        + f". The largest {what} is {significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; "
-        f"the median is {middle} %.",
-        heights=(max(150, 70 + 30 * len(names)), max(320, 150 + 15 * len(indexes))),
-        full=True,
-        table=(
-            ["layer", *(short[name] for name in names), *(f"{short[kind]}, largest" for kind in experts)],
-            [
-                [
-                    str(index),
-                    *(significant(shown.get((index, name))) for name in names),
-                    *(significant(max(cells.get((index, kind), ()), default=None)) for kind in experts),
-                ]
-                for index in indexes
-            ],
-        ),
-    )
+    return heat_map("change-map", "Change of every operator", layers, values, caption, "change")
 
 
 def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
@@ -361,8 +267,10 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
     timed = [layer for layer in layers if layer.seconds]
     if not timed:
         return None
-    found = {phase: values for phase in PHASES if any(values := [layer.seconds.get(phase, 0.0) for layer in timed])}
-    found["other"] = [sum(s for phase, s in layer.seconds.items() if phase not in PHASES) for layer in timed]
+    found = {
+        phase: values for phase in COLOURED_PHASES if any(values := [layer.seconds.get(phase, 0.0) for layer in timed])
+    }
+    found["other"] = [sum(s for phase, s in layer.seconds.items() if phase not in COLOURED_PHASES) for layer in timed]
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
@@ -390,11 +298,6 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
     )
 
 
-def _kind(name: str) -> str:
-    """Return the name that an operator shares with those of other experts: ``experts.*.down_proj``."""
-    return re.sub(r"\.\d+\.", ".*.", name)
-
-
 def _percentage(share: Any) -> float | None:
     number = _number(share)
     return None if number is None else 100 * number
@@ -408,67 +311,6 @@ def _decades(values: Iterable[float | None]) -> float:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _log_range(values: list[float]) -> tuple[float, float]:
-    """Return the ends of a logarithmic scale.
-
-    The lowest twentieth, operators that are nearly exact, does not stretch it.
-    """
-    logs = sorted(math.log(max(value, 1e-12)) for value in values)
-    return logs[len(logs) // 20], logs[-1]
-
-
-def _brief(value: float) -> str:
-    """Format a percentage in at most five characters, for a cell of the heat map."""
-    return (
-        "<0.01"
-        if value < 0.01
-        else f"{value:.2f}"
-        if value < 1
-        else f"{value:.1f}"
-        if value < 99.95
-        else f"{value:.0f}"
-    )
-
-
-def _cell(column: int, row: int, color: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, facecolor=color, edgecolor="none")
-
-
-def _scale(axes: Any, low: float, high: float, *, vertical: bool) -> None:
-    """Draw the heat map's colour scale."""
-    from matplotlib.patches import Rectangle
-
-    for level, color in enumerate(HEAT):
-        corner = (0, level) if vertical else (level, 0)
-        axes.add_patch(Rectangle(corner, *((1, 1.02) if vertical else (1.02, 1)), facecolor=color, edgecolor="none"))
-    positions = [0, HEAT_LEVELS / 2, HEAT_LEVELS]
-    labels = [f"{significant(math.exp(low + (high - low) * p / HEAT_LEVELS), 2)} %" for p in positions]
-    labels[0] = f"≤ {labels[0]}"
-    axes.set_xlim(0, 1 if vertical else HEAT_LEVELS)
-    axes.set_ylim(0, HEAT_LEVELS if vertical else 1)
-    if vertical:
-        axes.set_yticks(positions, labels)
-        axes.yaxis.tick_right()
-        axes.set_xticks([])
-    else:
-        axes.set_xticks(positions, labels)
-        axes.set_yticks([])
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _ticks(axes: Any, axis: str, labels: Sequence[Any], *, every: int, rotate: bool = False) -> None:
-    chosen = range(0, len(labels), every)
-    texts = [str(labels[i]) for i in chosen]
-    if axis == "x":
-        axes.set_xticks(list(chosen), texts, rotation=90 if rotate else 0)
-    else:
-        axes.set_yticks(list(chosen), texts)
 
 
 def _line(axes: Any, pairs: Sequence[tuple[int, float]], color: str, label: str, marker: str) -> None:

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from ..runs.records import Report
-from ..runtime.formatting import percent, percent_with_error, significant, with_error
+from ..runtime.formatting import percent, percent_with_error, significant
 from .drawing import INK, SERIES, Drawing, draw, label_right, style
+from .evaluation_text import kl_text, perplexity_text
 from .lineage_text import DONE
 from .recovery_text import gain_of
 
@@ -75,8 +76,7 @@ def perplexities(report: Report) -> Drawing | None:
         caption="exp of the mean NLL of a token over non-overlapping windows; "
         "lines are one standard error over windows. All models saw the same tokens.",
         description="; ".join(
-            f"{data}: "
-            + ", ".join(f"{label} {with_error(p.perplexity, p.standard_error)}" for label, p, _ in reversed(row))
+            f"{data}: " + ", ".join(f"{label} {perplexity_text(p)}" for label, p, _ in reversed(row))
             for data, row in rows
         ),
         heights=(90 + 31 * bars_in_all, 90 + 31 * bars_in_all),
@@ -89,7 +89,7 @@ def perplexities(report: Report) -> Drawing | None:
                     str(p.seqlen),
                     p.dtype,
                     label,
-                    with_error(p.perplexity, p.standard_error),
+                    perplexity_text(p),
                 ]
                 for _, row in rows
                 for label, p, _ in row
@@ -140,8 +140,7 @@ def divergences(report: Report) -> Drawing | None:
         plot,
         caption=f"How far next-token distributions moved: damage that perplexity can hide. {OVER_WINDOWS}",
         description="; ".join(
-            f"{data}: KL {with_error(d.kl, d.kl_standard_error, 3)}, top-1 agreement {percent(d.top1_agreement)}"
-            for data, d in rows
+            f"{data}: KL {kl_text(d, 3)}, top-1 agreement {percent(d.top1_agreement)}" for data, d in rows
         ),
         heights=(110 + 44 * len(rows), 190 + 60 * len(rows)),
         table=(
@@ -149,7 +148,7 @@ def divergences(report: Report) -> Drawing | None:
             [
                 [
                     n,
-                    with_error(d.kl, d.kl_standard_error, 4),
+                    kl_text(d, 4),
                     percent_with_error(d.top1_agreement, d.top1_standard_error, 2),
                 ]
                 for n, d in rows

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..runs.records import Report
 from ..runtime.formatting import significant
-from .alignment_text import LOSSES as PAIR_LOSSES
+from .alignment_text import PAIR_LOSS_TEXTS
 from .drawing import INK, SERIES, SURFACE, Drawing, draw, style
 from .recovery_text import held_out_text
 
-LOSSES = {
+TOKEN_LOSS_TEXTS = {
     "kl": "KL from the dense model, nats a token",
     "ce": "cross-entropy, nats a token",
     "mix": "mixed loss, nats a token",
@@ -29,7 +29,7 @@ def losses(report: Report) -> Drawing | None:
     found = report.recovery
     if found is None or not (found.curve or found.checks):
         return None
-    name = (PAIR_LOSSES if report.kind == "align" else LOSSES).get(found.loss, "loss, nats a token")
+    name = (PAIR_LOSS_TEXTS if report.kind == "align" else TOKEN_LOSS_TEXTS).get(found.loss, "loss, nats a token")
     asked, best = max(found.asked_steps, 1), found.best
     finite = [check for check in found.checks if math.isfinite(check.held_out)]
     kept, others = [check for check in finite if check.kept], [check for check in finite if not check.kept]

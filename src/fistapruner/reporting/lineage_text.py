@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..errors import printable
 from ..runs.labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from ..runs.records import Lineage, Stage
-from ..runtime.formatting import count, percent, with_error
+from ..runtime.formatting import count, percent
+from .evaluation_text import perplexity_text
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
 
@@ -37,7 +38,7 @@ def _stage_line(stage: Stage) -> str:
         parts.append(f"{percent(figures.zeros_share)} zeros in its operators")
     if (text := figures.perplexity) is not None:
         measured = f"{text.windows} windows of {text.seqlen} tokens of {text.data}"
-        parts.append(f"perplexity {with_error(text.perplexity, text.standard_error)} on {measured}")
+        parts.append(f"perplexity {perplexity_text(text)} on {measured}")
     if stage.finished:
         parts.append(stage.finished[:10])
     return ", ".join(parts)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..recipes.settings import WORKLOAD
+from ..recipes.values import WORKLOAD
 from ..runs.labels import OTHERS_BY_NAME, sparsity_label
 from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
 from .alignment_text import preference_rows, preference_sentence
-from .evaluation_text import on_text, task_protocol
+from .evaluation_text import kl_text, on_text, perplexity_text, task_protocol
 from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
-from .rendering import code_block, plain_markdown, render, yaml_text
+from .rendering import code_block, plain_markdown, render, versions_text, yaml_text
 from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import has_free_widths, structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
@@ -226,10 +226,9 @@ def _text_values(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     if text is None:
         return []
     protocol = f"{plain_markdown(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
-    before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
-    rows = [("perplexity", protocol, before, with_error(text.perplexity, text.standard_error))]
+    rows = [("perplexity", protocol, perplexity_text(dense), perplexity_text(text))]
     if damage is not None:
-        rows.append(("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4)))
+        rows.append(("KL from dense (nats/token)", protocol, "0", kl_text(damage, 4)))
         rows.append(("top-1 agreement", protocol, "100 %", percent(damage.top1_agreement)))
     return rows
 
@@ -250,8 +249,7 @@ def _made(report: Report) -> list[str]:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
         source = plain_markdown(file_name(used.source))
-        what = "calibration" if report.recovery is None else "training text"
-        lines.append(f"{what}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
+        lines.append(f"{report.text_kind}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
     if report.recovery is not None and (text := held_out_text(report.recovery)):
         held_out = f"{report.recovery.held_out_windows} windows"
         if report.alignment is not None:
@@ -275,7 +273,7 @@ def _made(report: Report) -> list[str]:
         parts = f" ({report.totals.parts} parts added up)" if report.totals.parts else ""
         lines.append(f"{significant(report.totals.seconds)} s{parts} on {machine}{peak}")
     if report.versions:
-        lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+        lines.append(versions_text(report.versions))
     return lines
 
 

@@ -7,37 +7,22 @@ import re
 import yaml
 
 from ..runs.records import Report
-from ..runs.results import Evaluation
-from ..runs.training_records import Alignment, Recovery, TextSide
-from ..runtime.formatting import count, counted, duration, pattern, percent, short_count, significant, size, with_error
+from ..runs.training_records import TextSide
+from ..runtime.formatting import count, counted, duration, pattern, percent, short_count, significant, size
 from .advice import advice
-from .alignment_text import pairs_text, preference_sentence, references_text
-from .evaluation_text import on_text
+from .alignment_text import pairs_text, references_text
 from .figures import layer_figures
 from .figures_quality import quality_figures
 from .figures_recovery import training_figures
 from .layer_errors import hardest
 from .lineage_text import DONE, lineage_lines
 from .model_card import base_model_name
-from .quality_rows import mean_score, one_metric, quality_rows, recovery_rows
-from .recovery_text import (
-    Gain,
-    change_text,
-    closed_text,
-    gain_of,
-    held_out_text,
-    task_losses,
-    trained_text,
-)
-from .rendering import Table, moment, present, render
+from .quality_rows import quality_rows, recovery_rows
+from .recovery_text import change_text, held_out_text, task_losses, trained_text
+from .rendering import Table, moment, present, render, versions_text
 from .size_and_speed import (
     QUANTISE_FIRST,
     becomes_smaller_packed,
-    dense_speed,
-    fastest,
-    low_rank_sentence,
-    low_rank_share,
-    packed_speeds,
     size_rows,
     smaller_speeds,
     speed_protocol,
@@ -45,7 +30,9 @@ from .size_and_speed import (
     speed_table,
     speeds,
 )
-from .structure_text import ONLY_HERE, has_free_widths, kept_units, structure_rows, structure_sentence, structure_table
+from .structure_text import ONLY_HERE, has_free_widths, structure_rows, structure_table
+from .tiles import tiles
+from .verdict import verdict
 from .workload_text import workload_how, workload_sentence, workload_tables
 
 MOST_WARNINGS = 20
@@ -74,7 +61,7 @@ def run_page(report: Report) -> str:
         report=report,
         becomes_smaller_packed=becomes_smaller_packed(report),
         figures=layer_figures(report) | quality_figures(report) | training_figures(report),
-        tiles=_tiles(report),
+        tiles=tiles(report),
         measured=_measured(report),
         below_sizes=QUANTISE_FIRST if size_rows(report) else "",
         speed=_speed(report),
@@ -108,156 +95,6 @@ def _title(report: Report) -> str:
     name = base_model_name(report.origin) or "Model"
     amount = f", {report.sparsity}" if report.structured else f" at {report.sparsity or 'unknown'} sparsity"
     return name + amount + ("" if report.recovery is None else f", {report.trained}")
-
-
-def verdict(report: Report) -> str:
-    """Say what happened to the model, in two or three sentences."""
-    totals = report.totals
-    sentences = [sentence] if (sentence := structure_sentence(report)) else []
-    if totals.zeros_share is not None and not report.only_structure:
-        share = percent(totals.zeros_share, 4)
-        kept = f", the same as before {report.training}" if report.recovery is not None else ""
-        sentences.append(f"{share} of the {report.counted}' weights are exactly zero{kept}.")
-    if sentence := low_rank_sentence(report):
-        sentences.append(sentence)
-    if report.recovery is not None and (losses := held_out_text(report.recovery)):
-        sentences.append(f"Held-out loss: {losses}.")
-    if report.alignment is not None:
-        sentences.append(preference_sentence(report))
-    if (evaluation := on_text(report.evaluations)) is not None:
-        text, dense = evaluation.perplexity, evaluation.reference
-        if (earlier := gain_of(report, evaluation)) is not None and text is not None:
-            sentences.append(_won(*earlier, evaluation))
-        elif text is not None and dense is not None:
-            ratio = significant(text.perplexity / dense.perplexity)
-            change = f"from {dense.perplexity:.2f} to {text.perplexity:.2f} (×{ratio})"
-            sentences.append(f"Perplexity on {text.data} went {change}.")
-        if evaluation.divergence is not None:
-            same = percent(evaluation.divergence.top1_agreement)
-            stayed = "stayed the same" if report.recovery is None else "is that of the dense model"
-            sentences.append(f"The most likely next token {stayed} for {same} of the tokens.")
-    if report.permuted:
-        sentences.append(
-            f"The hidden channels that {len(report.permuted)} operators read were reordered or rotated for the "
-            "pattern: adapters made for the dense model do not fit this one."
-        )
-    if report.status == "failed":
-        sentences.append(f"The run stopped: {report.error or 'reason unknown'}.")
-    if report.status == "running":
-        what = "layers" if report.recovery is None else "steps"
-        sentences.append(f"The run is not finished; this page shows the {what} that are done.")
-    return " ".join(sentences)
-
-
-def _won(before: Evaluation, won: Gain, after: Evaluation) -> str:
-    """Say how perplexity changed by recovery, beside that of the dense model."""
-    old, new, dense = before.perplexity, after.perplexity, after.reference
-    assert old is not None  # there is no gain without them
-    assert new is not None
-    text = f"Perplexity on {new.data} went from {old.perplexity:.2f} to {new.perplexity:.2f}"
-    if dense is None or won.closed is None:
-        return f"{text}."
-    return f"{text}, against {dense.perplexity:.2f} of the dense model: {closed_text(won)} of the gap is closed."
-
-
-def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """List name, value and note of the figures that matter most."""
-    totals = report.totals
-    items = []
-    evaluation = on_text(report.evaluations)
-    if evaluation is not None and evaluation.perplexity is not None:
-        text, dense, earlier = evaluation.perplexity, evaluation.reference, gain_of(report, evaluation)
-        note = f"dense {with_error(dense.perplexity, dense.standard_error)}; " if dense is not None else ""
-        if earlier is not None and earlier[0].perplexity is not None:
-            note += f"before {with_error(earlier[0].perplexity.perplexity, earlier[0].perplexity.standard_error)}; "
-        items.append(("Perplexity", f"{text.perplexity:.2f}", f"{note}{text.data}, windows of {text.seqlen}"))
-        if earlier is not None and earlier[1].closed is not None:
-            items.append(
-                ("Gap closed", closed_text(earlier[1]), "of ln(perplexity before / dense), paired over windows")
-            )
-        if evaluation.divergence is not None:
-            agreement = evaluation.divergence
-            items.append(
-                (
-                    "Top-1 agreement",
-                    percent(agreement.top1_agreement),
-                    f"KL {with_error(agreement.kl, agreement.kl_standard_error, 3)} nats",
-                )
-            )
-    if report.alignment is not None:
-        items += _preference_tile(report.alignment)
-    if report.recovery is not None:
-        items += _held_out_tile(report.recovery)
-    if report.widths and totals.model_weights and report.model.parameters:
-        share = percent(1 - totals.model_weights / report.model.parameters)
-        units = [f"{unit} {before} → {after}" for unit, before, after in kept_units(report)]
-        items.append(("Parameters removed", share, "; ".join([f"{short_count(totals.model_weights)} stay", *units])))
-    if totals.zeros_share is not None and not report.only_structure:
-        whole = (
-            f"{percent(totals.model_zeros / totals.model_weights)} of the model"
-            if totals.model_weights and totals.model_zeros
-            else ""
-        )
-        items.append(
-            (
-                "Zeros",
-                percent(totals.zeros_share),
-                f"{count(totals.operator_zeros)}; {whole}".rstrip("; "),
-            )
-        )
-    if more := totals.low_rank_weights:
-        share = low_rank_share(report) or count(more)
-        items.append(("Additional weights", share, f"{count(more)} in low-rank parts of rank {totals.low_rank}"))
-    if report.mean_error is not None:
-        errors = report.relative_errors
-        items.append(
-            (
-                "Mean relative error",
-                percent(report.mean_error),
-                f"worst of {len(errors)} operators {percent(max(errors))}",
-            )
-        )
-    tasks = one_metric([task for evaluation in report.evaluations for task in evaluation.tasks])
-    if len(tasks) > 1:
-        mean, _, dense_mean, _ = mean_score(tasks)
-        note = f"mean of {len(tasks)} tasks" + (f"; dense {100 * dense_mean:.1f} %" if dense_mean is not None else "")
-        items.insert(2 if items else 0, ("Zero-shot", f"{100 * mean:.1f} %", note))
-    if totals.checkpoint_bytes:
-        packed = (
-            f"compressed {size(totals.compressed_bytes)}"
-            if totals.compressed_bytes
-            else f"dense {size(report.origin.bytes)}"
-            if report.only_structure
-            else "zeros are stored as they are"
-        )
-        if totals.low_rank_bytes:
-            adapter = f"{size(totals.low_rank_bytes)} of adapter"
-            packed += f", {adapter} among them" if totals.compressed_bytes else f"; and {adapter}"
-        items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
-    baseline, best = dense_speed(report), fastest([*packed_speeds(report), *smaller_speeds(report)])
-    if baseline is not None and best is not None:
-        ratio = float(best["tokens_per_second"]) / float(baseline["tokens_per_second"])
-        note = f"{significant(best['tokens_per_second'])} tokens/s, {best['variant']}, against {baseline['variant']}"
-        items.append(("Decoding speed", f"×{significant(ratio)}", note))
-    if totals.seconds:
-        notes = [f"{totals.parts} parts added up"] if totals.parts else []
-        notes += [f"peak memory {size(totals.peak_memory)}"] if totals.peak_memory else []
-        items.append((f"Time to {report.kind}", duration(totals.seconds), "; ".join(notes)))
-    return items
-
-
-def _preference_tile(found: Alignment) -> list[tuple[str, str, str]]:
-    before, after = found.test["pruned"], found.test["aligned"]
-    note = f"{percent(before.accuracy)} before; {counted(found.test_pairs, 'test pair')}"
-    return [("Preference accuracy", percent(after.accuracy), note)]
-
-
-def _held_out_tile(found: Recovery) -> list[tuple[str, str, str]]:
-    start, best = found.start, found.best
-    if start is None or best is None:
-        return []
-    note = f"{start.held_out:.4f} before; step {best.step} of {found.asked_steps} is kept"
-    return [("Held-out loss", f"{best.held_out:.4f}", note)]
 
 
 def _measured(report: Report) -> Table:
@@ -383,7 +220,7 @@ def _hardest(report: Report) -> Table:
     return Table("The hardest operators", head, rows, numeric=(1, 2), stack=True)
 
 
-PHASES = {
+PHASE_TEXTS = {
     "capture": "forward passes that collect inputs",
     "gram": "sums of outer products",
     "problem": "products of these sums with the weights",
@@ -404,7 +241,7 @@ def _time_split(report: Report) -> Table:
     times = report.totals.time_split
     whole = sum(times.values()) or 1.0
     rows = [
-        (name, duration(value), f"{100 * value / whole:.1f} %", PHASES.get(name, ""))
+        (name, duration(value), f"{100 * value / whole:.1f} %", PHASE_TEXTS.get(name, ""))
         for name, value in sorted(times.items(), key=lambda pair: -pair[1])
     ]
     return Table("Time split", ("phase", "time", "share", "what it is"), rows, numeric=(1, 2), stack=True)
@@ -449,7 +286,7 @@ def _used(report: Report) -> list[tuple[str, str]]:
         ("fingerprint", report.fingerprint),
     ]
     if used is not None:
-        text = "calibration" if report.recovery is None else "training text"
+        text = report.text_kind
         pairs += [
             (text, used.description),
             (
@@ -464,7 +301,7 @@ def _used(report: Report) -> list[tuple[str, str]]:
         ("instructions", " ".join(machine.instructions)),
         ("threads", f"{machine.threads} of {machine.cores} cores" if machine.threads and machine.cores else None),
         ("memory", size(machine.memory) if machine.memory else None),
-        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        ("versions", versions_text(report.versions)),
         ("started", moment(report.started)),
         ("finished", moment(report.finished)),
     ]

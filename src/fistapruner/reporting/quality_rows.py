@@ -9,7 +9,7 @@ from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import p_value, percent_with_error, significant, with_error
 from .alignment_text import preference_rows
-from .evaluation_text import protocol, task_protocol
+from .evaluation_text import kl_text, perplexity_conditions, perplexity_text, task_protocol
 from .recovery_text import closed_text, gain_of
 from .size_and_speed import Row
 
@@ -63,23 +63,15 @@ def _text_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
         if text is not None:
             change = f"×{significant(text.perplexity / dense.perplexity)}" if dense is not None else "–"
-            before = with_error(dense.perplexity, dense.standard_error) if dense is not None else "–"
-            rows.append(
-                (
-                    f"Perplexity, {text.data}",
-                    before,
-                    with_error(text.perplexity, text.standard_error),
-                    change,
-                    protocol(text),
-                )
-            )
+            name = f"Perplexity, {text.data}"
+            rows.append((name, perplexity_text(dense), perplexity_text(text), change, perplexity_conditions(text)))
         if damage is not None:
             gap = with_error(damage.nll_difference, damage.nll_difference_standard_error, 3)
             rows.append(
                 ("NLL gap, nats a token", "0", gap, "", "ln of the ratio of the perplexities, paired over windows")
             )
-            kl = with_error(damage.kl, damage.kl_standard_error, 3)
-            rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || model)"))
+            how = "mean over the same tokens of KL(dense || model)"
+            rows.append(("KL from dense, nats a token", "0", kl_text(damage, 3), "", how))
             agreement = percent_with_error(damage.top1_agreement, damage.top1_standard_error)
             rows.append(
                 (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -50,6 +50,11 @@ def moment(time: str | None) -> str:
 def present(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
     """Drop the pairs without a value."""
     return [(name, value) for name, value in pairs if value]
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    """Write the versions of libraries in one line: ``fistapruner 1.0, torch 2.9``."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def plain_markdown(text: str) -> str:

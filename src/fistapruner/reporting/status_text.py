@@ -13,7 +13,7 @@ from ..runtime.formatting import align_columns, duration, listed, percent
 from .layer_errors import mean_error
 from .recovery_text import held_out_text
 
-LOSSES = 8
+RECENT_STEPS = 8
 """Steps whose mean is shown as the training loss: that of one step is noisy."""
 
 
@@ -51,7 +51,7 @@ def _step_facts(report: Report, found: Recovery, now: datetime) -> dict[str, Any
     left = None
     if report.status == "running" and found.steps:
         left = found.seconds / found.steps * (found.asked_steps - found.steps)
-    recent = [loss for _, loss in found.curve[-LOSSES:]]
+    recent = [loss for _, loss in found.curve[-RECENT_STEPS:]]
     return {
         "steps_done": found.steps,
         "steps": found.asked_steps,

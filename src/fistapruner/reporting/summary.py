@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..runs.records import Report
-from ..runtime.formatting import align_columns, counted, size, with_error
+from ..runtime.formatting import align_columns, counted, size
 from .alignment_text import pairs_text, preference_rows
-from .evaluation_text import protocol
+from .evaluation_text import perplexity_conditions, perplexity_text
 from .lineage_text import lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text, task_losses, text_used, trained_text
 from .size_and_speed import becomes_smaller_packed, low_rank_sentence
@@ -55,9 +55,7 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
         shown = [("dense", dense), ("before", earlier and earlier[0].perplexity), (report.trained, after)]
         for name, one in shown:
             if one is not None:
-                rows.append(
-                    (f"perplexity, {name}", f"{with_error(one.perplexity, one.standard_error)}  {protocol(one)}")
-                )
+                rows.append((f"perplexity, {name}", f"{perplexity_text(one)}  {perplexity_conditions(one)}"))
         if earlier is not None and earlier[1].closed is not None:
             rows.append(("gap closed", f"{closed_text(earlier[1])} of ln(before / dense); error paired over windows"))
         damage, old = evaluation.divergence, earlier and earlier[0].divergence
@@ -90,8 +88,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
         windows = f"{counted(pruned.windows, 'window')} of {pruned.seqlen} tokens"
         how = f"{pruned.data} ({pruned.split}), {windows}, {pruned.dtype}"
         if dense is not None:
-            rows.append(("perplexity, dense", f"{with_error(dense.perplexity, dense.standard_error)}  {how}"))
-        rows.append(("perplexity, pruned", f"{with_error(pruned.perplexity, pruned.standard_error)}  {how}"))
+            rows.append(("perplexity, dense", f"{perplexity_text(dense)}  {how}"))
+        rows.append(("perplexity, pruned", f"{perplexity_text(pruned)}  {how}"))
         if evaluation.divergence is not None:
             divergence = evaluation.divergence
             rows.append(

@@ -48,9 +48,14 @@ class CompareRow(Record):
     error: str | None = None
 
     @property
+    def name(self) -> str:
+        """What to print for the method."""
+        return self.label or self.method
+
+    @property
     def key(self) -> tuple[str, str, int]:
         """Identify the row among those of a comparison."""
-        return self.label or self.method, self.sparsity, self.seed
+        return self.name, self.sparsity, self.seed
 
     @property
     def zeros_share(self) -> float | None:
@@ -66,6 +71,15 @@ class CompareRow(Record):
             f" (structure {removed} removed)" if removed else ""
         )
 
+
+FIGURES, TABLE = "compare.json", "compare.md"
+"""Files of a comparison: the figures so far, and their table."""
+
+RUNS = "runs"
+"""Folder with the run directories of the rows."""
+
+DENSE = "dense.json"
+"""File with the dense model's figures."""
 
 STATES = "dense-states"
 """File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
@@ -141,9 +155,9 @@ class AlignComparison(Record):
 
 def is_comparison(folder: Path) -> bool:
     """Check whether a folder is that of a comparison, which may have no row yet."""
-    if any((folder / name).is_file() for name in ("compare.json", "dense.json", STATES)):
+    if any((folder / name).is_file() for name in (FIGURES, DENSE, STATES)):
         return True
-    return (folder / "runs").is_dir() and {entry.name for entry in entries(folder)} <= {"runs", LOCK}
+    return (folder / RUNS).is_dir() and {entry.name for entry in entries(folder)} <= {RUNS, LOCK}
 
 
 def load_any_comparison(folder: Path) -> Comparison | AlignComparison:
@@ -152,7 +166,7 @@ def load_any_comparison(folder: Path) -> Comparison | AlignComparison:
     Raises:
         FistaPrunerError: it is broken or not there yet.
     """
-    file = folder / "compare.json"
+    file = folder / FIGURES
     if not file.is_file():
         raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
     content = read_json(file)
@@ -171,7 +185,7 @@ def load_comparison(folder: Path) -> Comparison:
     if isinstance(found, AlignComparison):
         raise FistaPrunerError(
             f"{folder} holds a comparison of alignments ('align --compare'), which has no page and no rows of "
-            f"'fistapruner compare': read its table {folder / 'compare.md'}, or name one of the runs in "
-            f"{folder / 'runs'}"
+            f"'fistapruner compare': read its table {folder / TABLE}, or name one of the runs in "
+            f"{folder / RUNS}"
         )
     return found

@@ -20,13 +20,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain
 from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint
-from ..models.files.low_rank import FOLDER, LowRankAdapter
+from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.files.writer import safetensors_name
 from ..runtime.files import (
     BYSTANDERS,
@@ -46,7 +46,7 @@ from .base import Record, parse, read_json
 from .decision import RunRecord
 from .lock import LOCK_FILE, holders
 from .records import Report, is_run, load_run
-from .times import TIMES_FILE
+from .times import TIMES_FILE, forget_times
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -98,7 +98,12 @@ class RunDirectory:
 
     Args:
         folder: the run directory.
+
+    Attributes:
+        early: pattern of the names that an attempt has left that was stopped before ``run.json`` was written.
     """
+
+    early: ClassVar[str] = EARLY
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -124,7 +129,7 @@ class RunDirectory:
 
     def foreign(self) -> list[str]:
         """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
-        return [path.name for path in entries(self.folder) if not re.fullmatch(EARLY, path.name)]
+        return [path.name for path in entries(self.folder) if not re.fullmatch(self.early, path.name)]
 
     def check_place(self) -> None:
         """Refuse a folder that is neither new, nor empty, nor a run, or that has others' files in it.
@@ -348,6 +353,17 @@ class RunDirectory:
             raise FistaPrunerError(
                 f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
             )
+
+    def remove_weights(self) -> None:
+        """Remove what is as large as the model, and the times that were spent on it; the records stay.
+
+        Raises:
+            FistaPrunerError: a folder holds files that the run did not write.
+        """
+        if self.model.is_dir():
+            self.remove_model()
+        remove_adapter(self.adapter)
+        forget_times(self.folder)
 
     def _model_names(self) -> set[str]:
         files = (path for path in self.model.rglob("*") if not path.is_dir())

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..recipes.loading import read_share
-from ..recipes.settings import TOTAL
 from ..recipes.structure_settings import compensation_of
+from ..recipes.values import TOTAL
 from ..runtime.formatting import short_count
 
 TRAINED = {"recover": "recovered", "align": "aligned"}

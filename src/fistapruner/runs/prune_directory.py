@@ -80,6 +80,21 @@ class PruneDirectory(RunDirectory):
     def record(self) -> PruneRecord | None:
         return self.read_record(PruneRecord, "prune")
 
+    def begun_record(self) -> PruneRecord:
+        """Read ``run.json`` of a run that was begun.
+
+        Raises:
+            FistaPrunerError: there is none, or it is none of this verb.
+        """
+        if (record := self.record()) is None:
+            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
+        return record
+
+    def remove_weights(self) -> None:
+        super().remove_weights()
+        self.journal.remove_weights()
+        self.metrics_file.unlink(missing_ok=True)
+
     def _has_own_tokens(self) -> bool:
         try:
             return DRAWING in SafetensorsFile(self.calibration_file).metadata

@@ -346,6 +346,16 @@ class Report(Record):
         return [operator for layer in self.layers for operator in layer.operators]
 
     @property
+    def operator_weights(self) -> int:
+        """Number of weights of all operators."""
+        return sum(math.prod(operator.shape) for operator in self.operators)
+
+    @property
+    def operator_zeros(self) -> int:
+        """Number of zeros of all operators."""
+        return sum(operator.zeros for operator in self.operators)
+
+    @property
     def counted(self) -> str:
         """What to call the operators whose zeros are counted: an allocation may have kept some dense."""
         return "operators" if any(operator.sparsity == "0%" for operator in self.operators) else "pruned operators"
@@ -365,7 +375,7 @@ class Report(Record):
             return claims.pop()
         if not operators or self.pruning:
             return amount_label(self.pruning)
-        return percent(sum(operator.zeros for operator in operators) / sum(math.prod(op.shape) for op in operators))
+        return percent(self.operator_zeros / self.operator_weights)
 
     @property
     def pruning(self) -> dict[str, Any]:
@@ -445,6 +455,11 @@ class Report(Record):
     def trained(self) -> str:
         """What training did to the model: ``recovered`` or ``aligned``."""
         return TRAINED.get(self.kind, "recovered")
+
+    @property
+    def text_kind(self) -> str:
+        """What the run's text is for it: ``calibration`` or ``training text``."""
+        return "calibration" if self.recovery is None else "training text"
 
     @property
     def training(self) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import FistaPrunerError
+from ..errors import unreadable
 from ..runtime.files import disk_errors, open_file, write_all
 
 SYNC_EVERY = 16
@@ -112,7 +112,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     except FileNotFoundError:
         return [], []
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     lines: list[dict[str, Any]] = []
     ends: list[int] = []
     start = 0

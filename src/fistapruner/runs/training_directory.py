@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, entries, files_named, remove_folder
+from ..runtime.files import PARTIAL, disk_errors, files_named, remove_folder
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .lock import hold
@@ -49,6 +50,7 @@ class TrainingDirectory(RunDirectory):
     """
 
     verb: ClassVar[str]
+    early = BEFORE_RUN_FILE
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -65,11 +67,18 @@ class TrainingDirectory(RunDirectory):
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.windows_file, self.steps_file)
 
-    def foreign(self) -> list[str]:
-        return [path.name for path in entries(self.folder) if not re.fullmatch(BEFORE_RUN_FILE, path.name)]
-
     def record(self) -> TrainingRecord | None:
         return self.read_record(TrainingRecord, self.verb)
+
+    def begun_record(self) -> TrainingRecord:
+        """Read ``run.json`` of a run that was begun.
+
+        Raises:
+            FistaPrunerError: there is none, or it is none of this verb.
+        """
+        if (record := self.record()) is None:
+            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
+        return record
 
     def remove(self, source: Path) -> None:
         """Remove the run; ``run.json`` goes last of what makes it one.
@@ -92,6 +101,10 @@ class TrainingDirectory(RunDirectory):
             if self.model.is_dir():
                 self.remove_model(Checkpoint.open(source) if source.is_dir() else None)
             remove_folder(self.folder, self.run_file, *files_named(self.folder, EARLY))
+
+    def remove_weights(self) -> None:
+        super().remove_weights()
+        shutil.rmtree(self.states.folder, ignore_errors=True)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line
+from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line, unreadable
 
 PARTIAL = ".partial"
 
@@ -64,6 +64,11 @@ def existing_folder(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
+
+
+def folder_bytes(folder: Path) -> int:
+    """Add up the bytes of the files of a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def require_utf8(path: Path) -> None:
@@ -329,7 +334,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
             while piece := file.read(2**24):
                 yield piece
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def sampled_sha256(path: Path) -> str:

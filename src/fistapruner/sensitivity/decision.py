@@ -18,10 +18,11 @@ from ..calibration.windows import window_tasks
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from ..runs.records import WorkloadFacts
+from ..runtime.progress import Tick, silent
 from .error_curves import (
     REACH,
     choose_patterns,
@@ -191,7 +192,7 @@ def decide(
     *,
     batch_size: int = 4,
     store: Store | None = None,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = silent,
     smaller: Layout | None = None,
 ) -> Decision:
     """Measure the dense model for allocation, row weights, block reconstruction and channel permutation.

@@ -34,8 +34,9 @@ from ..activations.store import HiddenStates, Store
 from ..activations.stream import Visit, Watched, forward
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..runtime.numerics import add_gram, dtype_name, exact_in_fast_products, fast_products, mirror
+from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent
 
 HEAD_TOKENS = 512
@@ -127,7 +128,7 @@ class DensePasses:
 
     store: Store
     batch_size: int = 4
-    tick: Tick = lambda what, done, total: None
+    tick: Tick = silent
 
 
 def measure_sensitivity(
@@ -168,7 +169,7 @@ def measure_sensitivity(
 
     @contextmanager
     def measure(index: int, layer: nn.Module) -> Iterator[Callable[[Tensor], None]]:
-        operators = [operator for group in layout.layers[index] for operator in group]
+        operators = layout.in_layer(index)
         sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
         metric = _OutputMetric(model.width, model.device) if outputs else None
 

@@ -36,9 +36,7 @@ class Outliers:
         """Compute OWL's sparsities; ``sizes`` are the numbers of weights by full name."""
         members = {}
         for index in self._shares:
-            names = [
-                self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group
-            ]
+            names = [self._layout.full_name(index, operator) for operator in self._layout.in_layer(index)]
             members[index] = {name: sizes[name] for name in names}
         return owl_allocation(self._shares, members, fraction)
 

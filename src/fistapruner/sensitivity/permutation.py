@@ -88,7 +88,7 @@ class Permutations:
             if sparsity is None or sparsity.nm is None or link.channels % sparsity.nm[1]:
                 continue
             pattern = NM(*sparsity.nm)
-            producers = [f"{self._layout.prefix}.{index}.{producer}" for producer in link.producers]
+            producers = [self._layout.full_name(index, producer) for producer in link.producers]
             rotates = link.rotates and self._sparsity.get(producers[0]) == sparsity
             if rotates and link.producers[0] in weights:  # it runs before what reads its channels
                 self._written[producers[0]] = weights[link.producers[0]].clone(), energy.clone()

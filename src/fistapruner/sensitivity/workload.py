@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from ..calibration.text import read_lines
-from ..errors import FistaPrunerError, explain
+from ..errors import FistaPrunerError, explain, unreadable
 from ..recipes.base import Settings
 from ..recipes.loading import parse_yaml
 from ..recipes.settings import Recipe
@@ -138,7 +138,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise FistaPrunerError(f"workload: cannot read {path}: {error.strerror or error}") from None
+        raise FistaPrunerError(f"workload: {unreadable(path, error)}") from None
 
 
 def _check_mix(settings: WorkloadFile, tasks: Sequence[str], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,9 +91,6 @@ def load(
 def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: bool) -> Any:
     """Build the model with its tensors.
 
-    The scales of an int8 operator run along its stored rows. GPT-2 stores its operators transposed, so theirs are
-    rounded to int8 again after transposing.
-
     Raises:
         FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing; or values that
             are not finite cannot become int8.
@@ -127,42 +125,23 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
         except FistaPrunerError as error:
             raise FistaPrunerError(f"{source.folder}: {name}: {error}") from None
 
-    rest: dict[str, Tensor] = {
-        target: rounded(target, source.checkpoint.read(name))
-        for target, name in names.items()
-        if name not in source.specs
-    }
-    rest |= {
-        target: rounded(target, torch.cat([source.tensor(part) for part in parts]))
-        for target, parts in joined_sources(model, stored).items()
-        if target not in names
-    }
-    fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
-    rest |= {target: rounded(target, source.experts(experts[target])) for target in sorted(fused)}
+    rest = _dense_tensors(source, model, names, experts, rounded)
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}  # transformers compares and joins them
     for target, name in names.items():
         if name not in source.specs:
             continue
         operator = source.operator(name)
         parent, _, leaf = target.rpartition(".")
-        module = model.get_submodule(parent) if packed and target not in tied else None
-        if (
-            leaf == "weight"
-            and isinstance(module, nn.Linear)
-            and (module.out_features, module.in_features) == operator.shape
-        ):
-            bias = rest.pop(f"{parent}.bias", None)
-            operator = in_int8(name, operator) if int8 else operator
-            replace(model, parent, SparseLinear(operator, bias, low_rank=factors(target)))
-        elif leaf == "weight" and isinstance(module, Conv1D):  # GPT-2 stores (inputs, outputs)
-            turned = pack_operator(operator.to_dense().T.contiguous())
-            if operator.scales is not None:
-                turned = turned.quantised(operator.group)
-            bias = rest.pop(f"{parent}.bias", None)
-            turned = in_int8(name, turned) if int8 else turned
-            replace(model, parent, SparseLinear(turned, bias, transposed=True, low_rank=factors(target)))
-        else:
+        module = model.get_submodule(parent) if packed and leaf == "weight" and target not in tied else None
+        transposed = isinstance(module, Conv1D)  # GPT-2 stores (inputs, outputs)
+        fits = isinstance(module, nn.Linear) and (module.out_features, module.in_features) == operator.shape
+        if not fits and not transposed:
             rest[target] = rounded(target, operator.to_dense())
+            continue
+        operator = _turned(operator) if transposed else operator
+        operator = in_int8(name, operator) if int8 else operator
+        bias = rest.pop(f"{parent}.bias", None)
+        replace(model, parent, SparseLinear(operator, bias, transposed=transposed, low_rank=factors(target)))
     if packed:
         use_kernels(model)
     try:
@@ -178,6 +157,42 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
     # Parameters keep requires_grad, as from_pretrained leaves them: torch is slow at multiplying a strided input by a
     # weight without gradient.
     return model
+
+
+def _dense_tensors(
+    source: PackedCheckpoint,
+    model: Any,
+    names: Mapping[str, str],
+    experts: Mapping[str, list[list[str]]],
+    rounded: Callable[[str, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Read the tensors of a model that are not packed, or that are several tensors in the checkpoint.
+
+    Args:
+        source: the checkpoint.
+        model: the model.
+        names: names in the checkpoint of the model's tensors.
+        experts: names in the checkpoint of the parts of tensors of all experts.
+        rounded: adds the low-rank part to a tensor of the model, and gives it the precision that it has there.
+    """
+    found = {
+        target: rounded(target, source.checkpoint.read(name))
+        for target, name in names.items()
+        if name not in source.specs
+    }
+    found |= {
+        target: rounded(target, torch.cat([source.tensor(part) for part in parts]))
+        for target, parts in joined_sources(model, source.names()).items()
+        if target not in names
+    }
+    fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
+    return found | {target: rounded(target, source.experts(experts[target])) for target in sorted(fused)}
+
+
+def _turned(operator: PackedOperator) -> PackedOperator:
+    """Transpose an operator; scales run along the stored rows, so int8 values are rounded again."""
+    turned = pack_operator(operator.to_dense().T.contiguous())
+    return turned if operator.scales is None else turned.quantised(operator.group)
 
 
 def _missing(model: nn.Module) -> list[str]:

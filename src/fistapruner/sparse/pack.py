@@ -42,10 +42,10 @@ from ..models.files.record import (
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
-from ..runs.listener import Listener
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name
+from ..runtime.progress import Tick, silent
 from .format import MAX_M, METADATA, VERSION, OperatorSpec, encode
 from .packed import FLOATS, PackedOperator, pack_operator
 from .packed_checkpoint import PackedCheckpoint
@@ -105,7 +105,7 @@ def pack(
     values: str = "same",
     group: int = 0,
     allow_pickle: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Tick = silent,
 ) -> PackReport:
     """Write a pruned checkpoint without its zeros; a low-rank part that belongs to it is copied as it is.
 
@@ -137,8 +137,7 @@ def pack(
         raise FistaPrunerError(f"{source.folder} is packed already")
     low_rank = LowRankAdapter.beside(source.folder)
     record = read_pruning_record(source.folder)
-    tick = progress or Listener().tick
-    plan, violation = _plan(source, record, values, group, tick)
+    plan, violation = _plan(source, record, values, group, progress)
     report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
         files: dict[str, dict[str, Any]] = {}
@@ -147,10 +146,10 @@ def pack(
         for stored, file in source.files.items():
             name = safetensors_name(stored)
             contents[name], squares = _pack_file(
-                partial / name, file, plan, lambda: tick("operators packed", next(done), len(plan))
+                partial / name, file, plan, lambda: progress("operators packed", next(done), len(plan))
             )
             changed, whole = changed + squares[0], whole + squares[1]
-            tick("computing checksums", 0, 1)
+            progress("computing checksums", 0, 1)
             files[name] = _claim(partial / name)
         if low_rank is not None:
             low_rank.copy_into(partial)
@@ -177,7 +176,7 @@ def _claim(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
+def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> Path:
     """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
 
     A low-rank part comes back as it was, as ``adapter`` in the folder; the checkpoint is the sparse part.
@@ -190,8 +189,8 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
     Raises:
         FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
     """
-    tick, done = progress or Listener().tick, count(1)
-    tick("comparing checksums", 0, 1)
+    done = count(1)
+    progress("comparing checksums", 0, 1)
     source, out = PackedCheckpoint(packed), out_path(out)
     require_new(out, source.folder)
     contents = source.contents()
@@ -203,7 +202,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Callable[[str, int,
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
                 for entry in entries:
                     writer.write(entry.name, source.tensor(entry.name))
-                    tick("tensors written", next(done), tensors)
+                    progress("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.low_rank is not None:
             source.low_rank.copy_into(partial)
@@ -267,7 +266,7 @@ class _Planned:
 
 
 def _plan(
-    source: Checkpoint, record: dict[str, Any], values: str, group: int, tick: Callable[[str, int, int], None]
+    source: Checkpoint, record: dict[str, Any], values: str, group: int, progress: Tick
 ) -> tuple[dict[str, _Planned], str | None]:
     """Decide how each pruned operator that becomes smaller is stored.
 
@@ -290,7 +289,7 @@ def _plan(
     plan, weights, zeros, wide = {}, 0, 0, ""
     names = source.names()
     for done, name in enumerate(names):
-        tick("tensors looked through for zeros", done, len(names))
+        progress("tensors looked through for zeros", done, len(names))
         entry = source.entry(name)
         if len(entry.shape) != 2 or entry.dtype not in (*FLOATS, torch.float64) or 0 in entry.shape:
             continue

@@ -64,76 +64,14 @@ def register() -> None:
         def _process_model_before_weight_loading(
             self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
         ) -> None:
-            if not checkpoint_files:
-                raise FistaPrunerError("a packed model is loaded from its folder")
-            folder = Path(checkpoint_files[0]).parent
-            section = {"quant_method": QUANT_METHOD, "version": self.quantization_config.version}
-            if self.quantization_config.widths is not None:
-                section["widths"] = self.quantization_config.widths
-            self.widths = read_widths({"quantization_config": section}, folder)
-            if self.widths and not is_packed(folder):
-                set_widths(model, self.widths, Checkpoint.open(folder).shapes())
-                return
-            self.source = source = PackedCheckpoint(folder)
-            self.validate_environment(device_map=device_map)
-            set_widths(model, self.widths, source.shapes())
-            self.experts = {
-                target: lists
-                for target, lists in expert_sources(model, source.names()).items()
-                if any(name in source.specs for names in lists for name in names)
-            }
-            self.places = _places(model, source, self.experts)
-            for name, (parent, leaf) in self.places.items():
-                module = model.get_submodule(parent)
-                if tuple(module._parameters[leaf].shape) != source.specs[name].shape:
-                    shape = tuple(module._parameters[leaf].shape)
-                    raise FistaPrunerError(
-                        f"{name} is {source.specs[name].shape} in the packed folder, the config asks for {shape}"
-                    )
-                module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
-            self.fused = {target: model.get_parameter(target) for target in self.experts}
-            for target in self.experts:  # so that none is loaded in part, where a few experts are not packed
-                parent, _, leaf = target.rpartition(".")
-                module = model.get_submodule(parent)
-                module._parameters[leaf] = None
-                module._is_hf_initialized = True
-            weights = {*self.experts, *(f"{parent}.{leaf}" for parent, leaf in self.places.values())}
-            names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
-            parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
-            # A list in some models' classes, and a set from here on: transformers takes its union with others.
-            parts += [re.escape(target) + "$" for target in self.experts]
-            ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
-            later = {re.escape(name) + "$" for name in weights}
-            model._keys_to_ignore_on_load_missing = (
-                set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | later
-            )
+            _before_loading(self, model, checkpoint_files, device_map)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             if self.source is not None:
-                self._load_operators(model, self.source)
+                _load_operators(self, model, self.source)
             if self.widths:  # transformers has removed it; what is saved from the model needs it
                 model.config.quantization_config = widths_section(self.widths)
             return model
-
-        def _load_operators(self, model: Any, source: PackedCheckpoint) -> None:
-            device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
-            for name, (parent, leaf) in self.places.items():
-                module = model.get_submodule(parent)
-                module._parameters[leaf] = nn.Parameter(source.tensor(name).to(device, module._parameters[leaf].dtype))
-            for target, lists in self.experts.items():
-                parent, _, leaf = target.rpartition(".")
-                value, wanted = source.experts(lists), self.fused[target]
-                if value.shape != wanted.shape:
-                    raise FistaPrunerError(
-                        f"{target} is {tuple(value.shape)} in the packed folder, the config asks for "
-                        f"{tuple(wanted.shape)}"
-                    )
-                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
-            if source.low_rank is not None:
-                source.low_rank.add_to(model)
-            stored = stored_names(model, source.names())
-            model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return False
@@ -144,6 +82,72 @@ def register() -> None:
 
     auto.register_quantization_config(QUANT_METHOD)(PackedConfig)
     auto.register_quantizer(QUANT_METHOD)(PackedLoader)
+
+
+def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: Any) -> None:
+    """Prepare a model and its loader, before transformers loads the ordinary tensors."""
+    if not checkpoint_files:
+        raise FistaPrunerError("a packed model is loaded from its folder")
+    folder = Path(checkpoint_files[0]).parent
+    section = {"quant_method": QUANT_METHOD, "version": loader.quantization_config.version}
+    if loader.quantization_config.widths is not None:
+        section["widths"] = loader.quantization_config.widths
+    loader.widths = read_widths({"quantization_config": section}, folder)
+    if loader.widths and not is_packed(folder):
+        set_widths(model, loader.widths, Checkpoint.open(folder).shapes())
+        return
+    loader.source = source = PackedCheckpoint(folder)
+    loader.validate_environment(device_map=device_map)
+    set_widths(model, loader.widths, source.shapes())
+    loader.experts = {
+        target: lists
+        for target, lists in expert_sources(model, source.names()).items()
+        if any(name in source.specs for names in lists for name in names)
+    }
+    loader.places = _places(model, source, loader.experts)
+    for name, (parent, leaf) in loader.places.items():
+        module = model.get_submodule(parent)
+        if tuple(module._parameters[leaf].shape) != source.specs[name].shape:
+            shape = tuple(module._parameters[leaf].shape)
+            raise FistaPrunerError(
+                f"{name} is {source.specs[name].shape} in the packed folder, the config asks for {shape}"
+            )
+        module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
+    loader.fused = {target: model.get_parameter(target) for target in loader.experts}
+    for target in loader.experts:  # so that none is loaded in part, where a few experts are not packed
+        parent, _, leaf = target.rpartition(".")
+        module = model.get_submodule(parent)
+        module._parameters[leaf] = None
+        module._is_hf_initialized = True
+    weights = {*loader.experts, *(f"{parent}.{leaf}" for parent, leaf in loader.places.values())}
+    names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
+    parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
+    # A list in some models' classes, and a set from here on: transformers takes its union with others.
+    parts += [re.escape(target) + "$" for target in loader.experts]
+    ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
+    later = {re.escape(name) + "$" for name in weights}
+    model._keys_to_ignore_on_load_missing = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | later
+
+
+def _load_operators(loader: Any, model: Any, source: PackedCheckpoint) -> None:
+    """Load the packed operators and low-rank parts, after transformers has loaded the rest."""
+    device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
+    for name, (parent, leaf) in loader.places.items():
+        module = model.get_submodule(parent)
+        module._parameters[leaf] = nn.Parameter(source.tensor(name).to(device, module._parameters[leaf].dtype))
+    for target, lists in loader.experts.items():
+        parent, _, leaf = target.rpartition(".")
+        value, wanted = source.experts(lists), loader.fused[target]
+        if value.shape != wanted.shape:
+            raise FistaPrunerError(
+                f"{target} is {tuple(value.shape)} in the packed folder, the config asks for {tuple(wanted.shape)}"
+            )
+        model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
+    if source.low_rank is not None:
+        source.low_rank.add_to(model)
+    stored = stored_names(model, source.names())
+    model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
 
 def _places(model: Any, source: PackedCheckpoint, experts: Mapping[str, list[list[str]]]) -> dict[str, tuple[str, str]]:

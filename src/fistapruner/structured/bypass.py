@@ -31,10 +31,11 @@ from ..activations.store import HiddenStates, Store
 from ..activations.stream import Calls, Watched, embed, forward_variants, run_layer
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..recipes.structure_settings import Structure
 from ..runtime.formatting import duration
 from ..runtime.numerics import seeded
+from ..runtime.progress import Tick, silent
 from .units import Unit, Units
 
 SEQUENCES, LENGTH, MASKS = 8, 128, 2
@@ -250,7 +251,7 @@ class BypassLearning:
         seed: int,
         store: Store,
         say: Callable[[str], None] = lambda message: None,
-        tick: Tick = lambda what, done, total: None,
+        tick: Tick = silent,
         *,
         batch_size: int = SEQUENCES,
     ) -> None:

@@ -21,9 +21,6 @@ from torch import Tensor
 from ..problem import LayerProblem
 from ..solvers.conditioning import alive_gram, damped_cholesky, dead_inputs
 
-ROUNDS = 256
-"""Rounds of a long elimination: in each, the cheapest channels go before costs are compared again."""
-
 FEW = 12
 """Blocks of which all subsets are tried, where one number is to be removed."""
 
@@ -63,29 +60,26 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1, *, every_subset
     weight = torch.where(dead_inputs(problem.gram), 0.0, weight)
     if block > 1:
         return _eliminate_blocks(inverse, weight, count, block, tuple(warnings), every_subset=every_subset)
+    columns = weight.T.contiguous()
     diagonal = inverse.diagonal().clone()
     steps = torch.zeros(len(gram), count, dtype=gram.dtype, device=gram.device)
     alive = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     order: list[int] = []
     costs: list[Tensor] = []
-    per_round = -(-count // ROUNDS)
-    while len(order) < count:
+    for done in range(count):
         # Where rounding has left nothing of a pivot, another channel has taken over: what is left of it costs nothing.
-        price = weight.square().sum(0) / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)
-        price = torch.where(alive, price, torch.inf)
-        chosen = price.argsort(stable=True)[: min(per_round, count - len(order))]
-        for channel in chosen.tolist():
-            done = len(order)
-            column = inverse[:, channel] - steps[:, :done] @ steps[channel, :done]
-            pivot = column[channel]
-            removed = weight[:, channel].clone()
-            costs.append(removed.square().sum() / pivot)
-            order.append(channel)
-            alive[channel] = False
-            steps[:, done] = column / pivot.sqrt()
-            diagonal -= steps[:, done].square()
-            weight.addr_(removed, column / pivot, alpha=-1.0)
-            weight[:, channel] = 0.0
+        price = torch.linalg.vector_norm(columns, dim=1).square() / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)
+        channel = int(torch.where(alive, price, torch.inf).argmin())
+        column = inverse[:, channel] - steps[:, :done] @ steps[channel, :done]
+        pivot = column[channel]
+        removed = columns[channel].clone()
+        costs.append(removed.square().sum() / pivot)
+        order.append(channel)
+        alive[channel] = False
+        steps[:, done] = column / pivot.sqrt()
+        diagonal -= steps[:, done].square()
+        columns.addr_(column / pivot, removed, alpha=-1.0)
+        columns[channel] = 0.0
     return Elimination(torch.tensor(order, dtype=torch.int64), torch.stack(costs), tuple(warnings))
 
 

@@ -80,11 +80,11 @@ def find_experts(
         shown = f"mixtures of {', '.join(map(str, sorted(sizes)))} experts" if sizes else "no mixture of experts"
         raise FistaPrunerError(f"structure: {name} has {shown}: no experts are removed")
     for index, found in enumerate(mixtures):
-        read = {operator.experts for group in layout.layers[index] for operator in group}
+        read = {operator.experts for operator in layout.in_layer(index)}
         if missing := set(found) - read:
             raise FistaPrunerError(
-                f"structure: targets and ignore leave out {layout.prefix}.{index}.{min(missing)}, whose experts are to "
-                "be removed"
+                f"structure: targets and ignore leave out {layout.full_name(index, min(missing))}, whose experts are "
+                "to be removed"
             )
     (before,) = sizes
     groups, limit = max(_groups(model.layers[index], found, before) for index, found in enumerate(mixtures))
@@ -295,9 +295,7 @@ def _cut_tensors(
     None where the tensors that are gone, or whose shapes are others, are not those of experts and what routes to them.
     """
     prefixes = {
-        f"{model.layers_name}.{index}.{name}": name
-        for index, layer in enumerate(model.layers)
-        for name in expert_modules(layer)
+        model.full_name(index, name): name for index, layer in enumerate(model.layers) for name in expert_modules(layer)
     }
     blocks = tuple(prefix.rpartition(".")[0] + "." for prefix in prefixes)
 
@@ -394,7 +392,7 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any, most: int) -
             for unit in layer_units:
                 scores = torch.rand(unit.before, generator=torch.Generator().manual_seed(0))
                 keep = kept_experts(scores, unit)
-                place = f"{model.layers_name}.{index}.{unit.name}"
+                place = model.full_name(index, unit.name)
                 if unit.chosen > most:
                     limited = "" if most == unit.after else f", {most} of them in the groups that a token may go to"
                     raise FistaPrunerError(
@@ -448,7 +446,7 @@ def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
                 for handle in handles:
                     handle.remove()
             known[signature] = seen
-        found |= {f"{model.layers_name}.{index}.{name}": count for name, count in known[signature].items()}
+        found |= {model.full_name(index, name): count for name, count in known[signature].items()}
     return found
 
 

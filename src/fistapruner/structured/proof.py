@@ -187,7 +187,7 @@ def _fitting(
                 continue
             width = after if unit.kind == kind else unit.after
             for name, (dim, places) in unit.tensors(model.layers[index], torch.arange(width)).items():
-                full = f"{model.layers_name}.{index}.{name}"
+                full = model.full_name(index, name)
                 wanted[full] = (*wanted[full][:dim], len(places), *wanted[full][dim + 1 :])
                 cut.add(full)
     unit = next(unit for unit in units[0] if unit.kind == kind)

@@ -169,7 +169,7 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
     by_layer = list(zip(*kinds, strict=True)) if kinds else [()] * len(model)
     found = tuple(tuple(unit for units in layers for unit in units) for layers in by_layer)
     sources = [
-        model.source(f"{layout.prefix}.{index}.{name}")
+        model.source_of(index, name)
         for index, units in enumerate(found)
         for unit in units
         for name in unit.tensors(model.layers[index], torch.arange(unit.before))
@@ -201,7 +201,7 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
             )
             if there:
                 why = _left_out(there[0], layout, index, "MLP whose channels can be removed")
-            raise FistaPrunerError(f"structure: {layout.prefix}.{index}: {why}")
+            raise FistaPrunerError(f"structure: {layout.layers_name}.{index}: {why}")
         found.append(units)
     widths = {unit.before for units in found for unit in units}
     if len(widths) > 1:
@@ -216,9 +216,9 @@ def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequenc
     Raises:
         FistaPrunerError: the layer has a mixture of experts.
     """
-    if any(operator.experts for group in layout.layers[index] for operator in group):
+    if any(operator.experts for operator in layout.in_layer(index)):
         raise FistaPrunerError(
-            f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed: take "
+            f"structure: {layout.layers_name}.{index} has a mixture of experts, whose channels are not removed: take "
             "experts=25% or the like"
         )
     units = tuple(
@@ -250,7 +250,7 @@ def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool) -> U
     groups = named_size(config, "num_key_value_heads") or heads
     found = []
     for index in range(len(model)):
-        prefix = f"{layout.prefix}.{index}"
+        prefix = f"{layout.layers_name}.{index}"
         units = _groups_of(layout, index, heads, groups, fused=fused)
         there = units or _groups_of(discover(model), index, heads, groups, fused=fused)
         if len(there) != 1:
@@ -270,7 +270,7 @@ def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool) -> U
 
 def _groups_of(layout: Layout, index: int, heads: int, groups: int, *, fused: bool) -> tuple[Unit, ...]:
     """Return the key/value groups of a decoder layer, for each operator that reads some."""
-    operators = {operator.name: operator for group in layout.layers[index] for operator in group}
+    operators = {operator.name: operator for operator in layout.in_layer(index)}
     alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
     return tuple(
         unit
@@ -380,7 +380,7 @@ def unread_tensors(model: LayerwiseModel, widths: Widths | None) -> list[str]:
     for index, units in enumerate(widths.units):
         names = [name for unit in units for name in unit.tensors(model.layers[index], torch.arange(1))]
         for name in (*names, *(name for unit in widths.mixtures(index) for name in unit.tensors)):
-            stored = model.source(f"{model.layers_name}.{index}.{name}")
+            stored = model.source_of(index, name)
             if (found := LAYER.fullmatch(stored)) and len(shape := checkpoint.entry(stored).shape) > 1:
                 cut.add((found[2], shape))
     read = {found[1] for name in model.sources() if (found := LAYER.fullmatch(name))}
@@ -479,7 +479,7 @@ def _fused(layout: Layout, index: int) -> tuple[Unit, ...]:
     The largest operator that has twice as many outputs as another one beside it has inputs. :mod:`.proof` shows whether
     it is what it seems.
     """
-    operators = [operator for group in layout.layers[index] for operator in group]
+    operators = layout.in_layer(index)
     pairs = [
         (writer.rows, writer.name, reader)
         for reader in operators
@@ -501,6 +501,6 @@ def _left_out(unit: Unit, layout: Layout, index: int, what: str) -> str:
         index: of the decoder layer.
         what: they do not leave.
     """
-    selected = {operator.name for group in layout.layers[index] for operator in group}
+    selected = {operator.name for operator in layout.in_layer(index)}
     missing = next(name for name in (unit.consumer.name, *unit.producers) if name not in selected)
     return f"targets and ignore leave no {what} ({missing} is left out)"

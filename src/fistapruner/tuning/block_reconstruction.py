@@ -7,8 +7,9 @@ some Adam steps (Kingma & Ba 2015) on
     mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
 
 with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at
-that output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured or is zero), and ``w_t`` at
-most 1, smaller for the few tokens with massive activations, whose squares would dominate the mean.
+that output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured or is zero), and ``w_t`` 1
+up to the median energy of what the layer adds to a token (of the first window), and falling as its inverse above: the
+squares of tokens with massive activations would dominate the mean.
 
 An operator with a low-rank part is the sum of both parts in the passes; its surviving weights and both factors take the
 steps.
@@ -189,7 +190,7 @@ def _summed(
     """Find the operators with a low-rank part, by the name of their weight inside the layer."""
     found = {}
     for operator in (operator for group in groups for operator in group):
-        name, inside = f"{model.layers_name}.{index}.{operator.name}", f"{operator.name}.weight"
+        name, inside = model.full_name(index, operator.name), f"{operator.name}.weight"
         if name + A in parts:
             source = model.source(f"{name}.weight")
             tensors = {inside: parts[source], inside + A: parts[name + A], inside + B: parts[name + B]}
@@ -233,8 +234,7 @@ def _write(
     """Write trained values into the layer, rounded as stored; return them by their names in the journal."""
     owners = {name + part: one for name, one in summed.items() for part in (A, B)}
     sources = {
-        name: owners[name].source if name in owners else model.source(f"{model.layers_name}.{index}.{name}")
-        for name in parameters.masters
+        name: owners[name].source if name in owners else model.source_of(index, name) for name in parameters.masters
     }
     parameters.write(lambda name, value: model.rounded(sources[name], value))
     layer, starts = model.layers[index], parameters.starts()

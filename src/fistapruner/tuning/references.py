@@ -24,8 +24,9 @@ from ..activations.stream import Variants
 from ..calibration.pairs import Pairs
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..runs.snapshots import LEAST_SECONDS
+from ..runtime.progress import Tick, silent
 from ..runtime.ranks import ALONE, Ranks
 from .pair_objective import LIKELIHOOD, AnswerObjective
 
@@ -76,7 +77,7 @@ def reference_log_probabilities(
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
     at_once: int = 256,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = silent,
 ) -> dict[str, Tensor]:
     """Return the (pairs, 2) log-probabilities under each reference, from the file where it has them.
 

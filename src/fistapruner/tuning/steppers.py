@@ -14,8 +14,8 @@ from .trainer import StepResult
 from .zeroth_order import ZerothOrder
 
 
-class _Passes:
-    """Losses of windows, for steps that have passes.
+class _Losses:
+    """Losses of windows, with the values that are trained.
 
     Args:
         trained: what is trained.
@@ -30,7 +30,7 @@ class _Passes:
         return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
 
 
-class FirstOrder(_Passes):
+class FirstOrder(_Losses):
     """AdamW steps by backpropagation; each layer takes its step as soon as its gradient is complete."""
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
@@ -57,7 +57,7 @@ def _squares(norms: Sequence[Sequence[Tensor]]) -> list[float]:
     return squares
 
 
-class ForwardOnly(_Passes):
+class ForwardOnly(_Losses):
     """Steps without gradients: two losses a step, along a random direction."""
 
     def __init__(self, trained: Trained, objective: Objective) -> None:

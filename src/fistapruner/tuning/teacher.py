@@ -29,9 +29,10 @@ from ..activations.store import scratch_factory
 from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from ..models.layerwise import LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel
 from ..runtime.files import disk_errors, write_json_atomic
 from ..runtime.numerics import BUDGETS, dtype_name, slices
+from ..runtime.progress import Tick, silent
 from ..runtime.ranks import ALONE, Ranks
 from ..runtime.transfers import sent
 from .losses import DenseLogits, Reference, TopTokens
@@ -119,7 +120,7 @@ class Teacher:
         held_out: Sequence[int] = (),
         windows_on_disk: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
-        tick: Tick = lambda what, done, total: None,
+        tick: Tick = silent,
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
@@ -128,26 +129,11 @@ class Teacher:
         self.identity, self.order = identity, list(order)
         windows, seqlen = tokens.shape
         size = max(1, block_tokens // (seqlen * batch_size)) * batch_size
-        kept_out = set(held_out)
-        train = [window for window in dict.fromkeys(self.order or range(windows)) if window not in kept_out]
-        self.batch_size = batch_size
-        self.blocks = _cut(held_out, size)
+        self.blocks, self.permanent, self._round = _blocks(
+            windows, self.order, held_out, size, windows_per_step, windows_on_disk
+        )
+        self.batch_size = 1 if self._round else batch_size  # what is stored must not depend on the round
         self.step = 1
-        self._round = 0
-        if windows_on_disk is None or windows_on_disk >= len(held_out) + len(train):
-            self.blocks += _cut(train, size)
-            self.permanent = len(self.blocks)
-        else:
-            room = windows_on_disk - len(held_out)
-            if room < windows_per_step:
-                raise FistaPrunerError(
-                    f"the disk has room for the dense model's predictions of {windows_on_disk} windows: "
-                    f"{len(held_out)} held-out windows and {windows_per_step} of one step are needed"
-                )
-            self.batch_size = 1  # so that what is stored for a window does not depend on the round
-            self.permanent = len(self.blocks)
-            self._round = max(1, min(size, room) // windows_per_step) * windows_per_step
-            self.blocks += _cut(self.order, self._round)
         self.ends = dense if kind == "hidden" else None
         self._open: dict[int, tuple[SafetensorsFile, dict[str, int]]] = {}
         self._of: dict[int, int] = {window: n for n in range(self.permanent) for window in self.blocks[n]}
@@ -357,6 +343,41 @@ def stored_dtype(dense: LayerwiseModel) -> torch.dtype:
 
 class _DamagedError(Exception):
     """A block does not hold what its record says."""
+
+
+def _blocks(
+    windows: int,
+    order: Sequence[int],
+    held_out: Sequence[int],
+    size: int,
+    windows_per_step: int,
+    windows_on_disk: int | None,
+) -> tuple[list[list[int]], int, int]:
+    """Cut the windows of a text into blocks; see :class:`Teacher`.
+
+    Args:
+        windows: number of windows.
+        size: windows in a block.
+
+    Returns:
+        The blocks, those that stay first; their number; and the windows in a round, 0 where the disk holds all of them.
+
+    Raises:
+        FistaPrunerError: the disk does not hold the held-out windows and those of one step.
+    """
+    blocks, kept_out = _cut(held_out, size), set(held_out)
+    train = [window for window in dict.fromkeys(order or range(windows)) if window not in kept_out]
+    if windows_on_disk is None or windows_on_disk >= len(held_out) + len(train):
+        blocks += _cut(train, size)
+        return blocks, len(blocks), 0
+    room = windows_on_disk - len(held_out)
+    if room < windows_per_step:
+        raise FistaPrunerError(
+            f"the disk has room for the dense model's predictions of {windows_on_disk} windows: "
+            f"{len(held_out)} held-out windows and {windows_per_step} of one step are needed"
+        )
+    in_round = max(1, min(size, room) // windows_per_step) * windows_per_step
+    return blocks + _cut(order, in_round), len(blocks), in_round
 
 
 def _cut(windows: Sequence[int], size: int) -> list[list[int]]:

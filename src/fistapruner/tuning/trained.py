@@ -64,13 +64,9 @@ class Trained:
         self._sources: list[dict[str, str]] = []  # parameter inside the layer -> name in the checkpoint
         self._low_rank = low_rank.loaded(model.device) if low_rank is not None and folder is None else low_rank
         for index, layer in enumerate(model.layers):
-            operators = [operator for group in layout.layers[index] for operator in group] if self.form else []
+            operators = layout.in_layer(index) if self.form else ()
             chosen = {f"{operator.name}.weight" for operator in operators} | vectors(layer, recipe.also)
-            sources = {
-                name: model.source(f"{model.layers_name}.{index}.{name}")
-                for name, _ in layer.named_parameters()
-                if name in chosen
-            }
+            sources = {name: model.source_of(index, name) for name, _ in layer.named_parameters() if name in chosen}
             self._sources.append(sources)
             self._pruned.append({sources[f"{operator.name}.weight"] for operator in operators})
             self._transposed.append(
@@ -100,11 +96,10 @@ class Trained:
         """Rename tensors of a layer from names in the checkpoint to names inside it; low-rank parts are added."""
         found = {name: values[source] for name, source in self._sources[index].items()}
         if self._low_rank is not None:
-            prefix = f"{self.model.layers_name}.{index}."
             for name, source in self._sources[index].items():
                 if source in self._pruned[index]:
                     transposed = source in self._transposed[index]
-                    whole = self._low_rank.added(prefix + name, found[name], transposed=transposed)
+                    whole = self._low_rank.added(self.model.full_name(index, name), found[name], transposed=transposed)
                     found[name] = whole.to(found[name].dtype)
         return found
 
@@ -213,7 +208,7 @@ class Trained:
             for name, source in sources.items():
                 if source in self._pruned[index] and trained:
                     factors = form.as_hira({short: trained[f"{source}.{short}"] for short in form.names})
-                    operator = f"{self.model.layers_name}.{index}.{name.removesuffix('.weight')}"
+                    operator = self.model.full_name(index, name.removesuffix(".weight"))
                     found[operator] = (factors["A"], factors["B"])
         return found
 

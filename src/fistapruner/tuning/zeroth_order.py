@@ -18,6 +18,7 @@ Differences from the published code:
 4. Where ``full`` is trained, MeZO's z is drawn for surviving weights only; SubZero's z is masked and then no longer of
    low rank.
 5. Trained tensors are fp32. Weight decay is on operators only.
+6. Embeddings, final norm and head are not trained.
 """
 
 from __future__ import annotations

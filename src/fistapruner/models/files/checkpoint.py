@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import FistaPrunerError
+from ...errors import FistaPrunerError, unreadable
 from .pickle import PickleFile
 from .safetensors import SafetensorsFile, TensorEntry
 
@@ -435,7 +435,7 @@ def read_json_in(folder: Path, name: str) -> dict[str, Any]:
             raise FistaPrunerError(f"{path} is larger than {MAX_JSON} bytes")
         value = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
     if not isinstance(value, dict):

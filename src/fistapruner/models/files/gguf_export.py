@@ -25,6 +25,7 @@ import numpy as np
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
+from ...runtime.progress import Tick, silent
 from ..architecture import auto_class, checkpoint_names, read_config, refuse_own_code
 from .checkpoint import Checkpoint, read_widths
 from .gguf import (
@@ -90,7 +91,7 @@ def export_gguf(
     values: GGUFValues = "bf16",
     *,
     allow_pickle: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Tick = silent,
 ) -> Path:
     """Write a checkpoint as a GGUF file.
 
@@ -131,8 +132,7 @@ def export_gguf(
         planned = source.plan(tensors, values)
         with _new_file(out, sum(tensor.nbytes for tensor in planned.values())) as partial:
             source.write(partial, tensors, planned, values, progress)
-            if progress is not None:
-                progress("checking the written file", 0, 1)
+            progress("checking the written file", 0, 1)
             check_gguf(partial)
     return out
 
@@ -474,7 +474,7 @@ class _Source:
         tensors: Mapping[str, str | None],
         planned: Mapping[str, _Planned],
         values: GGUFValues,
-        progress: Callable[[str, int, int], None] | None,
+        progress: Tick,
     ) -> None:
         """Write the file.
 
@@ -505,8 +505,7 @@ class _Source:
             writer.write_ti_data_to_file()
             copied = {tensor.name: tensor for tensor in self.reader.tensors}
             for done, (name, tensor) in enumerate(planned.items()):
-                if progress is not None:
-                    progress("tensors written", done, len(planned))
+                progress("tensors written", done, len(planned))
                 if (source := tensors[name]) is None:
                     writer.write_tensor_data(copied[name].data)
                 else:

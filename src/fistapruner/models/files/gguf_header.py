@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...errors import FistaPrunerError, MissingExtraError
+from ...errors import FistaPrunerError, MissingExtraError, unreadable
 from .safetensors import MAX_BYTES, TensorEntry
 
 MAX_KEYS = 100_000
@@ -92,7 +92,7 @@ def check_gguf(path: Path) -> dict[str, TensorEntry]:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _walk(_Header(path, data), sizes)
     except OSError as error:
-        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
 
 
 def _walk(header: _Header, sizes: dict[int, tuple[int, int]]) -> dict[str, TensorEntry]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import FistaPrunerError
+from ...errors import FistaPrunerError, unreadable
 from .safetensors import NAMES, TensorEntry
 
 
@@ -35,7 +35,7 @@ class PickleFile:
                 pass
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except OSError as error:
-            raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+            raise unreadable(path, error) from None
         except zipfile.BadZipFile:
             what = "is not a whole PyTorch weight file: it is damaged or not a zip file"
             with open(path, "rb") as file:

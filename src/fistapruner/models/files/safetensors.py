@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import FistaPrunerError
+from ...errors import FistaPrunerError, unreadable
 from ...runtime.files import atomic_file, require_space, write_all
 
 MAX_HEADER = 100_000_000  # the format's own limit on the header's bytes
@@ -121,7 +121,7 @@ class SafetensorsFile:
         try:
             self.metadata, self.entries, self._offsets = _read_header(self.path)
         except OSError as error:
-            raise FistaPrunerError(f"cannot read {self.path}: {error.strerror or error}") from None
+            raise unreadable(self.path, error) from None
         except (SafetensorError, ValueError, struct.error, RecursionError) as error:
             reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:200]
             if "unknown variant" in reason:
@@ -158,7 +158,7 @@ class SafetensorsFile:
                         raise FistaPrunerError(f"{self.path} is truncated: it ends within tensor {entry.name!r}")
                     view = view[count:]
         except OSError as error:
-            raise FistaPrunerError(f"cannot read {self.path}: {error.strerror or error}") from None
+            raise unreadable(self.path, error) from None
         if entry.dtype is torch.bool:
             return (buffer != 0).view(entry.shape)
         return buffer.view(entry.dtype).view(entry.shape)

@@ -1,0 +1,185 @@
+"""Measure a finished run when it is asked for: quality and speed of its checkpoint, kept with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import A_TEXT, FistaPrunerError, path_text
+from ..evaluation.evaluate import check_request
+from ..evaluation.evaluate import evaluate as run_evaluation
+from ..models.files.record import lost_structure, read_pruning_record
+from ..models.source import Permissions
+from ..reporting.evaluation_text import item_count
+from ..runs.directory import RunDirectory, finished_run
+from ..runs.identity import changed_files, stamps
+from ..runs.lineage import trained_on
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import Report, is_run
+from ..runs.results import Evaluation
+from ..runs.training_runs import Dense, dense_of
+from ..runtime.machine import describe_machine, now
+from ..sparse.bench import bench, packed_bytes
+from ..sparse.bench import record as speed_record
+from ..sparse.speed import Speed
+from .kept_evaluations import fuller_scores, put_in_place
+from .measure import Compared, compare_texts, evaluate_input, publish
+
+
+def evaluate_run(
+    folder: str | Path,
+    data: str | Path | None = None,
+    *,
+    against: str | Path | None = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Evaluate a finished run against its dense model, and keep the result with the run.
+
+    The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
+    tokens and precision, or of the same task and not more items. If tasks fail, the perplexity before them is there.
+    The model that a recovery run began with is evaluated on the same text too, unless its own run has done that.
+    Figures against another model than the run's own dense model are returned only: the run's are of that one.
+
+    Args:
+        folder: the run directory.
+        data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
+        against: the dense model; default is the one that was pruned.
+        listener: receives progress.
+        **settings: as for :func:`fistapruner.evaluate`, less ``keep`` and ``warn``.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        FistaPrunerError: not a finished run, its dense model is gone or has changed, or bad settings.
+    """
+    data = None if data is None else path_text("data", data, A_TEXT)
+    check_request(data, **settings)
+    permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
+    with _finished(folder) as (run, report):
+        compared = Compared.of(run)
+        dense, listener = dense_of(run), listener or Listener()
+        kept = True
+        if against is None:
+            against = compared.dense
+            if against is None:
+                raise FistaPrunerError(f"{folder} names no dense model: say where it is with --against")
+            if not Path(against).exists():
+                raise FistaPrunerError(
+                    f"{folder}: the model it was made from is not at {against}: say where it is with --against"
+                )
+            if why := _changed(dense, permissions):
+                raise FistaPrunerError(f"{why} since {folder} began: name the dense model with --against")
+        elif _is_another(against, dense, permissions):
+            kept = False
+            listener.say(
+                f"{against} is not the dense model of this run, {compared.dense}: the figures are not kept with the run"
+            )
+        if beside := recovered_beside(folder):
+            listener.say(beside)
+        if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
+            listener.say(warning)
+            if warning not in report.warnings:
+                report.warnings.append(warning)
+
+        shared = () if data is None else compare_texts(report, data, listener)
+
+        def warned(found: Evaluation) -> Evaluation:
+            return replace(found, warnings=(*shared, *found.warnings))
+
+        def keep(found: Evaluation) -> None:
+            if kept:
+                for task in fuller_scores(report.evaluations, found):
+                    listener.say(
+                        f"{task.task} {task.metric}: the run keeps its score on {item_count(task)}: they are more"
+                    )
+                report.evaluations = put_in_place(report.evaluations, warned(found))
+                publish(run, report, listener)
+
+        found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
+        keep(found)
+        text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
+        if kept and evaluate_input(report, compared, found, listener, data=data, **text):
+            publish(run, report, listener)
+    return warned(found)
+
+
+def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
+    """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.
+
+    The figures go into ``report.json``, the page and the model card, in the place of earlier ones. Every form runs in a
+    process of its own, which imports the script that calls this: put the call under ``if __name__ == "__main__":``.
+
+    Args:
+        folder: the run directory.
+        listener: receives progress.
+        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, as for
+            :func:`fistapruner.sparse.bench.bench`.
+
+    Raises:
+        FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.
+    """
+    with _finished(folder) as (run, report):
+        listener = listener or Listener()
+        if beside := recovered_beside(folder):
+            listener.say(beside)
+        dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
+        before = dense.folder if dense is not None and dense.folder.is_dir() else None
+        if before is not None and (why := _changed(dense, Permissions(settings.get("allow_pickle", False)))):
+            listener.say(f"{why} since {folder} began: the dense model is not measured")
+            before = None
+        found = bench(run.model, before=before, **settings)
+        machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
+        report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
+        report.totals.compressed_bytes = packed_bytes(found)
+        publish(run, report, listener)
+    return found
+
+
+@contextmanager
+def _finished(folder: str | Path) -> Iterator[tuple[RunDirectory, Report]]:
+    """Hold a finished run, so that no other process writes it meanwhile; yields it and its report."""
+    if not is_run(folder):
+        raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
+    with hold(Path(folder)):
+        yield finished_run(Path(folder))
+
+
+def recovered_beside(folder: str | Path) -> str | None:
+    """Say that the model of a pruning run was recovered; None where it was not."""
+    recovered = PruneDirectory(Path(folder)).recovered
+    if not (recovered / "model").is_dir():
+        return None
+    return f"{recovered} holds the recovered model; this is the one before it"
+
+
+def _changed(dense: Dense | None, permissions: Permissions) -> str | None:
+    """Say which file of a dense model is not what it was; None where all are, or no run has noted them."""
+    return changed_files(dense.stamps, permissions.at(dense.folder)) if dense is not None and dense.stamps else None
+
+
+def _is_another(model: str | Path, dense: Dense | None, permissions: Permissions) -> bool:
+    """Tell whether a model has other files than the dense model of a run; False where that is not known.
+
+    Args:
+        model: as the user named it.
+        dense: of the run; where no checksums of its files were noted, they are taken from its folder.
+        permissions: what the models' files may do.
+
+    Raises:
+        FistaPrunerError: the model cannot be opened.
+    """
+    if dense is None:
+        return False
+    noted = dense.stamps
+    if not noted and dense.folder.exists():
+        noted = tuple(stamps(permissions.at(dense.folder).checkpoint()))
+    return bool(noted) and changed_files(noted, permissions.find(model)) is not None

@@ -1,0 +1,142 @@
+"""Read sparsities, methods, allocations and other values of a pruning recipe, and write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, SerializationInfo
+
+from ..errors import FistaPrunerError
+from .base import word_or_number
+from .loading import parse_value, read_share
+from .patterns import check_patterns
+from .recover_settings import RecoverRecipe
+from .structure_settings import Structure
+
+if TYPE_CHECKING:
+    from ..constraints import Constraint
+    from ..solvers.base import Method
+
+ALLOCATIONS = ("uniform", "owl", "error", "auto")
+WORKLOAD = "workload:"
+"""What an allocation for a workload begins with; the path of its file follows."""
+
+TOTAL = "error:"
+"""What an allocation by error to a total begins with; the share of zeros follows."""
+
+
+def _sparsity(value: Any) -> Constraint:
+    """Parse a sparsity; the error is a ValueError, which pydantic collects."""
+    # imports torch, which reading the settings' descriptions does not need
+    from ..constraints import CONSTRAINTS, parse_sparsity
+
+    try:
+        found = parse_sparsity(value)
+    except FistaPrunerError as error:
+        raise ValueError(str(error)) from None
+    if type(found) not in CONSTRAINTS.values():
+        raise ValueError(
+            f"sparsity {str(found)!r} of the class {type(found).__name__} is not in CONSTRAINTS of "
+            "constraints/__init__.py, where worker processes and a resumed run find it; fp.solve takes it as it is"
+        )
+    return found
+
+
+def read_method(value: Any) -> tuple[Method, ...]:
+    """Parse a method or a chain of them; the error is a ValueError, which pydantic collects."""
+    from ..solvers import METHODS, parse_method
+
+    try:
+        steps = parse_method(value)
+    except FistaPrunerError as error:
+        raise ValueError(str(error)) from None
+    for step in steps:
+        if METHODS.get(step.name) is not type(step):
+            raise ValueError(
+                f"method {step.name!r} of the class {type(step).__name__} is not in solvers/catalogue.py, where worker "
+                "processes and a resumed run find it; fp.solve takes it as it is"
+            )
+    return steps
+
+
+def _recover(value: Any) -> Any:
+    """Parse a recovery recipe, or the tokens of one."""
+    if value is None or isinstance(value, RecoverRecipe):
+        return value
+    if isinstance(value, bool):
+        raise ValueError("tokens such as 500k, or the settings of a recovery, are expected")
+    if not isinstance(value, Mapping):
+        value = {"data": {"tokens": value}}
+    try:
+        return RecoverRecipe.build(dict(value))
+    except FistaPrunerError as error:
+        raise ValueError(str(error).removeprefix("recipe: ")) from None
+
+
+def _dump_recover(value: Any, info: SerializationInfo) -> Any:
+    """Write a recovery recipe, without its unset settings where those of the run are left out, too."""
+    if value is None:
+        return None
+    return value.model_dump(mode="json", exclude={"execution"}, exclude_unset=info.exclude_unset)
+
+
+def _dense_target(value: Any) -> Any:
+    return {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
+
+
+def _allocation(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(WORKLOAD):
+        if file := value.removeprefix(WORKLOAD).strip():
+            return WORKLOAD + file
+        raise ValueError("workload: names no file: write workload:FILE")
+    if isinstance(value, str) and value.startswith(TOTAL):
+        if (share := read_share(value.removeprefix(TOTAL))) is None:
+            raise ValueError("error: is followed by the share of zeros of all operators together: error:46%")
+        return f"{TOTAL}{100 * share:.10g}%"
+    if isinstance(value, str) and value not in ALLOCATIONS:
+        value = parse_value(value, repr(value))
+    if not isinstance(value, dict) and value not in ALLOCATIONS:
+        known = ", ".join(ALLOCATIONS)
+        raise ValueError(f"{known}, error:46%, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
+    return value if isinstance(value, str) else _sparsities(value)
+
+
+def _sparsities(named: Mapping[Any, Any]) -> dict[str, Constraint]:
+    """Parse the sparsities of operators, by names of these; the first fault is a ValueError."""
+    found = {}
+    for name, value in named.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r}: names of operators are expected, such as down_proj or 're:layers\\.0\\.'")
+        try:
+            found[name] = _sparsity(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return check_patterns(found)
+
+
+def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
+    return [{step.name: step.model_dump()} for step in steps]
+
+
+def _structure(value: Any) -> Any:
+    """Read an amount alone, ``25%``, as the section with this amount."""
+    return value if value is None or isinstance(value, (Mapping, Structure)) else {"remove": value}
+
+
+SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
+MethodSetting = Annotated[Any, BeforeValidator(read_method), PlainSerializer(_dump_method)]
+AllocationSetting = Annotated[
+    Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
+]
+StructureSetting = Annotated[Structure, BeforeValidator(_structure)]
+RecoverSetting = Annotated[Any, BeforeValidator(_recover), PlainSerializer(_dump_recover)]
+DenseTarget = Annotated[
+    Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"],
+    word_or_number(
+        "auto",
+        "dense, pruned, auto, or a share of the dense output from 0 to 1 is expected",
+        lambda share: 0 <= share <= 1,
+    ),
+    BeforeValidator(_dense_target),
+]
