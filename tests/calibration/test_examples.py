@@ -23,6 +23,12 @@ CHAT = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "{{ message.role[0] }}\n{{ message.content }}</s>\n{% endfor %}{% if add_generation_prompt %}a\n{% endif %}"
 )
+TOOLS = (
+    "{% if tools %}t\n{{ tools[0].name }}</s>\n{% endif %}{% for message in messages %}"
+    "{{ message.role[0] }}\n{{ mood }}{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}{{ call.name }}{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}a\n{% endif %}"
+)
 FORGETFUL = "{{ messages[-1].role[0] }}\n{{ messages[-1].content }}</s>"
 
 
@@ -85,6 +91,30 @@ def test_conversations_may_begin_with_the_assistant() -> None:
     ids, marks = Example("messages", content, "here").encode(tokenizer)
     assert pieces(tokenizer, ids, marks, True) == "ba</s>yy</s>"
     assert pieces(tokenizer, ids, marks, False) == "a\n\nu\nq</s>\na\n"
+
+
+def test_all_that_a_template_reads_is_written(tmp_path: Path) -> None:
+    """Tool calls, tools and arguments of the template; a turn of weight 0 carries no loss."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    talk = [ASK, call, {"role": "tool", "content": "c"}, {**ANSWER, "weight": 0}, ASK, {**ANSWER, "content": "d"}]
+    record = {"messages": talk, "tools": [{"name": "look"}], "chat_template_kwargs": {"mood": "m"}}
+    [example] = read_training_file(write(tmp_path / "a.jsonl", [record]))
+    assert isinstance(example, Example)
+    tokenizer = chat_tokenizer(TOOLS)
+    ids, marks = example.encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "mlook</s>md</s>"
+    assert pieces(tokenizer, ids, marks, False) == "t\nlook</s>\nu\nma</s>\na\n\nt\nmc</s>\na\nmb</s>\nu\nma</s>\na\n"
+    with pytest.raises(FistaPrunerError, match="line 1 has 'tool_calls', which the tokenizer's chat template does not"):
+        example.encode(chat_tokenizer())
+    others: list[dict[str, Any]] = [{**record, "tools": []}, {**record, "chat_template_kwargs": None}, record]
+    texts = [
+        found.text for found in read_training_file(write(tmp_path / "b.jsonl", others)) if isinstance(found, Example)
+    ]
+    assert len(set(texts)) == 3
+    assert texts[2] == example.text
+    plain = [ASK, {**ANSWER, "name": None, "tool_calls": []}]
+    [same] = read_training_file(write(tmp_path / "c.jsonl", [{"messages": plain, "tools": None}]))
+    assert same.text == json.dumps(["messages", [["user", "a"], ["assistant", "b"]]])  # decides the side
 
 
 @pytest.mark.parametrize(("count", "held"), [(26, 6), (8, 4)])
@@ -193,6 +223,10 @@ ANSWER = {"role": "assistant", "content": "b"}
         ({"prompt": "a", "completion": "b\ud83d"}, r"line 1: 'completion' has half a character \(\\ud83d\)"),
         ({"messages": [ASK, {**ANSWER, "content": "\ude00"}]}, r"message 2: 'content' has half a character"),
         ({"messages": [ASK]}, "no message of the role 'assistant'"),
+        ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "no message of the role 'assistant' that carries loss"),
+        ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "message 2 has the weight 0.5: 0 or 1 is expected"),
+        ({"messages": [ASK, ANSWER], "tools": "a"}, "'tools' is 'a', and a list is expected"),
+        ({"messages": [ASK, ANSWER], "chat_template_kwargs": [1]}, r"'chat_template_kwargs' is \[1\], and a mapping"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, record: Any, words: str) -> None:
@@ -236,7 +270,9 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "text", "prompt", "completion", "messages"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "text", "prompt", "completion", "messages", "tools"]), inner
+        )
     ),
     max_leaves=8,
 )

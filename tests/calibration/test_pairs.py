@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples import chat_tokenizer, write
+from test_examples import TOOLS, chat_tokenizer, write
 from test_windows import letters_tokenizer, text_of
 from tokenizers.processors import TemplateProcessing
 
@@ -105,6 +105,7 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, why: str) -> None:
         ({"chosen": "ab", "rejected": "abc"}, "chosen is what rejected begins with, .* its answer: --prompt-ends TEXT"),
         ({"chosen": "a b", "rejected": "a "}, "line 1: rejected is what chosen begins with, so that nothing is left"),
         ({"chosen": "", "rejected": "a"}, "line 1: chosen and rejected share no beginning, which is the prompt"),
+        ({**CHAT, "chosen": [{**says("cd")[0], "weight": 0}]}, "chosen has a message of weight 0"),
         ({**CHAT, "chosen": user("x")}, "line 1: the first message of chosen behind the prompt has the role 'user'"),
         ({"chosen": user("a"), "rejected": user("a") + says("b")}, "chosen is what rejected begins .* its answer$"),
         ({"chosen": says("a"), "rejected": says("b")}, "line 1: chosen and rejected have different first messages"),
@@ -176,6 +177,15 @@ def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
     assert text_of(tokenizer, pairs.tokens[0][pairs.marks[0]]) == "cd</s>\n"
     with pytest.raises(FistaPrunerError, match="line 1 has messages, and the tokenizer has no chat template"):
         tokenised(records, tmp_path, chat_tokenizer(None))
+
+
+def test_answers_may_differ_in_their_tool_calls_alone(tmp_path: Path) -> None:
+    answers = {name: [{"role": "assistant", "tool_calls": [{"name": name[0]}]}] for name in ("chosen", "rejected")}
+    record = {"prompt": user("ab"), **answers, "chat_template_kwargs": {"mood": "m"}}
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", [record]))
+    tokenizer = chat_tokenizer(TOOLS)
+    texts = [text_of(tokenizer, torch.tensor(ids)) for ids in pair.encode(tokenizer)]
+    assert texts == ["u\nmab</s>\na\n", "u\nmab</s>\na\nmc</s>\n", "u\nmab</s>\na\nmr</s>\n"]
 
 
 def test_long_prompts_are_left_out_and_long_answers_cut(tmp_path: Path) -> None:

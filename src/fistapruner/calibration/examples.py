@@ -7,8 +7,8 @@ tokenizer's chat template writes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from .text import read_lines, text_of, whole_text
 KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
 """Kinds of lines, and how they are called in messages."""
 
+Message = tuple[Any, ...]
+"""(role, content) of a message of a chat, or (role, content, what else its template may read)."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -26,18 +29,20 @@ class Example:
 
     Args:
         kind: ``prompt`` or ``messages``.
-        content: (prompt, completion), or (role, content) of every message.
+        content: (prompt, completion), or the messages.
         where: file and line, for messages.
+        options: what the chat template is given besides the messages.
     """
 
     kind: str
     content: tuple[Any, ...]
     where: str
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         """The content as one string: equal examples have equal strings."""
-        return json.dumps([self.kind, self.content])
+        return json.dumps([self.kind, self.content, *([self.options] if self.options else [])])
 
     def encode(self, tokenizer: Any, bos: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
         """Tokenise the example; return token ids and which of them carry loss.
@@ -55,7 +60,8 @@ class Example:
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
         else:
-            ids, marks = _encode(_turns(self.content, tokenizer, self.where), tokenizer, (), self.where)
+            turns = _turns(self.content, tokenizer, self.where, self.options)
+            ids, marks = _encode(turns, tokenizer, (), self.where)
         # The first token has nothing before it in its own example.
         return ids, [False, *marks[1:]]
 
@@ -86,10 +92,10 @@ def _kind(record: dict[str, Any]) -> str:
 
 
 def _completion(record: dict[str, Any], where: str) -> Example:
-    for field in ("prompt", "completion"):
-        if not isinstance(record.get(field), str):
-            raise FistaPrunerError(f"{where} has no field {field!r} with a string in it")
-        whole_text(record[field], field, where)
+    for name in ("prompt", "completion"):
+        if not isinstance(record.get(name), str):
+            raise FistaPrunerError(f"{where} has no field {name!r} with a string in it")
+        whole_text(record[name], name, where)
     if not record["completion"].strip():
         raise FistaPrunerError(f"{where}: the completion is empty, so that there is nothing to learn")
     return Example("prompt", (record["prompt"], record["completion"]), where)
@@ -97,31 +103,81 @@ def _completion(record: dict[str, Any], where: str) -> Example:
 
 def _messages(record: dict[str, Any], where: str) -> Example:
     messages = read_messages(record["messages"], "messages", where)
-    if not any(role == "assistant" for role, _ in messages):
-        raise FistaPrunerError(f"{where} has no message of the role 'assistant', so that there is nothing to learn")
-    return Example("messages", messages, where)
+    if not any(map(carries_loss, messages)):
+        raise FistaPrunerError(
+            f"{where} has no message of the role 'assistant' that carries loss, so that there is nothing to learn"
+        )
+    return Example("messages", messages, where, template_options(record, where))
 
 
-def read_messages(value: Any, field: str, where: str) -> tuple[tuple[str, str], ...]:
-    """Read a list of messages as (role, content).
+def read_messages(value: Any, field: str, where: str) -> tuple[Message, ...]:
+    """Read a list of messages.
 
     Args:
-        value: the list, of mappings with role and content.
+        value: the list, of mappings with role and content; messages with ``tool_calls`` need no content.
         field: that holds it; ``where``: file and line, for messages.
 
     Raises:
-        FistaPrunerError: not such a list, an empty answer of the assistant, or half a character.
+        FistaPrunerError: not such a list, an empty answer of the assistant, half a character, or a weight that is
+            neither 0 nor 1.
     """
     if not isinstance(value, list) or not value:
         raise FistaPrunerError(f"{where}: {field!r} is not a list of messages with role and content")
+    messages: list[Message] = []
     for number, message in enumerate(value, 1):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+        others = {} if not isinstance(message, dict) else message.copy()
+        role, content = others.pop("role", None), others.pop("content", None)
+        others = {key: given for key, given in others.items() if given not in (None, "", [], {})}
+        calls = "tool_calls" in others
+        for key, text in (("role", role), ("content", "" if content is None and calls else content)):
+            if not isinstance(text, str):
                 raise FistaPrunerError(f"{where}: message {number} has no field {key!r} with a string in it")
-            whole_text(message[key], key, f"{where}: message {number}")
-        if message["role"] == "assistant" and not message["content"].strip():
+            whole_text(text, key, f"{where}: message {number}")
+        if role == "assistant" and not (content or "").strip() and not calls:
             raise FistaPrunerError(f"{where}: message {number} is an empty answer of the assistant")
-    return tuple((message["role"], message["content"]) for message in value)
+        if others.get("weight", 1) not in (0, 1):
+            raise FistaPrunerError(
+                f"{where}: message {number} has the weight {others['weight']!r:.100}: 0 or 1 is expected"
+            )
+        messages.append((role, content, others) if others else (role, content))
+    return tuple(messages)
+
+
+def template_options(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """Read what a line gives the chat template besides messages: ``tools`` and ``chat_template_kwargs``.
+
+    Args:
+        record: of the line; ``tools`` may be a list that is written as JSON, as TRL reads it.
+        where: file and line, for messages.
+
+    Raises:
+        FistaPrunerError: ``tools`` is no list, or ``chat_template_kwargs`` no mapping.
+    """
+    tools, options = record.get("tools") or [], record.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise FistaPrunerError(f"{where}: 'tools' is {tools!r:.100}, and a list is expected") from None
+    for name, value, kind, expected in (
+        ("tools", tools, list, "a list"),
+        ("chat_template_kwargs", options, dict, "a mapping"),
+    ):
+        if not isinstance(value, kind):
+            raise FistaPrunerError(f"{where}: {name!r} is {value!r:.100}, and {expected} is expected")
+    return {"tools": tools, **options} if tools else options
+
+
+def carries_loss(message: Message) -> bool:
+    """Check whether a message is an answer to learn: one of the assistant, of another weight than 0."""
+    given = _as_mapping(message)
+    return given["role"] == "assistant" and given.get("weight") != 0
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    """Return a message as chat templates read it."""
+    role, content, *others = message
+    return {"role": role, "content": content, **(others[0] if others else {})}
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
@@ -131,46 +187,67 @@ _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
 }
 
 
-def write_chat(content: Sequence[tuple[str, str]], tokenizer: Any, where: str, *, prompt: bool = False) -> str:
+def write_chat(
+    content: Sequence[Message], tokenizer: Any, where: str, options: Mapping[str, Any], *, prompt: bool = False
+) -> str:
     """Write messages by the tokenizer's chat template.
 
     Args:
-        content: (role, content) of every message.
+        content: the messages.
         tokenizer: a ``transformers`` tokenizer.
         where: file and line, for messages.
+        options: what the template is given besides the messages.
         prompt: begin an answer of the assistant behind them.
 
     Raises:
-        FistaPrunerError: there is no template, or it refuses the messages.
+        FistaPrunerError: there is no template, it refuses the messages, or it does not write their tool calls.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise FistaPrunerError(
             f"{where} has messages, and the tokenizer has no chat template: write prompt and completion instead"
         )
-    messages = [{"role": role, "content": text} for role, text in content]
+
+    def written(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options))
+
+    messages = [_as_mapping(message) for message in content]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        text = written(messages)
     except Exception as error:  # templates raise errors of their own
         reason = one_line(error)
         raise FistaPrunerError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
+    without = [{key: given for key, given in message.items() if key != "tool_calls"} for message in messages]
+    if without != messages:
+        try:
+            lost = written(without) == text
+        except Exception:  # no content either
+            lost = False
+        if lost:
+            raise FistaPrunerError(
+                f"{where} has 'tool_calls', which the tokenizer's chat template does not write: write prompt and "
+                "completion instead"
+            )
+    return text
 
 
-def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> list[tuple[str, bool]]:
-    """Write messages by the chat template, as pieces of text that are the assistant's or not.
+def _turns(
+    content: Sequence[Message], tokenizer: Any, where: str, options: Mapping[str, Any]
+) -> list[tuple[str, bool]]:
+    """Write messages by the chat template, as pieces of text that are the assistant's to learn or not.
 
-    What follows the last turn of the assistant is left out.
+    What follows the last of its turns that carries loss is left out.
     """
 
     def written(count: int, prompt: bool = False) -> str:
         if count == 0:  # templates refuse an empty list: take what two different answers begin with
-            one, other = (write_chat([("assistant", said)], tokenizer, where) for said in "ab")
+            one, other = (write_chat([("assistant", said)], tokenizer, where, options) for said in "ab")
             return one[: next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
-        return write_chat(content[:count], tokenizer, where, prompt=prompt)
+        return write_chat(content[:count], tokenizer, where, options, prompt=prompt)
 
     pieces: list[tuple[str, bool]] = []
     done = ""
-    for number, (role, _) in enumerate(content):
-        if role != "assistant":
+    for number, message in enumerate(content):
+        if not carries_loss(message):
             continue
         whole = written(number + 1)
         before = next((text for prompt in (True, False) if whole.startswith(text := written(number, prompt))), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.tokenizer import padding_id
 from ..recipes.align_settings import PairData
-from .examples import read_messages, token_ids, write_chat
+from .examples import Message, carries_loss, read_messages, template_options, token_ids, write_chat
 from .mixtures import shuffled
 from .text import read_lines, whole_text
 from .training_text import TrainingText, document_hash
@@ -45,7 +45,7 @@ MAX_HELD_OUT_PROMPTS = 512
 
 SIDES = ("trained", "held_out", "test")
 
-Messages = tuple[tuple[str, str], ...]
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,16 @@ class Pair:
     """Two answers to one prompt.
 
     Args:
-        prompt, chosen, rejected: texts, or (role, content) of messages.
+        prompt, chosen, rejected: texts, or messages.
         where: file and line, for messages.
+        options: what the chat template is given besides the messages.
     """
 
     prompt: str | Messages
     chosen: str | Messages
     rejected: str | Messages
     where: str
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -81,9 +83,9 @@ class Pair:
             answers = (str(answer) for answer in (self.chosen, self.rejected))
             texts = [self.prompt, *(self.prompt + text + ("" if text.endswith(end) else end) for text in answers)]
         else:
-            texts = [write_chat(self.prompt, tokenizer, self.where, prompt=True)]
+            texts = [write_chat(self.prompt, tokenizer, self.where, self.options, prompt=True)]
             texts += [
-                write_chat((*self.prompt, *answer), tokenizer, self.where)
+                write_chat((*self.prompt, *answer), tokenizer, self.where, self.options)
                 for answer in (self.chosen, self.rejected)
                 if not isinstance(answer, str)
             ]
@@ -166,6 +168,8 @@ def read_pairs(path: str | Path, prompt_ends: str | None = None) -> tuple[list[P
             inside += split
         else:
             pair = Pair(prompt, values["chosen"], values["rejected"], where)
+        if listed["chosen"]:
+            pair = replace(pair, options=template_options(record, where))
         _check_answers(pair)
         pairs.append(pair)
     if not pairs:
@@ -242,6 +246,8 @@ def _check_answers(pair: Pair) -> None:
                     f"{pair.where}: the first message of {name} behind the prompt has the role {answer[0][0]!r}, and "
                     "an answer of the assistant is expected"
                 )
+            if any(message[0] == "assistant" and not carries_loss(message) for message in answer):
+                raise FistaPrunerError(f"{pair.where}: {name} has a message of weight 0, and all of it carries loss")
         if empty:
             raise FistaPrunerError(f"{pair.where}: the answer {name} is empty")
 
