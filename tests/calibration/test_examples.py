@@ -66,6 +66,12 @@ def test_a_completion_that_ends_with_the_end_of_text_gets_no_second_one() -> Non
     assert pieces(tokenizer, ids, marks, True) == "xyz</s>"
 
 
+def test_a_prompt_that_begins_with_bos_gets_no_second_one() -> None:
+    for prompt, completion in (("<s>abc", "xyz"), ("", "<s>xyz")):
+        example = Example("prompt", (prompt, completion), "here")
+        assert example.encode(letters_tokenizer(True), [1]) == example.encode(letters_tokenizer())
+
+
 def test_turns_of_the_assistant_carry_loss() -> None:
     tokenizer = chat_tokenizer()
     content = (

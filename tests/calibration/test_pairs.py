@@ -159,6 +159,16 @@ def test_an_end_that_the_tokenizer_appends_is_no_part_of_prompts_and_stands_once
 
 
 @pytest.mark.parametrize("bos", [False, True])
+def test_texts_that_begin_with_bos_get_no_second_one(bos: bool) -> None:
+    tokenizer, plain = letters_tokenizer(bos), letters_tokenizer()
+    for prompt, chosen in (("<s>ab", "c"), ("<s>", "c"), ("", "<s>c")):
+        pair = Pair(prompt, chosen, chosen + "d", "here")
+        _, *answers = pair.encode(tokenizer)
+        assert answers == list(pair.encode(plain)[1:])
+    assert Pair("<s>ab", "c", "d", "here").encode(tokenizer) == Pair("<s>ab", "c", "d", "here").encode(plain)
+
+
+@pytest.mark.parametrize("bos", [False, True])
 def test_answers_carry_loss_and_prompts_do_not(tmp_path: Path, bos: bool) -> None:
     tokenizer = letters_tokenizer(bos)
     records = [{"prompt": f"{letter}b", "chosen": "xyz", "rejected": "w"} for letter in "acdef"]
@@ -216,7 +226,7 @@ def test_answers_that_differ_only_behind_the_cut_are_left_out(tmp_path: Path) ->
 class Swallowing:
     """Letters are tokens, and a space without width is none."""
 
-    eos_token, eos_token_id, pad_token_id = "", None, 0
+    eos_token, eos_token_id, bos_token_id, pad_token_id = "", None, None, 0
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text if letter != "\u200b"]}
@@ -237,7 +247,7 @@ def test_answers_without_tokens_are_left_out_for_that_reason(tmp_path: Path) -> 
 class Merging:
     """Words are tokens, and a space at the end of a text is lost: prompts that end with one are no prefix."""
 
-    eos_token, eos_token_id, pad_token_id = "", None, 0
+    eos_token, eos_token_id, bos_token_id, pad_token_id = "", None, None, 0
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [1 + sum(word.encode()) % 100 for word in (text + "|").split(" ")]}

@@ -70,6 +70,16 @@ def test_windows_are_the_joined_documents(documents: list[str], seqlen: int, win
     assert torch.equal(cut.windows, whole.windows[:windows])
     assert whole.documents == len(documents)
     assert whole.tokens == sum(map(len, documents))
+    if bos:  # documents that a chat template wrote: no window begins with two of them, and no end stands twice
+        chats = [f"<s>{document}{EOS}" for document in documents]
+        cut = pack_documents(chats, tokenizer, seqlen, windows, "text")
+        plain = pack_documents(chats, letters_tokenizer(), 1, None, "text")
+        assert text_of(tokenizer, plain.windows.flatten()) == "".join(chats)
+        assert bool((cut.windows[:, 0] == 1).all())
+        assert not bool((cut.windows[:, 1] == 1).any())
+        words = [text_of(tokenizer, window).removeprefix("<s>") for window in cut.windows]
+        assert "".join(chats).replace("<s>", "").startswith("".join(words).replace("<s>", ""))
+        assert len(words) == windows or len(words) >= (plain.windows.numel() // seqlen)
 
 
 @settings(max_examples=40, deadline=None)

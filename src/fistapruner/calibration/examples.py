@@ -49,19 +49,21 @@ class Example:
 
         Args:
             tokenizer: a ``transformers`` tokenizer.
-            bos: what begins a prompt; a chat template writes its own.
+            bos: what begins a prompt that does not begin with it; a chat template writes its own.
 
         Raises:
             FistaPrunerError: the tokenizer has no chat template, or the template refuses the messages.
         """
         if self.kind == "prompt":
             prompt, completion = self.content
-            ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, bos, self.where)
+            ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, self.where)
+            if ids[:1] != [*bos]:
+                ids, marks = [*bos, *ids], [False] * len(bos) + marks
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
         else:
             turns = _turns(self.content, tokenizer, self.where, self.options)
-            ids, marks = _encode(turns, tokenizer, (), self.where)
+            ids, marks = _encode(turns, tokenizer, self.where)
         # The first token has nothing before it in its own example.
         return ids, [False, *marks[1:]]
 
@@ -266,15 +268,12 @@ def _turns(
     return pieces
 
 
-def _encode(
-    pieces: Sequence[tuple[str, bool]], tokenizer: Any, start: Sequence[int], where: str
-) -> tuple[list[int], list[bool]]:
+def _encode(pieces: Sequence[tuple[str, bool]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
     """Tokenise pieces of one text, so that no token reaches from one piece into the next.
 
     Args:
         pieces: text, and whether it carries loss.
         tokenizer: a ``transformers`` tokenizer.
-        start: token ids before the text.
         where: file and line, for messages.
     """
     text = ""
@@ -286,7 +285,7 @@ def _encode(
         added = whole[len(ids) :] if whole[: len(ids)] == ids else token_ids(piece, tokenizer, where)
         ids += added
         marks += [carries] * len(added)
-    return [*start, *ids], [False] * len(start) + marks
+    return ids, marks
 
 
 def token_ids(text: str, tokenizer: Any, where: str, *, special: bool = False) -> list[int]:

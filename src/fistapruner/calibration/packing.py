@@ -45,6 +45,8 @@ class Packed:
 def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, windows: int | None, source: str) -> Packed:
     """Join documents by EOS and cut windows that do not overlap; what does not fill a window is dropped.
 
+    Documents that end with EOS by themselves get no second one, nor windows that begin with BOS.
+
     Args:
         documents: the texts; no more of them are tokenised than the windows need.
         tokenizer: a ``transformers`` tokenizer. Where it begins a text with BOS, every window begins with BOS.
@@ -53,22 +55,29 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, window
         source: name of the text, for messages.
     """
     bos = _bos(tokenizer)
-    room = seqlen - len(bos)
     stream = array("i")  # a list of integers has nine times the bytes
-    read = tokens = first = 0
+    starts: list[int] = []
+    read = tokens = first = end = 0
     joint = _joint(tokenizer)
+    written = bos if bos != joint else []  # where BOS is EOS, what looks like BOS is a joint
     for ids in tokenise(documents, tokenizer, source, PURPOSE):
-        stream.extend(ids + joint)
+        stream.extend(ids if ids[-1:] == [tokenizer.eos_token_id] else ids + joint)
         read += 1
         tokens += len(ids)
-        first = first or (read if len(stream) >= room else 0)
-        if windows is not None and len(stream) >= windows * room:
+        while len(starts) != windows:
+            own = 0 if stream[end : end + 1].tolist() == written else len(bos)
+            if len(stream) < end + seqlen - own:
+                break
+            starts.append(end)
+            end += seqlen - own
+        first = first or (read if starts else 0)
+        if len(starts) == windows:
             break
-    count = len(stream) // room if windows is None else min(windows, len(stream) // room)
-    cut = torch.empty(count, seqlen, dtype=torch.int64)
+    cut = torch.empty(len(starts), seqlen, dtype=torch.int64)
     cut[:, : len(bos)] = torch.tensor(bos, dtype=torch.int64)
-    cut[:, len(bos) :] = _tensor(stream)[: count * room].view(count, room)
-    return Packed(cut, torch.ones_like(cut, dtype=torch.bool), read, first or read, tokens, count * seqlen)
+    for row, start, stop in zip(cut, starts, [*starts, end][1:], strict=True):
+        row[seqlen - (stop - start) :] = _tensor(stream[start:stop])
+    return Packed(cut, torch.ones_like(cut, dtype=torch.bool), read, first or read, tokens, cut.numel())
 
 
 def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, windows: int | None) -> Packed:

@@ -22,7 +22,7 @@ from ..models.tokenizer import padding_id
 from ..recipes.align_settings import PairData
 from .examples import Message, carries_loss, read_messages, template_options, token_ids, write_chat
 from .mixtures import shuffled
-from .text import read_lines, whole_text
+from .text import adds_bos, read_lines, whole_text
 from .training_text import TrainingText, document_hash
 from .windows import tokens_sha256
 
@@ -72,8 +72,8 @@ class Pair:
     def encode(self, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
         """Tokenise the prompt, the prompt with the chosen and with the rejected answer, as TRL does.
 
-        Texts get the end-of-text token behind the answers and the tokenizer's own special tokens; of messages the chat
-        template writes all of them.
+        Texts get the end-of-text token behind the answers and the tokenizer's own special tokens, neither of them
+        twice; of messages the chat template writes all of them.
 
         Raises:
             FistaPrunerError: the tokenizer has no chat template, or refuses the text.
@@ -95,6 +95,9 @@ class Pair:
         if special and prompt[-1:] == end_id == token_ids("a", tokenizer, self.where, special=True)[-1:]:
             # The tokenizer appends the end to every text: a prompt has none, and the answers have their own.
             prompt, chosen, rejected = prompt[:-1], chosen[:-1], rejected[:-1]
+        twice = [tokenizer.bos_token_id] * 2
+        if special and twice in (chosen[:2], rejected[:2]) and adds_bos(tokenizer):
+            prompt, chosen, rejected = (ids[1:] if ids[:2] == twice else ids for ids in (prompt, chosen, rejected))
         return prompt, chosen, rejected
 
 
