@@ -11,15 +11,12 @@ The fields of a file say what kind of task it is:
 
 from __future__ import annotations
 
-import codecs
-import glob
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..calibration.text import whole_text
-from ..errors import FistaPrunerError, unreadable
+from ..calibration.text import read_lines, whole_text
+from ..errors import FistaPrunerError
 
 KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
 """Fields that make a line of a local file a task."""
@@ -56,14 +53,11 @@ def local_task(path: Path) -> dict[str, Any]:
             number is given) that is not UTF-8 JSON, lacks the fields of the first, has another value than whole
             text in one of them, an empty continuation or option, or whose ``gold`` names no option.
     """
-    try:
-        fields = _fields_of_file(path)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    items = _items_of_file(path)
+    fields = tuple(items[0])
     task: dict[str, Any] = {
         "task": path.stem,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": glob.escape(str(path.absolute()))}},
+        "custom_dataset": lambda **_: {"test": _dataset(items)},
         "test_split": "test",
         "num_fewshot": 0,
     }
@@ -92,43 +86,44 @@ def local_task(path: Path) -> dict[str, Any]:
     }
 
 
-def _fields_of_file(path: Path) -> tuple[str, ...]:
-    """Find the one of :data:`KINDS` that every line of a file is.
+def _dataset(items: Sequence[Mapping[str, Any]]) -> Any:
+    """Make the data set that ``lm-eval`` reads.
+
+    Its own reader of files takes text that is a date for a time.
+    """
+    from datasets import Dataset, Features, Value
+
+    text = Value("string")
+    kinds = {"gold": Value("int64"), "choices": [text], "context_options": [text]}
+    return Dataset.from_list([*items], Features({field: kinds.get(field, text) for field in items[0]}))
+
+
+def _items_of_file(path: Path) -> list[dict[str, Any]]:
+    """Read the items of a file: of every line, the fields of the same one of :data:`KINDS`.
 
     Raises:
         FistaPrunerError: see :func:`local_task`.
     """
     kind: tuple[str, ...] = ()
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            if line.startswith(codecs.BOM_UTF8):  # lm-eval reads the file itself
-                raise FistaPrunerError(f"{where} begins with a byte order mark: save the file as UTF-8 without one")
-            try:
-                item = json.loads(line.decode())
-            except ValueError:
-                raise FistaPrunerError(f"{where} is not JSON in UTF-8") from None
-            fields = item if isinstance(item, dict) else {}
-            kind = kind or _kind_of(path, fields)
-            for field in kind:
-                if field not in fields:
-                    raise FistaPrunerError(f"{where}: {field!r} is not there, and every line has {', '.join(kind)}")
-                if field in TEXTS:
-                    if not isinstance(fields[field], str):
-                        raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
-                    whole_text(fields[field], field, where)
-            if "continuation" in kind and not fields["continuation"].strip(" "):
-                text = fields["continuation"]
-                raise FistaPrunerError(
-                    f"{where}: 'continuation' is {text!r:.100}, and text that is not empty is expected"
-                )
-            if "gold" in kind:
-                _check_options(fields, "choices" if "choices" in kind else "context_options", where)
-    if not kind:
+    items: list[dict[str, Any]] = []
+    for where, fields in read_lines(path):
+        kind = kind or _kind_of(path, fields)
+        for field in kind:
+            if field not in fields:
+                raise FistaPrunerError(f"{where}: {field!r} is not there, and every line has {', '.join(kind)}")
+            if field in TEXTS:
+                if not isinstance(fields[field], str):
+                    raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
+                whole_text(fields[field], field, where)
+        if "continuation" in kind and not fields["continuation"].strip(" "):
+            text = fields["continuation"]
+            raise FistaPrunerError(f"{where}: 'continuation' is {text!r:.100}, and text that is not empty is expected")
+        if "gold" in kind:
+            _check_options(fields, "choices" if "choices" in kind else "context_options", where)
+        items.append({field: fields[field] for field in kind})
+    if not items:
         raise FistaPrunerError(f"{path} is empty: a task has one JSON object a line")
-    return kind
+    return items
 
 
 def _kind_of(path: Path, item: Mapping[str, Any]) -> tuple[str, ...]:
