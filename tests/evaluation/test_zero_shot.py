@@ -377,6 +377,16 @@ def test_items_that_lm_eval_cannot_ask(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+def test_an_answer_that_is_longer_than_the_model_takes_is_told(tmp_path: Path) -> None:
+    """lm-eval's assertion has no words."""
+    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+    write(tmp_path / "tasks", "long", [{"context": "one", "continuation": "two " * 400}])
+    model = tiny.save("opt", tmp_path / "model")
+    with pytest.raises(fp.FistaPrunerError, match="an answer of a task is longer than the 128 tokens that the model"):
+        evaluate_tasks(model, find_tasks(["long"], tmp_path / "tasks"))
+
+
+@pytest.mark.slow
 def test_local_tasks_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -325,7 +326,10 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
             f"task data could not be loaded: {one_line(error)}; --tasks-dir takes local files and needs no network"
         ) from None
     except Exception as error:  # every task has its own code for unexpected items
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""  # an assertion says nothing
+        if isinstance(error, AssertionError) and "continuation_enc" in said and "max_length" in said:
+            said = f"an answer of a task is longer than the {runner.max_length} tokens that the model takes"
+        reason = " ".join(f"{type(error).__name__}: {said}".split())[:200]
         raise FistaPrunerError(f"lm-eval could not evaluate the tasks on {folder}: {reason}") from error
     finally:
         del runner, model
