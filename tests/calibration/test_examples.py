@@ -123,6 +123,16 @@ def test_all_that_a_template_reads_is_written(tmp_path: Path) -> None:
     assert same.text == json.dumps(["messages", [["user", "a"], ["assistant", "b"]]])  # decides the side
 
 
+def test_turns_of_a_completion_carry_loss_and_those_of_its_prompt_do_not(tmp_path: Path) -> None:
+    talk = {"prompt": [ASK, ANSWER, ASK], "completion": [{**ANSWER, "content": "xx"}]}
+    [example] = read_training_file(write(tmp_path / "a.jsonl", [talk]))
+    assert isinstance(example, Example)
+    tokenizer = chat_tokenizer()
+    ids, marks = example.encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "xx</s>"
+    assert pieces(tokenizer, ids, marks, False) == "u\na</s>\na\nb</s>\nu\na</s>\na\n"
+
+
 @pytest.mark.parametrize(("count", "held"), [(26, 6), (8, 4)])
 def test_held_out_examples_fill_a_window(tmp_path: Path, count: int, held: int) -> None:
     records = [{"prompt": letter, "completion": letter * 3} for letter in LETTERS[:count]]  # of 5 tokens each
@@ -218,6 +228,7 @@ ANSWER = {"role": "assistant", "content": "b"}
         ({"prompt": "a"}, "no field 'completion' with a string"),
         ({"completion": "b"}, "no field 'prompt' with a string"),
         ({"prompt": [ASK], "completion": "b"}, "no field 'prompt' with a string"),
+        ({"prompt": [ASK], "completion": [ASK]}, "no message of the role 'assistant' that carries loss"),
         ({"question": "b"}, "no field 'text' with a string"),
         ([1], "no field 'text' with a string"),
         ({"text": None}, "no field 'text' with a string"),

@@ -94,6 +94,10 @@ def _kind(record: dict[str, Any]) -> str:
 
 
 def _completion(record: dict[str, Any], where: str) -> Example:
+    if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
+        prompt, completion = (read_messages(record[name], name, where) for name in ("prompt", "completion"))
+        unlearnt = [(role, content, {**(rest[0] if rest else {}), "weight": 0}) for role, content, *rest in prompt]
+        return _chat((*unlearnt, *completion), record, where)
     for name in ("prompt", "completion"):
         if not isinstance(record.get(name), str):
             raise FistaPrunerError(f"{where} has no field {name!r} with a string in it")
@@ -104,7 +108,10 @@ def _completion(record: dict[str, Any], where: str) -> Example:
 
 
 def _messages(record: dict[str, Any], where: str) -> Example:
-    messages = read_messages(record["messages"], "messages", where)
+    return _chat(read_messages(record["messages"], "messages", where), record, where)
+
+
+def _chat(messages: tuple[Message, ...], record: dict[str, Any], where: str) -> Example:
     if not any(map(carries_loss, messages)):
         raise FistaPrunerError(
             f"{where} has no message of the role 'assistant' that carries loss, so that there is nothing to learn"
