@@ -26,7 +26,8 @@ from ..runtime.files import folder_bytes
 from ..runtime.formatting import listed, shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_device_memory, peak_memory
-from ..structured.experts import EXPERTS, chosen_experts
+from ..structured.experts import EXPERTS
+from ..structured.mixtures import chosen_experts
 from ..structured.units import changed_config
 from .changed_tensors import ChangedTensors
 from .kept_claims import claimed_zeros, kept_claims, kept_permuted, kept_widths, moved_experts

@@ -24,8 +24,8 @@ from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, hidden_of
 from ..models.layerwise_weights import assign, buffers_to
 from ..recipes.structure_settings import Structure
-from .experts import find_experts, tensor_shapes, text_section
 from .goa import attention_probabilities
+from .mixtures import find_experts, tensor_shapes, text_section
 from .units import GROUPS, HEADS, MLP, Unit, Units, Widths, cut_channels, find_units, free_widths
 
 SAME = 1e-4

@@ -24,7 +24,8 @@ from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
-from .experts import ExpertUnits, removed_experts_weights, text_section
+from .experts import ExpertUnits, removed_experts_weights
+from .mixtures import text_section
 from .removal import block_places
 
 MLP, GROUPS = "MLP channels", "key/value groups"
