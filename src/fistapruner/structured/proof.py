@@ -26,7 +26,8 @@ from ..models.layerwise_weights import assign, buffers_to
 from ..recipes.structure_settings import Structure
 from .goa import attention_probabilities
 from .mixtures import find_experts, tensor_shapes, text_section
-from .units import GROUPS, HEADS, MLP, Unit, Units, Widths, cut_channels, find_units, free_widths
+from .smaller_model import Widths, free_widths
+from .units import GROUPS, HEADS, MLP, Unit, Units, cut_channels, find_units
 
 SAME = 1e-4
 """Largest relative squared difference between zeroed and removed channels: bf16 rounding is a hundredth of it."""
