@@ -30,6 +30,9 @@ PRUNING_RECORD = "fistapruner.json"
 PACKED_RECORD = "packed.json"
 """What makes a folder a packed checkpoint."""
 
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of dense weights in a checkpoint."""
+
 MAX_JSON = 256 * 2**20
 
 MAX_NAME = 255

@@ -26,7 +26,8 @@ import numpy as np
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
 from ...runtime.progress import Tick, silent
-from ..architecture import auto_class, checkpoint_names, read_config, refuse_own_code
+from ..architecture import auto_class, read_config, refuse_own_code
+from ..names import checkpoint_names
 from .checkpoint import Checkpoint, read_widths
 from .gguf import (
     EPSILON_KEYS,
