@@ -16,7 +16,8 @@ from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size
 from . import kernel
-from .pack import NoPackedFormError, pack, unpack
+from .pack import pack, unpack
+from .pack_plan import NoPackedFormError
 from .packed_checkpoint import is_packed, low_rank_part
 from .speed import WARM_UP_TOKENS, Speed, cache_argument
 from .variants import SPEED_OF_OWN_CODE, Variant, compare
