@@ -29,17 +29,8 @@ from ...runtime.progress import Tick, silent
 from ..architecture import auto_class, read_config, refuse_own_code
 from ..names import checkpoint_names
 from .checkpoint import Checkpoint, read_widths
-from .gguf import (
-    EPSILON_KEYS,
-    architecture_of,
-    epsilon,
-    head_width,
-    name_map,
-    processor_of,
-    rotary_width,
-    scaled_positions,
-    transformers_faults,
-)
+from .gguf import architecture_of, name_map, processor_of, transformers_faults
+from .gguf_config import EPSILON_KEYS, epsilon, head_width, rotary_width, scaled_positions
 from .gguf_header import check_gguf
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
