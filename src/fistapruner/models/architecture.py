@@ -19,7 +19,8 @@ from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
 from .experts import holds_experts, separate_experts
-from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, WEIGHT_DTYPES, Checkpoint, read_json_in, read_widths
+from .files.checkpoint import PACKED_RECORD, WEIGHT_DTYPES, Checkpoint, read_json_in
+from .files.widths import QUANT_METHOD, read_widths
 from .files.writer import merge_patch
 from .names import stored_names
 
@@ -203,7 +204,7 @@ def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapp
 
     Args:
         model: transformers model, its tensors on the meta device.
-        widths: by decoder layer, its sizes (:func:`~fistapruner.models.files.checkpoint.read_widths`).
+        widths: by decoder layer, its sizes (:func:`~fistapruner.models.files.widths.read_widths`).
         shapes: of the stored tensors, by name.
 
     Raises:

@@ -17,20 +17,12 @@ import torch
 import yaml
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
-from ..models.files.checkpoint import (
-    PACKED_RECORD,
-    PRUNING_RECORD,
-    QUANT_METHOD,
-    SINGLE,
-    Checkpoint,
-    WeightFile,
-    read_widths,
-    widths_section,
-)
+from ..models.files.checkpoint import PACKED_RECORD, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.record import read_pruning_record
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
+from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..errors import FistaPrunerError, NoTemporaryFolderError
 from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, linear_modules
-from ..models.files.checkpoint import read_widths
+from ..models.files.widths import read_widths
 from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, hidden_of
 from ..models.layerwise_weights import assign, buffers_to

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..models.discovery import Layout
-from ..models.files.checkpoint import widths_section
+from ..models.files.widths import widths_section
 from ..models.files.writer import merge_patch
 from ..models.layerwise import LayerwiseModel
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision

@@ -27,10 +27,11 @@ from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
 from ...runtime.progress import Tick, silent
 from ..architecture import auto_class, read_config, refuse_own_code
-from .checkpoint import Checkpoint, read_widths
+from .checkpoint import Checkpoint
 from .gguf import transformers_faults
 from .gguf_dense import Array, DenseFile
 from .gguf_header import check_gguf
+from .widths import read_widths
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""

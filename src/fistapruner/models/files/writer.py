@@ -27,9 +27,10 @@ from ...runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from .checkpoint import INDEX, Checkpoint, WeightFile, read_json_in, read_widths
+from .checkpoint import INDEX, Checkpoint, WeightFile, read_json_in
 from .folder import checkpoint_folder, copy_companions, write_index
 from .safetensors import SafetensorsWriter, TensorEntry
+from .widths import read_widths
 
 SHARD_RECORD = ".written.json"
 """Suffix of the record beside a finished shard."""
