@@ -19,7 +19,8 @@ from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
 from .experts import holds_experts, separate_experts
-from .files.checkpoint import PACKED_RECORD, WEIGHT_DTYPES, Checkpoint, read_json_in
+from .files.checkpoint import WEIGHT_DTYPES, Checkpoint
+from .files.folder_files import PACKED_RECORD, read_json_in
 from .files.widths import QUANT_METHOD, read_widths
 from .files.writer import merge_patch
 from .names import stored_names

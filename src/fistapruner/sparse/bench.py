@@ -11,7 +11,8 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.architecture import build_model, max_length, refuse_own_code
-from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.folder_files import PACKED_RECORD, read_json_in
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size

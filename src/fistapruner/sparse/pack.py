@@ -17,8 +17,9 @@ import torch
 import yaml
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
-from ..models.files.checkpoint import PACKED_RECORD, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile
+from ..models.files.checkpoint import Checkpoint, WeightFile
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
+from ..models.files.folder_files import PACKED_RECORD, PRUNING_RECORD, SINGLE
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.record import read_pruning_record
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry

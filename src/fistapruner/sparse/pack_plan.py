@@ -12,7 +12,8 @@ from torch import Tensor
 from ..constraints import NM, parse_sparsity
 from ..constraints.nm import patterns_met
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import recorded_claims, stacked_experts, stores_inputs_first, violation_of
 from ..models.files.safetensors import TensorEntry
 from ..runtime.formatting import shell_line

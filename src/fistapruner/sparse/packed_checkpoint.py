@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
-from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, WeightFile, inside, read_json_in
+from ..models.files.checkpoint import Checkpoint, WeightFile
+from ..models.files.folder_files import PACKED_RECORD, inside, read_json_in
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.safetensors import TensorEntry
 from ..models.files.widths import LayerWidths, read_widths, widths_section

@@ -20,8 +20,8 @@ import yaml
 
 from ...errors import FistaPrunerError, one_line
 from ...runtime.files import temporary_folder, write_text_atomic
-from .checkpoint import SINGLE
 from .folder import checkpoint_folder, write_index
+from .folder_files import SINGLE
 from .gguf_config import restore_config, restore_llama3, scaled_positions
 from .gguf_header import check_gguf
 from .gguf_tokenizer import restore_tokenizer, save_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import FistaPrunerError
 from ...runtime.files import write_json_atomic
-from .checkpoint import read_json_in
+from .folder_files import read_json_in
 
 SPLIT = "tokenizer.ggml.pre"
 """Key whose value names how a vocabulary of byte-level BPE splits text."""
