@@ -1,4 +1,4 @@
-"""Describe a model that loses channels, groups of heads or experts: widths, config, layout, parameters."""
+"""Describe a model without the units that are removed: widths, config, layout, parameters."""
 
 from __future__ import annotations
 
