@@ -21,7 +21,7 @@ from ..runs.decision import PlannedRun
 from ..runs.identity import fingerprint
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import WorkloadFacts
+from ..runs.workload_records import WorkloadFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
