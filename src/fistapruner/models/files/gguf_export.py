@@ -279,7 +279,7 @@ class _Writer:
         """Decide how each tensor is written, in the file's order.
 
         Args:
-            tensors: see :meth:`tensors`.
+            tensors: see :meth:`.DenseFile.tensors`.
             values: how matrices are stored.
 
         Raises:
@@ -313,7 +313,7 @@ class _Writer:
 
         Args:
             out: its name.
-            tensors: see :meth:`tensors`; ``planned``: see :meth:`plan`.
+            tensors: see :meth:`.DenseFile.tensors`; ``planned``: see :meth:`plan`.
             values: how matrices are stored.
             progress: see :func:`export_gguf`.
         """
