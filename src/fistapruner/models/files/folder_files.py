@@ -100,7 +100,7 @@ def read_json_in(folder: Path, name: str) -> dict[str, Any]:
 
 
 def find_companions(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """List the files that belong to the weights; Python files only where a config of the folder names some.
+    """List the files that belong to the weights; Python files only where a config names some.
 
     A model card is not among them: it describes the model before pruning.
 

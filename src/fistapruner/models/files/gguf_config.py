@@ -1,4 +1,4 @@
-"""Restore in the config of a GGUF file what transformers does not read from the file, or reads wrongly."""
+"""Restore in the config of a GGUF file what transformers does not read, or reads wrongly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", 
 
 
 def restore_config(path: Path, reader: Any, config: Any) -> None:
-    """Set what ``transformers`` does not read from a GGUF file, or reads wrongly, in the config that it made.
+    """Set what ``transformers`` does not read from a GGUF file, or reads wrongly, in its config.
 
     Raises:
         FistaPrunerError: the config cannot take a value of the file.
