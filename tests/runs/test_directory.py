@@ -16,7 +16,7 @@ import torch
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.files.checkpoint import PRUNING_RECORD
+from fistapruner.models.files.folder_files import PRUNING_RECORD
 from fistapruner.pipeline.compare_folder import refuse_other_things
 from fistapruner.runs import training_directory
 from fistapruner.runs.base import parse

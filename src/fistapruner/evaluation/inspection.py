@@ -15,7 +15,8 @@ from ..constraints import NM, Constraint, parse_sparsity
 from ..constraints.nm import patterns_met
 from ..errors import FistaPrunerError
 from ..models.discovery import Operator
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
+from ..models.files.checkpoint import Checkpoint, Stack
+from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import (
     MIN_ZEROS,
     read_pruning_record,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError, expand_home, out_path
-from ..models.files.checkpoint import gguf_files, which_gguf
+from ..models.files.folder_files import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf, open_exported
 from ..models.files.low_rank import refuse_low_rank
 from ..models.source import SMALL_MODEL, small_model

@@ -25,7 +25,8 @@ from typing import ClassVar, TypeVar
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE
 from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.files.writer import safetensors_name
 from ..runtime.files import (

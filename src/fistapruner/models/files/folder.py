@@ -20,7 +20,8 @@ from ...runtime.files import (
     require_utf8,
     write_json_atomic,
 )
-from .checkpoint import INDEX, Checkpoint
+from .checkpoint import Checkpoint
+from .folder_files import INDEX
 from .safetensors import TensorEntry
 
 

@@ -32,8 +32,8 @@ from ...runtime.files import (
     write_json_atomic,
 )
 from ...runtime.numerics import exact_products
-from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD
 from .folder import checkpoint_folder
+from .folder_files import ADAPTER_CONFIG, PRUNING_RECORD
 from .record import read_pruning_record
 from .safetensors import LazyTensors, SafetensorsFile, SafetensorsWriter, TensorEntry
 
