@@ -80,7 +80,7 @@ def pack(
     values: str = "same",
     group: int = 0,
     allow_pickle: bool = False,
-    progress: Tick = silent,
+    progress: Tick | None = None,
 ) -> PackReport:
     """Write a pruned checkpoint without its zeros; a low-rank part that belongs to it is copied as it is.
 
@@ -105,14 +105,14 @@ def pack(
         raise FistaPrunerError(f"group {group} needs int8 values")
     if not isinstance(group, int) or group < 0 or group % 64:
         raise FistaPrunerError(f"group {group!r} is not a multiple of 64 columns (or 0 for a whole row)")
-    out = out_path(out)
+    tick, out = progress or silent, out_path(out)
     source = Checkpoint.open(path_text("checkpoint", checkpoint, A_FOLDER), allow_pickle)
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
     low_rank = LowRankAdapter.beside(source.folder)
     record = read_pruning_record(source.folder)
-    plan, violation = plan_packing(source, record, values, group, progress)
+    plan, violation = plan_packing(source, record, values, group, tick)
     report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
         files: dict[str, dict[str, Any]] = {}
@@ -121,10 +121,10 @@ def pack(
         for stored, file in source.files.items():
             name = safetensors_name(stored)
             contents[name], squares = _pack_file(
-                partial / name, file, plan, lambda: progress("operators packed", next(done), len(plan))
+                partial / name, file, plan, lambda: tick("operators packed", next(done), len(plan))
             )
             changed, whole = changed + squares[0], whole + squares[1]
-            progress("computing checksums", 0, 1)
+            tick("computing checksums", 0, 1)
             files[name] = _claim(partial / name)
         if low_rank is not None:
             low_rank.copy_into(partial)
@@ -151,7 +151,7 @@ def _claim(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> Path:
+def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None) -> Path:
     """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
 
     A low-rank part comes back as it was, as ``adapter`` in the folder; the checkpoint is the sparse part.
@@ -164,8 +164,8 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> P
     Raises:
         FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
     """
-    done = count(1)
-    progress("comparing checksums", 0, 1)
+    tick, done = progress or silent, count(1)
+    tick("comparing checksums", 0, 1)
     source, out = PackedCheckpoint(packed), out_path(out)
     require_new(out, source.folder)
     contents = source.contents()
@@ -177,7 +177,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> P
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
                 for entry in entries:
                     writer.write(entry.name, source.tensor(entry.name))
-                    progress("tensors written", next(done), tensors)
+                    tick("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.low_rank is not None:
             source.low_rank.copy_into(partial)
