@@ -25,6 +25,7 @@ from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.files.writer import SHARD_RECORD
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.settings import Recipe
@@ -34,6 +35,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runtime.files import sha256_file, write_json_atomic
 from fistapruner.sensitivity.decision import Decision, decide
 from fistapruner.sparse.variants import Variant, load_variant
 
@@ -241,6 +243,36 @@ def test_the_checkpoint_is_written_without_opening_the_layers_again_for_every_te
     finish_run(run)
     assert weights(run) == before
     assert opened.call_count == 2  # decoder layers, of seven operators each
+
+
+@pytest.mark.parametrize("killed", ["in the shards", "before model.json", "before the report"])
+def test_a_checkpoint_is_not_of_two_prunings(run: Path, monkeypatch: pytest.MonkeyPatch, killed: str) -> None:
+    """Another machine may prune a lost layer again to other bits than those of the files that were written before."""
+    before, folder = weights(run), run / "model"
+    (run / "report.json").unlink()
+    if killed == "in the shards":
+        drop_all(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "fistapruner.models.files.writer.copy_companions", Mock(side_effect=fp.FistaPrunerError("stopped"))
+            )
+            with pytest.raises(fp.FistaPrunerError, match="stopped"):
+                fp.resume(run)
+        folder = run / "model.partial"
+    shard = min(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x3f")
+    if killed == "in the shards":
+        written = shard.with_name(shard.name + SHARD_RECORD)
+        write_json_atomic(written, json.loads(written.read_text()) | {"sha256": sha256_file(shard)})
+    else:
+        digests = {path.name: sha256_file(path) for path in folder.glob("*.safetensors")}
+        RunDirectory(run).write_model_record(load_run(run).fingerprint or "", digests)
+    if killed == "before model.json":
+        (run / "model.json").unlink()
+    (run / "layers" / "0001.safetensors").unlink()
+    fp.resume(run)
+    assert weights(run) == before
+    assert not (run / "model.partial").exists()
 
 
 def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Path) -> None:
