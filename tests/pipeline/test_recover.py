@@ -962,6 +962,19 @@ def test_models_that_are_gone_are_nothing_to_a_finished_run(bench: Bench, tmp_pa
     assert fp.resume(tmp_path / "out").status == "finished"
 
 
+def test_a_text_to_evaluate_on_that_is_gone_is_said_before_training(bench: Bench, tmp_path: Path) -> None:
+    text, out = Path(shutil.copy(bench.text, tmp_path / "text.jsonl")), tmp_path / "out"
+    recover(bench.pruned(), out, evaluate=text, evaluate_windows=1, steps=1)
+    (out / "report.json").unlink()
+    text.unlink()
+    with pytest.raises(fp.FistaPrunerError, match=r"text\.jsonl, which this run evaluates on, is gone: .* none$"):
+        fp.resume(out)
+    assert not (out / "report.json").exists()
+    (out / "model").rename(tmp_path / "model")
+    assert recover(bench.pruned(), out, steps=1).status == "finished"  # as the command with --evaluate none
+    assert fp.resume(out).status == "finished"
+
+
 def test_a_run_goes_on_from_another_folder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are kept absolute; the same file by another way to write it is the same."""
     (tmp_path / "a").mkdir()

@@ -46,16 +46,25 @@ def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationReques
     return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 
-def refuse_lost_text(known: EvaluationRequest | None) -> None:
+def is_lost(text: EvaluationRequest) -> bool:
+    """Whether a text to evaluate on is a file that is gone."""
+    return os.path.isabs(text.data) and not Path(text.data).exists()
+
+
+def refuse_lost_text(known: EvaluationRequest | None, command: str = "its prune command again for all layers,") -> None:
     """Refuse to go on with a run whose text to evaluate on is a file that is gone.
 
+    Args:
+        known: the text.
+        command: that goes on without it.
+
     Raises:
-        FistaPrunerError: names it, and the command that goes on without it.
+        FistaPrunerError: names both.
     """
-    if known is not None and os.path.isabs(known.data) and not Path(known.data).exists():
+    if known is not None and is_lost(known):
         raise FistaPrunerError(
-            f"the text {known.data}, which this run evaluates on, is gone: give its prune command again for all "
-            "layers, with another --evaluate, or with --evaluate none"
+            f"the text {known.data}, which this run evaluates on, is gone: give {command} with another --evaluate, or "
+            "with --evaluate none"
         )
 
 
@@ -70,13 +79,6 @@ def refuse_lost_model(run: PruneDirectory, record: PruneRecord) -> None:
             f"the model of the run in {run.folder} is not at {record.decision.folder} any more; give its prune command "
             "again for all layers, with its new place"
         )
-
-
-def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
-    """Return what changes in a decision where its text to evaluate on is a file that is elsewhere now."""
-    if known is None or now is None or Path(known.data).exists() or not os.path.isabs(known.data):
-        return {}
-    return {"evaluation": known.model_copy(update={"data": now.data})}
 
 
 @dataclass(frozen=True)
