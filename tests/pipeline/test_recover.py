@@ -832,7 +832,10 @@ def test_a_run_goes_on_on_the_device_of_the_new_command(bench: Bench, tmp_path: 
     said, execution = tiny.Said(), {"device": "cpu", "memory_limit": "1GiB"}
     report = recover(bench.pruned(), tmp_path / "out", listener=said, execution=execution, **settings)
     assert (report.status, report.recovery and report.recovery.steps) == ("finished", 4)
-    assert "this run keeps the plan that it began with: another --memory-limit changes nothing" in said.sentences
+    assert (
+        "this run keeps the plan that it began with: another --memory-limit changes nothing in the training"
+        in said.sentences
+    )
     assert any("going on after step" in each for each in said.sentences)
 
 
@@ -1092,6 +1095,11 @@ def test_a_recovery_that_a_continuing_command_adds_is_checked_before_pruning(ben
     fp.prune(bench.dense(), tmp_path / "run", only_layers=(0, 0), **settings)
     with pytest.raises(fp.FistaPrunerError, match="targets: 'nothing' matches no operator"):
         fp.prune(bench.dense(), tmp_path / "run", recover={"targets": ["nothing"]}, **settings)
+    assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1
+    with pytest.raises(fp.FistaPrunerError, match=r"^recover: --memory-limit 1\.00 MiB is not enough"):
+        fp.prune(bench.dense(), tmp_path / "run", recover={"steps": 1}, execution={"memory_limit": "1MiB"}, **settings)
+    record = PruneDirectory(tmp_path / "run").begun_record()
+    assert (record.recipe["recover"], record.recipe["execution"]["memory_limit"]) == (None, None)
     assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1
     with pytest.raises(fp.FistaPrunerError, match="recover with sparsity 0%: no operator has zeros"):
         fp.prune(bench.dense(), tmp_path / "dense", recover={"steps": 1}, sparsity="0%", **settings)

@@ -502,7 +502,10 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
         told = StopsAfterALayer()
         with pytest.raises(KeyboardInterrupt):
             fp.prune(dense, run, listener=told, **asked)
-        assert "this run keeps the plan that it began with: another --batch-size changes nothing" in told.sentences
+        assert (
+            "this run keeps the plan that it began with: another --batch-size changes nothing in the pruning"
+            in told.sentences
+        )
         report = fp.resume(run)
     assert (report.kind, len(report.evaluations), len(load_run(run).evaluations)) == ("recover", 1, 1)
     record = PruneDirectory(run).record()

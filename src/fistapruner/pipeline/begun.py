@@ -274,7 +274,8 @@ def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) ->
     for name in ("memory_limit", "batch_size"):
         if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
             flag = f"--{name.replace('_', '-')}"
-            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
+            work = "pruning" if begun.kind == "prune" else "training"
+            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing in the {work}")
 
 
 def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
