@@ -363,8 +363,7 @@ class RunDirectory:
         Raises:
             FistaPrunerError: a folder holds files that the run did not write.
         """
-        if self.model.is_dir():
-            self.remove_model()
+        self.remove_model()
         remove_adapter(self.adapter)
         forget_times(self.folder)
 
