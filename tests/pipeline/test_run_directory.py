@@ -517,6 +517,24 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
     assert PruneDirectory(run).record() == record
 
 
+def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    following = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    fp.prune(dense, run, recover=following, allocation={"re:mlp": "40%"}, **SETTINGS)
+    for out in (run, run / "recovered"):
+        recipe = (out / "recipe.yaml").read_text()
+        for text in (recipe, recipe.replace("seed: 0", "seed: 1"), "no: [yaml", None):
+            (out / "report.json").unlink()
+            if text is None:
+                (out / "recipe.yaml").unlink()
+            else:
+                (out / "recipe.yaml").write_text(text)
+            said = tiny.Said()
+            fp.resume(out, listener=said)
+            assert any("does not have the settings of run.json" in each for each in said.sentences) == (text != recipe)
+            assert (out / "recipe.yaml").read_text() == recipe
+
+
 def test_other_windows_than_those_of_the_run_or_its_recipe_are_refused(dense: Path, run: Path, tmp_path: Path) -> None:
     tokens, how = PruneDirectory(run).tokens(), {"source": "mine", "how": "drawn", "sha256": ""}
     assert fp.prune(dense, run, tokens=(tokens.to(torch.int32), how), **SETTINGS).status == "finished"

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, path_text
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
+from ..recipes.loading import parse_yaml
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
 from ..runs.directory import RunDirectory
@@ -267,6 +269,15 @@ def refuse_overlap(source: Path, out: Path) -> None:
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or outer in inner.parents:
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
+
+
+def keep_recipe(run: RunDirectory, begun: RunRecord, listener: Listener) -> None:
+    """Write ``recipe.yaml`` again where it does not have the settings of ``run.json``, and say so."""
+    with suppress(OSError, ValueError, FistaPrunerError):
+        if parse_yaml(run.recipe_file.read_text("utf-8"), str(run.recipe_file)) == begun.recipe:
+            return
+    listener.say(f"{run.recipe_file} does not have the settings of run.json, which this run keeps: it is written again")
+    run.write_recipe(str(yaml.safe_dump(begun.recipe, sort_keys=False)))
 
 
 def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) -> None:

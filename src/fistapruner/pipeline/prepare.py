@@ -28,7 +28,7 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import changed_text, say_kept_plan
+from .begun import changed_text, keep_recipe, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
 from .find_model import absolute
 from .plan import plan_run
@@ -62,6 +62,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
             if request.only_layers is None:  # other parts may see the model elsewhere
                 if request.recipe.recover is not None and not RecoverDirectory(run.recovered).run_file.exists():
                     check_fits(check_trained(request.recipe, inputs.source, run), listener)  # the execution may differ
+                keep_recipe(run, begun, listener)
                 note_command(run, begun, request, folder)
             return folder
         if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers

@@ -32,6 +32,7 @@ from .begun import (
     execution_here,
     interrupted_with,
     is_lost,
+    keep_recipe,
     refuse_lost_text,
     refuse_other_settings,
     say_kept_plan,
@@ -149,6 +150,7 @@ def _lead(
                 if begun is None:
                     verb.prepare(run, request, listener)
                 else:
+                    keep_recipe(run, begun, listener)
                     _check_machine(run, begun, request, listener)
                     _restore_text(verb, run, begun, request, listener)
                 ranks.share(True)  # the others train, too
