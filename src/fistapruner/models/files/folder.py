@@ -75,6 +75,18 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
         raise
 
 
+def remove_unfinished(out: Path) -> None:
+    """Remove what a killed attempt at the folder ``out`` has left (``OUT.partial``).
+
+    Raises:
+        FistaPrunerError: it is a link, or holds files of others, or the disk refuses.
+    """
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.is_dir():
+        claim_folder(partial)
+        remove_folder(partial, partial / PARTIAL)
+
+
 def write_index(
     folder: Path, files: Mapping[str, Iterable[TensorEntry]], metadata: Mapping[str, Any] | None = None
 ) -> None:
