@@ -448,6 +448,27 @@ def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, t
     assert fp.resume(run).status == "finished"  # which needs no model any more
 
 
+def test_a_recovery_that_has_begun_goes_on_with_the_dense_model_at_another_place(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the model was moved, not the run that the recovery trains."""
+    model, elsewhere, run = Path(shutil.copytree(dense, tmp_path / "a")), tmp_path / "b", tmp_path / "run"
+    asked = {**SETTINGS, "recover": {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}}
+    with monkeypatch.context() as patched:
+        patched.setattr("fistapruner.pipeline.training.finish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(model, run, **asked)
+    layer = (run / "layers" / "0000.safetensors").stat().st_mtime_ns
+    shutil.rmtree(run / "recovered" / "states")  # it must train, which needs the dense model
+    model.rename(elsewhere)
+    report = fp.prune(elsewhere, run, **asked)
+    assert (report.kind, report.status) == ("recover", "finished")
+    assert (run / "layers" / "0000.safetensors").stat().st_mtime_ns == layer
+    record = RecoverDirectory(run / "recovered").record()
+    assert record is not None
+    assert record.decision.dense == elsewhere
+
+
 class StopsAfterALayer(tiny.Said):
     """Interrupts."""
 

@@ -210,11 +210,12 @@ def _note_places(run: TrainingDirectory, begun: TrainingRecord, request: Trainin
             if changed_files(decision.dense_stamps, found) is not None:
                 raise _other_model(run, "a run with the dense model", decision.dense, folder)
             places["dense"] = folder
-    elif places and decision.dense is not None and not decision.dense.exists():
-        origin = input_run(request.model)
-        known = None if origin is None else dense_of(origin)
-        if known is not None and known.stamps == decision.dense_stamps:
-            places["dense"] = known.folder
+    elif decision.dense is not None and (origin := input_run(request.model)) is not None:
+        known = dense_of(origin)  # it may be elsewhere where the input has not moved
+        if known is not None and not same_path(decision.dense, known.folder):
+            with suppress(FistaPrunerError):  # it is gone
+                if changed_files(decision.dense_stamps, permissions.at(known.folder)) is None:
+                    places["dense"] = known.folder
     if places:
         places |= moved_text(decision.evaluation, request.evaluation or evaluation_of(input_run(request.model)))
         begun = begun.model_copy(update={"decision": decision.model_copy(update=places)})
