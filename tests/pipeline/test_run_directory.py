@@ -448,10 +448,11 @@ def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, t
     assert fp.resume(run).status == "finished"  # which needs no model any more
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["moved", "replaced"])
 def test_a_recovery_that_has_begun_goes_on_with_the_dense_model_at_another_place(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, replaced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the model was moved, not the run that the recovery trains."""
+    """Only the model was moved, not the run that the recovery trains; its old place may hold another model."""
     model, elsewhere, run = Path(shutil.copytree(dense, tmp_path / "a")), tmp_path / "b", tmp_path / "run"
     asked = {**SETTINGS, "recover": {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}}
     with monkeypatch.context() as patched:
@@ -461,8 +462,11 @@ def test_a_recovery_that_has_begun_goes_on_with_the_dense_model_at_another_place
     layer = (run / "layers" / "0000.safetensors").stat().st_mtime_ns
     shutil.rmtree(run / "recovered" / "states")  # it must train, which needs the dense model
     model.rename(elsewhere)
-    report = fp.prune(elsewhere, run, **asked)
+    if replaced:
+        tiny.save("llama", model, num_hidden_layers=2, seed=5)
+    report = fp.prune(elsewhere, run, listener=(told := tiny.Said()), **asked)
     assert (report.kind, report.status) == ("recover", "finished")
+    assert not any("again" in sentence for sentence in told.sentences)
     assert (run / "layers" / "0000.safetensors").stat().st_mtime_ns == layer
     record = RecoverDirectory(run / "recovered").record()
     assert record is not None
