@@ -473,6 +473,33 @@ def test_a_recovery_that_has_begun_goes_on_with_the_dense_model_at_another_place
     assert record.decision.dense == elsewhere
 
 
+def test_a_gguf_file_of_another_name_is_refused_before_it_is_converted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same name may be the run's model, at another place."""
+    pytest.importorskip("gguf")
+    from tiny_gguf import write_gguf
+
+    cache, model, moved, of_file = (tmp_path / name for name in ("cache", "a", "b", "of_file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    model.mkdir()
+    write_gguf(model / "tiny.gguf")
+    for other in (model / "tiny.gguf", model):
+        with pytest.raises(fp.FistaPrunerError, match=r"a run of the model .*/model', this one is of "):
+            fp.prune(other, run, **SETTINGS)
+    assert not cache.exists()
+    fp.prune(model / "tiny.gguf", of_file, **SETTINGS)
+    model.rename(moved)
+    told = tiny.Said()
+    fp.prune(moved / "tiny.gguf", of_file, listener=told, **SETTINGS)
+    assert f"{of_file} holds the finished run of this recipe" in told.sentences
+    conversions = contents(cache)
+    (moved / "tiny.gguf").rename(moved / "other.gguf")
+    with pytest.raises(fp.FistaPrunerError, match=r"a run of the model .*tiny\.gguf', this one is of .*other\.gguf'"):
+        fp.prune(moved / "other.gguf", of_file, **SETTINGS)
+    assert contents(cache) == conversions
+
+
 class StopsAfterALayer(tiny.Said):
     """Interrupts."""
 

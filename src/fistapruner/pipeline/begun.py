@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, path_text
-from ..models.source import Permissions
+from ..models.source import Permissions, packed_file
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
@@ -161,8 +161,11 @@ def refuse_other(
         return folder
     # A path is the same model where its files are, as in a moved tree or a copy; any other name where it is alike.
     if Path(model).exists():
-        source = find_source(model, record, permissions)
-        other, folder = changed_files(record.decision.stamps, source) is not None, source.folder.absolute()
+        packed = packed_file(Path(model))  # converting it takes long, into a folder of its name
+        other = packed is not None and packed.stem != folder.name.rpartition("-")[0]
+        if not other:
+            source = find_source(model, record, permissions)
+            other, folder = changed_files(record.decision.stamps, source) is not None, source.folder.absolute()
     else:
         other = record.model.source != model
     if other:
