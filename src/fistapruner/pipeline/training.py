@@ -223,11 +223,12 @@ def _note_command(run: TrainingDirectory, begun: TrainingRecord, request: Traini
             if changed_files(decision.dense_stamps, found) is not None:
                 raise _other_model(run, "a run with the dense model", decision.dense, folder)
             places["dense"] = folder
-    elif places and decision.dense is not None and not decision.dense.exists():
-        origin = input_run(request.model)
-        known = None if origin is None else dense_of(origin)
-        if known is not None and known.stamps == decision.dense_stamps:
-            places["dense"] = known.folder
+    elif decision.dense is not None and (origin := input_run(request.model)) is not None:
+        known = dense_of(origin)  # it may be elsewhere where the input has not moved
+        if known is not None and not same_path(decision.dense, known.folder):
+            with suppress(FistaPrunerError):  # it is gone
+                if changed_files(decision.dense_stamps, permissions.at(known.folder)) is None:
+                    places["dense"] = known.folder
     decision = decision.model_copy(update=places)
     decision = decision.model_copy(update={"evaluation": _evaluation(decision, request)})
     if decision != begun.decision:
