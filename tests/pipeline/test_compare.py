@@ -27,6 +27,7 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, CompareRow
 from fistapruner.runs.listener import Listener
+from fistapruner.runtime.files import write_json_atomic, write_sealed_json
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 
@@ -402,6 +403,39 @@ def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path, recovers: 
     for folder in [run, run / "recovered"] if recovers else [run]:
         assert (folder / "model" / "model.safetensors").is_file()
         assert "| perplexity |" in (folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path, recovers: bool) -> None:
+    """What was measured stays only with weights that are the same, as on another processor they may not be."""
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    settings = {**SETTINGS, "recover": following} if recovers else SETTINGS
+
+    def measured(keep: bool) -> Any:
+        [row] = compare(source, "wanda", ["50%"], out, settings=settings, windows=2, keep=keep).rows
+        assert row.error is None
+        assert row.perplexity is not None
+        return row.perplexity.nll
+
+    def change(file: Path, edit: Any) -> None:
+        content = json.loads(file.read_text())
+        content.pop("sha256", None)
+        edit(content)
+        (write_json_atomic if file.name == "report.json" else write_sealed_json)(file, content)
+
+    nll = measured(keep=False)
+    [run] = (out / "runs").iterdir()
+    result = run / "recovered" if recovers else run
+    change(result / "report.json", lambda report: report["evaluations"][0]["perplexity"].update(nll=99.0))
+    assert measured(keep=False) == 99.0
+    assert measured(keep=True) == 99.0  # of the same weights
+    assert measured(keep=False) == 99.0
+    for folder in {run, result}:
+        change(folder / "model.json", lambda record: record["files"]["model.safetensors"].update(sha256="others"))
+    if recovers:  # it began with those
+        change(result / "run.json", lambda record: record["decision"].update(stamps=[["model.safetensors", "others"]]))
+    assert measured(keep=True) == nll
 
 
 def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(

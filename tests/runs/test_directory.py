@@ -332,7 +332,7 @@ def test_a_checkpoint_whose_removal_was_killed_is_removed_by_the_next_attempt(
         if run.model.exists():
             run.remove_model()
         assert not run.model.exists()
-        assert not run.model_file.exists()
+        assert run.model_file.exists() == record
     assert removals > 5
 
 

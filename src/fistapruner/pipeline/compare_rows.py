@@ -118,7 +118,7 @@ class Shared:
         return report, recovery
 
     def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
-        """Prune a row, and measure it unless that was done before its weights were deleted."""
+        """Prune a row, and measure it unless these very weights were measured before they were deleted."""
         report = prune(
             self.model,
             run.folder,
@@ -133,9 +133,11 @@ class Shared:
 
     def _recover(self, run: PruneDirectory, pruned: Report, recipe: RecoverRecipe) -> Report:
         """Recover a pruned row and measure it. Remove a recovery with other settings or another input."""
-        following = RecoverDirectory(run.recovered)
+        following, permissions = RecoverDirectory(run.recovered), self.source.permissions
         begun = following.record()
-        if begun is not None and not _follows(begun, pruned, recipe):
+        if begun is not None and (
+            not _follows(begun, pruned, recipe) or changed_files(begun.decision.stamps, permissions.at(run.model))
+        ):
             self.listener.say(f"the recovery in {following.folder} is of other settings or input: it is made again")
             following.remove(run.model)
         report = recover(
@@ -145,7 +147,7 @@ class Shared:
             evaluate=None,
             listener=self.listener,
             command=self.command,
-            **self.source.permissions.keywords(),
+            **permissions.keywords(),
         )
         return self._measure(following, report)
 
