@@ -101,7 +101,7 @@ def test_a_method_may_have_calibration_settings_of_its_own(label: str) -> None:
     text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
     [job] = plan_jobs(parse_contenders(label), ["50%"], [1], SETTINGS)
     protocol = Protocol(text, "float32", Recipe.build(SETTINGS).calibration)
-    settings = job.recipe.model_dump(mode="json", exclude={"execution"})
+    settings = job.recipe.resolved().model_dump(mode="json", exclude={"execution"})
     protocol.check(CompareRow(method="wanda", label=label, sparsity="50%", settings=settings), Path("out"), kept=True)
 
 
@@ -307,6 +307,34 @@ def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> 
         with pytest.raises(FistaPrunerError, match=f"holds a run with {message}, this one has .*name another folder"):
             compare(source, "magnitude,wanda", ["50%"], out, settings={**SETTINGS, **other}, windows=2)
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    ignoring: dict[str, Any] = {**SETTINGS, "ignore": ["down_proj"]}
+
+    def compared(method: str, settings: dict[str, Any]) -> list[str | None]:
+        return [row.error for row in compare(source, method, ["50%"], out, settings=settings, windows=2).rows]
+
+    assert compared("magnitude", SETTINGS) == [None]
+    before = (out / "compare.json").read_bytes()
+    for settings, message in (
+        (
+            {**SETTINGS, "recover": 512},
+            "made without recover, this comparison would make it with recover: name",
+        ),
+        (ignoring, r'made with ignore = \[.*\], this comparison would make it with ignore = \["down_proj"\]: name'),
+        ({**SETTINGS, "structure": {"multiple": 16, "remove": "25%"}}, r"structure\.remove"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            compared("wanda", settings)
+    assert (out / "compare.json").read_bytes() == before
+    assert compared("wanda@ignore=[down_proj]", SETTINGS) == [None] * 2  # its own settings are in its name
+    content = json.loads((out / "compare.json").read_text())
+    for row in content["rows"]:
+        del row["settings"]  # as earlier releases wrote it
+    (out / "compare.json").write_text(json.dumps(content))
+    assert compared("wanda", ignoring) == [None] * 3
 
 
 def test_one_comparison_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
