@@ -466,6 +466,35 @@ def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path, 
     assert measured(keep=True) == nll
 
 
+def test_damaged_records_of_a_row_do_not_cost_its_figures(tmp_path: Path) -> None:
+    """A report is made again; what cannot be is named, and the row stays."""
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    said = tiny.Said()
+
+    def compared() -> Any:
+        return compare(
+            source, "wanda", ["50%"], out, settings={**SETTINGS, "recover": following}, windows=2, listener=said
+        )
+
+    [row] = compared().rows
+    [run] = (out / "runs").iterdir()
+    for damaged in (run / "report.json", run / "recovered" / "report.json"):
+        damaged.write_text("")
+        [again] = compared().rows
+        assert (again.error, again.perplexity) == (None, row.perplexity)
+        assert any(f"the report is made again: {damaged} " in sentence for sentence in said.sentences)
+        assert damaged.read_text()
+    (run / "recovered" / "run.json").write_text("")
+    kept = compared()
+    assert kept.rows == [again]
+    [warning] = kept.warnings
+    assert f"remove {run / 'recovered'} or choose" in warning
+    shutil.rmtree(run / "recovered")
+    [again] = compared().rows
+    assert (again.error, again.perplexity) == (None, row.perplexity)
+
+
 def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,7 +202,7 @@ class RunDirectory:
         """
         if not self.run_file.exists():
             return None
-        hint = "remove the run directory or choose another --out"
+        hint = f"remove {self.folder} or choose another --out"
         try:
             content = read_sealed_json(self.run_file)
         except (OSError, ValueError) as error:
