@@ -531,6 +531,29 @@ def test_a_folder_that_is_no_comparison_is_refused_and_kept(tmp_path: Path, name
     assert sorted(out.rglob("*")) == before
 
 
+def test_damaged_figures_of_a_comparison_are_made_again(tmp_path: Path) -> None:
+    source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    counts = Counts()
+
+    def compared() -> Any:
+        return compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2, listener=counts)
+
+    before = compared()
+    (out / "compare.html").write_text("its page")
+    (out / "compare.json").write_text("")
+    (out / "dense.json").write_text("")
+    with pytest.raises(FistaPrunerError, match=r"compare\.json cannot be read as JSON: .*: remove it; rows that are"):
+        compared()
+    (out / "compare.json").unlink()
+    after = compared()
+    assert (after.rows, after.dense) == (before.rows, before.dense)
+    assert counts.measured == 1  # its rows are read again
+    (out / "compare.json").unlink()
+    (out / "dense.json").unlink()
+    with pytest.raises(FistaPrunerError, match=r"other things in it \(compare\.html\)"):
+        compared()
+
+
 @pytest.mark.parametrize("partial", ["dense.json.partial", "compare.json.partial"])
 def test_a_comparison_killed_in_writing_its_first_figures_goes_on(tmp_path: Path, partial: str) -> None:
     source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"

@@ -203,7 +203,7 @@ def measure_dense(shared: Shared) -> Perplexity:
     """Measure the dense model on the windows of the protocol, or read what was measured before."""
     file, protocol = shared.folder / DENSE, shared.protocol
     weights = [list(stamp) for stamp in stamps(shared.source.checkpoint())]
-    found = _earlier_dense(file, protocol, weights)
+    found = _earlier_dense(file, protocol, weights, shared.listener)
     if found is None:
         shared.listener.say(f"evaluating the dense model on {protocol.text.data}")
         found = shared.evaluate(shared.source.folder).perplexity
@@ -212,11 +212,15 @@ def measure_dense(shared: Shared) -> Perplexity:
     return found
 
 
-def _earlier_dense(file: Path, protocol: Protocol, weights: list[list[str]]) -> Perplexity | None:
+def _earlier_dense(file: Path, protocol: Protocol, weights: list[list[str]], listener: Listener) -> Perplexity | None:
     """Read the dense model's perplexity, if these weights were measured on the same windows before."""
     if not file.is_file():
         return None
-    content = read_json(file)
+    try:
+        content = read_json(file)
+    except FistaPrunerError as error:
+        listener.say(f"the dense model is evaluated again: {error}")
+        return None
     same = content.pop(STAMPS, None) == weights
     try:
         stored = _PERPLEXITY.validate_python(content)
