@@ -282,10 +282,11 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
 
 
 def _earlier(folder: Path, now: AlignComparison) -> AlignComparison | None:
-    """Read the comparison that is continued, of the same settings, models and texts; None where there is none.
+    """Read the comparison that is continued; None where there is none.
 
     Raises:
-        FistaPrunerError: names the first that differs, or the file that has changed.
+        FistaPrunerError: it has other settings, models or texts; names the first that differs, or the file that has
+            changed.
     """
     if not (folder / FIGURES).exists():
         return None

@@ -81,7 +81,7 @@ class Protocol:
             raise FistaPrunerError(f"{where}, made {other[0]}, this comparison would make it {other[1]}: {which}")
 
     def _other_settings(self, row: CompareRow) -> tuple[str, ...] | None:
-        """Say with which setting a row was made, and with which it would be made now; None where all are the same."""
+        """Say with which setting a row was made and would be made now; None where all are the same."""
         with suppress(FistaPrunerError):  # a recipe file that is gone, or settings of another release
             [contender] = parse_contenders([row.name])
             now = contender.recipe(self.shared, row.sparsity, row.seed).resolved(family=self.family)
