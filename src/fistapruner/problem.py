@@ -96,11 +96,9 @@ class LayerProblem:
     importance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "gram", "drift", "drift_energy", "energy", "importance"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                energies = name in ("drift_energy", "energy")
-                object.__setattr__(self, name, _plain(tensor, f"{self.label}: the {name}", keep_double=energies))
+        for name, given in self._tensors().items():
+            energies = name in ("drift_energy", "energy")
+            object.__setattr__(self, name, _plain(given, f"{self.label}: the {name}", keep_double=energies))
         if self.weight.ndim != 2 or not self.weight.numel():
             raise FistaPrunerError(
                 f"{self.label}: the weight is {tuple(self.weight.shape)}, expected (outputs, inputs)"
@@ -186,8 +184,7 @@ class LayerProblem:
         Raises:
             FistaPrunerError: names the operators and the tensor.
         """
-        names = ("weight", "gram", "drift", "drift_energy", "energy", "importance")
-        tensors = {name: found for name in names if (found := getattr(self, name)) is not None}
+        tensors = self._tensors()
         before = {name: changes_in_place(tensor) for name, tensor in tensors.items()}
         yield
         for name, tensor in tensors.items():
@@ -334,19 +331,8 @@ class LayerProblem:
 
     def to(self, device: torch.device | str) -> LayerProblem:
         """Return the same problem with its tensors on ``device``."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return replace(
-            self,
-            weight=self.weight.to(device),
-            gram=self.gram.to(device),
-            drift=move(self.drift),
-            drift_energy=move(self.drift_energy),
-            energy=move(self.energy),
-            importance=move(self.importance),
-        )
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, **moved)
 
     @property
     def output_energies(self) -> tuple[Tensor, ...]:
@@ -354,6 +340,11 @@ class LayerProblem:
         assert self.energy is not None
         energies: tuple[Tensor, ...] = self._not_weighted(self.energy.double()).split(self.rows)
         return energies
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that the problem has, by name."""
+        names = ("weight", "gram", "drift", "drift_energy", "energy", "importance")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def _shares(self, row_errors: Tensor) -> list[float]:
         """Divide the errors of each operator's rows, (m,) fp64, by its dense output's energy.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, text_of
 
 from fistapruner import FistaPrunerError
-from fistapruner.calibration.examples import Example, read_training_file
+from fistapruner.calibration.examples import Example, Message, read_training_file
 from fistapruner.calibration.packing import pack_examples
 from fistapruner.calibration.training_text import training_text
 from fistapruner.recipes.recover_settings import TrainingData
@@ -75,25 +75,23 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one() -> None:
 def test_turns_of_the_assistant_carry_loss() -> None:
     tokenizer = chat_tokenizer()
     content = (
-        ("system", "pp"),
-        ("user", "qq"),
-        ("assistant", "xx"),
-        ("user", "rr"),
-        ("assistant", "yy"),
-        ("user", "z"),
+        Message("system", "pp"),
+        Message("user", "qq"),
+        Message("assistant", "xx"),
+        Message("user", "rr"),
+        Message("assistant", "yy"),
+        Message("user", "z"),
     )
     ids, marks = Example("messages", content, "here").encode(tokenizer)
     assert pieces(tokenizer, ids, marks, True) == "xx</s>yy</s>"
     assert pieces(tokenizer, ids, marks, False) == "s\npp</s>\nu\nqq</s>\na\n\nu\nrr</s>\na\n"
-    whole = tokenizer.apply_chat_template(
-        [{"role": role, "content": text} for role, text in content[:5]], tokenize=False
-    )
+    whole = tokenizer.apply_chat_template([message.mapping for message in content[:5]], tokenize=False)
     assert ids == tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
 
 
 def test_conversations_may_begin_with_the_assistant() -> None:
     tokenizer = chat_tokenizer()
-    content = (("assistant", "ba"), ("user", "q"), ("assistant", "yy"))
+    content = (Message("assistant", "ba"), Message("user", "q"), Message("assistant", "yy"))
     ids, marks = Example("messages", content, "here").encode(tokenizer)
     assert pieces(tokenizer, ids, marks, True) == "ba</s>yy</s>"
     assert pieces(tokenizer, ids, marks, False) == "a\n\nu\nq</s>\na\n"
@@ -118,8 +116,8 @@ def test_all_that_a_template_reads_is_written(tmp_path: Path) -> None:
     ]
     assert len(set(texts)) == 3
     assert texts[2] == example.text
-    plain = [ASK, {**ANSWER, "name": None, "tool_calls": []}]
-    [same] = read_training_file(write(tmp_path / "c.jsonl", [{"messages": plain, "tools": None}]))
+    plain = [ASK, {**ANSWER, "name": None, "tool_calls": [], "id": 7}]
+    [same] = read_training_file(write(tmp_path / "c.jsonl", [{"messages": plain, "tools": "null"}]))
     assert same.text == json.dumps(["messages", [["user", "a"], ["assistant", "b"]]])  # decides the side
 
 

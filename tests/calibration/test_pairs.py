@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 import tiny
 from fistapruner import FistaPrunerError
+from fistapruner.calibration.examples import Message
 from fistapruner.calibration.pairs import SIDES, Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from fistapruner.recipes.align_settings import PairData
 
@@ -48,13 +49,13 @@ def test_forms(tmp_path: Path) -> None:
     [pair], _ = read_pairs(write(tmp_path / "a.jsonl", [GOOD]))
     assert (pair.prompt, pair.chosen, pair.rejected) == ("The sky is", " blue.", " green.")
     [pair], _ = read_pairs(write(tmp_path / "b.jsonl", [CHAT]))
-    assert (pair.prompt, pair.chosen) == ((("user", "ab"),), (("assistant", "cd"),))
+    assert (pair.prompt, pair.chosen) == ((Message("user", "ab"),), (Message("assistant", "cd"),))
     joined = {name: GOOD["prompt"] + GOOD[name] for name in ("chosen", "rejected")}
     [pair], said = read_pairs(write(tmp_path / "c.jsonl", [joined]))
     assert (pair.prompt, pair.chosen, pair.rejected, said) == ("The sky is", " blue.", " green.", [])
     talk = {name: CHAT["prompt"] + CHAT[name] for name in ("chosen", "rejected")}
     [pair], _ = read_pairs(write(tmp_path / "d.jsonl", [talk]))
-    assert (pair.prompt, pair.rejected) == ((("user", "ab"),), (("assistant", "ef"),))
+    assert (pair.prompt, pair.rejected) == ((Message("user", "ab"),), (Message("assistant", "ef"),))
 
 
 def test_prompts_that_end_inside_a_word_are_told(tmp_path: Path) -> None:
@@ -187,6 +188,19 @@ def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
     assert text_of(tokenizer, pairs.tokens[0][pairs.marks[0]]) == "cd</s>\n"
     with pytest.raises(FistaPrunerError, match="line 1 has messages, and the tokenizer has no chat template"):
         tokenised(records, tmp_path, chat_tokenizer(None))
+
+
+def test_prompts_are_equal_whatever_numbers_an_export_gave_their_messages(tmp_path: Path) -> None:
+    def numbered(start: int) -> list[dict[str, Any]]:
+        messages = [*user("ab"), {"role": "assistant", "content": "cd" if start else "ef"}]
+        return [{**message, "id": number} for number, message in enumerate(messages, start)]
+
+    record = {"chosen": numbered(0), "rejected": numbered(5)}
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", [record]))
+    [plain], _ = read_pairs(write(tmp_path / "b.jsonl", [{**CHAT, "prompt": user("ab")}]))
+    assert pair.key == plain.key
+    with pytest.raises(FistaPrunerError, match="chosen and rejected are equal"):
+        read_pairs(write(tmp_path / "c.jsonl", [{"chosen": numbered(5), "rejected": numbered(8)}]))
 
 
 def test_answers_may_differ_in_their_tool_calls_alone(tmp_path: Path) -> None:

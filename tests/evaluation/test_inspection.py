@@ -272,6 +272,12 @@ def test_every_tensor_that_is_not_finite_is_named(tmp_path: Path, capsys: pytest
     ]
 
 
+def test_a_run_without_a_finished_checkpoint_is_said_to_go_on_with(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FistaPrunerError, match="has no finished checkpoint: go on with 'fistapruner resume"):
+        inspect_checkpoint(tmp_path)
+
+
 def test_a_gguf_file_is_inspected_as_it_is_pruned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

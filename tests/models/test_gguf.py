@@ -18,7 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.gguf import convert_gguf, epsilon
+from fistapruner.models.files.gguf import convert_gguf
+from fistapruner.models.files.gguf_config import epsilon
 from fistapruner.models.files.gguf_header import check_gguf
 from fistapruner.models.source import ModelSource, converted_gguf, resolve_model, small_model
 

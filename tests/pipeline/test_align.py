@@ -628,7 +628,7 @@ def test_rows_of_a_comparison_have_the_same_tokens_on_another_day(
     days: list[str] = []
 
     def write_chat(content: Any, *_: Any, prompt: bool = False) -> str:
-        return str(len(days)) + "".join(text for _, text in content)
+        return str(len(days)) + "".join(message.content for message in content)
 
     def say(sentence: str) -> None:
         days.extend(re.findall(r"^\d/3: ", sentence))

@@ -832,7 +832,10 @@ def test_a_run_goes_on_on_the_device_of_the_new_command(bench: Bench, tmp_path: 
     said, execution = tiny.Said(), {"device": "cpu", "memory_limit": "1GiB"}
     report = recover(bench.pruned(), tmp_path / "out", listener=said, execution=execution, **settings)
     assert (report.status, report.recovery and report.recovery.steps) == ("finished", 4)
-    assert "this run keeps the plan that it began with: another --memory-limit changes nothing" in said.sentences
+    assert (
+        "this run keeps the plan that it began with: another --memory-limit changes nothing in the training"
+        in said.sentences
+    )
     assert any("going on after step" in each for each in said.sentences)
 
 
@@ -962,6 +965,19 @@ def test_models_that_are_gone_are_nothing_to_a_finished_run(bench: Bench, tmp_pa
     assert fp.resume(tmp_path / "out").status == "finished"
 
 
+def test_a_text_to_evaluate_on_that_is_gone_is_said_before_training(bench: Bench, tmp_path: Path) -> None:
+    text, out = Path(shutil.copy(bench.text, tmp_path / "text.jsonl")), tmp_path / "out"
+    recover(bench.pruned(), out, evaluate=text, evaluate_windows=1, steps=1)
+    (out / "report.json").unlink()
+    text.unlink()
+    with pytest.raises(fp.FistaPrunerError, match=r"text\.jsonl, which this run evaluates on, is gone: .* none$"):
+        fp.resume(out)
+    assert not (out / "report.json").exists()
+    (out / "model").rename(tmp_path / "model")
+    assert recover(bench.pruned(), out, steps=1).status == "finished"  # as the command with --evaluate none
+    assert fp.resume(out).status == "finished"
+
+
 def test_a_run_goes_on_from_another_folder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are kept absolute; the same file by another way to write it is the same."""
     (tmp_path / "a").mkdir()
@@ -1079,6 +1095,11 @@ def test_a_recovery_that_a_continuing_command_adds_is_checked_before_pruning(ben
     fp.prune(bench.dense(), tmp_path / "run", only_layers=(0, 0), **settings)
     with pytest.raises(fp.FistaPrunerError, match="targets: 'nothing' matches no operator"):
         fp.prune(bench.dense(), tmp_path / "run", recover={"targets": ["nothing"]}, **settings)
+    assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1
+    with pytest.raises(fp.FistaPrunerError, match=r"^recover: --memory-limit 1\.00 MiB is not enough"):
+        fp.prune(bench.dense(), tmp_path / "run", recover={"steps": 1}, execution={"memory_limit": "1MiB"}, **settings)
+    record = PruneDirectory(tmp_path / "run").begun_record()
+    assert (record.recipe["recover"], record.recipe["execution"]["memory_limit"]) == (None, None)
     assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1
     with pytest.raises(fp.FistaPrunerError, match="recover with sparsity 0%: no operator has zeros"):
         fp.prune(bench.dense(), tmp_path / "dense", recover={"steps": 1}, sparsity="0%", **settings)

@@ -25,6 +25,7 @@ from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.files.writer import SHARD_RECORD
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.settings import Recipe
@@ -34,6 +35,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runtime.files import sha256_file, write_json_atomic
 from fistapruner.sensitivity.decision import Decision, decide
 from fistapruner.sparse.variants import Variant, load_variant
 
@@ -243,6 +245,36 @@ def test_the_checkpoint_is_written_without_opening_the_layers_again_for_every_te
     finish_run(run)
     assert weights(run) == before
     assert opened.call_count == 2  # decoder layers, of seven operators each
+
+
+@pytest.mark.parametrize("killed", ["in the shards", "before model.json", "before the report"])
+def test_a_checkpoint_is_not_of_two_prunings(run: Path, monkeypatch: pytest.MonkeyPatch, killed: str) -> None:
+    """Another machine may prune a lost layer again to other bits than those of the files that were written before."""
+    before, folder = weights(run), run / "model"
+    (run / "report.json").unlink()
+    if killed == "in the shards":
+        drop_all(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "fistapruner.models.files.writer.copy_companions", Mock(side_effect=fp.FistaPrunerError("stopped"))
+            )
+            with pytest.raises(fp.FistaPrunerError, match="stopped"):
+                fp.resume(run)
+        folder = run / "model.partial"
+    shard = min(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x3f")
+    if killed == "in the shards":
+        written = shard.with_name(shard.name + SHARD_RECORD)
+        write_json_atomic(written, json.loads(written.read_text()) | {"sha256": sha256_file(shard)})
+    else:
+        digests = {path.name: sha256_file(path) for path in folder.glob("*.safetensors")}
+        RunDirectory(run).write_model_record(load_run(run).fingerprint or "", digests)
+    if killed == "before model.json":
+        (run / "model.json").unlink()
+    (run / "layers" / "0001.safetensors").unlink()
+    fp.resume(run)
+    assert weights(run) == before
+    assert not (run / "model.partial").exists()
 
 
 def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Path) -> None:
@@ -472,7 +504,10 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
         told = StopsAfterALayer()
         with pytest.raises(KeyboardInterrupt):
             fp.prune(dense, run, listener=told, **asked)
-        assert "this run keeps the plan that it began with: another --batch-size changes nothing" in told.sentences
+        assert (
+            "this run keeps the plan that it began with: another --batch-size changes nothing in the pruning"
+            in told.sentences
+        )
         report = fp.resume(run)
     assert (report.kind, len(report.evaluations), len(load_run(run).evaluations)) == ("recover", 1, 1)
     record = PruneDirectory(run).record()
@@ -482,6 +517,24 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
     assert Recipe.from_yaml((run / "recipe.yaml").read_text()) == Recipe.build(record.recipe)
     fp.prune(dense, run, only_layers=(0, 0), **SETTINGS)  # a part leaves what follows alone
     assert PruneDirectory(run).record() == record
+
+
+def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    following = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    fp.prune(dense, run, recover=following, allocation={"re:mlp": "40%"}, **SETTINGS)
+    for out in (run, run / "recovered"):
+        recipe = (out / "recipe.yaml").read_text()
+        for text in (recipe, recipe.replace("seed: 0", "seed: 1"), "no: [yaml", None):
+            (out / "report.json").unlink()
+            if text is None:
+                (out / "recipe.yaml").unlink()
+            else:
+                (out / "recipe.yaml").write_text(text)
+            said = tiny.Said()
+            fp.resume(out, listener=said)
+            assert any("does not have the settings of run.json" in each for each in said.sentences) == (text != recipe)
+            assert (out / "recipe.yaml").read_text() == recipe
 
 
 def test_other_windows_than_those_of_the_run_or_its_recipe_are_refused(dense: Path, run: Path, tmp_path: Path) -> None:

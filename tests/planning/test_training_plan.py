@@ -37,7 +37,8 @@ from fistapruner.planning.budget import Resources
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
-from fistapruner.planning.training_sizes import CUTTING, Task, TrainingChoice, TrainingSizes
+from fistapruner.planning.training_sizes import CUTTING, TrainingSizes
+from fistapruner.planning.training_task import Task, TrainingChoice
 from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.recipes.settings import Recipe

@@ -440,6 +440,9 @@ def test_status_of_a_finished_run_that_has_no_figures_yet(tmp_path: Path, capsys
     assert told(figures, asked=True, held=True) == told([], asked=False, held=False) == "finished"
     assert main(["status", str(run.parent), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["measured"] is False
+    record.finished = "2024-01-01T00:00:00+00:00"  # by another process, before this one began
+    assert told([], asked=True, held=True) == "finished, being measured"
+    assert told(figures, asked=True, held=True) == "running again; it was finished before"
 
 
 def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.files.checkpoint import PRUNING_RECORD
+from fistapruner.models.files.folder_files import PRUNING_RECORD
 from fistapruner.pipeline.compare_folder import refuse_other_things
 from fistapruner.runs import training_directory
 from fistapruner.runs.base import parse
@@ -32,7 +32,7 @@ from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runs.times import forget_times, spent
-from fistapruner.runtime.files import claim_folder, write_sealed_json, write_text_atomic
+from fistapruner.runtime.files import PARTIAL, claim_folder, write_sealed_json, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
 
@@ -76,6 +76,24 @@ def write_model(run: RunDirectory, record: bool) -> None:
     (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
     if record:
         run.write_model_record("run", {"model.safetensors": "digest"})
+
+
+def test_nothing_as_large_as_the_model_stays_of_a_run_without_weights(tmp_path: Path) -> None:
+    """Nor of an attempt at it that was killed; files of others in an unfinished checkpoint stay, and are named."""
+    run = PruneDirectory(tmp_path)
+    write_model(run, record=True)
+    kept = ["layers/0000.json", "layers/notes.txt"]
+    large = ["layers/0000.safetensors", "layers/0001.safetensors", "layers/0002.safetensors.partial"]
+    large += ["model.partial/model.safetensors", "adapter.partial/adapter_model.safetensors", "hidden/states"]
+    for name in (*kept, *large):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FistaPrunerError, match=r"model\.partial holds files that fistapruner did not write"):
+        run.remove_weights()
+    for folder in ("model.partial", "adapter.partial"):
+        (tmp_path / folder / PARTIAL).touch()
+    run.remove_weights()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == kept
 
 
 def test_a_verb_keeps_its_own_decision_and_readers_see_what_all_verbs_have(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.constraints import Constraint, parse_sparsity
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.solvers import METHODS, parse_method, solve
-from fistapruner.sparse.pack import choose_layout
+from fistapruner.sparse.pack_plan import choose_layout
 from toy_constraints import TOYS, every_constraint, registered
 
 CHAINS = [f"wanda+{name}" if method.refines else name for name, method in METHODS.items()]

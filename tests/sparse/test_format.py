@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fistapruner import NM, FistaPrunerError, SparseLinear
 from fistapruner.sparse.format import OperatorSpec, decode, encode, index_bits, operator_fault
-from fistapruner.sparse.pack import choose_layout
+from fistapruner.sparse.pack_plan import choose_layout
 from fistapruner.sparse.packed import pack_operator
 
 FAULT = operator_fault("test", "w")

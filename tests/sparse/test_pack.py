@@ -26,7 +26,7 @@ from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import sha256_file
 from fistapruner.sparse.bench import bench, record
-from fistapruner.sparse.pack import NoPackedFormError
+from fistapruner.sparse.pack_plan import NoPackedFormError
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
 
 

@@ -25,7 +25,7 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
-from fistapruner.structured import experts as removal
+from fistapruner.structured import mixtures
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 TOKENS = torch.arange(3, 27)[None]
@@ -77,11 +77,11 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
 def test_a_router_that_would_keep_its_rows_is_refused(tmp_path: Path) -> None:
     """Gemma 4's computes the same with all rows, but no checkpoint can hold them beside the smaller number."""
     model = LayerwiseModel(Checkpoint.open(tiny.save("gemma4", tmp_path)), torch.device("cpu"))
-    units, change = removal.find_experts(model, discover(model), Structure(remove="experts=1"), {})
+    units, change = mixtures.find_experts(model, discover(model), Structure(remove="experts=1"), {})
     assert units[0][0].tensors == {"router.proj.weight": 0, "router.per_expert_scale": 0}
     lacking = tuple((unit.model_copy(update={"tensors": {}}),) for (unit,) in units)
     with pytest.raises(fp.FistaPrunerError, match=r"router.* have the shape \(4.* smaller model's has \(3"):
-        removal._prove(model, lacking, build_changed(model.checkpoint, change).eval(), 3)
+        mixtures._prove(model, lacking, build_changed(model.checkpoint, change).eval(), 3)
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
@@ -253,9 +253,9 @@ def test_layers_that_choose_different_numbers_of_experts_are_told_apart(tmp_path
     config = transformers.HunYuanMoEV1Config(**sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
-    assert list(removal.chosen_experts(model).values()) == [1, 3, 3]
+    assert list(mixtures.chosen_experts(model).values()) == [1, 3, 3]
     with pytest.raises(fp.FistaPrunerError, match=r"experts of model\.layers\.1\.mlp.* the router chooses 3"):
-        removal.find_experts(model, discover(model), Structure(remove="experts=2"), {})
+        mixtures.find_experts(model, discover(model), Structure(remove="experts=2"), {})
 
 
 @pytest.mark.parametrize(("limit", "experts", "most"), [(1, 2, 3), (1, 4, 2), (2, 2, None), (2, 4, None)])
@@ -265,7 +265,7 @@ def test_a_token_needs_enough_experts_in_its_groups(tmp_path: Path, limit: int, 
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     asked = Structure(remove=f"experts={experts}")
     if most is None:
-        assert removal.find_experts(model, discover(model), asked, {})[0][1][0].after == 8 - experts
+        assert mixtures.find_experts(model, discover(model), asked, {})[0][1][0].after == 8 - experts
         return
     with pytest.raises(fp.FistaPrunerError, match=f"remain, {most} of them in the groups .* chooses 4 for every token"):
-        removal.find_experts(model, discover(model), asked, {})
+        mixtures.find_experts(model, discover(model), asked, {})

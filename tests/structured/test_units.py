@@ -18,7 +18,8 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.structured import proof
 from fistapruner.structured.proof import plan_widths
-from fistapruner.structured.units import Widths, channel_weights, layer_weights, removed_weights, resized
+from fistapruner.structured.smaller_model import Widths, removed_weights, resized
+from fistapruner.structured.units import channel_weights, layer_weights
 
 ENTRIES = {"opt": "ffn_dim", "gpt2": "n_inner", "falcon": "ffn_hidden_size"}
 """The entry of the config that holds the width, where it is not ``intermediate_size``."""

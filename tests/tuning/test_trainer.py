@@ -300,9 +300,12 @@ def test_damage_is_made_good(tmp_path: Path, optimizer: str, damage: str) -> Non
         for path in states[-1:] if damage == "newest state" else states:
             path.write_bytes(path.read_bytes()[:-1])
     stepper = Parabola()
-    state, _ = train(tmp_path, stepper, optimizer=optimizer)
+    state, said = train(tmp_path, stepper, optimizer=optimizer)
     assert (state, stepper.value) == (expected, whole.value)
     assert journal(tmp_path) == lines
+    after = {"journal": " after step 6", "journal is gone": ""}
+    sentence = f"{tmp_path / 'steps.jsonl'} is gone or damaged{after.get(damage)}: the state of step 8 is not used"
+    assert (sentence in said) == (damage in after)
     replayed = optimizer == "mezo" and damage.endswith("states")  # the journal is the checkpoint
     if replayed:
         assert stepper.taken == []

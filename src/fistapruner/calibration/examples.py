@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,38 @@ from .text import read_lines, text_of, whole_text
 KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
 """Kinds of lines, and how they are called in messages."""
 
-Message = tuple[Any, ...]
-"""(role, content) of a message of a chat, or (role, content, what else its template may read)."""
+READ = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "weight")
+"""Other keys of a message that chat templates read, by which messages differ."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of a chat.
+
+    Args:
+        role, content: no content is that of a message that only calls tools.
+        others: what else the chat template may read.
+    """
+
+    role: str
+    content: str | None
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> list[Any]:
+        """Values that equal messages share: not the numbers and times that an export gave them."""
+        read = {name: self.others[name] for name in READ if name in self.others}
+        return [self.role, self.content, *([read] if read else [])]
+
+    @property
+    def carries_loss(self) -> bool:
+        """Whether it is an answer to learn: one of the assistant, of another weight than 0."""
+        return self.role == "assistant" and self.others.get("weight") != 0
+
+    @property
+    def mapping(self) -> dict[str, Any]:
+        """The message as chat templates read it."""
+        return {"role": self.role, "content": self.content, **self.others}
 
 
 @dataclass(frozen=True)
@@ -42,7 +72,8 @@ class Example:
     @property
     def text(self) -> str:
         """The content as one string: equal examples have equal strings."""
-        return json.dumps([self.kind, self.content, *([self.options] if self.options else [])])
+        content = [part.key if isinstance(part, Message) else part for part in self.content]
+        return json.dumps([self.kind, content, *([self.options] if self.options else [])])
 
     def encode(self, tokenizer: Any, bos: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
         """Tokenise the example; return token ids and which of them carry loss.
@@ -96,7 +127,7 @@ def _kind(record: dict[str, Any]) -> str:
 def _completion(record: dict[str, Any], where: str) -> Example:
     if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
         prompt, completion = (read_messages(record[name], name, where) for name in ("prompt", "completion"))
-        unlearnt = [(role, content, {**(rest[0] if rest else {}), "weight": 0}) for role, content, *rest in prompt]
+        unlearnt = [replace(message, others={**message.others, "weight": 0}) for message in prompt]
         return _chat((*unlearnt, *completion), record, where)
     for name in ("prompt", "completion"):
         if not isinstance(record.get(name), str):
@@ -112,7 +143,7 @@ def _messages(record: dict[str, Any], where: str) -> Example:
 
 
 def _chat(messages: tuple[Message, ...], record: dict[str, Any], where: str) -> Example:
-    if not any(map(carries_loss, messages)):
+    if not any(message.carries_loss for message in messages):
         raise FistaPrunerError(
             f"{where} has no message of the role 'assistant' that carries loss, so that there is nothing to learn"
         )
@@ -148,7 +179,7 @@ def read_messages(value: Any, field: str, where: str) -> tuple[Message, ...]:
             raise FistaPrunerError(
                 f"{where}: message {number} has the weight {others['weight']!r:.100}: 0 or 1 is expected"
             )
-        messages.append((role, content, others) if others else (role, content))
+        messages.append(Message(str(role), content, others))
     return tuple(messages)
 
 
@@ -165,7 +196,7 @@ def template_options(record: dict[str, Any], where: str) -> dict[str, Any]:
     tools, options = record.get("tools") or [], record.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools) or []
         except ValueError:
             raise FistaPrunerError(f"{where}: 'tools' is {tools!r:.100}, and a list is expected") from None
     for name, value, kind, expected in (
@@ -175,18 +206,6 @@ def template_options(record: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, kind):
             raise FistaPrunerError(f"{where}: {name!r} is {value!r:.100}, and {expected} is expected")
     return {"tools": tools, **options} if tools else options
-
-
-def carries_loss(message: Message) -> bool:
-    """Check whether a message is an answer to learn: one of the assistant, of another weight than 0."""
-    given = _as_mapping(message)
-    return given["role"] == "assistant" and given.get("weight") != 0
-
-
-def _as_mapping(message: Message) -> dict[str, Any]:
-    """Return a message as chat templates read it."""
-    role, content, *others = message
-    return {"role": role, "content": content, **(others[0] if others else {})}
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
@@ -219,7 +238,7 @@ def write_chat(
     def written(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options))
 
-    messages = [_as_mapping(message) for message in content]
+    messages = [message.mapping for message in content]
     try:
         text = written(messages)
     except Exception as error:  # templates raise errors of their own
@@ -249,14 +268,14 @@ def _turns(
 
     def written(count: int, prompt: bool = False) -> str:
         if count == 0:  # templates refuse an empty list: take what two different answers begin with
-            one, other = (write_chat([("assistant", said)], tokenizer, where, options) for said in "ab")
+            one, other = (write_chat([Message("assistant", said)], tokenizer, where, options) for said in "ab")
             return one[: next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
         return write_chat(content[:count], tokenizer, where, options, prompt=prompt)
 
     pieces: list[tuple[str, bool]] = []
     done = ""
     for number, message in enumerate(content):
-        if not carries_loss(message):
+        if not message.carries_loss:
             continue
         whole = written(number + 1)
         before = next((text for prompt in (True, False) if whole.startswith(text := written(number, prompt))), None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.tokenizer import padding_id
 from ..recipes.align_settings import PairData
-from .examples import Message, carries_loss, read_messages, template_options, token_ids, write_chat
+from .examples import Message, read_messages, template_options, token_ids, write_chat
 from .mixtures import shuffled
 from .text import adds_bos, read_lines, whole_text
 from .training_text import TrainingText, document_hash
@@ -67,7 +67,7 @@ class Pair:
     @property
     def key(self) -> str:
         """The prompt as one string: its hash decides the side of the split."""
-        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt)
+        return self.prompt if isinstance(self.prompt, str) else json.dumps(_parts(self.prompt))
 
     def encode(self, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
         """Tokenise the prompt, the prompt with the chosen and with the rejected answer, as TRL does.
@@ -164,7 +164,7 @@ def read_pairs(path: str | Path, prompt_ends: str | None = None) -> tuple[list[P
         if first is not None and kind != first:
             raise FistaPrunerError(f"{where} has {KINDS[kind]}, and the lines before it have {KINDS[first]}")
         first = kind
-        if values["chosen"] == values["rejected"]:
+        if _parts(values["chosen"]) == _parts(values["rejected"]):
             raise FistaPrunerError(f"{where}: chosen and rejected are equal, so that there is nothing to prefer")
         if prompt is None:
             pair, split = _with_prompt(values["chosen"], values["rejected"], prompt_ends, where)
@@ -198,6 +198,11 @@ def _answer(record: dict[str, Any], name: str, where: str) -> str | Messages:
     return read_messages(value, name, where)
 
 
+def _parts(text: str | Messages) -> Sequence[Any]:
+    """Return what is compared of a prompt or an answer: characters of a text, keys of messages."""
+    return text if isinstance(text, str) else [message.key for message in text]
+
+
 def _with_prompt(
     chosen: str | Messages, rejected: str | Messages, prompt_ends: str | None, where: str
 ) -> tuple[Pair, bool]:
@@ -207,8 +212,8 @@ def _with_prompt(
         FistaPrunerError: they share no beginning, one is what the other begins with, or they do not share what ends a
             prompt.
     """
-    shorter = min(len(chosen), len(rejected))
-    same = next((place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), shorter)
+    shorter, pairs = min(len(chosen), len(rejected)), zip(_parts(chosen), _parts(rejected), strict=False)
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), shorter)
     if 0 < same == shorter and prompt_ends is None:
         name, other = ("chosen", "rejected") if len(chosen) == same else ("rejected", "chosen")
         remedy = ": --prompt-ends TEXT names how prompts end" if isinstance(chosen, str) else ""
@@ -244,12 +249,12 @@ def _check_answers(pair: Pair) -> None:
             empty = not answer.strip()
         else:
             empty = not answer
-            if answer and answer[0][0] != "assistant":
+            if answer and answer[0].role != "assistant":
                 raise FistaPrunerError(
-                    f"{pair.where}: the first message of {name} behind the prompt has the role {answer[0][0]!r}, and "
+                    f"{pair.where}: the first message of {name} behind the prompt has the role {answer[0].role!r}, and "
                     "an answer of the assistant is expected"
                 )
-            if any(message[0] == "assistant" and not carries_loss(message) for message in answer):
+            if any(message.role == "assistant" and not message.carries_loss for message in answer):
                 raise FistaPrunerError(f"{pair.where}: {name} has a message of weight 0, and all of it carries loss")
         if empty:
             raise FistaPrunerError(f"{pair.where}: the answer {name} is empty")

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(found: Inspection, quiet: bool) -> None:
-    from ..models.files.checkpoint import PRUNING_RECORD
+    from ..models.files.folder_files import PRUNING_RECORD
     from ..reporting.lineage_text import lineage_lines
 
     rows = [

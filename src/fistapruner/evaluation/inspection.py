@@ -15,7 +15,8 @@ from ..constraints import NM, Constraint, parse_sparsity
 from ..constraints.nm import patterns_met
 from ..errors import FistaPrunerError
 from ..models.discovery import Operator
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
+from ..models.files.checkpoint import Checkpoint, Stack
+from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import (
     MIN_ZEROS,
     read_pruning_record,
@@ -27,6 +28,7 @@ from ..models.files.record import (
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
 from ..models.stored import stored_model
+from ..runs.directory import checkpoint_of
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
 from ..runtime.progress import Tick, silent
@@ -152,13 +154,13 @@ def inspect_checkpoint(
         progress: called with each tensor's name, how many were inspected before it, and the number of all.
 
     Raises:
-        FistaPrunerError: no checkpoint there, or a damaged one.
+        FistaPrunerError: no checkpoint there, or a damaged one; or the run is not finished.
     """
     folder = Path(folder)
     if folder.is_file():
         folder = resolve_model(folder)
-    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
-        folder = folder / "model"
+    if not (folder / "config.json").exists():
+        folder = folder / "model" if (folder / "model" / "config.json").exists() else checkpoint_of(folder)
     asked = None if pattern is None else parse_sparsity(pattern)
     stored = _open(folder, allow_pickle, stacks, parameters, asked=asked is not None)
     entries, known = stored.entries, stored.operators

@@ -43,7 +43,7 @@ from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
 from ..structured.experts import fewer_experts
-from ..structured.units import Widths, resized
+from ..structured.smaller_model import Widths, resized
 
 log = logging.getLogger("fistapruner")
 

@@ -1,15 +1,14 @@
 """Build a checkpoint's architecture without weights, find its decoder layers, or refuse it.
 
-Nothing is listed by architecture: the model class comes from ``config.json``, decoder layers are found by their
-number and size, and every tensor that the class asks for must be in the checkpoint with that shape.
+Nothing is listed by architecture: the model class comes from ``config.json``, and decoder layers are found by their
+number and size.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,23 +18,18 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
-from ..runtime.numerics import dtype_name
 from .experts import holds_experts, separate_experts
-from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_json_in, read_widths
+from .files.checkpoint import WEIGHT_DTYPES, Checkpoint
+from .files.folder_files import PACKED_RECORD, read_json_in
+from .files.widths import QUANT_METHOD, read_widths
 from .files.writer import merge_patch
-from .names import joined_sources, stored_names
-
-NO_NAMES: Mapping[str, str] = MappingProxyType({})
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes of dense weights in a checkpoint."""
+from .names import stored_names
 
 LAYERS_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What configs call the number of decoder layers."""
 
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 """What configs call the longest text that a model was made for."""
-
 
 BUILT_IN = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation": ("eager", "batched_mm", "grouped_mm")}
 """What a config may name for attention and experts; anything else is as if it named nothing."""
@@ -211,7 +205,7 @@ def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapp
 
     Args:
         model: transformers model, its tensors on the meta device.
-        widths: by decoder layer, its sizes (:func:`~fistapruner.models.files.checkpoint.read_widths`).
+        widths: by decoder layer, its sizes (:func:`~fistapruner.models.files.widths.read_widths`).
         shapes: of the stored tensors, by name.
 
     Raises:
@@ -330,88 +324,6 @@ def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
                     f"{layers_name}.{index}.{name} is a fused mixture of experts with {parameter.ndim} dimensions "
                     f"{tuple(parameter.shape)}",
                 )
-
-
-def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str] = NO_NAMES) -> dict[str, str]:
-    """Map every parameter and persistent buffer of a model to its name in the checkpoint.
-
-    A tied output head has no entry: it is the embedding's. One that is stored with values of its own is not tied, as
-    in transformers, whatever the config says.
-
-    Args:
-        model: the model.
-        checkpoint: the checkpoint.
-        known: stored names that were found already, by the model's name.
-
-    Raises:
-        FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
-    """
-    names = stored_names(model, checkpoint.names(), known) | dict(known)
-    joined = joined_sources(model, checkpoint.names())
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    sources: dict[str, str] = {}
-    missing: list[str] = []
-    twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored
-    tensors = model.state_dict(keep_vars=True)
-
-    def source(name: str) -> str | None:
-        first = twins.get(name, name)
-        others = (other for other, twin in twins.items() if twin == first)
-        return next((names[each] for each in (name, first, *others) if each in names), None)
-
-    for name, tensor in tensors.items():
-        found = source(name)
-        is_head = (
-            head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
-        )
-        if is_head and tied:
-            embedded = next((source(each) for each, other in tensors.items() if other is embedding.weight), None)
-            if found is None or embedded is None or checkpoint.same(found, embedded):
-                continue
-        if found is None and name in joined and tensor.ndim > 2:  # no operator, so it is only read
-            found = checkpoint.join(joined[name])
-        if found is None:
-            missing.append(name)
-            continue
-        entry, expected = checkpoint.entry(found), tuple(tensor.shape)
-        if entry.shape != expected:
-            raise FistaPrunerError(
-                f"{checkpoint.folder}: tensor {found!r} is {entry.shape}, the config asks for {expected}"
-            )
-        if tensor.is_floating_point() and entry.dtype not in WEIGHT_DTYPES:
-            raise FistaPrunerError(
-                f"{checkpoint.folder}: tensor {found!r} is stored as {dtype_name(entry.dtype)}, no dtype of dense "
-                "weights (float32, bfloat16, float16, float64): the checkpoint is quantised or damaged; prune the "
-                "unquantised one"
-            )
-        sources[name] = found
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FistaPrunerError(
-            f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it"
-        )
-    return sources
-
-
-def parameter_names(
-    model: Any, sources: Mapping[str, str], checkpoint: Checkpoint, same: Callable[[str, str], bool]
-) -> set[str]:
-    """List the stored tensors that hold parameters of a model: no buffers, and each shared one once.
-
-    Args:
-        model: the model.
-        sources: stored names of its tensors, by the model's name.
-        checkpoint: the checkpoint.
-        same: compares two stored tensors: a tied one may be stored twice.
-    """
-    twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    found: set[str] = set()
-    for name, _ in model.named_parameters():
-        source, first = sources.get(name), sources.get(twins.get(name, name))
-        if source is not None and (first in (None, source) or not same(source, first)):
-            found.update(checkpoint.whole(source))
-    return found
 
 
 def loaded_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:

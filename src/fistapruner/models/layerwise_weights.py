@@ -17,17 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
-from .architecture import (
-    build_model,
-    checkpoint_names,
-    find_decoder_layers,
-    loaded_dtype,
-    parameter_names,
-    refuse_experts,
-)
+from .architecture import build_model, find_decoder_layers, loaded_dtype, refuse_experts
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter
+from .names import checkpoint_names, parameter_names
 from .read_ahead import ReadAhead
 
 
@@ -93,7 +87,7 @@ class LayerwiseWeights:
 
     @cached_property
     def parameter_names(self) -> set[str]:
-        """Name the stored tensors that hold parameters; see :func:`~.architecture.parameter_names`."""
+        """Name the stored tensors that hold parameters; see :func:`~.names.parameter_names`."""
         return parameter_names(self.model, self._sources, self.checkpoint, self.checkpoint.same)
 
     def parameter_count(

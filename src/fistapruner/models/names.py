@@ -1,5 +1,7 @@
 """Find the stored names of a model's tensors: other prefixes, and names that transformers changed.
 
+Every tensor that a model has must be in its checkpoint with the same shape (:func:`checkpoint_names`).
+
 transformers' table of changed names is semi-private and used in this file only.
 """
 
@@ -7,14 +9,103 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+from ..errors import FistaPrunerError
+from ..runtime.numerics import dtype_name
+from .files.checkpoint import WEIGHT_DTYPES, Checkpoint
 
 STACKED, JOINED = ["MergeModulelist"], ["MergeModulelist", "Concatenate"]
 """Operations by which transformers makes one tensor of the matrices of all experts, from one list or from several."""
 
 CONCATENATED = ["Concatenate"]
 """Operation by which it makes one tensor of several, such as one convolution of three."""
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+
+
+def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str] = NO_NAMES) -> dict[str, str]:
+    """Map every parameter and persistent buffer of a model to its name in the checkpoint.
+
+    A tied output head has no entry: it is the embedding's. One that is stored with values of its own is not tied, as
+    in transformers, whatever the config says.
+
+    Args:
+        model: the model.
+        checkpoint: the checkpoint.
+        known: stored names that were found already, by the model's name.
+
+    Raises:
+        FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
+    """
+    names = stored_names(model, checkpoint.names(), known) | dict(known)
+    joined = joined_sources(model, checkpoint.names())
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    sources: dict[str, str] = {}
+    missing: list[str] = []
+    twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored
+    tensors = model.state_dict(keep_vars=True)
+
+    def source(name: str) -> str | None:
+        first = twins.get(name, name)
+        others = (other for other, twin in twins.items() if twin == first)
+        return next((names[each] for each in (name, first, *others) if each in names), None)
+
+    for name, tensor in tensors.items():
+        found = source(name)
+        is_head = (
+            head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
+        )
+        if is_head and tied:
+            embedded = next((source(each) for each, other in tensors.items() if other is embedding.weight), None)
+            if found is None or embedded is None or checkpoint.same(found, embedded):
+                continue
+        if found is None and name in joined and tensor.ndim > 2:  # no operator, so it is only read
+            found = checkpoint.join(joined[name])
+        if found is None:
+            missing.append(name)
+            continue
+        entry, expected = checkpoint.entry(found), tuple(tensor.shape)
+        if entry.shape != expected:
+            raise FistaPrunerError(
+                f"{checkpoint.folder}: tensor {found!r} is {entry.shape}, the config asks for {expected}"
+            )
+        if tensor.is_floating_point() and entry.dtype not in WEIGHT_DTYPES:
+            raise FistaPrunerError(
+                f"{checkpoint.folder}: tensor {found!r} is stored as {dtype_name(entry.dtype)}, no dtype of dense "
+                "weights (float32, bfloat16, float16, float64): the checkpoint is quantised or damaged; prune the "
+                "unquantised one"
+            )
+        sources[name] = found
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FistaPrunerError(
+            f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it"
+        )
+    return sources
+
+
+def parameter_names(
+    model: Any, sources: Mapping[str, str], checkpoint: Checkpoint, same: Callable[[str, str], bool]
+) -> set[str]:
+    """List the stored tensors that hold parameters of a model: no buffers, and each shared one once.
+
+    Args:
+        model: the model.
+        sources: stored names of its tensors, by the model's name.
+        checkpoint: the checkpoint.
+        same: compares two stored tensors: a tied one may be stored twice.
+    """
+    twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    found: set[str] = set()
+    for name, _ in model.named_parameters():
+        source, first = sources.get(name), sources.get(twins.get(name, name))
+        if source is not None and (first in (None, source) or not same(source, first)):
+            found.update(checkpoint.whole(source))
+    return found
 
 
 def stored_names(model: Any, stored: Collection[str], skipped: Container[str] = ()) -> dict[str, str]:

@@ -19,12 +19,12 @@ from filelock import FileLock
 from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text
 from ..recipes.loading import YAML_FAULTS
 from ..runtime.files import disk_errors, require_utf8
-from .files.checkpoint import (
+from .files.checkpoint import Checkpoint
+from .files.folder_files import (
     COMPANION_NAMES,
     COMPANION_SUFFIXES,
     INDEX_PICKLE,
     PACKED_RECORD,
-    Checkpoint,
     gguf_files,
     read_json_in,
 )

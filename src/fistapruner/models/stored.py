@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import FistaPrunerError
-from .architecture import build_model, checkpoint_names, find_decoder_layers, parameter_names
+from .architecture import build_model, find_decoder_layers
 from .discovery import Operator, linear_modules
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
-from .names import stored_names
+from .names import checkpoint_names, parameter_names, stored_names
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, path_text
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
+from ..recipes.loading import parse_yaml
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
 from ..runs.directory import RunDirectory
@@ -46,16 +48,25 @@ def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationReques
     return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 
-def refuse_lost_text(known: EvaluationRequest | None) -> None:
+def is_lost(text: EvaluationRequest) -> bool:
+    """Check whether a text to evaluate on is a file that is gone."""
+    return os.path.isabs(text.data) and not Path(text.data).exists()
+
+
+def refuse_lost_text(known: EvaluationRequest | None, command: str = "its prune command again for all layers,") -> None:
     """Refuse to go on with a run whose text to evaluate on is a file that is gone.
 
+    Args:
+        known: the text.
+        command: that goes on without it.
+
     Raises:
-        FistaPrunerError: names it, and the command that goes on without it.
+        FistaPrunerError: names both.
     """
-    if known is not None and os.path.isabs(known.data) and not Path(known.data).exists():
+    if known is not None and is_lost(known):
         raise FistaPrunerError(
-            f"the text {known.data}, which this run evaluates on, is gone: give its prune command again for all "
-            "layers, with another --evaluate, or with --evaluate none"
+            f"the text {known.data}, which this run evaluates on, is gone: give {command} with another --evaluate, or "
+            "with --evaluate none"
         )
 
 
@@ -70,13 +81,6 @@ def refuse_lost_model(run: PruneDirectory, record: PruneRecord) -> None:
             f"the model of the run in {run.folder} is not at {record.decision.folder} any more; give its prune command "
             "again for all layers, with its new place"
         )
-
-
-def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
-    """Return what changes in a decision where its text to evaluate on is a file that is elsewhere now."""
-    if known is None or now is None or Path(known.data).exists() or not os.path.isabs(known.data):
-        return {}
-    return {"evaluation": known.model_copy(update={"data": now.data})}
 
 
 @dataclass(frozen=True)
@@ -267,12 +271,22 @@ def refuse_overlap(source: Path, out: Path) -> None:
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
 
 
+def keep_recipe(run: RunDirectory, begun: RunRecord, listener: Listener) -> None:
+    """Write ``recipe.yaml`` again where it does not have the settings of ``run.json``, and say so."""
+    with suppress(OSError, ValueError, FistaPrunerError):
+        if parse_yaml(run.recipe_file.read_text("utf-8"), str(run.recipe_file)) == begun.recipe:
+            return
+    listener.say(f"{run.recipe_file} does not have the settings of run.json, which this run keeps: it is written again")
+    run.write_recipe(str(yaml.safe_dump(begun.recipe, sort_keys=False)))
+
+
 def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) -> None:
     """Say which settings change nothing, because a run that goes on keeps its plan."""
     for name in ("memory_limit", "batch_size"):
         if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
             flag = f"--{name.replace('_', '-')}"
-            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
+            work = "pruning" if begun.kind == "prune" else "training"
+            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing in the {work}")
 
 
 def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:

@@ -14,7 +14,7 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.files.record import read_pruning_record
 from ..models.files.safetensors import SafetensorsFile
 from ..structured.experts import dropped_tensors
-from ..structured.units import unread_tensors
+from ..structured.smaller_model import unread_tensors
 
 
 @dataclass(frozen=True)

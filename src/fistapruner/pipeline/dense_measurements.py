@@ -21,7 +21,7 @@ from ..runs.decision import PlannedRun
 from ..runs.identity import fingerprint
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import WorkloadFacts
+from ..runs.workload_records import WorkloadFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
@@ -29,7 +29,8 @@ from ..sensitivity.decision import Decision, decide, needs_measuring, permutes, 
 from ..sensitivity.fisher import DensePasses
 from ..structured.bypass import SEQUENCES, BypassLearning
 from ..structured.proof import config_entries
-from ..structured.units import Units, free_widths, resized
+from ..structured.smaller_model import free_widths, resized
+from ..structured.units import Units
 from ..structured.widths import choose_widths
 from .new_widths import say_widths
 from .patterns import allocate

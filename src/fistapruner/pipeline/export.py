@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError, expand_home, out_path
-from ..models.files.checkpoint import gguf_files, which_gguf
+from ..models.files.folder_files import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf, open_exported
 from ..models.files.low_rank import refuse_low_rank
 from ..models.source import SMALL_MODEL, small_model
@@ -23,7 +23,7 @@ def export(
     values: GGUFValues = "bf16",
     *,
     allow_pickle: bool = False,
-    progress: Tick = silent,
+    progress: Tick | None = None,
 ) -> Path:
     """Write a pruned or recovered model as a GGUF file, which llama.cpp runs.
 
@@ -76,7 +76,7 @@ def export(
         raise FistaPrunerError(
             f"{source}, the GGUF file of the dense model, does not exist{where}: give it with --like"
         )
-    return export_gguf(folder, out, source, values, allow_pickle=allow_pickle, progress=progress)
+    return export_gguf(folder, out, source, values, allow_pickle=allow_pickle, progress=progress or silent)
 
 
 def _only_gguf(folder: Path) -> Path | None:

@@ -19,7 +19,8 @@ from ..runtime.formatting import count, span
 from ..sensitivity.decision import measured_by
 from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
-from ..structured.units import Widths, layer_weights, removed_weights, resized, unread_tensors
+from ..structured.smaller_model import Widths, removed_weights, resized, unread_tensors
+from ..structured.units import layer_weights
 from ..structured.widths import step_of
 from .patterns import patterns_of
 

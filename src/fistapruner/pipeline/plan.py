@@ -27,7 +27,7 @@ from ..runs.directory import refuse_out
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
 from ..sensitivity.decision import check_allocation
-from ..structured.units import Widths
+from ..structured.smaller_model import Widths
 from .new_widths import change_widths, say_lost_zeros, say_unread, say_widths
 from .patterns import allocate
 

@@ -8,7 +8,7 @@ from ..errors import out_path
 from ..execution.executors import default_threads
 from ..models.source import Permissions
 from ..planning.training_plan import FormPlan, plan_forms
-from ..planning.training_sizes import Task
+from ..planning.training_task import Task
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.align_directory import AlignDirectory

@@ -23,11 +23,12 @@ from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts
+from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import changed_text, say_kept_plan
+from .begun import changed_text, keep_recipe, say_kept_plan
 from .dense_measurements import DenseMeasurements, Measured
 from .find_model import absolute
 from .plan import plan_run
@@ -59,6 +60,9 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
             if request.only_layers is None:  # other parts may see the model elsewhere
+                if request.recipe.recover is not None and not RecoverDirectory(run.recovered).run_file.exists():
+                    check_fits(check_trained(request.recipe, inputs.source, run), listener)  # the execution may differ
+                keep_recipe(run, begun, listener)
                 note_command(run, begun, request, folder)
             return folder
         if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers

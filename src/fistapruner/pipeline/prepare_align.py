@@ -11,7 +11,7 @@ from pathlib import Path
 from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from ..errors import FistaPrunerError
 from ..execution.align_context import reference_windows
-from ..planning.training_sizes import Task
+from ..planning.training_task import Task
 from ..recipes.align_settings import AlignRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.directory import RunDirectory

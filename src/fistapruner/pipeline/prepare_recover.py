@@ -12,7 +12,7 @@ from ..calibration.self_generated import generation_bytes
 from ..calibration.training_text import MAX_HELD_OUT_WINDOWS, TrainingText, shared_documents, training_text
 from ..evaluation.data import evaluation_documents
 from ..models.whole import load_whole, require_whole, whole_bytes
-from ..planning.training_sizes import Task
+from ..planning.training_task import Task
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.identity import stamps
 from ..runs.listener import Listener

@@ -10,7 +10,7 @@ from ..execution.executors import default_threads
 from ..execution.training_context import identity
 from ..planning.budget import RESERVE
 from ..planning.training_plan import plan_training
-from ..planning.training_sizes import Task, TrainingChoice
+from ..planning.training_task import Task, TrainingChoice
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import Numerics, TrainingDecision, TrainingRecord
 from ..runs.identity import stamps

@@ -362,6 +362,7 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
     todo = set(range(first, last + 1)) - done
     if todo:
         check_layers_before(context.recipe, first, last, done)
+        context.run.remove_model(context.model.checkpoint)  # a layer may come out otherwise, on another machine
     if (began := began_on(context.run.begun_record())) != (device := device_title(context.model.device)):
         listener.say(f"this run began on {began}; on {device} its last bits may differ")
     if request.recipe.execution.threads not in (None, numerics.threads):

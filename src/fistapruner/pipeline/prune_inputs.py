@@ -30,7 +30,7 @@ from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import device_title
 from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
-from ..structured.units import Widths
+from ..structured.smaller_model import Widths
 from .begun import began_on, refuse_other, refuse_overlap, say_other_versions
 from .find_model import find_source
 from .new_widths import change_widths, say_lost_zeros, say_unread, say_widths

@@ -15,7 +15,7 @@ from ..execution.executors import default_threads
 from ..models.discovery import discover
 from ..models.source import ModelSource
 from ..planning.training_plan import plan_training
-from ..planning.training_sizes import Task
+from ..planning.training_task import Task
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.decision import PruneRecord, TrainingRecord

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
 from ..models.files.safetensors import LazyTensors

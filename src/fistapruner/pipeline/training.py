@@ -11,7 +11,7 @@ from typing import Any, Generic
 from ..errors import FistaPrunerError, out_path
 from ..execution.training_context import TrainingContext
 from ..models.source import Permissions
-from ..runs.decision import TrainingRecord
+from ..runs.decision import EvaluationRequest, TrainingDecision, TrainingRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.lock import hold
@@ -31,7 +31,9 @@ from ..runtime.ranks import ranks_of_run
 from .begun import (
     execution_here,
     interrupted_with,
-    moved_text,
+    is_lost,
+    keep_recipe,
+    refuse_lost_text,
     refuse_other_settings,
     say_kept_plan,
     say_other_versions,
@@ -132,7 +134,8 @@ def _lead(
         if begun is not None:
             if not resumed:
                 refuse_other_settings(run, begun.decision.asked, asked(request.recipe))
-                begun = _note_places(run, begun, request)
+                begun = _note_command(run, begun, request)
+            refuse_lost_text(_evaluation(begun.decision, request), "the command of the run again")
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
         if begun is not None:
@@ -147,6 +150,7 @@ def _lead(
                 if begun is None:
                     verb.prepare(run, request, listener)
                 else:
+                    keep_recipe(run, begun, listener)
                     _check_machine(run, begun, request, listener)
                     _restore_text(verb, run, begun, request, listener)
                 ranks.share(True)  # the others train, too
@@ -159,14 +163,7 @@ def _lead(
         else:
             ranks.share(False)
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        decision = run.begun_record().decision
-        origin, known = input_run(decision.model), decision.evaluation
-        if known is None and request.evaluates:  # as if the run had begun so
-            known = evaluation_of(origin)
-        evaluation = request.evaluation_beside(known)
-        if evaluation is not None and evaluation.seqlen is None:
-            seqlen = (known and known.seqlen) or evaluated_length(origin)
-            evaluation = evaluation.model_copy(update={"seqlen": seqlen})
+        evaluation = _evaluation(run.begun_record().decision, request)
         return measure(
             run, report, evaluation, request.recipe.execution, request.permissions, listener, before=request.before
         )
@@ -183,13 +180,29 @@ def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report |
     return None
 
 
-def _note_places(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> TrainingRecord:
-    """Record where the models of a begun run are now: the same files in another place are the same model.
+def _evaluation(decision: TrainingDecision, request: TrainingRequest[R]) -> EvaluationRequest | None:
+    """Return the text that a begun run is evaluated on; None where it is not."""
+    origin, known = input_run(decision.model), decision.evaluation
+    if request.evaluates and known is None:  # as if the run had begun so
+        known = evaluation_of(origin)
+    elif request.evaluates and known is not None and is_lost(known) and origin is not None:  # as in a moved tree
+        now = evaluation_of(origin)
+        known = now and known.model_copy(update={"data": now.data})
+    evaluation = request.evaluation_beside(known)
+    if evaluation is not None and evaluation.seqlen is None:
+        seqlen = (known and known.seqlen) or evaluated_length(origin)
+        evaluation = evaluation.model_copy(update={"seqlen": seqlen})
+    return evaluation
 
-    They are elsewhere in a moved tree, or where another release has converted a GGUF file anew.
+
+def _note_command(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> TrainingRecord:
+    """Record what a command for a begun run changes, so that ``resume`` goes on with it.
+
+    That is the text to evaluate on, and where the models are: the same files in another place are the same model. They
+    are elsewhere in a moved tree, or where another release has converted a GGUF file anew.
 
     Returns:
-        The record with these places.
+        The new record.
 
     Raises:
         FistaPrunerError: the run is of another model; names both.
@@ -215,9 +228,10 @@ def _note_places(run: TrainingDirectory, begun: TrainingRecord, request: Trainin
         known = None if origin is None else dense_of(origin)
         if known is not None and known.stamps == decision.dense_stamps:
             places["dense"] = known.folder
-    if places:
-        places |= moved_text(decision.evaluation, request.evaluation or evaluation_of(input_run(request.model)))
-        begun = begun.model_copy(update={"decision": decision.model_copy(update=places)})
+    decision = decision.model_copy(update=places)
+    decision = decision.model_copy(update={"evaluation": _evaluation(decision, request)})
+    if decision != begun.decision:
+        begun = begun.model_copy(update={"decision": decision})
         run.write_record(begun)
     return begun
 

@@ -36,7 +36,8 @@ from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from ..solvers import parse_method
 from ..structured.bypass import LENGTH, SEQUENCES
 from ..structured.experts import expert_weights
-from ..structured.units import GROUPS, HEADS, Unit, Widths, removed_weights
+from ..structured.smaller_model import Widths, removed_weights
+from ..structured.units import GROUPS, HEADS, Unit
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 from .sizes import RETAINED, GroupSizes, Sizes
 

@@ -25,7 +25,7 @@ from ..runs.records import PlanRow, Totals
 from ..runtime.files import existing_folder
 from ..runtime.formatting import count, duration, percent, size
 from ..structured.bypass import LENGTH, MASKS, SEQUENCES
-from ..structured.units import Widths
+from ..structured.smaller_model import Widths
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
 from .measured_sizes import low_rank_weights, measure_sizes
 from .sizes import UNCOUNTED, Choice, Sizes

@@ -24,7 +24,7 @@ from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
 from ..solvers import solve
 from ..solvers.low_rank import ALTERNATIONS
-from ..structured.units import Widths
+from ..structured.smaller_model import Widths
 from ..tuning.block_reconstruction import passes
 
 WORTH_MEASURING = 2e10

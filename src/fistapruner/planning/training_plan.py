@@ -25,7 +25,8 @@ from ..tuning.teacher import TOP
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MemoryBudget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
-from .training_sizes import CUTTING, STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
+from .training_sizes import CUTTING, STEP, TRAINING, ModelSizes, TrainingSizes
+from .training_task import Task, TrainingChoice
 
 DISK_SHARE = 0.95
 """Share of the free disk that a plan may use."""

@@ -26,7 +26,8 @@ from ..tuning.zeroth_order import ZerothOrder
 from .budget import room_for
 from .footprint import kept_bytes, peak_bytes
 from .sizes import RETAINED
-from .training_sizes import FormSizes, ModelSizes, Task
+from .training_sizes import FormSizes, ModelSizes
+from .training_task import Task
 
 GROWTH = 64 * 2**20
 """Memory of the process that comes after the plan: code loaded on first use, fragments (measured: 50 MiB)."""

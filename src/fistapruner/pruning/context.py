@@ -20,7 +20,8 @@ from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..solvers import solve
 from ..solvers.base import Method, Solution
-from ..structured.units import Unit, Widths
+from ..structured.smaller_model import Widths
+from ..structured.units import Unit
 
 Solver = Callable[[LayerProblem, Sequence[Constraint], Sequence[Method]], Solution]
 """Solves a group of operators by a chain of methods."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..runs.records import Report, WorkloadFacts
+from ..runs.records import Report
+from ..runs.workload_records import WorkloadFacts
 from ..runtime.formatting import count, percent, significant, with_error
 from .lineage_text import file_name
 from .rendering import Table

@@ -25,7 +25,9 @@ from typing import ClassVar, TypeVar
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.folder import remove_unfinished
+from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE
 from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.files.writer import safetensors_name
 from ..runtime.files import (
@@ -319,7 +321,7 @@ class RunDirectory:
         return fingerprint if isinstance(fingerprint, str) else None
 
     def remove_model(self, source: Checkpoint | None = None) -> None:
-        """Remove the checkpoint: the files that the run wrote.
+        """Remove the checkpoint, or what a killed attempt has left of it: the files that the run wrote.
 
         What shows that the run wrote them goes last, so that a removal that was killed can be done again.
         ``model.json`` stays: it tells whether a checkpoint that is made again is the one that was measured.
@@ -332,7 +334,9 @@ class RunDirectory:
             FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
         """
         self.check_model(source)
-        remove_folder(self.model, self.model / PRUNING_RECORD)
+        remove_unfinished(self.model)
+        if self.model.is_dir():
+            remove_folder(self.model, self.model / PRUNING_RECORD)
 
     def check_model(self, source: Checkpoint | None = None) -> None:
         """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`.
@@ -360,8 +364,7 @@ class RunDirectory:
         Raises:
             FistaPrunerError: a folder holds files that the run did not write.
         """
-        if self.model.is_dir():
-            self.remove_model()
+        self.remove_model()
         remove_adapter(self.adapter)
         forget_times(self.folder)
 

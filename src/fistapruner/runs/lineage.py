@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..models.files.checkpoint import PRUNING_RECORD
+from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import read_pruning_record
 from ..runtime.files import write_json_atomic
 from .records import Lineage, ModelFacts, Report, Stage, StageFigures

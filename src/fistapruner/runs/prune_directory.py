@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class PruneDirectory(RunDirectory):
     def remove_weights(self) -> None:
         super().remove_weights()
         self.journal.remove_weights()
+        shutil.rmtree(self.hidden, ignore_errors=True)
         self.metrics_file.unlink(missing_ok=True)
 
     def _has_own_tokens(self) -> bool:

@@ -89,7 +89,7 @@ class Snapshots:
         Args:
             step: that the run is at; what was stored of later ones is void.
         """
-        kept = [other for other in self._steps() if other <= step][-KEPT:]
+        kept = [other for other in self.steps() if other <= step][-KEPT:]
         with disk_errors(self.folder):
             # The JSON first: without it the tensors do not count.
             for path in sorted(self.folder.glob("*")):
@@ -103,7 +103,7 @@ class Snapshots:
             fingerprint: of the run.
             last: newest step that counts; None takes any.
         """
-        for step in reversed(self._steps()):
+        for step in reversed(self.steps()):
             if last is not None and step > last:
                 continue
             file, record = self._files(step)
@@ -118,9 +118,9 @@ class Snapshots:
                 log.warning("snapshot %s is not used: %s", record.name, error)
         return None
 
+    def steps(self) -> list[int]:
+        """List the steps of all snapshots, in order, unchecked."""
+        return sorted(int(path.stem) for path in self.folder.glob("*.json") if STATE_FILE.fullmatch(path.name))
+
     def _files(self, step: int) -> tuple[Path, Path]:
         return self.folder / f"{step:08d}.safetensors", self.folder / f"{step:08d}.json"
-
-    def _steps(self) -> list[int]:
-        """Steps of all snapshots, in order, unchecked."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.json") if STATE_FILE.fullmatch(path.name))

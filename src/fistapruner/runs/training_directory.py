@@ -104,7 +104,8 @@ class TrainingDirectory(RunDirectory):
 
     def remove_weights(self) -> None:
         super().remove_weights()
-        shutil.rmtree(self.states.folder, ignore_errors=True)
+        for folder in (self.states.folder, self.teacher, self.hidden, self.trained):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.

@@ -21,7 +21,7 @@ from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
-from ..runs.records import WorkloadFacts
+from ..runs.workload_records import WorkloadFacts
 from ..runtime.progress import Tick, silent
 from .error_curves import (
     REACH,

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import Unstructured
-from ..runs.records import WorkloadFacts, WorkloadRule, WorkloadTask
+from ..runs.workload_records import WorkloadFacts, WorkloadRule, WorkloadTask
 from ..runtime.numerics import mean_and_error, seeded
 from .error_curves import ZerosBudget
 from .forecast import Forecast, expected_excess, feature_scale, fit_forecast, train

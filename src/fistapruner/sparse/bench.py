@@ -11,12 +11,14 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.architecture import build_model, max_length, refuse_own_code
-from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.folder_files import PACKED_RECORD, read_json_in
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size
 from . import kernel
-from .pack import NoPackedFormError, pack, unpack
+from .pack import pack, unpack
+from .pack_plan import NoPackedFormError
 from .packed_checkpoint import is_packed, low_rank_part
 from .speed import WARM_UP_TOKENS, Speed, cache_argument
 from .variants import SPEED_OF_OWN_CODE, Variant, compare

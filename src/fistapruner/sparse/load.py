@@ -21,7 +21,8 @@ from ..models.architecture import (
     refuse_own_code,
 )
 from ..models.experts import ExpertLinear, separate_experts
-from ..models.files.checkpoint import read_json_in, read_widths, widths_section
+from ..models.files.folder_files import read_json_in
+from ..models.files.widths import read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
 from . import kernel
 from .experts import serve_experts

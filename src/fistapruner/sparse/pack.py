@@ -15,47 +15,22 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
-from ..constraints import NM, parse_sparsity
-from ..constraints.nm import patterns_met
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
-from ..models.files.checkpoint import (
-    PACKED_RECORD,
-    PRUNING_RECORD,
-    QUANT_METHOD,
-    SINGLE,
-    Checkpoint,
-    WeightFile,
-    read_widths,
-    widths_section,
-)
+from ..models.files.checkpoint import Checkpoint, WeightFile
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
+from ..models.files.folder_files import PACKED_RECORD, PRUNING_RECORD, SINGLE
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
-from ..models.files.record import (
-    read_pruning_record,
-    recorded_claims,
-    stacked_experts,
-    stores_inputs_first,
-    violation_of,
-)
+from ..models.files.record import read_pruning_record
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
+from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
-from ..runtime.formatting import shell_line
-from ..runtime.numerics import dtype_name
 from ..runtime.progress import Tick, silent
-from .format import MAX_M, METADATA, VERSION, OperatorSpec, encode
-from .packed import FLOATS, PackedOperator, pack_operator
+from .format import METADATA, VERSION, encode
+from .pack_plan import PlannedOperator, plan_packing
 from .packed_checkpoint import PackedCheckpoint
-
-MIN_ZEROS_TO_PACK = 0.25
-"""Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
-
-
-class NoPackedFormError(FistaPrunerError):
-    """A pruned model cannot be packed: nothing becomes smaller, experts are one tensor, or it is fp64."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +80,7 @@ def pack(
     values: str = "same",
     group: int = 0,
     allow_pickle: bool = False,
-    progress: Tick = silent,
+    progress: Tick | None = None,
 ) -> PackReport:
     """Write a pruned checkpoint without its zeros; a low-rank part that belongs to it is copied as it is.
 
@@ -121,7 +96,7 @@ def pack(
     Raises:
         FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged, its low-rank
             part is gone or damaged; as
-            :class:`NoPackedFormError` if no operator becomes smaller, pruned experts are stored as one tensor, or
+            :class:`.NoPackedFormError` if no operator becomes smaller, pruned experts are stored as one tensor, or
             values are fp64 and are not to be rounded to bf16.
     """
     if values not in ("same", "bf16", "int8"):
@@ -130,14 +105,14 @@ def pack(
         raise FistaPrunerError(f"group {group} needs int8 values")
     if not isinstance(group, int) or group < 0 or group % 64:
         raise FistaPrunerError(f"group {group!r} is not a multiple of 64 columns (or 0 for a whole row)")
-    out = out_path(out)
+    tick, out = progress or silent, out_path(out)
     source = Checkpoint.open(path_text("checkpoint", checkpoint, A_FOLDER), allow_pickle)
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
     low_rank = LowRankAdapter.beside(source.folder)
     record = read_pruning_record(source.folder)
-    plan, violation = _plan(source, record, values, group, progress)
+    plan, violation = plan_packing(source, record, values, group, tick)
     report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
         files: dict[str, dict[str, Any]] = {}
@@ -146,10 +121,10 @@ def pack(
         for stored, file in source.files.items():
             name = safetensors_name(stored)
             contents[name], squares = _pack_file(
-                partial / name, file, plan, lambda: progress("operators packed", next(done), len(plan))
+                partial / name, file, plan, lambda: tick("operators packed", next(done), len(plan))
             )
             changed, whole = changed + squares[0], whole + squares[1]
-            progress("computing checksums", 0, 1)
+            tick("computing checksums", 0, 1)
             files[name] = _claim(partial / name)
         if low_rank is not None:
             low_rank.copy_into(partial)
@@ -176,7 +151,7 @@ def _claim(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> Path:
+def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None) -> Path:
     """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
 
     A low-rank part comes back as it was, as ``adapter`` in the folder; the checkpoint is the sparse part.
@@ -189,8 +164,8 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> P
     Raises:
         FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
     """
-    done = count(1)
-    progress("comparing checksums", 0, 1)
+    tick, done = progress or silent, count(1)
+    tick("comparing checksums", 0, 1)
     source, out = PackedCheckpoint(packed), out_path(out)
     require_new(out, source.folder)
     contents = source.contents()
@@ -202,7 +177,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> P
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
                 for entry in entries:
                     writer.write(entry.name, source.tensor(entry.name))
-                    progress("tensors written", next(done), tensors)
+                    tick("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.low_rank is not None:
             source.low_rank.copy_into(partial)
@@ -220,133 +195,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick = silent) -> P
     return out
 
 
-def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False) -> NM | None:
-    """Choose the smallest layout of a weight: an n:m pattern that it has, or None for a bit mask.
-
-    Args:
-        weight: (rows, columns) in the dtype that is stored.
-        hint: a pattern that is tried first.
-        int8: whether the values are stored as int8.
-    """
-    rows, columns = weight.shape
-
-    def nbytes(layout: NM | None, stored: int) -> int:
-        spec = OperatorSpec((rows, columns), weight.dtype, layout, int8)
-        return sum(part.nbytes for part in spec.entries("", stored))
-
-    best, least = None, nbytes(None, int(torch.count_nonzero(weight)))
-    found = patterns_met(weight, MAX_M)
-    if hint is not None and hint.m <= MAX_M and hint.satisfies(weight):
-        found.insert(0, hint)
-    for pattern in found:
-        size = nbytes(pattern, weight.numel() // pattern.m * pattern.n)
-        if size < least:
-            best, least = pattern, size
-    return best
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """How one operator will be stored; decided in a first pass, because headers precede values."""
-
-    spec: OperatorSpec
-    stored: int
-    nonzero: int
-    source: TensorEntry
-    cast: torch.dtype
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the stored values are not those of the checkpoint."""
-        return self.spec.int8 or self.cast != self.source.dtype
-
-    def build(self, weight: Tensor) -> PackedOperator:
-        operator = pack_operator(weight.to(self.cast), self.spec.layout)
-        return operator.quantised(self.spec.group) if self.spec.int8 else operator
-
-
-def _plan(
-    source: Checkpoint, record: dict[str, Any], values: str, group: int, progress: Tick
-) -> tuple[dict[str, _Planned], str | None]:
-    """Decide how each pruned operator that becomes smaller is stored.
-
-    Returns:
-        The decisions, and :attr:`PackReport.violation`.
-
-    Raises:
-        NoPackedFormError: none becomes smaller, pruned experts are stored as one tensor, or values are fp64.
-    """
-    if stacked := stacked_experts(record):
-        raise NoPackedFormError(
-            f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
-            "as it is, or prune with --ignore re:experts to pack the other operators"
-        )
-    listed, faults = recorded_claims(record, source, source.folder)
-    if faults:
-        raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
-    inputs_first = stores_inputs_first(listed, {name: source.entry(name) for name in listed})
-    violation: str | None = None
-    plan, weights, zeros, wide = {}, 0, 0, ""
-    names = source.names()
-    for done, name in enumerate(names):
-        progress("tensors looked through for zeros", done, len(names))
-        entry = source.entry(name)
-        if len(entry.shape) != 2 or entry.dtype not in (*FLOATS, torch.float64) or 0 in entry.shape:
-            continue
-        known = listed.get(name)
-        if listed and known is None:
-            continue
-        cast = torch.bfloat16 if values == "bf16" else entry.dtype
-        stored_weight = source.read(name)
-        if known is not None and violation is None:
-            count = stored_weight.numel() - int(torch.count_nonzero(stored_weight))
-            if fault := violation_of(stored_weight.T if inputs_first else stored_weight, count, known):
-                violation = (
-                    f"{source.folder} is not what its record claims: {name}: {fault}; "
-                    f"'{shell_line('inspect', source.folder)}' shows all"
-                )
-        if known is not None and known.get("sparsity") == "0%":
-            continue  # an operator that was not pruned keeps its values
-        weight = stored_weight.to(cast)
-        nonzero = int(torch.count_nonzero(weight))
-        if not listed and nonzero > (1 - MIN_ZEROS_TO_PACK) * weight.numel():
-            continue
-        if cast not in FLOATS:
-            wide = wide or name
-            continue
-        layout = choose_layout(weight, _hint(known), int8=values == "int8")
-        stored = nonzero if layout is None else weight.numel() // layout.m * layout.n
-        shape = (entry.shape[0], entry.shape[1])
-        spec = OperatorSpec(shape, cast, layout, values == "int8", group if values == "int8" else 0)
-        if values == "int8" and not bool(torch.isfinite(weight).all()):
-            raise FistaPrunerError(f"{source.folder}: {name} has values that are not finite, so it cannot become int8")
-        if sum(part.nbytes for part in spec.entries(name, stored)) < entry.nbytes:
-            plan[name] = _Planned(spec, stored, nonzero, entry, cast)
-        weights, zeros = weights + weight.numel(), zeros + weight.numel() - nonzero
-    if plan:
-        return plan, violation
-    if wide:
-        advice = "bf16, fp16 and fp32 are packed: give --values bf16"
-        raise NoPackedFormError(f"{source.folder}: {wide} is {dtype_name(source.entry(wide).dtype)}; {advice}")
-    if weights:
-        raise NoPackedFormError(
-            f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
-            "since the mask takes one bit for every weight"
-        )
-    why = "its record claims no zeros" if listed else f"no matrix has at least {MIN_ZEROS_TO_PACK:.0%} zeros"
-    raise FistaPrunerError(f"{source.folder} has no pruned operators: {why}")
-
-
-def _hint(known: Mapping[str, Any] | None) -> NM | None:
-    """Return the n:m pattern of a recorded claim; it is checked against the weight later."""
-    try:
-        pattern = parse_sparsity(str(known["sparsity"])) if known and "sparsity" in known else None
-    except FistaPrunerError:
-        return None
-    return None if pattern is None or pattern.nm is None else NM(*pattern.nm)
-
-
-def _report(source: Checkpoint, plan: dict[str, _Planned], low_rank: int) -> PackReport:
+def _report(source: Checkpoint, plan: dict[str, PlannedOperator], low_rank: int) -> PackReport:
     packed = sum(part.nbytes for name, item in plan.items() for part in item.spec.entries(name, item.stored)) + low_rank
     dense = sum(item.source.nbytes for item in plan.values())
     weights = sum(item.spec.shape[0] * item.spec.shape[1] for item in plan.values())
@@ -356,7 +205,7 @@ def _report(source: Checkpoint, plan: dict[str, _Planned], low_rank: int) -> Pac
 
 
 def _pack_file(
-    path: Path, file: WeightFile, plan: dict[str, _Planned], packed: Callable[[], None]
+    path: Path, file: WeightFile, plan: dict[str, PlannedOperator], packed: Callable[[], None]
 ) -> tuple[list[TensorEntry], tuple[float, float]]:
     """Write one file of the packed folder; ``packed`` is called after each operator.
 

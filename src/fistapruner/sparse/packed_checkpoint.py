@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
-from ..models.files.checkpoint import (
-    PACKED_RECORD,
-    Checkpoint,
-    LayerWidths,
-    WeightFile,
-    inside,
-    read_json_in,
-    read_widths,
-    widths_section,
-)
+from ..models.files.checkpoint import Checkpoint, WeightFile
+from ..models.files.folder_files import PACKED_RECORD, inside, read_json_in
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.safetensors import TensorEntry
+from ..models.files.widths import LayerWidths, read_widths, widths_section
 from ..runtime.files import sha256_file
 from .format import VERSION, OperatorSpec, decode, operator_fault, read_specs
 from .packed import PackedOperator

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..errors import FistaPrunerError
 from ..models.architecture import set_widths
-from ..models.files.checkpoint import QUANT_METHOD, Checkpoint, read_widths, widths_section
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.names import expert_sources, stored_names
 from ..runtime.formatting import shell_line
 from .packed_checkpoint import PackedCheckpoint, is_packed

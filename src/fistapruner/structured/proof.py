@@ -19,14 +19,15 @@ from torch.func import functional_call
 from ..errors import FistaPrunerError, NoTemporaryFolderError
 from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, linear_modules
-from ..models.files.checkpoint import read_widths
+from ..models.files.widths import read_widths
 from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, hidden_of
 from ..models.layerwise_weights import assign, buffers_to
 from ..recipes.structure_settings import Structure
-from .experts import find_experts, tensor_shapes, text_section
 from .goa import attention_probabilities
-from .units import GROUPS, HEADS, MLP, Unit, Units, Widths, cut_channels, find_units, free_widths
+from .mixtures import find_experts, tensor_shapes, text_section
+from .smaller_model import Widths, free_widths
+from .units import GROUPS, HEADS, MLP, Unit, Units, cut_channels, find_units
 
 SAME = 1e-4
 """Largest relative squared difference between zeroed and removed channels: bf16 rounding is a hundredth of it."""

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import inside, read_json_in
 from ..models.files.folder import checkpoint_folder
+from ..models.files.folder_files import inside, read_json_in
 from ..models.files.low_rank import CONFIG, PREFIX, WEIGHTS
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import write_json_atomic

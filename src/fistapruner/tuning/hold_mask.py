@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..models.experts import PARTS, holds_experts
-from ..models.files.checkpoint import PRUNING_RECORD
+from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import MIN_ZEROS, read_pruning_record
 from ..runtime.numerics import dtype_name
 

@@ -153,6 +153,10 @@ class Trainer:
     def train(self) -> TrainingState:
         """Take the steps that are left; the best weights are restored at the end."""
         lines, snapshot = read_steps(self.run.steps_file), self.snapshot
+        newest = max(self.run.states.steps(), default=-1)
+        if newest > (whole := lines[-1]["step"] if lines else -1):
+            where = f" after step {whole}" if lines else ""
+            self.say(f"{self.run.steps_file} is gone or damaged{where}: the state of step {newest} is not used")
         replays = self.recipe.zeroth_order
         begun = snapshot is not None or (replays and self._is_own(lines))
         if snapshot is not None:

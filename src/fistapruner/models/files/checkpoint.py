@@ -8,7 +8,6 @@ when the folder is opened.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,38 +17,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import FistaPrunerError, unreadable
+from ...errors import FistaPrunerError
+from .folder_files import (
+    ADAPTER_CONFIG,
+    INDEX,
+    INDEX_PICKLE,
+    SINGLE,
+    SINGLE_PICKLE,
+    find_companions,
+    inside,
+    read_json_in,
+    which_gguf,
+)
 from .pickle import PickleFile
 from .safetensors import SafetensorsFile, TensorEntry
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SINGLE_PICKLE, INDEX_PICKLE = "pytorch_model.bin", "pytorch_model.bin.index.json"
-PRUNING_RECORD = "fistapruner.json"
-"""What a pruning run says of its checkpoint: recipe, versions, and the sparsity of every operator."""
-
-PACKED_RECORD = "packed.json"
-"""What makes a folder a packed checkpoint."""
-
-MAX_JSON = 256 * 2**20
-
-MAX_NAME = 255
-"""Bytes in the longest file name that file systems take."""
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of dense weights in a checkpoint."""
 
 ROTATED = 1024
 """Rows that are rotated at once, which bounds their copies in fp64."""
 
 Orders = Mapping[str, tuple[int, Tensor]]
 """By tensor name: a dimension, and how :func:`reorder` changes it."""
-
-COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
-COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
-OTHER_CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-"""Beside ``config.json``, what names Python code of the model in ``auto_map``."""
-
-ADAPTER_CONFIG = "adapter_config.json"
-"""What makes a folder a PEFT adapter; in a model folder transformers adds that adapter to the weights."""
-
-NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD, ADAPTER_CONFIG}
 
 
 @dataclass(frozen=True)
@@ -85,49 +75,6 @@ class WeightFile(Protocol):
     def read_part(self, name: str, number: int) -> Tensor: ...
 
 
-QUANT_METHOD = "fistapruner"
-"""``quant_method`` in ``config.json`` of what plain transformers cannot read: packed folders, and free widths."""
-
-WIDTHS_VERSION = 2
-"""``version`` beside it of a folder whose decoder layers have widths of their own, stored as ordinary tensors."""
-
-LayerWidths = dict[int, dict[str, int]]
-"""By decoder layer, what its sizes are in place of the config's, by the entry of the config."""
-
-
-def read_widths(config: Mapping[str, Any], folder: Path) -> LayerWidths:
-    """Read the widths of decoder layers in a ``config.json``; empty where all have the config's.
-
-    Raises:
-        FistaPrunerError: they cannot be read, or are of a newer version.
-    """
-    section = config.get("quantization_config")
-    if not isinstance(section, Mapping) or section.get("quant_method") != QUANT_METHOD or "widths" not in section:
-        return {}
-    place, widths = f"{folder / 'config.json'}: quantization_config", section["widths"]
-    if section.get("version") not in range(1, WIDTHS_VERSION + 1):
-        raise FistaPrunerError(
-            f"{place} has version {str(section.get('version'))[:20]}; this program reads {WIDTHS_VERSION}"
-        )
-    if not isinstance(widths, Mapping) or not all(
-        str(index).isdecimal()
-        and isinstance(sizes, Mapping)
-        and all(type(size) is int and 0 < size < 2**31 for size in sizes.values())
-        for index, sizes in widths.items()
-    ):
-        raise FistaPrunerError(f'{place}: widths such as {{"1": {{"intermediate_size": 1216}}}} are expected')
-    return {int(index): dict(sizes) for index, sizes in widths.items()}
-
-
-def widths_section(widths: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
-    """Return the ``quantization_config`` that :func:`read_widths` reads.
-
-    The widths are written as in ``per_layer_config``, which transformers has in configs but not yet in models.
-    """
-    layers = {str(index): dict(sizes) for index, sizes in widths.items()}
-    return {"quant_method": QUANT_METHOD, "version": WIDTHS_VERSION, "widths": layers}
-
-
 class Checkpoint:
     """An opened checkpoint folder: names and shapes in memory, values on disk.
 
@@ -150,8 +97,7 @@ class Checkpoint:
         self.config = config
         self.files = files
         self.index = index
-        others = (read_json_in(folder, name) for name in OTHER_CONFIGS if (folder / name).is_file())
-        self.companions = _companions(folder, code=any("auto_map" in each for each in (config, *others)))
+        self.companions = find_companions(folder, config)
         self.orders: Orders = {}
         self.stacks: dict[str, Stack] = {}
         self._parts: dict[str, tuple[Stack, int]] = {}
@@ -380,84 +326,3 @@ def reorder(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
         values = part.double().reshape(-1, blocks, part.shape[-1] // (blocks * channels), channels)
         into.copy_(torch.einsum("nbrc,bcd->nbrd", values, rotation).reshape(part.shape))
     return out
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file that an untrusted listing names, if it is inside the folder.
-
-    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``; however the
-    folder itself is named (``.``, ``..``, a link to it).
-
-    Raises:
-        FistaPrunerError: not a plain file name, or a link that leads elsewhere.
-    """
-    plain = name == Path(name).name and name not in (".", "..") and "\\" not in name and name.isprintable()
-    if not name or not plain or len(name.encode()) > MAX_NAME:
-        raise FistaPrunerError(f"{folder}: {name[:200]!r} is not the name of a file inside the folder")
-    path = folder / name
-    if not path.is_symlink():
-        return path
-    real = folder.resolve()
-    allowed = [real]
-    for snapshot in (real, real.parent):  # the model's folder, or one in it
-        if snapshot.parent.name == "snapshots":
-            allowed.append((snapshot.parent.parent / "blobs").resolve())
-    target = path.resolve()
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
-    return path
-
-
-def gguf_files(folder: Path) -> list[Path]:
-    """List the GGUF files of a folder without other weights, but for those of image encoders."""
-    files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
-    if any(path.suffix in (".safetensors", ".bin") for path in files):
-        return []
-    return [path for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
-
-
-def which_gguf(folder: Path) -> str:
-    """Name the files of :func:`gguf_files` at the end of an error; empty where there are none."""
-    names = [path.name for path in gguf_files(folder)]
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf" if names else ""
-
-
-def read_json_in(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint folder.
-
-    Raises:
-        FistaPrunerError: names the file: missing, too large, not JSON, not an object.
-    """
-    path = inside(folder, name)
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise FistaPrunerError(f"{path} is larger than {MAX_JSON} bytes")
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except (ValueError, RecursionError) as error:
-        raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
-    if not isinstance(value, dict):
-        raise FistaPrunerError(f"{path} is not a JSON object")
-    return value
-
-
-def _companions(folder: Path, *, code: bool) -> list[str]:
-    """List the files that belong to the weights; Python files only with ``code``.
-
-    A model card is not among them: it describes the model before pruning.
-    """
-    names = []
-    for path in sorted(folder.iterdir()):
-        wanted = (
-            (code and path.suffix == ".py")
-            or path.suffix.lower() in COMPANION_SUFFIXES
-            or path.name.lower().startswith(COMPANION_NAMES)
-        )
-        if wanted and path.name not in NOT_COMPANIONS and path.is_file():
-            names.append(inside(folder, path.name).name)
-    templates = folder / "additional_chat_templates"
-    if templates.is_dir() and not templates.is_symlink():
-        names += [f"{templates.name}/{inside(templates, path.name).name}" for path in sorted(templates.glob("*.jinja"))]
-    return names

@@ -20,7 +20,8 @@ from ...runtime.files import (
     require_utf8,
     write_json_atomic,
 )
-from .checkpoint import INDEX, Checkpoint
+from .checkpoint import Checkpoint
+from .folder_files import INDEX
 from .safetensors import TensorEntry
 
 
@@ -72,6 +73,18 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
             with suppress(FistaPrunerError):  # the error that ended the block is reported
                 remove_folder(partial, partial / PARTIAL)
         raise
+
+
+def remove_unfinished(out: Path) -> None:
+    """Remove what a killed attempt at the folder ``out`` has left (``OUT.partial``).
+
+    Raises:
+        FistaPrunerError: it is a link, or holds files of others, or the disk refuses.
+    """
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.is_dir():
+        claim_folder(partial)
+        remove_folder(partial, partial / PARTIAL)
 
 
 def write_index(

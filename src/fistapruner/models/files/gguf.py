@@ -2,13 +2,13 @@
 
 The format is read by the ``gguf`` package; what its names and layouts mean in ``transformers`` (configuration,
 tokenizer, tensor names, permuted attention rows) is taken from ``transformers``' own GGUF loader, whose functions are
-semi-private and used in this file only. Before either sees the file, :func:`check_gguf` walks its header with limits,
-because both trust its counts.
+semi-private and used in this file only. What that loader leaves out or reads wrongly is restored in the configuration
+(:mod:`.gguf_config`) and the tokenizer (:mod:`.gguf_tokenizer`). Before either package sees the file,
+:func:`check_gguf` walks its header with limits, because both trust its counts.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,51 +19,18 @@ import torch
 import yaml
 
 from ...errors import FistaPrunerError, one_line
-from ...runtime.files import temporary_folder, write_json_atomic, write_text_atomic
-from .checkpoint import SINGLE, read_json_in
+from ...runtime.files import temporary_folder, write_text_atomic
 from .folder import checkpoint_folder, write_index
+from .folder_files import SINGLE
+from .gguf_config import restore_config, restore_llama3, scaled_positions
 from .gguf_header import check_gguf
+from .gguf_tokenizer import restore_tokenizer, save_tokenizer
 from .safetensors import SafetensorsWriter, TensorEntry
 
 SHARD_BYTES = 4 * 2**30
 
 CONVERSION = 5
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
-
-GEMMA2_27B = 46
-"""Decoder layers of Gemma 2 27B, which scales attention by width / heads where its smaller ones have the default."""
-
-SPLIT = "tokenizer.ggml.pre"
-"""Key whose value names how a vocabulary of byte-level BPE splits text."""
-
-FIRST_SPACE = "tokenizer.ggml.add_space_prefix"
-"""Key whose value says whether a vocabulary of SentencePiece has a space put before a text."""
-
-SPLIT_AS_GPT2 = frozenset(
-    ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling")
-)
-"""Values of ``tokenizer.ggml.pre`` of vocabularies that split text as GPT-2 does; so do most files without the key."""
-
-SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"))
-"""Those of vocabularies that split text as GPT-2 does, after every digit is split off."""
-
-SPLIT_AS_QWEN2 = frozenset(("qwen2", "stablelm2", "hunyuan"))
-
-SPLIT_AS_BLOOM = frozenset(("bloom", "gpt3-finnish", "poro-chat"))
-BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
-
-WHOLE_WITH_BOS = frozenset(
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken")
-)
-"""Those of vocabularies whose whole words need no merges; texts begin with BOS unless the file says otherwise."""
-
-COMPOSED = ("Qwen2Tokenizer", "GPTNeoXTokenizer")
-"""Classes of ``transformers`` of families whose text is composed (NFC) first, which no key of a file says."""
-
-EPSILON_KEYS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
-
-EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
-"""Names in configs of what norms add to the variance."""
 
 
 def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -103,7 +70,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         _keep_all(path, reader, names, config)
         entries = _entries(path, model, set(names.values()), dtype)
         config.save_pretrained(partial)
-        _save_tokenizer(path, tokenizer, partial)
+        save_tokenizer(path, tokenizer, partial)
         if model.can_generate():
             model.generation_config.save_pretrained(partial)
         shards = list(_shards(entries, shard_bytes))
@@ -128,15 +95,10 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
         where = {"pretrained_model_name_or_path": alone, "gguf_file": path.name}
         config = AutoConfig.from_pretrained(**where)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    _restore_split(path, reader, tokenizer)
-    _restore_first_space(path, reader, tokenizer)
+    restore_tokenizer(path, reader, tokenizer)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    _restore_sizes(reader, config)
-    _restore_attention_scale(config)
-    _restore_positions(path, reader, config)
-    _restore_rotary_width(path, reader, config)
-    _restore_epsilon(reader, config)
+    restore_config(path, reader, config)
     if any(tensor.name == "output.weight" for tensor in reader.tensors):
         config.tie_word_embeddings = False  # transformers ties the heads of all Falcons and BLOOMs
     with init_empty_weights():
@@ -144,221 +106,6 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     return model, config, tokenizer
-
-
-def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
-    """Split text before byte-level BPE as the file names it; restore what else goes with that name.
-
-    ``transformers`` knows some of llama.cpp's names, and takes GPT-2's split for all others.
-
-    Raises:
-        FistaPrunerError: neither it nor this function knows the name.
-    """
-    from tokenizers import Regex
-    from tokenizers.normalizers import NFC
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    fields = {key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", SPLIT) if key in reader.fields}
-    if fields.get("tokenizer.ggml.model") != "gpt2":
-        return
-    if (family := type(tokenizer).__name__) in COMPOSED:
-        tokenizer.backend_tokenizer.normalizer = NFC()
-    name = fields.get(SPLIT, "qwen2" if family == "Qwen2Tokenizer" else "gpt-2")
-    if name in WHOLE_WITH_BOS:
-        tokenizer.backend_tokenizer.model.ignore_merges = True
-        if "tokenizer.ggml.add_bos_token" not in reader.fields:
-            tokenizer.add_bos_token = True
-    if name in SPLIT_AS_GPT2:
-        return
-    regex = ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in SPLIT_DIGITS:
-        steps = [Digits(individual_digits=True), regex]
-    elif name == "falcon":
-        triples = Split(Regex("[0-9][0-9][0-9]"), "isolated")
-        steps = [Punctuation("contiguous"), regex, Digits(individual_digits=False), triples]
-    elif name in SPLIT_AS_QWEN2 or name in SPLIT_AS_BLOOM:
-        pattern = PRETOKENIZE_REGEX if name in SPLIT_AS_QWEN2 else BLOOM_SPLIT
-        steps = [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
-    else:
-        try:
-            from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-        except ImportError:  # an earlier transformers, which tells the split by the architecture
-            return
-        if name in GGUF_PRE_TOKENIZER_SPLITS:
-            return
-        raise FistaPrunerError(
-            f"{path} splits text by {name!r} ({SPLIT}), which transformers does not know: take the model's Hugging "
-            "Face checkpoint"
-        )
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
-
-
-def _restore_first_space(path: Path, reader: Any, tokenizer: Any) -> None:
-    """Put no space before a text where the file of a SentencePiece vocabulary says so.
-
-    Raises:
-        FistaPrunerError: the tokenizer puts one there in an unknown way.
-    """
-    from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
-    from tokenizers.pre_tokenizers import Metaspace
-
-    fields = {
-        key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", FIRST_SPACE) if key in reader.fields
-    }
-    if fields != {"tokenizer.ggml.model": "llama", FIRST_SPACE: False}:
-        return
-    backend = tokenizer.backend_tokenizer
-    if isinstance(backend.pre_tokenizer, Metaspace):
-        backend.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
-        backend.decoder = Sequence([Replace("\u2581", " "), ByteFallback(), Fuse()])
-    elif "Prepend" in json.dumps(_steps(tokenizer)["normalizer"]):
-        raise FistaPrunerError(
-            f"{path} puts no space before a text ({FIRST_SPACE}), where transformers does: take the model's Hugging "
-            "Face checkpoint"
-        )
-
-
-def _save_tokenizer(path: Path, tokenizer: Any, out: Path) -> None:
-    """Save a tokenizer so that it is loaded as it is.
-
-    Classes of tokenizers of one family rebuild all but the vocabulary, whatever the folder says; the general one,
-    by the name that transformers 4 knows too, does not.
-
-    Raises:
-        FistaPrunerError: ``transformers`` loads another one: it takes the family's class all the same.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer.save_pretrained(out)
-    kept = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": tokenizer.padding_side}
-    write_json_atomic(out / "tokenizer_config.json", read_json_in(out, "tokenizer_config.json") | kept)
-    found = _steps(loaded := AutoTokenizer.from_pretrained(str(out)))
-    for step, wanted in _steps(tokenizer).items():
-        if found[step] != wanted:
-            raise FistaPrunerError(
-                f"{path} has a vocabulary with another {step} than {type(loaded).__name__}, which transformers takes "
-                "for this architecture: take the model's Hugging Face checkpoint"
-            )
-
-
-def _steps(tokenizer: Any) -> dict[str, Any]:
-    """Return what a tokenizer does beside looking up its vocabulary."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    found = {step: state[step] for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
-    return found | {key: state["model"].get(key) for key in ("byte_fallback", "ignore_merges")}
-
-
-def _restore_sizes(reader: Any, config: Any) -> None:
-    """Set the sizes that ``transformers`` does not read: of heads for most architectures, and of GPT-2."""
-    from transformers.integrations import GGUF_CONFIG_MAPPING
-
-    architecture = reader.fields["general.architecture"].contents()
-    read = {"attention.key_length": ("head_dim", head_width(config))}
-    if "attention.key_length" in GGUF_CONFIG_MAPPING[architecture]:
-        read = {}
-    if config.model_type == "gpt2":
-        width = config.n_inner or 4 * config.n_embd
-        read = {"feed_forward_length": ("n_inner", width), "context_length": ("n_positions", config.n_positions)}
-    for key, (name, known) in read.items():
-        field = reader.fields.get(f"{architecture}.{key}")
-        if field is not None and type(stored := field.contents()) is int and stored != known:
-            setattr(config, name, stored)
-
-
-def _restore_attention_scale(config: Any) -> None:
-    """Set the attention scale of Gemma 2 27B.
-
-    No key of a GGUF file holds it: llama.cpp tells it by the number of layers.
-    """
-    if config.model_type == "gemma2" and config.num_hidden_layers == GEMMA2_27B:
-        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
-
-
-def _restore_positions(path: Path, reader: Any, config: Any) -> None:
-    """Set the base of rotary positions and the sliding window as the file has them.
-
-    ``transformers`` does not read them for some architectures.
-
-    Raises:
-        FistaPrunerError: a value differs that the config cannot take: it has one for each type of layer, or none.
-    """
-    architecture = reader.fields["general.architecture"].contents()
-    rotary = getattr(config, "rope_parameters", None) or {}
-    one_window = hasattr(config, "sliding_window") and not getattr(config, "layer_types", None)
-    read = {
-        "rope.freq_base": rotary.get("full_attention", rotary).get("rope_theta"),
-        "rope.freq_base_swa": rotary.get("sliding_attention", {}).get("rope_theta"),
-        "attention.sliding_window": getattr(config, "sliding_window", None),
-    }
-    for key, known in read.items():
-        field = reader.fields.get(f"{architecture}.{key}")
-        if field is None or (known is None and key.startswith("rope.")):  # no such positions in the model
-            continue
-        stored = field.contents()
-        if stored == known or (not stored and not known):  # a window of 0 is none
-            continue
-        if key == "rope.freq_base" and known == rotary.get("rope_theta") and type(stored) is float and stored > 0:
-            config.rope_parameters = {**rotary, "rope_theta": stored}
-        elif key == "attention.sliding_window" and one_window and type(stored) is int:
-            config.sliding_window = stored or None
-        else:
-            raise _not_taken(path, f"{field.name} {stored!r}", known)
-
-
-def _not_taken(path: Path, stored: str, known: Any) -> FistaPrunerError:
-    return FistaPrunerError(
-        f"{path} has {stored}, where transformers takes {known!r}: take the model's Hugging Face checkpoint"
-    )
-
-
-def rotary_width(config: Any) -> int | None:
-    """Count the dimensions of a head that rotary positions turn; None without one count for all layers."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in rotary:
-        return None
-    factor = rotary.get("partial_rotary_factor")
-    return int(head_width(config) * (1 if factor is None else factor))
-
-
-def head_width(config: Any) -> int:
-    """Return the dimensions of a head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def epsilon(config: Any) -> float | None:
-    """Return what norms add to the variance; None if the config does not say it."""
-    return next((value for name in EPSILONS if type(value := getattr(config, name, None)) is float), None)
-
-
-def _restore_rotary_width(path: Path, reader: Any, config: Any) -> None:
-    """Set the dimensions of a head that rotary positions turn: all of them if the file does not say it.
-
-    Raises:
-        FistaPrunerError: the config cannot take them.
-    """
-    if (known := rotary_width(config)) is None:
-        return
-    head = head_width(config)
-    field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
-    stored = head if field is None else field.contents()
-    if stored == known:
-        return
-    fits = type(stored) is int and 0 < stored <= head and int(head * (stored / head)) == stored
-    if config.rope_parameters.get("partial_rotary_factor") is None or not fits:
-        raise _not_taken(path, f"rotary positions over {stored!r} dimensions of a head (rope.dimension_count)", known)
-    config.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": stored / head}
-
-
-def _restore_epsilon(reader: Any, config: Any) -> None:
-    """Set what norms add to the variance: ``transformers`` reads one of two keys, for some the wrong one."""
-    architecture = reader.fields["general.architecture"].contents()
-    for key in EPSILON_KEYS:
-        field = reader.fields.get(f"{architecture}.{key}")
-        for name in EPSILONS if field else ():
-            known = getattr(config, name, None)
-            if type(known) is float and not math.isclose(known, field.contents(), rel_tol=1e-6):
-                setattr(config, name, field.contents())
 
 
 def architecture_of(path: Path, reader: Any, advice: str) -> str:
@@ -421,31 +168,8 @@ def _keep_all(path: Path, reader: Any, names: dict[str, str], config: Any) -> No
         if tensor.name != "rope_freqs.weight":
             raise FistaPrunerError(f"{path} has a tensor {tensor.name!r}, {where}")
         factors = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).flatten().float()
-        if not bool((factors == 1).all()) and not _restore_llama3(config, factors):
+        if not bool((factors == 1).all()) and not restore_llama3(config, factors):
             raise FistaPrunerError(f"{path} has rotary positions scaled by {tensor.name!r}, {where}")
-
-
-def scaled_positions(reader: Any) -> str | None:
-    """Return how the keys of a file say that rotary positions are scaled; None if they are not."""
-    values = {key: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
-    scalings = [value for key, value in values.items() if key.endswith("rope.scaling.type")]
-    scales = [value for key, value in values.items() if key.endswith(("rope.scaling.factor", "rope.scale_linear"))]
-    if not scalings and any(scale not in (0, 1) for scale in scales):  # to llama.cpp 0 is 1
-        scalings.append("linear")
-    return next((str(scaling) for scaling in scalings if scaling != "none"), None)
-
-
-def _restore_llama3(config: Any, factors: torch.Tensor) -> bool:
-    """Set the scaled rotary positions of Llama 3 in a config; return whether they give these factors."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    plain = dict(config.rope_parameters)
-    scaled = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config.rope_parameters = {**plain, "rope_type": "llama3", **scaled, "original_max_position_embeddings": 8192}
-    found, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    steps = torch.arange(0, 2 * len(found), 2).float() / (2 * len(found))
-    wanted = plain["rope_theta"] ** -steps
-    return len(found) == len(factors) and torch.allclose(found * factors, wanted, rtol=1e-3, atol=0)
 
 
 def _entries(path: Path, model: Any, found: set[str], dtype: torch.dtype) -> list[TensorEntry]:

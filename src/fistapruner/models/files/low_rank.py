@@ -32,8 +32,8 @@ from ...runtime.files import (
     write_json_atomic,
 )
 from ...runtime.numerics import exact_products
-from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD
-from .folder import checkpoint_folder
+from .folder import checkpoint_folder, remove_unfinished
+from .folder_files import ADAPTER_CONFIG, PRUNING_RECORD
 from .record import read_pruning_record
 from .safetensors import LazyTensors, SafetensorsFile, SafetensorsWriter, TensorEntry
 
@@ -135,11 +135,12 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove an adapter that a run has written, with the mark that a kill may have left in it.
+    """Remove an adapter that a run has written, with what a kill may have left of it or in it.
 
     Raises:
-        FistaPrunerError: the folder holds other files. Nothing is removed then.
+        FistaPrunerError: the folder holds other files, and is not removed then.
     """
+    remove_unfinished(folder)
     if not folder.is_dir():
         return
     if others := [path.name for path in entries(folder) if path.name not in (CONFIG, WEIGHTS, PARTIAL)]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...constraints import parse_sparsity
 from ...errors import FistaPrunerError
-from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json_in
+from .checkpoint import Checkpoint, Stack
+from .folder_files import PRUNING_RECORD, read_json_in
 from .safetensors import TensorEntry
 
 MIN_ZEROS = 0.01

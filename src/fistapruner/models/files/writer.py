@@ -27,9 +27,11 @@ from ...runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from .checkpoint import INDEX, Checkpoint, WeightFile, read_json_in, read_widths
+from .checkpoint import Checkpoint, WeightFile
 from .folder import checkpoint_folder, copy_companions, write_index
+from .folder_files import INDEX, read_json_in
 from .safetensors import SafetensorsWriter, TensorEntry
+from .widths import read_widths
 
 SHARD_RECORD = ".written.json"
 """Suffix of the record beside a finished shard."""

@@ -1,0 +1,125 @@
+"""Name and find the files of a model folder, and read its JSON files.
+
+Everything in the folder is untrusted: a listing may name plain files inside the folder only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import FistaPrunerError, unreadable
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_PICKLE, INDEX_PICKLE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+PRUNING_RECORD = "fistapruner.json"
+"""What a pruning run says of its checkpoint: recipe, versions, and the sparsity of every operator."""
+
+PACKED_RECORD = "packed.json"
+"""What makes a folder a packed checkpoint."""
+
+MAX_JSON = 256 * 2**20
+
+MAX_NAME = 255
+"""Bytes in the longest file name that file systems take."""
+
+COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
+COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
+
+OTHER_CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+"""Beside ``config.json``, what names Python code of the model in ``auto_map``."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder a PEFT adapter; in a model folder transformers adds that adapter to the weights."""
+
+NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD, ADAPTER_CONFIG}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that an untrusted listing names, if it is inside the folder.
+
+    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``; however the
+    folder itself is named (``.``, ``..``, a link to it).
+
+    Raises:
+        FistaPrunerError: not a plain file name, or a link that leads elsewhere.
+    """
+    plain = name == Path(name).name and name not in (".", "..") and "\\" not in name and name.isprintable()
+    if not name or not plain or len(name.encode()) > MAX_NAME:
+        raise FistaPrunerError(f"{folder}: {name[:200]!r} is not the name of a file inside the folder")
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    real = folder.resolve()
+    allowed = [real]
+    for snapshot in (real, real.parent):  # the model's folder, or one in it
+        if snapshot.parent.name == "snapshots":
+            allowed.append((snapshot.parent.parent / "blobs").resolve())
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
+    return path
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """List the GGUF files of a folder without other weights, but for those of image encoders."""
+    files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
+    if any(path.suffix in (".safetensors", ".bin") for path in files):
+        return []
+    return [path for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
+
+
+def which_gguf(folder: Path) -> str:
+    """Name the files of :func:`gguf_files` at the end of an error; empty where there are none."""
+    names = [path.name for path in gguf_files(folder)]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf" if names else ""
+
+
+def read_json_in(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint folder.
+
+    Raises:
+        FistaPrunerError: names the file: missing, too large, not JSON, not an object.
+    """
+    path = inside(folder, name)
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise FistaPrunerError(f"{path} is larger than {MAX_JSON} bytes")
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
+    if not isinstance(value, dict):
+        raise FistaPrunerError(f"{path} is not a JSON object")
+    return value
+
+
+def find_companions(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """List the files that belong to the weights; Python files only where a config names some.
+
+    A model card is not among them: it describes the model before pruning.
+
+    Args:
+        folder: of the model.
+        config: its ``config.json``.
+    """
+    others = (read_json_in(folder, name) for name in OTHER_CONFIGS if (folder / name).is_file())
+    code = any("auto_map" in each for each in (config, *others))
+    names = []
+    for path in sorted(folder.iterdir()):
+        wanted = (
+            (code and path.suffix == ".py")
+            or path.suffix.lower() in COMPANION_SUFFIXES
+            or path.name.lower().startswith(COMPANION_NAMES)
+        )
+        if wanted and path.name not in NOT_COMPANIONS and path.is_file():
+            names.append(inside(folder, path.name).name)
+    templates = folder / "additional_chat_templates"
+    if templates.is_dir() and not templates.is_symlink():
+        names += [f"{templates.name}/{inside(templates, path.name).name}" for path in sorted(templates.glob("*.jinja"))]
+    return names
