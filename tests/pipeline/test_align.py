@@ -703,6 +703,28 @@ def test_a_finished_comparison_makes_the_checkpoints_that_are_to_be_kept(
         assert len(json.loads((run / "times.json").read_text())) == 1
 
 
+def test_rows_of_a_comparison_stay_until_they_are_made_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = {"SFT on chosen": {"loss": "sft"}, "DPO, pruned": {"loss": "dpo"}}
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", jobs)
+    settings: dict[str, Any] = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+
+    def rows() -> list[tuple[str, int]]:
+        return [(row["label"], row["seed"]) for row in json.loads((tmp_path / "compare.json").read_text())["rows"]]
+
+    first = fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **settings)
+    with monkeypatch.context() as stopped:
+        stopped.setattr("fistapruner.pipeline.align_compare.train", interrupted)
+        for seed, keep in ((1, False), (0, True)):
+            with pytest.raises(KeyboardInterrupt):
+                fp.align_compare(bench.pruned(), tmp_path, seeds=[seed], keep=keep, **settings)
+            assert rows() == [(label, 0) for label in jobs]
+    both = fp.align_compare(bench.pruned(), tmp_path, seeds=[1], **settings)
+    assert rows() == [(label, seed) for label in jobs for seed in (0, 1)]
+    assert [row for row in both.rows if row.seed == 0] == first.rows
+
+
 def test_a_comparison_leaves_no_adapters(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are of checkpoints that are removed, too."""
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})

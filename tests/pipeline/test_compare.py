@@ -27,6 +27,7 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, CompareRow
 from fistapruner.runs.listener import Listener
+from fistapruner.runtime.files import write_json_atomic, write_sealed_json
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 
@@ -100,7 +101,7 @@ def test_a_method_may_have_calibration_settings_of_its_own(label: str) -> None:
     text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
     [job] = plan_jobs(parse_contenders(label), ["50%"], [1], SETTINGS)
     protocol = Protocol(text, "float32", Recipe.build(SETTINGS).calibration)
-    settings = job.recipe.model_dump(mode="json", exclude={"execution"})
+    settings = job.recipe.resolved().model_dump(mode="json", exclude={"execution"})
     protocol.check(CompareRow(method="wanda", label=label, sparsity="50%", settings=settings), Path("out"), kept=True)
 
 
@@ -308,6 +309,34 @@ def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
+def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    ignoring: dict[str, Any] = {**SETTINGS, "ignore": ["down_proj"]}
+
+    def compared(method: str, settings: dict[str, Any]) -> list[str | None]:
+        return [row.error for row in compare(source, method, ["50%"], out, settings=settings, windows=2).rows]
+
+    assert compared("magnitude", SETTINGS) == [None]
+    before = (out / "compare.json").read_bytes()
+    for settings, message in (
+        (
+            {**SETTINGS, "recover": 512},
+            "made without recover, this comparison would make it with recover: name",
+        ),
+        (ignoring, r'made with ignore = \[.*\], this comparison would make it with ignore = \["down_proj"\]: name'),
+        ({**SETTINGS, "structure": {"multiple": 16, "remove": "25%"}}, r"structure\.remove"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            compared("wanda", settings)
+    assert (out / "compare.json").read_bytes() == before
+    assert compared("wanda@ignore=[down_proj]", SETTINGS) == [None] * 2  # its own settings are in its name
+    content = json.loads((out / "compare.json").read_text())
+    for row in content["rows"]:
+        del row["settings"]  # as earlier releases wrote it
+    (out / "compare.json").write_text(json.dumps(content))
+    assert compared("wanda", ignoring) == [None] * 3
+
+
 def test_one_comparison_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
     named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
@@ -404,6 +433,68 @@ def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path, recovers: 
         assert "| perplexity |" in (folder / "model" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("recovers", [False, True])
+def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path, recovers: bool) -> None:
+    """What was measured stays only with weights that are the same, as on another processor they may not be."""
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    settings = {**SETTINGS, "recover": following} if recovers else SETTINGS
+
+    def measured(keep: bool) -> Any:
+        [row] = compare(source, "wanda", ["50%"], out, settings=settings, windows=2, keep=keep).rows
+        assert row.error is None
+        assert row.perplexity is not None
+        return row.perplexity.nll
+
+    def change(file: Path, edit: Any) -> None:
+        content = json.loads(file.read_text())
+        content.pop("sha256", None)
+        edit(content)
+        (write_json_atomic if file.name == "report.json" else write_sealed_json)(file, content)
+
+    nll = measured(keep=False)
+    [run] = (out / "runs").iterdir()
+    result = run / "recovered" if recovers else run
+    change(result / "report.json", lambda report: report["evaluations"][0]["perplexity"].update(nll=99.0))
+    assert measured(keep=False) == 99.0
+    assert measured(keep=True) == 99.0  # of the same weights
+    assert measured(keep=False) == 99.0
+    for folder in {run, result}:
+        change(folder / "model.json", lambda record: record["files"]["model.safetensors"].update(sha256="others"))
+    if recovers:  # it began with those
+        change(result / "run.json", lambda record: record["decision"].update(stamps=[["model.safetensors", "others"]]))
+    assert measured(keep=True) == nll
+
+
+def test_damaged_records_of_a_row_do_not_cost_its_figures(tmp_path: Path) -> None:
+    """A report is made again; what cannot be is named, and the row stays."""
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    said = tiny.Said()
+
+    def compared() -> Any:
+        return compare(
+            source, "wanda", ["50%"], out, settings={**SETTINGS, "recover": following}, windows=2, listener=said
+        )
+
+    [row] = compared().rows
+    [run] = (out / "runs").iterdir()
+    for damaged in (run / "report.json", run / "recovered" / "report.json"):
+        damaged.write_text("")
+        [again] = compared().rows
+        assert (again.error, again.perplexity) == (None, row.perplexity)
+        assert any(f"the report is made again: {damaged} " in sentence for sentence in said.sentences)
+        assert damaged.read_text()
+    (run / "recovered" / "run.json").write_text("")
+    kept = compared()
+    assert kept.rows == [again]
+    [warning] = kept.warnings
+    assert f"remove {run / 'recovered'} or choose" in warning
+    shutil.rmtree(run / "recovered")
+    [again] = compared().rows
+    assert (again.error, again.perplexity) == (None, row.perplexity)
+
+
 def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,6 +529,29 @@ def test_a_folder_that_is_no_comparison_is_refused_and_kept(tmp_path: Path, name
     with pytest.raises(FistaPrunerError, match="other things in it"):
         compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
     assert sorted(out.rglob("*")) == before
+
+
+def test_damaged_figures_of_a_comparison_are_made_again(tmp_path: Path) -> None:
+    source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    counts = Counts()
+
+    def compared() -> Any:
+        return compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2, listener=counts)
+
+    before = compared()
+    (out / "compare.html").write_text("its page")
+    (out / "compare.json").write_text("")
+    (out / "dense.json").write_text("")
+    with pytest.raises(FistaPrunerError, match=r"compare\.json cannot be read as JSON: .*: remove it; rows that are"):
+        compared()
+    (out / "compare.json").unlink()
+    after = compared()
+    assert (after.rows, after.dense) == (before.rows, before.dense)
+    assert counts.measured == 1  # its rows are read again
+    (out / "compare.json").unlink()
+    (out / "dense.json").unlink()
+    with pytest.raises(FistaPrunerError, match=r"other things in it \(compare\.html\)"):
+        compared()
 
 
 @pytest.mark.parametrize("partial", ["dense.json.partial", "compare.json.partial"])

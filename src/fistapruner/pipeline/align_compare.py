@@ -69,7 +69,7 @@ def align_compare(
 
     Args:
         model: as for :func:`fistapruner.align`, with a dense model that is known.
-        out: folder of the comparison; one that was begun is continued.
+        out: folder of the comparison; one that was begun is continued, and rows of other seeds stay.
         recipe: settings that all rows share, as for :func:`fistapruner.align`; ``loss``, ``references``, ``weights``,
             ``shares``, ``clip`` and ``anchor`` are those of the rows.
         seeds: each is one run of every row: order of the pairs and start values; None is one run with the
@@ -104,6 +104,9 @@ def align_compare(
     request = replace(request, dense=dense)
     reports: dict[tuple[str, int], Report | str] = {}
     with comparing(folder):
+        if (earlier := _earlier(folder, found)) is not None:
+            found.rows, found.before = earlier.rows, earlier.before
+        rows = {(row.label, row.seed): row for row in found.rows}
         _write(folder, found)
         for number, ((label, seed), job) in enumerate(jobs.items(), 1):
             listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
@@ -116,8 +119,8 @@ def align_compare(
                 reports[label, seed] = str(error)
             if not keep and isinstance(reports[label, seed], Report):
                 run.remove_weights()
-            done = sorted(reports, key=lambda key: list(JOBS).index(key[0]))
-            found.rows = [_row(*key, reports[key]) for key in done]
+            rows[label, seed] = _row(label, seed, reports[label, seed])
+            found.rows = sorted(rows.values(), key=lambda row: [*JOBS, row.label].index(row.label))
             found.before = next(
                 (
                     before
@@ -126,7 +129,7 @@ def align_compare(
                     for before in report.recovery.before
                     if before.perplexity is not None
                 ),
-                None,
+                found.before,
             )
             _write(folder, found)
         found.status = "finished"
@@ -191,7 +194,7 @@ def _plan(
         files=files,
         versions=versions(),
     )
-    _refuse_other(folder, found)
+    _earlier(folder, found)
     return found, jobs, None if dense is None else str(models[dense].folder)
 
 
@@ -278,14 +281,15 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
     )
 
 
-def _refuse_other(folder: Path, now: AlignComparison) -> None:
-    """Refuse to continue a comparison of other settings, models or texts.
+def _earlier(folder: Path, now: AlignComparison) -> AlignComparison | None:
+    """Read the comparison that is continued; None where there is none.
 
     Raises:
-        FistaPrunerError: names the first that differs, or the file that has changed.
+        FistaPrunerError: it has other settings, models or texts; names the first that differs, or the file that has
+            changed.
     """
     if not (folder / FIGURES).exists():
-        return
+        return None
     before = parse(AlignComparison, read_json(folder / FIGURES), str(folder / FIGURES))
     pairs: dict[str, tuple[Any, Any]] = {}
     if not same_model(before.model, now.model):
@@ -307,6 +311,7 @@ def _refuse_other(folder: Path, now: AlignComparison) -> None:
     for name in sorted({*old_files, *new_files}):
         if old_files.get(name) != new_files.get(name):
             raise FistaPrunerError(f"{name} has changed since the comparison in {folder} began: name another folder")
+    return before
 
 
 def _write(folder: Path, found: AlignComparison) -> None:

@@ -10,7 +10,8 @@ from ..errors import FistaPrunerError
 from ..models.source import ModelSource, Permissions
 from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
-from ..runs.comparison_records import DENSE, FIGURES, RUNS, STATES, TABLE, CompareRow, Comparison, load_comparison
+from ..runs.base import read_json
+from ..runs.comparison_records import DENSE, FIGURES, PAGE, RUNS, STATES, TABLE, CompareRow, Comparison, load_comparison
 from ..runs.directory import refuse_out
 from ..runs.identity import changed_files
 from ..runs.lock import NAME as LOCK
@@ -49,6 +50,12 @@ def earlier_comparison(folder: Path, model: str) -> Comparison:
     refuse_other_things(folder, (STATES, DENSE, DENSE + PARTIAL))
     if not (folder / FIGURES).is_file():
         return Comparison()
+    try:
+        read_json(folder / FIGURES)
+    except FistaPrunerError as error:
+        raise FistaPrunerError(
+            f"{error}: remove it; rows that are asked for are read again from {folder / RUNS}"
+        ) from None
     before = load_comparison(folder)
     if not same_model(before.model.source, model):
         raise FistaPrunerError(
@@ -62,7 +69,7 @@ def refuse_other_things(folder: Path, own: Sequence[str] = ()) -> None:
     """Refuse a folder that has other things in it and no ``compare.json``.
 
     A comparison that was stopped before its first row has left the dense model's figures at most, and runs begun after
-    them.
+    them; one whose damaged ``compare.json`` was removed has its table and page, too.
 
     Args:
         folder: of the comparison to be.
@@ -75,7 +82,9 @@ def refuse_other_things(folder: Path, own: Sequence[str] = ()) -> None:
     if not folder.is_dir() or (folder / FIGURES).is_file():
         return
     names = {path.name for path in entries(folder)} - {RUNS, LOCK, FIGURES + PARTIAL, *own}
-    if not (folder / DENSE).is_file():
+    if (folder / DENSE).is_file() and (folder / RUNS).is_dir():
+        names -= {TABLE, PAGE}
+    else:
         names |= {f"{RUNS}/{path.name}" for path in entries(folder / RUNS)} if (folder / RUNS).is_dir() else set()
     if names:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new folder")

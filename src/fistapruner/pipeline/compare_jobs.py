@@ -18,7 +18,6 @@ from ..evaluation.data import load_windows
 from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..models.source import ModelSource
-from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
 from ..runs.comparison_records import RUNS
 from ..runs.listener import Listener
@@ -81,9 +80,7 @@ def plan_jobs(
     for seed in distinct_seeds(seeds):
         for sparsity in sparsities:
             for contender in contenders:
-                said = merge_settings(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
-                said = merge_settings(merge_settings(said, contender.settings), {"sparsity": sparsity})
-                jobs.append(CompareJob(contender.label, seed, Recipe.build(said, contender.label)))
+                jobs.append(CompareJob(contender.label, seed, contender.recipe(settings, sparsity, seed)))
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     if len({str(job.recipe.sparsity) for job in jobs}) < len(sparsities):  # 0.5 is 50%
@@ -155,7 +152,16 @@ def agree_protocol(
     text = load_windows(data, source.tokenizer(), window_length(recipe.calibration.seqlen, opened), windows)
     calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
     execution = recipe.execution
-    return Protocol(text, dtype_name(opened.dtype), calibration, execution.device, recipe.dtype, execution.memory_limit)
+    return Protocol(
+        text=text,
+        dtype=dtype_name(opened.dtype),
+        calibration=calibration,
+        device=execution.device,
+        asked_dtype=recipe.dtype,
+        memory_limit=execution.memory_limit,
+        shared=settings,
+        family=source.family,
+    )
 
 
 def draw(

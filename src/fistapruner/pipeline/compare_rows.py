@@ -22,7 +22,7 @@ from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import Report, load_run
+from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.files import write_json_atomic
@@ -102,7 +102,7 @@ class Shared:
         training = None if job.recipe.recover is None else recovery_recipe(job.recipe)
         report, recovery = _measured(run, job.recipe, self.protocol, self.source), None
         if report is not None and training is not None:
-            recovery = _recovered(run, report, training, self.protocol)
+            recovery = _recovered(run, report, training, self.protocol, self.listener)
         if self.keep:
             recovery = recovery if RecoverDirectory(run.recovered).model.is_dir() else None
             report = report if run.model.is_dir() else None
@@ -118,7 +118,7 @@ class Shared:
         return report, recovery
 
     def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
-        """Prune a row, and measure it unless that was done before its weights were deleted."""
+        """Prune a row, and measure it unless these very weights were measured before they were deleted."""
         report = prune(
             self.model,
             run.folder,
@@ -133,9 +133,11 @@ class Shared:
 
     def _recover(self, run: PruneDirectory, pruned: Report, recipe: RecoverRecipe) -> Report:
         """Recover a pruned row and measure it. Remove a recovery with other settings or another input."""
-        following = RecoverDirectory(run.recovered)
+        following, permissions = RecoverDirectory(run.recovered), self.source.permissions
         begun = following.record()
-        if begun is not None and not _follows(begun, pruned, recipe):
+        if begun is not None and (
+            not _follows(begun, pruned, recipe) or changed_files(begun.decision.stamps, permissions.at(run.model))
+        ):
             self.listener.say(f"the recovery in {following.folder} is of other settings or input: it is made again")
             following.remove(run.model)
         report = recover(
@@ -145,7 +147,7 @@ class Shared:
             evaluate=None,
             listener=self.listener,
             command=self.command,
-            **self.source.permissions.keywords(),
+            **permissions.keywords(),
         )
         return self._measure(following, report)
 
@@ -171,7 +173,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
         dense: perplexity of the dense model.
 
     Returns:
-        The row; one without figures says why.
+        The row; one without figures says why. That of an earlier command stays where this one cannot make it again.
     """
     recipe = job.recipe
     row = CompareRow(
@@ -188,14 +190,20 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
     except FistaPrunerError as error:
         row.error = str(error)
         shared.listener.say(f"{job.label}: {error}")
-        return row
+        earlier = next((other for other in comparison.rows if other.key == row.key), row)
+        if earlier.perplexity is None or earlier.settings != row.settings:
+            return row
+        comparison.warnings.append(
+            f"the row {row.name}, {row.sparsity}, seed {row.seed} has the figures of an earlier command: {error}"
+        )
+        return earlier
 
 
 def measure_dense(shared: Shared) -> Perplexity:
     """Measure the dense model on the windows of the protocol, or read what was measured before."""
     file, protocol = shared.folder / DENSE, shared.protocol
     weights = [list(stamp) for stamp in stamps(shared.source.checkpoint())]
-    found = _earlier_dense(file, protocol, weights)
+    found = _earlier_dense(file, protocol, weights, shared.listener)
     if found is None:
         shared.listener.say(f"evaluating the dense model on {protocol.text.data}")
         found = shared.evaluate(shared.source.folder).perplexity
@@ -204,11 +212,15 @@ def measure_dense(shared: Shared) -> Perplexity:
     return found
 
 
-def _earlier_dense(file: Path, protocol: Protocol, weights: list[list[str]]) -> Perplexity | None:
+def _earlier_dense(file: Path, protocol: Protocol, weights: list[list[str]], listener: Listener) -> Perplexity | None:
     """Read the dense model's perplexity, if these weights were measured on the same windows before."""
     if not file.is_file():
         return None
-    content = read_json(file)
+    try:
+        content = read_json(file)
+    except FistaPrunerError as error:
+        listener.say(f"the dense model is evaluated again: {error}")
+        return None
     same = content.pop(STAMPS, None) == weights
     try:
         stored = _PERPLEXITY.validate_python(content)
@@ -223,20 +235,29 @@ def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: M
     """Read the report of a run that pruned this model with these settings and was measured on this text."""
     if not run.report_file.is_file():
         return None
-    report = run.read_report()
+    try:
+        report = run.read_report()
+    except FistaPrunerError:  # pruning says so, and makes it again
+        return None
     record = run.record()
     changed = record is not None and (changed_text(record, recipe) or changed_files(record.decision.stamps, source))
     same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint() and not changed
     return report if same and report.status == "finished" and _evaluation(report, protocol) is not None else None
 
 
-def _recovered(run: PruneDirectory, pruned: Report, recipe: RecoverRecipe, protocol: Protocol) -> Report | None:
+def _recovered(
+    run: PruneDirectory, pruned: Report, recipe: RecoverRecipe, protocol: Protocol, listener: Listener
+) -> Report | None:
     """Read the report of a recovery of this pruning with these settings, if it was measured on this text."""
     following = RecoverDirectory(run.recovered)
     begun = following.record()
     if begun is None or not following.report_file.is_file() or not _follows(begun, pruned, recipe):
         return None
-    report = load_run(following.folder)
+    try:
+        report = following.read_report()
+    except FistaPrunerError as error:
+        listener.say(f"the report is made again: {error}")
+        return None
     return report if report.status == "finished" and _evaluation(report, protocol) is not None else None
 
 

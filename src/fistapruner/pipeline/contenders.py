@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,15 @@ class Contender:
 
     label: str
     settings: dict[str, Any]
+
+    def recipe(self, shared: Mapping[str, Any], sparsity: str, seed: int) -> Recipe:
+        """Build the recipe of its run, from the settings that all methods share.
+
+        Raises:
+            FistaPrunerError: they are no recipe.
+        """
+        said = merge_settings(dict(shared), {"seed": seed, "calibration": {"seed": seed}})
+        return Recipe.build(merge_settings(merge_settings(said, self.settings), {"sparsity": sparsity}), self.label)
 
 
 def parse_contenders(text: str | Sequence[str]) -> list[Contender]:

@@ -43,7 +43,7 @@ def finish(
         context: the opened run.
         times: wall time of the run so far.
         listener: receives progress.
-        earlier: report of the finished run whose checkpoint is written again; its measurements still hold.
+        earlier: report of the finished run whose checkpoint is written again; see :func:`.result.close_report`.
         alone: this process has pruned all layers, so that the GPU memory it took is that of the run.
 
     Raises:

@@ -65,7 +65,7 @@ def finish(
         times: wall time of the run so far.
         listener: receives progress.
         add_results: adds what the verb measures of the trained model.
-        earlier: report of the finished run whose checkpoint is written again; its measurements still hold.
+        earlier: report of the finished run whose checkpoint is written again; see :func:`.result.close_report`.
 
     Raises:
         FistaPrunerError: the written checkpoint does not have the zeros of the input, or the disk is full.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from ..recipes.calibration_settings import Calibration
 from ..recipes.settings import Recipe
 from ..runs.comparison_records import FIGURES, CompareRow
 from ..runs.results import Perplexity
-from .contenders import has_own_calibration
+from .contenders import has_own_calibration, parse_contenders
+
+NOT_SHARED = {"method", "sparsity", "seed", "calibration", "dtype", "execution"}
+"""Settings that a row has of its own, or that are compared otherwise."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Protocol:
         device: where models are evaluated, as recipes name it.
         asked_dtype: the precision as recipes name it.
         memory_limit: bytes of main memory that a run may use; None is what the machine has free.
+        shared: recipe settings that all rows share; ``family``: returns the model's, for settings that depend on it.
     """
 
     text: Windows
@@ -35,6 +41,8 @@ class Protocol:
     device: str = "auto"
     asked_dtype: str = "auto"
     memory_limit: int | None = None
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    family: Callable[[], str] | None = None
 
     def covers(self, perplexity: Perplexity | None) -> bool:
         """Whether a figure was measured so."""
@@ -48,7 +56,8 @@ class Protocol:
         """Refuse a row of an earlier comparison in ``folder`` that was made by another protocol.
 
         Raises:
-            FistaPrunerError: it was calibrated otherwise, or (where it is ``kept`` as it is) measured on other windows.
+            FistaPrunerError: it was calibrated otherwise, or (where it is ``kept`` as it is) measured on other windows,
+                or made with other settings than all rows share now.
         """
         where, which = (
             f"--out {folder} holds the row {row.label}, {row.sparsity}, seed {row.seed}",
@@ -68,6 +77,29 @@ class Protocol:
                 f"this comparison is on other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} "
                 f"in {self.dtype}): {which}"
             )
+        if kept and (other := self._other_settings(row)) is not None:
+            raise FistaPrunerError(f"{where}, made {other[0]}, this comparison would make it {other[1]}: {which}")
+
+    def _other_settings(self, row: CompareRow) -> tuple[str, ...] | None:
+        """Say with which setting a row was made and would be made now; None where all are the same."""
+        with suppress(FistaPrunerError):  # a recipe file that is gone, or settings of another release
+            [contender] = parse_contenders([row.name])
+            now = contender.recipe(self.shared, row.sparsity, row.seed).resolved(family=self.family)
+            for key, value in now.model_dump(mode="json", exclude=NOT_SHARED).items():
+                if (was := row.settings.get(key, value)) != value:
+                    return _difference(key, was, value)
+        return None
+
+
+def _difference(key: str, *values: Any) -> tuple[str, ...]:
+    """Say the two values of a setting; of two sections, those of the first setting that differs."""
+    one, other = values
+    if isinstance(one, dict) and isinstance(other, dict):
+        inner = next(name for name in {**other, **one} if one.get(name) != other.get(name))
+        return _difference(f"{key}.{inner}", one.get(inner), other.get(inner))
+    if key == "recover":  # it has many settings
+        return tuple(f"with{'out' if value is None else ''} {key}" for value in values)
+    return tuple(f"with {key} = {json.dumps(value)}" for value in values)
 
 
 def _said(calibration: Calibration) -> str:

@@ -95,6 +95,7 @@ def write_model(
         shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
         config_changes: of ``config.json``, as a JSON merge patch.
     """
+    before = run.model_record()
     if run.model.exists() and run.model_fault(fingerprint):
         run.remove_model(checkpoint)  # it is damaged, or of a model or calibration text that has changed since
     if not run.model.exists():
@@ -109,6 +110,9 @@ def write_model(
             identity=fingerprint,
             documents=documents(),
         )
+        if before is None or digests != {name: claim.sha256 for name, claim in before.files.items()}:
+            with disk_errors(run.report_file):
+                run.report_file.unlink(missing_ok=True)  # what it has measured is not of these weights
         run.write_model_record(fingerprint, digests)
     elif run.model_record() is None:  # a kill came between the checkpoint and its record
         (run.model / PARTIAL).unlink(missing_ok=True)
@@ -204,12 +208,13 @@ def close_report(run: RunDirectory, report: Report, earlier: Report | None, time
     Args:
         run: the run directory.
         report: of the run.
-        earlier: report of the finished run whose checkpoint was written again; its measurements still hold.
+        earlier: report of the finished run whose checkpoint was written again; its measurements hold where the weights
+            are the same.
         times: wall time of the run so far.
         begin: when the writing of the checkpoint began, by ``time.perf_counter``.
     """
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None:
+    if earlier is not None and run.report_file.exists():  # :func:`write_model` removes that of other weights
         _keep_measurements(report, earlier)
     report.status = "finished"
     report.finished = now()

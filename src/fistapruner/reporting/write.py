@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runs.comparison_records import is_comparison, load_comparison
+from ..runs.comparison_records import PAGE, is_comparison, load_comparison
 from ..runs.records import load_run
 from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
@@ -29,7 +29,7 @@ def write_page(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise FistaPrunerError(f"{folder} is not a folder: give a run directory or the folder of a comparison")
     if is_comparison(folder):
-        text, out = comparison_page(load_comparison(folder)), folder / "compare.html"
+        text, out = comparison_page(load_comparison(folder)), folder / PAGE
     else:
         text, out = run_page(load_run(folder)), folder / "report.html"
     write_text_atomic(out, text)

@@ -72,8 +72,8 @@ class CompareRow(Record):
         )
 
 
-FIGURES, TABLE = "compare.json", "compare.md"
-"""Files of a comparison: the figures so far, and their table."""
+FIGURES, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
+"""Files of a comparison: the figures so far, their table, and its page."""
 
 RUNS = "runs"
 """Folder with the run directories of the rows."""

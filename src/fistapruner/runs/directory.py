@@ -204,7 +204,7 @@ class RunDirectory:
         """
         if not self.run_file.exists():
             return None
-        hint = "remove the run directory or choose another --out"
+        hint = f"remove {self.folder} or choose another --out"
         try:
             content = read_sealed_json(self.run_file)
         except (OSError, ValueError) as error:
@@ -324,6 +324,7 @@ class RunDirectory:
         """Remove the checkpoint, or what a killed attempt has left of it: the files that the run wrote.
 
         What shows that the run wrote them goes last, so that a removal that was killed can be done again.
+        ``model.json`` stays: it tells whether a checkpoint that is made again is the one that was measured.
 
         Args:
             source: the model that the run changes; where ``model.json`` is gone, it tells the names of the files that
@@ -335,7 +336,7 @@ class RunDirectory:
         self.check_model(source)
         remove_unfinished(self.model)
         if self.model.is_dir():
-            remove_folder(self.model, self.model_file, self.model / PRUNING_RECORD)
+            remove_folder(self.model, self.model / PRUNING_RECORD)
 
     def check_model(self, source: Checkpoint | None = None) -> None:
         """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`.
@@ -348,10 +349,9 @@ class RunDirectory:
             raise FistaPrunerError(
                 f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away"
             )
-        if record is not None:
-            own = {*record.files, *record.others}
-        else:
-            own = {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD, PARTIAL}
+        own = set() if record is None else {*record.files, *record.others}
+        if record is None or self.model_fingerprint() not in (None, record.fingerprint):  # it is of an earlier one
+            own |= {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD, PARTIAL}
             own |= {*map(safetensors_name, source.files), *source.companions} if source is not None else set()
         if others := sorted(names - own):
             raise FistaPrunerError(
