@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,22 @@ import pytest
 
 from standin.gpu import StandIn
 from standin.hardware import GPUS, REAL, RealGPUs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_runs() -> Iterator[None]:
+    """Short texts, and modules that stay are not looked through for garbage: neither is what these tests are about."""
+    from pydoc_data import topics
+
+    from transformers import LlamaForCausalLM  # noqa: F401  (most of what is loaded)
+
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patched:
+        for name, text in topics.topics.items():
+            patched.setitem(topics.topics, name, text[:500])
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture
