@@ -233,7 +233,7 @@ STATES: dict[str, Any] = {
     "method": "sparsegpt",
     "dense_target": "dense",
     "residual": "correct",
-    "calibration": {"samples": 32},
+    "calibration": {"samples": 16},
     "execution": {"batch_size": 2},
 }
 """A run that stores hidden states, what the dense model has in their place, and residual drift."""
