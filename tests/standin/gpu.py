@@ -39,6 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .operators import COPYING, INDEXING, RESHAPING, SCANS, UNORDERED, WAITING, facts
 
 META, CPU = torch.device("meta"), torch.device("cpu")
+GETTERS = {
+    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "grad")
+}
+"""What is asked of a tensor without an operator."""
 
 
 class DeviceTensor(torch.Tensor):
@@ -191,7 +195,12 @@ class _Boundary(TorchFunctionMode):
             args = (args[0], args[1].device, args[1].dtype, *args[2:])
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], DeviceTensor):
             args = (args[0], _indices(args[1]), *args[2:])  # C++ would make of a list a meta tensor without values
-        devices = [device for item in (*args, *kwargs.values()) if (device := _device(item)) is not None]
+        if func in GETTERS:
+            return func(*args, **kwargs)
+        named = [item for item in (*args, *kwargs.values()) if isinstance(item, (str, torch.device))]
+        devices = [device for item in named if (device := _device(item)) is not None]
+        if not devices:
+            return self.standin.call(func, args, kwargs, None, really_meta=False)
         place = next(filter(None, map(_place, devices)), None)
         if META in devices and args and isinstance(args[0], DeviceTensor):  # meta is meant: nothing stays on the device
             return func(args[0].values, *args[1:], **kwargs)
@@ -200,7 +209,7 @@ class _Boundary(TorchFunctionMode):
                 args = (DeviceTensor(args[0].values.clone(), place), *args[1:])
             args = tuple(META if _place(item) else item for item in args)
             kwargs = {key: META if _place(item) else item for key, item in kwargs.items()}
-        return self.standin.call(func, args, kwargs, place, META in devices)
+        return self.standin.call(func, args, kwargs, place, really_meta=META in devices)
 
 
 class StandIn(TorchDispatchMode):
@@ -362,7 +371,7 @@ class StandIn(TorchDispatchMode):
         self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
         return made
 
-    def call(self, func: Any, args: Any, kwargs: Any, asked: torch.device | None, really_meta: bool) -> Any:
+    def call(self, func: Any, args: Any, kwargs: Any, asked: torch.device | None, *, really_meta: bool) -> Any:
         """Make a call from Python, in which ``meta`` means the device ``asked``, or that of the arguments."""
         leaves = _leaves((*args, *kwargs.values()))
         own = next((item.place for item in leaves if isinstance(item, DeviceTensor)), None)
@@ -378,16 +387,19 @@ class StandIn(TorchDispatchMode):
         finally:
             self._asked, self._around = before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: nothing is compiled here, and PyTorch's wrapper would take time at every operator."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one operator: check it, note what it costs, compute it on the CPU."""
-        if torch.is_inference_mode_enabled():  # operators that consist of others arrive whole
+        if torch.is_inference_mode_enabled() and facts(func).parts:  # operators that consist of others arrive whole
             with _again(super()):
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         leaves = _leaves((*args, *kwargs.values()))
         ours = [item for item in leaves if isinstance(item, DeviceTensor)]
         place, target = (ours[0].place if ours else None), kwargs.get("device")

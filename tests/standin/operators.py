@@ -42,6 +42,7 @@ class Facts:
         kernel: whether it has a CUDA kernel, or needs none of its own.
         scalars: whether it takes 0-dim CPU tensors beside CUDA ones.
         view: whether its result shares memory with an argument.
+        parts: whether it consists of other operators.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Facts:
     kernel: bool
     scalars: bool
     view: bool
+    parts: bool
 
 
 @cache
@@ -64,7 +66,7 @@ def facts(func: Any) -> Facts:
     kernel, scalars = _native_functions().get(key, (True, True))
     name = func.overloadpacket.__name__
     # PyTorch chooses attention's kernel by device: the CPU's has a name of its own.
-    return Facts(name, key, kernel or "_for_cpu" in name, scalars, view)
+    return Facts(name, key, kernel or "_for_cpu" in name, scalars, view, func._can_decompose())
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,19 +30,6 @@ from standin.gpu import StandIn
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 
 
-def test_the_gpu_with_most_free_memory(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked in another process: this one makes no context on a GPU that it does not use."""
-    monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
-    free_memory_of_gpus.cache_clear()
-    try:
-        assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", 1)
-        assert worker_devices("auto", 3, 1) == [torch.device("cuda", index) for index in (1, 0, 1)]
-    finally:
-        free_memory_of_gpus.cache_clear()
-    assert choose_device("cuda:0") == torch.device("cuda", 0)
-    assert not gpu.touched
-
-
 def test_a_gpu_that_another_process_has_for_itself_is_not_taken(
     gpu: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -61,25 +49,43 @@ def test_a_gpu_that_another_process_has_for_itself_is_not_taken(
         Worker(tmp_path, "", "cuda:0", Permissions())
 
 
-def test_workers_take_gpus_of_one_model(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def asked_once() -> Iterator[None]:
+    """The process that is asked for the free memory of GPUs is started for the first test alone."""
+    free_memory_of_gpus.cache_clear()
+    yield
+    free_memory_of_gpus.cache_clear()
+
+
+@pytest.fixture
+def taken(gpu: StandIn, asked_once: None, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """GPUs of which other programs hold a part of the first."""
     monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
+    return gpu
+
+
+def test_the_gpu_with_most_free_memory(taken: StandIn) -> None:
+    """Asked in another process: this one makes no context on a GPU that it does not use."""
+    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", 1)
+    assert worker_devices("auto", 3, 1) == [torch.device("cuda", index) for index in (1, 0, 1)]
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
+    assert not taken.touched
+
+
+def test_workers_take_gpus_of_one_model(taken: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fistapruner.execution.executors.ProcessPool", lambda context, devices: devices)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"model {torch.device(device).index}")
     context: Any = SimpleNamespace(numerics=SimpleNamespace(threads=1))
     said = tiny.Said()
-    free_memory_of_gpus.cache_clear()
-    try:
-        assert worker_devices("auto", 2, 1) == [torch.device("cuda", 1)] * 2
-        assert worker_devices("cuda:0", 1, 1) == [torch.device("cuda", 0)]
-        _pool(context, Execution(executor="process", workers=2), 2, said)
-    finally:
-        free_memory_of_gpus.cache_clear()
+    assert worker_devices("auto", 2, 1) == [torch.device("cuda", 1)] * 2
+    assert worker_devices("cuda:0", 1, 1) == [torch.device("cuda", 0)]
+    _pool(context, Execution(executor="process", workers=2), 2, said)
     assert "2 worker processes of 1 threads on cuda:1" in said.sentences
     assert "no worker on cuda:0 (model 0): their last bits may differ from those of cuda:1 (model 1)" in said.sentences
 
 
 def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(
-    gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    taken: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the one of its number: tensors and sums of several processes are on one GPU."""
 
@@ -88,15 +94,10 @@ def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(
 
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
     monkeypatch.setattr(torch.distributed, "rendezvous", fail)
-    free_memory_of_gpus.cache_clear()
-    try:
-        with pytest.raises(FistaPrunerError, match="no network"), ranks_of_run("auto"):
-            pass
-        assert gpu.touched == {choose_device("auto")} == {torch.device("cuda", 1)}
-    finally:
-        free_memory_of_gpus.cache_clear()
+    with pytest.raises(FistaPrunerError, match="no network"), ranks_of_run("auto"):
+        pass
+    assert taken.touched == {choose_device("auto")} == {torch.device("cuda", 1)}
 
 
 def test_processes_without_a_local_size_take_the_gpu_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

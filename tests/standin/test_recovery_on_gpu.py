@@ -45,23 +45,31 @@ def values(index: int, layer: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
 
-def test_factors_of_low_rank_parts_are_moved_once(gpu: StandIn, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def factored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with 2:4 zeros and low-rank parts, made on the CPU."""
+    folder = tmp_path_factory.mktemp("factored")
+    dense, text = tiny.save("llama", folder / "dense", num_hidden_layers=1), {"samples": 2, "seqlen": 16}
+    settings = {"sparsity": "2:4", "method": "magnitude", "low_rank": 2, "evaluate": None}
+    calibration, execution = {"source": "python", **text}, {"device": "cpu"}
+    fistapruner.prune(dense, folder / "run", calibration=calibration, execution=execution, **settings)
+    return folder / "run"
+
+
+def test_factors_of_low_rank_parts_are_moved_once(factored: Path, gpu: StandIn, tmp_path: Path) -> None:
     """A recovery has the losses of the CPU; its passes do not wait for the factors."""
-    text = {"source": "python", "samples": 2, "seqlen": 16}
-    dense, execution = tiny.save("llama", tmp_path / "dense", num_hidden_layers=2), {"device": "cuda:0"}
-    settings = {"sparsity": "2:4", "method": "magnitude", "low_rank": 2, "evaluate": None, "execution": execution}
-    fistapruner.prune(dense, tmp_path / "run", calibration=text, **settings)
     data = {"source": "python", "seqlen": 16, "tokens": 400}
+    execution = {"device": "cuda:0"}
     training = {"steps": 3, "windows_per_step": 2, "data": data, "evaluate": None}
     gpu.waits.clear()
-    there = fistapruner.recover(tmp_path / "run", tmp_path / "there", execution=execution, **training)
-    factors = LowRankAdapter.beside(tmp_path / "run" / "model")
+    there = fistapruner.recover(factored, tmp_path / "there", execution=execution, **training)
+    factors = LowRankAdapter.beside(factored / "model")
     assert factors is not None
     of_factors = [count for (_, place), count in Counter(gpu.waits).items() if "low_rank.py" in place]
     assert sum(of_factors) <= 2 * len(factors.factors)  # once for the plan, once for the training
-    whole = [load_whole(tmp_path / "run" / "model", device).state_dict() for device in (CUDA, torch.device("cpu"))]
+    whole = [load_whole(factored / "model", device).state_dict() for device in (CUDA, torch.device("cpu"))]
     assert all(torch.equal(tensor.cpu(), whole[1][name]) for name, tensor in whole[0].items())
-    here = fistapruner.recover(tmp_path / "run", tmp_path / "here", execution={"device": "cpu"}, **training)
+    here = fistapruner.recover(factored, tmp_path / "here", execution={"device": "cpu"}, **training)
     assert there.recovery is not None
     assert here.recovery is not None
     assert there.recovery.kept_step
