@@ -29,7 +29,10 @@ def _once(measure: Callable[..., int]) -> Callable[..., int]:
     return measured
 
 
-@pytest.fixture(scope="session", autouse=True)
+_SOLVE_BYTES = _once(measured_sizes.solve_bytes)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _quick_runs() -> Iterator[None]:
     """Short texts; modules are not looked through for garbage; the plan makes each of its small solves once."""
     from pydoc_data import topics
@@ -41,7 +44,7 @@ def _quick_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         for name, text in topics.topics.items():
             patched.setitem(topics.topics, name, text[:500])
-        patched.setattr(measured_sizes, "solve_bytes", _once(measured_sizes.solve_bytes))
+        patched.setattr(measured_sizes, "solve_bytes", _SOLVE_BYTES)
         yield
     gc.unfreeze()
 
