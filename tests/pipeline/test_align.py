@@ -723,6 +723,17 @@ def test_rows_of_a_comparison_stay_until_they_are_made_again(
     both = fp.align_compare(bench.pruned(), tmp_path, seeds=[1], **settings)
     assert rows() == [(label, seed) for label in jobs for seed in (0, 1)]
     assert [row for row in both.rows if row.seed == 0] == first.rows
+    damaged = sorted((tmp_path / "runs").glob("dpo*-1/run.json"))[0]
+    damaged.write_text("{")
+    again = fp.align_compare(bench.pruned(), tmp_path, seeds=[1], **settings)
+    failed = next(row for row in again.rows if row.error)
+    assert str(damaged) in (failed.error or "")
+    assert failed.alignment is not None  # that of the earlier command
+    (tmp_path / "compare.json").write_text("")
+    said = tiny.Said()
+    fp.align_compare(bench.pruned(), tmp_path, seeds=[0], listener=said, **settings)
+    assert rows() == [(label, 0) for label in jobs]
+    assert any("rows that are asked for are read from" in sentence for sentence in said.sentences)
 
 
 def test_a_comparison_leaves_no_adapters(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

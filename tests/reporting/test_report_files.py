@@ -214,10 +214,12 @@ def test_a_run_at_work_again_does_not_have_the_status_of_its_last_attempt(
     (run / "lock").write_text(json.dumps({"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}))
     assert main(["status", str(run)]) == 0
     said = capsys.readouterr().out
-    assert f": running again; {'the last attempt failed: ' + error if error else 'it was finished before'}\n" in said
+    states = ("running again; the last attempt failed: the disk is full", "finished; a process works on it")
+    assert f": {states[error is None]}\n" in said
     assert main(["status", str(run), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["status"], facts["error"]) == ("running again", error)
+    assert (facts["status"], facts["error"]) == ("running again" if error else "finished", error)
+    assert facts["working"] is True
     (run / "lock").unlink()
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == report.status
@@ -424,7 +426,6 @@ def test_status_of_a_finished_run_that_has_no_figures_yet(tmp_path: Path, capsys
     run, record = unfinished(tmp_path / "run") / "run.json", samples.report()
     holder = psutil.Process(os.getppid())
     lock = json.dumps({"host": platform.node(), "pid": holder.pid, "started": holder.create_time()})
-    record.finished = datetime.now(UTC).isoformat()  # by the process that holds it
 
     def told(evaluations: list[Any], *, asked: bool, held: bool) -> str:
         run.write_text(json.dumps({"decision": {"evaluation": {"data": "python"} if asked else None}}))
@@ -437,12 +438,10 @@ def test_status_of_a_finished_run_that_has_no_figures_yet(tmp_path: Path, capsys
     figures = record.model_dump(mode="json")["evaluations"]
     assert told([], asked=True, held=True) == "finished, being measured"
     assert told([], asked=True, held=False) == "finished, not measured: give the same command again"
-    assert told(figures, asked=True, held=True) == told([], asked=False, held=False) == "finished"
+    assert told(figures, asked=True, held=True) == "finished; a process works on it"
+    assert told([], asked=False, held=False) == "finished"
     assert main(["status", str(run.parent), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["measured"] is False
-    record.finished = "2024-01-01T00:00:00+00:00"  # by another process, before this one began
-    assert told([], asked=True, held=True) == "finished, being measured"
-    assert told(figures, asked=True, held=True) == "running again; it was finished before"
 
 
 def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

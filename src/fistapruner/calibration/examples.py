@@ -19,7 +19,19 @@ from .text import read_lines, text_of, whole_text
 KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
 """Kinds of lines, and how they are called in messages."""
 
-READ = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "weight")
+READ = (
+    "tool_calls",
+    "tool_call_id",
+    "tool_name",
+    "tool_plan",
+    "name",
+    "recipient",
+    "channel",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "weight",
+)
 """Other keys of a message that chat templates read, by which messages differ."""
 
 

@@ -10,14 +10,10 @@ import argparse
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
 from ..runtime.formatting import shell_line
 from .arguments import add_json_argument
-
-if TYPE_CHECKING:
-    from ..runs.records import Report
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
 
@@ -49,31 +45,20 @@ def run(arguments: argparse.Namespace) -> int:
     report, recovered = load_run(folder), folder / "recovered"
     recovery = load_run(recovered) if (recovered / "run.json").is_file() else None
     follows = recovery is not None or bool(report.recipe.get("recover"))
-    pruning, training = (max((holder["started"] for holder in holders(at)), default=None) for at in (folder, recovered))
-    working = pruning is not None or training is not None
+    pruning, training = bool(holders(folder)), bool(holders(recovered))
     if arguments.json:
-        facts = {**status_facts(report, began=_began(report, folder, pruning)), "working": working}
+        facts = {**status_facts(report, alive=pruning), "working": pruning or training}
         if follows:
-            facts["recovery"] = None
-        if recovery is not None:
-            facts["recovery"] = status_facts(recovery, began=_began(recovery, recovered, training))
+            facts["recovery"] = recovery and status_facts(recovery, alive=training)
         print(json.dumps(facts, indent=2))
         return 0
     in_parts = count_parts(folder) > 0
-    for found, at, started in ((report, folder, pruning), (recovery, recovered, training)):
-        if found is not None:
-            alive, began = started is not None, _began(found, at, started)
-            parts = in_parts and found is report
-            print(status_text(found, alive=alive, began=began, in_parts=parts, evaluates=_evaluates(at)))
-    if recovery is None and follows:
-        print(f"recovery: {'not begun' if training is None else 'being prepared'}")
+    print(status_text(report, alive=pruning, in_parts=in_parts, evaluates=_evaluates(folder)))
+    if recovery is not None:
+        print(status_text(recovery, alive=training, evaluates=_evaluates(recovered)))
+    elif follows:
+        print(f"recovery: {'being prepared' if training else 'not begun'}")
     return 0
-
-
-def _began(report: Report, folder: Path, started: float | None) -> float | None:
-    """Return when the process at work began the run again; None where it measures the finished result."""
-    measures = report.status == "finished" and not report.evaluations and _evaluates(folder)
-    return None if measures else started
 
 
 def _comparison(folder: Path, *, as_json: bool) -> int:

@@ -104,7 +104,7 @@ def align_compare(
     request = replace(request, dense=dense)
     reports: dict[tuple[str, int], Report | str] = {}
     with comparing(folder):
-        if (earlier := _earlier(folder, found)) is not None:
+        if (earlier := _earlier(folder, found, listener)) is not None:
             found.rows, found.before = earlier.rows, earlier.before
         rows = {(row.label, row.seed): row for row in found.rows}
         _write(folder, found)
@@ -119,7 +119,10 @@ def align_compare(
                 reports[label, seed] = str(error)
             if not keep and isinstance(reports[label, seed], Report):
                 run.remove_weights()
-            rows[label, seed] = _row(label, seed, reports[label, seed])
+            row, known = _row(label, seed, reports[label, seed]), rows.get((label, seed))
+            if row.error and known is not None:  # its figures stay
+                row = known.model_copy(update={"error": row.error})
+            rows[label, seed] = row
             found.rows = sorted(rows.values(), key=lambda row: [*JOBS, row.label].index(row.label))
             found.before = next(
                 (
@@ -194,7 +197,7 @@ def _plan(
         files=files,
         versions=versions(),
     )
-    _earlier(folder, found)
+    _earlier(folder, found, Listener())
     return found, jobs, None if dense is None else str(models[dense].folder)
 
 
@@ -252,8 +255,6 @@ def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool, keep
         evaluated: the row is evaluated on a text, and so is the model before alignment.
         keep: its checkpoint is there, too.
     """
-    if keep and not run.model.is_dir():
-        return None
     with suppress(FistaPrunerError):
         record = run.record()
         if record is not None and run.report_file.exists() and record.decision.asked == asked(recipe):
@@ -261,7 +262,8 @@ def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool, keep
             done = report.status == "finished" and report.alignment is not None
             known = report.recovery is not None and any(known.perplexity for known in report.recovery.before)
             measured = known and any(found.perplexity for found in report.evaluations)
-            return report if done and (measured or not evaluated) else None
+            there = not keep or run.model_fault(report.fingerprint or "") is None
+            return report if done and there and (measured or not evaluated) else None
     return None
 
 
@@ -281,8 +283,8 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
     )
 
 
-def _earlier(folder: Path, now: AlignComparison) -> AlignComparison | None:
-    """Read the comparison that is continued; None where there is none.
+def _earlier(folder: Path, now: AlignComparison, listener: Listener) -> AlignComparison | None:
+    """Read the comparison that is continued; None where there is none, or it cannot be read.
 
     Raises:
         FistaPrunerError: it has other settings, models or texts; names the first that differs, or the file that has
@@ -290,7 +292,14 @@ def _earlier(folder: Path, now: AlignComparison) -> AlignComparison | None:
     """
     if not (folder / FIGURES).exists():
         return None
-    before = parse(AlignComparison, read_json(folder / FIGURES), str(folder / FIGURES))
+    try:
+        content = read_json(folder / FIGURES)
+    except FistaPrunerError as error:
+        if not (folder / RUNS).is_dir():
+            raise
+        listener.say(f"{error}: it is made again; rows that are asked for are read from {folder / RUNS}")
+        return None
+    before = parse(AlignComparison, content, str(folder / FIGURES))
     pairs: dict[str, tuple[Any, Any]] = {}
     if not same_model(before.model, now.model):
         pairs["model"] = before.model, now.model

@@ -18,10 +18,10 @@ RECENT_STEPS = 8
 
 
 AGAIN = "running again"
-"""Status of a run whose report is of an earlier attempt, which failed or was finished."""
+"""Status of a run that a process works on, and whose report is of an attempt that failed."""
 
 
-def status_facts(report: Report, now: datetime | None = None, *, began: float | None = None) -> dict[str, Any]:
+def status_facts(report: Report, now: datetime | None = None, *, alive: bool | None = None) -> dict[str, Any]:
     """Return progress as JSON values: layers or steps done, errors or losses, times.
 
     The seconds left are an estimate from the time that the finished layers or steps took; None before the first one.
@@ -29,13 +29,11 @@ def status_facts(report: Report, now: datetime | None = None, *, began: float | 
     Args:
         report: of the run, finished or not.
         now: time that durations end at; the present by default.
-        began: when the last process that works on the run now has begun, by ``time.time``; None where none does.
+        alive: whether a process works on it now; None if that is not known.
     """
     now = now or datetime.now(UTC)
-    ended = _since(report.finished, now) or 0.0
-    later = began is not None and (report.status == "failed" or now.timestamp() - began < ended)
     facts = {
-        "status": AGAIN if later and report.status != "running" else report.status,
+        "status": AGAIN if alive and report.status == "failed" else report.status,
         "measured": bool(report.evaluations),
         "error": report.error,
         "model": report.model.source,
@@ -98,7 +96,6 @@ def status_text(
     report: Report,
     *,
     alive: bool | None = None,
-    began: float | None = None,
     in_parts: bool = False,
     evaluates: bool = False,
     now: datetime | None = None,
@@ -108,21 +105,22 @@ def status_text(
     Args:
         report: of the run, finished or not.
         alive: whether a process works on it now; None if that is not known.
-        began: as for :func:`status_facts`.
         in_parts: its layers are pruned in parts, which another command joins.
         evaluates: it was asked to evaluate its result.
         now: time that durations end at; the present by default.
     """
-    found = status_facts(report, now, began=began)
+    found = status_facts(report, now, alive=alive)
     state = str(found["status"])
     again = state == AGAIN
     if again:
-        state += f"; the last attempt failed: {report.error}" if report.error else "; it was finished before"
+        state += f"; the last attempt failed: {report.error}"
     if state == "running" and alive is not None:
         stopped = "stopped: no process works on it; give the same command again to go on"
         state = "running" if alive else _parts_to_go(report) if in_parts else stopped
     if state == "finished" and alive is not None and evaluates and not found["measured"]:
         state += ", being measured" if alive else ", not measured: give the same command again"
+    elif state == "finished" and alive:
+        state += "; a process works on it"
     about = f"{found['model']}: {found['method']}, {found['sparsity']}"
     if report.recovery is not None:
         about = f"{found['model']}, {found['sparsity']}, {report.training} ({found['method'].partition(': ')[2]})"

@@ -113,7 +113,8 @@ class AlignRow(Record):
     """One alignment of a comparison.
 
     Args:
-        label: what differs from the others; ``seed``; ``error``: why there is no result.
+        label: what differs from the others; ``seed``; ``error``: why it could not be made; a result
+            beside it is that of an earlier command.
         alignment: what its result prefers; ``evaluation``: on the text, against the dense model.
         held_out: loss before training and at the step that is kept; ``kept_step``.
         seconds: wall time.
