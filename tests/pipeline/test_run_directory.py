@@ -277,6 +277,23 @@ def test_a_checkpoint_is_not_of_two_prunings(run: Path, monkeypatch: pytest.Monk
     assert not (run / "model.partial").exists()
 
 
+def test_a_checkpoint_that_was_made_again_and_killed_is_whole_and_can_be_made_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights(run)
+    for _ in range(2):
+        shard = min((run / "model").glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "write_model_record", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                fp.resume(run)
+        (run / "model" / ".partial").write_text("")  # as a kill leaves it
+        fp.resume(run)
+        assert weights(run) == before
+        assert not (run / "model" / ".partial").exists()
+
+
 def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for before in (None, [], ["times.0-0.json"]):
@@ -469,7 +486,7 @@ def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, t
     fp.prune(model, run, only_layers=(0, 0), **SETTINGS)
     layer = (run / "layers" / "0000.safetensors").stat().st_mtime_ns
     model.rename(elsewhere)
-    message = f"the model of the run in {run} is not at {model} any more; give its prune command again for all layers"
+    message = f"the model of the run in {run} is not at {model}; give its prune command again for all layers"
     for go_on in (finish_run, fp.resume):
         with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
             go_on(run)

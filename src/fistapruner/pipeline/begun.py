@@ -26,6 +26,7 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runtime.devices import choose_device, device_title
+from ..runtime.files import PARTIAL
 from ..runtime.formatting import shell_line
 from ..runtime.machine import versions
 from ..sensitivity.workload import workload_sha256
@@ -70,17 +71,17 @@ def refuse_lost_text(known: EvaluationRequest | None, command: str = "its prune 
         )
 
 
-def refuse_lost_model(run: PruneDirectory, record: PruneRecord) -> None:
-    """Refuse to go on with a run whose model's folder is gone.
+def refuse_lost_model(run: PruneDirectory, record: PruneRecord, *, part: bool = False) -> None:
+    """Refuse to go on with a run, or with a part of its layers, whose model's folder is gone.
 
     Raises:
         FistaPrunerError: names it, and the command that goes on with the model elsewhere.
     """
     if not record.decision.folder.is_dir():
-        raise FistaPrunerError(
-            f"the model of the run in {run.folder} is not at {record.decision.folder} any more; give its prune command "
-            "again for all layers, with its new place"
+        how = (
+            "this command with its place here" if part else "its prune command again for all layers, with its new place"
         )
+        raise FistaPrunerError(f"the model of the run in {run.folder} is not at {record.decision.folder}; give {how}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ def find_finished(
                 f"{why}: '{shell_line('resume', run.folder)}' makes the whole run again, or put the old files back"
             )
         return replace(begun, outdated=report, says=f"the run is made again: {why}")
-    if (fault := run.model_fault(record.fingerprint or "")) is not None:
+    fault = run.model_fault(record.fingerprint or "")
+    if fault is None and run.model_record() is None and (run.model / PARTIAL).exists():
+        fault = f"writing {run.model} was interrupted"
+    if fault is not None:
         return replace(begun, damaged=report, says=f"the checkpoint is made again: {fault}")
     return replace(begun, report=report, says=f"{run.folder} holds the finished run of this recipe")
 
@@ -292,7 +296,12 @@ def keep_recipe(run: RunDirectory, begun: RunRecord, listener: Listener) -> None
         if parse_yaml(run.recipe_file.read_text("utf-8"), str(run.recipe_file)) == begun.recipe:
             return
     listener.say(f"{run.recipe_file} does not have the settings of run.json, which this run keeps: it is written again")
-    run.write_recipe(str(yaml.safe_dump(begun.recipe, sort_keys=False)))
+    write_settings(run, begun.recipe)
+
+
+def write_settings(run: RunDirectory, settings: Mapping[str, Any]) -> None:
+    """Write ``recipe.yaml`` with the settings of ``run.json``."""
+    run.write_recipe(str(yaml.safe_dump(dict(settings), sort_keys=False)))
 
 
 def say_kept_plan(begun: RunRecord, execution: Execution, listener: Listener) -> None:

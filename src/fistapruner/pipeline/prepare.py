@@ -28,7 +28,7 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import changed_text, keep_recipe, say_kept_plan
+from .begun import changed_text, keep_recipe, say_kept_plan, write_settings
 from .dense_measurements import DenseMeasurements, Measured
 from .find_model import absolute
 from .plan import plan_run
@@ -266,11 +266,11 @@ def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, f
     if folder != begun.decision.folder:
         decided |= {"model": absolute(request.model), "folder": folder}
     settings = begun.recipe | request.recipe.model_dump(mode="json", include=set(Recipe.no_identity))
-    if settings != begun.recipe:
-        run.write_recipe(request.recipe.to_yaml())
     record = begun.model_copy(update={"recipe": settings, "decision": begun.decision.model_copy(update=decided)})
     if record != begun:
         run.write_record(record)
+    if settings != begun.recipe:
+        write_settings(run, settings)
 
 
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: PruneInputs) -> str | None:

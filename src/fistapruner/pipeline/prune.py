@@ -321,7 +321,7 @@ def _prune(
     begun = run.record()
     gone = os.path.isabs(request.model) and not os.path.exists(request.model)  # a name that is no path is found again
     if begun is not None and gone and request.model == begun.decision.model:
-        refuse_lost_model(run, begun)
+        refuse_lost_model(run, begun, part=request.only_layers is not None)
     if request.recipe.recover is not None and not found.damaged and _recovery_is_new(run, only is not None):
         source = request.source or find_source(request.model, begun, request.permissions)
         check_following(request.recipe, source)

@@ -98,7 +98,10 @@ def write_model(
     before = run.model_record()
     if run.model.exists() and run.model_fault(fingerprint):
         run.remove_model(checkpoint)  # it is damaged, or of a model or calibration text that has changed since
+    digests = None
     if not run.model.exists():
+        with disk_errors(run.model_file):
+            run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
         listener.say("writing the checkpoint")
         digests = write_checkpoint(
             checkpoint,
@@ -110,13 +113,13 @@ def write_model(
             identity=fingerprint,
             documents=documents(),
         )
-        if before is None or digests != {name: claim.sha256 for name, claim in before.files.items()}:
-            with disk_errors(run.report_file):
-                run.report_file.unlink(missing_ok=True)  # what it has measured is not of these weights
-        run.write_model_record(fingerprint, digests)
-    elif run.model_record() is None:  # a kill came between the checkpoint and its record
+    elif before is None:  # a kill came between the checkpoint and its record
         (run.model / PARTIAL).unlink(missing_ok=True)
         digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
+    if digests is not None:
+        if before is None or digests != {name: claim.sha256 for name, claim in before.files.items()}:
+            with disk_errors(run.report_file):
+                run.report_file.unlink(missing_ok=True)  # what it has measured may not be of these weights
         run.write_model_record(fingerprint, digests)
 
 

@@ -187,7 +187,8 @@ def _evaluation(decision: TrainingDecision, request: TrainingRequest[R]) -> Eval
         known = evaluation_of(origin)
     elif request.evaluates and known is not None and is_lost(known) and origin is not None:  # as in a moved tree
         now = evaluation_of(origin)
-        known = now and known.model_copy(update={"data": now.data})
+        if now is not None and Path(now.data).name == Path(known.data).name:
+            known = known.model_copy(update={"data": now.data})
     evaluation = request.evaluation_beside(known)
     if evaluation is not None and evaluation.seqlen is None:
         seqlen = (known and known.seqlen) or evaluated_length(origin)
