@@ -337,6 +337,26 @@ def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None
     assert compared("wanda", ignoring) == [None] * 3
 
 
+def test_a_setting_that_an_earlier_release_did_not_have_is_at_its_default() -> None:
+    """Also one inside a section: its row is none of another protocol."""
+    text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
+    shared: dict[str, Any] = {**SETTINGS, "structure": {"remove": "mlp=25%"}, "recover": 512}
+    [job] = plan_jobs(parse_contenders("wanda"), ["50%"], [0], shared)
+    settings = job.recipe.resolved().model_dump(mode="json", exclude={"execution"})
+    del settings["structure"]["multiple"], settings["recover"]["data"]["held_out"], settings["reconstruct"]
+    row = CompareRow(method="wanda", sparsity="50%", settings=settings)
+
+    def check(structure: dict[str, Any]) -> None:
+        calibration = Recipe.build(SETTINGS).calibration
+        Protocol(text, "float32", calibration, shared={**shared, "structure": structure}).check(
+            row, Path("out"), kept=True
+        )
+
+    check(shared["structure"])
+    with pytest.raises(FistaPrunerError, match=r"made with structure\.multiple = \d+, .* structure\.multiple = 48:"):
+        check({**shared["structure"], "multiple": 48})
+
+
 def test_one_comparison_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
     named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
