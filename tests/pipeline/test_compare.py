@@ -27,6 +27,7 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, CompareRow
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.results import Perplexity
 from fistapruner.runtime.files import write_json_atomic, write_sealed_json
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
@@ -337,6 +338,14 @@ def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None
     assert compared("wanda", ignoring) == [None] * 3
 
 
+def test_a_row_that_failed_does_not_stand_in_the_way_of_other_settings(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    compare(source, "wanda@allocation=owl", ["2:4"], out, settings=SETTINGS, windows=2)
+    ignoring: dict[str, Any] = {**SETTINGS, "ignore": ["down_proj"]}
+    rows = compare(source, "magnitude", ["2:4"], out, settings=ignoring, windows=2).rows
+    assert [bool(row.error) for row in rows] == [True, False]
+
+
 def test_a_setting_that_an_earlier_release_did_not_have_is_at_its_default() -> None:
     """Also one inside a section: its row is none of another protocol."""
     text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
@@ -344,7 +353,8 @@ def test_a_setting_that_an_earlier_release_did_not_have_is_at_its_default() -> N
     [job] = plan_jobs(parse_contenders("wanda"), ["50%"], [0], shared)
     settings = job.recipe.resolved().model_dump(mode="json", exclude={"execution"})
     del settings["structure"]["multiple"], settings["recover"]["data"]["held_out"], settings["reconstruct"]
-    row = CompareRow(method="wanda", sparsity="50%", settings=settings)
+    figures = Perplexity("python", "", 32, 2, 62, "float32", 2.7, 0.1, 1.0, 0.1, text_sha256=text.sha256)
+    row = CompareRow(method="wanda", sparsity="50%", settings=settings, perplexity=figures)
 
     def check(structure: dict[str, Any]) -> None:
         calibration = Recipe.build(SETTINGS).calibration

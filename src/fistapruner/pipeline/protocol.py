@@ -70,14 +70,16 @@ class Protocol:
                     f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: "
                     f"{which}"
                 )
-        if kept and row.perplexity is not None and not self.covers(row.perplexity):
+        if not kept or row.perplexity is None:  # a row that failed has no figures to compare
+            return
+        if not self.covers(row.perplexity):
             was, text = row.perplexity, self.text
             raise FistaPrunerError(
                 f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; "
                 f"this comparison is on other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} "
                 f"in {self.dtype}): {which}"
             )
-        if kept and (other := self._other_settings(row, folder)) is not None:
+        if (other := self._other_settings(row, folder)) is not None:
             raise FistaPrunerError(f"{where}, made {other[0]}, this comparison would make it {other[1]}: {which}")
 
     def _other_settings(self, row: CompareRow, folder: Path) -> tuple[str, ...] | None:
