@@ -464,6 +464,24 @@ def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path, recovers: 
 
 
 @pytest.mark.parametrize("recovers", [False, True])
+def test_a_damaged_checkpoint_is_none_that_was_kept(tmp_path: Path, recovers: bool) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    settings = {**SETTINGS, "recover": following} if recovers else SETTINGS
+    named: dict[str, Any] = {"settings": settings, "windows": 2, "keep": True}
+    [first] = compare(source, "wanda", ["50%"], out, **named).rows
+    [run] = (out / "runs").iterdir()
+    weights = [folder / "model" / "model.safetensors" for folder in ([run, run / "recovered"] if recovers else [run])]
+    whole = [file.read_bytes() for file in weights]
+    for file in weights:
+        for cut in (whole[weights.index(file)][:-8], None):  # damaged, half-removed
+            file.write_bytes(cut) if cut else file.unlink()
+            [again] = compare(source, "wanda", ["50%"], out, **named).rows
+            assert (again.error, again.perplexity) == (None, first.perplexity)
+            assert [other.read_bytes() for other in weights] == whole
+
+
+@pytest.mark.parametrize("recovers", [False, True])
 def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path, recovers: bool) -> None:
     """What was measured stays only with weights that are the same, as on another processor they may not be."""
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
