@@ -310,6 +310,18 @@ def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
+def test_rows_stay_where_another_executor_is_asked_for(tmp_path: Path) -> None:
+    """What auto is for several processes is no setting that was given."""
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    first = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2, seeds=(0, 1))
+    processes: dict[str, Any] = {**SETTINGS, "execution": {"executor": "process"}}
+    counts = Counts()
+    both = compare(source, "magnitude", ["50%"], out, settings=processes, windows=2, seeds=(1,), listener=counts)
+    assert (both.rows, counts.measured) == (first.rows, 0)
+    with pytest.raises(FistaPrunerError, match=r"seed 0, made with propagate = \"pruned\", .* propagate = \"dense\""):
+        compare(source, "wanda", ["50%"], out, settings={**processes, "propagate": "dense"}, windows=2, seeds=(1,))
+
+
 def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
     ignoring: dict[str, Any] = {**SETTINGS, "ignore": ["down_proj"]}

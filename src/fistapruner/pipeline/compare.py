@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def compare(
     source = find_source_of_rows(model, folder, permissions)
     refuse_overlap(source.folder, folder)
     refuse_low_rank(source.folder, "compare")
-    jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
+    jobs = [job.resolved(folder, source.family) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     rows_that_stay(before.rows, jobs, protocol, folder)
     check_recoveries(jobs, source, folder, listener)

@@ -20,6 +20,9 @@ from .contenders import has_own_calibration, parse_contenders
 NOT_SHARED = {"method", "sparsity", "seed", "calibration", "dtype", "execution"}
 """Settings that a row has of its own, or that are compared otherwise."""
 
+FOLLOWED = {"method", "propagate"}
+"""Settings of a row that has begun which stay where ``auto`` would depend on the executor, or on the model."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -86,10 +89,12 @@ class Protocol:
         """Say with which setting a row was made and would be made now; None where all are the same."""
         with suppress(FistaPrunerError):  # a recipe file that is gone, or settings of another release
             [contender] = parse_contenders([row.name])
-            now = contender.recipe(self.shared, row.sparsity, row.seed).resolved(family=self.family)
-            before = Recipe.build(row.settings, str(folder / FIGURES)).model_dump(mode="json", include={*row.settings})
+            earlier = Recipe.build(row.settings, str(folder / FIGURES)).model_dump(mode="json")
+            now = contender.recipe(self.shared, row.sparsity, row.seed).resolved(
+                earlier={key: earlier[key] for key in FOLLOWED}, family=self.family
+            )
             for key, value in now.model_dump(mode="json", exclude=NOT_SHARED).items():
-                if (was := before.get(key, value)) != value:
+                if key in row.settings and (was := earlier[key]) != value:
                     return _difference(key, was, value)
         return None
 
