@@ -443,7 +443,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [row["seed"] for row in json.loads((tmp_path / "out4" / "compare.json").read_text())["rows"]] == [5]
 
 
-def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(tmp_path: Path) -> None:
+def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), str(tmp_path / "out")
     common = ["compare", source, "--out", out, "--evaluate-windows", "2", "--seqlen", "32", "--samples", "2"]
     common += ["--calibration", "python", "--methods"]
@@ -451,6 +453,14 @@ def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(tmp_path: Pat
     assert main([*common, "magnitude", "--sparsity", "2:4"]) == 0
     assert main([*common, fails, "--sparsity", "2:4"]) == 1
     assert main([*common, f"{fails},magnitude", "--sparsity", "2:4"]) == 0
+    [run] = (file.parent for file in (tmp_path / "out" / "runs").glob("magnitude*/run.json"))
+    (run / "report.json").unlink()
+    monkeypatch.setattr("fistapruner.pipeline.compare_rows.prune", Mock(side_effect=FistaPrunerError("no memory")))
+    assert main([*common, "magnitude", "--sparsity", "2:4"]) == 1  # its earlier figures stay
+    content = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [bool(row["error"]) for row in content["rows"]] == [True, False]
+    assert "has the figures of an earlier command" in content["warnings"][-1]
+    assert "failed" not in content
 
 
 @pytest.mark.parametrize("recovers", [False, True])

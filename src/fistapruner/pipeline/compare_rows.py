@@ -169,7 +169,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
     Args:
         job: what to do.
         shared: what all jobs share.
-        comparison: receives the calibration that all runs have in common.
+        comparison: receives the calibration that all runs have in common, and the key of a row that failed.
         dense: perplexity of the dense model.
 
     Returns:
@@ -189,6 +189,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
         return _filled(row, report, recovery, shared.protocol, dense)
     except FistaPrunerError as error:
         row.error = str(error)
+        comparison.failed.add(row.key)
         shared.listener.say(f"{job.label}: {error}")
         earlier = next((other for other in comparison.rows if other.key == row.key), row)
         if earlier.perplexity is None or earlier.settings != row.settings:
