@@ -27,6 +27,7 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, CompareRow
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.results import Perplexity
 from fistapruner.runtime.files import write_json_atomic, write_sealed_json
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
@@ -309,6 +310,18 @@ def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
+def test_rows_stay_where_another_executor_is_asked_for(tmp_path: Path) -> None:
+    """What auto is for several processes is no setting that was given."""
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    first = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2, seeds=(0, 1))
+    processes: dict[str, Any] = {**SETTINGS, "execution": {"executor": "process"}}
+    counts = Counts()
+    both = compare(source, "magnitude", ["50%"], out, settings=processes, windows=2, seeds=(1,), listener=counts)
+    assert (both.rows, counts.measured) == (first.rows, 0)
+    with pytest.raises(FistaPrunerError, match=r"seed 0, made with propagate = \"pruned\", .* propagate = \"dense\""):
+        compare(source, "wanda", ["50%"], out, settings={**processes, "propagate": "dense"}, windows=2, seeds=(1,))
+
+
 def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
     ignoring: dict[str, Any] = {**SETTINGS, "ignore": ["down_proj"]}
@@ -335,6 +348,35 @@ def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None
         del row["settings"]  # as earlier releases wrote it
     (out / "compare.json").write_text(json.dumps(content))
     assert compared("wanda", ignoring) == [None] * 3
+
+
+def test_a_row_that_failed_does_not_stand_in_the_way_of_other_settings(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    compare(source, "wanda@allocation=owl", ["2:4"], out, settings=SETTINGS, windows=2)
+    ignoring: dict[str, Any] = {**SETTINGS, "ignore": ["down_proj"]}
+    rows = compare(source, "magnitude", ["2:4"], out, settings=ignoring, windows=2).rows
+    assert [bool(row.error) for row in rows] == [True, False]
+
+
+def test_a_setting_that_an_earlier_release_did_not_have_is_at_its_default() -> None:
+    """Also one inside a section: its row is none of another protocol."""
+    text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
+    shared: dict[str, Any] = {**SETTINGS, "structure": {"remove": "mlp=25%"}, "recover": 512}
+    [job] = plan_jobs(parse_contenders("wanda"), ["50%"], [0], shared)
+    settings = job.recipe.resolved().model_dump(mode="json", exclude={"execution"})
+    del settings["structure"]["multiple"], settings["recover"]["data"]["held_out"], settings["reconstruct"]
+    figures = Perplexity("python", "", 32, 2, 62, "float32", 2.7, 0.1, 1.0, 0.1, text_sha256=text.sha256)
+    row = CompareRow(method="wanda", sparsity="50%", settings=settings, perplexity=figures)
+
+    def check(structure: dict[str, Any]) -> None:
+        calibration = Recipe.build(SETTINGS).calibration
+        Protocol(text, "float32", calibration, shared={**shared, "structure": structure}).check(
+            row, Path("out"), kept=True
+        )
+
+    check(shared["structure"])
+    with pytest.raises(FistaPrunerError, match=r"made with structure\.multiple = \d+, .* structure\.multiple = 48:"):
+        check({**shared["structure"], "multiple": 48})
 
 
 def test_one_comparison_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
@@ -401,7 +443,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [row["seed"] for row in json.loads((tmp_path / "out4" / "compare.json").read_text())["rows"]] == [5]
 
 
-def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(tmp_path: Path) -> None:
+def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), str(tmp_path / "out")
     common = ["compare", source, "--out", out, "--evaluate-windows", "2", "--seqlen", "32", "--samples", "2"]
     common += ["--calibration", "python", "--methods"]
@@ -409,6 +453,14 @@ def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(tmp_path: Pat
     assert main([*common, "magnitude", "--sparsity", "2:4"]) == 0
     assert main([*common, fails, "--sparsity", "2:4"]) == 1
     assert main([*common, f"{fails},magnitude", "--sparsity", "2:4"]) == 0
+    [run] = (file.parent for file in (tmp_path / "out" / "runs").glob("magnitude*/run.json"))
+    (run / "report.json").unlink()
+    monkeypatch.setattr("fistapruner.pipeline.compare_rows.prune", Mock(side_effect=FistaPrunerError("no memory")))
+    assert main([*common, "magnitude", "--sparsity", "2:4"]) == 1  # its earlier figures stay
+    content = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [bool(row["error"]) for row in content["rows"]] == [True, False]
+    assert "has the figures of an earlier command" in content["warnings"][-1]
+    assert "failed" not in content
 
 
 @pytest.mark.parametrize("recovers", [False, True])
@@ -431,6 +483,24 @@ def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path, recovers: 
     for folder in [run, run / "recovered"] if recovers else [run]:
         assert (folder / "model" / "model.safetensors").is_file()
         assert "| perplexity |" in (folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_a_damaged_checkpoint_is_none_that_was_kept(tmp_path: Path, recovers: bool) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    settings = {**SETTINGS, "recover": following} if recovers else SETTINGS
+    named: dict[str, Any] = {"settings": settings, "windows": 2, "keep": True}
+    [first] = compare(source, "wanda", ["50%"], out, **named).rows
+    [run] = (out / "runs").iterdir()
+    weights = [folder / "model" / "model.safetensors" for folder in ([run, run / "recovered"] if recovers else [run])]
+    whole = [file.read_bytes() for file in weights]
+    for file in weights:
+        for cut in (whole[weights.index(file)][:-8], None):  # damaged, half-removed
+            file.write_bytes(cut) if cut else file.unlink()
+            [again] = compare(source, "wanda", ["50%"], out, **named).rows
+            assert (again.error, again.perplexity) == (None, first.perplexity)
+            assert [other.read_bytes() for other in weights] == whole
 
 
 @pytest.mark.parametrize("recovers", [False, True])

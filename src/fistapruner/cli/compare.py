@@ -89,4 +89,4 @@ def run(arguments: argparse.Namespace) -> int:
         **trust(arguments),
     )
     print(json.dumps(comparison.model_dump(mode="json")) if arguments.json else comparison_table(comparison))
-    return 1 if all(row.error for row in comparison.rows if row.key in comparison.asked) else 0
+    return 1 if comparison.asked <= comparison.failed else 0

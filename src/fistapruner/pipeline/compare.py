@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,10 @@ def compare(
         methods: see :func:`parse_contenders`.
         sparsities: patterns, such as ``["50%", "2:4"]``.
         out: folder of the comparison; one that was begun is continued, and rows it has beside those asked for now stay,
-            but for those whose model or calibration text has changed.
+            but for those whose model or calibration text has changed. A row is not measured again if its recipe, model,
+            calibration text, weights and evaluation windows are the same.
         seeds: each draws its own calibration windows; every method sees the same ones.
-        settings: recipe settings that all share.
+        settings: recipe settings that all share, also the rows that stay.
         data: text to evaluate on, as :func:`fistapruner.evaluate` takes it, in windows as long as the first method's
             calibration windows.
         windows: only its first so many windows.
@@ -93,7 +93,8 @@ def compare(
         What is in ``out/compare.json``. A method that cannot do a sparsity has a row that says why.
 
     Raises:
-        FistaPrunerError: bad input, named, before anything is pruned; or another comparison works on ``out``.
+        FistaPrunerError: bad input, named, before anything is pruned; rows in ``out`` with other shared settings or
+            evaluation windows; or another comparison works on ``out``.
     """
     listener, permissions = listener or Listener(), Permissions(allow_pickle, trust_remote_code)
     model, folder = str(model), out_path(out)
@@ -104,7 +105,7 @@ def compare(
     source = find_source_of_rows(model, folder, permissions)
     refuse_overlap(source.folder, folder)
     refuse_low_rank(source.folder, "compare")
-    jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
+    jobs = [job.resolved(folder, source.family) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     rows_that_stay(before.rows, jobs, protocol, folder)
     check_recoveries(jobs, source, folder, listener)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..sensitivity.workload import read_workload
 from .contenders import Contender
 from .plan import check_sources
 from .prepare import draw_windows, drawing_of
-from .protocol import Protocol, distinct_seeds
+from .protocol import FOLLOWED, Protocol, distinct_seeds
 from .prune_inputs import shared_text
 from .recover_inputs import (
     TRAINED_BY,
@@ -65,6 +65,13 @@ class CompareJob:
     def run(self, folder: Path) -> PruneDirectory:
         """Return its run directory in that of a comparison."""
         return PruneDirectory(folder / RUNS / run_name(*self.key))
+
+    def resolved(self, folder: Path, family: Callable[[], str]) -> CompareJob:
+        """Return this run with ``auto`` of its recipe resolved, as it was where it has begun with another executor."""
+        run, earlier = self.run(folder), None
+        if (record := run.record()) is not None:
+            earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json", include=FOLLOWED)
+        return replace(self, recipe=self.recipe.resolved(earlier=earlier, family=family))
 
 
 def plan_jobs(

@@ -104,9 +104,9 @@ class Shared:
         if report is not None and training is not None:
             recovery = _recovered(run, report, training, self.protocol, self.listener)
         if self.keep:
-            recovery = recovery if RecoverDirectory(run.recovered).model.is_dir() else None
-            report = report if run.model.is_dir() else None
-        if report is None or (training is not None and recovery is None and not run.model.is_dir()):
+            recovery = recovery if _has_model(RecoverDirectory(run.recovered), recovery) else None
+            report = report if _has_model(run, report) else None
+        if report is None or (training is not None and recovery is None and not _has_model(run, report)):
             if training is not None and recovery is None:
                 check_trained(job.recipe, self.source, run)
             report = self._prune(run, job.recipe)
@@ -169,7 +169,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
     Args:
         job: what to do.
         shared: what all jobs share.
-        comparison: receives the calibration that all runs have in common.
+        comparison: receives the calibration that all runs have in common, and the key of a row that failed.
         dense: perplexity of the dense model.
 
     Returns:
@@ -189,6 +189,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
         return _filled(row, report, recovery, shared.protocol, dense)
     except FistaPrunerError as error:
         row.error = str(error)
+        comparison.failed.add(row.key)
         shared.listener.say(f"{job.label}: {error}")
         earlier = next((other for other in comparison.rows if other.key == row.key), row)
         if earlier.perplexity is None or earlier.settings != row.settings:
@@ -259,6 +260,11 @@ def _recovered(
         listener.say(f"the report is made again: {error}")
         return None
     return report if report.status == "finished" and _evaluation(report, protocol) is not None else None
+
+
+def _has_model(run: RunDirectory, report: Report | None) -> bool:
+    """Check that the checkpoint of a finished run is there, whole and of this run."""
+    return report is not None and run.model_fault(report.fingerprint or "") is None
 
 
 def _follows(begun: TrainingRecord, pruned: Report, recipe: RecoverRecipe) -> bool:

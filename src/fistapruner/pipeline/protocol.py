@@ -20,6 +20,9 @@ from .contenders import has_own_calibration, parse_contenders
 NOT_SHARED = {"method", "sparsity", "seed", "calibration", "dtype", "execution"}
 """Settings that a row has of its own, or that are compared otherwise."""
 
+FOLLOWED = {"method", "propagate"}
+"""Settings of a row that has begun which stay where ``auto`` would depend on the executor, or on the model."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -70,23 +73,28 @@ class Protocol:
                     f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: "
                     f"{which}"
                 )
-        if kept and row.perplexity is not None and not self.covers(row.perplexity):
+        if not kept or row.perplexity is None:  # a row that failed has no figures to compare
+            return
+        if not self.covers(row.perplexity):
             was, text = row.perplexity, self.text
             raise FistaPrunerError(
                 f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; "
                 f"this comparison is on other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} "
                 f"in {self.dtype}): {which}"
             )
-        if kept and (other := self._other_settings(row)) is not None:
+        if (other := self._other_settings(row, folder)) is not None:
             raise FistaPrunerError(f"{where}, made {other[0]}, this comparison would make it {other[1]}: {which}")
 
-    def _other_settings(self, row: CompareRow) -> tuple[str, ...] | None:
+    def _other_settings(self, row: CompareRow, folder: Path) -> tuple[str, ...] | None:
         """Say with which setting a row was made and would be made now; None where all are the same."""
         with suppress(FistaPrunerError):  # a recipe file that is gone, or settings of another release
             [contender] = parse_contenders([row.name])
-            now = contender.recipe(self.shared, row.sparsity, row.seed).resolved(family=self.family)
+            earlier = Recipe.build(row.settings, str(folder / FIGURES)).model_dump(mode="json")
+            now = contender.recipe(self.shared, row.sparsity, row.seed).resolved(
+                earlier={key: earlier[key] for key in FOLLOWED}, family=self.family
+            )
             for key, value in now.model_dump(mode="json", exclude=NOT_SHARED).items():
-                if (was := row.settings.get(key, value)) != value:
+                if key in row.settings and (was := earlier[key]) != value:
                     return _difference(key, was, value)
         return None
 
@@ -95,8 +103,9 @@ def _difference(key: str, *values: Any) -> tuple[str, ...]:
     """Say the two values of a setting; of two sections, those of the first setting that differs."""
     one, other = values
     if isinstance(one, dict) and isinstance(other, dict):
-        inner = next(name for name in {**other, **one} if one.get(name) != other.get(name))
-        return _difference(f"{key}.{inner}", one.get(inner), other.get(inner))
+        inner = next((name for name in {**other, **one} if one.get(name) != other.get(name)), None)
+        if inner is not None:
+            return _difference(f"{key}.{inner}", one.get(inner), other.get(inner))
     if key == "recover":  # it has many settings
         return tuple(f"with{'out' if value is None else ''} {key}" for value in values)
     return tuple(f"with {key} = {json.dumps(value)}" for value in values)

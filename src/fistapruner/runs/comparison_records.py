@@ -90,7 +90,8 @@ class Comparison(Record):
 
     Args:
         dense: the dense model on the same tokens.
-        asked: keys of the rows that were asked for this time; not in the file.
+        asked: keys of the rows that were asked for this time; ``failed``: of those that failed, also where a row has the
+            figures of an earlier command; not in the file.
     """
 
     version: int = VERSION
@@ -106,6 +107,7 @@ class Comparison(Record):
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
     asked: set[tuple[str, str, int]] = Field(default_factory=set, exclude=True)
+    failed: set[tuple[str, str, int]] = Field(default_factory=set, exclude=True)
     warnings: list[str] = []
 
 
