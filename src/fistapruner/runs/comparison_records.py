@@ -90,8 +90,8 @@ class Comparison(Record):
 
     Args:
         dense: the dense model on the same tokens.
-        asked: keys of the rows that were asked for this time; ``failed``: of those that failed, also where a row has the
-            figures of an earlier command; not in the file.
+        asked: keys of the rows that were asked for this time; ``failed``: of those that failed, also where a row has
+            the figures of an earlier command; not in the file.
     """
 
     version: int = VERSION
