@@ -67,7 +67,10 @@ class CompareJob:
         return PruneDirectory(folder / RUNS / run_name(*self.key))
 
     def resolved(self, folder: Path, family: Callable[[], str]) -> CompareJob:
-        """Return this run with ``auto`` of its recipe resolved, as it was where it has begun with another executor."""
+        """Return this run with ``auto`` of its recipe resolved.
+
+        What depends on the executor stays as it is in a run that has begun in ``folder``, of the comparison.
+        """
         run, earlier = self.run(folder), None
         if (record := run.record()) is not None:
             earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json", include=FOLLOWED)
