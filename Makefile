@@ -19,9 +19,9 @@ CHECK := import sys, venv; sys.exit(sys.version_info < (3, 11) and "Python 3.11+
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-OTHERS := 'importorskip\("(lm_eval|peft|ray|trl)"'
+OTHERS := 'importorskip\("(lm_eval|peft|ray|trl|xllamacpp)"'
 .venv/others: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,ray]' 'peft>=0.21' trl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,ray]' 'peft>=0.21' trl xllamacpp
 	touch $@
 
 .venv/docs: .venv/installed

@@ -24,7 +24,7 @@ from fistapruner.models.files.gguf_export import Order
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
-from tiny_gguf import permuted, write_gemma2, write_gguf, write_gpt2  # noqa: E402
+from tiny_gguf import TOKENS, permuted, write_gemma2, write_gguf, write_gpt2  # noqa: E402
 
 
 @pytest.fixture
@@ -59,6 +59,32 @@ def test_what_is_written_is_read_back(
     assert config["intermediate_size"] == (64 if structure else 96)
     assert ("general.size_label" in gguf.GGUFReader(tmp_path / "out.gguf").fields) == (not structure)
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("values", "error"), [("f32", 1e-3), ("q8_0", 0.1)])
+@pytest.mark.parametrize("remove", ["", "mlp=64", "mlp=32,heads=1"])
+def test_llama_cpp_predicts_what_transformers_does(
+    dense: tuple[Path, Path], tmp_path: Path, values: Any, error: float, remove: str
+) -> None:
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    recipe = {"sparsity": "50%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    fp.prune(str(dense[0]), tmp_path / "run", **recipe, structure={"remove": remove} if remove else {})
+    folder = tmp_path / "run" / "model"
+    # So that positions, and the order of rows for them, decide predictions.
+    wide = {name: value * 8 if "_proj" in name else value for name, value in tensors(folder).items()}
+    save_file(wide, folder / "model.safetensors", {"format": "pt"})
+    fp.export(folder, tmp_path / "out.gguf", like=dense[0], values=values)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(tmp_path / "out.gguf"), 64, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    prompt, vocabulary = [1, 5, 9, 17, 8, 20, 5, 9], len(TOKENS)
+    asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": vocabulary, "ignore_eos": False}
+    answer = xllamacpp.Server(params).handle_completions(asked)
+    found = {top["id"]: top["logprob"] for top in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).tolist()
+    assert [found[token] for token in range(vocabulary)] == pytest.approx(expected, abs=error)
 
 
 @pytest.mark.parametrize(("values", "most"), [("f16", 7e4), ("q8_0", 9e6)])
