@@ -359,19 +359,22 @@ def run_of(architecture: str, folder: Path, **settings: Any) -> Path:
     """The model of a pruning run."""
     dense = tiny.save(architecture, folder / "dense", dtype=torch.bfloat16)
     calibration = {"samples": 2, "seqlen": 16}
-    prune(dense, folder / "run", sparsity="2:4", method="wanda", calibration=calibration, **settings)
+    prune(dense, folder / "run", method="wanda", calibration=calibration, **{"sparsity": "2:4", **settings})
     return folder / "run" / "model"
 
 
-def test_the_experts_of_a_run_are_packed_in_its_pattern(tmp_path: Path) -> None:
-    model = run_of("mixtral", tmp_path)
+@pytest.mark.parametrize(("sparsity", "layout"), [("2:4", "2:4"), ("16:2:8", "2:8")])
+def test_the_experts_of_a_run_are_packed_in_its_pattern(tmp_path: Path, sparsity: str, layout: str) -> None:
+    model = run_of("mixtral", tmp_path, sparsity=sparsity)
     report = pack(model, tmp_path / "p")
     packed = PackedCheckpoint(tmp_path / "p")
     claims = packed.record["operators"]
     assert packed.specs.keys() == claims.keys()
-    assert {str(spec.layout) for spec in packed.specs.values()} == {"2:4"}
+    assert {str(spec.layout) for spec in packed.specs.values()} == {layout}
     assert report.operators == len(claims) == 2 * (4 + 3 * 4)
     assert not inspect_checkpoint(tmp_path / "p").violations
+    unpack(tmp_path / "p", tmp_path / "u")
+    same_tensors(model, tmp_path / "u")
 
 
 def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed(tmp_path: Path) -> None:
