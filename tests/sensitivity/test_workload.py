@@ -318,20 +318,19 @@ def test_where_no_tolerance_is_exceeded_all_rules_decide_alike() -> None:
 
 
 def test_neighbours_are_the_deployments_with_the_nearest_features() -> None:
-    """Whatever the unit of a feature is."""
+    """Whatever the unit of a feature is, such as of one that tells nothing: half of the deployments have it."""
     _, _, costs = candidates_of(2)
-    generator = torch.Generator().manual_seed(0)
-    features = torch.rand(60, 2, generator=generator, dtype=torch.float64)
-    features[20:] += 3
+    features = torch.zeros(60, 2, dtype=torch.float64)
+    features[20:, 0] = 1
+    features[::2, 1] = 1
     near, far = costs.losses[0] * torch.tensor([0.8, 1.3]), costs.losses[0] * torch.tensor([1.3, 0.8])
-    history = History(features, torch.cat([near.expand(20, 2), far.expand(40, 2)]))
-    here = torch.tensor([[0.5, 0.5], [3.5, 3.5]], dtype=torch.float64)
+    tolerances = torch.cat([near.expand(20, 2), far.expand(40, 2)])
     best = costs.known(torch.stack([near, far])).argmin(1)
     assert best[0] != best[1]
-    for unit in (1.0, 1e6):
-        scale = torch.tensor([1.0, unit], dtype=torch.float64)
-        decided = decide_by_rules(History(features * scale, history.tolerances), here * scale, costs)
-        assert torch.equal(decided["neighbours"], best)
+    for unit in (1e-3, 1.0, 1e3):
+        scaled = features * torch.tensor([1.0, unit], dtype=torch.float64)
+        decided = decide_by_rules(History(scaled, tolerances), scaled[[0, 1, 20, 21]], costs)
+        assert torch.equal(decided["neighbours"], best[[0, 0, 1, 1]])
 
 
 def test_regret_is_never_negative_and_features_help() -> None:
