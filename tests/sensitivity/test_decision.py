@@ -254,6 +254,14 @@ def test_an_operator_that_costs_nothing_gives_its_zeros_first() -> None:
     assert [str(chosen[name]) for name in "abc"] == ["0%", "1:4", "1:4"]
 
 
+@pytest.mark.parametrize(("other", "chosen"), [(7.0, ["2:4", "0%"]), (2.0, ["0%", "2:4"])])
+def test_a_cheap_second_step_comes_with_the_dear_first_one(other: float, chosen: list[str]) -> None:
+    """Of an operator that loses 10, then 1, and of one that loses as much in either step: the least sum."""
+    curves = {"a": torch.tensor([0.0, 10.0, 11.0, 60.0]), "b": torch.tensor([0.0, other, 2 * other, 60.0])}
+    found = choose_patterns(curves, dict.fromkeys("ab", 400), patterns_measured(NM(2, 4)), 0.25)
+    assert [str(found[name]) for name in "ab"] == chosen
+
+
 @given(st.integers(1, 10**9).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
 def test_a_sparsity_is_written_so_that_it_reads_back_to_the_same_zeros(pair: tuple[int, int]) -> None:
     zeros, size = pair
