@@ -86,10 +86,10 @@ def align(bench: Bench, out: Path, model: Path | None = None, **settings: Any) -
 
 
 @torch.no_grad()
-def of_test_pairs(run: Path, model: Path) -> tuple[Tensor, Tensor]:
-    """(test pairs, 2) log-probabilities and tokens of the answers, by transformers, one window at a time."""
+def of_pairs(run: Path, model: Path, side: str = "test") -> tuple[Tensor, Tensor]:
+    """(pairs, 2) log-probabilities and tokens of the answers, by transformers, one window at a time."""
     file = SafetensorsFile(run / "windows.safetensors")
-    where = file.read("test").to(torch.bool)
+    where = file.read(side).to(torch.bool)
     tokens, marks = file.read("tokens")[where], file.read("marks").to(torch.bool)[where]
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found = []
@@ -103,7 +103,7 @@ def of_test_pairs(run: Path, model: Path) -> tuple[Tensor, Tensor]:
 CASES = [
     ("llama", "50%", {"parameters": "lora"}),
     ("llama", "2:4", {"parameters": "full", "lr": 0.01}),
-    ("gpt2", "2:4", {"parameters": "spp", "lr": 0.1, "loss": "geometric", "weights": "held-out"}),
+    ("gpt2", "2:4", {"parameters": "spp", "lr": 0.1, "loss": "geometric", "weights": "held-out-margin"}),
     ("qwen3_moe", "50%", {"parameters": "lora"}),
     ("gpt_oss", "50%", {"parameters": "full", "lr": 0.01}),
 ]
@@ -130,7 +130,7 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     models = {"dense": bench.dense(architecture), "pruned": pruned / "model", "aligned": out / "model"}
     margins = {}
     for name, folder in models.items():
-        own, counts = of_test_pairs(out, folder)
+        own, counts = of_pairs(out, folder)
         margins[name] = own[:, 0] - own[:, 1]
         assert found.test[name].accuracy == float((margins[name] > 0).double().mean())
         by_token = own / counts
@@ -142,11 +142,18 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
         assert error is not None
         assert 0 <= error <= 0.5
     assert found.chosen_reward_error is not None
-    if report.recovery is not None and report.recovery.loss == "dpo":
-        moved = 0.1 * (margins["aligned"] - margins["pruned"])
-        assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
-        assert found.reward_accuracy == float((moved > 0).double().mean())
+    assert report.recovery is not None
+    references = {"pruned": 1.0}
+    if report.recovery.loss == "geometric":  # in proportion to their mean margin on the held-out pairs
+        held_out = {name: of_pairs(out, models[name], "held_out")[0] for name in ("pruned", "dense")}
+        sizes = {name: float((own[:, 0] - own[:, 1]).abs().mean()) for name, own in held_out.items()}
+        references = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+    else:
         assert report.recovery.checks[0].held_out == pytest.approx(math.log(2), abs=1e-6)
+    assert found.references == pytest.approx(references)
+    moved = 0.1 * (margins["aligned"] - sum(share * margins[name] for name, share in references.items()))
+    assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
+    assert found.reward_accuracy == float((moved > 0).double().mean())
     assert (found.pairs + found.held_out_pairs + found.test_pairs, found.left_out) == (40, 0)
     assert report.lineage is not None
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
