@@ -3,6 +3,7 @@
     python benchmarks/memory.py depth    # 6, 24 and 48 layers of one width: the same peak (--plot FILE: as curves)
     python benchmarks/memory.py large    # a 7B-shaped checkpoint under a memory limit far below its size
     python benchmarks/memory.py paper    # LLaMA-70B shapes, by the plan's own calculation
+    python benchmarks/memory.py gpu      # Llama-3-8B shapes and the default on a stand-in GPU, by the same calculation
 
 Each run is a process of its own; its peak is the resident set's high-water mark that the kernel kept (VmHWM). Curves
 are samples of the resident set, ten a second, from the process's start to its end.
@@ -29,6 +30,13 @@ GIB = 2**30
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 8192},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
     "70b": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -41,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("depth", "large", "paper"))
+    parser.add_argument("what", choices=("depth", "large", "paper", "gpu"))
     parser.add_argument(
         "--layers", type=int, default=12, help="decoder layers of the large checkpoint (default: %(default)s)"
     )
@@ -58,8 +66,10 @@ def main() -> None:
             depth(Path(folder), arguments)
         elif arguments.what == "large":
             large(Path(folder), arguments)
-        else:
+        elif arguments.what == "paper":
             paper(Path(folder), arguments)
+        else:
+            gpu(Path(folder), arguments)
 
 
 def depth(folder: Path, arguments: argparse.Namespace) -> None:
@@ -101,23 +111,12 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def paper(folder: Path, arguments: argparse.Namespace) -> None:
-    """Peak of LLaMA-70B shapes as a run would plan it. The checkpoint is a file of holes: sizes without bytes."""
-    from fistapruner import Recipe
-    from fistapruner.constraints import parse_sparsity
-    from fistapruner.models.discovery import discover
-    from fistapruner.models.files.checkpoint import Checkpoint
-    from fistapruner.models.layerwise import LayerwiseModel
-    from fistapruner.planning.measured_sizes import measure_sizes
+    """Peak of LLaMA-70B shapes as a run would plan it."""
     from fistapruner.planning.sizes import Choice
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
-    skeleton = LayerwiseModel(Checkpoint.open(model), torch.device("cpu"))
-    layout = discover(skeleton)
     settings = {"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}
-    recipe = Recipe.build({**settings, "calibration": {"samples": arguments.samples}}).resolved()
-    sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
-    tokens = torch.zeros(1, arguments.seqlen, dtype=torch.long)
-    sizes = measure_sizes(skeleton, layout, recipe, sparsity, tokens, drawn=True)  # of a text: none is generated
+    sizes = planned(model, "cpu", "50%", settings, arguments)
     print(
         f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x "
         f"{arguments.seqlen} tokens"
@@ -126,6 +125,43 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
         stages = sizes.stages(choice)
         worst = max(stages, key=lambda name: stages[name])
         print(f"{choice}: peak {stages[worst] / GIB:.1f} GiB, {worst}; {sizes.disk(choice, 1) / GIB:.0f} GiB of disk")
+
+
+def gpu(folder: Path, arguments: argparse.Namespace) -> None:
+    """Peaks of Llama-3-8B shapes and the default method on a stand-in GPU, as a run would plan them."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from fistapruner.planning.sizes import Choice
+    from standin.gpu import StandIn
+
+    # Every layer is alike, so two say what all need but for the disk, which grows with them.
+    model, two = (write_checkpoint(folder / f"model-{layers}", "8b", layers, holes=True) for layers in (32, 2))
+    with StandIn(1):
+        sizes = planned(two, "cuda:0", "2:4", {}, arguments)
+    layers = 2 * size_of(model) - 2 * size_of(two)  # in the run's layer files and in its checkpoint
+    print(
+        f"Llama-3-8B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.samples} x {arguments.seqlen} tokens"
+    )
+    for choice in (Choice(4, by_operator=True), Choice(4, on_disk=True, by_operator=True)):
+        on_gpu, in_main = (max(found.values()) / GIB for found in (sizes.stages(choice), sizes.host_stages(choice)))
+        disk = (sizes.disk(choice, 1) + layers) / GIB
+        print(f"{choice}: {on_gpu:.1f} GiB of GPU memory, {in_main:.1f} GiB of main memory, {disk:.0f} GiB of disk")
+
+
+def planned(model: Path, device: str, pattern: str, settings: dict[str, Any], arguments: argparse.Namespace) -> Any:
+    """Sizes of a run, of a checkpoint that may be a file of holes: sizes without bytes."""
+    from fistapruner import Recipe
+    from fistapruner.constraints import parse_sparsity
+    from fistapruner.models.discovery import discover
+    from fistapruner.models.files.checkpoint import Checkpoint
+    from fistapruner.models.layerwise import LayerwiseModel
+    from fistapruner.planning.measured_sizes import measure_sizes
+
+    skeleton = LayerwiseModel(Checkpoint.open(model), torch.device(device))
+    layout = discover(skeleton)
+    recipe = Recipe.build({**settings, "calibration": {"samples": arguments.samples}}).resolved()
+    sparsity = {name: parse_sparsity(pattern) for name, _ in layout.operators()}
+    tokens = torch.zeros(1, arguments.seqlen, dtype=torch.long)
+    return measure_sizes(skeleton, layout, recipe, sparsity, tokens, drawn=True)  # of a text: none is generated
 
 
 def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = False) -> Path:

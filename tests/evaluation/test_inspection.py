@@ -71,10 +71,17 @@ def llama(folder: Path, sparsity: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "pattern"), [("2:4", "2:4"), ("1:4", "1:4"), ("4:8", "4:8"), ("50%", None), ("80%", None)]
+    ("sparsity", "pattern", "shown"),
+    [
+        ("2:4", "2:4", "2:4"),
+        ("1:4", "1:4", "1:4"),
+        ("4:8", "4:8", "4:8"),
+        ("50%", None, "50%"),
+        ("0.416015625", None, "41.6016%"),
+    ],
 )
 def test_true_claims_hold(
-    tmp_path: Path, sparsity: str, pattern: str | None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, sparsity: str, pattern: str | None, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = llama(tmp_path / "model", sparsity)
     found = inspect_checkpoint(folder)
@@ -83,7 +90,9 @@ def test_true_claims_hold(
     assert found.violations == []
     assert found.weights == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     assert main(["inspect", str(folder)]) == 0
-    assert "every claim holds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert [line.split()[-2:] for line in printed.splitlines() if line.startswith("model.")] == [[shown, "holds"]] * 14
+    assert "every claim holds" in printed
     assert inspect_checkpoint(tmp_path).folder == folder  # a run directory
 
 

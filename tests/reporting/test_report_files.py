@@ -272,10 +272,26 @@ def test_report_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_advice_names_the_layer_and_the_operator_that_stand_out() -> None:
     words = advice(samples.report())
     assert any(line.startswith("Decoder layer 1 ") and r"re:model\.layers\.1\." in line for line in words)
-    assert any(line.startswith("mlp.down_proj loses most") for line in words)
+    assert any(line.startswith("mlp.down_proj has the largest error") for line in words)
     assert any("--method sparsegpt+fista+refit" in line for line in words)
     assert any("32 windows; the papers use 128" in line for line in words)
     assert advice(Report()) == []
+
+
+def test_recovery_is_advised_where_quality_was_lost_and_none_follows() -> None:
+    def advised(loss: float, error: float | None = 0.01, structured: bool = False, **settings: Any) -> list[str]:
+        report = samples.report()
+        damage = Divergence(0.1, 0.01, 0.8, 0.01, loss, error)
+        report.evaluations = [replace(each, divergence=damage) for each in report.evaluations[:1]]
+        report.recipe |= settings
+        if structured:
+            report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
+        return [line for line in advice(report) if "fistapruner recover RUN" in line]
+
+    assert "every zero kept" in advised(0.3)[0]
+    assert "zero" not in advised(0.3, structured=True)[0]
+    assert len(advised(0.3, None)) == 1
+    assert advised(0.015) == advised(-0.3) == advised(0.3, recover=128_000) == []
 
 
 def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
@@ -284,7 +300,7 @@ def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
         for operator in layer.operators:
             if operator.name == "mlp.down_proj":
                 operator.dense_error = 0.99 * (operator.relative_error or 0.0)
-    assert not any("mlp.down_proj loses most" in line for line in advice(report))
+    assert not any("mlp.down_proj has the largest error" in line for line in advice(report))
     assert all(operator.name != "mlp.down_proj" for _, operator in hardest(report.layers, 8))
 
 
@@ -292,9 +308,9 @@ def test_a_run_that_lost_nothing_has_no_layer_or_operator_that_stands_out() -> N
     report = samples.report()
     for operator in report.operators:
         operator.relative_error = 0.0
-    assert not any("stand" in line or "loses most" in line for line in advice(report))
+    assert not any("stand" in line or "has the largest error" in line for line in advice(report))
     report.layers[0].operators[0].relative_error = 0.1
-    assert not any("loses most" in line for line in advice(report))
+    assert not any("has the largest error" in line for line in advice(report))
 
 
 def test_operators_with_the_same_last_name_are_told_apart() -> None:

@@ -61,6 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if found.violations else 0
 
 
+def _claim(claim: str | None) -> str:
+    """Write a claim; a share with all its digits as the share of zeros beside it."""
+    try:
+        return f"{float(claim or ''):.4%}"
+    except ValueError:  # a pattern, or a percentage
+        return printable(claim or "-")
+
+
 def _print(found: Inspection, quiet: bool) -> None:
     from ..models.files.folder_files import PRUNING_RECORD
     from ..reporting.lineage_text import lineage_lines
@@ -71,7 +79,7 @@ def _print(found: Inspection, quiet: bool) -> None:
             "x".join(map(str, operator.shape)),
             f"{operator.sparsity:.4%}",
             operator.pattern or "-",
-            printable(operator.claim or "-"),
+            _claim(operator.claim),
             "VIOLATED" if operator.fault else "holds" if operator.claim else "",
         )
         for operator in found.operators

@@ -29,9 +29,9 @@ def advice(report: Report) -> list[str]:
     if report.recovery is not None:
         return _recovery(report, report.recovery)
     if report.only_structure:
-        return _calibration(report)
+        return [*_training(report), *_calibration(report)]
     why = _why_not_uneven(report)
-    found = [*_layers(report, why), *_operators(report.layers, why)]
+    found = [*_training(report), *_layers(report, why), *_operators(report.layers, why)]
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
 
 
@@ -57,6 +57,16 @@ def _recovery(report: Report, found: Recovery) -> list[str]:
             "there, `--parameters lora --optimizer adamw` for the same time is better."
         )
     return lines
+
+
+def _training(report: Report) -> list[str]:
+    """Advise recovery where a loss is beyond two standard errors and no recovery follows."""
+    damage = [evaluation.divergence for evaluation in report.evaluations if evaluation.divergence is not None]
+    lost = any(each.nll_difference > 2 * (each.nll_difference_standard_error or 0.0) for each in damage)
+    if not lost or report.recipe.get("recover"):
+        return []
+    kept = "" if report.only_structure else " with every zero kept"
+    return [f"Training{kept} wins back a part of what pruning lost: `fistapruner recover RUN --out NEW`."]
 
 
 def _layers(report: Report, why_not: str) -> list[str]:
@@ -105,8 +115,9 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
         return []
     spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
-        f"{worst} loses most of all operators, drift of its inputs apart: {percent(means[worst], 2)} on average, "
-        f"against a median of {percent(middle, 2)}. {spread}`--ignore {short_names(layers)[worst]}` leaves it dense."
+        f"{worst} has the largest error of all operators, drift of its inputs apart: {percent(means[worst], 2)} on "
+        f"average, against a median of {percent(middle, 2)}. "
+        f"{spread}`--ignore {short_names(layers)[worst]}` leaves it dense."
     ]
 
 

@@ -117,7 +117,8 @@ class Totals(Record):
             ``model_zeros``: in all its pruned operators, also those of earlier runs, and in no other tensor.
         dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
             the head for a token, before and after channels were removed; None where none were.
-        seconds: total wall time across interruptions; ``time_split``: wall seconds by phase.
+        seconds: wall time across interruptions until the checkpoint is written, without evaluation; ``time_split``: by
+            phase.
         parts: parts of the layers that were pruned by processes of their own, maybe side by side, and whose wall times
             are added up in ``seconds``; None where there are not several.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU, where one

@@ -85,7 +85,8 @@ SUPPORT_CHANGE = Trace(
     value_label="support changed, %",
     penalty_label="ρ",
     round_label="step of ρ",
-    caption="Share of the kept weights that another weight replaced as the penalty ρ grew, for the hardest operators.",
+    caption="Share of the kept weights that another weight replaced as the penalty ρ grew, for the hardest operators. "
+    "Steps where none did are left out.",
 )
 """Trace of solvers that raise the penalty until the support stops changing."""
 
