@@ -18,7 +18,7 @@ import torch
 
 import fistapruner as fp
 import tiny
-from fistapruner.activations.store import HiddenStates
+from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.calibration.training_text import TrainingText, training_text
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
@@ -34,6 +34,7 @@ from fistapruner.pipeline.plan_training import plan_alignment_of
 from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.pipeline.recover_inputs import check_trained
 from fistapruner.planning.budget import Resources
+from fistapruner.planning.footprint import peak_bytes
 from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
@@ -50,11 +51,13 @@ from fistapruner.runtime.formatting import size
 from fistapruner.runtime.ranks import Ranks
 from fistapruner.tuning.losses import TokenLoss
 from fistapruner.tuning.objective import Objective
+from fistapruner.tuning.steppers import FirstOrder, ForwardOnly
 from fistapruner.tuning.trained import Trained
 
 CPU = torch.device("cpu")
 AMPLE = 2**50
 SMALLEST = TrainingChoice(1, resident=False, states_on_disk=True, hidden_on_disk=True)
+WIDE = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 320}
 
 
 def task_for(
@@ -366,6 +369,45 @@ def test_hidden_states_that_are_counted_are_those_of_a_step(folder: Path, optimi
     stores = sizes(task)._stores(TrainingChoice(2))
     assert not live
     assert max(counts) == max(count for stage, count in stores.items() if stage != "held out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "choice"),
+    [
+        ({}, TrainingChoice(4, keep_graphs=True)),
+        ({}, SMALLEST),
+        ({"parameters": "full"}, TrainingChoice(4, keep_graphs=True)),
+        ({"parameters": "full"}, TrainingChoice(2, resident=False, hidden_on_disk=True)),
+        ({"parameters": "full", "optimizer": "mezo"}, TrainingChoice(2)),
+    ],
+)
+def test_steps_take_the_memory_that_is_planned(
+    tmp_path: Path, settings: dict[str, Any], choice: TrainingChoice
+) -> None:
+    """All tensors that live while real steps are taken and losses checked, against the largest of their stages."""
+    tiny.save("llama", tmp_path / "llama-4", **WIDE)
+    task = replace(task_for(tmp_path, 4, loss="ce", **settings), survivors={})  # no weight of this model is zero
+    elsewhere = ("the embeddings", CUTTING, "writing a snapshot", "writing the checkpoint")
+    stages = {name: size for name, size in sizes(task).stages(choice).items() if name not in elsewhere}
+    numbers = list(range(task.step_windows))
+    tokens = torch.arange(len(numbers) * 32).remainder(tiny.VOCABULARY).view(len(numbers), 32)
+    nothing = torch.zeros(len(numbers), dtype=torch.int64)
+    text = TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
+
+    def work() -> None:
+        with task.model.resident(layers=choice.resident):
+            trained = Trained(task.model, task.layout, task.recipe, tmp_path if choice.states_on_disk else None)
+            store = scratch_factory(tmp_path if choice.hidden_on_disk else None, torch.float32)
+            kept = choice.keep_graphs
+            objective = Objective(task.model, text, TokenLoss(0.0), None, choice.batch_size, store, keep_graphs=kept)
+            stepper = (ForwardOnly if task.recipe.zeroth_order else FirstOrder)(trained, objective)
+            stepper.step(1, numbers, 1.0)
+            stepper.losses(numbers)
+            trained.keep()
+            for number in (2, 3):  # the best values are others than the present ones
+                stepper.step(number, numbers, 1.0)
+
+    assert 0.7 < peak_bytes(work) / max(stages.values()) < 1.05
 
 
 @pytest.mark.parametrize(("writing", "more"), [(1.0, 7), (1000.0, 3)])

@@ -99,6 +99,16 @@ def test_of_two_equal_heads_one_goes_and_its_refit_is_exact() -> None:
     assert torch.equal(untouched.weight, problem.weight[:, untouched.places])
 
 
+def test_a_head_that_goes_represents_no_other() -> None:
+    """Pairs come in the order 1 and 2, 0 and 1, 2 and 3, 0 and 2."""
+    divergence = torch.full((4, 4), 0.5)
+    for i, j, near in ((1, 2, 0.1), (0, 1, 0.2), (2, 3, 0.3), (0, 2, 0.4)):
+        divergence[i, j] = divergence[j, i] = near
+    assert redundant(divergence, 1) == [1]  # 2 stands for it
+    assert redundant(divergence, 2) == [1, 2]  # 3 stands for 2, and 1, which is gone, not for 0
+    assert redundant(divergence, 3) == [1, 2, 0]
+
+
 def test_criterion_b_is_the_energy_of_a_linear_channel() -> None:
     """Half of it: E |B_j a_j x|^2 by sampling, to three standard errors; the product of both for a gated module."""
     generator = torch.Generator().manual_seed(0)

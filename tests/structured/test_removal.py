@@ -325,6 +325,25 @@ def test_the_share_is_near_the_best_on_fresh_tokens_and_grows_as_tokens_fall() -
     assert chosen[0] > chosen[-1]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_validation_errors_are_those_of_fits_on_the_other_half(share: float) -> None:
+    """On tokens, by least squares with the penalty on the changes of every channel in its own units."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = (torch.randn(80, 12, generator=generator) @ torch.randn(12, 12, generator=generator)).double()
+    weight, keep = torch.randn(5, 12, generator=generator).double(), torch.tensor([0, 2, 3, 5, 6, 9, 11])
+    problem = LayerProblem.from_activations(weight.float(), inputs.float())
+    expected = 0.0
+    for fitted, fresh in ((inputs[:40], inputs[40:]), (inputs[40:], inputs[:40])):
+        root = (1 - share) ** 0.5 * fitted
+        penalty = torch.diag(share * fitted.square().sum(0)).sqrt()  # of all channels; those that go change by -W_j
+        rows = torch.cat([root, penalty])
+        found = torch.linalg.lstsq(rows[:, keep], rows @ weight.T).solution.T
+        expected += float((fresh[:, keep] @ found.T - fresh @ weight.T).square().sum() / len(fresh)) / 2
+    expected /= float((inputs @ weight.T).square().sum() / len(inputs))
+    halves = [part.T @ part / len(part) for part in (inputs[:40].float(), inputs[40:].float())]
+    assert validation_errors(problem, halves, keep, [share])[0] == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_bias_of_flap_takes_the_mean_of_what_goes() -> None:
     generator = torch.Generator().manual_seed(1)
     dense, noise = torch.randn(2, 60, 12, generator=generator)

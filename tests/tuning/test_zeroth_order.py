@@ -77,6 +77,20 @@ def test_directions_have_the_shapes_of_masters_in_any_order(form: Form, subspace
     assert not any(torch.equal(each, later[name]) for name, each in drawn.items())
 
 
+def test_subzero_draws_masters_in_its_subspaces() -> None:
+    parameters = small(Full())
+    mask, z = parameters.masks["w"], Directions(1, 3).of(3, parameters)["w"]
+    left, right = Directions(1, 3).frames(3, "w", 10, 20, CPU)
+    span = torch.einsum("ik,jl->ijkl", left, right)[mask].flatten(1)  # survivors of every U Z V^T
+    torch.testing.assert_close(span @ torch.linalg.lstsq(span, z[:, None]).solution, z[:, None], rtol=0, atol=1e-4)
+    for form in (Lora(4, 2.0), Spp(4, 2.0)):
+        parameters = small(form)
+        for name, drawn in Directions(1, 3).of(3, parameters).items():
+            matrix = drawn.view(most_square(drawn.numel()))
+            whole = parameters.origin[name] not in parameters.masks  # a vector, which is drawn as in MeZO
+            assert int(torch.linalg.matrix_rank(matrix)) == min(matrix.shape[0], 99 if whole else 3)
+
+
 def test_most_square() -> None:
     assert [most_square(count) for count in (1, 12, 16, 13, 576 * 16)] == [(1, 1), (3, 4), (4, 4), (1, 13), (96, 96)]
 

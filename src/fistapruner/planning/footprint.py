@@ -29,7 +29,10 @@ CUDA_WORKSPACES = {**WORKSPACES, "cholesky_inverse": 1}
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of live storages that operations inside the block allocate."""
+    """Count the bytes of live storages that operations inside the block allocate.
+
+    Tensors on the meta device have none: those that a freed decoder layer leaves behind are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +49,7 @@ class _LiveBytes(TorchDispatchMode):
         extra = sum(size * args[0].nbytes for key, size in workspaces.items() if key in name)
         known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._known and id(storage) not in known:
                     self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage), storage.nbytes()))

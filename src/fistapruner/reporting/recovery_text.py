@@ -110,13 +110,13 @@ def trained_text(found: Recovery) -> str:
 
 
 def change_text(report: Report) -> str:
-    """Say what share of the surviving weights changed, and where most; empty where unknown."""
+    """Say what share of the surviving weights changed, and where most if any did; empty where unknown."""
     found = report.recovery
     if found is None or found.changed is None:
         return ""
     text = f"{percent(found.changed)} of the surviving weights"
     moved = [(operator.change, layer.index, operator.name) for layer in report.layers for operator in layer.operators]
-    known = [(change, index, name) for change, index, name in moved if change is not None]
+    known = [(change, index, name) for change, index, name in moved if change]
     if known:
         change, index, name = max(known)
         text += f"; largest ‖ΔW‖ / ‖W‖ {percent(change, 2)} (layer {index}, {name})"
