@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,6 +91,34 @@ class Runs:
         assert not [*out.glob("lock*"), *out.glob("hidden"), *out.glob("teacher")]
         assert steps(out) == steps(self.undisturbed)
         assert len([*out.glob("states/*")]) == len([*self.undisturbed.glob("states/*")])
+
+    def check_death(self, disk: Path, at: int, then: str) -> Path:
+        """Die at a disk call; what is resumed must end well. Returns its folder."""
+        out = disk / str(at)
+        assert self.run(out, at=at, then=then).status == -9
+        self.check_resumed(out)
+        return out
+
+    def check_random_kills(self, disk: Path, kills: int) -> None:
+        """SIGKILL at random instants, up to three times before the run is left in peace."""
+        generator = random.Random(kills)
+        while kills > 0:
+            out = disk / "run"
+            for _ in range(3):
+                kills -= self.run(out, kill_after=generator.uniform(0.0, self.seconds)).status == -9
+            self.check_resumed(out)
+            shutil.rmtree(out)
+
+    def check_full_disk(self, disk: Path, at: int) -> None:
+        """The disk is full from a call on: one line that says so, and the run goes on when there is room again."""
+        out = disk / str(at)
+        outcome = self.run(out, at=at, then="full")
+        if outcome.status:  # after the last write there is nothing left to fail
+            assert outcome.status == 2, outcome.stderr
+            assert "the disk is full" in outcome.stderr.splitlines()[-1]
+            assert "Traceback" not in outcome.stderr
+        self.check_resumed(out)
+        shutil.rmtree(out)
 
 
 def digest(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +17,7 @@ slow = pytest.mark.slow
 
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=slow)])
 def test_random_kills(alignments: Runs, disk: Path, kills: int) -> None:
-    """SIGKILL at random instants, up to three times before the run is left in peace."""
-    generator = random.Random(kills)
-    while kills > 0:
-        out = disk / "run"
-        for _ in range(3):
-            kills -= alignments.run(out, kill_after=generator.uniform(0.0, alignments.seconds)).status == -9
-        alignments.check_resumed(out)
-        shutil.rmtree(out)
+    alignments.check_random_kills(disk, kills)
 
 
 @pytest.mark.parametrize(("then", "every"), [("power", 233), pytest.param("power", 3, marks=slow)])
@@ -33,10 +25,7 @@ def test_death_at_disk_calls(alignments: Runs, disk: Path, then: str, every: int
     """Die before a call; lose what no fsync had made safe as well."""
     assert alignments.calls > every // 2
     for at in range(every // 2, alignments.calls + 1, every):
-        out = disk / str(at)
-        assert alignments.run(out, at=at, then=then).status == -9
-        alignments.check_resumed(out)
-        shutil.rmtree(out)
+        shutil.rmtree(alignments.check_death(disk, at, then))
 
 
 @pytest.mark.parametrize("every", [101, pytest.param(3, marks=slow)])
@@ -44,10 +33,7 @@ def test_torn_writes(alignments: Runs, disk: Path, every: int) -> None:
     writes = alignments.writes[every // 3 :: every]
     assert writes
     for at in writes:
-        out = disk / str(at)
-        assert alignments.run(out, at=at, then="tear").status == -9
-        alignments.check_resumed(out)
-        shutil.rmtree(out)
+        shutil.rmtree(alignments.check_death(disk, at, "tear"))
 
 
 def drop(name: str) -> Callable[[Path], None]:

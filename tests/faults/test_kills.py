@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -19,25 +18,14 @@ FIRSTS = [1, *(pytest.param(first, marks=pytest.mark.slow) for first in range(2,
 
 @pytest.mark.parametrize("wanted", [20, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_kills(runs: Runs, disk: Path, wanted: int) -> None:
-    """SIGKILL at random instants; two thirds of the resumed runs are killed again before they are left in peace."""
-    generator = random.Random(wanted)
-    kills = 0
-    while kills < wanted:
-        out = disk / "run"
-        for _ in range(3):
-            kills += runs.run(out, kill_after=generator.uniform(0.0, runs.seconds)).status == -9
-        runs.check_resumed(out)
-        shutil.rmtree(out)
+    runs.check_random_kills(disk, wanted)
 
 
 @pytest.mark.parametrize("first", FIRSTS)
 def test_kill_at_a_disk_call(runs: Runs, disk: Path, first: int) -> None:
     """With the slow tests, at every one."""
     for at in range(first, runs.calls + 1, STEP):
-        out = disk / str(at)
-        assert runs.run(out, at=at, then="kill").status == -9
-        runs.check_resumed(out)
-        shutil.rmtree(out)
+        shutil.rmtree(runs.check_death(disk, at, "kill"))
 
 
 def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
@@ -46,10 +34,7 @@ def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
     smaller = Runs(runs.process, (*runs.begin, *structure), disk / "undisturbed")
     smaller.measure()
     for at in range(1, smaller.calls + 1, 60):
-        out = disk / str(at)
-        assert smaller.run(out, at=at, then="kill").status == -9
-        smaller.check_resumed(out)
-        shutil.rmtree(out)
+        shutil.rmtree(smaller.check_death(disk, at, "kill"))
 
 
 def test_kills_of_a_run_with_low_rank_parts(runs: Runs, disk: Path) -> None:
@@ -58,9 +43,7 @@ def test_kills_of_a_run_with_low_rank_parts(runs: Runs, disk: Path) -> None:
     summed.measure()
     adapter = [path.read_bytes() for path in sorted((disk / "undisturbed" / "adapter").iterdir())]
     for at in range(1, summed.calls + 1, 60):
-        out = disk / str(at)
-        assert summed.run(out, at=at, then="kill").status == -9
-        summed.check_resumed(out)
+        out = summed.check_death(disk, at, "kill")
         assert [path.read_bytes() for path in sorted((out / "adapter").iterdir())] == adapter
         shutil.rmtree(out)
 
@@ -71,23 +54,14 @@ def test_torn_writes_and_lost_power(runs: Runs, disk: Path, then: str, first: in
     """Die half-way through a write; die at a call and lose what no fsync had made safe."""
     calls = runs.writes if then == "tear" else range(1, runs.calls + 1)
     for at in calls[first - 1 :: STEP]:
-        out = disk / str(at)
-        assert runs.run(out, at=at, then=then).status == -9
-        runs.check_resumed(out)
-        shutil.rmtree(out)
+        shutil.rmtree(runs.check_death(disk, at, then))
 
 
 @pytest.mark.parametrize("first", FIRSTS)
 def test_full_disk(runs: Runs, disk: Path, first: int) -> None:
     """The disk is full from the k-th call on: one line that says so, and the run goes on when there is room again."""
     for at in range(first, runs.calls + 1, STEP):
-        out = disk / str(at)
-        outcome = runs.run(out, at=at, then="full")
-        if outcome.status:  # after the last write there is nothing left to fail
-            assert outcome.status == 2, outcome.stderr
-            assert "the disk is full" in outcome.stderr.splitlines()[-1]
-        runs.check_resumed(out)
-        shutil.rmtree(out)
+        runs.check_full_disk(disk, at)
 
 
 def test_interruption_says_how_to_go_on(runs: Runs, disk: Path) -> None:

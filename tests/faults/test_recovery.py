@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +22,7 @@ slow = pytest.mark.slow
     indirect=["recoveries"],
 )
 def test_random_kills(recoveries: Runs, disk: Path, kills: int) -> None:
-    """SIGKILL at random instants, up to three times before the run is left in peace."""
-    generator = random.Random(kills)
-    while kills > 0:
-        out = disk / "run"
-        for _ in range(3):
-            kills -= recoveries.run(out, kill_after=generator.uniform(0.0, recoveries.seconds)).status == -9
-        recoveries.check_resumed(out)
-        shutil.rmtree(out)
+    recoveries.check_random_kills(disk, kills)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +32,7 @@ def test_death_at_disk_calls(recoveries: Runs, disk: Path, then: str, every: int
     """Die before a call; lose what no fsync had made safe as well."""
     assert recoveries.calls > 2 * every
     for at in range(every, recoveries.calls + 1, every):
-        out = disk / str(at)
-        assert recoveries.run(out, at=at, then=then).status == -9
-        recoveries.check_resumed(out)
-        shutil.rmtree(out)
+        shutil.rmtree(recoveries.check_death(disk, at, then))
 
 
 @pytest.mark.parametrize("every", [241, pytest.param(3, marks=slow)])
@@ -52,24 +41,14 @@ def test_torn_writes(recoveries: Runs, disk: Path, every: int) -> None:
     writes = recoveries.writes[every // 2 :: every]
     assert writes
     for at in writes:
-        out = disk / str(at)
-        assert recoveries.run(out, at=at, then="tear").status == -9
-        recoveries.check_resumed(out)
-        shutil.rmtree(out)
+        shutil.rmtree(recoveries.check_death(disk, at, "tear"))
 
 
 @pytest.mark.parametrize("every", [331, pytest.param(5, marks=slow)])
 def test_full_disk(recoveries: Runs, disk: Path, every: int) -> None:
     assert recoveries.calls > every
     for at in range(1, recoveries.calls + 1, every):
-        out = disk / str(at)
-        outcome = recoveries.run(out, at=at, then="full")
-        if outcome.status:  # after the last write there is nothing left to fail
-            assert outcome.status == 2, outcome.stderr
-            assert "the disk is full" in outcome.stderr.splitlines()[-1]
-            assert "Traceback" not in outcome.stderr
-        recoveries.check_resumed(out)
-        shutil.rmtree(out)
+        recoveries.check_full_disk(disk, at)
 
 
 def begun(recoveries: Runs, out: Path) -> Path:

@@ -11,7 +11,7 @@ not stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -87,16 +87,15 @@ class CachedOutputs:
     @contextmanager
     def around_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
         """Store and reuse activations in the pass inside; ``batch`` returns its windows (start, stop)."""
-        handles, replaced = [], []
+        hooks, replaced = ExitStack(), []
         for name in self._settled_by.get(self._next, ()):
             projection = self._projections.get(name)
             if projection is not None:
                 self._complete[projection.operator] = 0
                 operator = self._layer.get_submodule(projection.operator)
                 # Before the other hooks, since the last of them ends the pass.
-                handles.append(
-                    operator.register_forward_pre_hook(self._keeping_inputs(projection.operator, batch), prepend=True)
-                )
+                keeping = self._keeping_inputs(projection.operator, batch)
+                hooks.enter_context(operator.register_forward_pre_hook(keeping, prepend=True))
         for name in self._settled:
             child = self._layer.get_submodule(name)
             if self._complete.get(name) == self._inputs.samples:
@@ -109,12 +108,11 @@ class CachedOutputs:
                 replaced.append(child)
             if self._again[name] > 1:  # one pass stores the output; another one has to read it
                 self._complete[name] = 0
-                handles.append(child.register_forward_hook(self._keeping(name, batch)))
+                hooks.enter_context(child.register_forward_hook(self._keeping(name, batch)))
         try:
-            yield
+            with hooks:
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for child in replaced:
                 del child.forward
         for name in self._settled:

@@ -240,29 +240,26 @@ def run_layer(
     def windows() -> tuple[int, int]:
         return start, stop
 
-    handles = watched.attach(model.layers[index], windows, stops=output is None)
-    try:
-        with ExitStack() as stack:
-            for enter in around:
-                stack.enter_context(enter(windows))
-            for start, stop in calls.batches(inputs.samples):
+    with ExitStack() as stack:
+        for handle in watched.attach(model.layers[index], windows, stops=output is None):
+            stack.enter_context(handle)
+        for enter in around:
+            stack.enter_context(enter(windows))
+        for start, stop in calls.batches(inputs.samples):
+            with phase("io"):
+                hidden = inputs.read(start, stop, model.device)
+            with phase("capture"), torch.no_grad():
+                try:
+                    out = model.run(index, hidden, calls.by_size[stop - start][index], values)
+                except _Reached:
+                    continue
+            if isinstance(output, HiddenStates):
                 with phase("io"):
-                    hidden = inputs.read(start, stop, model.device)
-                with phase("capture"), torch.no_grad():
-                    try:
-                        out = model.run(index, hidden, calls.by_size[stop - start][index], values)
-                    except _Reached:
-                        continue
-                if isinstance(output, HiddenStates):
-                    with phase("io"):
-                        output.write(start, out)
-                elif output is not None:
-                    output(-1, start, out)
-        if isinstance(output, HiddenStates):
-            output.flush()
-    finally:
-        for handle in handles:
-            handle.remove()
+                    output.write(start, out)
+            elif output is not None:
+                output(-1, start, out)
+    if isinstance(output, HiddenStates):
+        output.flush()
 
 
 def forward(

@@ -246,16 +246,14 @@ def _is_free(
     for name in changes.keys() - {f"{link.consumer.name}.weight"} if scale != 1.0 else ():
         given[name] = scale * given[name]
     answers: list[Tensor] = []
-    handle = layer.get_submodule(link.consumer.name).register_forward_hook(lambda _, __, output: answers.append(output))
-    try:
+    consumer = layer.get_submodule(link.consumer.name)
+    with consumer.register_forward_hook(lambda _, __, output: answers.append(output)):
         answers.append(run(given))
         answers.append(run(given | {name: reorder(given[name], *change) for name, change in changes.items()}))
-    finally:
-        handle.remove()
     if len(answers) != 4:  # the consumer is not called: its weight is read otherwise
         return False
-    consumer, whole, consumer_after, whole_after = answers
-    return alike(consumer, consumer_after, SAME) and alike(whole, whole_after, SAME)
+    read, whole, read_after, whole_after = answers
+    return alike(read, read_after, SAME) and alike(whole, whole_after, SAME)
 
 
 def link_tensors(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:

@@ -8,7 +8,9 @@ which is the order of intra-layer error correction.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -295,10 +297,14 @@ def _watch(
     returned: dict[str, Tensor] = {}  # not copies: while they are alive, their addresses differ
     projections: dict[str, OutputProjection] = {}
 
-    def answered(name: str, output: Tensor) -> None:
-        answers[name], returned[name] = output.clone(), output
+    def entered(name: str, _: object, args: tuple[Tensor, ...]) -> None:
+        seen.append((name, args[0]))
 
-    def child_answered(child: str, output: Any) -> None:
+    def answered(name: str, _: object, __: object, output: Any) -> None:
+        if isinstance(output, Tensor):
+            answers[name], returned[name] = output.clone(), output
+
+    def child_answered(child: str, _: object, __: object, output: Any) -> None:
         others = len(output) - 1 if isinstance(output, tuple) else None
         value = output if others is None else output[0]
         nothing_else = others is None or all(other is None for other in output[1:])
@@ -313,30 +319,15 @@ def _watch(
     with model.layer(index) as layer:
         operators = linear_modules(layer)
         blocks = _mixture_blocks(layer)
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
-            for name, module in operators
-        ]
-        handles += [
-            module.register_forward_hook(lambda _, __, output, name=name: answered(name, output))
-            for name, module in operators
-        ]
-        handles += [
-            layer.get_submodule(name).register_forward_hook(
-                lambda _, __, output, name=name: answered(name, output) if isinstance(output, Tensor) else None
-            )
-            for name in blocks
-        ]
-        handles += [
-            child.register_forward_hook(lambda _, __, output, name=name: child_answered(name, output))
-            for name, child in layer.named_children()
-        ]
-        try:
-            with torch.no_grad():
-                out = model.run(index, hidden.clone(), call)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in operators:
+                hooks.enter_context(module.register_forward_pre_hook(partial(entered, name)))
+                hooks.enter_context(module.register_forward_hook(partial(answered, name)))
+            for name in blocks:
+                hooks.enter_context(layer.get_submodule(name).register_forward_hook(partial(answered, name)))
+            for name, child in layer.named_children():
+                hooks.enter_context(child.register_forward_hook(partial(child_answered, name)))
+            out = model.run(index, hidden.clone(), call)
         if len({name for name, _ in seen}) == len(seen):
             inside = tuple(block + "." for block in blocks)
             outer = {name: value for name, value in answers.items() if not name.startswith(inside)}
@@ -411,16 +402,11 @@ def _residual_writers(
         more = {name: answers[name] + noise.reshape(answers[name].shape)} | {
             later: answers[later] for later in names[place + 1 :]
         }
-        handles = [
-            layer.get_submodule(key).register_forward_hook(lambda _, __, ___, value=value: value.clone())
-            for key, value in more.items()
-        ]
-        try:
-            with torch.no_grad():
-                moved = run()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for key, value in more.items():
+                module = layer.get_submodule(key)
+                hooks.enter_context(module.register_forward_hook(lambda *_, value=value: value.clone()))
+            moved = run()
         if alike(out.float() + noise.float(), moved):
             found.append(name)
     total = hidden.float() + sum(answers[name].reshape(out.shape).float() for name in found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -10,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import A_MODEL, FistaPrunerError, explain, out_path, path_text
+from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
@@ -27,14 +25,14 @@ from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CalibrationFacts, Report, load_run
+from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
-from ..runtime.numerics import dtype_name, undisturbed
+from ..runtime.numerics import undisturbed
 from ..sensitivity.decision import check_allocation
 from .begun import (
     FinishedRun,
@@ -52,12 +50,10 @@ from .finish import finish
 from .measure import measure
 from .plan import check_sources
 from .prepare import note_command, prepare
-from .prune_inputs import RunRequest, check_layers_before
+from .prune_inputs import RunRequest, check_layers_before, check_range, check_tokens
 from .recover import recover
 from .recover_inputs import check_following, check_trained, recovers, recovery_recipe, refuse_processes
 from .result import refuse_foreign_files, reporting_failure
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
@@ -116,8 +112,8 @@ def prune(
     """
     model, out = path_text("model", model, A_MODEL), out_path(out)
     run, permissions = PruneDirectory(out), Permissions(allow_pickle, trust_remote_code)
-    _check_range(only_layers)
-    _check_tokens(tokens)
+    check_range(only_layers)
+    check_tokens(tokens)
     evaluation = evaluation_on(evaluate, evaluate_windows)
     run.check_place()
     begun = run.record()
@@ -142,49 +138,6 @@ def prune(
     request = RunRequest(model, recipe, permissions, command, evaluation, tokens, only_layers, source)
     report = _run(run, request, listener or Listener(), inspect)
     return report if only_layers else _recover(run, report, recipe, permissions, listener)
-
-
-def _check_range(only_layers: Any) -> None:
-    """Refuse what is no range of decoder layers.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
-    match only_layers:
-        case None:
-            return
-        case (int(first), int(last)) if 0 <= first <= last:
-            return
-    raise FistaPrunerError(
-        f"only_layers {only_layers!r} is not a range of decoder layers: (first, last) is expected, such as (0, 9)"
-    )
-
-
-def _check_tokens(tokens: Any) -> None:
-    """Refuse what are no calibration windows.
-
-    Raises:
-        FistaPrunerError: says what they are.
-    """
-    match tokens:
-        case None:
-            return
-        case (Tensor() as ids, Mapping() as how) if ids.ndim == 2 and ids.dtype in INTEGERS:
-            try:
-                CalibrationFacts.model_validate(dict(how))
-                json.dumps(dict(how))
-            except (ValueError, TypeError) as error:
-                raise FistaPrunerError(f"tokens, how they were drawn: {explain(error)}") from None
-            return
-    given = tokens if isinstance(tokens, (tuple, list)) and len(tokens) == 2 else [tokens]
-    found = " and ".join(
-        f"a tensor {tuple(one.shape)} of {dtype_name(one.dtype)}" if isinstance(one, Tensor) else type(one).__name__
-        for one in given
-    )
-    raise FistaPrunerError(
-        f"tokens is {found}, and two are expected: a tensor (samples, seqlen) of whole numbers, and a mapping with the "
-        "source that they were drawn from"
-    )
 
 
 def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:

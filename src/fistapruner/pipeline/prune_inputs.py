@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..activations.check import check_model
@@ -14,7 +16,7 @@ from ..calibration import window_length
 from ..calibration.training_text import document_hash, shared_documents, training_documents
 from ..calibration.windows import source_documents
 from ..constraints import Constraint
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, explain
 from ..evaluation.data import evaluation_documents, load_windows
 from ..execution.context import open_model
 from ..execution.ray_pool import require_ray
@@ -27,6 +29,7 @@ from ..runs.decision import EvaluationRequest, PruneRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
+from ..runs.records import CalibrationFacts
 from ..runtime.devices import device_title
 from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
@@ -35,6 +38,8 @@ from .begun import began_on, refuse_other, refuse_overlap, say_other_versions
 from .find_model import find_source
 from .new_widths import change_widths, say_lost_zeros, say_unread, say_widths
 from .patterns import allocate
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,49 @@ class RunRequest:
     drawn: tuple[Tensor, dict[str, Any]] | None = None
     only_layers: tuple[int, int] | None = None
     source: ModelSource | None = None
+
+
+def check_range(only_layers: Any) -> None:
+    """Refuse what is no range of decoder layers.
+
+    Raises:
+        FistaPrunerError: names it.
+    """
+    match only_layers:
+        case None:
+            return
+        case (int(first), int(last)) if 0 <= first <= last:
+            return
+    raise FistaPrunerError(
+        f"only_layers {only_layers!r} is not a range of decoder layers: (first, last) is expected, such as (0, 9)"
+    )
+
+
+def check_tokens(tokens: Any) -> None:
+    """Refuse what are no calibration windows.
+
+    Raises:
+        FistaPrunerError: says what they are.
+    """
+    match tokens:
+        case None:
+            return
+        case (Tensor() as ids, Mapping() as how) if ids.ndim == 2 and ids.dtype in INTEGERS:
+            try:
+                CalibrationFacts.model_validate(dict(how))
+                json.dumps(dict(how))
+            except (ValueError, TypeError) as error:
+                raise FistaPrunerError(f"tokens, how they were drawn: {explain(error)}") from None
+            return
+    given = tokens if isinstance(tokens, (tuple, list)) and len(tokens) == 2 else [tokens]
+    found = " and ".join(
+        f"a tensor {tuple(one.shape)} of {dtype_name(one.dtype)}" if isinstance(one, Tensor) else type(one).__name__
+        for one in given
+    )
+    raise FistaPrunerError(
+        f"tokens is {found}, and two are expected: a tensor (samples, seqlen) of whole numbers, and a mapping with the "
+        "source that they were drawn from"
+    )
 
 
 @dataclass(frozen=True)

@@ -285,8 +285,5 @@ class ResidualDrift:
             before = inputs.read(start, stop, output.device, torch.float32)
             receive(kept, start, before.add_(output.reshape(before.shape)))
 
-        handle = self._before.register_forward_hook(after_forward)
-        try:
+        with self._before.register_forward_hook(after_forward):
             yield
-        finally:
-            handle.remove()

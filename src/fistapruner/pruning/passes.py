@@ -11,6 +11,7 @@ each expert's own tokens run through that expert alone, so the sums of one exper
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -238,17 +239,14 @@ class LayerPasses:
 
             return pre_forward
 
-        handles = []
-        for number, group in same:
-            self._sums[number] = self._new_sums(number, group)
-            handles.append(self._layer.get_submodule(group[0].name).register_forward_pre_hook(add_to(number)))
-        try:
+        with ExitStack() as hooks:
+            for number, group in same:
+                self._sums[number] = self._new_sums(number, group)
+                operator = self._layer.get_submodule(group[0].name)
+                hooks.enter_context(operator.register_forward_pre_hook(add_to(number)))
             for tokens in self._routed[first.experts].of_expert(first.expert, self._model.device):
                 with self._clock.phase("capture"), torch.no_grad():
                     expert(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _close_routed(self, number: int) -> None:
         """Release the inputs of a mixture whose last group is ``number``."""

@@ -108,7 +108,19 @@ def share_of(part: int | None, whole: int | None) -> float | None:
     return part / whole if whole and part is not None else None
 
 
-class Totals(Record):
+class ZeroCounts(Record):
+    """Exact counts of weights and zeros in the operators; None where they are not known."""
+
+    operator_weights: int | None = None
+    operator_zeros: int | None = None
+
+    @property
+    def zeros_share(self) -> float | None:
+        """Share of zeros in the operators; None where it is not known."""
+        return share_of(self.operator_zeros, self.operator_weights)
+
+
+class Totals(ZeroCounts):
     """Sums over the run.
 
     Args:
@@ -131,8 +143,6 @@ class Totals(Record):
             number; ``low_rank_bytes``: of ``RUN/adapter``, which holds them; None where there are none.
     """
 
-    operator_weights: int | None = None
-    operator_zeros: int | None = None
     model_weights: int | None = None
     model_zeros: int | None = None
     dense_flops_per_token: int | None = None
@@ -149,11 +159,6 @@ class Totals(Record):
     low_rank: int | None = None
     low_rank_weights: int | None = None
     low_rank_bytes: int | None = None
-
-    @property
-    def zeros_share(self) -> float | None:
-        """Share of zeros in the operators; None where it is not known."""
-        return share_of(self.operator_zeros, self.operator_weights)
 
 
 class PlanRow(Record):
@@ -179,7 +184,7 @@ class Generation(Record):
     recovered: str | None = None
 
 
-class StageFigures(Record):
+class StageFigures(ZeroCounts):
     """What a stage of a model's making measured.
 
     Args:
@@ -192,8 +197,6 @@ class StageFigures(Record):
             result from its input. None where nothing was measured.
     """
 
-    operator_weights: int | None = None
-    operator_zeros: int | None = None
     parameters: int | None = None
     relative_error: float | None = None
     seconds: float | None = None
@@ -201,11 +204,6 @@ class StageFigures(Record):
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
     divergence: Divergence | None = None
-
-    @property
-    def zeros_share(self) -> float | None:
-        """Share of zeros in the operators; None where it is not known."""
-        return share_of(self.operator_zeros, self.operator_weights)
 
 
 class Stage(Record):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -182,14 +182,10 @@ def measure_sensitivity(
 
             return after_forward
 
-        handles = [
-            layer.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name in sums:
+                hooks.enter_context(layer.get_submodule(name).register_forward_hook(hook(name)))
             yield (lambda above: None) if metric is None else metric.add
-        finally:
-            for handle in handles:
-                handle.remove()
         if metric is not None:
             metrics.append(metric.mean(tokens.numel()))
         rows.update(

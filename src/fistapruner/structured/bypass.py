@@ -366,19 +366,14 @@ class BypassLearning:
         states = self._store("bypass", (*tokens.shape, model.width))
         calls = embed(model, tokens, batch, states)
         keep = torch.zeros(self._slots[-1].places.stop, dtype=torch.float64)
-        shares = [0.0] * len(keep)
+        shares = torch.zeros_like(keep)
         for budget in budgets:
-            places = range(*budget.members.indices(len(keep)))
-            for place in places:
-                shares[place] = budget.kept / len(places)
+            shares[budget.members] = budget.kept / len(shares[budget.members])
         for index, slots in enumerate(self._by_layer):
             with model.layer(index) as layer:
-                energy = {
-                    number: torch.zeros(slot.unit.consumer.columns, dtype=torch.float64)
-                    for number, slot in enumerate(slots)
-                }
+                energy = [torch.zeros(slot.unit.consumer.columns, dtype=torch.float64) for slot in slots]
 
-                def add(number: int, _: int, inputs: Tensor, energy: dict[int, Tensor] = energy) -> None:
+                def add(number: int, _: int, inputs: Tensor, energy: list[Tensor] = energy) -> None:
                     energy[number] += inputs.reshape(-1, inputs.shape[-1]).double().square().sum(0).cpu()
 
                 watched = Watched([(number, (slot.unit.consumer,)) for number, slot in enumerate(slots)], add)
@@ -389,7 +384,7 @@ class BypassLearning:
                     weight = slot.unit.consumer.weight(layer).detach().double().cpu()
                     metric = weight.abs().mean(0) * (energy[number] / tokens.numel()).sqrt()
                     metric = metric.view(-1, slot.unit.columns).sum(1)
-                    share = shares[slot.places.start]
+                    share = float(shares[slot.places.start])
                     keep[slot.places] = first_probabilities(metric, share)
                     left = metric.argsort(descending=True, stable=True)[: max(1, round(share * len(metric)))]
                     mask[slot.places] = torch.zeros_like(metric).index_fill(0, left, 1.0)

@@ -165,22 +165,18 @@ def attention_probabilities(
         parts = output if isinstance(output, (tuple, list)) else ()
         found.extend(part for part in parts if isinstance(part, Tensor) and part.ndim == 4)
 
-    handle = attention.register_forward_hook(keep)
-    try:
-        with eager_attention(model), torch.no_grad():
-            with model.embeddings_and_head(head=False):
-                call = model.calls(1, seqlen)[index]
-            for states in hidden:
-                found.clear()
-                model.run(index, states, call)
-                if len(found) != 1 or found[0].shape[-2:] != (seqlen, seqlen):
-                    raise FistaPrunerError(
-                        f"structure: {model.layers_name}.{index} does not return attention probabilities, which goa "
-                        "compares heads by: take another --structure-method"
-                    )
-                yield found[0]
-    finally:
-        handle.remove()
+    with attention.register_forward_hook(keep), eager_attention(model), torch.no_grad():
+        with model.embeddings_and_head(head=False):
+            call = model.calls(1, seqlen)[index]
+        for states in hidden:
+            found.clear()
+            model.run(index, states, call)
+            if len(found) != 1 or found[0].shape[-2:] != (seqlen, seqlen):
+                raise FistaPrunerError(
+                    f"structure: {model.layers_name}.{index} does not return attention probabilities, which goa "
+                    "compares heads by: take another --structure-method"
+                )
+            yield found[0]
 
 
 def head_divergence(model: LayerwiseModel, index: int, consumer: str, inputs: HiddenStates) -> Tensor:

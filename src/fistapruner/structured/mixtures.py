@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -294,17 +295,10 @@ def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
         signature = layer_signature(layer)
         if signature not in known:
             seen: dict[str, int] = {}
-
-            handles = [
-                module.register_forward_pre_hook(_noting(seen, name), with_kwargs=True)
-                for name, module in expert_modules(layer).items()
-            ]
-            try:
-                with model.layer(index), torch.no_grad():
-                    model.run(index, hidden.clone(), calls[index])
-            finally:
-                for handle in handles:
-                    handle.remove()
+            with ExitStack() as hooks, model.layer(index), torch.no_grad():
+                for name, module in expert_modules(layer).items():
+                    hooks.enter_context(module.register_forward_pre_hook(_noting(seen, name), with_kwargs=True))
+                model.run(index, hidden.clone(), calls[index])
             known[signature] = seen
         found |= {model.full_name(index, name): count for name, count in known[signature].items()}
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -300,17 +301,11 @@ def _surgery(
 
     def run(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         found: list[Tensor] = []
-        handles = [
-            module.get_submodule(unit.consumer.name).register_forward_hook(
-                lambda _, __, output: found.append(output.clone())
-            )
-            for unit in units
-        ]
-        try:
+        with ExitStack() as hooks:
+            for unit in units:
+                consumer = module.get_submodule(unit.consumer.name)
+                hooks.enter_context(consumer.register_forward_hook(lambda _, __, output: found.append(output.clone())))
             out = functional_call(module, dict(tensors), (hidden.clone(), *args), kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
         return [*found, hidden_of(out) - hidden]
 
     zeroed, cut = dict(whole), dict(whole)
