@@ -56,7 +56,10 @@ def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, m
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"EXTENSION_SUFFIXES": []}, "no kernel was compiled here"),
+        (
+            {"EXTENSION_SUFFIXES": []},
+            r"no kernel was compiled here \(install a C compiler such as gcc, then fistapruner again\)",
+        ),
         ({"ABI": -1}, r"_kernel.* is of another version"),
         ({}, "FISTAPRUNER_KERNEL=torch turns the fast kernel off"),
     ],

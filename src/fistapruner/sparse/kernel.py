@@ -99,7 +99,7 @@ def absence() -> str:
     """Say why :func:`best_level` found no kernel, or none that is faster than torch."""
     path = _built()
     if path is None:
-        return "no kernel was compiled here"
+        return "no kernel was compiled here (install a C compiler such as gcc, then fistapruner again)"
     if library() is None:
         return f"the kernel {path} cannot be loaded or is of another version of fistapruner (install it again)"
     if wanted := os.environ.get(ENVIRONMENT):
