@@ -160,6 +160,14 @@ def test_the_api_page_shows_docstrings_without_sphinx_roles() -> None:
     assert {name: found for name, found in roles.items() if found} == {}
 
 
+def test_code_in_tables_has_no_escaped_bars() -> None:
+    """The site would show the backslash."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    rows = [line for page in pages for line in page.read_text("utf-8").splitlines() if line.startswith("|")]
+    assert len(rows) > 100
+    assert [row for row in rows if any("\\|" in code for code in re.findall(r"`[^`]*`", row))] == []
+
+
 def anchors(page: Path) -> set[str]:
     """The places of a page that both GitHub and the site of ``make docs`` let a link lead to."""
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
