@@ -176,7 +176,7 @@ def main() -> None:
         )
         factor = layers * sum(n**3 for _, n in shapes) * factor_total / cubes
         hours = [t / 3600 for t in (forward, grams, iterate, factor)]
-        print(f"{name:<16}{hours[0]:>10.2f}{hours[1]:>9.2f}{hours[2]:>10.2f}{hours[3]:>10.2f}{sum(hours):>9.2f}")
+        print(f"{name:<16}{hours[0]:>10.2f} {hours[1]:>8.2f} {hours[2]:>9.2f} {hours[3]:>9.2f} {sum(hours):>8.2f}")
     print(f"({products} iterations, {method.refit} refit steps; reading and writing the checkpoint come on top)")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import runpy
 import shlex
 import shutil
 import sys
+import textwrap
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -143,6 +146,26 @@ def test_commands_in_the_documentation_are_understood() -> None:
                         raise AssertionError(f"{page.name}: {line}") from refused
                     found += 1
     assert found >= 30
+
+
+def test_the_api_page_shows_docstrings_without_sphinx_roles() -> None:
+    """The site's Markdown would show ``:func:`` as text."""
+    shown = re.findall(r"^::: fistapruner\.(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert shown
+    roles = {}
+    for name in shown:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(fp, name)))))
+        strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        roles[name] = re.findall(r":[a-z]+:`[^`]*`", "\n".join(map(str, strings)))
+    assert {name: found for name, found in roles.items() if found} == {}
+
+
+def test_code_in_tables_has_no_escaped_bars() -> None:
+    """The site would show the backslash."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    rows = [line for page in pages for line in page.read_text("utf-8").splitlines() if line.startswith("|")]
+    assert len(rows) > 100
+    assert [row for row in rows if any("\\|" in code for code in re.findall(r"`[^`]*`", row))] == []
 
 
 def anchors(page: Path) -> set[str]:

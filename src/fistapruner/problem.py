@@ -77,7 +77,7 @@ class LayerProblem:
         names: operator names, one for each block of rows.
         rows: rows of each operator, summing to m.
         tokens: number of calibration tokens ``p``; None if the Gram is to be taken as exact.
-        importance: (m,) by which :meth:`weighted` has multiplied the errors of the rows; relative errors are without
+        importance: (m,) by which ``weighted`` has multiplied the errors of the rows; relative errors are without
             it. None where they are not weighted.
 
     Raises:
@@ -227,7 +227,7 @@ class LayerProblem:
     def weighted(self, importance: Tensor) -> LayerProblem:
         """Weight the error of every row by its importance: ``sum_i importance_i f_i`` over rows i.
 
-        Every row is scaled by the root of its importance. Its solutions are scaled, too; :func:`unweighted` reverts
+        Every row is scaled by the root of its importance. Its solutions are scaled, too; ``unweighted`` reverts
         that. Important rows keep more weights if rows compete (unstructured sparsity); the least-squares weights of a
         row do not change.
 
@@ -286,7 +286,7 @@ class LayerProblem:
 
             R' = W_P H_PK + a R_K,    d'_i = w_P H_PP w_P^T + 2 a w_P r_P^T + a^2 d_i    (w, r: row i of W, R)
 
-        so :meth:`dense_errors` are the errors of dropping the other channels, and a refit makes up for them.
+        so ``dense_errors`` are the errors of dropping the other channels, and a refit makes up for them.
 
         Args:
             keep: (k,) int64 places of the kept channels, distinct, in the order that they are to have.

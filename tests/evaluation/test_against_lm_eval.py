@@ -1,6 +1,6 @@
 """The real model and real files: our figures against those of lm-eval run by hand.
 
-The files are looked for in ``$FISTAPRUNER_DATA`` (``zero_shot/*.jsonl``, ``wikitext2/test_joined.txt``).
+The files are looked for in ``$FISTAPRUNER_DATA`` (``zero_shot/*.jsonl``).
 """
 
 from __future__ import annotations
@@ -132,19 +132,3 @@ def test_zero_shot_scores_are_those_of_lm_eval_s_own_tasks(
     assert found == expected
     assert {task.items for task in ours} == {ITEMS}
     assert all(task.available and task.available > ITEMS for task in ours)
-
-
-def test_perplexity_is_the_rolling_likelihood_of_lm_eval(data: Path, dense: Path, runner: Any) -> None:
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    text, seqlen, count = data / "wikitext2" / "test_joined.txt", 256, 6
-    ids = load_tokenizer(dense)(text.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    total = 0.0
-    for start in range(0, count * seqlen, seqlen):
-        window = ids[start : start + seqlen]
-        rolling = get_rolling_token_windows(window[1:], prefix_token=window[0], max_seq_len=seqlen, context_len=1)
-        requests = [((None, None), *make_disjoint_window(pair)) for pair in rolling]
-        total -= sum(likelihood for likelihood, _ in runner._loglikelihood_tokens(requests, disable_tqdm=True))
-    found = fp.evaluate(dense, str(text), seqlen=seqlen, windows=count, dtype="float32").perplexity
-    assert found is not None
-    assert found.nll == pytest.approx(total / (count * (seqlen - 1)), rel=1e-5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
@@ -131,9 +132,14 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterable[s
     lines = [
         head,
         ("---",) * len(head),
-        *(tuple(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows),
+        *(tuple(" ".join(_without_bars(cell).split()) for cell in row) for row in rows),
     ]
     yield "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _without_bars(cell: str) -> str:
+    """Write bars so that they end no cell; the site would show a backslash before one in backticks."""
+    return re.sub(r"`([^`]*\|[^`]*)`", r"<code>\1</code>", cell).replace("|", "&#124;")
 
 
 if __name__ == "__main__":

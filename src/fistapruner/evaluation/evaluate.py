@@ -83,7 +83,9 @@ def evaluate(
         batch_size: windows in one forward pass.
         memory_limit: main memory that the process may use, in bytes or as ``8GiB``; hidden states take what the models
             leave of it, by default half of what is free. Tasks are refused on a model that it does not hold.
-        bos: where BOS tokens stand, see :func:`~fistapruner.evaluation.data.load_windows`.
+        bos: where BOS tokens stand: ``window`` is in front of every window, ``text`` once in front of the whole text,
+            where the tokenizer puts it, ``none`` nowhere; ``auto`` is ``window`` if the tokenizer adds BOS to a text by
+            its own setting, and else ``none``.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with a checkpoint.
         tick: called with progress: (what, steps done, steps in all).

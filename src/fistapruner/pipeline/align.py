@@ -48,7 +48,7 @@ def align(
     """Train a pruned model on preference pairs, with every zero kept.
 
     Args:
-        model: run directory of :func:`fistapruner.prune`, :func:`fistapruner.recover` or of this function, or a
+        model: run directory of ``fistapruner.prune``, ``fistapruner.recover`` or of this function, or a
             pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
         recipe: all settings: an AlignRecipe, a mapping, or the name of a YAML file; None is the default recipe.
@@ -57,13 +57,13 @@ def align(
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
         command: shell line that reproduces the run, for the report; None leaves it out.
-        evaluate: text for the perplexity, as :func:`fistapruner.evaluate` takes it; ``auto`` is that of the input's
+        evaluate: text for the perplexity, as ``fistapruner.evaluate`` takes it; ``auto`` is that of the input's
             run, or ``python`` where a checkpoint goes in that is of no run; None evaluates nothing.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe, as in a recipe file: ``data={"pairs": "pairs.jsonl"}``,
             ``loss="harmonic"``, ``beta=0.05``.
 
-    Several processes share the work as those of :func:`fistapruner.recover` do.
+    Several processes share the work as those of ``fistapruner.recover`` do.
 
     Returns:
         The report, as in ``out/report.json``; the checkpoint is in ``out/model``.

@@ -68,9 +68,9 @@ def align_compare(
     """Align a model with every loss, on the same pairs, steps and parameters.
 
     Args:
-        model: as for :func:`fistapruner.align`, with a dense model that is known.
+        model: as for ``fistapruner.align``, with a dense model that is known.
         out: folder of the comparison; one that was begun is continued, and rows of other seeds stay.
-        recipe: settings that all rows share, as for :func:`fistapruner.align`; ``loss``, ``references``, ``weights``,
+        recipe: settings that all rows share, as for ``fistapruner.align``; ``loss``, ``references``, ``weights``,
             ``shares``, ``clip`` and ``anchor`` are those of the rows.
         seeds: each is one run of every row: order of the pairs and start values; None is one run with the
             recipe's seeds.
@@ -80,7 +80,7 @@ def align_compare(
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
         command: shell line that reproduces the comparison; None leaves it out.
-        evaluate: text for the perplexity, as for :func:`fistapruner.align`.
+        evaluate: text for the perplexity, as for ``fistapruner.align``.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe.
 

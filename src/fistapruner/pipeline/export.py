@@ -40,8 +40,10 @@ def export(
         The file.
 
     Raises:
-        FistaPrunerError: see :func:`~fistapruner.models.files.gguf_export.export_gguf`; also where the model was not
-            made from a GGUF file and ``like`` names none, where it is packed, or where the run is not finished.
+        FistaPrunerError: ``out`` exists or is not called ``.gguf``, the checkpoint is of a kind that is not exported,
+            ``like`` is another model's file or has a layout that cannot be turned round, ``values`` cannot hold the
+            weights, the disk is full, the model was not made from a GGUF file and ``like`` names none, it is packed,
+            or the run is not finished.
         MissingExtraError: the ``gguf`` package is missing.
     """
     out, folder = out_path(out, "the path of a file"), checkpoint_of(model)

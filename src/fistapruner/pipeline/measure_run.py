@@ -50,10 +50,10 @@ def evaluate_run(
 
     Args:
         folder: the run directory.
-        data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
+        data: text for perplexity, see ``fistapruner.evaluate``; None measures tasks only.
         against: the dense model; default is the one that was pruned.
         listener: receives progress.
-        **settings: as for :func:`fistapruner.evaluate`, less ``keep`` and ``warn``.
+        **settings: as for ``fistapruner.evaluate``, less ``keep`` and ``warn``.
 
     Returns:
         What was measured.
@@ -121,8 +121,8 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     Args:
         folder: the run directory.
         listener: receives progress.
-        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, as for
-            :func:`fistapruner.sparse.bench.bench`.
+        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, as the options of
+            ``fistapruner bench``.
 
     Raises:
         FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.

@@ -60,7 +60,7 @@ class MergedOperator:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge_adapter` did.
+    """What ``merge_adapter`` did.
 
     Args:
         model: folder of the pruned checkpoint; ``adapter``: of the adapter; ``out``: of the result.
@@ -147,7 +147,7 @@ def merge_adapter(
         out: folder to make; it must not exist.
         progress: called with the name of every operator.
         command: shell line for the lineage.
-        allow_pickle, trust_remote_code: see :func:`fistapruner.prune`.
+        allow_pickle, trust_remote_code: see ``fistapruner.prune``.
 
     Returns:
         What the adapter changed, what share of the zeros it would have filled, and what the mask took from it; its

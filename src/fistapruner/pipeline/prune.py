@@ -88,12 +88,12 @@ def prune(
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
         command: shell line that reproduces the run, for the report; None leaves it out.
-        evaluate: text for the perplexity of the dense and the pruned model, as :func:`fistapruner.evaluate` takes it.
-            None, unlike the command's ``python``, evaluates nothing, and neither does a :func:`fistapruner.recover` or
-            :func:`fistapruner.align` of the result with ``evaluate="auto"``.
+        evaluate: text for the perplexity of the dense and the pruned model, as ``fistapruner.evaluate`` takes it.
+            None, unlike the command's ``python``, evaluates nothing, and neither does a ``fistapruner.recover`` or
+            ``fistapruner.align`` of the result with ``evaluate="auto"``.
         evaluate_windows: only its first so many windows.
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
-            are done, :func:`finish_run` writes the checkpoint.
+            are done, ``finish_run`` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve; it must not change the problem's tensors.
         tokens: a pair: (samples, seqlen) token ids of calibration windows that were drawn before with the recipe's
             settings, and a mapping that says in the report how they were drawn: ``source`` and perhaps ``how``,

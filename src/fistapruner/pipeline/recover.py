@@ -37,7 +37,7 @@ def recover(
     """Train a pruned model, with every zero kept, to win back what pruning lost.
 
     Args:
-        model: run directory of :func:`fistapruner.prune` or of this function, or a pruned checkpoint.
+        model: run directory of ``fistapruner.prune`` or of this function, or a pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
         recipe: all settings: a RecoverRecipe, a mapping, or the name of a shipped recipe or of a YAML file; None is the
             default recipe.
@@ -46,7 +46,7 @@ def recover(
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
         command: shell line that reproduces the run, for the report; None leaves it out.
-        evaluate: text for the perplexity, as :func:`fistapruner.evaluate` takes it; ``auto`` is that of the input's
+        evaluate: text for the perplexity, as ``fistapruner.evaluate`` takes it; ``auto`` is that of the input's
             run, or ``python`` where a checkpoint goes in that is of no run; None evaluates nothing.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe, as in a recipe file: ``parameters="full"``, ``lr=1e-3``,

@@ -162,7 +162,7 @@ class AlignRecipe(TrainingRecipe):
 
     @property
     def resolved_shares(self) -> tuple[float, ...]:
-        """The fixed weights in the order of :attr:`resolved_references`; empty where they are equal."""
+        """The fixed weights in the order of ``resolved_references``; empty where they are equal."""
         given = dict(zip(self.references or self.resolved_references, self.shares, strict=False))
         return tuple(given[name] for name in self.resolved_references) if given else ()
 

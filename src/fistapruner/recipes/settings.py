@@ -226,13 +226,13 @@ class Recipe(RunRecipe):
 
     @property
     def dense_share(self) -> float:
-        """Share of the dense target: ``dense_target`` of a :meth:`resolved` recipe as a number."""
+        """Share of the dense target: ``dense_target`` of a ``resolved`` recipe as a number."""
         assert not isinstance(self.dense_target, str)
         return self.dense_target
 
     @property
     def corrects_drift(self) -> bool:
-        """Whether ``residual: correct`` has an effect; for a :meth:`resolved` recipe."""
+        """Whether ``residual: correct`` has an effect; for a ``resolved`` recipe."""
         return self.residual == "correct" and self.dense_share > 0.0 and self.error_correction
 
     def resolved(

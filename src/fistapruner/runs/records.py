@@ -241,7 +241,7 @@ class Report(Record):
         started, finished: ISO times.
         recipe: every setting; ``fingerprint``: of the settings that decide the weights.
         layers: in order of index; for an unfinished run those that are done.
-        evaluations: what :func:`fistapruner.evaluate` measured, one for each data set.
+        evaluations: what ``fistapruner.evaluate`` measured, one for each data set.
         speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``,
             ``sentence``, ``machine``, ``measured`` (ISO time).
         plan: predictions beside measurements.
@@ -362,7 +362,7 @@ class Report(Record):
 
     @property
     def mean_error(self) -> float | None:
-        """Mean of :attr:`relative_errors`; None where there are none."""
+        """Mean of ``relative_errors``; None where there are none."""
         errors = self.relative_errors
         return sum(errors) / len(errors) if errors else None
 

@@ -141,7 +141,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything one call of :func:`fistapruner.evaluate` measured.
+    """Everything one call of ``fistapruner.evaluate`` measured.
 
     Args:
         model: what was evaluated, as the user named it.

@@ -110,7 +110,7 @@ def solve(
     Args:
         problem: the layer problem.
         sparsity: one constraint for all operators, or one for each.
-        method: a method or a chain (see :func:`parse_method`).
+        method: a method or a chain (see ``parse_method``).
 
     Returns:
         The solution. For each operator its ``stats`` hold ``relative_error`` and, under ``steps``, one record for

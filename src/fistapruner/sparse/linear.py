@@ -30,8 +30,8 @@ TILE_BYTES = 2**26
 class SparseLinear(nn.Module):
     """``nn.Linear`` for inference with a packed weight, and a low-rank part beside it where there is one.
 
-    The compiled kernel, if there is one, multiplies up to :data:`kernel.MAX_BATCH` tokens on a CPU, with matrix units
-    up to :data:`kernel.MAX_MANY`. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
+    The compiled kernel, if there is one, multiplies up to ``kernel.MAX_BATCH`` tokens on a CPU, with matrix units
+    up to ``kernel.MAX_MANY``. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
     unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32. The low-rank part is two products by
     torch in fp32, which are added.
 

@@ -47,7 +47,7 @@ def load(
     Args:
         folder: folder that ``fistapruner pack`` wrote; or a model whose decoder layers have different widths, which has
             nothing packed in it.
-        packed: keep the operators packed (:class:`SparseLinear`): less memory, and faster decoding on a CPU
+        packed: keep the operators packed (``SparseLinear``): less memory, and faster decoding on a CPU
             (x86-64 with AVX2); False unpacks them to an ordinary dense model.
         int8: with ``packed``, round float values to int8 while loading.
         dtype: precision of activations and dense tensors; None takes the checkpoint's.

@@ -95,9 +95,8 @@ def pack(
 
     Raises:
         FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged, its low-rank
-            part is gone or damaged; as
-            :class:`.NoPackedFormError` if no operator becomes smaller, pruned experts are stored as one tensor, or
-            values are fp64 and are not to be rounded to bf16.
+            part is gone or damaged; its subclass ``NoPackedFormError`` if no operator becomes smaller, pruned experts
+            are stored as one tensor, or values are fp64 and are not to be rounded to bf16.
     """
     if values not in ("same", "bf16", "int8"):
         raise FistaPrunerError(f"values {values!r} are not known: same, bf16 or int8")
@@ -157,7 +156,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
     A low-rank part comes back as it was, as ``adapter`` in the folder; the checkpoint is the sparse part.
 
     Args:
-        packed: folder that :func:`pack` wrote.
+        packed: folder that ``pack`` wrote.
         out: folder to make; it must not exist.
         progress: called with what is being done, how much of it is done, and how much there is.
 

@@ -57,10 +57,10 @@ def to_semi_structured(
         model: a model on a CUDA device (Ampere or later), in fp16 or bf16, for inference.
         tokens: tokens in one forward pass: the batch when decoding, batch times prompt when not.
         to_sparse: makes the semi-structured weight; None takes ``torch.sparse.to_sparse_semi_structured``.
-        clock: returns the seconds of a call on a device; None takes :func:`seconds`.
+        clock: returns the seconds of a call on a device; None takes the median by CUDA events.
 
     Returns:
-        One :class:`OperatorChoice` for every linear operator: which were changed, which stay as they are, and why.
+        One ``OperatorChoice`` for every linear operator: which were changed, which stay as they are, and why.
         GPT-2's ``Conv1D``, packed operators and tensors of all experts of a mixture are listed and stay as they are.
 
     Raises:
