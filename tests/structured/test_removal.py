@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_of_few_blocks_those_that_cost_least_together_go(seed: int, drift: float
 
     best = min(combinations(range(6), 3), key=cost)
     known = ChannelStatistics(problem, torch.zeros(12), None)
-    assert remove_channels(known, 3, Structure(shrink=0.0), block=2).keep.tolist() == list(best)
+    assert remove_channels(known, 3, Structure(method="obs", shrink=0.0), block=2).keep.tolist() == list(best)
     found = eliminate(problem, 3, 2, every_subset=True)
     least = brute(problem, torch.arange(12))
     assert least + float(found.costs.sum()) == pytest.approx(cost(best), rel=1e-4, abs=1e-4)
@@ -209,7 +210,7 @@ def test_channels_that_others_replace_go_first_at_no_cost() -> None:
     assert int(found.order[1]) in (2, 5)
     assert float(found.costs[1]) < 1e-4 * float(found.costs[2])
     known = statistics(weight, inputs)
-    removal = remove_channels(known, 6, Structure(shrink=0.0))
+    removal = remove_channels(known, 6, Structure(method="obs", shrink=0.0))
     kept = [c for c in (2, 5) if c in removal.keep.tolist()]
     assert len(kept) == 1
     column = removal.weight[:, removal.keep.tolist().index(kept[0])]
@@ -226,7 +227,7 @@ def test_one_of_channels_that_depend_on_each_other_goes_first_at_no_cost() -> No
     assert int(found.order[0]) in (1, 4, 6)
     assert float(found.costs[0]) < 1e-4 * float(found.costs[1])
     known = statistics(weight, inputs)
-    removal = remove_channels(known, CHANNELS - 1, Structure(shrink=0.0))
+    removal = remove_channels(known, CHANNELS - 1, Structure(method="obs", shrink=0.0))
     assert len({1, 4, 6} - set(removal.keep.tolist())) == 1
     assert error(removal, known) < 1e-6
     torch.testing.assert_close(inputs[:, removal.keep] @ removal.weight.T, inputs @ weight.T, rtol=1e-3, atol=1e-3)
@@ -253,7 +254,7 @@ def test_an_error_curve_never_falls(tokens: int, channels: int, block: int) -> N
 def test_full_shrinkage_changes_no_weight_and_keeps_the_order_of_energy() -> None:
     problem = make(0.0)
     known = ChannelStatistics(problem, torch.zeros(CHANNELS), None)
-    removal = remove_channels(known, 5, Structure(shrink=1.0))
+    removal = remove_channels(known, 5, Structure(method="obs", shrink=1.0))
     scores = channel_scores("energy", problem, torch.zeros(CHANNELS))
     assert set(removal.keep.tolist()) == set(scores.argsort(descending=True)[:5].tolist())
     torch.testing.assert_close(removal.weight, problem.weight[:, removal.keep])
@@ -392,7 +393,7 @@ def test_a_refit_with_a_bias_is_least_squares_with_an_intercept(drift: float, ta
     wanted = (target * dense + (1 - target) * seen).double() @ weight.T.double()
     energy = float((dense.double() @ weight.T.double()).square().sum() / 80)
     for count in (8, 5):
-        removal = remove_channels(known, count, Structure(shrink=0.0), biased=True)
+        removal = remove_channels(known, count, Structure(method="obs", shrink=0.0), biased=True)
         values, intercept, error = with_intercept(seen[:, removal.places], wanted)
         change = intercept if removal.bias is None else removal.bias.double() - intercept
         torch.testing.assert_close(removal.weight.double(), values, rtol=1e-3, atol=1e-3)
@@ -402,7 +403,7 @@ def test_a_refit_with_a_bias_is_least_squares_with_an_intercept(drift: float, ta
         assert known.centred().restricted(removal.places).relative_errors(removal.weight)[0] == pytest.approx(
             found, rel=1e-3
         )
-        alone = remove_channels(known, count, Structure(shrink=0.0), chosen=removal.keep)
+        alone = remove_channels(known, count, Structure(method="obs", shrink=0.0), chosen=removal.keep)
         assert alone.bias is None
         assert found < removal_error(known, alone.places, alone.weight)
         if count == 8:  # obs knows what the bias makes up for
@@ -417,7 +418,7 @@ def test_a_bias_makes_up_for_constant_channels() -> None:
     inputs[:, 2:4] = torch.tensor([30.0, 40.0])
     weight = torch.randn(ROWS, CHANNELS, generator=generator)
     known = replace(statistics(weight, inputs), half_means=(inputs[:100].mean(0), inputs[100:].mean(0)))
-    removal = remove_channels(known, CHANNELS - 1, Structure(), biased=True)
+    removal = remove_channels(known, CHANNELS - 1, Structure(method="obs"), biased=True)
     assert removal.bias is not None
     assert 2 not in removal.keep.tolist()
     assert removal_error(known, removal.places, removal.weight, removal.bias) < 1e-6
@@ -446,7 +447,7 @@ def test_cross_validation_tests_the_bias_of_the_fitted_half() -> None:
     assert fitted == pytest.approx(expected / energy, rel=1e-3)
     assert plain == pytest.approx(constant / energy, rel=1e-3)
     known = ChannelStatistics(problem, inputs.mean(0), (grams[0], grams[1]), None, (means[0], means[1]))
-    removal = remove_channels(known, 3, Structure(), chosen=keep, biased=True)
+    removal = remove_channels(known, 3, Structure(method="obs"), chosen=keep, biased=True)
     assert removal.shrink == 0.0  # with so many tokens
     assert removal.validated == pytest.approx(expected / energy, rel=1e-3)
 
@@ -493,7 +494,7 @@ def test_importance_of_rows_decides_which_channels_stay() -> None:
     inputs = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(0))
     known = statistics(weight, inputs)
     for first, second, kept in ((1.0, 1e-6, [0, 2]), (1e-6, 1.0, [1, 3])):
-        removal = remove_channels(known, 2, Structure(shrink=0.5), torch.tensor([first, second]))
+        removal = remove_channels(known, 2, Structure(method="obs", shrink=0.5), torch.tensor([first, second]))
         assert removal.keep.tolist() == kept
 
 
@@ -540,8 +541,37 @@ def test_amounts_are_read_as_users_write_them() -> None:
             Structure(remove=wrong)
 
 
+@pytest.mark.parametrize(
+    ("remove", "more", "chosen"),
+    [
+        ("12.5%", {}, "energy"),
+        ("mlp=20%", {}, "energy"),
+        ("20.1%", {}, "obs"),
+        ("mlp=25%", {}, "obs"),
+        ("mlp=64", {}, "obs"),
+        ("mlp=10%,heads=1", {}, "obs"),
+        ("heads=1", {}, "obs"),
+        ("12.5%", {"widths": "free"}, "obs"),
+        ("12.5%", {"method": "flap"}, "flap"),
+    ],
+)
+def test_few_channels_are_chosen_by_energy(remove: str, more: dict[str, Any], chosen: str) -> None:
+    recipe = Recipe.build({"structure": {"remove": remove, **more}}).resolved()
+    assert recipe.structure.method == chosen
+    assert recipe.resolved() == recipe == Recipe.build(recipe.model_dump(mode="json"))
+    begun = {"structure": {"method": "magnitude"}}  # a run that has begun goes on with its choice
+    goes_on = Recipe.build({"structure": {"remove": remove, **more}}).resolved(earlier=begun)
+    assert goes_on.structure.method == more.get("method", "magnitude")
+
+
+def test_without_structure_the_choice_of_channels_is_that_of_earlier_versions() -> None:
+    recipe = Recipe.build({}).resolved()
+    assert recipe.structure.method == "obs"
+    assert Recipe.build(recipe.model_dump(mode="json")) == recipe
+
+
 def test_an_operator_whose_weights_are_zero_loses_channels_without_an_error() -> None:
     generator = torch.Generator().manual_seed(2)
     known = statistics(torch.zeros(3, 9), torch.randn(80, 9, generator=generator))
-    removal = remove_channels(known, 5, Structure(shrink=0.0), biased=True)
+    removal = remove_channels(known, 5, Structure(method="obs", shrink=0.0), biased=True)
     assert removal_error(known, removal.places, removal.weight, removal.bias) == 0.0

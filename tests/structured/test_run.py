@@ -549,7 +549,7 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
         (
             "llama",
             ["--structure", "25%", "--structure-steps", "60"],
-            "structure.steps is 60, but the method is obs: this setting is for --structure-method bypass",
+            "structure.steps is 60, but the method is auto: this setting is for --structure-method bypass",
         ),
         (
             "llama",

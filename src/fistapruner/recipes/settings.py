@@ -242,7 +242,7 @@ class Recipe(RunRecipe):
         earlier: Mapping[str, Any] | None = None,
         family: Callable[[], str] | None = None,
     ) -> Recipe:
-        """Return this recipe with ``auto`` of ``propagate``, ``dense_target`` and ``residual`` resolved.
+        """Return this recipe with ``auto`` of passes, targets and the choice of channels resolved.
 
         Paths of calibration and workload files become absolute, so that a run can be continued from another folder.
         Seeds that ``recover`` does not name become those of this recipe.
@@ -276,6 +276,7 @@ class Recipe(RunRecipe):
                 step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
             )
         chosen["calibration"] = self.calibration.with_absolute_files()
+        chosen["structure"] = self.structure.resolved((earlier or {}).get("structure", {}).get("method"))
         if self.recover is not None:
             chosen["recover"] = self.recover.with_seed(self.seed)
         if self.workload is not None:

@@ -11,8 +11,11 @@ from pydantic import BeforeValidator, Field
 from .base import Settings, word_or_number
 from .loading import read_share
 
-StructureMethod = Literal["obs", "energy", "flap", "magnitude", "goa", "bypass"]
+StructureMethod = Literal["auto", "obs", "energy", "flap", "magnitude", "goa", "bypass"]
 """Ways to choose the channels that are removed."""
+
+FEW = 0.2
+"""Largest share to remove for which ``auto`` is ``energy``; from measurements at 12.5 and 25 % (docs/structure.md)."""
 
 AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none", "bypass": "none"}
 """How published methods make up for removed channels, which is what ``compensate: auto`` does with them."""
@@ -87,11 +90,12 @@ class Structure(Settings):
         "smaller model. Without it nothing is removed.",
     )
     method: StructureMethod = Field(
-        "obs",
+        "auto",
         description="Choice of the channels: greedy elimination with the error that the other channels cannot make up "
         "for (obs), energy of the channel's outputs (energy), its fluctuation (flap), the norm of its weights "
         "(magnitude), GOA's criteria for heads and channels after its reconstruction (goa), or probabilities to stay "
-        "that are learned from forward passes of the whole model (bypass, takes long).",
+        "that are learned from forward passes of the whole model (bypass, takes long). auto is energy where channels "
+        "alone go, of which at most 20%, and obs otherwise.",
     )
     compensate: Literal["auto", "refit", "bias", "none"] = Field(
         "auto",
@@ -131,6 +135,14 @@ class Structure(Settings):
         description="What bypass compares a loss with: a moving mean of the losses, as published, or the other mask's.",
     )
 
+    def resolved(self, earlier: StructureMethod | None = None) -> Structure:
+        """Return these settings with ``auto`` of the method resolved; ``earlier``: what a begun run has."""
+        if self.method != "auto":
+            return self
+        share = self.channels if self.share is None else self.share
+        few = isinstance(share, float) and share <= FEW and not self.heads and self.widths == "uniform"
+        return self.model_copy(update={"method": earlier or ("energy" if few else "obs")})
+
     @property
     def compensation(self) -> Literal["refit", "bias", "none"]:
         """How removed channels are made up for: ``compensate`` with ``auto`` resolved."""
@@ -163,7 +175,7 @@ class Structure(Settings):
 
     def no_effect(self, setting: str) -> str | None:
         """Say why a setting has no effect beside the others; None where it has one."""
-        if setting == "remove":
+        if setting == "remove" or (setting == "method" and self.method == "obs"):  # obs may be auto, resolved
             return None
         if self.remove is None:
             return "nothing is removed: give --structure 25% or the like"
@@ -171,7 +183,7 @@ class Structure(Settings):
             return "only experts are removed, by REAP's criterion: this setting is for channels and heads"
         if setting in ("steps", "lr", "baseline") and self.method != "bypass":
             return f"the method is {self.method}: this setting is for --structure-method bypass"
-        shrinks = self.method == "obs" or self.compensation == "refit" or self.widths == "free"
+        shrinks = self.method in ("auto", "obs") or self.compensation == "refit" or self.widths == "free"
         if setting == "shrink" and not shrinks:
             return (
                 f"the method is {self.method} and compensation is {self.compensation}: this setting is for "

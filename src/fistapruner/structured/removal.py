@@ -107,7 +107,7 @@ def remove_channels(
     Args:
         known: the operator's inputs.
         kept: channels to keep, fewer than all.
-        settings: how they are chosen and made up for.
+        settings: how they are chosen and made up for, resolved.
         importance: (m,) weights of the rows in the choice; None counts all alike.
         block: consecutive inputs of each channel, which stay or go together.
         chosen: (kept,) places of the channels to keep, ascending, where another method has chosen them.
