@@ -12,8 +12,17 @@ from layer_problems import make_problem
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.constraints import parse_sparsity
 from fistapruner.solvers import parse_method, solve
-from fistapruner.solvers.low_rank import ALTERNATIONS, LEVELS, RHO, STEPS, SparsePlusLowRank, _split, solve_low_rank
-from fistapruner.solvers.proximal import strided_order
+from fistapruner.solvers.low_rank import (
+    ALTERNATIONS,
+    LEVELS,
+    RHO,
+    STEPS,
+    SparsePlusLowRank,
+    _LowRankStep,
+    _split,
+    solve_low_rank,
+)
+from fistapruner.solvers.proximal import Proximal, strided_order
 
 METHODS = ("proximal", "alps", "sparsegpt+refit", "wanda", "fista")
 PATTERNS = ("50%", "2:4", "8:2:8")
@@ -163,6 +172,26 @@ def test_splitting_is_admm_with_a_dual_that_keeps_its_size_as_the_penalty_grows(
         basis = torch.linalg.qr((start - wanted) @ (change.T @ basis)).Q
         dense = start - change + basis @ (basis.T @ change)
     assert torch.allclose(found, dense + dual / rho, atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+@pytest.mark.parametrize(("drift", "target"), DRIFTS)
+def test_splitting_finds_the_same_in_other_units_of_the_inputs(sparsity: str, drift: float, target: float) -> None:
+    """Powers of two round nothing, and ridges that depend on the units are left out."""
+    problem = make_problem((12, 20), 32, drift=drift, target=target)
+    units = 2.0 ** torch.randint(-3, 4, (32,), generator=torch.Generator().manual_seed(0))
+    other = replace(
+        problem,
+        weight=problem.weight / units,
+        gram=problem.gram * units * units[:, None],
+        drift=None if problem.drift is None else problem.drift * units,
+    )
+    patterns, settings = [parse_sparsity(sparsity)] * 2, Proximal(damping=0.0, shrinkage=0.0, fast=False)
+    ours, theirs = (_LowRankStep(each, settings).split(patterns, 3, [True, True]) for each in (problem, other))
+    for one, two in zip(ours, theirs, strict=True):
+        assert one is not None
+        assert two is not None
+        assert torch.allclose(two.product() * units, one.product(), rtol=1e-3, atol=1e-3)
 
 
 def test_operators_of_a_group_are_solved_as_each_alone_with_any_mix_of_patterns() -> None:
