@@ -49,6 +49,11 @@ def test_rounds_follow_the_formula(tasks: int, per_round: int, rounds: int) -> N
     assert Mixture(tasks, tasks).rounds == Mixture(tasks).rounds == 1
 
 
+def test_exact_quotients_are_not_rounded_up() -> None:
+    assert Mixture(10, 9).rounds == 3
+    assert Mixture(1000, 999).rounds == 1
+
+
 def test_no_task_is_missed_too_often() -> None:
     tasks, per_round, draws = 5, 2, 4000
     rounds = Mixture(tasks, per_round).rounds
