@@ -17,7 +17,7 @@ from test_windows import LETTERS, letters_tokenizer, tiny
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
-from fistapruner.calibration.mixtures import Mixture
+from fistapruner.calibration.mixtures import Mixture, shuffled
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
 from fistapruner.evaluation.data import evaluation_documents
 from fistapruner.pipeline.recover_inputs import check_mixture
@@ -47,6 +47,17 @@ def test_rounds_follow_the_formula(tasks: int, per_round: int, rounds: int) -> N
     assert Mixture(tasks, per_round).rounds == rounds
     assert (1 - per_round / tasks) ** rounds <= 1e-3 < (1 - per_round / tasks) ** (rounds - 1)
     assert Mixture(tasks, tasks).rounds == Mixture(tasks).rounds == 1
+
+
+def test_exact_quotients_are_not_rounded_up() -> None:
+    assert Mixture(10, 9).rounds == 3
+    assert Mixture(1000, 999).rounds == 1
+
+
+def test_every_turn_has_all_numbers_in_an_order_of_its_own() -> None:
+    turns = shuffled(torch.arange(20), 60, 0, "windows").view(3, 20).tolist()
+    assert all(sorted(turn) == list(range(20)) for turn in turns)
+    assert len(set(map(tuple, turns))) == 3
 
 
 def test_no_task_is_missed_too_often() -> None:

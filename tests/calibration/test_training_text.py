@@ -70,6 +70,10 @@ def test_windows_are_the_joined_documents(documents: list[str], seqlen: int, win
     assert torch.equal(cut.windows, whole.windows[:windows])
     assert whole.documents == len(documents)
     assert whole.tokens == sum(map(len, documents))
+    if bos:  # where one token begins and ends documents, what joins two of them is not taken for a window's first one
+        cut = pack_documents(documents, letters_tokenizer(bos, eos="<s>"), seqlen, windows, "text")
+        got = "".join(text_of(tokenizer, window[1:]) for window in cut.windows)
+        assert joined.replace(EOS, "<s>").startswith(got)
     if bos:  # documents that a chat template wrote: no window begins with two of them, and no end stands twice
         chats = [f"<s>{document}{EOS}" for document in documents]
         cut = pack_documents(chats, tokenizer, seqlen, windows, "text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner.evaluation.scoring import (
+    WindowSums,
     compare_tokens,
+    divergence_of,
+    perplexity_of,
     score_tokens,
     token_divergence,
     token_nll,
@@ -41,6 +45,25 @@ def test_a_model_does_not_differ_from_itself() -> None:
     _, _, kl, agree = token_divergence(logits, logits.clone(), torch.zeros(20, dtype=torch.int64))
     assert float(kl.max()) < 1e-5
     assert bool(agree.all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_logits_are_reduced_in_fp32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = ((torch.randn(20, 300, generator=generator) * 5).to(dtype) for _ in range(2))
+    targets = torch.randint(300, (20,), generator=generator)
+    assert torch.equal(token_nll(p, targets), token_nll(p.float(), targets))
+    for narrow, wide in zip(
+        token_divergence(p, q, targets), token_divergence(p.float(), q.float(), targets), strict=True
+    ):
+        assert torch.equal(narrow, wide)
+
+
+def test_rounding_makes_no_divergence_negative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 500, generator=generator) * 5
+    near = logits + 1e-6 * torch.randn(200, 500, generator=generator)
+    assert float(token_divergence(near, logits, torch.zeros(200, dtype=torch.int64))[2].min()) >= 0
 
 
 def test_impossible_tokens_add_nothing() -> None:
@@ -79,3 +102,26 @@ def test_standard_error_is_over_windows() -> None:
     assert mean == pytest.approx(1.3)
     assert error == pytest.approx(torch.tensor([1.0, 1.4, 1.2, 1.6]).std().item() / 2)
     assert math.isnan(mean_and_error(sums[:1] / 10)[1])
+
+
+def test_records_hold_means_over_tokens_and_errors_over_windows() -> None:
+    """Against the standard library; perplexity is exp of a mean, so its error is that of the mean times itself."""
+    generator, length = torch.Generator().manual_seed(0), 5
+    nll, reference, kl, agree = (torch.rand(7, generator=generator, dtype=torch.float64) * length for _ in range(4))
+    about = {"data": "text.txt", "split": "file", "seqlen": 6, "dtype": "float32", "bos": "", "sha256": ""}
+    single = perplexity_of(nll, length, **about)
+    found = divergence_of(WindowSums(nll, length, reference, kl, agree))
+
+    def expected(sums: torch.Tensor) -> list[float]:
+        means = [value / length for value in sums.tolist()]
+        return [statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means))]
+
+    mean, error = expected(nll)
+    assert [single.nll, single.nll_standard_error] == pytest.approx([mean, error])
+    assert [single.perplexity, single.standard_error] == pytest.approx([math.exp(mean), math.exp(mean) * error])
+    assert (single.windows, single.tokens) == (7, 35)
+    assert [found.kl, found.kl_standard_error] == pytest.approx(expected(kl))
+    assert [found.top1_agreement, found.top1_standard_error] == pytest.approx(expected(agree))
+    difference = [found.nll_difference, found.nll_difference_standard_error]
+    assert difference == pytest.approx(expected(nll - reference))
+    assert perplexity_of(nll + 1000 * length, length, **about).perplexity == math.inf

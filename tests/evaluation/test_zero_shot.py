@@ -97,26 +97,31 @@ def test_every_filter_has_its_own_score_and_examples_are_counted() -> None:
         for item, right in enumerate(rights)
     ]
     plain = [{"doc_id": 0, "doc_hash": "", "filter": "none", "metrics": ["acc"], "acc": 1.0}]
-    found = read_answers({"samples": {"gsm8k": samples, "piqa": plain}, "n-shot": {"gsm8k": 5, "piqa": 0}})
+    counts = {"gsm8k": {"original": 9, "effective": 3}, "piqa": {"original": 1, "effective": 1}}
+    found = read_answers(
+        {"samples": {"gsm8k": samples, "piqa": plain}, "n-shot": {"gsm8k": 5, "piqa": 0}, "n-samples": counts}
+    )
     assert found.outcomes == {
         ("gsm8k", "exact_match,strict-match"): {0: 0.0, 1: 0.0, 2: 1.0},
         ("gsm8k", "exact_match,flexible-extract"): {0: 1.0, 1: 0.0, 2: 1.0},
         ("piqa", "acc"): {0: 1.0},
     }
     assert found.shots == {"gsm8k": 5, "piqa": 0}
+    assert found.available == {"gsm8k": 9, "piqa": 1}
 
 
 def test_scores_of_other_items_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(*hashes: str, filters: tuple[str, ...] = ("none",)) -> Any:
+    def measured(*hashes: str, filters: tuple[str, ...] = ("none",), step: int = 1) -> Any:
         samples = [
             {"doc_id": item, "doc_hash": text, "filter": name, "metrics": ["acc"], "acc": 1.0}
             for name in filters
             for item, text in enumerate(hashes)
         ]
-        monkeypatch.setattr(zero_shot, "_run", lambda *_: {"samples": {"t": samples}})
+        monkeypatch.setattr(zero_shot, "_run", lambda *_: {"samples": {"t": samples[::step]}})
         return evaluate_tasks(tmp_path, Tasks((), None, "local file"))[0].measured_on
 
     assert measured("a", "b") == measured("a", "b") == measured("a", "b", filters=("none", "strict"))
+    assert measured("a", "b") == measured("a", "b", step=-1)  # the order of the answers says nothing of the items
     assert len({measured("a", "b"), measured("a", "c"), measured("b", "a"), measured("a")}) == 4
 
 

@@ -323,6 +323,16 @@ def test_stale_quantization_config_is_dropped(single: Path, tmp_path: Path) -> N
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_quantization_config_of_quantised_weights_is_kept(single: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(single / "model.safetensors")
+    save_file({**tensors, "other": torch.ones(2, 2).to(dtype)}, single / "model.safetensors", {"format": "pt"})
+    config = json.loads((single / "config.json").read_text()) | {"quantization_config": {"bits": 8}}
+    (single / "config.json").write_text(json.dumps(config))
+    write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
 def test_bad_replacements_leave_no_checkpoint(single: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(single)
     with pytest.raises(FistaPrunerError, match="the new tensor is"):

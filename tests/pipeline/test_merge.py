@@ -232,6 +232,19 @@ def test_a_survivor_that_becomes_zero_keeps_its_value(tmp_path: Path) -> None:
     assert "surviving weights that the adapter makes 0 keep their values" in str(report)
 
 
+def test_an_operator_that_is_not_pruned_may_lose_weights_to_the_adapter(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model")
+    name = OPERATORS["llama"][0]
+    adapter(tmp_path / "adapter", model, "IA3", (name,))
+    factor = torch.ones(model.get_submodule(name).weight.shape[0], 1)
+    factor[2] = 0.0
+    save_file({f"{name}.ia3_l": factor}, tmp_path / "adapter" / "adapter_model.safetensors")
+    report = fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    old, new = (Checkpoint.open(tmp_path / folder).read(f"{name}.weight") for folder in ("model", "out"))
+    assert torch.equal(new, old * factor.to(old.dtype))
+    assert report.operators[0].restored == 0
+
+
 def test_the_command_prints_json_and_refuses_flags_without_effect(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

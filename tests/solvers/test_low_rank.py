@@ -12,7 +12,17 @@ from layer_problems import make_problem
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.constraints import parse_sparsity
 from fistapruner.solvers import parse_method, solve
-from fistapruner.solvers.low_rank import ALTERNATIONS, SparsePlusLowRank, solve_low_rank
+from fistapruner.solvers.low_rank import (
+    ALTERNATIONS,
+    LEVELS,
+    RHO,
+    STEPS,
+    SparsePlusLowRank,
+    _LowRankStep,
+    _split,
+    solve_low_rank,
+)
+from fistapruner.solvers.proximal import Proximal, strided_order
 
 METHODS = ("proximal", "alps", "sparsegpt+refit", "wanda", "fista")
 PATTERNS = ("50%", "2:4", "8:2:8")
@@ -135,6 +145,53 @@ def test_weights_that_are_sparse_plus_low_rank_are_found(method: str, sparsity: 
     drawn = replace(problem, weight=sparse + low_rank, energy=None)
     once, found = (solved(drawn, 3, sparsity, method, alternations=count) for count in (1, ALTERNATIONS))
     assert found.sparse.stats[0]["relative_error"] < 0.2 * once.sparse.stats[0]["relative_error"]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_splitting_is_admm_with_a_dual_that_keeps_its_size_as_the_penalty_grows(rank: int) -> None:
+    """Against ADMM with the dual Y itself, in fp64, which has nothing to rescale: its Z is ``X + Y / rho``."""
+    problem, pattern = make_problem((12,), 16), parse_sparsity("2:4")
+    gram, wanted = problem.gram.double(), problem.weight.double()
+    gram = gram / gram.diagonal().mean()
+    identity, order = torch.eye(16, dtype=torch.float64), strided_order(16, 4, gram.device)
+
+    def resolvent(rho: float) -> torch.Tensor:
+        return (rho * torch.linalg.inv(gram + rho * identity))[order][:, order]
+
+    found = _split(wanted, resolvent, [12], [pattern], rank, fast=False)
+
+    basis = torch.randn(12, rank, generator=torch.Generator().manual_seed(0)).double()
+    dense, dual, rho = wanted, torch.zeros_like(wanted), RHO[0]
+    for step in range(LEVELS * STEPS):
+        shifted = dense + dual / rho
+        sparse = shifted * pattern.project(shifted.abs())
+        dual = dual + rho * (dense - sparse)
+        rho = RHO[0] * (RHO[1] / RHO[0]) ** (step // STEPS / (LEVELS - 1))
+        start = sparse - dual / rho
+        change = torch.linalg.solve(gram + rho * identity, gram @ (start - wanted).T).T  # without a low-rank part
+        basis = torch.linalg.qr((start - wanted) @ (change.T @ basis)).Q
+        dense = start - change + basis @ (basis.T @ change)
+    assert torch.allclose(found, dense + dual / rho, atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+@pytest.mark.parametrize(("drift", "target"), DRIFTS)
+def test_splitting_finds_the_same_in_other_units_of_the_inputs(sparsity: str, drift: float, target: float) -> None:
+    """Powers of two round nothing, and ridges that depend on the units are left out."""
+    problem = make_problem((12, 20), 32, drift=drift, target=target)
+    units = 2.0 ** torch.randint(-3, 4, (32,), generator=torch.Generator().manual_seed(0))
+    other = replace(
+        problem,
+        weight=problem.weight / units,
+        gram=problem.gram * units * units[:, None],
+        drift=None if problem.drift is None else problem.drift * units,
+    )
+    patterns, settings = [parse_sparsity(sparsity)] * 2, Proximal(damping=0.0, shrinkage=0.0, fast=False)
+    ours, theirs = (_LowRankStep(each, settings).split(patterns, 3, [True, True]) for each in (problem, other))
+    for one, two in zip(ours, theirs, strict=True):
+        assert one is not None
+        assert two is not None
+        assert torch.allclose(two.product() * units, one.product(), rtol=1e-3, atol=1e-3)
 
 
 def test_operators_of_a_group_are_solved_as_each_alone_with_any_mix_of_patterns() -> None:

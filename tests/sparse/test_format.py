@@ -139,6 +139,21 @@ def test_contradictions_are_refused(change, message):
         decode("w", OperatorSpec.of(operator), tensors.__getitem__, FAULT)
 
 
+def test_the_bytes_of_an_index_are_those_of_the_format():
+    """The six ways to keep two of four in lexicographic order: 0 to 5, three bits each, the lowest bit first."""
+    row = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1]]).float()
+    expected = sum(way << 3 * way for way in range(6)).to_bytes(3, "little")
+    assert bytes(encode("w", pack_operator(row, NM(2, 4)))["w.index"][0].tolist()) == expected
+
+
+def test_index_bits_beyond_the_last_group_are_refused():
+    operator = pack_operator(torch.tensor([[1.0, 2.0, 0.0, 0.0]]), NM(2, 4))
+    tensors = {name: tensor.clone() for name, tensor in encode("w", operator).items()}
+    tensors["w.index"] |= 0x80
+    with pytest.raises(FistaPrunerError, match="index bits beyond its last group"):
+        decode("w", OperatorSpec.of(operator), tensors.__getitem__, FAULT)
+
+
 def test_wrong_requests_are_refused():
     with pytest.raises(FistaPrunerError, match="no operator"):
         pack_operator(torch.zeros(3))

@@ -218,6 +218,8 @@ def test_patience() -> None:
     assert patience.rate == pytest.approx(0.09)
     assert [patience.check(step, 9.0) for step in (5, 6)] == [Verdict.BACK, Verdict.STOP]
     assert (patience.best, patience.best_step) == (3.0, 4)
+    small = Patience.begin(5.0, 1e-3)  # it stops below a share of the first rate, whatever that is
+    assert [small.check(step, 9.0) for step in range(4)] == [Verdict.BACK] * 3 + [Verdict.STOP]
     calm = Patience.begin(5.0, on=False)
     assert [calm.check(step, 9.0) for step in range(9)] == [Verdict.WORSE] * 9
     assert calm.rate == 1.0

@@ -78,6 +78,18 @@ def test_the_harmonic_mean_is_that_of_many_digits(references: list[tuple[float, 
     assert found[0].tolist() == pytest.approx([expected, expected], rel=1e-12, abs=1e-9)
 
 
+@settings(max_examples=20, deadline=None)
+@cases
+def test_every_pair_has_its_own_weights(seed: int, count: int, pairs: int) -> None:
+    model, references, weights = drawn(seed, count, pairs)
+    for kind in KINDS[1:]:
+        alone = [
+            losses(kind, model[pair : pair + 1], references[:, pair : pair + 1], weights[:, pair : pair + 1])
+            for pair in range(pairs)
+        ]
+        assert torch.allclose(losses(kind, model, references, weights), torch.cat(alone), rtol=1e-11, atol=1e-12)
+
+
 def test_the_harmonic_mean_is_the_most_pessimistic_reference() -> None:
     """Whatever the weights, the lowest log-probability less the log of its weight."""
     references = torch.tensor([[[-120.0, -120.0]], [[-100.0, -100.0]]], dtype=torch.float64)

@@ -35,9 +35,9 @@ def logits_of(teacher: Teacher, windows: Sequence[int]) -> Tensor:
     teacher.require(windows)
     predictions = teacher.predictions(windows, torch.ones(len(windows), SEQLEN, dtype=torch.bool))
     with teacher.dense.embeddings_and_head(), torch.no_grad():
-        rows = predictions.rows(0, len(windows) * SEQLEN)
-    assert isinstance(rows, DenseLogits)
-    return rows.logits.view(len(windows), SEQLEN, -1)
+        parts = [predictions.rows(start, stop) for start, stop in ((0, 7), (7, len(windows) * SEQLEN))]
+    logits = [part.logits for part in parts if isinstance(part, DenseLogits)]
+    return torch.cat(logits).view(len(windows), SEQLEN, -1)
 
 
 def own_logits(folder: Path, tokens: Tensor) -> Tensor:
