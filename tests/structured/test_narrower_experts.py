@@ -293,3 +293,11 @@ def test_shared_experts_with_an_entry_of_their_own_keep_their_share(tmp_path: Pa
     fp.prune(str(tmp_path / "model"), tmp_path / "run", structure=QUARTER, calibration=SMALL)
     found = loaded(tmp_path / "run" / "model").config
     assert (found.intermediate_size, found.shared_intermediate_size) == (36, 16)
+
+
+@pytest.mark.parametrize("hidden", [32, 64])
+def test_attention_is_not_taken_for_a_shared_expert(tmp_path: Path, hidden: int) -> None:
+    """An output projection with twice as many outputs as inputs is no gate and up in one."""
+    folder = tiny.save("qwen3_moe", tmp_path / "model", hidden_size=hidden)
+    report = fp.prune(str(folder), tmp_path / "run", structure=QUARTER, calibration=SMALL)
+    assert report.widths == {"expert channels": (16, 12)}

@@ -413,15 +413,17 @@ def _is_whole(layer: nn.Module, link: Link) -> bool:
 def _fused(layout: Layout, index: int) -> tuple[Unit, ...]:
     """Return the MLP channels of a decoder layer where gate and up are one tensor, one after the other.
 
-    The largest operator that has twice as many outputs as another one beside it has inputs. :mod:`.proof` shows whether
-    it is what it seems.
+    The largest operator that has twice as many outputs as the only other one beside it has inputs. :mod:`.proof` shows
+    whether it is what it seems.
     """
     operators = [operator for operator in layout.in_layer(index) if not operator.experts]
+    beside = Counter(operator.name.rpartition(".")[0] for operator in operators)
     pairs = [
         (writer.rows, writer.name, reader)
         for reader in operators
         for writer in operators
         if writer.name.rpartition(".")[0] == reader.name.rpartition(".")[0] and writer.rows == 2 * reader.columns
+        if writer != reader and beside[reader.name.rpartition(".")[0]] == 2
     ]
     if not pairs:
         return ()
