@@ -248,6 +248,10 @@ def test_a_share_of_the_parameters_is_met(tmp_path: Path, capsys: pytest.Capture
     assert abs(gone - 0.15 * layers) <= channels / 2
     assert f"({gone / layers:.1%} fewer)" in said
     assert report.totals.model_weights == dense.num_parameters() - gone
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert (
+        f"Every decoder layer keeps {report.widths['MLP channels'][1]} of 48 MLP channels; every expert keeps" in card
+    )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "expert channels 16 →" in page
     assert "mean of 4 experts" in page

@@ -54,13 +54,11 @@ def structure_sentence(report: Report) -> str:
     only_here = ONLY_HERE if has_free_widths(report) else ""
     if not report.widths:
         return only_here
-    units = [f"{after} of {before} {unit}" for unit, before, after in kept_units(report)]
-    text = f"Every decoder layer keeps {' and '.join(units)}"
-    if set(report.widths) & PLACES.keys():
-        text = "; ".join(
-            f"every {PLACES.get(unit, _layers_with(report, unit))} keeps {after} of {before} {unit}"
-            for unit, before, after in kept_units(report)
-        ).capitalize()
+    kept: dict[str, list[str]] = {}
+    for unit, before, after in kept_units(report):
+        kept.setdefault(PLACES.get(unit, _layers_with(report, unit)), []).append(f"{after} of {before} {unit}")
+    text = "; ".join(f"every {place} keeps {' and '.join(units)}" for place, units in kept.items())
+    text = text.replace("every", "Every", 1)
     weights, dense = report.totals.model_weights, report.model.parameters
     text = f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
     return f"{text} {only_here}".strip()
