@@ -592,10 +592,11 @@ def test_plan_counts_low_rank_parts_and_says_so(model: Model, tmp_path: Path) ->
     assert any(f"additional weights, {100 * share:.1f} % of the operators'" in said for said in plan.says)
 
 
-def test_removing_experts_alone_is_planned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("structure", ["experts=25%", "mlp=25%", "mlp=25%,experts=25%"])
+def test_cutting_experts_alone_is_planned(tmp_path: Path, structure: str) -> None:
     """The layer, the hidden states and the experts that stay are in memory; the journal has the experts on disk."""
     folder = tiny.save("mixtral", tmp_path / "model", hidden_size=64, intermediate_size=256)
-    settings: dict[str, Any] = {"structure": "experts=25%", "calibration": {"source": "python", "seqlen": 16}}
+    settings: dict[str, Any] = {"structure": structure, "calibration": {"source": "python", "seqlen": 16}}
     opened = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     recipe = Recipe.build(settings).resolved()
     layout, widths = change_widths(opened, discover(opened), recipe, UNTRUSTED)
@@ -603,10 +604,10 @@ def test_removing_experts_alone_is_planned(tmp_path: Path) -> None:
     found = measure_sizes(opened, layout, recipe, allocate(recipe, layout), tokens, widths)
     experts, states = 3 * 3 * 64 * 256 * 4, 2 * 128 * 16 * 64 * 4
     choice = Choice(2)
-    assert found.stages(choice)["removing experts"] - found.base > found.layer + states + experts
+    assert found.stages(choice)["cutting experts"] - found.base > found.layer + states + experts
     on_gpu = replace(found, cuda=True)
     assert max(on_gpu.host_stages(choice).values()) - found.base > found.layer + states + experts
-    assert on_gpu.stages(choice)["removing experts"] > found.layer
+    assert on_gpu.stages(choice)["cutting experts"] > found.layer
     stays = found.disk(choice, 1)
     settings["calibration"]["samples"] = 2
     disk = next(row for row in prune(folder, tmp_path / "run", **settings).plan if row.quantity == "disk")

@@ -41,8 +41,18 @@ class RoutedTokens:
         for inputs, _ in self.weighted(number, device):
             yield inputs
 
+    def by_half(self, number: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Yield the same with the first window of each batch; it is cut at half of the windows."""
+        half = self._inputs.samples // 2
+        for start, stop, chosen, _ in self._batches:
+            rows, _ = torch.where(chosen == number)
+            before = rows < (half - start) * self._inputs.seqlen
+            for first, part in ((start, rows[before]), (max(start, half), rows[~before])):
+                if len(part):
+                    yield first, self._inputs.tokens(start, stop, part, device)
+
     def weighted(self, number: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the same with the (tokens,) weights that the router gives the expert."""
+        """Yield the inputs with the (tokens,) weights that the router gives the expert."""
         for start, stop, chosen, weights in self._batches:
             rows, places = torch.where(chosen == number)
             if len(rows):

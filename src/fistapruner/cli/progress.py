@@ -65,8 +65,8 @@ def describe_layer(entry: LayerEntry) -> str:
     """Describe a layer: ``layer 3: error 1.93 % (worst: mlp.down_proj 4.10 %), 5.2 s``."""
     errors = [(operator.relative_error or 0.0, operator.name) for operator in entry.judged]
     if not errors and entry.removals:
-        removed = ", ".join(f"{removal.unit} {removal.before} → {removal.after}" for removal in entry.removals)
-        return f"layer {entry.index}: {removed}"
+        removed = dict.fromkeys(f"{removal.unit} {removal.before} → {removal.after}" for removal in entry.removals)
+        return f"layer {entry.index}: {', '.join(removed)}"
     if not errors:
         return f"layer {entry.index}: nothing to prune"
     worst, name = max(errors)

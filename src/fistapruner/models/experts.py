@@ -67,10 +67,23 @@ class Expert(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the expert's output (tokens, n)."""
         outputs = [self.get_submodule(name)(tokens) for name in self._readers]
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        (fused,) = self._fused
-        output: Tensor = self.down_proj(fused._apply_gate(joined) if fused.has_gate else fused.act_fn(joined))
+        output: Tensor = self.down_proj(self.channels(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)))
         return output
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Return the names of the linear modules that read its tokens, in order."""
+        return tuple(self._readers)
+
+    def channels(self, outputs: Tensor) -> Tensor:
+        """Compute the inputs of ``down_proj`` from the outputs of the readers; it takes no weights.
+
+        Args:
+            outputs: (tokens, rows) of all readers, beside one another.
+        """
+        (fused,) = self._fused
+        channels: Tensor = fused._apply_gate(outputs) if fused.has_gate else fused.act_fn(outputs)
+        return channels
 
 
 class Experts(nn.Module):

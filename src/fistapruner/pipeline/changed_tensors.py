@@ -42,18 +42,21 @@ class ChangedTensors:
         """Collect them of a run whose layers are all journaled."""
         checkpoint, widths, journal = context.model.checkpoint, context.widths, context.run.journal
         places = {name: file for file in map(journal.weights, range(len(context.model))) for name in file.entries}
-        cut: dict[str, tuple[int, ...]] = {}
-        if widths is not None:
-            cut = {
-                name: shape
-                for name, file in places.items()
-                if (shape := file.entries[name].shape) != checkpoint.entry(name).shape
-            }
         dropped = set(unread_tensors(context.model, widths))
+        cut: dict[str, tuple[int, ...]] = {}
         stacked: dict[str, tuple[int, ...]] = {}
         if widths is not None and widths.experts:
             of_experts, stacked = dropped_tensors(context.model, widths.experts)
             dropped |= of_experts
+        for name, file in places.items() if widths is not None else ():
+            shape, stack = file.entries[name].shape, checkpoint.stack_of(name)
+            if shape == checkpoint.entry(name).shape:
+                continue
+            if stack is None:
+                cut[name] = shape
+            else:  # every expert that stays has this shape
+                count = stacked.get(stack.name, checkpoint.entry(stack.name).shape)[0]
+                stacked[stack.name] = (count, *shape[:: -1 if stack.transposed else 1])
         parts = {part for name in stacked for part in checkpoint.parts(name)}
         stay = {checkpoint.stacks[name].part(index) for name, shape in stacked.items() for index in range(shape[0])}
         try:

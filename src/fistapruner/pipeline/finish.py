@@ -136,7 +136,7 @@ def _write_model(
     )
 
 
-def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
+def _flops(model: LayerwiseModel, gone: int, narrowed: Mapping[str, int]) -> tuple[int, int]:
     """Count the floating-point operations of a token in the dense model, and in one with fewer parameters.
 
     Those of the matrices of the decoder layers and of the output head: two for each weight. Of a mixture's experts a
@@ -145,6 +145,7 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
     Args:
         model: the dense model.
         gone: weights of matrices of the decoder layers that were removed, those of experts left out.
+        narrowed: weights that every expert that stays has lost, by the name of its mixture.
     """
     parameters = dict(model.model.named_parameters())
     matrices = {name: parameter.numel() for name, parameter in parameters.items() if parameter.ndim > 1}
@@ -160,6 +161,7 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
     }
     for name, chosen in chosen_experts(model).items() if mixtures else ():
         used -= weights(name) * (mixtures[name] - chosen) // mixtures[name]
+        gone += chosen * narrowed.get(name, 0)
     head = model.model.get_output_embeddings()
     used += 0 if head is None else head.weight.numel()
     return 2 * used, 2 * (used - gone)
@@ -184,10 +186,19 @@ def _totals(
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
     shapes = changed.shapes
     gone = {name: math.prod(checkpoint.entry(name).shape) - math.prod(shape) for name, shape in shapes.items()}
+    narrowed: dict[str, int] = {}
+    for index, units in enumerate(context.widths.units if context.widths else ()):
+        for unit in (unit for unit in units if unit.consumer.experts):
+            lost = 0
+            for name in unit.names:
+                gone.pop(context.model.source_of(index, f"{name}.weight"), None)
+                lost += context.model.layers[index].get_parameter(f"{name}.weight").numel() // unit.before
+            narrowed[context.model.full_name(index, unit.consumer.experts)] = lost * (unit.before - unit.after)
     dense_flops, flops = (
         _flops(
             context.model,
             sum(n for name, n in gone.items() if len(shapes[name]) > 1 and name not in checkpoint.stacks),
+            narrowed,
         )
         if shapes
         else (None, None)
@@ -212,18 +223,20 @@ def _totals(
 
 def _record(report: Report, context: RunContext, claims: Mapping[str, Any], changed: ChangedTensors) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
-    widths = [
-        {
-            "layer": f"{context.layout.layers_name}.{index}",
-            "unit": unit.kind,
-            "before": unit.before,
-            "after": unit.after,
-            "sizes": {name: len(rows) for name, rows in unit.kept_rows(torch.tensor([0])).items()}
-            | {unit.consumer.name: unit.columns},
-        }
-        for index, units in enumerate(context.widths.units if context.widths else ())
-        for unit in units
-    ] + [
+    cut: dict[tuple[int, str], dict[str, Any]] = {}  # experts of a layer are one entry
+    for index, units in enumerate(context.widths.units if context.widths else ()):
+        for unit in units:
+            entry = {
+                "layer": f"{context.layout.layers_name}.{index}",
+                "unit": unit.kind,
+                "before": unit.before,
+                "after": unit.after,
+                "sizes": {},
+            }
+            sizes = cut.setdefault((index, unit.kind), entry)["sizes"]
+            sizes |= {name: len(rows) for name, rows in unit.kept_rows(torch.tensor([0])).items()}
+            sizes[unit.consumer.name] = unit.columns
+    widths = list(cut.values()) + [
         {
             "layer": f"{context.layout.layers_name}.{index}",
             "unit": EXPERTS,

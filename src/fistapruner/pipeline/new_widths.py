@@ -78,12 +78,16 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     """Say in one sentence what is removed from a model."""
     before = layer_weights(model)
     gone = removed_weights(model, widths)
+    free = "quantization_config" in widths.config  # a layer may lose nothing
     found = []
     for kind, whole in dict.fromkeys((unit.kind, unit.before) for layer in widths.units for unit in layer):
-        kept = [[unit.after for unit in layer if unit.kind == kind] or [whole] for layer in widths.units]
+        kept = [[unit.after for unit in layer if unit.kind == kind] or [whole] * free for layer in widths.units]
         found.append(f"{span(chain.from_iterable(kept))} of {count(whole)} {kind}")
     mixtures = dict.fromkeys(f"{unit.after} of {unit.before} {EXPERTS}" for units in widths.experts for unit in units)
-    stay, where = " and ".join([*found, *mixtures]), "decoder layer" if found else "mixture"
+    *others, last = *found, *mixtures
+    stay, where = f"{', '.join(others)} and {last}" if others else last, "decoder layer" if found else "mixture"
+    alike = len({frozenset(unit.kind for unit in layer) for layer in widths.units}) < 2
+    where += "" if free or alike else " that has them"
     return (
         f"structure: {stay} stay in every {where}, {before - gone} of the layers' {before} parameters "
         f"({gone / before:.1%} fewer)"

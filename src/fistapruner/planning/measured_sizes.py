@@ -101,7 +101,7 @@ def _measure_layer(
         for number, layer in enumerate(layout.layers)
         for place, group in enumerate(layer)
         for operator in group
-        if place in solved[number] or operator.name in touched[number]
+        if place in solved[number] or (operator.name in touched[number] and not operator.experts)
     )
     more = low_rank_weights(layout, recipe, sparsity)
     measured = _measured_groups(layout, recipe, sparsity, index, units, told, solved[index], model.device)
@@ -196,7 +196,8 @@ def _measured_groups(
 def _cut_sizes(unit: Unit, drift_from: DriftFrom | None) -> GroupSizes:
     """Count the sizes of an operator that only loses inputs, with the Grams of both halves."""
     n, operator = unit.consumer.columns, unit.consumer
-    return GroupSizes(operator.name.rpartition(".")[2], 2 * 4 * n * n, 4 * operator.rows * n, drift_from, 0, 0)
+    names, weight = operator.name.rpartition(".")[2], 4 * operator.rows * n
+    return GroupSizes(names, 2 * 4 * n * n, weight, drift_from, 0, 0, bool(operator.experts))
 
 
 def _group_sizes(
@@ -256,12 +257,12 @@ def _comparing_bytes(model: LayerwiseModel, recipe: Recipe, units: Sequence[Unit
 def _removal_bytes(model: LayerwiseModel, layout: Layout, recipe: Recipe, index: int, units: Sequence[Unit]) -> int:
     """Measure the peak of choosing which channels are removed, and of the weights that remain."""
     groups = layout.layers[index]
-    problems = [
+    problems = {  # experts are alike
         (unit.consumer.rows, unit.consumer.columns, unit.after * unit.columns, unit.biased(model.layers[index]))
         for unit in units
-    ]
+    }
     for number in fitted_groups(layout, index, units, recipe):
-        problems.append((sum(op.rows for op in groups[number]), groups[number][0].columns, 1, False))
+        problems.add((sum(op.rows for op in groups[number]), groups[number][0].columns, 1, False))
     return max(
         (
             removal_bytes(rows, columns, kept, recipe.structure, model.device, biased=biased)
@@ -285,12 +286,16 @@ def _entering_width(layout: Layout, recipe: Recipe, index: int, device: torch.de
 
 
 def _renumbered(model: LayerwiseModel, layout: Layout, index: int, solved: list[int], widths: Widths | None) -> int:
-    """Count the bytes of a layer's experts that stay when others go, and are not solved afterwards."""
+    """Count the bytes of a layer's experts that stay when others go, or lose channels, and are not solved."""
     units = () if widths is None else widths.mixtures(index)
     weights = sum(unit.after * expert_weights(model.layers[index], unit) for unit in units)
     mixtures = {unit.name for unit in units}
     groups = (layout.layers[index][number] for number in solved)
     weights -= sum(op.rows * op.columns for group in groups for op in group if op.experts in mixtures)
+    narrower = {unit.consumer.experts for unit in widths.units[index]} if widths is not None else set()
+    left = [group for number, group in enumerate(layout.layers[index]) if number not in solved]
+    narrower -= {"", *mixtures}
+    weights += sum(op.rows * op.columns for group in left for op in group if op.experts in narrower)
     return weights * model.checkpoint.dtype.itemsize
 
 

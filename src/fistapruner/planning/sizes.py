@@ -135,7 +135,9 @@ class Sizes:
     """Peak of choosing the channels that are removed, and of the weights that remain; 0 without."""
 
     renumbered: int
-    """Experts of one layer that stay when others are removed, as the journal gets them; those that are solved left out.
+    """Experts of one layer that stay when others are removed, or lose channels, as the journal gets them.
+
+    Those that are solved are left out.
     """
 
     learning: int
@@ -221,7 +223,7 @@ class Sizes:
             if stacked:  # else it only loses inputs
                 found[f"solving {names}"] = loaded + solving + (weight + drifted) * self.weighted
         if self.renumbered:
-            found["removing experts"] = base + self.layer + states + kept + done + passing
+            found["cutting experts"] = base + self.layer + states + kept + done + passing
         if self.removal:
             found["removing channels"] = base + self.layer + states + kept + done + self.removal
         if self.comparing:

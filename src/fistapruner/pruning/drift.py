@@ -80,7 +80,7 @@ def drift_sources(
     if not recipe.dense_share:
         return {}
     consumers = {unit.consumer.name for unit in units}
-    cut = [number for number, group in enumerate(groups) if group[0].name in consumers]
+    cut = [number for number, (first, *_) in enumerate(groups) if first.name in consumers and not first.experts]
     narrowed, fitted = narrowed_groups(layout, index, units), fitted_groups(layout, index, units, recipe)
 
     def source(number: int) -> DriftFrom:

@@ -47,22 +47,27 @@ def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target
     return replace(shrunk(problem, n / (n + sums.tokens)), energy=None) if sums.tokens < n else problem
 
 
-def routing_warnings(layer: str, operators: Iterable[OperatorEntry], mixtures: Iterable[str]) -> list[str]:
+def routing_warnings(
+    layer: str, operators: Iterable[OperatorEntry], removals: Iterable[RemovalEntry], mixtures: Iterable[str]
+) -> list[str]:
     """Name the experts of a layer that few calibration tokens, or none, were routed to.
 
     Args:
         layer: name of the decoder layer.
         operators: the report's entries of its operators.
+        removals: of what was removed.
         mixtures: names of its modules of experts.
     """
     warnings = []
+    read = [(entry.name, entry.tokens, entry.shape[1]) for entry in operators]
+    read += [(entry.consumer, entry.tokens, entry.before) for entry in removals]
     for mixture in mixtures:
         tokens: dict[str, int] = {}
         inputs: dict[str, int] = {}
-        for entry in operators:
-            if entry.tokens is not None and entry.name.startswith(mixture + "."):
-                expert = entry.name.removeprefix(mixture + ".").partition(".")[0]
-                tokens[expert], inputs[expert] = entry.tokens, max(inputs.get(expert, 0), entry.shape[1])
+        for name, count, columns in read:
+            if count is not None and name.startswith(mixture + "."):
+                expert = name.removeprefix(mixture + ".").partition(".")[0]
+                tokens[expert], inputs[expert] = count, max(inputs.get(expert, 0), columns)
         none = [expert for expert, count in tokens.items() if not count]
         few = [f"{expert} ({count} tokens)" for expert, count in tokens.items() if 0 < count < inputs[expert]]
         warnings += [

@@ -101,7 +101,7 @@ def prune_layer(
         error = passes.output_pass()
     name = f"{context.layout.layers_name}.{index}"
     mixtures = dict.fromkeys(operator.experts for operator in context.layout.in_layer(index))
-    record.warnings += routing_warnings(name, record.operators, filter(None, mixtures))
+    record.warnings += routing_warnings(name, record.operators, record.removals, filter(None, mixtures))
     entry = LayerEntry(
         index=index,
         name=name,

@@ -10,6 +10,7 @@ each expert's own tokens run through that expert alone, so the sums of one exper
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -58,6 +59,7 @@ class LayerPasses:
             touched = {numbers[name] for name in unit.names if name in numbers}
             self._touched |= touched
             self._cut[numbers[unit.consumer.name]] = min(touched) if recipe.error_correction else 0
+        self._cut_experts = {number for number in self._cut if groups[number][0].experts}
         self._channels: dict[int, ChannelSums] = {}
         self._fits_left = fitted_groups(layout, index, context.units(index), recipe)
         same = streams.pruned is None
@@ -92,6 +94,8 @@ class LayerPasses:
             self._mixtures.setdefault(first if recipe.error_correction else 0, []).append(mixture)
         self._routed: dict[str, RoutedTokens] = {}
         self._seen_mixtures: set[str] = set()
+        self._routed_left = Counter(groups[number][0].experts for number in (*self.solved, *self._cut_experts))
+        """By mixture, how often its tokens are still read."""
         self._first_out: Tensor | None = None  # of the dense layer, first batch: the report's error is measured on it
         self.wanted: HiddenStates | None = None
         """Output hidden states that block reconstruction trains towards; None without block reconstruction."""
@@ -115,6 +119,8 @@ class LayerPasses:
                 if number in self.solved and number not in self._touched and not group[0].experts:
                     self._sums[number] = self._new_sums(number, group)
             for number, due in self._cut.items():
+                if number in self._cut_experts:
+                    continue
                 earlier = any(other < number for other in self._cut) and self._recipe.error_correction
                 if not self._fits_left and not earlier and not any(other < due for other in self.solved):
                     self._channels[number] = self._new_channel_sums(number, drifted=False)
@@ -196,7 +202,7 @@ class LayerPasses:
                 self._gather([(other, group) for other, group in todo if not group[0].experts])
         if self._activations is not None:
             self._activations.close(number)
-        self._close_routed(number)
+        self._read_routed(number)
         return self._sums.pop(number)
 
     def _gather(self, todo: list[tuple[int, Group]]) -> None:
@@ -248,12 +254,11 @@ class LayerPasses:
                 with self._clock.phase("capture"), torch.no_grad():
                     expert(tokens)
 
-    def _close_routed(self, number: int) -> None:
-        """Release the inputs of a mixture whose last group is ``number``."""
+    def _read_routed(self, number: int) -> None:
+        """Note that group ``number`` has read its tokens; release those that nothing reads again."""
         mixture = self.groups[number][1][0].experts
-        if mixture in self._routed and not any(
-            other in self.solved and group[0].experts == mixture for other, group in self.groups[number + 1 :]
-        ):
+        self._routed_left[mixture] -= 1
+        if mixture in self._routed and not self._routed_left[mixture]:
             self._routed.pop(mixture).close()
 
     def _around(self) -> list[Around]:
@@ -286,10 +291,15 @@ class LayerPasses:
         They come from a pass with the groups before it pruned, while all of its channels are still there.
         """
         (operator,) = self._context.layout.layers[self._index][number]
-        if number not in self._channels:
+        groups = self._context.layout.layers[self._index]
+        if not self._recipe.error_correction:
+            self._route({groups[other][0].experts: None for other in sorted(self._cut_experts)})
+        if number in self._cut_experts:
+            self._gather_expert_channels(number)
+        elif number not in self._channels:
             # Without error correction, one pass of the layer as it was serves all units, unless they are fitted (goa).
             alone = self._recipe.error_correction or self._fits_left
-            together = [number] if alone else sorted(self._cut.keys() - self._channels)
+            together = [number] if alone else sorted(self._cut.keys() - self._channels - self._cut_experts)
             for each in together:
                 self._channels[each] = self._new_channel_sums(each, drifted=each in self._sources)
 
@@ -300,7 +310,6 @@ class LayerPasses:
             cached = None if self._cut[number] == number else self._cached
             parts = (cached, self._residual if self._first_writer_is_final(number) else None)
             around = [part.around_pass for part in parts if part is not None]
-            groups = self._context.layout.layers[self._index]
             watched = Watched([(each, groups[each]) for each in together], add)
             self._run(self._streams.seen, watched=watched, around=around)
         if self._activations is not None and number not in self.solved:
@@ -308,6 +317,25 @@ class LayerPasses:
         with self._clock.phase("problem"):
             name = self._context.layout.full_name(self._index, operator)
             return self._channels.pop(number).statistics(name, self._recipe.dense_share)
+
+    def _gather_expert_channels(self, number: int) -> None:
+        """Gather what is known of the channels of one expert, from the tokens that are routed to it."""
+        (operator,) = self._context.layout.layers[self._index][number]
+        self._route([operator.experts])
+        self._channels[number] = sums = self._new_channel_sums(number, drifted=False)
+        expert = self._layer.get_submodule(f"{operator.experts}.{operator.expert}")
+        seen: list[Tensor] = []
+
+        def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+
+        with self._layer.get_submodule(operator.name).register_forward_pre_hook(pre_forward):
+            for first, tokens in self._routed[operator.experts].by_half(operator.expert, self._model.device):
+                with self._clock.phase("capture"), torch.no_grad():
+                    expert(tokens)
+                with self._clock.phase("gram"):
+                    sums.add_tokens(first, seen.pop())
+        self._read_routed(number)
 
     def fitting_problem(self, number: int) -> LayerProblem:
         """Gather the problem of group ``number`` before it loses outputs, on the layer as it is."""
@@ -366,7 +394,8 @@ class LayerPasses:
         with self._clock.phase("gram"):
             weight = _stacked(self._layer, self._context.layout.layers[self._index][number])
             source = self._sources.get(number) if drifted else None
-            return ChannelSums(weight, self._streams.seen.samples, drift_from=source)
+            routed = number in self._cut_experts
+            return ChannelSums(weight, self._streams.seen.samples, drift_from=source, routed=routed)
 
     def _add(self, number: int, start: int, inputs: Tensor) -> None:
         """Add the inputs of a batch of windows, (windows, seqlen, n), to the sums of group ``number``."""

@@ -52,6 +52,7 @@ def remove_units(
         (operator,) = context.layout.layers[index][number]
         unit = next(unit for unit in context.units(index) if unit.consumer.name == operator.name)
         name, short = context.layout.full_name(index, operator), operator.name.rpartition(".")[2]
+        short = f"expert {operator.expert} {short}" if operator.experts else short
         progress(short, None)
         importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
         settings, chosen = context.recipe.structure, None
@@ -71,8 +72,9 @@ def remove_units(
             bias = _cut(context, index, unit, removal, keep, weight, record)
             error = removal_error(known, places, weight, bias)
         record.removals[-1].relative_error, record.removals[-1].permuted = error, shares
+        record.removals[-1].tokens = known.tokens
         if number not in passes.solved:
-            record.operators.append(_entry(context, unit, number, removal, weight, error))
+            record.operators.append(_entry(context, unit, number, removal, weight, error, known.tokens))
         progress(short, error)
 
 
@@ -123,7 +125,8 @@ def _cut(
             record.weights[source] = model.result(source, layer.get_parameter(name).detach())
         else:
             dim, stay = tensors[name]
-            record.weights[source] = model.checkpoint.read(source).index_select(dim, stay)
+            whole = record.weights[source] if source in record.weights else model.checkpoint.read(source)
+            record.weights[source] = whole.index_select(dim, stay)  # an expert's may be another one's, renumbered
     record.rows |= unit.kept_rows(keep)
     record.warnings += removal.warnings
     record.removals.append(
@@ -218,7 +221,13 @@ def _ordered(
 
 
 def _entry(
-    context: LayerContext, unit: Unit, number: int, removal: Removal, weight: Tensor, error: float
+    context: LayerContext,
+    unit: Unit,
+    number: int,
+    removal: Removal,
+    weight: Tensor,
+    error: float,
+    tokens: int | None,
 ) -> OperatorEntry:
     """Make the report's entry of an operator that lost inputs and gets no zeros."""
     zeros = weight.numel() - int(torch.count_nonzero(weight))
@@ -236,4 +245,5 @@ def _entry(
         dense_error=removal.dense,
         group=number,
         steps=steps,
+        tokens=tokens,
     )

@@ -84,10 +84,10 @@ class Structure(Settings):
 
     remove: Annotated[str | None, BeforeValidator(_remove)] = Field(
         None,
-        description="Share of the decoder layers' parameters to remove as whole MLP channels: 25%, or of the channels: "
-        "mlp=20%, or the width to keep: mlp=1024; key/value groups of attention heads to remove: heads=1 or "
-        "mlp=20%,heads=1; experts of mixtures to remove whole: experts=25% or experts=8. The result is an ordinary "
-        "smaller model. Without it nothing is removed.",
+        description="Share of the decoder layers' parameters to remove as whole MLP channels, of experts too: 25%, or "
+        "of the channels: mlp=20%, or the width to keep: mlp=1024; key/value groups of attention heads to remove: "
+        "heads=1 or mlp=20%,heads=1; experts of mixtures to remove whole: experts=25%, experts=8 or "
+        "mlp=20%,experts=25%. The result is an ordinary smaller model. Without it nothing is removed.",
     )
     method: StructureMethod = Field(
         "auto",

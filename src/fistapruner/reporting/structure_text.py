@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 from ..runs.layer_records import RemovalEntry
 from ..runs.records import Report
 from ..runtime.formatting import count, percent, significant, span
 from .rendering import Table
+
+PLACES = {"experts": "mixture", "expert channels": "expert", "shared expert channels": "shared expert"}
+"""Where so many of a unit are; in decoder layers without an entry."""
 
 ONLY_HERE = "Widths differ: transformers loads it after import fistapruner, other engines refuse it."
 """What is said of free widths."""
@@ -34,7 +38,7 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
         return []
     totals = report.totals
     rows = [
-        ("structure", f"{after} of {before} {unit} in every {'mixture' if unit == 'experts' else 'decoder layer'}")
+        ("structure", f"{after} of {before} {unit} in every {PLACES.get(unit, _layers_with(report, unit))}")
         for unit, before, after in kept_units(report)
     ]
     if totals.model_weights and report.model.parameters:
@@ -50,30 +54,45 @@ def structure_sentence(report: Report) -> str:
     only_here = ONLY_HERE if has_free_widths(report) else ""
     if not report.widths:
         return only_here
-    units = [f"{after} of {before} {unit}" for unit, before, after in kept_units(report)]
-    subject = "Every mixture keeps" if list(report.widths) == ["experts"] else "Every decoder layer keeps"
-    text = f"{subject} {' and '.join(units)}"
+    kept: dict[str, list[str]] = {}
+    for unit, before, after in kept_units(report):
+        kept.setdefault(PLACES.get(unit, _layers_with(report, unit)), []).append(f"{after} of {before} {unit}")
+    text = "; ".join(f"every {place} keeps {' and '.join(units)}" for place, units in kept.items())
+    text = text.replace("every", "Every", 1)
     weights, dense = report.totals.model_weights, report.model.parameters
     text = f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
     return f"{text} {only_here}".strip()
 
 
+def _layers_with(report: Report, unit: str) -> str:
+    """Name the decoder layers that something was removed from."""
+    all_have = all(any(removal.unit == unit for removal in layer.removals) for layer in report.layers)
+    return "decoder layer" if all_have or has_free_widths(report) else f"decoder layer with {unit}"
+
+
 def structure_table(report: Report) -> Table:
-    """Tabulate the widths and errors of every decoder layer."""
-    rows = [
-        (
-            str(layer.index),
-            f"{removal.unit} {removal.before} → {removal.after}{_without(removal)}",
-            significant(removal.shrink) if removal.shrink is not None else "–",
-            percent((removal.dense_error or 0.0) if removal.kept is None else None),
-            percent(removal.dropped_error),
-            percent(removal.relative_error),
-            percent(removal.validated_dropped),
-            percent(removal.validated_error),
-        )
-        for layer in report.layers
-        for removal in layer.removals
-    ]
+    """Tabulate the widths and errors of every decoder layer; of a mixture's experts the means."""
+    rows = []
+    for layer in report.layers:
+        alike: dict[str, list[RemovalEntry]] = {}
+        for removal in layer.removals:
+            text = f"{removal.unit} {removal.before} → {removal.after}{_without(removal)}"
+            alike.setdefault(text, []).append(removal)
+        for text, removals in alike.items():
+            shrink = _mean([removal.shrink for removal in removals])
+            dense = [(removal.dense_error or 0.0) if removal.kept is None else None for removal in removals]
+            rows.append(
+                (
+                    str(layer.index),
+                    f"{text}, mean of {count(len(removals))} experts" if len(removals) > 1 else text,
+                    significant(shrink) if shrink is not None else "–",
+                    percent(_mean(dense)),
+                    percent(_mean([removal.dropped_error for removal in removals])),
+                    percent(_mean([removal.relative_error for removal in removals])),
+                    percent(_mean([removal.validated_dropped for removal in removals])),
+                    percent(_mean([removal.validated_error for removal in removals])),
+                )
+            )
     head = (
         "layer",
         "removed",
@@ -85,6 +104,12 @@ def structure_table(report: Report) -> Table:
         "fresh, as written",
     )
     return Table("Removed structure by layer", head, rows, numeric=(0, 2, 3, 4, 5, 6, 7), stack=True)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Average the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _without(removal: RemovalEntry) -> str:

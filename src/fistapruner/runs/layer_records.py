@@ -63,6 +63,7 @@ class RemovalEntry(Record):
             windows), where shrinkage was chosen by them; the first only of a refit.
         permuted: shares of the weights' importance that an n:m pattern keeps in the old and in the new order of the
             remaining channels.
+        tokens: calibration tokens that were routed to the expert whose channels were removed; None of others.
     """
 
     unit: str
@@ -81,6 +82,7 @@ class RemovalEntry(Record):
     validated_error: float | None = None
     validated_dropped: float | None = None
     permuted: tuple[float, float] | None = None
+    tokens: int | None = None
 
 
 class LayerEntry(Record):

@@ -222,7 +222,12 @@ def decide(
     cut = {name for name, operator in layout.operators() if name in after and after[name].columns != operator.columns}
     fraction, patterns = recipe.pattern.fraction, patterns_measured(recipe.pattern)
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
-    kept |= {name: recipe.pattern for name, _ in layout.operators() if name not in after}  # experts that may stay
+    narrower = {name.partition(f".{after[name].experts}.")[0] for name in cut if after[name].experts}  # decoder layers
+    kept |= {  # experts that may stay
+        name: recipe.pattern
+        for name, operator in layout.operators()
+        if name not in after and name.partition(f".{operator.experts}.")[0] not in narrower
+    }
     allocation = measured_by(recipe)
     curved = allocation in ("error", "workload")
     others = patterns if allocation == "error" else ()

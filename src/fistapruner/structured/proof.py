@@ -9,8 +9,10 @@ is, and that of the changed config), and all must have the same outputs. What do
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -28,10 +30,13 @@ from ..recipes.structure_settings import Structure
 from .goa import attention_probabilities
 from .mixtures import find_experts, tensor_shapes, text_section
 from .smaller_model import Widths, free_widths
-from .units import GROUPS, HEADS, MLP, Unit, Units, cut_channels, find_units
+from .units import EXPERT, GROUPS, HEADS, MLP, SHARED, Unit, Units, cut_channels, find_units
 
 SAME = 1e-4
 """Largest relative squared difference between zeroed and removed channels: bf16 rounding is a hundredth of it."""
+
+CHANNELS = frozenset((MLP, SHARED, EXPERT))
+"""Kinds of units that are channels of MLPs."""
 
 WIDTH_NAMES = r"inner|inter|ffn|mlp"
 """Entries of a config that may be None and hold the width of an MLP."""
@@ -62,8 +67,10 @@ def plan_widths(
             _check_probabilities(model, units[0])
         return free_widths(units, config_entries(model, units[0]))
     config: dict[str, Any] = {}
-    for kind in dict.fromkeys(unit.kind for unit in units[0]):
-        config = _find_config(model, units, kind, config, trust_remote_code)
+    found = {unit.kind for layer in units for unit in layer}
+    for kinds in (found & CHANNELS, found - CHANNELS):  # a config may have one entry for several kinds of channels
+        if kinds:
+            config = _find_config(model, units, kinds, config, trust_remote_code)
     if config:
         _prove(model, units, build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code).eval())
     if settings.method == "goa" and settings.heads:
@@ -71,7 +78,12 @@ def plan_widths(
     if settings.experts is None:
         return Widths(units, config)
     experts, config = find_experts(model, layout, settings, config, trust_remote_code=trust_remote_code)
-    return Widths(units, config, experts)
+    left = [{unit.name: unit.after for unit in mixtures} for mixtures in experts]
+    remaining = tuple(
+        tuple(unit for unit in layer if unit.kind != EXPERT or unit.consumer.expert < numbers[unit.consumer.experts])
+        for layer, numbers in zip(units, left, strict=True)
+    )
+    return Widths(remaining, config, experts)
 
 
 def _check_own_widths(model: LayerwiseModel, settings: Structure) -> None:
@@ -127,15 +139,15 @@ def config_entries(model: LayerwiseModel, units: Sequence[Unit]) -> dict[str, tu
 
 
 def _find_config(
-    model: LayerwiseModel, units: Units, kind: str, config: Mapping[str, Any], trust_remote_code: bool
+    model: LayerwiseModel, units: Units, kinds: Collection[str], config: Mapping[str, Any], trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Find the change of ``config.json`` that gives the tensors of one kind of unit their new shapes.
+    """Find the change of ``config.json`` that gives the tensors of some kinds of units their new shapes.
 
     Args:
         model: the dense model.
         units: of every decoder layer.
-        kind: which of them.
-        config: changes for the other kinds that were found before, as a JSON merge patch.
+        kinds: which of them: those of channels, or groups.
+        config: changes for channels that were found before, as a JSON merge patch.
         trust_remote_code: run the checkpoint's own Python code.
 
     Returns:
@@ -145,25 +157,33 @@ def _find_config(
         FistaPrunerError: no entry does that; names a tensor that is not cut and stands in the way, or else the width,
             and numbers of groups that would do.
     """
-    unit = next(unit for unit in units[0] if unit.kind == kind)
-    found, uncut = _fitting(model, units, kind, unit.after, config, trust_remote_code)
+    found, uncut = _fitting(model, units, kinds, config, trust_remote_code)
     if found is not None:
         return found
     if uncut is not None:
-        each = "channel" if kind == MLP else "head"
+        each = "head" if GROUPS in kinds else "channel"
         raise FistaPrunerError(
-            f"structure: {uncut} has values for each {each}, which are not cut: {kind} are not removed"
+            f"structure: {uncut} has values for each {each}, which are not cut: {' and '.join(sorted(kinds))} are not "
+            "removed"
         )
     name = type(model.model).__name__
-    if kind == MLP:
+    if GROUPS not in kinds:
+        widths = {unit.before: unit.after for layer in units for unit in layer if unit.kind in kinds}
+        shown = " and ".join(f"{after} channels instead of {before}" for before, after in sorted(widths.items()))
         raise FistaPrunerError(
-            f"structure: no entry of config.json makes {name} a model whose MLPs have {unit.after} channels instead of "
-            f"{unit.before}: its channels are not removed"
+            f"structure: no entry of config.json makes {name} a model whose MLPs have {shown}: its channels are not "
+            "removed"
         )
+    unit = next(unit for unit in units[0] if unit.kind == GROUPS)
+
+    def fits(after: int) -> bool:
+        changed = tuple(
+            tuple(replace(unit, after=after) if unit.kind == GROUPS else unit for unit in layer) for layer in units
+        )
+        return _fitting(model, changed, kinds, config, trust_remote_code)[0] is not None
+
     others = [
-        str(unit.before - after)
-        for after in reversed(range(1, unit.before))
-        if after != unit.after and _fitting(model, units, kind, after, config, trust_remote_code)[0] is not None
+        str(unit.before - after) for after in reversed(range(1, unit.before)) if after != unit.after and fits(after)
     ]
     would = f"; heads={' or heads='.join(others)} would do" if others else ": its key/value groups are not removed"
     raise FistaPrunerError(
@@ -172,28 +192,27 @@ def _find_config(
 
 
 def _fitting(
-    model: LayerwiseModel, units: Units, kind: str, after: int, config: Mapping[str, Any], trust_remote_code: bool
+    model: LayerwiseModel, units: Units, kinds: Collection[str], config: Mapping[str, Any], trust_remote_code: bool
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """Try the changes of ``config.json`` for ``after`` channels of one kind.
+    """Try the changes of ``config.json`` for some kinds of units.
 
     Returns:
         The change that fits, None if none does. And a tensor that no unit cuts, and that has another shape with a
         change that fits all that are cut; None if there is none.
     """
-    kinds = list(dict.fromkeys(found.kind for found in units[0]))
-    expressed = kinds[: kinds.index(kind) + 1]
     wanted, cut = tensor_shapes(model.model), set()
+    widths: dict[int, int] = {}
     for index, layer in enumerate(units):
         for unit in layer:
-            if unit.kind not in expressed:
+            if unit.kind not in kinds and unit.kind not in CHANNELS:  # the channels' entries are known before heads'
                 continue
-            width = after if unit.kind == kind else unit.after
-            for name, (dim, places) in unit.tensors(model.layers[index], torch.arange(width)).items():
+            widths[unit.before] = unit.after
+            for name, (dim, places) in unit.tensors(model.layers[index], torch.arange(unit.after)).items():
                 full = model.full_name(index, name)
                 wanted[full] = (*wanted[full][:dim], len(places), *wanted[full][dim + 1 :])
                 cut.add(full)
-    unit = next(unit for unit in units[0] if unit.kind == kind)
-    changes = _widths(model, unit.before, after) if kind == MLP else _head_counts(model, unit, after)
+    groups = next((unit for unit in units[0] if GROUPS in kinds and unit.kind == GROUPS), None)
+    changes = _widths(model, widths) if groups is None else _head_counts(model, groups)
     uncut = None
     for change in changes:
         both = merge_patch(config, change)
@@ -211,27 +230,43 @@ def _fitting(
     return None, uncut
 
 
-def _widths(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[str, Any]]:
-    """Yield changes of ``config.json`` that may change the width of the MLPs, likely ones first."""
+def _widths(model: LayerwiseModel, widths: Mapping[int, int]) -> Iterator[dict[str, Any]]:
+    """Yield changes of ``config.json`` that may change the widths of the MLPs, likely ones first.
+
+    One entry changes, or several: the width of experts, and those of shared experts and of dense MLPs beside them.
+
+    Args:
+        model: the dense model.
+        widths: new ones, by the old ones.
+    """
     entries, in_section = _entries(model)
     likely = sorted(entries, key=lambda name: re.search(WIDTH_NAMES, name) is None)
+    named: dict[str, Any] = {}
     for name in likely:
-        if type(entries[name]) is int and entries[name] == before:
-            yield in_section({name: after})
+        if type(entries[name]) is int and entries[name] in widths:
+            named[name] = widths[entries[name]]
     for name in likely:
-        if isinstance(entries[name], list) and set(map(str, entries[name])) == {str(before)}:
-            yield in_section({name: [after] * len(entries[name])})
+        listed = entries[name] if isinstance(entries[name], list) else []
+        if len(set(map(str, listed))) == 1 and type(listed[0]) is int and listed[0] in widths:
+            named[name] = [widths[listed[0]]] * len(listed)
+    for name, after in named.items():
+        yield in_section({name: after})
     for name in likely:
         if entries[name] is None and re.search(WIDTH_NAMES, name):
-            yield in_section({name: after})
+            for after in widths.values():
+                yield in_section({name: after})
+    several = [name for name in named if re.search(WIDTH_NAMES, name)]
+    for count in range(2, len(several) + 1):
+        for names in combinations(several, count):
+            yield in_section({name: named[name] for name in names})
 
 
-def _head_counts(model: LayerwiseModel, unit: Unit, after: int) -> Iterator[dict[str, Any]]:
+def _head_counts(model: LayerwiseModel, unit: Unit) -> Iterator[dict[str, Any]]:
     """Yield the change of ``config.json`` for other numbers of heads; a head's size is written out."""
     entries, in_section = _entries(model)
     rows = sorted(unit.rows)
     repeats = rows[-1] // rows[0]
-    counts = {repeats * unit.before: repeats * after, unit.before: after}
+    counts = {repeats * unit.before: repeats * unit.after, unit.before: unit.after}
     change = {
         name: counts[value]
         for name, value in entries.items()
@@ -266,19 +301,23 @@ def _prove(model: LayerwiseModel, units: Units, smaller: Any = None) -> None:
             continue
         known.add(shapes)
         with model.layer(index) as layer, torch.no_grad(), model.failures_explained():
+            parts: dict[str, tuple[Unit, ...]] = {}  # experts of a mixture together
             for unit in layer_units:
-                if not _surgery(layer, (unit,), hidden, calls[index]):
-                    raise _refusal(model, index, unit.kind, unit.consumer.name)
+                name = unit.consumer.experts or unit.consumer.name
+                parts[name] = (*parts.get(name, ()), unit)
+            for name, together in parts.items():
+                if not _surgery(layer, together, hidden, calls[index]):
+                    raise _refusal(model, index, together[:1], [name])
             cut = None if layers is None else layers[index]
             if not _surgery(layer, layer_units, hidden, calls[index], cut):
-                names = ", ".join(unit.consumer.name for unit in layer_units)
-                raise _refusal(model, index, " and ".join(unit.kind for unit in layer_units), names)
+                raise _refusal(model, index, layer_units, parts)
 
 
-def _refusal(model: LayerwiseModel, index: int, kind: str, names: str) -> FistaPrunerError:
+def _refusal(model: LayerwiseModel, index: int, units: Iterable[Unit], names: Iterable[str]) -> FistaPrunerError:
+    kinds = " and ".join(dict.fromkeys(unit.kind for unit in units))
     return FistaPrunerError(
-        f"structure: {model.layers_name}.{index}: cutting {kind} of {names} does not give the outputs that zeros in "
-        "their place give: they are not removed"
+        f"structure: {model.layers_name}.{index}: cutting {kinds} of {', '.join(names)} does not give the outputs that "
+        "zeros in their place give: they are not removed"
     )
 
 
@@ -296,7 +335,7 @@ def _surgery(
     """
     generator = torch.Generator().manual_seed(0)
     keeps = [torch.randperm(unit.before, generator=generator)[: unit.after].sort().values for unit in units]
-    whole = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    whole = dict(layer.state_dict())  # nothing writes into them: what is cut is a copy
     args, kwargs = call
 
     def run(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Tensor]:

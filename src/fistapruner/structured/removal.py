@@ -25,6 +25,7 @@ class ChannelStatistics:
         drift_mean: (m,) mean drift of the outputs from those of the dense operator; None without drift.
         halves: (n, n) Grams of two halves of the windows; None where there is one window only.
         half_means: (n,) means of the inputs in each half; None with ``halves``.
+        tokens: that were routed to the operator's expert; None where it reads all tokens.
     """
 
     problem: LayerProblem
@@ -32,6 +33,7 @@ class ChannelStatistics:
     halves: tuple[Tensor, Tensor] | None
     drift_mean: Tensor | None = None
     half_means: tuple[Tensor, Tensor] | None = None
+    tokens: int | None = None
 
     @property
     def target_mean(self) -> Tensor:
@@ -203,6 +205,8 @@ def choose_shrink(
 ) -> tuple[float, float | None]:
     """Choose the share of shrinkage.
 
+    With p tokens of an expert, fewer than the n inputs, it is n / (n + p), as for the expert's zeros.
+
     Args:
         known: what is known of the operator's inputs.
         keep: (k,) its inputs that stay.
@@ -214,6 +218,9 @@ def choose_shrink(
     """
     if settings.shrink != "auto":
         return float(settings.shrink), None
+    inputs = known.problem.shape[1]
+    if known.tokens is not None and known.tokens < inputs:
+        return inputs / (inputs + known.tokens), None
     if known.halves is None or (settings.compensation != "refit" and settings.method != "obs"):
         return 0.5, None
     best = choose_share(

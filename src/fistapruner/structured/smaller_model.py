@@ -17,7 +17,7 @@ from ..models.layerwise import LayerwiseModel
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
 from .experts import ExpertUnits, removed_experts_weights
 from .mixtures import text_section
-from .units import HEADS, Unit, Units, channel_weights
+from .units import HEADS, Unit, Units, unit_weights
 
 LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
 """Stored name of a tensor in a list of layers: what the names of its layer begin with, and its name inside."""
@@ -76,8 +76,7 @@ def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
     if widths is None:
         return 0
     return removed_experts_weights(model, widths.experts or ((),) * len(model)) + sum(
-        (unit.before - unit.after)
-        * channel_weights(model, tuple((unit,) if i == index else () for i in range(len(model))))
+        (unit.before - unit.after) * unit_weights(model.layers[index], unit)
         for index, units in enumerate(widths.units)
         for unit in units
     )

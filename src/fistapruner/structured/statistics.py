@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import DriftFrom, ProblemSums
+from ..problem import DriftFrom, LayerProblem, ProblemSums
 from ..runtime.numerics import mirror
 from .removal import ChannelStatistics
 
@@ -20,10 +20,14 @@ class ChannelSums:
         weight: (m, n) dense weights of the operator.
         windows: calibration windows in all.
         drift_from: as for :class:`~fistapruner.problem.ProblemSums`.
+        routed: it reads the tokens of one expert, perhaps few or none.
     """
 
-    def __init__(self, weight: Tensor, windows: int, *, drift_from: DriftFrom | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, windows: int, *, drift_from: DriftFrom | None = None, routed: bool = False
+    ) -> None:
         self._sums = ProblemSums(weight, drift_from=drift_from)
+        self._routed = routed
         self._half = windows // 2
         self._total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
         self._first: tuple[Tensor, Tensor, int] | None = None
@@ -46,7 +50,15 @@ class ChannelSums:
             self.add(start, inputs[:before], first[0], second[0])
             self.add(start + before, inputs[before:], first[1], second[1])
             return
-        flat = inputs.reshape(-1, inputs.shape[-1])
+        self.add_tokens(start, inputs.reshape(-1, inputs.shape[-1]), dense, residual)
+
+    def add_tokens(self, start: int, flat: Tensor, dense: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Add (tokens, n) inputs of windows that are all in one half, from ``start`` on.
+
+        The other arguments are those of :meth:`add`.
+        """
+        if start >= self._half > 0 and self._first is None:
+            self._first = self._sums.gram.clone(), self._total.clone(), self._sums.tokens
         self._total += flat.sum(0, dtype=torch.float64)
         self._sums.add(flat, dense, residual)
         if dense is not None and self._sums.drift_from == "outputs":
@@ -54,8 +66,6 @@ class ChannelSums:
             self._drift += dense.sum(0, dtype=torch.float64) - seen
             self._drift += 0 if residual is None else residual.sum(0, dtype=torch.float64)
             self._compared += len(flat)
-        if before == len(inputs):
-            self._first = self._sums.gram.clone(), self._total.clone(), self._sums.tokens
 
     def statistics(self, name: str, target: float) -> ChannelStatistics:
         """Return the statistics of all windows; the sums are used up.
@@ -66,12 +76,17 @@ class ChannelSums:
         """
         sums, halves, half_means = self._sums, None, None
         mean = self._total / max(sums.tokens, 1)
-        if self._first is not None:
-            gram, total, tokens = self._first
-            self._first = None
+        if not sums.tokens and self._routed:  # all inputs count alike
+            identity = torch.eye(len(sums.gram), device=sums.gram.device)
+            problem = LayerProblem(sums.weight, identity, target=target, names=(name,), rows=(len(sums.weight),))
+            return ChannelStatistics(problem, mean, None, tokens=0)
+        first, self._first = self._first, None
+        if first is not None and 0 < first[2] < sums.tokens:
+            gram, total, tokens = first
             rest = mirror((sums.gram - gram).div_(sums.tokens - tokens))
             halves = mirror(gram.div_(tokens)), rest
             half_means = total / tokens, (self._total - total) / (sums.tokens - tokens)
         problem = sums.problem((name,), (len(sums.weight),), target, release=True)
         drift_mean = self._drift / self._compared if self._compared else None
-        return ChannelStatistics(problem, mean, halves, drift_mean, half_means)
+        tokens_routed = sums.tokens if self._routed else None
+        return ChannelStatistics(problem, mean, halves, drift_mean, half_means, tokens_routed)

@@ -6,6 +6,7 @@ whose sizes fit are the candidates; :mod:`.proof` shows that they can be cut.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.coupling import Link, channel_tensors, find_links, named_size
-from ..models.discovery import Layout, Operator, discover, linear_modules
+from ..models.discovery import Layout, Operator, discover, expert_modules, linear_modules
+from ..models.experts import Experts
 from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
 from ..recipes.structure_settings import Structure
 from .removal import block_places
 
-MLP, GROUPS = "MLP channels", "key/value groups"
-"""Kinds of units, as reports call them."""
+MLP, SHARED, EXPERT, GROUPS = "MLP channels", "shared expert channels", "expert channels", "key/value groups"
+"""Kinds of units, as reports call them. Shared experts are MLPs in the module that holds a mixture."""
 
 HEADS = "num_attention_heads"
 """Entry of a config with the number of query heads."""
@@ -34,7 +36,7 @@ class Unit:
     A key/value group is a key and a value head, with the query heads that share them.
 
     Args:
-        kind: :data:`MLP` or :data:`GROUPS`.
+        kind: :data:`MLP`, :data:`SHARED`, :data:`EXPERT` or :data:`GROUPS`.
         producers: operators that write the channels, by their names inside the decoder layer.
         rows: rows of each of them that belong to one channel, in each copy.
         copies: parts of each of them that have all channels in order, one after the other: 2 where gate and up are one
@@ -97,8 +99,9 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
     """
     kinds = []
     if settings.share is not None or settings.channels is not None:
-        channels = _mlp_channels(model, layout)
-        kinds.append(_with_width(channels, channels_kept(model, channels, settings)))
+        channels = _mlp_channels(model, layout, settings)
+        kept = channels_kept(model, channels, settings)
+        kinds.append(tuple(tuple(replace(unit, after=kept[unit.before]) for unit in layer) for layer in channels))
     if settings.heads:
         groups = key_value_groups(model, layout, fused=settings.widths == "free")
         before = groups[0][0].before
@@ -107,29 +110,27 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
                 f"structure: heads={settings.heads} leaves none of the {before} key/value groups of every layer: one "
                 "stays at least"
             )
-        kinds.append(_with_width(groups, before - settings.heads))
+        after = before - settings.heads
+        kinds.append(tuple(tuple(replace(unit, after=after) for unit in layer) for layer in groups))
     by_layer = list(zip(*kinds, strict=True)) if kinds else [()] * len(model)
     found = tuple(tuple(unit for units in layers for unit in units) for layers in by_layer)
-    sources = [
+    sources = Counter(
         model.source_of(index, name)
         for index, units in enumerate(found)
         for unit in units
         for name in unit.tensors(model.layers[index], torch.arange(unit.before))
-    ]
-    if twice := next((name for name in sources if sources.count(name) > 1), None):
+    )
+    if twice := next((name for name, count in sources.items() if count > 1), None):
         raise FistaPrunerError(f"structure: tensor {twice!r} is used in several places: its channels are not removed")
     return found
 
 
-def _with_width(units: Units, after: int) -> Units:
-    return tuple(tuple(replace(unit, after=after) for unit in layer) for layer in units)
-
-
-def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
-    """Find the MLP channels of every decoder layer.
+def _mlp_channels(model: LayerwiseModel, layout: Layout, settings: Structure) -> Units:
+    """Find the MLP channels of every decoder layer, those of experts among them.
 
     Raises:
-        FistaPrunerError: a layer without them, or several widths; names it.
+        FistaPrunerError: a layer without them, several widths of one kind, or settings that are not for experts; names
+            it.
     """
     found = []
     for index, links in enumerate(find_links(model, layout)):
@@ -145,32 +146,102 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
                 why = _left_out(there[0], layout, index, "MLP whose channels can be removed")
             raise FistaPrunerError(f"structure: {layout.layers_name}.{index}: {why}")
         found.append(units)
-    widths = {unit.before for units in found for unit in units}
-    if len(widths) > 1:
-        shown = ", ".join(map(str, sorted(widths)))
-        raise FistaPrunerError(f"structure: the MLPs have different widths ({shown}), which one config cannot change")
+    widths: dict[str, set[int]] = {}
+    for unit in (unit for units in found for unit in units):
+        widths.setdefault(unit.kind, set()).add(unit.before)
+    for kind, sizes in widths.items():
+        if len(sizes) > 1:
+            shown = ", ".join(map(str, sorted(sizes)))
+            raise FistaPrunerError(
+                f"structure: the {_WHOSE[kind]} have different widths ({shown}), which one config cannot change"
+            )
+    if EXPERT in widths and settings.widths == "free":
+        raise FistaPrunerError(
+            "structure: --widths free is for dense MLPs: every expert keeps the same number of channels, with --widths "
+            "uniform"
+        )
+    if EXPERT in widths and settings.method in ("goa", "bypass"):
+        raise FistaPrunerError(
+            f"structure: {settings.method} does not rate channels of experts: take --structure-method obs, energy, "
+            "flap or magnitude"
+        )
     return tuple(found)
+
+
+_WHOSE = {MLP: "MLPs", SHARED: "shared experts", EXPERT: "experts"}
+"""Whose channels those of a kind are, as messages say it."""
 
 
 def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequence[Link]) -> tuple[Unit, ...]:
     """Return the MLP channels of a decoder layer; none where one of their readers shares its inputs.
 
     Raises:
-        FistaPrunerError: the layer has a mixture of experts.
+        FistaPrunerError: experts that cannot be cut, or that are not all selected; names them.
     """
-    if any(operator.experts for operator in layout.in_layer(index)):
-        raise FistaPrunerError(
-            f"structure: {layout.layers_name}.{index} has a mixture of experts, whose channels are not removed: take "
-            "experts=25% or the like"
-        )
+    layer = model.layers[index]
+    mixtures = expert_modules(layer)
+    blocks = tuple(f"{block}." for name in mixtures if (block := name.rpartition(".")[0]))
     units = tuple(
         Unit(MLP, link.producers, (1,) * len(link.producers), (1,) * len(link.producers), link.consumer)
         for link in links
-        if _is_whole(model.layers[index], link)
+        if not link.consumer.experts and _is_whole(layer, link)
     )
-    units = units or _fused(layout, index)
+    units = tuple(
+        replace(unit, kind=SHARED) if unit.consumer.name.startswith(blocks) else unit
+        for unit in units or _fused(layout, index)
+    )
+    for name, experts in mixtures.items():
+        own = _expert_channels(name, experts)
+        if own is None:
+            raise FistaPrunerError(
+                f"structure: {layout.layers_name}.{index}.{name}: which rows of its experts belong to a channel was "
+                "not found: their channels are not removed"
+            )
+        selected = {operator.name for operator in layout.in_layer(index)}
+        if missing := next((one for unit in own for one in unit.names if one not in selected), None):
+            raise FistaPrunerError(
+                f"structure: targets and ignore leave out {layout.layers_name}.{index}.{missing}: of a mixture, "
+                "channels are removed from all experts"
+            )
+        units += own
     alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
     return units if all(unit.consumer.name in alone for unit in units) else ()
+
+
+def _expert_channels(name: str, experts: Experts) -> tuple[Unit, ...] | None:
+    """Return the channels of every expert of a mixture; None where their rows are not found.
+
+    Where one operator has the rows of gate and up, they are two halves or take turns (gpt-oss). That is tried, on what
+    joins them.
+
+    Args:
+        name: of the module inside the decoder layer.
+        experts: the module; its weights need not be loaded.
+    """
+    expert = dict(experts.experts())[0]
+    consumer = Operator.of("down_proj", expert.down_proj)
+    outputs = [expert.get_submodule(reader).get_parameter("weight").shape[0] for reader in expert.readers]
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(8, sum(outputs), generator=generator)
+    keep = torch.randperm(consumer.columns, generator=generator)[: -(-consumer.columns // 2)]
+    for rows, copies in ((1, 1), (1, 2), (2, 1)):
+        count = len(expert.readers)
+        if outputs != [rows * copies * consumer.columns] * count:
+            continue
+        unit = Unit(EXPERT, expert.readers, (rows,) * count, (copies,) * count, consumer)
+        parts = zip(values.split(outputs, 1), unit.kept_rows(keep).values(), strict=True)
+        cut = torch.cat([part[:, places] for part, places in parts], 1)
+        if torch.allclose(expert.channels(cut), expert.channels(values)[:, keep], rtol=1e-4, atol=1e-6):
+            prefixes = [f"{name}.{number}." for number in range(experts.number)]
+            return tuple(
+                replace(
+                    unit,
+                    producers=tuple(prefix + reader for reader in expert.readers),
+                    consumer=replace(consumer, name=prefix + consumer.name, experts=name),
+                )
+                for prefix in prefixes
+            )
+    return None
 
 
 def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool) -> Units:
@@ -240,17 +311,25 @@ def _attention(
     return Unit(GROUPS, names, blocks, (1, 1, 1), consumer, size * heads // groups)
 
 
-def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> int:
-    """Decide how many channels of each unit stay.
+def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> dict[int, int]:
+    """Decide how many channels stay, by the number of channels before.
+
+    The width of a shared expert that is a multiple of the experts' stays the same multiple: it may be several in one.
 
     Raises:
         FistaPrunerError: the amount removes no channel, or all of them.
     """
-    before, step, asked = units[0][0].before, settings.multiple, settings.remove
+    widths = sorted({unit.before for layer in units for unit in layer})
+    before, step, asked = widths[0], settings.multiple, settings.remove
     if isinstance(settings.channels, int):
+        if len(widths) > 1:
+            raise FistaPrunerError(
+                f"structure: {asked} is one width, and the model's MLPs and experts have several "
+                f"({', '.join(map(str, widths))} channels): give a share such as mlp=20%"
+            )
         if not settings.channels < before:
             raise FistaPrunerError(f"structure: {asked} is not less than the {before} channels of the model's MLPs")
-        return settings.channels
+        return {before: settings.channels}
     if step >= before:
         raise FistaPrunerError(
             f"structure: widths are multiples of {step} and the model's MLPs have {before} channels: give a smaller "
@@ -260,26 +339,34 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> i
     if share is None:
         assert settings.share is not None
         weights = layer_weights(model)
-        share = settings.share * weights / (before * channel_weights(model, units))
+        held = sum(
+            unit.before * unit_weights(model.layers[index], unit) for index, layer in enumerate(units) for unit in layer
+        )
+        share = settings.share * weights / held
         most = 1 - step / before
         if share > most + step / 2 / before:
-            limit = most * before * channel_weights(model, units) / weights
+            limit = most * held / weights
             raise FistaPrunerError(
                 f"structure: {asked} of the decoder layers' {weights} parameters is more than their MLP channels can "
                 f"give: {limit:.1%} leaves {step} channels in every MLP"
             )
-    after = round(before * (1 - share) / step) * step
-    if after < step:
-        raise FistaPrunerError(
-            f"structure: {asked} leaves fewer than {step} of the {before} channels of every MLP: remove less, or give "
-            "a smaller --structure-multiple"
-        )
-    if after >= before:
-        raise FistaPrunerError(
-            f"structure: {asked} removes less than half of {step} of the {before} channels of every MLP, so none: "
-            "remove more, or give a smaller --structure-multiple"
-        )
-    return after
+    of_kind = {kind: {unit.before for layer in units for unit in layer if unit.kind == kind} for kind in _WHOSE}
+    kept: dict[int, int] = {}
+    for before in widths:
+        part = next((width for width in of_kind[EXPERT] if before in of_kind[SHARED] and before % width == 0), before)
+        after = before // part * round(part * (1 - share) / step) * step
+        if after < step:
+            raise FistaPrunerError(
+                f"structure: {asked} leaves fewer than {step} of the {before} channels of every MLP: remove less, or "
+                "give a smaller --structure-multiple"
+            )
+        if after >= before:
+            raise FistaPrunerError(
+                f"structure: {asked} removes less than half of {step} of the {before} channels of every MLP, so none: "
+                "remove more, or give a smaller --structure-multiple"
+            )
+        kept[before] = after
+    return kept
 
 
 def layer_weights(model: LayerwiseModel) -> int:
@@ -289,12 +376,12 @@ def layer_weights(model: LayerwiseModel) -> int:
 
 def channel_weights(model: LayerwiseModel, units: Units) -> int:
     """Count the parameters that go if every unit of the model loses one channel."""
-    return sum(
-        model.layers[index].get_parameter(name).numel() // unit.before
-        for index, layer in enumerate(units)
-        for unit in layer
-        for name in unit.tensors(model.layers[index], torch.arange(unit.before))
-    )
+    return sum(unit_weights(model.layers[index], unit) for index, layer in enumerate(units) for unit in layer)
+
+
+def unit_weights(layer: nn.Module, unit: Unit) -> int:
+    """Count the parameters of one channel of a unit."""
+    return sum(layer.get_parameter(name).numel() // unit.before for name in unit.tensors(layer, torch.arange(1)))
 
 
 def cut_channels(layer: nn.Module, unit: Unit, keep: Tensor) -> None:
@@ -326,15 +413,17 @@ def _is_whole(layer: nn.Module, link: Link) -> bool:
 def _fused(layout: Layout, index: int) -> tuple[Unit, ...]:
     """Return the MLP channels of a decoder layer where gate and up are one tensor, one after the other.
 
-    The largest operator that has twice as many outputs as another one beside it has inputs. :mod:`.proof` shows whether
-    it is what it seems.
+    The largest operator that has twice as many outputs as the only other one beside it has inputs. :mod:`.proof` shows
+    whether it is what it seems.
     """
-    operators = layout.in_layer(index)
+    operators = [operator for operator in layout.in_layer(index) if not operator.experts]
+    beside = Counter(operator.name.rpartition(".")[0] for operator in operators)
     pairs = [
         (writer.rows, writer.name, reader)
         for reader in operators
         for writer in operators
         if writer.name.rpartition(".")[0] == reader.name.rpartition(".")[0] and writer.rows == 2 * reader.columns
+        if writer != reader and beside[reader.name.rpartition(".")[0]] == 2
     ]
     if not pairs:
         return ()
