@@ -351,7 +351,9 @@ def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> Non
     own = Recipe.build({"sparsity": "70%"})
     assert [Recipe.of(recipe) for recipe in (own, {"sparsity": "70%"}, file, str(file), None)] == [own] * 4 + [Recipe()]
     assert RecoverRecipe.of("spp") == RecoverRecipe.build(load_recipe_settings("spp", "recover"))
-    other = "recipe is of the class RecoverRecipe, and Recipe is expected"
+    other = (
+        "recipe is of the class RecoverRecipe, and Recipe, a mapping of settings or the name of a recipe is expected"
+    )
     for recipe, message in (
         (RecoverRecipe(), other),
         ("nothing", "recipe 'nothing' is neither"),
@@ -363,7 +365,7 @@ def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> Non
     with pytest.raises(FistaPrunerError, match=other):
         prune("model", tmp_path / "out", recipe=RecoverRecipe())
     for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe"), (align_compare, "AlignRecipe")):
-        with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name} is expected"):
+        with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name}, a mapping of settings"):
             function("model", tmp_path / "out", recipe=Recipe())
 
 

@@ -25,6 +25,7 @@ from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import sha256_file
+from fistapruner.runtime.formatting import size
 from fistapruner.sparse.bench import bench, record
 from fistapruner.sparse.pack_plan import NoPackedFormError
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
@@ -48,6 +49,9 @@ def test_there_and_back(tmp_path, dtype, sparsity, layout):
     report = pack(source, tmp_path / "p")
     assert report.operators == 21
     assert "rounding" not in str(report)
+    assert f"{size(report.dense_operators)} -> {size(report.packed_operators)} (" in str(report)
+    assert f"{size(report.dense_total)} -> {size(report.packed_total)} (" in str(report)
+    assert str(report).count(" KiB") == 4
     packed = PackedCheckpoint(tmp_path / "p")
     assert {spec.to_json()["layout"] for spec in packed.specs.values()} == {layout}
     assert packed.record["recipe"]["sparsity"] == sparsity

@@ -83,8 +83,14 @@ def test_other_dtypes_stay_dense():
 def test_a_cpu_model_is_refused():
     with pytest.raises(FistaPrunerError, match=r"fistapruner\.load"):
         to_semi_structured(model())
-    with pytest.raises(FistaPrunerError, match="tokens 0"):
-        to_semi_structured(model(), tokens=0)
+    for tokens in (0, "8"):
+        with pytest.raises(FistaPrunerError, match=f"tokens {tokens!r} is not a whole number of at least 1"):
+            to_semi_structured(model(), tokens=tokens)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(FistaPrunerError, match="model is of the class str, and a loaded model is expected"):
+        to_semi_structured("folder")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device with sparse tensor cores")

@@ -211,6 +211,8 @@ def test_numbers_that_are_too_small_are_refused_before_packing(tmp_path, monkeyp
     [(name, value)] = settings.items()
     with pytest.raises(FistaPrunerError, match=f"{name} {value} is too small: at least {value + 1}"):
         bench(save_pruned(tmp_path / "m"), **settings)
+    with pytest.raises(FistaPrunerError, match=f"{name} '8' is not a whole number of at least {value + 1}"):
+        bench(tmp_path / "m", **{name: "8"})
 
 
 def test_a_missing_temporary_folder_is_named(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError, printable
+from ..errors import A_MODEL, FistaPrunerError, path_text, printable
 from ..models.architecture import build_model, max_length
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
@@ -99,6 +99,7 @@ def evaluate(
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
     data = str(data) if isinstance(data, Path) else data
+    against = None if against is None else path_text("against", against, A_MODEL)
     tasks, memory = check_request(
         data,
         seqlen=seqlen,

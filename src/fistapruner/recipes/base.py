@@ -138,7 +138,8 @@ class RunRecipe(Settings):
             return cls.build(load_recipe_settings(str(recipe), cls.verb), f"recipe {recipe}")
         if isinstance(recipe, Mapping):
             return cls.build(dict(recipe))
-        raise FistaPrunerError(f"recipe is of the class {type(recipe).__name__}, and {cls.__name__} is expected")
+        expected = f"{cls.__name__}, a mapping of settings or the name of a recipe is expected"
+        raise FistaPrunerError(f"recipe is of the class {type(recipe).__name__}, and {expected}")
 
     def changed(self, settings: dict[str, Any]) -> Self:
         """Return the recipe with some settings changed.

@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return _gpu() if torch.cuda.is_available() else torch.device("cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -68,6 +68,8 @@ def bench(
         ("runs", runs, 1),
         ("threads", threads, 1),
     ):
+        if value is not None and type(value) is not int:
+            raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {least}")
         if value is not None and value < least:
             raise FistaPrunerError(f"{name} {value} is too small: at least {least}")
     model = Path(model)

@@ -27,6 +27,7 @@ from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.formatting import size
 from ..runtime.progress import Tick, silent
 from .format import METADATA, VERSION, encode
 from .pack_plan import PlannedOperator, plan_packing
@@ -55,14 +56,13 @@ class PackReport:
     violation: str | None = None
 
     def __str__(self) -> str:
-        mib = 2**20
-        share = self.packed_operators / self.dense_operators
+        share, whole = self.packed_operators / self.dense_operators, self.packed_total / self.dense_total
         lines = [
-            f"{self.operators} pruned operators, {self.zeros:.1%} zeros: {self.dense_operators / mib:.1f} MiB -> "
-            f"{self.packed_operators / mib:.1f} MiB ({share:.3f} of their dense size)"
-            + (f", {self.low_rank / mib:.1f} MiB of it the low-rank part" if self.low_rank else ""),
-            f"whole checkpoint, embeddings included: {self.dense_total / mib:.1f} MiB -> "
-            f"{self.packed_total / mib:.1f} MiB ({self.packed_total / self.dense_total:.3f})",
+            f"{self.operators} pruned operators, {self.zeros:.1%} zeros: {size(self.dense_operators)} -> "
+            f"{size(self.packed_operators)} ({share:.3f} of their dense size)"
+            + (f", {size(self.low_rank)} of it the low-rank part" if self.low_rank else ""),
+            f"whole checkpoint, embeddings included: {size(self.dense_total)} -> "
+            f"{size(self.packed_total)} ({whole:.3f})",
         ]
         if self.dense_bf16_operators != self.dense_operators:
             lines.insert(1, f"{self.packed_operators / self.dense_bf16_operators:.3f} of the operators' size in bf16")

@@ -64,10 +64,12 @@ def to_semi_structured(
         GPT-2's ``Conv1D``, packed operators and tensors of all experts of a mixture are listed and stay as they are.
 
     Raises:
-        FistaPrunerError: the model is not on a CUDA device, or its GPU has no sparse tensor cores.
+        FistaPrunerError: it is no model, it is not on a CUDA device, or its GPU has no sparse tensor cores.
     """
-    if tokens < 1:
-        raise FistaPrunerError(f"tokens {tokens} is too small: at least 1")
+    if not isinstance(model, nn.Module):
+        raise FistaPrunerError(f"model is of the class {type(model).__name__}, and a loaded model is expected")
+    if type(tokens) is not int or tokens < 1:
+        raise FistaPrunerError(f"tokens {tokens!r} is not a whole number of at least 1")
     operators = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if to_sparse is None:
         _check_devices(operators)
