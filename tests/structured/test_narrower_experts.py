@@ -16,9 +16,12 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.structured.removal import removal_error, remove_channels
+from fistapruner.structured.statistics import ChannelSums
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 QUARTER = {"remove": "mlp=25%", "multiple": 4}
@@ -218,6 +221,22 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
     keep = before[1].norm(dim=0).topk(36).indices.sort().values
     assert torch.equal(after[0], before[0][keep])
     assert torch.equal(after[1], before[1][:, keep])
+
+
+@pytest.mark.parametrize("method", ["obs", "flap"])
+def test_one_token_has_no_variance_and_is_rated_by_its_values(method: str) -> None:
+    """Around their mean all of its channels are zero, and any choice would do."""
+    generator = torch.Generator().manual_seed(0)
+    weight, token = torch.randn(8, 24, generator=generator), torch.randn(1, 24, generator=generator)
+    sums = ChannelSums(weight, 2, routed=True)
+    sums.add_tokens(0, token)
+    known = sums.statistics("down_proj", 0.5)
+    found = remove_channels(known, 12, Structure(remove="mlp=12", method=method), biased=True)
+    alike = "energy" if method == "flap" else "obs"
+    assert torch.equal(found.keep, remove_channels(known, 12, Structure(remove="mlp=12", method=alike)).keep)
+    added = weight.square().sum(0) * token[0].square()  # energy of what each channel adds
+    assert added[found.keep].sum() > 0.8 * added.sum()
+    assert removal_error(known, found.places, found.weight, found.bias) < 1e-6
 
 
 def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
