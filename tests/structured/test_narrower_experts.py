@@ -223,6 +223,17 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
     assert torch.equal(after[1], before[1][:, keep])
 
 
+@pytest.mark.parametrize(("method", "shrink"), [("obs", "auto"), ("obs", 0), ("flap", "auto")])
+def test_only_grams_that_are_shrunk_are_said_to_be(tmp_path: Path, method: str, shrink: Any) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model")
+    structure = {**QUARTER, "method": method, "shrink": shrink}
+    calibration = {"source": "python", "samples": 1, "seqlen": 16}
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=calibration)
+    (warning,) = (text for text in report.layers[0].warnings if "fewer tokens than inputs" in text)
+    shrunk = [removal.shrink for removal in report.layers[0].removals]
+    assert ("Grams are shrunk towards the diagonal" in warning) == any(shrunk) == ((method, shrink) == ("obs", "auto"))
+
+
 @pytest.mark.parametrize("method", ["obs", "flap"])
 def test_one_token_has_no_variance_and_is_rated_by_its_values(method: str) -> None:
     """Around their mean all of its channels are zero, and any choice would do."""
