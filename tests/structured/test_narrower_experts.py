@@ -303,6 +303,7 @@ def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_pa
         ("mixtral", {"structure": {**QUARTER, "widths": "free"}}, "every expert keeps the same number of channels"),
         ("gemma4", {"structure": "mlp=12"}, r"have several \(16, 48 channels\): give a share"),
         ("mixtral", {"structure": "mlp=48"}, "is not less than the 48 channels"),
+        ("gemma4", {"structure": {"remove": "90%", "multiple": 4}}, "give: .* leaves 4 of 16 channels"),
         ("mixtral", {"structure": QUARTER, "ignore": ["re:experts.3"]}, "channels are removed from all experts"),
         ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
     ],
