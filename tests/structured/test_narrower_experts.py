@@ -16,9 +16,12 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.structured.removal import removal_error, remove_channels
+from fistapruner.structured.statistics import ChannelSums
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 QUARTER = {"remove": "mlp=25%", "multiple": 4}
@@ -220,6 +223,33 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
     assert torch.equal(after[1], before[1][:, keep])
 
 
+@pytest.mark.parametrize(("method", "shrink"), [("obs", "auto"), ("obs", 0), ("flap", "auto")])
+def test_only_grams_that_are_shrunk_are_said_to_be(tmp_path: Path, method: str, shrink: Any) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model")
+    structure = {**QUARTER, "method": method, "shrink": shrink}
+    calibration = {"source": "python", "samples": 1, "seqlen": 16}
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=calibration)
+    (warning,) = (text for text in report.layers[0].warnings if "fewer tokens than inputs" in text)
+    shrunk = [removal.shrink for removal in report.layers[0].removals]
+    assert ("Grams are shrunk towards the diagonal" in warning) == any(shrunk) == ((method, shrink) == ("obs", "auto"))
+
+
+@pytest.mark.parametrize("method", ["obs", "flap"])
+def test_one_token_has_no_variance_and_is_rated_by_its_values(method: str) -> None:
+    """Around their mean all of its channels are zero, and any choice would do."""
+    generator = torch.Generator().manual_seed(0)
+    weight, token = torch.randn(8, 24, generator=generator), torch.randn(1, 24, generator=generator)
+    sums = ChannelSums(weight, 2, routed=True)
+    sums.add_tokens(0, token)
+    known = sums.statistics("down_proj", 0.5)
+    found = remove_channels(known, 12, Structure(remove="mlp=12", method=method), biased=True)
+    alike = "energy" if method == "flap" else "obs"
+    assert torch.equal(found.keep, remove_channels(known, 12, Structure(remove="mlp=12", method=alike)).keep)
+    added = weight.square().sum(0) * token[0].square()  # energy of what each channel adds
+    assert added[found.keep].sum() > 0.8 * added.sum()
+    assert removal_error(known, found.places, found.weight, found.bias) < 1e-6
+
+
 def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
     """DeepSeek's have a multiple of the experts' width; rounded apart, 32 channels would be 20, and 16 are 12."""
     folder = tiny.save("deepseek_v3", tmp_path / "model", n_shared_experts=2)
@@ -273,6 +303,7 @@ def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_pa
         ("mixtral", {"structure": {**QUARTER, "widths": "free"}}, "every expert keeps the same number of channels"),
         ("gemma4", {"structure": "mlp=12"}, r"have several \(16, 48 channels\): give a share"),
         ("mixtral", {"structure": "mlp=48"}, "is not less than the 48 channels"),
+        ("gemma4", {"structure": {"remove": "90%", "multiple": 4}}, "give: .* leaves 4 of 16 channels"),
         ("mixtral", {"structure": QUARTER, "ignore": ["re:experts.3"]}, "channels are removed from all experts"),
         ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
     ],

@@ -19,7 +19,7 @@ from fistapruner.recipes.structure_settings import Structure
 from fistapruner.structured import proof
 from fistapruner.structured.proof import plan_widths
 from fistapruner.structured.smaller_model import Widths, removed_weights, resized
-from fistapruner.structured.units import channel_weights, layer_weights
+from fistapruner.structured.units import layer_weights, unit_weights
 
 ENTRIES = {"opt": "ffn_dim", "gpt2": "n_inner", "falcon": "ffn_hidden_size"}
 """The entry of the config that holds the width, where it is not ``intermediate_size``."""
@@ -77,7 +77,8 @@ def test_a_share_of_the_parameters_becomes_a_width(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path)  # 32 wide, 48 channels: 3 x 32 weights a channel
     model, widths = planned(folder, "25%")
     gone = removed_weights(model, widths)
-    assert abs(gone / layer_weights(model) - 0.25) <= 4 * channel_weights(model, widths.units) / layer_weights(model)
+    channel = sum(unit_weights(model.layers[index], unit) for index, (unit,) in enumerate(widths.units))
+    assert abs(gone / layer_weights(model) - 0.25) <= 4 * channel / layer_weights(model)
     assert widths.units[0][0].after % 8 == 0
     assert planned(folder, "mlp=31")[1].units[0][0].after == 31
 

@@ -20,7 +20,8 @@ from ..structured.shrinkage import shrunk
 from .context import LayerContext
 from .passes import LayerPasses
 
-FEW = "fewer tokens than inputs, so their Grams are shrunk towards the diagonal"
+FEW = "fewer tokens than inputs"
+SHRUNK = ", so their Grams are shrunk towards the diagonal"
 NONE = "no token was routed to them, so they are pruned by magnitude"
 
 
@@ -48,7 +49,7 @@ def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target
 
 
 def routing_warnings(
-    layer: str, operators: Iterable[OperatorEntry], removals: Iterable[RemovalEntry], mixtures: Iterable[str]
+    layer: str, operators: Sequence[OperatorEntry], removals: Sequence[RemovalEntry], mixtures: Iterable[str]
 ) -> list[str]:
     """Name the experts of a layer that few calibration tokens, or none, were routed to.
 
@@ -59,6 +60,8 @@ def routing_warnings(
         mixtures: names of its modules of experts.
     """
     warnings = []
+    solved = any(entry.tokens and entry.sparsity != "0%" for entry in operators)
+    fits = solved or any(entry.tokens and entry.shrink for entry in removals)  # flap alone, for one, does not
     read = [(entry.name, entry.tokens, entry.shape[1]) for entry in operators]
     read += [(entry.consumer, entry.tokens, entry.before) for entry in removals]
     for mixture in mixtures:
@@ -72,7 +75,7 @@ def routing_warnings(
         few = [f"{expert} ({count} tokens)" for expert, count in tokens.items() if 0 < count < inputs[expert]]
         warnings += [
             f"{layer}.{mixture}: experts {', '.join(found)}: {said}"
-            for found, said in ((none, NONE), (few, FEW))
+            for found, said in ((none, NONE), (few, FEW + SHRUNK if fits else FEW))
             if found
         ]
     return warnings

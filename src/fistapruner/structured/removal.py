@@ -41,6 +41,11 @@ class ChannelStatistics:
         mean = self.problem.weight.double() @ self.mean.double()
         return mean if self.drift_mean is None else mean + self.problem.target * self.drift_mean
 
+    @property
+    def centre(self) -> Tensor:
+        """(n,) what variances are around: the mean, or zero for an expert's only token, which has no variance."""
+        return torch.zeros_like(self.mean) if self.tokens == 1 else self.mean
+
     def centred(self) -> LayerProblem:
         """Return the problem with inputs and drift less their means: its errors are those with the best bias.
 
@@ -48,7 +53,7 @@ class ChannelStatistics:
         inputs and s that of the drift, H becomes ``H - mu mu^T``, R ``R - s mu^T`` and d ``d - s^2``.
         """
         problem = self.problem
-        gram = covariance(problem.gram, self.mean)
+        gram = covariance(problem.gram, self.centre)
         drift, energy = problem.drift, problem.drift_energy
         if drift is not None and energy is not None and self.drift_mean is not None:
             drift = drift - torch.outer(self.drift_mean, self.mean).to(drift.dtype)
@@ -124,7 +129,7 @@ def remove_channels(
     warnings: list[str] = []
     if chosen is None:
         method = settings.method if settings.method in ("flap", "magnitude") else "energy"
-        keep = best_channels(channel_scores(method, rated, known.mean).view(-1, block).sum(1), kept)
+        keep = best_channels(channel_scores(method, rated, known.centre).view(-1, block).sum(1), kept)
     else:
         keep = chosen.to(problem.weight.device)
     shrink, tested = choose_shrink(known, block_places(keep, block), settings, biased=biased)

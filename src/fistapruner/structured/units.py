@@ -348,7 +348,7 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
             limit = most * held / weights
             raise FistaPrunerError(
                 f"structure: {asked} of the decoder layers' {weights} parameters is more than their MLP channels can "
-                f"give: {limit:.1%} leaves {step} channels in every MLP"
+                f"give: {limit:.1%} leaves {step} of {before} channels"
             )
     of_kind = {kind: {unit.before for layer in units for unit in layer if unit.kind == kind} for kind in _WHOSE}
     kept: dict[int, int] = {}
@@ -372,11 +372,6 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
 def layer_weights(model: LayerwiseModel) -> int:
     """Count the parameters of all decoder layers."""
     return sum(parameter.numel() for layer in model.layers for parameter in layer.parameters())
-
-
-def channel_weights(model: LayerwiseModel, units: Units) -> int:
-    """Count the parameters that go if every unit of the model loses one channel."""
-    return sum(unit_weights(model.layers[index], unit) for index, layer in enumerate(units) for unit in layer)
 
 
 def unit_weights(layer: nn.Module, unit: Unit) -> int:
