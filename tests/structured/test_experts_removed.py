@@ -28,6 +28,7 @@ from fistapruner.runs.records import Report
 from fistapruner.structured import mixtures
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+QUARTER = {"remove": "mlp=25%", "multiple": 4}
 TOKENS = torch.arange(3, 27)[None]
 MORE = {"n_routed_experts": 8}
 """DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
@@ -237,6 +238,14 @@ def test_the_smaller_model_is_recovered_in_the_same_run(tmp_path: Path) -> None:
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "--weighting none"),
         ("qwen3_moe", {"structure": "experts=some"}, "experts=25% or experts=8"),
+        ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
+        ("mixtral", {"structure": {**QUARTER, "method": "bypass"}}, "bypass does not rate channels of experts"),
+        ("mixtral", {"structure": {**QUARTER, "widths": "free"}}, "every expert keeps the same number of channels"),
+        ("gemma4", {"structure": "mlp=12"}, r"have several \(16, 48 channels\): give a share"),
+        ("mixtral", {"structure": "mlp=48"}, "is not less than the 48 channels"),
+        ("gemma4", {"structure": {"remove": "90%", "multiple": 4}}, "give: .* leaves 4 of 16 channels"),
+        ("mixtral", {"structure": QUARTER, "ignore": ["re:experts.3"]}, "channels are removed from all experts"),
+        ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
     ],
 )
 def test_what_cannot_be_removed_is_refused_by_name(

@@ -295,28 +295,6 @@ def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_pa
         assert found == 2 * (2 * (attention + router + 2 * 3 * 32 * width) + head)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "settings", "message"),
-    [
-        ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
-        ("mixtral", {"structure": {**QUARTER, "method": "bypass"}}, "bypass does not rate channels of experts"),
-        ("mixtral", {"structure": {**QUARTER, "widths": "free"}}, "every expert keeps the same number of channels"),
-        ("gemma4", {"structure": "mlp=12"}, r"have several \(16, 48 channels\): give a share"),
-        ("mixtral", {"structure": "mlp=48"}, "is not less than the 48 channels"),
-        ("gemma4", {"structure": {"remove": "90%", "multiple": 4}}, "give: .* leaves 4 of 16 channels"),
-        ("mixtral", {"structure": QUARTER, "ignore": ["re:experts.3"]}, "channels are removed from all experts"),
-        ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
-    ],
-)
-def test_what_cannot_be_removed_is_refused_by_name(
-    tmp_path: Path, architecture: str, settings: dict[str, Any], message: str
-) -> None:
-    folder = tiny.save(architecture, tmp_path / "model")
-    with pytest.raises(fp.FistaPrunerError, match=message):
-        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
-    assert not (tmp_path / "run" / "model").exists()
-
-
 def test_shared_experts_with_an_entry_of_their_own_keep_their_share(tmp_path: Path) -> None:
     """GraniteMoeShared has gate and up of its shared expert in one tensor; 18 of 24 is rounded to a multiple of 4."""
     config = transformers.GraniteMoeSharedConfig(
