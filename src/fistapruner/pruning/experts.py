@@ -16,7 +16,7 @@ from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..structured.experts import EXPERTS, fewer_experts, kept_experts, reap_scores
-from ..structured.shrinkage import shrunk
+from ..structured.shrinkage import share_of_few, shrunk
 from .context import LayerContext
 from .passes import LayerPasses
 
@@ -45,7 +45,8 @@ def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target
         identity = torch.eye(n, device=sums.weight.device)
         return LayerProblem(sums.weight, identity, target=target, names=tuple(names), rows=tuple(rows))
     problem = sums.problem(names, rows, target, release=True)
-    return replace(shrunk(problem, n / (n + sums.tokens)), energy=None) if sums.tokens < n else problem
+    share = share_of_few(n, sums.tokens)
+    return problem if share is None else replace(shrunk(problem, share), energy=None)
 
 
 def routing_warnings(

@@ -38,7 +38,7 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
         return []
     totals = report.totals
     rows = [
-        ("structure", f"{after} of {before} {unit} in every {PLACES.get(unit, _layers_with(report, unit))}")
+        ("structure", f"{after} of {before} {unit} in every {_place(report, unit)}")
         for unit, before, after in kept_units(report)
     ]
     if totals.model_weights and report.model.parameters:
@@ -56,7 +56,7 @@ def structure_sentence(report: Report) -> str:
         return only_here
     kept: dict[str, list[str]] = {}
     for unit, before, after in kept_units(report):
-        kept.setdefault(PLACES.get(unit, _layers_with(report, unit)), []).append(f"{after} of {before} {unit}")
+        kept.setdefault(_place(report, unit), []).append(f"{after} of {before} {unit}")
     text = "; ".join(f"every {place} keeps {' and '.join(units)}" for place, units in kept.items())
     text = text.replace("every", "Every", 1)
     weights, dense = report.totals.model_weights, report.model.parameters
@@ -64,8 +64,10 @@ def structure_sentence(report: Report) -> str:
     return f"{text} {only_here}".strip()
 
 
-def _layers_with(report: Report, unit: str) -> str:
-    """Name the decoder layers that something was removed from."""
+def _place(report: Report, unit: str) -> str:
+    """Name what has so many of a unit: a mixture, an expert, or the decoder layers that lost some."""
+    if unit in PLACES:
+        return PLACES[unit]
     all_have = all(any(removal.unit == unit for removal in layer.removals) for layer in report.layers)
     return "decoder layer" if all_have or has_free_widths(report) else f"decoder layer with {unit}"
 

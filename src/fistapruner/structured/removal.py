@@ -12,7 +12,7 @@ from ..problem import LayerProblem
 from ..recipes.structure_settings import Structure
 from .elimination import eliminate
 from .scores import channel_scores
-from .shrinkage import GRID, covariance, for_twice_the_tokens, refitted, shrunk, validation_errors
+from .shrinkage import GRID, covariance, for_twice_the_tokens, refitted, share_of_few, shrunk, validation_errors
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def choose_shrink(
 ) -> tuple[float, float | None]:
     """Choose the share of shrinkage.
 
-    With p tokens of an expert, fewer than the n inputs, it is n / (n + p), as for the expert's zeros.
+    For an expert with few tokens it is that of its zeros (:func:`.shrinkage.share_of_few`).
 
     Args:
         known: what is known of the operator's inputs.
@@ -223,9 +223,8 @@ def choose_shrink(
     """
     if settings.shrink != "auto":
         return float(settings.shrink), None
-    inputs = known.problem.shape[1]
-    if known.tokens is not None and known.tokens < inputs:
-        return inputs / (inputs + known.tokens), None
+    if known.tokens is not None and (share := share_of_few(known.problem.shape[1], known.tokens)) is not None:
+        return share, None
     if known.halves is None or (settings.compensation != "refit" and settings.method != "obs"):
         return 0.5, None
     best = choose_share(

@@ -39,6 +39,11 @@ ROWS = 256
 """Output rows on which cross-validation compares shares, at most."""
 
 
+def share_of_few(inputs: int, tokens: int) -> float | None:
+    """Return the share for an expert's Gram of fewer tokens than inputs, ``n / (n + p)``; None for others."""
+    return inputs / (inputs + tokens) if tokens < inputs else None
+
+
 def shrunk(problem: LayerProblem, share: float) -> LayerProblem:
     """Return the problem with its Gram shrunk towards the diagonal by ``share``, from 0 to 1."""
     drift = None if problem.drift is None else problem.drift * (1 - share)
