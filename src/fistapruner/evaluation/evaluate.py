@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import A_MODEL, FistaPrunerError, path_text, printable
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text, printable
 from ..models.architecture import build_model, max_length
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
@@ -21,6 +21,7 @@ from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit
 from ..recipes.loading import parse_bytes
 from ..runs.lineage import lineage_of, trained_on
+from ..runs.python_call import python_call
 from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import temporary_folder
@@ -37,6 +38,7 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
+@python_call()
 @undisturbed()
 @threads_within_quota()
 def evaluate(
@@ -197,7 +199,11 @@ def check_request(
     ):
         if given == "":
             raise FistaPrunerError(f"{name} '' is empty: name {what}, or leave it out")
+    if tasks_dir is not None:
+        path_text("tasks_dir", tasks_dir, A_FOLDER)
     tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
+    if not (isinstance(tasks, Sequence) and all(isinstance(task, str) for task in tasks)):
+        raise FistaPrunerError(f"tasks {tasks!r}: a name, or a list of names, is expected")
     if data is None and not tasks:
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"

@@ -25,6 +25,7 @@ from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
+from ..runs.python_call import python_call
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
@@ -59,6 +60,7 @@ Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 
+@python_call(Recipe)
 @undisturbed()
 def prune(
     model: str | Path,
@@ -163,6 +165,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     )
 
 
+@python_call()
 @undisturbed()
 def finish_run(
     out: str | Path,
