@@ -19,6 +19,7 @@ import time
 import torch
 from torch import Tensor
 
+from fistapruner.runtime.formatting import counted
 from fistapruner.runtime.numerics import seeded
 from fistapruner.sensitivity.error_curves import ZerosBudget, sparsity_grid
 from fistapruner.sensitivity.workload import History
@@ -77,12 +78,18 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=20, help="of each kind of noise (default: %(default)s)")
     parser.add_argument("--noise", default=",".join(NOISE), help="kinds of noise (default: %(default)s)")
     arguments = parser.parse_args()
+    kinds = arguments.noise.split(",")
+    if arguments.draws < 1:
+        parser.error(f"--draws {arguments.draws}: at least 1 is expected")
+    if unknown := set(kinds) - set(NOISE):
+        parser.error(f"--noise {min(unknown)!r} is not known: {', '.join(NOISE)}")
     torch.set_num_threads(1)
-    begin, kinds = time.perf_counter(), arguments.noise.split(",")
+    begin = time.perf_counter()
     found = {kind: [regrets(kind, seed) for seed in range(arguments.draws)] for kind in kinds}
+    how = "mean ± standard error over" if arguments.draws > 1 else "with"
     print(
-        f"Regret, mean ± standard error over {arguments.draws} draws of {ROWS} deployments to learn from and {ROWS} to "
-        f"test; the last row is paired; {time.perf_counter() - begin:.0f} s on one thread\n"
+        f"Regret, {how} {counted(arguments.draws, 'draw')} of {ROWS} deployments to learn from and {ROWS} to test; the "
+        f"last row is paired; {time.perf_counter() - begin:.0f} s on one thread\n"
     )
     print(f"| rule | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
     for rule in found[kinds[0]][0]:
@@ -92,8 +99,9 @@ def main() -> None:
 
 
 def _mean(values: list[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+    """Write a mean with its standard error, which one value does not have."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import quality
 import real_problems
 import scaling
 import torch
+import workload_allocation
 from alps_reference import alps_reference
 
 from fistapruner.constraints import parse_sparsity
@@ -221,3 +222,20 @@ def test_pairs_of_a_task_with_line_separators_inside_its_texts(tmp_path: Path, m
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "task.jsonl"), str(tmp_path / "pairs.jsonl")])
     preference_pairs.main()
     assert json.loads((tmp_path / "pairs.jsonl").read_text("utf-8"))["prompt"] == "a\u2028b"
+
+
+def test_one_draw_of_a_workload_has_no_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workload_allocation, "regrets", lambda kind, seed: {"two-stage": 0.5 + seed, "so-ebm": 0.25})
+    for draws, first in (("1", "| two-stage | 0.500 |"), ("2", "| two-stage | 1.000 ± 0.500 |")):
+        monkeypatch.setattr(sys, "argv", ["workload_allocation.py", "--draws", draws, "--noise", "switch"])
+        workload_allocation.main()
+        shown = capsys.readouterr().out
+        assert first in shown
+        assert ("standard error" in shown) == (draws == "2")
+    for wrong in (["--draws", "0"], ["--noise", "switch,other"]):
+        monkeypatch.setattr(sys, "argv", ["workload_allocation.py", *wrong])
+        with pytest.raises(SystemExit):
+            workload_allocation.main()
+        assert f"error: {wrong[0]} " in capsys.readouterr().err

@@ -39,6 +39,7 @@ from fistapruner.models.whole import whole_bytes
 from fistapruner.reporting.evaluation_text import task_text
 from fistapruner.reporting.quality_rows import quality_rows
 from fistapruner.runs.results import Evaluation
+from sparse.pruned import save_pruned
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}
@@ -195,6 +196,13 @@ def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
             match=r"^--memory-limit .*iB is not enough: zero-shot tasks load the whole .*large, which needs .*iB: ",
         ):
             fp.evaluate(model, against=against, tasks=["piqa"], memory_limit=limit)
+    packed = tmp_path / "large packed"
+    fp.pack(save_pruned(tmp_path / "pruned"), packed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "unpack", Mock(side_effect=AssertionError))  # which takes long
+        for model, against in ((packed, None), (small, packed)):
+            with pytest.raises(fp.FistaPrunerError, match=r"whole model .*large packed, which needs"):
+                fp.evaluate(model, against=against, tasks=["piqa"], dtype="float32", memory_limit=limit)
     assert not asked
     fp.evaluate(small, tasks=["piqa"], memory_limit=limit)
     assert asked == [small]

@@ -1093,6 +1093,27 @@ def test_bad_input_of_a_recovery_that_follows_shows_before_pruning(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_recovery_that_follows_says_what_to_do_where_its_dense_model_has_moved(bench: Bench, tmp_path: Path) -> None:
+    """Neither prune nor resume has --dense."""
+    dense = tmp_path / "dense"
+    shutil.copytree(bench.dense(), dense)
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    recovery = {"loss": "kl", "steps": 1, "data": {"source": str(bench.text), "seqlen": SEQLEN}}
+    settings = {"method": "magnitude", "calibration": calibration}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fistapruner.pipeline.prune.recover", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(dense, tmp_path / "run", recover=recovery, **settings)
+    moved = dense.rename(tmp_path / "moved")
+    with pytest.raises(
+        fp.FistaPrunerError, match=r"is not at .*dense any more: put it back .* --out NEW --dense MODEL'"
+    ):
+        fp.resume(tmp_path / "run")
+    fp.recover(tmp_path / "run", tmp_path / "new", recipe=recovery, dense=moved)
+    moved.rename(dense)
+    assert fp.resume(tmp_path / "run").kind == "recover"
+
+
 def test_a_recovery_that_a_continuing_command_adds_is_checked_before_pruning(bench: Bench, tmp_path: Path) -> None:
     settings = {"method": "magnitude", "calibration": {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}}
     fp.prune(bench.dense(), tmp_path / "run", only_layers=(0, 0), **settings)

@@ -609,12 +609,36 @@ def test_cutting_experts_alone_is_planned(tmp_path: Path, structure: str) -> Non
     assert max(on_gpu.host_stages(choice).values()) - found.base > found.layer + states + experts
     assert on_gpu.stages(choice)["cutting experts"] > found.layer
     stays = found.disk(choice, 1)
+    count, width = 4 - ("experts" in structure), 192 if "mlp" in structure else 256
+    router = 64 * count if "experts" in structure else 0
+    assert found.pruned == 2 * 4 * (count * 3 * 64 * width + router)  # at most: experts that keep their place stay
     settings["calibration"]["samples"] = 2
     disk = next(row for row in prune(folder, tmp_path / "run", **settings).plan if row.quantity == "disk")
     assert disk.planned == stays
     assert disk.actual is not None
     assert disk.actual <= disk.planned * 1.05
     assert disk.actual > disk.planned * 0.7
+
+
+@pytest.mark.parametrize(
+    ("architecture", "structure"), [("llama", "25%"), ("mixtral", "mlp=25%"), ("llama", "heads=1")]
+)
+def test_the_proof_that_channels_can_go_fits_into_the_planned_memory(
+    tmp_path: Path, architecture: str, structure: str
+) -> None:
+    """It holds the whole layer, and beside it the smaller one."""
+    changes = {"hidden_size": 128, "intermediate_size": 512}
+    opened = LayerwiseModel(
+        Checkpoint.open(tiny.save(architecture, tmp_path / "model", **changes)), torch.device("cpu")
+    )
+    settings = {"structure": structure, "calibration": {"source": "python", "seqlen": 16, "samples": 2}}
+    recipe, layout, made = Recipe.build(settings).resolved(), discover(opened), []
+    peak = peak_bytes(lambda: made.append(change_widths(opened, layout, recipe, UNTRUSTED)))
+    ((layout, widths),) = made
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    found = measure_sizes(opened, layout, recipe, allocate(recipe, layout), tokens, widths)
+    planned = found.stages(Choice(2))["proving the smaller layer"] - found.base
+    assert peak < planned < 1.5 * peak
 
 
 @pytest.mark.parametrize("structure", ["mlp=16,heads=1", {"remove": "heads=1", "widths": "free"}])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, NemotronHConfig, NemotronHForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError
@@ -149,6 +149,39 @@ def test_amounts_that_leave_or_remove_nothing_are_refused(
 ) -> None:
     with pytest.raises(FistaPrunerError, match=said):
         planned(tiny.save("llama", tmp_path), amount, multiple)
+
+
+def test_a_mixture_with_layers_without_an_mlp_names_what_can_be_removed(tmp_path: Path) -> None:
+    """Layers of a hybrid are of one kind each, and only some have experts."""
+    config = NemotronHConfig(
+        **tiny.SIZES,
+        hidden_size=32,
+        layers_block_type=["mamba", "moe", "attention", "moe"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=1,
+    )
+    NemotronHForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        FistaPrunerError, match=r"layers\.0: no operators .*; experts=25% or the like removes whole exp"
+    ):
+        planned(tmp_path, "mlp=25%")
+
+
+@pytest.mark.parametrize(("architecture", "whose"), [("mixtral", "expert"), ("qwen2_moe", "expert")])
+def test_amounts_for_the_narrowest_experts_name_experts(tmp_path: Path, architecture: str, whose: str) -> None:
+    folder = tiny.save(architecture, tmp_path)
+    for amount, said in (("mlp=95%", "leaves fewer than 8"), ("mlp=1%", "removes less than half of 8")):
+        with pytest.raises(FistaPrunerError, match=rf"{said} of the \d+ channels of every {whose}[:,]"):
+            planned(folder, amount, 8)
 
 
 @pytest.mark.parametrize(

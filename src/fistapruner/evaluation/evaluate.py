@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
-from ..errors import A_MODEL, FistaPrunerError, path_text, printable
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text, printable
 from ..models.architecture import build_model, max_length
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource, Permissions
-from ..models.whole import require_tasks_fit
+from ..models.whole import require_tasks_fit, whole_bytes
 from ..recipes.loading import parse_bytes
 from ..runs.lineage import lineage_of, trained_on
+from ..runs.python_call import python_call
 from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import temporary_folder
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from ..runtime.progress import Tick, silent
 from ..sparse.pack import unpack
-from ..sparse.packed_checkpoint import is_packed
+from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed
 from .data import Windows, check_count, check_data, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows
@@ -37,6 +38,7 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
+@python_call()
 @undisturbed()
 @threads_within_quota()
 def evaluate(
@@ -120,6 +122,10 @@ def evaluate(
     dense = permissions.find(against) if against is not None else None
     if data is not None and is_packed(source.folder):
         _check_packed(source, data, seqlen, model)
+    if known is not None and memory is not None:
+        for each in (source, *([] if dense is None else [dense])):
+            if is_packed(each.folder):
+                require_tasks_fit(each.folder, _packed_bytes(each.folder, DTYPES.get(dtype), place), memory)
     with ExitStack() as scratch:
         source = scratch.enter_context(_unpacked(source, tick))
         dense = None if dense is None else scratch.enter_context(_unpacked(dense, tick))
@@ -130,7 +136,7 @@ def evaluate(
         )
         if known is not None and memory is not None:
             for each, checkpoint in zip(models, checkpoints, strict=True):
-                require_tasks_fit(each.folder, checkpoint, passes, memory)
+                require_tasks_fit(each.folder, whole_bytes(checkpoint, passes), memory)
         added = LowRankAdapter.beside(source.folder)
         warnings: tuple[str | None, ...] = ()
         if known is not None:
@@ -197,7 +203,11 @@ def check_request(
     ):
         if given == "":
             raise FistaPrunerError(f"{name} '' is empty: name {what}, or leave it out")
+    if tasks_dir is not None:
+        path_text("tasks_dir", tasks_dir, A_FOLDER)
     tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
+    if not (isinstance(tasks, Sequence) and all(isinstance(task, str) for task in tasks)):
+        raise FistaPrunerError(f"tasks {tasks!r}: a name, or a list of names, is expected")
     if data is None and not tasks:
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
@@ -250,6 +260,16 @@ def _check_packed(source: ModelSource, data: str | Windows, seqlen: int | None, 
     empty = build_model(source.checkpoint(), shapes={}, trust_remote_code=source.trust_remote_code)
     source.tokenizer()
     _window_length(data, seqlen, max_length(empty), model)
+
+
+def _packed_bytes(folder: Path, dtype: torch.dtype | None, place: torch.device) -> int:
+    """Count the bytes of a packed model's unpacked weights in a precision; None is that of its own passes."""
+    entries = [entry for shard in PackedCheckpoint(folder, verify=False).contents().values() for entry in shard]
+    return sum(
+        entry.nbytes // entry.dtype.itemsize * (dtype or pass_dtype(entry.dtype, place)).itemsize
+        for entry in entries
+        if entry.dtype.is_floating_point
+    )
 
 
 def _with_text(

@@ -29,19 +29,18 @@ def whole_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return checkpoint.nbytes * dtype.itemsize // checkpoint.dtype.itemsize
 
 
-def require_tasks_fit(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, limit: int) -> None:
+def require_tasks_fit(folder: Path, nbytes: int, limit: int) -> None:
     """Refuse zero-shot tasks on a whole model that a limit of main memory does not hold.
 
     Args:
         folder: the model, for the message.
-        checkpoint: its weights.
-        dtype: precision of the passes.
+        nbytes: of its weights in the precision of the passes.
         limit: bytes of main memory that the process may use.
 
     Raises:
         FistaPrunerError: names the limit and the bytes that are needed.
     """
-    needed = resident_memory() + int(whole_bytes(checkpoint, dtype) / ROOM)
+    needed = resident_memory() + int(nbytes / ROOM)
     if needed > limit:
         raise FistaPrunerError(
             f"--memory-limit {size(limit)} is not enough: zero-shot tasks load the whole model {folder}, which needs "

@@ -20,6 +20,7 @@ from ..runs.base import parse, read_json
 from ..runs.comparison_records import FIGURES, RUNS, TABLE, AlignComparison, AlignRow
 from ..runs.identity import stamps
 from ..runs.listener import Listener
+from ..runs.python_call import python_call
 from ..runs.records import Report, load_run
 from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
@@ -49,6 +50,7 @@ VARIED = ("loss", "references", "weights", "shares", "clip", "anchor")
 """Settings that the rows decide."""
 
 
+@python_call(AlignRecipe)
 def align_compare(
     model: str | Path,
     out: str | Path,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import FistaPrunerError, expand_home, out_path
+from ..errors import FistaPrunerError, expand_home, out_path, path_text
 from ..models.files.folder_files import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf, open_exported
 from ..models.files.low_rank import refuse_low_rank
 from ..models.source import SMALL_MODEL, small_model
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import lineage_of
+from ..runs.python_call import python_call
 from ..runtime.formatting import shell_line
 from ..runtime.progress import Tick, silent
 from ..sparse.packed_checkpoint import is_packed
 
 
+@python_call()
 def export(
     model: str | Path,
     out: str | Path,
@@ -54,6 +56,8 @@ def export(
         )
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: '{shell_line('unpack', folder, 'DIR')}' makes a checkpoint of it")
+    if like is not None:
+        path_text("like", like, "a GGUF file")
     refuse_low_rank(folder, "export")
     open_exported(folder, allow_pickle)  # before it asks for a file in vain
     found = like is None

@@ -27,6 +27,7 @@ from ..models.source import Permissions
 from ..reporting.model_card import plain_card
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
+from ..runs.python_call import python_call
 from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
@@ -124,6 +125,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
+@python_call()
 @undisturbed()
 def merge_adapter(
     folder: str | Path,

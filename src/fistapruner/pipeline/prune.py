@@ -25,6 +25,7 @@ from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
+from ..runs.python_call import python_call
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
@@ -41,6 +42,7 @@ from .begun import (
     execution_here,
     find_finished,
     interrupted_with,
+    refuse_lost_dense,
     refuse_lost_model,
     refuse_lost_text,
     refuse_other_tokens,
@@ -59,6 +61,7 @@ Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 
+@python_call(Recipe)
 @undisturbed()
 def prune(
     model: str | Path,
@@ -163,6 +166,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     )
 
 
+@python_call()
 @undisturbed()
 def finish_run(
     out: str | Path,
@@ -211,15 +215,18 @@ def _recover(
     """Recover the pruned model where the recipe asks for it; returns the report of the last run."""
     if recipe.recover is None:
         return report
+    settings = recovery_recipe(recipe)
     earlier = RecoverDirectory(run.recovered)
     begun = earlier.record()
     if begun is not None and same_path(begun.decision.model, run.folder) and not recovers(begun, report):
         (listener or Listener()).say(f"the recovery in {earlier.folder} is of another pruning: it is made again")
         earlier.remove(run.model)
+    if settings.dense_for and not (run.recovered / "report.json").is_file():
+        refuse_lost_dense(run)
     return recover(
         run.folder,
         run.recovered,
-        recipe=recovery_recipe(recipe),
+        recipe=settings,
         listener=listener,
         command=report.command,
         **permissions.keywords(),

@@ -9,6 +9,7 @@ from ..models.source import Permissions
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
+from ..runs.python_call import python_call
 from ..runs.records import Report
 from ..runtime.launcher import launched
 from .align import ALIGN
@@ -17,6 +18,7 @@ from .recover import RECOVER
 from .training import resume_training
 
 
+@python_call()
 def resume(
     out: str | Path,
     *,

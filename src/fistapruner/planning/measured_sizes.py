@@ -37,7 +37,7 @@ from ..solvers import parse_method
 from ..structured.bypass import LENGTH, SEQUENCES
 from ..structured.experts import expert_weights
 from ..structured.smaller_model import Widths, removed_weights
-from ..structured.units import GROUPS, HEADS, Unit
+from ..structured.units import GROUPS, HEADS, Unit, unit_weights
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 from .sizes import RETAINED, GroupSizes, Sizes
 
@@ -122,6 +122,7 @@ def _measure_layer(
         groups=measured,
         float_input=4 * seqlen * _largest_input(layout, index, units),
         removal=_removal_bytes(model, layout, recipe, index, units),
+        proving=_proving_bytes(model, index, units),
         float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
         kept=sum(kept) * seqlen * itemsize,
         entering=_entering_width(layout, recipe, index, model.device) * seqlen * itemsize,
@@ -272,6 +273,16 @@ def _removal_bytes(model: LayerwiseModel, layout: Layout, recipe: Recipe, index:
     )
 
 
+def _proving_bytes(model: LayerwiseModel, index: int, units: Sequence[Unit]) -> int:
+    """Count the bytes beside a layer of proving that channels can go.
+
+    They are of a copy of the reading operators with zeros, and two copies of what stays of all operators.
+    """
+    layer = model.layers[index]
+    zeroed = sum(unit.consumer.rows * unit.consumer.columns for unit in units)
+    return model.dtype.itemsize * (zeroed + 2 * sum(unit.after * unit_weights(layer, unit) for unit in units))
+
+
 def _entering_width(layout: Layout, recipe: Recipe, index: int, device: torch.device) -> int:
     """Sum the widths of the inputs of output projections and of experts that replay stores, at most."""
     groups = layout.layers[index]
@@ -290,6 +301,8 @@ def _renumbered(model: LayerwiseModel, layout: Layout, index: int, solved: list[
     units = () if widths is None else widths.mixtures(index)
     weights = sum(unit.after * expert_weights(model.layers[index], unit) for unit in units)
     mixtures = {unit.name for unit in units}
+    cut = [unit for unit in (() if widths is None else widths.units[index]) if unit.consumer.experts in mixtures]
+    weights -= sum((unit.before - unit.after) * unit_weights(model.layers[index], unit) for unit in cut)
     groups = (layout.layers[index][number] for number in solved)
     weights -= sum(op.rows * op.columns for group in groups for op in group if op.experts in mixtures)
     narrower = {unit.consumer.experts for unit in widths.units[index]} if widths is not None else set()

@@ -134,6 +134,9 @@ class Sizes:
     removal: int
     """Peak of choosing the channels that are removed, and of the weights that remain; 0 without."""
 
+    proving: int
+    """Copies of a layer's tensors, beside it, that prove that channels can be removed; 0 without."""
+
     renumbered: int
     """Experts of one layer that stay when others are removed, or lose channels, as the journal gets them.
 
@@ -226,6 +229,8 @@ class Sizes:
             found["cutting experts"] = base + self.layer + states + kept + done + passing
         if self.removal:
             found["removing channels"] = base + self.layer + states + kept + done + self.removal
+        if self.proving:
+            found["proving the smaller layer"] = base + self.layer + self.proving + self.forward + 2 * self.window
         if self.comparing:
             comparing = max(self.comparing + 2 * self.window, self.ends + largest)
             found["comparing heads"] = base + self.layer + states + kept + done + comparing

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..models.discovery import Group
@@ -16,7 +15,7 @@ from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..structured.experts import EXPERTS, fewer_experts, kept_experts, reap_scores
-from ..structured.shrinkage import share_of_few, shrunk
+from ..structured.shrinkage import problem_without_tokens, share_of_few, shrunk
 from .context import LayerContext
 from .passes import LayerPasses
 
@@ -42,8 +41,7 @@ def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target
     rows = [operator.rows for operator in group]
     n = group[0].columns
     if not sums.tokens:
-        identity = torch.eye(n, device=sums.weight.device)
-        return LayerProblem(sums.weight, identity, target=target, names=tuple(names), rows=tuple(rows))
+        return problem_without_tokens(sums.weight, names, rows, target)
     problem = sums.problem(names, rows, target, release=True)
     share = share_of_few(n, sums.tokens)
     return problem if share is None else replace(shrunk(problem, share), energy=None)

@@ -24,6 +24,7 @@ from ..models.experts import ExpertLinear, separate_experts
 from ..models.files.folder_files import read_json_in
 from ..models.files.widths import read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
+from ..runs.python_call import python_call
 from . import kernel
 from .experts import serve_experts
 from .linear import DenseLinear, FusedProjections, SparseLinear
@@ -34,12 +35,13 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "
 """Projections of one input in the architectures of transformers, by their usual names."""
 
 
+@python_call()
 def load(
     folder: str | Path,
     *,
     packed: bool = True,
     int8: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     verify: bool = True,
 ) -> Any:
     """Load a packed checkpoint.
@@ -50,7 +52,8 @@ def load(
         packed: keep the operators packed (``SparseLinear``): less memory, and faster decoding on a CPU
             (x86-64 with AVX2); False unpacks them to an ordinary dense model.
         int8: with ``packed``, round float values to int8 while loading.
-        dtype: precision of activations and dense tensors; None takes the checkpoint's.
+        dtype: precision of activations and dense tensors, of torch or its name (``"bfloat16"``); None and ``"auto"``
+            take the checkpoint's.
         verify: compare the files with their checksums first.
 
     Returns:
@@ -63,8 +66,7 @@ def load(
     """
     from transformers import GenerationConfig
 
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
+    dtype = _dtype(dtype)
     plain = not is_packed(folder) and (Path(folder) / "config.json").is_file()
     if plain and read_widths(read_json_in(Path(folder), "config.json"), Path(folder)):
         config = read_config(Path(folder))
@@ -217,6 +219,22 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule of ``model`` at the dotted ``name``."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Read a precision as transformers takes it; None is the checkpoint's.
+
+    Raises:
+        FistaPrunerError: names what is no floating-point dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto":
+        return None
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise FistaPrunerError(
+            f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16 or 'bfloat16'"
+        )
+    return found
 
 
 def _main_dtype(source: PackedCheckpoint) -> torch.dtype:

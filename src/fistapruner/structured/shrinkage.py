@@ -44,6 +44,17 @@ def share_of_few(inputs: int, tokens: int) -> float | None:
     return inputs / (inputs + tokens) if tokens < inputs else None
 
 
+def problem_without_tokens(weight: Tensor, names: Sequence[str], rows: Sequence[int], target: float) -> LayerProblem:
+    """Make the layer problem of an expert that no token was routed to: all inputs count alike.
+
+    Args:
+        weight: (m, n) stacked weights of its operators.
+        names, rows, target: as for :class:`~fistapruner.problem.LayerProblem`.
+    """
+    identity = torch.eye(weight.shape[1], device=weight.device)
+    return LayerProblem(weight, identity, target=target, names=tuple(names), rows=tuple(rows))
+
+
 def shrunk(problem: LayerProblem, share: float) -> LayerProblem:
     """Return the problem with its Gram shrunk towards the diagonal by ``share``, from 0 to 1."""
     drift = None if problem.drift is None else problem.drift * (1 - share)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import DriftFrom, LayerProblem, ProblemSums
+from ..problem import DriftFrom, ProblemSums
 from ..runtime.numerics import mirror
 from .removal import ChannelStatistics
+from .shrinkage import problem_without_tokens
 
 
 class ChannelSums:
@@ -76,9 +77,8 @@ class ChannelSums:
         """
         sums, halves, half_means = self._sums, None, None
         mean = self._total / max(sums.tokens, 1)
-        if not sums.tokens and self._routed:  # all inputs count alike
-            identity = torch.eye(len(sums.gram), device=sums.gram.device)
-            problem = LayerProblem(sums.weight, identity, target=target, names=(name,), rows=(len(sums.weight),))
+        if not sums.tokens and self._routed:
+            problem = problem_without_tokens(sums.weight, (name,), (len(sums.weight),), target)
             return ChannelStatistics(problem, mean, None, tokens=0)
         first, self._first = self._first, None
         if first is not None and 0 < first[2] < sums.tokens:

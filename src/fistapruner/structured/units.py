@@ -144,6 +144,8 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout, settings: Structure) ->
             )
             if there:
                 why = _left_out(there[0], layout, index, "MLP whose channels can be removed")
+            elif any(map(expert_modules, model.layers)):
+                why += "; experts=25% or the like removes whole experts"
             raise FistaPrunerError(f"structure: {layout.layers_name}.{index}: {why}")
         found.append(units)
     widths: dict[str, set[int]] = {}
@@ -170,6 +172,9 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout, settings: Structure) ->
 
 _WHOSE = {MLP: "MLPs", SHARED: "shared experts", EXPERT: "experts"}
 """Whose channels those of a kind are, as messages say it."""
+
+_EVERY = {MLP: "MLP", EXPERT: "expert", SHARED: "shared expert"}
+"""One of them, as messages say it after ``every``."""
 
 
 def _mlp_units(model: LayerwiseModel, layout: Layout, index: int, links: Sequence[Link]) -> tuple[Unit, ...]:
@@ -355,15 +360,16 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
     for before in widths:
         part = next((width for width in of_kind[EXPERT] if before in of_kind[SHARED] and before % width == 0), before)
         after = before // part * round(part * (1 - share) / step) * step
+        whose = next(owner for kind, owner in _EVERY.items() if before in of_kind[kind])
         if after < step:
             raise FistaPrunerError(
-                f"structure: {asked} leaves fewer than {step} of the {before} channels of every MLP: remove less, or "
-                "give a smaller --structure-multiple"
+                f"structure: {asked} leaves fewer than {step} of the {before} channels of every {whose}: remove less, "
+                "or give a smaller --structure-multiple"
             )
         if after >= before:
             raise FistaPrunerError(
-                f"structure: {asked} removes less than half of {step} of the {before} channels of every MLP, so none: "
-                "remove more, or give a smaller --structure-multiple"
+                f"structure: {asked} removes less than half of {step} of the {before} channels of every {whose}, so "
+                "none: remove more, or give a smaller --structure-multiple"
             )
         kept[before] = after
     return kept
