@@ -36,7 +36,7 @@ from ..tuning.objective import Objective
 from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
-from ..tuning.trainer import Stepper, Trainer, TrainingState, newest_state
+from ..tuning.trainer import Trainer, TrainingState, newest_state
 from .context import open_model
 
 SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
@@ -220,7 +220,7 @@ class TrainingContext:
                 self.recipe,
                 self.text,
                 windows,
-                self._stepper(objective, trained),
+                (ForwardOnly if self.recipe.zeroth_order else FirstOrder)(trained, objective),
                 trained,
                 snapshot,
                 about=self._about(),
@@ -272,9 +272,6 @@ class TrainingContext:
             "threads": numerics.threads,
             "torch": torch.__version__,
         }
-
-    def _stepper(self, objective: Objective, trained: Trained) -> Stepper:
-        return (ForwardOnly if self.recipe.zeroth_order else FirstOrder)(trained, objective)
 
     def _teacher(self, windows: Tensor, listener: Listener) -> Teacher | None:
         """The dense model's predictions, cached; None where the loss does not need them."""
