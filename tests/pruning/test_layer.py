@@ -18,9 +18,10 @@ from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
 from fistapruner.constraints import parse_sparsity
 from fistapruner.execution.context import RunContext
-from fistapruner.models.discovery import Layout, Operator, discover
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.layout import Layout, Operator
 from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums, unweighted
 from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams

@@ -14,10 +14,11 @@ from torch import Tensor
 from ..activations.store import Store, scratch_factory
 from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout, discover
+from ..models.discovery import discover
 from ..models.files.low_rank import LowRankAdapter
 from ..models.files.safetensors import LazyTensors
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..models.source import UNTRUSTED, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.training_settings import TrainingRecipe

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
-from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Group
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..runs.layer_records import LayerEntry
 from ..runtime.clock import Clock
