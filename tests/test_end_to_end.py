@@ -106,7 +106,7 @@ def test_same_recipe_same_bits(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     for run in ("a", "b"):
         fp.prune(str(folder), tmp_path / run, method="sparsegpt", calibration={**SMALL, "source": "self"})
-    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("a", "b")]
+    files = [tiny.weights(tmp_path / run) for run in ("a", "b")]
     assert files[0] == files[1]
 
 
@@ -291,9 +291,9 @@ def test_code_that_comes_with_a_checkpoint_goes_with_the_pruned_one(tmp_path: Pa
 def test_a_changed_model_is_pruned_anew(tmp_path: Path) -> None:
     folder, run = tiny.save("llama", tmp_path / "model"), tmp_path / "run"
 
-    def pruned() -> bytes:
+    def pruned() -> dict[str, bytes]:
         fp.prune(str(folder), run, method="wanda", calibration=SMALL)
-        return (run / "model" / "model.safetensors").read_bytes()
+        return tiny.weights(run)
 
     first = pruned()
     assert pruned() == first
@@ -317,7 +317,7 @@ def test_a_changed_model_is_pruned_with_a_plan_and_a_precision_of_its_own(tmp_pa
     numerics = [record.decision.numerics for record in records if record is not None]
     assert numerics[0].dtype == "float32"
     assert numerics[0] == numerics[1]
-    first, second = ((run / "model" / "model.safetensors").read_bytes() for run in (again, tmp_path / "new"))
+    first, second = (tiny.weights(run) for run in (again, tmp_path / "new"))
     assert first == second
 
 
@@ -387,9 +387,7 @@ def test_text_that_a_stopped_attempt_generated_is_not_generated_again(
     report = fp.prune(folder, run, **settings)
     other = fp.prune(folder, tmp_path / "other", **settings)
     assert report.calibration == other.calibration
-    assert (run / "model" / "model.safetensors").read_bytes() == (
-        tmp_path / "other" / "model" / "model.safetensors"
-    ).read_bytes()
+    assert tiny.weights(run) == tiny.weights(tmp_path / "other")
 
 
 def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+import fistapruner as fp
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 
 VOCABULARY = 128
@@ -154,6 +157,16 @@ def save(
     return folder
 
 
+def save_unused_expert(folder: Path, expert: int) -> Path:
+    """Save a GPT-OSS whose router never chooses an expert; returns the folder."""
+    model = build("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp.router.bias.data[expert] = -1e4
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by name."""
     checkpoint = Checkpoint.open(folder)
@@ -199,3 +212,59 @@ class Said(Listener):
 
     def tick(self, what: str, done: int, total: int) -> None:
         self.passes += [what] if self.passes[-1:] != [what] else []
+
+
+class Stops(Said):
+    """Interrupts a run after so many layers."""
+
+    def __init__(self, after: int = 1) -> None:
+        super().__init__()
+        self.left = after
+
+    def layer(self, entry: LayerEntry) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The weight files of a run's result, by name."""
+    found = {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
+    assert found
+    return found
+
+
+def write_text(path: Path) -> Path:
+    """Write sixty short documents that are all different to a ``.jsonl`` file; returns it."""
+    texts = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+class Bench:
+    """Dense models of two layers and pruned ones, made once each, and their text.
+
+    Args:
+        folder: holds them.
+        sparsity: of pruned models for which none is named.
+    """
+
+    def __init__(self, folder: Path, sparsity: str = "2:4") -> None:
+        self.folder, self.sparsity = folder, sparsity
+        self.text = write_text(folder / "text.jsonl")
+
+    def dense(self, architecture: str = "llama", **changes: Any) -> Path:
+        name = "-".join([architecture, *map(str, changes.values())])
+        layers = "n_layer" if architecture in ("gpt2", "bloom") else "num_hidden_layers"
+        if not (self.folder / name).exists():
+            save(architecture, self.folder / name, **{layers: 2, **changes})
+        return self.folder / name
+
+    def pruned(self, architecture: str = "llama", sparsity: str | None = None, **changes: Any) -> Path:
+        """A pruning run of a dense model."""
+        dense, sparsity = self.dense(architecture, **changes), sparsity or self.sparsity
+        run = self.folder / f"{dense.name} pruned to {sparsity.replace('%', ' percent')}"
+        if not run.exists():
+            calibration = {"source": str(self.text), "samples": 2, "seqlen": 16}
+            fp.prune(dense, run, method="wanda", sparsity=sparsity, calibration=calibration)
+        return run

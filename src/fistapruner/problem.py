@@ -165,7 +165,8 @@ class LayerProblem:
 
     def check_finite(self) -> None:
         """Refuse NaN and infinity; the error names the operator and the tensor."""
-        checked = [(f"{name}: the weights contain", part) for name, part in self._named_rows(self.weight)]
+        parts = zip(self.names, self.weight.split(self.rows), strict=True)
+        checked = [(f"{name}: the weights contain", part) for name, part in parts]
         checked.append((f"{self.label}: the Gram of the calibration activations contains", self.gram))
         if self.drift is not None:
             checked.append((f"{self.label}: the drift contains", self.drift))
@@ -359,9 +360,6 @@ class LayerProblem:
     def _not_weighted(self, by_row: Tensor) -> Tensor:
         """Divide (m,) errors or energies by the importance of the rows."""
         return by_row if self.importance is None else by_row / self.importance
-
-    def _named_rows(self, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        return list(zip(self.names, tensor.split(self.rows), strict=True))
 
     @classmethod
     @undisturbed()

@@ -57,15 +57,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> bytes:
+def expected(model: Path) -> dict[str, bytes]:
     """The checkpoint of a serial run on one thread."""
     out = model.with_name("serial")
     prune(str(model), out, **SETTINGS, execution={"threads": 1})
-    return weights(out)
-
-
-def weights(out: Path) -> bytes:
-    return (out / "model" / "model.safetensors").read_bytes()
+    return tiny.weights(out)
 
 
 def prune_command(model: Path, out: Path) -> list[str]:
@@ -104,7 +100,9 @@ def test_a_worker_ends_with_its_parent_where_the_kernel_does_not_end_it() -> Non
     child.wait(timeout=20)
 
 
-def test_two_processes(model: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(
+    model: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They import nothing from the current folder."""
     seen: list[int] = []
     (tmp_path / "psutil.py").write_text("open('trace', 'w')")
@@ -122,7 +120,7 @@ def test_two_processes(model: Path, expected: bytes, tmp_path: Path, monkeypatch
         listener=Seen(),
     )
     assert sorted(seen) == list(range(LAYERS))
-    assert weights(tmp_path / "run") == expected
+    assert tiny.weights(tmp_path / "run") == expected
     assert not (tmp_path / "trace").exists()
 
 
@@ -149,7 +147,7 @@ class Deadly(ProcessPool):
         return events
 
 
-def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: Path) -> None:
+def test_workers_that_die_are_replaced(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """One dies as it begins a layer, one after it passed the hidden states on; then the run is resumed and finished."""
     out = tmp_path / "run"
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(1, 1))
@@ -164,7 +162,7 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
     assert pool.at_event == []
     assert pool.at_start == {2: 0}
     resume(out)
-    assert weights(out) == expected
+    assert tiny.weights(out) == expected
 
 
 class Small:
@@ -222,7 +220,7 @@ def test_parts_go_on_with_a_run_that_failed(model: Path, tmp_path: Path) -> None
     assert (report.status, [layer.index for layer in report.layers]) == ("running", [0, 3])
 
 
-def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: bytes, tmp_path: Path) -> None:
+def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "run"
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(0, 3))
     context = RunContext.open(out)
@@ -237,7 +235,7 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: byte
         finish_run(out)
 
 
-def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
+def test_parts_are_joined(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """Two processes at once, each with a part of the layers, then finish."""
     out = tmp_path / "run"
     command = prune_command(model, out)
@@ -249,7 +247,7 @@ def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
     assert [part.wait() for part in parts] == [0, 0]
     assert f"fistapruner finish {out}" in parts[0].communicate()[0] + parts[1].communicate()[0]
     report = finish_run(out)
-    assert weights(out) == expected
+    assert tiny.weights(out) == expected
     assert report.totals.parts == 2
     assert "2 parts added up" in (out / "report.html").read_text()
     assert "s (2 parts added up) on" in (out / "model" / "README.md").read_text()
@@ -294,7 +292,7 @@ def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path, method: str, 
     execution = {"threads": 1, "executor": "process", "workers": workers}
     spread = prune(str(model), out, **settings, execution=execution, listener=Says())
     assert any(f"{workers} worker processes of 1 threads" in message for message in said)
-    assert weights(out) == weights(tmp_path / "serial")
+    assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
     assert not (out / "hidden").exists()
     for one, other in zip(report.layers, spread.layers, strict=True):
         assert [entry.relative_error for entry in one.operators] == [entry.relative_error for entry in other.operators]
@@ -315,7 +313,7 @@ def test_groups_of_one_operator_need_no_workers(model: Path, tmp_path: Path, tar
     prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(0, 0))
     execution = {"threads": 1, "executor": "process", "workers": 2}
     prune(str(model), out, **settings, execution=execution, listener=Says())
-    assert weights(out) == weights(tmp_path / "serial")
+    assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
     assert any("no group of the layers to prune has two operators" in message for message in said)
     assert not any("worker processes" in message for message in said)
 
@@ -337,7 +335,7 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
     finally:
         pool.close()
     resume(out)
-    assert weights(out) == weights(tmp_path / "serial")
+    assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +403,7 @@ def test_ray_worker_and_head_killed(tmp_path: Path) -> None:
     layers = 24  # so that some are left when processes are killed
     model = tiny.save("llama", tmp_path / "model", num_hidden_layers=layers)
     prune(str(model), tmp_path / "serial", **SETTINGS, execution={"threads": 1})
-    expected = weights(tmp_path / "serial")
+    expected = tiny.weights(tmp_path / "serial")
 
     def cut_short(out: Path, names: tuple[str, ...], most: int | None = None) -> int:
         """Kill processes of these names when a layer is done; the exit status of the run."""
@@ -426,10 +424,10 @@ def test_ray_worker_and_head_killed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert cut_short(out, ("ray::Actor",), 1) == 0
     assert "a worker died" in (out / "log.txt").read_text()
-    assert weights(out) == expected
+    assert tiny.weights(out) == expected
 
     out = tmp_path / "headless"
     assert cut_short(out, ("gcs_server", "raylet")) != 0
     assert len(list((out / "layers").glob("*.json"))) < layers
     prune(str(model), out, **SETTINGS, execution={"threads": 1})
-    assert weights(out) == expected
+    assert tiny.weights(out) == expected

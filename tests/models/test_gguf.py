@@ -31,7 +31,8 @@ from tiny_gguf import HEADS, write_gemma2, write_gguf, write_gpt2, write_with_bi
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])
 def test_converted_folder_is_the_dequantised_model(tmp_path: Path, tied: bool, kind: str) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", tied=tied, kind=kind)
-    folder = converted_gguf(tmp_path / "tiny.gguf", tmp_path / "cache", torch.float32)
+    folder = tmp_path / "folder"
+    convert_gguf(tmp_path / "tiny.gguf", folder, torch.float32)
     checkpoint = Checkpoint.open(folder)
     state = expected.state_dict()
     assert set(checkpoint.names()) == set(state) - ({"lm_head.weight"} if tied else set())

@@ -39,32 +39,13 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class Bench:
-    """Dense and pruned models, made once each, and pairs whose chosen answers no model prefers."""
+class Bench(tiny.Bench):
+    """With pairs whose chosen answers no model prefers."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.text = folder / "text.jsonl"
-        lines = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
-        self.text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        super().__init__(folder, "50%")
         self.pairs = folder / "pairs.jsonl"
         write_pairs(self.pairs, 40)
-
-    def dense(self, architecture: str = "llama", **changes: Any) -> Path:
-        name = "-".join([architecture, *map(str, changes.values())])
-        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
-        if not (self.folder / name).exists():
-            tiny.save(architecture, self.folder / name, **{layers: 2, **changes})
-        return self.folder / name
-
-    def pruned(self, architecture: str = "llama", sparsity: str = "50%") -> Path:
-        run = self.folder / f"{architecture} pruned to {sparsity.replace('%', ' percent')}"
-        if not run.exists():
-            calibration = {"source": str(self.text), "samples": 2, "seqlen": 16}
-            fp.prune(
-                self.dense(architecture), run, method="wanda", sparsity=sparsity, calibration=calibration, evaluate=None
-            )
-        return run
 
 
 def write_pairs(path: Path, count: int) -> None:
@@ -279,7 +260,7 @@ def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]
     assert tuple(report.alignment.references) == names
     assert sum(report.alignment.references.values()) == pytest.approx(1.0 if names else 0.0)
     align(bench, tmp_path / "two", **settings)
-    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("one", "two"))
+    one, two = (tiny.weights(tmp_path / name) for name in ("one", "two"))
     assert one == two
 
 
@@ -326,7 +307,7 @@ def test_steps_without_gradients_are_enough_to_rebuild_the_model(
     assert "was made on cuda, and subzero draws other random numbers on cpu" in capsys.readouterr().err
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "again")}
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == tiny.weights(out)["model.safetensors"]
 
 
 def test_a_model_whose_channels_were_removed(bench: Bench, tmp_path: Path) -> None:
@@ -378,10 +359,10 @@ def test_a_finished_run_is_not_made_again(bench: Bench, tmp_path: Path) -> None:
     align(bench, out)
     align(bench, out, listener=said)
     assert said.sentences == [f"{out} holds the finished run of this recipe", f"report: {out / 'report.html'}"]
-    before = (out / "model" / "model.safetensors").read_bytes()
-    (out / "model" / "model.safetensors").write_bytes(before[:-1])
+    before = tiny.weights(out)
+    (out / "model" / "model.safetensors").write_bytes(before["model.safetensors"][:-1])
     align(bench, out, listener=said)
-    assert (out / "model" / "model.safetensors").read_bytes() == before
+    assert tiny.weights(out) == before
     with pytest.raises(FistaPrunerError, match=r"holds a run with loss = \"dpo\", this one has \"sft\""):
         align(bench, out, loss="sft")
     with pytest.raises(FistaPrunerError, match="holds a run of 'fistapruner align', not of recover"):
@@ -536,7 +517,7 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
     shown = json.loads(capsys.readouterr().out)
     assert shown["kind"] == "align"
     align(bench, tmp_path / "api", loss="harmonic", weights="held-out", clip="none")
-    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cli", "api"))
+    one, two = (tiny.weights(tmp_path / name) for name in ("cli", "api"))
     assert one == two
 
 
@@ -704,7 +685,7 @@ def test_a_finished_comparison_makes_the_checkpoints_that_are_to_be_kept(
         assert [rows[0].alignment for rows in results] == [results[0][0].alignment] * len(calls)
         assert results[1:] == results[1:2] * (len(calls) - 1)  # what is there is not made again
     one, two = (tmp_path / name / "runs" / "sft-on-chosen-0" for name in ("at once", "later"))
-    assert (one / "model" / "model.safetensors").read_bytes() == (two / "model" / "model.safetensors").read_bytes()
+    assert tiny.weights(one) == tiny.weights(two)
     assert list((two / "states").iterdir())
     for run in (one, two):  # the time of what was removed is not added
         assert len(json.loads((run / "times.json").read_text())) == 1

@@ -612,7 +612,7 @@ def test_damaged_figures_of_a_comparison_are_made_again(tmp_path: Path) -> None:
     (out / "compare.html").write_text("its page")
     (out / "compare.json").write_text("")
     (out / "dense.json").write_text("")
-    with pytest.raises(FistaPrunerError, match=r"compare\.json cannot be read as JSON: .*: remove it; rows that are"):
+    with pytest.raises(FistaPrunerError, match=r"compare\.json is not valid JSON: .*: remove it; rows that are"):
         compared()
     (out / "compare.json").unlink()
     after = compared()

@@ -60,31 +60,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class Bench:
-    """Dense and pruned models, made once each, and their text."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.text = folder / "text.jsonl"
-        lines = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
-        self.text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-
-    def dense(self, architecture: str = "llama", **changes: Any) -> Path:
-        """A dense model of two layers."""
-        name = "-".join([architecture, *map(str, changes.values())])
-        layers = "n_layer" if architecture in ("gpt2", "bloom") else "num_hidden_layers"
-        if not (self.folder / name).exists():
-            tiny.save(architecture, self.folder / name, **{layers: 2, **changes})
-        return self.folder / name
-
-    def pruned(self, architecture: str = "llama", sparsity: str = "2:4", **changes: Any) -> Path:
-        """A pruning run of it."""
-        dense = self.dense(architecture, **changes)
-        run = self.folder / f"{dense.name} pruned to {sparsity.replace('%', ' percent')}"
-        if not run.exists():
-            calibration = {"source": str(self.text), "samples": 2, "seqlen": SEQLEN}
-            fp.prune(dense, run, method="wanda", sparsity=sparsity, calibration=calibration)
-        return run
+class Bench(tiny.Bench):
+    """With a recovery."""
 
     @cached_property
     def recovered(self) -> Path:
@@ -102,10 +79,6 @@ def recover(model: Path, out: Path, **settings: Any) -> Report:
     """A short recovery."""
     data = {"seqlen": SEQLEN, "tokens": 300, **settings.pop("data", {})}
     return fp.recover(model, out, **{**SETTINGS, "data": data, **settings})
-
-
-def weights(run: Path) -> bytes:
-    return (run / "model" / "model.safetensors").read_bytes()
 
 
 @torch.no_grad()
@@ -353,7 +326,7 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
     assert all(torch.equal(after[name] == 0, before[name] == 0) for name in before if before[name].ndim == 2)
     assert report.recovery is not None
     assert report.recovery.operators == 14
-    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights(bench.recovered)
+    assert tiny.weights(tmp_path / "out") == tiny.weights(bench.recovered)
     without = recover(plain, tmp_path / "text only", data={"source": str(bench.text)})
     assert without.recovery is not None
     assert without.recovery.loss == "ce"
@@ -400,7 +373,7 @@ def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tm
     assert fp.resume(out).evaluations[0].divergence is not None
     assert recover(model, out, dense=bench.dense(), **settings, **measured).status == "finished"
     recover(model, tmp_path / "without", **settings)
-    assert weights(tmp_path / "without") == weights(out)
+    assert tiny.weights(tmp_path / "without") == tiny.weights(out)
     with pytest.raises(fp.FistaPrunerError, match=r"holds a run with the dense model none, not .*llama: name another"):
         recover(model, tmp_path / "without", dense=bench.dense(), **settings)
 
@@ -473,7 +446,7 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
     command = ["recover", str(bench.pruned()), "--out", str(tmp_path / "out"), "--evaluate", "none", "--quiet"]
     command += ["--steps", "4", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
     assert main([*command, "--lr", "1000"]) == 0
-    assert weights(tmp_path / "out") == weights(bench.pruned())
+    assert tiny.weights(tmp_path / "out") == tiny.weights(bench.pruned())
     report = load_run(tmp_path / "out")
     assert report.recovery is not None
     assert report.recovery.kept_step == 0
@@ -494,7 +467,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
     out = tmp_path / "out"
     for _ in range(2):
         assert main([*command, "--out", str(out), "--validation-checks", "1"]) == 1
-        assert weights(out) == weights(bench.pruned())
+        assert tiny.weights(out) == tiny.weights(bench.pruned())
         report = load_run(out)
         assert report.status == "finished"
         assert "training stopped: the loss is nan at step 2" in report.warnings[0]
@@ -534,7 +507,7 @@ def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_p
 
     report = recover(bench.pruned(), tmp_path / "out", lr=1e30, validation_checks=4)
     assert "no step was better than the start" in report.warnings[0]
-    assert weights(tmp_path / "out") == weights(bench.pruned())
+    assert tiny.weights(tmp_path / "out") == tiny.weights(bench.pruned())
     json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
     again = recover(bench.pruned(), tmp_path / "out", lr=1e30, validation_checks=4)
     for found in (report.recovery, again.recovery):
@@ -562,7 +535,7 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     again = replay(pruned, run / "steps.jsonl", tmp_path / "again", command="the command")
     assert set(threads) == {own + 1}
     assert torch.get_num_threads() == own
-    assert (again / "model.safetensors").read_bytes() == weights(run)
+    assert (again / "model.safetensors").read_bytes() == tiny.weights(run)["model.safetensors"]
     told = inspect_checkpoint(again)
     assert told.lineage is not None
     assert not told.violations
@@ -578,7 +551,7 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     assert str(bench.folder) not in card  # only the names of files
     monkeypatch.setattr("fistapruner.pipeline.replay.free_memory", lambda: 0)  # layers and states are read anew
     streamed = replay(pruned, run / "steps.jsonl", tmp_path / "streamed")
-    assert (streamed / "model.safetensors").read_bytes() == weights(run)
+    assert (streamed / "model.safetensors").read_bytes() == tiny.weights(run)["model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"run", "again", "streamed"}
     lines = (run / "steps.jsonl").read_bytes().splitlines(keepends=True)
     journal = tmp_path / "steps.jsonl"
@@ -1033,11 +1006,11 @@ def test_a_second_process_is_refused(bench: Bench, run: Path) -> None:
 
 def test_a_damaged_checkpoint_is_written_again(bench: Bench, run: Path) -> None:
     """From the last state; what was measured stays."""
-    whole, report = weights(run), load_run(run)
-    (run / "model" / "model.safetensors").write_bytes(whole[:-1])
+    whole, report = tiny.weights(run), load_run(run)
+    (run / "model" / "model.safetensors").write_bytes(whole["model.safetensors"][:-1])
     said = tiny.Said()
     assert recover(bench.pruned(), run, listener=said).recovery == report.recovery
-    assert weights(run) == whole
+    assert tiny.weights(run) == whole
     assert any("the checkpoint is made again: " in sentence for sentence in said.sentences)
     assert not (run / "teacher").exists()
     assert not any("held-out loss" in sentence for sentence in said.sentences)  # nothing was trained again
@@ -1047,11 +1020,11 @@ def test_a_checkpoint_is_written_again_without_the_dense_model(bench: Bench, tmp
     """Where no step is left nothing needs it."""
     dense, out = Path(shutil.copytree(bench.dense(), tmp_path / "dense")), tmp_path / "out"
     recover(bench.pruned(), out, dense=dense, steps=2)
-    whole = weights(out)
+    whole = tiny.weights(out)
     shutil.rmtree(out / "model")
     shutil.rmtree(dense)
     assert fp.resume(out).status == "finished"
-    assert weights(out) == whole
+    assert tiny.weights(out) == whole
 
 
 def test_the_report_of_a_finished_run_outlives_a_failure(bench: Bench, tmp_path: Path) -> None:
@@ -1193,7 +1166,7 @@ def test_a_run_goes_on_with_less_where_memory_runs_out(
         "trained tensors and hidden states are in files",
     ]
     assert (run / "log.txt").read_text().count("going on after step 2 of 4") == 4
-    assert weights(run) == weights(bench.recovered)
+    assert tiny.weights(run) == tiny.weights(bench.recovered)
 
 
 def test_several_processes_go_on_with_less_when_they_are_started_again(

@@ -82,14 +82,7 @@ class Stopping(Listener):
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruning run of a Llama with two layers."""
-    folder = tmp_path_factory.mktemp("ranks")
-    text = folder / "text.jsonl"
-    lines = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    dense = tiny.save("llama", folder / "dense", num_hidden_layers=2)
-    calibration = {"source": str(text), "samples": 2, "seqlen": SEQLEN}
-    fp.prune(dense, folder / "pruned", method="wanda", sparsity="2:4", calibration=calibration)
-    return folder / "pruned"
+    return tiny.Bench(tmp_path_factory.mktemp("ranks")).pruned()
 
 
 def failure(rank: int, work: Any) -> dict[str, str]:
@@ -165,7 +158,7 @@ def predictions(pruned: Path, folder: Path, ranks: Ranks, windows: int | None) -
     order = [4, 1, 3, 6, 7, 2, 5, 4, 1, 3, 6, 7]
     found = {}
     for attempt in range(2):
-        dense = LayerwiseModel(Checkpoint.open(pruned.parent / "dense"), torch.device("cpu"))
+        dense = LayerwiseModel(Checkpoint.open(pruned.parent / "llama"), torch.device("cpu"))
         settings = {"order": order, "windows_per_step": 2, "held_out": [0], "windows_on_disk": windows}
         teacher = Teacher(dense, tokens, folder, batch_size=1, block_tokens=2 * SEQLEN, ranks=ranks, **settings)
         for step, first in enumerate([-1, *range(0, 12, 2)]):
@@ -183,10 +176,6 @@ def predictions(pruned: Path, folder: Path, ranks: Ranks, windows: int | None) -
     return found
 
 
-def written(run: Path) -> bytes:
-    return (run / "model" / "model.safetensors").read_bytes()
-
-
 def zeros(model: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint.open(model)
     return {name: checkpoint.read(name) == 0 for name in checkpoint.names() if "_proj" in name}
@@ -200,7 +189,7 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
         alone = fp.recover(
             pruned, tmp_path / "alone" / name, **{**SETTINGS, **settings, "execution": {"threads": 1, "batch_size": 1}}
         )
-        assert written(tmp_path / name) == written(tmp_path / "alone" / name) != written(pruned)
+        assert tiny.weights(tmp_path / name) == tiny.weights(tmp_path / "alone" / name) != tiny.weights(pruned)
         lines = [
             [{**line, "seconds": 0.0} for line in read_steps(folder / name / "steps.jsonl")]
             for folder in (tmp_path, tmp_path / "alone")
@@ -223,7 +212,7 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
         "windows_per_step is 1 for 2 processes, and each needs at least one window of a step: give --windows-per-step 2"
         in first["too many"]["message"]
     )
-    assert written(tmp_path / "again") == written(tmp_path / "lora")
+    assert tiny.weights(tmp_path / "again") == tiny.weights(tmp_path / "lora")
     ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for place, windows in enumerate((None, 4)):
         joined = ours[0][place] | ours[1][place]
@@ -328,4 +317,4 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_the_same_bytes(pruned:
     assert launch(tmp_path, "resume", str(tmp_path / "killed 0")).wait(300) == 0
     fp.resume(tmp_path / "killed 1")
     for victim in range(2):
-        assert written(tmp_path / f"killed {victim}") == written(tmp_path / "whole")
+        assert tiny.weights(tmp_path / f"killed {victim}") == tiny.weights(tmp_path / "whole")

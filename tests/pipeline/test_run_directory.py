@@ -30,7 +30,6 @@ from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.directory import RunDirectory
-from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
@@ -65,10 +64,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
 
 
 @pytest.mark.parametrize(
@@ -218,9 +213,9 @@ def cut_without_a_record(run: Path) -> None:
 def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     dense: Path, run: Path, damage: Any, verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, [measured] = weights(run), json.loads((run / "report.json").read_text())["evaluations"]
+    before, [measured] = tiny.weights(run), json.loads((run / "report.json").read_text())["evaluations"]
     damage(run)
-    assert weights(run) != before or damage is drop_config
+    assert damage in (drop_config, drop_all) or tiny.weights(run) != before
     if (run / "model").is_dir():
         assert main(["bench", str(run)]) == 2
         assert "fistapruner resume" in capsys.readouterr().err
@@ -229,7 +224,7 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     else:
         assert main([verb, str(run)]) == 0
         assert "the checkpoint is made again: " in capsys.readouterr().err
-    assert weights(run) == before
+    assert tiny.weights(run) == before
     assert (run / "model" / "config.json").exists()
     [now] = json.loads((run / "report.json").read_text())["evaluations"]
     assert now["perplexity"] == measured["perplexity"]
@@ -239,18 +234,18 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
 def test_the_checkpoint_is_written_without_opening_the_layers_again_for_every_tensor(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, opened = weights(run), Mock(side_effect=SafetensorsFile)
+    before, opened = tiny.weights(run), Mock(side_effect=SafetensorsFile)
     drop_all(run)
     monkeypatch.setattr("fistapruner.runs.journal.SafetensorsFile", opened)
     finish_run(run)
-    assert weights(run) == before
+    assert tiny.weights(run) == before
     assert opened.call_count == 2  # decoder layers, of seven operators each
 
 
 @pytest.mark.parametrize("killed", ["in the shards", "before model.json", "before the report"])
 def test_a_checkpoint_is_not_of_two_prunings(run: Path, monkeypatch: pytest.MonkeyPatch, killed: str) -> None:
     """Another machine may prune a lost layer again to other bits than those of the files that were written before."""
-    before, folder = weights(run), run / "model"
+    before, folder = tiny.weights(run), run / "model"
     (run / "report.json").unlink()
     if killed == "in the shards":
         drop_all(run)
@@ -273,14 +268,14 @@ def test_a_checkpoint_is_not_of_two_prunings(run: Path, monkeypatch: pytest.Monk
         (run / "model.json").unlink()
     (run / "layers" / "0001.safetensors").unlink()
     fp.resume(run)
-    assert weights(run) == before
+    assert tiny.weights(run) == before
     assert not (run / "model.partial").exists()
 
 
 def test_a_checkpoint_that_was_made_again_and_killed_is_whole_and_can_be_made_again(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = weights(run)
+    before = tiny.weights(run)
     for _ in range(2):
         shard = min((run / "model").glob("*.safetensors"))
         shard.write_bytes(shard.read_bytes()[:-1])
@@ -290,7 +285,7 @@ def test_a_checkpoint_that_was_made_again_and_killed_is_whole_and_can_be_made_ag
                 fp.resume(run)
         (run / "model" / ".partial").write_text("")  # as a kill leaves it
         fp.resume(run)
-        assert weights(run) == before
+        assert tiny.weights(run) == before
         assert not (run / "model" / ".partial").exists()
 
 
@@ -308,7 +303,7 @@ def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Pa
 
 
 def test_what_is_damaged_is_said_where_layers_are_gone_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = weights(run)
+    before = tiny.weights(run)
     cut(run)
     (run / "layers" / "0001.safetensors").unlink()
     assert main(["finish", str(run)]) == 2
@@ -316,7 +311,7 @@ def test_what_is_damaged_is_said_where_layers_are_gone_too(run: Path, capsys: py
     assert "bytes instead of" in said
     assert f"decoder layer 1 is not pruned yet: 'fistapruner resume {run}' prunes it here" in said
     assert main(["resume", str(run)]) == 0  # the dense model is there: the layer is pruned again, to the same bits
-    assert weights(run) == before
+    assert tiny.weights(run) == before
 
 
 @pytest.mark.parametrize(
@@ -551,13 +546,6 @@ def test_a_gguf_file_of_another_name_is_refused_before_it_is_converted(
     assert contents(cache) == conversions
 
 
-class StopsAfterALayer(tiny.Said):
-    """Interrupts."""
-
-    def layer(self, entry: LayerEntry) -> None:
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
 def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tmp_path: Path, finished: bool) -> None:
     """The recovery, its evaluation, the execution; ``resume`` does it after another interruption."""
@@ -566,11 +554,11 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
     asked = {**SETTINGS, "recover": following, "evaluate": "python", "evaluate_windows": 1}
     asked["execution"] = {"batch_size": 1}
     with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
-        fp.prune(dense, run, listener=Listener() if finished else StopsAfterALayer(), **SETTINGS)
+        fp.prune(dense, run, listener=Listener() if finished else tiny.Stops(), **SETTINGS)
     if finished:
         report = fp.prune(dense, run, **asked)
     else:
-        told = StopsAfterALayer()
+        told = tiny.Stops()
         with pytest.raises(KeyboardInterrupt):
             fp.prune(dense, run, listener=told, **asked)
         assert (
@@ -742,7 +730,7 @@ def test_a_changed_calibration_text_is_another_run(
     command = ["prune", str(dense), "--calibration", str(text), "--samples", "2", "--seqlen", "16"]
     command += ["--method", "wanda", "--evaluate", "none"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
-    first = weights(tmp_path / "run")
+    first = tiny.weights(tmp_path / "run")
     os.utime(text)
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     assert "holds the finished run" in capsys.readouterr().err
@@ -750,7 +738,7 @@ def test_a_changed_calibration_text_is_another_run(
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     assert f"the run is made again: {text} is not the text that it was calibrated on" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "new")]) == 0
-    assert weights(tmp_path / "run") == weights(tmp_path / "new") != first
+    assert tiny.weights(tmp_path / "run") == tiny.weights(tmp_path / "new") != first
 
 
 def test_an_interruption_of_a_run_that_is_made_again_is_told_truly(
@@ -760,7 +748,7 @@ def test_an_interruption_of_a_run_that_is_made_again_is_told_truly(
     settings = {"method": "wanda", "calibration": {"source": str(text), "samples": 2, "seqlen": 16}}
     text.write_text(TEXT * 20)
     fp.prune(dense, run, **settings)
-    first = weights(run)
+    first = tiny.weights(run)
     text.write_text(TEXT[::-1] * 20)
     with monkeypatch.context() as patched:  # the new tokens are there, the record of the run is that of the old ones
         patched.setattr("fistapruner.pipeline.prepare.record", Mock(side_effect=KeyboardInterrupt))
@@ -771,7 +759,7 @@ def test_an_interruption_of_a_run_that_is_made_again_is_told_truly(
     fp.prune(dense, run, listener=said, **settings)
     why = f"{run / 'calibration.safetensors'} does not hold the tokens that it was calibrated on"
     assert f"the run is made again: {why}" in said.sentences
-    assert weights(run) == first
+    assert tiny.weights(run) == first
     text.write_text(TEXT[::-1] * 20)
     with pytest.raises(KeyboardInterrupt, match=rf"^interrupted with 0 decoder layers done; .* resume {run}$"):
         fp.prune(dense, run, inspect=Mock(side_effect=KeyboardInterrupt), **settings)

@@ -18,9 +18,10 @@ from fistapruner import Recipe
 from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.discovery import Layout, discover
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.layout import Layout
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.new_widths import change_widths
 from fistapruner.pipeline.patterns import allocate

@@ -20,8 +20,6 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.problem import LayerProblem
-from fistapruner.runs.layer_records import LayerEntry
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}
@@ -112,18 +110,8 @@ def test_the_gram_of_an_expert_is_that_of_the_tokens_routed_to_it(tmp_path: Path
         torch.testing.assert_close(seen[f"{name}.down_proj"][1], inner.T @ inner / len(x), rtol=1e-4, atol=1e-5)
 
 
-def never_chosen(architecture: str, folder: Path, expert: int) -> Path:
-    """A model whose router never chooses an expert."""
-    model = tiny.build(architecture)
-    for layer in model.model.layers:
-        layer.mlp.router.bias.data[expert] = -1e4
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_experts_with_few_tokens_or_none_are_named(tmp_path: Path) -> None:
-    folder = never_chosen("gpt_oss", tmp_path / "model", 2)
+    folder = tiny.save_unused_expert(tmp_path / "model", 2)
     seen: dict[str, LayerProblem] = {}
     report = fp.prune(
         str(folder),
@@ -163,8 +151,7 @@ def test_experts_without_tokens_are_pruned_by_magnitude_by_other_processes_too(t
     for run, execution in (("serial", {}), ("process", {"executor": "process", "workers": 2})):
         report = fp.prune(str(folder), tmp_path / run, **settings, execution={**execution, "threads": 1})
     assert any(entry.tokens == 0 for entry in report.operators)
-    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("serial", "process")]
-    assert files[0] == files[1]
+    assert tiny.weights(tmp_path / "serial") == tiny.weights(tmp_path / "process")
 
 
 def test_a_gram_of_few_tokens_is_shrunk_towards_its_diagonal(tmp_path: Path) -> None:
@@ -198,18 +185,13 @@ def test_every_method_prunes_experts(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_a_stopped_run_of_a_mixture_goes_on_to_the_same_bits(tmp_path: Path, architecture: str) -> None:
-    class Stops(Listener):
-        def layer(self, entry: LayerEntry) -> None:
-            raise KeyboardInterrupt
-
     folder = tiny.save(architecture, tmp_path / "model")
     settings: dict[str, Any] = {"calibration": SMALL, "execution": {"batch_size": 3}}
     fp.prune(str(folder), tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
-        fp.prune(str(folder), tmp_path / "parts", listener=Stops(), **settings)
+        fp.prune(str(folder), tmp_path / "parts", listener=tiny.Stops(), **settings)
     fp.resume(tmp_path / "parts")
-    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
-    assert files[0] == files[1]
+    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
 
 
 def test_layers_of_a_mixture_are_pruned_in_parts_and_by_other_processes(tmp_path: Path) -> None:
@@ -219,14 +201,12 @@ def test_layers_of_a_mixture_are_pruned_in_parts_and_by_other_processes(tmp_path
     for layer in (1, 0):
         fp.prune(str(folder), tmp_path / "parts", only_layers=(layer, layer), **settings)
     fp.finish_run(tmp_path / "parts")
-    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
-    assert files[0] == files[1]
+    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_a_pruned_mixture_is_recovered_with_its_zeros(tmp_path: Path, architecture: str) -> None:
-    folder, text = tiny.save(architecture, tmp_path / "model"), tmp_path / "text.jsonl"
-    text.write_text("".join(f'{{"text": "{n} is followed by {n + 1}, as everybody knows."}}\n' for n in range(60)))
+    folder, text = tiny.save(architecture, tmp_path / "model"), tiny.write_text(tmp_path / "text.jsonl")
     fp.prune(str(folder), tmp_path / "run", method="wanda", sparsity="2:4", calibration=SMALL)
     settings = {"data": {"source": str(text), "seqlen": 16, "tokens": 300}, "steps": 2, "windows_per_step": 2}
     report = fp.recover(tmp_path / "run", tmp_path / "recovered", evaluate=None, rank=4, **settings)
@@ -257,7 +237,7 @@ def test_tokens_of_an_expert_are_the_same_from_memory_and_from_a_file(tmp_path: 
 
 def test_experts_that_no_measured_token_reaches_get_what_was_asked_for(tmp_path: Path) -> None:
     """Nothing is known of their errors, which is not that they make none."""
-    folder = never_chosen("gpt_oss", tmp_path / "model", 2)
+    folder = tiny.save_unused_expert(tmp_path / "model", 2)
     for sparsity, allocation in (("50%", "auto"), ("2:4", "error")):
         run = tmp_path / sparsity.replace(":", "-")
         report = fp.prune(str(folder), run, sparsity=sparsity, allocation=allocation, calibration=SMALL)

@@ -122,7 +122,7 @@ def test_a_model_that_gives_a_token_no_chance_has_an_infinite_perplexity() -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "is not a JSON object"),
         (json.dumps({"version": VERSION + 1}), f"has version {VERSION + 1}"),
         (json.dumps({"status": "sleeping"}), "status"),

@@ -16,8 +16,8 @@ import fistapruner as fp
 from fistapruner.constraints import NM, Constraint, Unstructured
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.coupling import Link, _watch
-from fistapruner.models.discovery import Operator
 from fistapruner.models.files.checkpoint import ROTATED, reorder
+from fistapruner.models.layout import Operator
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.sensitivity import decision
 from fistapruner.sensitivity.channel_order import channel_order, kept_share

@@ -21,8 +21,6 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.structure_settings import Structure
-from fistapruner.runs.layer_records import LayerEntry
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.structured import mixtures
@@ -126,15 +124,6 @@ def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path
     assert set(range(4)) - set(kept(report, 1)) == {min(range(4), key=scores.__getitem__)}
 
 
-def never_chosen(folder: Path, expert: int) -> Path:
-    model = tiny.build("gpt_oss")
-    for layer in model.model.layers:
-        layer.mlp.router.bias.data[expert] = -1e4
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("structure", ["heads=1", "experts=1", "heads=1,experts=1"])
 def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_path: Path, structure: str) -> None:
     folder = tiny.save("mixtral", tmp_path / "model")
@@ -147,7 +136,7 @@ def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_pa
 
 
 def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_nothing(tmp_path: Path) -> None:
-    folder = never_chosen(tmp_path / "model", 2)
+    folder = tiny.save_unused_expert(tmp_path / "model", 2)
     report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL)
     assert kept(report, 0) == kept(report, 1) == [0, 1, 3]
     assert report.method == "reap"
@@ -178,24 +167,19 @@ def test_what_remains_gets_zeros_in_the_same_run(tmp_path: Path, architecture: s
 
 @pytest.mark.parametrize("sparsity", ["0%", "2:4"])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, sparsity: str) -> None:
-    class Stops(Listener):
-        def layer(self, entry: LayerEntry) -> None:
-            raise KeyboardInterrupt
-
     folder = tiny.save("deepseek_v3", tmp_path / "model", num_hidden_layers=3, shard="40KB", **MORE)
     settings: dict[str, Any] = {"structure": "experts=25%", "sparsity": sparsity, "calibration": SMALL}
     fp.prune(str(folder), tmp_path / "whole", method="sparsegpt", **settings)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            fp.prune(str(folder), tmp_path / "parts", method="sparsegpt", listener=Stops(), **settings)
+            fp.prune(str(folder), tmp_path / "parts", method="sparsegpt", listener=tiny.Stops(), **settings)
     fp.resume(tmp_path / "parts")
-    whole, parts = (tmp_path / run / "model" for run in ("whole", "parts"))
-    names = sorted(path.name for path in whole.glob("*.safetensors"))
-    assert len(names) > 2
-    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
+    whole, shards = tmp_path / "whole" / "model", tiny.weights(tmp_path / "whole")
+    assert len(shards) > 2
+    assert tiny.weights(tmp_path / "parts") == shards
     # The index names what is there, under consecutive numbers.
     index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(index) == {name for path in names for name in load_file(whole / path)}
+    assert set(index) == {name for path in shards for name in load_file(whole / path)}
     assert {name.split(".experts.")[1].split(".")[0] for name in index if ".experts." in name} == set("012345")
     loaded(whole)
 
@@ -207,9 +191,8 @@ def test_several_machines_share_a_run(tmp_path: Path) -> None:
     for layer in (1, 0):
         fp.prune(str(folder), tmp_path / "parts", only_layers=(layer, layer), **settings)
     fp.finish_run(tmp_path / "parts")
-    whole, parts = (tmp_path / run / "model" for run in ("whole", "parts"))
-    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
-    config = loaded(whole).config
+    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
+    config = loaded(tmp_path / "whole" / "model").config
     assert (config.num_experts, config.num_key_value_heads) == (2, 1)
 
 

@@ -24,8 +24,6 @@ from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.recipes.structure_settings import Structure
-from fistapruner.runs.layer_records import LayerEntry
-from fistapruner.runs.listener import Listener
 from fistapruner.sparse.variants import Variant, load_variant
 from fistapruner.structured.proof import plan_widths
 from fistapruner.structured.widths import allocate
@@ -257,17 +255,12 @@ def assert_said_who_loads_it(run: Path) -> None:
     assert "```python\nimport fistapruner " in card
 
 
-class Stopping(Listener):
-    def layer(self, entry: LayerEntry) -> None:
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("method", ["obs", "bypass"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, method: str) -> None:
     folder = save(tmp_path / "model")
     fp.prune(str(folder), tmp_path / "whole", **settings(method=method, sparsity="2:4"))
     with pytest.raises(KeyboardInterrupt):
-        fp.prune(str(folder), tmp_path / "parts", listener=Stopping(), **settings(method=method, sparsity="2:4"))
+        fp.prune(str(folder), tmp_path / "parts", listener=tiny.Stops(), **settings(method=method, sparsity="2:4"))
     fp.resume(tmp_path / "parts")
     for name in ("model.safetensors", "config.json"):
         files = [(tmp_path / run / "model" / name).read_bytes() for run in ("whole", "parts")]

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.discovery import Layout, discover
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.layout import Layout
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.snapshots import Snapshots
 from fistapruner.tuning.losses import TokenLoss

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.discovery import Group, Layout, OutputProjection
+from ..models.layout import Group, Layout, OutputProjection
 from .store import HiddenStates, Store
 
 
@@ -36,7 +36,7 @@ class CachedOutputs:
         layer: the loaded decoder layer.
         groups: its pruned operators in execution order.
         projections: by child module, the output projections whose inputs are stored
-            (:class:`~fistapruner.models.discovery.OutputProjection`).
+            (:class:`~fistapruner.models.layout.OutputProjection`).
         passes: number of passes after the last group is pruned.
         inputs: hidden states that enter the layer; their number, length and dtype.
         store: makes the stores.

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..models.discovery import Group, Operator
 from ..models.experts import Experts
 from ..models.layerwise import Call, LayerwiseModel
+from ..models.layout import Group, Operator
 from ..runtime.clock import Clock
 from .store import HiddenStates, Store
 

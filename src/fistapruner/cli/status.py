@@ -83,7 +83,7 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
 
 def _evaluates(folder: Path) -> bool:
     """Check that a run was asked to evaluate its result."""
-    from ..runs.base import read_json
+    from ..runtime.files import read_json
 
     with suppress(FistaPrunerError):
         decision = read_json(folder / "run.json").get("decision")

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..constraints import NM, Constraint, parse_sparsity
 from ..constraints.nm import patterns_met
 from ..errors import FistaPrunerError
-from ..models.discovery import Operator
 from ..models.files.checkpoint import Checkpoint, Stack
 from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import (
@@ -26,6 +25,7 @@ from ..models.files.record import (
     violation_of,
 )
 from ..models.files.safetensors import TensorEntry
+from ..models.layout import Operator
 from ..models.source import resolve_model
 from ..models.stored import stored_model
 from ..runs.directory import checkpoint_of

@@ -21,9 +21,10 @@ from ..activations.store import CPU, HiddenStates, scratch_factory
 from ..activations.stream import Calls, embed, run_layer
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout, discover
+from ..models.discovery import discover
 from ..models.files.low_rank import A, sum_of_parts
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams, Solver
 from ..pruning.drift import dense_windows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 from ..constraints import Constraint
-from ..models.discovery import Layout
+from ..models.layout import Layout
 from ..problem import LayerProblem
 from ..pruning.partition import cut
 from ..recipes.execution_settings import Execution

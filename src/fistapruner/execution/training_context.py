@@ -14,10 +14,11 @@ from torch import Tensor
 from ..activations.store import Store, scratch_factory
 from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout, discover
+from ..models.discovery import discover
 from ..models.files.low_rank import LowRankAdapter
 from ..models.files.safetensors import LazyTensors
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..models.source import UNTRUSTED, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.training_settings import TrainingRecipe
@@ -36,7 +37,7 @@ from ..tuning.objective import Objective
 from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
-from ..tuning.trainer import Stepper, Trainer, TrainingState, newest_state
+from ..tuning.trainer import Trainer, TrainingState, newest_state
 from .context import open_model
 
 SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
@@ -220,7 +221,7 @@ class TrainingContext:
                 self.recipe,
                 self.text,
                 windows,
-                self._stepper(objective, trained),
+                (ForwardOnly if self.recipe.zeroth_order else FirstOrder)(trained, objective),
                 trained,
                 snapshot,
                 about=self._about(),
@@ -272,9 +273,6 @@ class TrainingContext:
             "threads": numerics.threads,
             "torch": torch.__version__,
         }
-
-    def _stepper(self, objective: Objective, trained: Trained) -> Stepper:
-        return (ForwardOnly if self.recipe.zeroth_order else FirstOrder)(trained, objective)
 
     def _teacher(self, windows: Tensor, listener: Listener) -> Teacher | None:
         """The dense model's predictions, cached; None where the loss does not need them."""

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock
 
@@ -184,13 +183,13 @@ def resolve_model(
     if path.exists():
         require_utf8(path)
     if text and (packed := packed_file(path)) is not None:
-        return converted_gguf(packed, cache or default_cache(), release=release)
+        return converted_gguf(packed, cache or default_cache(), release)
     if text and path.is_dir():
         return path
     if path.is_file():
         raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
     if text == SMALL_MODEL:
-        return converted_gguf(small_model(), cache or default_cache(), release=release)
+        return converted_gguf(small_model(), cache or default_cache(), release)
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
         raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
@@ -252,8 +251,8 @@ def packed_file(path: Path) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16, *, release: str | None = None) -> Path:
-    """De-quantise a GGUF file into a folder of the cache, or find the folder of an earlier conversion.
+def converted_gguf(path: Path, cache: Path, release: str | None = None) -> Path:
+    """De-quantise a GGUF file to bf16 into a folder of the cache, or find an earlier conversion.
 
     The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
     on the versions of the conversion and of ``transformers``. A second process that wants the same folder waits.
@@ -261,7 +260,6 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16,
     Args:
         path: the file.
         cache: folder of all conversions.
-        dtype: precision of the weights.
         release: of ``transformers``, whose conversion is taken where there is one; else that of this release.
 
     Raises:
@@ -270,7 +268,7 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16,
     status = path.stat()
     here = version("transformers")
     for made_by in (release or here, here):
-        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {dtype} {CONVERSION} {made_by}"
+        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} torch.bfloat16 {CONVERSION} {made_by}"
         out = cache / f"{path.stem}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:12]}"
         if out.is_dir():
             return out
@@ -279,7 +277,7 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16,
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / ".lock"):
                 if not out.is_dir():
-                    convert_gguf(path, out, dtype)
+                    convert_gguf(path, out)
     except FistaPrunerError as error:
         if not isinstance(error.__cause__, OSError):
             raise

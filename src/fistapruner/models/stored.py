@@ -9,9 +9,10 @@ from torch import nn
 
 from ..errors import FistaPrunerError
 from .architecture import build_model, find_decoder_layers
-from .discovery import Operator, linear_modules
+from .discovery import linear_modules
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
+from .layout import Operator
 from .names import checkpoint_names, parameter_names, stored_names
 
 

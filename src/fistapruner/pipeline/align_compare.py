@@ -16,14 +16,14 @@ from ..recipes.align_settings import AlignRecipe
 from ..recipes.loading import merge_settings
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
-from ..runs.base import parse, read_json
+from ..runs.base import parse
 from ..runs.comparison_records import FIGURES, RUNS, TABLE, AlignComparison, AlignRow
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.python_call import python_call
 from ..runs.records import Report, load_run
 from ..runs.training_runs import input_run
-from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.files import copy_atomic, disk_errors, read_json, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import ALIGN
 from .compare_folder import comparing, refuse_other_things

@@ -15,7 +15,6 @@ from ..evaluation.streaming import KeptStates
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
-from ..runs.base import read_json
 from ..runs.comparison_records import DENSE, CompareRow, Comparison
 from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
@@ -25,7 +24,7 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
 from ..runs.training_directory import RecoverDirectory
-from ..runtime.files import write_json_atomic
+from ..runtime.files import read_json, write_json_atomic
 from .begun import changed_text
 from .compare_jobs import CalibrationWindows, CompareJob
 from .measure import publish

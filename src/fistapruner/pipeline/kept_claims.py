@@ -11,8 +11,8 @@ from torch import Tensor
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
-from ..models.discovery import Operator
 from ..models.files.record import MIN_ZEROS, permuted_tensors, recorded_claims
+from ..models.layout import Operator
 from ..models.stored import operators_by_weight
 from ..runs.layer_records import LayerEntry
 from ..runs.records import Report

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.architecture import build_model, find_decoder_layers
-from ..models.discovery import Operator, expert_modules, linear_modules
+from ..models.discovery import expert_modules, linear_modules
 from ..models.experts import Experts, separate_experts
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder import require_new
@@ -22,6 +22,7 @@ from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims
 from ..models.files.writer import write_checkpoint
+from ..models.layout import Operator
 from ..models.names import checkpoint_names
 from ..models.source import Permissions
 from ..reporting.model_card import plain_card

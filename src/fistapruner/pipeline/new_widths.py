@@ -10,9 +10,9 @@ import torch
 
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..models.source import Permissions
 from ..recipes.settings import Recipe
 from ..runtime.formatting import count, span

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout
+from ..models.layout import Layout
 from ..recipes.patterns import matches
 from ..recipes.settings import Recipe
 from ..solvers import check_constraint

@@ -16,9 +16,10 @@ from ..errors import out_path
 from ..execution.context import open_model
 from ..execution.executors import count_jobs, default_threads
 from ..execution.ray_pool import cluster_head
-from ..models.discovery import Layout, discover
+from ..models.discovery import discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..models.source import Permissions
 from ..planning.plan import Plan, make_plan
 from ..recipes.execution_settings import Execution

@@ -19,7 +19,6 @@ from ..models.source import ModelSource, Permissions
 from ..problem import LayerProblem
 from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
-from ..runs.base import read_json
 from ..runs.decision import PruneRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
@@ -30,7 +29,7 @@ from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
-from ..runtime.files import disk_errors
+from ..runtime.files import disk_errors, read_json
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed

@@ -20,9 +20,10 @@ from ..errors import FistaPrunerError, explain
 from ..evaluation.data import evaluation_documents, load_windows
 from ..execution.context import open_model
 from ..execution.ray_pool import require_ray
-from ..models.discovery import Layout, discover
+from ..models.discovery import discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord

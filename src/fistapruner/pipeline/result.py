@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.low_rank import RECORD as LOW_RANK
@@ -21,6 +20,7 @@ from ..models.files.low_rank import write_adapter
 from ..models.files.safetensors import LazyTensors
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..runs.base import VERSION
 from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener

@@ -16,10 +16,11 @@ from ..errors import A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data, load_windows
 from ..evaluation.inspection import inspect_checkpoint
 from ..execution.context import open_model
-from ..models.discovery import Layout, discover
+from ..models.discovery import discover
 from ..models.files.low_rank import LowRankAdapter, refuse_low_rank
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..recipes.training_settings import TrainingRecipe

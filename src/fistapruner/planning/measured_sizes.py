@@ -15,8 +15,8 @@ from ..calibration import SELF
 from ..calibration.self_generated import generation_bytes
 from ..constraints import Constraint
 from ..models.coupling import named_size
-from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, LayerwiseModel
+from ..models.layout import Group, Layout
 from ..models.whole import whole_bytes
 from ..problem import DriftFrom
 from ..pruning.context import fitted_groups, solved_groups

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..calibration.training_text import MAX_HELD_OUT_WINDOWS, file_windows
-from ..models.discovery import Layout
 from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import windows_at_once

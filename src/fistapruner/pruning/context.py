@@ -12,8 +12,8 @@ from torch import Tensor
 from ..activations.store import HiddenStates, Store
 from ..activations.stream import Calls
 from ..constraints import Constraint
-from ..models.discovery import Group, Layout
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Group, Layout
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..runs.decision import ExpertsDecision

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.store import HiddenStates, Store
-from ..models.discovery import Group, Layout, Operator
+from ..models.layout import Group, Layout, Operator
 from ..problem import DriftFrom, cheapest_drift
 from ..recipes.settings import Recipe
 from ..structured.units import Unit

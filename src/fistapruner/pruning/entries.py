@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..models.discovery import Group
+from ..models.layout import Group
 from ..problem import LayerProblem
 from ..runs.layer_records import OperatorEntry
 from ..solvers.base import Solution

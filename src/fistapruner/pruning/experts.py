@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..models.discovery import Group
 from ..models.experts import Experts
+from ..models.layout import Group
 from ..problem import LayerProblem, ProblemSums
 from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry

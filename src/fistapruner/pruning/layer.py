@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
-from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Group
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..runs.layer_records import LayerEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
+from ..runtime.numerics import dtype_name
 from ..solvers import parse_method
 from ..solvers.base import Solution
 from ..solvers.low_rank import SparsePlusLowRank, solve_low_rank
@@ -261,7 +262,7 @@ def _write(model: LayerwiseModel, module: nn.Module, group: Group, names: Sequen
             better = "convert the checkpoint" if dtype == rounded.dtype else "set dtype"
             raise FistaPrunerError(
                 f"{name}: a pruned weight of {float(part.abs().max()):g} is beyond {torch.finfo(dtype).max:g}, the "
-                f"largest of {str(dtype).removeprefix('torch.')}: {better} to bfloat16 or float32, or raise the "
+                f"largest of {dtype_name(dtype)}: {better} to bfloat16 or float32, or raise the "
                 "method's damping"
             )
         unrounded = unrounded and torch.equal(part, target.to(part.dtype))

@@ -22,7 +22,7 @@ from ..activations.cached_outputs import CachedOutputs, kept_projections
 from ..activations.routed import RoutedTokens
 from ..activations.store import HiddenStates
 from ..activations.stream import Around, Watched, run_layer
-from ..models.discovery import Group
+from ..models.layout import Group
 from ..problem import LayerProblem, ProblemSums
 from ..runs.decision import ExpertsDecision
 from ..runtime.clock import Clock

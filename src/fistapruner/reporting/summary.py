@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..runs.records import Report
-from ..runtime.formatting import align_columns, counted, size
+from ..runtime.formatting import align_columns, size
 from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import perplexity_conditions, perplexity_text
 from .lineage_text import lineage_lines
@@ -47,23 +47,7 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
     if text := held_out_text(found):
         rows.append(("held-out loss", text))
     rows += [(f"  {name}", f"{start:.4f} → {best:.4f}") for name, start, best in task_losses(found)]
-    for evaluation in report.evaluations:
-        dense, after = evaluation.reference, evaluation.perplexity
-        if after is None:
-            continue
-        earlier = gain_of(report, evaluation)
-        shown = [("dense", dense), ("before", earlier and earlier[0].perplexity), (report.trained, after)]
-        for name, one in shown:
-            if one is not None:
-                rows.append((f"perplexity, {name}", f"{perplexity_text(one)}  {perplexity_conditions(one)}"))
-        if earlier is not None and earlier[1].closed is not None:
-            rows.append(("gap closed", f"{closed_text(earlier[1])} of ln(before / dense); error paired over windows"))
-        damage, old = evaluation.divergence, earlier and earlier[0].divergence
-        if damage is not None:
-            start = f"{old.kl:z.3f} → " if old else ""
-            agreed = f"{100 * old.top1_agreement:.1f} → " if old else ""
-            same = f"{agreed}{100 * damage.top1_agreement:.1f} %"
-            rows.append(("divergence", f"KL {start}{damage.kl:z.3f} nats a token, same top token at {same}"))
+    rows += _quality(report)
     for measure, of_dense, before, after_it, how in preference_rows(report):
         known = [f"{what} {value}" for what, value in (("dense", of_dense), ("before", before)) if value != "–"]
         beside = f" ({', '.join(known)})" if known else ""
@@ -81,23 +65,7 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
     """List how a model was pruned and what that did to it."""
     totals = report.totals
     rows = [("method", f"{report.method}, {report.sparsity}")]
-    for evaluation in report.evaluations:
-        dense, pruned = evaluation.reference, evaluation.perplexity
-        if pruned is None:
-            continue
-        windows = f"{counted(pruned.windows, 'window')} of {pruned.seqlen} tokens"
-        how = f"{pruned.data} ({pruned.split}), {windows}, {pruned.dtype}"
-        if dense is not None:
-            rows.append(("perplexity, dense", f"{perplexity_text(dense)}  {how}"))
-        rows.append(("perplexity, pruned", f"{perplexity_text(pruned)}  {how}"))
-        if evaluation.divergence is not None:
-            divergence = evaluation.divergence
-            rows.append(
-                (
-                    "divergence",
-                    f"KL {divergence.kl:z.3f} nats a token, same top token at {100 * divergence.top1_agreement:.1f} %",
-                )
-            )
+    rows += _quality(report)
     if report.calibration is not None:
         rows.append(("calibration", report.calibration.description))
     if report.workload is not None:
@@ -112,6 +80,30 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
     if report.mean_error is not None:
         over = f"over {len(report.relative_errors)} operators"
         rows.append(("mean relative error", f"{100 * report.mean_error:.2f} % of the outputs' energy, {over}"))
+    return rows
+
+
+def _quality(report: Report) -> list[tuple[str, str]]:
+    """List perplexity and divergence of the dense model, of a recovery's input and of the result."""
+    rows: list[tuple[str, str]] = []
+    trained = "pruned" if report.recovery is None else report.trained
+    for evaluation in report.evaluations:
+        dense, after = evaluation.reference, evaluation.perplexity
+        if after is None:
+            continue
+        earlier = gain_of(report, evaluation)
+        shown = [("dense", dense), ("before", earlier and earlier[0].perplexity), (trained, after)]
+        for name, one in shown:
+            if one is not None:
+                rows.append((f"perplexity, {name}", f"{perplexity_text(one)}  {perplexity_conditions(one)}"))
+        if earlier is not None and earlier[1].closed is not None:
+            rows.append(("gap closed", f"{closed_text(earlier[1])} of ln(before / dense); error paired over windows"))
+        damage, old = evaluation.divergence, earlier and earlier[0].divergence
+        if damage is not None:
+            start = f"{old.kl:z.3f} → " if old else ""
+            agreed = f"{100 * old.top1_agreement:.1f} → " if old else ""
+            same = f"{agreed}{100 * damage.top1_agreement:.1f} %"
+            rows.append(("divergence", f"KL {start}{damage.kl:z.3f} nats a token, same top token at {same}"))
     return rows
 
 

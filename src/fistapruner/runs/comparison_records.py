@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import FistaPrunerError
-from ..runtime.files import entries
+from ..runtime.files import entries, read_json
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
-from .base import VERSION, Record, parse, read_json
+from .base import VERSION, Record, parse
 from .lock import NAME as LOCK
 from .records import CalibrationFacts, ModelFacts, share_of
 from .results import Divergence, Evaluation, Loss, Perplexity

@@ -35,6 +35,7 @@ from ..runtime.files import (
     PARTIAL,
     disk_errors,
     entries,
+    read_json,
     read_sealed_json,
     remove_folder,
     require_utf8,
@@ -44,7 +45,7 @@ from ..runtime.files import (
     write_text_atomic,
 )
 from ..runtime.formatting import shell_line
-from .base import Record, parse, read_json
+from .base import Record, parse
 from .decision import RunRecord
 from .lock import LOCK_FILE, holders
 from .records import Report, is_run, load_run

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..runtime.files import read_json
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
-from .base import VERSION, Record, parse, read_json
+from .base import VERSION, Record, parse
 from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry, OperatorEntry
 from .results import Divergence, Evaluation, Perplexity

@@ -286,6 +286,23 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FistaPrunerError: names the file: it cannot be read, is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
+    if not isinstance(value, dict):
+        raise FistaPrunerError(f"{path} is not a JSON object")
+    return value
+
+
 def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` and a checksum of it as indented JSON, atomically.
 

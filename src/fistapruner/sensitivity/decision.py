@@ -17,8 +17,8 @@ from ..activations.store import Store, scratch_factory
 from ..calibration.windows import window_tasks
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from ..runs.workload_records import WorkloadFacts

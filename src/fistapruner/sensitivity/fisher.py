@@ -33,8 +33,8 @@ from ..activations.gradients import backward
 from ..activations.store import HiddenStates, Store
 from ..activations.stream import Visit, Watched, forward
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..runtime.numerics import add_gram, dtype_name, exact_in_fast_products, fast_products, mirror
 from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import Unstructured
-from ..models.discovery import Layout
+from ..models.layout import Layout
 from .fisher import InputEnergy
 
 OUTLIER = 5.0

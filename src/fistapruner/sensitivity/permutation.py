@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..constraints import NM, Constraint
 from ..models.coupling import find_links, reordered
-from ..models.discovery import Layout
 from ..models.files.checkpoint import reorder
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from .channel_order import channel_order, raised_shares
 from .head_rotation import head_rotation, rotated_energy
 

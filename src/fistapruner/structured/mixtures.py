@@ -16,11 +16,12 @@ from torch.func import functional_call
 
 from ..errors import FistaPrunerError, one_line
 from ..models.architecture import build_changed, find_decoder_layers
-from ..models.discovery import Layout, alike, expert_modules, layer_signature
+from ..models.discovery import alike, expert_modules, layer_signature
 from ..models.experts import Experts
 from ..models.files.writer import merge_patch
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..models.layerwise_weights import buffers_to
+from ..models.layout import Layout
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision
 from .experts import ExpertUnits, fewer_experts, kept_experts

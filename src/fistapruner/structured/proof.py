@@ -21,11 +21,12 @@ from torch.func import functional_call
 
 from ..errors import FistaPrunerError, NoTemporaryFolderError
 from ..models.architecture import build_changed, find_decoder_layers
-from ..models.discovery import Layout, linear_modules
+from ..models.discovery import linear_modules
 from ..models.files.widths import read_widths
 from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, hidden_of
 from ..models.layerwise_weights import assign, buffers_to
+from ..models.layout import Layout
 from ..recipes.structure_settings import Structure
 from .goa import attention_probabilities
 from .mixtures import find_experts, tensor_shapes, text_section

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..models.discovery import Layout
 from ..models.files.widths import widths_section
 from ..models.files.writer import merge_patch
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
 from .experts import ExpertUnits, removed_experts_weights
 from .mixtures import text_section

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.coupling import Link, channel_tensors, find_links, named_size
-from ..models.discovery import Layout, Operator, discover, expert_modules, linear_modules
+from ..models.discovery import discover, expert_modules, linear_modules
 from ..models.experts import Experts
 from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
+from ..models.layout import Layout, Operator
 from ..recipes.structure_settings import Structure
 from .removal import block_places
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..recipes.structure_settings import Structure
 from ..sensitivity.fisher import DensePasses, InputSums, gather_inputs, measure_sensitivity
 from .bypass import Slot, slots_of

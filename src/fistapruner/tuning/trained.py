@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout, linear_modules, router_check
+from ..models.discovery import linear_modules, router_check
 from ..models.files.low_rank import LowRankAdapter
 from ..models.files.safetensors import LazyTensors, TensorEntry
 from ..models.layerwise import LayerwiseModel
+from ..models.layout import Layout
 from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import seeded
 from .adamw import adamw_step

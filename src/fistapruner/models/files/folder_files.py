@@ -5,12 +5,13 @@ Everything in the folder is untrusted: a listing may name plain files inside the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...errors import FistaPrunerError, unreadable
+from ...errors import FistaPrunerError
+from ...runtime.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SINGLE_PICKLE, INDEX_PICKLE = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -86,17 +87,10 @@ def read_json_in(folder: Path, name: str) -> dict[str, Any]:
         FistaPrunerError: names the file: missing, too large, not JSON, not an object.
     """
     path = inside(folder, name)
-    try:
+    with suppress(OSError):  # reading says what is wrong
         if path.stat().st_size > MAX_JSON:
             raise FistaPrunerError(f"{path} is larger than {MAX_JSON} bytes")
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except (ValueError, RecursionError) as error:
-        raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
-    if not isinstance(value, dict):
-        raise FistaPrunerError(f"{path} is not a JSON object")
-    return value
+    return read_json(path)
 
 
 def find_companions(folder: Path, config: Mapping[str, Any]) -> list[str]:
