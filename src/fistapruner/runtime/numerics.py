@@ -33,9 +33,10 @@ def windows_at_once(seqlen: int, device: torch.device) -> int:
 def fast_products(enabled: bool = True) -> Iterator[None]:
     """Let fp32 products run on the device's low-precision matrix units, accumulating in fp32.
 
-    On CPUs with AMX or AVX512-BF16, inputs of a product are rounded to bf16 (8 significant bits); on CUDA, to TF32 (11
-    bits). Where the inputs *are* bf16 values, as activations of a bf16 model, every product is exact, so Grams lose
-    nothing. Elsewhere use it for iterations only, and compute errors of the result outside of it.
+    On CPUs with AMX, inputs of a product are rounded to bf16 (8 significant bits); on CUDA, to TF32 (11 bits). On other
+    CPUs nothing changes (torch 2.13): those with AVX512-BF16 alone multiply only bf16 tensors faster. Where the inputs
+    *are* bf16 values, as activations of a bf16 model, every product is exact, so Grams lose nothing. Elsewhere use it
+    for iterations only, and compute errors of the result outside of it.
 
     The precision is a setting of the process: it holds for the products of all threads until the last block has ended.
 
