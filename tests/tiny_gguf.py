@@ -25,6 +25,10 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
+import tiny
+
+tiny.need_transformers("5.24")  # as the extra 'gguf' does: 5.9 reads some tokenizers in another way
+
 HEADS, KEY_HEADS = 4, 2
 NAMES = {
     "self_attn.q_proj": "attn_q",

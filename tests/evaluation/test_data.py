@@ -183,7 +183,7 @@ def test_token_count_of_the_joined_wikitext_test_split() -> None:
     except FistaPrunerError as error:
         pytest.skip(f"the small real model is not here: {error}")
     text, _, _ = read_text(str(Path(folder) / "wikitext2" / "test_joined.txt"))
-    assert len(tokenizer(text, verbose=False)["input_ids"]) == 304_986
+    assert len(tokenizer(text, verbose=False)["input_ids"]) == 304_978  # every digit is a token
     gpt2 = os.environ.get("FISTAPRUNER_GPT2_TOKENIZER")
     if gpt2:
         assert len(load_tokenizer(Path(gpt2))(text, verbose=False)["input_ids"]) == 287_644

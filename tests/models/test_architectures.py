@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny
+
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import architectures
 
@@ -50,5 +52,7 @@ OUTCOMES = {
 def test_it_works_exactly_or_is_refused_in_a_sentence(tmp_path: Path, model_type: str) -> None:
     if architectures.VARIANTS.get(model_type, (model_type,))[0] not in architectures.TYPES:
         pytest.skip(f"the installed transformers has no {model_type}")
+    if model_type == "dbrx":
+        tiny.need_transformers("5.24")  # 5.16 takes no pad_token_id in its config
     found = architectures.try_architecture(model_type, tmp_path)
     assert found.outcome == OUTCOMES[model_type], found

@@ -42,6 +42,7 @@ def test_the_walk_has_the_models_own_logits(tmp_path: Path, architecture: str, o
 
 def test_what_routes_stays_in_fp32_as_in_transformers(tmp_path: Path) -> None:
     """Rounded to bf16, it would choose other experts than the model that users load."""
+    tiny.need_transformers("5.24")  # 5.16 rounds the router's weight itself
     folder = tiny.save("deepseek_v3", tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     expected = {name: tensor for name, tensor in whole.state_dict().items() if ".experts." not in name}

