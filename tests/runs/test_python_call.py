@@ -91,7 +91,9 @@ def test_keywords_of_the_recovery_that_follows(tmp_path: Path) -> None:
     calibration = {"source": text, "samples": 4, "seqlen": 16}
     with pytest.raises(FistaPrunerError, match=r"^recover: .* a smaller --seqlen \(these are flags") as caught:
         fp.prune(model, tmp_path / "out", calibration=calibration, recover={"data": {"source": text, "seqlen": 2048}})
-    assert caught.value.__notes__ == ["In Python: --seqlen is recover={'data': {'seqlen': ...}}, --recipe is recipe=..."]
+    assert caught.value.__notes__ == [
+        "In Python: --seqlen is recover={'data': {'seqlen': ...}}, --recipe is recipe=..."
+    ]
 
 
 def test_flags_in_commands_stay_flags_and_notes_of_others_stay() -> None:
