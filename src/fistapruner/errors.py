@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import errno
 import os
 from collections.abc import Collection, Sequence
@@ -28,6 +29,10 @@ class FistaPrunerError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the message, and not what a subclass makes it of; notes go with it."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class OtherRankFailed(FistaPrunerError):

@@ -568,10 +568,10 @@ def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
     with pytest.raises(FistaPrunerError, match=r"short\.txt"):  # which shows before the plan
         fp.prune(run.parent / "dense", tmp_path / "out", evaluate=short, **settings)
     fp.prune(run.parent / "dense", tmp_path / "out", only_layers=(0, 1), **settings)  # which recovers nothing
-    planned = Mock(side_effect=FistaPrunerError("much"))
+    planned = Mock(side_effect=FistaPrunerError("fewer --tokens"))
     monkeypatch.setattr("fistapruner.pipeline.recover_inputs.plan_training", planned)
     methods = "wanda,magnitude"
-    with pytest.raises(FistaPrunerError, match=r"^recover: much \(these are flags of .fistapruner recover"):
+    with pytest.raises(FistaPrunerError, match=r"^recover: fewer --tokens \(these are flags of .fistapruner recover"):
         compare(run.parent / "dense", methods, ["2:4"], tmp_path / "compared", settings=settings, windows=1)
     assert not (tmp_path / "compared").exists()
     planned.reset_mock(side_effect=True)

@@ -290,6 +290,17 @@ def test_a_run_file_of_another_format_is_refused_whatever_is_in_it(tmp_path: Pat
         run.record()
 
 
+@pytest.mark.parametrize("version", [2, "2", None])
+def test_a_run_file_whose_report_could_not_be_read_is_refused(tmp_path: Path, version: object) -> None:
+    """Its layers would be pruned, and the report fail after them."""
+    run = begin(tmp_path / "run")
+    content = json.loads(run.run_file.read_text())
+    del content["sha256"]
+    write_sealed_json(run.run_file, {**content, "version": version})
+    with pytest.raises(FistaPrunerError, match="was written by another release of fistapruner"):
+        run.record()
+
+
 @pytest.mark.parametrize("damage", [{"others": None}, {"others": 3}, {"files": []}, {"files": {"a": {}}}])
 def test_a_record_of_a_model_in_a_wrong_form_counts_as_missing(tmp_path: Path, damage: dict[str, object]) -> None:
     run = RunDirectory(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import pytest
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
+from fistapruner.errors import MissingExtraError
+from fistapruner.execution.pool import NoRoom
+from fistapruner.runs.python_call import python_call
+from fistapruner.runtime.formatting import shell_line
 
 
 @pytest.mark.parametrize(
@@ -78,3 +83,42 @@ def test_keywords_of_flags(tmp_path: Path) -> None:
     short = notes(lambda: fp.prune(model, out, calibration={**data, "source": few, "seqlen": 900}), "--seqlen")
     assert "--seqlen is calibration={'seqlen': ...}" in short[0]
     assert notes(lambda: fp.prune(str(tmp_path / "no"), out), "does not exist") == []
+
+
+def test_keywords_of_the_recovery_that_follows(tmp_path: Path) -> None:
+    """Pruning has a flag of the same name."""
+    model, text = str(tiny.save("llama", tmp_path / "model")), str(tiny.write_text(tmp_path / "text.jsonl"))
+    calibration = {"source": text, "samples": 4, "seqlen": 16}
+    with pytest.raises(FistaPrunerError, match=r"^recover: .* a smaller --seqlen \(these are flags") as caught:
+        fp.prune(model, tmp_path / "out", calibration=calibration, recover={"data": {"source": text, "seqlen": 2048}})
+    assert caught.value.__notes__ == [
+        "In Python: --seqlen is recover={'data': {'seqlen': ...}}, --recipe is recipe=..."
+    ]
+
+
+def test_flags_in_commands_stay_flags_and_notes_of_others_stay() -> None:
+    def fails(message: str) -> Callable[..., None]:
+        def call(*, dense: str = "", dtype: str = "") -> None:
+            error = FistaPrunerError(message)
+            error.add_note("of somebody else")
+            raise error
+
+        return python_call()(call)
+
+    command = shell_line("recover", "/a folder/run", "--out", "it", "--dense", "MODEL")
+    for message, note in (
+        (f"give '{command}', or the model's --dtype", ["In Python: --dtype is dtype=..."]),
+        ("give 'fistapruner recover /run --dense MODEL'", []),
+        ("'--dense' or --dtype", ["In Python: --dense is dense=..., --dtype is dtype=..."]),
+    ):
+        with pytest.raises(FistaPrunerError) as caught:
+            python_call()(fails(message))()
+        assert caught.value.__notes__ == ["of somebody else", *note]
+
+
+@pytest.mark.parametrize("error", [MissingExtraError("ray", "ray", "a pool"), NoRoom("layer 3"), FistaPrunerError("a")])
+def test_errors_are_pickled_with_their_notes(error: FistaPrunerError) -> None:
+    """As a pool of processes that calls this library does."""
+    error.add_note("In Python: ...")
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), found.__notes__) == (type(error), str(error), error.__notes__)

@@ -216,7 +216,7 @@ def test_the_smaller_model_is_recovered_in_the_same_run(tmp_path: Path) -> None:
         ("qwen3_moe", {"structure": "experts=10%"}, "experts=10% removes none of the 4 experts"),
         ("qwen3_moe", {"structure": "experts=3"}, "1 of the 4 experts of .* would remain, and the router chooses 2"),
         ("deepseek_v3", {"structure": "experts=1"}, "chooses among 2 groups of experts.* remove a multiple of 2"),
-        ("qwen3_moe", {"structure": "25%"}, "widths are multiples of 64 and the model.s MLPs have 16 channels"),
+        ("qwen3_moe", {"structure": "25%"}, "widths are multiples of 64 and the model.s experts have 16 channels"),
         ("qwen3_moe", {"structure": "experts=1", "ignore": ["re:experts"]}, "targets and ignore leave out"),
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "--weighting none"),

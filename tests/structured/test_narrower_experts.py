@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,26 @@ def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
         "shared expert channels": (32, 24),
     }
     assert loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiple", "said"), [("bfloat16", 4, True), ("bfloat16", 8, False), ("float32", 4, False)]
+)
+def test_widths_that_transformers_refuses_by_default_are_named(
+    tmp_path: Path, dtype: str, multiple: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model", dtype=getattr(torch, dtype))
+    listener, structure = tiny.Said(), {"remove": "mlp=30%", "multiple": multiple}
+    fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, listener=listener)
+    warning = "no multiple of 8, do not run in transformers"
+    assert any(warning in sentence for sentence in listener.sentences) == said
+    assert main(["plan", str(folder), "--structure", "mlp=30%", "--structure-multiple", str(multiple)]) == 0
+    assert (warning in " ".join(capsys.readouterr().out.split())) == said
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").eval()
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes") if said else nullcontext():
+        result(TOKENS)
+    result.set_experts_implementation("eager")
+    assert result(TOKENS).logits.isfinite().all()
 
 
 def test_a_share_of_the_parameters_is_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,12 @@ from ..sensitivity.decision import measured_by
 from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
 from ..structured.smaller_model import Widths, removed_weights, resized, unread_tensors
-from ..structured.units import layer_weights
+from ..structured.units import EXPERT, layer_weights
 from ..structured.widths import step_of
 from .patterns import patterns_of
+
+GROUPED_BYTES = 16
+"""Bytes of which the rows of torch's ``grouped_mm`` must be a multiple."""
 
 
 def change_widths(
@@ -143,6 +146,18 @@ def say_unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
     return (
         f"the result leaves out tensors of layers that {type(model.model).__name__} does not read, such as those of "
         f"multi-token prediction, since the new config would not fit them: {shown}",
+    )
+
+
+def say_unaligned(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+    """Warn of widths of experts that grouped products, the default of transformers, refuse; empty without."""
+    size = model.checkpoint.dtype.itemsize
+    found = {unit.after for units in widths.units for unit in units if unit.kind == EXPERT}
+    if not (refused := sorted(width for width in found if width * size % GROUPED_BYTES)):
+        return ()
+    return (
+        f"experts with {span(refused)} channels, which are no multiple of {GROUPED_BYTES // size}, do not run in "
+        "transformers as it loads them: keep such a multiple, or load the result with experts_implementation='eager'",
     )
 
 

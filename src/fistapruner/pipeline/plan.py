@@ -29,7 +29,7 @@ from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..structured.smaller_model import Widths
-from .new_widths import change_widths, say_lost_zeros, say_unread, say_widths
+from .new_widths import change_widths, say_lost_zeros, say_unaligned, say_unread, say_widths
 from .patterns import allocate
 
 
@@ -71,7 +71,8 @@ def plan_model(
     if widths is None:
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
-    return replace(plan, says=(say_widths(opened, widths), *lost, *say_unread(opened, widths), *plan.says))
+    warnings = (*lost, *say_unread(opened, widths), *say_unaligned(opened, widths))
+    return replace(plan, says=(say_widths(opened, widths), *warnings, *plan.says))
 
 
 def check_sources(recipe: Recipe) -> None:

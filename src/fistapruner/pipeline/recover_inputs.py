@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +92,8 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
     check_mixture(training, seqlen)
     read = {name: text for name, text in data.tasks.items() if text != SELF}
     if read or data.source not in (None, SELF):
-        training_text(data.model_copy(update={"tasks": read}), dense.tokenizer(), seqlen)
+        with _flags_of_recovery():
+            training_text(data.model_copy(update={"tasks": read}), dense.tokenizer(), seqlen)
 
 
 def refuse_processes(recipe: Recipe) -> None:
@@ -203,14 +206,19 @@ def check_fits(task: Task | None, listener: Listener) -> None:
     if task is None:
         return
     listener.tick("planning the recovery", 0, 1)
-    try:
-        with cpu_threads(default_threads(task.recipe.execution)):
-            plan_training(task)
-    except FistaPrunerError as error:
-        raise FistaPrunerError(
-            f"recover: {error} (these are flags of 'fistapruner recover', and settings of recover in a --recipe)"
-        ) from None
+    with _flags_of_recovery(), cpu_threads(default_threads(task.recipe.execution)):
+        plan_training(task)
     release_memory()  # what the measurement has freed
+
+
+@contextmanager
+def _flags_of_recovery() -> Iterator[None]:
+    """Say of flags in an error whose they are: those of pruning may be called alike."""
+    try:
+        yield
+    except FistaPrunerError as error:
+        whose = " (these are flags of 'fistapruner recover', and settings of recover in a --recipe)"
+        raise FistaPrunerError(f"recover: {error}{whose if ' --' in str(error) else ''}") from None
 
 
 def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:

@@ -45,7 +45,7 @@ from ..runtime.files import (
     write_text_atomic,
 )
 from ..runtime.formatting import shell_line
-from .base import Record, parse
+from .base import VERSION, Record, parse
 from .decision import RunRecord
 from .lock import LOCK_FILE, holders
 from .records import Report, is_run, load_run
@@ -210,7 +210,7 @@ class RunDirectory:
             content = read_sealed_json(self.run_file)
         except (OSError, ValueError) as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): {hint}") from None
-        if content.pop("format", 0) != FORMAT:
+        if content.pop("format", 0) != FORMAT or content.get("version", VERSION) not in range(VERSION + 1):
             versions = content.get("versions")
             by = versions.get("fistapruner", "unknown") if isinstance(versions, Mapping) else "unknown"
             raise FistaPrunerError(

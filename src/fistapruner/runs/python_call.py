@@ -12,6 +12,8 @@ from ..errors import FistaPrunerError
 from ..models.source import ModelSource
 from ..recipes.base import RunRecipe
 from ..recipes.flags import SAME_FLAG, flag_of, settings
+from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.settings import Recipe
 from .listener import Listener
 
 P = ParamSpec("P")
@@ -19,6 +21,9 @@ R = TypeVar("R")
 
 NOTE = "In Python: "
 """Beginning of the note on an error that names flags."""
+
+COMMAND = re.compile(r"'(fistapruner|hf|pip|llama-gguf-split)( '[^']*'| [^' ]+)*'")
+"""A whole command in a message, whose flags stay flags; a shell's quotes may stand in it."""
 
 YES_NO = (lambda value: isinstance(value, bool), "True or False")
 FUNCTION = (lambda value: value is None or callable(value), "a function")
@@ -60,8 +65,9 @@ def python_call(recipe: type[RunRecipe] | None = None) -> Callable[[Callable[P, 
                 _check({**dict(zip(parameters, given, strict=False)), **named})
                 return function(*given, **named)
             except FistaPrunerError as error:
-                if note := _note(str(error), parameters, recipe):
-                    error.__notes__ = [note]  # in place of that of a public function inside this one
+                note = _note(str(error), parameters, recipe)
+                others = [other for other in getattr(error, "__notes__", []) if not other.startswith(NOTE)]
+                error.__notes__ = others + [note] * bool(note)  # a public function inside this one has other keywords
                 raise
 
         return call
@@ -84,14 +90,20 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def _note(message: str, parameters: Mapping[str, Parameter], recipe: type[RunRecipe] | None) -> str:
     """Say which keyword each flag in a message is; empty where there is none."""
     keywords = {"--" + name.replace("_", "-"): f"{name}=..." for name in parameters}
-    for path, field in () if recipe is None else settings(recipe):
-        section, _, key = path.rpartition(".")
+    following = recipe is Recipe and message.startswith("recover: ")
+    for path, field in () if recipe is None else settings(RecoverRecipe if following else recipe):
+        place = f"recover.{path}" if following and not path.startswith("execution.") else path
         flag = flag_of(path)
         if path not in SAME_FLAG:
-            keywords[flag] = f"{section}={{{key!r}: ...}}" if section else f"{key}=..."
+            keywords[flag] = _keyword(place, "...")
         if field.annotation is bool:
-            keywords[flag.replace("--", "--no-")] = keywords[flag].replace("...", "False")
-    advice = re.sub(r"'(fistapruner|hf|pip|llama-gguf-split) [^']*'", "", message)  # whole commands stay commands
-    flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]*", advice))
+            keywords[flag.replace("--", "--no-")] = _keyword(place, "False")
+    flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]*", COMMAND.sub("", message)))
     said = [f"{flag} is {keywords[flag]}" for flag in flags if flag in keywords]
     return NOTE + ", ".join(said) if said else ""
+
+
+def _keyword(path: str, value: str) -> str:
+    """Write a setting as the keyword of a function, such as ``calibration={'seqlen': ...}``."""
+    keyword, *keys = path.split(".")
+    return f"{keyword}=" + "".join(f"{{{key!r}: " for key in keys) + value + "}" * len(keys)

@@ -336,9 +336,11 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
         if not settings.channels < before:
             raise FistaPrunerError(f"structure: {asked} is not less than the {before} channels of the model's MLPs")
         return {before: settings.channels}
+    of_kind = {kind: {unit.before for layer in units for unit in layer if unit.kind == kind} for kind in _WHOSE}
     if step >= before:
+        whose = next(owner for kind, owner in _WHOSE.items() if before in of_kind[kind])
         raise FistaPrunerError(
-            f"structure: widths are multiples of {step} and the model's MLPs have {before} channels: give a smaller "
+            f"structure: widths are multiples of {step} and the model's {whose} have {before} channels: give a smaller "
             "--structure-multiple"
         )
     share = settings.channels
@@ -356,7 +358,6 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
                 f"structure: {asked} of the decoder layers' {weights} parameters is more than their MLP channels can "
                 f"give: {limit:.1%} leaves {step} of {before} channels"
             )
-    of_kind = {kind: {unit.before for layer in units for unit in layer if unit.kind == kind} for kind in _WHOSE}
     kept: dict[int, int] = {}
     for before in widths:
         part = next((width for width in of_kind[EXPERT] if before in of_kind[SHARED] and before % width == 0), before)
