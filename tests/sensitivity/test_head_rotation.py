@@ -22,6 +22,7 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Operator
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.sensitivity import decision
+from fistapruner.sensitivity import head_rotation as searching
 from fistapruner.sensitivity.channel_order import channel_order, kept_share
 from fistapruner.sensitivity.head_rotation import head_rotation, rotated_energy
 from fistapruner.sensitivity.permutation import Permutations, reordered_rows
@@ -76,7 +77,10 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
         reader, gram = torch.randn(24, inputs.shape[1]), inputs.T @ inputs
         writer, energy = torch.randn(blocks * channels, 32), torch.rand(32)
         rotation = head_rotation(link, reader, gram, pattern, writer, energy)
-        torch.testing.assert_close(rotation.mT @ rotation, torch.eye(channels).expand(blocks, -1, -1))
+        exact = rotation.double()
+        torch.testing.assert_close(
+            exact.mT @ exact, torch.eye(channels).double().expand(blocks, -1, -1), atol=1e-6, rtol=0
+        )
         assert torch.equal(rotation, head_rotation(link, reader, gram, pattern, writer, energy))
         scores = reader.square() * gram.diagonal()
         order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
@@ -91,6 +95,17 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
     assert torch.equal(rotation, same)
     dead = head_rotation(link, reader, torch.zeros_like(gram), pattern, writer, energy)
     torch.testing.assert_close(dead.mT @ dead, torch.eye(channels).expand(blocks, -1, -1))
+
+
+def test_the_first_step_of_the_search_turns_by_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "STEPS", 1)
+    inputs = torch.randn(400, 16)
+    link = Link(("v_proj",), reads(16), 2, 1, rotates=True)
+    turned = head_rotation(link, torch.randn(24, 16), inputs.T @ inputs, NM(2, 4), torch.randn(16, 32), torch.rand(32))
+    for block in turned:
+        order = block.abs().argmax(0)  # the channels are put in order afterwards
+        angle = (block[:, order.argsort()] - torch.eye(8)).square().mean().sqrt()
+        assert float(angle) == pytest.approx(searching.RATE, rel=0.02)
 
 
 class Heads(nn.Module):

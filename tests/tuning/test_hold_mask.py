@@ -151,6 +151,9 @@ def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
     held = fp.hold_mask(model)
     held.on_train_begin(None, None, None, model=nn.DataParallel(torch.compile(model)))
     held.on_train_end(None, None, None)
+    held = fp.hold_mask(nn.ModuleDict({"trained": model, "frozen": pruned(seed=1)}))
+    held.on_train_begin(None, None, None, model=model)
+    held.on_train_end(None, None, None)
 
 
 def test_nothing_is_masked_afterwards() -> None:
@@ -205,7 +208,9 @@ def test_the_end_names_an_operator_with_lost_zeros() -> None:
         ),
         held,
     ):
-        weight.data[weight == 0] = torch.cat([torch.ones(3), torch.zeros(int((weight == 0).sum()) - 3)])
+        weight.data[weight == 0] = torch.cat(
+            [torch.tensor([1.0, -1.0, -2.0]), torch.zeros(int((weight == 0).sum()) - 3)]
+        )
     held.apply()
     held.verify()
 
@@ -271,6 +276,9 @@ def test_operators_of_the_record_are_held_whatever_their_share(tmp_path: Path) -
     held = fp.hold_mask(loaded)
     assert set(held.operators) == {*claims}
     assert set(fp.hold_mask(nn.DataParallel(loaded)).operators) == {f"module.{name}" for name in claims}
+    assert set(fp.hold_mask(nn.ModuleDict({"policy": loaded})).operators) == {f"policy.{name}" for name in claims}
+    inner = transformers.AutoModel.from_pretrained(tmp_path)  # without its head, and without the prefix of its names
+    assert set(fp.hold_mask(inner).operators) == {name.removeprefix("model.") for name in claims}
     loaded.model.layers[0].mlp.up_proj.weight.data[1] = 0.0
     assert set(fp.hold_mask(loaded).operators) == {*claims}  # more zeros than the record claims
     loaded.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
