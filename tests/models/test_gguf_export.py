@@ -115,6 +115,15 @@ def test_a_very_sparse_model_is_of_its_dense_file(dense: tuple[Path, Path], tmp_
     assert all(torch.equal(tensor, sparse[name]) for name, tensor in tensors(tmp_path / "back").items())
 
 
+def test_rotary_positions_are_those_of_the_dense_file(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """Factors of 1 scale nothing; another number of turned dimensions is another model's."""
+    write_gguf(tmp_path / "ones.gguf", more={"rope_freqs.weight": np.ones(8, np.float32)})
+    fp.export(dense[1], tmp_path / "out.gguf", like=tmp_path / "ones.gguf")
+    write_gguf(tmp_path / "half.gguf", settings={"llama.rope.dimension_count": 8})
+    with pytest.raises(FistaPrunerError, match=r"its rope\.dimension_count is 8, that of .* 16"):
+        fp.export(dense[1], tmp_path / "other.gguf", like=tmp_path / "half.gguf")
+
+
 def test_kinds_of_models_are_refused_before_a_file_of_the_dense_model_is_asked_for(tmp_path: Path) -> None:
     tiny.save_image_text(tmp_path / "images")
     tiny.save("qwen3_moe", tmp_path / "experts")
