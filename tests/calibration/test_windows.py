@@ -76,6 +76,49 @@ def test_long_documents_give_one_window_each() -> None:
     assert not torch.equal(tokens, other)
 
 
+class Bytes:
+    """A tokenizer that makes one token of ``size`` bytes."""
+
+    bos_token_id = None
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, texts: list[str] | str, **_: Any) -> dict[str, Any]:
+        found = [list(text.encode()[:: self.size]) for text in ([texts] if isinstance(texts, str) else texts)]
+        return {"input_ids": found[0] if isinstance(texts, str) else found}
+
+
+@pytest.mark.parametrize(
+    ("document", "size", "long"),
+    [("a" * 9, 1, True), ("a" * 8, 1, False), ("é" * 6, 1, True), ("a" * 18, 2, True), ("a" * 16, 2, False)],
+)
+def test_long_is_a_document_of_more_tokens_than_a_window(document: str, size: int, long: bool) -> None:
+    """Whatever its characters are; as many long documents as windows are enough."""
+    _, how = draw_from_documents([document] * 5 + ["b"], Bytes(size), 5, 8)
+    assert ("long documents" in how) == long
+
+
+def test_every_window_of_a_long_document_may_be_drawn() -> None:
+    tokens, _ = draw_from_documents([LETTERS[:5]] * 100, letters_tokenizer(), 60, 3)
+    assert {text_of(letters_tokenizer(), row) for row in tokens} == {"abc", "bcd", "cde"}
+
+
+def test_every_window_of_a_concatenation_may_be_drawn() -> None:
+    drawn = [draw_from_documents([LETTERS], letters_tokenizer(), 3, 4, seed=seed)[0] for seed in range(20)]
+    assert {text_of(letters_tokenizer(), row)[0] for tokens in drawn for row in tokens} == set("aeimqu")
+
+
+def test_passages_are_joined_by_one_blank_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many the document ends with: whole passages of them are left out."""
+    for name, value in (("LARGE", 1000), ("PASSAGE", 100)):
+        monkeypatch.setattr(drawing, name, value)
+    document = "\n\n".join([LETTERS] * 60) + "\n" * 350
+    tokens, how = draw_from_documents([document], letters_tokenizer(), 100, 16)
+    assert "concatenation of all passages" in how
+    assert not any("\n\n\n" in text_of(letters_tokenizer(), row) for row in tokens)
+
+
 def test_too_few_long_documents_fall_back_on_the_concatenation() -> None:
     tokenizer = letters_tokenizer()
     tokens, how = draw_from_documents([LETTERS] * 10, tokenizer, 4, 50)
@@ -147,6 +190,13 @@ def test_other_documents_are_tokenised_whole_however_many_together(documents: li
     assert tokenizer.most <= max(together, *map(len, documents), 0)
 
 
+def test_documents_without_tokens_beside_others_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "TOGETHER", 1)
+    assert list(drawing.tokenise(["a", "", ""], letters_tokenizer(), "text")) == [[3], [], []]
+    monkeypatch.setattr(drawing, "TOGETHER", 0)
+    assert list(drawing.tokenise(["a", "b", ""], letters_tokenizer(), "text")) == [[3], [4], []]
+
+
 def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:
     tokenizer = letters_tokenizer(bos=True)
     for documents in ([LETTERS] * 4, [LETTERS * 3]):
@@ -190,7 +240,16 @@ def test_short_empty_and_unknown_sources_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(FistaPrunerError, match=words):
             calibration_tokens(Calibration(source=source, samples=2), tokenizer, 64)
+    (tmp_path / "few.txt").write_text("a" * 64)
+    assert calibration_tokens(Calibration(source=str(tmp_path / "few.txt"), samples=1), tokenizer, 64)[0].shape == (
+        1,
+        64,
+    )
     (tmp_path / "few.txt").write_text("a" * 66)
+    assert calibration_tokens(Calibration(source=str(tmp_path / "few.txt"), samples=3), tokenizer, 64)[0].shape == (
+        3,
+        64,
+    )
     with pytest.raises(FistaPrunerError, match="3 different windows of 64 and --samples asks for 4"):
         calibration_tokens(Calibration(source=str(tmp_path / "few.txt"), samples=4), tokenizer, 64)
 

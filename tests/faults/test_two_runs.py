@@ -50,7 +50,7 @@ def test_holder_on_another_host_is_believed(runs: Runs, disk: Path) -> None:
     runs.check_resumed(out)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"[1]", b"\xff\x00"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"[1]", b"\xff\x00", b"x" * 500])
 def test_unreadable_lock_is_stale(disk: Path, content: bytes) -> None:
     (disk / "lock").write_bytes(content)
     with hold(disk):
@@ -117,12 +117,36 @@ def test_a_holder_that_has_not_written_its_record_yet_is_waited_for(disk: Path) 
 def test_ranges_of_layers(disk: Path) -> None:
     """Ranges that do not overlap work at once; a whole run excludes them all."""
     with hold(disk, (0, 3)), hold(disk, (4, 7)):
-        for layers in ((3, 4), None):
+        for layers in ((3, 3), (4, 4), (1, 2), (5, 9), None):
             with pytest.raises(FistaPrunerError, match="in use"), hold(disk, layers):
                 pass
     with hold(disk), pytest.raises(FistaPrunerError, match="in use"), hold(disk, (0, 1)):
         pass
     assert list(disk.iterdir()) == []
+
+
+def test_a_file_that_its_holder_removes_before_it_is_locked_is_made_again(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, removed = fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append((disk / "lock").unlink())
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with hold(disk):
+        assert removed
+        assert json.loads((disk / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_the_file_of_another_holder_stays(disk: Path) -> None:
+    """Somebody has removed ours, and another process has taken the directory."""
+    with hold(disk):
+        (disk / "lock").unlink()
+        write_lock(disk, host="elsewhere", pid=77, started=1.0)
+    assert [holder["host"] for holder in holders(disk)] == ["elsewhere"]
 
 
 def test_parts_may_find_the_same_lock_stale_at_once(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,27 @@ def test_values_that_the_file_cannot_hold_are_refused(
     fp.export(folder, tmp_path / "out.gguf", like=source, values="bf16")
 
 
+def test_a_very_sparse_model_is_of_its_dense_file(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = dense
+    sparse = tensors(folder)
+    for name, tensor in sparse.items():
+        if "_proj" in name:
+            tensor[tensor.abs() < tensor.abs().flatten().quantile(0.95)] = 0.0
+    save_file(sparse, folder / "model.safetensors", {"format": "pt"})
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
+    convert_gguf(tmp_path / "out.gguf", tmp_path / "back", torch.float32)
+    assert all(torch.equal(tensor, sparse[name]) for name, tensor in tensors(tmp_path / "back").items())
+
+
+def test_rotary_positions_are_those_of_the_dense_file(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """Factors of 1 scale nothing; another number of turned dimensions is another model's."""
+    write_gguf(tmp_path / "ones.gguf", more={"rope_freqs.weight": np.ones(8, np.float32)})
+    fp.export(dense[1], tmp_path / "out.gguf", like=tmp_path / "ones.gguf")
+    write_gguf(tmp_path / "half.gguf", settings={"llama.rope.dimension_count": 8})
+    with pytest.raises(FistaPrunerError, match=r"its rope\.dimension_count is 8, that of .* 16"):
+        fp.export(dense[1], tmp_path / "other.gguf", like=tmp_path / "half.gguf")
+
+
 def test_kinds_of_models_are_refused_before_a_file_of_the_dense_model_is_asked_for(tmp_path: Path) -> None:
     tiny.save_image_text(tmp_path / "images")
     tiny.save("qwen3_moe", tmp_path / "experts")

@@ -334,6 +334,15 @@ def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
     assert journal.reduced("another run") is None
 
 
+def test_a_journaled_layer_under_another_number_is_done_again(tmp_path: Path) -> None:
+    journal = LayerJournal(tmp_path)
+    journal.write("run", {}, LayerEntry(index=0))
+    for before, after in zip(journal.files(0), journal.files(1), strict=True):
+        shutil.copy(before, after)
+    assert journal.finished(0, "run")
+    assert journal.finished(1, "run") is None
+
+
 @pytest.mark.parametrize("content", ["null", "7", '"text"', "[]", "{}", "[" * 100_000, "\xff"])
 def test_a_record_that_is_no_sealed_object_counts_as_damaged(tmp_path: Path, content: str) -> None:
     journal, snapshots = LayerJournal(tmp_path / "layers"), Snapshots(tmp_path / "states")

@@ -19,7 +19,7 @@ from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint, reorder
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.sensitivity.channel_order import channel_order, kept_share, raised_shares
+from fistapruner.sensitivity.channel_order import _assign, _gains, channel_order, kept_share, raised_shares
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 MLP = {
@@ -63,6 +63,31 @@ def test_close_to_the_best_of_all_orders() -> None:
         assert found <= best + 1e-9
         shares.append((found - mean) / (best - mean))
     assert sum(shares) / len(shares) >= 0.5, shares
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 4)], ids=str)
+def test_every_exchange_is_the_best_of_all_exchanges(pattern: NM) -> None:
+    for seed in range(4):
+        values, members = scores(6, 16, seed), torch.arange(16).view(4, 4)
+        for place in range(4):
+            kept = {}
+            for exchange in permutations(range(4)):
+                groups = members.clone()
+                groups[:, place] = members[list(exchange), place]
+                kept[exchange] = kept_share(values[:, groups.reshape(-1)], pattern)
+            found = _assign(_gains(values, members, place, pattern))
+            assert kept[tuple(found.tolist())] == pytest.approx(max(kept.values()))
+
+
+def test_an_order_that_is_better_for_the_sampled_rows_only_is_not_taken() -> None:
+    kept = []
+    for seed in range(20):
+        values = scores(24, 16, seed)
+        values = values[:, channel_order(values, NM(2, 4))]
+        shares = [kept_share(each, NM(2, 4)) for each in (values, values[:, channel_order(values, NM(2, 4), rows=1)])]
+        assert shares[1] >= shares[0]
+        kept.append(shares[1] == shares[0])
+    assert any(kept)
 
 
 def test_an_order_is_judged_by_the_pattern_itself(tmp_path: Path) -> None:

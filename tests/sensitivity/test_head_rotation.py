@@ -16,10 +16,13 @@ import fistapruner as fp
 from fistapruner.constraints import NM, Constraint, Unstructured
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.coupling import Link, _watch
-from fistapruner.models.files.checkpoint import ROTATED, reorder
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import ROTATED, Checkpoint, reorder
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Operator
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.sensitivity import decision
+from fistapruner.sensitivity import head_rotation as searching
 from fistapruner.sensitivity.channel_order import channel_order, kept_share
 from fistapruner.sensitivity.head_rotation import head_rotation, rotated_energy
 from fistapruner.sensitivity.permutation import Permutations, reordered_rows
@@ -74,7 +77,10 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
         reader, gram = torch.randn(24, inputs.shape[1]), inputs.T @ inputs
         writer, energy = torch.randn(blocks * channels, 32), torch.rand(32)
         rotation = head_rotation(link, reader, gram, pattern, writer, energy)
-        torch.testing.assert_close(rotation.mT @ rotation, torch.eye(channels).expand(blocks, -1, -1))
+        exact = rotation.double()
+        torch.testing.assert_close(
+            exact.mT @ exact, torch.eye(channels).double().expand(blocks, -1, -1), atol=1e-6, rtol=0
+        )
         assert torch.equal(rotation, head_rotation(link, reader, gram, pattern, writer, energy))
         scores = reader.square() * gram.diagonal()
         order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
@@ -83,8 +89,23 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
         assert kept_share(after, pattern) > max(reordered, kept_share(scores, pattern))
         made = reorder(writer, 0, rotation).square() * energy
         assert kept_share(made, pattern) > kept_share(writer.square() * energy, pattern)
+    energy[16:] = 0.0  # what no input reaches decides nothing
+    moved = torch.cat([writer[:, :16], 10 * torch.randn(blocks * channels, 16)], 1)
+    rotation, same = (head_rotation(link, reader, gram, pattern, each, energy) for each in (writer, moved))
+    assert torch.equal(rotation, same)
     dead = head_rotation(link, reader, torch.zeros_like(gram), pattern, writer, energy)
     torch.testing.assert_close(dead.mT @ dead, torch.eye(channels).expand(blocks, -1, -1))
+
+
+def test_the_first_step_of_the_search_turns_by_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "STEPS", 1)
+    inputs = torch.randn(400, 16)
+    link = Link(("v_proj",), reads(16), 2, 1, rotates=True)
+    turned = head_rotation(link, torch.randn(24, 16), inputs.T @ inputs, NM(2, 4), torch.randn(16, 32), torch.rand(32))
+    for block in turned:
+        order = block.abs().argmax(0)  # the channels are put in order afterwards
+        angle = (block[:, order.argsort()] - torch.eye(8)).square().mean().sqrt()
+        assert float(angle) == pytest.approx(searching.RATE, rel=0.02)
 
 
 class Heads(nn.Module):
@@ -182,6 +203,43 @@ def test_channels_are_reordered_where_an_allocation_leaves_what_makes_them_dense
     heads = {name: order.ndim for name, (_, order) in orders.items() if "self_attn" in name}
     assert len(heads) == 6
     assert all(ndim == (1 if "layers.1." in name else 3) for name, ndim in heads.items())
+
+
+def test_shares_are_those_of_squared_weights_times_mean_squared_inputs(tmp_path: Path) -> None:
+    """Against whole matrices in fp64, and with weights and Grams whose memory is used again after each group."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    layout = discover(model)
+    sparsity: dict[str, Constraint] = {name: NM(2, 4) for name, _ in layout.operators()}
+    torch.manual_seed(0)
+    measured = []
+    for group in layout.layers[0]:
+        inputs = torch.randn(100, group[0].columns) * torch.randn(group[0].columns).mul(1.5).exp()
+        measured.append((torch.randn(sum(operator.rows for operator in group), group[0].columns), inputs.T @ inputs))
+    found = []
+    for again in (False, True):
+        channels = Permutations(model, layout, sparsity, [])
+        for number, (weight, gram) in enumerate(measured):
+            given = weight.clone(), gram.clone()
+            channels.add(0, number, *given)
+            if again:
+                for tensor in given:
+                    tensor.zero_()
+        channels.take({})
+        found.append(channels)
+    assert found[0].permuted == found[1].permuted
+    assert all(torch.equal(order, found[1].orders[name][1]) for name, (_, order) in found[0].orders.items())
+    layer = "model.layers.0."
+    assert {*found[0].permuted} == {f"{layer}self_attn.o_proj", f"{layer}mlp.down_proj"}
+    for name, makes in (("self_attn.o_proj", "self_attn.v_proj"), ("mlp.down_proj", "mlp.up_proj")):
+        number = next(n for n, group in enumerate(layout.layers[0]) if group[0].name == name)
+        weight, gram = (tensor.double() for tensor in measured[number])
+        order = found[0].orders[f"{layer}{makes}.weight"][1]
+        turn = whole(order, 2) if order.ndim == 3 else torch.eye(len(order)).double()[:, order]
+        shares = []
+        for w, h in ((weight, gram), (weight @ turn, turn.T @ gram @ turn)):
+            scores = w.square() * h.diagonal()
+            shares.append(float(scores.view(-1, 4).topk(2).values.sum() / scores.sum()))
+        assert found[0].permuted[layer + name] == pytest.approx(shares, rel=1e-5)
 
 
 def test_what_makes_channels_is_kept_until_they_are_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

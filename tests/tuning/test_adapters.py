@@ -90,6 +90,18 @@ def test_ia3_scales_inputs_or_outputs_with_their_bias(tmp_path: Path) -> None:
     assert torch.equal(adapter.read(Q).weight(weight), weight * outputs)
     assert torch.equal(adapter.read(down).weight(weight), weight * inputs)
     assert adapter.read(down).bias(bias) is None
+    assert adapter.read(Q).fits(8, 6)
+    assert not adapter.read(Q).fits(6, 8)
+    assert adapter.read(down).fits(6, 8)
+    assert not adapter.read(down).fits(8, 6)
+    with pytest.raises(FistaPrunerError, match=r"q_proj has l \[2, 3\], a column or a row is expected"):
+        Adapter(save(tmp_path, IA3, {f"base_model.model.{Q}.ia3_l": draw(2, 3)}))
+
+
+@pytest.mark.parametrize("init", ["pissa", "PiSSA", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "KaSA"])
+def test_initial_values_that_change_the_base_are_refused(init: str, tmp_path: Path) -> None:
+    with pytest.raises(FistaPrunerError, match=f"init_lora_weights '{init}' changed the base model's weights"):
+        Adapter(save(tmp_path, LORA | {"init_lora_weights": init}, lora()))
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,9 @@ def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
     held = fp.hold_mask(model)
     held.on_train_begin(None, None, None, model=nn.DataParallel(torch.compile(model)))
     held.on_train_end(None, None, None)
+    held = fp.hold_mask(nn.ModuleDict({"trained": model, "frozen": pruned(seed=1)}))
+    held.on_train_begin(None, None, None, model=model)
+    held.on_train_end(None, None, None)
 
 
 def test_nothing_is_masked_afterwards() -> None:
@@ -160,6 +163,19 @@ def test_nothing_is_masked_afterwards() -> None:
         pass
     train(model, OPTIMIZERS["adamw"])
     assert lost(model, before) > 1000
+
+
+def test_a_mask_may_be_held_again() -> None:
+    """As by a trainer that is called twice: the second time too, clipping sees survivors only."""
+    model = pruned()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    held = fp.hold_mask(model)
+    for _ in range(2):
+        model.zero_grad()
+        with held:
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert weight.grad.any()
+        assert not weight.grad[weight == 0].any()
 
 
 def test_a_model_is_not_kept_alive_by_a_training_that_failed() -> None:
@@ -192,7 +208,9 @@ def test_the_end_names_an_operator_with_lost_zeros() -> None:
         ),
         held,
     ):
-        weight.data[weight == 0] = torch.cat([torch.ones(3), torch.zeros(int((weight == 0).sum()) - 3)])
+        weight.data[weight == 0] = torch.cat(
+            [torch.tensor([1.0, -1.0, -2.0]), torch.zeros(int((weight == 0).sum()) - 3)]
+        )
     held.apply()
     held.verify()
 
@@ -258,6 +276,11 @@ def test_operators_of_the_record_are_held_whatever_their_share(tmp_path: Path) -
     held = fp.hold_mask(loaded)
     assert set(held.operators) == {*claims}
     assert set(fp.hold_mask(nn.DataParallel(loaded)).operators) == {f"module.{name}" for name in claims}
+    assert set(fp.hold_mask(nn.ModuleDict({"policy": loaded})).operators) == {f"policy.{name}" for name in claims}
+    inner = transformers.AutoModel.from_pretrained(tmp_path)  # without its head, and without the prefix of its names
+    assert set(fp.hold_mask(inner).operators) == {name.removeprefix("model.") for name in claims}
+    loaded.model.layers[0].mlp.up_proj.weight.data[1] = 0.0
+    assert set(fp.hold_mask(loaded).operators) == {*claims}  # more zeros than the record claims
     loaded.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
     with pytest.raises(FistaPrunerError, match=r"up_proj has 0 zeros, .*fistapruner\.json says 1"):
         fp.hold_mask(loaded)
@@ -344,6 +367,14 @@ def test_weights_without_values_are_refused() -> None:
     """As ``fsdp_cpu_ram_efficient_loading`` leaves them on most processes."""
     with pytest.raises(FistaPrunerError, match=r"q_proj\.weight has no values on this process \(meta device\): switch"):
         fp.hold_mask(pruned().to("meta"))
+
+
+def test_one_zero_in_a_hundred_weights_is_a_mask() -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 11))
+    for layer in model:
+        layer.weight.data.fill_(1.0)
+        layer.weight.data[0, 0] = 0.0
+    assert fp.hold_mask(model).operators == ("0.weight",)
 
 
 def test_new_adapters_and_heads_are_not_held() -> None:

@@ -24,6 +24,7 @@ from fistapruner.tuning.references import (
     ReferenceModel,
     answer_log_probabilities,
     log_probabilities_by_parts,
+    missing_windows,
     reference_log_probabilities,
 )
 from fistapruner.tuning.teacher import Teacher
@@ -292,18 +293,23 @@ def test_cached_references_are_used_until_something_changes(tmp_path: Path, pair
     assert said == ["log-probabilities of 2 pairs under the pruned model"]  # the file has the others
     assert torch.equal(asked([0, 1, 4, 5])[[0, 2]], asked(list(range(8)))[[0, 2]])
     assert said == []
+    longer = make_pairs(tmp_path, [*TRL_PAIRS, ("One", " a", " b")])
+    assert missing_windows(path, "pruned", range(2 * len(TRL_PAIRS)), pairs) == []
+    assert missing_windows(path, "pruned", [0, 1], longer) == [0, 1]  # the file is of other pairs
     for changed, words in (
         ({"its weights": "v"}, "its weights"),
         ({"the tokens": "s"}, "the tokens"),
         ({"dtype": torch.bfloat16}, "its precision"),
+        ({"its adapter": "a"}, "its adapter"),  # which the file does not know
     ):
         asked([0, 1, 4, 5])
         asked(**{"windows": [0, 1, 4, 5], **changed})
         assert said[0] == f"log-probabilities of the pruned model are computed again: {words} changed"
-    asked([0, 1, 4, 5])
-    path.write_bytes(path.read_bytes()[:-8])
-    again = asked([0, 1, 4, 5])
-    assert "is not used" in said[0]
+    for damage in (lambda data: data[:-8], lambda data: data[:-1] + bytes([data[-1] ^ 1])):
+        asked([0, 1, 4, 5])
+        path.write_bytes(damage(path.read_bytes()))
+        again = asked([0, 1, 4, 5])
+        assert "is not used" in said[0]
     assert torch.allclose(again[[0, 2]], first[[0, 2]], rtol=1e-6)
 
 
