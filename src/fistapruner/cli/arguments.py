@@ -8,7 +8,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
@@ -17,16 +17,34 @@ from pydantic.fields import FieldInfo
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import RunRecipe, Settings
-from ..recipes.flags import SAME_FLAG, flag_of, settings
 from ..recipes.loading import load_recipe_settings, merge_settings
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
+from ..recipes.structure_settings import Structure
 from ..recipes.training_settings import TrainingRecipe
 
 if TYPE_CHECKING:
     from ..runs.listener import Listener
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+
+FLAGS = {
+    "calibration.source": "--calibration",
+    "data.source": "--data",
+    "data.pairs": "--data",
+    "structure.remove": "--structure",
+    **{f"structure.{name}": f"--structure-{name}" for name in Structure.model_fields if name != "remove"},
+    "structure.widths": "--widths",
+}
+"""Flags that are not called as their setting."""
+
+SAME_FLAG = {
+    "calibration.seed": "seed",
+    "calibration.tasks": "calibration.source",
+    "data.seed": "seed",
+    "data.tasks": "data.source",
+}
+"""Settings that take their value from the flag of another setting."""
 
 TEXTS: dict[type[Settings], str] = {Recipe: "calibration", RecoverRecipe: "data"}
 """Section of a recipe whose ``source`` and ``tasks`` share a flag."""
@@ -36,6 +54,9 @@ RECIPE_OF: dict[type[TrainingRecipe], str] = {
     AlignRecipe: "a YAML file",
 }
 """Help of ``--recipe`` where it names a recipe of training."""
+
+NOT_FOR_TRAINING = ("execution.executor", "execution.workers", "execution.address")
+"""Settings of execution that runs which train have no use for."""
 
 METAVARS = {
     "sparsity": "PATTERN",
@@ -73,6 +94,22 @@ PLURAL = ("sparsity", "method", "seed")
 
 DEST = "recipe."
 """Prefix of these arguments in the parsed namespace; their flag follows, without its dashes."""
+
+
+def settings(recipe: type[Settings] = Recipe) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting of a recipe with its path, such as ``calibration.samples``."""
+    for name, field in recipe.model_fields.items():
+        if not isinstance(field.default, Settings):
+            yield name, field
+            continue
+        for key, inner in type(field.default).model_fields.items():
+            if not issubclass(recipe, TrainingRecipe) or f"{name}.{key}" not in NOT_FOR_TRAINING:
+                yield f"{name}.{key}", inner
+
+
+def flag_of(path: str) -> str:
+    """Return the flag of a setting."""
+    return FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
 def add_model_and_run(parser: argparse.ArgumentParser, model: str) -> None:

@@ -15,14 +15,13 @@ from pydantic.fields import FieldInfo
 
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import Settings
-from ..recipes.flags import SAME_FLAG, flag_of, settings
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..solvers import METHODS
 from ..solvers.catalogue import CATALOGUE
 from ..sparse.kernel import ENVIRONMENT, LEVELS
 from . import VERBS, build_parser
-from .arguments import DEST
+from .arguments import DEST, SAME_FLAG, flag_of, settings
 
 HEAD = """# Reference
 

@@ -20,8 +20,8 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit, whole_bytes
 from ..recipes.loading import parse_bytes
+from ..runs.arguments import checked_arguments
 from ..runs.lineage import lineage_of, trained_on
-from ..runs.python_call import python_call
 from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import temporary_folder
@@ -38,7 +38,7 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
-@python_call()
+@checked_arguments
 @undisturbed()
 @threads_within_quota()
 def evaluate(

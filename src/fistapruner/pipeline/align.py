@@ -14,8 +14,8 @@ from ..models.source import Permissions
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..reporting.advice import length_setting
 from ..runs.align_directory import AlignDirectory
+from ..runs.arguments import checked_arguments
 from ..runs.listener import Listener
-from ..runs.python_call import python_call
 from ..runs.records import Report
 from ..runs.training_records import Alignment
 from ..runtime.numerics import mean_and_error
@@ -32,7 +32,7 @@ LOWEST_REWARD = -1.0
 RESULT = "aligned"
 
 
-@python_call(AlignRecipe)
+@checked_arguments
 def align(
     model: str | Path,
     out: str | Path,

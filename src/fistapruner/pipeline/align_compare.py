@@ -16,11 +16,11 @@ from ..recipes.align_settings import AlignRecipe
 from ..recipes.loading import merge_settings
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
+from ..runs.arguments import checked_arguments
 from ..runs.base import parse
 from ..runs.comparison_records import FIGURES, RUNS, TABLE, AlignComparison, AlignRow
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runs.python_call import python_call
 from ..runs.records import Report, load_run
 from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, read_json, sha256_file, write_json_atomic, write_text_atomic
@@ -50,7 +50,7 @@ VARIED = ("loss", "references", "weights", "shares", "clip", "anchor")
 """Settings that the rows decide."""
 
 
-@python_call(AlignRecipe)
+@checked_arguments
 def align_compare(
     model: str | Path,
     out: str | Path,

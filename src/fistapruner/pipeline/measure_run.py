@@ -16,13 +16,13 @@ from ..evaluation.evaluate import evaluate as run_evaluation
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..reporting.evaluation_text import item_count
+from ..runs.arguments import checked_arguments
 from ..runs.directory import RunDirectory, finished_run
 from ..runs.identity import changed_files, stamps
 from ..runs.lineage import trained_on
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runs.python_call import python_call
 from ..runs.records import Report, is_run
 from ..runs.results import Evaluation
 from ..runs.training_runs import Dense, dense_of
@@ -34,7 +34,7 @@ from .kept_evaluations import fuller_scores, put_in_place
 from .measure import Compared, compare_texts, evaluate_input, publish
 
 
-@python_call()
+@checked_arguments
 def evaluate_run(
     folder: str | Path,
     data: str | Path | None = None,
@@ -114,7 +114,7 @@ def evaluate_run(
     return warned(found)
 
 
-@python_call()
+@checked_arguments
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.
 

@@ -26,9 +26,9 @@ from ..models.layout import Operator
 from ..models.names import checkpoint_names
 from ..models.source import Permissions
 from ..reporting.model_card import plain_card
+from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
-from ..runs.python_call import python_call
 from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
@@ -126,7 +126,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
-@python_call()
+@checked_arguments
 @undisturbed()
 def merge_adapter(
     folder: str | Path,

@@ -19,12 +19,12 @@ from ..models.source import ModelSource, Permissions
 from ..problem import LayerProblem
 from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
+from ..runs.arguments import checked_arguments
 from ..runs.decision import PruneRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
-from ..runs.python_call import python_call
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
@@ -60,7 +60,7 @@ Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 
-@python_call(Recipe)
+@checked_arguments
 @undisturbed()
 def prune(
     model: str | Path,
@@ -165,7 +165,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     )
 
 
-@python_call()
+@checked_arguments
 @undisturbed()
 def finish_run(
     out: str | Path,

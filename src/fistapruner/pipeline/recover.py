@@ -9,8 +9,8 @@ from typing import Any
 from ..execution.training_context import RecoverContext
 from ..models.source import Permissions
 from ..recipes.recover_settings import RecoverRecipe
+from ..runs.arguments import checked_arguments
 from ..runs.listener import Listener
-from ..runs.python_call import python_call
 from ..runs.records import Report
 from ..runs.training_directory import RecoverDirectory
 from .prepare_recover import make_text, prepare
@@ -21,7 +21,7 @@ RECOVER = TrainingVerb(RecoverRecipe, RecoverDirectory, RecoverContext, prepare,
 """What recovery does in its own way."""
 
 
-@python_call(RecoverRecipe)
+@checked_arguments
 def recover(
     model: str | Path,
     out: str | Path,

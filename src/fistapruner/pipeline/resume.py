@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError, out_path
 from ..models.source import Permissions
+from ..runs.arguments import checked_arguments
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.python_call import python_call
 from ..runs.records import Report
 from ..runtime.launcher import launched
 from .align import ALIGN
@@ -18,7 +18,7 @@ from .recover import RECOVER
 from .training import resume_training
 
 
-@python_call()
+@checked_arguments
 def resume(
     out: str | Path,
     *,

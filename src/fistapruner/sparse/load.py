@@ -24,7 +24,7 @@ from ..models.experts import ExpertLinear, separate_experts
 from ..models.files.folder_files import read_json_in
 from ..models.files.widths import read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
-from ..runs.python_call import python_call
+from ..runs.arguments import checked_arguments
 from . import kernel
 from .experts import serve_experts
 from .linear import DenseLinear, FusedProjections, SparseLinear
@@ -35,7 +35,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "
 """Projections of one input in the architectures of transformers, by their usual names."""
 
 
-@python_call()
+@checked_arguments
 def load(
     folder: str | Path,
     *,

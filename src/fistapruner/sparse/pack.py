@@ -26,7 +26,7 @@ from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
-from ..runs.python_call import python_call
+from ..runs.arguments import checked_arguments
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.formatting import size
 from ..runtime.progress import Tick, silent
@@ -74,7 +74,7 @@ class PackReport:
         return "\n".join(lines)
 
 
-@python_call()
+@checked_arguments
 def pack(
     checkpoint: str | Path,
     out: str | Path,
@@ -152,7 +152,7 @@ def _claim(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-@python_call()
+@checked_arguments
 def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None) -> Path:
     """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
 
