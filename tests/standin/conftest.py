@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +14,13 @@ from standin.hardware import GPUS, REAL, RealGPUs
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_runs() -> Iterator[None]:
-    """Short texts; modules are not looked through for garbage."""
+    """Short texts."""
     from pydoc_data import topics
 
-    from transformers import LlamaForCausalLM  # noqa: F401  (most of what is loaded)
-
-    gc.collect()
-    gc.freeze()
     with pytest.MonkeyPatch.context() as patched:
         for name, text in topics.topics.items():
             patched.setitem(topics.topics, name, text[:500])
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture
