@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,24 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 hypothesis.settings.register_profile("same", derandomize="FISTAPRUNER_FUZZ" not in os.environ)
 hypothesis.settings.load_profile("same")  # the same inputs in every run; a fuzz run (tests/fuzz) draws new ones
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_disk() -> Iterator[None]:
+    """Files are left to the system to write: a tiny run waits for the disk longer than it computes.
+
+    Processes that tests start, such as those of tests/faults, write as users do.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", os.fstat)  # it still takes no descriptor of a closed file
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    """Garbage is looked for among what a file's tests make: to look through PyTorch takes as long as a tiny run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -197,6 +197,13 @@ def test_documents_without_tokens_beside_others_are_no_error(monkeypatch: pytest
     assert list(drawing.tokenise(["a", "b", ""], letters_tokenizer(), "text")) == [[3], [4], []]
 
 
+def test_few_windows_need_few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "TOGETHER", 640 * len(LETTERS))
+    tokenizer = Counting()
+    draw_from_documents([LETTERS] * 60, tokenizer, 2, 8)
+    assert tokenizer.all <= 10 * len(LETTERS)
+
+
 def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:
     tokenizer = letters_tokenizer(bos=True)
     for documents in ([LETTERS] * 4, [LETTERS * 3]):

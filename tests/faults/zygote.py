@@ -2,7 +2,8 @@
 
 Importing PyTorch takes seconds; a fork takes milliseconds, so that hundreds of killed runs fit a test. Started as a
 script, it reads one JSON request a line and answers with one: {"status": exit status or -signal, "calls": disk calls
-the run made, "writes": which of them were writes, "stderr": what it said}.
+the run made, "writes": which of them were writes, "stderr": what it said}. A request with "warm" is run here, without
+a fork: what it imports, and what a plan measures once in a process, its successors find done. Its answer is null.
 
 Faults, all optional:
     {"kill_after": seconds}      SIGKILL at that instant
@@ -17,6 +18,7 @@ Faults, all optional:
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -87,7 +89,6 @@ class Disk:
 def child(request: dict[str, Any], count: int, stderr: int) -> None:
     """Run the command line in this forked process; never returns."""
     os.dup2(stderr, 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
     status = 70
     disk = Disk(request.get("fault") or {})
@@ -103,8 +104,20 @@ def child(request: dict[str, Any], count: int, stderr: int) -> None:
         os._exit(status)
 
 
-def serve_one(request: dict[str, Any]) -> dict[str, Any]:
+def warm(command: list[str]) -> None:
+    """Run the command line in this process."""
+    from fistapruner.cli import main
+
+    assert main(command) == 0
+    gc.collect()
+    gc.freeze()  # a child need not look through what is here for garbage
+
+
+def serve_one(request: dict[str, Any]) -> dict[str, Any] | None:
     """Fork, wait or kill, answer."""
+    if request.get("warm"):
+        warm(request["command"])
+        return None
     fault = request.get("fault") or {}
     reading, writing = os.pipe()
     with tempfile.TemporaryFile() as said:
@@ -135,9 +148,11 @@ def serve() -> None:
     # Drawing report.html takes longer than the rest of a tiny run, and happens after everything a fault could spoil: as
     # if the extra were not installed.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
-    print("ready", flush=True)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    print("ready", flush=True, file=answers)
     for line in sys.stdin:
-        print(json.dumps(serve_one(json.loads(line))), flush=True)
+        print(json.dumps(serve_one(json.loads(line))), flush=True, file=answers)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
+from fistapruner.solvers.wanda import Wanda
 from fistapruner.structured.elimination import eliminate
 
 Model = tuple[LayerwiseModel, Layout, torch.Tensor]
@@ -82,6 +83,26 @@ def test_small_solve_predicts_a_large_one(method: str, rows: Sequence[int]) -> N
     problem = LayerProblem(weight, activations.T @ activations / n, names=tuple(map(str, rows)), rows=tuple(rows))
     measured = 4 * (weight.numel() + n * n) + peak_bytes(lambda: solve(problem, sparsity, steps))
     assert 0.9 * measured < solve_bytes(rows, n, sparsity, steps) < 1.7 * measured
+
+
+def test_a_small_solve_is_made_once_for_the_same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(method: Any, rows: Sequence[int] = (8,), **keywords: Any) -> int:
+        return solve_bytes(rows, 20, [parse_sparsity("50%")] * len(rows), parse_method(method), **keywords)
+
+    class Own(Wanda):
+        """A method of a user's own, whose settings have no hash."""
+
+        settings: list[int] = []
+
+    asked = [{"method": "sparsegpt"}, {"method": "wanda"}, {"method": "wanda", "rows": (4, 4)}, {"method": [Own()]}]
+    asked += [{"method": "wanda", "drift": True}, {"method": "wanda", "rank": 2}]
+    first = [measured(**each) for each in asked]
+    with monkeypatch.context() as patched:
+        patched.setattr("fistapruner.planning.footprint.solve_low_rank", None)
+        assert [measured(**each) for each in asked] == first
+        with pytest.raises(TypeError, match="not callable"):
+            measured("sparsegpt", rank=2)
+    assert len(set(first)) > 3
 
 
 def test_choices_only_save_memory(model: Model) -> None:

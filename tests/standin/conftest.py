@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fistapruner.planning import measured_sizes
 from standin.gpu import StandIn
 from standin.hardware import GPUS, REAL, RealGPUs
 
 
-def _once(measure: Callable[..., int]) -> Callable[..., int]:
-    """Keep the results of a function for each value of its arguments."""
-    known: dict[bytes, int] = {}
-
-    def measured(*args: Any, **keywords: Any) -> int:
-        key = pickle.dumps((args, keywords))
-        if key not in known:
-            known[key] = measure(*args, **keywords)
-        return known[key]
-
-    return measured
-
-
-_SOLVE_BYTES = _once(measured_sizes.solve_bytes)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _quick_runs() -> Iterator[None]:
-    """Short texts; modules are not looked through for garbage; the plan makes each of its small solves once."""
+    """Short texts."""
     from pydoc_data import topics
 
-    from transformers import LlamaForCausalLM  # noqa: F401  (most of what is loaded)
-
-    gc.collect()
-    gc.freeze()
     with pytest.MonkeyPatch.context() as patched:
         for name, text in topics.topics.items():
             patched.setitem(topics.topics, name, text[:500])
-        patched.setattr(measured_sizes, "solve_bytes", _SOLVE_BYTES)
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture

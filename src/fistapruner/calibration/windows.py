@@ -289,6 +289,8 @@ def tokenise(
 ) -> Iterator[list[int]]:
     """Tokenise documents in batches, without special tokens; yield the token ids of each.
 
+    Batches begin small and grow: who takes few documents does not wait for many.
+
     Args:
         documents: the texts.
         tokenizer: a ``transformers`` tokenizer.
@@ -298,9 +300,11 @@ def tokenise(
         FistaPrunerError: the tokenizer fails, or makes no tokens of 64 documents.
     """
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    characters = max(1, TOGETHER // 64)
     for start in range(0, len(documents), 64):
         found = False
-        for batch in _batches(documents[start : start + 64]):
+        for batch in _batches(documents[start : start + 64], characters):
+            characters = min(2 * characters, TOGETHER)
             try:
                 ids = tokenizer(batch, **options)["input_ids"]
             except Exception as error:  # tokenizers have their own exceptions
@@ -313,11 +317,11 @@ def tokenise(
             raise FistaPrunerError(f"the tokenizer makes no tokens of the {purpose} text {source!r}")
 
 
-def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
-    """Group documents that are tokenised together; one of more characters than :data:`TOGETHER` is alone."""
+def _batches(documents: Sequence[str], characters: int) -> Iterator[list[str]]:
+    """Group documents that are tokenised together; one of more than ``characters`` is alone."""
     batch: list[str] = []
     for document in documents:
-        if batch and sum(map(len, batch)) + len(document) > TOGETHER:
+        if batch and sum(map(len, batch)) + len(document) > characters:
             yield batch
             batch = []
         batch.append(document)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..constraints import Constraint
 from ..problem import LayerProblem
@@ -26,6 +26,9 @@ WORKSPACES = {"_linalg_eigh": 2}
 
 CUDA_WORKSPACES = {**WORKSPACES, "cholesky_inverse": 1}
 """On CUDA the factor is copied, too, beside the inverse (PyTorch's ``cholesky_inverse_kernel_impl_cusolver``)."""
+
+_SOLVED: dict[tuple[Any, ...], int] = {}
+"""What :func:`solve_bytes` has measured in this process, by its arguments."""
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -47,10 +50,10 @@ class _LiveBytes(TorchDispatchMode):
         cuda = isinstance(first, torch.Tensor) and first.device.type == "cuda"
         workspaces = CUDA_WORKSPACES if cuda else WORKSPACES
         extra = sum(size * args[0].nbytes for key, size in workspaces.items() if key in name)
-        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
-                storage = leaf.untyped_storage()
+        known = {id(tensor.untyped_storage()) for tensor in _tensors((*args, *(kwargs or {}).values()))}
+        for tensor in _tensors((out,)):
+            if not tensor.is_meta:
+                storage = tensor.untyped_storage()
                 if id(storage) not in self._known and id(storage) not in known:
                     self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage), storage.nbytes()))
                     self.live += storage.nbytes()
@@ -67,6 +70,15 @@ class _LiveBytes(TorchDispatchMode):
         return forget
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results of an operation, also those in lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 def peak_bytes(work: Callable[[], object]) -> int:
     """Measure the peak bytes of the tensors that ``work`` allocates."""
     with _LiveBytes() as counter:
@@ -74,6 +86,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return int(counter.peak)
 
 
+@lru_cache(maxsize=1024)
 def removal_bytes(
     rows: int,
     inputs: int,
@@ -134,7 +147,7 @@ def solve_bytes(
     """Estimate the peak bytes of solving a group of operators: weight, Gram and all of the method chain.
 
     All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the
-    same proportions is solved and its peak scaled.
+    same proportions is solved and its peak scaled; once in a process, since groups of layers and of runs are alike.
 
     Args:
         rows: outputs of each operator.
@@ -145,6 +158,24 @@ def solve_bytes(
         drift: the problem has drift, which is counted with the weight.
         rank: of the low-rank parts beside the zeros; 0 is none.
     """
+    chain = tuple((type(step), repr(step)) for step in steps)  # a method of a user's own may have no hash
+    key = tuple(rows), inputs, tuple(sparsity), chain, str(device), drift, rank
+    if key not in _SOLVED:
+        _SOLVED[key] = _measure_solve(rows, inputs, sparsity, steps, device, drift=drift, rank=rank)
+    return _SOLVED[key]
+
+
+def _measure_solve(
+    rows: Sequence[int],
+    inputs: int,
+    sparsity: Sequence[Constraint],
+    steps: Sequence[Method],
+    device: torch.device | str,
+    *,
+    drift: bool,
+    rank: int,
+) -> int:
+    """Measure the peak of a small solve, and scale it."""
     small = min(inputs, PROBE_INPUTS)
     scale = inputs / small
     few = [max(1, round(count / scale)) for count in rows]
