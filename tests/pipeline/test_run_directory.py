@@ -29,7 +29,7 @@ from fistapruner.models.files.writer import SHARD_RECORD
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.settings import Recipe
-from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.directory import RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
@@ -229,6 +229,17 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     [now] = json.loads((run / "report.json").read_text())["evaluations"]
     assert now["perplexity"] == measured["perplexity"]
     assert (now == measured) == (damage is not cut_without_a_record)  # without a record of its weights: measured again
+
+
+@pytest.mark.parametrize("name", ["config.json", "fistapruner.json", "model.safetensors.index.json"])
+def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path, name: str) -> None:
+    path = run / "model" / name
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(fp.FistaPrunerError, match=rf"{name} is not valid JSON.*: make the checkpoint again with"):
+        checkpoint_of(run)
+    fp.resume(run)
+    assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
 
 
 def test_the_checkpoint_is_written_without_opening_the_layers_again_for_every_tensor(

@@ -276,9 +276,9 @@ class RunDirectory:
     def model_fault(self, fingerprint: str) -> str | None:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
-        Files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`). A checkpoint whose ``model.json`` is missing must name this
-        run in its own record, and its shards must be whole.
+        Weight files are compared by their size and by samples of their bytes
+        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index and record must be readable. A
+        checkpoint whose ``model.json`` is missing must name this run in its own record, and its shards must be whole.
 
         Args:
             fingerprint: of the run.
@@ -308,6 +308,8 @@ class RunDirectory:
             if sampled_sha256(path) != claim.sampled:
                 return f"{path} is damaged: its checksum is not the one it was written with"
         try:
+            Checkpoint.open(self.model)
+            read_json(self.model / PRUNING_RECORD)
             LowRankAdapter.beside(self.model)
         except FistaPrunerError as error:
             return str(error)
