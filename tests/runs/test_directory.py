@@ -204,6 +204,14 @@ def test_a_linked_temporary_file_is_replaced(tmp_path: Path, link: Callable[[Pat
     assert victim.read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["report.html", "report.html.partial"])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "mine").mkdir(parents=True)
+    with pytest.raises(FistaPrunerError, match=rf"cannot write .*/{name}: a folder is in its place: move the folder"):
+        write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / name / "mine").is_dir()
+
+
 @pytest.mark.parametrize("fault", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EIO])
 def test_folders_that_cannot_be_flushed_take_files_and_a_file_that_cannot_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int
