@@ -242,6 +242,15 @@ def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path,
     assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
 
 
+def test_a_damaged_report_is_made_again_as_status_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.json").write_text("{")
+    assert main(["status", str(run)]) == 2
+    advice = f"report.json is not valid JSON: .*: make it again with 'fistapruner resume {run}'$"
+    assert re.search(advice, capsys.readouterr().err.strip())
+    assert main(["resume", str(run)]) == 0
+    assert main(["status", str(run)]) == 0
+
+
 def test_the_checkpoint_is_written_without_opening_the_layers_again_for_every_tensor(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
