@@ -24,7 +24,7 @@ from typing import ClassVar, TypeVar
 
 from pydantic import ValidationError
 
-from ..errors import FistaPrunerError, explain
+from ..errors import FistaPrunerError, explain, unreadable
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder import remove_unfinished
 from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE
@@ -201,14 +201,17 @@ class RunDirectory:
             verb: whose runs have it; None takes those of all.
 
         Raises:
-            FistaPrunerError: it is a run of another verb, the file is damaged, or a run of another release wrote it.
+            FistaPrunerError: it is a run of another verb, the file is damaged or cannot be read, or a run of another
+                release wrote it.
         """
         if not self.run_file.exists():
             return None
         hint = f"remove {self.folder} or choose another --out"
         try:
             content = read_sealed_json(self.run_file)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise unreadable(self.run_file, error) from None
+        except ValueError as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): {hint}") from None
         if content.pop("format", 0) != FORMAT or content.get("version", VERSION) not in range(VERSION + 1):
             versions = content.get("versions")
