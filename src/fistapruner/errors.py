@@ -40,7 +40,7 @@ class OtherRankFailed(FistaPrunerError):
 
 
 class NoTemporaryFolderError(FistaPrunerError):
-    """No temporary folder can be made, which is no fault of the model that it was for."""
+    """No temporary folder can be made or written, which is no fault of the model that it was for."""
 
 
 class MissingExtraError(FistaPrunerError):

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -762,6 +762,17 @@ def test_a_finished_run_is_not_made_again(bench: Bench, run: Path) -> None:
     assert recover(bench.pruned(), run, listener=said).status == "finished"
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == stamp
     assert any("holds the finished run of this recipe" in sentence for sentence in said.sentences)
+
+
+def test_a_link_in_the_place_of_a_folder_is_refused_by_the_command_and_by_resume(
+    bench: Bench, run: Path, tmp_path: Path
+) -> None:
+    (run / "report.json").unlink()
+    (run / "states").rename(tmp_path / "elsewhere")
+    (run / "states").symlink_to(tmp_path / "elsewhere")
+    for go_on in (partial(recover, bench.pruned()), fp.resume):
+        with pytest.raises(fp.FistaPrunerError, match="states is a link where the run keeps a folder"):
+            go_on(run)
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

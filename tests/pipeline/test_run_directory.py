@@ -29,7 +29,7 @@ from fistapruner.models.files.writer import SHARD_RECORD
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.settings import Recipe
-from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.directory import RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
@@ -229,6 +229,26 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     [now] = json.loads((run / "report.json").read_text())["evaluations"]
     assert now["perplexity"] == measured["perplexity"]
     assert (now == measured) == (damage is not cut_without_a_record)  # without a record of its weights: measured again
+
+
+@pytest.mark.parametrize("name", ["config.json", "fistapruner.json", "model.safetensors.index.json"])
+def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path, name: str) -> None:
+    path = run / "model" / name
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(fp.FistaPrunerError, match=rf"{name} is not valid JSON.*: make the checkpoint again with"):
+        checkpoint_of(run)
+    fp.resume(run)
+    assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
+
+
+def test_a_damaged_report_is_made_again_as_status_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.json").write_text("{")
+    assert main(["status", str(run)]) == 2
+    advice = f"report.json is not valid JSON: .*: make it again with 'fistapruner resume {run}'$"
+    assert re.search(advice, capsys.readouterr().err.strip())
+    assert main(["resume", str(run)]) == 0
+    assert main(["status", str(run)]) == 0
 
 
 def test_the_checkpoint_is_written_without_opening_the_layers_again_for_every_tensor(

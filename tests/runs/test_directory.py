@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -202,6 +203,22 @@ def test_a_linked_temporary_file_is_replaced(tmp_path: Path, link: Callable[[Pat
     assert (tmp_path / "report.html").read_text() == "a report"
     assert not (tmp_path / "report.html").is_symlink()
     assert victim.read_text() == "years of work"
+
+
+def test_a_record_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice for a damaged one is to remove the run."""
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
+    with pytest.raises(FistaPrunerError, match=r"cannot read .*run\.json: Permission denied$"):
+        RunDirectory(tmp_path).record()
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.html.partial"])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "mine").mkdir(parents=True)
+    with pytest.raises(FistaPrunerError, match=rf"cannot write .*/{name}: a folder is in its place: move the folder"):
+        write_text_atomic(tmp_path / "report.html", "a report")
+    assert (tmp_path / name / "mine").is_dir()
 
 
 @pytest.mark.parametrize("fault", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EIO])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -62,6 +65,14 @@ def test_a_missing_temporary_folder_is_no_fault_of_the_model(tmp_path: Path, mon
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
     with pytest.raises(FistaPrunerError, match=r"no temporary folder can be written \(.*nothing.*\): set TMPDIR$"):
         planned(folder, "mlp=25%")
+
+
+@pytest.mark.parametrize("amount", ["mlp=25%", "heads=1"])
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amount: str) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    monkeypatch.setattr(os, "pwrite", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    with pytest.raises(FistaPrunerError, match=r"the disk is full: cannot write .*config\.json"):
+        planned(folder, amount)
 
 
 def test_a_forward_pass_that_depends_on_the_width_is_refused(tmp_path: Path) -> None:

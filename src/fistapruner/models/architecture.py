@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import FistaPrunerError, needs_code, one_line
+from ..errors import FistaPrunerError, NoTemporaryFolderError, needs_code, one_line
 from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
 from .experts import holds_experts, separate_experts
@@ -245,15 +245,18 @@ def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_r
         trust_remote_code: run the checkpoint's own Python code.
 
     Raises:
-        NoTemporaryFolderError: there is no place for the config.
+        NoTemporaryFolderError: there is no place for the config and code.
         FistaPrunerError: the changed config describes no model.
     """
     config = merge_patch(checkpoint.config, changes)
     with temporary_folder() as name:
         folder = Path(name)
-        write_json_atomic(folder / "config.json", config)
-        for code in (file for file in checkpoint.companions if file.endswith(".py")):
-            copy_atomic(checkpoint.folder / code, folder / code)
+        try:
+            write_json_atomic(folder / "config.json", config)
+            for code in (file for file in checkpoint.companions if file.endswith(".py")):
+                copy_atomic(checkpoint.folder / code, folder / code)
+        except FistaPrunerError as error:
+            raise NoTemporaryFolderError(str(error)) from error
         changed = Checkpoint(folder, config, checkpoint.files, checkpoint.index)
         model = build_model(changed, trust_remote_code=trust_remote_code)
         separate_experts(model, *find_decoder_layers(model), changed, fewer=True)

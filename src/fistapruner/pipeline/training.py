@@ -71,9 +71,7 @@ def train(
     verb: TrainingVerb[R], out: str | Path, request: TrainingRequest[R], listener: Listener | None = None
 ) -> Report:
     """Begin a run, or go on with one that was begun, as the public function of its verb describes it."""
-    run = verb.directory(out_path(out))
-    run.check_place()
-    return _run(verb, run, request, listener or Listener())
+    return _run(verb, verb.directory(out_path(out)), request, listener or Listener())
 
 
 def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:
@@ -106,6 +104,7 @@ def _run(
     resumed: bool = False,
 ) -> Report:
     """Do what is left of a run, together with the other processes if there are any."""
+    run.check_place()
     if launched() > 1:
         told.tick("waiting for the other processes", 0, 1)
     with undisturbed(), ranks_of_run(request.recipe.execution.device) as ranks:

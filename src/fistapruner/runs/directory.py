@@ -24,7 +24,7 @@ from typing import ClassVar, TypeVar
 
 from pydantic import ValidationError
 
-from ..errors import FistaPrunerError, explain
+from ..errors import FistaPrunerError, explain, unreadable
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder import remove_unfinished
 from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE
@@ -201,14 +201,17 @@ class RunDirectory:
             verb: whose runs have it; None takes those of all.
 
         Raises:
-            FistaPrunerError: it is a run of another verb, the file is damaged, or a run of another release wrote it.
+            FistaPrunerError: it is a run of another verb, the file is damaged or cannot be read, or a run of another
+                release wrote it.
         """
         if not self.run_file.exists():
             return None
         hint = f"remove {self.folder} or choose another --out"
         try:
             content = read_sealed_json(self.run_file)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise unreadable(self.run_file, error) from None
+        except ValueError as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): {hint}") from None
         if content.pop("format", 0) != FORMAT or content.get("version", VERSION) not in range(VERSION + 1):
             versions = content.get("versions")
@@ -276,9 +279,9 @@ class RunDirectory:
     def model_fault(self, fingerprint: str) -> str | None:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
-        Files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`). A checkpoint whose ``model.json`` is missing must name this
-        run in its own record, and its shards must be whole.
+        Weight files are compared by their size and by samples of their bytes
+        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index and record must be readable. A
+        checkpoint whose ``model.json`` is missing must name this run in its own record, and its shards must be whole.
 
         Args:
             fingerprint: of the run.
@@ -308,6 +311,8 @@ class RunDirectory:
             if sampled_sha256(path) != claim.sampled:
                 return f"{path} is damaged: its checksum is not the one it was written with"
         try:
+            Checkpoint.open(self.model)
+            read_json(self.model / PRUNING_RECORD)
             LowRankAdapter.beside(self.model)
         except FistaPrunerError as error:
             return str(error)

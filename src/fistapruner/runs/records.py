@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..runtime.files import read_json
-from ..runtime.formatting import percent
+from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import Machine
 from .base import VERSION, Record, parse
 from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
@@ -432,7 +432,12 @@ def load_run(folder: Path) -> Report:
             break
     else:
         raise FistaPrunerError(f"{folder} is not a run: it has neither report.json nor run.json")
-    data = read_json(folder / name)
+    try:
+        data = read_json(folder / name)
+    except FistaPrunerError as error:
+        if name == "run.json" or not (folder / "run.json").is_file():
+            raise
+        raise FistaPrunerError(f"{error}: make it again with '{shell_line('resume', folder)}'") from None
     data = {key: value for key, value in data.items() if key not in ("decision", "format", "sha256")}  # of run.json
     report = parse(Report, data, str(folder / name))
     if report.recovery is not None and report.status != "finished":

@@ -45,6 +45,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno == errno.ELOOP:  # O_NOFOLLOW
             raise FistaPrunerError(f"cannot write {path}: a link is in its place: move the link away") from error
+        if error.errno == errno.EISDIR:
+            place = os.fsdecode(error.filename2 or error.filename or path)  # of a rename, where it leads
+            raise FistaPrunerError(f"cannot write {place}: a folder is in its place: move the folder away") from error
         raise FistaPrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
