@@ -158,8 +158,8 @@ def solve_bytes(
         drift: the problem has drift, which is counted with the weight.
         rank: of the low-rank parts beside the zeros; 0 is none.
     """
-    chain = tuple((type(step), repr(step)) for step in steps)  # a method of a user's own may have no hash
-    key = tuple(rows), inputs, tuple(sparsity), chain, str(device), drift, rank
+    named = tuple((type(each), repr(each)) for each in (*sparsity, *steps))  # a user's own may have no hash
+    key = tuple(rows), inputs, named, str(device), drift, rank
     if key not in _SOLVED:
         _SOLVED[key] = _measure_solve(rows, inputs, sparsity, steps, device, drift=drift, rank=rank)
     return _SOLVED[key]
