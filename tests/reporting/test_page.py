@@ -232,7 +232,8 @@ def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
     assert found["Reading the prompt, smaller float32, tokens/s"] == ("600", "2,400", "×4.00")
 
 
-def test_the_fastest_form_is_on_the_tile() -> None:
+def test_the_fastest_form_is_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
     report = samples.report(2)
     rates = {"dense float32": 10.0, "packed": 12.0, "packed int8": 15.0, "smaller float32": 20.0}
     for best, ratio in (("smaller float32", "×2.00"), ("packed int8", "×1.50"), ("packed", "×1.20")):
@@ -286,7 +287,8 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
     assert "Lineage" not in sample_page()
 
 
-def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
+def test_packing_is_advised_where_there_are_zeros_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
     report = samples.report(2)
     assert "'fistapruner pack' makes the file smaller" in summary(report, "runs/first")
     assert "`fistapruner pack` makes it smaller." in model_card(report)
