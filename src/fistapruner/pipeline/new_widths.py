@@ -97,12 +97,10 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     )
 
 
-def say_lost_zeros(
+def say_warnings(
     model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], widths: Widths
 ) -> tuple[str, ...]:
-    """Warn that removing channels does not keep the zeros of a model; empty where it gets new ones.
-
-    Without a record of zeros, the first operator that is concerned is read.
+    """Warn of what a smaller model loses, and of widths that do not run everywhere; empty without.
 
     Args:
         model: the model, which may be pruned already.
@@ -110,6 +108,17 @@ def say_lost_zeros(
         recipe: all settings, resolved.
         sparsity: the new pattern of every operator, by full name.
         widths: whose channels are removed.
+    """
+    lost = _lost_zeros(model, layout, recipe, sparsity, widths)
+    return (*lost, *_unread(model, widths), *_unaligned(model, widths))
+
+
+def _lost_zeros(
+    model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], widths: Widths
+) -> tuple[str, ...]:
+    """Warn that removing channels does not keep the zeros of a model; empty where it gets new ones.
+
+    Without a record of zeros, the first operator that is concerned is read.
     """
     settings = recipe.structure
     goa = settings.method == "goa"
@@ -137,7 +146,7 @@ def say_lost_zeros(
     return ()
 
 
-def say_unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+def _unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
     """Warn that the result leaves out tensors of layers that the model does not read; empty without."""
     names = unread_tensors(model, widths)
     if not names:
@@ -149,7 +158,7 @@ def say_unread(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
     )
 
 
-def say_unaligned(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+def _unaligned(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
     """Warn of widths of experts that grouped products, the default of transformers, refuse; empty without."""
     size = model.checkpoint.dtype.itemsize
     found = {unit.after for units in widths.units for unit in units if unit.kind == EXPERT}

@@ -29,7 +29,7 @@ from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..structured.smaller_model import Widths
-from .new_widths import change_widths, say_lost_zeros, say_unaligned, say_unread, say_widths
+from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
 
 
@@ -70,8 +70,7 @@ def plan_model(
         plan = replace(plan, says=(*plan.says, later))
     if widths is None:
         return plan
-    lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
-    warnings = (*lost, *say_unread(opened, widths), *say_unaligned(opened, widths))
+    warnings = say_warnings(opened, layout, recipe, sparsity, widths)
     return replace(plan, says=(say_widths(opened, widths), *warnings, *plan.says))
 
 

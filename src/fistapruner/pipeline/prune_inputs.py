@@ -37,7 +37,7 @@ from ..runtime.numerics import dtype_name
 from ..structured.smaller_model import Widths
 from .begun import began_on, refuse_other, refuse_overlap, say_other_versions
 from .find_model import find_source
-from .new_widths import change_widths, say_lost_zeros, say_unaligned, say_unread, say_widths
+from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -176,10 +176,7 @@ def check_inputs(
         check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
     sparsity = allocate(recipe, smaller, model.config.model_type)
-    warnings: tuple[str, ...] = ()
-    if widths is not None:
-        lost = say_lost_zeros(model, smaller, recipe, sparsity, widths)
-        warnings = (*lost, *say_unread(model, widths), *say_unaligned(model, widths))
+    warnings = () if widths is None else say_warnings(model, smaller, recipe, sparsity, widths)
     if widths is not None and begun is None:
         for sentence in (say_widths(model, widths), *warnings):
             listener.say(sentence)
