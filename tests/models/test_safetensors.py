@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -239,9 +240,17 @@ def test_full_disk_keeps_the_old_file_and_says_where(tmp_path: Path, monkeypatch
 
 def test_space_is_checked_before_the_first_byte(tmp_path: Path) -> None:
     huge = TensorEntry.of("a", torch.float32, (2**50,))
-    with pytest.raises(FistaPrunerError, match=r"only .* MiB are free"), SafetensorsWriter(tmp_path / "x", [huge]):
+    with pytest.raises(FistaPrunerError, match=r"only .* are free"), SafetensorsWriter(tmp_path / "x", [huge]):
         raise AssertionError("must not begin")
     require_space(tmp_path / "not" / "yet" / "there", 1)
+
+
+def test_missing_space_is_said_in_units_that_tell_both_sizes_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=92 * 2**10))
+    with pytest.raises(FistaPrunerError, match=r"needs 123 KiB and only 92\.0 KiB are free"):
+        require_space(tmp_path, 123 * 2**10)
 
 
 def test_atomic_text_and_json(tmp_path: Path) -> None:

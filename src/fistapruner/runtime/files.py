@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line, unreadable
+from .formatting import size
 
 PARTIAL = ".partial"
 
@@ -121,7 +122,7 @@ def require_space(path: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing_folder(path)).free
     if free < nbytes:
         raise FistaPrunerError(
-            f"the disk is full: {path} needs {nbytes / 2**20:.1f} MiB and only {free / 2**20:.1f} MiB are free; "
+            f"the disk is full: {path} needs {size(nbytes)} and only {size(free)} are free; "
             "free some space and run the same command again"
         )
 
