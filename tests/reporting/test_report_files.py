@@ -138,7 +138,10 @@ def test_a_broken_report_is_named(tmp_path: Path, content: str, message: str) ->
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert "is not a run" in capsys.readouterr().err
-    assert main(["report", str(tmp_path / "absent")]) == 2
+    absent = str(tmp_path / "absent")
+    for verb in ("status", "report", "resume", "bench"):
+        assert main([verb, absent]) == 2
+        assert f"{absent} does not exist" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_read_from_its_layers(tmp_path: Path) -> None:

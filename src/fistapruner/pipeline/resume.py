@@ -44,8 +44,8 @@ def resume(
     record = RunDirectory(out).record()
     permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
     if record is None:
-        advice = "give its command again"
-        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {advice}")
+        reason = "is not a run that can be resumed (it has no run.json): give its command again"
+        raise FistaPrunerError(f"{out} {reason if out.exists() else 'does not exist'}")
     if record.kind == "recover":
         return resume_training(RECOVER, out, permissions, listener)
     if record.kind == "align":

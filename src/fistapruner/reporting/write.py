@@ -27,7 +27,8 @@ def write_page(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FistaPrunerError(f"{folder} is not a folder: give a run directory or the folder of a comparison")
+        reason = "is not a folder" if folder.exists() else "does not exist"
+        raise FistaPrunerError(f"{folder} {reason}: give a run directory or the folder of a comparison")
     if is_comparison(folder):
         text, out = comparison_page(load_comparison(folder)), folder / PAGE
     else:

@@ -431,7 +431,8 @@ def load_run(folder: Path) -> Report:
         if (folder / name).is_file():
             break
     else:
-        raise FistaPrunerError(f"{folder} is not a run: it has neither report.json nor run.json")
+        reason = "is not a run: it has neither report.json nor run.json" if folder.exists() else "does not exist"
+        raise FistaPrunerError(f"{folder} {reason}")
     try:
         data = read_json(folder / name)
     except FistaPrunerError as error:

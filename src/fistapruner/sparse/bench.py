@@ -74,7 +74,8 @@ def bench(
             raise FistaPrunerError(f"{name} {value} is too small: at least {least}")
     model = Path(model)
     if not (model / "config.json").is_file():
-        raise FistaPrunerError(f"{model} is not a folder with a pruned model")
+        reason = "is not a folder with a pruned model" if model.exists() else "does not exist"
+        raise FistaPrunerError(f"{model} {reason}")
     for folder in (model, before):
         if folder is not None:
             Checkpoint.open(folder, allow_pickle)
