@@ -118,6 +118,18 @@ def test_chunks_of_groups_and_samples_of_rows_are_orders_too() -> None:
     assert kept_share(values[:, order], NM(2, 4)) > kept_share(values, NM(2, 4))
 
 
+def test_every_chunk_of_groups_has_channels_of_every_rank() -> None:
+    """Two rows of 64 channels each, of which the first half of the channels of a rank is one's, the rest the other's.
+
+    Groups with two channels of either lose nothing; groups that exchange among those of one row lose half.
+    """
+    channel = torch.arange(64)
+    values = torch.zeros(2, 64)
+    values[(channel % 16 >= 8).long(), channel] = torch.linspace(2, 1, 64)
+    order = channel_order(values, NM(2, 4), groups=8)
+    assert kept_share(values[:, order], NM(2, 4)) == pytest.approx(1)
+
+
 def test_a_sample_of_rows_has_every_head_of_a_group() -> None:
     """Rows of the query heads that share a value channel take turns; an order for one of them is not one for all."""
     heads = [scores(64, 48, seed=seed) for seed in range(4)]
