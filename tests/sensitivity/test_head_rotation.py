@@ -145,6 +145,22 @@ def test_the_first_step_goes_down_the_slope_of_the_lost_shares(repeats: int, mon
     torch.testing.assert_close(rotation.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_a_search_that_turns_nothing_gives_an_order_and_scales_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    pattern, link = NM(2, 4), Link(("v_proj",), reads(32), 2, 2, rotates=True)
+    inputs = torch.randn(60, 32)
+    reader, gram, writer, energy = torch.randn(6, 32), inputs.T @ inputs, torch.randn(16, 12), torch.rand(12)
+    monkeypatch.setattr(searching, "STEPS", 3)
+    small = head_rotation(link, reader / 2**15, gram / 2**10, pattern, writer / 2**15, energy / 2**10)
+    assert torch.equal(small, head_rotation(link, reader, gram, pattern, writer, energy))
+    monkeypatch.setattr(searching, "RATE", 0.0)
+    scores = link.by_block(reader.square() * gram.diagonal())
+    orders = [channel_order(block, pattern) for block in scores]
+    assert all(order.tolist() != list(range(8)) for order in orders)
+    expected = torch.stack([torch.eye(8)[:, order] for order in orders])
+    torch.testing.assert_close(head_rotation(link, reader, gram, pattern, writer, energy), expected)
+
+
 class Heads(nn.Module):
     """Two heads of four channels, each with a weight that depends on the input, as attention's do."""
 
