@@ -356,6 +356,12 @@ def test_what_is_no_problem_is_refused() -> None:
         solve(torch.ones(2, 2), "50%")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("patterns", [["2:4"], ["2:4"] * 3, []], ids=len)
+def test_one_pattern_for_every_operator_is_asked_for(patterns: list[str]) -> None:
+    with pytest.raises(FistaPrunerError, match=rf": {len(patterns)} sparsities for 2 operators"):
+        solve(make_problem((8, 8)), patterns)
+
+
 @pytest.mark.parametrize("name", REFINEMENTS)
 def test_a_refinement_needs_something_before_it(name: str) -> None:
     with pytest.raises(FistaPrunerError, match=name):
