@@ -621,6 +621,14 @@ def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
     alone = gain(replace(evaluation(20.0), reference=None), replace(evaluation(15.0), reference=None))
     assert alone is not None
     assert alone.closed is None
+    known, unknown = evaluation(20.0), replace(evaluation(15.0), reference=None)
+    whole = gain(known, evaluation(15.0))
+    assert whole is not None
+    assert whole.closed is not None
+    assert gain(known, unknown) == gain(replace(known, reference=None), evaluation(15.0)) == whole
+    elsewhere = [replace(each, reference=samples.perplexity(10.0, "b")) for each in (known, unknown)]
+    assert gain(*elsewhere) == alone, "the dense model was measured on other windows"
+    assert gain(replace(known, perplexity=replace(samples.perplexity(20.0, "a"), nll=math.inf)), unknown) is None
     short = replace(samples.perplexity(20.0), window_nlls=())
     unpaired = gain(replace(evaluation(20.0, "wikitext2"), perplexity=short), evaluation(15.0, "wikitext2"))
     assert unpaired is not None
