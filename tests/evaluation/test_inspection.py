@@ -317,6 +317,15 @@ def test_exact_pattern_of_a_projected_weight(n: int, m: int, rows: int, seed: in
     assert found.n / found.m <= n / m
 
 
+@pytest.mark.parametrize(("removed", "found"), [(0, "2:4"), (19, "2:4"), (21, None)])
+def test_a_pattern_that_keeps_more_than_5_percent_too_many_is_none(removed: int, found: str | None) -> None:
+    """Of 400 weights, 200 are kept in groups of four, and so in groups of eight and 16; then some go."""
+    weight = torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(100)
+    weight[8 : 8 + 4 * removed : 4] = 0
+    pattern = exact_pattern(weight.view(5, 80), 200 + removed)
+    assert found == (None if pattern is None else str(pattern))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.sampled_from([1, 6, 12, 16, 32, 96]), st.floats(0, 1), st.integers(0, 99))
 def test_patterns_are_those_that_every_group_shows(rows: int, columns: int, density: float, seed: int) -> None:

@@ -33,7 +33,7 @@ from fistapruner.reporting.evaluation_text import evaluation_text, perplexity_co
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
-from fistapruner.reporting.quality_rows import points, recovery_rows
+from fistapruner.reporting.quality_rows import points, quality_rows, recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.reporting.summary import summary
@@ -624,6 +624,14 @@ def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
     alone = gain(replace(evaluation(20.0), reference=None), replace(evaluation(15.0), reference=None))
     assert alone is not None
     assert alone.closed is None
+    known, unknown = evaluation(20.0), replace(evaluation(15.0), reference=None)
+    whole = gain(known, evaluation(15.0))
+    assert whole is not None
+    assert whole.closed is not None
+    assert gain(known, unknown) == gain(replace(known, reference=None), evaluation(15.0)) == whole
+    elsewhere = [replace(each, reference=samples.perplexity(10.0, "b")) for each in (known, unknown)]
+    assert gain(*elsewhere) == alone, "the dense model was measured on other windows"
+    assert gain(replace(known, perplexity=replace(samples.perplexity(20.0, "a"), nll=math.inf)), unknown) is None
     short = replace(samples.perplexity(20.0), window_nlls=())
     unpaired = gain(replace(evaluation(20.0, "wikitext2"), perplexity=short), evaluation(15.0, "wikitext2"))
     assert unpaired is not None
@@ -672,6 +680,22 @@ def test_scores_before_training_are_those_of_the_same_items() -> None:
         assert (page[f"arc_easy, {other.get('metric', 'acc')}, %"], page["piqa, acc, %"]) == ("–", "65.5 ± 1.1")
         assert page["Mean of 2 tasks, %"] == "–"
         assert "0.5200 ± 0.0102" not in card
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_mean_of_tasks_takes_plain_accuracy_and_is_compared_where_every_task_is(known: bool) -> None:
+    dense = {"reference": 0.7, "reference_standard_error": 0.02}
+    tasks = (
+        TaskResult("a", "acc", 50, 0.5, 0.03, **dense),
+        TaskResult("a", "acc_norm", 50, 0.9, 0.05, **dense),
+        TaskResult("b", "acc_norm", 50, 0.8, 0.05, **dense),
+        TaskResult("b", "acc", 50, 0.6, 0.04, reference=0.65 if known else None, reference_standard_error=0.04),
+    )
+    name, before, value, change, how = quality_rows([Evaluation("m", "dense", tasks=tasks)])[-1]
+    assert (name, value) == ("Mean of 2 tasks, %", "55.0 ± 2.5")
+    error = 100 * math.hypot(0.02, 0.04) / 2
+    assert (before, change) == ((f"67.5 ± {error:.1f}", "−12.5") if known else ("–", "–"))
+    assert how == "unweighted mean over a acc, b acc"
 
 
 def test_an_evaluation_of_tasks_alone_hides_no_perplexity() -> None:

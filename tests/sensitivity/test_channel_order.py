@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,7 +21,14 @@ from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint, reorder
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.sensitivity.channel_order import _assign, _gains, channel_order, kept_share, raised_shares
+from fistapruner.sensitivity.channel_order import (
+    _assign,
+    _gains,
+    channel_order,
+    kept_share,
+    raised_shares,
+    sample_rows,
+)
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 MLP = {
@@ -118,6 +127,18 @@ def test_chunks_of_groups_and_samples_of_rows_are_orders_too() -> None:
     assert kept_share(values[:, order], NM(2, 4)) > kept_share(values, NM(2, 4))
 
 
+def test_every_chunk_of_groups_has_channels_of_every_rank() -> None:
+    """Two rows of 64 channels each, of which the first half of the channels of a rank is one's, the rest the other's.
+
+    Groups with two channels of either lose nothing; groups that exchange among those of one row lose half.
+    """
+    channel = torch.arange(64)
+    values = torch.zeros(2, 64)
+    values[(channel % 16 >= 8).long(), channel] = torch.linspace(2, 1, 64)
+    order = channel_order(values, NM(2, 4), groups=8)
+    assert kept_share(values[:, order], NM(2, 4)) == pytest.approx(1)
+
+
 def test_a_sample_of_rows_has_every_head_of_a_group() -> None:
     """Rows of the query heads that share a value channel take turns; an order for one of them is not one for all."""
     heads = [scores(64, 48, seed=seed) for seed in range(4)]
@@ -126,6 +147,17 @@ def test_a_sample_of_rows_has_every_head_of_a_group() -> None:
     whole, first = (channel_order(each, NM(2, 4)) for each in (values, heads[0]))
     kept = [kept_share(values[:, each], NM(2, 4)) for each in (first, order, whole)]
     assert kept[0] < kept[1] <= kept[2] + 0.01
+
+
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 400))
+def test_a_sample_has_no_more_rows_than_asked(rows: int, heads: int, asked: int) -> None:
+    """And of rows that take turns, as many of each as fit; all of them where they are not more than asked."""
+    found = sample_rows(torch.arange(rows * heads)[:, None], asked).flatten().tolist()
+    assert 1 <= len(found) <= asked
+    assert found == sorted(set(found))
+    assert len({row % heads for row in found}) == min(heads, len(found))
+    if rows * heads <= asked:
+        assert len(found) == rows * heads
 
 
 def test_the_old_order_where_none_is_better() -> None:

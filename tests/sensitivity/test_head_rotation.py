@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
+import tiny
 from fistapruner.constraints import NM, Constraint, Unstructured
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.coupling import Link, _watch
@@ -97,15 +99,66 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
     torch.testing.assert_close(dead.mT @ dead, torch.eye(channels).expand(blocks, -1, -1))
 
 
-def test_the_first_step_of_the_search_turns_by_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching, "STEPS", 1)
+@pytest.mark.parametrize(("steps", "turned"), [(1, 1.0), (4, 1.0 + 0.75 + 0.5 + 0.25)])
+def test_steps_of_the_search_turn_by_a_rate_that_falls(
+    steps: int, turned: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first few steps go one way, so that their angles add up."""
+    monkeypatch.setattr(searching, "STEPS", steps)
+    torch.manual_seed(0)
     inputs = torch.randn(400, 16)
     link = Link(("v_proj",), reads(16), 2, 1, rotates=True)
-    turned = head_rotation(link, torch.randn(24, 16), inputs.T @ inputs, NM(2, 4), torch.randn(16, 32), torch.rand(32))
-    for block in turned:
+    rotation = head_rotation(
+        link, torch.randn(24, 16), inputs.T @ inputs, NM(2, 4), torch.randn(16, 32), torch.rand(32)
+    )
+    for block in rotation:
         order = block.abs().argmax(0)  # the channels are put in order afterwards
         angle = (block[:, order.argsort()] - torch.eye(8)).square().mean().sqrt()
-        assert float(angle) == pytest.approx(searching.RATE, rel=0.02)
+        assert float(angle) == pytest.approx(searching.RATE * turned, rel=0.02 if steps == 1 else 0.1)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_first_step_goes_down_the_slope_of_the_lost_shares(repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against differences of the logarithms of both shares, of whole matrices in fp64."""
+    monkeypatch.setattr(searching, "STEPS", 1)
+    torch.manual_seed(0)
+    pattern, blocks, channels = NM(2, 4), 2, 4
+    columns = blocks * repeats * channels
+    inputs = torch.randn(60, columns) @ torch.randn(columns, columns)
+    reader, gram, writer, energy = torch.randn(6, columns), inputs.T @ inputs, torch.randn(8, 12), torch.rand(12)
+    link = Link(("v_proj",), reads(columns), blocks, repeats, rotates=True)
+
+    def lost(rotation: Tensor) -> float:
+        wide, narrow = whole(rotation, repeats), whole(rotation, 1)
+        read = (reader.double() @ wide).square() * (wide.T @ gram.double() @ wide).diagonal()
+        made = (narrow.T @ writer.double()).square() * energy
+        return sum(math.log(1 - kept_share(each, pattern)) for each in (read, made))
+
+    slope = torch.zeros(blocks, channels, channels, dtype=torch.float64)
+    for block, i, j in product(range(blocks), range(channels), range(channels)):
+        angle = torch.zeros_like(slope)
+        angle[block, i, j], angle[block, j, i] = (1e-5, -1e-5) if i != j else (0, 0)
+        slope[block, i, j] = lost(torch.linalg.matrix_exp(angle)) - lost(torch.linalg.matrix_exp(-angle))
+    size = slope.square().mean((1, 2), keepdim=True).sqrt()
+    rotation = head_rotation(link, reader, gram, pattern, writer, energy)
+    expected = torch.linalg.matrix_exp(-searching.RATE * slope / size)
+    torch.testing.assert_close(rotation.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_search_that_turns_nothing_gives_an_order_and_scales_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    pattern, link = NM(2, 4), Link(("v_proj",), reads(32), 2, 2, rotates=True)
+    inputs = torch.randn(60, 32)
+    reader, gram, writer, energy = torch.randn(6, 32), inputs.T @ inputs, torch.randn(16, 12), torch.rand(12)
+    monkeypatch.setattr(searching, "STEPS", 3)
+    small = head_rotation(link, reader / 2**15, gram / 2**10, pattern, writer / 2**15, energy / 2**10)
+    assert torch.equal(small, head_rotation(link, reader, gram, pattern, writer, energy))
+    monkeypatch.setattr(searching, "RATE", 0.0)
+    scores = link.by_block(reader.square() * gram.diagonal())
+    orders = [channel_order(block, pattern) for block in scores]
+    assert all(order.tolist() != list(range(8)) for order in orders)
+    expected = torch.stack([torch.eye(8)[:, order] for order in orders])
+    torch.testing.assert_close(head_rotation(link, reader, gram, pattern, writer, energy), expected)
 
 
 class Heads(nn.Module):

@@ -327,6 +327,22 @@ def test_parts_of_a_solution_of_another_kind_are_refused(
         assert str(refused.value) == f"method 'mine' returned as {part} {message} is expected"
 
 
+def test_warnings_of_all_steps_are_kept_and_nan_of_default_settings_is_named() -> None:
+    class Warns(Magnitude):
+        name = "warns"
+        takes_start = True
+        said: str = ""
+
+        def solve(self, *given: Any) -> Solution:
+            found = super().solve(*given)
+            return replace(found, warnings=(self.said,), weight=found.weight if self.said else found.weight / 0)
+
+    problem = make_problem(rows=(8,), n=16)
+    assert solve(problem, "2:4", [Warns(said="one"), "refit", Warns(said="two")]).warnings == ("one", "two")
+    with pytest.raises(FistaPrunerError, match=r"^operator0: warns with its defaults ended in NaN or infinite weights"):
+        solve(problem, "2:4", Warns())
+
+
 @pytest.mark.parametrize("tensor", ["weight", "gram"])
 def test_a_method_that_changes_the_problem_is_refused(tensor: str) -> None:
     """Its error would be computed from what it has left there."""
@@ -354,6 +370,12 @@ def test_tensors_of_inference_mode_are_pruned() -> None:
 def test_what_is_no_problem_is_refused() -> None:
     with pytest.raises(FistaPrunerError, match="problem is a Tensor, expected a LayerProblem"):
         solve(torch.ones(2, 2), "50%")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("patterns", [["2:4"], ["2:4"] * 3, []], ids=len)
+def test_one_pattern_for_every_operator_is_asked_for(patterns: list[str]) -> None:
+    with pytest.raises(FistaPrunerError, match=rf": {len(patterns)} sparsities for 2 operators"):
+        solve(make_problem((8, 8)), patterns)
 
 
 @pytest.mark.parametrize("name", REFINEMENTS)

@@ -62,7 +62,7 @@ def head_rotation(link: Link, reader: Tensor, gram: Tensor, pattern: NM, writer:
             torch.stack(lost).clamp_min(1e-30).log().sum().backward()
         assert at.grad is not None
         slope = rotation.mT @ at.grad
-        slope = (slope - slope.mT) / 2
+        slope = slope - slope.mT
         first = torch.lerp(slope, first, DECAYS[0])
         second = torch.lerp(slope.square().mean((1, 2), keepdim=True), second, DECAYS[1])
         size = (second / (1 - DECAYS[1] ** (step + 1))).sqrt().clamp_min(1e-30)
