@@ -34,7 +34,7 @@ from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.quality_rows import points, quality_rows, recovery_rows
-from fistapruner.reporting.recovery_text import closed_text, gain, text_used
+from fistapruner.reporting.recovery_text import closed_text, gain, gain_text, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.verdict import verdict
@@ -629,6 +629,7 @@ def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
     assert whole is not None
     assert whole.closed is not None
     assert gain(known, unknown) == gain(replace(known, reference=None), evaluation(15.0)) == whole
+    assert gain_text(known, unknown, "recovery") == gain_text(known, evaluation(15.0), "recovery")
     elsewhere = [replace(each, reference=samples.perplexity(10.0, "b")) for each in (known, unknown)]
     assert gain(*elsewhere) == alone, "the dense model was measured on other windows"
     assert gain(replace(known, perplexity=replace(samples.perplexity(20.0, "a"), nll=math.inf)), unknown) is None

@@ -72,7 +72,7 @@ def gain_text(before: Evaluation, after: Evaluation, training: str) -> str:
     found, old, new = gain(before, after), before.perplexity, after.perplexity
     if found is None or old is None or new is None:
         return ""
-    dense = after.reference
+    dense = after.reference or before.reference
     text = f"perplexity on {new.data}: {old.perplexity:.2f} before {training}, {new.perplexity:.2f} after it"
     if dense is not None:
         text += f", {dense.perplexity:.2f} dense"

@@ -53,7 +53,7 @@ def verdict(report: Report) -> str:
 
 def _won(before: Evaluation, won: Gain, after: Evaluation) -> str:
     """Say how perplexity changed by recovery, beside that of the dense model."""
-    old, new, dense = before.perplexity, after.perplexity, after.reference
+    old, new, dense = before.perplexity, after.perplexity, after.reference or before.reference
     assert old is not None  # there is no gain without them
     assert new is not None
     text = f"Perplexity on {new.data} went from {old.perplexity:.2f} to {new.perplexity:.2f}"
