@@ -11,6 +11,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -602,8 +603,9 @@ def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tm
     fp.prune(dense, run, recover=following, allocation={"re:mlp": "40%"}, **SETTINGS)
     for out in (run, run / "recovered"):
         recipe = (out / "recipe.yaml").read_text()
-        for text in (recipe, recipe.replace("seed: 0", "seed: 1"), "no: [yaml", None):
-            (out / "report.json").unlink()
+        for text, finished in product((recipe, recipe.replace("seed: 0", "seed: 1"), "no: [yaml", None), (False, True)):
+            if not finished:
+                (out / "report.json").unlink()
             if text is None:
                 (out / "recipe.yaml").unlink()
             else:
