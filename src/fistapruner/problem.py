@@ -96,6 +96,12 @@ class LayerProblem:
     importance: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name, kind, expected in (("names", str, "names of operators"), ("rows", int, "numbers of rows")):
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)) or not all(isinstance(each, kind) for each in given):
+                raise FistaPrunerError(f"{name} {given!r}: a tuple of {expected} is expected")
+        for name in ("weight", "gram"):
+            _require_float(getattr(self, name), f"{self.label}: the {name}")
         for name, given in self._tensors().items():
             energies = name in ("drift_energy", "energy")
             object.__setattr__(self, name, _plain(given, f"{self.label}: the {name}", keep_double=energies))
@@ -127,12 +133,12 @@ class LayerProblem:
                 raise FistaPrunerError(
                     f"{self.label}: the weight is on {self.weight.device}, its {name} on {tensor.device}"
                 )
-        if self.tokens is not None and self.tokens < 1:
+        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 1):
             raise FistaPrunerError(
-                f"{self.label}: tokens {self.tokens} is not a number of calibration tokens (1 or more, or None)"
+                f"{self.label}: tokens {self.tokens!r} is not a number of calibration tokens (1 or more, or None)"
             )
-        if not 0.0 <= self.target <= 1.0:
-            raise FistaPrunerError(f"{self.label}: target {self.target} is not a share of the dense target in [0, 1]")
+        if not isinstance(self.target, (int, float)) or not 0.0 <= self.target <= 1.0:
+            raise FistaPrunerError(f"{self.label}: target {self.target!r} is not a share of the dense target in [0, 1]")
         if self.energy is None:
             object.__setattr__(self, "energy", _row_dots(lambda rows: self.weight[rows] @ self.gram, self.weight))
 

@@ -250,6 +250,14 @@ def test_what_is_loaded_only_with_code_of_the_models_own(tmp_path: Path) -> None
         assert ModelSource(tmp_path).own_code() == expected, config
 
 
+@pytest.mark.parametrize("damaged", ["", "{}", '{"version": "1.0", "added_tok'])
+def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path: Path, damaged: str) -> None:
+    folder = tiny.save("llama", tmp_path / "m")
+    (folder / "tokenizer.json").write_text(damaged, "utf-8")
+    with pytest.raises(FistaPrunerError, match=r"^\S*m has no tokenizer[^\n]*; the file is damaged[^\n]*$"):
+        load_tokenizer(folder)
+
+
 def test_a_tokenizer_of_a_newer_library_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "m")
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))

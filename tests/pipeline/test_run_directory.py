@@ -11,6 +11,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -231,7 +232,7 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     assert (now == measured) == (damage is not cut_without_a_record)  # without a record of its weights: measured again
 
 
-@pytest.mark.parametrize("name", ["config.json", "fistapruner.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["config.json", "fistapruner.json", "model.safetensors.index.json", "tokenizer.json"])
 def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path, name: str) -> None:
     path = run / "model" / name
     before = path.read_bytes()
@@ -602,8 +603,9 @@ def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tm
     fp.prune(dense, run, recover=following, allocation={"re:mlp": "40%"}, **SETTINGS)
     for out in (run, run / "recovered"):
         recipe = (out / "recipe.yaml").read_text()
-        for text in (recipe, recipe.replace("seed: 0", "seed: 1"), "no: [yaml", None):
-            (out / "report.json").unlink()
+        for text, finished in product((recipe, recipe.replace("seed: 0", "seed: 1"), "no: [yaml", None), (False, True)):
+            if not finished:
+                (out / "report.json").unlink()
             if text is None:
                 (out / "recipe.yaml").unlink()
             else:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import fistapruner as fp
 from fistapruner import FistaPrunerError
@@ -47,12 +49,36 @@ def test_a_listener_that_is_none(call: Callable[..., Any], listener: Any) -> Non
         (lambda: fp.evaluate("m", tasks=3), r"tasks 3: a name, or a list of names, is expected"),
         (lambda: fp.evaluate("m", tasks=["a", 3]), r"tasks \['a', 3\]: a name, or a list of names"),
         (lambda: fp.load("m", int8="yes"), "int8 is of the class str, and True or False is expected"),
+        (lambda: fp.evaluate("m", "python", dtype=["bf16"]), r"dtype \['bf16'\] is not known: auto, "),
+        (lambda: fp.evaluate_run("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
+        (lambda: fp.evaluate("m", "python", keep=3), "keep is of the class int, and a function is expected"),
+        (lambda: fp.evaluate("m", "python", kept=3), "kept is of the class int, and a KeptStates is expected"),
+        (lambda: fp.evaluate("m", "python", tick=None), "tick is of the class NoneType, and a function is expected"),
+        (lambda: fp.evaluate("m", "python", windows=True), "windows True "),
+        (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size True "),
+        (lambda: fp.align_compare("m", "out", keep="no"), "keep 'no': True or False is expected"),
+        (lambda: fp.load("m", packed="no"), "packed 'no': True or False is expected"),
+        (lambda: fp.unpack(3, "out"), "packed is of the class int, and the path of a folder is expected"),
+        (lambda: fp.export(3, "out.gguf"), "model is of the class int, and the path of a folder is expected"),
+        (lambda: fp.to_semi_structured(nn.Linear(8, 8), clock=3), "clock is of the class int, and a function"),
+        (lambda: fp.SparseLinear(nn.Linear(8, 8)), "operator is of the class Linear, and a PackedOperator is"),
         (lambda: fp.pack("m", "out", progress=3), "progress is of the class int"),
     ],
 )
 def test_arguments_of_a_wrong_type(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(FistaPrunerError, match=f"^{message}"):
         call()
+
+
+@pytest.mark.parametrize("wrong", ["no", 1.5, -3, [1.5], {"a": 1}, b"x", None])
+@pytest.mark.parametrize("name", ["weight", "gram", "drift", "energy", "target", "names", "rows", "tokens"])
+def test_a_layer_problem_names_what_is_of_a_wrong_type(name: str, wrong: Any) -> None:
+    given = {"weight": torch.ones(2, 3), "gram": torch.eye(3), name: wrong}
+    if wrong is None and name in ("drift", "energy", "tokens"):
+        fp.LayerProblem(**given)
+        return
+    with pytest.raises(FistaPrunerError, match=rf"\b{name}\b.*expected|\b{name} .* is not a"):
+        fp.LayerProblem(**given)
 
 
 @pytest.mark.parametrize("error", [MissingExtraError("ray", "ray", "a pool"), NoRoom("layer 3"), FistaPrunerError("a")])

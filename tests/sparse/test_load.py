@@ -180,6 +180,18 @@ def test_every_way_of_loading_a_mixture_agrees(tmp_path, architecture, some):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("changes", [{"moe_intermediate_size": 12}, {"moe_intermediate_size": 16}])
+def test_experts_of_any_width_run(tmp_path, changes):
+    """Grouped products, the default of transformers, take rows of a multiple of 16 bytes."""
+    source = save_pruned(tmp_path / "m", "qwen3_moe", **changes)
+    fistapruner.pack(source, tmp_path / "p")
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto", experts_implementation="eager"))
+    loaded = fistapruner.load(tmp_path / "p", packed=False)
+    aligned = changes["moe_intermediate_size"] == 16
+    assert loaded.config._experts_implementation == ("grouped_mm" if aligned else "eager")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0.05, atol=0.1)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 def test_a_packed_mixture_has_the_state_of_the_dense_one(tmp_path, architecture):
     """And generates what it does, decoding token by token, where most experts have none."""

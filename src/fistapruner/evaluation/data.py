@@ -80,7 +80,7 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
 
 def check_count(name: str, value: int | None, least: int = 1) -> None:
     """Refuse a setting that is no whole number of at least ``least``; None leaves it out."""
-    if value is not None and (not isinstance(value, int) or value < least):
+    if value is not None and (type(value) is not int or value < least):
         raise FistaPrunerError(f"{name} {value!r} is out of range: a whole number, at least {least}, or leave it out")
 
 

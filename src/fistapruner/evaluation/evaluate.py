@@ -100,6 +100,10 @@ def evaluate(
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
+    if not callable(keep):
+        raise FistaPrunerError(f"keep is of the class {type(keep).__name__}, and a function is expected")
+    if kept is not None and not isinstance(kept, KeptStates):
+        raise FistaPrunerError(f"kept is of the class {type(kept).__name__}, and a KeptStates is expected")
     data = str(data) if isinstance(data, Path) else data
     against = None if against is None else path_text("against", against, A_MODEL)
     tasks, memory = check_request(
@@ -219,7 +223,7 @@ def check_request(
             raise FistaPrunerError(f"{name} {value!r}: for windows of text, and no text is measured: give data")
     if limit is not None and not tasks:
         raise FistaPrunerError(f"limit {limit!r}: items of zero-shot tasks, and no tasks are given")
-    if dtype != "auto" and dtype not in DTYPES:
+    if dtype != "auto" and not (isinstance(dtype, str) and dtype in DTYPES):
         raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
     check_count("seqlen", seqlen, 2)
     check_count("windows", windows)

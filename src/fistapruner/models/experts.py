@@ -26,6 +26,9 @@ PARTS = ("gate_proj", "up_proj")
 """Names of the two matrices that ``gate_up_proj`` joins, where the checkpoint has them apart."""
 
 
+GROUPED_BYTES = 16
+"""Bytes of which the rows of torch's ``grouped_mm`` must be a multiple."""
+
 ROWS = 64
 """Products of an expert in low precision on the CPU have a multiple of so many rows."""
 
@@ -231,6 +234,16 @@ def holds_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
         parameter: the parameter.
     """
     return sum(size > 1 for size in parameter.shape) > 2 and "expert" in f"{type(module).__name__}.{name}".lower()
+
+
+def run_unaligned_experts(model: Any) -> None:
+    """Let experts run one by one where transformers' default refuses their widths; in place."""
+    for name, module in model.named_modules():
+        for key, tensor in module.named_parameters(recurse=False):
+            bytes_of = (size * tensor.element_size() for size in tensor.shape[-2:])
+            if holds_experts(module, f"{name}.{key}", tensor) and any(each % GROUPED_BYTES for each in bytes_of):
+                model.set_experts_implementation("eager")
+                return
 
 
 def _enough(stored: int, count: int, *, fewer: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import Distribution
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         missing = [name for name in SENTENCEPIECE if not [*Distribution.discover(name=name)]]
         if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists() and missing:
             reason = f"its tokenizer.model needs other packages: pip install {' '.join(missing)}"
-        if type(error) is Exception:
+        if type(error) is Exception or isinstance(error, JSONDecodeError | LookupError):
             reason += "; the file is damaged, or needs newer versions of the packages tokenizers and transformers"
         fault = FistaPrunerError(
             f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}"

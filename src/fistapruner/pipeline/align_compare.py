@@ -92,6 +92,8 @@ def align_compare(
     Raises:
         FistaPrunerError: bad input, named, before anything is trained.
     """
+    if not isinstance(keep, bool):
+        raise FistaPrunerError(f"keep {keep!r}: True or False is expected")
     folder, listener = out_path(out), listener or Listener()
     request = TrainingRequest.of(
         model,

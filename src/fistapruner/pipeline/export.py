@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import FistaPrunerError, expand_home, out_path, path_text
+from ..errors import A_FOLDER, FistaPrunerError, expand_home, out_path, path_text
 from ..models.files.folder_files import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf, open_exported
 from ..models.files.low_rank import refuse_low_rank
@@ -48,7 +48,7 @@ def export(
             or the run is not finished.
         MissingExtraError: the ``gguf`` package is missing.
     """
-    out, folder = out_path(out, "the path of a file"), checkpoint_of(model)
+    out, folder = out_path(out, "the path of a file"), checkpoint_of(path_text("model", model, A_FOLDER))
     if not (folder / "config.json").is_file():
         raise FistaPrunerError(
             f"{model} is neither a run directory nor a folder with a Hugging Face model, and only these are exported; "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import A_TEXT, FistaPrunerError, path_text
+from ..errors import A_MODEL, A_TEXT, FistaPrunerError, path_text
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..models.files.record import lost_structure, read_pruning_record
@@ -64,6 +64,7 @@ def evaluate_run(
         FistaPrunerError: not a finished run, its dense model is gone or has changed, or bad settings.
     """
     data = None if data is None else path_text("data", data, A_TEXT)
+    against = None if against is None else path_text("against", against, A_MODEL)
     check_request(data, **settings)
     permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
     with _finished(folder) as (run, report):

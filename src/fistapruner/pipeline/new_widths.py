@@ -10,6 +10,7 @@ import torch
 
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
+from ..models.experts import GROUPED_BYTES
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
@@ -23,9 +24,6 @@ from ..structured.smaller_model import Widths, removed_weights, resized, unread_
 from ..structured.units import EXPERT, layer_weights
 from ..structured.widths import step_of
 from .patterns import patterns_of
-
-GROUPED_BYTES = 16
-"""Bytes of which the rows of torch's ``grouped_mm`` must be a multiple."""
 
 
 def change_widths(

@@ -41,6 +41,7 @@ from .begun import (
     execution_here,
     find_finished,
     interrupted_with,
+    keep_recipe,
     refuse_lost_dense,
     refuse_lost_model,
     refuse_lost_text,
@@ -258,6 +259,7 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
             with spent(run.folder, only) as times:
                 report = _prune(run, request, found, times, told, inspect)
         elif only is None and (begun := run.record()) is not None:
+            keep_recipe(run, begun, listener)
             note_command(run, begun, request, found.folder or begun.decision.folder)
         if only is not None:  # other parts may be at work, and one process alone measures and writes the report
             return report

@@ -161,6 +161,8 @@ def _lead(
                     report = finish(context, trained, state, times, listener, verb.add_results, report)
         else:
             ranks.share(False)
+            if begun is not None:
+                keep_recipe(run, begun, listener)
             listener.say(f"{run.folder} holds the finished run of this recipe")
         evaluation = _evaluation(run.begun_record().decision, request)
         return measure(

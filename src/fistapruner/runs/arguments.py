@@ -24,7 +24,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "inspect": FUNCTION,
     "progress": FUNCTION,
-    "tick": FUNCTION,
+    "tick": (callable, "a function"),
     "warn": FUNCTION,
     "command": (lambda value: value is None or isinstance(value, str), "the text of a shell line"),
     "source": (lambda value: value is None or isinstance(value, ModelSource), "a ModelSource"),
@@ -32,6 +32,8 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trust_remote_code": YES_NO,
     "verify": YES_NO,
     "int8": YES_NO,
+    "to_sparse": FUNCTION,
+    "clock": FUNCTION,
 }
 """Arguments by name: the check, and what is expected."""
 

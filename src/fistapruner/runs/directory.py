@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from ..errors import FistaPrunerError, explain, unreadable
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder import remove_unfinished
-from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE
+from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE, TOKENIZER
 from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.files.writer import safetensors_name
 from ..runtime.files import (
@@ -280,8 +280,9 @@ class RunDirectory:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
         Weight files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index and record must be readable. A
-        checkpoint whose ``model.json`` is missing must name this run in its own record, and its shards must be whole.
+        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index, record and
+        tokenizer must be readable. A checkpoint whose ``model.json`` is missing must name this run in its own record,
+        and its shards must be whole.
 
         Args:
             fingerprint: of the run.
@@ -289,20 +290,13 @@ class RunDirectory:
         if not self.model.is_dir():
             return f"{self.model} is gone"
         record = self.model_record()
-        if record is None:
-            if self.model_fingerprint() != fingerprint:
-                return f"{self.model} is not of this run, or is damaged"
-            try:
-                Checkpoint.open(self.model)
-            except FistaPrunerError as error:
-                return str(error)
-            return None
-        if record.fingerprint != fingerprint:
-            return f"{self.model} is of another model or calibration text"
-        for name in record.others:
+        if (self.model_fingerprint() if record is None else record.fingerprint) != fingerprint:
+            what = "is not of this run, or is damaged" if record is None else "is of another model or calibration text"
+            return f"{self.model} {what}"
+        for name in record.others if record is not None else ():
             if name != CARD and not (self.model / name).is_file():
                 return f"{self.model / name} is gone"
-        for name, claim in record.files.items():
+        for name, claim in record.files.items() if record is not None else ():
             path = self.model / name
             if not path.is_file():
                 return f"{path} is gone"
@@ -313,6 +307,8 @@ class RunDirectory:
         try:
             Checkpoint.open(self.model)
             read_json(self.model / PRUNING_RECORD)
+            if (self.model / TOKENIZER).exists():
+                read_json(self.model / TOKENIZER)
             LowRankAdapter.beside(self.model)
         except FistaPrunerError as error:
             return str(error)

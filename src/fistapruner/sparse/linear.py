@@ -58,6 +58,11 @@ class SparseLinear(nn.Module):
         low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(operator, PackedOperator):
+            raise FistaPrunerError(
+                f"operator is of the class {type(operator).__name__}, and a PackedOperator is expected: "
+                "SparseLinear.from_dense packs an nn.Linear"
+            )
         self.out_features, self.in_features = operator.shape
         self.operator = operator
         self.transposed = transposed

@@ -20,7 +20,7 @@ from ..models.architecture import (
     read_config,
     refuse_own_code,
 )
-from ..models.experts import ExpertLinear, separate_experts
+from ..models.experts import ExpertLinear, run_unaligned_experts, separate_experts
 from ..models.files.folder_files import read_json_in
 from ..models.files.widths import read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
@@ -66,12 +66,16 @@ def load(
     """
     from transformers import GenerationConfig
 
+    if not isinstance(packed, bool):  # unpack has an argument of this name, which is a folder
+        raise FistaPrunerError(f"packed {packed!r}: True or False is expected")
     dtype = _dtype(dtype)
     plain = not is_packed(folder) and (Path(folder) / "config.json").is_file()
     if plain and read_widths(read_json_in(Path(folder), "config.json"), Path(folder)):
         config = read_config(Path(folder))
         settings = {"config": config, "dtype": dtype or "auto", "trust_remote_code": False}
-        return auto_class(config).from_pretrained(str(folder), **settings).eval()
+        model = auto_class(config).from_pretrained(str(folder), **settings)
+        run_unaligned_experts(model)
+        return model.eval()
     source = PackedCheckpoint(folder, verify=verify)
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
@@ -152,6 +156,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
     except RuntimeError as error:
         raise FistaPrunerError(f"{source.folder} does not fit {type(model).__name__}: {one_line(error, 300)}") from None
     serve_experts(model)
+    run_unaligned_experts(model)
     model.tie_weights(missing_keys=set(_missing(model)), recompute_mapping=False)
     if source.widths:
         model.config.quantization_config = widths_section(source.widths)

@@ -168,7 +168,7 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
     """
     tick, done = progress or silent, count(1)
     tick("comparing checksums", 0, 1)
-    source, out = PackedCheckpoint(packed), out_path(out)
+    source, out = PackedCheckpoint(path_text("packed", packed, A_FOLDER)), out_path(out)
     require_new(out, source.folder)
     contents = source.contents()
     tensors = sum(len(entries) for entries in contents.values())

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..constraints import NM
 from ..errors import FistaPrunerError, one_line
 from ..models.experts import holds_experts
+from ..runs.arguments import checked_arguments
 from .linear import SparseLinear
 
 MARGIN = 1.05
@@ -44,6 +45,7 @@ class OperatorChoice:
     sparse_seconds: float | None = None
 
 
+@checked_arguments
 def to_semi_structured(
     model: nn.Module,
     *,

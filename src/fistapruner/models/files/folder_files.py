@@ -22,6 +22,8 @@ PRUNING_RECORD = "fistapruner.json"
 PACKED_RECORD = "packed.json"
 """What makes a folder a packed checkpoint."""
 
+TOKENIZER = "tokenizer.json"
+
 MAX_JSON = 256 * 2**20
 
 MAX_NAME = 255

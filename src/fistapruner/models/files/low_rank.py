@@ -306,8 +306,9 @@ def refuse_low_rank(checkpoint: Path, verb: str) -> None:
     with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
         record = read_pruning_record(checkpoint)
     if record.get(RECORD) is not None:
+        keeps = verb not in ("prune", "compare", "export")  # these take a model without zeros, too
+        dense = "" if keeps else f"give {verb} the dense model that PEFT (merge_and_unload) makes of both, or "
         raise FistaPrunerError(
             f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter_folder(checkpoint)}, which "
-            f"{verb} would leave out: prune without --low-rank for it, or merge both with PEFT (merge_and_unload), "
-            "which fills the zeros"
+            f"{verb} would leave out: {dense}prune again without --low-rank"
         )
