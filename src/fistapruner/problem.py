@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -96,7 +97,7 @@ class LayerProblem:
     importance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, expected in (("names", str, "names of operators"), ("rows", int, "numbers of rows")):
+        for name, kind, expected in (("names", str, "names of operators"), ("rows", Integral, "numbers of rows")):
             given = getattr(self, name)
             if not isinstance(given, (tuple, list)) or not all(isinstance(each, kind) for each in given):
                 raise FistaPrunerError(f"{name} {given!r}: a tuple of {expected} is expected")
@@ -133,11 +134,11 @@ class LayerProblem:
                 raise FistaPrunerError(
                     f"{self.label}: the weight is on {self.weight.device}, its {name} on {tensor.device}"
                 )
-        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 1):
+        if self.tokens is not None and (not isinstance(self.tokens, Integral) or self.tokens < 1):
             raise FistaPrunerError(
                 f"{self.label}: tokens {self.tokens!r} is not a number of calibration tokens (1 or more, or None)"
             )
-        if not isinstance(self.target, (int, float)) or not 0.0 <= self.target <= 1.0:
+        if not isinstance(self.target, Real) or not 0.0 <= self.target <= 1.0:
             raise FistaPrunerError(f"{self.label}: target {self.target!r} is not a share of the dense target in [0, 1]")
         if self.energy is None:
             object.__setattr__(self, "energy", _row_dots(lambda rows: self.weight[rows] @ self.gram, self.weight))

@@ -350,17 +350,6 @@ def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None
     assert compared("wanda", ignoring) == [None] * 3
 
 
-def test_a_refused_row_advises_what_helps_in_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
-
-    def refused(*_: Any, **__: Any) -> None:
-        raise FistaPrunerError("x is damaged: remove x or choose another --out")
-
-    monkeypatch.setattr("fistapruner.pipeline.compare_rows.prune", refused)
-    (row,) = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2).rows
-    assert re.fullmatch(rf"x is damaged: remove {re.escape(str(out))}/runs/\S+", row.error or "")
-
-
 def test_a_row_that_failed_does_not_stand_in_the_way_of_other_settings(tmp_path: Path) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
     compare(source, "wanda@allocation=owl", ["2:4"], out, settings=SETTINGS, windows=2)

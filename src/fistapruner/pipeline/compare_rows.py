@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +41,6 @@ from .training import changed_texts
 from .training_inputs import asked
 
 _PERPLEXITY = TypeAdapter(Perplexity)
-
-ANOTHER_OUT = re.compile(r"(remove [^:]+ or )?(name|choose|take) another --out")
-"""What an error advises for a run of its own; a row's folder is that of the comparison, and can only be removed."""
 
 STAMPS = "stamps"
 """Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the model that was measured."""
@@ -191,15 +187,14 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
         _adopt(comparison, report, shared.protocol)
         return _filled(row, report, recovery, shared.protocol, dense)
     except FistaPrunerError as error:
-        folder = job.run(shared.folder).folder
-        row.error = ANOTHER_OUT.sub(lambda _: f"remove {folder}", str(error))
+        row.error = str(error)
         comparison.failed.add(row.key)
-        shared.listener.say(f"{job.label}: {row.error}")
+        shared.listener.say(f"{job.label}: {error}")
         earlier = next((other for other in comparison.rows if other.key == row.key), row)
         if earlier.perplexity is None or earlier.settings != row.settings:
             return row
         comparison.warnings.append(
-            f"the row {row.name}, {row.sparsity}, seed {row.seed} has the figures of an earlier command: {row.error}"
+            f"the row {row.name}, {row.sparsity}, seed {row.seed} has the figures of an earlier command: {error}"
         )
         return earlier
 
