@@ -36,7 +36,7 @@ from fistapruner.reporting.compare_page import (
 )
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.drawing import FULL, HALF, HEAT, HEAT_LEVELS, NARROW, draw
-from fistapruner.reporting.figures import layer_errors, layer_figures
+from fistapruner.reporting.figures import layer_errors, layer_figures, solver_path
 from fistapruner.reporting.figures_quality import quality_figures
 from fistapruner.reporting.heat_map import _brief
 from fistapruner.reporting.model_card import model_card
@@ -560,10 +560,11 @@ def test_the_steps_of_solvers_are_those_of_the_report() -> None:
 
 @pytest.mark.parametrize("width", [NARROW, FULL])
 def test_cells_of_a_heat_map_have_the_color_of_their_value(width: int) -> None:
-    """Layers across a wide figure, down a narrow one; the darkest is the largest, and the scale ends with it."""
+    """Layers across a wide figure, down a narrow one; the scale ends with the largest. An unknown one has no cell."""
     from matplotlib.colors import to_rgba
 
     report = samples.report(4)
+    report.layers[1].operators[2].relative_error = None
     with plotted("figures", width), plotted("heat_map", width) as drawn:
         layer_figures(report)
     axes, scale = drawn["error-map"].axes
@@ -572,13 +573,14 @@ def test_cells_of_a_heat_map_have_the_color_of_their_value(width: int) -> None:
     assert ticks == ([list("0123"), names] if width == FULL else [names, list("0123")])
     cells = {(round(cell.get_x() + 0.47), round(cell.get_y() + 0.46)): cell.get_facecolor() for cell in axes.patches}
     levels = {to_rgba(color): level for level, color in enumerate(HEAT)}
-    found = {
-        100 * (operator.relative_error or 0.0): levels[
-            cells[(layer.index, row) if width == FULL else (row, layer.index)]
-        ]
+    places = {
+        (layer.index, row): 100 * operator.relative_error
         for layer in report.layers
         for row, operator in enumerate(layer.operators)
+        if operator.relative_error is not None
     }
+    found = {value: levels[cells.pop(place if width == FULL else place[::-1])] for place, value in places.items()}
+    assert not cells
     low, high = sorted(found)[1], max(found)  # the scale leaves out the lowest twentieth, here one of 28
     for value, level in found.items():
         share = math.log(value / low) / math.log(high / low)
@@ -590,12 +592,8 @@ def test_cells_of_a_heat_map_have_the_color_of_their_value(width: int) -> None:
         f"{significant(high, 2)} %",
     ]
     if width == FULL:
-        written = {tuple(map(round, text.get_position())): text.get_text() for text in axes.texts}
-        for layer in report.layers:
-            for row, operator in enumerate(layer.operators):
-                assert float(written[layer.index, row]) == pytest.approx(
-                    100 * (operator.relative_error or 0.0), abs=0.05
-                )
+        written = {tuple(map(round, text.get_position())): float(text.get_text()) for text in axes.texts}
+        assert written == pytest.approx(places, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -651,6 +649,12 @@ def test_alps_records_are_drawn() -> None:
     assert "penalty ρ" in text
     assert METHODS["alps"].trace is not None
     assert METHODS["alps"].trace.caption in text
+    with plotted("figures", HALF) as drawn:
+        solver_path(report.layers)
+    above, below = drawn["solver-path"].axes
+    assert above.lines[0].get_ydata() == pytest.approx([100 * 0.1 / k for k in range(1, 6)])
+    assert below.lines[0].get_ydata() == pytest.approx([0.1 * 1.2**k for k in range(1, 6)])
+    assert (above.get_ylabel(), above.get_yscale()) == ("support changed, %", "log")
 
 
 def test_figures_tell_operators_with_the_same_last_name_apart() -> None:
