@@ -42,7 +42,14 @@ from fistapruner.reporting.heat_map import _brief
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.recovery_text import change_text
-from fistapruner.reporting.size_and_speed import QUANTISE_FIRST, speed_rows
+from fistapruner.reporting.size_and_speed import (
+    NOT_MEASURED,
+    QUANTISE_FIRST,
+    low_rank_sentence,
+    low_rank_share,
+    size_rows,
+    speed_rows,
+)
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
@@ -218,6 +225,59 @@ def test_sizes_and_speeds_of_a_recovered_smaller_model() -> None:
     card = model_card(report)
     assert "| Decoding, smaller float32, tokens/s |" in card
     assert "(–)" not in card
+
+
+def test_sizes_are_those_of_all_files_against_the_dense_ones() -> None:
+    report = samples.report(2)
+    report.model.bytes = 400 * 2**20
+    totals = report.totals
+    totals.checkpoint_bytes, totals.compressed_bytes, totals.low_rank_bytes = 400 * 2**20, 250 * 2**20, 20 * 2**20
+    totals.operator_weights, totals.operator_zeros, totals.low_rank_weights, totals.low_rank = 2000, 1000, 100, 8
+    written = ("Checkpoint on disk", "400 MiB", "400 MiB", "×1.00", "zeros are stored as they are")
+    beside = ("Low-rank adapter beside it", "–", "20.0 MiB", "×0.0500", "comes on top")
+    how = "packed, the same weights bit for bit: a mask and the kept values"
+    packed = ("Compressed checkpoint", "–", "250 MiB", "×0.625")
+    assert size_rows(report) == [written, beside, (*packed, f"{how}; the adapter is counted")]
+    assert "100 additional weights, 5.00 % of the pruned operators' weights (20.0 MiB)" in low_rank_sentence(report)
+    totals.low_rank_bytes, totals.low_rank_weights = None, None
+    assert size_rows(report) == [written, (*packed, how)]
+    assert low_rank_sentence(report) == low_rank_share(report) == ""
+    report.speed, totals.compressed_bytes = None, None
+    assert size_rows(report) == [written, ("Compressed checkpoint", "–", "–", "–", NOT_MEASURED)]
+    totals.operator_zeros = None
+    assert size_rows(report) == [written]
+    totals.operator_zeros, report.stacked_experts = 1000, True
+    assert size_rows(report) == [written]
+    report.stacked_experts, totals.checkpoint_bytes = False, 300 * 2**20
+    report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
+    assert size_rows(report) == [("Checkpoint on disk", "400 MiB", "300 MiB", "×0.750", "fewer parameters")]
+
+
+def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
+    report = samples.report(2)
+    facts = {
+        "dense bfloat16": (10.0, 900),
+        "dense float32": (20.0, 800),
+        "packed": (30.0, 400),
+        "packed int8": (25.0, 300),
+    }
+    speeds = [
+        {"variant": name, "tokens_per_second": rate, "peak_memory": memory * 2**20, "batch": 2, "prompt": 1, "runs": 5}
+        for name, (rate, memory) in facts.items()
+    ]
+    odd = [{"variant": "packed odd", "tokens_per_second": None}, "nothing"]
+    report.speed = {"speeds": [*speeds, *odd], "machine": {"cpu": "a processor"}}
+    how = "against dense float32, the fastest dense form; greedy, batch 2, 1 prompt token, median (range) of 5 runs, a "
+    of = "of the process that decodes, packed against dense float32"
+    assert speed_rows(report) == [
+        ("Decoding, packed, tokens/s", "20.0", "30.0", "×1.50", f"{how}processor"),
+        ("Decoding, packed int8, tokens/s", "20.0", "25.0", "×1.25", f"{how}processor"),
+        ("Peak memory while decoding", "800 MiB", "400 MiB", "×0.500", of),
+    ]
+    report.speed = None
+    assert [row[-1] for row in speed_rows(report)] == [NOT_MEASURED]
+    report.status = "running"
+    assert speed_rows(report) == []
 
 
 def test_quantising_is_named_once_where_sizes_are() -> None:
