@@ -49,6 +49,7 @@ from fistapruner.reporting.size_and_speed import (
     low_rank_share,
     size_rows,
     speed_rows,
+    speed_table,
 )
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
@@ -262,18 +263,33 @@ def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
         "packed int8": (25.0, 300),
     }
     speeds = [
-        {"variant": name, "tokens_per_second": rate, "peak_memory": memory * 2**20, "batch": 2, "prompt": 1, "runs": 5}
+        {
+            "variant": name,
+            "tokens_per_second": rate,
+            "peak_memory": memory * 2**20,
+            "batch": 2,
+            "prompt": 1,
+            "threads": 4,
+        }
         for name, (rate, memory) in facts.items()
     ]
     odd = [{"variant": "packed odd", "tokens_per_second": None}, "nothing"]
     report.speed = {"speeds": [*speeds, *odd], "machine": {"cpu": "a processor"}}
-    how = "against dense float32, the fastest dense form; greedy, batch 2, 1 prompt token, median (range) of 5 runs, a "
+    speeds[2] |= {"tokens_per_second_range": [29.0, 31.5], "first_token": 0.02, "file_size": 250 * 2**20, "runs": 5}
+    speeds[3]["device"] = "cuda"
+    against = "against dense float32, the fastest dense form; greedy, batch 2, 1 prompt token, "
     of = "of the process that decodes, packed against dense float32"
     assert speed_rows(report) == [
-        ("Decoding, packed, tokens/s", "20.0", "30.0", "×1.50", f"{how}processor"),
-        ("Decoding, packed int8, tokens/s", "20.0", "25.0", "×1.25", f"{how}processor"),
+        (
+            "Decoding, packed, tokens/s",
+            *("20.0", "30.0 (29.0 to 31.5)", "×1.50"),
+            f"{against}median (range) of 5 runs, 4 threads, a processor",
+        ),
+        ("Decoding, packed int8, tokens/s", "20.0", "25.0", "×1.25", f"{against}a processor"),
         ("Peak memory while decoding", "800 MiB", "400 MiB", "×0.500", of),
     ]
+    assert speed_table(report)[2] == ("packed", "30.0", "29.0 to 31.5", "20 ms", "400 MiB", "250 MiB")
+    assert speed_table(report)[4] == ("packed odd", *"–––––")
     report.speed = None
     assert [row[-1] for row in speed_rows(report)] == [NOT_MEASURED]
     report.status = "running"
@@ -293,6 +309,7 @@ def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
     report, prompts = samples.report(2), {"batch": 4, "prompt": 30}
     rows = [samples.speed(name, 12.0) | prompts for name in ("dense float32", "smaller float32")]
     rows[1]["first_token"] = 0.05
+    rows.append(samples.speed("packed", 30.0) | prompts | {"first_token": 0.01})  # dense forms alone are compared with
     report.speed = {"speeds": rows}
     found = {row[0]: row[1:4] for row in speed_rows(report)}
     assert found["Reading the prompt, smaller float32, tokens/s"] == ("600", "2,400", "×4.00")
