@@ -358,10 +358,11 @@ def test_calibration_text_is_advised_only_where_the_method_needs_it() -> None:
     assert few in words("sparsegpt", 100)
     assert other in words("sparsegpt", 100)
     for text in (few, other, quick):
-        assert text not in words("magnitude", 100) + words("magnitude")
+        assert text not in words("magnitude", 100) + words("magnitude") + words("sparsegpt", 0)
     assert few in words("magnitude", 100, allocation="owl")
     assert few in words("magnitude+refit", 100)
     assert few in words("magnitude", 100, structure={"remove": "25%"})
+    assert not any("Calibration text was" in line for line in advice(samples.report()))  # it is a file of the user's
     assert quick in words("sparsegpt")
     assert quick not in words("wanda")
     assert few not in words("wanda", 100)
