@@ -101,7 +101,7 @@ def test_values_that_the_file_cannot_hold_are_refused(
         fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
     assert not list(tmp_path.glob("out.gguf*"))
     fp.export(folder, tmp_path / "out.gguf", like=source, values="bf16")
-    with pytest.raises(FistaPrunerError, match="^values 'int4': one of bf16, f16, f32, q8_0 is expected"):
+    with pytest.raises(FistaPrunerError, match=r"^values 'int4': one of bf16, f16, f32, q8_0 is expected"):
         fp.export(folder, tmp_path / "other.gguf", like=source, values="int4")  # type: ignore[arg-type]
 
 
