@@ -33,6 +33,7 @@ from fistapruner.reporting.compare_page import (
     quality_against_sparsity,
     quality_against_time,
     short_labels,
+    verdict,
 )
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.drawing import FULL, HALF, HEAT, HEAT_LEVELS, NARROW, draw
@@ -852,6 +853,44 @@ def test_methods_that_keep_another_share_of_the_weights_win_nothing(
     assert f"alps ({note}) has 0.605 at 50%." in text
     assert f"alps: gap 0.605 in 4 min 06 s ({note})" in text
     assert "At 70%, alps has the smallest gap" in text
+
+
+def test_results_of_a_comparison_begin_with_the_dense_model() -> None:
+    """Divergence has a column where it was measured."""
+    comparison = samples.comparison()
+    comparison.rows[0].time_split = {"solve": 100.0}
+    page = unescape(comparison_page(comparison)).partition("of it solving")
+    assert re.findall(r"<th[^>]*>([^<]*)<", page[0])[-7:] == [
+        *("method", "sparsity", "seed", "perplexity", "gap", "mean relative error", "time")
+    ]
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[2:]
+    assert cells[:10] == ["dense", "–", "–", "25.32 ± 0.51", "0", "0", "–", "–", "–", "–"]
+    perplexity = f"{25.32 * math.exp(0.8):.2f} ± {25.32 * math.exp(0.8) * 0.02:.2f}"
+    assert cells[10:20] == [
+        *("wanda", "50%", "0", perplexity, "0.800", "5.33 %", "2 min 18 s", "1 min 40 s", "1.86 GiB", "50.00 %")
+    ]
+    comparison.rows[0].divergence = samples.report(1).evaluations[0].divergence
+    page = unescape(comparison_page(comparison)).partition("of it solving")
+    assert re.findall(r"<th[^>]*>([^<]*)<", page[0])[-4:] == ["gap", "KL", "mean relative error", "time"]
+    assert [cell[:5] for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[17:20]] == [
+        "0.800",
+        "0.710",
+        "5.33 ",
+    ]
+
+
+def test_a_method_with_more_weights_is_named_only_where_it_beats_the_best() -> None:
+    """A method whose zeros are not recorded is compared as one that keeps what was asked."""
+    comparison = samples.comparison()
+    here = [row for row in comparison.rows if row.sparsity == "50%"]
+    for row in here:
+        row.operator_zeros = {"sparsegpt": 300, "wanda": None}.get(row.method, 500)
+    text = verdict(comparison, points(comparison.rows))
+    assert text.startswith("At 50%, alps has the smallest gap (0.605), then wanda (0.805). At 70%")
+    for row in here:
+        row.gap = None if row.gap is None else row.gap - 0.5 * (row.method == "sparsegpt")
+    text = verdict(comparison, points(comparison.rows))
+    assert "then wanda (0.805). sparsegpt (+20.0 % weights) has 0.235 at 50%. At 70%" in text
 
 
 @pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])
