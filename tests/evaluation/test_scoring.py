@@ -93,7 +93,9 @@ def test_slicing_does_not_change_the_sums() -> None:
             *compare_tokens(hidden, hidden, targets, lambda x: x @ weight.T, lambda x: x @ other.T, 40, budgets),
         )
 
-    assert both(Budgets(head=4 * 40 * 5, rows=4 * 40 * 2)) == pytest.approx(both(Budgets()), rel=1e-5)
+    sums = torch.stack(token_divergence(hidden @ weight.T, hidden @ other.T, targets)).double().sum(1).tolist()
+    assert both(Budgets()) == pytest.approx((sums[0], *sums), rel=1e-12)
+    assert both(Budgets(head=4 * 40 * 5, rows=4 * 40 * 2)) == pytest.approx((sums[0], *sums), rel=1e-5)
 
 
 def test_standard_error_is_over_windows() -> None:

@@ -135,8 +135,12 @@ def test_a_task_without_a_known_metric_is_refused(tmp_path: Path, caplog: pytest
     (tmp_path / "own.yaml").write_text("metric_list:\n  - metric: !function utils.acc\n")
     index = {"wikitext": {"yaml_path": str(tmp_path / "wikitext.yaml")}, "group": {"yaml_path": -1}}
     index["own"] = SimpleNamespace(yaml_path=tmp_path / "own.yaml")  # type: ignore[assignment]
+    (tmp_path / "listed.yaml").write_text("include: [own.yaml, base.yaml]\n")
+    (tmp_path / "odd.yaml").write_text("metric_list: [acc]\n")
+    index |= {name: {"yaml_path": str(tmp_path / f"{name}.yaml")} for name in ("listed", "odd")}
     manager = SimpleNamespace(task_index=index, all_tasks=[*index])
-    assert [configured_metrics(manager, task) for task in index] == [["word_perplexity", "bits_per_byte"], [], []]
+    known = ["word_perplexity", "bits_per_byte"]
+    assert [configured_metrics(manager, task) for task in index] == [known, [], [], known, []]
     samples = [{"doc_id": 0, "filter": "none", "metrics": ["bleu_max", "bleu_diff"], "bleu_max": 1.0, "bleu_diff": 0.5}]
     with pytest.raises(fp.FistaPrunerError, match=r"'truthfulqa_gen' has the metrics bleu_max, bleu_diff: only tasks"):
         read_answers({"samples": {"truthfulqa_gen": samples}})

@@ -101,6 +101,8 @@ def test_values_that_the_file_cannot_hold_are_refused(
         fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
     assert not list(tmp_path.glob("out.gguf*"))
     fp.export(folder, tmp_path / "out.gguf", like=source, values="bf16")
+    with pytest.raises(FistaPrunerError, match=r"^values 'int4': one of bf16, f16, f32, q8_0 is expected"):
+        fp.export(folder, tmp_path / "other.gguf", like=source, values="int4")  # type: ignore[arg-type]
 
 
 def test_a_very_sparse_model_is_of_its_dense_file(dense: tuple[Path, Path], tmp_path: Path) -> None:
@@ -292,6 +294,23 @@ def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_head_is_written_where_the_checkpoint_has_one(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without one, llama.cpp takes the embeddings; a file without one has no place for one."""
+    source, folder = dense
+    tied = tensors(folder)
+    head = tied.pop("lm_head.weight")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), "utf-8")
+    save_file(tied, folder / "model.safetensors", {"format": "pt"})
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
+    names = {tensor.name for tensor in gguf.GGUFReader(source).tensors}
+    assert names - {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors} == {"output.weight"}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    save_file(tied | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FistaPrunerError, match=r"out\.gguf is not .*: it has no place for 'lm_head\.weight' of"):
+        fp.export(folder, tmp_path / "other.gguf", like=tmp_path / "out.gguf")
+
+
 def test_fewer_heads_of_a_mistral(dense: tuple[Path, Path], tmp_path: Path) -> None:
     """Three heads are left, which the rows of the dense file's tensors cannot be divided into."""
     source, folder = dense
@@ -339,7 +358,7 @@ def test_the_file_alone_takes_room(
     nbytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "measured.gguf").tensors)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nbytes - 1))
-    with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* MiB and only"):
+    with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* are free; free 1 B more"):
         fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
     left = tmp_path / ".out.gguf.partial"  # by an export that was killed
     left.write_bytes(b"0")

@@ -245,12 +245,16 @@ def test_space_is_checked_before_the_first_byte(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "yet" / "there", 1)
 
 
-def test_missing_space_is_said_in_units_that_tell_both_sizes_apart(
+def test_missing_space_is_said_even_where_both_sizes_read_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=92 * 2**10))
-    with pytest.raises(FistaPrunerError, match=r"needs 123 KiB and only 92\.0 KiB are free"):
-        require_space(tmp_path, 123 * 2**10)
+    for needed, said in (
+        (123 * 2**10, r"needs 123 KiB and only 92\.0 KiB are free; free 31\.0 KiB more"),
+        (92 * 2**10 + 1, r"needs 92\.0 KiB and only 92\.0 KiB are free; free 1 B more"),
+    ):
+        with pytest.raises(FistaPrunerError, match=said):
+            require_space(tmp_path, needed)
 
 
 def test_atomic_text_and_json(tmp_path: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from html import unescape
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,15 +33,25 @@ from fistapruner.reporting.compare_page import (
     quality_against_sparsity,
     quality_against_time,
     short_labels,
+    verdict,
 )
 from fistapruner.reporting.comparison import comparison_table
-from fistapruner.reporting.drawing import HALF, HEAT_LEVELS, NARROW, draw
-from fistapruner.reporting.figures import layer_errors, layer_figures
+from fistapruner.reporting.drawing import FULL, HALF, HEAT, HEAT_LEVELS, NARROW, draw
+from fistapruner.reporting.figures import layer_errors, layer_figures, solver_path
 from fistapruner.reporting.figures_quality import quality_figures
+from fistapruner.reporting.heat_map import _brief
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.recovery_text import change_text
-from fistapruner.reporting.size_and_speed import QUANTISE_FIRST, speed_rows
+from fistapruner.reporting.size_and_speed import (
+    NOT_MEASURED,
+    QUANTISE_FIRST,
+    low_rank_sentence,
+    low_rank_share,
+    size_rows,
+    speed_rows,
+    speed_table,
+)
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
@@ -45,7 +60,7 @@ from fistapruner.runs.comparison_records import AlignComparison, AlignRow, Compa
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
-from fistapruner.runtime.formatting import size
+from fistapruner.runtime.formatting import significant, size
 from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
@@ -214,6 +229,74 @@ def test_sizes_and_speeds_of_a_recovered_smaller_model() -> None:
     assert "(–)" not in card
 
 
+def test_sizes_are_those_of_all_files_against_the_dense_ones() -> None:
+    report = samples.report(2)
+    report.model.bytes = 400 * 2**20
+    totals = report.totals
+    totals.checkpoint_bytes, totals.compressed_bytes, totals.low_rank_bytes = 400 * 2**20, 250 * 2**20, 20 * 2**20
+    totals.operator_weights, totals.operator_zeros, totals.low_rank_weights, totals.low_rank = 2000, 1000, 100, 8
+    written = ("Checkpoint on disk", "400 MiB", "400 MiB", "×1.00", "zeros are stored as they are")
+    beside = ("Low-rank adapter beside it", "–", "20.0 MiB", "×0.0500", "comes on top")
+    how = "packed, the same weights bit for bit: a mask and the kept values"
+    packed = ("Compressed checkpoint", "–", "250 MiB", "×0.625")
+    assert size_rows(report) == [written, beside, (*packed, f"{how}; the adapter is counted")]
+    assert "100 additional weights, 5.00 % of the pruned operators' weights (20.0 MiB)" in low_rank_sentence(report)
+    totals.low_rank_bytes, totals.low_rank_weights = None, None
+    assert size_rows(report) == [written, (*packed, how)]
+    assert low_rank_sentence(report) == low_rank_share(report) == ""
+    report.speed, totals.compressed_bytes = None, None
+    assert size_rows(report) == [written, ("Compressed checkpoint", "–", "–", "–", NOT_MEASURED)]
+    totals.operator_zeros = None
+    assert size_rows(report) == [written]
+    totals.operator_zeros, report.stacked_experts = 1000, True
+    assert size_rows(report) == [written]
+    report.stacked_experts, totals.checkpoint_bytes = False, 300 * 2**20
+    report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
+    assert size_rows(report) == [("Checkpoint on disk", "400 MiB", "300 MiB", "×0.750", "fewer parameters")]
+
+
+def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
+    report = samples.report(2)
+    facts = {
+        "dense bfloat16": (10.0, 900),
+        "dense float32": (20.0, 800),
+        "packed": (30.0, 400),
+        "packed int8": (25.0, 300),
+    }
+    speeds = [
+        {
+            "variant": name,
+            "tokens_per_second": rate,
+            "peak_memory": memory * 2**20,
+            "batch": 2,
+            "prompt": 1,
+            "threads": 4,
+        }
+        for name, (rate, memory) in facts.items()
+    ]
+    odd = [{"variant": "packed odd", "tokens_per_second": None}, "nothing"]
+    report.speed = {"speeds": [*speeds, *odd], "machine": {"cpu": "a processor"}}
+    speeds[2] |= {"tokens_per_second_range": [29.0, 31.5], "first_token": 0.02, "file_size": 250 * 2**20, "runs": 5}
+    speeds[3]["device"] = "cuda"
+    against = "against dense float32, the fastest dense form; greedy, batch 2, 1 prompt token, "
+    of = "of the process that decodes, packed against dense float32"
+    assert speed_rows(report) == [
+        (
+            "Decoding, packed, tokens/s",
+            *("20.0", "30.0 (29.0 to 31.5)", "×1.50"),
+            f"{against}median (range) of 5 runs, 4 threads, a processor",
+        ),
+        ("Decoding, packed int8, tokens/s", "20.0", "25.0", "×1.25", f"{against}a processor"),
+        ("Peak memory while decoding", "800 MiB", "400 MiB", "×0.500", of),
+    ]
+    assert speed_table(report)[2] == ("packed", "30.0", "29.0 to 31.5", "20 ms", "400 MiB", "250 MiB")
+    assert speed_table(report)[4] == ("packed odd", *"–––––")
+    report.speed = None
+    assert [row[-1] for row in speed_rows(report)] == [NOT_MEASURED]
+    report.status = "running"
+    assert speed_rows(report) == []
+
+
 def test_quantising_is_named_once_where_sizes_are() -> None:
     report = samples.report(1)
     report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
@@ -227,6 +310,7 @@ def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
     report, prompts = samples.report(2), {"batch": 4, "prompt": 30}
     rows = [samples.speed(name, 12.0) | prompts for name in ("dense float32", "smaller float32")]
     rows[1]["first_token"] = 0.05
+    rows.append(samples.speed("packed", 30.0) | prompts | {"first_token": 0.01})  # dense forms alone are compared with
     report.speed = {"speeds": rows}
     found = {row[0]: row[1:4] for row in speed_rows(report)}
     assert found["Reading the prompt, smaller float32, tokens/s"] == ("600", "2,400", "×4.00")
@@ -484,6 +568,141 @@ def test_the_legend_of_the_errors_is_above_the_data(width: int, monkeypatch: pyt
     assert 0 <= box.x0 < box.x1 <= width
 
 
+@contextmanager
+def plotted(module: str, width: int) -> Iterator[dict[str, Any]]:
+    """Draw the figures of a module on matplotlib's own, by key, without an SVG of them."""
+    from matplotlib.figure import Figure
+
+    figures: dict[str, Any] = {}
+
+    def plot(key: str, title: str, onto: Any, **others: Any) -> None:
+        figures[key] = Figure()
+        onto(figures[key], width)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"fistapruner.reporting.{module}.draw", plot)
+        yield figures
+
+
+def test_lines_and_bars_of_decoder_layers_are_those_of_the_report() -> None:
+    report = samples.report(4)
+    report.layers[2].operators[4].zeros = 0
+    with plotted("figures", HALF) as drawn, plotted("heat_map", HALF):
+        layer_figures(report)
+    (axes,) = drawn["layer-errors"].axes
+    means = [mean(operator.relative_error or 0.0 for operator in layer.operators) for layer in report.layers]
+    for line, shares in zip(axes.lines, (means, [0.02] * 4), strict=True):
+        assert line.get_xdata().tolist() == [0, 1, 2, 3]
+        assert line.get_ydata().tolist() == pytest.approx([100 * share for share in shares])
+    assert axes.get_ylim()[0] == 0
+    (axes,) = drawn["layer-sparsity"].axes
+    weights = sum(operator.shape[0] * operator.shape[1] for operator in report.layers[0].operators)
+    third = 50 - 100 * (192 * 64 // 2) / weights
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([50, 50, third, 50])
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx([0, 1, 2, 3])
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[2, 0], [2, 50]]]
+    assert axes.get_ylim() == (0, 100)
+    (axes,) = drawn["time-by-layer"].axes
+    phases = dict(zip(axes.get_legend_handles_labels()[1], axes.containers, strict=True))
+    assert list(phases) == ["capture", "gram", "solve", "io", "other"]
+    for phase, bars in phases.items():
+        expected = [layer.seconds.get(phase, 0.0) for layer in report.layers]
+        assert [bar.get_height() for bar in bars] == pytest.approx(expected)
+    ends = [bar.get_y() + bar.get_height() for bar in phases["other"]]
+    assert ends == pytest.approx([sum(layer.seconds.values()) for layer in report.layers])
+    assert axes.get_ylim()[1] > max(ends)
+
+
+def test_the_steps_of_solvers_are_those_of_the_report() -> None:
+    """The path is that of the operators with the largest errors; one operator has had the first step alone."""
+    report = samples.report(4)
+    del report.layers[0].operators[0].steps[1]
+    with plotted("figures", HALF) as drawn, plotted("heat_map", HALF):
+        layer_figures(report)
+    (axes,) = drawn["chain-errors"].axes
+    errors = [100 * (operator.relative_error or 0.0) for operator in report.operators]
+    for place, expected in enumerate(([1.2 * error for error in errors], errors[1:])):
+        dots, bar = axes.lines[2 * place : 2 * place + 2]
+        assert sorted(dots.get_ydata()) == pytest.approx(sorted(expected))
+        assert all(abs(x - place) <= 0.2 for x in dots.get_xdata())
+        assert bar.get_ydata() == pytest.approx([median(expected)] * 2)
+    above, below = drawn["solver-path"].axes
+    assert [line.get_label() for line in above.lines] == ["1 down_proj", "1 up_proj", "1 v_proj", "1 gate_proj"]
+    (rounds,) = {tuple(line.get_ydata()) for line in above.lines}
+    assert rounds == pytest.approx([1 - 0.05 * k + 0.012 * k * k for k in range(6)])
+    assert below.lines[0].get_ydata().tolist() == pytest.approx([1e-4 * 3 ** (k % 4) for k in range(6)])
+    assert below.lines[0].get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
+    assert (above.get_ylabel(), below.get_ylabel(), below.get_xlabel()) == ("error, first = 1", "λ", "round")
+    assert (above.get_yscale(), below.get_yscale()) == ("linear", "log")
+
+
+@pytest.mark.parametrize("width", [NARROW, FULL])
+def test_cells_of_a_heat_map_have_the_color_of_their_value(width: int) -> None:
+    """Layers across a wide figure, down a narrow one; the scale ends with the largest. An unknown one has no cell."""
+    from matplotlib.colors import to_rgba
+
+    report = samples.report(4)
+    report.layers[1].operators[2].relative_error = None
+    with plotted("figures", width), plotted("heat_map", width) as drawn:
+        layer_figures(report)
+    axes, scale = drawn["error-map"].axes
+    names = [operator.name.rpartition(".")[2] for operator in report.layers[0].operators]
+    ticks = [[text.get_text() for text in texts] for texts in (axes.get_xticklabels(), axes.get_yticklabels())]
+    assert ticks == ([list("0123"), names] if width == FULL else [names, list("0123")])
+    cells = {(round(cell.get_x() + 0.47), round(cell.get_y() + 0.46)): cell.get_facecolor() for cell in axes.patches}
+    levels = {to_rgba(color): level for level, color in enumerate(HEAT)}
+    places = {
+        (layer.index, row): 100 * operator.relative_error
+        for layer in report.layers
+        for row, operator in enumerate(layer.operators)
+        if operator.relative_error is not None
+    }
+    found = {value: levels[cells.pop(place if width == FULL else place[::-1])] for place, value in places.items()}
+    assert not cells
+    low, high = sorted(found)[1], max(found)  # the scale leaves out the lowest twentieth, here one of 28
+    for value, level in found.items():
+        share = math.log(value / low) / math.log(high / low)
+        assert level == min(max(math.floor(share * HEAT_LEVELS), 0), HEAT_LEVELS - 1)
+    labels = [text.get_text() for text in (scale.get_yticklabels() if width == FULL else scale.get_xticklabels())]
+    assert labels == [
+        f"≤ {significant(low, 2)} %",
+        f"{significant(math.sqrt(low * high), 2)} %",
+        f"{significant(high, 2)} %",
+    ]
+    if width == FULL:
+        written = {tuple(map(round, text.get_position())): float(text.get_text()) for text in axes.texts}
+        assert written == pytest.approx(places, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.004, "<0.01"), (0.01, "0.01"), (0.994, "0.99"), (1, "1.0"), (99.9, "99.9"), (99.96, "100")]
+)
+def test_a_cell_has_room_for_its_number(value: float, said: str) -> None:
+    assert _brief(value) == said
+
+
+@pytest.mark.parametrize("kind", ["prune", "recover"])
+def test_bars_of_quality_are_those_of_the_evaluations(kind: str) -> None:
+    from matplotlib.container import ErrorbarContainer
+
+    report = samples.report(1) if kind == "prune" else samples.recovery(1)
+    with plotted("figures_quality", HALF) as drawn:
+        quality_figures(report)
+    (axes,) = drawn["perplexity"].axes
+    expected = [25.32, 46.53, 12.3, 17.4] if kind == "prune" else [25.32, 46.53, 31.9]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx(expected)
+    assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for value in expected]
+    labels = [text.get_text().rpartition(", ")[2] for text in axes.get_yticklabels()]
+    assert labels == (["dense", "pruned"] * 2 if kind == "prune" else ["dense", "before", "recovered"])
+    spans = [bars[2][0].get_segments()[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)]
+    errors = [(end - start) / 2 for (start, _), (end, _) in spans]
+    assert errors == pytest.approx([0.02 * value for value in expected])
+    left, right = drawn["divergence"].axes
+    kl, agreement = ([0.71, 0.71], [0.62, 0.62]) if kind == "prune" else ([0.71, 0.3], [0.62, 0.75])
+    assert [bar.get_width() for bar in left.patches] == pytest.approx(kl)
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([100 * (1 - share) for share in agreement])
+
+
 def test_a_solver_s_records_may_be_anything() -> None:
     report = samples.report(2)
     odd: list[Any] = [
@@ -508,6 +727,12 @@ def test_alps_records_are_drawn() -> None:
     assert "penalty ρ" in text
     assert METHODS["alps"].trace is not None
     assert METHODS["alps"].trace.caption in text
+    with plotted("figures", HALF) as drawn:
+        solver_path(report.layers)
+    above, below = drawn["solver-path"].axes
+    assert above.lines[0].get_ydata() == pytest.approx([100 * 0.1 / k for k in range(1, 6)])
+    assert below.lines[0].get_ydata() == pytest.approx([0.1 * 1.2**k for k in range(1, 6)])
+    assert (above.get_ylabel(), above.get_yscale()) == ("support changed, %", "log")
 
 
 def test_figures_tell_operators_with_the_same_last_name_apart() -> None:
@@ -630,6 +855,44 @@ def test_methods_that_keep_another_share_of_the_weights_win_nothing(
     assert "At 70%, alps has the smallest gap" in text
 
 
+def test_results_of_a_comparison_begin_with_the_dense_model() -> None:
+    """Divergence has a column where it was measured."""
+    comparison = samples.comparison()
+    comparison.rows[0].time_split = {"solve": 100.0}
+    page = unescape(comparison_page(comparison)).partition("of it solving")
+    assert re.findall(r"<th[^>]*>([^<]*)<", page[0])[-7:] == [
+        *("method", "sparsity", "seed", "perplexity", "gap", "mean relative error", "time")
+    ]
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[2:]
+    assert cells[:10] == ["dense", "–", "–", "25.32 ± 0.51", "0", "0", "–", "–", "–", "–"]
+    perplexity = f"{25.32 * math.exp(0.8):.2f} ± {25.32 * math.exp(0.8) * 0.02:.2f}"
+    assert cells[10:20] == [
+        *("wanda", "50%", "0", perplexity, "0.800", "5.33 %", "2 min 18 s", "1 min 40 s", "1.86 GiB", "50.00 %")
+    ]
+    comparison.rows[0].divergence = samples.report(1).evaluations[0].divergence
+    page = unescape(comparison_page(comparison)).partition("of it solving")
+    assert re.findall(r"<th[^>]*>([^<]*)<", page[0])[-4:] == ["gap", "KL", "mean relative error", "time"]
+    assert [cell[:5] for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[17:20]] == [
+        "0.800",
+        "0.710",
+        "5.33 ",
+    ]
+
+
+def test_a_method_with_more_weights_is_named_only_where_it_beats_the_best() -> None:
+    """A method whose zeros are not recorded is compared as one that keeps what was asked."""
+    comparison = samples.comparison()
+    here = [row for row in comparison.rows if row.sparsity == "50%"]
+    for row in here:
+        row.operator_zeros = {"sparsegpt": 300, "wanda": None}.get(row.method, 500)
+    text = verdict(comparison, points(comparison.rows))
+    assert text.startswith("At 50%, alps has the smallest gap (0.605), then wanda (0.805). At 70%")
+    for row in here:
+        row.gap = None if row.gap is None else row.gap - 0.5 * (row.method == "sparsegpt")
+    text = verdict(comparison, points(comparison.rows))
+    assert "then wanda (0.805). sparsegpt (+20.0 % weights) has 0.235 at 50%. At 70%" in text
+
+
 @pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])
 def test_every_gap_has_a_place_in_its_figure(gap: float, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
@@ -639,6 +902,28 @@ def test_every_gap_has_a_place_in_its_figure(gap: float, scale: str, monkeypatch
     quality_against_sparsity([Point("wanda", "10%", 1, gap, 0.0, None), Point("wanda", "50%", 1, 0.8, 0.0, None)])
     assert figure.axes[0].get_yscale() == scale
     assert figure.axes[0].get_ylim()[0] < gap
+
+
+def test_marks_of_a_comparison_are_the_means_of_its_seeds() -> None:
+    """Shares of zeros are joined by a line; n:m patterns stand apart, behind them."""
+    found = points(samples.comparison().rows)
+    with plotted("compare_page", HALF) as drawn:
+        quality_against_sparsity(found)
+        quality_against_time(found, "70%")
+    (axes,) = drawn["gap-sparsity"].axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["50%", "70%", "2:4"]
+    gaps = {"wanda": (0.8, 3.0, 1.9), "sparsegpt": (0.73, 2.5, 1.4), "alps": (0.6, 1.9, 1.1)}
+    expected = [marks for first, *others in gaps.values() for marks in ([(0, first), (1, others[0])], [(2, others[1])])]
+    spread = 0.01 / math.sqrt(2)  # standard deviation of two gaps that differ by 0.01
+    for (line, _, (bars,)), marks in zip(axes.containers, expected, strict=True):
+        assert np.allclose(line.get_xydata(), [(place, gap + 0.005) for place, gap in marks])
+        ends = [(gap + 0.005 - spread, gap + 0.005 + spread) for _, gap in marks]
+        assert np.allclose([segment[:, 1] for segment in bars.get_segments()], ends)
+    assert axes.get_legend_handles_labels()[1] == list(gaps)
+    (axes,) = drawn["gap-time-70-"].axes
+    marks = [container[0].get_xydata()[0] for container in axes.containers]
+    assert np.allclose(marks, [(138, 3.005), (142, 2.505), (246, 1.905)])
+    assert {text.get_text(): text.xy for text in axes.texts} == dict(zip(gaps, map(tuple, marks), strict=True))
 
 
 def test_names_in_figures_may_have_any_signs() -> None:

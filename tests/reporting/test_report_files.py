@@ -279,6 +279,26 @@ def test_advice_names_the_layer_and_the_operator_that_stand_out() -> None:
     assert any("--method sparsegpt+fista+refit" in line for line in words)
     assert any("32 windows; the papers use 128" in line for line in words)
     assert advice(Report()) == []
+    report = samples.report()
+    for operator in report.layers[5].operators:
+        operator.relative_error = 0.8
+    line = next(line for line in advice(report) if line.startswith("Decoder layer"))
+    assert re.match(r"Decoder layers 5 \(80 %\), 1 \([\d.]+ %\) stand out .* Give them less sparsity", line)
+    assert r"re:model\.layers\.5\." in line
+
+
+def test_a_search_that_often_keeps_its_warm_start_is_told() -> None:
+    """The rounds of a sample reach 0.948; after another step the start is not the search's own."""
+
+    def told(kept: float, *, share: int = 1, first: bool = True) -> list[str]:
+        report = samples.report(4)
+        for operator in report.operators[::share]:
+            operator.steps = [step | {"e_total": kept} for step in operator.steps[1:]] if first else operator.steps
+        return [line.partition(" beat")[0] for line in advice(report) if "warm start" in line]
+
+    assert told(0.93) == ["In 28 of 28 operators no round of the λ search"]
+    assert told(0.93, share=3) == ["In 10 of 28 operators no round of the λ search"]
+    assert told(0.93, share=4) == told(0.948) == told(0.96) == told(0.93, first=False) == []
 
 
 def test_recovery_is_advised_where_quality_was_lost_and_none_follows() -> None:
@@ -338,10 +358,11 @@ def test_calibration_text_is_advised_only_where_the_method_needs_it() -> None:
     assert few in words("sparsegpt", 100)
     assert other in words("sparsegpt", 100)
     for text in (few, other, quick):
-        assert text not in words("magnitude", 100) + words("magnitude")
+        assert text not in words("magnitude", 100) + words("magnitude") + words("sparsegpt", 0)
     assert few in words("magnitude", 100, allocation="owl")
     assert few in words("magnitude+refit", 100)
     assert few in words("magnitude", 100, structure={"remove": "25%"})
+    assert not any("Calibration text was" in line for line in advice(samples.report()))  # it is a file of the user's
     assert quick in words("sparsegpt")
     assert quick not in words("wanda")
     assert few not in words("wanda", 100)
@@ -406,6 +427,13 @@ def test_a_longer_training_is_advised_by_the_setting_that_decides_its_length(
     report.kind = kind
     report.recipe |= settings
     assert advice(report) == [f"The held-out loss was lowest at the last step: more `{flag}` may win more."]
+    assert report.recovery is not None
+    report.recovery.kept_step = 12
+    assert advice(report) == []
+    report.recovery.kept_step = 0
+    assert [line.partition(":")[0] for line in advice(report)] == ["No check was better than the start"]
+    del report.recovery.checks[1:]  # the only one is that of the start
+    assert advice(report) == []
 
 
 def test_a_training_without_gradients_is_told_what_is_better() -> None:

@@ -351,6 +351,23 @@ def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
     assert journal.reduced("another run") is None
 
 
+def test_a_journaled_layer_counts_only_as_it_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = LayerJournal(tmp_path)
+    journal.write("run", {"a": torch.arange(4.0)}, LayerEntry(index=0))
+    tensors, data = journal.files(0)[0], journal.files(0)[0].read_bytes()
+    assert journal.finished(0, "run")
+    assert torch.equal(journal.weights(0).read("a"), torch.arange(4.0))
+    assert journal.finished(1, "run") is None
+    assert not caplog.messages  # a layer that was never written is not one that is done again
+    assert journal.finished(0, "another run") is None
+    for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-1], data + b"0"):
+        tensors.write_bytes(damaged)
+        assert journal.finished(0, "run") is None
+    assert len(caplog.messages) == 4
+    tensors.write_bytes(data)
+    assert journal.finished(0, "run")
+
+
 def test_a_journaled_layer_under_another_number_is_done_again(tmp_path: Path) -> None:
     journal = LayerJournal(tmp_path)
     journal.write("run", {}, LayerEntry(index=0))

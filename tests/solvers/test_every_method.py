@@ -378,6 +378,20 @@ def test_one_pattern_for_every_operator_is_asked_for(patterns: list[str]) -> Non
         solve(make_problem((8, 8)), patterns)
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (7, "^method 7 is not a name, names joined by"),
+        ([], "^method is empty: name one of proximal, "),
+        ("wnada", "^method 'wnada' is not known: one of proximal, "),
+        ([{"wanda": {}, "refit": {}}], "^method step .* is not one name with its settings"),
+    ],
+)
+def test_what_is_no_method_is_refused(method: Any, message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        parse_method(method)
+
+
 @pytest.mark.parametrize("name", REFINEMENTS)
 def test_a_refinement_needs_something_before_it(name: str) -> None:
     with pytest.raises(FistaPrunerError, match=name):

@@ -174,7 +174,7 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
         sentences += [
             f"{point.method}{point.note} has {point.gap:z.3f} at {pattern}."
             for point in found
-            if point.sparsity == pattern and point.uneven and not point.missing and here and point.gap < here[0].gap
+            if point.sparsity == pattern and not point.missing and here and point.gap < here[0].gap
         ]
     if comparison.status == "running":
         sentences.append("The comparison is not finished.")

@@ -91,8 +91,7 @@ def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         "layer-errors",
         "Error by decoder layer",
         plot,
-        caption="Mean over the operators of a layer"
-        + (f"; and of the layer's output, {of}." if output and of else "."),
+        caption="Mean over the operators of a layer" + (f"; and of the layer's output, {of}." if of else "."),
         description=f"Line plot over {len(means)} layers. Largest mean {significant(worst[1], 2)} %, layer {worst[0]}.",
         table=(
             ["layer", "mean of operators, %", "output, %"],

@@ -124,7 +124,7 @@ def speed_rows(report: Report) -> list[Row]:
         change = _times(_prefill(row), _prefill(whole))
         how = f"against {whole['variant']}; {speed_protocol(report, row)}"
         rows.append((name, significant(_prefill(whole)), significant(_prefill(row)), change, how))
-    best = fastest(packed or smaller) or [*packed, *smaller][0]
+    best = max(packed or smaller, key=_rate)
     how = f"of the process that decodes, {best['variant']} against {dense['variant']}"
     memory = best.get("peak_memory"), dense.get("peak_memory")
     if all(memory):

@@ -117,13 +117,13 @@ def require_space(path: Path, nbytes: int) -> None:
         nbytes: bytes needed.
 
     Raises:
-        FistaPrunerError: names the path, the bytes needed and the bytes free.
+        FistaPrunerError: names the path, the bytes needed, those free and those missing.
     """
     free = shutil.disk_usage(existing_folder(path)).free
     if free < nbytes:
         raise FistaPrunerError(
             f"the disk is full: {path} needs {size(nbytes)} and only {size(free)} are free; "
-            "free some space and run the same command again"
+            f"free {size(nbytes - free)} more and run the same command again"
         )
 
 
