@@ -231,7 +231,7 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     assert (now == measured) == (damage is not cut_without_a_record)  # without a record of its weights: measured again
 
 
-@pytest.mark.parametrize("name", ["config.json", "fistapruner.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["config.json", "fistapruner.json", "model.safetensors.index.json", "tokenizer.json"])
 def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path, name: str) -> None:
     path = run / "model" / name
     before = path.read_bytes()
@@ -240,6 +240,16 @@ def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path,
         checkpoint_of(run)
     fp.resume(run)
     assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
+
+
+def test_a_finished_checkpoint_whose_record_names_no_run_is_made_again(run: Path) -> None:
+    path = run / "model" / "fistapruner.json"
+    before = json.loads(path.read_bytes())
+    path.write_text("{}")
+    with pytest.raises(fp.FistaPrunerError, match="is not of this run, or is damaged: make the checkpoint again with"):
+        checkpoint_of(run)
+    fp.resume(run)
+    assert json.loads(path.read_bytes()).keys() == before.keys()
 
 
 def test_a_damaged_report_is_made_again_as_status_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

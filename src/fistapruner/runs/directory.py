@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from ..errors import FistaPrunerError, explain, unreadable
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder import remove_unfinished
-from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE
+from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE, TOKENIZER
 from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.files.writer import safetensors_name
 from ..runtime.files import (
@@ -280,8 +280,9 @@ class RunDirectory:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
         Weight files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index and record must be readable. A
-        checkpoint whose ``model.json`` is missing must name this run in its own record, and its shards must be whole.
+        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index, tokenizer and the files of a low-rank
+        part must be readable. The checkpoint must name this run in its own record. Where ``model.json`` is missing,
+        its shards must be whole.
 
         Args:
             fingerprint: of the run.
@@ -289,20 +290,12 @@ class RunDirectory:
         if not self.model.is_dir():
             return f"{self.model} is gone"
         record = self.model_record()
-        if record is None:
-            if self.model_fingerprint() != fingerprint:
-                return f"{self.model} is not of this run, or is damaged"
-            try:
-                Checkpoint.open(self.model)
-            except FistaPrunerError as error:
-                return str(error)
-            return None
-        if record.fingerprint != fingerprint:
+        if record is not None and record.fingerprint != fingerprint:
             return f"{self.model} is of another model or calibration text"
-        for name in record.others:
+        for name in record.others if record else ():
             if name != CARD and not (self.model / name).is_file():
                 return f"{self.model / name} is gone"
-        for name, claim in record.files.items():
+        for name, claim in record.files.items() if record else ():
             path = self.model / name
             if not path.is_file():
                 return f"{path} is gone"
@@ -311,8 +304,11 @@ class RunDirectory:
             if sampled_sha256(path) != claim.sampled:
                 return f"{path} is damaged: its checksum is not the one it was written with"
         try:
+            if read_json(self.model / PRUNING_RECORD).get("fingerprint") != fingerprint:
+                return f"{self.model} is not of this run, or is damaged"
             Checkpoint.open(self.model)
-            read_json(self.model / PRUNING_RECORD)
+            if (self.model / TOKENIZER).is_file():
+                read_json(self.model / TOKENIZER)
             LowRankAdapter.beside(self.model)
         except FistaPrunerError as error:
             return str(error)

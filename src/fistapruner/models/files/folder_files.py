@@ -22,6 +22,9 @@ PRUNING_RECORD = "fistapruner.json"
 PACKED_RECORD = "packed.json"
 """What makes a folder a packed checkpoint."""
 
+TOKENIZER = "tokenizer.json"
+"""The tokenizer in the form of the tokenizers library."""
+
 MAX_JSON = 256 * 2**20
 
 MAX_NAME = 255
