@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fistapruner as fp
+import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.errors import MissingExtraError
 from fistapruner.execution.pool import NoRoom
@@ -53,6 +55,19 @@ def test_a_listener_that_is_none(call: Callable[..., Any], listener: Any) -> Non
 def test_arguments_of_a_wrong_type(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(FistaPrunerError, match=f"^{message}"):
         call()
+
+
+def test_nobody_need_watch_an_evaluation(tmp_path: Path) -> None:
+    """None is a function that is not given, as for every other call."""
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    watched: list[str] = []
+    found = [
+        fp.evaluate(model, "python", seqlen=16, windows=2, tick=tick).perplexity
+        for tick in (None, lambda what, done, total: watched.append(what))
+    ]
+    assert found[0] is not None
+    assert found[0] == found[1]
+    assert watched
 
 
 @pytest.mark.parametrize("error", [MissingExtraError("ray", "ray", "a pool"), NoRoom("layer 3"), FistaPrunerError("a")])
