@@ -92,8 +92,11 @@ def test_the_dtype_is_that_of_most_weights_not_of_most_tensors(tmp_path: Path) -
 
 
 def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
-    with pytest.raises(FistaPrunerError, match="not a folder"):
+    with pytest.raises(FistaPrunerError, match=r"absent does not exist"):
         Checkpoint.open(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(FistaPrunerError, match="file is not a folder"):
+        Checkpoint.open(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FistaPrunerError, match=r"no config\.json"):
         Checkpoint.open(tmp_path / "empty")

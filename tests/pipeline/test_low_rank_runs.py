@@ -232,14 +232,19 @@ def test_parallel_layers_give_the_same_bits(dense: Path, tmp_path: Path, executo
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
-@pytest.mark.parametrize("how", ["gone", "damaged"])
+@pytest.mark.parametrize("how", ["gone", "damaged", "config gone", "config cut"])
 def test_a_lost_adapter_is_made_again_from_the_layers(run: Path, dense: Path, how: str) -> None:
     expected, file = results(run), run / "adapter" / "adapter_model.safetensors"
+    config = file.with_name("adapter_config.json")
     if how == "gone":
         shutil.rmtree(run / "adapter")
-    else:
+    elif how == "damaged":
         file.write_bytes(file.read_bytes()[:-4] + b"\x00\x01\x02\x03")
-    with pytest.raises(FistaPrunerError, match="adapter_model"):
+    elif how == "config gone":
+        config.unlink()
+    else:
+        config.write_bytes(config.read_bytes()[:40])
+    with pytest.raises(FistaPrunerError, match="adapter_config" if "config" in how else "adapter_model"):
         fp.evaluate(run / "model", "python", seqlen=16, windows=1)
     fp.prune(dense, run, low_rank=RANK, evaluate="python", evaluate_windows=2, **SMALL)
     assert results(run) == expected

@@ -243,6 +243,16 @@ def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path,
     assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
 
 
+def test_a_finished_checkpoint_whose_record_names_no_run_is_made_again(run: Path) -> None:
+    path = run / "model" / "fistapruner.json"
+    before = json.loads(path.read_bytes())
+    path.write_text("{}")
+    with pytest.raises(fp.FistaPrunerError, match="is not of this run, or is damaged: make the checkpoint again with"):
+        checkpoint_of(run)
+    fp.resume(run)
+    assert json.loads(path.read_bytes()).keys() == before.keys()
+
+
 def test_a_damaged_report_is_made_again_as_status_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "report.json").write_text("{")
     assert main(["status", str(run)]) == 2

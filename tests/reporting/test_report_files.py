@@ -139,8 +139,8 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["status", str(tmp_path)]) == 2
     assert "is not a run" in capsys.readouterr().err
     absent = str(tmp_path / "absent")
-    for verb in ("status", "report", "resume", "bench"):
-        assert main([verb, absent]) == 2
+    for verb, *more in (["status"], ["report"], ["resume"], ["bench"], ["inspect"], ["pack", f"{absent}-packed"]):
+        assert main([verb, absent, *more]) == 2
         assert f"{absent} does not exist" in capsys.readouterr().err
 
 

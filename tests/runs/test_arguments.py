@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import fistapruner as fp
+import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.errors import MissingExtraError
 from fistapruner.execution.pool import NoRoom
@@ -53,7 +55,6 @@ def test_a_listener_that_is_none(call: Callable[..., Any], listener: Any) -> Non
         (lambda: fp.evaluate_run("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
         (lambda: fp.evaluate("m", "python", keep=3), "keep is of the class int, and a function is expected"),
         (lambda: fp.evaluate("m", "python", kept=3), "kept is of the class int, and a KeptStates is expected"),
-        (lambda: fp.evaluate("m", "python", tick=None), "tick is of the class NoneType, and a function is expected"),
         (lambda: fp.evaluate("m", "python", windows=True), "windows True "),
         (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size True "),
         (lambda: fp.align_compare("m", "out", keep="no"), "keep 'no': True or False is expected"),
@@ -79,6 +80,19 @@ def test_a_layer_problem_names_what_is_of_a_wrong_type(name: str, wrong: Any) ->
         return
     with pytest.raises(FistaPrunerError, match=rf"\b{name}\b.*expected|\b{name} .* is not a"):
         fp.LayerProblem(**given)
+
+
+def test_nobody_need_watch_an_evaluation(tmp_path: Path) -> None:
+    """None is a function that is not given, as for every other call."""
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    watched: list[str] = []
+    found = [
+        fp.evaluate(model, "python", seqlen=16, windows=2, tick=tick).perplexity
+        for tick in (None, lambda what, done, total: watched.append(what))
+    ]
+    assert found[0] is not None
+    assert found[0] == found[1]
+    assert watched
 
 
 @pytest.mark.parametrize("error", [MissingExtraError("ray", "ray", "a pool"), NoRoom("layer 3"), FistaPrunerError("a")])

@@ -58,7 +58,7 @@ def evaluate(
     bos: str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    tick: Tick = silent,
+    tick: Tick | None = None,
     keep: Callable[[Evaluation], None] = lambda found: None,
     warn: Callable[[str], None] | None = None,
     kept: KeptStates | None = None,
@@ -100,6 +100,7 @@ def evaluate(
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
+    tick = tick or silent
     if not callable(keep):
         raise FistaPrunerError(f"keep is of the class {type(keep).__name__}, and a function is expected")
     if kept is not None and not isinstance(kept, KeptStates):

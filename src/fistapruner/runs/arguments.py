@@ -24,7 +24,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "inspect": FUNCTION,
     "progress": FUNCTION,
-    "tick": (callable, "a function"),
+    "tick": FUNCTION,
     "warn": FUNCTION,
     "command": (lambda value: value is None or isinstance(value, str), "the text of a shell line"),
     "source": (lambda value: value is None or isinstance(value, ModelSource), "a ModelSource"),

@@ -280,9 +280,9 @@ class RunDirectory:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
         Weight files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index, record and
-        tokenizer must be readable. A checkpoint whose ``model.json`` is missing must name this run in its own record,
-        and its shards must be whole.
+        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index, tokenizer and the files of a low-rank
+        part must be readable. The checkpoint must name this run in its own record. Where ``model.json`` is missing,
+        its shards must be whole.
 
         Args:
             fingerprint: of the run.
@@ -290,13 +290,12 @@ class RunDirectory:
         if not self.model.is_dir():
             return f"{self.model} is gone"
         record = self.model_record()
-        if (self.model_fingerprint() if record is None else record.fingerprint) != fingerprint:
-            what = "is not of this run, or is damaged" if record is None else "is of another model or calibration text"
-            return f"{self.model} {what}"
-        for name in record.others if record is not None else ():
+        if record is not None and record.fingerprint != fingerprint:
+            return f"{self.model} is of another model or calibration text"
+        for name in record.others if record else ():
             if name != CARD and not (self.model / name).is_file():
                 return f"{self.model / name} is gone"
-        for name, claim in record.files.items() if record is not None else ():
+        for name, claim in record.files.items() if record else ():
             path = self.model / name
             if not path.is_file():
                 return f"{path} is gone"
@@ -305,9 +304,10 @@ class RunDirectory:
             if sampled_sha256(path) != claim.sampled:
                 return f"{path} is damaged: its checksum is not the one it was written with"
         try:
+            if read_json(self.model / PRUNING_RECORD).get("fingerprint") != fingerprint:
+                return f"{self.model} is not of this run, or is damaged"
             Checkpoint.open(self.model)
-            read_json(self.model / PRUNING_RECORD)
-            if (self.model / TOKENIZER).exists():
+            if (self.model / TOKENIZER).is_file():
                 read_json(self.model / TOKENIZER)
             LowRankAdapter.beside(self.model)
         except FistaPrunerError as error:

@@ -120,7 +120,8 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise FistaPrunerError(f"{folder} is not a folder with a Hugging Face model")
+            reason = "is not a folder with a Hugging Face model" if folder.exists() else "does not exist"
+            raise FistaPrunerError(f"{folder} {reason}")
         if not (folder / "config.json").exists():
             inner = folder / "model"  # of a run directory
             hint = f": give {inner}" if (inner / "config.json").exists() else which_gguf(folder)

@@ -23,6 +23,7 @@ PACKED_RECORD = "packed.json"
 """What makes a folder a packed checkpoint."""
 
 TOKENIZER = "tokenizer.json"
+"""The tokenizer in the form of the tokenizers library."""
 
 MAX_JSON = 256 * 2**20
 

@@ -27,6 +27,7 @@ from ...runtime.files import (
     copy_atomic,
     disk_errors,
     entries,
+    read_json,
     remove_folder,
     sampled_sha256,
     write_json_atomic,
@@ -166,13 +167,14 @@ class LowRankAdapter:
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:
         self.folder, path = folder, folder / WEIGHTS
         self._left_out: Container[str] = ()
-        if not path.is_file():
+        if lost := next((file for file in (path, folder / CONFIG) if not file.is_file()), None):
             raise FistaPrunerError(
-                f"the low-rank part of the model, {path}, is gone: its checkpoint is the sparse part only"
+                f"the low-rank part of the model, {lost}, is gone: its checkpoint is the sparse part only"
             )
         self.sampled = sampled_sha256(path)
         if self.sampled != claim.get("sampled"):
             raise FistaPrunerError(f"{path} is damaged, or is the low-rank part of another model")
+        read_json(folder / CONFIG)  # PEFT needs it
         file = SafetensorsFile(path)
         entries = {name.removeprefix(PREFIX): entry for name, entry in file.entries.items()}
         self.factors = LazyTensors(entries, lambda name: file.read(PREFIX + name))
