@@ -430,7 +430,8 @@ def test_a_run_says_that_its_recovered_model_is_elsewhere(
     for recovered in (False, True):
         if recovered:
             shutil.copytree(run / "model", run / "recovered" / "model")
-        for command in (*commands, ["export", str(run), "out.gguf"]):
+        begun = ["recover", str(run), "--out", str(tmp_path / f"out{recovered}"), "--memory-limit", "1KiB"]  # refused
+        for command in (*commands, ["export", str(run), "out.gguf"], begun):
             main(command)
             sentence = f"{run / 'recovered'} holds the recovered model; this is the one before it"
             assert (sentence in capsys.readouterr().err) == recovered, command

@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.export import export
-    from ..pipeline.measure_run import recovered_beside
     from ..runs.records import is_run
+    from ..runs.training_runs import recovered_beside
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
     out = export(arguments.model, arguments.out, arguments.like, arguments.values, **settings)

@@ -22,10 +22,9 @@ from ..runs.identity import changed_files, stamps
 from ..runs.lineage import trained_on
 from ..runs.listener import Listener
 from ..runs.lock import hold
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, is_run
 from ..runs.results import Evaluation
-from ..runs.training_runs import Dense, dense_of
+from ..runs.training_runs import Dense, dense_of, recovered_beside
 from ..runtime.machine import describe_machine, now
 from ..sparse.bench import bench, packed_bytes
 from ..sparse.bench import record as speed_record
@@ -155,14 +154,6 @@ def _finished(folder: str | Path) -> Iterator[tuple[RunDirectory, Report]]:
         raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
     with hold(Path(folder)):
         yield finished_run(Path(folder))
-
-
-def recovered_beside(folder: str | Path) -> str | None:
-    """Say that the model of a pruning run was recovered; None where it was not."""
-    recovered = PruneDirectory(Path(folder)).recovered
-    if not (recovered / "model").is_dir():
-        return None
-    return f"{recovered} holds the recovered model; this is the one before it"
 
 
 def _changed(dense: Dense | None, permissions: Permissions) -> str | None:

@@ -31,7 +31,7 @@ from ..runs.lineage import dense_name, lineage_of
 from ..runs.listener import Listener
 from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
-from ..runs.training_runs import dense_of, input_run
+from ..runs.training_runs import dense_of, input_run, recovered_beside
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.packed_checkpoint import is_packed
@@ -169,6 +169,9 @@ def check_training_inputs(
     source = find_input(request.model, permissions, verb=run.verb)
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
+    within = Path(request.model) in run.folder.parents  # this is the recovery that would be named
+    if not within and origin is not None and (beside := recovered_beside(origin.folder)):
+        listener.say(beside)
     listener.tick("opening and checking the model", 0, 1)
     recipe = resolve(request.recipe, origin)
     resolved = replace(request, recipe=recipe)
