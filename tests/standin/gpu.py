@@ -113,6 +113,10 @@ class _Stream:
     def __init__(self, device: Any = None, **_: Any) -> None:
         self.copies: list[Callable[[], object]] = []
 
+    def is_capturing(self) -> bool:
+        """Return False: nothing is captured as a graph."""
+        return False
+
     def wait_stream(self, other: _Stream) -> None:
         other.make(len(other.copies))
 
@@ -328,6 +332,7 @@ class StandIn(TorchDispatchMode):
             "Generator": _Generator,
             "Tensor.record_stream": lambda tensor, stream: None,  # copies that are queued hold what they use
             "__future__.get_overwrite_module_params_on_conversion": lambda: True,
+            "accelerator.current_stream": lambda device=None: self._streams[-1],  # optimizers of CUDA builds ask
             "cuda.Event": _Event,
             "cuda.Stream": _Stream,
             "cuda.stream": on,
