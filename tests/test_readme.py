@@ -11,9 +11,9 @@ import shlex
 import shutil
 import sys
 import textwrap
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,12 +101,25 @@ def test_python_in_the_documentation_can_be_read() -> None:
     assert len(found) >= 8
 
 
-def test_python_for_other_trainers(place: Path) -> None:
-    """The zeros are there after every example; one recovery writes the adapter of two of them."""
+@pytest.fixture
+def recovered(place: Path) -> None:
+    """The pruned run and the recovery with an adapter that the page on other trainers names."""
     small = {"calibration": {"source": "text.txt", "samples": 2, "seqlen": 32}, "method": "magnitude"}
     fp.prune("my-model", "runs/first", **small)
     settings = {"parameters": "hira", "also": "none", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
     fp.recover("runs/first", "runs/recovered", **settings)
+
+
+def run_other_trainers(names: dict[str, Any], *, peft: bool) -> None:
+    """Run the examples of the page on other trainers, those that need PEFT or the others."""
+    found = [block for block in blocks("python", "docs/other-trainers.md") if ("from peft" in block) == peft]
+    assert found
+    for block in found:
+        exec(compile(block, "docs/other-trainers.md", "exec"), names)
+
+
+def test_python_for_other_trainers(recovered: None) -> None:
+    """The zeros are there after every example; one recovery writes the adapter of two of them."""
     shutil.copytree("runs/recovered/adapter", "my-adapter")
     model = AutoModelForCausalLM.from_pretrained("runs/first/model")
     before = [weight == 0 for weight in model.parameters()]
@@ -123,12 +136,25 @@ def test_python_for_other_trainers(place: Path) -> None:
         "arguments": TrainingArguments("trainer", max_steps=1, report_to=[], use_cpu=True),
         "data": [{"input_ids": torch.ones(4, dtype=torch.long), "labels": torch.ones(4, dtype=torch.long)}],
     }
-    for block in blocks("python", "docs/other-trainers.md"):
-        if "from peft" not in block or find_spec("peft"):
-            exec(compile(block, "docs/other-trainers.md", "exec"), names)
+    run_other_trainers(names, peft=False)
     for folder in ("tuned", "merged"):
         tuned = AutoModelForCausalLM.from_pretrained(folder)
         assert all(bool((weight[zeros] == 0).all()) for weight, zeros in zip(tuned.parameters(), before, strict=True))
+
+
+def test_python_for_peft(recovered: None) -> None:
+    """PEFT's merge of the adapter is the recovered model, up to the rounding of bf16."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    names: dict[str, Any] = {}
+    run_other_trainers(names, peft=True)
+    pruned, expected = (
+        AutoModelForCausalLM.from_pretrained(f"runs/{run}/model").state_dict() for run in ("first", "recovered")
+    )
+    merged = names["model"].state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name] == 0, weight == 0) for name, weight in pruned.items())
+    trained = sum(int((weight != pruned[name]).sum()) for name, weight in expected.items())
+    assert sum(int((weight != merged[name]).sum()) for name, weight in expected.items()) < trained / 10
 
 
 def test_commands_in_the_documentation_are_understood() -> None:
