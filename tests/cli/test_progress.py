@@ -70,6 +70,12 @@ def test_what_is_being_done_is_said_again_after_a_while(capsys: pytest.CaptureFi
     assert later(1) == ["starting, for 7.0 s"]
     listener.say("model smollm2")
     capsys.readouterr()
+    assert later(0.9) == []
+    now += progress.EVERY
+    listener.tick("planning", 0, 1)
+    assert capsys.readouterr().err == ""  # not "planning, for 0 ms"
+    listener.say("model smollm2")
+    capsys.readouterr()
     listener.tick("planning", 0, 1)
     assert later(0.5) == []
     assert later(1) == ["planning, for 10.5 s"]

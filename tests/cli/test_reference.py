@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fistapruner import FistaPrunerError
-from fistapruner.cli import build_parser
+from fistapruner.cli import VERBS, build_parser
 from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, settings
 from fistapruner.cli.reference import reference
 from fistapruner.recipes.align_settings import AlignRecipe
@@ -133,6 +133,25 @@ def test_the_plan_of_a_training_has_its_own_help_and_defaults(capsys: pytest.Cap
         assert words in said
     assert said.count("--rank N Rank of lora, hira and spp. (default: 16)") == 1
     assert "--optimizer {adamw,mezo,subzero}" in said
+
+
+@pytest.mark.parametrize("columns", [30, 80, 160])
+def test_the_help_of_a_verb_fits_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for its examples, which can be copied as they are, and words that are longer."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([verb, "--help"])
+        said = capsys.readouterr().out.partition("positional arguments:")[0]
+        description = said[said.index("\n\n") :].splitlines()
+        prose = [line for line in description if not line.startswith("  ") and " " in line.strip()]
+        assert prose
+        assert max(map(len, prose)) <= columns
+        source = str(importlib.import_module(f"fistapruner.cli.{verb}").__doc__).splitlines()
+        examples = [[line for line in lines if line.startswith("  ")] for lines in (source, description)]
+        assert examples[0] == examples[1]
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:

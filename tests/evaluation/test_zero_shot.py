@@ -126,6 +126,21 @@ def test_scores_of_other_items_are_told_apart(tmp_path: Path, monkeypatch: pytes
     assert len({measured("a", "b"), measured("a", "c"), measured("b", "a"), measured("a")}) == 4
 
 
+def test_progress_names_a_run_and_not_its_folder_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = {"doc_id": 0, "doc_hash": "a", "filter": "none", "metrics": ["acc"], "acc": 1.0}
+    monkeypatch.setattr(zero_shot, "_run", lambda *_: {"samples": {"t": [sample]}})
+    (tmp_path / "first" / "model").mkdir(parents=True)
+    (tmp_path / "first" / "run.json").touch()
+    told: list[str] = []
+    evaluate_tasks(
+        tmp_path / "first" / "model",
+        Tasks((), None, "local file"),
+        against=tmp_path / "dense",
+        tick=lambda what, *_: told.append(what),
+    )
+    assert told == ["zero-shot tasks of first", "zero-shot tasks of dense", "zero-shot tasks"]
+
+
 def test_a_task_without_a_known_metric_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """From what its configuration says, before a model is loaded; else once there are answers."""
     (tmp_path / "base.yaml").write_text(

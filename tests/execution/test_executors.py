@@ -245,7 +245,8 @@ def test_parts_are_joined(model: Path, expected: dict[str, bytes], tmp_path: Pat
         for part in ("0-1", "2-4")
     ]
     assert [part.wait() for part in parts] == [0, 0]
-    assert f"fistapruner finish {out}" in parts[0].communicate()[0] + parts[1].communicate()[0]
+    said = parts[0].communicate()[0] + parts[1].communicate()[0]
+    assert f"5 of 5 in all; now: fistapruner finish {out}" in said
     report = finish_run(out)
     assert tiny.weights(out) == expected
     assert report.totals.parts == 2

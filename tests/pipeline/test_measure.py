@@ -184,7 +184,8 @@ def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirect
     run, before = RecoverDirectory(folder), load_run(pruned)
     run.create()
     shutil.copytree(pruned.parent / "dense", run.model)
-    (run.model / "fistapruner.json").write_text((pruned / "model" / "fistapruner.json").read_text())
+    record = json.loads((pruned / "model" / "fistapruner.json").read_text())
+    (run.model / "fistapruner.json").write_text(json.dumps({**record, "fingerprint": "recovered"}))
     own = Stage(kind="recover", fingerprint="recovered")
     assert before.lineage is not None
     lineage = Lineage(source=before.lineage.source, stages=[*before.lineage.stages, own])
@@ -301,6 +302,7 @@ def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, 
     assert found.reference.perplexity != own.reference.perplexity  # type: ignore[union-attr]
     assert load_run(folder) == kept
     assert any("is not the dense model of this run" in line for line in said.sentences)
+    assert said.passes[0] == "opening and checking the models"  # the sentence is not said again as what goes on
     assert fp.evaluate_run(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
 
 

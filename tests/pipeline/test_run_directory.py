@@ -1007,6 +1007,21 @@ def test_several_calibration_texts_are_known_by_name_and_content(
     assert main(["resume", str(tmp_path / "run")]) == 0
 
 
+def test_resume_advises_what_the_command_takes(dense: Path, run: Path, tmp_path: Path) -> None:
+    """Where ``run.json`` is gone or was never written: the same command only where nothing but a log is there."""
+    (run / "run.json").unlink()
+    with pytest.raises(fp.FistaPrunerError, match=r"it has no run.json\): give a command with a new --out$"):
+        fp.resume(run)
+    with pytest.raises(fp.FistaPrunerError, match="name a new folder"):
+        fp.prune(dense, run, **SETTINGS)
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (stopped / "log.txt").touch()
+    with pytest.raises(fp.FistaPrunerError, match=r"it has no run.json\): give its command again$"):
+        fp.resume(stopped)
+    fp.prune(dense, stopped, **SETTINGS)
+
+
 def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that ``torchrun`` started all would want the lock; a recovery is what they can share."""
     monkeypatch.setenv("RANK", "1")

@@ -476,6 +476,8 @@ def test_a_recovery_that_won_nothing_says_so() -> None:
     for text in (run_page(report), summary(report, "runs/recovered"), model_card(report)):
         assert "none of 5 checks is better, the weights of the input are kept" in text
         assert "0.0 ± 0.0 %" in text
+    del report.recovery.checks[2:]
+    assert "none of 1 check is better" in summary(report, "runs/recovered")
 
 
 def test_markup_stands_in_templates() -> None:

@@ -13,6 +13,7 @@ import errno
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,16 @@ AGAIN = 0.01
 """Seconds after which an interruption that Python has dropped comes again."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Fill the paragraphs of a description; indented lines, such as commands, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(
+            part if part.startswith(" ") else textwrap.fill(part, width, break_on_hyphens=False, break_long_words=False)
+            for part in text.strip().split("\n\n")
+        )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
     from .. import __version__
@@ -71,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
             verb,
             help=module.SUMMARY,
             description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
         module.configure(sub)

@@ -96,7 +96,7 @@ class _WorkListener(Listener, ABC):
 
     def tick(self, what: str, done: int, total: int) -> None:
         self.work(what, f"{done} of {total}" if total > 1 else "")
-        if done < total:
+        if done < total and total > 1:  # else there is nothing to tell but how long it takes
             self.remind()
 
     def operators(self, index: int, names: str, error: float | None) -> None:
@@ -144,7 +144,7 @@ class PlainListener(_WorkListener):
 
     def begin(self, layers: int, done: int) -> None:
         self._left, self._pruned, self._begin = layers - done, 0, self._clock()
-        self.say(f"{layers} decoder layers" + (f", {done} of them already done" if done else ""))
+        self.say(counted(layers, "decoder layer") + (f", {done} of them already done" if done else ""))
         self.work("the first hidden states")
 
     def layer(self, entry: LayerEntry) -> None:

@@ -69,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         **run_options(arguments, listener),
     )
     if arguments.only_layers is not None and not arguments.json:
-        done = len(report.layers)
+        done, layers = len(report.layers), report.model.layers
         print(
-            f"decoder layers {arguments.only_layers} are done, {done} of {report.model.layers} in all; "
-            f"when all are: {shell_line('finish', arguments.out)}"
+            f"decoder layers {arguments.only_layers} are done, {done} of {layers} in all; "
+            f"{'now' if done == layers else 'when all are'}: {shell_line('finish', arguments.out)}"
         )
         return 0
     return show(report, arguments.out, as_json=arguments.json)

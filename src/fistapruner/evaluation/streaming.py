@@ -226,7 +226,7 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: T
     Raises:
         FistaPrunerError: memory runs out with one window at a time.
     """
-    what = f"decoder layers of {_name(model)}"
+    what = f"decoder layers of {shown_name(model.checkpoint.folder)}"
     store = scratch_factory(None, model.dtype)
     while True:
         try:
@@ -279,11 +279,10 @@ def _reduce(
                 rows.append((score_tokens(hidden[0], targets, heads[0], vocabulary),))
             else:
                 rows.append(compare_tokens(hidden[0], hidden[1], targets, heads[0], heads[1], vocabulary))
-            tick(f"windows scored with {_name(models[0])}", window + 1, len(tokens))
+            tick(f"windows scored with {shown_name(models[0].checkpoint.folder)}", window + 1, len(tokens))
     return rows
 
 
-def _name(model: LayerwiseModel) -> str:
+def shown_name(folder: Path) -> str:
     """Return the name of a model's folder; of RUN/model that of the run."""
-    folder = model.checkpoint.folder
     return (folder.parent if folder.name == "model" and is_run(folder.parent) else folder).name

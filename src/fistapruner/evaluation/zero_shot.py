@@ -29,6 +29,7 @@ from ..runtime.numerics import dtype_name
 from ..runtime.progress import Tick, silent
 from .local_tasks import local_files, local_task
 from .scoring import mcnemar
+from .streaming import shown_name
 
 log = logging.getLogger("fistapruner")
 
@@ -180,7 +181,7 @@ def evaluate_tasks(
     models = [folder] if against is None else [folder, against]
     answers: list[Answers] = []
     for done, path in enumerate(models):
-        tick(f"zero-shot tasks of {path.name}", done, len(models))
+        tick(f"zero-shot tasks of {shown_name(path)}", done, len(models))
         with _counted_cuts() as cuts:
             answers.append(read_answers(_run(path, tasks, settings)))
         if cuts:

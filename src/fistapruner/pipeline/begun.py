@@ -47,6 +47,8 @@ def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationReques
     if windows is not None and (not isinstance(windows, int) or isinstance(windows, bool)):
         raise FistaPrunerError(f"evaluate_windows {windows!r}: a whole number from 1 is expected")
     text = path_text("evaluate", evaluate, A_TEXT)
+    if text == "none" and not Path(text).is_file():  # as the command has it
+        raise FistaPrunerError("evaluate 'none' is no text: give None to evaluate nothing")
     return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 

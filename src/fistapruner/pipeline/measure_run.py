@@ -91,6 +91,7 @@ def evaluate_run(
             listener.say(warning)
             if warning not in report.warnings:
                 report.warnings.append(warning)
+        listener.tick("opening and checking the models", 0, 1)  # the sentences above are not what takes time
 
         shared = () if data is None else compare_texts(report, data, listener)
 

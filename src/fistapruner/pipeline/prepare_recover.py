@@ -19,6 +19,7 @@ from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
+from ..runtime.formatting import count
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from .prepare_training import choose_plan, describe_text, record, share_of
@@ -87,7 +88,8 @@ def cut_text(
     text = run.text(drawing)  # it may take long: an attempt that was stopped after it has left it
     if new := text is None:
         tokens = min(data.tokens, windows * inputs.seqlen)
-        listener.say(f"training text: {tokens} tokens in windows of {inputs.seqlen} from {', '.join(data.texts)}")
+        texts = ", ".join(data.texts)
+        listener.say(f"training text: {count(tokens)} tokens in windows of {inputs.seqlen} from {texts}")
 
         def load_model() -> Any:
             nbytes = whole_bytes(generator.checkpoint, generator.dtype)

@@ -11,6 +11,7 @@ from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.launcher import launched
 from .align import ALIGN
 from .prune import resume_pruning
@@ -44,8 +45,10 @@ def resume(
     record = RunDirectory(out).record()
     permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
     if record is None:
-        reason = "is not a run that can be resumed (it has no run.json): give its command again"
-        raise FistaPrunerError(f"{out} {reason if out.exists() else 'does not exist'}")
+        if not out.exists():
+            raise FistaPrunerError(f"{out} does not exist")
+        again = "give a command with a new --out" if TrainingDirectory(out).foreign() else "give its command again"
+        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
     if record.kind == "recover":
         return resume_training(RECOVER, out, permissions, listener)
     if record.kind == "align":

@@ -20,7 +20,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
 from ..runtime.files import existing_folder
-from ..runtime.formatting import duration, size
+from ..runtime.formatting import counted, duration, size
 from ..tuning.teacher import TOP
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MemoryBudget, Resources, fewest_windows
 from .sizes import GENERATING
@@ -99,7 +99,7 @@ class FormPlan:
             *([] if self.changed is None else [self.changed]),
             f"plan: {self.parameters}, {size(stages[worst])} of {kind} at its peak ({worst}){host}, "
             f"{size(sum(needs.disk(choice).values()))} of disk, about {duration(needs.seconds_in_all(choice))} "
-            f"({needs.task.steps} steps of {duration(needs.step_seconds(choice))}){text}",
+            f"({counted(needs.task.steps, 'step')} of {duration(needs.step_seconds(choice))}){text}",
         ]
 
 

@@ -88,7 +88,7 @@ def held_out_text(found: Recovery) -> str:
     if best.step == 0:
         others = len(found.checks) - 1
         return f"{start.held_out:.4f} before training" + (
-            f": none of {others} checks is better, the weights of the input are kept" if others else ""
+            f": none of {counted(others, 'check')} is better, the weights of the input are kept" if others else ""
         )
     return f"{start.held_out:.4f} → {best.held_out:.4f} at step {best.step} of {found.asked_steps}, which is kept"
 
