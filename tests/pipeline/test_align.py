@@ -418,6 +418,7 @@ def test_a_dense_model_that_only_figures_use_may_go(
         assert model.read_bytes() == weights[0]
     out = tmp_path / "anchored"
     begun = align(bench, out, folder, dense=Path(shutil.copytree(bench.dense(), dense)), steps=1, anchor=0.1)
+    assert begun.method.startswith("aligned: lora, dpo + anchor 0.1, ")
     shutil.rmtree(dense)
     shutil.rmtree(out / "model")
     assert fp.resume(out).alignment == begun.alignment  # nothing is left that needs its predictions

@@ -88,16 +88,18 @@ def methods_label(recipe: dict[str, Any]) -> str:
 def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
     """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``.
 
+    An anchor is said, too: ``aligned: lora, dpo + anchor 0.1``.
+
     Args:
         kind: of the run.
         settings: its recipe, resolved.
         tokens: with loss, passed in training; None where that is not known.
     """
-    optimizer = settings.get("optimizer")
+    optimizer, loss, anchor = (settings.get(key) for key in ("optimizer", "loss", "anchor"))
     parts = [
         settings.get("parameters"),
         None if optimizer == "adamw" else optimizer,
-        settings.get("loss"),
+        f"{loss} + anchor {anchor:g}" if anchor and loss != "none" else loss,
         f"{short_count(tokens)} tokens with loss" if tokens else None,
     ]
     return ": ".join(filter(None, (TRAINED[kind], ", ".join(str(part) for part in parts if part))))
