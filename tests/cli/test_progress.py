@@ -73,7 +73,7 @@ def test_what_is_being_done_is_said_again_after_a_while(capsys: pytest.CaptureFi
     assert later(0.9) == []
     now += progress.EVERY
     listener.tick("planning", 0, 1)
-    assert capsys.readouterr().err == ""  # not "planning, for 0 ms"
+    assert capsys.readouterr().err == "planning\n"  # not "planning, for 0 ms"
     listener.say("model smollm2")
     capsys.readouterr()
     listener.tick("planning", 0, 1)

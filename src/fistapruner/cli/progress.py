@@ -96,7 +96,7 @@ class _WorkListener(Listener, ABC):
 
     def tick(self, what: str, done: int, total: int) -> None:
         self.work(what, f"{done} of {total}" if total > 1 else "")
-        if done < total and total > 1:  # else there is nothing to tell but how long it takes
+        if done < total:
             self.remind()
 
     def operators(self, index: int, names: str, error: float | None) -> None:
@@ -119,7 +119,7 @@ class _WorkListener(Listener, ABC):
                 return
             done = self._done
             line = f"{self._work}: {done}" if done else self._work
-            if not done or done == self._said_done:  # as before, so the time shows that it goes on
+            if now - self._since >= 1 and (not done or done == self._said_done):  # the time shows that it goes on
                 line += f", for {duration(now - self._since)}"
             self._said_done = done
             self.write(line)
