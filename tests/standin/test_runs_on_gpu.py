@@ -86,9 +86,7 @@ def test_the_result_is_the_cpus_but_for_rounding(gpu: StandIn, model: Path, tmp_
     assert not gpu.unordered
     assert sum(gpu.live.values()) < 100
     here = prune(model, tmp_path / "here", "cpu", method=method, dtype="float32")
-    ratios = [one / other for one, other in zip(errors(there), errors(here), strict=True)]
-    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.02)
-    assert ratios == pytest.approx([1] * len(ratios), abs=0.1), "other zeros change the error of one operator more"
+    assert errors(there) == pytest.approx(errors(here), rel=0.05)
 
 
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
@@ -182,9 +180,7 @@ def test_channels_are_removed(gpu: StandIn, model: Path, tmp_path: Path) -> None
         for device in (GPU, "cpu")
     )
     assert [operator.shape for operator in there.operators] == [operator.shape for operator in here.operators]
-    ratios = [one / other for one, other in zip(errors(there), errors(here), strict=True)]
-    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.02)
-    assert ratios == pytest.approx([1] * len(ratios), abs=0.1), "other zeros change the error of one operator more"
+    assert errors(there) == pytest.approx(errors(here), rel=0.05)
     assert not gpu.unordered
     assert sum(gpu.live.values()) < 100
 
