@@ -50,9 +50,18 @@ def test_holder_on_another_host_is_believed(runs: Runs, disk: Path) -> None:
     runs.check_resumed(out)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"[1]", b"\xff\x00", b"x" * 500])
+WRONG = [{"host": 1}, {"pid": "1"}, {"started": None}]
+"""What is wrong in a record that another process would hold the lock with."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"nonsense", b"[1]", b"\xff\x00", b"x" * 500]
+    + [json.dumps({"host": "elsewhere", "pid": 1, "started": 1.0} | wrong).encode() for wrong in WRONG],
+)
 def test_unreadable_lock_is_stale(disk: Path, content: bytes) -> None:
     (disk / "lock").write_bytes(content)
+    assert holders(disk) == []
     with hold(disk):
         assert json.loads((disk / "lock").read_text())["pid"] == os.getpid()
     assert not (disk / "lock").exists()
@@ -90,8 +99,9 @@ def test_a_holder_lives_whatever_the_clock_was_set_to(disk: Path, monkeypatch: p
 def test_living_process_is_believed_where_the_file_system_has_no_locks(disk: Path) -> None:
     parent = psutil.Process(os.getppid())
     write_lock(disk, host=platform.node(), pid=parent.pid, started=parent.create_time())
-    with pytest.raises(FistaPrunerError, match=f"process {parent.pid}"), hold(disk):
+    with pytest.raises(FistaPrunerError, match=f"process {parent.pid} on this machine") as caught, hold(disk):
         pass
+    assert "remove" not in str(caught.value)  # the lock of a process that lives is not for removal
 
 
 @pytest.mark.parametrize("fault", [errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EIO])
@@ -116,6 +126,8 @@ def test_a_holder_that_has_not_written_its_record_yet_is_waited_for(disk: Path) 
 
 def test_ranges_of_layers(disk: Path) -> None:
     """Ranges that do not overlap work at once; a whole run excludes them all."""
+    with hold(disk, (4, 7)), hold(disk, (0, 3)):
+        pass
     with hold(disk, (0, 3)), hold(disk, (4, 7)):
         for layers in ((3, 3), (4, 4), (1, 2), (5, 9), None):
             with pytest.raises(FistaPrunerError, match="in use"), hold(disk, layers):

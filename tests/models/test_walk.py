@@ -148,7 +148,9 @@ class OddLayer(torch.nn.Module):
         self.linear = torch.nn.Linear(config.hidden_size, config.hidden_size)
         self.trick, self.board = config.trick, board
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, told: Any = None) -> Tensor:
+        if told is not None:
+            hidden = hidden * (1 + told)
         if self.trick == "layers tell each other something":
             self.board.append(hidden)
             return hidden + self.linear(hidden + self.board[0])
@@ -157,6 +159,14 @@ class OddLayer(torch.nn.Module):
         if self.trick == "rounds by later tokens":
             hidden = hidden * (1 + 2.5e-6 * hidden[:, -1:].sign())
         return hidden + self.linear(hidden)
+
+
+TOLD: dict[str, Any] = {
+    "tells a tensor of tokens": lambda tokens: (tokens == 0).float().mean(),
+    "tells a number of tokens": lambda tokens: float((tokens == 0).float().mean()),
+    "tells of some tokens only": lambda tokens: torch.ones(()) if bool((tokens == 0).all()) else None,
+}
+"""What layers are told of the tokens, by trick."""
 
 
 class OddModel(transformers.PreTrainedModel):  # type: ignore[misc]
@@ -186,7 +196,8 @@ class OddModel(transformers.PreTrainedModel):  # type: ignore[misc]
         for _ in range(2 if trick == "loops" else 1):
             entered = hidden
             for layer in self.layers:
-                entered, hidden = hidden, layer(entered if trick == "layers in parallel" else hidden)
+                arguments = [TOLD[trick](input_ids)] if trick in TOLD else []
+                entered, hidden = hidden, layer(entered if trick == "layers in parallel" else hidden, *arguments)
                 if trick == "scales between layers":
                     hidden = hidden * 2
                 if trick == "scales in place between layers":
@@ -218,6 +229,7 @@ def test_plain_layers_are_run_as_the_model_runs_them(tmp_path: Path, trick: str)
         ("scales between layers", r"what enters layers\.1 is not what layers\.0 returned"),
         ("scales in place between layers", r"what enters layers\.1 is not what layers\.0 returned"),
         ("layers in parallel", r"what enters layers\.1 is not what layers\.0 returned"),
+        *((trick, r"decoder layer 0 is given argument 2, which depends on the token ids") for trick in TOLD),
         ("layers tell each other something", "predicts otherwise than in one forward pass"),
         ("adds the embedding at the end", "predicts otherwise than in one forward pass"),
         ("breaks", "cannot be taken apart into decoder layers"),

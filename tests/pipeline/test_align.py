@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -791,6 +792,11 @@ def test_a_comparison_of_other_data_or_models_is_refused(
     settings |= {"dense": bench.dense(), "pairs_per_step": 8}
     found = fp.align_compare(pruned, out, **settings)
     assert fp.align_compare(pruned, out, **settings).rows == found.rows
+    for folder in (tmp_path, out):  # by paths relative to one folder and another
+        monkeypatch.chdir(folder)
+        data, near = {"pairs": os.path.relpath(pairs)}, {"dense": os.path.relpath(bench.dense())}
+        again = fp.align_compare(os.path.relpath(pruned), tmp_path / "near", **{**settings, **near, "data": data})
+        assert [row.alignment for row in again.rows] == [row.alignment for row in found.rows]
     elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
     assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
     others = {

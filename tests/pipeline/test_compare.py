@@ -779,20 +779,25 @@ def test_one_table_is_of_one_model(tmp_path: Path) -> None:
         compare(other, "wanda", ["2:4"], out, **named)
 
 
-def test_rows_of_a_changed_calibration_text_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+def test_rows_are_known_from_another_folder_and_made_again_of_a_changed_calibration_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model").relative_to(tmp_path)), tmp_path / "out"
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("it was the best of times, it was the worst of times. " * 20)
     settings = {"calibration": {"source": "text.txt", "samples": 3, "seqlen": 32}}
     first = compare(source, "wanda", ["50%"], out, settings=settings, windows=2)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    settings["calibration"]["source"] = "../text.txt"
+    settings["calibration"]["source"], name, source = "../text.txt", source, f"../{source}"
     again = compare(source, "wanda", ["50%"], out, settings=settings, windows=2)
     assert again.rows == first.rows
     Path("../text.txt").write_text("it was the age of wisdom, it was the age of foolishness. " * 20)
     other = compare(source, "wanda", ["50%"], out, settings=settings, windows=2)
     assert other.rows[0].perplexity != first.rows[0].perplexity
+    tiny.save("llama", Path(name), seed=1)  # another model of this name, here
+    with pytest.raises(FistaPrunerError, match="holds a comparison of"):
+        compare(name, "wanda", ["2:4"], out, settings=settings, windows=2)
 
 
 def test_all_rows_are_of_the_commit_that_the_first_one_was_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -363,6 +363,39 @@ def test_modules_that_peft_copies_are_held(tmp_path: Path, place: str, record: b
     assert all(torch.equal(after[name] & masks[name], masks[name]) for name in held.operators)
 
 
+def recorded(folder: Path, sparsity: str = "50%") -> Any:
+    """A pruned model whose folder has a record of its zeros."""
+    model = pruned(sparsity=sparsity)
+    claims = {
+        name: {"operator": name.removesuffix(".weight"), "zeros": int(z.sum())} for name, z in zeros(model).items()
+    }
+    (folder / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    model.name_or_path = str(folder)
+    return model
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "0%"])
+@pytest.mark.parametrize("parts", [("policy", "reference"), ("reference", "policy")])
+def test_of_a_model_and_its_frozen_reference_the_trained_one_is_held(
+    tmp_path: Path, parts: tuple[str, str], sparsity: str
+) -> None:
+    policy = recorded(tmp_path)
+    both = {"policy": policy, "reference": pruned(sparsity=sparsity).requires_grad_(False)}
+    held, before = fp.hold_mask(nn.ModuleDict({part: both[part] for part in parts})), zeros(policy)
+    assert set(held.operators) == {f"policy.{name}" for name in before}
+    with held:
+        train(policy, OPTIMIZERS["adamw"])
+    assert lost(policy, before) == 0
+
+
+def test_a_model_without_a_folder_has_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = pruned("opt")
+    assert not model.name_or_path
+    assert set(fp.hold_mask(model).operators) == set(zeros(model))
+
+
 def test_weights_without_values_are_refused() -> None:
     """As ``fsdp_cpu_ram_efficient_loading`` leaves them on most processes."""
     with pytest.raises(FistaPrunerError, match=r"q_proj\.weight has no values on this process \(meta device\): switch"):

@@ -366,13 +366,15 @@ class LayerwiseModel(LayerwiseWeights):
 
 def _same(value: Any, again: Any) -> bool:
     """Compare one argument in two passes; an empty dictionary, which layers would fill, is never the same."""
+    if type(value) is not type(again):
+        return False
     if isinstance(value, Tensor):
         return torch.equal(value, again)
     if isinstance(value, (tuple, list)):
         return len(value) == len(again) and all(map(_same, value, again))
     if isinstance(value, dict):
         return bool(value) and value.keys() == again.keys() and all(_same(value[key], again[key]) for key in value)
-    return True
+    return not isinstance(value, (int, float, str)) or bool(value == again)
 
 
 def hidden_of(out: Any) -> Tensor:

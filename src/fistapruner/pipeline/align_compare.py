@@ -27,7 +27,7 @@ from ..runtime.files import copy_atomic, disk_errors, read_json, sha256_file, wr
 from ..runtime.machine import versions
 from .align import ALIGN
 from .compare_folder import comparing, refuse_other_things
-from .find_model import find_dense, same_model
+from .find_model import absolute, find_dense, same_model
 from .prepare_align import check_pairs
 from .protocol import distinct_seeds
 from .training import train
@@ -186,16 +186,18 @@ def _plan(
     if dense is not None:
         models[dense] = find_dense(dense, None if begun is None else begun.record(), permissions)
     refuse_other_things(folder)
-    base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
-    texts = [Path(text) for text in (shared.data.pairs, evaluation and evaluation.data) if text]
+    base = shared.with_absolute_files().model_dump(mode="json", exclude={"execution", *VARIED})
+    texts = [Path(text) for text in (base["data"]["pairs"], evaluation and evaluation.data) if text]
     files = {str(path): sha256_file(path) for path in texts if path.is_file()}
     files |= {
-        str(Path(name) / file): stamp for name, source in models.items() for file, stamp in stamps(source.checkpoint())
+        str(Path(absolute(name)) / file): stamp
+        for name, source in models.items()
+        for file, stamp in stamps(source.checkpoint())
     }
     found = AlignComparison(
         command=request.command,
-        model=request.model,
-        dense=dense,
+        model=absolute(request.model),
+        dense=None if dense is None else absolute(dense),
         evaluation={} if evaluation is None else evaluation.model_dump(mode="json"),
         recipe=base,
         files=files,

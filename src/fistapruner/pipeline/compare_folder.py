@@ -11,6 +11,7 @@ from ..models.source import ModelSource, Permissions
 from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
 from ..runs.comparison_records import DENSE, FIGURES, PAGE, RUNS, STATES, TABLE, CompareRow, Comparison, load_comparison
+from ..runs.decision import PruneRecord
 from ..runs.directory import refuse_out
 from ..runs.identity import changed_files
 from ..runs.lock import NAME as LOCK
@@ -37,11 +38,17 @@ def comparing(folder: Path) -> Iterator[None]:
 
 def find_source_of_rows(model: str, folder: Path, permissions: Permissions) -> ModelSource:
     """Find the model where the rows that have begun found it, so that all rows are of the same files."""
+    record = _begun(folder)
+    return permissions.find(model) if record is None else find_source(model, record, permissions)
+
+
+def _begun(folder: Path) -> PruneRecord | None:
+    """Read the record of a row that has begun; None where there is none."""
     for file in sorted((folder / RUNS).glob("*/run.json")):
         with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
             if (record := PruneDirectory(file.parent).record()) is not None:
-                return find_source(model, record, permissions)
-    return permissions.find(model)
+                return record
+    return None
 
 
 def earlier_comparison(folder: Path, model: str) -> Comparison:
@@ -56,10 +63,13 @@ def earlier_comparison(folder: Path, model: str) -> Comparison:
             f"{error}: remove it; rows that are asked for are read again from {folder / RUNS}"
         ) from None
     before = load_comparison(folder)
-    if not same_model(before.model.source, model):
+    known, begun = before.model.source, _begun(folder)
+    # The path in a row's record is absolute; the same relative name may be another model in another folder.
+    if begun is not None and Path(begun.decision.model).exists():
+        known = begun.decision.model
+    if not same_model(known, model):
         raise FistaPrunerError(
-            f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
-            "folder"
+            f"--out {folder} holds a comparison of {known!r}, this one is of {model!r}: name another folder"
         )
     return before
 

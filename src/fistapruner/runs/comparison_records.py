@@ -136,7 +136,8 @@ class AlignComparison(Record):
     """``DIR/compare.json`` of ``fistapruner align --compare``.
 
     Args:
-        recipe: settings that all rows share; ``model``, ``dense``: as the user named them.
+        recipe: settings that all rows share; ``model``, ``dense``: as the user named them. Paths are absolute, so that
+            the comparison can go on from another folder.
         evaluation: the text to evaluate on (``data``, ``windows``, ``seqlen``); empty where nothing is.
         files: hashes of the pairs, of the text to evaluate on, and of the weights of the models, by path.
         before: the model before alignment on the text, against the dense model.

@@ -276,11 +276,11 @@ def _held(model: nn.Module) -> dict[str, _Weight]:
             )
     weights = dict(_weights(model))
     names = (getattr(module, "name_or_path", None) for module in model.modules())  # of the model inside its wrappers
-    folder = Path(next((name for name in names if isinstance(name, str) and name), ""))
-    record = read_pruning_record(folder) if (folder / PRUNING_RECORD).is_file() else {}
-    claims = record.get("operators") or {}
-    if claims:
-        return _claimed(weights, claims, folder / PRUNING_RECORD)
+    folder = next((Path(name) for name in names if isinstance(name, str) and name), None)
+    if folder is not None and (folder / PRUNING_RECORD).is_file():
+        claims = read_pruning_record(folder).get("operators") or {}
+        if claims:
+            return _claimed(weights, claims, folder / PRUNING_RECORD)
     found = {}
     for name, weight in weights.items():
         numbered = re.search(r"(^|\.)\d+\.", name)
@@ -327,7 +327,7 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
         if asked in plain:
             return plain[asked]
         ends = (own for name, own in plain.items() if name.endswith("." + asked) or asked.endswith("." + name))
-        return next(ends, None)
+        return max(ends, key=lambda own: weights[own].tensor.requires_grad, default=None)  # not a frozen reference
 
     @cache
     def zeros(name: str) -> Tensor:

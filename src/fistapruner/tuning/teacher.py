@@ -139,10 +139,6 @@ class Teacher:
         self._of: dict[int, int] = {window: n for n in range(self.permanent) for window in self.blocks[n]}
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        for number in range(self.permanent, len(self.blocks)):
-            if self._path(number, ".json").exists():
-                self._of.update(dict.fromkeys(self.blocks[number], number))
-        ranks.wait()  # until all have seen the same blocks
 
     def require(self, windows: Sequence[int]) -> None:
         """Make the blocks of some windows that are not there yet.
