@@ -204,6 +204,17 @@ def test_an_interruption_where_python_drops_exceptions_comes_again(name: str, st
     assert process.returncode == status
 
 
+def test_a_second_interruption_while_python_ends_prints_nothing() -> None:
+    program = (
+        "import atexit, os, signal, sys\nfrom fistapruner.cli import main, methods\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have background jobs ignore it
+        "interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\natexit.register(interrupt)\n"
+        "methods.run = interrupt\nsys.exit(main(['methods']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "fistapruner: interrupted\n")
+
+
 @pytest.mark.parametrize("rank", ["1", "gold"])
 def test_a_rank_without_a_number_of_processes_is_none(
     rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -745,14 +745,15 @@ def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, mon
     assert [report.recovery and report.recovery.before for report in reports] == [[found.before]] * 2
 
 
+@pytest.mark.parametrize("step", ["run_evaluation", "generate_side_by_side", "write_page"])
 def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row is trained, and measured only when the comparison goes on."""
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
     with monkeypatch.context() as killed:
-        killed.setattr("fistapruner.pipeline.measure.run_evaluation", interrupted)
+        killed.setattr(f"fistapruner.pipeline.measure.{step}", interrupted)
         with pytest.raises(KeyboardInterrupt, match=r"^interrupted; nothing is lost: give the same command again$"):
             fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
     said = tiny.Said()
@@ -761,6 +762,9 @@ def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     assert found.before is not None
     assert found.rows[0].evaluation is not None
     assert found.rows[0].evaluation.divergence is not None
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    assert load_run(run).generations
+    assert (run / "report.html").exists()
     again = fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
     assert (again.rows, again.before) == (found.rows, found.before)
 

@@ -796,6 +796,13 @@ def test_an_interruption_of_a_run_that_is_made_again_is_told_truly(
     with pytest.raises(KeyboardInterrupt, match=rf"^interrupted with 0 decoder layers done; .* resume {run}$"):
         fp.prune(dense, run, inspect=Mock(side_effect=KeyboardInterrupt), **settings)
 
+    def interrupt_layer_1(layer: int, *_: object) -> None:
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted with 1 decoder layer done; "):
+        fp.prune(dense, run, inspect=interrupt_layer_1, **settings)
+
 
 def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, tmp_path: Path) -> None:
     """It makes no layer again, so neither report nor checkpoint."""

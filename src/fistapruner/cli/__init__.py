@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import atexit
 import errno
 import os
 import signal
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interruption:
             if leads():  # it says how to go on
                 print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
             return 143 if terminated else 130
 
 

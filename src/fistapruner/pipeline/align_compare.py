@@ -269,7 +269,9 @@ def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool, keep
             known = report.recovery is not None and any(known.perplexity for known in report.recovery.before)
             measured = known and any(found.perplexity for found in report.evaluations)
             there = not keep or run.model_fault(report.fingerprint or "") is None
-            return report if done and there and (measured or not evaluated) else None
+            # The page is written last, and the weights are removed after it.
+            published = run.page_file.exists() or not run.model.exists()
+            return report if done and there and published and (measured or not evaluated) else None
     return None
 
 

@@ -30,7 +30,7 @@ from ..runs.times import Times, spent
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors, read_json
-from ..runtime.formatting import shell_line
+from ..runtime.formatting import counted, shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..sensitivity.decision import check_allocation
@@ -357,7 +357,7 @@ def _how_to_continue(
     with suppress(FistaPrunerError):
         report = load_run(run.folder)
         if outdated is None or report.finished != outdated.finished:
-            where = f"with {len(report.layers)} decoder layers done"
+            where = f"with {counted(len(report.layers), 'decoder layer')} done"
         if only_layers is None:
             how = f"go on with: {shell_line('resume', run.folder)}"
     return f"interrupted {where}; {how}"

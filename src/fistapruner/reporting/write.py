@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..runs.comparison_records import PAGE, is_comparison, load_comparison
+from ..runs.directory import RunDirectory
 from ..runs.records import load_run
 from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
@@ -32,6 +33,6 @@ def write_page(folder: str | Path) -> Path:
     if is_comparison(folder):
         text, out = comparison_page(load_comparison(folder)), folder / PAGE
     else:
-        text, out = run_page(load_run(folder)), folder / "report.html"
+        text, out = run_page(load_run(folder)), RunDirectory(folder).page_file
     write_text_atomic(out, text)
     return out

@@ -113,6 +113,7 @@ class RunDirectory:
         self.recipe_file = folder / "recipe.yaml"
         self.run_file = folder / "run.json"
         self.report_file = folder / "report.json"
+        self.page_file = folder / "report.html"
         self.log_file = folder / "log.txt"
         self.model = folder / "model"
         self.model_file = folder / "model.json"

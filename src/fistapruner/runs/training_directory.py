@@ -92,7 +92,7 @@ class TrainingDirectory(RunDirectory):
         Raises:
             FistaPrunerError: a process works in it, or the folder holds files that the run did not write.
         """
-        own = {path.name for path in (*self.own_folders(), *self.own_files(), self.folder / "report.html")}
+        own = {path.name for path in (*self.own_folders(), *self.own_files(), self.page_file)}
         if others := [name for name in self.foreign() if name.removesuffix(PARTIAL) not in own]:
             raise FistaPrunerError(
                 f"{self.folder / others[0]} was not written by this run: move it away, and run the same command again"
