@@ -1,7 +1,8 @@
-"""Does leaving out the zeros make decoding faster, and prefill no slower?
+"""Does leaving out the zeros, or whole channels, make decoding faster, and prefill no slower?
 
     python benchmarks/decode.py model smollm2            # a real model, magnitude-pruned
     python benchmarks/decode.py model llama-1b           # Llama shapes of 1.1B parameters, random weights, layers alike
+    python benchmarks/decode.py model smollm2 --smaller RUN/model --sparsity= --prompt 400  # fewer channels
     python benchmarks/decode.py operator --plot cost.png # one operator against size and density
     python benchmarks/decode.py prefill                  # many tokens
 
@@ -106,9 +107,14 @@ def derive(model: Any, change: Callable[[Any], nn.Module], alike: bool) -> Any:
     return other
 
 
-def model_variants(name: str, sparsities: list[str], openvino: bool = False) -> dict[str, Any]:
+def model_variants(
+    name: str, sparsities: list[str], openvino: bool = False, smaller: str | None = None
+) -> dict[str, Any]:
     base, alike = dense_model(name), name == "llama-1b"
     variants = {"dense bfloat16": base}
+    if smaller:
+        variants["smaller bfloat16"] = dense_model(smaller)
+        variants["smaller float32"] = copy.deepcopy(variants["smaller bfloat16"]).float()
     for sparsity in sparsities:
         packed = derive(base, lambda linear, s=sparsity: SparseLinear(pack_operator(prune(linear.weight, s))), alike)
         variants[f"packed {sparsity}"] = packed
@@ -122,6 +128,8 @@ def model_variants(name: str, sparsities: list[str], openvino: bool = False) -> 
         from openvino_model import OpenVinoLlama
 
         variants |= {f"dense int{bits}, OpenVINO": OpenVinoLlama(base, bits=bits) for bits in (8, 4)}
+        if smaller:
+            variants["smaller int8, OpenVINO"] = OpenVinoLlama(variants["smaller bfloat16"], bits=8)
     variants["dense int8, weight-only"] = derive(base, WeightOnlyInt8, alike)
     single = copy.deepcopy(base).float()
     variants["dense float32"] = single
@@ -147,7 +155,8 @@ def keep(results: Any, path: Path | None) -> None:
 
 
 def run_models(arguments: argparse.Namespace) -> None:
-    variants = model_variants(arguments.model, arguments.sparsity.split(","), arguments.openvino)
+    sparsities = [sparsity for sparsity in arguments.sparsity.split(",") if sparsity]
+    variants = model_variants(arguments.model, sparsities, arguments.openvino, arguments.smaller)
     ids = prompts(variants["dense bfloat16"], arguments.batch, arguments.prompt, 0)
     rates: dict[str, list[float]] = {name: [] for name in variants}
     firsts: dict[str, list[float]] = {name: [] for name in variants}
@@ -160,7 +169,7 @@ def run_models(arguments: argparse.Namespace) -> None:
             firsts[name].append(run.first_token)
         middle = {name: statistics.median(values) for name, values in rates.items()}
         dense = max(
-            (name for name in middle if name.startswith("dense") and "int8" not in name), key=middle.__getitem__
+            (name for name in middle if name.startswith("dense") and " int" not in name), key=middle.__getitem__
         )
         dense8 = max((name for name in middle if name.startswith("dense int8")), key=middle.__getitem__)
         line = ", ".join(f"{name} {values[-1]:.1f}" for name, values in rates.items())
@@ -283,6 +292,7 @@ def main() -> None:
     parser.add_argument("question", choices=["model", "operator", "prefill"])
     parser.add_argument("model", nargs="?", default="smollm2", help="llama-1b, smollm2 or a folder")
     parser.add_argument("--sparsity", default="50%,70%")
+    parser.add_argument("--smaller", help="folder of the model with fewer channels, measured beside it")
     parser.add_argument(
         "--openvino",
         action="store_true",
