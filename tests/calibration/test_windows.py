@@ -40,7 +40,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.whole import load_whole
 from fistapruner.recipes.calibration_settings import Calibration
-from tiny import save
+from tiny import need_transformers, save
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -514,6 +514,8 @@ def watch_caches(model: Any, seen: Callable[[DynamicCache], None]) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "mamba2", "qwen3_5_text"])
 def test_the_cache_is_counted_as_it_is(kind: str) -> None:
     """Without weights; GPT-2 does not run so, and is counted from its config."""
+    if kind == "mamba2":
+        need_transformers("5.24")  # before, it predicts otherwise step by step than in one pass, and is refused
     held: dict[int, int] = {}
 
     def seen(cache: DynamicCache) -> None:
