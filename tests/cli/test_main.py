@@ -453,11 +453,24 @@ def test_a_missing_extra_shows_before_a_model_is_looked_for(
     assert "the data set 'c4' needs the package 'datasets': pip install" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--targ", "--target", "--thread"])
-def test_a_flag_is_not_read_as_short_for_another(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["prune", "x", "--out", "y", flag, "4"])
-    assert f"unrecognized arguments: {flag} 4" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("prune x --out y --targ 4", "prune: error: unrecognized arguments: --targ 4: did you mean --targets?"),
+        ("prune x --out y --thread=4", "prune: error: unrecognized arguments: --thread=4: did you mean --threads?"),
+        ("pack x --out y", "pack: error: unrecognized arguments: --out"),
+        ("status x y", "status: error: unrecognized arguments: y"),
+    ],
+)
+def test_unknown_arguments_are_refused_in_one_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag is not read as short for another."""
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    verb = command.split(maxsplit=1)[0]
+    assert (ended.value.code, capsys.readouterr().err) == (
+        2,
+        f"fistapruner {said} ('fistapruner {verb} --help' lists all)\n",
+    )
 
 
 @pytest.mark.parametrize("below", ["", "run"])

@@ -18,6 +18,7 @@ import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, TextIO, cast
 
@@ -65,6 +66,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         )
 
 
+class _Verb(argparse.ArgumentParser):
+    """Refuse unknown arguments in one line that names the verb, and the flag nearest to the first."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
+            said = f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near[0]}?" if near else "")
+            self.exit(2, f"{self.prog}: error: {said} ('{self.prog} --help' lists all)\n")
+        return found, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
     from .. import __version__
@@ -76,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "130 interrupted, 143 ended by SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"fistapruner {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Verb)
     for verb in VERBS:
         module = import_module(f".{verb}", __package__)
         sub = verbs.add_parser(
