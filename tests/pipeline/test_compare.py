@@ -900,11 +900,14 @@ def test_a_comparison_killed_before_the_page_of_a_row_makes_it_up(
         killed.setattr(measure, step, Mock(wraps=getattr(measure, step), side_effect=steps))
         with pytest.raises(KeyboardInterrupt):
             compare(source, "wanda", ["50%"], tmp_path / "out", **named)
-    compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named)
+    [row] = compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named).rows
     assert counts.measured == 2 - nth // 2
     [run] = (tmp_path / "out" / "runs").iterdir()
-    for folder in (run, run / "recovered"):
-        report = load_run(folder)
+    reports = {folder: load_run(folder) for folder in (run, run / "recovered")}
+    seconds, memory = zip(*((each.totals.seconds, each.totals.peak_memory) for each in reports.values()), strict=True)
+    assert (row.seconds, row.time_split["recovery"]) == (pytest.approx(sum(seconds)), seconds[1])
+    assert row.peak_memory == max(memory)
+    for folder, report in reports.items():
         assert (folder / "report.html").read_text() == run_page(report)
         assert not keep or (folder / "model" / "README.md").read_text() == model_card(report)
         assert report.lineage is not None
