@@ -89,6 +89,17 @@ def test_positions_that_begin_after_padding_are_not_counted(tmp_path: Path) -> N
     score_windows(model, torch.randint(3, 128, (1, 24)), Passes())
 
 
+def test_a_model_that_is_smaller_than_the_window_of_the_check_is_run(tmp_path: Path) -> None:
+    """It takes 8 tokens of 10, and no others."""
+    config = transformers.GPT2Config(vocab_size=10, n_positions=8, n_embd=32, n_layer=2, n_head=4)
+    model = opened(save(config, tmp_path))
+    with model.embeddings_and_head():
+        model.embed(torch.tensor([[0, 9]]))
+        for wrong in ([0, 10], [5, 10], [-1, 9]):
+            with pytest.raises(FistaPrunerError, match=r"token id (10|-1) is beyond the model's vocabulary of 10"):
+                model.embed(torch.tensor([wrong]))
+
+
 @pytest.mark.parametrize("head", ["other", "equal", "alone"])
 def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path: Path, head: str) -> None:
     """It is the model's own where its values are not the embedding's, whatever the config says."""

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 
@@ -17,6 +17,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
 from fistapruner.evaluation.evaluate import evaluate as run_evaluation
 from fistapruner.models.whole import load_whole
+from fistapruner.pipeline import measure
 from fistapruner.pipeline.align_compare import align_compare
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.compare_jobs import plan_jobs, run_name, shared_texts
@@ -25,8 +26,11 @@ from fistapruner.pipeline.protocol import Protocol, distinct_seeds
 from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
+from fistapruner.reporting.model_card import model_card
+from fistapruner.reporting.page import run_page
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, CompareRow
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import load_run
 from fistapruner.runs.results import Perplexity
 from fistapruner.runtime.files import write_json_atomic, write_sealed_json
 
@@ -881,6 +885,33 @@ def test_a_comparison_stopped_in_a_recovery_is_that_of_one_that_never_stopped(tm
     [log] = tmp_path.glob("out/runs/*/recovered/log.txt")
     assert "going on after step" in log.read_text()
     assert (row.error, row.perplexity, row.divergence) == (None, expected.perplexity, expected.divergence)
+
+
+@pytest.mark.parametrize(("step", "nth", "keep"), [("write_lineage", 2, False), ("write_page", 4, True)])
+def test_a_comparison_killed_before_the_page_of_a_row_makes_it_up(
+    step: str, nth: int, keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report has the figures: they are not measured again. Every run is published twice, without and with them."""
+    source, counts = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), Counts()
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2, "keep": keep}
+    with monkeypatch.context() as killed:
+        steps = [*[DEFAULT] * (nth - 1), KeyboardInterrupt]
+        killed.setattr(measure, step, Mock(wraps=getattr(measure, step), side_effect=steps))
+        with pytest.raises(KeyboardInterrupt):
+            compare(source, "wanda", ["50%"], tmp_path / "out", **named)
+    [row] = compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named).rows
+    assert counts.measured == 2 - nth // 2
+    [run] = (tmp_path / "out" / "runs").iterdir()
+    reports = {folder: load_run(folder) for folder in (run, run / "recovered")}
+    seconds, memory = zip(*((each.totals.seconds, each.totals.peak_memory) for each in reports.values()), strict=True)
+    assert (row.seconds, row.time_split["recovery"]) == (pytest.approx(sum(seconds)), seconds[1])
+    assert row.peak_memory == max(memory)
+    for folder, report in reports.items():
+        assert (folder / "report.html").read_text() == run_page(report)
+        assert not keep or (folder / "model" / "README.md").read_text() == model_card(report)
+        assert report.lineage is not None
+        assert all(stage.figures.perplexity for stage in report.lineage.stages)
 
 
 def test_a_row_with_a_low_rank_part(tmp_path: Path) -> None:

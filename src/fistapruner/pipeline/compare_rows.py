@@ -98,13 +98,17 @@ class Shared:
             The report of pruning, and that of the recovery where the recipe asks for one.
         """
         run = job.run(self.folder)
+        recovered = RecoverDirectory(run.recovered)
         training = None if job.recipe.recover is None else recovery_recipe(job.recipe)
         report, recovery = _measured(run, job.recipe, self.protocol, self.source), None
         if report is not None and training is not None:
             recovery = _recovered(run, report, training, self.protocol, self.listener)
         if self.keep:
-            recovery = recovery if _has_model(RecoverDirectory(run.recovered), recovery) else None
+            recovery = recovery if _has_model(recovered, recovery) else None
             report = report if _has_model(run, report) else None
+        for made, known in ((run, report), (recovered, recovery)):
+            if known is not None and _has_model(made, known):
+                publish(made, known, Listener())  # a killed command may have left card and page without figures
         if report is None or (training is not None and recovery is None and not _has_model(run, report)):
             if training is not None and recovery is None:
                 check_trained(job.recipe, self.source, run)
@@ -113,7 +117,7 @@ class Shared:
             recovery = self._recover(run, report, training)
         if not self.keep:
             run.remove_weights()
-            RecoverDirectory(run.recovered).remove_weights()
+            recovered.remove_weights()
         return report, recovery
 
     def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
