@@ -81,7 +81,7 @@ def _native_functions() -> dict[str, tuple[bool, bool]]:
     for name, block in blocks.items():
         delegate = re.search(r"structured_delegate: ([\w.]+)", block)
         rules = block + (blocks.get(delegate[1], "") if delegate else "")
-        keys = {key for line in re.findall(r"^    ([\w, ]+): ", rules, re.MULTILINE) for key in line.split(", ")}
+        keys = {key for line in re.findall(r"^    ([\w, ]+): ", rules, re.MULTILINE) for key in re.split(r", *", line)}
         composite = any(key.startswith("Composite") for key in keys)
         kernel = "CPU" not in keys or "CUDA" in keys or "ufunc_inner_loop" in rules or composite
         found[name] = kernel, "device_check: NoCheck" in rules
