@@ -129,10 +129,14 @@ def test_a_descent_keeps_its_last_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [{}, {"patience": False}], ids=["patience", "no patience"])
 def test_steps_that_make_it_worse_leave_the_start(tmp_path: Path, settings: dict[str, Any]) -> None:
     stepper = Parabola(rate=1e9)
-    state, _ = train(tmp_path, stepper, checks=8, **settings)
+    state, said = train(tmp_path, stepper, checks=8, **settings)
     assert stepper.value == 1.0
     assert state.patience.best_step == 0
     assert state.fault is None
+    assert state.step == (8 if settings else 4)
+    assert ["training ends" in line for line in said if "not better" in line] == (
+        [False] * 8 if settings else [False] * 3 + [True]
+    )
 
 
 @pytest.mark.parametrize(("writing", "steps"), [(0, [0, *range(1, 9)]), (500, [0, 5, 8])])

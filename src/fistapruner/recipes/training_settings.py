@@ -101,7 +101,8 @@ class TrainingRecipe(RunRecipe):
     )
     patience: bool = Field(
         True,
-        description="After a check without improvement, go back to the best weights with a smaller learning rate.",
+        description="After a check without improvement, go back to the best weights with 0.3 of the learning rate; "
+        "after the fourth, end.",
     )
     targets: Patterns = Field(
         (),

@@ -115,8 +115,8 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
         return []
     spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
-        f"{worst} has the largest error of all operators, drift of its inputs apart: {percent(means[worst], 2)} on "
-        f"average, against a median of {percent(middle, 2)}. "
+        f"Pruning adds the largest error to {worst}: {percent(means[worst], 2)} on average, against a median of "
+        f"{percent(middle, 2)} over all operators. "
         f"{spread}`--ignore {short_names(layers)[worst]}` leaves it dense."
     ]
 

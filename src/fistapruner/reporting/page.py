@@ -216,7 +216,7 @@ def _hardest(report: Report) -> Table:
         )
         for layer, operator in hardest(report.layers, 8)
     ]
-    head = ("operator", "relative error", "of dense weights", "shape, pattern", "error after each step")
+    head = ("operator", "relative error", "with dense weights", "shape, pattern", "error after each step")
     return Table("The hardest operators", head, rows, numeric=(1, 2), stack=True)
 
 

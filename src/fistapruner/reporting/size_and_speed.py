@@ -18,7 +18,7 @@ NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
 
 QUANTISE_FIRST = (
     "Where a smaller file is all you want, quantise first: at the same size 4 or 8 bits cost less quality in what was "
-    "measured; an ordinary, smaller model can have both ('fistapruner export')."
+    "measured; a model without some of its channels (--structure) can be quantised, too ('fistapruner export')."
 )
 """Said beside sizes; measured in ``docs/sparsity-pays.md``."""
 

@@ -28,7 +28,7 @@ from ..runs.training_directory import TrainingDirectory
 from ..runs.training_records import Check
 from ..runtime.formatting import duration
 from ..runtime.ranks import ALONE, Ranks
-from .adamw import Patience, Verdict, check_due, schedule
+from .adamw import SMALLEST, Patience, Verdict, check_due, schedule
 from .trained import Trained
 
 log = logging.getLogger("fistapruner")
@@ -296,6 +296,8 @@ class Trainer:
 
     def _say_check(self, check: Check, left: float) -> None:
         kept = "kept" if check.kept else "not better"
+        if self.state.stopped:
+            kept += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
         lines = f", about {duration(left)} left" if left else ""
         self.say(
             f"step {check.step} of {len(self.order)}: held-out loss {check.held_out:.4f} "
