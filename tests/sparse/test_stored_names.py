@@ -91,6 +91,8 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_stored_names(tmp_path: Path, case: str) -> None:
     name, arguments, base, operator, stored = CASES[case]
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
     torch.manual_seed(0)
     model = spread(AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval())
     folder = tmp_path / "dense"

@@ -339,6 +339,7 @@ class StandIn(TorchDispatchMode):
             "cuda._lazy_init": lambda: None,
             "cuda.current_device": lambda: self._current.index,
             "cuda.current_stream": lambda device=None: self._streams[-1],
+            "cuda.is_current_stream_capturing": lambda: False,  # those of older builds
             "cuda.device": current,
             "cuda.device_count": lambda: self.count,
             "cuda.empty_cache": empty,
