@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,18 @@ ENTRY = LayerEntry(index=0, name="model.layers.0", operators=[])
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """Keep thousands of warnings out of pytest's record, and the tests that follow as they were."""
+    log = logging.getLogger("fistapruner")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    yield
+    log.setLevel(before)
+
+
 @pytest.fixture(scope="module")
 def journal(tmp_path_factory: pytest.TempPathFactory) -> tuple[LayerJournal, bytes, bytes, LayerEntry]:
-    logging.getLogger("fistapruner").setLevel(logging.ERROR)
     found = LayerJournal(tmp_path_factory.mktemp("run"))
     found.write("recipe", WEIGHTS, ENTRY)
     tensors, record = found.files(0)
@@ -81,7 +91,6 @@ TENSOR = torch.arange(256.0)
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshots, dict[Path, bytes]]:
-    logging.getLogger("fistapruner").setLevel(logging.ERROR)
     found = Snapshots(tmp_path_factory.mktemp("states"))
     for step in (OLDER, NEWER):
         found.write("run", step, {**VALUES, "step": step}, {"a.weight": step * TENSOR})
