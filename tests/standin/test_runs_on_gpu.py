@@ -78,17 +78,21 @@ def test_every_method(gpu: StandIn, shallow: Path, tmp_path: Path, method: str) 
     assert gpu.peak[torch.device(GPU)] > 0
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", [{"proximal": {"fast": False}}]], ids=["sparsegpt", "proximal"])
+@pytest.mark.parametrize(
+    "method",
+    ["sparsegpt", [{"proximal": {"fast": False}}], "proximal"],
+    ids=["sparsegpt", "proximal without fast products", "proximal"],
+)
 def test_the_result_is_the_cpus_but_for_rounding(gpu: StandIn, model: Path, tmp_path: Path, method: Any) -> None:
-    """In fp32: in bf16, rounding changes some of the few labels that sensitivity is measured with.
-
-    The solver has no fast products either: those of a CPU with bf16 units round differently from a GPU's.
-    """
+    """In fp32: in bf16, rounding changes some of the few labels that sensitivity is measured with."""
     there = prune(model, tmp_path / "there", method=method, dtype="float32")
     assert {layer.device for layer in there.layers} == {GPU}
     assert not gpu.unordered
     assert sum(gpu.live.values()) < 100
     here = prune(model, tmp_path / "here", "cpu", method=method, dtype="float32")
+    if method == "proximal":  # fast products round differently on a CPU with bf16 units, so other weights are kept
+        assert sum(errors(there)) == pytest.approx(sum(errors(here)), rel=0.02)
+        return
     assert errors(there) == pytest.approx(errors(here), rel=0.05)
     # A weight at its threshold may fall to the other side, and later operators then see other inputs.
     assert errors(there)[:3] == pytest.approx(errors(here)[:3], rel=1e-3)
