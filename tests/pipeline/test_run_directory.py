@@ -232,7 +232,10 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     assert (now == measured) == (damage is not cut_without_a_record)  # without a record of its weights: measured again
 
 
-@pytest.mark.parametrize("name", ["config.json", "fistapruner.json", "model.safetensors.index.json", "tokenizer.json"])
+DESCRIPTIONS = ["config", "fistapruner", "model.safetensors.index", "tokenizer", "tokenizer_config", "generation_config"]
+
+
+@pytest.mark.parametrize("name", [f"{stem}.json" for stem in DESCRIPTIONS])
 def test_a_finished_checkpoint_whose_description_is_cut_is_made_again(run: Path, name: str) -> None:
     path = run / "model" / name
     before = path.read_bytes()

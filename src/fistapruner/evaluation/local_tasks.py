@@ -29,11 +29,13 @@ def local_files(tasks: Sequence[str], tasks_dir: Path) -> list[Path]:
     """Find the files of local tasks.
 
     Raises:
-        FistaPrunerError: the folder has no tasks, or not this one.
+        FistaPrunerError: there is no such folder, or it has no tasks, or not this one.
     """
-    present = sorted(tasks_dir.glob("*.jsonl")) if tasks_dir.is_dir() else []
+    if not tasks_dir.is_dir():
+        raise FistaPrunerError(f"--tasks-dir {tasks_dir} is not a folder; name one with a .jsonl file for each task")
+    present = sorted(tasks_dir.glob("*.jsonl"))
     if not present:
-        raise FistaPrunerError(f"--tasks-dir {tasks_dir} holds no .jsonl task")
+        raise FistaPrunerError(f"--tasks-dir {tasks_dir} has no .jsonl file: each task is one")
     names = {path.stem: path for path in present}
     if "all" in tasks:
         return present

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from ..errors import FistaPrunerError, explain, unreadable
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder import remove_unfinished
-from ..models.files.folder_files import INDEX, PRUNING_RECORD, SINGLE, TOKENIZER
+from ..models.files.folder_files import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE
 from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.files.writer import safetensors_name
 from ..runtime.files import (
@@ -281,7 +281,7 @@ class RunDirectory:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
         Weight files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`); configuration, index, tokenizer and the files of a low-rank
+        (:func:`~fistapruner.runtime.files.sampled_sha256`); configurations, index, tokenizer and the files of a low-rank
         part must be readable. The checkpoint must name this run in its own record. Where ``model.json`` is missing,
         its shards must be whole.
 
@@ -308,8 +308,9 @@ class RunDirectory:
             if read_json(self.model / PRUNING_RECORD).get("fingerprint") != fingerprint:
                 return f"{self.model} is not of this run, or is damaged"
             Checkpoint.open(self.model)
-            if (self.model / TOKENIZER).is_file():
-                read_json(self.model / TOKENIZER)
+            for path in (self.model / name for name in READ_BY_TRANSFORMERS):
+                if path.is_file():
+                    read_json(path)
             LowRankAdapter.beside(self.model)
         except FistaPrunerError as error:
             return str(error)

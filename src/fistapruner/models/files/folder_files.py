@@ -25,6 +25,9 @@ PACKED_RECORD = "packed.json"
 TOKENIZER = "tokenizer.json"
 """The tokenizer in the form of the tokenizers library."""
 
+READ_BY_TRANSFORMERS = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
+"""Beside ``config.json``, what ``transformers`` reads of a model folder that has it."""
+
 MAX_JSON = 256 * 2**20
 
 MAX_NAME = 255
