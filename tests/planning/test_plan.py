@@ -257,6 +257,19 @@ def test_the_process_that_starts_workers_is_in_the_budget(model: Model) -> None:
         fit(measured, recipe, on_cpu(need + 2**30 - 1), 1, workers=3)
 
 
+def test_a_refusal_says_how_to_do_without_measurements_of_the_dense_model(model: Model) -> None:
+    least = Choice(1, on_disk=True, by_operator=True)
+    settings = {"method": "proximal", "calibration": {"samples": 4, "seqlen": 32}}
+    without = {**settings, "allocation": "uniform", "weighting": "none", "permutation": "none"}
+    measured, unmeasured = (sizes(model, **asked) for asked in (settings, without))
+    measured = replace(measured, logits=2**27)  # of a large vocabulary
+    limit = peak(unmeasured.stages(least))
+    fit(unmeasured, Recipe.build(without).resolved(), on_cpu(limit), 1)
+    advice = "or choose a lighter --method, or measure nothing with --allocation uniform --weighting none --permutation"
+    with pytest.raises(FistaPrunerError, match=f"measuring the dense model needs .* {advice} none$"):
+        fit(measured, Recipe.build(settings).resolved(), on_cpu(limit), 1)
+
+
 @pytest.mark.parametrize(("propagate", "most"), [("dense", 3), ("pruned", 3)])
 def test_workers_that_do_not_start_are_not_planned(model: Model, tmp_path: Path, propagate: str, most: int) -> None:
     """There are three layers, and three operators in the largest group."""

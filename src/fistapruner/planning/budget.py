@@ -16,13 +16,16 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runtime.devices import free_memory_of_gpus, worker_devices
 from ..runtime.formatting import size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
-from .sizes import GENERATING
+from .sizes import GENERATING, MEASURING
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit may use."""
 
 DEVICE_RESERVE = 2**29
 """Bytes of a GPU's free memory reserved in each process for CUDA context, workspaces and fragments."""
+
+UNMEASURED = ", or measure nothing with --allocation uniform --weighting none --permutation none"
+"""Advice where :data:`~.sizes.MEASURING` needs most."""
 
 MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
 
@@ -93,7 +96,8 @@ class MemoryBudget(Generic[Settings]):
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
         fewer = "take fewer --workers, " if self.sharing > 1 or self.solvers else ""
-        return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {fewer}{self.lighter}")
+        advice = f"{fewer}{self.lighter}{UNMEASURED if worst == MEASURING else ''}"
+        return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {advice}")
 
     def _of(self, stage: str) -> tuple[str, int]:
         """Return the budget of a stage, in messages and in bytes."""

@@ -50,6 +50,9 @@ STREAMS = 2
 GENERATING = "generating text with the whole model"
 """Name of a stage of the process that starts the workers, before there are any."""
 
+MEASURING = "measuring the dense model"
+"""Name of the stage that allocation, weighting and permutation need."""
+
 
 class GroupSizes(NamedTuple):
     """Sizes of a group of operators in bytes.
@@ -246,7 +249,7 @@ class Sizes:
             if self.reordered:  # scores of the largest operator, twice, and its sampled rows
                 sums += 3 * max(group.weight for group in self.groups)
             head = self.ends + self.logits if self.backward else 0
-            found["measuring the dense model"] = base + states + max(passed + sums, head)
+            found[MEASURING] = base + states + max(passed + sums, head)
         found = {name: round(size + UNCOUNTED * (size - base)) for name, size in found.items()}
         return _larger([found, *(other.stages(choice, solvers) for other in self.others)])
 
@@ -280,9 +283,7 @@ class Sizes:
             found["block reconstruction"] = states + 2 * done + self.metric + moving
         if self.measured:
             metrics = self.metric * self.layers * self.texts
-            found["measuring the dense model"] = (
-                self._states_in_memory(choice) + metrics + self.ahead + max(moving, 2 * self.largest)
-            )
+            found[MEASURING] = self._states_in_memory(choice) + metrics + self.ahead + max(moving, 2 * self.largest)
         found = {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
         return _larger([found, *(other.host_stages(choice, solvers) for other in self.others)])
 

@@ -281,9 +281,9 @@ class RunDirectory:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
         Weight files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`); configurations, index, tokenizer and the files of a low-rank
-        part must be readable. The checkpoint must name this run in its own record. Where ``model.json`` is missing,
-        its shards must be whole.
+        (:func:`~fistapruner.runtime.files.sampled_sha256`); configurations, index, tokenizer and the files of a
+        low-rank part must be readable. The checkpoint must name this run in its own record. Where ``model.json`` is
+        missing, its shards must be whole.
 
         Args:
             fingerprint: of the run.
