@@ -24,7 +24,8 @@ from fistapruner.models.files.gguf_export import Order
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
-from tiny_gguf import TOKENS, permuted, write_gemma2, write_gguf, write_gpt2  # noqa: E402
+from fistapruner.models.files.widths import widths_section  # noqa: E402
+from tiny_gguf import HEADS, KEY_HEADS, NAMES, TOKENS, permuted, write_gemma2, write_gguf, write_gpt2  # noqa: E402
 
 
 @pytest.fixture
@@ -33,6 +34,11 @@ def dense(tmp_path: Path) -> tuple[Path, Path]:
     write_gguf(tmp_path / "dense.gguf", settings={"general.size_label": "60K"})
     convert_gguf(tmp_path / "dense.gguf", tmp_path / "dense", torch.float32)
     return tmp_path / "dense.gguf", tmp_path / "dense"
+
+
+def change_config(folder: Path, **entries: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries), "utf-8")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +72,7 @@ def test_what_is_written_is_read_back(
 def test_llama_cpp_predicts_what_transformers_does(
     dense: tuple[Path, Path], tmp_path: Path, values: Any, error: float, remove: str
 ) -> None:
-    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     recipe = {"sparsity": "50%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
     fp.prune(str(dense[0]), tmp_path / "run", **recipe, structure={"remove": remove} if remove else {})
     folder = tmp_path / "run" / "model"
@@ -74,8 +80,14 @@ def test_llama_cpp_predicts_what_transformers_does(
     wide = {name: value * 8 if "_proj" in name else value for name, value in tensors(folder).items()}
     save_file(wide, folder / "model.safetensors", {"format": "pt"})
     fp.export(folder, tmp_path / "out.gguf", like=dense[0], values=values)
+    assert_llama_cpp_predicts(tmp_path / "out.gguf", folder, error)
+
+
+def assert_llama_cpp_predicts(path: Path, folder: Path, error: float) -> None:
+    """llama.cpp gives the file's next tokens the logarithms of probabilities that transformers gives the folder's."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(tmp_path / "out.gguf"), 64, 1, False
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 64, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     prompt, vocabulary = [1, 5, 9, 17, 8, 20, 5, 9], len(TOKENS)
     asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": vocabulary, "ignore_eos": False}
@@ -85,6 +97,81 @@ def test_llama_cpp_predicts_what_transformers_does(
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).tolist()
     assert [found[token] for token in range(vocabulary)] == pytest.approx(expected, abs=error)
+
+
+MLP = {"intermediate_size": 64}
+ALL = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def cut_to(folder: Path, widths: dict[int, dict[str, int]]) -> None:
+    """Leave the first channels and heads of every decoder layer, as many as its widths say."""
+    found = tensors(folder)
+    for index, sizes in widths.items():
+        channels, queries, keys = (sizes.get(name, usual) for name, usual in zip(ALL, (96, 4, 2), strict=True))
+        rows = {"up": channels, "gate": channels, "q": 16 * queries, "k": 16 * keys, "v": 16 * keys}
+        for stem, kept in rows.items():
+            name = f"model.layers.{index}.{'mlp' if stem in ('up', 'gate') else 'self_attn'}.{stem}_proj.weight"
+            found[name] = (
+                found[name][:kept].clone() * 8
+            )  # positions, and the order of rows for them, decide predictions
+        for stem, kept in (("mlp.down", channels), ("self_attn.o", 16 * queries)):
+            name = f"model.layers.{index}.{stem}_proj.weight"
+            found[name] = found[name][:, :kept].clone() * 8
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, quantization_config=widths_section(widths))
+
+
+WIDTHS = pytest.mark.parametrize("widths", [{0: MLP, 1: ALL}, {1: ALL}, {0: ALL}], ids=["both", "second", "first"])
+
+
+@WIDTHS
+def test_layers_may_have_widths_of_their_own(
+    dense: tuple[Path, Path], tmp_path: Path, widths: dict[int, dict[str, int]]
+) -> None:
+    """The file is of the architecture that llama.cpp has for them, with a count for every layer."""
+    source, folder = dense
+    cut_to(folder, widths)
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert reader.fields["general.architecture"].contents() == "deci"
+    assert not [key for key in reader.fields if key.startswith("llama.")]
+    counts = {"feed_forward_length": 96, "attention.head_count": HEADS, "attention.head_count_kv": KEY_HEADS}
+    for (key, usual), name in zip(counts.items(), ALL, strict=True):
+        changed = any(name in sizes for sizes in widths.values())
+        expected = [widths.get(index, {}).get(name, usual) for index in range(2)] if changed else usual
+        assert reader.fields[f"deci.{key}"].contents() == expected
+    assert [reader.fields[f"deci.attention.{each}_length"].contents() for each in ("key", "value")] == [16, 16]
+    stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    for name, tensor in tensors(folder).items():
+        if (layer := re.match(r"model\.layers\.(\d)\.(.*)\.weight", name)) is None:
+            continue
+        heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KEY_HEADS}.get(layer[2], 0)
+        sizes = widths.get(int(layer[1]), {})
+        own = sizes.get("num_attention_heads" if heads == HEADS else "num_key_value_heads", heads)
+        expected = permuted(tensor.numpy(), own) if heads else tensor.numpy()
+        np.testing.assert_array_equal(stored[f"blk.{layer[1]}.{NAMES[layer[2]]}.weight"], expected)
+
+
+@WIDTHS
+def test_llama_cpp_reads_the_widths_of_layers(
+    dense: tuple[Path, Path], tmp_path: Path, widths: dict[int, dict[str, int]]
+) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    source, folder = dense
+    cut_to(folder, widths)
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
+    assert_llama_cpp_predicts(tmp_path / "out.gguf", folder, 1e-3)
+
+
+def test_widths_of_layers_are_refused_where_llama_cpp_has_none(tmp_path: Path) -> None:
+    write_gemma2(tmp_path / "dense.gguf", layers=2)
+    convert_gguf(tmp_path / "dense.gguf", tmp_path / "dense", torch.float32)
+    change_config(tmp_path / "dense", quantization_config=widths_section({0: {"intermediate_size": 4}}))
+    said = (
+        "decoder layers have different widths, which llama.cpp reads of the architecture llama only, and .* has gemma2"
+    )
+    with pytest.raises(FistaPrunerError, match=said):
+        fp.export(tmp_path / "dense", tmp_path / "out.gguf", like=tmp_path / "dense.gguf")
 
 
 @pytest.mark.parametrize(("values", "most"), [("f16", 7e4), ("q8_0", 9e6)])

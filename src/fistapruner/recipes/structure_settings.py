@@ -117,8 +117,8 @@ class Structure(Settings):
     widths: Literal["uniform", "free"] = Field(
         "uniform",
         description="The same number of channels and heads in every layer, which every engine loads (uniform), or more "
-        "where they matter more, at the same total (free): loaded by transformers after import fistapruner, and "
-        "by no other engine.",
+        "where they matter more, at the same total (free): loaded by transformers after import fistapruner, by "
+        "llama.cpp as an exported Llama, and by no other engine.",
     )
     steps: int = Field(
         1000,

@@ -13,7 +13,10 @@ from .rendering import Table
 PLACES = {"experts": "mixture", "expert channels": "expert", "shared expert channels": "shared expert"}
 """Where so many of a unit are; in decoder layers without an entry."""
 
-ONLY_HERE = "Widths differ: transformers loads it after import fistapruner, other engines refuse it."
+ONLY_HERE = (
+    "Widths differ: transformers loads it after import fistapruner, and llama.cpp a Llama that fistapruner export "
+    "wrote; other engines refuse it."
+)
 """What is said of free widths."""
 
 

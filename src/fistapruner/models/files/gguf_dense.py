@@ -5,30 +5,38 @@ An export copies the file's keys, so everything in it that pruning does not chan
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import FistaPrunerError
-from ..architecture import read_config
+from ..architecture import read_config, set_widths
 from ..names import checkpoint_names
 from .checkpoint import Checkpoint
 from .gguf import architecture_of, name_map, processor_of
 from .gguf_config import EPSILON_KEYS, epsilon, head_width, rotary_width, scaled_positions
+from .widths import read_widths
 
 ORDERED = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_qkv.weight")
 """Tensors of a file whose rows llama.cpp orders in its own way for some architectures."""
 
+BY_LAYER = {"llama": "deci"}
+"""By architecture, the one of llama.cpp that computes the same and has widths for every decoder layer."""
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
-WIDTH = "feed_forward_length"
+WIDTH, HEAD_COUNT = "feed_forward_length", "attention.head_count"
+HEAD_WIDTHS = ("attention.key_length", "attention.value_length")
 
 MAY_CHANGE = (
     WIDTH,
-    "attention.head_count",
+    HEAD_COUNT,
     "attention.head_count_kv",
     "expert_count",
     "expert_used_count",
@@ -53,10 +61,13 @@ class DenseFile:
     Attributes:
         reader: of the file.
         architecture: its name in the file.
-        counts: by key, the counts of the file that are others in the checkpoint.
+        written_as: name of the architecture in the new file: another one where decoder layers have widths of their own.
+        counts: by key, without the architecture, the counts that are others in the checkpoint; one for every decoder
+            layer where these have widths of their own.
 
     Raises:
-        FistaPrunerError: the file is another model's, or of an architecture that ``transformers`` does not read.
+        FistaPrunerError: the file is another model's, or of an architecture that ``transformers`` does not read, or
+            that has no widths for every layer in llama.cpp where the checkpoint has them.
     """
 
     def __init__(self, like: Path, checkpoint: Checkpoint) -> None:
@@ -69,20 +80,30 @@ class DenseFile:
         self.reader = GGUFReader(like)
         self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
         config = read_config(checkpoint.folder)
+        self.widths = read_widths(checkpoint.config, checkpoint.folder)
+        if self.widths and self.architecture not in BY_LAYER:
+            raise FistaPrunerError(
+                f"{checkpoint.folder}: its decoder layers have different widths, which llama.cpp reads of the "
+                f"architecture {', '.join(BY_LAYER)} only, and {like} has {self.architecture}"
+            )
+        self.written_as = BY_LAYER[self.architecture] if self.widths else self.architecture
         known = GGUF_CONFIG_MAPPING[self.architecture].items()
         # The width of the MLPs has many names in configs: it comes from the weights.
-        self.counts = self._counts(
-            config, {key: getattr(config, str(name), None) for key, name in known if key != WIDTH}
+        self.counts: dict[str, int | list[int]] = dict(
+            self._counts(config, {key: getattr(config, str(name), None) for key, name in known if key != WIDTH})
         )
         self._compare_settings(config)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
+        set_widths(model, self.widths, checkpoint.shapes())
         self.stored = checkpoint_names(model, checkpoint)
         self.names = name_map(self.reader, model, config)
-        self.processor = processor_of(self.reader, config)
+        self.processors = cache(lambda sizes: self._processor(config, dict(sizes)))
         if (down := self.stored.get(self.names.get("blk.0.ffn_down.weight", ""))) is not None:
             width = math.prod(checkpoint.entry(down).shape) // config.hidden_size
             self.counts |= self._counts(config, {WIDTH: width})
+        if self.widths:
+            self._count_by_layer(config, {str(name): key for key, name in known})
 
     def _other(self, what: str) -> FistaPrunerError:
         return FistaPrunerError(f"{self.like} is not the GGUF file of the dense model: {what}")
@@ -103,17 +124,40 @@ class DenseFile:
                 raise FistaPrunerError(f"{self.like} has a {key} for every layer, which is not exported")
             if key not in MAY_CHANGE:
                 raise self._other(f"its {key} is {field.contents()}, that of {self.checkpoint.folder} {count}")
-            changed[f"{self.architecture}.{key}"] = count
-        if f"{self.architecture}.attention.head_count" in changed:  # llama.cpp would divide the width by it
+            changed[key] = count
+        if HEAD_COUNT in changed:  # llama.cpp would divide the width by it
             size, scalar = head_width(config), getattr(config, "query_pre_attn_scalar", None)
             if scalar not in (None, size):
-                heads = changed[f"{self.architecture}.attention.head_count"]
+                heads = changed[HEAD_COUNT]
                 raise FistaPrunerError(
                     f"{self.checkpoint.folder}: its query_pre_attn_scalar {scalar} is not the width of a head, {size}: "
                     f"llama.cpp divides by width / heads, which fewer heads ({heads}) would change"
                 )
-            changed |= {f"{self.architecture}.attention.{each}_length": size for each in ("key", "value")}
+            changed |= dict.fromkeys(HEAD_WIDTHS, size)
         return changed
+
+    def _count_by_layer(self, config: Any, keys: Mapping[str, str]) -> None:
+        """Count what decoder layers have in place of the config's sizes.
+
+        Args:
+            config: of the checkpoint.
+            keys: of the file, by entries of the config.
+        """
+        for name in sorted({name for sizes in self.widths.values() for name in sizes}):
+            if name not in keys:
+                raise FistaPrunerError(f"{self.checkpoint.folder}: {name} of single decoder layers is not exported")
+            usual = getattr(config, name)
+            layers = range(config.num_hidden_layers)
+            self.counts[keys[name]] = [self.widths.get(index, {}).get(name, usual) for index in layers]
+        if HEAD_COUNT in self.counts:
+            self.counts |= dict.fromkeys(HEAD_WIDTHS, head_width(config))
+
+    def _processor(self, config: Any, sizes: Mapping[str, int]) -> Any:
+        """Return what ``transformers`` applies to the tensors of a decoder layer with ``sizes`` of its own."""
+        own = copy.copy(config)
+        for name, size in sizes.items():
+            setattr(own, name, size)
+        return processor_of(self.reader, own)
 
     def _compare_settings(self, config: Any) -> None:
         """Refuse a file whose rotary positions or norms are not the checkpoint's: its keys are copied."""
@@ -193,5 +237,7 @@ class DenseFile:
     def read(self, name: str, array: Array) -> Array:
         """Return what ``transformers`` reads where the tensor ``name`` of the file is ``array``."""
         aside: dict[str, Any] = {"tensors": {}}
-        found = self.processor.process(weights=array, name=name, tensor_key_mapping=self.names, parsed_parameters=aside)
+        layer = re.match(r"blk\.(\d+)\.", name)
+        processor = self.processors(tuple(self.widths.get(int(layer[1]), {}).items()) if layer else ())
+        found = processor.process(weights=array, name=name, tensor_key_mapping=self.names, parsed_parameters=aside)
         return np.asarray(found.weights)

@@ -31,7 +31,6 @@ from .checkpoint import Checkpoint
 from .gguf import transformers_faults
 from .gguf_dense import Array, DenseFile
 from .gguf_header import check_gguf
-from .widths import read_widths
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
@@ -119,8 +118,6 @@ def open_exported(folder: Path, allow_pickle: bool = False) -> Checkpoint:
 
     checkpoint = Checkpoint.open(folder, allow_pickle)
     refuse_own_code(folder, "such models are not exported")
-    if read_widths(checkpoint.config, folder):
-        raise FistaPrunerError(f"{folder}: its decoder layers have different widths, which are not exported")
     if any(".experts." in name for name in checkpoint.names()):
         raise FistaPrunerError(f"{folder} is a mixture of experts, which is not exported")
     with transformers_faults(folder):
@@ -319,16 +316,19 @@ class _Writer:
         """
         import gguf
 
-        with closing(gguf.GGUFWriter(out, self.dense.architecture)) as writer:
+        theirs, ours = f"{self.dense.architecture}.", f"{self.dense.written_as}."
+        changed = {f"{ours}{key}": count for key, count in self.dense.counts.items()}
+        with closing(gguf.GGUFWriter(out, self.dense.written_as)) as writer:
             for key, field in self.dense.reader.fields.items():
                 skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
                 skipped |= key == SIZE and bool(self.dense.counts)  # the number of the dense model's weights
                 skipped |= field.contents() == []  # the writer takes no empty array
-                if not skipped and key not in (*OWN_KEYS, *self.dense.counts):
+                named = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
+                if not skipped and named not in (*OWN_KEYS, *changed):
                     inner = field.types[-1] if len(field.types) > 1 else None
-                    writer.add_key_value(key, field.contents(), field.types[0], inner)
-            for key, count in self.dense.counts.items():
-                writer.add_uint32(key, count)
+                    writer.add_key_value(named, field.contents(), field.types[0], inner)
+            for key, count in changed.items():
+                (writer.add_array if isinstance(count, list) else writer.add_uint32)(key, count)
             writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[values]))
             for name, tensor in planned.items():
                 form = gguf.GGMLQuantizationType[tensor.form]
