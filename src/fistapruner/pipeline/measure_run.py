@@ -120,7 +120,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card, in the place of earlier ones. Every form runs in a
-    process of its own, which imports the script that calls this: put the call under ``if __name__ == "__main__":``.
+    process of its own.
 
     Args:
         folder: the run directory.
