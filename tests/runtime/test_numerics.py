@@ -87,10 +87,13 @@ def test_what_the_calling_program_has_set_changes_no_bit(tmp_path: Path) -> None
 
     expected = found("plain")
     for dtype, mode in ((torch.bfloat16, torch.inference_mode), (torch.float64, torch.no_grad)):
-        with default_dtype(dtype), torch.autocast("cpu", dtype=torch.bfloat16), mode():
+        with default_dtype(dtype), torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), mode():
             before = torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+            state = torch.get_rng_state()
             assert found(mode.__name__) == expected
             assert (torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == before
+            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.get_default_device() == torch.device("meta")
 
 
 def test_runs_in_several_threads_run_one_after_another(tmp_path: Path) -> None:
