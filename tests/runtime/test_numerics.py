@@ -82,7 +82,10 @@ def test_what_the_calling_program_has_set_changes_no_bit(tmp_path: Path) -> None
         perplexity = fp.evaluate(dense, str(text), seqlen=16).perplexity
         fp.prune(dense, tmp_path / place, method="wanda", calibration=data)
         fp.recover(tmp_path / place, tmp_path / f"{place}-recovered", **few)
-        files = (tmp_path / place / "model", tmp_path / f"{place}-recovered" / "model")
+        files = tuple(tmp_path / name for name in (f"{place}/model", f"{place}-recovered/model", f"{place}-packed"))
+        fp.pack(files[0], files[2])
+        parameters = list(fp.load(files[2]).parameters())
+        assert {(each.device.type, each.dtype) for each in parameters} == {("cpu", torch.float32)}
         return [solved.tolist(), perplexity, *((folder / "model.safetensors").read_bytes() for folder in files)]
 
     expected = found("plain")
