@@ -325,6 +325,7 @@ def test_a_script_that_measures_needs_no_main_guard(tmp_path):
     program = [sys.executable, script, save_pruned(tmp_path / "m")]
     done = subprocess.run(program, check=True, capture_output=True, text=True)
     assert done.stdout == "begun\n['dense']\n"
+    assert "Loading weights" not in done.stderr
 
 
 def test_a_process_of_its_own(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..errors import FistaPrunerError, one_line
 from ..models.architecture import auto_class, read_config, refuse_own_code
@@ -178,6 +179,8 @@ def main(pipe: int) -> None:
         pipe: its file descriptor.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of several processes at once, they would be mixed
     with Connection(pipe) as connection:
         variant, batch, prompt, tokens, threads = connection.recv()
         serve(variant, batch, prompt, tokens, threads, connection)
@@ -208,7 +211,6 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
 
 def load_variant(variant: Variant) -> Any:
     """Load the model of a variant onto the CPU."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     dtype = getattr(torch, variant.dtype) if variant.dtype else None
     refuse_own_code(variant.folder, SPEED_OF_OWN_CODE)
     if is_packed(variant.folder):
