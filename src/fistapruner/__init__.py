@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .recipes.align_settings import AlignRecipe
     from .recipes.recover_settings import RecoverRecipe
     from .recipes.settings import Recipe
+    from .runs.listener import Listener
     from .runs.records import Report
     from .runs.results import Evaluation
     from .solvers import solve
@@ -45,6 +46,7 @@ __all__ = [
     "Evaluation",
     "FistaPrunerError",
     "LayerProblem",
+    "Listener",
     "MergeReport",
     "Recipe",
     "RecoverRecipe",
@@ -87,6 +89,7 @@ _MODULES = {
     "recipes.align_settings": ("AlignRecipe",),
     "recipes.recover_settings": ("RecoverRecipe",),
     "recipes.settings": ("Recipe",),
+    "runs.listener": ("Listener",),
     "runs.records": ("Report",),
     "runs.results": ("Evaluation",),
     "solvers": ("solve",),

@@ -141,7 +141,7 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
         else:
             value = item.get("input")
             shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool, type(None))) else ""
-            if not shown and item["type"].endswith("_type"):
+            if not shown and (item["type"].endswith("_type") or item["type"] == "literal_error"):
                 shown = f" (got an object of the class {type(value).__name__})"
             message = str(item["ctx"]["error"]) if item["type"] == "value_error" and "ctx" in item else item["msg"]
             if item["type"] == "model_type":
@@ -151,16 +151,25 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
 
 
 def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]) -> str:
-    """Name the setting nearest to one that is unknown, or all that its section has.
+    """Name the setting nearest to one that is unknown, in a section too, or all that its section has.
 
     Empty where the section is not known.
     """
-    for part in place[:-1]:
-        field = None if settings is None else settings.model_fields.get(str(part))
-        kind = None if field is None else field.annotation
-        sections = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
-        settings = sections[0] if sections else None
-    return "" if settings is None else instead_of(str(place[-1]), settings.model_fields)
+    *sections, name = map(str, place)
+    for section in sections:
+        settings = None if settings is None else _section(settings, section)
+    if settings is None:
+        return ""
+    inner = ((field, _section(settings, field)) for field in settings.model_fields)
+    found = [f"{field}.{name}" for field, section in inner if section is not None and name in section.model_fields]
+    return f": did you mean {' or '.join(map(repr, found))}?" if found else instead_of(name, settings.model_fields)
+
+
+def _section(settings: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """Return the settings of a section; None where a setting is none."""
+    kind = None if (field := settings.model_fields.get(name)) is None else field.annotation
+    sections = (each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel))
+    return next(sections, None)
 
 
 def instead_of(name: str, known: Collection[str]) -> str:

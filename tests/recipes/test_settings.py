@@ -417,6 +417,9 @@ def test_names_of_operators_and_their_sparsities_are_checked_one_by_one(settings
     ("settings", "message"),
     [
         ({"methods": "wanda"}, r"unknown setting 'methods': did you mean 'method'\?$"),
+        ({"seqlen": 64}, r"unknown setting 'seqlen': did you mean 'calibration\.seqlen'\?$"),
+        ({"recover": {"seqlen": 64}}, r"recover: unknown setting 'seqlen': did you mean 'data\.seqlen'\?$"),
+        ({"dtype": torch.float16}, r"dtype: .*'float16' \(got an object of the class dtype\)$"),
         ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
         ({"recover": {"data": {"xyz": 4}}}, r"recover: unknown setting 'data\.xyz': one of source, "),
         ({"calibration": {"xyz": 4}}, r"unknown setting 'calibration\.xyz': one of .*samples, .* is expected$"),

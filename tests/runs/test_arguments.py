@@ -101,3 +101,18 @@ def test_errors_are_pickled_with_their_notes(error: FistaPrunerError) -> None:
     error.add_note("of the caller")
     found = pickle.loads(pickle.dumps(error))
     assert (type(found), str(found), found.__notes__) == (type(error), str(error), error.__notes__)
+
+
+def test_a_notebook_shows_a_report_in_a_few_lines(tmp_path: Path) -> None:
+    bench = tiny.Bench(tmp_path)
+    dense, calibration = bench.dense(), {"source": bench.text, "samples": 2, "seqlen": 16}
+    report = fp.prune(dense, tmp_path / "run", method="wanda", calibration=calibration, evaluate=bench.text)
+    assert report.totals.operator_zeros
+    evaluation = report.evaluations[0]
+    assert evaluation.perplexity is not None
+    assert evaluation.reference is not None
+    for figure in (report.totals.operator_zeros, evaluation.perplexity.perplexity, evaluation.reference.perplexity):
+        assert str(figure) in repr(report)
+    assert len(repr(report)) < 1000
+    assert str(evaluation.perplexity.window_nlls) not in repr(evaluation)
+    assert "operator_zeros" not in repr(fp.Report())

@@ -82,15 +82,21 @@ def test_what_the_calling_program_has_set_changes_no_bit(tmp_path: Path) -> None
         perplexity = fp.evaluate(dense, str(text), seqlen=16).perplexity
         fp.prune(dense, tmp_path / place, method="wanda", calibration=data)
         fp.recover(tmp_path / place, tmp_path / f"{place}-recovered", **few)
-        files = (tmp_path / place / "model", tmp_path / f"{place}-recovered" / "model")
+        files = tuple(tmp_path / name for name in (f"{place}/model", f"{place}-recovered/model", f"{place}-packed"))
+        fp.pack(files[0], files[2])
+        parameters = list(fp.load(files[2]).parameters())
+        assert {(each.device.type, each.dtype) for each in parameters} == {("cpu", torch.float32)}
         return [solved.tolist(), perplexity, *((folder / "model.safetensors").read_bytes() for folder in files)]
 
     expected = found("plain")
     for dtype, mode in ((torch.bfloat16, torch.inference_mode), (torch.float64, torch.no_grad)):
-        with default_dtype(dtype), torch.autocast("cpu", dtype=torch.bfloat16), mode():
+        with default_dtype(dtype), torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), mode():
             before = torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+            state = torch.get_rng_state()
             assert found(mode.__name__) == expected
             assert (torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == before
+            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.get_default_device() == torch.device("meta")
 
 
 def test_runs_in_several_threads_run_one_after_another(tmp_path: Path) -> None:

@@ -83,8 +83,9 @@ def test_a_missing_kernel_is_told_with_its_reason(tmp_path, monkeypatch, changes
         monkeypatch.setattr(kernel, name, value)
     for cached in ("library", "best_level"):
         monkeypatch.setattr(kernel, cached, cache(getattr(kernel, cached).__wrapped__))
-    with pytest.warns(UserWarning, match=f"{reason}.*, so packed operators run slower"):
+    with pytest.warns(UserWarning, match=f"{reason}.*, so packed operators run slower") as told:
         fistapruner.load(tmp_path / "p")
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("forced", ["", "portable"])

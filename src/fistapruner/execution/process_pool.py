@@ -10,10 +10,10 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
+from ..runtime.launcher import module_path
 from .context import RunContext
 from .pool import Event, LayerJob, PartJob
 
@@ -62,9 +62,7 @@ class ProcessPool:
     def revive(self, worker: int) -> None:
         """Start a worker, or start it again."""
         context = self._context
-        package = str(Path(__file__).parents[2])
-        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(context.numerics.threads)}
+        environment = {**os.environ, "PYTHONPATH": module_path(), "OMP_NUM_THREADS": str(context.numerics.threads)}
         # -P: nothing is imported from the current folder, which may be one that was downloaded
         program = [sys.executable, "-P", "-m", "fistapruner.execution.worker"]
         place = [

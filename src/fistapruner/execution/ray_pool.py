@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
+from ..runtime.launcher import module_path
 from .context import RunContext
 from .pool import Event, LayerJob, PartJob
 
@@ -121,11 +122,7 @@ class RayPool:
                 f"needs{' beside its GPU' if cuda else ''}: set --threads"
             )
         self.size = min(execution.workers or room, room, jobs)
-        package = str(Path(__file__).parents[2])
-        variables = {
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-        }
+        variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": module_path()}
         self._options = {"num_cpus": threads, "num_gpus": 1 if cuda else 0, "runtime_env": {"env_vars": variables}}
         self._arguments = (
             str(context.run.folder.absolute()),

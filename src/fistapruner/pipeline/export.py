@@ -13,11 +13,13 @@ from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import lineage_of
 from ..runtime.formatting import shell_line
+from ..runtime.numerics import undisturbed
 from ..runtime.progress import Tick, silent
 from ..sparse.packed_checkpoint import is_packed
 
 
 @checked_arguments
+@undisturbed()
 def export(
     model: str | Path,
     out: str | Path,

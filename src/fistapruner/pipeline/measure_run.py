@@ -26,6 +26,7 @@ from ..runs.records import Report, is_run
 from ..runs.results import Evaluation
 from ..runs.training_runs import Dense, dense_of, recovered_beside
 from ..runtime.machine import describe_machine, now
+from ..runtime.numerics import undisturbed
 from ..sparse.bench import bench, packed_bytes
 from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
@@ -116,11 +117,12 @@ def evaluate_run(
 
 
 @checked_arguments
+@undisturbed()
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card, in the place of earlier ones. Every form runs in a
-    process of its own, which imports the script that calls this: put the call under ``if __name__ == "__main__":``.
+    process of its own.
 
     Args:
         folder: the run directory.

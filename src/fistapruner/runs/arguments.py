@@ -20,7 +20,7 @@ FUNCTION = (lambda value: value is None or callable(value), "a function")
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "listener": (
         lambda value: value is None or isinstance(value, Listener),
-        "an object of a subclass of fistapruner.runs.listener.Listener",
+        "an object of a subclass of fistapruner.Listener",
     ),
     "inspect": FUNCTION,
     "progress": FUNCTION,

@@ -7,6 +7,7 @@ misunderstand raises :data:`VERSION`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -235,6 +236,8 @@ class Lineage(Record):
 class Report(Record):
     """``RUN/report.json``, and (without layers and totals) ``RUN/run.json`` of an unfinished run.
 
+    Its ``repr``, which a notebook prints, has the main figures only.
+
     Args:
         version: of this schema.
         status: ``running``, ``finished`` or ``failed``; ``error``: why it failed.
@@ -280,6 +283,23 @@ class Report(Record):
     alignment: Alignment | None = None
     stacked_experts: bool = False
     warnings: list[str] = []
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Return what ``repr`` shows: the whole would be tens of thousands of characters."""
+        measured = {found.data: found.perplexity for each in self.evaluations if (found := each.perplexity)}
+        dense = {found.data: found.perplexity for each in self.evaluations if (found := each.reference)}
+        figures = {
+            "kind": self.kind,
+            "status": self.status,
+            "error": self.error,
+            "model": self.model.source,
+            "operator_weights": self.totals.operator_weights,
+            "operator_zeros": self.totals.operator_zeros,
+            "seconds": self.totals.seconds,
+            "perplexity": measured or None,
+            "dense_perplexity": dense or None,
+        }
+        return [(name, value) for name, value in figures.items() if value is not None]
 
     @property
     def operators(self) -> list[OperatorEntry]:

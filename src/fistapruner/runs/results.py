@@ -56,7 +56,7 @@ class Perplexity:
     nll_standard_error: StandardError
     bos: str = "none"
     text_sha256: str = ""
-    window_nlls: tuple[Loss, ...] = ()
+    window_nlls: tuple[Loss, ...] = field(default=(), repr=False)
 
     @property
     def measured_on(self) -> tuple[str, str]:

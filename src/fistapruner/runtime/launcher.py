@@ -1,4 +1,4 @@
-"""Read from the environment how many processes a launcher has started. Needs no torch.
+"""Count processes that a launcher has started, and let new ones import this package. Needs no torch.
 
 ``torchrun`` and ``accelerate launch`` are such launchers.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from ..errors import FistaPrunerError
 
@@ -36,6 +37,12 @@ def leads() -> bool:
         FistaPrunerError: as of :func:`launched`.
     """
     return launched() == 1 or _number("RANK") == 0
+
+
+def module_path() -> str:
+    """Return the ``PYTHONPATH`` with which a new process imports this package."""
+    package = str(Path(__file__).parents[2])
+    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
 
 
 def _number(name: str) -> int:

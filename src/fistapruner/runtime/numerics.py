@@ -74,15 +74,18 @@ def exact_products() -> Iterator[None]:
 def undisturbed() -> Iterator[None]:
     """Compute the same whatever the calling program has set, in one thread at a time.
 
-    What a program may have set is torch's default dtype, the precision of fp32 products, autocast, inference mode, and
-    that no gradients are recorded. All of it comes back at the end. Some of it, like the number of CPU threads and a
+    What a program may have set is torch's default dtype and device, the precision of fp32 products, autocast, inference
+    mode, and that no gradients are recorded. All of it comes back at the end, and so does the state of the CPU's random
+    generator, from which transformers draws where it makes a model. Some of it, like the number of CPU threads and a
     run's log, belongs to the process: a second thread waits until the block of the first has ended.
     """
     with _one_at_a_time:
-        dtype = torch.get_default_dtype()
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
         torch.set_default_dtype(torch.float32)
         try:
             with (
+                torch.device("cpu") if device.type != "cpu" else nullcontext(),  # it slows every call of torch
+                torch.random.fork_rng(devices=()),
                 torch.inference_mode(False),  # records gradients, also inside torch.no_grad()
                 torch.autocast("cpu", enabled=False),
                 torch.autocast("cuda", enabled=False),

@@ -25,6 +25,7 @@ from ..models.files.folder_files import read_json_in
 from ..models.files.widths import read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
 from ..runs.arguments import checked_arguments
+from ..runtime.numerics import undisturbed
 from . import kernel
 from .experts import serve_experts
 from .linear import DenseLinear, FusedProjections, SparseLinear
@@ -36,6 +37,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "
 
 
 @checked_arguments
+@undisturbed()
 def load(
     folder: str | Path,
     *,
@@ -84,7 +86,7 @@ def load(
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() <= 0:
         slow = f"{kernel.absence()}, so packed operators run slower than dense ones: load with packed=False"
-        warnings.warn(slow, stacklevel=2)
+        warnings.warn(slow, stacklevel=4)  # of the caller, past both decorators
     model = _build(source, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
         try:

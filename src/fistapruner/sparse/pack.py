@@ -29,6 +29,7 @@ from ..models.source import ModelSource
 from ..runs.arguments import checked_arguments
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.formatting import size
+from ..runtime.numerics import undisturbed
 from ..runtime.progress import Tick, silent
 from .format import METADATA, VERSION, encode
 from .pack_plan import PlannedOperator, plan_packing
@@ -75,6 +76,7 @@ class PackReport:
 
 
 @checked_arguments
+@undisturbed()
 def pack(
     checkpoint: str | Path,
     out: str | Path,
@@ -153,6 +155,7 @@ def _claim(path: Path) -> dict[str, Any]:
 
 
 @checked_arguments
+@undisturbed()
 def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None) -> Path:
     """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
 

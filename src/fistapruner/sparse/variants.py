@@ -6,22 +6,26 @@ alike, and the memory of each is its own.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..errors import FistaPrunerError, one_line
 from ..models.architecture import auto_class, read_config, refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
+from ..runtime.launcher import module_path
 from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
 from .load import load
 from .packed_checkpoint import is_packed, low_rank_part
@@ -103,25 +107,40 @@ def compare(
 
 
 class Worker:
-    """A process that holds one variant and generates on request."""
+    """A process that holds one variant and generates on request.
+
+    It is not a child of :mod:`multiprocessing`, so it does not import the script that measures.
+    """
 
     def __init__(self, variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.name = variant.name
-        self._pipe, other = context.Pipe()
-        arguments = (variant, batch, prompt, tokens, threads, other)
-        self._process = context.Process(target=_serve_alone, args=arguments, daemon=True)
-        self._process.start()
-        other.close()
+        self._pipe, other = Pipe()
+        with other:
+            # -P: nothing is imported from the current folder, which may be one that was downloaded.
+            program = [sys.executable, "-P", "-c", f"from {__name__} import main; main({other.fileno()})"]
+            # In a group of its own, so that Ctrl-C does not reach it while it imports.
+            self._process = subprocess.Popen(
+                program,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": module_path()},
+                pass_fds=(other.fileno(),),
+                process_group=0,
+            )
+        self.send((variant, batch, prompt, tokens, threads))
 
-    def send(self, word: str) -> None:
-        """Ask for a run or a figure.
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def send(self, request: object) -> None:
+        """Send a request: what to measure, then ``"run"`` or ``"peak"``.
 
         Raises:
             FistaPrunerError: the process has ended.
         """
         try:
-            self._pipe.send(word)
+            self._pipe.send(request)
         except OSError:
             raise self._ended() from None
 
@@ -141,21 +160,30 @@ class Worker:
 
     def _ended(self) -> FistaPrunerError:
         return FistaPrunerError(
-            f"the process that measures {self.name!r} ended early: there may be too little memory for it, or a script "
-            "that measures has no 'if __name__ == \"__main__\":' around its calls"
+            f"the process that measures {self.name!r} ended early: there may be too little memory for it"
         )
 
     def close(self) -> None:
         """End the process, also in the midst of a run."""
         self._pipe.close()
         self._process.terminate()
-        self._process.join()
+        self._process.wait()
 
 
-def _serve_alone(*arguments: Any) -> None:
-    """Serve and ignore Ctrl-C, which reaches all processes of a terminal: the one that asks ends this one."""
+def main(pipe: int) -> None:
+    """Serve the variant that comes first through a pipe, as a :class:`Worker`'s process.
+
+    It ignores Ctrl-C: the process that asks ends this one.
+
+    Args:
+        pipe: its file descriptor.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(*arguments)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of several processes at once, they would be mixed
+    with Connection(pipe) as connection:
+        variant, batch, prompt, tokens, threads = connection.recv()
+        serve(variant, batch, prompt, tokens, threads, connection)
 
 
 def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, pipe: Connection) -> None:
@@ -183,7 +211,6 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
 
 def load_variant(variant: Variant) -> Any:
     """Load the model of a variant onto the CPU."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     dtype = getattr(torch, variant.dtype) if variant.dtype else None
     refuse_own_code(variant.folder, SPEED_OF_OWN_CODE)
     if is_packed(variant.folder):
