@@ -12,6 +12,7 @@ from scipy.spatial.distance import jensenshannon
 from test_run import inputs_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import fistapruner as fp
 import tiny
@@ -37,6 +38,7 @@ from fistapruner.structured.goa import (
     head_divergence,
     redundant,
 )
+from fistapruner.structured.proof import plan_widths
 from fistapruner.structured.removal import ChannelStatistics, remove_channels
 from fistapruner.structured.shrinkage import refitted
 
@@ -159,6 +161,19 @@ def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -
     with torch.no_grad():
         probabilities = whole(tokens, output_attentions=True).attentions[0]
     torch.testing.assert_close(found, divergence_of(probabilities), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("widths", ["uniform", "free"])
+def test_attention_without_probabilities_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widths: str
+) -> None:
+    forward = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0], None))
+    folder = tiny.save("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
+    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    structure = Structure(remove="heads=2", method="goa", widths=widths)
+    with pytest.raises(FistaPrunerError, match=r"model\.layers\.0 does not return attention probabilities"):
+        plan_widths(model, discover(model), structure)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -24,7 +24,7 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.sparse.variants import Variant, load_variant
-from fistapruner.structured.proof import plan_widths
+from fistapruner.structured.proof import config_entries, plan_widths
 from fistapruner.structured.widths import allocate
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
@@ -310,6 +310,18 @@ def test_of_free_widths_only_the_other_kind_goes(
     if second is not None:
         found = plan_widths(model, layout, Structure(remove=second, widths="free", multiple=4))
         assert all(len(units) == 1 for units in found.units)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entry"),
+    [("llama", "intermediate_size"), ("opt", "ffn_dim"), ("gpt2", "n_inner"), ("bloom", "intermediate_size")],
+)
+def test_widths_are_named_as_the_config_has_them(tmp_path: Path, architecture: str, entry: str) -> None:
+    """GPT-2's entry is None for four times the hidden size; BLOOM has none."""
+    model = LayerwiseModel(UNTRUSTED.at(tiny.save(architecture, tmp_path / "model")).checkpoint(), torch.device("cpu"))
+    found = plan_widths(model, discover(model), Structure(remove="mlp=25%", widths="free", multiple=4))
+    (unit,) = found.units[0]
+    assert config_entries(model, [unit]) == {unit.kind: (entry,)}
 
 
 def test_experts_have_no_widths_of_their_own(tmp_path: Path) -> None:
