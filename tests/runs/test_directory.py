@@ -22,7 +22,7 @@ from fistapruner.pipeline.compare_folder import refuse_other_things
 from fistapruner.runs import training_directory
 from fistapruner.runs.base import parse
 from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord
-from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.directory import RunDirectory, refuse_out
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
@@ -77,6 +77,21 @@ def write_model(run: RunDirectory, record: bool) -> None:
     (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
     if record:
         run.write_model_record("run", {"model.safetensors": "digest"})
+
+
+def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
+    """A file, below a link to nothing, or a path that is not UTF-8."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("gone")
+    for place, said in [
+        ("file", "--out .*/file is a file"),
+        ("link", r"--out .*/link: .*/link is a link to .*/gone, which does not exist"),
+        ("link/a/b", r"--out .*/link/a/b: .*/link is a link to .*/gone, which does not exist"),
+        (os.fsdecode(b"\xff/run"), "is not a UTF-8 path"),
+    ]:
+        with pytest.raises(FistaPrunerError, match=said):
+            refuse_out(tmp_path / place)
+    refuse_out(tmp_path / "new" / "run")
 
 
 def test_nothing_as_large_as_the_model_stays_of_a_run_without_weights(tmp_path: Path) -> None:
