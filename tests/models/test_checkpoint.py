@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -114,6 +115,22 @@ def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(FistaPrunerError, match=f"shard '{shard.name}' of its index is missing"):
         Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}], ids=["single", "sharded"])
+def test_a_variant_is_read_after_it_was_renamed_as_the_error_says(
+    single: Path, tmp_path: Path, how: dict[str, str]
+) -> None:
+    folder = tmp_path / "variant"
+    AutoModelForCausalLM.from_pretrained(single).save_pretrained(folder, variant="fp16", **how)
+    with pytest.raises(FistaPrunerError, match=r"a variant of them, .*fp16") as refused:
+        Checkpoint.open(folder)
+    asked = re.search(r"variant of them, (\S+): rename that to (\S+)$", str(refused.value))
+    assert asked is not None
+    (folder / asked[1]).rename(folder / asked[2])
+    renamed, dense = Checkpoint.open(folder), Checkpoint.open(single)
+    assert (len(renamed.files) > 1) == bool(how)
+    assert all(torch.equal(renamed.read(name), dense.read(name)) for name in dense.names())
 
 
 @pytest.mark.parametrize(

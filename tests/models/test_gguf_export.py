@@ -163,6 +163,27 @@ def test_llama_cpp_reads_the_widths_of_layers(
     assert_llama_cpp_predicts(tmp_path / "out.gguf", folder, 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("said_of_a_layer", "said"),
+    [
+        ({**ALL, "intermediate_size": 16}, r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' has 32 rows, and interm"),
+        ({**ALL, "num_attention_heads": 4}, r"q_proj\.weight' has 32 rows, and num_attention_heads of its layer is 4"),
+        ({**ALL, "num_key_value_heads": 2}, r"k_proj\.weight' has 16 rows, and num_key_value_heads of its layer is 2"),
+        ({**ALL, "hidden_size": 64}, "dense: hidden_size of single decoder layers is not exported"),
+    ],
+)
+def test_widths_that_are_not_those_of_the_tensors_are_refused(
+    dense: tuple[Path, Path], tmp_path: Path, said_of_a_layer: dict[str, int], said: str
+) -> None:
+    """llama.cpp would not load the file."""
+    source, folder = dense
+    cut_to(folder, {1: ALL})
+    change_config(folder, quantization_config=widths_section({1: said_of_a_layer}))
+    with pytest.raises(FistaPrunerError, match=said):
+        fp.export(folder, tmp_path / "out.gguf", like=source)
+    assert not list(tmp_path.glob("*out.gguf*"))
+
+
 def test_widths_of_layers_are_refused_where_llama_cpp_has_none(tmp_path: Path) -> None:
     write_gemma2(tmp_path / "dense.gguf", layers=2)
     convert_gguf(tmp_path / "dense.gguf", tmp_path / "dense", torch.float32)
@@ -464,6 +485,17 @@ def test_the_order_of_a_kind_of_tensor_is_found_once(
     fp.export(dense[1], tmp_path / "out.gguf", like=dense[0])
     assert len(found) == 3 + 9  # outside the two decoder layers, and in one of them
     assert sorted(order.places.size for order in found if order.places is not None) == [32, 64]
+
+
+def test_the_names_of_tensors_are_built_once(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would build them for every module."""
+    build = Mock(side_effect=gguf.get_tensor_name_map)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", build)
+    fp.export(dense[1], tmp_path / "out.gguf", like=dense[0])
+    assert build.call_count == 1
+    assert gguf.get_tensor_name_map is build
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4), (5,)])

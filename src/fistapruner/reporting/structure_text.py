@@ -14,8 +14,8 @@ PLACES = {"experts": "mixture", "expert channels": "expert", "shared expert chan
 """Where so many of a unit are; in decoder layers without an entry."""
 
 ONLY_HERE = (
-    "Widths differ: transformers loads it after import fistapruner, and llama.cpp a Llama that fistapruner export "
-    "wrote; other engines refuse it."
+    "Widths differ: transformers loads the model after 'import fistapruner', and llama.cpp, if it is a Llama, the file "
+    "that 'fistapruner export' writes; other engines refuse it."
 )
 """What is said of free widths."""
 

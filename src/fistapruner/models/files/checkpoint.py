@@ -28,6 +28,7 @@ from .folder_files import (
     inside,
     read_json_in,
     which_gguf,
+    which_variant,
 )
 from .pickle import PickleFile
 from .safetensors import SafetensorsFile, TensorEntry
@@ -131,7 +132,8 @@ class Checkpoint:
         names = (SINGLE, INDEX, SINGLE_PICKLE, INDEX_PICKLE)
         found = next((name for name in names if (folder / name).exists()), None)
         if found is None:
-            raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}{which_gguf(folder)}")
+            others = which_variant(folder) or which_gguf(folder)
+            raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}{others}")
         pickled = found in (SINGLE_PICKLE, INDEX_PICKLE)
         if pickled and not allow_pickle:
             raise FistaPrunerError(

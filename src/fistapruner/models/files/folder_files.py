@@ -86,6 +86,16 @@ def which_gguf(folder: Path) -> str:
     return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf" if names else ""
 
 
+def which_variant(folder: Path) -> str:
+    """Name weights that were saved with ``variant=`` at the end of an error; empty where there are none."""
+    for expected in (INDEX, SINGLE):  # shards keep their names
+        stem, _, end = expected.rpartition(".")
+        for found in sorted(folder.glob(f"{stem}.*.{end}")):
+            if "-of-" not in found.name:
+                return f"; it holds a variant of them, {found.name}: rename that to {expected}"
+    return ""
+
+
 def read_json_in(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint folder.
 

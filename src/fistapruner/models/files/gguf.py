@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,17 @@ def processor_of(reader: Any, config: Any) -> Any:
 
 def name_map(reader: Any, model: Any, config: Any) -> dict[str, str]:
     """Map the GGUF name of every tensor of the file that the model has to the model's name."""
+    import gguf
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map, read_field
 
     # By the file's own name of the architecture: that of Mistral is llama there.
     architecture = read_field(reader, "general.architecture")[0]
-    table: dict[str, str] = get_gguf_hf_weights_map(model, processor_of(reader, config), architecture)
+    build = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(build)  # transformers builds the same one for every module, which takes seconds
+    try:
+        table: dict[str, str] = get_gguf_hf_weights_map(model, processor_of(reader, config), architecture)
+    finally:
+        gguf.get_tensor_name_map = build
     return {tensor.name: table[tensor.name] for tensor in reader.tensors if tensor.name in table}
 
 

@@ -31,13 +31,16 @@ BY_LAYER = {"llama": "deci"}
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-WIDTH, HEAD_COUNT = "feed_forward_length", "attention.head_count"
+WIDTH, HEAD_COUNT, KEY_HEAD_COUNT = "feed_forward_length", "attention.head_count", "attention.head_count_kv"
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length")
+
+ROWS = {WIDTH: "ffn_up", HEAD_COUNT: "attn_q", KEY_HEAD_COUNT: "attn_k"}
+"""By count that a decoder layer may have of its own, the tensor that has as many rows, or the rows of as many heads."""
 
 MAY_CHANGE = (
     WIDTH,
     HEAD_COUNT,
-    "attention.head_count_kv",
+    KEY_HEAD_COUNT,
     "expert_count",
     "expert_used_count",
     "expert_feed_forward_length",
@@ -103,7 +106,7 @@ class DenseFile:
             width = math.prod(checkpoint.entry(down).shape) // config.hidden_size
             self.counts |= self._counts(config, {WIDTH: width})
         if self.widths:
-            self._count_by_layer(config, {str(name): key for key, name in known})
+            self._count_by_layer(config, {key: str(name) for key, name in known})
 
     def _other(self, what: str) -> FistaPrunerError:
         return FistaPrunerError(f"{self.like} is not the GGUF file of the dense model: {what}")
@@ -136,19 +139,29 @@ class DenseFile:
             changed |= dict.fromkeys(HEAD_WIDTHS, size)
         return changed
 
-    def _count_by_layer(self, config: Any, keys: Mapping[str, str]) -> None:
+    def _count_by_layer(self, config: Any, entries: Mapping[str, str]) -> None:
         """Count what decoder layers have in place of the config's sizes.
 
         Args:
             config: of the checkpoint.
-            keys: of the file, by entries of the config.
+            entries: of the config, by keys of the file.
         """
-        for name in sorted({name for sizes in self.widths.values() for name in sizes}):
-            if name not in keys:
-                raise FistaPrunerError(f"{self.checkpoint.folder}: {name} of single decoder layers is not exported")
-            usual = getattr(config, name)
+        own = {name for sizes in self.widths.values() for name in sizes}
+        if other := sorted(own - {entries[key] for key in ROWS}):
+            raise FistaPrunerError(f"{self.checkpoint.folder}: {other[0]} of single decoder layers is not exported")
+        for key, tensor in ROWS.items():
+            name, unit = entries[key], 1 if key == WIDTH else head_width(config)
             layers = range(config.num_hidden_layers)
-            self.counts[keys[name]] = [self.widths.get(index, {}).get(name, usual) for index in layers]
+            counts = [self.widths.get(index, {}).get(name, getattr(config, name)) for index in layers]
+            for index, count in enumerate(counts):
+                source = self.stored.get(self.names.get(f"blk.{index}.{tensor}.weight", ""))
+                if source is not None and (rows := self.checkpoint.entry(source).shape[0]) != count * unit:
+                    raise FistaPrunerError(
+                        f"{self.checkpoint.folder}: tensor {source!r} has {rows} rows, and {name} of its layer is "
+                        f"{count}{f', of {unit} rows each' if unit > 1 else ''}"
+                    )
+            if name in own:
+                self.counts[key] = counts
         if HEAD_COUNT in self.counts:
             self.counts |= dict.fromkeys(HEAD_WIDTHS, head_width(config))
 
