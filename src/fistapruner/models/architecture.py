@@ -217,7 +217,9 @@ def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapp
     names = stored_names(model, shapes)
     for index, sizes in widths.items():
         if index >= len(layers):
-            raise unsupported(model, f"widths of decoder layer {index} of {len(layers)}")
+            raise FistaPrunerError(
+                f"config.json: widths of decoder layer {index} of {len(layers)} cannot be (the first one is 0)"
+            )
         for name, parameter in list(layers[index].named_parameters()):
             full = f"{layers_name}.{index}.{name}"
             before, after = tuple(parameter.shape), shapes.get(names.get(full, ""))
