@@ -227,8 +227,8 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"windows": "3"}, "windows '3' is out of range: a whole number"),
         ({"memory_limit": 0}, "memory_limit: '0' is not a size: write 8GiB"),
         ({"memory_limit": "much"}, "memory_limit: 'much' is not a size: write 8GiB"),
-        ({"tasks": ["absent"], "tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
-        ({"tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
+        ({"tasks": ["absent"], "tasks_dir": "nowhere"}, "nowhere is not a folder; name one"),
+        ({"tasks_dir": "nowhere"}, "nowhere is not a folder; name one"),
     ],
 )
 def test_bad_settings_are_named_before_any_work(

@@ -277,8 +277,11 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
         find_tasks(["folder"], tmp_path)
     with pytest.raises(fp.FistaPrunerError, match="task 'absent' is not in"):
         find_tasks(["absent"], tmp_path)
-    with pytest.raises(fp.FistaPrunerError, match=r"holds no \.jsonl task"):
+    with pytest.raises(fp.FistaPrunerError, match="nowhere is not a folder; name one"):
         find_tasks(["absent"], tmp_path / "nowhere")
+    (tmp_path / "without").mkdir()
+    with pytest.raises(fp.FistaPrunerError, match=r"without has no \.jsonl file: each task is one"):
+        find_tasks(["absent"], tmp_path / "without")
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,6 @@ def test_dead_and_reborn_processes_are_stale(disk: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="elsewhere start times do not move with the clock")
 def test_a_holder_lives_whatever_the_clock_was_set_to(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hold(disk):
-        record = json.loads((disk / "lock").read_text())
     parent = psutil.Process(os.getppid())
     monkeypatch.setattr(os, "getpid", lambda: parent.pid)
     with hold(disk):
@@ -92,7 +90,8 @@ def test_a_holder_lives_whatever_the_clock_was_set_to(disk: Path, monkeypatch: p
     assert [holder["pid"] for holder in holders(disk)] == [parent.pid]
     with pytest.raises(FistaPrunerError, match=f"process {parent.pid}"), hold(disk):
         pass
-    write_lock(disk, **theirs | {"born": record["born"], "started": parent.create_time()})  # an id that was used again
+    later = f"{theirs['born']}0"  # not this process's, which may have begun in the same tick of the clock
+    write_lock(disk, **theirs | {"born": later, "started": parent.create_time()})  # an id that was used again
     assert holders(disk) == []
 
 
