@@ -105,15 +105,13 @@ ALL = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads":
 
 def cut_to(folder: Path, widths: dict[int, dict[str, int]]) -> None:
     """Leave the first channels and heads of every decoder layer, as many as its widths say."""
-    found = tensors(folder)
+    found = tensors(folder)  # times 8, so that positions, and the order of rows for them, decide predictions
     for index, sizes in widths.items():
         channels, queries, keys = (sizes.get(name, usual) for name, usual in zip(ALL, (96, 4, 2), strict=True))
         rows = {"up": channels, "gate": channels, "q": 16 * queries, "k": 16 * keys, "v": 16 * keys}
         for stem, kept in rows.items():
             name = f"model.layers.{index}.{'mlp' if stem in ('up', 'gate') else 'self_attn'}.{stem}_proj.weight"
-            found[name] = (
-                found[name][:kept].clone() * 8
-            )  # positions, and the order of rows for them, decide predictions
+            found[name] = found[name][:kept].clone() * 8
         for stem, kept in (("mlp.down", channels), ("self_attn.o", 16 * queries)):
             name = f"model.layers.{index}.{stem}_proj.weight"
             found[name] = found[name][:, :kept].clone() * 8
