@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
@@ -103,30 +104,31 @@ def test_zero_shot_scores_are_those_of_lm_eval_s_own_tasks(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     files = data / "zero_shot"
     ours = fp.evaluate(dense, tasks=list(AS_ON_THE_HUB), tasks_dir=files, limit=ITEMS, dtype="float32").tasks
-    tasks = []
+    tasks, theirs = [], TaskManager()
     for name, (split, convert) in AS_ON_THE_HUB.items():
         lines = (files / f"{name}.jsonl").read_text("utf-8").splitlines()[:ITEMS]
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(convert(json.loads(line))) + "\n" for line in lines))
-        local = {"data_files": {split: str(path)}}
         # Everything but where the data lies is lm-eval's own definition of the task.
-        tasks.append(
-            {
-                "task": name,
-                "dataset_path": "json",
-                "dataset_name": None,
-                "training_split": None,
-                "dataset_kwargs": local,
-            }
-        )
-        tasks[-1] |= {"validation_split" if split == "validation" else "test_split": split}
-        tasks[-1] |= {"test_split": None} if split == "validation" else {"validation_split": None}
-    theirs = simple_evaluate(runner, tasks=tasks, bootstrap_iters=0, task_manager=TaskManager())["results"]
+        task: dict[str, Any] = {
+            "include": str(theirs.task_index[name].yaml_path),
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(path)}},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": None,
+        }
+        task["validation_split" if split == "validation" else "test_split"] = split
+        tasks.append(str(path.with_suffix(".yaml")))
+        Path(tasks[-1]).write_text(yaml.safe_dump(task), "utf-8")
+    results = simple_evaluate(runner, tasks=tasks, bootstrap_iters=0, task_manager=theirs)["results"]
     found = {(task.task, task.metric): task.value for task in ours}
     expected = {
         (name, metric.removesuffix(",none")): value
-        for name, results in theirs.items()
-        for metric, value in results.items()
+        for name, scores in results.items()
+        for metric, value in scores.items()
         if metric in ("acc,none", "acc_norm,none")
     }
     assert found == expected
