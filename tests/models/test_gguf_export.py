@@ -362,9 +362,7 @@ def test_fewer_heads_are_refused_where_they_scale_attention(tmp_path: Path) -> N
     """As in Gemma 2 27B."""
     write_gemma2(tmp_path / "dense.gguf", 2)
     convert_gguf(tmp_path / "dense.gguf", tmp_path / "model", torch.float32)
-    file = tmp_path / "model" / "config.json"
-    config = json.loads(file.read_text("utf-8"))
-    file.write_text(json.dumps(config | {"num_attention_heads": 1, "query_pre_attn_scalar": 24}), "utf-8")
+    change_config(tmp_path / "model", num_attention_heads=1, query_pre_attn_scalar=24)
     with pytest.raises(FistaPrunerError, match=r"query_pre_attn_scalar 24 .* a head, 8: .*fewer heads \(1\)"):
         fp.export(tmp_path / "model", tmp_path / "out.gguf", like=tmp_path / "dense.gguf")
 
@@ -386,9 +384,7 @@ def test_width_is_that_of_the_weights(tmp_path: Path) -> None:
 def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp_path: Path) -> None:
     """Files of Mistral models call their architecture llama; old checkpoints have tensors that no model asks for."""
     source, folder = dense
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-    (folder / "config.json").write_text(json.dumps(config | names), "utf-8")
+    change_config(folder, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
     more = tensors(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(more, folder / "model.safetensors", {"format": "pt"})
     fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
@@ -405,13 +401,12 @@ def test_a_head_is_written_where_the_checkpoint_has_one(dense: tuple[Path, Path]
     source, folder = dense
     tied = tensors(folder)
     head = tied.pop("lm_head.weight")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), "utf-8")
+    change_config(folder, tie_word_embeddings=True)
     save_file(tied, folder / "model.safetensors", {"format": "pt"})
     fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
     names = {tensor.name for tensor in gguf.GGUFReader(source).tensors}
     assert names - {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors} == {"output.weight"}
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    change_config(folder, tie_word_embeddings=False)
     save_file(tied | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(FistaPrunerError, match=r"out\.gguf is not .*: it has no place for 'lm_head\.weight' of"):
         fp.export(folder, tmp_path / "other.gguf", like=tmp_path / "out.gguf")
@@ -420,10 +415,8 @@ def test_a_head_is_written_where_the_checkpoint_has_one(dense: tuple[Path, Path]
 def test_fewer_heads_of_a_mistral(dense: tuple[Path, Path], tmp_path: Path) -> None:
     """Three heads are left, which the rows of the dense file's tensors cannot be divided into."""
     source, folder = dense
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
-    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-    (folder / "config.json").write_text(json.dumps(config | heads | names), "utf-8")
+    change_config(folder, num_attention_heads=3, num_key_value_heads=1, head_dim=16)
+    change_config(folder, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
     rows = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
     cut = {}
     for name, tensor in tensors(folder).items():
@@ -531,8 +524,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     write_gguf(tmp_path / "unknown.gguf", architecture="smollm3")
     deeper = tmp_path / "deeper"
     convert_gguf(source, deeper, torch.float32)
-    config = json.loads((deeper / "config.json").read_text("utf-8"))
-    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}), "utf-8")
+    change_config(deeper, num_hidden_layers=3)
     scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     for name, change in (
         ("base", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
@@ -540,7 +532,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ("epsilon", {"rms_norm_eps": 1e-5}),
     ):
         convert_gguf(source, tmp_path / name, torch.float32)
-        (tmp_path / name / "config.json").write_text(json.dumps(config | change), "utf-8")
+        change_config(tmp_path / name, **change)
     (tmp_path / "two").mkdir()
     for name in "ab":
         (tmp_path / "two" / f"{name}.gguf").touch()
