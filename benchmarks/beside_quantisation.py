@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -243,6 +244,11 @@ def measure(rows: dict[tuple[str, str, int | None], dict[str, Any]], arguments: 
         refuse_others(rows.values(), what, settings[what], arguments.rows)
     for row in rows_of(arguments):
         rows.setdefault(key_of(row), row)
+    lacking = {(what, row["kind"]) for what in wanted for row in rows.values() if FIGURES[what] not in row}
+    packages = [("xllamacpp", ("speed", "gguf")), *(("openvino", (what, "openvino")) for what in wanted)]
+    for package, work in packages:
+        if work in lacking and find_spec(package) is None:
+            raise SystemExit(f"the package {package} is not installed: pip install {package}")
     dense = rows[str(arguments.dense.resolve()), "gguf", None]
     for row in rows.values() if "quality" in wanted else ():
         if row is not dense and "kl" not in row:

@@ -19,6 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,8 @@ def main() -> None:
     parser.add_argument("--plot", help="file for the plot of 'operator'")
     parser.add_argument("--json", type=Path, help="file for the raw times, written after each round or operator")
     arguments = parser.parse_args()
+    if arguments.openvino and find_spec("openvino") is None:
+        parser.error("--openvino: the package openvino is not installed: pip install openvino")
     print(
         f"{torch.get_num_threads()} threads, kernel {(*kernel.LEVELS, 'none')[kernel.best_level()]}, torch "
         f"{torch.__version__}"

@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import xllamacpp
 
 WORDS = ("river", "stone", "carries", "light", "over", "small", "houses", "and", "the", "old", "road", "turns", "again")
 
 
 def load(path: Path, threads: int, tokens: int) -> Any:
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = tokens
@@ -60,6 +61,11 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=400, help="words of a prompt")
     parser.add_argument("--write", type=int, default=64, help="tokens to write")
     arguments = parser.parse_args()
+    if find_spec("xllamacpp") is None:
+        parser.error("the package xllamacpp is not installed: pip install xllamacpp")
+    for path in arguments.files:
+        if not path.is_file():
+            parser.error(f"{path}: no such file")
     middle = compare(arguments.files, arguments.threads, arguments.rounds, arguments.read, arguments.write)
     print(f"{arguments.threads} threads, {arguments.rounds} rounds after one to warm up")
     print(f"{'file':32} {'MiB':>7} {'ratio':>6} {'read/s':>8} {'ratio':>6} {'write/s':>8} {'ratio':>6}")

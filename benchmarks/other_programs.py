@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--python", default=sys.executable, help="interpreter that has the other program")
     arguments = parser.parse_args()
+    for method in arguments.methods.split(","):
+        if method not in PROGRAMS:
+            parser.error(f"--methods: {method!r} is none of {', '.join(PROGRAMS)}")
+        module = PROGRAMS[method].replace("-", "")
+        look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        python = shutil.which(arguments.python)
+        if python is None or subprocess.run([python, "-c", look], check=False).returncode:
+            parser.error(f"--python {arguments.python}: no interpreter that has {PROGRAMS[method]}")
+    import real_problems  # not above: the interpreter of the other program may not have this package
+
     import fistapruner as fp
     from fistapruner.runs.prune_directory import PruneDirectory
 
     calibration = {
-        "source": str(sorted((arguments.data / "c4").glob("*.jsonl"))[0]),
+        "source": str(real_problems.calibration_files(arguments.data)[0]),
         "samples": arguments.samples,
         "seqlen": arguments.seqlen,
     }

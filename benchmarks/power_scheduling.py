@@ -35,7 +35,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from workload_allocation import mean_with_error
 
+from fistapruner.runtime.formatting import counted
 from fistapruner.runtime.numerics import seeded
 from fistapruner.sensitivity.forecast import expected_excess, fit_forecast, train
 from fistapruner.sensitivity.so_ebm import energy_loss, importance_weights
@@ -295,6 +297,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of learning from costs (default: %(default)s)")
     parser.add_argument("--noise", default="0.01,0.03", help="sizes of the load's error (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: at least 1 is expected")
     torch.set_num_threads(1)
     for noise in arguments.noise.split(","):
         begin, found = time.perf_counter(), []
@@ -302,10 +306,11 @@ def main() -> None:
             found.append(run(seed, arguments.days, float(noise), arguments.steps))
             line = "; ".join(f"{name} {cost:.3f} {note}".rstrip() for name, (cost, note) in found[-1].items())
             print(f"seed {seed}: {line}", flush=True)
+        how = "mean ± standard error over" if len(found) > 1 else "with"
         print(
-            f"\nError {noise}: mean cost of a test day, and its difference from two-stage on the same days; mean ± "
-            f"standard error over {len(found)} draws of {arguments.days} days (64 % to learn from, 16 % held out, "
-            f"20 % to test); {time.perf_counter() - begin:.0f} s on one thread"
+            f"\nError {noise}: mean cost of a test day, and its difference from two-stage on the same days; {how} "
+            f"{counted(len(found), 'draw')} of {arguments.days} days (64 % to learn from, 16 % held out, 20 % to "
+            f"test); {time.perf_counter() - begin:.0f} s on one thread"
         )
         print_table(found)
 
@@ -319,16 +324,10 @@ def print_table(found: list[dict[str, tuple[float, str]]]) -> None:
         differences = [cost - other for cost, other in zip(costs, base, strict=True)]
         wins = sum(difference < 0 for difference in differences)
         print(
-            f"| {name} | {spread_of(costs)} | {spread_of(differences)} | "
+            f"| {name} | {mean_with_error(costs)} | {mean_with_error(differences)} | "
             f"{100 * (sum(costs) / sum(base) - 1):+.1f} % | {wins} of {len(found)} |"
         )
     print(flush=True)
-
-
-def spread_of(values: list[float]) -> str:
-    """Mean and standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import real_problems
+
 from fistapruner.cli.progress import choose_listener
 from fistapruner.pipeline.compare import compare
 from fistapruner.runs.comparison_records import Comparison
@@ -48,7 +50,7 @@ def main() -> None:
     calibration: dict[str, Any] = {"source": "python", "samples": arguments.samples, "seqlen": arguments.seqlen}
     text = "python"
     if arguments.data:
-        calibration["source"] = str(sorted(Path(arguments.data, "c4").glob("*.jsonl"))[0])
+        calibration["source"] = str(real_problems.calibration_files(arguments.data)[0])
         text = str(Path(arguments.data, "wikitext2", "test_joined.txt"))
     comparison = compare(
         arguments.model,

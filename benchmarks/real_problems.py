@@ -50,6 +50,14 @@ def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, 
     return {name: LayerProblem(**fields) for name, fields in torch.load(path).items()}
 
 
+def calibration_files(data: str | Path) -> list[Path]:
+    """List the calibration texts of a folder of texts; stop where there is none."""
+    files = sorted(Path(data, "c4").glob("*.jsonl"))
+    if not files:
+        raise SystemExit(f"--data {data}: no c4/*.jsonl in this folder")
+    return files
+
+
 def _short_hash(folder: Path) -> str:
     """Letters that tell folders of texts apart in the names of cached files."""
     return hashlib.sha256(str(folder).encode()).hexdigest()[:12]
@@ -106,6 +114,6 @@ def _text(data: str | None) -> str:
     if data is None:
         return "\n\n".join(pydoc_data.topics.topics.values())
     documents = []
-    for file in sorted((Path(data) / "c4").glob("*.jsonl")):
-        documents += [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    for file in calibration_files(data):
+        documents += [json.loads(line)["text"] for line in file.read_text("utf-8").split("\n") if line.strip()]
     return "\n\n".join(documents)

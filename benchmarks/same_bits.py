@@ -138,6 +138,8 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     before = json.loads(arguments.file.read_text()) if arguments.what == "check" else {}
     now = hashes(arguments.only)
+    if not now:
+        parser.error(f"--only {' '.join(arguments.only)}: no run is named like this")
     if arguments.what == "record":
         arguments.file.write_text(json.dumps(now, indent=2) + "\n")
         return 0

@@ -93,12 +93,12 @@ def main() -> None:
     )
     print(f"| rule | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
     for rule in found[kinds[0]][0]:
-        print(f"| {rule} | {' | '.join(_mean([draw[rule] for draw in found[kind]]) for kind in kinds)} |")
-    pairs = [_mean([draw["so-ebm"] - draw["two-stage"] for draw in found[kind]]) for kind in kinds]
+        print(f"| {rule} | {' | '.join(mean_with_error([draw[rule] for draw in found[kind]]) for kind in kinds)} |")
+    pairs = [mean_with_error([draw["so-ebm"] - draw["two-stage"] for draw in found[kind]]) for kind in kinds]
     print(f"| so-ebm − two-stage | {' | '.join(pairs)} |")
 
 
-def _mean(values: list[float]) -> str:
+def mean_with_error(values: list[float]) -> str:
     """Write a mean with its standard error, which one value does not have."""
     error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{error}"

@@ -16,9 +16,13 @@ import beside_quantisation
 import decode
 import growth
 import layer_error
+import llama_cpp
+import other_programs
+import power_scheduling
 import preference_pairs
 import quality
 import real_problems
+import same_bits
 import scaling
 import torch
 import workload_allocation
@@ -43,6 +47,51 @@ def test_every_example_is_one_command_that_can_be_pasted(program: Path) -> None:
             begins = line.strip().startswith(("python benchmarks/", "fistapruner ", "llama-quantize "))
             assert begins != before.endswith("\\"), line
             assert line.count("python benchmarks/") <= 1, line
+
+
+def refusal(program: Any, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a program that stops with a message."""
+    monkeypatch.setattr(sys, "argv", [program.__name__, *options])
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code != 0
+
+
+def test_a_program_says_which_package_it_needs_before_it_measures(
+    beside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (llama_cpp, decode, beside_quantisation):
+        monkeypatch.setattr(name, "find_spec", lambda package: None)
+    refusal(llama_cpp, ["dense.gguf"], monkeypatch)
+    assert "xllamacpp is not installed" in capsys.readouterr().err
+    refusal(decode, ["model", "--openvino"], monkeypatch)
+    assert "openvino is not installed" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="xllamacpp is not installed"):
+        beside("--dense", "dense.gguf")
+    with pytest.raises(SystemExit, match="openvino is not installed"):
+        beside("--dense", "dense.gguf", "--openvino", "--quality")
+    refusal(other_programs, ["--data", "x", "--out", "y", "--python", sys.executable], monkeypatch)
+    assert "no interpreter that has llm-compressor" in capsys.readouterr().err
+
+
+def test_an_option_that_names_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal(same_bits, ["record", str(tmp_path / "bits.json"), "--only", "no such run"], monkeypatch)
+    assert "--only no such run: " in capsys.readouterr().err
+    refusal(other_programs, ["--data", "x", "--out", "y", "--methods", "magnitude"], monkeypatch)
+    assert "--methods: 'magnitude' is none of sparsegpt, wanda, alps" in capsys.readouterr().err
+    refusal(power_scheduling, ["--seeds", "0"], monkeypatch)
+    assert "--seeds 0: " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"no c4/\*\.jsonl"):
+        real_problems.calibration_files(tmp_path)
+
+
+def test_texts_with_line_separators_inside_them_are_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "c4").mkdir()
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("a\u2028b", "ä\x85")]
+    (tmp_path / "c4" / "texts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    assert real_problems._text(str(tmp_path)) == "a\u2028b\n\nä\x85"
 
 
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
@@ -222,6 +271,18 @@ def test_pairs_of_a_task_with_line_separators_inside_its_texts(tmp_path: Path, m
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "task.jsonl"), str(tmp_path / "pairs.jsonl")])
     preference_pairs.main()
     assert json.loads((tmp_path / "pairs.jsonl").read_text("utf-8"))["prompt"] == "a\u2028b"
+
+
+def test_one_draw_of_days_has_no_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(power_scheduling, "run", lambda seed, *_: {"two-stage": (0.5 + seed, "")})
+    for seeds, first in (("1", "| two-stage | 0.500 | 0.000 |"), ("2", "| two-stage | 1.000 ± 0.500 |")):
+        monkeypatch.setattr(sys, "argv", ["power_scheduling.py", "--seeds", seeds, "--noise", "0.01"])
+        power_scheduling.main()
+        shown = capsys.readouterr().out
+        assert first in shown
+        assert ("standard error" in shown) == (seeds == "2")
 
 
 def test_one_draw_of_a_workload_has_no_standard_error(
