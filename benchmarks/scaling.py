@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -45,6 +46,8 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, help="write the memory curves here")
     arguments = parser.parse_args()
+    if "ray" in arguments.executors and find_spec("ray") is None:
+        parser.error("the package ray is not installed: pip install ray, or give --executors serial process")
     print(
         f"{arguments.model}, layers {arguments.layers or 'all'}, {arguments.method}, {arguments.samples} windows of "
         f"{arguments.seqlen} tokens; one thread a process, torch {versions()['torch']}",
@@ -79,15 +82,14 @@ def measure(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, An
         str(arguments.seqlen),
         "--evaluate",
         "none",
+        "--quiet",
     ]
     command += ["--threads", "1", "--device", "cpu", *EXECUTORS[name]]
     if arguments.layers:
         command += ["--only-layers", arguments.layers]
     begin = time.time()
     memory: list[tuple[float, int]] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while process.poll() is None:
             memory.append((time.time() - begin, tree_memory(process.pid)))
             time.sleep(0.2)

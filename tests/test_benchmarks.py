@@ -60,10 +60,12 @@ def refusal(program: Any, options: list[str], monkeypatch: pytest.MonkeyPatch) -
 def test_a_program_says_which_package_it_needs_before_it_measures(
     beside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (llama_cpp, decode, beside_quantisation):
+    for name in (llama_cpp, decode, beside_quantisation, scaling):
         monkeypatch.setattr(name, "find_spec", lambda package: None)
     refusal(llama_cpp, ["dense.gguf"], monkeypatch)
     assert "xllamacpp is not installed" in capsys.readouterr().err
+    refusal(scaling, ["folder"], monkeypatch)
+    assert "ray is not installed" in capsys.readouterr().err
     refusal(decode, ["model", "--openvino"], monkeypatch)
     assert "openvino is not installed" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="xllamacpp is not installed"):
@@ -250,7 +252,9 @@ def test_the_gain_of_executors_says_what_was_run(
 ) -> None:
     result = {"weights": [], "seconds": 1.0, "start": 0.0, "memory": [(0.0, 1)], "layers": [(1.0, 2.0)]}
     monkeypatch.setattr(scaling, "measure", lambda *_: {**result, "hidden_bytes": 1})
-    line = first_line(scaling, ["folder", "--samples", "5", "--method", "wanda"], monkeypatch, capsys)
+    line = first_line(
+        scaling, ["folder", "--samples", "5", "--method", "wanda", "--executors", "serial"], monkeypatch, capsys
+    )
     assert line.startswith("folder, layers all, wanda, 5 windows of 256 tokens; one thread a process, torch ")
 
 
