@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the memory curves here (depth, large)")
     parser.add_argument("--folder", type=Path, help="where checkpoints and runs are put (default: a temporary folder)")
     arguments = parser.parse_args()
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         if arguments.what == "depth":
             depth(Path(folder), arguments)

@@ -17,6 +17,7 @@ import decode
 import growth
 import layer_error
 import llama_cpp
+import memory
 import other_programs
 import power_scheduling
 import preference_pairs
@@ -87,6 +88,14 @@ def test_an_option_that_names_nothing_is_refused(
     assert "--seeds 0: " in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"no c4/\*\.jsonl"):
         real_problems.calibration_files(tmp_path)
+
+
+def test_memory_makes_the_folder_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Path] = []
+    monkeypatch.setattr(memory, "paper", lambda folder, arguments: given.append(folder.parent))
+    monkeypatch.setattr(sys, "argv", ["memory.py", "paper", "--folder", str(tmp_path / "new" / "folder")])
+    memory.main()
+    assert given == [tmp_path / "new" / "folder"]
 
 
 def test_texts_with_line_separators_inside_them_are_read_whole(tmp_path: Path) -> None:
