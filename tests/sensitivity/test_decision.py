@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from fistapruner.problem import LayerProblem
 from fistapruner.sensitivity.decision import (
     _allocate,
     check_allocation,
+    chooses_widths,
     differentiates,
+    flags_without_measuring,
     measured_by,
     needs_measuring,
     permutes,
@@ -289,6 +292,36 @@ def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(
     assert permutes(recipe) == reorders
     assert differentiates(recipe) == (measured is not None)
     assert needs_measuring(recipe) == (measured is not None or reorders)
+
+
+@pytest.mark.parametrize("method", ["proximal", "wanda"])
+@pytest.mark.parametrize("sparsity", ["50%", "2:4", "0%"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"allocation": "owl", "weighting": "fisher"},
+        {"reconstruct": 8, "permutation": "channels"},
+        {"structure": {"remove": "25%", "widths": "free"}},
+    ],
+)
+def test_flags_without_measuring_are_those_of_which_each_measures(method: str, sparsity: str, more: Any) -> None:
+    def measures(settings: dict[str, Any]) -> bool:
+        recipe = Recipe.build(settings).resolved()
+        return needs_measuring(recipe) or chooses_widths(recipe)
+
+    settings = {"method": method, "sparsity": sparsity, **more}
+    words = flags_without_measuring(Recipe.build(settings).resolved()).split()
+    flags = {flag[2:]: value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    assert bool(flags) == measures(settings)
+
+    def applied(some: Iterable[str]) -> dict[str, Any]:
+        structure = {"structure": {**more["structure"], "widths": flags["widths"]}} if "widths" in some else {}
+        return {**settings, **{flag: flags[flag] for flag in some if flag != "widths"}, **structure}
+
+    assert not measures(applied(flags))
+    for left in flags:
+        assert measures(applied([flag for flag in flags if flag != left]))
 
 
 @pytest.mark.parametrize(

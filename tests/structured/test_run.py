@@ -259,14 +259,14 @@ def test_residual_drift_is_corrected(tmp_path: Path) -> None:
     assert errors[0] != errors[1]
 
 
-@pytest.mark.parametrize("sparsity", ["0%", "2:4"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparsity: str) -> None:
+@pytest.mark.parametrize(("sparsity", "reconstruct"), [("0%", 0), ("2:4", 0), ("0%", 6)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparsity: str, reconstruct: int) -> None:
     for architecture in ("llama", "gpt2", "phi3"):
         place = tmp_path / architecture
         folder = tiny.save(architecture, place / "model", dtype=torch.bfloat16)
         remove = "mlp=25%,heads=1" if architecture == "llama" else "mlp=25%"
         less = {"structure": {"remove": remove, "multiple": 4}, "calibration": SMALL}
-        settings = {**less, "sparsity": sparsity, "propagate": "pruned"}
+        settings = {**less, "sparsity": sparsity, "propagate": "pruned", "reconstruct": reconstruct}
         fp.prune(str(folder), place / "whole", **settings)
         with pytest.raises(KeyboardInterrupt):
             fp.prune(str(folder), place / "parts", listener=tiny.Stops(2), **settings)

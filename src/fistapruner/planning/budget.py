@@ -24,9 +24,6 @@ RESERVE = 0.9
 DEVICE_RESERVE = 2**29
 """Bytes of a GPU's free memory reserved in each process for CUDA context, workspaces and fragments."""
 
-UNMEASURED = ", or measure nothing with --allocation uniform --weighting none --permutation none"
-"""Advice where :data:`~.sizes.MEASURING` needs most."""
-
 MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
 
 Settings = TypeVar("Settings")
@@ -48,6 +45,7 @@ class MemoryBudget(Generic[Settings]):
         suffix: added to names of stages.
         more, lighter: advice in messages.
         option: names the text, in messages.
+        unmeasured: flags of a run without :data:`~.sizes.MEASURING`, in messages; empty without such flags.
         parent: bytes of the process that starts the sharing ones, beside them.
         solvers: worker processes that share the solving of a group; 0 without.
         generating: the budget of :data:`~.sizes.GENERATING`, in messages and in bytes, where it is another one: one of
@@ -65,6 +63,7 @@ class MemoryBudget(Generic[Settings]):
     more: str = "give more"
     lighter: str = "shorten --seqlen, or choose a lighter --method"
     option: str = "--calibration"
+    unmeasured: str = ""
     parent: int = 0
     solvers: int = 0
     generating: tuple[str, int] | None = None
@@ -96,7 +95,8 @@ class MemoryBudget(Generic[Settings]):
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
         fewer = "take fewer --workers, " if self.sharing > 1 or self.solvers else ""
-        advice = f"{fewer}{self.lighter}{UNMEASURED if worst == MEASURING else ''}"
+        without = f", or measure nothing with {self.unmeasured}" if self.unmeasured and worst == MEASURING else ""
+        advice = f"{fewer}{self.lighter}{without}"
         return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {advice}")
 
     def _of(self, stage: str) -> tuple[str, int]:

@@ -18,12 +18,12 @@ from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
 from ..runs.records import PlanRow, Totals
 from ..runtime.files import existing_folder
 from ..runtime.formatting import count, duration, percent, size
+from ..sensitivity.decision import flags_without_measuring
 from ..structured.bypass import LENGTH, MASKS, SEQUENCES
 from ..structured.smaller_model import Widths
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
@@ -156,7 +156,7 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
     budgets = [_host_budget(needs, recipe, resources.limit, workers, solvers)]
     if needs.cuda:
-        budgets.append(_device_budget(needs, recipe.execution, resources, workers, solvers))
+        budgets.append(_device_budget(needs, recipe, resources, workers, solvers))
         if solvers:
             _check_other_gpus(needs, resources)
     choices = _choices(batch_size, recipe, needs.cuda)
@@ -245,13 +245,14 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
         kind="main memory" if needs.cuda else MemoryBudget.kind,
         suffix=" (main memory)" if needs.cuda else "",
         lighter=f"{lower}{MemoryBudget.lighter}",
+        unmeasured=flags_without_measuring(recipe),
         parent=parent,
         solvers=solvers,
     )
 
 
 def _device_budget(
-    needs: Sizes, execution: Execution, resources: Resources, workers: int, solvers: int
+    needs: Sizes, recipe: Recipe, resources: Resources, workers: int, solvers: int
 ) -> MemoryBudget[Choice]:
     """Make the budget of the GPU with least free memory for each worker, or of this process's GPU."""
     together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
@@ -259,7 +260,7 @@ def _device_budget(
     shares = {resources.device: 1} if solvers else together
     free = {place: max(0, resources.free[place] - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
     least = min(free, key=lambda place: free[place] / shares[place])
-    windows, lower = fewest_windows(execution.batch_size or 1)
+    windows, lower = fewest_windows(recipe.execution.batch_size or 1)
     return MemoryBudget(
         f"the {size(free[least])} that are free on {least}",
         free[least],
@@ -270,6 +271,7 @@ def _device_budget(
         even=windows,
         more="free some of it",
         lighter=f"{lower}{MemoryBudget.lighter}",
+        unmeasured=flags_without_measuring(recipe),
         solvers=solvers,
     )
 

@@ -183,6 +183,20 @@ def chooses_widths(recipe: Recipe) -> bool:
     return structure.remove is not None and structure.widths == "free" and structure.method != "bypass"
 
 
+def flags_without_measuring(recipe: Recipe) -> str:
+    """Name the flags with which the same run measures nothing on the dense model; empty where none can."""
+    if recipe.workload is not None or recipe.total is not None:
+        return ""
+    flags = {
+        "--allocation uniform": measured_by(recipe) is not None,
+        "--weighting none": weighs_rows(recipe),
+        "--permutation none": permutes(recipe),
+        "--reconstruct 0": recipe.reconstruct > 0,
+        "--widths uniform": chooses_widths(recipe),
+    }
+    return " ".join(flag for flag, asked in flags.items() if asked)
+
+
 def decide(
     recipe: Recipe,
     layout: Layout,
