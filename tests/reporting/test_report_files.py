@@ -686,6 +686,16 @@ def test_model_card_of_a_recovery() -> None:
         assert part in text, part
     assert "/home/someone" not in text
     assert text_used(report).endswith("; 246k tokens with loss passed")
+    assert "This is owner/small (LlamaForCausalLM), pruned after training to **50%** with `fistapruner`." in text
+
+
+def test_model_card_of_a_recovery_does_not_claim_a_pruning_by_another_program() -> None:
+    report = samples.recovery()
+    assert report.lineage is not None
+    report.lineage = report.lineage.model_copy(update={"stages": report.lineage.stages[-1:]})
+    _, text = card_parts(report)
+    assert "which was pruned to **50%** before `fistapruner` trained it." in text
+    assert "pruned after training" not in text
 
 
 def test_scores_before_training_are_those_of_the_same_items() -> None:

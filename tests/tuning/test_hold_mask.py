@@ -123,15 +123,19 @@ def trainer(
 
 def test_a_trainer_run_keeps_every_zero_and_without_the_mask_it_does_not(tmp_path: Path) -> None:
     before = zeros(pruned())
-    callback, context, control = pruned(), pruned(), pruned()
+    callback, added, context, control = pruned(), pruned(), pruned(), pruned()
     trainer(callback, tmp_path, [fp.hold_mask(callback)]).train()
+    late = trainer(added, tmp_path, [])
+    late.add_callback(fp.hold_mask(late.model))
+    late.train()
     with fp.hold_mask(context):
         trainer(context, tmp_path, []).train()
     trainer(control, tmp_path, []).train()
-    assert lost(callback, before) == lost(context, before) == 0
+    assert lost(callback, before) == lost(added, before) == lost(context, before) == 0
     assert lost(control, before) > 1000
-    for a, b in zip(callback.parameters(), context.parameters(), strict=True):
+    for a, b, c in zip(callback.parameters(), added.parameters(), context.parameters(), strict=True):
         assert torch.equal(a, b)
+        assert torch.equal(a, c)
 
 
 def test_a_trainer_run_with_momentum_keeps_every_zero(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         if name := next((name for name, weight in self._weights.items() if weight.module in copied), None):
             raise FistaPrunerError(
                 f"{name}: PEFT has frozen it and trains a copy (modules_to_save): call hold_mask after get_peft_model, "
-                "with the model that it returns"
+                "with the model that it returns (trainer.model, where the trainer calls it)"
             )
         if not self._handles:
             self._reshard()
