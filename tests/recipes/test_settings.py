@@ -130,6 +130,47 @@ def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
     assert Recipe.build({"dense_target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
 
 
+SETTINGS: dict[str, list[Any]] = {
+    "sparsity": ["0%", "50%", "2:4", "64:2:8"],
+    "method": ["wanda+refit", "fista", {"fista": {"warm_start": "auto"}}, "magnitude+swap"],
+    "propagate": ["dense", "pruned"],
+    "dense_target": ["dense", "pruned", 0.3],
+    "residual": ["none", "correct"],
+    "error_correction": [False],
+    "targets": [["re:mlp", "o_proj"]],
+    "allocation": ["owl", "error", "error:46%", {"down_proj": "2:4", "re:mlp": "60%"}],
+    "weighting": ["none", "fisher"],
+    "structure": [
+        "25%",
+        "mlp=20%,heads=1",
+        {"remove": "mlp=10%", "method": "flap"},
+        {"remove": "30%", "widths": "free"},
+    ],
+    "low_rank": [2],
+    "reconstruct": [3],
+    "calibration": [{"source": "text.jsonl"}, {"tasks": {"chat": "python", "code": "self"}}],
+    "dtype": ["bfloat16"],
+    "recover": ["500k", {"parameters": "spp", "data": {"seqlen": 16}}],
+    "seed": [3],
+    "execution": [PARALLEL["execution"], {"memory_limit": "8GiB", "threads": 2}],
+}
+
+
+@given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in SETTINGS.items()}))
+def test_a_run_goes_on_with_the_recipe_that_it_began_with_whatever_settings_meet(settings: dict[str, Any]) -> None:
+    def family() -> str:
+        return "opt"
+
+    try:
+        recipe = Recipe.build(settings).resolved(family=family)
+    except FistaPrunerError:
+        return
+    written = recipe.model_dump(mode="json")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    for read in (Recipe.build(written), Recipe.build(settings), Recipe.build({**settings, **PARALLEL})):
+        assert read.resolved(earlier=written, family=family).identity() == recipe.identity()
+
+
 def test_a_set_of_targets_is_the_same_run_in_every_process() -> None:
     names = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     for kind in (set, frozenset):

@@ -333,6 +333,9 @@ def test_flags_without_measuring_are_those_of_which_each_measures(method: str, s
         ({"sparsity": "2:4", "allocation": {"down_proj": "0%"}}, False),
         ({"sparsity": "2:4", "allocation": {"down_proj": "50%"}, "method": "wanda"}, False),
         ({"sparsity": "50%", "allocation": {"down_proj": "2:4"}}, True),
+        ({"structure": "25%", "weighting": "auto"}, False),
+        ({"structure": "25%", "weighting": "auto", "allocation": {"down_proj": "0%"}}, False),
+        ({"structure": "25%", "weighting": "auto", "allocation": {"down_proj": "50%"}}, True),
     ],
 )
 def test_rows_are_weighted_where_those_of_some_operator_compete(settings: dict[str, object], weighs: bool) -> None:

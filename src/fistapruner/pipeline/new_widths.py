@@ -40,11 +40,13 @@ def change_widths(
     """
     if recipe.structure.remove is None:
         return layout, None
-    zeros = recipe.pattern.fraction > 0 or isinstance(recipe.allocation, Mapping)
-    if recipe.structure.method == "goa" and zeros:
+    zeros = next((pattern for pattern in recipe.patterns if pattern.fraction), None)
+    if recipe.structure.method == "goa" and zeros is not None:
+        whose = "sparsity" if zeros is recipe.pattern else "allocation"
+        without = "take --sparsity 0%" if zeros is recipe.pattern else "leave the allocation out"
         raise FistaPrunerError(
-            f"structure: goa fits whole operators before it removes channels, and has no zeros beside it (sparsity "
-            f"{recipe.pattern}): take --sparsity 0%, and prune its result in a second run"
+            f"structure: goa fits whole operators before it removes channels, and has no zeros beside it ({whose} "
+            f"{zeros}): {without}, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
     selected = {name for name, _ in layout.operators()}

@@ -25,12 +25,14 @@ from ..planning.plan import Plan, make_plan
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.directory import refuse_out
+from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..structured.smaller_model import Widths
 from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
+from .recover_inputs import check_following, check_trained
 
 
 @undisturbed()
@@ -64,6 +66,9 @@ def plan_model(
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
     sparsity = allocate(recipe, layout, opened.config.model_type)
+    if recipe.recover is not None:  # what a run refuses before it prunes
+        check_following(recipe, source)
+        check_trained(recipe, source, PruneDirectory(folder))
     plan = plan_run(opened, layout, recipe, sparsity, folder, widths)
     if recipe.recover is not None:
         later = "recovery is not in this plan: 'fistapruner plan RUN --recover' predicts it once RUN is pruned"

@@ -140,7 +140,8 @@ def weighs_rows(recipe: Recipe) -> bool:
     asked = _own(recipe) if recipe.weighting == "auto" else recipe.weighting == "fisher"
     if not asked:
         return False
-    if recipe.weighting == "auto" and recipe.pattern.fraction == 0 and recipe.structure.remove is not None:
+    zeros = any(pattern.fraction for pattern in recipe.patterns)
+    if recipe.weighting == "auto" and not zeros and recipe.structure.remove is not None:
         return False  # no zeros to compete for
     if recipe.weighting == "auto" and recipe.structure.experts is not None:
         return False  # which experts stay is known only when their layer is pruned
