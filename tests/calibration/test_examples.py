@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, text_of
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration.examples import Example, Message, read_training_file
@@ -273,6 +275,24 @@ def test_chats_that_the_template_cannot_write_are_refused(tmp_path: Path) -> Non
     ):
         with pytest.raises(FistaPrunerError, match=words):
             training_text(TrainingData(source=path), chat_tokenizer(template), 16)
+
+
+def test_examples_without_tokens_are_left_out(tmp_path: Path) -> None:
+    """By a tokenizer that drops characters it does not know; the marks of the others stay where they belong."""
+    inner = Tokenizer(models.BPE({letter: place for place, letter in enumerate(LETTERS)}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="z")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    unread = {"messages": [{**ASK, "content": "1"}, {**ANSWER, "content": "2"}]}
+    records = [unread, *({"messages": [{**ASK, "content": "a"}, {**ANSWER, "content": b}]} for b in ("bc", "de"))]
+    source = write(tmp_path / "a.jsonl", [records[0], records[1], records[0], records[2]])
+    examples = [item for item in read_training_file(source) if isinstance(item, Example)]
+    packed = pack_examples(examples, tokenizer, 8, 4)
+    assert [text_of(tokenizer, window) for window in packed.windows] == ["abcadezz"]
+    assert packed.marks.tolist() == [[False, True, True] * 2 + [False] * 2]
+    assert (packed.documents, packed.filled, packed.too_long) == (4, 6, 0)
+    source = write(tmp_path / "b.jsonl", [unread, unread])
+    with pytest.raises(FistaPrunerError, match=r"the tokenizer makes no tokens of the training text '.*b\.jsonl'"):
+        training_text(TrainingData(source=source), tokenizer, 16)
 
 
 def test_too_few_examples_that_fit_are_refused(tmp_path: Path) -> None:

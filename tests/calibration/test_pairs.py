@@ -249,13 +249,15 @@ class Swallowing:
 def test_answers_without_tokens_are_left_out_for_that_reason(tmp_path: Path) -> None:
     records = [*many(6), {"prompt": "short", "chosen": "\u200b", "rejected": "b"}]
     records.append({"prompt": "short", "chosen": "a" * 20, "rejected": "b"})
+    records.append({"prompt": "\u200b", "chosen": "aa", "rejected": "b"})  # nothing comes before the b
     pairs, said = tokenised(records, tmp_path, Swallowing(), length=12)
     assert len(pairs.tokens) == 14
+    assert bool(pairs.marks.any(1).all())
     assert said == [
-        "1 of 8 pairs are left out: an answer adds no token to its prompt",
-        "answers of 1 of 8 pairs are cut at 12 tokens",
+        "2 of 9 pairs are left out: an answer adds no token that has one before it",
+        "answers of 1 of 9 pairs are cut at 12 tokens",
     ]
-    assert pairs.facts["tasks"]["pairs"]["too_long"] == 1
+    assert pairs.facts["tasks"]["pairs"]["too_long"] == 2
 
 
 class Merging:

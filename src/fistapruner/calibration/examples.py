@@ -108,7 +108,7 @@ class Example:
             turns = _turns(self.content, tokenizer, self.where, self.options)
             ids, marks = _encode(turns, tokenizer, self.where)
         # The first token has nothing before it in its own example.
-        return ids, [False, *marks[1:]]
+        return ids, [False, *marks[1:]] if ids else []
 
 
 def read_training_file(path: str | Path) -> list[str | Example]:

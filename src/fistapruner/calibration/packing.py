@@ -83,7 +83,8 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, window
 def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, windows: int | None) -> Packed:
     """Pack examples whole: each goes into the first window that has room for it, else it begins a new one.
 
-    Windows are padded at their end; padding carries no loss. Examples of more than ``seqlen`` tokens are left out.
+    Windows are padded at their end; padding carries no loss. Examples without tokens, and of more than ``seqlen``, are
+    left out.
 
     Args:
         examples: in the order in which they are packed.
@@ -100,8 +101,8 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
     bos = _bos(tokenizer)
     for example in examples:
         ids, marks = example.encode(tokenizer, bos)
-        if len(ids) > seqlen:
-            read, too_long, tokens = read + 1, too_long + 1, tokens + len(ids)
+        if not ids or len(ids) > seqlen:
+            read, too_long, tokens = read + 1, too_long + bool(ids), tokens + len(ids)
             continue
         room = len(ids) + int(lowest[len(ids) :].argmin())
         if not roomy[room]:

@@ -265,8 +265,8 @@ def tokenise_pairs(
 ) -> Pairs:
     """Tokenise pairs and split them by the SHA-256 of their prompt: equal prompts are on one side.
 
-    Pairs whose prompt fills ``max_length``, or with an answer that adds no token to it, are left out; longer answers
-    are cut at their end, and pairs whose answers are equal then are left out too.
+    Pairs whose prompt fills ``max_length``, or with an answer that adds no token to it (to an empty one: no second
+    token), are left out; longer answers are cut at their end, and pairs whose answers are equal then are left out too.
 
     Args:
         pairs: as read.
@@ -285,7 +285,7 @@ def tokenise_pairs(
         broken += any(answer[: len(prompt)] != prompt for answer in answers)
         if len(prompt) >= max_length:
             too_long += 1
-        elif min(map(len, answers)) <= len(prompt):
+        elif min(map(len, answers)) <= max(1, len(prompt)):  # nothing comes before the first token
             no_answer += 1
         else:
             chosen, rejected = (answer[:max_length] for answer in answers)
@@ -297,7 +297,7 @@ def tokenise_pairs(
     if too_long:
         say(f"{too_long} of {len(pairs)} pairs are left out: their prompts have {max_length} tokens or more")
     if no_answer:
-        say(f"{no_answer} of {len(pairs)} pairs are left out: an answer adds no token to its prompt")
+        say(f"{no_answer} of {len(pairs)} pairs are left out: an answer adds no token that has one before it")
     if equal:
         say(f"{equal} of {len(pairs)} pairs are left out: their answers are the same in the first {max_length} tokens")
     if cut:

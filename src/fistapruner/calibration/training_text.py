@@ -426,6 +426,8 @@ def _cut(
 def _too_short(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> FistaPrunerError:
     """Make the error that a source does not fill one window on either side."""
     whole = source.pack(list(dict.fromkeys(source.documents)), tokenizer, seqlen, None)
+    if not whole.tokens:
+        return FistaPrunerError(f"the tokenizer makes no tokens of the {PURPOSE} text {source.source!r}")
     others = ", without what other tasks hold out" if len(data.tasks) > 1 else ""
     if source.examples:
         fitting = whole.documents - whole.too_long

@@ -39,6 +39,7 @@ from .training_inputs import (
     asked,
     check_precision,
     check_training_inputs,
+    check_vectors,
 )
 
 SEQLEN = "data.seqlen"
@@ -75,19 +76,21 @@ def check_inputs(
 
 
 def check_following(recipe: Recipe, dense: ModelSource) -> None:
-    """Check, before a model is pruned, the precision and the text of the recovery that follows.
+    """Check, before a model is pruned, precision, vectors and text of the recovery that follows.
 
     Args:
         recipe: of the pruning run, with the section ``recover``.
         dense: the model.
 
     Raises:
-        FistaPrunerError: float16 on a CPU, too few steps for the tasks, or a text that cannot be read or is too short
-            for the windows.
+        FistaPrunerError: float16 on a CPU, no vector to train, too few steps for the tasks, or a text that cannot be
+            read or is too short for the windows.
     """
     training = _on_text(recipe)
     model = open_model(dense, training)
     check_precision(model)
+    with _flags_of_recovery():
+        check_vectors(model, training)
     seqlen, data = window_length(training.data.seqlen, model, TRAINING_SEQLEN, SEQLEN), training.data
     check_mixture(training, seqlen)
     read = {name: text for name, text in data.tasks.items() if text != SELF}
@@ -169,7 +172,8 @@ def check_trained(recipe: Recipe, dense: ModelSource, run: PruneDirectory) -> Ta
     model = open_model(dense, training)
     layout = discover(model)
     if recipe.structure.remove is not None:
-        layout.select(training, "train")
+        with _flags_of_recovery():
+            layout.select(training, "train")
         return None
     layout = layout.select(recipe)
     sparsity = allocate(recipe, layout, model.config.model_type)
@@ -183,7 +187,8 @@ def check_trained(recipe: Recipe, dense: ModelSource, run: PruneDirectory) -> Ta
             f"recover with sparsity {recipe.sparsity}: no operator has zeros to keep; give another --sparsity, or "
             "leave out --recover"
         )
-    layout = layout.select(training, "train")
+    with _flags_of_recovery():
+        layout = layout.select(training, "train")
     loss = "kl" if training.loss == "auto" else training.loss
     training = training.model_copy(update={"loss": loss})
     teacher, generator = None if loss == "ce" else model, model if training.generates_text else None

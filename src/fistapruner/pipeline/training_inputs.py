@@ -35,6 +35,7 @@ from ..runs.training_runs import dense_of, input_run, recovered_beside
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.packed_checkpoint import is_packed
+from ..tuning.trained import vectors
 from .begun import evaluation_on, refuse_overlap
 
 TRAINING_SEQLEN = 1024
@@ -178,6 +179,7 @@ def check_training_inputs(
     dense_source = _find_dense(resolved, origin, source)
     model = open_model(source, recipe)
     check_precision(model)
+    check_vectors(model, recipe)
     layout, claims, survivors, zeros = _operators(source, model, recipe, listener)
     _say_rank(recipe, layout, listener)
     low_rank = LowRankAdapter.beside(source.folder)
@@ -338,6 +340,19 @@ def check_precision(model: LayerwiseModel) -> None:
         raise FistaPrunerError(
             f"dtype float16: it holds no values above {most:,.0f}, and passes on a CPU are no faster in it than in "
             "float32: take float32 or bfloat16"
+        )
+
+
+def check_vectors(model: LayerwiseModel, recipe: TrainingRecipe) -> None:
+    """Refuse to train nothing but vectors that a model does not have.
+
+    Raises:
+        FistaPrunerError: names the vectors and the model.
+    """
+    if recipe.parameters == "norms" and not any(vectors(layer, recipe.also) for layer in model.layers):
+        raise FistaPrunerError(
+            f"also {','.join(recipe.also)}: the decoder layers of {model.checkpoint.folder} have no "
+            f"{' and no '.join(recipe.also)}, and parameters norms trains nothing else"
         )
 
 
