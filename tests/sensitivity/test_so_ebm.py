@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,17 +15,9 @@ from torch import Tensor, nn
 from fistapruner.sensitivity.forecast import Forecast, expected_excess, fit_forecast, train
 from fistapruner.sensitivity.so_ebm import energy_loss, importance_weights
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-@pytest.fixture(scope="module")
-def power() -> ModuleType:
-    """The benchmark, as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "power_scheduling.py"
-    spec = importlib.util.spec_from_file_location("power_scheduling", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import power_scheduling as power
 
 
 def test_expected_excess_is_the_integral() -> None:
@@ -39,7 +29,7 @@ def test_expected_excess_is_the_integral() -> None:
     assert torch.allclose(expected_excess(values, mean, spread), expected, rtol=1e-7, atol=1e-9)
 
 
-def test_gradient_equals_quadrature_in_one_dimension(power: ModuleType) -> None:
+def test_gradient_equals_quadrature_in_one_dimension() -> None:
     """∇E(a*) - 𝔼_q ∇E + λ (𝔼_p ∇E - 𝔼_q ∇E) is the gradient of E(a*) + log Z + λ KL(p || q), all on a fine grid."""
     grid, penalty = torch.linspace(0.0, 9.0, 90001, dtype=torch.float64), 0.3
     outcome = torch.tensor(1.3, dtype=torch.float64)
@@ -61,7 +51,7 @@ def test_gradient_equals_quadrature_in_one_dimension(power: ModuleType) -> None:
     assert torch.allclose(found, exact, rtol=1e-9)
 
 
-def test_importance_sampler_equals_the_exact_expectation(power: ModuleType) -> None:
+def test_importance_sampler_equals_the_exact_expectation() -> None:
     """𝔼_q of a decision and of its square, from 100,000 draws of another distribution, within 3 standard errors."""
     mean, spread = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
     grid = torch.linspace(-2.0, 12.0, 140001, dtype=torch.float64)
@@ -83,12 +73,12 @@ def test_weights_do_not_change_when_energies_are_shifted() -> None:
     assert torch.allclose(importance_weights(3 * energy, temperature=3.0), importance_weights(energy))
 
 
-def test_effective_size_of_equal_weights_and_of_a_dominant_one(power: ModuleType) -> None:
+def test_effective_size_of_equal_weights_and_of_a_dominant_one() -> None:
     assert float(power.effective_size(torch.full((128,), 1 / 128))) == pytest.approx(128)
     assert float(power.effective_size(torch.tensor([1.0, 0.0, 0.0]))) == 1.0
 
 
-def test_published_sampler_degenerates_in_24_dimensions(power: ModuleType) -> None:
+def test_published_sampler_degenerates_in_24_dimensions() -> None:
     """Of 128 schedules about one counts; the weights of single hours stay usable."""
     generator = torch.Generator().manual_seed(0)
     mean, spread = torch.zeros(400, power.HOURS, dtype=torch.float64), torch.tensor(0.12, dtype=torch.float64)
@@ -108,7 +98,7 @@ def test_published_sampler_degenerates_in_24_dimensions(power: ModuleType) -> No
     assert max(sizes(24)) < 1.4
 
 
-def test_schedules_are_optimal_and_keep_the_limit(power: ModuleType) -> None:
+def test_schedules_are_optimal_and_keep_the_limit() -> None:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(3, power.HOURS, generator=generator, dtype=torch.float64).cumsum(1) * 0.3
     spread = 0.05 + 0.2 * torch.rand(3, power.HOURS, generator=generator, dtype=torch.float64)
@@ -126,7 +116,7 @@ def test_schedules_are_optimal_and_keep_the_limit(power: ModuleType) -> None:
         assert cost(found[day].numpy()) == pytest.approx(other.fun, abs=2e-3)
 
 
-def test_gradient_through_the_decision_is_the_slope_of_its_cost(power: ModuleType) -> None:
+def test_gradient_through_the_decision_is_the_slope_of_its_cost() -> None:
     days = power.draw_days(12, seed=1, noise=0.2)
 
     class Shifted(nn.Module):
@@ -151,13 +141,13 @@ def test_gradient_through_the_decision_is_the_slope_of_its_cost(power: ModuleTyp
         assert float(found[one]) == pytest.approx((costs[0] - costs[1]) / 2e-4, rel=0.02)
 
 
-def test_no_load_changes_faster_than_the_limit(power: ModuleType) -> None:
+def test_no_load_changes_faster_than_the_limit() -> None:
     """So the best schedule in hindsight is the load."""
     days = power.draw_days(200, seed=0, noise=0.1)
     assert float(days.loads.diff(dim=1).abs().max()) <= power.RAMP + 1e-12
 
 
-def test_benchmark_compares_all_methods_on_the_same_days(power: ModuleType) -> None:
+def test_benchmark_compares_all_methods_on_the_same_days() -> None:
     rows = power.run(seed=0, days=80, noise=0.01, steps=2)
     assert next(iter(rows)) == "two-stage"
     assert len(rows) == 5
