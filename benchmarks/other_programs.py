@@ -39,12 +39,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--python", default=sys.executable, help="interpreter that has the other program")
     arguments = parser.parse_args()
+    python = shutil.which(arguments.python)
     for method in arguments.methods.split(","):
         if method not in PROGRAMS:
             parser.error(f"--methods: {method!r} is none of {', '.join(PROGRAMS)}")
         module = PROGRAMS[method].replace("-", "")
         look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-        python = shutil.which(arguments.python)
         if python is None or subprocess.run([python, "-c", look], check=False).returncode:
             parser.error(f"--python {arguments.python}: no interpreter that has {PROGRAMS[method]}")
     import real_problems  # not above: the interpreter of the other program may not have this package
