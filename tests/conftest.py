@@ -33,6 +33,14 @@ def _quick_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted GGUF files are kept apart from the user's, and go with the other files of the tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> None:
     """Garbage is looked for among what a file's tests make: to look through PyTorch takes as long as a tiny run."""
