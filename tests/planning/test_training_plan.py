@@ -298,6 +298,9 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
         FistaPrunerError, match=rf"^--memory-limit .* is not enough: {stage} needs .* --parameters norms"
     ):
         plan_training(limited, measured)
+    biases = limited.recipe.model_copy(update={"also": ("biases",)})  # a Llama has none
+    with pytest.raises(FistaPrunerError, match=r"is not enough: (?!.* --parameters norms)"):
+        plan_training(replace(limited, recipe=biases), measured)
     tiny_limit = execution.model_copy(update={"memory_limit": 1})
     with pytest.raises(FistaPrunerError, match=r"--memory-limit 1 B is not enough: .* needs") as caught:
         plan_training(replace(task, recipe=task.recipe.model_copy(update={"execution": tiny_limit})), measured)

@@ -70,13 +70,7 @@ def check_inputs(
     Raises:
         FistaPrunerError: bad input, named.
     """
-    inputs = check_training_inputs(run, request, listener, resolve, (request.recipe.data.max_length, LONGEST))
-    size = inputs.recipe.execution.batch_size
-    if size is not None and size % 2:
-        raise FistaPrunerError(
-            f"execution.batch_size is {size}: both answers of a pair are in one pass, so it must be even"
-        )
-    return inputs
+    return check_training_inputs(run, request, listener, resolve, (request.recipe.data.max_length, LONGEST))
 
 
 def resolve(recipe: AlignRecipe, origin: RunDirectory | None) -> AlignRecipe:

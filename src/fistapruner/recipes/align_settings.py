@@ -131,6 +131,10 @@ class AlignRecipe(TrainingRecipe):
                 raise ValueError("shares: numbers above 0 with the sum 1 are expected")
         if self.data.held_out + self.data.test > 0.5:
             raise ValueError("data.held_out and data.test: at most half of the prompts may be kept from training")
+        if (size := self.execution.batch_size) is not None and size % 2:
+            raise ValueError(
+                f"execution.batch_size is {size}: both answers of a pair are in one pass, so it must be even"
+            )
         return self
 
     def refuse_idle(self) -> None:
