@@ -18,7 +18,14 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.sensitivity.decision import decide
 from fistapruner.sensitivity.error_curves import predicted_cost
-from fistapruner.sensitivity.fisher import DensePasses, draw_labels, loss_gradient, measure_sensitivity, row_importance
+from fistapruner.sensitivity.fisher import (
+    DensePasses,
+    draw_labels,
+    input_shares,
+    loss_gradient,
+    measure_sensitivity,
+    row_importance,
+)
 
 WINDOWS, SEQLEN = 3, 12
 
@@ -41,13 +48,15 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     grads: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     names = [name for name, _ in layout.operators()]
     names += [f"{layout.layers_name}.{index}" for index in range(len(skeleton))]
 
     def hook(name: str) -> object:
-        def after_forward(_: object, __: object, output: object) -> None:
+        def after_forward(_: object, args: tuple[Tensor, ...], output: object) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             assert isinstance(hidden, Tensor)
+            inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
             hidden.register_hook(lambda grad: grads.__setitem__(name, grad.reshape(-1, grad.shape[-1])))
 
         return after_forward
@@ -63,10 +72,26 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     torch.log_softmax(logits, -1).gather(-1, drawn[..., None]).sum().backward()
     count = WINDOWS * SEQLEN
     for name, _ in layout.operators():
-        torch.testing.assert_close(found.rows[name], grads[name].square().sum(0) / count, rtol=1e-3, atol=1e-7)
+        squares = inputs[name].square()
+        used = squares.mean(0) > 0
+        each = grads[name].square().T @ squares / count / squares.mean(0)  # of every weight, over its input's energy
+        torch.testing.assert_close(found.rows[name], each[:, used].mean(1), rtol=1e-3, atol=1e-7)
     for index, metric in enumerate(found.outputs):
         gradient = grads[f"{layout.layers_name}.{index}"]
         torch.testing.assert_close(metric, gradient.T @ gradient / count, rtol=1e-3, atol=1e-6)
+
+
+def test_shares_of_inputs_are_1_on_average_and_do_not_depend_on_the_inputs_scales() -> None:
+    inputs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    inputs[:, 4] = 0  # never used
+    inputs[7] = 0  # a token without inputs: its gradients cannot matter
+    shares = input_shares(inputs, inputs.square().mean(0))
+    assert shares.mean() == pytest.approx(1.0)
+    assert shares[7] == 0
+    scaled = inputs * torch.tensor([1e-12, 1e3, 1.0, 1e15, 1.0, 7.0])
+    torch.testing.assert_close(input_shares(scaled, scaled.square().mean(0)), shares)
+    assert input_shares(inputs[:0], torch.zeros(6)).shape == (0,)
+    assert not bool(input_shares(0 * inputs, torch.zeros(6)).any())
 
 
 def test_labels_are_drawn_as_often_as_they_are_likely() -> None:

@@ -9,8 +9,8 @@ output: its second moment is the Fisher information. One forward and one backwar
 measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations.stream`). The second moment is stored
 as
 
-* ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
-  nats (:mod:`.error_curves`);
+* the mean over inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` for every output row ``i`` of each operator
+  (:func:`input_shares`): with it, a layer problem's row errors become a prediction in nats (:mod:`.error_curves`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
   reconstruction (:mod:`fistapruner.tuning.block_reconstruction`).
 
@@ -35,7 +35,7 @@ from ..activations.stream import Visit, Watched, forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..runtime.numerics import add_gram, dtype_name, exact_in_fast_products, fast_products, mirror
+from ..runtime.numerics import BUDGETS, add_gram, dtype_name, exact_in_fast_products, fast_products, mirror
 from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent
 
@@ -96,7 +96,8 @@ class Sensitivity:
     """Second moments of gradients, from one forward and one backward pass of the dense model.
 
     Args:
-        rows: by full name, (m,) mean squared gradients of the output rows of each operator.
+        rows: by full name, (m,) mean squared gradients of the output rows of each operator, where a token counts by its
+            share of the inputs (:func:`input_shares`).
         outputs: (width, width) second moment of the gradient at each decoder layer's output, in order, or their
             (width,) diagonals where the model is wider than :data:`WIDE`. Empty where not measured.
     """
@@ -157,9 +158,9 @@ def measure_sensitivity(
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
-    states, calls = forward(
-        model, tokens, passes.batch_size, passes.store, visit=_gathering(layout, gather), keep=True, progress=progress
-    )
+    energies: dict[str, Tensor] = {}
+    visit = _gathering(layout, gather, energies)
+    states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=visit, keep=True, progress=progress)
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
     loss_gradient(model, last, gradient, seed)
@@ -173,12 +174,15 @@ def measure_sensitivity(
         sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
         metric = _OutputMetric(model.width, model.device) if outputs else None
 
-        def add(name: str, grad: Tensor) -> None:
-            sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
+        def add(name: str, shares: Tensor, grad: Tensor) -> None:
+            sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().T @ shares
 
         def hook(name: str) -> Callable[..., None]:
-            def after_forward(_: object, __: object, output: Tensor) -> None:
-                output.register_hook(lambda grad: add(name, grad))
+            energy = energies[f"{layout.layers_name}.{index}.{name}"]
+
+            def after_forward(_: object, args: tuple[Tensor, ...], output: Tensor) -> None:
+                shares = input_shares(args[0].detach().reshape(-1, len(energy)), energy)
+                output.register_hook(lambda grad: add(name, shares, grad))
 
             return after_forward
 
@@ -200,6 +204,26 @@ def measure_sensitivity(
                 "take --dtype float32, or --allocation uniform and --weighting none, which need none"
             )
     return Sensitivity(rows, metrics[::-1])
+
+
+def input_shares(inputs: Tensor, energy: Tensor) -> Tensor:
+    """Compute each token's share of an operator's inputs: the mean over them of x_j^2 / E[x_j^2].
+
+    The error that pruning makes at a token grows with its inputs, so gradients count where inputs are large. They are
+    not independent: in Gemma 3, whose layers normalise what they add, the first token has nearly all of the squared
+    gradient in many layers, and next to no inputs.
+
+    Args:
+        inputs: (tokens, n).
+        energy: (n,) mean squares over all tokens; inputs that are 0 at all of them do not count.
+
+    Returns:
+        (tokens,), 1 on average.
+    """
+    used = energy >= torch.finfo(energy.dtype).tiny
+    inverse = torch.where(used, energy, 1.0).reciprocal() * used / used.sum().clamp_min(1)
+    parts = [inputs[start:stop].float().square() @ inverse for start, stop in BUDGETS.cache(inputs)]
+    return torch.cat(parts) if parts else inverse.new_zeros(0)
 
 
 def row_importance(sensitivity: Tensor) -> Tensor:
@@ -229,19 +253,37 @@ def gather_inputs(
     states[-1].close()
 
 
-def _gathering(layout: Layout, gather: InputSums[Any] | None) -> Visit | None:
-    """Make the visitor of a forward pass that gathers the sums of ``gather``."""
-    if gather is None:
-        return None
+def _gathering(layout: Layout, gather: InputSums[Any] | None, energies: dict[str, Tensor] | None = None) -> Visit:
+    """Make the visitor of a forward pass that gathers sums of operator inputs.
+
+    Args:
+        layout: the operators.
+        gather: the sums, if any.
+        energies: receives, by full name, the (n,) mean squared inputs of every operator.
+    """
 
     @contextmanager
     def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
         groups = list(enumerate(layout.layers[index]))
-        stacks = (torch.cat([operator.weight(layer).float() for operator in group]) for _, group in groups)
-        sums = [gather.sums(stacked) for stacked in stacks]
-        yield Watched(groups, lambda number, _, inputs: sums[number].add(inputs.reshape(-1, inputs.shape[-1])))
-        for number, own in enumerate(sums):
-            gather.done(index, number, own)
+        sums: dict[int, Any] = {}
+        squares: dict[int, InputEnergy] = {}
+        for number, group in groups:
+            if gather is not None:
+                sums[number] = gather.sums(torch.cat([operator.weight(layer).float() for operator in group]))
+            if energies is not None:
+                squares[number] = InputEnergy(group[0].weight(layer))
+
+        def add(number: int, _: int, inputs: Tensor) -> None:
+            for gathered in (sums, squares):
+                if number in gathered:
+                    gathered[number].add(inputs.reshape(-1, inputs.shape[-1]))
+
+        yield Watched(groups, add)
+        for number, group in groups:
+            if gather is not None:
+                gather.done(index, number, sums[number])
+            if energies is not None:
+                energies.update((layout.full_name(index, operator), squares[number].mean()) for operator in group)
 
     return visit
 
