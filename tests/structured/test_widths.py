@@ -7,26 +7,34 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
+from fistapruner.activations.store import scratch_factory
+from fistapruner.activations.stream import NOTHING, Watched
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.recipes.structure_settings import Structure
+from fistapruner.sensitivity.fisher import DensePasses
 from fistapruner.sparse.variants import Variant, load_variant
+from fistapruner.structured import widths as free_widths
 from fistapruner.structured.proof import config_entries, plan_widths
-from fistapruner.structured.widths import allocate
+from fistapruner.structured.widths import RUN, allocate, narrower_losses
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 LAYERS = 5
@@ -59,6 +67,68 @@ def settings(remove: str = "mlp=25%", method: str = "obs", **more: Any) -> dict[
     if method == "bypass":
         structure["steps"] = 10
     return {"structure": structure, "calibration": SMALL, **more}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "name"),
+    [("llama", "model.layers", "mlp.down_proj.weight"), ("gpt2", "transformer.h", "mlp.c_proj.weight")],
+)
+def test_losses_of_narrower_layers_are_those_of_the_whole_model(
+    tmp_path: Path, architecture: str, layers: str, name: str
+) -> None:
+    folder = save(tmp_path / "dense", architecture)
+    tokens = torch.randint(3, tiny.VOCABULARY, (RUN + 1, 12), generator=torch.Generator().manual_seed(3))
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    changed: dict[int, Tensor] = {}
+    narrower: dict[str, dict[str, Tensor]] = {}
+
+    @contextmanager
+    def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
+        yield NOTHING
+        changed[index] = layer.get_parameter(name).detach().clone()
+        changed[index][: 4 + index] = 0
+        narrower["MLP channels"] = {name: changed[index]}
+
+    passes = DensePasses(scratch_factory(None, model.dtype), batch_size=2)
+    found = narrower_losses(model, tokens, passes, visit, narrower)
+    assert sorted(found) == [(index, "MLP channels") for index in range(LAYERS)]
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        dense = torch.log_softmax(whole(input_ids=tokens[:RUN]).logits.double(), -1)
+        for (index, _), loss in found.items():
+            parameter = whole.get_parameter(f"{layers}.{index}.{name}")
+            before = parameter.clone()
+            parameter.copy_(changed[index])
+            own = torch.log_softmax(whole(input_ids=tokens[:RUN]).logits.double(), -1)
+            parameter.copy_(before)
+            assert loss == pytest.approx(float((dense.exp() * (dense - own)).sum(-1).mean()), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_curves_say_at_equal_widths_the_loss_that_was_measured(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves: dict[tuple[str, str], Tensor] = {}
+    losses: dict[tuple[int, str], float] = {}
+    slots: list[Any] = []
+
+    def error_curves(*args: Any) -> dict[tuple[str, str], Tensor]:
+        slots.extend(args[2])
+        curves.update(made := own(*args))
+        return made
+
+    def measure(*args: Any) -> dict[tuple[int, str], float]:
+        losses.update(measured := narrower_losses(*args))
+        return measured
+
+    own = free_widths.error_curves
+    monkeypatch.setattr(free_widths, "error_curves", error_curves)
+    monkeypatch.setattr(free_widths, "narrower_losses", measure)
+    fp.prune(save(tmp_path / "dense", architecture, little=()), tmp_path / "run", **settings())
+    assert len(losses) == LAYERS
+    for (_, curve), slot in zip(curves.items(), slots, strict=True):
+        said = float(curve[: slot.unit.before - slot.unit.after].sum())
+        assert said == pytest.approx(losses[slot.index, slot.unit.kind])
 
 
 def test_the_allocation_is_the_best_of_all() -> None:

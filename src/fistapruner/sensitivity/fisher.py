@@ -159,7 +159,7 @@ def measure_sensitivity(
     """
     progress = partial(passes.tick, "decoder layers, forwards")
     energies: dict[str, Tensor] = {}
-    visit = _gathering(layout, gather, energies)
+    visit = gathering(layout, gather, energies)
     states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=visit, keep=True, progress=progress)
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
@@ -248,12 +248,12 @@ def gather_inputs(
     """Gather sums of operator inputs in a forward pass; arguments as for :func:`measure_sensitivity`."""
     progress = partial(passes.tick, "decoder layers, forwards")
     states, _ = forward(
-        model, tokens, passes.batch_size, passes.store, visit=_gathering(layout, gather), progress=progress
+        model, tokens, passes.batch_size, passes.store, visit=gathering(layout, gather), progress=progress
     )
     states[-1].close()
 
 
-def _gathering(layout: Layout, gather: InputSums[Any] | None, energies: dict[str, Tensor] | None = None) -> Visit:
+def gathering(layout: Layout, gather: InputSums[Any] | None, energies: dict[str, Tensor] | None = None) -> Visit:
     """Make the visitor of a forward pass that gathers sums of operator inputs.
 
     Args:

@@ -141,16 +141,8 @@ def remove_channels(
         keep = remaining.nonzero()[:, 0].to(problem.weight.device)
     places = block_places(keep, block)
     small = problem.restricted(places)
-    weight = small.weight
-    if settings.compensation == "refit":
-        weight, more = refitted(shrunk(fitting, shrink).restricted(places))
-        warnings += more
-    bias = None
-    if biased:
-        wanted = (
-            known.target_mean if settings.compensation == "refit" else problem.weight.double() @ known.mean.double()
-        )
-        bias = (wanted - weight.double() @ known.mean[places].double()).float()
+    weight, bias, more = made_up(known, places, shrink, settings, biased=biased)
+    warnings += more
     used = settings.compensation == "refit" or settings.method == "obs"
     validated = validated_dropped = None
     if tested is not None and known.halves is not None:
@@ -173,6 +165,33 @@ def remove_channels(
         validated_dropped=validated_dropped,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def made_up(
+    known: ChannelStatistics, places: Tensor, shrink: float, settings: Structure, *, biased: bool
+) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Compute the weights of the inputs that stay, which make up for the others.
+
+    Args:
+        known: what is known of the operator's inputs.
+        places: (k,) its inputs that stay.
+        shrink: share of shrinkage of a refit.
+        settings: how they are made up for.
+        biased: the bias changes, too.
+
+    Returns:
+        (m, k) weights, (m,) what is added to the bias or None, and warnings.
+    """
+    problem = known.problem
+    weight = problem.restricted(places).weight
+    warnings: list[str] = []
+    if settings.compensation == "refit":
+        fitting = known.centred() if biased else problem
+        weight, warnings = refitted(shrunk(fitting, shrink).restricted(places))
+    if not biased:
+        return weight, None, warnings
+    wanted = known.target_mean if settings.compensation == "refit" else problem.weight.double() @ known.mean.double()
+    return weight, (wanted - weight.double() @ known.mean[places].double()).float(), warnings
 
 
 def removal_error(known: ChannelStatistics, places: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:

@@ -2,27 +2,31 @@
 
 The error curve of an operator is what greedy elimination costs (:mod:`.elimination`), step by step, on the shrunk Gram
 of the dense model's inputs, with every output row weighted by its Fisher sensitivity: half of it predicts the loss in
-nats. The steps that cost least are taken, over all layers (:func:`allocate`). With probabilities that were learned
-(:mod:`.bypass`) the units with the smallest ones go, over all layers.
+nats. The dense model is then run with one layer at a time as narrow as with equal widths, and the curves of the layer
+are scaled to the loss that this causes. The steps that cost least are taken, over all layers (:func:`allocate`). With
+probabilities that were learned (:mod:`.bypass`) the units with the smallest ones go, over all layers.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..activations.store import HiddenStates
+from ..activations.stream import Visit, embed, run_layer
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..recipes.structure_settings import Structure
-from ..sensitivity.fisher import DensePasses, InputSums, gather_inputs, measure_sensitivity
+from ..sensitivity.fisher import HEAD_TOKENS, DensePasses, InputSums, gathering, measure_sensitivity
 from .bypass import Slot, slots_of
 from .elimination import eliminate
-from .removal import best_channels, block_places, choose_shrink
+from .removal import ChannelStatistics, best_channels, block_places, choose_shrink, made_up
 from .scores import channel_scores
 from .shrinkage import shrunk
 from .statistics import ChannelSums
@@ -30,6 +34,9 @@ from .units import Unit, Units
 
 SPREAD = 0.5
 """Every layer loses between 1 - this and 1 + this times what it would with equal widths."""
+
+RUN = 2
+"""Calibration windows that run through every narrower layer."""
 
 GUARDED = 2
 """The first and last layers that lose half of their units at most."""
@@ -142,6 +149,8 @@ def error_curves(
     )
     rows = measure_sensitivity(model, few, tokens, passes, seed=seed, outputs=False).rows
     found: dict[tuple[str, str], Tensor] = {}
+    predicted: dict[tuple[int, str], float] = {}
+    narrower: dict[str, dict[str, Tensor]] = {}
 
     def done(index: int, number: int, sums: _WindowSums) -> None:
         (operator,) = few.layers[index][number]
@@ -156,10 +165,99 @@ def error_curves(
         share = choose_shrink(known, keep, settings, biased=biased)[0]
         problem = shrunk(problem.weighted(fisher.clamp_min(floor)), share)
         count = limits[slot.places.start][1] * steps[unit.kind]
-        found[unit.kind, name] = eliminate(problem, count, unit.columns).costs / 2
+        order = eliminate(problem, count, unit.columns)
+        found[unit.kind, name] = order.costs / 2
+        gone = order.order[: unit.before - unit.after]
+        predicted.setdefault((index, unit.kind), 0.0)
+        predicted[index, unit.kind] += float(found[unit.kind, name][: len(gone)].sum())
+        stay = torch.ones(unit.before, dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0].to(model.device)
+        changed = _without(model.layers[index], unit, known, block_places(stay, unit.columns), share, settings, biased)
+        narrower.setdefault(unit.kind, {}).update(changed)
 
-    gather_inputs(model, few, tokens, passes, InputSums(lambda weight: _WindowSums(weight, *tokens.shape), done))
+    visit = gathering(few, InputSums(lambda weight: _WindowSums(weight, *tokens.shape), done))
+    losses = narrower_losses(model, tokens, passes, visit, narrower)
+    for slot in slots:
+        kind, place = slot.unit.kind, (slot.index, slot.unit.kind)
+        if predicted[place] > 0 and losses[place] > 0:
+            found[kind, layout.full_name(slot.index, slot.unit.consumer)] *= losses[place] / predicted[place]
     return found
+
+
+def _without(
+    layer: nn.Module,
+    unit: Unit,
+    known: ChannelStatistics,
+    places: Tensor,
+    shrink: float,
+    settings: Structure,
+    biased: bool,
+) -> dict[str, Tensor]:
+    """Make an operator's tensors, of their own shape, that read only the inputs ``places``."""
+    weight, bias, _ = made_up(known, places, shrink, settings, biased=biased)
+    name = unit.consumer.name
+    whole = torch.zeros_like(unit.consumer.weight(layer))
+    whole[:, places] = weight.to(whole.dtype)
+    found = {f"{name}.weight": (whole.T if unit.consumer.transposed else whole).contiguous()}
+    if bias is not None:
+        found[f"{name}.bias"] = (layer.get_parameter(f"{name}.bias").detach().float() + bias).to(whole.dtype)
+    return found
+
+
+def narrower_losses(
+    model: LayerwiseModel, tokens: Tensor, passes: DensePasses, visit: Visit, narrower: dict[str, dict[str, Tensor]]
+) -> dict[tuple[int, str], float]:
+    """Measure the loss of the dense model with the narrower tensors of one layer, for each layer.
+
+    Args:
+        model: the dense model.
+        tokens: (windows, seqlen) token ids; the first :data:`RUN` of them run through the narrower layers.
+        passes: how passes are carried out.
+        visit: called for every layer, with all windows; puts its tensors by kind of unit into ``narrower``.
+        narrower: emptied after each layer.
+
+    Returns:
+        By layer and kind, the mean KL(dense || narrower) in nats a token.
+    """
+    shape = (min(RUN, len(tokens)), tokens.shape[1], model.width)
+    states = passes.store("hidden", (*tokens.shape, model.width))
+    dense = passes.store("dense", shape)
+    calls = embed(model, tokens, passes.batch_size, states)
+    embed(model, tokens[: dense.samples], passes.batch_size, dense, calls)
+    found: dict[tuple[int, str], HiddenStates] = {}
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            model.read_ahead(index + 1)
+            with visit(index, layer) as watched:
+                run_layer(model, index, states, calls, output=states, watched=watched)
+            for before in found.values():
+                run_layer(model, index, before, calls, output=before)
+            for kind, values in narrower.items():
+                found[index, kind] = passes.store(f"narrower-{len(found)}", shape)
+                run_layer(model, index, dense, calls, output=found[index, kind], values=values)
+            narrower.clear()
+            run_layer(model, index, dense, calls, output=dense)
+        passes.tick("narrower decoder layers", index + 1, len(model))
+    losses = dict.fromkeys(found, 0.0)
+    starts = range(0, dense.seqlen, HEAD_TOKENS // 4)
+    with model.embeddings_and_head():
+        for number, (start, window) in enumerate(itertools.product(starts, range(dense.samples))):
+            part = slice(start, start + HEAD_TOKENS // 4)
+            reference = _log_probabilities(model, dense, window, part)
+            weights = reference.exp()
+            for place, own in found.items():
+                gap = reference - _log_probabilities(model, own, window, part)
+                gap.masked_fill_(weights == 0, 0.0)  # a padded vocabulary
+                losses[place] += float(torch.linalg.vecdot(weights, gap).double().sum())
+            passes.tick("slices of their predictions", number + 1, len(starts) * dense.samples)
+    for own in (states, dense, *found.values()):
+        own.close()
+    return {place: loss / (dense.samples * dense.seqlen) for place, loss in losses.items()}
+
+
+def _log_probabilities(model: LayerwiseModel, states: HiddenStates, window: int, part: slice) -> Tensor:
+    hidden = states.read(window, window + 1, model.device)[:, part]
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=model.device)
+    return torch.log_softmax(model.logits(hidden, ids)[0].float(), -1)
 
 
 class _WindowSums:
