@@ -210,7 +210,7 @@ def input_shares(inputs: Tensor, energy: Tensor) -> Tensor:
     """Compute each token's share of an operator's inputs: the mean over them of x_j^2 / E[x_j^2].
 
     The error that pruning makes at a token grows with its inputs, so gradients count where inputs are large. They are
-    not independent: in Gemma 3, whose layers normalise what they add, the first token has nearly all of the squared
+    not independent: in Gemma 3, whose layers normalise what they add, the first token has most of the squared
     gradient in many layers, and next to no inputs.
 
     Args:
