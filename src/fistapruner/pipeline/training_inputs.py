@@ -35,7 +35,7 @@ from ..runs.training_runs import dense_of, input_run, recovered_beside
 from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.packed_checkpoint import is_packed
-from ..tuning.trained import vectors
+from ..tuning.trained import has_vectors
 from .begun import evaluation_on, refuse_overlap
 
 TRAINING_SEQLEN = 1024
@@ -349,7 +349,7 @@ def check_vectors(model: LayerwiseModel, recipe: TrainingRecipe) -> None:
     Raises:
         FistaPrunerError: names the vectors and the model.
     """
-    if recipe.parameters == "norms" and not any(vectors(layer, recipe.also) for layer in model.layers):
+    if recipe.parameters == "norms" and not has_vectors(model.layers, recipe.also):
         raise FistaPrunerError(
             f"also {','.join(recipe.also)}: the decoder layers of {model.checkpoint.folder} have no "
             f"{' and no '.join(recipe.also)}, and parameters norms trains nothing else"

@@ -22,7 +22,7 @@ from ..runs.records import PlanRow
 from ..runtime.files import existing_folder
 from ..runtime.formatting import counted, duration, size
 from ..tuning.teacher import TOP
-from ..tuning.trained import vectors
+from ..tuning.trained import has_vectors
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MemoryBudget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
@@ -141,7 +141,7 @@ def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[s
     found = []
     for name in names:
         other = replace(task, recipe=task.recipe.model_copy(update={"parameters": name}))
-        if name == "norms" and not any(vectors(layer, task.recipe.also) for layer in task.model.layers):
+        if name == "norms" and not has_vectors(task.model.layers, task.recipe.also):
             continue
         found.append(fit(TrainingSizes(other, measured, measure_form(other)), resources))
     return found

@@ -178,7 +178,7 @@ def measure_sensitivity(
             sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().T @ shares
 
         def hook(name: str) -> Callable[..., None]:
-            energy = energies[f"{layout.layers_name}.{index}.{name}"]
+            energy = energies[layout.full_name(index, name)]
 
             def after_forward(_: object, args: tuple[Tensor, ...], output: Tensor) -> None:
                 shares = input_shares(args[0].detach().reshape(-1, len(energy)), energy)

@@ -183,7 +183,7 @@ def made_up(
         (m, k) weights, (m,) what is added to the bias or None, and warnings.
     """
     problem = known.problem
-    weight = problem.restricted(places).weight
+    weight = problem.weight[:, places]
     warnings: list[str] = []
     if settings.compensation == "refit":
         fitting = known.centred() if biased else problem

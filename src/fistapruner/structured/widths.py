@@ -149,7 +149,6 @@ def error_curves(
     )
     rows = measure_sensitivity(model, few, tokens, passes, seed=seed, outputs=False).rows
     found: dict[tuple[str, str], Tensor] = {}
-    predicted: dict[tuple[int, str], float] = {}
     narrower: dict[str, dict[str, Tensor]] = {}
 
     def done(index: int, number: int, sums: _WindowSums) -> None:
@@ -168,18 +167,20 @@ def error_curves(
         order = eliminate(problem, count, unit.columns)
         found[unit.kind, name] = order.costs / 2
         gone = order.order[: unit.before - unit.after]
-        predicted.setdefault((index, unit.kind), 0.0)
-        predicted[index, unit.kind] += float(found[unit.kind, name][: len(gone)].sum())
         stay = torch.ones(unit.before, dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0].to(model.device)
         changed = _without(model.layers[index], unit, known, block_places(stay, unit.columns), share, settings, biased)
         narrower.setdefault(unit.kind, {}).update(changed)
 
     visit = gathering(few, InputSums(lambda weight: _WindowSums(weight, *tokens.shape), done))
     losses = narrower_losses(model, tokens, passes, visit, narrower)
+    predicted = dict.fromkeys(losses, 0.0)
     for slot in slots:
-        kind, place = slot.unit.kind, (slot.index, slot.unit.kind)
+        curve = found[slot.unit.kind, _name(layout, slot)]
+        predicted[slot.index, slot.unit.kind] += float(curve[: slot.unit.before - slot.unit.after].sum())
+    for slot in slots:
+        place = slot.index, slot.unit.kind
         if predicted[place] > 0 and losses[place] > 0:
-            found[kind, layout.full_name(slot.index, slot.unit.consumer)] *= losses[place] / predicted[place]
+            found[slot.unit.kind, _name(layout, slot)] *= losses[place] / predicted[place]
     return found
 
 
@@ -220,7 +221,7 @@ def narrower_losses(
     """
     shape = (min(RUN, len(tokens)), tokens.shape[1], model.width)
     states = passes.store("hidden", (*tokens.shape, model.width))
-    dense = passes.store("dense", shape)
+    dense = passes.store("dense", shape)  # the same windows at once as in narrower layers: rounding is alike
     calls = embed(model, tokens, passes.batch_size, states)
     embed(model, tokens[: dense.samples], passes.batch_size, dense, calls)
     found: dict[tuple[int, str], HiddenStates] = {}

@@ -9,7 +9,7 @@ matter.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,6 +302,11 @@ class Trained:
             # Copied: products of tensors in a mapped file may round otherwise, since they are not aligned in memory.
             copies = {name: tensors[f"{kind}/{name}"].to(self.model.device, copy=True) for name in names}
             self._states.put(kind, index, copies)
+
+
+def has_vectors(layers: Iterable[nn.Module], also: tuple[str, ...]) -> bool:
+    """Return whether any decoder layer has :func:`vectors`."""
+    return any(vectors(layer, also) for layer in layers)
 
 
 def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
