@@ -80,17 +80,15 @@ def test_losses_of_narrower_layers_are_those_of_the_whole_model(
     tokens = torch.randint(3, tiny.VOCABULARY, (RUN + 1, 12), generator=torch.Generator().manual_seed(3))
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     changed: dict[int, Tensor] = {}
-    narrower: dict[str, dict[str, Tensor]] = {}
 
     @contextmanager
     def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
         yield NOTHING
         changed[index] = layer.get_parameter(name).detach().clone()
         changed[index][: 4 + index] = 0
-        narrower["MLP channels"] = {name: changed[index]}
 
     passes = DensePasses(scratch_factory(None, model.dtype), batch_size=2)
-    found = narrower_losses(model, tokens, passes, visit, narrower)
+    found = narrower_losses(model, tokens, passes, visit, lambda index: {"MLP channels": {name: changed[index]}})
     assert sorted(found) == [(index, "MLP channels") for index in range(LAYERS)]
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -149,7 +149,7 @@ def error_curves(
     )
     rows = measure_sensitivity(model, few, tokens, passes, seed=seed, outputs=False).rows
     found: dict[tuple[str, str], Tensor] = {}
-    narrower: dict[str, dict[str, Tensor]] = {}
+    narrower: dict[int, dict[str, dict[str, Tensor]]] = {}
 
     def done(index: int, number: int, sums: _WindowSums) -> None:
         (operator,) = few.layers[index][number]
@@ -169,10 +169,10 @@ def error_curves(
         gone = order.order[: unit.before - unit.after]
         stay = torch.ones(unit.before, dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0].to(model.device)
         changed = _without(model.layers[index], unit, known, block_places(stay, unit.columns), share, settings, biased)
-        narrower.setdefault(unit.kind, {}).update(changed)
+        narrower.setdefault(index, {}).setdefault(unit.kind, {}).update(changed)
 
     visit = gathering(few, InputSums(lambda weight: _WindowSums(weight, *tokens.shape), done))
-    losses = narrower_losses(model, tokens, passes, visit, narrower)
+    losses = narrower_losses(model, tokens, passes, visit, lambda index: narrower.pop(index, {}))
     predicted = dict.fromkeys(losses, 0.0)
     for slot in slots:
         curve = found[slot.unit.kind, _name(layout, slot)]
@@ -205,7 +205,11 @@ def _without(
 
 
 def narrower_losses(
-    model: LayerwiseModel, tokens: Tensor, passes: DensePasses, visit: Visit, narrower: dict[str, dict[str, Tensor]]
+    model: LayerwiseModel,
+    tokens: Tensor,
+    passes: DensePasses,
+    visit: Visit,
+    narrower: Callable[[int], Mapping[str, dict[str, Tensor]]],
 ) -> dict[tuple[int, str], float]:
     """Measure the loss of the dense model with the narrower tensors of one layer, for each layer.
 
@@ -213,8 +217,8 @@ def narrower_losses(
         model: the dense model.
         tokens: (windows, seqlen) token ids; the first :data:`RUN` of them run through the narrower layers.
         passes: how passes are carried out.
-        visit: called for every layer, with all windows; puts its tensors by kind of unit into ``narrower``.
-        narrower: emptied after each layer.
+        visit: called for every layer, with all windows.
+        narrower: returns the tensors of a layer that was visited, by kind of unit.
 
     Returns:
         By layer and kind, the mean KL(dense || narrower) in nats a token.
@@ -232,10 +236,9 @@ def narrower_losses(
                 run_layer(model, index, states, calls, output=states, watched=watched)
             for before in found.values():
                 run_layer(model, index, before, calls, output=before)
-            for kind, values in narrower.items():
+            for kind, values in narrower(index).items():
                 found[index, kind] = passes.store(f"narrower-{len(found)}", shape)
                 run_layer(model, index, dense, calls, output=found[index, kind], values=values)
-            narrower.clear()
             run_layer(model, index, dense, calls, output=dense)
         passes.tick("narrower decoder layers", index + 1, len(model))
     losses = dict.fromkeys(found, 0.0)
