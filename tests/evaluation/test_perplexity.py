@@ -270,6 +270,19 @@ def test_the_command_line_prints_what_the_figure_depends_on(
     assert json.loads(capsys.readouterr().out)["perplexity"]["windows"] == 3
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("hub/models--org--small-model/snapshots/" + "0123456789" * 4, "org/small-model"),
+        ("cache/fistapruner/small-q4-0123456789ab", "small-q4"),
+        ("mine/small-0123456789ab", "small-0123456789ab"),
+        ("mine/model", "model"),
+    ],
+)
+def test_progress_calls_a_model_as_its_user_does(tmp_path: Path, folder: str, name: str) -> None:
+    assert streaming.shown_name(tmp_path / folder) == name
+
+
 def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     one = fp.evaluate(folder, str(text), seqlen=16, windows=1, against=folder)

@@ -9,6 +9,7 @@ for each block.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
+from ..models.source import ModelSource
 from ..runs.records import is_run
 from ..runtime.formatting import size
 from ..runtime.memory import free_memory, release_failed_memory, resident_memory
@@ -284,5 +286,10 @@ def _reduce(
 
 
 def shown_name(folder: Path) -> str:
-    """Return the name of a model's folder; of RUN/model that of the run."""
-    return (folder.parent if folder.name == "model" and is_run(folder.parent) else folder).name
+    """Return what progress calls a model: its run, its name on the hub, its GGUF file's, or its folder's."""
+    if folder.name == "model" and is_run(folder.parent):
+        return folder.parent.name
+    if ModelSource(folder).revision():
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    converted = folder.parent.name == "fistapruner" and re.fullmatch(r"(.+)-[0-9a-f]{12}", folder.name)
+    return converted[1] if converted else folder.name
