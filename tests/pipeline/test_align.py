@@ -492,8 +492,9 @@ def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path
     path.write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
-    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
-        align(bench, tmp_path / "out", tmp_path / "no model", data={"pairs": str(path)})
+    for verb in (fp.align, fp.align_compare):
+        with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
+            verb(tmp_path / "no model", tmp_path / "out", **SETTINGS, data={"pairs": str(path)})
     with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
         fp.align(bench.pruned(), tmp_path / "out", **SETTINGS)
 
@@ -580,8 +581,9 @@ def test_a_comparison_runs_every_loss_from_one_cache(
     assert all("/9: " in sentence for sentence in said.sentences)
     with pytest.raises(FistaPrunerError, match=r"holds a comparison with beta = 0\.1, this one has 0\.2"):
         fp.align_compare(bench.pruned(), out, seeds=[3], beta=0.2, **shared)
-    with pytest.raises(FistaPrunerError, match="anchor: a comparison runs all losses"):
-        fp.align_compare(bench.pruned(), tmp_path / "other", anchor=0.2, **shared)
+    for name, value in {"loss": "sft", "references": "dense", "clip": 0.2, "anchor": 0.2}.items():
+        with pytest.raises(FistaPrunerError, match=f"^{name}: a comparison runs all losses"):
+            fp.align_compare(bench.pruned(), tmp_path / "other", **{name: value}, **shared)
     with pytest.raises(FistaPrunerError, match="--seeds '3,3': different whole numbers"):
         fp.align_compare(bench.pruned(), tmp_path / "other", seeds=[3, 3], **shared)
     command = ["align", str(bench.pruned()), "--data", str(path), "--out", str(tmp_path / "other")]

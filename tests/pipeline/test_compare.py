@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import DEFAULT, Mock
 
 import pytest
+import torch
 
 import tiny
 from fistapruner.cli import main
@@ -732,10 +733,13 @@ def test_the_text_of_recoveries_is_compared_with_the_evaluation_text(tmp_path: P
 
 
 def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does for it stands in the report of the run."""
     limits: list[Any] = []
 
-    def evaluate(*models: Any, memory_limit: int | None = None, **settings: Any) -> Any:
+    def evaluate(*models: Any, memory_limit: int | None = None, warn: Any, **settings: Any) -> Any:
         limits.append(memory_limit)
+        if warn is not None:
+            warn("one window at a time")
         return run_evaluation(*models, memory_limit=memory_limit, **settings)
 
     monkeypatch.setattr("fistapruner.pipeline.compare_rows.run_evaluation", evaluate)
@@ -743,6 +747,8 @@ def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.Mo
     settings = {**SETTINGS, "execution": {"memory_limit": "4GiB"}}
     compare(source, "magnitude", ["50%"], tmp_path / "out", settings=settings, windows=2)
     assert limits == [4 << 30] * 2
+    [run] = (tmp_path / "out" / "runs").iterdir()
+    assert load_run(run).warnings == ["one window at a time"]
 
 
 def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
@@ -925,3 +931,26 @@ def test_a_row_with_a_low_rank_part(tmp_path: Path) -> None:
     assert not [*out.glob("runs/*/adapter"), *out.glob("runs/*/model")]
     again = compare(source, "magnitude@low_rank=2,magnitude", ["2:4"], out, listener=counts, **named)
     assert (again.rows, counts.measured) == (found.rows, 0)
+
+
+def test_legacy_weights_are_compared_where_they_are_trusted(tmp_path: Path) -> None:
+    """By every step of a row: pruning, recovery and the comparison with the dense model."""
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    torch.save(tiny.tensors(source), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
+    with pytest.raises(FistaPrunerError, match="--allow-pickle"):
+        compare(source, "wanda", ["50%"], tmp_path / "out", **named)
+    [row] = compare(source, "wanda", ["50%"], tmp_path / "out", allow_pickle=True, **named).rows
+    assert row.error is None
+    assert row.divergence is not None
+
+
+def test_a_recovery_that_trains_nothing_fails_its_row_before_pruning(tmp_path: Path) -> None:
+    source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    methods = "wanda@recover={targets: [nowhere]},magnitude"
+    failed, row = compare(source, methods, ["50%"], out, settings=SETTINGS, windows=2).rows
+    assert "targets: 'nowhere' matches no operator" in (failed.error or "")
+    assert row.error is None
+    assert [run.name.partition("-")[0] for run in (out / "runs").iterdir()] == ["magnitude"]

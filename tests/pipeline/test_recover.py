@@ -646,6 +646,17 @@ def dense_changed_since_recovery(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"model": folder / "run"}
 
 
+def token_of_no_model(bench: Bench, folder: Path) -> dict[str, Any]:
+    """In the evaluation text alone."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(plain(bench, folder))
+    text = folder / "new.txt"
+    text.write_text("one <new> token " * 20)
+    data = {"source": str(bench.text)}
+    return {"model": folder / "plain", "data": data, "evaluate": text}
+
+
 def short_text(bench: Bench, folder: Path) -> dict[str, Any]:
     (folder / "short.txt").write_text("too short")
     return {"data": {"source": str(folder / "short.txt")}}
@@ -704,6 +715,17 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "dense model changed since a recovery": (
         dense_changed_since_recovery,
         rf"dense.model\.safetensors {CHANGED}; name the right one with --dense",
+    ),
+    "evaluation text not there": (
+        lambda bench, folder: {
+            "model": folder / "nowhere",
+            "evaluate": "nowhere.txt",
+        },  # before the model is looked for
+        r"'nowhere\.txt'",
+    ),
+    "evaluation token that the model does not have": (
+        token_of_no_model,
+        r"token id \d+ is beyond the model's vocabulary",
     ),
     "short text": (short_text, r"its 9 tokens do not fill one window of 16 .* 300 tokens are asked"),
     "mixed text": (mixed_text, r"mixed.jsonl, line 2 has prompt and completion, .*: one kind a file"),
