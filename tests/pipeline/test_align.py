@@ -726,6 +726,12 @@ def test_rows_of_a_comparison_stay_until_they_are_made_again(
     fp.align_compare(bench.pruned(), tmp_path, seeds=[0], listener=said, **settings)
     assert rows() == [(label, 0) for label in jobs]
     assert any("rows that are asked for are read from" in sentence for sentence in said.sentences)
+    (tmp_path / "compare.json").write_text("")
+    with pytest.raises(FistaPrunerError, match=r"holds a run with lr = 0\.001, this one has 0\.01"):
+        fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **{**settings, "lr": 0.01})
+    (tmp_path / "compare.json").write_text("")
+    evaluated = {**settings, "evaluate": str(bench.text), "evaluate_windows": 1}
+    assert all(row.evaluation for row in fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **evaluated).rows)
 
 
 def test_a_comparison_leaves_no_adapters(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -743,8 +749,12 @@ def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, mon
     said = tiny.Said()
     found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, seeds=[1, 2], **settings)
     assert len([each for each in said.sentences if each.startswith("evaluating the model before alignment")]) == 1
-    reports = [load_run(run) for run in (tmp_path / "out" / "runs").iterdir()]
-    assert [report.recovery and report.recovery.before for report in reports] == [[found.before]] * 2
+    for row, run in zip(found.rows, sorted((tmp_path / "out" / "runs").iterdir()), strict=True):
+        training = load_run(run).recovery
+        assert training is not None
+        assert training.before == [found.before]
+        assert row.held_out == (training.checks[0].held_out, min(check.held_out for check in training.checks))
+        assert row.held_out[0] > row.held_out[1]
 
 
 @pytest.mark.parametrize("step", ["run_evaluation", "generate_side_by_side", "write_page"])
@@ -784,6 +794,25 @@ def test_a_comparison_killed_before_its_first_figures_goes_on(
     (out / "runs" / "experiment").rmdir()
     assert fp.align_compare(bench.pruned(), out, **settings).status == "finished"
     assert not (out / "compare.json.partial").exists()
+
+
+def test_bad_input_that_the_first_row_shows_ends_a_comparison_and_binds_it_to_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    with pytest.raises(FistaPrunerError, match="'nowhere' matches no operator"):
+        fp.align_compare(bench.pruned(), tmp_path / "out", targets=["nowhere"], **settings)
+    assert [row.error for row in fp.align_compare(bench.pruned(), tmp_path / "out", **settings).rows] == [None]
+
+
+def test_figures_that_are_no_comparison_are_refused_and_kept(bench: Bench, tmp_path: Path) -> None:
+    figures = tmp_path / "out" / "compare.json"
+    figures.parent.mkdir()
+    figures.write_text("years of work")
+    with pytest.raises(FistaPrunerError, match=r"compare\.json is not valid JSON"):
+        fp.align_compare(bench.pruned(), figures.parent, **SETTINGS, data={"pairs": str(bench.pairs)})
+    assert [(path.name, path.read_text()) for path in figures.parent.iterdir()] == [(figures.name, "years of work")]
 
 
 def test_a_comparison_of_other_data_or_models_is_refused(

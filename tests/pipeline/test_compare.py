@@ -313,6 +313,9 @@ def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> 
         with pytest.raises(FistaPrunerError, match=f"holds a run with {message}, this one has .*name another folder"):
             compare(source, "magnitude,wanda", ["50%"], out, settings={**SETTINGS, **other}, windows=2)
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    next(out.rglob("run.json")).unlink()
+    [row] = compare(source, "magnitude", ["50%"], out, settings={**SETTINGS, "propagate": "dense"}, windows=2).rows
+    assert (row.perplexity, "other things in it" in (row.error or "")) == (None, True)
 
 
 def test_rows_stay_where_another_executor_is_asked_for(tmp_path: Path) -> None:
@@ -466,6 +469,10 @@ def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(
     assert [bool(row["error"]) for row in content["rows"]] == [True, False]
     assert "has the figures of an earlier command" in content["warnings"][-1]
     assert "failed" not in content
+    shutil.rmtree(run)
+    assert main([*common, "magnitude", "--sparsity", "2:4", "--ignore", "down_proj"]) == 1
+    content = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [bool(row["error"]) for row in content["rows"]] == [True, True]  # those of other settings do not
 
 
 @pytest.mark.parametrize("recovers", [False, True])

@@ -320,6 +320,7 @@ def test_a_recovered_run_is_recovered_again(bench: Bench, tmp_path: Path) -> Non
 def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path) -> None:
     """Somebody else's: no record, so the zeros themselves say which operators are pruned."""
     plain = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "plain"))
+    record = (plain / "fistapruner.json").read_text()
     (plain / "fistapruner.json").unlink()
     report = recover(plain, tmp_path / "out", dense=bench.dense(), data={"source": str(bench.text)})
     before, after = tensors(plain), tensors(tmp_path / "out" / "model")
@@ -327,10 +328,12 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
     assert report.recovery is not None
     assert report.recovery.operators == 14
     assert tiny.weights(tmp_path / "out") == tiny.weights(bench.recovered)
-    without = recover(plain, tmp_path / "text only", data={"source": str(bench.text)})
-    assert without.recovery is not None
-    assert without.recovery.loss == "ce"
-    assert any("dense model is not known" in warning for warning in without.warnings)
+    for out in ("text only", "of a dense model elsewhere"):
+        without = recover(plain, tmp_path / out, data={"source": str(bench.text)})
+        assert without.recovery is not None
+        assert without.recovery.loss == "ce"
+        assert any("dense model is not known" in warning for warning in without.warnings)
+        (plain / "fistapruner.json").write_text(record.replace(str(bench.dense()), str(tmp_path / "nowhere")))
 
 
 def test_legacy_weights_are_recovered_where_they_are_trusted(bench: Bench, tmp_path: Path) -> None:
@@ -761,6 +764,22 @@ def test_bad_input_is_one_line_before_any_work(
     with pytest.raises(fp.FistaPrunerError, match=message) as refused:
         recover(**settings)
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("which", ["model", "dense"])
+def test_a_model_that_cannot_be_run_layer_by_layer_is_refused_before_any_work(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    folder = {"model": bench.pruned() / "model", "dense": bench.dense()}[which]
+
+    def check_model(model: Any) -> None:
+        if model.checkpoint.folder == folder:
+            raise fp.FistaPrunerError("this architecture is not supported")
+
+    monkeypatch.setattr("fistapruner.pipeline.training_inputs.check_model", check_model)
+    with pytest.raises(fp.FistaPrunerError, match=r"^this architecture is not supported$"):
+        recover(bench.pruned(), tmp_path / "out")
     assert not (tmp_path / "out" / "run.json").exists()
 
 
