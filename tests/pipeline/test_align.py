@@ -834,6 +834,9 @@ def test_a_comparison_of_other_data_or_models_is_refused(
         assert [row.alignment for row in again.rows] == [row.alignment for row in found.rows]
     elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
     assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
+    link = tmp_path / "link"
+    link.symlink_to(pruned)
+    assert fp.align_compare(link, out, **settings).rows == found.rows
     others = {
         "evaluation.windows": {"evaluate_windows": 1},
         "evaluation.data": {"evaluate": None, "evaluate_windows": None},
@@ -859,11 +862,27 @@ def test_a_comparison_keeps_the_commit_of_the_dense_model(
     shutil.copytree(bench.dense(), first)
     tiny.save("llama", later, num_hidden_layers=2, seed=1)
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "dense": "someone/model"}
-    for commit in (first, later):
+    for commit, seeds in ((first, [0]), (later, [0, 1])):
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, commit=commit, **__: str(commit))
-        assert fp.align_compare(bench.pruned(), tmp_path / "out", **settings).rows[0].error is None
-    [record] = (json.loads(file.read_text()) for file in tmp_path.glob("out/runs/*/run.json"))
-    assert record["decision"]["dense"] == str(first)
+        rows = fp.align_compare(bench.pruned(), tmp_path / "out", seeds=seeds, **settings).rows
+        assert [row.error for row in rows] == [None] * len(seeds)
+    records = (json.loads(file.read_text()) for file in tmp_path.glob("out/runs/*/run.json"))
+    assert [record["decision"]["dense"] for record in records] == [str(first)] * 2
+
+
+def test_legacy_weights_are_aligned_with_every_loss_where_they_are_trusted(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    model = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model"))
+    torch.save(tensors(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    with pytest.raises(FistaPrunerError, match="--allow-pickle"):
+        fp.align_compare(model, tmp_path / "out", trust_remote_code=True, **settings)
+    assert [row.error for row in fp.align_compare(model, tmp_path / "out", allow_pickle=True, **settings).rows] == [
+        None
+    ]
 
 
 def interrupted(*arguments: Any, **settings: Any) -> None:

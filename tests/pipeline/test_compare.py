@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import DEFAULT, Mock
@@ -961,3 +963,42 @@ def test_a_recovery_that_trains_nothing_fails_its_row_before_pruning(tmp_path: P
     assert "targets: 'nowhere' matches no operator" in (failed.error or "")
     assert row.error is None
     assert [run.name.partition("-")[0] for run in (out / "runs").iterdir()] == ["magnitude"]
+
+
+def test_a_recovery_is_made_again_of_a_changed_text(tmp_path: Path) -> None:
+    """That of its own: the pruned model stays as it was measured."""
+    source, text = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tiny.write_text(tmp_path / "text.jsonl")
+    following = {
+        "steps": 1,
+        "windows_per_step": 1,
+        "rank": 2,
+        "data": {"source": str(text), "seqlen": 32, "tokens": 500},
+    }
+    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
+    [first] = compare(source, "wanda", ["50%"], tmp_path / "out", **named).rows
+    text.write_text(text.read_text().replace("everybody", "nobody"))
+    counts = Counts()
+    [again] = compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named).rows
+    assert again.error is None
+    assert (counts.measured, again.perplexity == first.perplexity) == (1, False)
+
+
+def test_the_calibration_of_a_comparison_is_that_of_rows_without_their_own(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    methods = "magnitude@calibration.samples=2,magnitude"
+    found = compare(source, methods, ["50%"], tmp_path / "out", settings=SETTINGS, windows=2)
+    assert found.calibration is not None
+    assert found.calibration.samples == 3
+
+
+def test_a_row_whose_loss_is_no_number_has_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(model: Any, *text: Any, against: Any = None, **settings: Any) -> Any:
+        found = run_evaluation(model, *text, against=against, **settings)
+        if against is None:  # the dense model
+            return found
+        return replace(found, perplexity=replace(found.perplexity, nll=math.nan, perplexity=math.nan))
+
+    monkeypatch.setattr("fistapruner.pipeline.compare_rows.run_evaluation", evaluate)
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    [row] = compare(source, "magnitude", ["50%"], tmp_path / "out", settings=SETTINGS, windows=2).rows
+    assert (row.error, row.gap) == (None, None)

@@ -352,7 +352,7 @@ def test_the_text_to_evaluate_on_is_that_of_the_run_or_python(bench: Bench, tmp_
     settings = {"evaluate": "auto", "evaluate_windows": 1, "steps": 1, "data": {"source": str(bench.text)}}
     [measured] = recover(plain(bench, tmp_path), tmp_path / "out", **settings).evaluations
     assert measured.perplexity is not None
-    assert (measured.perplexity.data, measured.perplexity.seqlen) == ("python", SEQLEN)
+    assert (measured.perplexity.data, measured.perplexity.seqlen, measured.perplexity.windows) == ("python", SEQLEN, 1)
     assert recover(bench.pruned(), tmp_path / "of a run", **settings).evaluations == []
     with pytest.raises(fp.FistaPrunerError, match="evaluate_windows 1 has no effect: evaluate names no text"):
         recover(bench.pruned(), tmp_path / "refused", **{**settings, "evaluate": None})
