@@ -943,7 +943,7 @@ def test_a_row_with_a_low_rank_part(tmp_path: Path) -> None:
 
 
 def test_legacy_weights_are_compared_where_they_are_trusted(tmp_path: Path) -> None:
-    """By every step of a row: pruning, recovery and the comparison with the dense model."""
+    """By every step of a row: pruning, recovery and the comparison with the dense model. Each has the command."""
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     torch.save(tiny.tensors(source), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
@@ -951,9 +951,12 @@ def test_legacy_weights_are_compared_where_they_are_trusted(tmp_path: Path) -> N
     named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
     with pytest.raises(FistaPrunerError, match="--allow-pickle"):
         compare(source, "wanda", ["50%"], tmp_path / "out", **named)
-    [row] = compare(source, "wanda", ["50%"], tmp_path / "out", allow_pickle=True, **named).rows
+    [row] = compare(source, "wanda", ["50%"], tmp_path / "out", allow_pickle=True, command="the command", **named).rows
     assert row.error is None
     assert row.divergence is not None
+    lineage = load_run(next((tmp_path / "out" / "runs").glob("*/recovered"))).lineage
+    assert lineage is not None
+    assert [stage.command for stage in lineage.stages] == ["the command"] * 2
 
 
 def test_a_recovery_that_trains_nothing_fails_its_row_before_pruning(tmp_path: Path) -> None:
@@ -981,6 +984,12 @@ def test_a_recovery_is_made_again_of_a_changed_text(tmp_path: Path) -> None:
     [again] = compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named).rows
     assert again.error is None
     assert (counts.measured, again.perplexity == first.perplexity) == (1, False)
+    report = next((tmp_path / "out" / "runs").glob("*/report.json"))
+    content = json.loads(report.read_text())
+    content["totals"]["peak_memory"] = 10**15
+    write_json_atomic(report, content)
+    [larger] = compare(source, "wanda", ["50%"], tmp_path / "out", **named).rows
+    assert larger.peak_memory == 10**15  # the larger one of both runs
 
 
 def test_the_calibration_of_a_comparison_is_that_of_rows_without_their_own(tmp_path: Path) -> None:

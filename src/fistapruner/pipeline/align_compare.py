@@ -292,7 +292,7 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
 
 
 def _earlier(folder: Path, now: AlignComparison, listener: Listener) -> AlignComparison | None:
-    """Read the comparison that is continued; None where there is none, it cannot be read, or no row has begun.
+    """Read the comparison that is continued; None where none can be read, or no row has begun.
 
     Raises:
         FistaPrunerError: it has other settings, models or texts; names the first that differs, or the file that has
