@@ -492,8 +492,9 @@ def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path
     path.write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
-    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
-        align(bench, tmp_path / "out", tmp_path / "no model", data={"pairs": str(path)})
+    for verb in (fp.align, fp.align_compare):
+        with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
+            verb(tmp_path / "no model", tmp_path / "out", **SETTINGS, data={"pairs": str(path)})
     with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
         fp.align(bench.pruned(), tmp_path / "out", **SETTINGS)
 
@@ -580,8 +581,9 @@ def test_a_comparison_runs_every_loss_from_one_cache(
     assert all("/9: " in sentence for sentence in said.sentences)
     with pytest.raises(FistaPrunerError, match=r"holds a comparison with beta = 0\.1, this one has 0\.2"):
         fp.align_compare(bench.pruned(), out, seeds=[3], beta=0.2, **shared)
-    with pytest.raises(FistaPrunerError, match="anchor: a comparison runs all losses"):
-        fp.align_compare(bench.pruned(), tmp_path / "other", anchor=0.2, **shared)
+    for name, value in {"loss": "sft", "references": "dense", "clip": 0.2, "anchor": 0.2}.items():
+        with pytest.raises(FistaPrunerError, match=f"^{name}: a comparison runs all losses"):
+            fp.align_compare(bench.pruned(), tmp_path / "other", **{name: value}, **shared)
     with pytest.raises(FistaPrunerError, match="--seeds '3,3': different whole numbers"):
         fp.align_compare(bench.pruned(), tmp_path / "other", seeds=[3, 3], **shared)
     command = ["align", str(bench.pruned()), "--data", str(path), "--out", str(tmp_path / "other")]
@@ -724,6 +726,12 @@ def test_rows_of_a_comparison_stay_until_they_are_made_again(
     fp.align_compare(bench.pruned(), tmp_path, seeds=[0], listener=said, **settings)
     assert rows() == [(label, 0) for label in jobs]
     assert any("rows that are asked for are read from" in sentence for sentence in said.sentences)
+    (tmp_path / "compare.json").write_text("")
+    with pytest.raises(FistaPrunerError, match=r"holds a run with lr = 0\.001, this one has 0\.01"):
+        fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **{**settings, "lr": 0.01})
+    (tmp_path / "compare.json").write_text("")
+    evaluated = {**settings, "evaluate": str(bench.text), "evaluate_windows": 1}
+    assert all(row.evaluation for row in fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **evaluated).rows)
 
 
 def test_a_comparison_leaves_no_adapters(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,8 +749,12 @@ def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, mon
     said = tiny.Said()
     found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, seeds=[1, 2], **settings)
     assert len([each for each in said.sentences if each.startswith("evaluating the model before alignment")]) == 1
-    reports = [load_run(run) for run in (tmp_path / "out" / "runs").iterdir()]
-    assert [report.recovery and report.recovery.before for report in reports] == [[found.before]] * 2
+    for row, run in zip(found.rows, sorted((tmp_path / "out" / "runs").iterdir()), strict=True):
+        training = load_run(run).recovery
+        assert training is not None
+        assert training.before == [found.before]
+        assert row.held_out == (training.checks[0].held_out, min(check.held_out for check in training.checks))
+        assert row.held_out[0] > row.held_out[1]
 
 
 @pytest.mark.parametrize("step", ["run_evaluation", "generate_side_by_side", "write_page"])
@@ -784,6 +796,25 @@ def test_a_comparison_killed_before_its_first_figures_goes_on(
     assert not (out / "compare.json.partial").exists()
 
 
+def test_bad_input_that_the_first_row_shows_ends_a_comparison_and_binds_it_to_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    with pytest.raises(FistaPrunerError, match="'nowhere' matches no operator"):
+        fp.align_compare(bench.pruned(), tmp_path / "out", targets=["nowhere"], **settings)
+    assert [row.error for row in fp.align_compare(bench.pruned(), tmp_path / "out", **settings).rows] == [None]
+
+
+def test_figures_that_are_no_comparison_are_refused_and_kept(bench: Bench, tmp_path: Path) -> None:
+    figures = tmp_path / "out" / "compare.json"
+    figures.parent.mkdir()
+    figures.write_text("years of work")
+    with pytest.raises(FistaPrunerError, match=r"compare\.json is not valid JSON"):
+        fp.align_compare(bench.pruned(), figures.parent, **SETTINGS, data={"pairs": str(bench.pairs)})
+    assert [(path.name, path.read_text()) for path in figures.parent.iterdir()] == [(figures.name, "years of work")]
+
+
 def test_a_comparison_of_other_data_or_models_is_refused(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -803,6 +834,9 @@ def test_a_comparison_of_other_data_or_models_is_refused(
         assert [row.alignment for row in again.rows] == [row.alignment for row in found.rows]
     elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
     assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
+    link = tmp_path / "link"
+    link.symlink_to(pruned)
+    assert fp.align_compare(link, out, **settings).rows == found.rows
     others = {
         "evaluation.windows": {"evaluate_windows": 1},
         "evaluation.data": {"evaluate": None, "evaluate_windows": None},
@@ -828,11 +862,27 @@ def test_a_comparison_keeps_the_commit_of_the_dense_model(
     shutil.copytree(bench.dense(), first)
     tiny.save("llama", later, num_hidden_layers=2, seed=1)
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "dense": "someone/model"}
-    for commit in (first, later):
+    for commit, seeds in ((first, [0]), (later, [0, 1])):
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, commit=commit, **__: str(commit))
-        assert fp.align_compare(bench.pruned(), tmp_path / "out", **settings).rows[0].error is None
-    [record] = (json.loads(file.read_text()) for file in tmp_path.glob("out/runs/*/run.json"))
-    assert record["decision"]["dense"] == str(first)
+        rows = fp.align_compare(bench.pruned(), tmp_path / "out", seeds=seeds, **settings).rows
+        assert [row.error for row in rows] == [None] * len(seeds)
+    records = (json.loads(file.read_text()) for file in tmp_path.glob("out/runs/*/run.json"))
+    assert [record["decision"]["dense"] for record in records] == [str(first)] * 2
+
+
+def test_legacy_weights_are_aligned_with_every_loss_where_they_are_trusted(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    model = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model"))
+    torch.save(tensors(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    with pytest.raises(FistaPrunerError, match="--allow-pickle"):
+        fp.align_compare(model, tmp_path / "out", trust_remote_code=True, **settings)
+    assert [row.error for row in fp.align_compare(model, tmp_path / "out", allow_pickle=True, **settings).rows] == [
+        None
+    ]
 
 
 def interrupted(*arguments: Any, **settings: Any) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import DEFAULT, Mock
 
 import pytest
+import torch
 
 import tiny
 from fistapruner.cli import main
@@ -312,6 +315,9 @@ def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> 
         with pytest.raises(FistaPrunerError, match=f"holds a run with {message}, this one has .*name another folder"):
             compare(source, "magnitude,wanda", ["50%"], out, settings={**SETTINGS, **other}, windows=2)
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    next(out.rglob("run.json")).unlink()
+    [row] = compare(source, "magnitude", ["50%"], out, settings={**SETTINGS, "propagate": "dense"}, windows=2).rows
+    assert (row.perplexity, "other things in it" in (row.error or "")) == (None, True)
 
 
 def test_rows_stay_where_another_executor_is_asked_for(tmp_path: Path) -> None:
@@ -465,6 +471,10 @@ def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(
     assert [bool(row["error"]) for row in content["rows"]] == [True, False]
     assert "has the figures of an earlier command" in content["warnings"][-1]
     assert "failed" not in content
+    shutil.rmtree(run)
+    assert main([*common, "magnitude", "--sparsity", "2:4", "--ignore", "down_proj"]) == 1
+    content = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [bool(row["error"]) for row in content["rows"]] == [True, True]  # those of other settings do not
 
 
 @pytest.mark.parametrize("recovers", [False, True])
@@ -732,10 +742,13 @@ def test_the_text_of_recoveries_is_compared_with_the_evaluation_text(tmp_path: P
 
 
 def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does for it stands in the report of the run."""
     limits: list[Any] = []
 
-    def evaluate(*models: Any, memory_limit: int | None = None, **settings: Any) -> Any:
+    def evaluate(*models: Any, memory_limit: int | None = None, warn: Any, **settings: Any) -> Any:
         limits.append(memory_limit)
+        if warn is not None:
+            warn("one window at a time")
         return run_evaluation(*models, memory_limit=memory_limit, **settings)
 
     monkeypatch.setattr("fistapruner.pipeline.compare_rows.run_evaluation", evaluate)
@@ -743,6 +756,8 @@ def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.Mo
     settings = {**SETTINGS, "execution": {"memory_limit": "4GiB"}}
     compare(source, "magnitude", ["50%"], tmp_path / "out", settings=settings, windows=2)
     assert limits == [4 << 30] * 2
+    [run] = (tmp_path / "out" / "runs").iterdir()
+    assert load_run(run).warnings == ["one window at a time"]
 
 
 def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
@@ -925,3 +940,74 @@ def test_a_row_with_a_low_rank_part(tmp_path: Path) -> None:
     assert not [*out.glob("runs/*/adapter"), *out.glob("runs/*/model")]
     again = compare(source, "magnitude@low_rank=2,magnitude", ["2:4"], out, listener=counts, **named)
     assert (again.rows, counts.measured) == (found.rows, 0)
+
+
+def test_legacy_weights_are_compared_where_they_are_trusted(tmp_path: Path) -> None:
+    """By every step of a row: pruning, recovery and the comparison with the dense model. Each has the command."""
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    torch.save(tiny.tensors(source), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
+    with pytest.raises(FistaPrunerError, match="--allow-pickle"):
+        compare(source, "wanda", ["50%"], tmp_path / "out", **named)
+    [row] = compare(source, "wanda", ["50%"], tmp_path / "out", allow_pickle=True, command="the command", **named).rows
+    assert row.error is None
+    assert row.divergence is not None
+    lineage = load_run(next((tmp_path / "out" / "runs").glob("*/recovered"))).lineage
+    assert lineage is not None
+    assert [stage.command for stage in lineage.stages] == ["the command"] * 2
+
+
+def test_a_recovery_that_trains_nothing_fails_its_row_before_pruning(tmp_path: Path) -> None:
+    source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    methods = "wanda@recover={targets: [nowhere]},magnitude"
+    failed, row = compare(source, methods, ["50%"], out, settings=SETTINGS, windows=2).rows
+    assert "targets: 'nowhere' matches no operator" in (failed.error or "")
+    assert row.error is None
+    assert [run.name.partition("-")[0] for run in (out / "runs").iterdir()] == ["magnitude"]
+
+
+def test_a_recovery_is_made_again_of_a_changed_text(tmp_path: Path) -> None:
+    """That of its own: the pruned model stays as it was measured."""
+    source, text = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tiny.write_text(tmp_path / "text.jsonl")
+    following = {
+        "steps": 1,
+        "windows_per_step": 1,
+        "rank": 2,
+        "data": {"source": str(text), "seqlen": 32, "tokens": 500},
+    }
+    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
+    [first] = compare(source, "wanda", ["50%"], tmp_path / "out", **named).rows
+    text.write_text(text.read_text().replace("everybody", "nobody"))
+    counts = Counts()
+    [again] = compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named).rows
+    assert again.error is None
+    assert (counts.measured, again.perplexity == first.perplexity) == (1, False)
+    report = next((tmp_path / "out" / "runs").glob("*/report.json"))
+    content = json.loads(report.read_text())
+    content["totals"]["peak_memory"] = 10**15
+    write_json_atomic(report, content)
+    [larger] = compare(source, "wanda", ["50%"], tmp_path / "out", **named).rows
+    assert larger.peak_memory == 10**15  # the larger one of both runs
+
+
+def test_the_calibration_of_a_comparison_is_that_of_rows_without_their_own(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    methods = "magnitude@calibration.samples=2,magnitude"
+    found = compare(source, methods, ["50%"], tmp_path / "out", settings=SETTINGS, windows=2)
+    assert found.calibration is not None
+    assert found.calibration.samples == 3
+
+
+def test_a_row_whose_loss_is_no_number_has_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(model: Any, *text: Any, against: Any = None, **settings: Any) -> Any:
+        found = run_evaluation(model, *text, against=against, **settings)
+        if against is None:  # the dense model
+            return found
+        return replace(found, perplexity=replace(found.perplexity, nll=math.nan, perplexity=math.nan))
+
+    monkeypatch.setattr("fistapruner.pipeline.compare_rows.run_evaluation", evaluate)
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    [row] = compare(source, "magnitude", ["50%"], tmp_path / "out", settings=SETTINGS, windows=2).rows
+    assert (row.error, row.gap) == (None, None)

@@ -320,6 +320,7 @@ def test_a_recovered_run_is_recovered_again(bench: Bench, tmp_path: Path) -> Non
 def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path) -> None:
     """Somebody else's: no record, so the zeros themselves say which operators are pruned."""
     plain = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "plain"))
+    record = (plain / "fistapruner.json").read_text()
     (plain / "fistapruner.json").unlink()
     report = recover(plain, tmp_path / "out", dense=bench.dense(), data={"source": str(bench.text)})
     before, after = tensors(plain), tensors(tmp_path / "out" / "model")
@@ -327,10 +328,12 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
     assert report.recovery is not None
     assert report.recovery.operators == 14
     assert tiny.weights(tmp_path / "out") == tiny.weights(bench.recovered)
-    without = recover(plain, tmp_path / "text only", data={"source": str(bench.text)})
-    assert without.recovery is not None
-    assert without.recovery.loss == "ce"
-    assert any("dense model is not known" in warning for warning in without.warnings)
+    for out in ("text only", "of a dense model elsewhere"):
+        without = recover(plain, tmp_path / out, data={"source": str(bench.text)})
+        assert without.recovery is not None
+        assert without.recovery.loss == "ce"
+        assert any("dense model is not known" in warning for warning in without.warnings)
+        (plain / "fistapruner.json").write_text(record.replace(str(bench.dense()), str(tmp_path / "nowhere")))
 
 
 def test_legacy_weights_are_recovered_where_they_are_trusted(bench: Bench, tmp_path: Path) -> None:
@@ -349,7 +352,7 @@ def test_the_text_to_evaluate_on_is_that_of_the_run_or_python(bench: Bench, tmp_
     settings = {"evaluate": "auto", "evaluate_windows": 1, "steps": 1, "data": {"source": str(bench.text)}}
     [measured] = recover(plain(bench, tmp_path), tmp_path / "out", **settings).evaluations
     assert measured.perplexity is not None
-    assert (measured.perplexity.data, measured.perplexity.seqlen) == ("python", SEQLEN)
+    assert (measured.perplexity.data, measured.perplexity.seqlen, measured.perplexity.windows) == ("python", SEQLEN, 1)
     assert recover(bench.pruned(), tmp_path / "of a run", **settings).evaluations == []
     with pytest.raises(fp.FistaPrunerError, match="evaluate_windows 1 has no effect: evaluate names no text"):
         recover(bench.pruned(), tmp_path / "refused", **{**settings, "evaluate": None})
@@ -646,6 +649,17 @@ def dense_changed_since_recovery(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"model": folder / "run"}
 
 
+def token_of_no_model(bench: Bench, folder: Path) -> dict[str, Any]:
+    """In the evaluation text alone."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(plain(bench, folder))
+    text = folder / "new.txt"
+    text.write_text("one <new> token " * 20)
+    data = {"source": str(bench.text)}
+    return {"model": folder / "plain", "data": data, "evaluate": text}
+
+
 def short_text(bench: Bench, folder: Path) -> dict[str, Any]:
     (folder / "short.txt").write_text("too short")
     return {"data": {"source": str(folder / "short.txt")}}
@@ -705,6 +719,17 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
         dense_changed_since_recovery,
         rf"dense.model\.safetensors {CHANGED}; name the right one with --dense",
     ),
+    "evaluation text not there": (
+        lambda bench, folder: {
+            "model": folder / "nowhere",
+            "evaluate": "nowhere.txt",
+        },  # before the model is looked for
+        r"'nowhere\.txt'",
+    ),
+    "evaluation token that the model does not have": (
+        token_of_no_model,
+        r"token id \d+ is beyond the model's vocabulary",
+    ),
     "short text": (short_text, r"its 9 tokens do not fill one window of 16 .* 300 tokens are asked"),
     "mixed text": (mixed_text, r"mixed.jsonl, line 2 has prompt and completion, .*: one kind a file"),
     "no text": (lambda bench, folder: {"data": {"source": ""}}, r"training source '' is neither"),
@@ -739,6 +764,22 @@ def test_bad_input_is_one_line_before_any_work(
     with pytest.raises(fp.FistaPrunerError, match=message) as refused:
         recover(**settings)
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("which", ["model", "dense"])
+def test_a_model_that_cannot_be_run_layer_by_layer_is_refused_before_any_work(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    folder = {"model": bench.pruned() / "model", "dense": bench.dense()}[which]
+
+    def check_model(model: Any) -> None:
+        if model.checkpoint.folder == folder:
+            raise fp.FistaPrunerError("this architecture is not supported")
+
+    monkeypatch.setattr("fistapruner.pipeline.training_inputs.check_model", check_model)
+    with pytest.raises(fp.FistaPrunerError, match=r"^this architecture is not supported$"):
+        recover(bench.pruned(), tmp_path / "out")
     assert not (tmp_path / "out" / "run.json").exists()
 
 

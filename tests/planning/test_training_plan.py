@@ -22,6 +22,7 @@ from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.calibration.training_text import TrainingText, training_text
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -623,7 +624,8 @@ def test_how_memory_is_used_changes_no_bit(run: Path, tmp_path: Path, parameters
 
 
 def test_plan_of_a_run_and_of_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(run), "--recover", "--rank", "4", "--seqlen", "16", "--parameters", "full"]) == 0
+    command = ["plan", str(run), "--out", str(run.parent), "--recover", "--rank", "4", "--seqlen", "16"]  # it is ./run
+    assert main([*command, "--parameters", "full"]) == 0
     out = capsys.readouterr().out
     lines = [line.split()[0] for line in out.splitlines() if line.strip()]
     assert lines[:6] == ["form", "lora", "full", "spp", "hira", "norms"]
@@ -654,6 +656,10 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         recipe = AlignRecipe.build({"loss": loss, "data": {"pairs": str(pairs)}})
         task = plan_alignment_of(run, recipe, tmp_path)[0].needs.task
         assert (len(task.answers), task.answers.count(120)) == (3, whole)
+        assert dict(task.survivors) == {
+            operator.name.removesuffix(".weight"): operator.weights - operator.zeros
+            for operator in inspect_checkpoint(run / "model").pruned
+        }
         few = AlignRecipe.build({"loss": loss, "data": {"pairs": str(pairs)}, "steps": 2, "pairs_per_step": 3})
         answers = plan_alignment_of(run, few, tmp_path)[0].needs.task.answers
         assert answers.count(12 + task.held_out + task.test) == whole  # of the pairs that the steps take

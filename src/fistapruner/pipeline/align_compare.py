@@ -292,7 +292,7 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
 
 
 def _earlier(folder: Path, now: AlignComparison, listener: Listener) -> AlignComparison | None:
-    """Read the comparison that is continued; None where there is none, or it cannot be read.
+    """Read the comparison that is continued; None where none can be read, or no row has begun.
 
     Raises:
         FistaPrunerError: it has other settings, models or texts; names the first that differs, or the file that has
@@ -308,6 +308,8 @@ def _earlier(folder: Path, now: AlignComparison, listener: Listener) -> AlignCom
         listener.say(f"{error}: it is made again; rows that are asked for are read from {folder / RUNS}")
         return None
     before = parse(AlignComparison, content, str(folder / FIGURES))
+    if not before.rows and _begun(folder) is None:  # bad input that the first row showed
+        return None
     pairs: dict[str, tuple[Any, Any]] = {}
     if not same_model(before.model, now.model):
         pairs["model"] = before.model, now.model

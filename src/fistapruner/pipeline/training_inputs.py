@@ -36,7 +36,7 @@ from ..runtime.formatting import shell_line
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.packed_checkpoint import is_packed
 from ..tuning.trained import has_vectors
-from .begun import evaluation_on, refuse_overlap
+from .begun import evaluation_on
 
 TRAINING_SEQLEN = 1024
 """Longest training window by default."""
@@ -168,10 +168,8 @@ def check_training_inputs(
     if evaluation is not None:
         check_data(evaluation.data)
     source = find_input(request.model, permissions, verb=run.verb)
-    refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
-    within = Path(request.model) in run.folder.parents  # this is the recovery that would be named
-    if not within and origin is not None and (beside := recovered_beside(origin.folder)):
+    if origin is not None and (beside := recovered_beside(origin.folder)):
         listener.say(beside)
     listener.tick("opening and checking the model", 0, 1)
     recipe = resolve(request.recipe, origin)
@@ -191,7 +189,6 @@ def check_training_inputs(
     check_model(model)
     dense = None
     if dense_source is not None:
-        refuse_overlap(dense_source.folder, run.folder)
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model, resolved)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
