@@ -710,6 +710,10 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
         r"128: name the model that was pruned with --dense, or take --loss ce; where tokens were added since, no dense",
     ),
     "no dense model": (no_dense, r"--loss kl needs the dense model, which .*plain does not name: give --dense MODEL"),
+    "dense model is the input": (
+        lambda bench, folder: {"dense": bench.pruned() / "model"},
+        r"--dense .*model is the model that is trained: name the one that was pruned",
+    ),
     "text of no model": (nobody_generates, r"--data self needs the dense model, which .*plain does not name"),
     "text of no model, loss auto": (nobody_generates_for_auto, r"--data self needs the dense model, which .*plain"),
     "dense model not there": (dense_not_there, r"--dense: model '.*nowhere' does not exist"),
