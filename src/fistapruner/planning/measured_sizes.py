@@ -111,7 +111,10 @@ def _measure_layer(
         base=resident_memory() + RETAINED + (0 if drawn else torch.int64.itemsize * samples * seqlen),
         ends=model.pass_bytes(outside),
         largest=max(entry.nbytes for entry in checkpoint.stored),
-        checkpoint=checkpoint.nbytes - removed_weights(model, widths) * checkpoint.dtype.itemsize + more * stored,
+        checkpoint=checkpoint.nbytes
+        + checkpoint.companion_bytes
+        + more * stored
+        - removed_weights(model, widths) * checkpoint.dtype.itemsize,
         pruned=stored * (pruned + more) + sum(renumbered),
         layer=max(map(model.pass_bytes, in_layers)),
         ahead=model.ahead_bytes,

@@ -113,6 +113,8 @@ def make_plan(
             f"{count(passed)} tokens through the whole model; the run says how long they take before the first"
         )
         found = replace(found, says=(*found.says, said))
+    elif seconds is not None and needs.measured:
+        found = replace(found, says=(*found.says, "measuring the dense model comes on top"))
     if not recipe.low_rank:
         return found
     more, weights = low_rank_weights(layout, recipe, sparsity), sum(map(layout.weights, range(len(model))))
@@ -191,7 +193,7 @@ def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
     rows.append(PlanRow(quantity=DISK, unit="bytes", planned=disk))
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
-    time = "" if seconds is None else f", about {duration(seconds / fitted.workers)}"
+    time = "" if seconds is None else f", about {duration(seconds / fitted.workers)} of pruning"
     peaks = ", ".join(
         f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets
     )

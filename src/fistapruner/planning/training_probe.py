@@ -91,7 +91,7 @@ def measure_model(task: Task) -> ModelSizes:
         ends=ends,
         largest=max(entry.nbytes + math.prod(entry.shape) * itemsize for entry in entries),
         largest_operator=max((4 * op.rows * op.columns for _, op in task.layout.operators()), default=0),
-        checkpoint=model.checkpoint.nbytes,
+        checkpoint=model.checkpoint.nbytes + model.checkpoint.companion_bytes,
         layer=max(map(layer_bytes, both)),
         ahead=max(each.ahead_bytes for each in both),
         weights=sum(map(model.pass_bytes, names)),

@@ -288,6 +288,11 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.stored)
 
     @property
+    def companion_bytes(self) -> int:
+        """Bytes of the files beside the weights."""
+        return sum((self.folder / name).stat().st_size for name in self.companions)
+
+    @property
     def file_bytes(self) -> int:
         """Bytes of the weight files: of all tensors, and of what else these files hold."""
         return sum(file.path.stat().st_size for file in self.files.values())
