@@ -336,6 +336,7 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
         ({"only_layers": (2, 0)}, "only_layers (2, 0) is not a range of decoder layers"),
         ({"evaluate": "python", "evaluate_windows": 0}, "windows 0 is out of range"),
         ({"evaluate": "python", "evaluate_windows": "all"}, "evaluate_windows 'all': a whole number from 1"),
+        ({"evaluate": "python", "evaluate_windows": True}, "evaluate_windows True: a whole number from 1"),
         ({"evaluate_windows": 4}, "evaluate_windows 4 has no effect: evaluate names no text"),
         ({"evaluate": "none"}, "evaluate 'none' is no text: give None to evaluate nothing"),
         ({"evaluate": Path("nowhere.txt")}, "'nowhere.txt' is neither a file nor a known data set"),

@@ -40,6 +40,10 @@ class SharedNM(Constraint):
     def group_length(self) -> int:
         return self.m
 
+    @property
+    def group_rows(self) -> int:
+        return self.v
+
     def zeros(self, rows: int, columns: int) -> int:
         return rows * columns // self.m * (self.m - self.n)
 

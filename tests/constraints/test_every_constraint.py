@@ -121,6 +121,16 @@ def test_an_operator_that_does_not_fit_is_named(constraint: Constraint) -> None:
 
 
 @over_every_constraint
+def test_whole_groups_of_outputs_and_inputs_may_go(constraint: Constraint) -> None:
+    if constraint.zeros_suffice:
+        pytest.skip("its zeros may be anywhere")
+    rows, length = constraint.group_rows, constraint.group_length
+    scores = make_scores(constraint, rows=24 * rows)
+    kept = (scores * constraint.project(scores)).view(24, rows, 6, length)[1::2]
+    assert constraint.satisfies((kept[:, :, ::2] if length > 1 else kept).flatten(2).flatten(0, 1))
+
+
+@over_every_constraint
 def test_columns_decided_from_left_to_right_add_up(constraint: Constraint) -> None:
     if not constraint.columnwise:
         pytest.skip("its columns are decided together")

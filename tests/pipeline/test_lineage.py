@@ -16,6 +16,7 @@ from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.record import read_pruning_record
 from fistapruner.models.source import ModelSource
+from fistapruner.pipeline.kept_claims import claimed_zeros, kept_widths
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
 from fistapruner.runs.training_runs import dense_of
@@ -208,6 +209,20 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     gate = found.operators[1]
     assert gate.claim == f"{gate.zeros / gate.weights:.4%}"
     assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
+
+
+@pytest.mark.parametrize(
+    "listed", [None, 5, {"layer": "a"}, ["a"], [{"layer": "a"}], [{"layer": ["a"], "unit": "heads", "before": 8}]]
+)
+def test_widths_that_are_none_in_the_input_s_record_are_left_out(listed: Any) -> None:
+    """Nobody wants to lose a run at its end to what another tool has written there."""
+    own = [{"layer": "a", "unit": "heads", "before": 4, "after": 2}]
+    assert kept_widths({"widths": listed}, own) == own
+
+
+def test_zeros_are_those_of_operators_that_are_claimed_to_be_pruned() -> None:
+    claims = ({"sparsity": "50%", "zeros": 8}, {"sparsity": "0%", "zeros": 4}, {"sparsity": "2:4"}, {"zeros": "two"})
+    assert claimed_zeros(dict(zip("abcd", claims, strict=True))) == 8
 
 
 @pytest.mark.parametrize("architecture", ["gpt_oss", "qwen3_moe"])

@@ -23,7 +23,7 @@ from fistapruner.evaluation import streaming
 from fistapruner.evaluation.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
-from fistapruner.pipeline.kept_evaluations import put_in_place
+from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
 from fistapruner.pipeline.measure import measure
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.reporting.quality_rows import task_before
@@ -470,7 +470,7 @@ def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, caps
 def test_a_new_figure_takes_the_place_of_the_old_one() -> None:
     text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
     tasks = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
-    earlier = [Evaluation("m", perplexity=text, tasks=tasks[:1]), Evaluation("m", tasks=tasks[1:])]
+    earlier = [Evaluation("m", perplexity=text, reference=text, tasks=tasks[:1]), Evaluation("m", tasks=tasks[1:])]
     again = Evaluation("m", tasks=tasks[1:])
     assert put_in_place(earlier, again) == [earlier[0], again]
     again = Evaluation("m", perplexity=text)
@@ -500,3 +500,25 @@ def test_a_short_try_does_not_take_the_place_of_a_full_score() -> None:
         assert put_in_place(stored, again) == [again]
     longer = Evaluation("m", tasks=(replace(short, items=200),))
     assert put_in_place([Evaluation("m", tasks=(short,))], longer) == [longer]
+
+
+def test_a_score_of_the_input_is_added_once_and_without_figures_of_a_text() -> None:
+    """Several runs may have it, and beside a perplexity against another dense model."""
+    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
+    tasks = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
+    found = Evaluation("m", against="other", perplexity=text, reference=text, tasks=tasks)
+    result = [Evaluation("r", tasks=(replace(tasks[0], value=0.6),))]
+    before: list[Evaluation] = []
+    assert add_scores(before, result, [found, found])
+    assert before == [Evaluation("m", against="other", tasks=tasks[:1])]
+    assert not add_scores(before, result, [found])
+    assert len(before) == 1
+
+
+def test_a_dense_model_is_the_same_under_another_spelling() -> None:
+    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
+    found = Evaluation("m", against="a/dense", perplexity=text)
+    for same in ("a/b/../dense", str(Path("a/dense").resolve())):
+        assert same_comparison(found, replace(found, against=same))
+    for other in ("dense", None):
+        assert not same_comparison(found, replace(found, against=other))

@@ -27,8 +27,10 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD
+from fistapruner.pipeline.begun import say_kept_plan
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
+from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.directory import RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener
@@ -497,6 +499,7 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     told = tiny.Said()
     assert fp.prune("model", "run", listener=told, **SETTINGS).status == "finished"
     assert "run holds the finished run of this recipe" in told.sentences
+    assert PruneDirectory(Path("run")).begun_record().decision.folder == tmp_path / "b" / "model"  # from any folder
     other = tiny.save("llama", tmp_path / "other", seed=5, num_hidden_layers=2)
     with pytest.raises(fp.FistaPrunerError, match="a run of the model"):
         fp.prune(other, "run", **SETTINGS)
@@ -607,6 +610,16 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
     assert Recipe.from_yaml((run / "recipe.yaml").read_text()) == Recipe.build(record.recipe)
     fp.prune(dense, run, only_layers=(0, 0), **SETTINGS)  # a part leaves what follows alone
     assert PruneDirectory(run).record() == record
+
+
+@pytest.mark.parametrize(("before", "now", "said"), [(None, None, 0), (4, None, 0), (4, 4, 0), (None, 4, 1), (4, 2, 1)])
+def test_a_setting_is_said_to_change_nothing_where_it_is_another(
+    run: Path, before: int | None, now: int | None, said: int
+) -> None:
+    record, told = PruneDirectory(run).begun_record(), tiny.Said()
+    record.recipe["execution"]["batch_size"] = before
+    say_kept_plan(record, Execution(batch_size=now), told)
+    assert len(told.sentences) == said
 
 
 def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tmp_path: Path) -> None:

@@ -677,6 +677,10 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     assert not [line for line in kept.warnings if "has zeros already" in line]
     written = load_file(tmp_path / "heads" / "model" / "model.safetensors")
     assert NM(2, 4).satisfies(written["model.layers.0.self_attn.o_proj.weight"])
+    for blocks, lost in (("8:1:4", 0), ("12:1:4", 1)):  # 16 outputs of queries, and 8 of keys and values, go together
+        fp.prune(folder, tmp_path / blocks, method="magnitude", sparsity=blocks, **settings)
+        found = warnings(tmp_path / blocks / "model", structure=whole)
+        assert sum("since it is one of the outputs that they had" in line for line in found) == len(found) == lost
     assert not warnings(pruned, sparsity="2:4")
     assert not warnings(folder)
     (again,) = warnings(tmp_path / "small" / "model", structure="mlp=8")  # the refit of so few tokens kept its zeros

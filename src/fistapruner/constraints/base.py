@@ -130,6 +130,11 @@ class Constraint(ABC):
         return 1
 
     @property
+    def group_rows(self) -> int:
+        """Consecutive outputs that are constrained together; 1 where there are no groups."""
+        return 1
+
+    @property
     def nm(self) -> tuple[int, int] | None:
         """(n, m) if all weights have an n:m pattern: for packing, permutation and sparse tensor cores."""
         return None

@@ -70,5 +70,9 @@ class VNM(Grouped):
         ]
         return bool(torch.stack(fit).all())  # the host waits for a GPU once
 
+    @property
+    def group_rows(self) -> int:
+        return self.v
+
     def threshold(self, rows: int, columns: int) -> Threshold:
         return SharedThreshold(self.v, self.n, self.m)

@@ -24,7 +24,7 @@ def put_in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evalu
         rest = replace(evaluation, tasks=tasks)
         if same_text(evaluation, found):
             rest = replace(rest, perplexity=None, reference=None, divergence=None)
-            place = len(kept) if place is None else place
+            place = len(kept)
         if rest.perplexity is not None or rest.tasks:
             kept.append(rest)
     if found.perplexity is not None or found.tasks:

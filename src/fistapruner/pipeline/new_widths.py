@@ -122,19 +122,22 @@ def _lost_zeros(
     """
     settings = recipe.structure
     goa = settings.method == "goa"
-    fitted = goa or settings.compensation == "refit"
-    changed = {  # by name, the inputs that stay or go together
-        layout.full_name(index, name): unit.columns
-        for index, units in enumerate(widths.units)
-        for unit in units
-        for name in (unit.consumer.name, *(unit.producers if goa else ()))
+    places = [(index, unit) for index, units in enumerate(widths.units) for unit in units]
+    # By name, the inputs or outputs that stay or go together.
+    changed = {layout.full_name(index, unit.consumer): ("inputs", unit.columns) for index, unit in places}
+    changed |= {
+        layout.full_name(index, name): ("outputs", rows)
+        for index, unit in places
+        for name, rows in zip(unit.producers, unit.rows, strict=True)
     }
     changed = {name: block for name, block in changed.items() if name not in sparsity or not sparsity[name].fraction}
     for name, pattern in _earlier_patterns(model, list(changed)).items():
-        length = pattern.group_length
-        holds = pattern.zeros_suffice or (length > 1 and changed[name] % length == 0)
+        side, block = changed[name]
+        fitted = goa or (side == "inputs" and settings.compensation == "refit")
+        length = pattern.group_length if side == "inputs" else pattern.group_rows
+        holds = pattern.zeros_suffice or (block % length == 0 and (length > 1 or side == "outputs"))
         if pattern.fraction and (fitted or not holds):
-            why = "their weights are fitted anew" if fitted else "it is one of the inputs that they had"
+            why = "their weights are fitted anew" if fitted else f"it is one of the {side} that they had"
             instead = (
                 "prune the result in a second run" if goa else "give a --sparsity too, and all operators get new ones"
             )
