@@ -59,6 +59,9 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
     )
 
 
+MANY_UNKNOWN = 4
+"""Unknown settings that are answered one by one; more of them are no slips of the pen."""
+
 A_MODEL = "a folder, a file or a hub id"
 A_FOLDER = "the path of a folder"
 A_TEXT = "a file or the name of a data set"
@@ -133,8 +136,13 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
     """
     if not isinstance(error, ValidationError):
         return str(error)
-    parts = []
-    for item in error.errors():
+    parts, found = [], error.errors()
+    unknown = [str(item["loc"][-1]) for item in found if item["type"] == "extra_forbidden"]
+    if settings is not None and len(unknown) > MANY_UNKNOWN:
+        shown, more = ", ".join(map(repr, unknown[:MANY_UNKNOWN])), len(unknown) - MANY_UNKNOWN
+        parts = [f"unknown settings {shown} and {more} more: a recipe of another verb, or another kind of file?"]
+        found = [item for item in found if item["type"] != "extra_forbidden"]
+    for item in found:
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown setting {where!r}{_known_settings(settings, item['loc'])}")

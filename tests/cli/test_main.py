@@ -120,6 +120,15 @@ def test_a_file_that_may_not_be_read_is_named_in_one_line(
     assert capsys.readouterr().err == f"fistapruner: {tmp_path / 'locked'}: Permission denied\n"
 
 
+def test_a_current_folder_that_was_removed_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["plan", "/nowhere", "--out", "run"]) == 2
+    assert capsys.readouterr().err == "fistapruner: the current folder was removed: change to one that exists\n"
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError("no memory for the kernel's vectors"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],

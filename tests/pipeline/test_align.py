@@ -486,6 +486,24 @@ def test_bad_settings_are_refused_before_any_work(
     assert not (tmp_path / "out" / "references.safetensors").exists()
 
 
+def test_a_dense_model_that_is_the_input_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """Its references and its anchor would be of one model; a link to it is the same model."""
+    link = tmp_path / "link"
+    link.symlink_to(bench.pruned() / "model")
+    for settings in ({"loss": "harmonic"}, {"anchor": 0.1}, {}):
+        with pytest.raises(FistaPrunerError, match=r"--dense .*link is the model that is trained: name the one that"):
+            align(bench, tmp_path / "out", dense=link, **settings)
+    with pytest.raises(FistaPrunerError, match=r"--dense .*model is the model that is trained"):
+        fp.align_compare(
+            bench.pruned(),
+            tmp_path / "out",
+            **SETTINGS,
+            data={"pairs": str(bench.pairs)},
+            dense=bench.pruned() / "model",
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path: Path) -> None:
     """Whatever the model is: it does not exist here."""
     path = tmp_path / "pairs.jsonl"

@@ -563,6 +563,9 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
         with pytest.raises(fp.FistaPrunerError, match=rf"steps\.jsonl ends after step 2 of 4: {why}"):
             replay(pruned, journal, tmp_path / "not whole")
         assert not (tmp_path / "not whole").exists()
+    for wrong, why in ((tmp_path / "none.jsonl", "does not exist"), (run, "is a folder")):
+        with pytest.raises(fp.FistaPrunerError, match=f"--replay {wrong} {why}: give the steps.jsonl of a run"):
+            replay(pruned, wrong, tmp_path / "none")
 
 
 # --- bad input: one line each, before any long work
@@ -712,6 +715,10 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "no dense model": (no_dense, r"--loss kl needs the dense model, which .*plain does not name: give --dense MODEL"),
     "dense model is the input": (
         lambda bench, folder: {"dense": bench.pruned() / "model"},
+        r"--dense .*model is the model that is trained: name the one that was pruned",
+    ),
+    "dense model is the input, for the figures alone": (
+        lambda bench, folder: {"dense": bench.pruned() / "model", "loss": "ce"},
         r"--dense .*model is the model that is trained: name the one that was pruned",
     ),
     "text of no model": (nobody_generates, r"--data self needs the dense model, which .*plain does not name"),

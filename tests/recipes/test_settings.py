@@ -472,6 +472,20 @@ def test_an_unknown_setting_is_answered_with_the_nearest_or_all(settings: dict[s
         Recipe.build(settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "other"), [(Recipe, RecoverRecipe), (RecoverRecipe, Recipe), (Recipe, AlignRecipe), (AlignRecipe, Recipe)]
+)
+def test_a_recipe_of_another_verb_is_answered_briefly(kind: type[Any], other: type[Any]) -> None:
+    settings = other().model_dump(mode="json")
+    with pytest.raises(FistaPrunerError) as error:
+        kind.build(settings, "recipe other.yaml")
+    names = [name for name in settings if name not in kind.model_fields]
+    first = ", ".join(map(repr, names[:4]))
+    expected = f"recipe other.yaml: unknown settings {first} and {len(names) - 4} more: a recipe of another verb, or "
+    assert str(error.value).startswith(expected)
+    assert len(str(error.value)) < 800
+
+
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
     flap = {"structure": {"method": "flap"}}
     for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):

@@ -29,6 +29,18 @@ change a few tokens where it is cut.
 """
 
 
+def check_file(path: Path) -> None:
+    """Refuse a text file that does not exist or is of no known kind.
+
+    Raises:
+        FistaPrunerError: names it.
+    """
+    if not path.is_file():
+        raise FistaPrunerError(f"text file {str(path)!r} does not exist")
+    if (suffix := path.suffix.lower()) not in SUFFIXES:
+        raise FistaPrunerError(f"text file {str(path)!r} has the suffix {suffix!r}; known are {', '.join(SUFFIXES)}")
+
+
 def read_documents(path: str | Path) -> list[str]:
     """Read the documents of a local file: a whole text file, a ``.jsonl`` line or a Parquet row each.
 
@@ -39,11 +51,8 @@ def read_documents(path: str | Path) -> list[str]:
         MissingExtraError: Parquet without ``pyarrow``.
     """
     path = Path(path)
+    check_file(path)
     suffix = path.suffix.lower()
-    if not path.is_file():
-        raise FistaPrunerError(f"text file {str(path)!r} does not exist")
-    if suffix not in SUFFIXES:
-        raise FistaPrunerError(f"text file {str(path)!r} has the suffix {suffix!r}; known are {', '.join(SUFFIXES)}")
     try:
         if suffix == ".parquet":
             return list(_parquet_documents(path))

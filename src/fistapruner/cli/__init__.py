@@ -143,7 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except OSError as error:
             if error.filename is None:
-                raise
+                if not _folder_is_gone():
+                    raise
+                print("fistapruner: the current folder was removed: change to one that exists", file=sys.stderr)
+                return 2
             print(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
@@ -151,6 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
             return 143 if terminated else 130
+
+
+def _folder_is_gone() -> bool:
+    """Check whether the current folder was removed; relative paths then lead nowhere."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _refuse_processes(arguments: argparse.Namespace) -> None:

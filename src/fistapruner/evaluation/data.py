@@ -18,7 +18,16 @@ from torch import Tensor
 
 from ..calibration.datasets import DATA_SETS, check_extra, load_documents
 from ..calibration.examples import token_ids
-from ..calibration.text import LARGE, PYTHON, PYTHON_EVAL, adds_bos, passages, python_documents, read_documents
+from ..calibration.text import (
+    LARGE,
+    PYTHON,
+    PYTHON_EVAL,
+    adds_bos,
+    check_file,
+    passages,
+    python_documents,
+    read_documents,
+)
 from ..errors import A_TEXT, FistaPrunerError, path_text
 
 UNSURE = 64
@@ -147,7 +156,7 @@ def read_text(data: str) -> tuple[str, str, int | None]:
 
 
 def check_data(data: str) -> None:
-    """Refuse evaluation text that is neither a known name nor a file, or needs a missing extra.
+    """Refuse evaluation text that is neither a known name nor a text file, or needs a missing extra.
 
     Raises:
         FistaPrunerError: names the text and the known ones.
@@ -157,6 +166,8 @@ def check_data(data: str) -> None:
     if data not in (*DATA_SETS, PYTHON) and not Path(data).is_file():
         known = ", ".join([*DATA_SETS, PYTHON])
         raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({known})")
+    if Path(data).is_file():
+        check_file(Path(data))
     check_extra(data)
 
 

@@ -31,7 +31,7 @@ from .find_model import absolute, find_dense, same_model
 from .prepare_align import check_pairs
 from .protocol import distinct_seeds
 from .training import train
-from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
+from .training_inputs import TrainingRequest, asked, evaluation_of, find_input, refuse_itself
 
 JOBS: dict[str, dict[str, Any]] = {
     "distillation only": {"loss": "none", "anchor": 1.0},
@@ -185,6 +185,7 @@ def _plan(
     models = {request.model: find_input(request.model, permissions, verb="align")}
     if dense is not None:
         models[dense] = find_dense(dense, None if begun is None else begun.record(), permissions)
+        refuse_itself(dense, models[dense], models[request.model])
     refuse_other_things(folder)
     base = shared.with_absolute_files().model_dump(mode="json", exclude={"execution", *VARIED})
     texts = [Path(text) for text in (base["data"]["pairs"], evaluation and evaluation.data) if text]

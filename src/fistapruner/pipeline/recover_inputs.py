@@ -65,9 +65,6 @@ def check_inputs(
     for text in request.recipe.data.texts:
         check_source(text, PURPOSE)
     inputs = check_training_inputs(run, request, listener, resolve, (request.recipe.data.seqlen, SEQLEN))
-    dense = inputs.dense_source
-    if inputs.recipe.loss != "ce" and dense is not None and dense.folder.resolve() == inputs.source.folder.resolve():
-        raise FistaPrunerError(f"--dense {request.dense} is the model that is trained: name the one that was pruned")
     if inputs.recipe.loss != "auto":
         return inputs
     if inputs.dense is None:

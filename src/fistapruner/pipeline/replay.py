@@ -77,6 +77,9 @@ def replay(
         Path(journal),
     )
     require_new(out, source.folder)
+    if not journal.is_file():
+        what = "is a folder" if journal.is_dir() else "does not exist"
+        raise FistaPrunerError(f"--replay {journal} {what}: give the steps.jsonl of a run")
     lines = read_steps(journal)
     about: dict[str, Any] = lines[0].get("run", {}) if lines else {}
     if not about:

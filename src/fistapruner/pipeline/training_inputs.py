@@ -241,14 +241,17 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
     """Find the dense model: as the user says it, else as the input's run or lineage names it.
 
     Raises:
-        FistaPrunerError: the loss or the text needs it and it is not found, or it has changed since.
+        FistaPrunerError: the loss or the text needs it and it is not found, it has changed since, or ``--dense`` is the
+            model that is trained.
     """
     permissions, need = request.permissions, request.recipe.dense_for
     if request.dense is not None:  # also where only the measurements after training need it
         try:
-            return permissions.find(request.dense)
+            given = permissions.find(request.dense)
         except FistaPrunerError as error:
             raise FistaPrunerError(f"--dense: {error}") from None
+        refuse_itself(request.dense, given, source)
+        return given
     if need is None:
         return None
     known = None if origin is None else dense_of(origin)
@@ -268,6 +271,16 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
     if found is None and need:
         raise FistaPrunerError(f"{need} needs the dense model, which {source.folder} does not name: give --dense MODEL")
     return found
+
+
+def refuse_itself(name: str, dense: ModelSource, source: ModelSource) -> None:
+    """Refuse a dense model, called ``name`` by the user, that is the model that is trained.
+
+    Raises:
+        FistaPrunerError: names it.
+    """
+    if dense.folder.resolve() == source.folder.resolve():
+        raise FistaPrunerError(f"--dense {name} is the model that is trained: name the one that was pruned")
 
 
 def asked(recipe: TrainingRecipe) -> dict[str, Any]:

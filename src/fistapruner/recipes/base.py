@@ -154,7 +154,7 @@ class RunRecipe(Settings):
         """Validate a mapping of settings.
 
         Raises:
-            FistaPrunerError: one line that names every wrong setting.
+            FistaPrunerError: one line that names every wrong setting; of many unknown ones the first.
         """
         try:
             return cls.model_validate(settings)
