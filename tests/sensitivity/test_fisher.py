@@ -44,6 +44,7 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     layout = discover(skeleton)
     passes = DensePasses(store(tmp_path if on_disk else None, skeleton.dtype), batch_size=2)
     found = measure_sensitivity(skeleton, layout, tokens(), passes, seed=5)
+    by_inputs = measure_sensitivity(skeleton, layout, tokens(), passes, seed=5, outputs=False, by_inputs=True)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -72,10 +73,11 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     torch.log_softmax(logits, -1).gather(-1, drawn[..., None]).sum().backward()
     count = WINDOWS * SEQLEN
     for name, _ in layout.operators():
+        torch.testing.assert_close(found.rows[name], grads[name].square().sum(0) / count, rtol=1e-3, atol=1e-7)
         squares = inputs[name].square()
         used = squares.mean(0) > 0
         each = grads[name].square().T @ squares / count / squares.mean(0)  # of every weight, over its input's energy
-        torch.testing.assert_close(found.rows[name], each[:, used].mean(1), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(by_inputs.rows[name], each[:, used].mean(1), rtol=1e-3, atol=1e-7)
     for index, metric in enumerate(found.outputs):
         gradient = grads[f"{layout.layers_name}.{index}"]
         torch.testing.assert_close(metric, gradient.T @ gradient / count, rtol=1e-3, atol=1e-6)

@@ -9,8 +9,9 @@ output: its second moment is the Fisher information. One forward and one backwar
 measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations.stream`). The second moment is stored
 as
 
-* the mean over inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` for every output row ``i`` of each operator
-  (:func:`input_shares`): with it, a layer problem's row errors become a prediction in nats (:mod:`.error_curves`);
+* ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
+  nats (:mod:`.error_curves`). Where whole inputs are removed (:mod:`fistapruner.structured.widths`) it is the mean over
+  inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` (:func:`input_shares`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
   reconstruction (:mod:`fistapruner.tuning.block_reconstruction`).
 
@@ -96,8 +97,7 @@ class Sensitivity:
     """Second moments of gradients, from one forward and one backward pass of the dense model.
 
     Args:
-        rows: by full name, (m,) mean squared gradients of the output rows of each operator, where a token counts by its
-            share of the inputs (:func:`input_shares`).
+        rows: by full name, (m,) mean squared gradients of the output rows of each operator.
         outputs: (width, width) second moment of the gradient at each decoder layer's output, in order, or their
             (width,) diagonals where the model is wider than :data:`WIDE`. Empty where not measured.
     """
@@ -141,6 +141,7 @@ def measure_sensitivity(
     seed: int = 0,
     gather: InputSums[Any] | None = None,
     outputs: bool = True,
+    by_inputs: bool = False,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
 
@@ -153,13 +154,14 @@ def measure_sensitivity(
         seed: of the drawn labels.
         gather: what else to gather in the forward pass.
         outputs: whether to measure the decoder layers' outputs too.
+        by_inputs: a token counts by its share of an operator's inputs (:func:`input_shares`), not as every other.
 
     Raises:
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
-    energies: dict[str, Tensor] = {}
-    visit = gathering(layout, gather, energies)
+    energies: dict[str, Tensor] | None = {} if by_inputs else None
+    visit = None if gather is None and energies is None else gathering(layout, gather, energies)
     states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=visit, keep=True, progress=progress)
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
@@ -174,14 +176,16 @@ def measure_sensitivity(
         sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
         metric = _OutputMetric(model.width, model.device) if outputs else None
 
-        def add(name: str, shares: Tensor, grad: Tensor) -> None:
-            sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().T @ shares
+        def add(name: str, shares: Tensor | None, grad: Tensor) -> None:
+            squares = grad.reshape(-1, grad.shape[-1]).float().square()
+            sums[name] += squares.sum(0) if shares is None else squares.T @ shares
 
         def hook(name: str) -> Callable[..., None]:
-            energy = energies[layout.full_name(index, name)]
+            energy = None if energies is None else energies[layout.full_name(index, name)]
 
             def after_forward(_: object, args: tuple[Tensor, ...], output: Tensor) -> None:
-                shares = input_shares(args[0].detach().reshape(-1, len(energy)), energy)
+                flat = args[0].detach().reshape(-1, args[0].shape[-1])
+                shares = None if energy is None else input_shares(flat, energy)
                 output.register_hook(lambda grad: add(name, shares, grad))
 
             return after_forward
@@ -209,7 +213,7 @@ def measure_sensitivity(
 def input_shares(inputs: Tensor, energy: Tensor) -> Tensor:
     """Compute each token's share of an operator's inputs: the mean over them of x_j^2 / E[x_j^2].
 
-    The error that pruning makes at a token grows with its inputs, so gradients count where inputs are large. They are
+    The error that removing inputs makes at a token grows with them, so gradients count where inputs are large. They are
     not independent: in Gemma 3, whose layers normalise what they add, the first token has most of the squared
     gradient in many layers, and next to no inputs.
 
