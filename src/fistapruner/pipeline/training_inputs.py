@@ -189,6 +189,8 @@ def check_training_inputs(
     check_model(model)
     dense = None
     if dense_source is not None:
+        if request.dense is not None:
+            refuse_itself(request.dense, dense_source, source)
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model, resolved)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
@@ -241,17 +243,14 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
     """Find the dense model: as the user says it, else as the input's run or lineage names it.
 
     Raises:
-        FistaPrunerError: the loss or the text needs it and it is not found, it has changed since, or ``--dense`` is the
-            model that is trained.
+        FistaPrunerError: the loss or the text needs it and it is not found, or it has changed since.
     """
     permissions, need = request.permissions, request.recipe.dense_for
     if request.dense is not None:  # also where only the measurements after training need it
         try:
-            given = permissions.find(request.dense)
+            return permissions.find(request.dense)
         except FistaPrunerError as error:
             raise FistaPrunerError(f"--dense: {error}") from None
-        refuse_itself(request.dense, given, source)
-        return given
     if need is None:
         return None
     known = None if origin is None else dense_of(origin)
