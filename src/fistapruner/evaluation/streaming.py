@@ -9,7 +9,6 @@ for each block.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -286,10 +285,5 @@ def _reduce(
 
 
 def shown_name(folder: Path) -> str:
-    """Return what progress calls a model: its run, its name on the hub, its GGUF file's, or its folder's."""
-    if folder.name == "model" and is_run(folder.parent):
-        return folder.parent.name
-    if ModelSource(folder).revision():
-        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
-    converted = folder.parent.name == "fistapruner" and re.fullmatch(r"(.+)-[0-9a-f]{12}", folder.name)
-    return converted[1] if converted else folder.name
+    """Return what progress calls a model: its run for RUN/model, else what its user calls it."""
+    return folder.parent.name if folder.name == "model" and is_run(folder.parent) else ModelSource(folder).shown_name

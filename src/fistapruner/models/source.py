@@ -66,6 +66,9 @@ class Permissions:
         return asdict(self)
 
 
+CACHE = "fistapruner"
+"""Folder of converted models in the user's cache."""
+
 UNTRUSTED = Permissions()
 """No permissions."""
 
@@ -132,6 +135,14 @@ class ModelSource:
         cached = self.folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name)
         return name if cached else None
 
+    @property
+    def shown_name(self) -> str:
+        """What a user calls the model: its name on the hub, its GGUF file's, or its folder's."""
+        if self.revision():
+            return self.folder.parents[1].name.removeprefix("models--").replace("--", "/")
+        converted = self.folder.parent.name == CACHE and re.fullmatch(r"(.+)-[0-9a-f]{12}", self.folder.name)
+        return converted[1] if converted else self.folder.name
+
     def is_commit_of(self, name: str) -> bool:
         """Check that the folder is a commit, in the hub's cache, of the model with this name there."""
         repository = f"models--{name.replace('/', '--')}"
@@ -148,7 +159,7 @@ def default_cache() -> Path:
     Raises:
         FistaPrunerError: neither is known.
     """
-    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "set XDG_CACHE_HOME") / "fistapruner"
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "set XDG_CACHE_HOME") / CACHE
 
 
 def resolve_model(
