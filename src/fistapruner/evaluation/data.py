@@ -163,11 +163,11 @@ def check_data(data: str) -> None:
         MissingExtraError: a data set or a Parquet file needs the extra ``data``.
     """
     data = path_text("data", data, A_TEXT)
-    if data not in (*DATA_SETS, PYTHON) and not Path(data).is_file():
-        known = ", ".join([*DATA_SETS, PYTHON])
-        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({known})")
     if Path(data).is_file():
         check_file(Path(data))
+    elif data not in (*DATA_SETS, PYTHON):
+        known = ", ".join([*DATA_SETS, PYTHON])
+        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({known})")
     check_extra(data)
 
 
