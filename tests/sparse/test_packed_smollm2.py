@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_packed_writes_the_same_text(tmp_path):
-    folder = resolve_model("smollm2", tmp_path / "cache")
+    folder = resolve_model("smollm2")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     prune_linears(model, "50%")
     model.save_pretrained(tmp_path / "m")
