@@ -107,9 +107,12 @@ def out_path(out: object, expected: str = A_FOLDER) -> Path:
     """Return the path of an output or a run, with the home folder in place of ``~``.
 
     Raises:
-        FistaPrunerError: it is no path, or there is no such home folder.
+        FistaPrunerError: it is no path, or empty (Python takes that for the current folder), or there is no such home
+            folder.
     """
-    return expand_home(path_text("out", out, expected))
+    if not (text := path_text("out", out, expected)):
+        raise FistaPrunerError(f"out '' is empty: give {expected}")
+    return expand_home(text)
 
 
 def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:

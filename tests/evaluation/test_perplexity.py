@@ -249,11 +249,12 @@ def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
     model = tiny.build("llama")
     with torch.no_grad():
-        model.model.norm.weight[0] = math.nan
+        model.lm_head.weight[0, 0] = math.nan
     model.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(fp.FistaPrunerError, match="NaN"):
-        fp.evaluate(tmp_path / "model", str(text), seqlen=16)
+    for dtype, advice in (("float32", "'fistapruner inspect .*model' names NaN"), ("bfloat16", "try --dtype float32")):
+        with pytest.raises(fp.FistaPrunerError, match=rf"gives NaN \(dtype torch.{dtype}\); {advice}"):
+            fp.evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
 
 
 def test_the_command_line_prints_what_the_figure_depends_on(

@@ -138,7 +138,13 @@ def test_other_versions_are_told_and_finished_layers_kept(runs: Runs, disk: Path
 def test_other_settings_are_refused(runs: Runs, disk: Path) -> None:
     out = disk / "run"
     shutil.copytree(runs.undisturbed, out)
-    outcome = runs.run(out, "--sparsity", "60%")
-    assert outcome.status == 2
-    assert '"2:4"' in outcome.stderr
-    assert '"60%"' in outcome.stderr
+    for flags, named in (
+        (("--sparsity", "60%"), 'sparsity = "2:4", this one has "60%"'),
+        (
+            ("--seed", "7"),
+            "calibration.seed = 0, this one has 7",
+        ),
+    ):
+        outcome = runs.run(out, *flags)
+        assert outcome.status == 2
+        assert f"holds a run with {named}: name another folder" in outcome.stderr

@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from fistapruner import FistaPrunerError
+from fistapruner.models.files.gguf_header import check_gguf
+from fistapruner.models.files.pickle import PickleFile
 from fistapruner.models.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
+from fistapruner.models.tokenizer import load_tokenizer
 from fistapruner.runtime.files import copy_atomic, require_space, sha256_file, write_json_atomic, write_text_atomic
 
 SHARED_DTYPES = [
@@ -193,6 +196,20 @@ def test_absurd_header_sizes_are_refused_before_reading(tmp_path: Path) -> None:
         SafetensorsFile(tmp_path / "absent")
     with pytest.raises(FistaPrunerError, match="cannot read"):
         SafetensorsFile(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    """What a clone without git-lfs holds."""
+    for name in ("model.safetensors", "pytorch_model.bin", "model.gguf", "tokenizer.json"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    for read in (
+        lambda: SafetensorsFile(tmp_path / "model.safetensors"),
+        lambda: PickleFile(tmp_path / "pytorch_model.bin"),
+        lambda: check_gguf(tmp_path / "model.gguf"),
+        lambda: load_tokenizer(tmp_path),
+    ):
+        with pytest.raises(FistaPrunerError, match=r"is not the file itself but a pointer of git-lfs .*'git lfs pull'"):
+            read()
 
 
 def test_file_shortened_after_opening(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = build_parser().parse_args(arguments)  # which may colour its help
             results.passes, messages.passes = "\n", "\n\r"  # progress bars of other libraries return
             for name in ("out", "run_directory"):
-                if getattr(parsed, name, None):
-                    setattr(parsed, name, str(out_path(getattr(parsed, name))))
+                if (given := getattr(parsed, name, None)) is not None:
+                    setattr(parsed, name, str(out_path(given)))
             _quieten()
             _share_cores()
             _refuse_processes(parsed)

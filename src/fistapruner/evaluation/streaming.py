@@ -137,10 +137,9 @@ def score_windows(
     columns = torch.tensor(rows, dtype=torch.float64).T
     for position, each_model in enumerate(models):
         if bool(columns[position].isnan().any()):
-            raise FistaPrunerError(
-                f"{each_model.checkpoint.folder}: the forward pass gives NaN (dtype {each_model.dtype}); try --dtype "
-                "float32"
-            )
+            folder, exact = each_model.checkpoint.folder, each_model.dtype is torch.float32
+            how = f"'fistapruner inspect {folder}' names NaN among its weights" if exact else "try --dtype float32"
+            raise FistaPrunerError(f"{folder}: the forward pass gives NaN (dtype {each_model.dtype}); {how}")
     if reference is None:
         return WindowSums(columns[0], length)
     return WindowSums(columns[0], length, columns[1], columns[2], columns[3])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, needs_code, one_line
+from ..runtime.files import refuse_lfs_pointer
 
 SENTENCEPIECE = ("sentencepiece", "protobuf")
 """Packages that read a SentencePiece vocabulary."""
@@ -24,6 +25,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing narrower of a file that it does not understand
+        for name in ("tokenizer.json", "tokenizer.model"):
+            refuse_lfs_pointer(folder / name)
         reason = one_line(error)
         missing = [name for name in SENTENCEPIECE if not [*Distribution.discover(name=name)]]
         if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists() and missing:

@@ -33,6 +33,9 @@ from ..runtime.machine import versions
 from ..sensitivity.workload import workload_sha256
 from .find_model import absolute, find_source, same_path
 
+SECTIONS = ("data", "calibration", "structure")
+"""Sections of a recipe whose settings messages name one by one."""
+
 
 def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
     """Return the request to evaluate on a text, a file by its absolute path; None where there is none.
@@ -217,7 +220,7 @@ def refuse_other_settings(
         flag: that asks for them in this directory; ``advice``: what to do.
 
     Raises:
-        FistaPrunerError: names the first setting that differs, one of the section ``data`` as ``data.tokens``.
+        FistaPrunerError: names the first setting that differs, one of a section as ``data.tokens``.
     """
     before, now = _flat(before), _flat(now)
     for key in now:
@@ -229,9 +232,12 @@ def refuse_other_settings(
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the settings of the section ``data`` as in messages."""
-    data = {f"data.{key}": value for key, value in dict(recipe.get("data") or {}).items()}
-    return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
+    """Name the settings of sections as in messages."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        inner = dict(value or {}) if key in SECTIONS else None
+        flat |= {key: value} if inner is None else {f"{key}.{name}": each for name, each in inner.items()}
+    return flat
 
 
 def refuse_other_tokens(

@@ -26,6 +26,9 @@ PARTIAL = ".partial"
 BYSTANDERS = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
 """Names of files that macOS and NFS leave in any folder: nobody's work."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a pointer of git-lfs begins."""
+
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES)
 """What systems say that cannot flush a folder, and folders that may be written to but not listed."""
 
@@ -60,6 +63,18 @@ def open_file(path: Path) -> int:
     """
     with disk_errors(path):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse the few lines that stand for a file of git-lfs where git has cloned without it.
+
+    Raises:
+        FistaPrunerError: names the file, and how to get what it stands for.
+    """
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            what = "is not the file itself but a pointer of git-lfs to it"
+            raise FistaPrunerError(f"{path} {what}: install git-lfs, and call 'git lfs pull' in {path.parent}")
 
 
 def existing_folder(path: Path) -> Path:

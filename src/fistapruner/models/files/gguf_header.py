@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import FistaPrunerError, MissingExtraError, unreadable
+from ...runtime.files import refuse_lfs_pointer
 from .safetensors import MAX_BYTES, TensorEntry
 
 MAX_KEYS = 100_000
@@ -88,6 +89,7 @@ def check_gguf(path: Path) -> dict[str, TensorEntry]:
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
+                refuse_lfs_pointer(path)
                 raise FistaPrunerError(f"{path} is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _walk(_Header(path, data), sizes)

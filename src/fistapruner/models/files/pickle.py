@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FistaPrunerError, unreadable
+from ...runtime.files import refuse_lfs_pointer
 from .safetensors import NAMES, TensorEntry
 
 
@@ -37,6 +38,7 @@ class PickleFile:
         except OSError as error:
             raise unreadable(path, error) from None
         except zipfile.BadZipFile:
+            refuse_lfs_pointer(path)
             what = "is not a whole PyTorch weight file: it is damaged or not a zip file"
             with open(path, "rb") as file:
                 if file.read(2) == b"\x80\x02":  # a pickle that is in no zip file

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import FistaPrunerError, unreadable
-from ...runtime.files import atomic_file, require_space, write_all
+from ...runtime.files import atomic_file, refuse_lfs_pointer, require_space, write_all
 
 MAX_HEADER = 100_000_000  # the format's own limit on the header's bytes
 MAX_DIMENSIONS = 32
@@ -123,6 +123,7 @@ class SafetensorsFile:
         except OSError as error:
             raise unreadable(self.path, error) from None
         except (SafetensorError, ValueError, struct.error, RecursionError) as error:
+            refuse_lfs_pointer(self.path)
             reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:200]
             if "unknown variant" in reason:
                 reason += "; a newer version of the package safetensors may know it"
