@@ -203,12 +203,17 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     assert (down.claim, gate.claim, up.claim) == ("2:4", f"{gate.sparsity:.4%}", None)
     # A share is counted again, and the widths before are those before the first run.
     fp.prune(dense, tmp_path / "d", structure="mlp=32", sparsity="50%", method="wanda", **small)
-    fp.prune(tmp_path / "d" / "model", tmp_path / "e", structure="mlp=16", **small)
+    tensors = load_file(tmp_path / "d" / "model" / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "d" / "model" / "model.safetensors", metadata={"format": "pt"})
+    fp.prune(tmp_path / "d" / "model", tmp_path / "e", structure="mlp=12", **small)
     found = inspect_checkpoint(tmp_path / "e")
     assert found.violations == []
     gate = found.operators[1]
     assert gate.claim == f"{gate.zeros / gate.weights:.4%}"
-    assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
+    emptied = found.operators[8]
+    assert (emptied.sparsity, emptied.claim) == (1, "99.9999%")  # which a third run can read
+    assert [width[1:] for width in found.widths] == [("MLP channels", 48, 12)] * 2
 
 
 @pytest.mark.parametrize(

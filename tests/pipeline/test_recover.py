@@ -336,6 +336,21 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
         (plain / "fistapruner.json").write_text(record.replace(str(bench.dense()), str(tmp_path / "nowhere")))
 
 
+def test_an_operator_of_zeros_alone_is_claimed_by_a_share_that_can_be_read(bench: Bench, tmp_path: Path) -> None:
+    """It is below 100 %, which no sparsity is."""
+    plain = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "plain"))
+    (plain / "fistapruner.json").unlink()
+    stored = load_file(plain / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(stored, plain / "model.safetensors", {"format": "pt"})
+    recover(plain, tmp_path / "out", loss="ce", data={"source": str(bench.text)}, steps=1)
+    found = inspect_checkpoint(tmp_path / "out" / "model")
+    assert not found.violations
+    assert [(operator.claim, operator.zeros) for operator in found.pruned if operator.zeros == operator.weights] == [
+        ("99.9999%", stored["model.layers.0.mlp.up_proj.weight"].numel())
+    ]
+
+
 def test_legacy_weights_are_recovered_where_they_are_trusted(bench: Bench, tmp_path: Path) -> None:
     plain = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "plain"))
     torch.save(tensors(plain), plain / "pytorch_model.bin")

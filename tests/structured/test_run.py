@@ -689,6 +689,12 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     (counted,) = warnings(pruned)
     assert "model.layers.0.mlp.down_proj (50%)" in counted
     assert not warnings(pruned, structure={"remove": "mlp=16", "method": "flap"})
+    nearly = tiny.save("llama", tmp_path / "nearly", num_hidden_layers=1, intermediate_size=128)
+    stored = load_file(nearly / "model.safetensors")
+    stored["model.layers.0.mlp.down_proj.weight"].view(-1)[1:] = 0
+    save_file(stored, nearly / "model.safetensors", {"format": "pt"})
+    (counted,) = warnings(nearly)
+    assert "model.layers.0.mlp.down_proj (99.9756%)" in counted
 
 
 @pytest.mark.parametrize(
