@@ -27,7 +27,7 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD
-from fistapruner.pipeline.begun import say_kept_plan
+from fistapruner.pipeline.begun import evaluation_on, say_kept_plan
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.execution_settings import Execution
@@ -263,6 +263,7 @@ def test_a_damaged_report_is_made_again_as_status_says(run: Path, capsys: pytest
     advice = f"report.json is not valid JSON: .*: make it again with 'fistapruner resume {run}'$"
     assert re.search(advice, capsys.readouterr().err.strip())
     assert main(["resume", str(run)]) == 0
+    assert "the report is made again: " in capsys.readouterr().err
     assert main(["status", str(run)]) == 0
 
 
@@ -620,6 +621,15 @@ def test_a_setting_is_said_to_change_nothing_where_it_is_another(
     record.recipe["execution"]["batch_size"] = before
     say_kept_plan(record, Execution(batch_size=now), told)
     assert len(told.sentences) == said
+
+
+def test_a_file_that_is_named_none_is_a_text_to_evaluate_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command has it; without such a file, the word is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").write_text(TEXT)
+    asked = evaluation_on("none", 2)
+    assert asked is not None
+    assert (asked.data, asked.windows) == (str(tmp_path / "none"), 2)
 
 
 def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tmp_path: Path) -> None:
