@@ -27,7 +27,7 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD
-from fistapruner.pipeline.begun import evaluation_on, say_kept_plan
+from fistapruner.pipeline.begun import evaluation_on, refuse_overlap, say_kept_plan, say_other_versions
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.execution_settings import Execution
@@ -115,6 +115,14 @@ def test_an_output_around_the_source_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(fp.FistaPrunerError, match=r"holds the model .* itself: name a folder outside of it"):
         fp.prune(tmp_path / "model.gguf", tmp_path / "run", **SETTINGS)
     assert list((tmp_path / "run").rglob("config.json"))
+
+
+def test_an_output_inside_the_source_or_beside_it_is_not_refused(tmp_path: Path) -> None:
+    for out in (tmp_path / "a" / "out", tmp_path / "ab"):
+        refuse_overlap(tmp_path / "a", out)
+    for out in (tmp_path / "a", tmp_path, tmp_path / "b" / ".." / "a"):
+        with pytest.raises(fp.FistaPrunerError, match=f"^--out {re.escape(str(out))} holds the model "):
+            refuse_overlap(tmp_path / "a", out)
 
 
 def test_an_empty_folder_becomes_a_run(dense: Path, tmp_path: Path) -> None:
@@ -621,6 +629,20 @@ def test_a_setting_is_said_to_change_nothing_where_it_is_another(
     record.recipe["execution"]["batch_size"] = before
     say_kept_plan(record, Execution(batch_size=now), told)
     assert len(told.sentences) == said
+    say_kept_plan(record.model_copy(update={"kind": "recover"}), Execution(memory_limit="1GiB"), told)
+    assert told.sentences[said:] == [
+        "this run keeps the plan that it began with: another --memory-limit changes nothing in the training"
+    ]
+
+
+def test_other_versions_than_those_that_a_run_began_with_are_said(finished: Path) -> None:
+    before, told = PruneDirectory(finished).begun_record().versions, tiny.Said()
+    say_other_versions(before, told)
+    assert not told.sentences
+    say_other_versions({**before, "torch": "1.0"}, told)
+    assert [line.partition(":")[0] for line in told.sentences] == [
+        f"this run began with torch 1.0 (now {before['torch']})"
+    ]
 
 
 def test_a_file_that_is_named_none_is_a_text_to_evaluate_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
