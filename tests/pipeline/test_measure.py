@@ -525,3 +525,5 @@ def test_a_dense_model_is_the_same_under_another_spelling() -> None:
         assert same_comparison(found, replace(found, against=same))
     for other in ("dense", None):
         assert not same_comparison(found, replace(found, against=other))
+    for another in (replace(text, text_sha256="bb"), replace(text, dtype="float32"), None):
+        assert not same_comparison(found, replace(found, perplexity=another))
