@@ -205,6 +205,10 @@ def test_operators_that_were_left_dense_are_not_trained(
     report = recover(pruned, out, parameters="full")
     assert report.recovery is not None
     assert report.recovery.operators == 8
+    assert {(entry.name[-6:], entry.sparsity, entry.density) for entry in report.operators} == {
+        ("q_proj", "1:4", 0.25),
+        *((f"{name}_proj", "2:4", 0.5) for name in "kvo"),
+    }
     before, after = (tensors(run / "model") for run in (pruned, out))
     for name in before:
         assert before[name].ndim < 2 or torch.equal(after[name], before[name]) == ("self_attn" not in name), name
@@ -258,7 +262,9 @@ def test_experts_are_left_alone_by_name(bench: Bench, tmp_path: Path) -> None:
 def test_zeros_of_operators_that_are_not_trained_count_in_the_model(bench: Bench, tmp_path: Path) -> None:
     totals = recover(bench.pruned(), tmp_path / "out", targets=["re:mlp"], steps=1).totals
     assert totals.operator_zeros is not None
-    assert totals.model_zeros == inspect_checkpoint(tmp_path / "out" / "model").zeros > totals.operator_zeros
+    found = inspect_checkpoint(tmp_path / "out" / "model")
+    assert totals.model_zeros == found.zeros > totals.operator_zeros
+    assert len(found.pruned) == 14  # and their claims stay
 
 
 def test_zeros_of_a_tensor_of_all_experts_are_found_without_a_record(bench: Bench, tmp_path: Path) -> None:

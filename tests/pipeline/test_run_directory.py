@@ -27,7 +27,13 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD
-from fistapruner.pipeline.begun import evaluation_on, refuse_overlap, say_kept_plan, say_other_versions
+from fistapruner.pipeline.begun import (
+    evaluation_on,
+    refuse_other_settings,
+    refuse_overlap,
+    say_kept_plan,
+    say_other_versions,
+)
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.execution_settings import Execution
@@ -686,6 +692,24 @@ def test_other_windows_than_those_of_the_run_or_its_recipe_are_refused(dense: Pa
             fp.prune(dense, tmp_path / "new", tokens=(torch.ones(shape, dtype=torch.int64), how), **SETTINGS)
 
 
+@pytest.mark.parametrize("changed", ["text", "model", "tokens"])
+def test_other_windows_are_taken_where_the_run_is_made_again(dense: Path, tmp_path: Path, changed: str) -> None:
+    model, text, run = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT * 20)
+    settings = {**SETTINGS, "calibration": {**SETTINGS["calibration"], "source": str(text)}}
+    fp.prune(model, run, only_layers=(0, 0), **settings)
+    tokens = PruneDirectory(run).tokens().flip(1)
+    if changed == "text":
+        text.write_text(TEXT[::-1] * 20)
+    elif changed == "model":
+        tiny.save("llama", model, shard="60KB", num_hidden_layers=2, seed=1)
+    else:
+        (run / "calibration.safetensors").unlink()
+    how = {"source": "mine", "how": "drawn", "sha256": ""}
+    assert fp.prune(model, run, tokens=(tokens, how), **settings).status == "finished"
+    assert torch.equal(PruneDirectory(run).tokens(), tokens)
+
+
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
 def test_a_recovery_in_a_moved_tree_is_still_the_run(
     dense: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
@@ -744,6 +768,13 @@ def test_a_run_keeps_the_model_files_that_it_began_with(
         (run / "report.json").unlink()
         fp.prune(model, run, listener=told, **settings)
         assert any("the run is made again with all its layers" in sentence for sentence in told.sentences)
+        return
+    with pytest.raises(fp.FistaPrunerError, match="a run of the model 'someone/model', this one is of 'someone/other'"):
+        fp.prune("someone/other", run, **settings)
+    for name in (dense, model):  # its files at another place, and its name again
+        told = tiny.Said()
+        fp.prune(name, run, listener=told, **settings)
+        assert f"{run} holds the finished run of this recipe" in told.sentences
 
 
 @pytest.mark.parametrize("other", ["", "model", "versions", "device", "own code", "own code now", "own code before"])
@@ -930,6 +961,17 @@ def test_another_recovery_than_the_one_that_has_begun_is_refused(dense: Path, tm
     assert fp.resume(run).recovery.asked_steps == 1
     shutil.rmtree(there)
     assert prune(steps=2).recovery.asked_steps == 2
+
+
+def test_a_setting_that_a_run_does_not_have_is_none_in_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    refuse_other_settings(run, {"seed": 0, "more": 1, "data": None}, {"seed": 0, "new": None, "data": {"tokens": None}})
+    for now, said in (
+        ({"new": 2}, "new = null, this one has 2"),
+        ({"data": {"a": 1}}, "data.a = null, this one has 1"),
+    ):
+        with pytest.raises(fp.FistaPrunerError, match=f"holds a run with {said}: name another folder, or remove it$"):
+            refuse_other_settings(run, {"seed": 0, "data": {"b": 2}}, {"seed": 0, **now})
 
 
 def test_an_allocation_in_another_order_is_another_run(dense: Path, tmp_path: Path) -> None:
