@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import shutil
+import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from fistapruner.execution.training_context import RecoverContext
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
+from fistapruner.planning.training_sizes import STEP, TRAINING
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.reporting.layer_errors import mean_error
@@ -43,6 +45,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import pack
@@ -205,6 +208,7 @@ def test_operators_that_were_left_dense_are_not_trained(
     report = recover(pruned, out, parameters="full")
     assert report.recovery is not None
     assert report.recovery.operators == 8
+    assert report.recovery.trained == 6144 - 3584 + 4 * 32  # survivors, and two norms of every layer
     assert {(entry.name[-6:], entry.sparsity, entry.density) for entry in report.operators} == {
         ("q_proj", "1:4", 0.25),
         *((f"{name}_proj", "2:4", 0.5) for name in "kvo"),
@@ -291,6 +295,10 @@ def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes
     assert [check.step for check in found.checks] == [0, 2, 4]
     assert found.kept_step == min(found.checks, key=lambda check: check.held_out).step
     assert [step for step, _ in found.curve] == [1, 2, 3, 4]
+    seconds = {line["step"]: line["seconds"] for line in read_steps(RecoverDirectory(run).steps_file) if line["step"]}
+    measured = {row.quantity: row.actual for row in report.plan}
+    assert measured[STEP] == statistics.median([seconds[1], seconds[3]])  # those without a check
+    assert measured[TRAINING] == found.seconds
     file = SafetensorsFile(run / "windows.safetensors")
     assert int(file.read("held_out").sum()) == found.held_out_windows
     assert len(file.read("held_out")) == found.windows + found.held_out_windows
