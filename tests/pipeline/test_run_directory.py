@@ -771,7 +771,8 @@ def test_a_run_keeps_the_model_files_that_it_began_with(
         return
     with pytest.raises(fp.FistaPrunerError, match="a run of the model 'someone/model', this one is of 'someone/other'"):
         fp.prune("someone/other", run, **settings)
-    for name in (dense, model):  # its files at another place, and its name again
+    copied = shutil.copytree(dense, tmp_path / "copied")
+    for name in (copied, model):  # its files at another place, and its name again
         told = tiny.Said()
         fp.prune(name, run, listener=told, **settings)
         assert f"{run} holds the finished run of this recipe" in told.sentences
