@@ -217,7 +217,9 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "listed", [None, 5, {"layer": "a"}, ["a"], [{"layer": "a"}], [{"layer": ["a"], "unit": "heads", "before": 8}]]
+    "listed",
+    [None, 5, {"layer": "a"}, ["a"], [{"layer": "a"}]]
+    + [[entry] for entry in ({"layer": ["a"], "unit": "heads", "before": 8}, {"layer": "a", "unit": "heads"})],
 )
 def test_widths_that_are_none_in_the_input_s_record_are_left_out(listed: Any) -> None:
     """Nobody wants to lose a run at its end to what another tool has written there."""
@@ -248,10 +250,27 @@ def test_experts_that_stay_keep_their_claims(tmp_path: Path, architecture: str) 
     assert all((operator.claim == "2:4") == (operator.zeros > 0) for operator in experts)
     before, after = (set(read_pruning_record(tmp_path / run / "model")["permuted"]) for run in "ab")
     assert any(".experts." in name for name in before) == (architecture == "qwen3_moe")
+    assert not any(".experts.3." in name for name in after)  # three stay
+    if architecture == "qwen3_moe":
+        claims = read_pruning_record(tmp_path / "b" / "model")["operators"]
+        assert all(claim["operator"] == name.removesuffix(".weight") for name, claim in claims.items())
     for layer, numbers in enumerate(kept):
         for now, number in enumerate(numbers):
             name = f"model.layers.{layer}.mlp.experts.{{}}.down_proj.weight"
             assert (name.format(now) in after) == (name.format(number) in before)
+
+
+def test_claims_of_weights_that_are_stored_inputs_first_stay(tmp_path: Path) -> None:
+    folder = tiny.save("gpt2", tmp_path / "model", num_hidden_layers=1)
+    for model, out, settings in (
+        (folder, "a", {"sparsity": "2:4"}),
+        (tmp_path / "a" / "model", "b", {"ignore": ["re:mlp"]}),
+    ):
+        fp.prune(model, tmp_path / out, method="magnitude", calibration=CALIBRATION, **settings)
+    records = [read_pruning_record(tmp_path / run / "model")["operators"] for run in "ab"]
+    kept = [name for name in records[0] if ".mlp." in name]
+    assert len(kept) == 2
+    assert all(records[1][name] == records[0][name] for name in kept)
 
 
 def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
