@@ -289,7 +289,13 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "record", ['{"lineage": {"stages": 3}}', '{"lineage": [', '{"lineage": {"source": {"source": 1}}}']
+    "record",
+    [
+        '{"lineage": {"stages": 3}}',
+        '{"lineage": [',
+        '{"lineage": {"source": {"source": 1}}}',
+        '{"lineage": {"stages": [3]}, "operators": 3}',
+    ],
 )
 def test_a_lineage_that_cannot_be_read_is_named_and_left_out(runs: Path, record: str, tmp_path: Path) -> None:
     dense = next((runs / "models--a--b" / "snapshots").iterdir())
