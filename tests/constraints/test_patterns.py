@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.constraints import NM, Unstructured, parse_sparsity
+from fistapruner.constraints import NM, Unstructured, counted_sparsity, parse_sparsity
 from fistapruner.constraints.selection import bisect_kth_largest, keep_largest, keep_n_of_m
 
 
@@ -35,6 +35,12 @@ def test_parse_refuses_and_names_the_value(wrong: object) -> None:
     with pytest.raises(FistaPrunerError) as error:
         parse_sparsity(wrong)  # type: ignore[arg-type]
     assert any(text in str(error.value) for text in (str(wrong), "1.5", "n:m"))
+
+
+@pytest.mark.parametrize(("zeros", "weights", "written"), [(1, 3, "33.3333%"), (0, 0, "0.0000%"), (7, 7, "99.9999%")])
+def test_a_share_that_was_counted_can_be_read(zeros: int, weights: int, written: str) -> None:
+    assert counted_sparsity(zeros, weights) == written
+    assert parse_sparsity(written).fraction == pytest.approx(float(written.rstrip("%")) / 100)
 
 
 def test_a_pattern_that_does_not_divide_is_refused_by_name() -> None:

@@ -203,16 +203,23 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     assert (down.claim, gate.claim, up.claim) == ("2:4", f"{gate.sparsity:.4%}", None)
     # A share is counted again, and the widths before are those before the first run.
     fp.prune(dense, tmp_path / "d", structure="mlp=32", sparsity="50%", method="wanda", **small)
-    fp.prune(tmp_path / "d" / "model", tmp_path / "e", structure="mlp=16", **small)
+    tensors = load_file(tmp_path / "d" / "model" / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "d" / "model" / "model.safetensors", metadata={"format": "pt"})
+    fp.prune(tmp_path / "d" / "model", tmp_path / "e", structure="mlp=12", **small)
     found = inspect_checkpoint(tmp_path / "e")
     assert found.violations == []
     gate = found.operators[1]
     assert gate.claim == f"{gate.zeros / gate.weights:.4%}"
-    assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
+    emptied = found.operators[8]
+    assert (emptied.sparsity, emptied.claim) == (1, "99.9999%")  # which a third run can read
+    assert [width[1:] for width in found.widths] == [("MLP channels", 48, 12)] * 2
 
 
 @pytest.mark.parametrize(
-    "listed", [None, 5, {"layer": "a"}, ["a"], [{"layer": "a"}], [{"layer": ["a"], "unit": "heads", "before": 8}]]
+    "listed",
+    [None, 5, {"layer": "a"}, ["a"], [{"layer": "a"}]]
+    + [[entry] for entry in ({"layer": ["a"], "unit": "heads", "before": 8}, {"layer": "a", "unit": "heads"})],
 )
 def test_widths_that_are_none_in_the_input_s_record_are_left_out(listed: Any) -> None:
     """Nobody wants to lose a run at its end to what another tool has written there."""
@@ -243,10 +250,27 @@ def test_experts_that_stay_keep_their_claims(tmp_path: Path, architecture: str) 
     assert all((operator.claim == "2:4") == (operator.zeros > 0) for operator in experts)
     before, after = (set(read_pruning_record(tmp_path / run / "model")["permuted"]) for run in "ab")
     assert any(".experts." in name for name in before) == (architecture == "qwen3_moe")
+    assert not any(".experts.3." in name for name in after)  # three stay
+    if architecture == "qwen3_moe":
+        claims = read_pruning_record(tmp_path / "b" / "model")["operators"]
+        assert all(claim["operator"] == name.removesuffix(".weight") for name, claim in claims.items())
     for layer, numbers in enumerate(kept):
         for now, number in enumerate(numbers):
             name = f"model.layers.{layer}.mlp.experts.{{}}.down_proj.weight"
             assert (name.format(now) in after) == (name.format(number) in before)
+
+
+def test_claims_of_weights_that_are_stored_inputs_first_stay(tmp_path: Path) -> None:
+    folder = tiny.save("gpt2", tmp_path / "model", num_hidden_layers=1)
+    for model, out, settings in (
+        (folder, "a", {"sparsity": "2:4"}),
+        (tmp_path / "a" / "model", "b", {"ignore": ["re:mlp"]}),
+    ):
+        fp.prune(model, tmp_path / out, method="magnitude", calibration=CALIBRATION, **settings)
+    records = [read_pruning_record(tmp_path / run / "model")["operators"] for run in "ab"]
+    kept = [name for name in records[0] if ".mlp." in name]
+    assert len(kept) == 2
+    assert all(records[1][name] == records[0][name] for name in kept)
 
 
 def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +289,13 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "record", ['{"lineage": {"stages": 3}}', '{"lineage": [', '{"lineage": {"source": {"source": 1}}}']
+    "record",
+    [
+        '{"lineage": {"stages": 3}}',
+        '{"lineage": [',
+        '{"lineage": {"source": {"source": 1}}}',
+        '{"lineage": {"stages": [3]}, "operators": 3}',
+    ],
 )
 def test_a_lineage_that_cannot_be_read_is_named_and_left_out(runs: Path, record: str, tmp_path: Path) -> None:
     dense = next((runs / "models--a--b" / "snapshots").iterdir())

@@ -477,6 +477,9 @@ def test_a_new_figure_takes_the_place_of_the_old_one() -> None:
     assert put_in_place(earlier[:1], again) == [again, Evaluation("m", tasks=tasks[:1])]
     again = Evaluation("m", perplexity=text, tasks=tasks)
     assert put_in_place(earlier, again) == [again]
+    of_norms = replace(tasks[0], metric="acc_norm")
+    kept = [Evaluation("m", tasks=(of_norms,)), Evaluation("m", tasks=tasks[:1])]
+    assert put_in_place([Evaluation("m", tasks=(tasks[0], of_norms))], kept[1]) == kept
     # The first text stays the first, so it stays in the headline.
     other = Evaluation("m", perplexity=replace(text, text_sha256="bb"))
     assert put_in_place([earlier[0], other], again) == [again, other]
@@ -522,3 +525,5 @@ def test_a_dense_model_is_the_same_under_another_spelling() -> None:
         assert same_comparison(found, replace(found, against=same))
     for other in ("dense", None):
         assert not same_comparison(found, replace(found, against=other))
+    for another in (replace(text, text_sha256="bb"), replace(text, dtype="float32"), None):
+        assert not same_comparison(found, replace(found, perplexity=another))

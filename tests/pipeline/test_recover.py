@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import shutil
+import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from fistapruner.execution.training_context import RecoverContext
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
+from fistapruner.planning.training_sizes import STEP, TRAINING
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.reporting.layer_errors import mean_error
@@ -43,6 +45,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import pack
@@ -205,6 +208,11 @@ def test_operators_that_were_left_dense_are_not_trained(
     report = recover(pruned, out, parameters="full")
     assert report.recovery is not None
     assert report.recovery.operators == 8
+    assert report.recovery.trained == 6144 - 3584 + 4 * 32  # survivors, and two norms of every layer
+    assert {(entry.name[-6:], entry.sparsity, entry.density) for entry in report.operators} == {
+        ("q_proj", "1:4", 0.25),
+        *((f"{name}_proj", "2:4", 0.5) for name in "kvo"),
+    }
     before, after = (tensors(run / "model") for run in (pruned, out))
     for name in before:
         assert before[name].ndim < 2 or torch.equal(after[name], before[name]) == ("self_attn" not in name), name
@@ -258,7 +266,9 @@ def test_experts_are_left_alone_by_name(bench: Bench, tmp_path: Path) -> None:
 def test_zeros_of_operators_that_are_not_trained_count_in_the_model(bench: Bench, tmp_path: Path) -> None:
     totals = recover(bench.pruned(), tmp_path / "out", targets=["re:mlp"], steps=1).totals
     assert totals.operator_zeros is not None
-    assert totals.model_zeros == inspect_checkpoint(tmp_path / "out" / "model").zeros > totals.operator_zeros
+    found = inspect_checkpoint(tmp_path / "out" / "model")
+    assert totals.model_zeros == found.zeros > totals.operator_zeros
+    assert len(found.pruned) == 14  # and their claims stay
 
 
 def test_zeros_of_a_tensor_of_all_experts_are_found_without_a_record(bench: Bench, tmp_path: Path) -> None:
@@ -285,6 +295,10 @@ def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes
     assert [check.step for check in found.checks] == [0, 2, 4]
     assert found.kept_step == min(found.checks, key=lambda check: check.held_out).step
     assert [step for step, _ in found.curve] == [1, 2, 3, 4]
+    seconds = {line["step"]: line["seconds"] for line in read_steps(RecoverDirectory(run).steps_file) if line["step"]}
+    measured = {row.quantity: row.actual for row in report.plan}
+    assert measured[STEP] == statistics.median([seconds[1], seconds[3]])  # those without a check
+    assert measured[TRAINING] == found.seconds
     file = SafetensorsFile(run / "windows.safetensors")
     assert int(file.read("held_out").sum()) == found.held_out_windows
     assert len(file.read("held_out")) == found.windows + found.held_out_windows
@@ -334,6 +348,21 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
         assert without.recovery.loss == "ce"
         assert any("dense model is not known" in warning for warning in without.warnings)
         (plain / "fistapruner.json").write_text(record.replace(str(bench.dense()), str(tmp_path / "nowhere")))
+
+
+def test_an_operator_of_zeros_alone_is_claimed_by_a_share_that_can_be_read(bench: Bench, tmp_path: Path) -> None:
+    """It is below 100 %, which no sparsity is."""
+    plain = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "plain"))
+    (plain / "fistapruner.json").unlink()
+    stored = load_file(plain / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(stored, plain / "model.safetensors", {"format": "pt"})
+    recover(plain, tmp_path / "out", loss="ce", data={"source": str(bench.text)}, steps=1)
+    found = inspect_checkpoint(tmp_path / "out" / "model")
+    assert not found.violations
+    assert [(operator.claim, operator.zeros) for operator in found.pruned if operator.zeros == operator.weights] == [
+        ("99.9999%", stored["model.layers.0.mlp.up_proj.weight"].numel())
+    ]
 
 
 def test_legacy_weights_are_recovered_where_they_are_trusted(bench: Bench, tmp_path: Path) -> None:

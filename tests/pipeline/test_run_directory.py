@@ -27,7 +27,13 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD
-from fistapruner.pipeline.begun import say_kept_plan
+from fistapruner.pipeline.begun import (
+    evaluation_on,
+    refuse_other_settings,
+    refuse_overlap,
+    say_kept_plan,
+    say_other_versions,
+)
 from fistapruner.pipeline.find_model import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.execution_settings import Execution
@@ -115,6 +121,14 @@ def test_an_output_around_the_source_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(fp.FistaPrunerError, match=r"holds the model .* itself: name a folder outside of it"):
         fp.prune(tmp_path / "model.gguf", tmp_path / "run", **SETTINGS)
     assert list((tmp_path / "run").rglob("config.json"))
+
+
+def test_an_output_inside_the_source_or_beside_it_is_not_refused(tmp_path: Path) -> None:
+    for out in (tmp_path / "a" / "out", tmp_path / "ab"):
+        refuse_overlap(tmp_path / "a", out)
+    for out in (tmp_path / "a", tmp_path, tmp_path / "b" / ".." / "a"):
+        with pytest.raises(fp.FistaPrunerError, match=f"^--out {re.escape(str(out))} holds the model "):
+            refuse_overlap(tmp_path / "a", out)
 
 
 def test_an_empty_folder_becomes_a_run(dense: Path, tmp_path: Path) -> None:
@@ -263,6 +277,7 @@ def test_a_damaged_report_is_made_again_as_status_says(run: Path, capsys: pytest
     advice = f"report.json is not valid JSON: .*: make it again with 'fistapruner resume {run}'$"
     assert re.search(advice, capsys.readouterr().err.strip())
     assert main(["resume", str(run)]) == 0
+    assert "the report is made again: " in capsys.readouterr().err
     assert main(["status", str(run)]) == 0
 
 
@@ -620,6 +635,29 @@ def test_a_setting_is_said_to_change_nothing_where_it_is_another(
     record.recipe["execution"]["batch_size"] = before
     say_kept_plan(record, Execution(batch_size=now), told)
     assert len(told.sentences) == said
+    say_kept_plan(record.model_copy(update={"kind": "recover"}), Execution(memory_limit="1GiB"), told)
+    assert told.sentences[said:] == [
+        "this run keeps the plan that it began with: another --memory-limit changes nothing in the training"
+    ]
+
+
+def test_other_versions_than_those_that_a_run_began_with_are_said(finished: Path) -> None:
+    before, told = PruneDirectory(finished).begun_record().versions, tiny.Said()
+    say_other_versions(before, told)
+    assert not told.sentences
+    say_other_versions({**before, "torch": "1.0"}, told)
+    assert [line.partition(":")[0] for line in told.sentences] == [
+        f"this run began with torch 1.0 (now {before['torch']})"
+    ]
+
+
+def test_a_file_that_is_named_none_is_a_text_to_evaluate_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command has it; without such a file, the word is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").write_text(TEXT)
+    asked = evaluation_on("none", 2)
+    assert asked is not None
+    assert (asked.data, asked.windows) == (str(tmp_path / "none"), 2)
 
 
 def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tmp_path: Path) -> None:
@@ -652,6 +690,24 @@ def test_other_windows_than_those_of_the_run_or_its_recipe_are_refused(dense: Pa
     for shape in ((1, 16), (4, 8)):
         with pytest.raises(fp.FistaPrunerError, match=rf"tokens has the shape {re.escape(str(shape))}, .*\(2, 16\)"):
             fp.prune(dense, tmp_path / "new", tokens=(torch.ones(shape, dtype=torch.int64), how), **SETTINGS)
+
+
+@pytest.mark.parametrize("changed", ["text", "model", "tokens"])
+def test_other_windows_are_taken_where_the_run_is_made_again(dense: Path, tmp_path: Path, changed: str) -> None:
+    model, text, run = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT * 20)
+    settings = {**SETTINGS, "calibration": {**SETTINGS["calibration"], "source": str(text)}}
+    fp.prune(model, run, only_layers=(0, 0), **settings)
+    tokens = PruneDirectory(run).tokens().flip(1)
+    if changed == "text":
+        text.write_text(TEXT[::-1] * 20)
+    elif changed == "model":
+        tiny.save("llama", model, shard="60KB", num_hidden_layers=2, seed=1)
+    else:
+        (run / "calibration.safetensors").unlink()
+    how = {"source": "mine", "how": "drawn", "sha256": ""}
+    assert fp.prune(model, run, tokens=(tokens, how), **settings).status == "finished"
+    assert torch.equal(PruneDirectory(run).tokens(), tokens)
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
@@ -712,6 +768,14 @@ def test_a_run_keeps_the_model_files_that_it_began_with(
         (run / "report.json").unlink()
         fp.prune(model, run, listener=told, **settings)
         assert any("the run is made again with all its layers" in sentence for sentence in told.sentences)
+        return
+    with pytest.raises(fp.FistaPrunerError, match="a run of the model 'someone/model', this one is of 'someone/other'"):
+        fp.prune("someone/other", run, **settings)
+    copied = shutil.copytree(dense, tmp_path / "copied")
+    for name in (copied, model):  # its files at another place, and its name again
+        told = tiny.Said()
+        fp.prune(name, run, listener=told, **settings)
+        assert f"{run} holds the finished run of this recipe" in told.sentences
 
 
 @pytest.mark.parametrize("other", ["", "model", "versions", "device", "own code", "own code now", "own code before"])
@@ -898,6 +962,17 @@ def test_another_recovery_than_the_one_that_has_begun_is_refused(dense: Path, tm
     assert fp.resume(run).recovery.asked_steps == 1
     shutil.rmtree(there)
     assert prune(steps=2).recovery.asked_steps == 2
+
+
+def test_a_setting_that_a_run_does_not_have_is_none_in_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    refuse_other_settings(run, {"seed": 0, "more": 1, "data": None}, {"seed": 0, "new": None, "data": {"tokens": None}})
+    for now, said in (
+        ({"new": 2}, "new = null, this one has 2"),
+        ({"data": {"a": 1}}, "data.a = null, this one has 1"),
+    ):
+        with pytest.raises(fp.FistaPrunerError, match=f"holds a run with {said}: name another folder, or remove it$"):
+            refuse_other_settings(run, {"seed": 0, "data": {"b": 2}}, {"seed": 0, **now})
 
 
 def test_an_allocation_in_another_order_is_another_run(dense: Path, tmp_path: Path) -> None:

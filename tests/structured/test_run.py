@@ -19,7 +19,11 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.new_widths import change_widths
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.prune_directory import PruneDirectory
@@ -612,6 +616,16 @@ def test_bad_input_is_refused_before_work(
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("structure", "sparsity"), [("mlp=32", "16:32"), ({"remove": "heads=1", "widths": "free"}, "2:4")]
+)
+def test_a_pattern_that_fits_the_new_widths_is_taken(tmp_path: Path, structure: Any, sparsity: str) -> None:
+    """The 48 inputs before need not fit it, and free widths of heads are in steps of all channels of a group."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path, num_hidden_layers=1)), torch.device("cpu"))
+    recipe = Recipe.build({"structure": structure, "sparsity": sparsity}).resolved()
+    assert change_widths(model, discover(model), recipe, UNTRUSTED)[1] is not None
+
+
 @pytest.mark.parametrize(("architecture", "method"), [("llama", "obs"), ("gpt2", "obs"), ("opt", "flap")])
 def test_what_is_only_selected_keeps_every_bit_where_passes_have_fewer(
     tmp_path: Path, architecture: str, method: str
@@ -689,6 +703,12 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     (counted,) = warnings(pruned)
     assert "model.layers.0.mlp.down_proj (50%)" in counted
     assert not warnings(pruned, structure={"remove": "mlp=16", "method": "flap"})
+    nearly = tiny.save("llama", tmp_path / "nearly", num_hidden_layers=1, intermediate_size=128)
+    stored = load_file(nearly / "model.safetensors")
+    stored["model.layers.0.mlp.down_proj.weight"].view(-1)[1:] = 0
+    save_file(stored, nearly / "model.safetensors", {"format": "pt"})
+    (counted,) = warnings(nearly)
+    assert "model.layers.0.mlp.down_proj (99.9756%)" in counted
 
 
 @pytest.mark.parametrize(

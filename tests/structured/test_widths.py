@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.new_widths import say_widths
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.sensitivity.fisher import DensePasses
 from fistapruner.sparse.variants import Variant, load_variant
@@ -392,6 +394,35 @@ def test_widths_are_named_as_the_config_has_them(tmp_path: Path, architecture: s
     found = plan_widths(model, discover(model), Structure(remove="mlp=25%", widths="free", multiple=4))
     (unit,) = found.units[0]
     assert config_entries(model, [unit]) == {unit.kind: (entry,)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "remove", "said"),
+    [
+        ("qwen3_moe", "experts=1", "3 of 4 experts stay in every mixture, 15712 of the layers' 18848 "),
+        ("qwen3_moe", "heads=1,experts=1", "1 of 2 key/value groups and 3 of 4 experts stay in every decoder layer, "),
+        (
+            "deepseek_v3",
+            "mlp=25%",
+            "36 of 48 MLP channels, 12 of 16 shared expert channels and 12 of 16 expert channels stay in every decoder "
+            "layer that has them, 14112 of the layers' 17184 parameters (17.9% fewer)",
+        ),
+        (
+            "llama",
+            "mlp=25%,heads=1",
+            "1 of 2 key/value groups and 36 to 48 of 48 MLP channels stay in every decoder layer, ",
+        ),
+    ],
+)
+def test_what_stays_is_said(tmp_path: Path, architecture: str, remove: str, said: str) -> None:
+    """Of free widths also where a layer loses nothing of a kind."""
+    folder, free = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2), architecture == "llama"
+    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    asked: dict[str, Any] = {"multiple": 4} if "mlp" in remove else {}
+    found = plan_widths(model, discover(model), Structure(remove=remove, widths="free" if free else "uniform", **asked))
+    first, *rest = found.units
+    told = say_widths(model, replace(found, units=(first[1:], *rest)) if free else found)
+    assert told.startswith(f"structure: {said}")
 
 
 def test_experts_have_no_widths_of_their_own(tmp_path: Path) -> None:

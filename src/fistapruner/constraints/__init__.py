@@ -11,7 +11,7 @@ from .vnm import VNM
 CONSTRAINTS: dict[str, type[Constraint]] = {"unstructured": Unstructured, "n:m": NM, "v:n:m": VNM}
 """Every constraint by name; a text is read by the first one whose form it has."""
 
-__all__ = ["CONSTRAINTS", "NM", "VNM", "Constraint", "Scope", "Unstructured", "parse_sparsity"]
+__all__ = ["CONSTRAINTS", "NM", "VNM", "Constraint", "Scope", "Unstructured", "counted_sparsity", "parse_sparsity"]
 
 
 def parse_sparsity(value: str | float | Constraint) -> Constraint:
@@ -33,3 +33,8 @@ def parse_sparsity(value: str | float | Constraint) -> Constraint:
             return found
     forms = [form for kind in CONSTRAINTS.values() for form in kind.forms]
     raise FistaPrunerError(f"sparsity {value!r} is not understood: write {', '.join(forms[:-1])} or {forms[-1]}")
+
+
+def counted_sparsity(zeros: int, weights: int) -> str:
+    """Write a counted share of zeros as :func:`parse_sparsity` reads it, which is never 100%."""
+    return f"{min(zeros / max(weights, 1), 0.999999):.4%}"

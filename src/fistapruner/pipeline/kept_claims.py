@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints import parse_sparsity
+from ..constraints import counted_sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.files.record import MIN_ZEROS, permuted_tensors, recorded_claims
@@ -130,6 +130,6 @@ def _counted(claim: Mapping[str, Any], tensor: Tensor, operator: Operator | None
         holds = zeros >= promised or not pattern.fraction
     else:
         holds = pattern.satisfies(weight)
-    sparsity = str(claim["sparsity"]) if holds else f"{zeros / weight.numel():.4%}"
+    sparsity = str(claim["sparsity"]) if holds else counted_sparsity(zeros, weight.numel())
     named = {} if operator is None else {"operator": operator.name}
     return {**claim, **named, "sparsity": sparsity, "zeros": zeros, "shape": list(weight.shape)}

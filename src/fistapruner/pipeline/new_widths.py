@@ -8,7 +8,7 @@ from itertools import chain
 
 import torch
 
-from ..constraints import Constraint, parse_sparsity
+from ..constraints import Constraint, counted_sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.experts import GROUPED_BYTES
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
@@ -186,7 +186,7 @@ def _earlier_patterns(model: LayerwiseModel, names: Sequence[str]) -> dict[str, 
             found[name] = parse_sparsity(str(claim.get("sparsity", "0%")))
     for name in () if claims else names[:1]:
         weight = model.checkpoint.read(model.source(f"{name}.weight"))
-        share = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
-        if MIN_ZEROS <= share < 1:
-            found[name] = parse_sparsity(f"{share:.1%}")
+        zeros = weight.numel() - int(torch.count_nonzero(weight))
+        if MIN_ZEROS * weight.numel() <= zeros < weight.numel():
+            found[name] = parse_sparsity(counted_sparsity(zeros, weight.numel()))
     return found

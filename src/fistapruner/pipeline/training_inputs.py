@@ -12,6 +12,7 @@ import torch
 from ..activations.check import check_model
 from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
+from ..constraints import counted_sparsity
 from ..errors import A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data, load_windows
 from ..evaluation.inspection import inspect_checkpoint
@@ -320,7 +321,7 @@ def _operators(
     for name, _ in layout.operators():
         operator = inspected.get(model.source(f"{name}.weight"))
         if operator is not None and operator.name in pruned:
-            claims[name] = operator.claim or operator.pattern or f"{operator.sparsity:.4%}"
+            claims[name] = operator.claim or operator.pattern or counted_sparsity(operator.zeros, operator.weights)
         elif smaller:
             claims[name] = "0%"
         else:
