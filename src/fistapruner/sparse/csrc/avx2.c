@@ -9,10 +9,18 @@
 
 /* spread_to[m][i]: which of the loaded values belongs to column i of mask byte m, or 0x80 (shuffles write zero). */
 static uint8_t spread_to[256][8];
+/* The same for bf16 values that become fp32: their bytes are the upper two of a column's four, in each half of a register. */
+static uint8_t widen_to[256][32] __attribute__((aligned(32)));
 
-__attribute__((constructor)) static void fill_table(void) {
+__attribute__((constructor)) static void fill_tables(void) {
+    memset(widen_to, 0x80, sizeof widen_to);
     for (int mask = 0; mask < 256; mask++)
-        for (int column = 0, next = 0; column < 8; column++) spread_to[mask][column] = (mask >> column & 1) ? (uint8_t)next++ : 0x80;
+        for (int column = 0, next = 0; column < 8; column++) {
+            spread_to[mask][column] = (mask >> column & 1) ? (uint8_t)next++ : 0x80;
+            if (spread_to[mask][column] == 0x80) continue;
+            widen_to[mask][4 * column + 2] = (uint8_t)(2 * spread_to[mask][column]);
+            widen_to[mask][4 * column + 3] = (uint8_t)(2 * spread_to[mask][column] + 1);
+        }
 }
 
 /* Eight 16-bit values to their columns. */
@@ -27,8 +35,8 @@ INLINE LEVEL __m128i spread16(const uint16_t *value, uint8_t mask) {
 
 INLINE LEVEL __m256 spread_float(const packed_operator *op, int64_t next, uint8_t mask) {
     if (op->kind == VALUES_BF16) {
-        __m128i bits = spread16((const uint16_t *)op->values + next, mask);
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+        __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)((const uint16_t *)op->values + next)));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i *)widen_to[mask])));
     }
     if (op->kind == VALUES_FP16) return _mm256_cvtph_ps(spread16((const uint16_t *)op->values + next, mask));
     __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)spread_to[mask]));
