@@ -235,8 +235,7 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Name the settings of sections as in messages."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
-        inner = dict(value or {}) if key in SECTIONS else None
-        flat |= {key: value} if inner is None else {f"{key}.{name}": each for name, each in inner.items()}
+        flat |= {f"{key}.{name}": each for name, each in (value or {}).items()} if key in SECTIONS else {key: value}
     return flat
 
 

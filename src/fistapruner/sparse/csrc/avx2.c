@@ -9,17 +9,20 @@
 
 /* spread_to[m][i]: which of the loaded values belongs to column i of mask byte m, or 0x80 (shuffles write zero). */
 static uint8_t spread_to[256][8];
-/* The same for bf16 values that become fp32: their bytes are the upper two of a column's four, in each half of a register. */
+/* The same by bytes, for bf16 values that become fp32: they are the upper two of a column's four bytes. */
 static uint8_t widen_to[256][32] __attribute__((aligned(32)));
 
 __attribute__((constructor)) static void fill_tables(void) {
     memset(widen_to, 0x80, sizeof widen_to);
     for (int mask = 0; mask < 256; mask++)
         for (int column = 0, next = 0; column < 8; column++) {
-            spread_to[mask][column] = (mask >> column & 1) ? (uint8_t)next++ : 0x80;
-            if (spread_to[mask][column] == 0x80) continue;
-            widen_to[mask][4 * column + 2] = (uint8_t)(2 * spread_to[mask][column]);
-            widen_to[mask][4 * column + 3] = (uint8_t)(2 * spread_to[mask][column] + 1);
+            int kept = mask >> column & 1;
+            spread_to[mask][column] = kept ? (uint8_t)next : 0x80;
+            if (kept) {
+                widen_to[mask][4 * column + 2] = (uint8_t)(2 * next);
+                widen_to[mask][4 * column + 3] = (uint8_t)(2 * next + 1);
+            }
+            next += kept;
         }
 }
 
@@ -35,7 +38,8 @@ INLINE LEVEL __m128i spread16(const uint16_t *value, uint8_t mask) {
 
 INLINE LEVEL __m256 spread_float(const packed_operator *op, int64_t next, uint8_t mask) {
     if (op->kind == VALUES_BF16) {
-        __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)((const uint16_t *)op->values + next)));
+        const uint16_t *value = (const uint16_t *)op->values + next;
+        __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)value));
         return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i *)widen_to[mask])));
     }
     if (op->kind == VALUES_FP16) return _mm256_cvtph_ps(spread16((const uint16_t *)op->values + next, mask));
