@@ -127,6 +127,27 @@ def test_int8_is_the_same_in_every_level(seed, columns, group):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", VALUES)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), columns=st.integers(1, 300), part=st.data())
+def test_rows_are_unpacked_to_the_same_bits_by_every_level(values, dtype, seed, rows, columns, part):
+    """And nothing is written beside them."""
+    operator = make(seed, rows, columns, 0.5, values, group=64 if seed % 2 else 0)
+    first = part.draw(st.integers(0, rows - 1))
+    last = part.draw(st.integers(first + 1, rows))
+    outs = []
+    for level in range(len(kernel.available_levels())):
+        memory = torch.full((rows + 2, columns), 7, dtype=dtype)
+        kernel.Handle(operator).unpack(first, last, memory[1 : 1 + last - first], level)
+        assert bool((memory[0] == 7).all())
+        assert bool((memory[1 + last - first :] == 7).all())
+        outs.append(memory)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+    if values is not torch.int8:
+        assert torch.equal(outs[0][1 : 1 + last - first], operator.to_dense()[first:last].to(dtype))
+
+
 @pytest.mark.parametrize("tile", [linear.TILE_BYTES, 1], ids=["whole", "64 rows at a time"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -26,7 +26,7 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ENVIRONMENT = "FISTAPRUNER_KERNEL"
 """Environment variable that forces a level, or ``torch`` for no kernel at all."""
 
-ABI = 3
+ABI = 4
 VALUES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 DENSE_LEVEL = LEVELS.index("avx512_bf16")
@@ -264,8 +264,9 @@ class OperatorBatch:
             raise FistaPrunerError("the compiled kernel is not installed")
         self._count = len(handles)
         self._kept = handles if self._count > 1 else None  # one alone is kept by whoever calls it
-        self._addresses = (ctypes.c_void_p * self._count)(*(handle.address for handle in handles))
-        self._first = handles[0].address
+        self._pointers = ctypes.c_void_p * self._count
+        self._addresses = self._pointers(*(handle.address for handle in handles))
+        self._first, self._columns = handles[0].address, handles[0].columns
         self._rows = [handle.rows for handle in handles]
         self._blocks = sum(-(-rows // 64) for rows in self._rows)
         self._multiply, self._many_bytes, self._multiply_many = (
@@ -274,29 +275,24 @@ class OperatorBatch:
             found.fistapruner_multiply_many,
         )
 
-    def multiply(self, x: Tensor, level: int, *, many: bool = False) -> Sequence[Tensor]:
+    def multiply(self, x: Tensor, level: int, *, many: bool = False) -> list[Tensor]:
         """Compute ``x @ weight.T + bias`` for every operator.
 
         Args:
-            x: (batch, columns) contiguous fp32 or bf16 on the CPU; the results have its dtype.
+            x: (…, columns), contiguous and not empty, fp32 or bf16 on the CPU; the results have its dtype.
             level: index into :data:`LEVELS`.
             many: use the matrix units; needs bf16 and :meth:`Handle.takes_many`.
 
         Returns:
-            For each operator, its product as a flat tensor of batch x rows.
+            For each operator, its product (…, rows).
         """
-        batch = x.shape[0]
-        sizes = [batch * rows for rows in self._rows]
-        out = torch.empty(sum(sizes), dtype=x.dtype)
+        batch = x.numel() // self._columns
+        outs = [torch.empty((*x.shape[:-1], rows), dtype=x.dtype) for rows in self._rows]
+        places = self._pointers(*[out.data_ptr() for out in outs])
         threads = min(torch.get_num_threads(), self._blocks)
         if many:
             memory = scratch(self._many_bytes(self._first, batch, threads, level))
-            self._multiply_many(
-                self._addresses, self._count, x.data_ptr(), out.data_ptr(), batch, threads, memory.data_ptr()
-            )
-        elif self._multiply(
-            self._addresses, self._count, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level
-        ):
+            self._multiply_many(self._addresses, self._count, x.data_ptr(), places, batch, threads, memory.data_ptr())
+        elif self._multiply(self._addresses, self._count, x.data_ptr(), places, TYPES[x.dtype], batch, threads, level):
             raise MemoryError("no memory for the kernel's vectors")
-        # .data: torch forbids in-place changes of views that were made together.
-        return (out,) if self._count == 1 else [part.data for part in out.split(sizes)]
+        return outs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..errors import FistaPrunerError
 from ..models.files.low_rank import plus_product
-from ..runtime.numerics import changes_in_place
+from ..runtime.numerics import changes_in_place, pass_dtype
 from . import kernel
 from .packed import FLOATS, PackedOperator, pack_operator
 
@@ -32,7 +32,8 @@ class SparseLinear(nn.Module):
 
     The compiled kernel, if there is one, multiplies up to ``kernel.MAX_BATCH`` tokens on a CPU, with matrix units
     up to ``kernel.MAX_MANY``. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
-    unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32. The low-rank part is two products by
+    unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32; so are many bf16 tokens where it has
+    no units for bf16, since torch's fp32 product is several times as fast there. The low-rank part is two products by
     torch in fp32, which are added.
 
     The state dict holds the dense ``weight``, the sum of both parts, so that a saved model is an ordinary checkpoint.
@@ -102,7 +103,7 @@ class SparseLinear(nn.Module):
 
     def _low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Return A and B of the low-rank part; None where there is none."""
-        a, b = cast("Tensor | None", self.low_rank_a), cast("Tensor | None", self.low_rank_b)
+        a, b = self._buffers["low_rank_a"], self._buffers["low_rank_b"]
         return None if a is None or b is None else (a, b)
 
     def _sparse_product(self, x: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class SparseLinear(nn.Module):
         given, x = x, _autocast(x)
         if (
             self.level >= 0
-            and x.device.type == "cpu"
+            and x.is_cpu
             and (x.dtype in kernel.TYPES or x.dtype is torch.float16)
             and x.shape[-1:] == (self.in_features,)
             and not (x.requires_grad and torch.is_grad_enabled())
@@ -120,12 +121,13 @@ class SparseLinear(nn.Module):
             many = kernel.TILE < rows <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and handle.takes_many(self.level)
             if many or 0 < rows <= kernel.MAX_BATCH:
                 if self._fused is None:
-                    out = handle.alone.multiply(_rows_of(x, rows), self.level, many=many)[0]
+                    out = handle.alone.multiply(_for_kernel(x), self.level, many=many)[0]
                 else:
-                    out = self._fused.product(self._place, handle, given, x, rows, self.level, many)
-                return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
-        if self.level >= 0 and x.device.type == "cpu" and x.dtype is torch.float16:
-            return self._dense_product(x.float()).to(x.dtype)
+                    out = self._fused.product(self._place, handle, given, x, self.level, many)
+                return out if out.dtype is x.dtype else out.to(x.dtype)
+        if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16):
+            wide = pass_dtype(x.dtype, x.device)
+            return self._dense_product(x.to(wide)).to(x.dtype)
         return self._dense_product(x)
 
     def extra_repr(self) -> str:
@@ -192,14 +194,14 @@ class SparseLinear(nn.Module):
 
     def current_handle(self) -> tuple[kernel.Handle, bool]:
         """Return the kernel's handle of the weight and bias, and whether one of them has changed."""
-        bias = cast("Tensor | None", self.bias)
+        bias = self._buffers["bias"]
         if self._handle is None:
             self._handle = kernel.Handle(self.operator, bias)
             return self._handle, True
         return self._handle, self._handle.take_bias(bias)
 
     def _dense_product(self, x: Tensor) -> Tensor:
-        bias = cast("Tensor | None", self.bias)
+        bias = self._buffers["bias"]
         bias = None if bias is None else bias.to(x.device, x.dtype)
         if x.device.type != "cpu":
             warnings.warn(ON_GPU.format(device=x.device), stacklevel=3)
@@ -257,17 +259,14 @@ class FusedProjections:
         self._batch = kernel.OperatorBatch(handles) if len(handles) == len(self._layers) else None
         self._waiting = None
 
-    def product(
-        self, place: int, handle: kernel.Handle, given: Tensor, x: Tensor, rows: int, level: int, many: bool
-    ) -> Tensor:
-        """Multiply the layer at ``place``, whose handle is given, with ``rows`` vectors; flat.
+    def product(self, place: int, handle: kernel.Handle, given: Tensor, x: Tensor, level: int, many: bool) -> Tensor:
+        """Multiply the layer at ``place``, whose handle is given, with an input.
 
         Args:
             place: of the layer.
             handle: of the layer.
             given: the layer's input; that of the other layers is the same tensor.
             x: the same in the dtype of the product.
-            rows: number of vectors.
             level: of the kernel.
             many: the kernel takes them all at once.
         """
@@ -283,12 +282,12 @@ class FusedProjections:
             else:
                 self._waiting = self._batch = batch = None
         if batch is None:
-            return handle.alone.multiply(_rows_of(x, rows), level, many=many)[0]
+            return handle.alone.multiply(_for_kernel(x), level, many=many)[0]
         others = [layer for number, held in enumerate(self._layers) if number != place and (layer := held())]
         if any([layer.current_handle()[1] for layer in others]):  # a list: each of them takes its bias
             self.renew()
             batch = self._batch or batch
-        outs = dict(enumerate(batch.multiply(_rows_of(x, rows), level, many=many)))
+        outs = dict(enumerate(batch.multiply(_for_kernel(x), level, many=many)))
         own = outs.pop(place)
         self._waiting = (given, state, outs)
         return own
@@ -330,7 +329,7 @@ class DenseLinear(nn.Linear):
             self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr())
         else:
             self._handle.take_bias(bias)
-        return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
+        return self._handle.alone.multiply(_for_kernel(x), level)[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory addresses; a copy makes its own."""
@@ -339,12 +338,13 @@ class DenseLinear(nn.Linear):
 
 def _autocast(x: Tensor) -> Tensor:
     """Cast as ``torch.autocast`` does for torch's products, which the kernel is not."""
-    kind = x.device.type
-    if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    kind = "cpu" if x.is_cpu else x.device.type
+    available = kind == "cpu" or torch.amp.is_autocast_available(kind)
+    if available and torch.is_autocast_enabled(kind) and x.dtype in FLOATS:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
 
-def _rows_of(x: Tensor, rows: int) -> Tensor:
-    vectors = x.detach().reshape(rows, x.shape[-1]).contiguous()
-    return vectors.float() if x.dtype is torch.float16 else vectors
+def _for_kernel(x: Tensor) -> Tensor:
+    """Return vectors as the kernel reads them: contiguous, fp16 as fp32."""
+    return (x.float() if x.dtype is torch.float16 else x).contiguous()

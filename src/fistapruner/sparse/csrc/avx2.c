@@ -36,6 +36,12 @@ INLINE LEVEL __m128i spread16(const uint16_t *value, uint8_t mask) {
     return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)value), index);
 }
 
+/* Eight bytes to their columns, in the lower half. */
+INLINE LEVEL __m128i spread8(const int8_t *value, uint8_t mask) {
+    return _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)value), _mm_loadl_epi64((const __m128i *)spread_to[mask]));
+}
+
+/* Eight values of any kind but int8 to their columns, as fp32. */
 INLINE LEVEL __m256 spread_float(const packed_operator *op, int64_t next, uint8_t mask) {
     if (op->kind == VALUES_BF16) {
         const uint16_t *value = (const uint16_t *)op->values + next;
@@ -55,9 +61,9 @@ INLINE LEVEL float add_lanes(__m256 sum) {
 }
 
 INLINE LEVEL int64_t add_integers(__m256i sum) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+    __m256i half = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(sum)), _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sum, 1)));
+    __m128i pair = _mm_add_epi64(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm_cvtsi128_si64(_mm_add_epi64(pair, _mm_unpackhi_epi64(pair, pair)));
 }
 
 INLINE LEVEL void float_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
@@ -79,6 +85,10 @@ INLINE LEVEL void float_row(const packed_operator *op, int64_t row, const prepar
     for (int t = 0; t < tile; t++) out[t] = add_lanes(_mm256_add_ps(sum[t][0], sum[t][1]));
 }
 
+/* Products of a byte and a 16-bit activation are widened to 64 bits at least every this many mask words: a lane's 32 bits
+ * hold 255 pairs of the largest. */
+#define INT8_CHUNK 32
+
 INLINE LEVEL void int8_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
     const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
     const int8_t *value = (const int8_t *)op->values + op->start[row];
@@ -89,23 +99,20 @@ INLINE LEVEL void int8_row(const packed_operator *op, int64_t row, const prepare
         int64_t exact[MAX_TILE] = {0};
         for (int64_t begin = group * op->group_words; begin < end; begin += INT8_CHUNK) {
             int64_t stop = begin + INT8_CHUNK < end ? begin + INT8_CHUNK : end;
-            __m256i high[MAX_TILE], low[MAX_TILE];
-            for (int t = 0; t < tile; t++) high[t] = low[t] = _mm256_setzero_si256();
+            __m256i sum[MAX_TILE];
+            for (int t = 0; t < tile; t++) sum[t] = _mm256_setzero_si256();
             for (int64_t part = 8 * begin; part < 8 * stop; part += 2) {
-                __m128i first = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)value), _mm_loadl_epi64((const __m128i *)spread_to[mask[part]]));
+                __m128i first = spread8(value, mask[part]);
                 value += count_bits(mask[part]);
-                __m128i second = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)value), _mm_loadl_epi64((const __m128i *)spread_to[mask[part + 1]]));
+                __m128i second = spread8(value, mask[part + 1]);
                 value += count_bits(mask[part + 1]);
                 __m256i spread = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
                 for (int t = 0; t < tile; t++) {
-                    int64_t at = t * x->stride + 8 * part;
-                    __m256i upper = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(x->high + at)));
-                    __m256i lower = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(x->low + at)));
-                    high[t] = _mm256_add_epi32(high[t], _mm256_madd_epi16(spread, upper));
-                    low[t] = _mm256_add_epi32(low[t], _mm256_madd_epi16(spread, lower));
+                    __m256i levels = _mm256_loadu_si256((const __m256i *)(x->levels + t * x->stride + 8 * part));
+                    sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(spread, levels));
                 }
             }
-            for (int t = 0; t < tile; t++) exact[t] += 256 * add_integers(high[t]) + add_integers(low[t]);
+            for (int t = 0; t < tile; t++) exact[t] += add_integers(sum[t]);
         }
         for (int t = 0; t < tile; t++) total[t] += scaled_group(op, row, group, groups, exact[t]);
     }
@@ -125,5 +132,48 @@ INLINE LEVEL void int8_row(const packed_operator *op, int64_t row, const prepare
 LEVEL void avx2_multiply(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out) {
     if (op->kind == VALUES_INT8) OVER_TILES(int8_row);
     else OVER_TILES(float_row);
+}
+
+/* Eight columns of a row to fp32 or bf16, in `dense`. */
+INLINE LEVEL void unpack_part(const packed_operator *op, int64_t next, uint8_t mask, float scale, int type, char *dense) {
+    if (op->kind == VALUES_BF16 && type == TYPE_BF16) {
+        _mm_storeu_si128((__m128i *)dense, spread16((const uint16_t *)op->values + next, mask));
+        return;
+    }
+    __m256 wide;
+    if (op->kind == VALUES_INT8) {
+        __m256i levels = _mm256_cvtepi8_epi32(spread8((const int8_t *)op->values + next, mask));
+        wide = _mm256_mul_ps(_mm256_cvtepi32_ps(levels), _mm256_set1_ps(scale));
+    } else {
+        wide = spread_float(op, next, mask);
+    }
+    if (type == TYPE_FP32) {
+        _mm256_storeu_ps((float *)dense, wide);
+        return;
+    }
+    float values[8];
+    _mm256_storeu_ps(values, wide);
+    for (int column = 0; column < 8; column++) ((uint16_t *)dense)[column] = float_to_bf16(values[column]);
+}
+
+LEVEL void avx2_unpack(const packed_operator *op, int64_t first, int64_t last, int type, void *out) {
+    const int64_t size = type == TYPE_BF16 ? 2 : 4, groups = op->kind == VALUES_INT8 ? group_count(op) : 1;
+    const int64_t whole = op->columns / 8, rest = op->columns % 8;
+    char *dense = out;
+    for (int64_t row = first; row < last; row++, dense += op->columns * size) {
+        const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
+        int64_t next = op->start[row];
+        for (int64_t part = 0; part < whole + (rest > 0); part++) {
+            float scale = op->kind == VALUES_INT8 ? op->scale[row * groups + part / 8 / op->group_words] : 1.0f;
+            if (part < whole) {
+                unpack_part(op, next, mask[part], scale, type, dense + part * 8 * size);
+            } else { /* what lies behind the row may be another thread's */
+                char end[32];
+                unpack_part(op, next, mask[part], scale, type, end);
+                memcpy(dense + part * 8 * size, end, (size_t)(rest * size));
+            }
+            next += count_bits(mask[part]);
+        }
+    }
 }
 #endif

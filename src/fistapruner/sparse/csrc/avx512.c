@@ -121,6 +121,9 @@ INLINE LEVEL void wide_rows(const packed_operator *op, int64_t row, int64_t step
         for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = _mm512_reduce_add_ps(sum[r][t]);
 }
 
+/* Sums of bytes are widened to 64 bits at least every this many mask words, long before 32 bits could overflow. */
+#define INT8_CHUNK 256
+
 /* int8 values, 16-bit activations as two unsigned bytes: two byte dot products, exact in integers. */
 INLINE LEVEL void int8_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
     const int8_t *value[4];
@@ -158,7 +161,10 @@ INLINE LEVEL void int8_rows(const packed_operator *op, int64_t row, int64_t step
                     exact[r][t] += 256 * (int64_t)_mm512_reduce_add_epi32(high[r][t]) + _mm512_reduce_add_epi32(low[r][t]);
         }
         for (int r = 0; r < rows; r++)
-            for (int t = 0; t < tile; t++) total[r][t] += scaled_group(op, row + r * step, group, groups, exact[r][t]);
+            for (int t = 0; t < tile; t++) {
+                int64_t offset = (int64_t)INT8_OFFSET * op->sums[(row + r * step) * groups + group];
+                total[r][t] += scaled_group(op, row + r * step, group, groups, exact[r][t] - offset);
+            }
     }
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = (float)total[r][t];

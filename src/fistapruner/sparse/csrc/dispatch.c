@@ -25,7 +25,7 @@ typedef void (*run_parallel)(void (*work)(void *), void *data, unsigned threads,
 static run_parallel parallel = NULL;
 
 /* Increased whenever packed_operator or an exported function changes, so that a stale library is never called. */
-EXPORT int fistapruner_abi(void) { return 3; }
+EXPORT int fistapruner_abi(void) { return 4; }
 
 EXPORT void fistapruner_threads(run_parallel run) { parallel = run; }
 
@@ -60,7 +60,7 @@ typedef struct {
     rows_to_dense unpack;
     const prepared *x;
     const float *vector_scale; /* int8: scale of each vector's activations */
-    void *out;                 /* multiply: one operator's results after the other's, each batch x rows */
+    void *const *outs;         /* of each operator: batch x rows, or what is unpacked */
     int64_t first, last;       /* rows */
     int64_t blocks;            /* row blocks of all operators */
     int type, batch, shares;
@@ -87,6 +87,7 @@ static void multiply_blocks(const job *work, const packed_operator *op, char *ou
             if (x.plain) x.plain += at;
             if (x.split) x.split += at;
             if (x.bf16) x.bf16 += at;
+            if (x.levels) x.levels += at;
             if (x.high) x.high += at, x.low += at;
             work->multiply(op, row, end, &x, tile, sums);
             for (int64_t r = row; r < end; r++)
@@ -105,16 +106,15 @@ static int64_t block_count(const job *work, const packed_operator *op) {
 static void run_share(const job *work, int index) {
     const size_t size = work->type == TYPE_BF16 ? 2 : 4;
     int64_t begin = work->blocks * index / work->shares, end = work->blocks * (index + 1) / work->shares;
-    char *out = work->out;
     for (int which = 0; which < work->count && end > 0; which++) {
         const packed_operator *op = work->ops[which];
+        char *out = work->outs[which];
         int64_t first = work->first + (begin > 0 ? begin : 0) * ROW_BLOCK, last = work->first + end * ROW_BLOCK;
         if (last > last_row(work, op)) last = last_row(work, op);
         if (first < last && work->multiply) multiply_blocks(work, op, out, first, last);
         else if (first < last) work->unpack(op, first, last, work->type, out + (size_t)(first - work->first) * (size_t)op->columns * size);
         begin -= block_count(work, op);
         end -= block_count(work, op);
-        out += (size_t)work->batch * (size_t)op->rows * size;
     }
 }
 
@@ -153,8 +153,8 @@ static float input_at(const void *x, int type, int64_t index) {
     return type == TYPE_BF16 ? bf16_to_float(((const uint16_t *)x)[index]) : ((const float *)x)[index];
 }
 
-/* 16-bit activations around INT8_OFFSET. A vector that is not finite gets a NaN scale, and so a NaN result. */
-static float quantise(const void *x, int type, int64_t at, int64_t columns, uint8_t *high, uint8_t *low) {
+/* 16-bit activations. A vector that is not finite gets a NaN scale, and so a NaN result. */
+static float quantise(const void *x, int type, int64_t at, int64_t columns, int16_t *levels) {
     float largest = 0.0f;
     int finite = 1;
     for (int64_t column = 0; column < columns; column++) {
@@ -167,20 +167,18 @@ static float quantise(const void *x, int type, int64_t at, int64_t columns, uint
     for (int64_t column = 0; column < columns; column++) {
         float scaled = finite ? input_at(x, type, at + column) * inverse : 0.0f;
         int level = (int)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-        level = (level < -32768 ? -32768 : level > 32767 ? 32767 : level) + INT8_OFFSET;
-        high[column] = (uint8_t)(level >> 8);
-        low[column] = (uint8_t)(level & 255);
+        levels[column] = (int16_t)(level < -32768 ? -32768 : level > 32767 ? 32767 : level);
     }
     return finite ? scale : NAN;
 }
 
 /* Products of some operators with the same vectors: x (batch x columns) times each transposed operator, plus its bias. They
- * have the same columns and kind of values. out has one operator's results (batch x rows) after the other's.
+ * have the same columns and kind of values. outs has the place of each operator's results (batch x rows).
  * Returns 0, or 1 when there is no memory for the prepared vectors. */
-EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops, const void *x, void *out, int type, int batch, int threads, int level) {
+EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops, const void *x, void *const *outs, int type, int batch, int threads, int level) {
     const packed_operator *op = ops[0];
     const int64_t stride = 64 * op->words, count = stride * batch;
-    job work = {.ops = ops, .count = count_ops, .multiply = portable_multiply, .out = out, .first = 0, .last = INT64_MAX, .type = type, .batch = batch};
+    job work = {.ops = ops, .count = count_ops, .multiply = portable_multiply, .outs = outs, .first = 0, .last = INT64_MAX, .type = type, .batch = batch};
     prepared ready = {.stride = stride};
     work.x = &ready;
     float *buffer = malloc((size_t)(count + batch) * sizeof(float) + 64);
@@ -193,17 +191,26 @@ EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops
     if (!op->mask) work.multiply = avx512_bf16_dense;
     const int split = work.multiply == avx512_multiply && op->kind == VALUES_BF16;
     const int narrow = work.multiply == avx512_bf16_multiply || work.multiply == avx512_bf16_dense;
+    const int bytes = work.multiply == avx512_multiply;
 #else
-    const int split = 0, narrow = 0;
+    const int split = 0, narrow = 0, bytes = 0;
     (void)level;
 #endif
     if (op->kind == VALUES_INT8) {
-        uint8_t *high = (uint8_t *)plain, *low = high + count;
+        int16_t *levels = (int16_t *)plain;
+        uint8_t *high = (uint8_t *)(levels + count), *low = high + count;
         float *scale = plain + count;
-        memset(high, 0, (size_t)count * 2);
+        memset(levels, 0, (size_t)count * 2);
         for (int vector = 0; vector < batch; vector++)
-            scale[vector] = quantise(x, type, vector * op->columns, op->columns, high + vector * stride, low + vector * stride);
-        ready.high = high, ready.low = low, work.vector_scale = scale;
+            scale[vector] = quantise(x, type, vector * op->columns, op->columns, levels + vector * stride);
+        for (int64_t place = 0; bytes && place < count; place++) {
+            int unsigned_level = levels[place] + INT8_OFFSET;
+            high[place] = (uint8_t)(unsigned_level >> 8);
+            low[place] = (uint8_t)(unsigned_level & 255);
+        }
+        if (bytes) ready.high = high, ready.low = low;
+        else ready.levels = levels;
+        work.vector_scale = scale;
     } else if (narrow) {
         uint16_t *copy = (uint16_t *)plain;
         for (int vector = 0; vector < batch; vector++) {
@@ -228,8 +235,9 @@ EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops
 
 /* Rows first..last densely, (last - first) x columns of fp32 or bf16. */
 EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t last, void *out, int type, int threads, int level) {
-    job work = {.ops = &op, .count = 1, .unpack = portable_unpack, .out = out, .first = first, .last = last, .type = type};
+    job work = {.ops = &op, .count = 1, .unpack = portable_unpack, .outs = &out, .first = first, .last = last, .type = type};
 #ifdef FISTAPRUNER_X86
+    if (level >= LEVEL_AVX2) work.unpack = avx2_unpack;
     if (level >= LEVEL_AVX512) work.unpack = avx512_unpack;
 #else
     (void)level;
@@ -252,7 +260,8 @@ typedef struct {
     const packed_operator *const *ops;
     int count;
     const uint16_t *x;
-    uint16_t *vectors, *panels, *out;
+    uint16_t *vectors, *panels;
+    void *const *outs;
     int batch, groups;
     int next_group, next_panel, next_thread;
 } many;
@@ -266,28 +275,27 @@ static void prepare_thread(void *data) {
 static void many_thread(void *data) {
     many *work = data;
     const int64_t height = 2 * AMX_SIDE;
-    uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(work->ops[0]), *out = work->out;
+    uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(work->ops[0]);
     int64_t next = take(&work->next_panel), before = 0;
     for (int which = 0; which < work->count; which++) {
         const packed_operator *op = work->ops[which];
         const int64_t panels = (op->rows + height - 1) / height;
         for (; next < before + panels; next = take(&work->next_panel)) {
             int64_t first = height * (next - before), last = first + height < op->rows ? first + height : op->rows;
-            amx_multiply(op, first, last, work->vectors, work->batch, panel, out);
+            amx_multiply(op, first, last, work->vectors, work->batch, panel, work->outs[which]);
         }
         before += panels;
-        out += work->batch * op->rows;
     }
 }
 #endif
 
 /* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes, and operators of one kind
  * and as many columns need no more than one of them. */
-EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int count, const void *x, void *out, int batch, int threads, void *scratch) {
+EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int count, const void *x, void *const *outs, int batch, int threads, void *scratch) {
 #ifdef FISTAPRUNER_AMX
     int groups = (batch + AMX_SIDE - 1) / AMX_SIDE;
     uint16_t *vectors = (uint16_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    many work = {.ops = ops, .count = count, .x = x, .vectors = vectors, .out = out, .batch = batch, .groups = groups};
+    many work = {.ops = ops, .count = count, .x = x, .vectors = vectors, .outs = outs, .batch = batch, .groups = groups};
     work.panels = vectors + (int64_t)groups * 2 * ops[0]->words * AMX_VALUES;
     if (in_parallel(threads)) {
         parallel(prepare_thread, &work, (unsigned)threads, 0);
@@ -297,6 +305,6 @@ EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int cou
         many_thread(&work);
     }
 #else
-    (void)ops, (void)count, (void)x, (void)out, (void)batch, (void)threads, (void)scratch;
+    (void)ops, (void)count, (void)x, (void)outs, (void)batch, (void)threads, (void)scratch;
 #endif
 }

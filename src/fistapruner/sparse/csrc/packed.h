@@ -18,10 +18,6 @@ enum { LEVEL_PORTABLE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 =
 #define ROW_BLOCK 64
 /* Vectors are multiplied in tiles of at most this many, so that sums stay in registers. */
 #define MAX_TILE 4
-/* int8 sums are widened to 64 bits at least every this many mask words, long before 32 bits could overflow. */
-#define INT8_CHUNK 256
-/* Offset that makes 16-bit activations unsigned. */
-#define INT8_OFFSET 32768
 
 typedef struct {
     int64_t rows;
@@ -39,11 +35,15 @@ typedef struct {
 } packed_operator;
 
 /* Vectors as the levels want them; each vector is padded with zeros to 64 * words columns. */
+/* Offset that makes 16-bit activations unsigned. */
+#define INT8_OFFSET 32768
+
 typedef struct {
     const float *plain;      /* fp32, column order */
     const float *split;      /* fp32, in every 32 columns the 16 even ones first, then the 16 odd ones */
     const uint16_t *bf16;    /* bf16, column order (TYPE_BF16 input only) */
-    const uint8_t *high;     /* 16-bit activations plus INT8_OFFSET: high bytes */
+    const int16_t *levels;   /* 16-bit activations, for int8 operators */
+    const uint8_t *high;     /* those plus INT8_OFFSET: high bytes */
     const uint8_t *low;      /* and low bytes */
     int64_t stride;          /* columns of a padded vector */
 } prepared;
@@ -61,6 +61,7 @@ void avx2_multiply(const packed_operator *, int64_t, int64_t, const prepared *, 
 void avx512_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx512_bf16_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx512_bf16_dense(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
+void avx2_unpack(const packed_operator *, int64_t, int64_t, int, void *);
 void avx512_unpack(const packed_operator *, int64_t, int64_t, int, void *);
 #endif
 
@@ -124,9 +125,8 @@ static inline int lowest_bit(uint64_t word) {
 #endif
 }
 
-/* One scale group of one row: exact sum over unsigned activations -> its share of the result, before the vector's scale. */
-static inline double scaled_group(const packed_operator *op, int64_t row, int64_t group, int64_t groups, int64_t sum) {
-    int64_t exact = sum - (int64_t)INT8_OFFSET * op->sums[row * groups + group];
+/* One scale group of one row: exact sum -> its share of the result, before the vector's scale. */
+static inline double scaled_group(const packed_operator *op, int64_t row, int64_t group, int64_t groups, int64_t exact) {
     return (double)op->scale[row * groups + group] * (double)exact;
 }
 

@@ -13,7 +13,7 @@ static float value_at(const packed_operator *op, int64_t index) {
 static void multiply_int8(const packed_operator *op, int64_t row, const prepared *x, int tile, float *out) {
     int64_t groups = group_count(op);
     for (int t = 0; t < tile; t++) {
-        const uint8_t *high = x->high + t * x->stride, *low = x->low + t * x->stride;
+        const int16_t *level = x->levels + t * x->stride;
         const int8_t *value = (const int8_t *)op->values + op->start[row];
         double total = 0.0;
         for (int64_t group = 0; group < groups; group++) {
@@ -21,7 +21,7 @@ static void multiply_int8(const packed_operator *op, int64_t row, const prepared
             for (int64_t word = group * op->group_words; word < end; word++)
                 for (uint64_t mask = op->mask[row * op->words + word]; mask; mask &= mask - 1) {
                     int64_t column = 64 * word + lowest_bit(mask);
-                    sum += (int64_t)*value++ * (256 * high[column] + low[column]);
+                    sum += (int64_t)*value++ * level[column];
                 }
             total += scaled_group(op, row, group, groups, sum);
         }
