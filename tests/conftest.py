@@ -48,17 +48,21 @@ def _quick_collections() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _quick_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _quick_pages(request: pytest.FixtureRequest) -> Iterator[None]:
     """Pages without their drawings, which take longer than the rest of a tiny run; tests of reporting draw them."""
-    if "reporting" not in request.path.parts:
-        monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+    with pytest.MonkeyPatch.context() as patched:
+        if "reporting" not in request.path.parts:
+            patched.setenv("FISTAPRUNER_FIGURES", "0")
+        yield
 
 
-@pytest.fixture(autouse=True)
-def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _short_samples() -> Iterator[None]:
     """Short continuations of the sample prompts, which take longer than the rest of an evaluation of a tiny model."""
-    monkeypatch.setattr("fistapruner.evaluation.generations.NEW_TOKENS", 3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fistapruner.evaluation.generations.NEW_TOKENS", 3)
+        yield
 
 
 @pytest.fixture

@@ -66,18 +66,32 @@ from fistapruner.solvers import METHODS
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
 
+@pytest.fixture
+def text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without their drawings, which take longer than all else, for tests of what a page says."""
+    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+
+
 @cache
 def sample_page() -> str:
     """The page of the sample run, drawn once."""
-    return run_page(samples.report(4))
+    return _drawn(samples.report(4))
 
 
 @cache
 def recovery_page() -> str:
     """The page of the sample recovery run of two tasks, drawn once."""
-    return run_page(samples.recovery(4, tasks=True))
+    return _drawn(samples.recovery(4, tasks=True))
 
 
+def _drawn(report: Report) -> str:
+    """The page of a report with its drawings, whichever test asks first."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("FISTAPRUNER_FIGURES", raising=False)
+        return run_page(report)
+
+
+@pytest.mark.usefixtures("text_alone")
 def test_headline_numbers_are_the_report_s() -> None:
     text = run_page(samples.report())
     for part in (
@@ -200,6 +214,7 @@ def test_text_never_becomes_markup() -> None:
     assert "&lt;script&gt;" in text
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_a_smaller_model_with_zeros_is_not_called_as_large_as_the_dense_one() -> None:
     report = samples.report(2)
     filled = "Rows named dense hold the same weights with their zeros filled in"
@@ -213,6 +228,7 @@ def test_a_smaller_model_with_zeros_is_not_called_as_large_as_the_dense_one() ->
     assert "as large" not in text
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_sizes_and_speeds_of_a_recovered_smaller_model() -> None:
     """Sizes are beside those of the dense model, not of the input; speeds stand alone where that model is gone."""
     report = samples.recovery()
@@ -297,6 +313,7 @@ def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
     assert speed_rows(report) == []
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_quantising_is_named_once_where_sizes_are() -> None:
     report = samples.report(1)
     report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
@@ -316,8 +333,8 @@ def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
     assert found["Reading the prompt, smaller float32, tokens/s"] == ("600", "2,400", "×4.00")
 
 
-def test_the_fastest_form_is_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+@pytest.mark.usefixtures("text_alone")
+def test_the_fastest_form_is_on_the_tile() -> None:
     report = samples.report(2)
     rates = {"dense float32": 10.0, "packed": 12.0, "packed int8": 15.0, "smaller float32": 20.0}
     for best, ratio in (("smaller float32", "×2.00"), ("packed int8", "×1.50"), ("packed", "×1.20")):
@@ -328,6 +345,7 @@ def test_the_fastest_form_is_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> Non
         del rates[best]
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_speeds_without_a_packed_form_are_not_called_unmeasured() -> None:
     report = samples.report(1)
     report.speed = {"speeds": [samples.speed("dense float32", 12.0)], "sentence": "no packed form"}
@@ -356,6 +374,7 @@ def test_errors_of_removed_structure_are_those_that_were_measured() -> None:
     assert experts[3:] == ("–",) * 5
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_the_lineage_is_shown_stage_by_stage() -> None:
     report = samples.report(2)
     report.lineage = Lineage(
@@ -371,8 +390,8 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
     assert "Lineage" not in sample_page()
 
 
-def test_packing_is_advised_where_there_are_zeros_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+@pytest.mark.usefixtures("text_alone")
+def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
     report = samples.report(2)
     assert "'fistapruner pack' makes the file smaller" in summary(report, "runs/first")
     assert "`fistapruner pack` makes it smaller." in model_card(report)
@@ -396,6 +415,7 @@ def test_packing_is_advised_where_there_are_zeros_to_leave_out(monkeypatch: pyte
         assert ("Compressed checkpoint" in run_page(report)) == smaller
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_zeros_of_the_whole_model_are_the_same_everywhere() -> None:
     """Those that earlier runs made count, too."""
     report = samples.report(2)
@@ -458,14 +478,15 @@ def test_any_part_of_a_recovery_may_be_missing(missing: str) -> None:
     assert model_card(report)
 
 
-def test_a_recovery_that_has_just_begun_has_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+@pytest.mark.usefixtures("text_alone")
+def test_a_recovery_that_has_just_begun_has_a_page() -> None:
     text = run_page(Report(kind="recover", recovery=Recovery(parameters="lora", asked_steps=8)))
     assert "0 of 8 steps" in text
     assert "this page shows the steps that are done" in text
     assert "<figure" not in text
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_a_recovery_that_won_nothing_says_so() -> None:
     report = samples.recovery(2)
     assert report.recovery is not None
@@ -547,6 +568,7 @@ def test_evaluations_on_one_text_are_told_apart_in_figures() -> None:
         assert " x 1024" not in alone[key].wide
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_a_run_that_sets_no_zeros_has_no_figure_of_them() -> None:
     report = samples.report(2)
     assert "layer-sparsity" in layer_figures(report)
@@ -777,6 +799,7 @@ def test_the_experts_of_a_mixture_are_a_row_for_each_kind() -> None:
     assert many == layer_figures(report)["chain-errors"]
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_seeds_are_gathered() -> None:
     found = {(point.method, point.sparsity): point for point in points(samples.comparison().rows)}
     assert found["alps", "50%"].seeds == 2
@@ -819,6 +842,7 @@ def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, er
     assert "At 70%, alps has the smallest gap" in text
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_a_mean_over_fewer_seeds_than_others_have_wins_nothing() -> None:
     comparison = samples.comparison()
     comparison.rows = [row for row in comparison.rows if (row.method, row.sparsity, row.seed) != ("alps", "50%", 1)]
@@ -828,6 +852,7 @@ def test_a_mean_over_fewer_seeds_than_others_have_wins_nothing() -> None:
     assert "At 70%, alps has the smallest gap" in text
 
 
+@pytest.mark.usefixtures("text_alone")
 @pytest.mark.parametrize(
     ("zeros", "more", "settings", "note"),
     [
@@ -857,6 +882,7 @@ def test_methods_that_keep_another_share_of_the_weights_win_nothing(
     assert "At 70%, alps has the smallest gap" in text
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_results_of_a_comparison_begin_with_the_dense_model() -> None:
     """Divergence has a column where it was measured."""
     comparison = samples.comparison()
@@ -944,6 +970,7 @@ def test_labels_in_figures_are_short_and_different() -> None:
     ]
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_write_page_chooses_by_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(samples.report(2).model_dump_json())
     assert write_page(tmp_path) == tmp_path / "report.html"
@@ -1014,6 +1041,7 @@ def test_columns_of_numbers_are_flush_right_and_no_others(kind: str) -> None:
     assert seen > 5
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_long_runs_of_line_breaks_become_one_line() -> None:
     report = samples.report(2)
     report.generations[0].pruned = "so" + "\n" * 31 + "it"

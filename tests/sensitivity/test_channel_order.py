@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,9 @@ def test_close_to_the_best_of_all_orders() -> None:
     shares = []
     for seed in range(10):
         values = scores(5, 8, seed)
-        everything = [kept_share(values[:, [0, *rest]], NM(2, 4)) for rest in permutations(range(1, 8))]
+        halves = [(0, *rest) for rest in combinations(range(1, 8), 3)]  # what an order is but for that within groups
+        orders = [[*half, *sorted(set(range(8)).difference(half))] for half in halves]
+        everything = [kept_share(values[:, order], NM(2, 4)) for order in orders]
         best, mean = max(everything), sum(everything) / len(everything)
         found = kept_share(values[:, channel_order(values, NM(2, 4))], NM(2, 4))
         assert found <= best + 1e-9

@@ -36,13 +36,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .operators import COPYING, INDEXING, RESHAPING, SCANS, UNORDERED, WAITING, facts
+from .operators import COPYING, INDEXING, RESHAPING, SCANS, UNORDERED, WAITING, Facts, facts
 
 META, CPU = torch.device("meta"), torch.device("cpu")
-GETTERS = {
-    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "grad")
+AS_THEY_ARE = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "grad")),
+    *(torch.device, torch._C._nn._parse_to),
 }
-"""What is asked of a tensor without an operator."""
+"""What is asked of a tensor without an operator, and what reads arguments."""
 
 
 class DeviceTensor(torch.Tensor):
@@ -184,7 +185,7 @@ class _Boundary(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.device, torch._C._nn._parse_to):
+        if func in AS_THEY_ARE:
             return func(*args, **kwargs)
         if kwargs.get("pin_memory"):
             return self.standin.pin(func(*args, **{**kwargs, "pin_memory": False}))
@@ -199,8 +200,6 @@ class _Boundary(TorchFunctionMode):
             args = (args[0], args[1].device, args[1].dtype, *args[2:])
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], DeviceTensor):
             args = (args[0], _indices(args[1]), *args[2:])  # C++ would make of a list a meta tensor without values
-        if func in GETTERS:
-            return func(*args, **kwargs)
         named = [item for item in (*args, *kwargs.values()) if isinstance(item, (str, torch.device))]
         devices = [device for item in named if (device := _device(item)) is not None]
         if not devices:
@@ -403,7 +402,8 @@ class StandIn(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one operator: check it, note what it costs, compute it on the CPU."""
-        if torch.is_inference_mode_enabled() and facts(func).parts:  # operators that consist of others arrive whole
+        known = facts(func)
+        if known.parts and torch.is_inference_mode_enabled():  # operators that consist of others arrive whole
             with _again(super()):
                 return func.decompose(*args, **kwargs)
         leaves = _leaves((*args, *kwargs.values()))
@@ -414,8 +414,9 @@ class StandIn(TorchDispatchMode):
             kwargs = kwargs if place is None else {**kwargs, "device": CPU}
         if place is None and not ours:
             return func(*args, **kwargs)
-        known = facts(func)
-        self._check(func, args, leaves, copying=known.name in COPYING or target is not None)
+        others = sum(isinstance(item, torch.Tensor) for item in leaves) - len(ours)
+        if others or not known.plain or any(item.place != place for item in ours):
+            self._check(known, args, leaves, copying=known.name in COPYING or target is not None)
         if known.name == "copy_" and self._queued(func, args, kwargs):
             return args[0]
         plain = list(map(_plain, args))
@@ -456,12 +457,11 @@ class StandIn(TorchDispatchMode):
             stream.queue(func, target, source)
         return True
 
-    def _check(self, func: Any, args: Any, leaves: list[Any], *, copying: bool) -> None:
+    def _check(self, known: Facts, args: Any, leaves: list[Any], *, copying: bool) -> None:
         """Refuse what CUDA refuses; count waits, and operators without a fixed order."""
-        known = facts(func)
         tensors = [item for item in leaves if isinstance(item, torch.Tensor)]
         if known.name in RESHAPING or any(item.is_meta for item in tensors):
-            raise NotImplementedError(f"the stand-in cannot carry out {func} of {tensors}")
+            raise NotImplementedError(f"the stand-in cannot carry out {known.key} of {tensors}")
         if not known.kernel:
             raise NotImplementedError(f"{known.key} has no CUDA kernel")
         if known.name in INDEXING:
@@ -505,10 +505,11 @@ class StandIn(TorchDispatchMode):
 
     def _hold(self, storage: Any, place: torch.device) -> None:
         """Count the bytes of a storage while it lives."""
-        key, size = id(storage), storage.nbytes()
-        self._open(place)
+        key = id(storage)
         if key in self._known:
             return
+        self._open(place)
+        size = storage.nbytes()
         if self.live[place] + size > self.memory - self.taken.get(place.index, 0):
             self.refused += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. (stand-in)")
@@ -567,7 +568,10 @@ def _leaves(args: Any) -> list[Any]:
     """Flatten lists and tuples."""
     found: list[Any] = []
     for item in args:
-        found += _leaves(item) if isinstance(item, (list, tuple)) else [item]
+        if isinstance(item, (list, tuple)):
+            found += _leaves(item)
+        else:
+            found.append(item)
     return found
 
 

@@ -43,6 +43,7 @@ class Facts:
         scalars: whether it takes 0-dim CPU tensors beside CUDA ones.
         view: whether its result shares memory with an argument.
         parts: whether it consists of other operators.
+        plain: whether it has a kernel and is in none of the lists above but :data:`COPYING`.
     """
 
     name: str
@@ -51,11 +52,18 @@ class Facts:
     scalars: bool
     view: bool
     parts: bool
+    plain: bool
 
 
-@cache
+_FACTS: dict[int, Facts] = {}
+
+
 def facts(func: Any) -> Facts:
-    """Look an operator up."""
+    """Look an operator up, by its identity: its hash is computed in Python."""
+    return _FACTS.get(id(func)) or _FACTS.setdefault(id(func), _read_facts(func))
+
+
+def _read_facts(func: Any) -> Facts:
     key = str(func).removeprefix("aten.").removesuffix(".default")
     aliases = [value.alias_info for value in func._schema.returns]
     view = any(alias is not None and not alias.is_write for alias in aliases) or key in (
@@ -66,7 +74,9 @@ def facts(func: Any) -> Facts:
     kernel, scalars = _native_functions().get(key, (True, True))
     name = func.overloadpacket.__name__
     # PyTorch chooses attention's kernel by device: the CPU's has a name of its own.
-    return Facts(name, key, kernel or "_for_cpu" in name, scalars, view, func._can_decompose())
+    kernel = kernel or "_for_cpu" in name
+    plain = kernel and name not in {*INDEXING, *WAITING, *UNORDERED, *SCANS, *RESHAPING}
+    return Facts(name, key, kernel, scalars, view, func._can_decompose(), plain)
 
 
 @cache

@@ -128,14 +128,13 @@ def cut_windows(
 
 
 def _tokens(text: str, tokenizer: Any, data: str, enough: int | None) -> array[int]:
-    """Tokenise a text; of one longer than :data:`LARGE` no more than it takes for ``enough`` tokens.
+    """Tokenise a text, or as much of its beginning as it takes for ``enough`` tokens.
 
-    Such a text is tokenised by parts, cut at blank lines where it has any. Where its beginning has enough tokens, they
-    are those of the whole first part.
+    A text of more than :data:`LARGE` characters is tokenised by parts, cut at blank lines where it has any.
     """
-    if enough is not None and len(text) > LARGE:
+    if enough is not None:
         characters = 8 * (enough + UNSURE)
-        while characters < LARGE:
+        while characters < min(len(text), LARGE):
             ids = array("i", token_ids(next(passages(text, characters)), tokenizer, data)[:-UNSURE])
             if len(ids) >= enough:
                 return ids

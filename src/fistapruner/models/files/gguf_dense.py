@@ -19,7 +19,7 @@ from ...errors import FistaPrunerError
 from ..architecture import read_config, set_widths
 from ..names import checkpoint_names
 from .checkpoint import Checkpoint
-from .gguf import architecture_of, name_map, processor_of
+from .gguf import architecture_of, name_map, open_gguf, processor_of
 from .gguf_config import EPSILON_KEYS, epsilon, head_width, rotary_width, scaled_positions
 from .widths import read_widths
 
@@ -75,12 +75,11 @@ class DenseFile:
 
     def __init__(self, like: Path, checkpoint: Checkpoint) -> None:
         from accelerate import init_empty_weights
-        from gguf import GGUFReader
         from transformers import AutoModelForCausalLM
         from transformers.integrations import GGUF_CONFIG_MAPPING
 
         self.like, self.checkpoint = like, checkpoint
-        self.reader = GGUFReader(like)
+        self.reader = open_gguf(like)
         self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
         config = read_config(checkpoint.folder)
         self.widths = read_widths(checkpoint.config, checkpoint.folder)
