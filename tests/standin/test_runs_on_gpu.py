@@ -266,11 +266,11 @@ def test_experts_are_removed(gpu: StandIn, tmp_path: Path) -> None:
     assert [removal.after for layer in report.layers for removal in layer.removals] == [3, 3]
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
-def test_experts_lose_channels(gpu: StandIn, tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "method"), [("qwen2_moe", "magnitude"), ("gpt_oss", "proximal")])
+def test_experts_lose_channels(gpu: StandIn, tmp_path: Path, architecture: str, method: str) -> None:
     structure = {"remove": "mlp=25%,experts=25%", "multiple": 4}
     folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=1)
-    report = prune(folder, tmp_path / "run", structure=structure, sparsity="2:4")
+    report = prune(folder, tmp_path / "run", structure=structure, method=method, sparsity="2:4")
     width = 36 if architecture == "gpt_oss" else 12
     assert {report.widths["experts"][1], report.widths["expert channels"][1]} == {3, width}
     assert not inspect_checkpoint(tmp_path / "run").violations

@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..activations.store import HiddenStates
@@ -76,6 +75,8 @@ def group_divergence(divergence: Tensor, repeats: int) -> Tensor:
     Returns:
         (groups, groups) fp64, symmetric, zero on the diagonal.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second that other runs need not wait
+
     groups = len(divergence) // repeats
     found = torch.zeros(groups, groups, dtype=torch.float64)
     for first in range(groups):

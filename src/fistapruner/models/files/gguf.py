@@ -84,7 +84,10 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
 
 def open_gguf(path: Path) -> Any:
-    """Read a file with the ``gguf`` package, from a plain array: that takes a third of the time of a mapped one."""
+    """Read a file with the ``gguf`` package, from a plain array.
+
+    That takes a third of the time of a mapped one.
+    """
     import numpy as np
     from gguf import GGUFReader
 
