@@ -34,10 +34,10 @@ typedef struct {
     int32_t reserved;
 } packed_operator;
 
-/* Vectors as the levels want them; each vector is padded with zeros to 64 * words columns. */
 /* Offset that makes 16-bit activations unsigned. */
 #define INT8_OFFSET 32768
 
+/* Vectors as the levels want them; each vector is padded to 64 * words columns, where operators have no values. */
 typedef struct {
     const float *plain;      /* fp32, column order */
     const float *split;      /* fp32, in every 32 columns the 16 even ones first, then the 16 odd ones */
