@@ -222,7 +222,7 @@ class Adapter:
             if key not in HARMLESS and value and not (key == "bias" and value == "none"):
                 raise FistaPrunerError(
                     f"{path}: the setting {_cut(key)} is {_cut(value)!r}, which is not understood: only adapters "
-                    "that change nothing but the weights of linear operators are merged"
+                    "that change nothing but the weights of linear operators are merged: train without it"
                 )
         if self._config.get("target_parameters") and (self.kind != "LORA" or self._patterns()):
             raise FistaPrunerError(
