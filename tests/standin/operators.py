@@ -55,15 +55,9 @@ class Facts:
     plain: bool
 
 
-_FACTS: dict[int, Facts] = {}
-
-
+@cache
 def facts(func: Any) -> Facts:
-    """Look an operator up, by its identity: its hash is computed in Python."""
-    return _FACTS.get(id(func)) or _FACTS.setdefault(id(func), _read_facts(func))
-
-
-def _read_facts(func: Any) -> Facts:
+    """Look an operator up."""
     key = str(func).removeprefix("aten.").removesuffix(".default")
     aliases = [value.alias_info for value in func._schema.returns]
     view = any(alias is not None and not alias.is_write for alias in aliases) or key in (

@@ -61,7 +61,8 @@ INLINE LEVEL float add_lanes(__m256 sum) {
 }
 
 INLINE LEVEL int64_t add_integers(__m256i sum) {
-    __m256i half = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(sum)), _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sum, 1)));
+    __m256i lower = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(sum));
+    __m256i half = _mm256_add_epi64(lower, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sum, 1)));
     __m128i pair = _mm_add_epi64(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     return _mm_cvtsi128_si64(_mm_add_epi64(pair, _mm_unpackhi_epi64(pair, pair)));
 }
@@ -85,8 +86,8 @@ INLINE LEVEL void float_row(const packed_operator *op, int64_t row, const prepar
     for (int t = 0; t < tile; t++) out[t] = add_lanes(_mm256_add_ps(sum[t][0], sum[t][1]));
 }
 
-/* Products of a byte and a 16-bit activation are widened to 64 bits at least every this many mask words: a lane's 32 bits
- * hold 255 pairs of the largest. */
+/* Products of a byte and a 16-bit activation are widened to 64 bits at least every this many mask words: a lane's 32
+ * bits hold 255 pairs of the largest. */
 #define INT8_CHUNK 32
 
 INLINE LEVEL void int8_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
@@ -135,7 +136,8 @@ LEVEL void avx2_multiply(const packed_operator *op, int64_t first, int64_t last,
 }
 
 /* Eight columns of a row to fp32 or bf16, in `dense`. */
-INLINE LEVEL void unpack_part(const packed_operator *op, int64_t next, uint8_t mask, float scale, int type, char *dense) {
+INLINE LEVEL void unpack_part(const packed_operator *op, int64_t next, uint8_t mask, float scale, int type,
+                              char *dense) {
     if (op->kind == VALUES_BF16 && type == TYPE_BF16) {
         _mm_storeu_si128((__m128i *)dense, spread16((const uint16_t *)op->values + next, mask));
         return;

@@ -175,10 +175,12 @@ static float quantise(const void *x, int type, int64_t at, int64_t columns, int1
 /* Products of some operators with the same vectors: x (batch x columns) times each transposed operator, plus its bias. They
  * have the same columns and kind of values. outs has the place of each operator's results (batch x rows).
  * Returns 0, or 1 when there is no memory for the prepared vectors. */
-EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops, const void *x, void *const *outs, int type, int batch, int threads, int level) {
+EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops, const void *x, void *const *outs,
+                                int type, int batch, int threads, int level) {
     const packed_operator *op = ops[0];
     const int64_t stride = 64 * op->words, count = stride * batch;
-    job work = {.ops = ops, .count = count_ops, .multiply = portable_multiply, .outs = outs, .first = 0, .last = INT64_MAX, .type = type, .batch = batch};
+    job work = {.ops = ops, .count = count_ops, .multiply = portable_multiply, .outs = outs};
+    work.last = INT64_MAX, work.type = type, work.batch = batch;
     prepared ready = {.stride = stride};
     work.x = &ready;
     float *buffer = malloc((size_t)(count + batch) * sizeof(float) + 64);
@@ -235,7 +237,8 @@ EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops
 
 /* Rows first..last densely, (last - first) x columns of fp32 or bf16. */
 EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t last, void *out, int type, int threads, int level) {
-    job work = {.ops = &op, .count = 1, .unpack = portable_unpack, .outs = &out, .first = first, .last = last, .type = type};
+    job work = {.ops = &op, .count = 1, .unpack = portable_unpack, .outs = &out};
+    work.first = first, work.last = last, work.type = type;
 #ifdef FISTAPRUNER_X86
     if (level >= LEVEL_AVX2) work.unpack = avx2_unpack;
     if (level >= LEVEL_AVX512) work.unpack = avx512_unpack;
@@ -291,11 +294,13 @@ static void many_thread(void *data) {
 
 /* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes, and operators of one kind
  * and as many columns need no more than one of them. */
-EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int count, const void *x, void *const *outs, int batch, int threads, void *scratch) {
+EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int count, const void *x, void *const *outs,
+                                      int batch, int threads, void *scratch) {
 #ifdef FISTAPRUNER_AMX
     int groups = (batch + AMX_SIDE - 1) / AMX_SIDE;
     uint16_t *vectors = (uint16_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    many work = {.ops = ops, .count = count, .x = x, .vectors = vectors, .outs = outs, .batch = batch, .groups = groups};
+    many work = {.ops = ops, .count = count, .x = x, .vectors = vectors, .outs = outs};
+    work.batch = batch, work.groups = groups;
     work.panels = vectors + (int64_t)groups * 2 * ops[0]->words * AMX_VALUES;
     if (in_parallel(threads)) {
         parallel(prepare_thread, &work, (unsigned)threads, 0);

@@ -126,7 +126,8 @@ static inline int lowest_bit(uint64_t word) {
 }
 
 /* One scale group of one row: exact sum -> its share of the result, before the vector's scale. */
-static inline double scaled_group(const packed_operator *op, int64_t row, int64_t group, int64_t groups, int64_t exact) {
+static inline double scaled_group(const packed_operator *op, int64_t row, int64_t group, int64_t groups,
+                                  int64_t exact) {
     return (double)op->scale[row * groups + group] * (double)exact;
 }
 
