@@ -375,6 +375,29 @@ def test_hidden_states_that_are_counted_are_those_of_a_step(folder: Path, optimi
     assert max(counts) == max(count for stage, count in stores.items() if stage != "held out")
 
 
+def peak_of_steps(task: Task, choice: TrainingChoice, scratch: Path) -> int:
+    """The bytes of all tensors that live at once while real steps are taken and losses checked."""
+    numbers = list(range(task.step_windows))
+    tokens = torch.arange(len(numbers) * 32).remainder(tiny.VOCABULARY).view(len(numbers), 32)
+    nothing = torch.zeros(len(numbers), dtype=torch.int64)
+    text = TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
+
+    def work() -> None:
+        with task.model.resident(layers=choice.resident):
+            trained = Trained(task.model, task.layout, task.recipe, scratch if choice.states_on_disk else None)
+            store = scratch_factory(scratch if choice.hidden_on_disk else None, torch.float32)
+            kept = choice.keep_graphs
+            objective = Objective(task.model, text, TokenLoss(0.0), None, choice.batch_size, store, keep_graphs=kept)
+            stepper = (ForwardOnly if task.recipe.zeroth_order else FirstOrder)(trained, objective)
+            stepper.step(1, numbers, 1.0)
+            stepper.losses(numbers)
+            trained.keep()
+            for number in (2, 3):  # the best values are others than the present ones
+                stepper.step(number, numbers, 1.0)
+
+    return peak_bytes(work)
+
+
 @pytest.mark.parametrize(
     ("settings", "choice"),
     [
@@ -388,30 +411,21 @@ def test_hidden_states_that_are_counted_are_those_of_a_step(folder: Path, optimi
 def test_steps_take_the_memory_that_is_planned(
     tmp_path: Path, settings: dict[str, Any], choice: TrainingChoice
 ) -> None:
-    """All tensors that live while real steps are taken and losses checked, against the largest of their stages."""
+    """Against the largest of their stages."""
     tiny.save("llama", tmp_path / "llama-4", **WIDE)
     task = replace(task_for(tmp_path, 4, loss="ce", **settings), survivors={})  # no weight of this model is zero
     elsewhere = ("the embeddings", CUTTING, "writing a snapshot", "writing the checkpoint")
     stages = {name: size for name, size in sizes(task).stages(choice).items() if name not in elsewhere}
-    numbers = list(range(task.step_windows))
-    tokens = torch.arange(len(numbers) * 32).remainder(tiny.VOCABULARY).view(len(numbers), 32)
-    nothing = torch.zeros(len(numbers), dtype=torch.int64)
-    text = TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
+    assert 0.7 < peak_of_steps(task, choice, tmp_path) / max(stages.values()) < 1.05
 
-    def work() -> None:
-        with task.model.resident(layers=choice.resident):
-            trained = Trained(task.model, task.layout, task.recipe, tmp_path if choice.states_on_disk else None)
-            store = scratch_factory(tmp_path if choice.hidden_on_disk else None, torch.float32)
-            kept = choice.keep_graphs
-            objective = Objective(task.model, text, TokenLoss(0.0), None, choice.batch_size, store, keep_graphs=kept)
-            stepper = (ForwardOnly if task.recipe.zeroth_order else FirstOrder)(trained, objective)
-            stepper.step(1, numbers, 1.0)
-            stepper.losses(numbers)
-            trained.keep()
-            for number in (2, 3):  # the best values are others than the present ones
-                stepper.step(number, numbers, 1.0)
 
-    assert 0.7 < peak_bytes(work) / max(stages.values()) < 1.05
+def test_steps_take_no_more_memory_in_a_deeper_model_when_layers_are_read(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (2, 4):
+        tiny.save("llama", tmp_path / f"llama-{layers}", **{**WIDE, "num_hidden_layers": layers})
+        task = replace(task_for(tmp_path, layers, loss="ce", parameters="full"), survivors={})
+        peaks.append(peak_of_steps(task, SMALLEST, tmp_path))
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
 @pytest.mark.parametrize(("writing", "more"), [(1.0, 7), (1000.0, 3)])
