@@ -24,6 +24,13 @@ def _quick_runs() -> Iterator[None]:
 
 
 @pytest.fixture
+def few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few blocks of rows and few steps of the search for rotations: every operator is slow on the stand-in."""
+    monkeypatch.setattr("fistapruner.runtime.numerics.BLOCKS", 2)
+    monkeypatch.setattr("fistapruner.sensitivity.head_rotation.STEPS", 8)
+
+
+@pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn | RealGPUs]:
     """Two stand-in GPUs, or those of the machine."""
     if REAL:

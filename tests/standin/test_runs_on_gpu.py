@@ -20,6 +20,8 @@ from standin.gpu import StandIn
 from standin.hardware import GPUS
 from standin.hardware import LAST as GPU
 
+pytestmark = pytest.mark.usefixtures("few_operators")
+
 METHODS: dict[str, Any] = {
     **{name: name for name in ("admm", "wanda+refit")},
     "alps+swap": [{"alps": {"iterations": 9}}, {"swap": {"swaps": 2}}],

@@ -201,13 +201,14 @@ def mirror(sums: Tensor) -> Tensor:
     return sums
 
 
-def row_blocks(rows: int) -> list[slice]:
-    """Cut ``rows`` into sixteen blocks, so that temporaries of row-wise computations stay small.
+BLOCKS = 16
+"""Blocks of rows. Their number is fixed, and not their size, so that the memory of a small problem predicts that of a
+large one (:func:`~fistapruner.planning.footprint.solve_bytes`)."""
 
-    A share and not a number of rows, so that the memory of a small problem predicts that of a large one
-    (:func:`~fistapruner.planning.footprint.solve_bytes`).
-    """
-    size = max(1, -(-rows // 16))
+
+def row_blocks(rows: int) -> list[slice]:
+    """Cut ``rows`` into :data:`BLOCKS` blocks, so that temporaries of row-wise computations stay small."""
+    size = max(1, -(-rows // BLOCKS))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
