@@ -124,6 +124,16 @@ def test_two_processes(
     assert not (tmp_path / "trace").exists()
 
 
+def test_two_processes_remove_the_same_channels_and_heads(tmp_path: Path) -> None:
+    """And what stays gets the same zeros."""
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
+    smaller = {**SETTINGS, "structure": {"remove": "mlp=25%,heads=1", "multiple": 4}, "sparsity": "50%"}
+    for workers, name in ((1, "serial"), (2, "process")):
+        execution = {"executor": name, "workers": workers, "threads": 1}
+        prune(str(model), tmp_path / name, **smaller, execution=execution)
+    assert tiny.weights(tmp_path / "process") == tiny.weights(tmp_path / "serial")
+
+
 class Deadly(ProcessPool):
     """Kills workers: as often as said when they start a layer, and at the first event of a kind that is named."""
 

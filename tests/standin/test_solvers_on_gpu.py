@@ -21,6 +21,7 @@ from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.chain import _check_zeros
 from fistapruner.solvers.conditioning import inverse_from_cholesky
 from fistapruner.solvers.low_rank import solve_low_rank
+from fistapruner.structured.elimination import eliminate
 from fistapruner.structured.units import MLP, Unit
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
@@ -108,6 +109,13 @@ def test_an_inverse_takes_the_place_of_its_factor(gpu: StandIn, n: int) -> None:
     assert inverse.data_ptr() == factor.data_ptr()
     assert torch.allclose(inverse.cpu() @ gram, torch.eye(n), atol=1e-3)
     assert torch.equal(inverse, inverse.T)
+
+
+def test_channels_that_go_are_the_cpus(gpu: StandIn) -> None:
+    """The inverse of the Gram takes the place of the factor that the weights are fitted with."""
+    found, there = (eliminate(problem(device), 20) for device in (LAST, "cpu"))
+    assert torch.equal(found.order, there.order)
+    torch.testing.assert_close(found.costs.cpu(), there.costs, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.skipif(REAL, reason="only the stand-in counts waits")

@@ -94,8 +94,8 @@ class Structure(Settings):
         description="Choice of the channels: greedy elimination with the error that the other channels cannot make up "
         "for (obs), energy of the channel's outputs (energy), its fluctuation (flap), the norm of its weights "
         "(magnitude), GOA's criteria for heads and channels after its reconstruction (goa), or probabilities to stay "
-        "that are learned from forward passes of the whole model (bypass, takes long). auto is energy where channels "
-        "alone go, of which at most 20%, and obs otherwise.",
+        "that are learned from forward passes of the whole model (bypass, takes long). auto is energy where at "
+        "most 20% of the channels or parameters go, no heads, and as many from every layer, and obs otherwise.",
     )
     compensate: Literal["auto", "refit", "bias", "none"] = Field(
         "auto",

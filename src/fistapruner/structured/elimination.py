@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..problem import LayerProblem
-from ..solvers.conditioning import alive_gram, damped_cholesky, dead_inputs
+from ..solvers.conditioning import alive_gram, damped_cholesky, dead_inputs, inverse_from_cholesky
 
 FEW = 12
 """Blocks of which all subsets are tried, where one number is to be removed."""
@@ -53,10 +53,10 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1, *, every_subset
     """
     gram = alive_gram(problem.gram.double())
     factor, _, warnings = damped_cholesky(gram, 0.0, problem.label)
-    inverse = torch.cholesky_inverse(factor)
     weight = problem.weight.double()
     if problem.drift_gradient is not None:
         weight = weight + torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
+    inverse = inverse_from_cholesky(factor)
     weight = torch.where(dead_inputs(problem.gram), 0.0, weight)
     if block > 1:
         return _eliminate_blocks(inverse, weight, count, block, tuple(warnings), every_subset=every_subset)
