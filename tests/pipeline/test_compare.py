@@ -36,6 +36,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import load_run
 from fistapruner.runs.results import Perplexity
 from fistapruner.runtime.files import write_json_atomic, write_sealed_json
+from fistapruner.runtime.formatting import percent
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 
@@ -840,7 +841,14 @@ def test_rows_say_what_structure_was_removed(tmp_path: Path) -> None:
         "calibration": {"source": "python", "samples": 4, "seqlen": 32},
     }
     comparison = compare(folder, "wanda", ["50%"], tmp_path / "out", settings=settings, windows=2)
-    said = "50.0000 % (structure mlp=25% removed)"
+    (row,), whole = comparison.rows, load_run(next((tmp_path / "out" / "runs").glob("*")))
+    assert (row.model_weights, row.checkpoint_bytes) == (whole.totals.model_weights, whole.totals.checkpoint_bytes)
+    assert row.model_weights
+    assert row.flops_per_token
+    parameters = percent(1 - row.model_weights / (whole.model.parameters or 0))
+    operations = percent(1 - row.flops_per_token / (whole.totals.dense_flops_per_token or 0))
+    removed = f"mlp=25% removed: −{parameters} parameters, −{operations} FLOP a token"
+    said = f"50.0000 % (structure {removed})"
     assert said in comparison_table(comparison)
     assert said in (tmp_path / "out" / "compare.md").read_text()
     assert said.partition(" % ")[2] in (tmp_path / "out" / "compare.html").read_text()

@@ -298,7 +298,10 @@ def _filled(
     row.relative_error = report.mean_error if recovery is None else None  # it is of the model before the recovery
     row.seconds, row.time_split, row.peak_memory = totals.seconds, totals.time_split, totals.peak_memory
     row.operator_weights, row.operator_zeros = totals.operator_weights, totals.operator_zeros
-    row.low_rank_weights = totals.low_rank_weights
+    row.low_rank_weights, row.checkpoint_bytes = totals.low_rank_weights, totals.checkpoint_bytes
+    if report.widths:
+        row.dense_weights, row.model_weights = report.model.parameters, totals.model_weights
+        row.dense_flops_per_token, row.flops_per_token = totals.dense_flops_per_token, totals.flops_per_token
     if recovery is not None and recovery.totals.seconds is not None:
         row.seconds = (row.seconds or 0.0) + recovery.totals.seconds
         row.time_split = {**row.time_split, "recovery": recovery.totals.seconds}

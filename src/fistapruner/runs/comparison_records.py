@@ -27,6 +27,9 @@ class CompareRow(Record):
         relative_error: mean over changed operators, None after a recovery.
         seconds: of the run; ``time_split``: by phase; ``peak_memory``: bytes.
         operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
+        checkpoint_bytes: of the weight files before a recovery, which keeps their size.
+        dense_weights, model_weights: parameters of the whole model before and after structure was removed;
+            ``dense_flops_per_token``, ``flops_per_token``: see :class:`~.records.Totals`. None where none was.
         error: why this row has no figures, when it failed.
     """
 
@@ -44,6 +47,11 @@ class CompareRow(Record):
     operator_weights: int | None = None
     operator_zeros: int | None = None
     low_rank_weights: int | None = None
+    checkpoint_bytes: int | None = None
+    dense_weights: int | None = None
+    model_weights: int | None = None
+    dense_flops_per_token: int | None = None
+    flops_per_token: int | None = None
     settings: dict[str, Any] = {}
     error: str | None = None
 
@@ -66,10 +74,15 @@ class CompareRow(Record):
     def beside_zeros(self) -> str:
         """Say what low-rank parts add and what structure went, behind the share of zeros; else nothing."""
         more, weights = self.low_rank_weights, self.operator_weights
-        removed = (self.settings.get("structure") or {}).get("remove")
-        return (f" and {percent(more / weights)} more weights" if more and weights else "") + (
-            f" (structure {removed} removed)" if removed else ""
-        )
+        text = f" and {percent(more / weights)} more weights" if more and weights else ""
+        if removed := (self.settings.get("structure") or {}).get("remove"):
+            kept = (
+                (share_of(self.model_weights, self.dense_weights), "parameters"),
+                (share_of(self.flops_per_token, self.dense_flops_per_token), "FLOP a token"),
+            )
+            less = ", ".join(f"−{percent(1 - share)} {what}" for share, what in kept if share is not None)
+            text += f" (structure {removed} removed{less and f': {less}'})"
+        return text
 
 
 FIGURES, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
