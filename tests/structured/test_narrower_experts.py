@@ -290,7 +290,7 @@ def test_a_share_of_the_parameters_is_met(tmp_path: Path, capsys: pytest.Capture
     gone = dense.num_parameters() - loaded(tmp_path / "run" / "model").num_parameters()
     channels = 3 * 32 * (1 + 4) * 2  # one channel of every MLP and expert
     assert abs(gone - 0.15 * layers) <= channels / 2
-    assert f"({gone / layers:.1%} fewer)" in said
+    assert f"({gone / layers:.1%} fewer; {gone / dense.num_parameters():.1%} of the whole model's)" in said
     assert report.totals.model_weights == dense.num_parameters() - gone
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert (

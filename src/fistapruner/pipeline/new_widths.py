@@ -93,7 +93,7 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     where += "" if free or alike else " that has them"
     return (
         f"structure: {stay} stay in every {where}, {before - gone} of the layers' {before} parameters "
-        f"({gone / before:.1%} fewer)"
+        f"({gone / before:.1%} fewer; {gone / model.parameter_count():.1%} of the whole model's)"
     )
 
 
