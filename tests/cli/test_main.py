@@ -227,6 +227,20 @@ def test_a_second_interruption_while_python_ends_prints_nothing(when: str) -> No
     assert (done.returncode, done.stderr) == (130, "fistapruner: interrupted\n")
 
 
+def test_what_an_interruption_says_outlives_a_second_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        try:
+            raise KeyboardInterrupt("interrupted; give the same command again")
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fistapruner.cli.methods.run", run)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "fistapruner: interrupted; give the same command again\n"
+
+
 @pytest.mark.parametrize("rank", ["1", "gold"])
 def test_a_rank_without_a_number_of_processes_is_none(
     rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -152,9 +152,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interruption:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
             if leads():  # it says how to go on
-                print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
+                print(f"fistapruner: {_said(interruption) or 'interrupted'}", file=sys.stderr)
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             return 143 if terminated else 130
+
+
+def _said(interruption: BaseException | None) -> str:
+    """Return what an interruption says, or the one before it that it has cut short; empty where none says anything."""
+    while interruption is not None:
+        if isinstance(interruption, KeyboardInterrupt) and str(interruption):
+            return str(interruption)
+        interruption = interruption.__context__
+    return ""
 
 
 def _folder_is_gone() -> bool:

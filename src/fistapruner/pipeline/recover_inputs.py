@@ -263,7 +263,7 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None) -> RecoverRecipe
     data = recipe.data
     if data.source is None and not data.tasks:
         known = known_text(origin)
-        if known is None:
+        if origin is None or known is None:
             raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
         data = data.model_copy(update=known)
         try:
