@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _said(interruption: BaseException | None) -> str:
-    """Return what an interruption says, or the one before it that it has cut short; empty where none says anything."""
+    """Return what an interruption says, or the one that it has cut short; empty where none does."""
     while interruption is not None:
         if isinstance(interruption, KeyboardInterrupt) and str(interruption):
             return str(interruption)
