@@ -213,15 +213,32 @@ def test_an_interruption_where_python_drops_exceptions_comes_again(name: str, st
     assert process.returncode == status
 
 
-def test_a_second_interruption_while_python_ends_prints_nothing() -> None:
+@pytest.mark.parametrize("when", ["atexit.register(interrupt)", "launcher.leads = lambda: not interrupt()"])
+def test_a_second_interruption_while_python_ends_prints_nothing(when: str) -> None:
+    """Nor does one while the first is answered."""
     program = (
         "import atexit, os, signal, sys\nfrom fistapruner.cli import main, methods\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have background jobs ignore it
-        "interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\natexit.register(interrupt)\n"
+        "from fistapruner.runtime import launcher\n"
+        f"interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n{when}\n"
         "methods.run = interrupt\nsys.exit(main(['methods']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "fistapruner: interrupted\n")
+
+
+def test_what_an_interruption_says_outlives_a_second_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        try:
+            raise KeyboardInterrupt("interrupted; give the same command again")
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fistapruner.cli.methods.run", run)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "fistapruner: interrupted; give the same command again\n"
 
 
 @pytest.mark.parametrize("rank", ["1", "gold"])

@@ -92,6 +92,22 @@ def test_damage_is_made_good(runs: Runs, disk: Path, damage: Callable[[Path], No
         assert "again" in log
 
 
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_folder_in_the_place_of_a_layer_is_named(runs: Runs, disk: Path, suffix: str) -> None:
+    out = disk / "run"
+    shutil.copytree(runs.undisturbed, out)
+    shutil.rmtree(out / "model")
+    place = out / "layers" / f"0001{suffix}"
+    place.unlink()
+    place.mkdir()
+    outcome = runs.run(out)
+    assert outcome.status == 2
+    said = f"fistapruner: cannot write {place}: a folder is in its place: move the folder away"
+    assert outcome.stderr.splitlines()[-1] == said
+    place.rmdir()
+    runs.check_resumed(out)
+
+
 def test_damaged_run_json_is_refused(runs: Runs, disk: Path) -> None:
     """What a run decided cannot be guessed again; a run whose decisions are damaged is refused, not continued."""
     out = disk / "run"
@@ -144,4 +160,4 @@ def test_other_settings_are_refused(runs: Runs, disk: Path) -> None:
     ):
         outcome = runs.run(out, *flags)
         assert outcome.status == 2
-        assert f"holds a run with {named}: name another folder" in outcome.stderr
+        assert f"holds a run with {named}: 'fistapruner resume {out}' goes on with that one" in outcome.stderr

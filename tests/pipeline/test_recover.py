@@ -697,6 +697,15 @@ def short_text(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"data": {"source": str(folder / "short.txt")}}
 
 
+def text_of_the_run_gone(bench: Bench, folder: Path) -> dict[str, Any]:
+    run = PruneDirectory(Path(shutil.copytree(bench.pruned(), folder / "run")))
+    record = run.begun_record()
+    assert record.calibration is not None
+    calibration = record.calibration.model_copy(update={"source": "gone.txt"})
+    run.write_record(record.model_copy(update={"calibration": calibration}))
+    return {"model": run.folder}
+
+
 def mixed_text(bench: Bench, folder: Path) -> dict[str, Any]:
     (folder / "mixed.jsonl").write_text('{"text": "a b c"}\n{"prompt": "a", "completion": "b"}\n')
     return {"data": {"source": str(folder / "mixed.jsonl")}}
@@ -774,11 +783,15 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "mixed text": (mixed_text, r"mixed.jsonl, line 2 has prompt and completion, .*: one kind a file"),
     "no text": (lambda bench, folder: {"data": {"source": ""}}, r"training source '' is neither"),
     "text not there": (lambda bench, folder: {"data": {"source": "nowhere.txt"}}, r"training source 'nowhere\.txt' is"),
+    "text of the run gone": (
+        text_of_the_run_gone,
+        r"^the text of the run in .*run: training source 'gone\.txt' is .*; name it where it is, or another, with",
+    ),
     "long windows": (lambda bench, folder: {"data": {"seqlen": 10**6}}, r"data\.seqlen 1000000 is more than the 2048"),
     "unfinished": (unfinished, r"has no finished checkpoint: go on with 'fistapruner resume .*run'"),
     "damaged": (damaged, r"is damaged: .*: make the checkpoint again with 'fistapruner resume .*run'"),
     "no model": (lambda bench, folder: {"model": folder / "nowhere"}, r"model '.*nowhere' does not exist"),
-    "out is the input": (out_is_the_input, r"holds a run of 'fistapruner prune', not of recover: name another folder"),
+    "out is the input": (out_is_the_input, r"holds the model .* itself: name a folder outside of it"),
     "out is the model": (out_is_the_input_model, r"is a folder with other things in it"),
     "fp16 on a CPU": (lambda bench, folder: {"dtype": "float16"}, r"holds no values above 65,504"),
     "operators": (lambda bench, folder: {"targets": ["nowhere"]}, r"'nowhere' matches no operator"),

@@ -29,6 +29,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD
 from fistapruner.pipeline.begun import (
     evaluation_on,
+    interrupted_with,
     refuse_other_settings,
     refuse_overlap,
     say_kept_plan,
@@ -121,6 +122,17 @@ def test_an_output_around_the_source_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(fp.FistaPrunerError, match=r"holds the model .* itself: name a folder outside of it"):
         fp.prune(tmp_path / "model.gguf", tmp_path / "run", **SETTINGS)
     assert list((tmp_path / "run").rglob("config.json"))
+
+
+def test_an_output_that_is_the_input_is_refused_and_kept(run: Path, finished: Path, tmp_path: Path) -> None:
+    """Whatever settings its run has: to remove it, as for other settings, would remove the input."""
+    before = contents(run)
+    for model, verb in product((run, run / "model"), (fp.prune, fp.recover)):
+        with pytest.raises(fp.FistaPrunerError, match=r"holds the model .* itself: name a folder outside of it"):
+            verb(model, run)
+    with pytest.raises(fp.FistaPrunerError, match=r"holds a run of 'fistapruner prune', not of recover"):
+        fp.recover(finished, run)
+    assert contents(run) == before
 
 
 def test_an_output_inside_the_source_or_beside_it_is_not_refused(tmp_path: Path) -> None:
@@ -971,8 +983,17 @@ def test_a_setting_that_a_run_does_not_have_is_none_in_it(tmp_path: Path) -> Non
         ({"new": 2}, "new = null, this one has 2"),
         ({"data": {"a": 1}}, "data.a = null, this one has 1"),
     ):
-        with pytest.raises(fp.FistaPrunerError, match=f"holds a run with {said}: name another folder, or remove it$"):
+        with pytest.raises(
+            fp.FistaPrunerError,
+            match=f"holds a run with {said}: 'fistapruner resume .*' goes on with that one; .* name another folder$",
+        ):
             refuse_other_settings(run, {"seed": 0, "data": {"b": 2}}, {"seed": 0, **now})
+
+
+def test_a_second_interruption_does_not_cost_the_sentence_that_says_how_to_go_on() -> None:
+    say = Mock(side_effect=[KeyboardInterrupt, "interrupted; go on"])
+    with pytest.raises(KeyboardInterrupt, match="interrupted; go on"), interrupted_with(say):
+        raise KeyboardInterrupt
 
 
 def test_an_allocation_in_another_order_is_another_run(dense: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..errors import FistaPrunerError, OtherRankFailed, out_path
     from ..runtime.launcher import leads
 
-    with _readers_may_leave() as (results, messages), _signals() as terminated:
+    with _signals() as terminated, _readers_may_leave() as (results, messages):
         try:
             parsed = build_parser().parse_args(arguments)  # which may colour its help
             results.passes, messages.passes = "\n", "\n\r"  # progress bars of other libraries return
@@ -150,10 +150,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
             if leads():  # it says how to go on
-                print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
+                print(f"fistapruner: {_said(interruption) or 'interrupted'}", file=sys.stderr)
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             return 143 if terminated else 130
+
+
+def _said(interruption: BaseException | None) -> str:
+    """Return what an interruption says, or the one that it has cut short; empty where none does."""
+    while interruption is not None:
+        if isinstance(interruption, KeyboardInterrupt) and str(interruption):
+            return str(interruption)
+        interruption = interruption.__context__
+    return ""
 
 
 def _folder_is_gone() -> bool:
@@ -319,7 +329,7 @@ def _signals() -> Iterator[list[int]]:
             report(dropped)
             return
         # A second SIGTERM would end the process, and background jobs of a shell ignore SIGINT.
-        before.setdefault(signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         again.append(threading.Timer(AGAIN, _interrupt_main_thread))
         again[-1].start()
 
@@ -327,6 +337,7 @@ def _signals() -> Iterator[list[int]]:
     before: dict[int, Any] = {}
     report = sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
+        before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
         for name, action in actions.items():
             if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
                 before[number] = signal.signal(number, action)

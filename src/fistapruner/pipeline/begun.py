@@ -209,7 +209,7 @@ def refuse_other_settings(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
     flag: str = "--out",
-    advice: str = "name another folder, or remove it",
+    advice: str | None = None,
 ) -> None:
     """Refuse to continue a run of other settings.
 
@@ -217,11 +217,12 @@ def refuse_other_settings(
         run: its directory.
         before: its settings, by name; there may be more of them.
         now: those that are asked for and must be the same.
-        flag: that asks for them in this directory; ``advice``: what to do.
+        flag: that asks for them in this directory; ``advice``: what to do, None goes on with the run or leaves it.
 
     Raises:
         FistaPrunerError: names the first setting that differs, one of a section as ``data.tokens``.
     """
+    advice = advice or f"'{shell_line('resume', run.folder)}' goes on with that one; for this one name another folder"
     before, now = _flat(before), _flat(now)
     for key in now:
         if before.get(key) != now[key]:
@@ -302,6 +303,16 @@ def execution_here(execution: Execution, listener: Listener) -> Execution:
     return execution
 
 
+def refuse_input(model: str, out: Path) -> None:
+    """Refuse an output folder that is, or holds, what the user named as the model, where that is a path.
+
+    Raises:
+        FistaPrunerError: names both.
+    """
+    if Path(model).exists():
+        refuse_overlap(Path(model), out)
+
+
 def refuse_overlap(source: Path, out: Path) -> None:
     """Refuse an output folder that is, or holds, the model that is read.
 
@@ -356,4 +367,8 @@ def interrupted_with(say: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(say()) from None
+        try:
+            said = say()
+        except KeyboardInterrupt:  # Ctrl-C twice
+            said = say()
+        raise KeyboardInterrupt(said) from None

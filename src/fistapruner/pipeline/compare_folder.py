@@ -120,7 +120,7 @@ def rows_that_stay(
         run = job.run(folder)
         if (record := run.record()) is not None:
             earlier = Recipe.build(record.recipe, str(run.run_file)).identity()
-            refuse_other_settings(run, earlier, job.recipe.identity())
+            refuse_other_settings(run, earlier, job.recipe.identity(), advice="name another folder, or remove it")
     return stay
 
 

@@ -42,6 +42,7 @@ from .begun import (
     find_finished,
     interrupted_with,
     keep_recipe,
+    refuse_input,
     refuse_lost_dense,
     refuse_lost_model,
     refuse_lost_text,
@@ -119,6 +120,7 @@ def prune(
     check_tokens(tokens)
     evaluation = evaluation_on(evaluate, evaluate_windows)
     run.check_place()
+    refuse_input(model, run.folder)
     begun = run.record()
 
     def family() -> str:

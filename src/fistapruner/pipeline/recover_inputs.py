@@ -263,9 +263,14 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None) -> RecoverRecipe
     data = recipe.data
     if data.source is None and not data.tasks:
         known = known_text(origin)
-        if known is None:
+        if origin is None or known is None:
             raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
         data = data.model_copy(update=known)
-        for text in data.texts:
-            check_source(text, PURPOSE)
+        try:
+            for text in data.texts:
+                check_source(text, PURPOSE)
+        except FistaPrunerError as error:
+            raise FistaPrunerError(
+                f"the text of the run in {origin.folder}: {error}; name it where it is, or another, with --data"
+            ) from None
     return recipe.model_copy(update={"data": data}).with_absolute_files()

@@ -33,6 +33,7 @@ from .begun import (
     interrupted_with,
     is_lost,
     keep_recipe,
+    refuse_input,
     refuse_lost_text,
     refuse_other_settings,
     say_kept_plan,
@@ -105,6 +106,7 @@ def _run(
 ) -> Report:
     """Do what is left of a run, together with the other processes if there are any."""
     run.check_place()
+    refuse_input(request.model, run.folder)
     if launched() > 1:
         told.tick("waiting for the other processes", 0, 1)
     with undisturbed(), ranks_of_run(request.recipe.execution.device) as ranks:
@@ -127,6 +129,7 @@ def _lead(
 ) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener, ranks = Logged(told), request.ranks
+    run.record()  # a run of another verb is refused before its log is written to
     interruption = interrupted_with(lambda: _how_to_continue(run))
     with interruption, run.created(), hold(run.folder), log_file(run.log_file):
         begun = run.record()

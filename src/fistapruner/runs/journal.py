@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, files_named, read_sealed_json, sha256_file, write_sealed_json
+from ..runtime.files import PARTIAL, disk_errors, files_named, read_sealed_json, sha256_file, write_sealed_json
 from .layer_records import LayerEntry
 
 log = logging.getLogger("fistapruner")
@@ -51,7 +51,8 @@ class LayerJournal:
             entry: the layer's part of the report.
         """
         tensors, record = self.files(entry.index)
-        record.unlink(missing_ok=True)
+        with disk_errors(record):
+            record.unlink(missing_ok=True)
         write_tensors(tensors, weights, {"fingerprint": fingerprint})
         content = entry.model_dump(mode="json")
         content["file"] = {"fingerprint": fingerprint, "sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}
@@ -106,7 +107,8 @@ class LayerJournal:
     def remove(self) -> None:
         """Remove the records of all layers, so that they are pruned again."""
         for record in self.records():
-            record.unlink()
+            with disk_errors(record):
+                record.unlink()
 
     def remove_weights(self) -> None:
         """Remove the tensors of all layers, which are as large as the model; their records stay."""
