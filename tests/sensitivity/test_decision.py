@@ -257,6 +257,16 @@ def test_an_operator_that_costs_nothing_gives_its_zeros_first() -> None:
     assert [str(chosen[name]) for name in "abc"] == ["0%", "1:4", "1:4"]
 
 
+@pytest.mark.parametrize("pattern", [NM(3, 5), NM(7, 10), NM(2, 5), NM(2, 4)], ids=str)
+def test_alike_operators_get_the_pattern_that_is_asked(pattern: NM) -> None:
+    """Its zeros are enough: shares that are not whole in binary, such as 0.4, take no further step."""
+    patterns = patterns_measured(pattern)
+    curve = torch.tensor([each.fraction**2 for each in patterns])
+    names = "abcd"
+    chosen = choose_patterns(dict.fromkeys(names, curve), dict.fromkeys(names, 57600), patterns, pattern.fraction)
+    assert chosen == dict.fromkeys(names, pattern)
+
+
 @pytest.mark.parametrize(("other", "chosen"), [(7.0, ["2:4", "0%"]), (2.0, ["0%", "2:4"])])
 def test_a_cheap_second_step_comes_with_the_dear_first_one(other: float, chosen: list[str]) -> None:
     """Of an operator that loses 10, then 1, and of one that loses as much in either step: the least sum."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.solvers import METHODS, solve
-from fistapruner.solvers.conditioning import damped_cholesky, largest_eigenvalue
+from fistapruner.solvers.conditioning import damped_cholesky, largest_eigenvalue, regularised_gram
 
 CHAINS = [name for name, method in METHODS.items() if not method.refines]
 CHAINS += [f"wanda+{name}" for name, method in METHODS.items() if method.refines]
@@ -74,6 +74,22 @@ def test_weights_of_dead_inputs_go_first(chain: str, sparsity: str) -> None:
         alive = torch.arange(48) % 4 > 0
         without = solve(LayerProblem.from_activations(weight[:, alive], inputs[:, alive]), 1 / 3, chain)
         assert solution.stats[0]["relative_error"] == pytest.approx(without.stats[0]["relative_error"], rel=0.1)
+
+
+@pytest.mark.parametrize("chain", ["proximal", "wanda+refit"])
+def test_dead_inputs_beside_a_massive_one_do_not_hold_the_others_back(chain: str) -> None:
+    """The ridge for the sampling error is that of a problem without them, and so is the error."""
+    inputs = activations(96, 1000)
+    inputs[:, 20] *= 300
+    inputs[:, 48:] = 0
+    gram = inputs.T @ inputs / 1000
+    ridge = (regularised_gram(gram, 1000, 0.0, 3.0) - gram)[:48, :48].diagonal()
+    alone = (regularised_gram(gram[:48, :48], 1000, 0.0, 3.0) - gram[:48, :48]).diagonal()
+    assert torch.allclose(ridge[:20], alone[:20], rtol=1e-3)
+    weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
+    found = solve(LayerProblem.from_activations(weight, inputs), 0.75, chain)
+    without = solve(LayerProblem.from_activations(weight[:, :48], inputs[:, :48]), 0.5, chain)
+    assert found.stats[0]["relative_error"] == pytest.approx(without.stats[0]["relative_error"], rel=0.1)
 
 
 def test_weights_of_dead_inputs_that_stay_are_the_dense_ones() -> None:

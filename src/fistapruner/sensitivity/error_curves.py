@@ -9,6 +9,7 @@ so that the greedy choice is optimal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -165,11 +166,12 @@ def choose_patterns(
             )
             offers.append((slope, name, to))
             at = to
-    left = fraction * sum(sizes.values())
+    # Whole zeros: sums of shares such as 0.4, which are rounded, would leave a trace that takes one more step.
+    left = math.ceil(fraction * sum(sizes.values()) * (1 - 1e-12))
     for _, name, to in sorted(offers, key=lambda offer: offer[0]):  # stable: an operator's steps stay in order
         if left <= 0:
             break
-        left -= (shares[to] - shares[chosen[name]]) * sizes[name]
+        left -= patterns[to].zeros(1, sizes[name]) - patterns[chosen[name]].zeros(1, sizes[name])
         chosen[name] = to
     return {name: patterns[to] for name, to in chosen.items()}
 

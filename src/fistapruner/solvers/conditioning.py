@@ -108,15 +108,19 @@ def regularised_gram(gram: Tensor, tokens: int | None, damping: float, shrinkage
         gram: (n, n) of the calibration tokens.
         tokens: their number; None if the Gram is exact.
         damping: share of the mean of the diagonal.
-        shrinkage: this times inputs / tokens, at most 0.3, is the share of the geometric mean of the diagonal.
+        shrinkage: this times inputs / tokens, at most 0.3, is the share of the geometric mean of the diagonal; dead
+            inputs, which have no sampling error, count in neither.
 
     Returns:
         (n, n), a copy without the zero diagonal of dead inputs (:func:`alive_gram`).
     """
+    used = ~dead_inputs(gram)
+    used |= ~used.any()  # where all are dead, they are alike
     gram = alive_gram(gram)
-    uncertain = 0.0 if tokens is None else min(0.3, shrinkage * len(gram) / tokens)
     mean = gram.diagonal().mean()
-    gram.diagonal().add_(mean * (damping + uncertain * (gram.diagonal() / mean).log().mean().exp()))
+    sizes = (gram.diagonal() / mean)[used]
+    uncertain = 0.0 if tokens is None else min(0.3, shrinkage * len(sizes) / tokens)
+    gram.diagonal().add_(mean * (damping + uncertain * sizes.log().mean().exp()))
     return gram
 
 
