@@ -103,15 +103,15 @@ def expand_home(path: str, instead: str = "give the whole path") -> Path:
         raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
 
 
-def out_path(out: object, expected: str = A_FOLDER) -> Path:
+def out_path(out: object, expected: str = A_FOLDER, name: str = "out") -> Path:
     """Return the path of an output or a run, with the home folder in place of ``~``.
 
     Raises:
         FistaPrunerError: it is no path, or empty (Python takes that for the current folder), or there is no such home
             folder.
     """
-    if not (text := path_text("out", out, expected)):
-        raise FistaPrunerError(f"out '' is empty: give {expected}")
+    if not (text := path_text(name, out, expected)):
+        raise FistaPrunerError(f"{name} '' is empty: give {expected}")
     return expand_home(text)
 
 

@@ -436,6 +436,8 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
         ("evaluate x --tasks piqa --windows 50", "windows 50: for windows of text, and no text is measured: give"),
         ("evaluate x --tasks piqa --bos text", "bos 'text': for windows of text, and no text is measured: give data"),
         ("prune x --out=", "out '' is empty: give the path of a folder"),
+        ("status ", "RUN '' is empty: give the path of a folder"),
+        ("resume ", "RUN '' is empty: give the path of a folder"),
         ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
         ("recover x --out OUT --replay=", "--replay '' is empty: name a steps.jsonl"),
         ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
@@ -452,7 +454,7 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
 def test_a_flag_that_is_empty_or_without_effect_is_refused(
     tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 2
+    assert main(command.replace("OUT", str(tmp_path / "out")).split(" ")) == 2
     assert said in capsys.readouterr().err
 
 

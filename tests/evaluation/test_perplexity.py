@@ -17,6 +17,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation import streaming
+from fistapruner.evaluation.data import Windows
 from fistapruner.evaluation.zero_shot import Tasks, task_result
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -239,6 +240,13 @@ def test_bad_settings_are_named_before_any_work(
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.evaluate(folder, **{"data": str(text), **settings}, tick=lambda what, done, total: passes.append(what))
     assert not passes
+
+
+@pytest.mark.parametrize("setting", [{"seqlen": 8}, {"windows": 1}, {"bos": "window"}])
+def test_settings_of_windows_are_refused_for_windows_that_are_cut(tmp_path: Path, setting: dict[str, Any]) -> None:
+    cut = Windows(torch.ones(2, 16, dtype=torch.int64), "text", "file", "none")
+    with pytest.raises(fp.FistaPrunerError, match="data are windows that are cut already: leave it out"):
+        fp.evaluate(tiny.save("llama", tmp_path / "model"), cut, **setting)
 
 
 def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"cannot read .*folder\.jsonl: Is a directory"):
         find_tasks(["folder"], tmp_path)
     with pytest.raises(fp.FistaPrunerError, match="task 'absent' is not in"):
-        find_tasks(["absent"], tmp_path)
+        find_tasks(["all", "absent"], tmp_path)
     with pytest.raises(fp.FistaPrunerError, match="nowhere is not a folder; name one"):
         find_tasks(["absent"], tmp_path / "nowhere")
     (tmp_path / "without").mkdir()

@@ -29,6 +29,7 @@ from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
+from fistapruner.reporting.comparison import comparison_markdown
 from fistapruner.reporting.evaluation_text import evaluation_text, perplexity_conditions
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
@@ -835,7 +836,22 @@ def test_model_card_shows_names_as_they_are_and_runs_nothing() -> None:
     report = samples.report()
     report.model.source = "/home/me/<img src=x onerror=alert(1)>`|[a](b)\n# title"
     report.command = "fistapruner prune '```' --out x"
+    assert report.calibration is not None
+    report.calibration.how = "sql: 3 windows of a*b*<img>.txt"
     _, _, text = model_card(report).split("---\n", 2)
+    assert "(sql: 3 windows of a\\*b\\*\\<img\\>.txt)" in text
     assert "\\<img src=x onerror=alert(1)\\>\\`\\|\\[a\\](b) # title" in text
     assert not re.search(r"(?<!\\)<img", text)
     assert "\n````bash\n" in text
+
+
+def test_a_comparison_in_markdown_shows_names_as_they_are() -> None:
+    comparison = samples.comparison()
+    comparison.rows[0].method = r"wanda@ignore=[re:layers\.[01]\.*mlp*|x]"
+    comparison.rows[-1].error = "<b>no</b> memory"
+    assert comparison.dense is not None
+    comparison.dense = replace(comparison.dense, data="a*b*.txt")
+    text = comparison_markdown(comparison)
+    assert r"| wanda@ignore=\[re:layers\\.\[01\]\\.\*mlp\*\|x\] | 50% |" in text
+    assert r"on a\*b\*.txt (test)" in text
+    assert r"\<b\>no\</b\> memory" in text

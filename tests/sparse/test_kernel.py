@@ -319,6 +319,26 @@ def test_a_bias_changed_in_place_is_used(kind):
         assert float((layer(x) + bias - before).abs().max()) < 2
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_defaults_of_torch_change_no_bit(level, rows):
+    operator = make(0, 70, 130, 0.5, torch.float32)
+    bias, x = torch.randn(70), torch.randn(rows, 130)
+    want, dense = SparseLinear(operator, bias, level)(x), operator.to_dense()
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                layer = SparseLinear(operator, bias, level)
+                assert torch.equal(layer(x), want)
+                assert torch.equal(layer(x.clone().requires_grad_()), layer(x.clone().requires_grad_()))
+                assert torch.equal(layer.weight, dense)
+                layer.load_state_dict({"weight": 2 * dense, "bias": bias})
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(layer.weight, 2 * dense)
+
+
 @pytest.mark.parametrize("level", kernel.available_levels()[:1])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_bias_that_is_not_on_the_cpu_is_refused(level, rows):

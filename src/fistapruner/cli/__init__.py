@@ -113,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parsed = build_parser().parse_args(arguments)  # which may colour its help
             results.passes, messages.passes = "\n", "\n\r"  # progress bars of other libraries return
-            for name in ("out", "run_directory"):
+            for name, called in (("out", "out"), ("run_directory", "RUN")):
                 if (given := getattr(parsed, name, None)) is not None:
-                    setattr(parsed, name, str(out_path(given)))
+                    setattr(parsed, name, str(out_path(given, name=called)))
             _quieten()
             _share_cores()
             _refuse_processes(parsed)

@@ -222,6 +222,8 @@ def check_request(
     for name, value in (("seqlen", seqlen), ("windows", windows), ("bos", None if bos == "auto" else bos)):
         if data is None and value is not None:
             raise FistaPrunerError(f"{name} {value!r}: for windows of text, and no text is measured: give data")
+        if isinstance(data, Windows) and value is not None:
+            raise FistaPrunerError(f"{name} {value!r}: data are windows that are cut already: leave it out")
     if limit is not None and not tasks:
         raise FistaPrunerError(f"limit {limit!r}: items of zero-shot tasks, and no tasks are given")
     if dtype != "auto" and not (isinstance(dtype, str) and dtype in DTYPES):

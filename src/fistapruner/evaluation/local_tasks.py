@@ -37,12 +37,10 @@ def local_files(tasks: Sequence[str], tasks_dir: Path) -> list[Path]:
     if not present:
         raise FistaPrunerError(f"--tasks-dir {tasks_dir} has no .jsonl file: each task is one")
     names = {path.stem: path for path in present}
-    if "all" in tasks:
-        return present
     for task in tasks:
-        if task not in names:
+        if task not in (*names, "all"):
             raise FistaPrunerError(f"task {task!r} is not in {tasks_dir}: it has {', '.join(names)}")
-    return [names[task] for task in tasks]
+    return present if "all" in tasks else [names[task] for task in tasks]
 
 
 def local_task(path: Path) -> dict[str, Any]:

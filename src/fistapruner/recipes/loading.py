@@ -17,8 +17,9 @@ from ..errors import FistaPrunerError, unreadable
 class _PlainLoader(yaml.SafeLoader):
     """Load YAML without aliases, dates and repeated keys, with the numbers of YAML 1.2.
 
-    A few nested aliases can expand to more text than fits in memory. In YAML 1.1 ``2:4`` is the number 124 (base 60);
-    here it stays a pattern. A key stays a word, also where it is ``no``, which is Norwegian.
+    A few nested aliases can expand to more text than fits in memory. In YAML 1.1 ``2:4`` is the number 124 (base 60)
+    and ``010`` is 8; here the one stays a pattern, and the other is 10. A key stays a word, also where it is ``no``,
+    which is Norwegian.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -42,6 +43,7 @@ _PlainLoader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 _PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

@@ -247,7 +247,7 @@ def _made(report: Report) -> list[str]:
     lines = []
     if report.calibration:
         used = report.calibration
-        how = f" ({used.how})" if used.how else ""
+        how = f" ({plain_markdown(used.how)})" if used.how else ""
         source = plain_markdown(file_name(used.source))
         lines.append(f"{report.text_kind}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
     if report.recovery is not None and (text := held_out_text(report.recovery)):

@@ -175,7 +175,7 @@ def scratch(nbytes: int) -> Tensor:
     """Return memory that this thread reuses: fresh pages would cost more than the work on them."""
     held: Tensor | None = getattr(_scratch, "bytes", None)
     if held is None or held.numel() < nbytes:
-        held = _scratch.bytes = torch.empty(nbytes, dtype=torch.uint8)
+        held = _scratch.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return held[:nbytes]
 
 
@@ -228,7 +228,7 @@ class Handle:
         now = bias.detach().float()
         if self._bias is None:
             with torch.inference_mode(False):  # what is made in that mode cannot be overwritten outside of it
-                self._bias = torch.empty(self.rows)
+                self._bias = torch.empty(self.rows, dtype=torch.float32, device="cpu")
         elif self._struct.bias is not None and torch.equal(self._bias, now):
             return False
         self._bias.copy_(now)
@@ -287,7 +287,7 @@ class OperatorBatch:
             For each operator, its product (…, rows).
         """
         batch = x.numel() // self._columns
-        outs = [torch.empty((*x.shape[:-1], rows), dtype=x.dtype) for rows in self._rows]
+        outs = [x.new_empty((*x.shape[:-1], rows)) for rows in self._rows]
         places = self._pointers(*[out.data_ptr() for out in outs])
         threads = min(torch.get_num_threads(), self._blocks)
         if many:

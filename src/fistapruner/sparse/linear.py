@@ -214,7 +214,7 @@ class SparseLinear(nn.Module):
             last = min(first + tile, self.out_features)
             shape = last - first, self.in_features
             nbytes = shape[0] * shape[1] * x.element_size()
-            memory = torch.empty(nbytes, dtype=torch.uint8) if differentiable else kernel.scratch(nbytes)
+            memory = x.new_empty(nbytes, dtype=torch.uint8) if differentiable else kernel.scratch(nbytes)
             weight = memory.view(x.dtype).view(shape)
             handle.unpack(first, last, weight, self.level)
             parts.append(functional.linear(x, weight, None if bias is None else bias[first:last]))

@@ -66,7 +66,7 @@ class PackedOperator:
         values = self.values[: self.stored]
         if self.scales is not None:
             values = (values.float() * self._value_scales(kept)).to(self.dtype)
-        dense = torch.zeros(self.shape, dtype=self.dtype)
+        dense = values.new_zeros(self.shape)
         dense.masked_scatter_(
             kept, values
         )  # assigning a single value would convert it through float and change a NaN's bits
@@ -130,9 +130,7 @@ def pack_operator(weight: Tensor, pattern: NM | None = None) -> PackedOperator:
     kept = weight != 0
     if pattern is not None:
         kept = fill_groups(kept, pattern)
-    values = torch.where(weight != 0, weight, torch.zeros((), dtype=weight.dtype))[
-        kept
-    ]  # -0.0 that fills a group becomes 0
+    values = torch.where(weight != 0, weight, weight.new_zeros(()))[kept]  # -0.0 that fills a group becomes 0
     mask = mask_bytes(kept)
     return PackedOperator((rows, columns), weight.dtype, mask, row_starts(mask), padded_values(values), pattern=pattern)
 
@@ -165,7 +163,7 @@ def mask_bytes(kept: Tensor) -> Tensor:
 
 def row_starts(mask: Tensor) -> Tensor:
     """Compute the (rows + 1) offsets of the rows' values from the mask."""
-    start = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+    start = mask.new_zeros(mask.shape[0] + 1, dtype=torch.int64)
     if mask.numel():
         counts = np.bitwise_count(mask.numpy().view(np.uint64)).sum(axis=1, dtype=np.int64)
         torch.cumsum(torch.from_numpy(counts), 0, out=start[1:])
@@ -174,7 +172,7 @@ def row_starts(mask: Tensor) -> Tensor:
 
 def padded_values(values: Tensor) -> Tensor:
     """Copy values into contiguous memory, followed by :data:`PADDING` zero bytes."""
-    out = torch.zeros(values.numel() + PADDING // values.element_size(), dtype=values.dtype)
+    out = values.new_zeros(values.numel() + PADDING // values.element_size())
     out[: values.numel()] = values.flatten()
     return out
 
