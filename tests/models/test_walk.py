@@ -132,6 +132,17 @@ def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path: Path, h
         assert torch.equal(before[name], after[name])
 
 
+def test_the_head_of_another_part_is_not_that_of_a_tied_model(tmp_path: Path) -> None:
+    """Such as of a part that predicts several tokens, which transformers does not load."""
+    folder = tiny.save("llama", tmp_path, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    other = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**tensors, "mtp.lm_head.weight": other}, folder / "model.safetensors", {"format": "pt"})
+    tokens = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(0))
+    sums = score_windows(opened(folder), tokens, Passes())
+    torch.testing.assert_close(sums.nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
