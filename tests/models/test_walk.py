@@ -352,7 +352,8 @@ def test_nan_outside_of_operators_is_one_line(tmp_path: Path, tensor: str, messa
 
 
 @pytest.mark.parametrize(
-    "device", ["mps", "xpu", "vulkan", "meta", "nonsense", "cuda:x", "cuda:01", "cuda:\u0967", None, torch.device("cpu")]
+    "device",
+    ["mps", "xpu", "vulkan", "meta", "nonsense", "cuda:x", "cuda:01", "cuda:\u0967", None, torch.device("cpu")],
 )
 def test_other_devices_are_refused(tmp_path: Path, device: Any) -> None:
     message = re.escape(f"device {device!r} is not supported: auto, cpu, cuda or cuda:N")
