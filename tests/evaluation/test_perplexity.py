@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
+from fistapruner.activations.store import HiddenStates
 from fistapruner.cli import main
 from fistapruner.evaluation import streaming
 from fistapruner.evaluation.data import Windows
@@ -114,8 +115,18 @@ def test_blocks_of_windows_change_nothing(tmp_path: Path, text: Path, monkeypatc
     folder = tiny.save("llama", tmp_path / "model")
     whole = fp.evaluate(folder, str(text), seqlen=16, batch_size=2).perplexity
     monkeypatch.setattr(streaming, "free_memory", lambda: 2 * 4 * 16 * 32 * 4)
+    made: list[HiddenStates] = []
+    make = HiddenStates.__init__
+
+    def init(states: HiddenStates, *args: Any) -> None:
+        assert not any(earlier._memory is not None for earlier in made if earlier.samples > 2)  # 2 of the check
+        made.append(states)
+        make(states, *args)
+
+    monkeypatch.setattr(HiddenStates, "__init__", init)
     small = fp.evaluate(folder, str(text), seqlen=16, batch_size=2).perplexity
     assert whole == small
+    assert len(made) > 2
 
 
 def test_hidden_states_take_what_the_models_leave_of_a_limit(

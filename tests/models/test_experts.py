@@ -40,6 +40,12 @@ def test_the_walk_has_the_models_own_logits(tmp_path: Path, architecture: str, o
     torch.testing.assert_close(model.own_logits(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_config_that_asks_for_a_loss_of_routers_is_run(tmp_path: Path, architecture: str) -> None:
+    """Trainers leave that in the config; the loss changes no prediction."""
+    check_model(opened(tiny.save(architecture, tmp_path, output_router_logits=True)))
+
+
 def test_what_routes_stays_in_fp32_as_in_transformers(tmp_path: Path) -> None:
     """Rounded to bf16, it would choose other experts than the model that users load."""
     tiny.need_transformers("5.24")  # 5.16 rounds the router's weight itself

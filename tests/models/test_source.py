@@ -19,13 +19,22 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.folder_files import gguf_files
-from fistapruner.models.source import ModelSource, default_cache, resolve_model
+from fistapruner.models.source import UNTRUSTED, ModelSource, default_cache, resolve_model
 from fistapruner.models.tokenizer import load_tokenizer
 
 
 def test_local_folder_is_itself(tmp_path: Path) -> None:
     assert resolve_model(tmp_path) == tmp_path
     assert resolve_model(str(tmp_path)) == tmp_path
+
+
+def test_the_folder_one_is_in_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = tmp_path / "models--some--model" / "snapshots" / ("a" * 40)
+    (commit / "inner").mkdir(parents=True)
+    for here, name in ((commit, "."), (commit / "inner", "..")):
+        monkeypatch.chdir(here)
+        source = UNTRUSTED.find(name)
+        assert (source.shown_name, source.revision()) == ("some/model", "a" * 40)
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/folder", "~/absent", "a/b/c", "model.gguf", "a b", "", "x\n"])

@@ -81,6 +81,21 @@ def test_predictions_are_the_models_own(tmp_path: Path, config: Any) -> None:
     torch.testing.assert_close(sums.nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "gemma4"])
+def test_what_a_model_computes_when_it_is_built_has_the_precision_of_passes(tmp_path: Path, architecture: str) -> None:
+    """Gemma multiplies embeddings by the root of their width, which its config's bfloat16 would round."""
+    folder = tiny.save(architecture, tmp_path, dtype=torch.bfloat16, hidden_size=40)
+    tokens = torch.arange(3, 19)[None]
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            LayerwiseModel(Checkpoint.open(folder), CPU, torch.float32).own_logits(tokens),
+            whole(input_ids=tokens, use_cache=False).logits,
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
 def test_positions_that_begin_after_padding_are_not_counted(tmp_path: Path) -> None:
     """RoBERTa states 514 positions and takes 512 tokens."""
     config = transformers.RobertaConfig(**{**BERT, "max_position_embeddings": 26, "pad_token_id": 1})
@@ -115,6 +130,17 @@ def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path: Path, h
     assert before.keys() == after.keys()
     for name in before.keys() & {"lm_head.weight", "model.embed_tokens.weight"}:
         assert torch.equal(before[name], after[name])
+
+
+def test_the_head_of_another_part_is_not_that_of_a_tied_model(tmp_path: Path) -> None:
+    """Such as of a part that predicts several tokens, which transformers does not load."""
+    folder = tiny.save("llama", tmp_path, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    other = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**tensors, "mtp.lm_head.weight": other}, folder / "model.safetensors", {"format": "pt"})
+    tokens = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(0))
+    sums = score_windows(opened(folder), tokens, Passes())
+    torch.testing.assert_close(sums.nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +351,10 @@ def test_nan_outside_of_operators_is_one_line(tmp_path: Path, tensor: str, messa
         fp.prune(str(folder), tmp_path / "run", calibration={"source": "python", "samples": 2, "seqlen": 16})
 
 
-@pytest.mark.parametrize("device", ["mps", "xpu", "vulkan", "meta", "nonsense", "cuda:x", None, torch.device("cpu")])
+@pytest.mark.parametrize(
+    "device",
+    ["mps", "xpu", "vulkan", "meta", "nonsense", "cuda:x", "cuda:01", "cuda:\u0967", None, torch.device("cpu")],
+)
 def test_other_devices_are_refused(tmp_path: Path, device: Any) -> None:
     message = re.escape(f"device {device!r} is not supported: auto, cpu, cuda or cuda:N")
     with pytest.raises(FistaPrunerError, match=message):

@@ -69,6 +69,8 @@ def test_the_gpu_with_most_free_memory(taken: StandIn) -> None:
     assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", 1)
     assert worker_devices("auto", 3, 1) == [torch.device("cuda", index) for index in (1, 0, 1)]
     assert choose_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(FistaPrunerError, match="device 'cuda:256': this machine has 2 CUDA GPUs"):
+        choose_device("cuda:256")  # which torch takes for the first one
     assert not taken.touched
 
 

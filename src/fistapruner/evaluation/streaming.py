@@ -157,7 +157,8 @@ def _blocks(
         models: all that are in memory meanwhile.
 
     Yields:
-        First window of a block, window after its last one, and the last hidden states of every model that runs.
+        First window of a block, window after its last one, and the last hidden states of every model that runs, which
+        are closed before the next block: memory holds those of one.
     """
     windows, seqlen = tokens.shape
     batch_size = passes.batch(seqlen, models[0].device)
@@ -172,6 +173,8 @@ def _blocks(
             found, batch_size = _last_hidden(model, tokens[start:stop], batch_size, passes.tick)
             states.append(found)
         yield start, stop, states
+        for found in states:
+            found.close()
 
 
 def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: int, limit: int) -> int:

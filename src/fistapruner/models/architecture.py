@@ -74,22 +74,25 @@ def needs_own_code(config: Mapping[str, Any]) -> bool:
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Read the config of a model, so that attention and experts are computed by built-in code.
 
-    A config may name other code than that of transformers, which the hub has or which needs a package and a GPU.
+    A config may name other code than that of transformers, which the hub has or which needs a package and a GPU. It may
+    also ask for what the routers of mixtures return, for a loss of training, which layers that run alone do not give.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    _leave_out_kernels(config)
+    _leave_out(config)
     return config
 
 
-def _leave_out_kernels(config: Any) -> None:
+def _leave_out(config: Any) -> None:
     for name, known in BUILT_IN.items():
         if getattr(config, name, None) not in (None, *known):
             setattr(config, name, None)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
     for key in getattr(config, "sub_configs", {}):
         if (part := getattr(config, key, None)) is not None:
-            _leave_out_kernels(part)
+            _leave_out(part)
 
 
 def build_model(

@@ -124,13 +124,14 @@ def stored_names(model: Any, stored: Collection[str], skipped: Container[str] = 
     """
     known = {name: name for name in stored} | _renamed(model, stored)
     base = model.base_model_prefix + "."
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     names = {}
     for name in model.state_dict(keep_vars=True):
         if name in skipped:
             continue
         candidates = (name, name.removeprefix(base), base + name)
         found = next((known[candidate] for candidate in candidates if candidate in known), None)
-        if found is None:
+        if found is None and tied.get(name) not in names:  # a tied head need not be stored; that of a part may be
             ends = [candidate for candidate in stored if candidate.endswith("." + name.removeprefix(base))]
             found = ends[0] if len(ends) == 1 else None
         if found is not None:

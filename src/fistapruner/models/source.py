@@ -196,7 +196,7 @@ def resolve_model(
     if text and (packed := packed_file(path)) is not None:
         return converted_gguf(packed, cache or default_cache(), release)
     if text and path.is_dir():
-        return path
+        return path.resolve() if path.name in ("", "..") else path  # its name is what a model is called
     if path.is_file():
         raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
     if text == SMALL_MODEL:

@@ -29,14 +29,14 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return _gpu() if torch.cuda.is_available() else torch.device("cpu")
-    if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    found = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", name) if isinstance(name, str) else None
+    if found is None:
         raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name != "cpu" and not torch.cuda.is_available():
         raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+    if found[1] and int(found[1]) >= torch.cuda.device_count():  # torch takes numbers from 256 on for smaller ones
         raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return _gpu() if name == "cuda" else device
+    return _gpu() if name == "cuda" else torch.device(name)
 
 
 def _gpu() -> torch.device:
