@@ -38,6 +38,7 @@ from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.reporting.layer_errors import mean_error
 from fistapruner.reporting.lineage_text import lineage_lines
+from fistapruner.reporting.recovery_text import trained_text
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.verdict import verdict
 from fistapruner.runs.decision import EvaluationRequest, RunRecord
@@ -140,6 +141,9 @@ def test_the_written_model_has_the_zeros_and_is_better(
     assert losses[1] < losses[0]
     assert checks[0].held_out == pytest.approx(losses[0], rel=1e-4)
     assert min(check.held_out for check in checks) == pytest.approx(losses[1], rel=1e-4)
+    operators = 0 if parameters == "norms" else len(report.operators)
+    assert report.recovery.operators == operators
+    assert (f"of {operators} operators" in trained_text(report.recovery)) == (operators > 0)
     assert not inspect_checkpoint(out / "model").violations
     assert main(["inspect", str(out / "model")]) == 0
 

@@ -140,7 +140,8 @@ def _describe_training(context: TrainingContext, state: TrainingState, report: R
     found = report.recovery
     assert found is not None
     found.read_journal(context.run.steps_file)
-    found.operators, found.steps, found.kept_step = len(operators), state.step, state.patience.best_step
+    found.operators = 0 if found.parameters == "norms" else len(operators)
+    found.steps, found.kept_step = state.step, state.patience.best_step
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)
 
