@@ -299,7 +299,7 @@ def adapter_folder(checkpoint: Path) -> Path:
 
 
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
-    """Refuse a checkpoint that is only the sparse part of a model, for verbs (or flags) that cannot add the rest.
+    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added.
 
     Raises:
         FistaPrunerError: says what the checkpoint is and what to do.
