@@ -796,6 +796,10 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "rank": (lambda bench, folder: {"rank": 0}, r"rank: .* \(got 0\)"),
     "steps": (lambda bench, folder: {"steps": 0}, r"steps: .* \(got 0\)"),
     "held out": (lambda bench, folder: {"data": {"held_out": 0.7}}, r"data\.held_out: .* 0\.5 \(got 0\.7\)"),
+    "share of another loss": (
+        lambda bench, folder: {"mix": 0.3},
+        r"mix is 0\.3: it is a setting of the loss mix, and the loss is auto",
+    ),
     "tasks in a round": (lambda bench, folder: {"data": {"per_round": 3}}, r"data\.per_round is 3: there are 0 tasks"),
 }
 
