@@ -494,6 +494,23 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
     assert re.search(r"changed +0 % of the surviving weights\n", printed)  # no operator changed most
 
 
+def test_vectors_of_zeros_have_no_share_to_train_by(bench: Bench, tmp_path: Path) -> None:
+    model = tiny.build("llama", num_hidden_layers=2, attention_bias=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                layer.self_attn.get_submodule(name).bias.zero_()
+            layer.mlp.down_proj.weight[:, ::2] = 0.0
+    model.save_pretrained(tmp_path / "zeros")
+    tiny.tokenizer().save_pretrained(tmp_path / "zeros")
+    settings = {"parameters": "norms", "also": "biases", "loss": "ce", "data": {"source": str(bench.text)}}
+    report = recover(tmp_path / "zeros", tmp_path / "out", **settings)
+    assert report.warnings[-1].startswith("nothing was trained, so the weights are those of the input: all that is")
+    report = recover(tmp_path / "zeros", tmp_path / "absolute", **settings, lr=1e-3, lr_unit="absolute")
+    assert report.recovery is not None
+    assert report.recovery.kept_step
+
+
 def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

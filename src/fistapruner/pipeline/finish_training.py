@@ -161,6 +161,11 @@ def _warn(state: TrainingState, report: Report) -> None:
             f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept ({rates}: try "
             "a lower --lr)"
         )
+    elif found.lr and not found.lr["highest"]:
+        report.warnings.append(
+            "nothing was trained, so the weights are those of the input: all that is trained is zero there, and "
+            "learning rates are shares of its size: give --lr with --lr-unit absolute"
+        )
     elif state.patience.best_step == 0:
         more = "" if report.kind == "align" else f", or more {length_setting(report)}"
         report.warnings.append(
