@@ -48,6 +48,7 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runs.training_runs import input_run
 from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import pack
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint, is_packed
@@ -389,6 +390,15 @@ def test_the_text_to_evaluate_on_is_that_of_the_run_or_python(bench: Bench, tmp_
     assert recover(bench.pruned(), tmp_path / "of a run", **settings).evaluations == []
     with pytest.raises(fp.FistaPrunerError, match="evaluate_windows 1 has no effect: evaluate names no text"):
         recover(bench.pruned(), tmp_path / "refused", **{**settings, "evaluate": None})
+
+
+def test_a_run_is_known_from_inside_of_its_folders(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bench.pruned()
+    for folder, name in ((run, "."), (run, "model"), (run / "model", "."), (run / "layers", "..")):
+        monkeypatch.chdir(folder)
+        found = input_run(name)
+        assert found is not None, (folder, name)
+        assert found.folder.resolve() == run.resolve()
 
 
 def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tmp_path: Path) -> None:
