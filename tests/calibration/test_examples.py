@@ -299,6 +299,9 @@ def test_too_few_examples_that_fit_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [GOOD, {"prompt": "a", "completion": "b" * 40}, GOOD])
     with pytest.raises(FistaPrunerError, match=r"1 of its 2 examples have at most 16 tokens.* larger --seqlen"):
         training_text(TrainingData(source=source), letters_tokenizer(), 16)
+    source = write(tmp_path / "b.jsonl", [GOOD])
+    with pytest.raises(FistaPrunerError, match=r"1 of its 1 examples have at most 16 tokens.* take a longer text$"):
+        training_text(TrainingData(source=source), letters_tokenizer(), 16)
 
 
 JSON = st.recursive(

@@ -165,6 +165,14 @@ def test_trained_again_and_refused_by_others(llama: Path, tmp_path: Path, capsys
     assert "which recover --replay would leave out" in capsys.readouterr().err
 
 
+def test_a_dense_model_with_a_low_rank_part_is_refused(llama: Path, tmp_path: Path) -> None:
+    """Its predictions would be those of its sparse part alone."""
+    fp.prune(llama.parent / "dense", tmp_path / "run", calibration=TEXT, sparsity="2:4", method="wanda")
+    with pytest.raises(FistaPrunerError, match="which --dense would leave out: give --dense the dense model that"):
+        recover(tmp_path / "run", tmp_path / "out", dense=llama / "model")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_peft_loads_the_result(pruned: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")

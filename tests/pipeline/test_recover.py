@@ -38,6 +38,7 @@ from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.reporting.layer_errors import mean_error
 from fistapruner.reporting.lineage_text import lineage_lines
+from fistapruner.reporting.recovery_text import trained_text
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.verdict import verdict
 from fistapruner.runs.decision import EvaluationRequest, RunRecord
@@ -47,6 +48,7 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runs.training_runs import input_run
 from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import pack
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint, is_packed
@@ -140,6 +142,9 @@ def test_the_written_model_has_the_zeros_and_is_better(
     assert losses[1] < losses[0]
     assert checks[0].held_out == pytest.approx(losses[0], rel=1e-4)
     assert min(check.held_out for check in checks) == pytest.approx(losses[1], rel=1e-4)
+    operators = 0 if parameters == "norms" else len(report.operators)
+    assert report.recovery.operators == operators
+    assert (f"of {operators} operators" in trained_text(report.recovery)) == (operators > 0)
     assert not inspect_checkpoint(out / "model").violations
     assert main(["inspect", str(out / "model")]) == 0
 
@@ -387,6 +392,15 @@ def test_the_text_to_evaluate_on_is_that_of_the_run_or_python(bench: Bench, tmp_
         recover(bench.pruned(), tmp_path / "refused", **{**settings, "evaluate": None})
 
 
+def test_a_run_is_known_from_inside_of_its_folders(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bench.pruned()
+    for folder, name in ((run, "."), (run, "model"), (run / "model", "."), (run / "layers", "..")):
+        monkeypatch.chdir(folder)
+        found = input_run(name)
+        assert found is not None, (folder, name)
+        assert found.folder.resolve() == run.resolve()
+
+
 def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tmp_path: Path) -> None:
     """Training for ce does not need it: its weights are those without."""
     model, out = plain(bench, tmp_path), tmp_path / "out"
@@ -488,6 +502,23 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
     printed = capsys.readouterr().out
     assert "no step was better than the start" in printed
     assert re.search(r"changed +0 % of the surviving weights\n", printed)  # no operator changed most
+
+
+def test_vectors_of_zeros_have_no_share_to_train_by(bench: Bench, tmp_path: Path) -> None:
+    model = tiny.build("llama", num_hidden_layers=2, attention_bias=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                layer.self_attn.get_submodule(name).bias.zero_()
+            layer.mlp.down_proj.weight[:, ::2] = 0.0
+    model.save_pretrained(tmp_path / "zeros")
+    tiny.tokenizer().save_pretrained(tmp_path / "zeros")
+    settings = {"parameters": "norms", "also": "biases", "loss": "ce", "data": {"source": str(bench.text)}}
+    report = recover(tmp_path / "zeros", tmp_path / "out", **settings)
+    assert report.warnings[-1].startswith("nothing was trained, so the weights are those of the input: all that is")
+    report = recover(tmp_path / "zeros", tmp_path / "absolute", **settings, lr=1e-3, lr_unit="absolute")
+    assert report.recovery is not None
+    assert report.recovery.kept_step
 
 
 def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
@@ -805,6 +836,10 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "rank": (lambda bench, folder: {"rank": 0}, r"rank: .* \(got 0\)"),
     "steps": (lambda bench, folder: {"steps": 0}, r"steps: .* \(got 0\)"),
     "held out": (lambda bench, folder: {"data": {"held_out": 0.7}}, r"data\.held_out: .* 0\.5 \(got 0\.7\)"),
+    "share of another loss": (
+        lambda bench, folder: {"mix": 0.3},
+        r"mix is 0\.3: it is a setting of the loss mix, and the loss is auto",
+    ),
     "tasks in a round": (lambda bench, folder: {"data": {"per_round": 3}}, r"data\.per_round is 3: there are 0 tasks"),
 }
 

@@ -567,6 +567,10 @@ def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     for operator in operators:
         operator.sparsity = "2:4"
     assert report.sparsity == "2:4"
+    report.recipe["targets"] = ["down_proj"]
+    assert report.sparsity == "2:4", "of a model of which no more is known"
+    report.lineage = samples.recovery(2).lineage
+    assert report.sparsity == "50%", "that of the whole model"
     report = samples.recovery(2)
     assert report.lineage is not None
     report.lineage.stages[0].settings |= {"structure": {"remove": "25%"}, "sparsity": "0%"}

@@ -440,10 +440,10 @@ def _too_short(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int)
         there += f" on{others}"
     if not whole.too_long and any(len(set(texts)) < len(texts) for texts in (source.read, source.documents)):
         there += " (what is repeated counts once)"
-    remedy = "a larger --seqlen" if whole.too_long else "a smaller --seqlen"
+    remedy = " or a larger --seqlen" if whole.too_long else "" if source.examples else " or a smaller --seqlen"
     return FistaPrunerError(
         f"{PURPOSE} text {source.source!r} is too short: {there}; {data.tokens} tokens are asked; take a longer "
-        f"text or {remedy}"
+        f"text{remedy}"
     )
 
 

@@ -140,7 +140,8 @@ def _describe_training(context: TrainingContext, state: TrainingState, report: R
     found = report.recovery
     assert found is not None
     found.read_journal(context.run.steps_file)
-    found.operators, found.steps, found.kept_step = len(operators), state.step, state.patience.best_step
+    found.operators = 0 if found.parameters == "norms" else len(operators)
+    found.steps, found.kept_step = state.step, state.patience.best_step
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)
 
@@ -159,6 +160,11 @@ def _warn(state: TrainingState, report: Report) -> None:
         report.warnings.append(
             f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept ({rates}: try "
             "a lower --lr)"
+        )
+    elif found.lr and not found.lr["highest"]:
+        report.warnings.append(
+            "nothing was trained, so the weights are those of the input: all that is trained is zero there, and "
+            "learning rates are shares of its size: give --lr with --lr-unit absolute"
         )
     elif state.patience.best_step == 0:
         more = "" if report.kind == "align" else f", or more {length_setting(report)}"

@@ -192,6 +192,7 @@ def check_training_inputs(
     if dense_source is not None:
         if request.dense is not None:
             refuse_itself(request.dense, dense_source, source)
+        refuse_low_rank(dense_source.folder, "--dense")
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model, resolved)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])

@@ -97,6 +97,8 @@ class RecoverRecipe(TrainingRecipe):
             raise ValueError("data: give either one source or tasks, not both")
         if self.data.per_round is not None and self.data.per_round > max(1, len(tasks)):
             raise ValueError(f"data.per_round is {self.data.per_round}: there are {len(tasks)} tasks")
+        if self.loss != "mix" and self.mix != type(self).model_fields["mix"].default:
+            raise ValueError(f"mix is {self.mix:g}: it is a setting of the loss mix, and the loss is {self.loss}")
         return self
 
     @property

@@ -105,7 +105,7 @@ def trained_text(found: Recovery) -> str:
     """Say how many numbers were trained and at which first learning rates."""
     rates = sorted(set(found.lr.values()))
     spread = " to ".join(significant(rate, 2) for rate in (rates if len(rates) < 2 else [rates[0], rates[-1]]))
-    text = f"{count(found.trained)} numbers of {count(found.operators)} operators"
+    text = f"{count(found.trained)} numbers" + (f" of {count(found.operators)} operators" if found.operators else "")
     return text + (f", first learning rate {spread}" if rates else "")
 
 

@@ -325,14 +325,15 @@ class Report(Record):
     def sparsity(self) -> str:
         """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it.
 
-        Of a recovery run it is the pattern that its operators claim. Where they claim several, it is what the model was
-        pruned to, or else the share of zeros.
+        Of a recovery run it is the pattern that its operators claim. Where they claim several, or are some of those
+        that have zeros, it is what the model was pruned to, or else the share of zeros.
         """
         if self.kind == "prune" or self.structured:
             return amount_label(self.pruning)
         operators = self.operators
         claims = {operator.sparsity for operator in operators}
-        if len(claims) == 1:
+        part = bool(self.pruning) and any(self.recipe.get(choice) for choice in ("targets", "ignore"))
+        if len(claims) == 1 and not part:
             return claims.pop()
         if not operators or self.pruning:
             return amount_label(self.pruning)

@@ -20,7 +20,9 @@ DIRECTORIES: dict[str, type[TrainingDirectory]] = {each.verb: each for each in (
 
 def input_run(model: str) -> RunDirectory | None:
     """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
-    for folder in (Path(model), Path(model).parent if Path(model).name == "model" else None):
+    path = Path(model)
+    path = path.resolve() if path.name in ("", "..") else path  # "." inside of the folder
+    for folder in (path, path.parent if path.name == "model" else None):
         if folder is not None and (folder / "run.json").is_file():
             return RunDirectory(folder)
     return None

@@ -299,7 +299,7 @@ def adapter_folder(checkpoint: Path) -> Path:
 
 
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
-    """Refuse a checkpoint that is only the sparse part of a model, for verbs that cannot add the rest.
+    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added.
 
     Raises:
         FistaPrunerError: says what the checkpoint is and what to do.
@@ -308,7 +308,7 @@ def refuse_low_rank(checkpoint: Path, verb: str) -> None:
     with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
         record = read_pruning_record(checkpoint)
     if record.get(RECORD) is not None:
-        keeps = verb not in ("prune", "compare", "export")  # these take a model without zeros, too
+        keeps = verb not in ("prune", "compare", "export", "--dense")  # these take a model without zeros, too
         dense = "" if keeps else f"give {verb} the dense model that PEFT (merge_and_unload) makes of both, or "
         raise FistaPrunerError(
             f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter_folder(checkpoint)}, which "
