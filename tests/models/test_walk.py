@@ -81,21 +81,6 @@ def test_predictions_are_the_models_own(tmp_path: Path, config: Any) -> None:
     torch.testing.assert_close(sums.nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "gemma4"])
-def test_what_a_model_computes_when_it_is_built_has_the_precision_of_passes(tmp_path: Path, architecture: str) -> None:
-    """Gemma multiplies embeddings by the root of their width, which its config's bfloat16 would round."""
-    folder = tiny.save(architecture, tmp_path, dtype=torch.bfloat16, hidden_size=40)
-    tokens = torch.arange(3, 19)[None]
-    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(
-            LayerwiseModel(Checkpoint.open(folder), CPU, torch.float32).own_logits(tokens),
-            whole(input_ids=tokens, use_cache=False).logits,
-            rtol=1e-5,
-            atol=1e-6,
-        )
-
-
 def test_positions_that_begin_after_padding_are_not_counted(tmp_path: Path) -> None:
     """RoBERTa states 514 positions and takes 512 tokens."""
     config = transformers.RobertaConfig(**{**BERT, "max_position_embeddings": 26, "pad_token_id": 1})

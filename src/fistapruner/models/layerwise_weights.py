@@ -53,7 +53,7 @@ class LayerwiseWeights:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype or pass_dtype(checkpoint.dtype, device)
-        self.model = build_model(checkpoint, trust_remote_code=trust_remote_code, dtype=self.dtype).eval()
+        self.model = build_model(checkpoint, trust_remote_code=trust_remote_code).eval()
         self.config = self.model.config
         self.layers_name, self.layers = find_decoder_layers(self.model)
         experts = separate_experts(self.model, self.layers_name, self.layers, checkpoint)

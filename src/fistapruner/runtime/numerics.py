@@ -265,12 +265,12 @@ def pass_dtype(stored: torch.dtype, device: torch.device, bf16_units: bool | Non
     emulate it. (In fp16 hidden states of bf16 models may overflow.)
 
     Args:
-        stored: dtype of the checkpoint's weights; those of fp8, in which no model is built, are as of fp32.
+        stored: dtype of the checkpoint's weights.
         device: device of the passes.
         bf16_units: whether the device has matrix units for bf16; None is :func:`has_bf16_units`.
     """
     if stored != torch.bfloat16:
-        return stored if device.type != "cpu" and stored.itemsize > 1 else torch.float32
+        return stored if device.type != "cpu" else torch.float32
     units = has_bf16_units(device) if bf16_units is None else bf16_units
     return stored if units else torch.float32
 
