@@ -72,8 +72,8 @@ class TrainingRecipe(RunRecipe):
     )
     lr: Rate = Field(
         "auto",
-        description="First learning rate. auto was measured for lora and full (docs/recovery.md), is derived from the "
-        "size of the first step for spp and hira, full's for norms, and MeZO's for mezo and subzero. With adamw an "
+        description="First learning rate. auto was measured for lora and full, and for spp and hira as the size of the "
+        "first step (docs/recovery.md); it is full's for norms, and MeZO's for mezo and subzero. With adamw an "
         "alignment takes a twentieth of it.",
     )
     lr_unit: Literal["auto", "share", "absolute"] = Field(

@@ -262,8 +262,8 @@ Measured with ``full`` on SmolLM2-135M, one window a step: 2e-3 is too high, 4e-
 LORA_RATE = 2e-3
 """First learning rate of ``lora`` (measured on SmolLM2-135M: docs/recovery.md)."""
 
-FIRST_CHANGE = 8e-4
-"""Relative change of a weight that the first step of ``spp`` and ``hira`` aims at."""
+FIRST_CHANGE = 4e-4
+"""Relative change of a weight that the first step of ``spp`` and ``hira`` aims at (measured: docs/recovery.md)."""
 
 ZEROTH_FULL, ZEROTH_LOW_RANK = 1e-6, 1e-4
 """First learning rates without gradients: of weights and vectors, and of low-rank tensors (MeZO's code)."""
@@ -274,8 +274,8 @@ def first_rate(recipe: TrainingRecipe, columns: int | None, width: int, rms: flo
 
     ``lr: auto`` is, for AdamW, a step in absolute units for low-rank tensors: 2e-3 for lora; for spp and hira such that
     the first step changes a weight by :data:`FIRST_CHANGE` of itself, since an Adam step moves each entry of b or B by
-    lr, and A's mean magnitude is ``0.5 / sqrt(n)``: ``8e-4 sqrt(n) / (0.5 c)`` for spp (0.02 at n = 576), and
-    ``8e-4 sqrt(n) / (0.5 sqrt(r))`` for hira, which sums r terms. For weights themselves and for vectors it is
+    lr, and A's mean magnitude is ``0.5 / sqrt(n)``: ``4e-4 sqrt(n) / (0.5 c)`` for spp (0.01 at n = 576), and
+    ``4e-4 sqrt(n) / (0.5 sqrt(r))`` for hira, which sums r terms. For weights themselves and for vectors it is
     :data:`SHARE` of the tensor's root mean square.
 
     An alignment takes :attr:`~fistapruner.recipes.training_settings.TrainingRecipe.rate_share` of these.
