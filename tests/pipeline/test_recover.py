@@ -158,7 +158,10 @@ def test_every_architecture_keeps_its_zeros(bench: Bench, tmp_path: Path, number
     architecture, parameters = list(tiny.ARCHITECTURES)[number], FORMS[number % len(FORMS)]
     changes = {"dtype": [torch.bfloat16, torch.float32][number % 2]}
     pruned, out = bench.pruned(architecture, ["50%", "2:4"][number // 2 % 2], **changes), tmp_path / "out"
-    report = recover(pruned, out, parameters=parameters, rank=2, steps=2, patience=False, validation_checks=1)
+    settings = {"rank": 2, "steps": 2, "patience": False, "validation_checks": 1}
+    if parameters in ("spp", "hira"):
+        settings["lr"] = 0.02  # two steps of the automatic rate may change nothing in bf16
+    report = recover(pruned, out, parameters=parameters, **settings)
     assert_only_survivors_changed(pruned, out, bench.dense(architecture, **changes), parameters)
     assert {tensor.dtype for tensor in tensors(out / "model").values()} == set(changes.values())
     assert report.recovery is not None
