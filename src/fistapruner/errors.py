@@ -103,6 +103,11 @@ def expand_home(path: str, instead: str = "give the whole path") -> Path:
         raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
 
 
+def with_name(path: Path) -> Path:
+    """Resolve a path that ends in no name, such as ``.`` or ``..``; return others as they are."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def out_path(out: object, expected: str = A_FOLDER, name: str = "out") -> Path:
     """Return the path of an output or a run, with the home folder in place of ``~``.
 

@@ -405,7 +405,7 @@ def test_widths_are_named_as_the_config_has_them(tmp_path: Path, architecture: s
             "deepseek_v3",
             "mlp=25%",
             "36 of 48 MLP channels, 12 of 16 shared expert channels and 12 of 16 expert channels stay in every decoder "
-            "layer that has them, 14112 of the layers' 17184 parameters (17.9% fewer; ",
+            "layer that has them, 14112 of the layers' 17184 parameters (17.9% fewer; 12.1% of the whole model's)",
         ),
         (
             "llama",

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text
+from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text, with_name
 from ..recipes.loading import YAML_FAULTS
 from ..runtime.files import disk_errors, require_utf8
 from .files.checkpoint import Checkpoint
@@ -196,7 +196,7 @@ def resolve_model(
     if text and (packed := packed_file(path)) is not None:
         return converted_gguf(packed, cache or default_cache(), release)
     if text and path.is_dir():
-        return path.resolve() if path.name in ("", "..") else path  # its name is what a model is called
+        return with_name(path)  # which a model is called by
     if path.is_file():
         raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
     if text == SMALL_MODEL:

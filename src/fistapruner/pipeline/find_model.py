@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import FistaPrunerError, expand_home
+from ..errors import FistaPrunerError, expand_home, with_name
 from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..runs.decision import PruneRecord, TrainingRecord
 from ..runs.identity import changed_files
@@ -77,7 +77,8 @@ def absolute(name: str) -> str:
     path = Path(name)
     if not path.exists():
         return name
-    return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
+    path = with_name(path)
+    return str(path.parent.resolve() / path.name)
 
 
 def same_path(before: str | Path, here: str | Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, with_name
 from ..models.source import SMALL_MODEL, resolve_model
 from .align_directory import AlignDirectory
 from .directory import RunDirectory
@@ -20,8 +20,7 @@ DIRECTORIES: dict[str, type[TrainingDirectory]] = {each.verb: each for each in (
 
 def input_run(model: str) -> RunDirectory | None:
     """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
-    path = Path(model)
-    path = path.resolve() if path.name in ("", "..") else path  # "." inside of the folder
+    path = with_name(Path(model))  # "." inside of the folder
     for folder in (path, path.parent if path.name == "model" else None):
         if folder is not None and (folder / "run.json").is_file():
             return RunDirectory(folder)
