@@ -8,10 +8,10 @@
 Every quantised file, every run's checkpoint, in bf16 and packed with int8 values, and with ``--openvino`` the dense
 model with int8 and with int4 weights, is one row. Quality is that of the weights: all rows are evaluated by
 ``fistapruner evaluate`` against the dense model, on the same windows, the quantised ones with their weights expanded to
-bf16. Speed is that of one sequence, tokens written a second: llama.cpp for GGUF files (needs ``pip install
-xllamacpp``), ``fistapruner bench`` for packed models, OpenVINO (``pip install openvino``) called from torch. A row that
-is in ``rows.json`` is measured only once; ``--quality`` and ``--speed`` measure one of both. Every row keeps the
-settings that it was measured with; others are not measured beside them.
+bf16. Speed is that of one sequence, tokens written a second: llama.cpp for GGUF files (the extra ``bench``),
+``fistapruner bench`` for packed models, OpenVINO (``pip install openvino``) called from torch. A row that is in
+``rows.json`` is measured only once; ``--quality`` and ``--speed`` measure one of both. Every row keeps the settings
+that it was measured with; others are not measured beside them.
 """
 
 from __future__ import annotations
@@ -245,10 +245,11 @@ def measure(rows: dict[tuple[str, str, int | None], dict[str, Any]], arguments: 
     for row in rows_of(arguments):
         rows.setdefault(key_of(row), row)
     lacking = {(what, row["kind"]) for what in wanted for row in rows.values() if FIGURES[what] not in row}
-    packages = [("xllamacpp", ("speed", "gguf")), *(("openvino", (what, "openvino")) for what in wanted)]
-    for package, work in packages:
+    packages = [("xllamacpp", ("speed", "gguf"), "'fistapruner[bench]'")]
+    packages += [("openvino", (what, "openvino"), "openvino") for what in wanted]
+    for package, work, brought_by in packages:
         if work in lacking and find_spec(package) is None:
-            raise SystemExit(f"the package {package} is not installed: pip install {package}")
+            raise SystemExit(f"the package {package} is not installed: pip install {brought_by}")
     dense = rows[str(arguments.dense.resolve()), "gguf", None]
     for row in rows.values() if "quality" in wanted else ():
         if row is not dense and "kl" not in row:

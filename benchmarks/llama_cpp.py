@@ -1,4 +1,4 @@
-"""How fast is llama.cpp on a smaller or quantised model, against the dense one? Needs ``pip install xllamacpp``.
+"""How fast is llama.cpp on a smaller or quantised model, against the dense one? Needs the extra ``bench``.
 
     fistapruner export runs/small small.gguf
     python benchmarks/llama_cpp.py dense.gguf small.gguf small-q8.gguf --threads 2
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--write", type=int, default=64, help="tokens to write")
     arguments = parser.parse_args()
     if find_spec("xllamacpp") is None:
-        parser.error("the package xllamacpp is not installed: pip install xllamacpp")
+        parser.error("the package xllamacpp is not installed: pip install 'fistapruner[bench]'")
     for path in arguments.files:
         if not path.is_file():
             parser.error(f"{path}: no such file")

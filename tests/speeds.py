@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fistapruner.runtime.memory import peak_memory
 from fistapruner.sparse.speed import Speed, prompts, time_generation
@@ -10,7 +11,7 @@ from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
 
 
 def in_this_process(
-    variants: Sequence[Variant], *, batch: int, prompt: int, tokens: int, runs: int, threads: int | None
+    variants: Sequence[Variant], *, batch: int, prompt: int, tokens: int, runs: int, threads: int | None, **_: Any
 ) -> list[Speed]:
     """Measure what :func:`fistapruner.sparse.variants.compare` does, one variant after the other."""
     found = []

@@ -310,7 +310,9 @@ def test_a_dense_model_that_has_changed_is_not_compared_with(tmp_path: Path, mon
     """It is refused where it is the default, and left out where speed is measured; another can be named."""
     measured: list[Path | None] = []
     monkeypatch.setattr("fistapruner.pipeline.measure_run.lost_structure", lambda record: True)
-    monkeypatch.setattr("fistapruner.pipeline.measure_run.bench", lambda *_, before: measured.append(before) or [])
+    monkeypatch.setattr(
+        "fistapruner.pipeline.measure_run.bench", lambda *_, before, **__: measured.append(before) or []
+    )
     monkeypatch.setattr("fistapruner.pipeline.measure_run.publish", Mock())
     dense, run, text = tmp_path / "dense", tmp_path / "run", tmp_path / "text.txt"
     text.write_text(TEXT)

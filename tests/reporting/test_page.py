@@ -305,12 +305,25 @@ def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
         ("Decoding, packed int8, tokens/s", "20.0", "25.0", "×1.25", f"{against}a processor"),
         ("Peak memory while decoding", "800 MiB", "400 MiB", "×0.500", of),
     ]
-    assert speed_table(report)[2] == ("packed", "30.0", "29.0 to 31.5", "20 ms", "400 MiB", "250 MiB")
-    assert speed_table(report)[4] == ("packed odd", *"–––––")
+    assert speed_table(report)[2] == ("packed", "30.0", "29.0 to 31.5", "20 ms", "400 MiB", "250 MiB", "–", "–")
+    assert speed_table(report)[4] == ("packed odd", *"–––––––")
     report.speed = None
     assert [row[-1] for row in speed_rows(report)] == [NOT_MEASURED]
     report.status = "running"
     assert speed_rows(report) == []
+
+
+def test_gguf_files_stand_beside_the_forms_and_are_none_of_them() -> None:
+    report = samples.report(2)
+    rows = [samples.speed(name, rate) for name, rate in (("dense float32", 12.0), ("packed", 30.0))]
+    report.speed = {"speeds": rows, "machine": {"cpu": "a processor"}}
+    unmeasured, alone = run_page(report), speed_rows(report)
+    rows.append(samples.speed("llama.cpp dense-Q8_0", 99.0) | {"perplexity": 25.36, "kl": 0.003})
+    page = unescape(run_page(report))
+    assert page.count("KL, nats a token</th>") == unmeasured.count("KL, nats a token</th>") + 1
+    assert "llama.cpp dense-Q8_0" in page
+    assert "0.00300" in page
+    assert speed_rows(report) == alone  # the fastest dense form is still one of ours
 
 
 @pytest.mark.usefixtures("text_alone")

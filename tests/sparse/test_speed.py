@@ -184,6 +184,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
     asked = []
 
     def measured(model, **settings):
+        settings.pop("tick")("forms timed", 1, 2)
         asked.append((model, settings))
         return [speed("dense float32", 10), speed("packed", 20)]
 
@@ -197,7 +198,10 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
     assert main([*command, "--json"]) == 0
     assert [row["variant"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["dense float32", "packed"]
     assert asked == 2 * [
-        (str(tmp_path), {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1, "allow_pickle": False})
+        (
+            str(tmp_path),
+            {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1, "gguf": [], "allow_pickle": False},
+        )
     ]
 
 

@@ -7,9 +7,11 @@ depends on the processor. Packed forms of a model with a low-rank part (prune --
 and their sizes count both.
 
 Of a run directory the checkpoint is measured, and the figures are added to RUN/report.json, the page and the model
-card.
+card. GGUF files, such as the dense model quantised, are measured beside it in llama.cpp, and evaluated on the text that
+the run was evaluated on.
 
   fistapruner bench runs/first
+  fistapruner bench runs/first --gguf dense-Q4_K_M.gguf dense-Q8_0.gguf
   fistapruner bench packed-folder --batch 4 --json
 """
 
@@ -32,6 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens in a run (default: 128)")
     parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's, within a CPU quota)")
+    parser.add_argument(
+        "--gguf", nargs="+", default=[], metavar="FILE", help="GGUF files to measure beside the model, in llama.cpp"
+    )
     add_pickle_argument(parser)
     add_json_argument(parser)
 
@@ -47,14 +52,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ..sparse.bench import bench, record, table
     from .progress import PlainListener
 
-    names = ("batch", "prompt", "tokens", "runs", "threads", "allow_pickle")
+    names = ("batch", "prompt", "tokens", "runs", "threads", "gguf", "allow_pickle")
     settings = {name: getattr(arguments, name) for name in names}
     folder = arguments.model
+    listener = Listener() if arguments.json else PlainListener()
     if is_run(folder):
         folder = RunDirectory(Path(folder)).model
-        speeds = bench_run(arguments.model, listener=Listener() if arguments.json else PlainListener(), **settings)
+        speeds = bench_run(arguments.model, listener=listener, **settings)
     else:
-        speeds = bench(arguments.model, **settings)
+        speeds = bench(arguments.model, tick=listener.tick, **settings)
     found = record(speeds, folder, allow_pickle=arguments.allow_pickle)
     if arguments.json:
         print(json.dumps(found, indent=2))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import A_MODEL, A_TEXT, FistaPrunerError, path_text
+from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
+from ..evaluation.streaming import KeptStates
+from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..reporting.evaluation_text import item_count
@@ -23,13 +27,15 @@ from ..runs.lineage import trained_on
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, is_run
-from ..runs.results import Evaluation
+from ..runs.results import Evaluation, Perplexity
 from ..runs.training_runs import Dense, dense_of, recovered_beside
+from ..runtime.files import temporary_folder
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
 from ..sparse.bench import bench, packed_bytes
 from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
+from ..sparse.variants import Variant
 from .kept_evaluations import fuller_scores, put_in_place
 from .measure import Compared, compare_texts, evaluate_input, publish
 
@@ -127,11 +133,17 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     Args:
         folder: the run directory.
         listener: receives progress.
-        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, as the options of
+        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, ``gguf``, as the options of
             ``fistapruner bench``.
 
+    Returns:
+        One speed for each form. Forms with the run's own weights have the quality that the run was found to have; GGUF
+        files and, beside these, int8 values are evaluated on the same windows.
+
     Raises:
-        FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.
+        FistaPrunerError: not a finished run, a number that is too small, it does not fit disk or memory, or a file is
+            no GGUF file.
+        MissingExtraError: GGUF files need the extra ``bench``.
     """
     with _finished(folder) as (run, report):
         listener = listener or Listener()
@@ -142,12 +154,105 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         if before is not None and (why := _changed(dense, Permissions(settings.get("allow_pickle", False)))):
             listener.say(f"{why} since {folder} began: the dense model is not measured")
             before = None
-        found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
-        report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
-        report.totals.compressed_bytes = packed_bytes(found)
-        publish(run, report, listener)
+
+        def keep(found: list[Speed]) -> None:
+            report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
+            report.totals.compressed_bytes = packed_bytes(found)
+            publish(run, report, listener)
+
+        judge = _Judge(run, report, listener, keep, Permissions(settings.get("allow_pickle", False)))
+        found = bench(run.model, before=before, quality=judge.quality, tick=listener.tick, **settings)
+        keep(found)
     return found
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Adds the quality of a run's forms, and of GGUF files beside them, to their speeds.
+
+    Args:
+        run, report, listener: of the run.
+        keep: called with the speeds before evaluations, which take longer.
+        permissions: what the models' files may do.
+    """
+
+    run: RunDirectory
+    report: Report
+    listener: Listener
+    keep: Callable[[list[Speed]], None]
+    permissions: Permissions
+
+    def quality(self, variants: list[Variant], speeds: list[Speed]) -> list[Speed]:
+        """Return the speeds with perplexity and divergence, where these are known or can be measured.
+
+        Forms that hold the run's weights, or the dense model's, have the figures of the run's first evaluation against
+        the dense model. int8 values are evaluated only where there are GGUF files, which are.
+        """
+        own = next((one for one in self.report.evaluations if one.perplexity and one.divergence), None)
+        beside = any(variant.is_gguf for variant in variants)
+        if own is None or own.perplexity is None or own.reference is None or own.divergence is None:
+            if beside:
+                self.listener.say("no quality of the GGUF files: the run was not evaluated against its dense model")
+            return speeds
+        figures = {
+            variant.name: (own.reference.perplexity, 0.0)
+            if variant.name.startswith("dense ")
+            else (own.perplexity.perplexity, own.divergence.kl)
+            for variant in variants
+            if not (variant.is_gguf or variant.name == "packed int8")
+        }
+        speeds = [speed.judged(*figures[speed.variant]) if speed.variant in figures else speed for speed in speeds]
+        if not beside:
+            return speeds
+        self.keep(speeds)
+        try:
+            dense, cut = self._reference(own.perplexity)
+        except FistaPrunerError as error:
+            self.listener.say(f"no quality of the GGUF files: {error}")
+            return speeds
+        settings: dict[str, Any] = {"against": dense, "dtype": own.perplexity.dtype, "tick": self.listener.tick}
+        with temporary_folder() as scratch, closing(KeptStates(dense, Path(scratch) / "states")) as kept:
+            for number, variant in enumerate(variants):
+                if variant.name in figures:
+                    continue
+                self.listener.say(f"evaluating {variant.name} on {cut.data}")
+                folder = variant.folder
+                try:
+                    if variant.is_gguf:
+                        folder = Path(scratch) / variant.folder.stem
+                        convert_gguf(variant.folder, folder)
+                    found = run_evaluation(folder, cut, kept=kept, **settings, **self.permissions.keywords())
+                except FistaPrunerError as error:
+                    self.listener.say(f"no quality of {variant.name}: {error}")
+                    continue
+                finally:
+                    if variant.is_gguf:
+                        shutil.rmtree(folder, ignore_errors=True)
+                assert found.perplexity is not None
+                assert found.divergence is not None
+                speeds[number] = speeds[number].judged(found.perplexity.perplexity, found.divergence.kl)
+        return speeds
+
+    def _reference(self, measured: Perplexity) -> tuple[Path, Windows]:
+        """Find the dense model that an evaluation of the run is against, and cut its windows again.
+
+        Raises:
+            FistaPrunerError: the model or the text is gone, or has changed.
+        """
+        dense, record = dense_of(self.run), self.run.record()
+        if dense is None or not dense.folder.exists():
+            raise FistaPrunerError("the dense model is not at hand")
+        if changed := _changed(dense, self.permissions):
+            raise FistaPrunerError(f"{changed} since {self.run.folder} began")
+        request = None if record is None else record.decision.evaluation
+        tokenizer = self.permissions.at(self.run.model).tokenizer()
+        for data in dict.fromkeys([measured.data if request is None else request.data, measured.data]):
+            with suppress(FistaPrunerError):
+                cut = load_windows(data, tokenizer, measured.seqlen, measured.windows, measured.bos)
+                if cut.sha256 == measured.text_sha256:
+                    return dense.folder, cut
+        raise FistaPrunerError(f"the text {measured.data} is not at hand as it was")
 
 
 @contextmanager

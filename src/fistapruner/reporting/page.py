@@ -184,8 +184,13 @@ def _without_gaps(text: str) -> str:
 
 
 def _speed(report: Report) -> Table:
-    head = ("form of the model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size")
-    return Table("Speed and size of every form", head, speed_table(report), numeric=(1, 2, 3, 4, 5), stack=True)
+    head = ["form of the model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size"]
+    rows = speed_table(report)
+    if any(row.get("perplexity") for row in speeds(report)):
+        head += ["perplexity", "KL, nats a token"]
+    rows = [row[: len(head)] for row in rows]
+    numeric = tuple(range(1, len(head)))
+    return Table("Speed and size of every form", tuple(head), rows, numeric=numeric, stack=True)
 
 
 def _speed_measured(report: Report) -> str:

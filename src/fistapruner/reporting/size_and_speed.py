@@ -31,7 +31,7 @@ def speeds(report: Report) -> list[dict[str, Any]]:
 
 def dense_speed(report: Report) -> dict[str, Any] | None:
     """Find the fastest dense form, with which the others are compared."""
-    return fastest([row for row in speeds(report) if not _is_packed(row) and not _is_smaller(row)])
+    return fastest(_dense_rows(report))
 
 
 def smaller_speeds(report: Report) -> list[dict[str, Any]]:
@@ -118,9 +118,7 @@ def speed_rows(report: Report) -> list[Row]:
         rows.append((name, _rate_text(dense), _rate_text(row), _times(_rate(row), _rate(dense)), how))
     for row in smaller:
         name = f"Reading the prompt, {row['variant']}, tokens/s"
-        whole = max(
-            (other for other in speeds(report) if not _is_packed(other) and not _is_smaller(other)), key=_prefill
-        )
+        whole = max(_dense_rows(report), key=_prefill)
         change = _times(_prefill(row), _prefill(whole))
         how = f"against {whole['variant']}; {speed_protocol(report, row)}"
         rows.append((name, significant(_prefill(whole)), significant(_prefill(row)), change, how))
@@ -147,7 +145,7 @@ def speed_protocol(report: Report, row: dict[str, Any]) -> str:
 
 
 def speed_table(report: Report) -> list[tuple[str, ...]]:
-    """List form, tokens/s, slowest to fastest, first token, peak memory, file size of every form."""
+    """List form, tokens/s, slowest to fastest, first token, peak memory, file size, perplexity, KL of every form."""
     return [
         (
             str(row.get("variant", "?")),
@@ -156,9 +154,17 @@ def speed_table(report: Report) -> list[tuple[str, ...]]:
             duration(row.get("first_token")),
             size(row.get("peak_memory")),
             size(row.get("file_size") or None),
+            significant(row.get("perplexity")),
+            significant(row.get("kl")),
         )
         for row in speeds(report)
     ]
+
+
+def _dense_rows(report: Report) -> list[dict[str, Any]]:
+    """Return the forms that are neither packed nor smaller, nor GGUF files."""
+    others = ("packed", "smaller", "llama.cpp")
+    return [row for row in speeds(report) if not str(row.get("variant", "")).startswith(others)]
 
 
 def _is_packed(row: dict[str, Any]) -> bool:

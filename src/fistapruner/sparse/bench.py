@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, expand_home, path_text
 from ..models.architecture import build_model, max_length, refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size
+from ..runtime.progress import Tick, silent
 from . import kernel
+from .llama_cpp import check_files
 from .pack import pack, unpack
 from .pack_plan import NoPackedFormError
 from .packed_checkpoint import is_packed, low_rank_part
@@ -25,6 +28,9 @@ from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
 DTYPES = ("float32", "bfloat16")
 """Precisions of dense products: which of them is faster depends on the processor."""
+
+LLAMA_CPP = "llama.cpp"
+"""First word of the variants that are GGUF files."""
 
 
 def bench(
@@ -37,6 +43,9 @@ def bench(
     threads: int | None = None,
     measure: Callable[..., list[Speed]] = compare,
     before: str | Path | None = None,
+    gguf: Sequence[str | Path] = (),
+    quality: Callable[[list[Variant], list[Speed]], list[Speed]] | None = None,
+    tick: Tick = silent,
     allow_pickle: bool = False,
 ) -> list[Speed]:
     """Measure dense, pruned-as-dense, packed and packed int8 forms of a pruned model on the CPU.
@@ -55,11 +64,16 @@ def bench(
         threads: CPU threads; None takes torch's default, at most the cores that this process may use.
         measure: how the variants are measured, with the arguments of :func:`~.variants.compare`.
         before: folder of the dense model that a model without some of its channels was; None does not measure it.
+        gguf: GGUF files to measure beside the model, in llama.cpp: the dense model, quantised.
+        quality: adds the quality of the variants to their speeds; called while their folders are there.
+        tick: called with progress: (what, steps done, steps in all).
         allow_pickle: read legacy ``.bin`` weights.
 
     Raises:
         FistaPrunerError: a number that is too small, no pruned model, it needs Python code of its own, it takes no
-            cache, it does not fit disk or memory, or it has too few positions for prompt and tokens.
+            cache, it does not fit disk or memory, it has too few positions for prompt and tokens, or a file is no GGUF
+            file.
+        MissingExtraError: GGUF files need the extra ``bench``.
     """
     for name, value, least in (
         ("batch", batch, 1),
@@ -72,6 +86,9 @@ def bench(
             raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {least}")
         if value is not None and value < least:
             raise FistaPrunerError(f"{name} {value} is too small: at least {least}")
+    named = [gguf] if isinstance(gguf, (str, Path)) else gguf
+    files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in named]
+    check_files(files, batch)
     model = Path(model)
     if not (model / "config.json").is_file():
         reason = "is not a folder with a pruned model" if model.exists() else "does not exist"
@@ -104,7 +121,10 @@ def bench(
                     pack(dense, int8, values="int8", allow_pickle=allow_pickle)
                     variants.append(Variant("packed", packed, "bfloat16"))
                 variants.append(Variant("packed int8", int8, "bfloat16"))
-        return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
+        variants += [Variant(f"{LLAMA_CPP} {file.stem}", file) for file in files]
+        setting = {"batch": batch, "prompt": prompt, "tokens": tokens, "runs": runs, "threads": threads}
+        speeds = measure(variants, **setting, tick=tick)
+        return speeds if quality is None else quality(variants, speeds)
 
 
 def _check_decoding(model: Path, prompt: int, tokens: int, allow_pickle: bool) -> None:
@@ -149,20 +169,21 @@ def sentence(speeds: Mapping[str, Speed], why: str = "") -> str:
 
     Args:
         speeds: by variant; names that start with ``packed`` are sparse products, those with ``smaller`` models that
-            have lost channels or heads, the others dense ones.
+            have lost channels or heads, those with ``llama.cpp`` GGUF files, the others dense ones.
         why: there is no such form, where there is none.
     """
-    by_kind: dict[str, list[Speed]] = {"packed": [], "smaller": [], "dense": []}
+    by_kind: dict[str, list[Speed]] = {"packed": [], "smaller": [], LLAMA_CPP: [], "dense": []}
     for name, speed in speeds.items():
         by_kind.get(name.split()[0], by_kind["dense"]).append(speed)
     if not by_kind["packed"] and not by_kind["smaller"]:
         return f"{why}, so there is nothing packed to compare with."
     fastest = {kind: max(found, key=lambda speed: speed.tokens_per_second) for kind, found in by_kind.items() if found}
-    dense = fastest.get("dense")
+    dense, sentences = fastest.get("dense"), list[str]()
     if dense is None:
-        return "The dense model that this smaller one was is not at hand: nothing to compare with."
-    sentences = [_against(fastest["packed"], dense, "packed form")] if "packed" in fastest else []
-    if "smaller" in fastest:
+        sentences.append("The dense model that this smaller one was is not at hand: nothing to compare with.")
+    elif "packed" in fastest:
+        sentences.append(_against(fastest["packed"], dense, "packed form"))
+    if dense is not None and "smaller" in fastest:
         smaller, prefill = fastest["smaller"], min(by_kind["smaller"], key=lambda speed: speed.first_token)
         whole = min(by_kind["dense"], key=lambda speed: speed.first_token)
         reading = whole.first_token / prefill.first_token
@@ -170,7 +191,34 @@ def sentence(speeds: Mapping[str, Speed], why: str = "") -> str:
             f"{_against(smaller, dense, 'form of the smaller model')} It reads a prompt of "
             f"{counted(prefill.prompt, 'token')} {_how_fast(reading)} the dense one."
         )
-    return " ".join(sentences)
+    return " ".join([*sentences, *_beside_files(by_kind["packed"] + by_kind["smaller"], by_kind[LLAMA_CPP])])
+
+
+def _beside_files(ours: Sequence[Speed], files: Sequence[Speed]) -> list[str]:
+    """Say whether a GGUF file is the better choice: smaller, and closer to the dense model, than all of our forms."""
+    known = [speed for speed in ours if speed.kl is not None]
+    files = [file for file in files if file.kl is not None]
+    if not known or not files:
+        return []
+    closest, smallest = min(known, key=_kl), min(ours, key=lambda speed: speed.file_size)
+    rate = max(speed.tokens_per_second for speed in ours)
+    better = [file for file in files if _kl(file) < _kl(closest) and file.file_size <= smallest.file_size]
+    if not better:
+        return ["No GGUF file is both smaller than these forms and closer to the dense model."]
+    best = min(better, key=_kl)
+    said = (
+        f"{best.variant} is smaller than all of these forms ({size(best.file_size)}, {smallest.variant} "
+        f"{size(smallest.file_size)}) and closer to the dense model (KL {_kl(best):.3f} instead of {_kl(closest):.3f} "
+        "nats a token)"
+    )
+    if best.tokens_per_second >= rate:
+        return [f"{said}, and not slower: quantise instead."]
+    slower = rate / best.tokens_per_second
+    return [f"{said}, but decodes {slower:.2f} times slower than the fastest: quantise, unless speed decides."]
+
+
+def _kl(speed: Speed) -> float:
+    return math.inf if speed.kl is None else speed.kl
 
 
 def _against(packed: Speed, dense: Speed, what: str) -> str:
@@ -216,12 +264,18 @@ def table(speeds: Sequence[Speed]) -> str:
         counted(first.threads, "thread"),
         f"kernel: {kernel_name()}; median (slowest - fastest)",
     ]
-    rows = [("", "tokens/s", "first token, ms", "peak memory, MiB", "file, MiB")]
+    judged = any(speed.perplexity is not None for speed in speeds)
+    quality = ("perplexity", "KL, nats") if judged else ()
+    rows: list[tuple[str, ...]] = [("", "tokens/s", "first token, ms", "peak memory, MiB", "file, MiB", *quality)]
     for speed in speeds:
         low, high = speed.tokens_per_second_range
         early, late = (1000 * value for value in speed.first_token_range)
         rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
         latency = f"{1000 * speed.first_token:.0f} ({late:.0f} - {early:.0f})"
         file = f"{speed.file_size / 2**20:.1f}" if speed.file_size else "-"
-        rows.append((speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", file))
-    return f"{', '.join(parts)}\n{align_columns(rows, right=(1, 2, 3, 4))}"
+        perplexity = "-" if speed.perplexity is None else f"{speed.perplexity:.2f}"
+        kl = "-" if speed.kl is None else f"{speed.kl:.3f}"
+        rows.append(
+            (speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", file, *((perplexity, kl) * judged))
+        )
+    return f"{', '.join(parts)}\n{align_columns(rows, right=tuple(range(1, len(rows[0]))))}"

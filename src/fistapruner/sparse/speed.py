@@ -9,7 +9,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one model.
+    """Measured speed of one model, and its quality where that is known.
 
     Args:
         variant: what was measured: ``dense float32``, ``packed``, …
@@ -52,6 +52,8 @@ class Speed:
         runs: number of runs.
         threads: CPU threads.
         device: ``cpu``, ``cuda``.
+        perplexity: on the text that its run was evaluated on; None where it was not measured.
+        kl: divergence from the dense model on that text, in nats a token.
     """
 
     variant: str
@@ -67,6 +69,8 @@ class Speed:
     runs: int
     threads: int
     device: str
+    perplexity: float | None = None
+    kl: float | None = None
 
     @classmethod
     def of(cls, variant: str, runs: Sequence[Run], **setting: Any) -> Speed:
@@ -81,6 +85,10 @@ class Speed:
             runs=len(runs),
             **setting,
         )
+
+    def judged(self, perplexity: float, kl: float) -> Speed:
+        """Return the same speed with its quality."""
+        return replace(self, perplexity=perplexity, kl=kl)
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary, for a report."""

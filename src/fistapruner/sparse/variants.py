@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -27,6 +27,8 @@ from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
 from ..runtime.launcher import module_path
 from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
+from ..runtime.progress import Tick, silent
+from .llama_cpp import LlamaCpp
 from .load import load
 from .packed_checkpoint import is_packed, low_rank_part
 from .speed import WARM_UP_TOKENS, Run, Speed, prompts, time_generation
@@ -41,7 +43,7 @@ class Variant:
 
     Args:
         name: what to call it.
-        folder: packed or ordinary model folder.
+        folder: packed or ordinary model folder, or a GGUF file, which llama.cpp runs.
         dtype: precision, as torch calls it; None takes the checkpoint's.
         fill: replace zeros of matrices by small numbers: this has the speed of the dense model, since the speed of a
             dense product does not depend on its numbers.
@@ -52,6 +54,11 @@ class Variant:
     dtype: str | None = None
     fill: bool = False
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return self.folder.suffix == ".gguf" and self.folder.is_file()
+
 
 def compare(
     variants: Sequence[Variant],
@@ -61,6 +68,7 @@ def compare(
     tokens: int = 128,
     runs: int = 3,
     threads: int | None = None,
+    tick: Tick = silent,
 ) -> list[Speed]:
     """Measure several variants on the CPU in interleaved rounds, each in a process of its own.
 
@@ -73,12 +81,16 @@ def compare(
         tokens: new tokens in a run.
         runs: rounds.
         threads: CPU threads; None takes torch's default, at most the cores that this process may use.
+        tick: called with progress: (what, steps done, steps in all).
 
     Raises:
         FistaPrunerError: a variant cannot be loaded, or its process was killed.
     """
     threads = threads or usable_threads()
-    sizes = {variant.name: weight_bytes(variant.folder) for variant in variants}
+    sizes = {
+        variant.name: variant.folder.stat().st_size if variant.is_gguf else weight_bytes(variant.folder)
+        for variant in variants
+    }
     # fp32 copies double a bf16 file, and loading holds a tensor twice.
     together = 2.5 * sum(sizes.values()) < free_memory()
     done: dict[str, list[Run]] = {variant.name: [] for variant in variants}
@@ -86,10 +98,12 @@ def compare(
     for group in [list(variants)] if together else [[variant] for variant in variants]:
         workers = {variant.name: Worker(variant, batch, prompt, tokens, threads) for variant in group}
         try:
-            for worker in workers.values():
+            for number, worker in enumerate(workers.values()):
+                tick("forms of the model loaded", number, len(workers))
                 worker.receive()  # loaded and warm
-            for _ in range(runs):
-                for name, worker in workers.items():
+            for number in range(runs):
+                for place, (name, worker) in enumerate(workers.items()):
+                    tick(f"round {number + 1} of {runs}, forms timed", place, len(workers))
                     worker.send("run")
                     done[name].append(Run(**worker.receive()))
             for name, worker in workers.items():
@@ -194,19 +208,27 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
     """
     torch.set_num_threads(threads)
     try:
-        model = load_variant(variant)
-        ids = prompts(model, batch, prompt, seed=0)
-        time_generation(model, ids, WARM_UP_TOKENS)
-        reset_peak_memory(ids.device)
+        generate = prepare(variant, batch, prompt, tokens, threads)
+        generate(WARM_UP_TOKENS)
+        reset_peak_memory(torch.device("cpu"))
         pipe.send({})
         while (word := pipe.recv()) is not None:
-            pipe.send(asdict(time_generation(model, ids, tokens)) if word == "run" else {"peak": peak_memory()})
+            pipe.send(asdict(generate(tokens)) if word == "run" else {"peak": peak_memory()})
     except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody listens: another variant cannot be loaded
         return
     except FistaPrunerError as error:
         pipe.send({"error": str(error)})
     except Exception as error:  # of a model's own code
         pipe.send({"error": f"{type(error).__name__}: {one_line(error, 300)}"})
+
+
+def prepare(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> Callable[[int], Run]:
+    """Load a variant and draw its prompt; returns what decodes a number of new tokens and times it."""
+    if variant.is_gguf:
+        return LlamaCpp(variant.folder, prompt, tokens, threads).time
+    model = load_variant(variant)
+    ids = prompts(model, batch, prompt, seed=0)
+    return lambda count: time_generation(model, ids, count)
 
 
 def load_variant(variant: Variant) -> Any:
