@@ -189,3 +189,7 @@ def test_llama_cpp_decodes_in_a_process_of_its_own(made: Path) -> None:
     assert found.first_token > 0
     assert found.tokens_per_second > 0
     assert found.file_size == file.stat().st_size
+    unknown = made / "unknown.gguf"
+    unknown.write_bytes(file.read_bytes().replace(b"llama", b"llamx"))
+    with pytest.raises(FistaPrunerError, match=r"llama\.cpp unknown: llama\.cpp cannot load .*unknown\.gguf: "):
+        compare([Variant("llama.cpp unknown", unknown)], prompt=5, tokens=6, runs=2, threads=1)

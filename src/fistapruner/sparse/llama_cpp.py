@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.files.gguf_header import check_gguf
 from .speed import WARM_UP_TOKENS, Run
 
@@ -49,6 +49,9 @@ class LlamaCpp:
         prompt: prompt tokens.
         tokens: most new tokens in a run.
         threads: CPU threads.
+
+    Raises:
+        FistaPrunerError: llama.cpp cannot load the file.
     """
 
     def __init__(self, file: Path, prompt: int, tokens: int, threads: int) -> None:
@@ -61,11 +64,18 @@ class LlamaCpp:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         vocabulary = check_gguf(file)[EMBEDDING].shape[0]
         self._prompt = torch.randint(0, vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-        self._server: Any = xllamacpp.Server(settings)
+        try:
+            self._server: Any = xllamacpp.Server(settings)
+        except RuntimeError as error:
+            raise FistaPrunerError(f"llama.cpp cannot load {file}: {one_line(error)}") from None
 
     def time(self, tokens: int) -> Run:
-        """Decode greedily and return llama.cpp's own times; the prompt is read anew."""
-        timings = self._server.handle_completions(
+        """Decode greedily and return llama.cpp's own times; the prompt is read anew.
+
+        Raises:
+            FistaPrunerError: llama.cpp refuses.
+        """
+        answer = self._server.handle_completions(
             {
                 "prompt": self._prompt,
                 "n_predict": tokens,
@@ -73,6 +83,9 @@ class LlamaCpp:
                 "cache_prompt": False,
                 "ignore_eos": True,
             }
-        )["timings"]
+        )
+        if "timings" not in answer:
+            raise FistaPrunerError(f"llama.cpp has written nothing: {str(answer.get('error', answer))[:300]}")
+        timings = answer["timings"]
         # Its clock for new tokens starts at the first of them.
         return Run(timings["prompt_ms"] / 1000, 1000 * (timings["predicted_n"] - 1) / timings["predicted_ms"])
