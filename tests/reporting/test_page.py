@@ -322,6 +322,9 @@ def test_gguf_files_stand_beside_the_forms_and_are_none_of_them() -> None:
     page = unescape(run_page(report))
     assert page.count("KL, nats a token</th>") == unmeasured.count("KL, nats a token</th>") + 1
     assert "llama.cpp dense-Q8_0" in page
+    said = "zeros filled in; their perplexity is the dense model's.", "GGUF files in llama.cpp, and evaluated with"
+    assert [text in " ".join(unmeasured.split()) for text in said] == [False, False]
+    assert [text in " ".join(page.split()) for text in said] == [True, True]
     assert "0.00300" in page
     assert speed_rows(report) == alone  # the fastest dense form is still one of ours
 

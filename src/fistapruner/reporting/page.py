@@ -23,6 +23,8 @@ from .rendering import Table, moment, present, render, versions_text
 from .size_and_speed import (
     QUANTISE_FIRST,
     becomes_smaller_packed,
+    gguf_speeds,
+    has_quality,
     size_rows,
     smaller_speeds,
     speed_protocol,
@@ -68,6 +70,7 @@ def run_page(report: Report) -> str:
         speed_sentence=str((report.speed or {}).get("sentence") or ""),
         speed_measured=_speed_measured(report),
         dense_rows_are_larger=bool(smaller_speeds(report)),
+        quality_beside_speed=has_quality(report),
         warnings=_warnings(report),
         training=_training(report),
         tasks=_tasks(report),
@@ -186,7 +189,7 @@ def _without_gaps(text: str) -> str:
 def _speed(report: Report) -> Table:
     head = ["form of the model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size"]
     rows = speed_table(report)
-    if any(row.get("perplexity") for row in speeds(report)):
+    if has_quality(report):
         head += ["perplexity", "KL, nats a token"]
     rows = [row[: len(head)] for row in rows]
     numeric = tuple(range(1, len(head)))
@@ -196,9 +199,10 @@ def _speed(report: Report) -> Table:
 def _speed_measured(report: Report) -> str:
     """Say how the speeds were measured."""
     kernel = (report.speed or {}).get("kernel")
-    return ", ".join(
-        [speed_protocol(report, row) for row in speeds(report)[:1]] + ([f"kernel {kernel}"] if kernel else [])
-    )
+    parts = [speed_protocol(report, row) for row in speeds(report)[:1]] + ([f"kernel {kernel}"] if kernel else [])
+    if gguf_speeds(report):
+        parts.append("GGUF files in llama.cpp, and evaluated with their weights expanded to bf16")
+    return ", ".join(parts)
 
 
 def _warnings(report: Report) -> list[str]:

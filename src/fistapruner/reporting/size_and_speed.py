@@ -44,6 +44,16 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
     return [row for row in speeds(report) if _is_packed(row) and _rate(row)]
 
 
+def gguf_speeds(report: Report) -> list[dict[str, Any]]:
+    """Return the rows of GGUF files."""
+    return [row for row in speeds(report) if _is_gguf(row)]
+
+
+def has_quality(report: Report) -> bool:
+    """Check whether quality stands beside speed."""
+    return any(row.get("perplexity") for row in speeds(report))
+
+
 def becomes_smaller_packed(report: Report) -> bool:
     """Check whether ``pack`` takes the model as it is, and leaves out more zeros than a mask has bits."""
     from ..runtime.numerics import dtype_name  # imports torch, which reading figures does without
@@ -163,8 +173,11 @@ def speed_table(report: Report) -> list[tuple[str, ...]]:
 
 def _dense_rows(report: Report) -> list[dict[str, Any]]:
     """Return the forms that are neither packed nor smaller, nor GGUF files."""
-    others = ("packed", "smaller", "llama.cpp")
-    return [row for row in speeds(report) if not str(row.get("variant", "")).startswith(others)]
+    return [row for row in speeds(report) if not (_is_packed(row) or _is_smaller(row) or _is_gguf(row))]
+
+
+def _is_gguf(row: dict[str, Any]) -> bool:
+    return str(row.get("variant", "")).startswith("llama.cpp")
 
 
 def _is_packed(row: dict[str, Any]) -> bool:
