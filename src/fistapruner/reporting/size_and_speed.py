@@ -155,7 +155,10 @@ def speed_protocol(report: Report, row: dict[str, Any]) -> str:
 
 
 def speed_table(report: Report) -> list[tuple[str, ...]]:
-    """List form, tokens/s, slowest to fastest, first token, peak memory, file size, perplexity, KL of every form."""
+    """List speed, size and quality of every form.
+
+    A row has its name, tokens/s, slowest to fastest, first token, peak memory, file size, perplexity, KL.
+    """
     return [
         (
             str(row.get("variant", "?")),

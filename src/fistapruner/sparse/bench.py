@@ -195,7 +195,7 @@ def sentence(speeds: Mapping[str, Speed], why: str = "") -> str:
 
 
 def _beside_files(ours: Sequence[Speed], files: Sequence[Speed]) -> list[str]:
-    """Say whether a GGUF file is the better choice: smaller, and closer to the dense model, than all of our forms."""
+    """Say whether a GGUF file is smaller than all of our forms and closer to the dense model."""
     known = [speed for speed in ours if speed.kl is not None]
     files = [file for file in files if file.kl is not None]
     if not known or not files:
