@@ -86,7 +86,7 @@ def bench(
             raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {least}")
         if value is not None and value < least:
             raise FistaPrunerError(f"{name} {value} is too small: at least {least}")
-    named = [gguf] if isinstance(gguf, (str, Path)) else gguf
+    named = [gguf] if isinstance(gguf, (str, Path)) else gguf or ()
     files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in named]
     check_files(files, batch)
     model = Path(model)

@@ -56,8 +56,8 @@ class Variant:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is a GGUF file."""
-        return self.folder.suffix == ".gguf" and self.folder.is_file()
+        """Whether it is a GGUF file, not a folder."""
+        return self.folder.is_file()
 
 
 def compare(
