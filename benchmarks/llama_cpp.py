@@ -3,52 +3,28 @@
     fistapruner export runs/small small.gguf
     python benchmarks/llama_cpp.py dense.gguf small.gguf small-q8.gguf --threads 2
 
-Every file is loaded once. In every round each model in turn reads a prompt that it has not seen and writes tokens, one
-sequence at a time; the times are llama.cpp's own. The table has medians over rounds and ratios to the first file.
+Every file is loaded once, in a process of its own. In every round each model in turn reads the same random prompt anew
+and writes tokens, one sequence at a time; the times are llama.cpp's own. The table has medians over rounds and ratios
+to the first file.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-WORDS = ("river", "stone", "carries", "light", "over", "small", "houses", "and", "the", "old", "road", "turns", "again")
-
-
-def load(path: Path, threads: int, tokens: int) -> Any:
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = tokens
-    params.n_parallel = 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    return xllamacpp.Server(params)
-
-
-def measure(server: Any, prompt: str, write: int) -> tuple[float, float]:
-    """Tokens per second of reading the prompt and of writing."""
-    asked = {"prompt": prompt, "n_predict": write, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-    timings = server.handle_completions(asked)["timings"]
-    return timings["prompt_per_second"], timings["predicted_per_second"]
+from fistapruner.sparse import variants
 
 
 def compare(
     files: Sequence[Path], threads: int, rounds: int, read: int = 400, write: int = 64
 ) -> list[tuple[float, float]]:
     """Return the tokens per second of reading and of writing of each file: medians over interleaved rounds."""
-    servers = [load(path, threads, 2 * read + write) for path in files]
-    rates: list[list[tuple[float, float]]] = [[] for _ in servers]
-    for number in range(rounds + 1):  # the first one warms up
-        prompt = " ".join(random.Random(number).choices(WORDS, k=read))
-        for found, server in zip(rates, servers, strict=True):
-            found.append(measure(server, prompt, write))
-    return [(median(rate[0] for rate in found[1:]), median(rate[1] for rate in found[1:])) for found in rates]
+    models = [variants.Variant(str(path), path) for path in files]
+    speeds = variants.compare(models, prompt=read, tokens=write, runs=rounds, threads=threads)
+    return [(read / speed.first_token, speed.tokens_per_second) for speed in speeds]
 
 
 def main() -> None:
@@ -58,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--read", type=int, default=400, help="words of a prompt")
+    parser.add_argument("--read", type=int, default=400, help="tokens of a prompt")
     parser.add_argument("--write", type=int, default=64, help="tokens to write")
     arguments = parser.parse_args()
     if find_spec("xllamacpp") is None:

@@ -187,13 +187,10 @@ def _without_gaps(text: str) -> str:
 
 
 def _speed(report: Report) -> Table:
-    head = ["form of the model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size"]
-    rows = speed_table(report)
-    if has_quality(report):
-        head += ["perplexity", "KL, nats a token"]
-    rows = [row[: len(head)] for row in rows]
+    quality = ("perplexity", "KL, nats a token") if has_quality(report) else ()
+    head = ("form of the model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size", *quality)
     numeric = tuple(range(1, len(head)))
-    return Table("Speed and size of every form", tuple(head), rows, numeric=numeric, stack=True)
+    return Table("Speed and size of every form", head, speed_table(report), numeric=numeric, stack=True)
 
 
 def _speed_measured(report: Report) -> str:

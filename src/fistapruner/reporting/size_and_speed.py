@@ -157,8 +157,10 @@ def speed_protocol(report: Report, row: dict[str, Any]) -> str:
 def speed_table(report: Report) -> list[tuple[str, ...]]:
     """List speed, size and quality of every form.
 
-    A row has its name, tokens/s, slowest to fastest, first token, peak memory, file size, perplexity, KL.
+    A row has its name, tokens/s, slowest to fastest, first token, peak memory and file size, and where quality stands
+    beside speed (:func:`has_quality`) perplexity and KL.
     """
+    judged = has_quality(report)
     return [
         (
             str(row.get("variant", "?")),
@@ -167,8 +169,7 @@ def speed_table(report: Report) -> list[tuple[str, ...]]:
             duration(row.get("first_token")),
             size(row.get("peak_memory")),
             size(row.get("file_size") or None),
-            significant(row.get("perplexity")),
-            significant(row.get("kl")),
+            *((significant(row.get("perplexity")), significant(row.get("kl"))) if judged else ()),
         )
         for row in speeds(report)
     ]
