@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -188,6 +189,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
         asked.append((model, settings))
         return [speed("dense float32", 10), speed("packed", 20)]
 
+    importlib.import_module("fistapruner.pipeline.measure_run")  # which would keep the replacement for other tests
     monkeypatch.setattr("fistapruner.sparse.bench.bench", measured)  # six processes less
     command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
     assert main(command) == 0
