@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -28,6 +29,7 @@ from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import ALONE, Ranks, _check_alike, ranks_of_run
+from fistapruner.tuning.states import FileStates, MemoryStates
 from fistapruner.tuning.teacher import Teacher
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -72,10 +74,13 @@ def test_a_rank_that_does_other_work_is_named(part: Any, monkeypatch: pytest.Mon
 
 
 class Stopping(Listener):
-    """Fails when two steps are done."""
+    """Fails when so many steps are done."""
+
+    def __init__(self, steps: int = 2) -> None:
+        self.steps = steps
 
     def tick(self, what: str, done: int, total: int) -> None:
-        if what == "recovery steps" and done == 2:
+        if what == "recovery steps" and done == self.steps:
             raise FistaPrunerError("enough")
 
 
@@ -83,6 +88,15 @@ class Stopping(Listener):
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruning run of a Llama with two layers."""
     return tiny.Bench(tmp_path_factory.mktemp("ranks")).pruned()
+
+
+def decide(out: Path, **changes: Any) -> None:
+    """Let a run go on with other uses of memory, which are no part of its identity."""
+    run = RecoverDirectory(out)
+    record = run.record()
+    assert record is not None
+    record.decision = record.decision.model_copy(update=changes)
+    run.write_record(record)
 
 
 def failure(rank: int, work: Any) -> dict[str, str]:
@@ -102,16 +116,22 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
     def recover(name: str, **settings: Any) -> Report:
         return fp.recover(pruned, folder / name, **{**SETTINGS, **settings})
 
-    def stream() -> None:
-        """Let the run go on with everything in files, which is no part of its identity."""
+    def change(name: str, **changes: Any) -> None:
         if rank == 0:
-            run = RecoverDirectory(folder / "again")
-            record = run.record()
-            assert record is not None
-            changes = {"resident": False, "states_on_disk": True, "hidden_on_disk": True}
-            record.decision = record.decision.model_copy(update=changes)
-            run.write_record(record)
+            decide(folder / name, **changes)
         torch.distributed.barrier()
+
+    def divided(name: str, steps: int, **changes: Any) -> Report:
+        """Run one of :data:`RUNS`, after so many steps with trained tensors that the processes divide."""
+        own = f"{name}, divided after {steps}"
+        stopped = failure(rank, lambda: recover(own, listener=Stopping(steps), **RUNS[name]))
+        assert stopped["message"].endswith("enough")
+        change(own, **{"shards": 2, **changes})
+        with pytest.MonkeyPatch.context() as patched:
+            kept = kept_layers(patched)
+            report = recover(own, **RUNS[name])
+        assert kept == {rank} or name == "mezo"  # of the two layers each has stepped its own
+        return report
 
     def fails_on_one() -> None:
         with ranks_of_run("cpu") as ranks:
@@ -142,14 +162,37 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
             "interrupted": interrupted_on_one(),
             "too many": failure(rank, lambda: recover("few", windows_per_step=1)),
         }
-        stream()
+        if rank == 0:  # as where it was stopped between training and writing
+            (folder / "lora" / "report.json").unlink()
+        change("lora", shards=2)
+        reports["lora"] = recover("lora").model_dump(mode="json")
+        change("again", resident=False, states_on_disk=True, hidden_on_disk=True)
         reports["again"] = recover("again").model_dump(mode="json")
+        for name in RUNS:
+            divided(name, 0)
+            divided(name, 2, resident=False, hidden_on_disk=True, keep_graphs=False)
+        failure(rank, lambda: recover("left", listener=Stopping(1), **RUNS["full"]))
+        change("left", shards=2)
         with ranks_of_run("cpu") as ranks:
             read = [predictions(pruned, folder / f"teacher {windows}", ranks, windows) for windows in (None, 4)]
         torch.save(read, folder / f"{rank}.pt")
         (folder / f"{rank}.json").write_text(json.dumps({"reports": reports, "said": said}))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def kept_layers(patched: pytest.MonkeyPatch) -> set[int]:
+    """Collect the numbers of the layers whose moments a process keeps."""
+    kept: set[int] = set()
+    put = MemoryStates.put
+
+    def counted(self: MemoryStates, kind: str, index: int, tensors: Any) -> None:
+        if kind == "first_moment":
+            kept.add(index)
+        put(self, kind, index, tensors)
+
+    patched.setattr(MemoryStates, "put", counted)
+    return kept
 
 
 def predictions(pruned: Path, folder: Path, ranks: Ranks, windows: int | None) -> dict[str, torch.Tensor]:
@@ -196,6 +239,13 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
         ]
         assert lines[0] == lines[1]
         assert found[0]["reports"][name]["fingerprint"] == alone.fingerprint
+        for steps in (0, 2):
+            own = tmp_path / f"{name}, divided after {steps}"
+            assert tiny.weights(own) == tiny.weights(tmp_path / name)
+            assert [{**line, "seconds": 0.0} for line in read_steps(own / "steps.jsonl")] == lines[0]
+            state = f"states/{lines[0][-1]['step']:08d}.safetensors"
+            assert (own / state).read_bytes() == (tmp_path / name / state).read_bytes()
+            assert not (own / "trained").exists()
         before, after = zeros(pruned / "model"), zeros(tmp_path / name / "model")
         assert before
         assert all(torch.equal(before[operator], after[operator]) for operator in before)
@@ -219,7 +269,11 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
         theirs = predictions(pruned, tmp_path / "alone" / f"teacher {windows}", ALONE, windows)
         assert len(joined) == len(theirs) == 26
         assert all(torch.equal(joined[key], theirs[key]) for key in theirs)
-    # One process goes on where two had begun, too.
+    # One process goes on where two had begun, too; with files, where these have divided the trained tensors.
+    with patch.object(FileStates, "put", autospec=True, side_effect=FileStates.put) as put:
+        fp.recover(pruned, tmp_path / "left", **SETTINGS, **{"parameters": "full", "loss": "ce"})
+    assert put.called
+    assert tiny.weights(tmp_path / "left") == tiny.weights(tmp_path / "full")
     again = fp.recover(pruned, tmp_path / "again", **SETTINGS)
     assert again.fingerprint == found[0]["reports"]["lora"]["fingerprint"]
 
@@ -295,6 +349,19 @@ def launch(run: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def kill(run: subprocess.Popen[str], out: Path, victim: int, steps: int) -> None:
+    """Kill one of two processes when the journal has so many lines."""
+    end = time.monotonic() + 240
+    while not (out / "steps.jsonl").exists() or len(read_steps(out / "steps.jsonl")) < steps:
+        assert run.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    ranks = [child for child in psutil.Process(run.pid).children() if child.environ().get("RANK") == str(victim)]
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    assert run.wait(120) != 0
+    assert load_run(out).status != "finished"
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_goes_on_with_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
     settings = ["--steps", "40", "--windows-per-step", "2", "--validation-checks", "4", "--rank", "4", "--threads", "1"]
@@ -304,16 +371,10 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_the_same_bytes(pruned:
     assert (whole.stdout and whole.stdout.read().count("checkpoint ")) == 1  # the first process prints alone
     for victim in range(2):
         out = tmp_path / f"killed {victim}"
-        run = launch(tmp_path, *words, "--out", str(out))
-        end = time.monotonic() + 240
-        while not (out / "steps.jsonl").exists() or len(read_steps(out / "steps.jsonl")) < 15:
-            assert run.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        ranks = [child for child in psutil.Process(run.pid).children() if child.environ().get("RANK") == str(victim)]
-        os.kill(ranks[0].pid, signal.SIGKILL)
-        assert run.wait(120) != 0
-        assert load_run(out).status != "finished"
+        kill(launch(tmp_path, *words, "--out", str(out)), out, victim, steps=15)
+        # Once more, with trained tensors that the processes divide.
+        decide(out, shards=2)
+        kill(launch(tmp_path, "resume", str(out)), out, victim, steps=28)
     assert launch(tmp_path, "resume", str(tmp_path / "killed 0")).wait(300) == 0
     fp.resume(tmp_path / "killed 1")
     for victim in range(2):

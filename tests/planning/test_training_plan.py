@@ -36,7 +36,7 @@ from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.pipeline.recover_inputs import check_trained
 from fistapruner.planning.budget import Resources
 from fistapruner.planning.footprint import peak_bytes
-from fistapruner.planning.sizes import GENERATING
+from fistapruner.planning.sizes import GENERATING, UNCOUNTED
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
 from fistapruner.planning.training_sizes import CUTTING, TrainingSizes
@@ -138,6 +138,29 @@ def test_a_limit_takes_the_first_choice_that_fits(needs: TrainingSizes) -> None:
     assert not streaming.choice.states_on_disk
     assert "one decoder layer in memory at a time" in streaming.says[0]
     assert planned(needs, needs.peak(SMALLEST)).choice.states_on_disk
+
+
+def test_several_processes_divide_trained_tensors_before_anything_is_read_again(tmp_path: Path) -> None:
+    """Of six layers each of three keeps two, and each of four or five no fewer."""
+    tiny.save("llama", tmp_path / "llama-6", **{**WIDE, "num_hidden_layers": 6})
+    alone = sizes(task_for(tmp_path, 6, parameters="full", windows_per_step=8))
+    three = replace(alone, task=replace(alone.task, ranks=3))
+    whole, divided = (TrainingChoice(three.task.batch_size, shards=shards) for shards in (1, 3))
+    stage, layer = "the gradient of a layer", alone.form.trained_layer
+    saved = three.stages(whole)[stage] - three.stages(divided)[stage]
+    assert saved == pytest.approx((1 + UNCOUNTED) * (alone.state * 2 / 3 - 3 * layer), abs=1)  # 3: what is received
+    limit = three.peak(divided)
+    assert planned(three, limit).choice == divided
+    assert planned(three, limit).says[0].endswith("trained tensors divided among 3 processes")
+    found = planned(alone, limit).choice
+    assert found.shards == 1
+    assert found.hidden_on_disk or not found.resident or found.batch_size < alone.task.batch_size
+    peaks = [
+        replace(alone, task=replace(alone.task, ranks=size)).peak(TrainingChoice(1, shards=size))
+        for size in (2, 3, 4, 5, 6)
+    ]
+    assert peaks[0] > peaks[1] > peaks[4]
+    assert peaks[1] >= peaks[2] == peaks[3]
 
 
 def test_given_windows_a_pass_are_kept(folder: Path) -> None:
@@ -471,10 +494,13 @@ def test_several_processes_plan_what_they_share_and_what_each_has(folder: Path, 
     assert eight.task.batch_size == 1
     choice = TrainingChoice(1, states_on_disk=True, hidden_on_disk=True)
     whole, parts = one.disk(choice), eight.disk(choice)
-    assert parts["trained tensors"] == 8 * whole["trained tensors"]
+    # They divide the trained tensors, and each writes one layer beside those that it replaces.
+    assert parts["trained tensors"] == whole["trained tensors"] + 7 * needs.form.trained_layer
     assert parts["hidden states"] == 8 * 2 * whole["hidden states"] // 15
     shared = whole.keys() - {"trained tensors", "hidden states"}
     assert {name: parts[name] for name in shared} == {name: whole[name] for name in shared}
+    divided = eight.disk(TrainingChoice(1, shards=8))  # the first reads the best of all at the end
+    assert divided["trained tensors"] == needs.form.trained + 8 * needs.form.trained_layer
     stage, two = "the gradient of a layer", replace(one, task=replace(task, step_windows=2))
     assert eight.stages(TrainingChoice(1))[stage] == two.stages(TrainingChoice(1))[stage]
     # The predictions of a step are there for all processes at once.

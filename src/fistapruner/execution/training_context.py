@@ -36,7 +36,7 @@ from ..tuning.losses import TokenLoss
 from ..tuning.objective import Objective
 from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
-from ..tuning.trained import Trained
+from ..tuning.trained import BEST, STEPS, Trained
 from ..tuning.trainer import Trainer, TrainingState, newest_state
 from .context import open_model
 
@@ -45,7 +45,10 @@ SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
     ("one decoder layer is in memory at a time", {"resident": False}),
     ("trained tensors and hidden states are in files", {"states_on_disk": True, "hidden_on_disk": True}),
 )
-"""What a run does, one after the other, where the GPU's memory runs out. None of it changes a bit of the result."""
+"""What a run does, one after the other, where the GPU's memory runs out. None of it changes a bit of the result.
+
+Several processes divide the trained tensors among them before they read layers one after the other.
+"""
 
 
 @dataclass
@@ -128,8 +131,21 @@ class TrainingContext:
     @property
     def trained(self) -> Trained:
         """The tensors to train, at their start."""
-        folder = self.own(self.run.trained) if self.decision.states_on_disk else None
-        return Trained(self.model, self.layout, self.recipe, folder, self.low_rank)
+        return self._trained(self.ranks if self._divided else ALONE, in_files=self._in_files)
+
+    def _trained(self, ranks: Ranks, *, in_files: bool) -> Trained:
+        folder = self.own(self.run.trained) if in_files else None
+        return Trained(self.model, self.layout, self.recipe, folder, self.low_rank, ranks)
+
+    @property
+    def _in_files(self) -> bool:
+        """Whether trained tensors are in files: as planned, or since fewer processes than planned divide them."""
+        return self.decision.states_on_disk or self.ranks.size < self.decision.shards
+
+    @property
+    def _divided(self) -> bool:
+        """Whether the processes divide the trained tensors, which one does not hold in its memory."""
+        return self.ranks.size > 1 and (self._in_files or self.decision.shards > 1)
 
     def train(self, listener: Listener, after_snapshot: Callable[[], None]) -> tuple[Trained, TrainingState]:
         """Train, or go on training.
@@ -151,8 +167,11 @@ class TrainingContext:
         while True:
             trained, snapshot = self.trained, newest_state(self.run, self.fingerprint)
             try:
-                state = self._ended(trained, snapshot)
-                return trained, state or self._train(trained, snapshot, listener, after_snapshot)
+                state = self._ended(trained, snapshot) or self._train(trained, snapshot, listener, after_snapshot)
+                if self._divided and self.ranks.first:
+                    del trained
+                    trained = self._best()
+                return trained, state
             except torch.OutOfMemoryError:
                 pass
             del trained
@@ -173,7 +192,9 @@ class TrainingContext:
             FistaPrunerError: nothing is left that needs less.
         """
         ran_out = f"the memory of {self.model.device} ran out in training"
-        for what, changes in SMALLER:
+        shards: dict[str, Any] = {"shards": self.ranks.size}
+        divided = ("each process keeps its share of the trained tensors", shards)
+        for what, changes in (SMALLER[0], divided, *SMALLER[1:]):
             smaller = self.decision.model_copy(update=changes)
             if smaller == self.decision:
                 continue
@@ -207,6 +228,21 @@ class TrainingContext:
         trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
         trained.restore()
         return state
+
+    def _best(self) -> Trained:
+        """Read the best weights of all layers from the last state, into files: other processes have kept most.
+
+        Raises:
+            FistaPrunerError: the state is damaged.
+        """
+        snapshot = newest_state(self.run, self.fingerprint)
+        if snapshot is None:
+            raise FistaPrunerError(f"{self.run.states.folder} is gone or damaged; give the same command again")
+        best = {name: entry for name, entry in snapshot.tensors.entries.items() if name.startswith((BEST, STEPS))}
+        trained = self._trained(ALONE, in_files=True)
+        trained.load(LazyTensors(best, snapshot.tensors.read))
+        trained.restore()
+        return trained
 
     def _train(
         self, trained: Trained, snapshot: Snapshot | None, listener: Listener, after_snapshot: Callable[[], None]
@@ -249,7 +285,7 @@ class TrainingContext:
             self._teacher(windows, listener),
             self.decision.numerics.batch_size,
             store,
-            keep_graphs=self.decision.keep_graphs,
+            keep_graphs=self.decision.keep_graphs and not self._divided,  # which needs one layer after the other
             ranks=self.ranks,
         )
 

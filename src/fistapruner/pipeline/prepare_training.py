@@ -116,6 +116,7 @@ def record(
         dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
         resident=choice.resident,
         states_on_disk=choice.states_on_disk,
+        shards=choice.shards,
         hidden_on_disk=choice.hidden_on_disk,
         keep_graphs=choice.keep_graphs,
         teacher_windows=choice.teacher_windows,

@@ -152,7 +152,7 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
 
     If memory holds the graphs of all layers, no layer runs twice. Else decoder layers stay in memory if they can; then
     trained tensors, if they can; then as many windows pass at once as fit; then hidden states stay in memory, if they
-    can.
+    can. Before any of this is given up, several processes divide the trained tensors.
 
     Args:
         needs: sizes of the parts.
@@ -166,10 +166,11 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
         sizes.append(task.whole(sizes[-1] // 2))
     choices = [] if task.recipe.zeroth_order else [TrainingChoice(sizes[0], keep_graphs=True)]
     choices += [
-        TrainingChoice(count, resident, in_files, hidden)
+        TrainingChoice(count, resident, in_files, hidden, shards=shards)
         for resident, in_files in ((True, False), (False, False), (False, True))
         for count in sizes
         for hidden in (False, True)
+        for shards in sorted({1, 1 if in_files else task.ranks})
     ]
     budgets = _budgets(needs, resources)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)

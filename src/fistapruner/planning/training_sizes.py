@@ -140,6 +140,11 @@ class TrainingSizes:
         """Bytes of trained tensors and optimizer state."""
         return self.copies * self.form.trained
 
+    def _state(self, choice: TrainingChoice) -> int:
+        """Return the bytes of them that the process with most layers keeps."""
+        layers = -(-self.model.layers // choice.shards)
+        return min(self.state, self.copies * layers * self.form.trained_layer)
+
     def _stores(self, choice: TrainingChoice) -> dict[str, int]:
         """Count windows of hidden states that a process keeps in each stage."""
         step = self.task.own(self.task.step_windows, choice.batch_size)
@@ -164,8 +169,9 @@ class TrainingSizes:
         stores = self._stores(choice)
         hidden = {name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in stores.items()}
         factors = 0 if self.task.low_rank is None else self.task.low_rank.nbytes
-        state = 0 if choice.states_on_disk else self.state + factors
-        at_hand = 3 * form.trained_layer if choice.states_on_disk else 0  # of the layer at work, read from its files
+        state = 0 if choice.states_on_disk else self._state(choice) + factors
+        away = choice.states_on_disk or choice.shards > 1
+        at_hand = 3 * form.trained_layer if away else 0  # of the layer at work, read from its files, or received
         loaded = base + model.ends + state + form.frames + (2 * batch + 1) * model.calls
         layer = loaded + (model.weights if choice.resident else model.layer)
         loaded += model.weights if choice.resident else 0
@@ -256,12 +262,13 @@ class TrainingSizes:
         """Compute the peak bytes of the run directory's parts, by name in messages."""
         task, model = self.task, self.model
         windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
-        in_files = task.ranks * choice.states_on_disk  # each process has its own
+        # Processes divide those in files, too; of others the first reads the best into files at the end.
+        in_files = self.state if choice.states_on_disk else self.form.trained if choice.shards > 1 else 0
         hidden = task.ranks * choice.hidden_on_disk
         return {
             "the dense model's predictions": windows * model.stored,
             "snapshots": (KEPT + 1) * self.state,
-            "trained tensors": (self.state + self.form.trained_layer) * in_files,
+            "trained tensors": in_files + (task.ranks * self.form.trained_layer if in_files else 0),
             "hidden states": max(self._stores(choice).values()) * model.window * hidden,
             "the checkpoint": model.checkpoint + (0 if task.low_rank is None else task.low_rank.nbytes),
             "the training text": task.text_bytes,

@@ -29,6 +29,7 @@ class TrainingChoice:
         hidden_on_disk: hidden states in files instead of memory.
         teacher_windows: windows whose predictions by the dense model the disk holds at once; None is all.
         keep_graphs: no decoder layer runs twice for a gradient: the activations of all of them stay in memory.
+        shards: processes that divide trained tensors and optimizer state among them; 1 where each holds all.
     """
 
     batch_size: int
@@ -37,6 +38,7 @@ class TrainingChoice:
     hidden_on_disk: bool = False
     teacher_windows: int | None = None
     keep_graphs: bool = False
+    shards: int = 1
 
     def words(self) -> list[str]:
         """List what differs from a run that keeps layers, trained tensors and hidden states in memory."""
@@ -44,6 +46,7 @@ class TrainingChoice:
             *(["no layer runs twice"] if self.keep_graphs else []),
             *([] if self.resident else ["one decoder layer in memory at a time"]),
             *(["trained tensors in files"] if self.states_on_disk else []),
+            *([f"trained tensors divided among {self.shards} processes"] if self.shards > 1 else []),
             *(["hidden states in files"] if self.hidden_on_disk else []),
             *([] if self.teacher_windows is None else ["the dense model's predictions in rounds"]),
         ]

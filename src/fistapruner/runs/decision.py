@@ -167,8 +167,9 @@ class TrainingDecision(RunDecision):
         dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its files.
         resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
         states_on_disk: trained tensors and the optimizer's state are kept in files.
+        shards: processes that divide them, which hold them in memory together; 1 where each holds all.
         hidden_on_disk: hidden states between decoder layers are kept in files.
-        keep_graphs: no layer runs twice for a gradient, at the cost of memory. Like the three before it, this is no
+        keep_graphs: no layer runs twice for a gradient, at the cost of memory. Like the four before it, this is no
             part of the run's identity: it changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input; None where that was not noted.
@@ -184,6 +185,7 @@ class TrainingDecision(RunDecision):
     dense_stamps: tuple[tuple[str, str], ...] = ()
     resident: bool = True
     states_on_disk: bool = False
+    shards: int = 1
     hidden_on_disk: bool = False
     keep_graphs: bool = False
     operators: dict[str, str] = {}

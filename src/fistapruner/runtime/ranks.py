@@ -81,14 +81,40 @@ class Ranks:
         starts = range(0, len(windows), batch_size)
         return [window for number in self.passes(len(starts)) for window in windows[starts[number] :][:batch_size]]
 
-    def share(self, value: T | None = None) -> T:
-        """Return rank 0's value on all ranks."""
+    def share(self, value: T | None = None, source: int = 0) -> T:
+        """Return the value of one rank on all ranks; that of rank 0 unless ``source`` is given."""
         if self.size == 1:
             return value  # type: ignore[return-value]
         values = [value]
         with self.peers_may_fail():
-            torch.distributed.broadcast_object_list(values, src=0, group=self.group)
+            torch.distributed.broadcast_object_list(values, src=source, group=self.group)
         return values[0]  # type: ignore[return-value]
+
+    def send(self, tensors: Mapping[str, Tensor], source: int, device: torch.device) -> dict[str, Tensor]:
+        """Send the fp32 tensors of one rank to all.
+
+        Args:
+            tensors: of rank ``source``; those of the others do not count.
+            source: the rank that has them.
+            device: of the tensors.
+
+        Returns:
+            The tensors of ``source``; elsewhere copies, each in memory of its own.
+        """
+        shapes = self.share({name: tensor.shape for name, tensor in tensors.items()}, source)
+        if self.size == 1 or not shapes:
+            return dict(tensors) if self.rank == source else {}
+        if self.rank == source:
+            numbers = torch.cat([tensor.flatten() for tensor in tensors.values()])
+        else:
+            numbers = torch.empty(sum(shape.numel() for shape in shapes.values()), device=device)
+        with self.peers_may_fail():
+            torch.distributed.broadcast(numbers, src=source, group=self.group_of(numbers))
+        if self.rank == source:
+            return dict(tensors)
+        parts = numbers.split([shape.numel() for shape in shapes.values()])
+        # Copied: products of tensors that are not aligned in memory may round otherwise.
+        return {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order, on all ranks."""

@@ -127,9 +127,11 @@ class Objective:
         """
         self._require(numbers)
         seqlen = self.seqlen(numbers)
-        mine = self.ranks.mine(numbers, self.batch(seqlen))
-        sums = None if self.ranks.size > 1 and not mine else self._losses(mine, seqlen, variants)
-        return self.ranks.windows(sums, len(numbers), self.batch(seqlen))
+        batch = self.batch(seqlen)
+        mine = self.ranks.mine(numbers, batch)
+        # One without a pass takes the first, too: the others may need the layers that it keeps.
+        sums = self._losses(mine or list(numbers[:batch]), seqlen, variants)
+        return self.ranks.windows(sums if mine or self.ranks.size == 1 else None, len(numbers), batch)
 
     def seqlen(self, numbers: Sequence[int]) -> int:
         """Return the tokens of each window that are passed."""

@@ -4,6 +4,10 @@ Decoder layers are visited one at a time. A layer that is visited is loaded with
 which are only read: masks and start values come from it. A trained tensor that was never updated is not kept anywhere,
 since its start value can be made again. Everything goes by names of the checkpoint, so the order of visits does not
 matter.
+
+Several processes may divide the layers among them: layer l is kept, and takes its steps, on rank ``l mod size`` alone,
+which sends its trained tensors to the others when the walks of a step come to it. So each holds its share of the
+optimizer state, with the same bits.
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import seeded
+from ..runtime.ranks import ALONE, Ranks
 from .adamw import adamw_step
 from .forms import Hira, first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
 from .states import FileStates, MemoryStates
 
-KINDS = ("trained", "first_moment", "second_moment", "best")
+BEST = "best"
+KINDS = ("trained", "first_moment", "second_moment", BEST)
 """What is kept of each trained tensor: its value, AdamW's moments, its value at the best step."""
 
 STEPS = "steps"
@@ -47,6 +53,8 @@ class Trained:
             are the same.
         low_rank: the low-rank part that belongs to the model, which stays as it is. ``model`` adds it to the weights
             that it loads from now on, but for the operators to train, whose values are the sum of both parts.
+        ranks: the processes that divide the layers among them; alone, this one keeps all. All of them visit the same
+            layers in the same order.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class Trained:
         recipe: TrainingRecipe,
         folder: Path | None = None,
         low_rank: LowRankAdapter | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.recipe = recipe
@@ -78,9 +87,34 @@ class Trained:
         self._states = MemoryStates() if folder is None else FileStates(folder, model.device)
         self._steps = [0 for _ in model.layers]
         self._rates: list[dict[str, float]] = [{} for _ in model.layers]
+        self._ranks = ranks
+        self._visited: tuple[int, dict[str, Tensor]] = (-1, {})  # the layer that all have, and its trained tensors
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def divided(self) -> bool:
+        """Whether several processes keep the layers, each its own."""
+        return self._ranks.size > 1
+
+    def owner(self, index: int) -> int:
+        """Return the rank that keeps a layer."""
+        return index % self._ranks.size
+
+    def owns(self, index: int) -> bool:
+        """Return whether this process keeps a layer."""
+        return self.owner(index) == self._ranks.rank
+
+    def _received(self, kind: str, index: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer on all processes, sent by the one that keeps them."""
+        return self._ranks.send(self._states.get(kind, index), self.owner(index), self.model.device)
+
+    def visit(self, index: int) -> None:
+        """Receive the trained tensors of a layer, as all processes that divide the layers do."""
+        if self.divided:
+            self._visited = -1, {}  # freed before others take their place
+            self._visited = index, self._received("trained", index)
 
     def values(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
         """Return the trained parameters of a layer as the passes use them, by name inside the layer.
@@ -91,6 +125,7 @@ class Trained:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
         """
+        self.visit(index)
         return self.inside(index, self.parameters(index, layer).rounded(self.model.rounded))
 
     def inside(self, index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,6 +142,8 @@ class Trained:
     def chain(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn gradients with respect to :meth:`values` into those with respect to trained tensors.
 
+        Of the layer whose values were asked for last, where processes divide the layers.
+
         Args:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
@@ -119,12 +156,12 @@ class Trained:
         return self.parameters(index, layer).chain(found)
 
     def step(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> list[Tensor]:
-        """Take one step of AdamW with the trained tensors of a layer.
+        """Take one step of AdamW with the trained tensors of a layer, where it is kept.
 
         Args:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
-            gradients: of the step's loss with respect to the trained tensors (:meth:`chain`).
+            gradients: of the step's loss with respect to the trained tensors (:meth:`chain`), in their order.
             factor: of the first learning rate: schedule and patience.
 
         Returns:
@@ -132,16 +169,18 @@ class Trained:
         """
         if not self._sources[index]:
             return []
+        self._steps[index] += 1
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values()]
+        if not self.owns(index):
+            return norms
         # Copied, since the best tensors may be these.
         masters = {name: tensor.clone() for name, tensor in self._states.get("trained", index).items()}
         parameters = self.parameters(index, layer, masters)
         firsts, seconds = self._states.get("first_moment", index), self._states.get("second_moment", index)
         rates = self.rates(index, parameters)
-        self._steps[index] += 1
-        trained, norms = {}, []
+        trained = {}
         for name, master in parameters.masters.items():
             gradient = gradients[name]
-            norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float64))
             for moments in (firsts, seconds):
                 if name not in moments:
                     moments[name] = torch.zeros_like(gradient)
@@ -188,9 +227,9 @@ class Trained:
         return numbers, list(self.rates(index, parameters).values())
 
     def digest(self) -> int:
-        """Return a CRC-32 of the trained tensors, to compare processes."""
+        """Return a CRC-32 of the trained tensors that all processes hold, to compare these."""
         crc = 0
-        for index in range(len(self)):
+        for index in range(0 if self.divided else len(self)):
             for _, tensor in sorted(self._states.get("trained", index).items()):
                 crc = zlib.crc32(tensor.contiguous().cpu().numpy().data, crc)
         return crc
@@ -219,14 +258,21 @@ class Trained:
         Args:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
-            masters: trained tensors in place of the present ones.
+            masters: trained tensors in place of the present ones, which processes that divide the layers have of the
+                layer that they came to last (:meth:`visit`).
         """
+        if masters is None and not self.divided:
+            masters = self._states.get("trained", index)
+        elif masters is None:
+            visited, masters = self._visited
+            if visited != index:
+                raise ValueError(f"layer {index} is asked for after layer {visited} was visited")
         return MaskedParameters(
             {source: layer.get_parameter(name) for name, source in self._sources[index].items()},
             self._pruned[index],
             self.form,
             transposed=self._transposed[index],
-            masters=self._states.get("trained", index) if masters is None else masters,
+            masters=masters,
             generator=lambda name: seeded(self.recipe.seed, "start", name),
         )
 
@@ -246,42 +292,62 @@ class Trained:
         return self.recipe.decay if source in self._pruned[index] else 0.0
 
     def replace(self, index: int, trained: Mapping[str, Tensor]) -> None:
-        """Set the trained tensors of a layer, which are not copied."""
+        """Set the trained tensors of a layer that this process keeps; they are not copied."""
         self._states.put("trained", index, trained)
 
     def keep(self) -> None:
         """Remember the trained tensors as the best so far."""
-        self._states.copy("trained", "best", len(self))
+        self._states.copy("trained", BEST, len(self))
 
     def restore(self) -> None:
         """Go back to the best trained tensors (the start, if none were kept), with new moments."""
-        self._states.copy("best", "trained", len(self))
+        self._states.copy(BEST, "trained", len(self))
         self._steps = [0 for _ in self._steps]
         for kind in ("first_moment", "second_moment"):
             self._states.drop(kind, len(self))
+
+    def kept(self, index: int) -> dict[str, Tensor]:
+        """Return the trained tensors of a layer that this process keeps; none where none was updated."""
+        return self._states.get("trained", index)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return everything that a snapshot holds, by names that do not depend on any order.
 
         Tensors are not copied; those in files are read one by one, as they are asked for, before the next step.
+        Processes that divide the layers must all ask for all of them, in their order.
         """
+        own = {
+            (kind, index): self._states.lazy(kind, index)
+            for kind in KINDS
+            for index in range(len(self))
+            if self.owns(index)
+        }
+        parts = self._ranks.gather({place: found.entries for place, found in own.items()})
         entries: dict[str, TensorEntry] = {}
-        places: dict[str, LazyTensors] = {}
+        places: dict[str, tuple[str, int]] = {}
         for kind in KINDS:
             for index in range(len(self)):
-                found = self._states.lazy(kind, index)
-                for name, entry in found.entries.items():
+                for name, entry in parts[self.owner(index)][kind, index].items():
                     full = f"{kind}/{name}"
-                    entries[full], places[full] = replace(entry, name=full), found
+                    entries[full], places[full] = replace(entry, name=full), (kind, index)
         entries[STEPS] = TensorEntry.of(STEPS, torch.int64, (len(self),))
+        received: dict[tuple[str, int], Mapping[str, Tensor]] = {}
 
         def read(name: str) -> Tensor:
-            return torch.tensor(self._steps) if name == STEPS else places[name][name.partition("/")[2]]
+            if name == STEPS:
+                return torch.tensor(self._steps)
+            place = places[name]
+            if self.divided and place not in received:
+                received.clear()
+                received[place] = self._received(*place)
+            return (received if self.divided else own)[place][name.partition("/")[2]]
 
         return LazyTensors(entries, read)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`tensors` returned, copied, one layer at a time.
+
+        Layers that another process keeps are left out.
 
         Raises:
             FistaPrunerError: a tensor that this recipe does not train.
@@ -299,6 +365,8 @@ class Trained:
         for kind in KINDS:
             self._states.drop(kind, len(self))
         for (kind, index), names in found.items():
+            if not self.owns(index):
+                continue
             # Copied: products of tensors in a mapped file may round otherwise, since they are not aligned in memory.
             copies = {name: tensors[f"{kind}/{name}"].to(self.model.device, copy=True) for name in names}
             self._states.put(kind, index, copies)

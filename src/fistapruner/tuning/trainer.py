@@ -188,6 +188,8 @@ class Trainer:
                     self._say_check(check, 0.0 if self.state.stopped else left)
                 self.tick(self.state.step, steps)
                 late = time.monotonic() - last > snapshot_interval(self._writing)
+                if self.trained.divided:  # all take part in a snapshot
+                    late = self.ranks.share(late)
                 if check is not None or self.state.stopped or late:
                     journal.sync()
                     self._snapshot()
@@ -322,6 +324,9 @@ class Trainer:
 
     def _snapshot(self) -> None:
         if not self.ranks.first:
+            if self.trained.divided:
+                for _ in self.trained.tensors().values():  # each sends what it keeps
+                    pass
             return
         begin = time.monotonic()
         self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.trained.tensors())

@@ -121,6 +121,7 @@ class ZerothOrder:
         """
 
         def both(index: int, layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+            self.trained.visit(index)
             parameters = self.trained.parameters(index, layer)
             drawn = self.directions.of(step, parameters)
             for eps in (self.eps, -self.eps):
@@ -148,13 +149,13 @@ class ZerothOrder:
             slope: of the step; None changes nothing.
             factor: of the first learning rate.
         """
-        for index in range(len(self.trained)):
+        for index in filter(self.trained.owns, range(len(self.trained))):
             with self.trained.model.layer(index) as layer:
                 self.update(index, layer, number, slope, factor)
 
     @torch.no_grad()
     def update(self, index: int, layer: nn.Module, step: int, slope: float | None, factor: float) -> None:
-        """Move a layer's trained tensors along the direction of a step.
+        """Move a layer's trained tensors along the direction of a step, where it is kept.
 
         Args:
             index: number of the layer.
@@ -165,7 +166,7 @@ class ZerothOrder:
         """
         if slope is None:
             return
-        parameters = self.trained.parameters(index, layer)
+        parameters = self.trained.parameters(index, layer, self.trained.kept(index))
         rates = self.trained.rates(index, parameters)
         drawn = self.directions.of(step, parameters)
         moved = {}
