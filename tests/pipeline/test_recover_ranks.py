@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -133,6 +134,17 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
         assert kept == {rank} or name == "mezo"  # of the two layers each has stepped its own
         return report
 
+    def full_disk() -> None:
+        """Let the first process fail while the other sends it what it keeps for a snapshot."""
+
+        def write(path: Path, tensors: Mapping[str, Any], metadata: Any = None) -> None:
+            next(iter(tensors.values()))
+            raise FistaPrunerError("no space left")
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("fistapruner.runs.snapshots.write_tensors", write)
+            recover("again", **RUNS["lora"])
+
     def fails_on_one() -> None:
         with ranks_of_run("cpu") as ranks:
             if not ranks.first:
@@ -166,6 +178,8 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
             (folder / "lora" / "report.json").unlink()
         change("lora", shards=2)
         reports["lora"] = recover("lora").model_dump(mode="json")
+        change("again", shards=2)
+        said["full disk"] = failure(rank, full_disk)
         change("again", resident=False, states_on_disk=True, hidden_on_disk=True)
         reports["again"] = recover("again").model_dump(mode="json")
         for name in RUNS:
@@ -253,6 +267,8 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
     first, second = (each["said"] for each in found)
     assert first["stopped"] == {"kind": "FistaPrunerError", "message": "enough"}
     assert second["stopped"] == {"kind": OtherRankFailed.__name__, "message": "rank 0: enough"}
+    assert first["full disk"] == {"kind": "FistaPrunerError", "message": "no space left"}
+    assert second["full disk"] == {"kind": OtherRankFailed.__name__, "message": "rank 0: no space left"}
     assert second["on one"] == {"kind": "FistaPrunerError", "message": "rank 1: its disk is full"}
     assert first["on one"] == {"kind": OtherRankFailed.__name__, "message": "rank 1: its disk is full"}
     assert first["interrupted"]["message"].startswith("interrupted after step 1 of 3; go on with: fistapruner resume ")
