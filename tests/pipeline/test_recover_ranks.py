@@ -287,8 +287,10 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
         assert all(torch.equal(joined[key], theirs[key]) for key in theirs)
     # One process goes on where two had begun, too; with files, where these have divided the trained tensors.
     with patch.object(FileStates, "put", autospec=True, side_effect=FileStates.put) as put:
-        fp.recover(pruned, tmp_path / "left", **SETTINGS, **{"parameters": "full", "loss": "ce"})
+        told = tiny.Said()
+        fp.recover(pruned, tmp_path / "left", **SETTINGS, **{"parameters": "full", "loss": "ce"}, listener=told)
     assert put.called
+    assert any("this run divides them among 2 processes, and there is one" in said for said in told.sentences)
     assert tiny.weights(tmp_path / "left") == tiny.weights(tmp_path / "full")
     again = fp.recover(pruned, tmp_path / "again", **SETTINGS)
     assert again.fingerprint == found[0]["reports"]["lora"]["fingerprint"]

@@ -109,7 +109,7 @@ class AlignContext(TrainingContext):
             teacher,
             self.decision.numerics.batch_size,
             store,
-            keep_graphs=self.decision.keep_graphs,
+            keep_graphs=self.keeps_graphs,
             ranks=self.ranks,
             preference=preference,
             likelihood=float(recipe.loss == "sft"),
@@ -215,7 +215,7 @@ class AlignContext(TrainingContext):
             FistaPrunerError: it is another one: wrong model, template or precision.
         """
         windows = self.text.windows("held_out")[: 2 * CHECKED_PAIRS]
-        trained = self.trained
+        trained = self.trained_by()
         own = answer_log_probabilities(
             self._answers(store), windows, lambda index, layer: [trained.values(index, layer)]
         )[0]

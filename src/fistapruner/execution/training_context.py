@@ -131,9 +131,10 @@ class TrainingContext:
     @property
     def trained(self) -> Trained:
         """The tensors to train, at their start."""
-        return self._trained(self.ranks if self._divided else ALONE, in_files=self._in_files)
+        return self.trained_by(self.ranks if self._divided else ALONE, in_files=self._in_files)
 
-    def _trained(self, ranks: Ranks, *, in_files: bool) -> Trained:
+    def trained_by(self, ranks: Ranks = ALONE, *, in_files: bool = False) -> Trained:
+        """Return the tensors to train, at their start, as processes keep them that divide them; or one alone."""
         folder = self.own(self.run.trained) if in_files else None
         return Trained(self.model, self.layout, self.recipe, folder, self.low_rank, ranks)
 
@@ -164,6 +165,11 @@ class TrainingContext:
             FistaPrunerError: the dense model is gone or has changed, the disk is full, or the GPU's memory runs out and
                 nothing is left that needs less.
         """
+        if self._in_files and not self.decision.states_on_disk:
+            listener.say(
+                f"trained tensors are in files: the plan of this run divides them among {self.decision.shards} "
+                f"processes, and there {'is one' if self.ranks.size == 1 else f'are {self.ranks.size}'}"
+            )
         while True:
             trained, snapshot = self.trained, newest_state(self.run, self.fingerprint)
             try:
@@ -192,7 +198,7 @@ class TrainingContext:
             FistaPrunerError: nothing is left that needs less.
         """
         ran_out = f"the memory of {self.model.device} ran out in training"
-        shards: dict[str, Any] = {"shards": self.ranks.size}
+        shards: dict[str, Any] = {"shards": max(self.decision.shards, self.ranks.size)}
         divided = ("each process keeps its share of the trained tensors", shards)
         for what, changes in (SMALLER[0], divided, *SMALLER[1:]):
             smaller = self.decision.model_copy(update=changes)
@@ -239,7 +245,7 @@ class TrainingContext:
         if snapshot is None:
             raise FistaPrunerError(f"{self.run.states.folder} is gone or damaged; give the same command again")
         best = {name: entry for name, entry in snapshot.tensors.entries.items() if name.startswith((BEST, STEPS))}
-        trained = self._trained(ALONE, in_files=True)
+        trained = self.trained_by(ALONE, in_files=True)
         trained.load(LazyTensors(best, snapshot.tensors.read))
         trained.restore()
         return trained
@@ -269,6 +275,11 @@ class TrainingContext:
             with objective.resident(layers=self.decision.resident):
                 return trainer.train()
 
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether no layer runs twice; processes that divide trained tensors need one layer after the other."""
+        return self.decision.keep_graphs and not self._divided
+
     @contextmanager
     def passes(self) -> Iterator[Store]:
         """Give the stores and threads of the run's passes for the block."""
@@ -285,7 +296,7 @@ class TrainingContext:
             self._teacher(windows, listener),
             self.decision.numerics.batch_size,
             store,
-            keep_graphs=self.decision.keep_graphs and not self._divided,  # which needs one layer after the other
+            keep_graphs=self.keeps_graphs,
             ranks=self.ranks,
         )
 
