@@ -107,7 +107,8 @@ class Ranks:
         if self.rank == source:
             numbers = torch.cat([tensor.flatten() for tensor in tensors.values()])
         else:
-            numbers = torch.empty(sum(shape.numel() for shape in shapes.values()), device=device)
+            count = sum(shape.numel() for shape in shapes.values())
+            numbers = torch.empty(count, dtype=torch.float32, device=device)
         with self.peers_may_fail():
             torch.distributed.broadcast(numbers, src=source, group=self.group_of(numbers))
         if self.rank == source:
