@@ -122,7 +122,7 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
             decide(folder / name, **changes)
         torch.distributed.barrier()
 
-    def divided(name: str, steps: int, **changes: Any) -> Report:
+    def divided(name: str, steps: int, **changes: Any) -> None:
         """Run one of :data:`RUNS`, after so many steps with trained tensors that the processes divide."""
         own = f"{name}, divided after {steps}"
         stopped = failure(rank, lambda: recover(own, listener=Stopping(steps), **RUNS[name]))
@@ -130,9 +130,8 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
         change(own, **{"shards": 2, **changes})
         with pytest.MonkeyPatch.context() as patched:
             kept = kept_layers(patched)
-            report = recover(own, **RUNS[name])
+            recover(own, **RUNS[name])
         assert kept == {rank} or name == "mezo"  # of the two layers each has stepped its own
-        return report
 
     def full_disk() -> None:
         """Let the first process fail while the other sends it what it keeps for a snapshot."""
