@@ -1354,6 +1354,13 @@ def test_several_processes_go_on_with_less_when_they_are_started_again(
     assert len(written) == 1
     assert {context.decision.keep_graphs for context in contexts} == {False}
     assert recorded() == (False, True, 1)
-    with pytest.raises(fp.FistaPrunerError, match="one decoder layer is in memory at a time; give the same"):
+    # Before layers are read one after the other, the three divide what is trained.
+    with pytest.raises(fp.FistaPrunerError, match="each process keeps its share of the trained tensors; give the same"):
         opened(0).train(Listener(), lambda: None)
-    assert recorded() == (False, False, 2)
+    assert recorded() == (False, True, 2)
+    context = opened(1)
+    assert context.decision.shards == 3
+    assert not context.keeps_graphs
+    with pytest.raises(fp.FistaPrunerError, match="one decoder layer is in memory at a time; give the same"):
+        context.train(Listener(), lambda: None)
+    assert recorded() == (False, False, 3)

@@ -40,6 +40,8 @@ Change = Callable[[int, float], float]
 class Parabola:
     """Descent on one number, whose loss is its square; ``loss_at`` and ``size_at`` change what a step measures."""
 
+    divided = False
+
     def __init__(
         self, start: float = 1.0, rate: float = 0.1, loss_at: Change | None = None, size_at: Change | None = None
     ) -> None:
