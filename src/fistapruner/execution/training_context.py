@@ -174,12 +174,13 @@ class TrainingContext:
             trained, snapshot = self.trained, newest_state(self.run, self.fingerprint)
             try:
                 state = self._ended(trained, snapshot) or self._train(trained, snapshot, listener, after_snapshot)
+            except torch.OutOfMemoryError:
+                pass
+            else:
                 if self._divided and self.ranks.first:
                     del trained
                     trained = self._best()
                 return trained, state
-            except torch.OutOfMemoryError:
-                pass
             del trained
             release_failed_memory()
             sentence = self._reduce_plan(listener)
