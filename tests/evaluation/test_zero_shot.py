@@ -392,7 +392,7 @@ def test_lm_eval_is_told_how_long_texts_may_be(tmp_path: Path, monkeypatch: pyte
     config = RobertaConfig(**sizes, max_position_embeddings=66)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    zero_shot._run(tmp_path, Tasks((), None, "local file"), TaskSettings())
+    zero_shot._run(tmp_path, Tasks((), None, "local file"), TaskSettings(), lambda *_: None)
     assert [given["max_length"] for given in made] == [64]
 
 
@@ -422,14 +422,24 @@ def test_an_answer_that_is_longer_than_the_model_takes_is_told(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_local_tasks_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_tasks_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, items in (("choices", CHOICES), ("greedy", GREEDY), ("partial", PARTIAL)):
         write(tmp_path / "tasks", name, items)
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", seed=5)
-    result = fp.evaluate(other, tasks=["all"], tasks_dir=tmp_path / "tasks", against=dense)
+    capsys.readouterr()
+    told: list[tuple[str, int, int]] = []
+    result = fp.evaluate(
+        other, tasks=["all"], tasks_dir=tmp_path / "tasks", against=dense, tick=lambda *progress: told.append(progress)
+    )
+    assert "requests" not in capsys.readouterr().err  # lm-eval shows bars of its own
+    requests = 3 * len(CHOICES) + len(GREEDY) + 2 * len(PARTIAL)
+    for name in ("other", "dense"):
+        assert (f"zero-shot tasks of {name}, requests", requests, requests) in told
     scores = {(task.task, task.metric): task for task in result.tasks}
     assert set(scores) == {("choices", "acc"), ("choices", "acc_norm"), ("greedy", "acc"), ("partial", "acc")}
     assert scores["choices", "acc"].items == len(CHOICES)

@@ -10,10 +10,12 @@ import gc
 import hashlib
 import logging
 import math
+import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +183,10 @@ def evaluate_tasks(
     models = [folder] if against is None else [folder, against]
     answers: list[Answers] = []
     for done, path in enumerate(models):
-        tick(f"zero-shot tasks of {shown_name(path)}", done, len(models))
+        name = f"zero-shot tasks of {shown_name(path)}"
+        tick(name, done, len(models))
         with _counted_cuts() as cuts:
-            answers.append(read_answers(_run(path, tasks, settings)))
+            answers.append(read_answers(_run(path, tasks, settings, partial(tick, f"{name}, requests"))))
         if cuts:
             warn(
                 f"tasks on {path}: at least {len(cuts)} requests are longer than the model takes, and were cut at "
@@ -226,6 +229,44 @@ def _counted_cuts() -> Iterator[list[str]]:
     finally:
         logger.removeFilter(keep)
         logger.setLevel(level)
+
+
+Count = Callable[[int, int], None]
+"""Receives progress: (requests answered, requests in all)."""
+
+
+def _unseen(done: int, total: int) -> None:
+    """Receive progress of what takes no time."""
+
+
+class _Bar:
+    """Pass the steps of a bar of ``lm-eval`` on; made and moved as one of ``tqdm``."""
+
+    def __init__(self, tick: Count, items: Iterable[Any] = (), total: int = 0, **others: Any) -> None:
+        self.tick, self.items, self.total = tick, items, total
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        self.tick(self.done, self.total)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _bars_as(tick: Count) -> Iterator[None]:
+    """Show answered requests by ``tick`` instead of the bars of ``lm-eval``, which nothing turns off."""
+    with ExitStack() as patches:
+        for name, shown in (("models.huggingface", tick), ("api.model", _unseen), ("api.task", _unseen)):
+            module: Any = sys.modules.get(f"lm_eval.{name}")
+            if hasattr(module, "tqdm"):
+                patches.callback(setattr, module, "tqdm", module.tqdm)
+                module.tqdm = partial(_Bar, shown)
+        yield
 
 
 def task_result(
@@ -306,7 +347,7 @@ class Answers:
     items_sha256: dict[str, str]
 
 
-def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
+def _run(folder: Path, tasks: Tasks, settings: TaskSettings, tick: Count) -> dict[str, Any]:
     """Run one model on tasks; returns what ``lm-eval`` does."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -319,9 +360,15 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
     runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length(model))
     wanted = list(tasks.specifications)
     try:
-        found = simple_evaluate(
-            runner, tasks=wanted, limit=settings.limit, bootstrap_iters=0, log_samples=True, task_manager=tasks.manager
-        )
+        with _bars_as(tick):
+            found = simple_evaluate(
+                runner,
+                tasks=wanted,
+                limit=settings.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=tasks.manager,
+            )
     except (OSError, ConnectionError) as error:
         raise FistaPrunerError(
             f"task data could not be loaded: {one_line(error)}; --tasks-dir takes local files and needs no network"
