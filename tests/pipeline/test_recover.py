@@ -1364,3 +1364,46 @@ def test_several_processes_go_on_with_less_when_they_are_started_again(
     with pytest.raises(fp.FistaPrunerError, match="one decoder layer is in memory at a time; give the same"):
         context.train(Listener(), lambda: None)
     assert recorded() == (False, False, 3)
+
+
+def test_processes_whose_files_divide_the_tensors_go_on_with_what_needs_less(bench: Bench, tmp_path: Path) -> None:
+    """That each keeps its share would change nothing."""
+    run = Path(shutil.copytree(bench.recovered, tmp_path / "run"))
+    context = RecoverContext.open(RecoverDirectory(run), RecoverRecipe, Execution())
+    record = RecoverDirectory(run).begun_record()
+    record.decision = context.decision = context.decision.model_copy(
+        update={"keep_graphs": False, "states_on_disk": True}
+    )
+    RecoverDirectory(run).write_record(record)
+    context.ranks = Ranks(0, 3)
+    assert context._reduce_plan(Listener()).endswith("one decoder layer is in memory at a time")
+    assert context.decision.shards == 1
+
+
+@pytest.mark.parametrize(("size", "left"), [(1, set()), (2, {"0", "1"})])
+def test_files_that_another_number_of_processes_has_left_are_removed(
+    size: int, left: set[str], bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RecoverDirectory(shutil.copytree(bench.recovered, tmp_path / "run"))
+    context = RecoverContext.open(run, RecoverRecipe, Execution())
+    context.ranks = Ranks(0, size)
+    monkeypatch.setattr(context, "_ended", Mock(side_effect=fp.FistaPrunerError("enough")))
+    for folder in (run.trained, run.hidden):
+        for path in (folder / "trained-0000.safetensors", *(folder / str(rank) / "file" for rank in range(3))):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    with pytest.raises(fp.FistaPrunerError, match="enough"):
+        context.train(Listener(), lambda: None)
+    assert {path.name for path in run.trained.iterdir()} == {path.name for path in run.hidden.iterdir()} == left
+
+
+def test_the_best_weights_are_those_of_the_state_where_training_ended(bench: Bench, tmp_path: Path) -> None:
+    """Where that one cannot be read any more, those of an older state are not taken for them."""
+    run = RecoverDirectory(shutil.copytree(bench.recovered, tmp_path / "run"))
+    context = RecoverContext.open(run, RecoverRecipe, Execution())
+    last, older = (int(path.name.split(".")[0]) for path in sorted(run.states.folder.glob("*.json"), reverse=True))
+    context._best(last)
+    (run.states.folder / f"{last:08d}.safetensors").write_bytes(b"")
+    with pytest.raises(fp.FistaPrunerError, match="is gone or damaged; give the same command again"):
+        context._best(last)
+    context._best(older)

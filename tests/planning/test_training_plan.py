@@ -508,6 +508,11 @@ def test_several_processes_plan_what_they_share_and_what_each_has(folder: Path, 
     room = sum(eight.disk(least).values())
     assert planned(eight, free=math.ceil(room / 0.95)).choice.teacher_windows == least.teacher_windows
     assert not planned(eight, free=math.floor((room - 1) / 0.95)).fits
+    # The first reads the best into files beside those of the others, more than a state without moments has.
+    single = replace(task, recipe=task.recipe.model_copy(update={"optimizer": "mezo", "validation_checks": 1}))
+    one, eight = (replace(needs, task=share_of(single, Ranks(0, size, size))) for size in (1, 8))
+    assert one.disk(choice)["trained tensors"] == needs.form.trained + needs.form.trained_layer
+    assert eight.disk(choice)["trained tensors"] == 2 * needs.form.trained + 8 * needs.form.trained_layer
 
 
 def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:

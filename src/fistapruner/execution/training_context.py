@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -170,6 +171,7 @@ class TrainingContext:
                 f"trained tensors are in files: the plan of this run divides them among {self.decision.shards} "
                 f"processes, and there {'is one' if self.ranks.size == 1 else f'are {self.ranks.size}'}"
             )
+        self._remove_leftovers()
         while True:
             trained, snapshot = self.trained, newest_state(self.run, self.fingerprint)
             try:
@@ -179,13 +181,23 @@ class TrainingContext:
             else:
                 if self._divided and self.ranks.first:
                     del trained
-                    trained = self._best()
+                    trained = self._best(state.step)
                 return trained, state
             del trained
             release_failed_memory()
             sentence = self._reduce_plan(listener)
             if self.ranks.size > 1:
                 raise FistaPrunerError(f"{sentence}; give the same command again")
+
+    def _remove_leftovers(self) -> None:
+        """Remove scratch files that another number of processes has left in the run."""
+        used = {str(rank) for rank in range(self.ranks.size)} if self.ranks.size > 1 else set()
+        for folder in (self.run.trained, self.run.hidden) if self.ranks.first else ():
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_dir() and path.name not in used:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif not path.is_dir():
+                    path.unlink(missing_ok=True)
 
     def _reduce_plan(self, listener: Listener) -> str:
         """Take less of the GPU's memory from now on, also in a run that is resumed.
@@ -201,7 +213,7 @@ class TrainingContext:
         ran_out = f"the memory of {self.model.device} ran out in training"
         shards: dict[str, Any] = {"shards": max(self.decision.shards, self.ranks.size)}
         divided = ("each process keeps its share of the trained tensors", shards)
-        for what, changes in (SMALLER[0], divided, *SMALLER[1:]):
+        for what, changes in (SMALLER[0], *([] if self._divided else [divided]), *SMALLER[1:]):
             smaller = self.decision.model_copy(update=changes)
             if smaller == self.decision:
                 continue
@@ -236,14 +248,17 @@ class TrainingContext:
         trained.restore()
         return state
 
-    def _best(self) -> Trained:
+    def _best(self, step: int) -> Trained:
         """Read the best weights of all layers from the last state, into files: other processes have kept most.
+
+        Args:
+            step: where training ended.
 
         Raises:
             FistaPrunerError: the state is damaged.
         """
         snapshot = newest_state(self.run, self.fingerprint)
-        if snapshot is None:
+        if snapshot is None or snapshot.step != step:
             raise FistaPrunerError(f"{self.run.states.folder} is gone or damaged; give the same command again")
         best = {name: entry for name, entry in snapshot.tensors.entries.items() if name.startswith((BEST, STEPS))}
         trained = self.trained_by(ALONE, in_files=True)

@@ -262,8 +262,9 @@ class TrainingSizes:
         """Compute the peak bytes of the run directory's parts, by name in messages."""
         task, model = self.task, self.model
         windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
-        # Processes divide those in files, too; of others the first reads the best into files at the end.
-        in_files = self.state if choice.states_on_disk else self.form.trained if choice.shards > 1 else 0
+        # Of tensors that processes divide the first reads the best into files at the end, beside those of the others.
+        best = self.form.trained if task.ranks > 1 else 0
+        in_files = max(self.state, 2 * best) if choice.states_on_disk else best if choice.shards > 1 else 0
         hidden = task.ranks * choice.hidden_on_disk
         return {
             "the dense model's predictions": windows * model.stored,
