@@ -128,6 +128,7 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     first = fp.prune(changed, tmp_path / "first", **settings)
     assert first.status == "finished"
     fp.prune(tmp_path / "first" / "model", tmp_path / "second", **settings)
+    fp.prune(tmp_path / "first" / "model", tmp_path / "known", evaluate="python", evaluate_windows=2, **settings)
     tiny.save("llama", changed, num_hidden_layers=2, seed=1)
     with pytest.raises(fp.FistaPrunerError, match="has changed"):  # known by the first run, not by the second
         fp.recover(tmp_path / "second", tmp_path / "no", data={"source": "python", "seqlen": 16}, steps=1)
@@ -137,6 +138,12 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     assert last.evaluations[0].perplexity is not None
     assert last.evaluations[0].reference is None
     assert any(f"no figures of the dense model, which is not at {changed}" in line for line in told.sentences)
+    told = tiny.Said()
+    assert fp.resume(tmp_path / "known", listener=told).evaluations[0].reference is not None
+    assert not any("no figures" in line for line in told.sentences)
+    trained = fp.recover(tmp_path / "first", tmp_path / "text", data={"source": "python", "seqlen": 16}, steps=1)
+    (warning,) = [each for each in trained.warnings if "(ce)" in each]
+    assert warning.startswith(f"the dense model is not found, which was {changed}: the loss is that of the text (ce);")
 
 
 def test_a_relative_name_in_a_lineage_is_not_looked_for_in_this_folder(

@@ -935,6 +935,11 @@ def test_a_method_with_more_weights_is_named_only_where_it_beats_the_best() -> N
         row.gap = None if row.gap is None else row.gap - 0.5 * (row.method == "sparsegpt")
     text = verdict(comparison, points(comparison.rows))
     assert "then wanda (0.805). sparsegpt (+20.0 % weights) has 0.235 at 50%. At 70%" in text
+    for row in here:
+        row.gap = None if row.gap is None else 0.5
+        row.operator_zeros = 500
+    text = verdict(comparison, points(comparison.rows))
+    assert text.startswith("At 50%, wanda, sparsegpt and alps have the smallest gap (0.500). At 70%")
 
 
 @pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])

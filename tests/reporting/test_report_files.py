@@ -45,6 +45,7 @@ from fistapruner.runs.lineage import stage_of
 from fistapruner.runs.records import Kind, Lineage, Report, Stage, StageFigures, load_run
 from fistapruner.runs.results import Divergence, Evaluation, TaskResult
 from fistapruner.runs.steps import StepJournal
+from fistapruner.runs.training_records import Alignment, PreferenceFigures
 from fistapruner.runtime.formatting import (
     align_columns,
     duration,
@@ -691,6 +692,15 @@ def test_model_card_of_a_recovery() -> None:
         assert part in text, part
     assert "/home/someone" not in text
     assert text_used(report).endswith("; 246k tokens with loss passed")
+    assert report.recovery is not None
+    used = f"* training text: c4.jsonl: {report.recovery.windows} windows"  # not those held out among them
+    assert used in text
+    figures = {
+        name: PreferenceFigures(accuracy=0.5, accuracy_error=0.1, normalised=0) for name in ("pruned", "aligned")
+    }
+    report.alignment = Alignment(pairs=49, held_out_pairs=3, test_pairs=8, test=figures)
+    assert "* pairs of c4.jsonl: 49 pairs to train on, 3 held out, 8 to test (" in card_parts(report)[1]
+    report.alignment = None
     assert "This is owner/small (LlamaForCausalLM), pruned after training to **50%** with `fistapruner`." in text
 
 

@@ -89,9 +89,10 @@ def measure(
         compared = Compared.of(run)
         begun_with_dense = report.kind == "prune" and (report.lineage is None or len(report.lineage.stages) < 2)
         if not begun_with_dense and (compared.dense is None or not compared.dense.exists()):
-            where = "is not known" if compared.dense is None else f"is not at {compared.dense}"
-            add = f"'{shell_line('evaluate', run.folder, '--against', 'DENSE')}' adds them"
-            listener.say(f"no figures of the dense model, which {where}: {add}")
+            if not any(found.reference for found in report.evaluations):
+                where = "is not known" if compared.dense is None else f"is not at {compared.dense}"
+                add = f"'{shell_line('evaluate', run.folder, '--against', 'DENSE')}' adds them"
+                listener.say(f"no figures of the dense model, which {where}: {add}")
             compared = replace(compared, dense=None)  # the run itself did not need it
         measurement = _Measurement(run, report, compared, execution, permissions, listener)
         measurement.evaluate(request, before)

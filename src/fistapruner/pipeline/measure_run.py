@@ -187,7 +187,8 @@ class _Judge:
         """Return the speeds with perplexity and divergence, where these are known or can be measured.
 
         Forms that hold the run's weights, or the dense model's, have the figures of the run's first evaluation against
-        the dense model. int8 values are evaluated only where there are GGUF files, which are.
+        the dense model; those that round them in a narrower precision have none. int8 values are evaluated only where
+        there are GGUF files, which are.
         """
         own = next((one for one in self.report.evaluations if one.perplexity and one.divergence), None)
         beside = any(variant.is_gguf for variant in variants)
@@ -195,12 +196,18 @@ class _Judge:
             if beside:
                 self.listener.say("no quality of the GGUF files: the run was not evaluated against its dense model")
             return speeds
+        stored = self.permissions.at(self.run.model).checkpoint().dtype
+
+        def rounds(variant: Variant) -> bool:
+            passes = None if variant.dtype is None else getattr(torch, variant.dtype)
+            return variant.name == "packed int8" or (passes and torch.promote_types(stored, passes)) != passes
+
         figures = {
             variant.name: (own.reference.perplexity, 0.0)
             if variant.name.startswith("dense ")
             else (own.perplexity.perplexity, own.divergence.kl)
             for variant in variants
-            if not (variant.is_gguf or variant.name == "packed int8")
+            if not (variant.is_gguf or rounds(variant))
         }
         speeds = [speed.judged(*figures[speed.variant]) if speed.variant in figures else speed for speed in speeds]
         if not beside:

@@ -26,6 +26,7 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
+from ..runs.training_runs import input_run
 from ..runtime.devices import cpu_threads
 from ..runtime.files import folder_bytes
 from ..runtime.launcher import launched
@@ -40,6 +41,7 @@ from .training_inputs import (
     check_precision,
     check_training_inputs,
     check_vectors,
+    named_dense,
 )
 
 SEQLEN = "data.seqlen"
@@ -68,9 +70,9 @@ def check_inputs(
     if inputs.recipe.loss != "auto":
         return inputs
     if inputs.dense is None:
-        inputs.warn(
-            listener, "the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL"
-        )
+        named = named_dense(input_run(request.model), inputs.source)
+        dense = "the dense model is not known" if named is None else f"the dense model is not found, which was {named}"
+        inputs.warn(listener, f"{dense}: the loss is that of the text (ce); better give --dense MODEL")
     loss = "ce" if inputs.dense is None else "kl"
     return replace(inputs, recipe=inputs.recipe.model_copy(update={"loss": loss}))
 

@@ -47,7 +47,8 @@ def resume(
     if record is None:
         if not out.exists():
             raise FistaPrunerError(f"{out} does not exist")
-        again = "give a command with a new --out" if TrainingDirectory(out).foreign() else "give its command again"
+        others = all(kind(out).foreign() for kind in (TrainingDirectory, PruneDirectory))
+        again = "give a command with a new --out" if others else "give its command again"
         raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
     if record.kind == "recover":
         return resume_training(RECOVER, out, permissions, listener)

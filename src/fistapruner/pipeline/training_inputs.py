@@ -256,10 +256,7 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
     if need is None:
         return None
     known = None if origin is None else dense_of(origin)
-    if known is None:
-        named: str | Path | None = dense_name(lineage_of(source.folder)[0])
-    else:
-        named = known.folder
+    named = named_dense(origin, source)
     try:
         found = None if named is None else permissions.find(named)
     except FistaPrunerError as error:
@@ -272,6 +269,12 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
     if found is None and need:
         raise FistaPrunerError(f"{need} needs the dense model, which {source.folder} does not name: give --dense MODEL")
     return found
+
+
+def named_dense(origin: RunDirectory | None, source: ModelSource) -> str | Path | None:
+    """Return the folder or name of the dense model, as the input's run or lineage has it."""
+    known = None if origin is None else dense_of(origin)
+    return dense_name(lineage_of(source.folder)[0]) if known is None else known.folder
 
 
 def refuse_itself(name: str, dense: ModelSource, source: ModelSource) -> None:

@@ -170,7 +170,12 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
         if len(here) > 1:
             best, second = here[:2]
             first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:z.3f})"
-            sentences.append(f"{first}, then {second.method} ({second.gap:z.3f}).")
+            if best.gap == second.gap:  # as where no method sets a weight to zero
+                same = [point.method for point in here if point.gap == best.gap]
+                first = f"At {pattern}, {', '.join(same[:-1])} and {same[-1]} have the smallest gap ({best.gap:z.3f})"
+                sentences.append(f"{first}.")
+            else:
+                sentences.append(f"{first}, then {second.method} ({second.gap:z.3f}).")
         sentences += [
             f"{point.method}{point.note} has {point.gap:z.3f} at {pattern}."
             for point in found

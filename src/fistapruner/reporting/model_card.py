@@ -10,11 +10,11 @@ from ..runs.labels import OTHERS_BY_NAME, sparsity_label
 from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
-from .alignment_text import preference_rows, preference_sentence
+from .alignment_text import pairs_text, preference_rows, preference_sentence
 from .evaluation_text import kl_text, on_text, perplexity_text, task_protocol
 from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
-from .recovery_text import change_text, closed_text, gain_of, held_out_text
+from .recovery_text import change_text, closed_text, gain_of, held_out_text, text_used
 from .rendering import code_block, plain_markdown, render, versions_text, yaml_text
 from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import has_free_widths, structure_sentence
@@ -249,7 +249,12 @@ def _made(report: Report) -> list[str]:
         used = report.calibration
         how = f" ({plain_markdown(used.how)})" if used.how else ""
         source = plain_markdown(file_name(used.source))
-        lines.append(f"{report.text_kind}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
+        if report.alignment is not None:
+            lines.append(f"pairs of {source}: {pairs_text(report)}{how}")
+        elif report.recovery is not None:
+            lines.append(f"training text: {text_used(report, source)}{how}")
+        else:
+            lines.append(f"calibration: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
     if report.recovery is not None and (text := held_out_text(report.recovery)):
         held_out = f"{report.recovery.held_out_windows} windows"
         if report.alignment is not None:

@@ -123,8 +123,13 @@ def change_text(report: Report) -> str:
     return text
 
 
-def text_used(report: Report) -> str:
-    """Say on what a recovery run trained: text, windows and documents of either side."""
+def text_used(report: Report, source: str | None = None) -> str:
+    """Say on what a recovery run trained: text, windows and documents of either side.
+
+    Args:
+        report: of the run.
+        source: what to call the text; its path by default.
+    """
     found, used = report.recovery, report.calibration
     if found is None or used is None:
         return ""
@@ -137,7 +142,7 @@ def text_used(report: Report) -> str:
         for windows, documents, what in sides
     ]
     passed = f"; {short_count(found.tokens)} tokens with loss passed" if found.tokens else ""
-    return f"{used.source}: {', '.join(shown)}, {used.seqlen} tokens each{passed}"
+    return f"{source or used.source}: {', '.join(shown)}, {used.seqlen} tokens each{passed}"
 
 
 def _differences(a: Perplexity, b: Perplexity) -> list[float]:

@@ -188,8 +188,9 @@ def sentence(speeds: Mapping[str, Speed], why: str = "") -> str:
         whole = min(by_kind["dense"], key=lambda speed: speed.first_token)
         reading = whole.first_token / prefill.first_token
         sentences.append(
-            f"{_against(smaller, dense, 'form of the smaller model')} It reads a prompt of "
-            f"{counted(prefill.prompt, 'token')} {_how_fast(reading)} the dense one."
+            f"{_against(smaller, dense, 'form of the smaller model')} The one that reads a prompt of "
+            f"{counted(prefill.prompt, 'token')} fastest ({prefill.variant}) is {_how_fast(reading)} the dense one "
+            f"that does ({whole.variant})."
         )
     return " ".join([*sentences, *_beside_files(by_kind["packed"] + by_kind["smaller"], by_kind[LLAMA_CPP])])
 
