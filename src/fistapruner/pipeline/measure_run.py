@@ -200,7 +200,8 @@ class _Judge:
 
         def rounds(variant: Variant) -> bool:
             passes = None if variant.dtype is None else getattr(torch, variant.dtype)
-            return variant.name == "packed int8" or (passes and torch.promote_types(stored, passes)) != passes
+            narrower = passes is not None and torch.promote_types(stored, passes) != passes
+            return narrower or variant.name == "packed int8"
 
         figures = {
             variant.name: (own.reference.perplexity, 0.0)

@@ -11,7 +11,7 @@ from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
-from ..runs.training_directory import TrainingDirectory
+from ..runs.training_runs import DIRECTORIES
 from ..runtime.launcher import launched
 from .align import ALIGN
 from .prune import resume_pruning
@@ -47,7 +47,8 @@ def resume(
     if record is None:
         if not out.exists():
             raise FistaPrunerError(f"{out} does not exist")
-        others = all(kind(out).foreign() for kind in (TrainingDirectory, PruneDirectory))
+        kinds: list[type[RunDirectory]] = [PruneDirectory, *DIRECTORIES.values()]
+        others = all(kind(out).foreign() for kind in kinds)
         again = "give a command with a new --out" if others else "give its command again"
         raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
     if record.kind == "recover":
