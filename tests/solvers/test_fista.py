@@ -37,10 +37,8 @@ def lasso(problem: LayerProblem, row: int, penalty: float) -> torch.Tensor:
     return torch.tensor(found.x[:n] - found.x[n:])
 
 
-@pytest.mark.parametrize(
-    ("share", "drift", "target"),
-    [(0.3, 0.1, 1.0), (0.03, 0.0, 1.0), (0.03, 0.1, 0.5), (0.003, 0.1, 1.0), (0.003, 0.1, 0.5)],
-)
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.5)])
+@pytest.mark.parametrize("share", [0.3, 0.03, 0.003])
 def test_converged_fista_is_the_lasso_solution(share: float, drift: float, target: float) -> None:
     problem = make_problem((3,), 12, drift=drift, target=target)
     bound = largest_eigenvalue(problem.gram)

@@ -235,10 +235,6 @@ Count = Callable[[int, int], None]
 """Receives progress: (requests answered, requests in all)."""
 
 
-def _unseen(done: int, total: int) -> None:
-    """Receive progress of what takes no time."""
-
-
 class _Bar:
     """Pass the steps of a bar of ``lm-eval`` on; made and moved as one of ``tqdm``."""
 
@@ -260,8 +256,9 @@ class _Bar:
 @contextmanager
 def _bars_as(tick: Count) -> Iterator[None]:
     """Show answered requests by ``tick`` instead of the bars of ``lm-eval``, which nothing turns off."""
+    unseen = partial(silent, "")  # of what takes no time
     with ExitStack() as patches:
-        for name, shown in (("models.huggingface", tick), ("api.model", _unseen), ("api.task", _unseen)):
+        for name, shown in (("models.huggingface", tick), ("api.model", unseen), ("api.task", unseen)):
             module: Any = sys.modules.get(f"lm_eval.{name}")
             if hasattr(module, "tqdm"):
                 patches.callback(setattr, module, "tqdm", module.tqdm)

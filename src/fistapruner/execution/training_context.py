@@ -191,12 +191,14 @@ class TrainingContext:
 
     def _remove_leftovers(self) -> None:
         """Remove scratch files that another number of processes has left in the run."""
-        used = {str(rank) for rank in range(self.ranks.size)} if self.ranks.size > 1 else set()
-        for folder in (self.run.trained, self.run.hidden) if self.ranks.first else ():
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if path.is_dir() and path.name not in used:
+        if not self.ranks.first:
+            return
+        for folder in (self.run.trained, self.run.hidden):
+            own = {folder / str(rank) for rank in range(self.ranks.size)} if self.ranks.size > 1 else set()
+            for path in set(folder.iterdir()) - own if folder.is_dir() else ():
+                if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                elif not path.is_dir():
+                else:
                     path.unlink(missing_ok=True)
 
     def _reduce_plan(self, listener: Listener) -> str:

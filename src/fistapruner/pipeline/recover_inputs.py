@@ -70,7 +70,7 @@ def check_inputs(
     if inputs.recipe.loss != "auto":
         return inputs
     if inputs.dense is None:
-        named = named_dense(input_run(request.model), inputs.source)
+        named, _ = named_dense(input_run(request.model), inputs.source)
         dense = "the dense model is not known" if named is None else f"the dense model is not found, which was {named}"
         inputs.warn(listener, f"{dense}: the loss is that of the text (ce); better give --dense MODEL")
     loss = "ce" if inputs.dense is None else "kl"

@@ -255,15 +255,13 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
             raise FistaPrunerError(f"--dense: {error}") from None
     if need is None:
         return None
-    known = None if origin is None else dense_of(origin)
-    named = named_dense(origin, source)
+    named, noted = named_dense(origin, source)
     try:
         found = None if named is None else permissions.find(named)
     except FistaPrunerError as error:
         if not need:
             return None
         raise FistaPrunerError(f"the dense model: {error}; say where it is with --dense") from None
-    noted = () if known is None else known.stamps
     if found is not None and noted and (why := changed_files(noted, found)) is not None:
         raise FistaPrunerError(f"{why}; name the right one with --dense{request.recipe.without_dense}")
     if found is None and need:
@@ -271,10 +269,12 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
     return found
 
 
-def named_dense(origin: RunDirectory | None, source: ModelSource) -> str | Path | None:
-    """Return the folder or name of the dense model, as the input's run or lineage has it."""
+def named_dense(
+    origin: RunDirectory | None, source: ModelSource
+) -> tuple[str | Path | None, tuple[tuple[str, str], ...]]:
+    """Return the folder or name that the input's run or lineage has of the dense model, and its stamps."""
     known = None if origin is None else dense_of(origin)
-    return dense_name(lineage_of(source.folder)[0]) if known is None else known.folder
+    return (dense_name(lineage_of(source.folder)[0]), ()) if known is None else (known.folder, known.stamps)
 
 
 def refuse_itself(name: str, dense: ModelSource, source: ModelSource) -> None:

@@ -169,13 +169,12 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
         here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
         if len(here) > 1:
             best, second = here[:2]
-            first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:z.3f})"
-            if best.gap == second.gap:  # as where no method sets a weight to zero
-                same = [point.method for point in here if point.gap == best.gap]
-                first = f"At {pattern}, {', '.join(same[:-1])} and {same[-1]} have the smallest gap ({best.gap:z.3f})"
-                sentences.append(f"{first}.")
+            gap = f"the smallest gap ({best.gap:z.3f})"
+            same = [point.method for point in here if point.gap == best.gap]
+            if len(same) > 1:  # as where no method sets a weight to zero
+                sentences.append(f"At {pattern}, {', '.join(same[:-1])} and {same[-1]} have {gap}.")
             else:
-                sentences.append(f"{first}, then {second.method} ({second.gap:z.3f}).")
+                sentences.append(f"At {pattern}, {best.method} has {gap}, then {second.method} ({second.gap:z.3f}).")
         sentences += [
             f"{point.method}{point.note} has {point.gap:z.3f} at {pattern}."
             for point in found
