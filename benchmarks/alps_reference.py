@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fistapruner.constraints import Constraint
+from fistapruner.core import Constraint
 
 
 def alps_reference(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.models.source import resolve_model
 from fistapruner.runtime.files import write_json_atomic
 from fistapruner.sparse import kernel

@@ -22,7 +22,7 @@ import real_problems
 import torch
 from alps_reference import alps_reference
 
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.runtime.files import write_json_atomic
 from fistapruner.solvers import solve
 

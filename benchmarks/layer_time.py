@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.runtime.machine import describe_machine
-from fistapruner.runtime.numerics import fast_products, has_bf16_units
+from fistapruner.core.linalg import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
-from fistapruner.solvers.conditioning import alive_gram
+from fistapruner.core.linalg import alive_gram
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
 from fistapruner.solvers.refit import refit_cg
 

@@ -37,7 +37,7 @@ from layer_time import problem_of
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.constraints import Constraint, Unstructured, parse_sparsity
+from fistapruner.core import Constraint, Unstructured, parse_sparsity
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import solve_low_rank
 

@@ -152,7 +152,7 @@ def gpu(folder: Path, arguments: argparse.Namespace) -> None:
 def planned(model: Path, device: str, pattern: str, settings: dict[str, Any], arguments: argparse.Namespace) -> Any:
     """Sizes of a run, of a checkpoint that may be a file of holes: sizes without bytes."""
     from fistapruner import Recipe
-    from fistapruner.constraints import parse_sparsity
+    from fistapruner.core import parse_sparsity
     from fistapruner.models.discovery import discover
     from fistapruner.models.files.checkpoint import Checkpoint
     from fistapruner.models.layerwise import LayerwiseModel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fistapruner import LayerProblem
-from fistapruner.runtime.numerics import has_bf16_units
+from fistapruner.core.linalg import has_bf16_units
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 

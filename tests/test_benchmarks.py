@@ -29,7 +29,7 @@ import torch
 import workload_allocation
 from alps_reference import alps_reference
 
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.runs.comparison_records import Comparison
 from fistapruner.runtime.machine import Machine

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fistapruner import FistaPrunerError, LayerProblem
-from fistapruner.problem import DriftFrom, ProblemSums, unweighted
-from fistapruner.runtime.numerics import fast_products
+from fistapruner.core import ProblemSums
+from fistapruner.core.problem import unweighted
+from fistapruner.core.sums import DriftFrom
+from fistapruner.core.linalg import fast_products
 from fistapruner.solvers import solve
 
 TOKENS, INPUTS, ROWS = 60, 10, 7

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fistapruner.constraints import CONSTRAINTS, Constraint, Scope
+from fistapruner.core import Constraint
+from fistapruner.core.constraints import CONSTRAINTS, Scope
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .errors import FistaPrunerError
 from .sparse.import_hook import register_on_import
 
 if TYPE_CHECKING:
-    from .constraints import NM, Unstructured, parse_sparsity
+    from .core import NM, LayerProblem, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
     from .pipeline.align import align
     from .pipeline.align_compare import align_compare
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .pipeline.prune import finish_run, prune
     from .pipeline.recover import recover
     from .pipeline.resume import resume
-    from .problem import LayerProblem
     from .recipes.align_settings import AlignRecipe
     from .recipes.recover_settings import RecoverRecipe
     from .recipes.settings import Recipe

@@ -9,9 +9,11 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import BaseModel, ValidationError, ValidationInfo
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationInfo
+
 
 
 def printable(text: str, also: str = "") -> str:
@@ -142,6 +144,8 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
         error: of pydantic, or any other.
         settings: what was validated; lets an unknown setting be answered with the nearest name, or with all.
     """
+    from pydantic import ValidationError
+
     if not isinstance(error, ValidationError):
         return str(error)
     parts, found = [], error.errors()
@@ -184,6 +188,8 @@ def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]
 def _section(settings: type[BaseModel], name: str) -> type[BaseModel] | None:
     """Return the settings of a section; None where a setting is none."""
     kind = None if (field := settings.model_fields.get(name)) is None else field.annotation
+    from pydantic import BaseModel
+
     sections = (each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel))
     return next(sections, None)
 

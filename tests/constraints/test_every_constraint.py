@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fistapruner import FistaPrunerError
-from fistapruner.constraints import CONSTRAINTS, NM, Constraint, Scope, parse_sparsity
+from fistapruner.core import NM, Constraint, parse_sparsity
+from fistapruner.core.constraints import CONSTRAINTS, Scope
 from toy_constraints import EXAMPLES, every_constraint, registered
 
 SCOPES: tuple[Scope, Scope] = ("operator", "row")

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.constraints import NM, Unstructured, counted_sparsity, parse_sparsity
-from fistapruner.constraints.selection import bisect_kth_largest, keep_largest, keep_n_of_m
+from fistapruner.core import NM, Unstructured, parse_sparsity
+from fistapruner.core.constraints import counted_sparsity
+from fistapruner.constraints.selection import bisect_kth_largest
+from fistapruner.core.selection import keep_largest, keep_n_of_m
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
-from fistapruner.constraints.nm import patterns_met
+from fistapruner.core.constraints import patterns_met
 from fistapruner.evaluation import inspection
 from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint

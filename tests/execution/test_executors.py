@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import tiny
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
@@ -31,7 +31,7 @@ from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, r
 from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune
 from fistapruner.pipeline.resume import resume
-from fistapruner.problem import LayerProblem
+from fistapruner.core import LayerProblem
 from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.directory import RunDirectory

@@ -16,7 +16,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
-from fistapruner.constraints import NM
+from fistapruner.core import NM
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter, sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile

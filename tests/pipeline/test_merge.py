@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint

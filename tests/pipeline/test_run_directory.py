@@ -23,7 +23,7 @@ from torch import Tensor
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD

@@ -16,7 +16,7 @@ import torch
 import tiny
 from fistapruner import Recipe
 from fistapruner.cli import main
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ from fistapruner.planning.measured_sizes import measure_sizes
 from fistapruner.planning.plan import Fitted, fit, make_plan, written
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
-from fistapruner.problem import LayerProblem
+from fistapruner.core import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.loading import merge_settings
 from fistapruner.recipes.structure_settings import Structure

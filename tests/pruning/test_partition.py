@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.planning.footprint import peak_bytes
-from fistapruner.problem import LayerProblem
+from fistapruner.core import LayerProblem
 from fistapruner.pruning.partition import cut, part_of, solve_in_parts, solve_part
 from fistapruner.solvers import METHODS, parse_method, solve
 

@@ -17,7 +17,8 @@ import tiny
 from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
-from fistapruner.constraints import NM, Scope
+from fistapruner.core import NM
+from fistapruner.core.constraints import Scope
 from fistapruner.recipes.loading import (
     load_recipe_settings,
     merge_settings,

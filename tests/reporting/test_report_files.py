@@ -26,7 +26,7 @@ import samples
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.comparison import comparison_markdown

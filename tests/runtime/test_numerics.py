@@ -16,7 +16,8 @@ import fistapruner as fp
 import tiny
 from fistapruner import LayerProblem, solve
 from fistapruner.runs.listener import Listener
-from fistapruner.runtime.numerics import add_gram, fast_products, mirror
+from fistapruner.core.linalg import fast_products
+from fistapruner.core.sums import add_gram, mirror
 from fistapruner.solvers.magnitude import Magnitude
 
 

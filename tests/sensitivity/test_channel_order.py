@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints import NM, VNM, Constraint, Unstructured
+from fistapruner.constraints import VNM
+from fistapruner.core import NM, Constraint, Unstructured
 from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint, reorder

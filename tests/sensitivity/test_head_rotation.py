@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints import NM, Constraint, Unstructured
+from fistapruner.core import NM, Constraint, Unstructured
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.coupling import Link, _watch
 from fistapruner.models.discovery import discover

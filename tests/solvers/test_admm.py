@@ -8,7 +8,7 @@ from layer_problems import make_problem
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.constraints import NM, Constraint, parse_sparsity
+from fistapruner.core import NM, Constraint, parse_sparsity
 from fistapruner.solvers import solve
 
 

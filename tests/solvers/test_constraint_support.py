@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.constraints import Constraint, parse_sparsity
+from fistapruner.core import Constraint, parse_sparsity
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.solvers import METHODS, parse_method, solve
 from fistapruner.sparse.pack_plan import choose_layout

@@ -16,7 +16,7 @@ from layer_problems import make_problem
 from torch import Tensor
 
 from fistapruner import FistaPrunerError, LayerProblem
-from fistapruner.constraints import NM, Unstructured, parse_sparsity
+from fistapruner.core import NM, Unstructured, parse_sparsity
 from fistapruner.pruning.partition import cut, part_of, solve_in_parts
 from fistapruner.solvers import METHODS, parse_method, solve
 from fistapruner.solvers.base import Method, Solution

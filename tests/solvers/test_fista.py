@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 from fistapruner import LayerProblem
 from fistapruner.solvers import solve
-from fistapruner.solvers.conditioning import largest_eigenvalue
+from fistapruner.core.linalg import largest_eigenvalue
 from fistapruner.solvers.fista import certificate, fista
 
 

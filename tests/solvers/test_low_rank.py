@@ -10,7 +10,7 @@ import torch
 from layer_problems import make_problem
 
 from fistapruner import FistaPrunerError, LayerProblem
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import (
     ALTERNATIONS,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layer_problems import make_problem
 
 from fistapruner import LayerProblem
-from fistapruner.constraints.selection import keep_n_of_m
+from fistapruner.core.selection import keep_n_of_m
 from fistapruner.constraints.thresholds import GroupThreshold, SampledThreshold
 from fistapruner.solvers import solve
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents

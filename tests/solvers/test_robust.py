@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.solvers import METHODS, solve
-from fistapruner.solvers.conditioning import damped_cholesky, largest_eigenvalue, regularised_gram
+from fistapruner.core.linalg import damped_cholesky, largest_eigenvalue
+from fistapruner.solvers.conditioning import regularised_gram
 
 CHAINS = [name for name, method in METHODS.items() if not method.refines]
 CHAINS += [f"wanda+{name}" for name, method in METHODS.items() if method.refines]

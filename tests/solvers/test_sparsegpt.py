@@ -7,7 +7,7 @@ import torch
 from layer_problems import make_problem
 
 from fistapruner import LayerProblem
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.solvers import solve
 from fistapruner.solvers.sparsegpt import SparseGPT
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from tiny import build, tokenizer
 
 

@@ -21,7 +21,7 @@ from fistapruner.models.source import Permissions
 from fistapruner.models.whole import load_whole
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
-from fistapruner.runtime.numerics import exact_in_fast_products
+from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.runtime.ranks import Ranks, _check_gpus, ranks_of_run
 from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked, sent
 from fistapruner.sparse.speed import prompts, time_generation

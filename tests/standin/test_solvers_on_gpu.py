@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fistapruner.constraints import NM, parse_sparsity
-from fistapruner.constraints.selection import keep_n_of_m
+from fistapruner.core import NM, parse_sparsity
+from fistapruner.core.selection import keep_n_of_m
 from fistapruner.errors import FistaPrunerError
-from fistapruner.problem import DriftFrom, LayerProblem, ProblemSums
+from fistapruner.core import LayerProblem, ProblemSums
+from fistapruner.core.sums import DriftFrom
 from fistapruner.pruning.experts import routed_problem
 from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.settings import Recipe

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints import NM
+from fistapruner.core import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.architecture import build_changed
 from fistapruner.models.discovery import discover

@@ -30,7 +30,7 @@ from fistapruner.planning.sizes import Choice
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runtime.numerics import DTYPES
-from fistapruner.solvers.conditioning import alive_gram
+from fistapruner.core.linalg import alive_gram
 from fistapruner.structured.goa import (
     DAMPING,
     HeadDivergence,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.constraints import NM
+from fistapruner.core import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.prune_directory import PruneDirectory

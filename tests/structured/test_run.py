@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.constraints import NM
+from fistapruner.core import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint

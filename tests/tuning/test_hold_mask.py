@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint

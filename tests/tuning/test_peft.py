@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints import parse_sparsity
+from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.tuning.adapters import write_hira_adapter
 from fistapruner.tuning.forms import Spp

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints import NM, Constraint, parse_sparsity
-from ..constraints.nm import patterns_met
+from ..core import NM, Constraint, parse_sparsity
+from ..core.constraints import patterns_met
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint, Stack
 from ..models.files.folder_files import PRUNING_RECORD

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..activations.store import CPU, HiddenStates, scratch_factory
 from ..activations.stream import Calls, embed, run_layer
-from ..constraints import Constraint
+from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import discover
 from ..models.files.low_rank import A, sum_of_parts
@@ -29,7 +29,6 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams, Solver
 from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
-from ..pruning.partition import solve_in_parts
 from ..recipes.settings import Recipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import Numerics
@@ -42,7 +41,6 @@ from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
-from ..solvers import solve
 from ..structured.experts import fewer_experts
 from ..structured.smaller_model import Widths, resized
 
@@ -210,7 +208,7 @@ class RunContext:
         )
 
     def prune(
-        self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents, solver: Solver | None = None
+        self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents
     ) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it.
 
@@ -219,7 +217,6 @@ class RunContext:
             streams: hidden states in and out.
             calls: arguments of the decoder layers.
             events: functions that are called on the way.
-            solver: solves a group of operators; None solves it in this process.
 
         Raises:
             FistaPrunerError: bad data, or too little memory on the GPU.
@@ -235,7 +232,7 @@ class RunContext:
             # Another process may read the dense output already, so a second attempt does not write it again.
             left = replace(streams, dense_out=None) if passed else streams
             noted = replace(events, passed=(lambda: None) if passed else note_passed)
-            return self._prune(index, left, self._calls_now(calls), noted, solver, warnings)
+            return self._prune(index, left, self._calls_now(calls), noted, warnings)
 
         return self._fitting(f"layer {index}", attempt, streams, warnings)
 
@@ -245,7 +242,6 @@ class RunContext:
         streams: LayerStreams,
         calls: Calls,
         events: LayerEvents,
-        solver: Solver | None,
         warnings: list[str],
     ) -> LayerEntry:
         """Do what :meth:`prune` does, once; ``warnings`` are added to the layer's."""
@@ -256,7 +252,6 @@ class RunContext:
             sparsity=self.sparsity,
             calls=calls,
             scratch=scratch_factory(self.hidden if self.on_disk else None, self.model.dtype, self._place),
-            solver=solver or (solve_in_parts if self.numerics.by_operator else solve),
             widths=self.widths,
         )
         names = [name for group in self.layout.layers[index] for name in context.names(index, group)]
@@ -268,7 +263,7 @@ class RunContext:
         )
         result = prune_layer(context, index, streams, measures, events)
         if self._reduced:
-            result.entry.batch_size, result.entry.by_operator = self.numerics.batch_size, self.numerics.by_operator
+            result.entry.batch_size = self.numerics.batch_size
         result.entry.warnings += warnings
         result.entry.peak_memory = peak_memory()
         result.entry.finished = now()
@@ -306,7 +301,7 @@ class RunContext:
     def _fitting(self, what: str, work: Callable[[], T], streams: LayerStreams, warnings: list[str] | None = None) -> T:
         """Work; where the GPU's memory runs out, work again with less.
 
-        First hidden states go to main memory, then each time the batch size is halved and groups are solved in parts.
+        First hidden states go to main memory, then each time the batch size is halved.
 
         Args:
             what: names the work, in messages.
@@ -321,35 +316,34 @@ class RunContext:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                if self.numerics.batch_size == 1 and self.numerics.by_operator:
+                if self.numerics.batch_size == 1 and not self.on_device:
                     raise FistaPrunerError(
-                        f"{what}: the memory of {self.model.device} ran out, even with one window at a time and groups "
-                        "of operators in parts: free some of it and resume, or give the same prune command again with "
-                        "--device cpu; or begin another run with a shorter --seqlen or a lighter --method"
+                        f"{what}: the memory of {self.model.device} ran out, even with one window at a time: free "
+                        "some of it and resume, or give the same prune command again with --device cpu; or begin another run with a shorter --seqlen or a lighter --method"
                     ) from None
             before = min(self.numerics.batch_size, len(self.tokens))
             if self.on_device:
                 for store in (streams.dense, streams.pruned, streams.dense_out, streams.pruned_out):
                     if store is not None:
                         store.to_main_memory()
-                self._reduce_memory(self.numerics.batch_size, self.numerics.by_operator)
+                self._reduce_memory(self.numerics.batch_size)
                 then = "hidden states go to main memory"
             else:
-                self._reduce_memory(before // _smallest_divisor(before), True)
-                then = f"it goes on with {self.numerics.batch_size}, and groups of operators are solved in parts"
+                self._reduce_memory(before // _smallest_divisor(before))
+                then = f"it goes on with {self.numerics.batch_size}"
             warning = f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; {then}"
             log.warning("%s", warning)
             if warnings is not None:
                 warnings.append(warning)
 
-    def _reduce_memory(self, batch_size: int, by_operator: bool) -> None:
+    def _reduce_memory(self, batch_size: int) -> None:
         """Use less of a GPU's memory from now on: main memory for hidden states, and a smaller batch size.
 
         It divides the one before, so that batches end at the same windows.
         """
         release_failed_memory()
         self.on_device = False
-        self.numerics = self.numerics.model_copy(update={"batch_size": batch_size, "by_operator": by_operator})
+        self.numerics = self.numerics.model_copy(update={"batch_size": batch_size})
         self._reduced, self._own_calls = True, None
 
     def _calls_now(self, calls: Calls) -> Calls:

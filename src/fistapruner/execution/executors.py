@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
-from ..constraints import Constraint
-from ..models.layout import Layout
-from ..problem import LayerProblem
-from ..pruning.partition import cut
+from ..core import LayerProblem
 from ..recipes.execution_settings import Execution
-from ..recipes.settings import Recipe
 from ..runs.listener import Listener
 from ..runtime.devices import (
     available_cores,
@@ -22,7 +18,6 @@ from ..runtime.devices import (
 from ..runtime.memory import release_device_memory
 from .context import RunContext
 from .layer_parallel import prune_layers_in_parallel
-from .operator_parallel import ParallelSolver
 from .pool import Pool
 from .process_pool import ProcessPool
 from .serial import prune_serially
@@ -39,8 +34,7 @@ def prune_layers(
 
     The result does not depend on the executor: with any of them, a layer is computed by one process on
     ``context.numerics.threads`` threads. With ``propagate=pruned`` the input of a layer is the output of the pruned
-    layer before it: this process prunes layers in order, and workers solve the parts of its groups of operators in
-    parallel.
+    layer before it, so this process prunes them in order.
 
     Args:
         context: the opened run.
@@ -55,26 +49,17 @@ def prune_layers(
     if not todo:
         return
     executor = execution.executor
-    jobs = len(todo) if executor == "serial" else count_jobs(context.layout, context.sparsity, context.recipe, todo)
-    if executor != "serial" and context.recipe.propagate == "pruned" and jobs <= 1:
-        listener.say(
-            "propagate=pruned, and no group of the layers to prune has two operators: "
-            f"executor {executor} has nothing to run side by side"
-        )
-    if inspect is not None or jobs <= 1:
+    if executor != "serial" and context.recipe.propagate == "pruned":
+        listener.say(f"propagate=pruned: layers wait for each other, so executor {executor} runs them one by one")
+    if inspect is not None or len(todo) == 1 or context.recipe.propagate == "pruned":
         executor = "serial"
     with cpu_threads(context.numerics.threads):
         if executor == "serial":
             prune_serially(context, todo, listener, inspect)
             return
-        pool = _pool(context, execution, jobs, listener)
+        pool = _pool(context, execution, len(todo), listener)
         try:
-            if context.recipe.propagate == "dense":
-                prune_layers_in_parallel(context, todo, pool, listener)
-            else:
-                prune_serially(
-                    context, todo, listener, solver=ParallelSolver(pool, context.hidden, context.recipe.steps)
-                )
+            prune_layers_in_parallel(context, todo, pool, listener)
         finally:
             pool.close()
 
@@ -101,29 +86,6 @@ def _pool(context: RunContext, execution: Execution, jobs: int, listener: Listen
     pool = RayPool(context, execution, jobs)
     listener.say(f"{pool.size} Ray workers of {count} threads")
     return pool
-
-
-def count_jobs(layout: Layout, sparsity: Mapping[str, Constraint], recipe: Recipe, layers: Collection[int]) -> int:
-    """Count what workers do side by side.
-
-    That is the decoder layers, or with ``propagate=pruned`` the parts of the largest group: 0 where the layers have no
-    operators to prune.
-
-    Args:
-        layout: operators to prune.
-        sparsity: pattern of every operator, by full name.
-        recipe: all settings, resolved.
-        layers: indices of the layers to prune.
-    """
-    if recipe.propagate == "dense":
-        return len(layers)
-    most = 0
-    for index in layers:
-        for group in layout.layers[index]:
-            patterns = [sparsity[layout.full_name(index, operator)] for operator in group]
-            parts = cut([operator.rows for operator in group], group[0].columns, patterns, recipe.steps)
-            most = max(most, len(parts))
-    return most
 
 
 def default_threads(execution: Execution) -> int:

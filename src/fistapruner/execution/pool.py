@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ..errors import FistaPrunerError
 
@@ -26,18 +26,8 @@ Event = dict[str, Any]
 ``passed``: the decoder layer's dense output is written;
 ``done``: the job is finished and its result is on disk;
 ``failed`` (``message``): an error of the user's input;  ``broken`` (``message``): an error of this program;
-``lost`` (``message``): the worker died;
-``short``: the memory of the worker's GPU ran out; it is ready for smaller jobs.
+``lost`` (``message``): the worker died.
 """
-
-
-class NoRoom(FistaPrunerError):
-    """The memory of every worker's GPU has run out."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what}: the GPU memory of all workers ran out: give the same prune command again with fewer --workers"
-        )
 
 
 @dataclass(frozen=True)
@@ -60,39 +50,12 @@ class LayerJob:
         return f"layer {self.index}"
 
 
-@dataclass(frozen=True)
-class PartJob:
-    """Solve one part of a group of operators.
-
-    Args:
-        problem: file in ``RUN/hidden`` of the part's rows; the Gram is in a file beside it.
-        solution: file to write there.
-        name: of the operator.
-        sparsity: pattern of these rows.
-        target: share of the dense output in the target.
-        tokens: calibration tokens behind the means.
-    """
-
-    problem: str
-    solution: str
-    name: str
-    sparsity: str
-    target: float
-    tokens: int | None
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.problem}"
-
-
-J = TypeVar("J", LayerJob, PartJob)
-
-
 class Pool(Protocol):
     """Workers that have opened the run directory."""
 
     size: int
 
-    def start(self, worker: int, job: LayerJob | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob) -> None:
         """Give an idle worker, 0 to ``size`` - 1, a job."""
 
     def wait(self) -> list[tuple[int, Event]]:
@@ -105,45 +68,41 @@ class Pool(Protocol):
         """End all workers at once."""
 
 
-class Schedule(Protocol[J]):
+class Schedule(Protocol):
     """The order of jobs, and what follows from their events."""
 
     def unfinished(self) -> bool:
         """Return whether jobs are left, waiting or running."""
 
-    def take(self) -> J | None:
+    def take(self) -> LayerJob | None:
         """Remove and return the next job that can start now; None if there is none."""
 
-    def put_back(self, job: J) -> None:
-        """Queue a job again, first in line, because its worker died or ran out of memory."""
+    def put_back(self, job: LayerJob) -> None:
+        """Queue a job again, first in line, because its worker died."""
 
-    def progress(self, job: J, event: Event) -> None:
+    def progress(self, job: LayerJob, event: Event) -> None:
         """Note an event of a running job."""
 
-    def done(self, job: J) -> None:
+    def done(self, job: LayerJob) -> None:
         """Note that a job is finished."""
 
 
-def run_jobs(pool: Pool, schedule: Schedule[J]) -> None:
+def run_jobs(pool: Pool, schedule: Schedule) -> None:
     """Run all jobs of ``schedule`` on the workers of ``pool``; jobs of dead workers run again.
-
-    A worker whose GPU's memory runs out gets no more of them; the others do its job.
 
     Args:
         pool: the workers; the caller closes it.
         schedule: the jobs.
 
     Raises:
-        NoRoom: the memory of every worker's GPU ran out.
         FistaPrunerError: a worker reports an error of the user's input, or dies of the same job :data:`ATTEMPTS` times.
         RuntimeError: a worker reports an error of this program.
     """
-    running: dict[int, J] = {}
+    running: dict[int, LayerJob] = {}
     deaths = Counter[str]()
-    short = set[int]()
     while schedule.unfinished():
         for worker in range(pool.size):
-            if worker not in running and worker not in short and (job := schedule.take()) is not None:
+            if worker not in running and (job := schedule.take()) is not None:
                 running[worker] = job
                 pool.start(worker, job)
         for worker, event in pool.wait():
@@ -161,12 +120,6 @@ def run_jobs(pool: Pool, schedule: Schedule[J]) -> None:
                     if current is not None:
                         schedule.put_back(running.pop(worker))
                     pool.revive(worker)
-                case "short":
-                    schedule.put_back(running.pop(worker))
-                    short.add(worker)
-                    if len(short) == pool.size:
-                        raise NoRoom(what)
-                    log.warning("the GPU memory of a worker ran out at %s, which another worker does", what)
                 case "failed":
                     raise FistaPrunerError(event["message"])
                 case "broken":

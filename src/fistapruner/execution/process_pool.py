@@ -15,7 +15,7 @@ import torch
 
 from ..runtime.launcher import module_path
 from .context import RunContext
-from .pool import Event, LayerJob, PartJob
+from .pool import Event, LayerJob
 
 
 class ProcessPool:
@@ -36,7 +36,7 @@ class ProcessPool:
         for worker in range(self.size):
             self.revive(worker)
 
-    def start(self, worker: int, job: LayerJob | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob) -> None:
         """Give an idle worker a job."""
         pipe = self._processes[worker].stdin
         assert pipe is not None

@@ -21,7 +21,7 @@ from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
 from ..runtime.launcher import module_path
 from .context import RunContext
-from .pool import Event, LayerJob, PartJob
+from .pool import Event, LayerJob
 
 ENDS = ("done", "failed", "broken", "lost", "short")
 """Events that end a job."""
@@ -137,7 +137,7 @@ class RayPool:
         for worker in range(self.size):
             self.revive(worker)
 
-    def start(self, worker: int, job: LayerJob | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob) -> None:
         """Give an idle worker a job."""
         self._streams[self._actors[worker].run.remote(asdict(job))] = worker
 

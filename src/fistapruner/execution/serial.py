@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 
 from ..activations.store import HiddenStates
-from ..problem import LayerProblem
-from ..pruning.context import LayerEvents, LayerStreams, Solver
+from ..core import LayerProblem
+from ..pruning.context import LayerEvents, LayerStreams
 from ..recipes.settings import Recipe
 from ..runs.listener import Listener
 from .context import RunContext
@@ -19,7 +19,6 @@ def prune_serially(
     todo: Collection[int],
     listener: Listener,
     inspect: Callable[[int, int, LayerProblem], None] | None = None,
-    solver: Solver | None = None,
 ) -> None:
     """Prune the decoder layers in ``todo``; run hidden states through the others, as journaled.
 
@@ -28,7 +27,6 @@ def prune_serially(
         todo: indices of layers that are not journaled yet.
         listener: receives progress.
         inspect: receives (layer, group, problem) before each solve.
-        solver: solves a group of operators; None solves it in this process.
     """
     if not todo:
         return
@@ -55,7 +53,7 @@ def prune_serially(
             events = LayerEvents(operators=partial(listener.operators, index))
             if inspect is not None:
                 events = replace(events, problem=partial(inspect, index))
-            listener.layer(context.prune(index, streams, calls, events, solver))
+            listener.layer(context.prune(index, streams, calls, events))
         else:
             listener.tick(f"layer {index}, already pruned", 0, 1)
             context.advance(index, streams, calls)

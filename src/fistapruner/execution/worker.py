@@ -1,4 +1,4 @@
-"""Run a worker: open the run directory, then prune decoder layers or solve parts of groups.
+"""Run a worker: open the run directory, then prune decoder layers.
 
 As a program (``python -m fistapruner.execution.worker``) it reads one JSON job a line and writes one JSON event a line
 (:mod:`fistapruner.execution.pool`). It is not a child of :mod:`multiprocessing`, so it does not import the script that
@@ -28,11 +28,9 @@ from ..errors import FistaPrunerError
 from ..models.source import Permissions
 from ..pruning.context import LayerEvents, LayerStreams
 from ..runtime.devices import first_line
-from ..runtime.memory import release_device_memory, release_failed_memory
 from ..runtime.numerics import exact_products
 from .context import RunContext
-from .operator_parallel import do_part
-from .pool import Event, LayerJob, PartJob
+from .pool import Event, LayerJob
 
 PR_SET_PDEATHSIG = 1
 
@@ -79,29 +77,20 @@ class Worker:
         """Run a job and report every outcome, errors too, as an event.
 
         Args:
-            job: a :class:`LayerJob` or a :class:`PartJob` as JSON values.
+            job: a :class:`LayerJob` as JSON values.
             tell: receives the events.
         """
         torch.set_num_threads(self.context.numerics.threads)
-        event = self._run(job, tell)
-        if event["event"] == "short":
-            release_failed_memory()
-        tell(event)
+        tell(self._run(job, tell))
 
     def _run(self, job: dict[str, Any], tell: Callable[[Event], None]) -> Event:
         """Run a job and return the event of its end."""
         try:
             with exact_products():
-                if "solution" in job:
-                    do_part(PartJob(**job), self.context.hidden, self.context.recipe.steps, self.context.model.device)
-                    release_device_memory()  # for the processes that share the GPU
-                else:
-                    self._do_layer(LayerJob(**job), tell)
+                self._do_layer(LayerJob(**job), tell)
             return {"event": "done"}
         except FistaPrunerError as error:
             return {"event": "failed", "message": str(error)}
-        except torch.OutOfMemoryError:  # of a part: layers step down (RunContext.prune)
-            return {"event": "short"}
         except Exception:
             return {"event": "broken", "message": traceback.format_exc()}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations.store import scratch_factory
-from ..constraints import Constraint
+from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
 from ..recipes.settings import Recipe

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints import counted_sparsity, parse_sparsity
+from ..core import parse_sparsity
+from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.files.record import MIN_ZEROS, permuted_tensors, recorded_claims

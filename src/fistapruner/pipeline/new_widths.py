@@ -8,7 +8,8 @@ from itertools import chain
 
 import torch
 
-from ..constraints import Constraint, counted_sparsity, parse_sparsity
+from ..core import Constraint, parse_sparsity
+from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
 from ..models.experts import GROUPED_BYTES
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims

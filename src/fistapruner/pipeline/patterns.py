@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..constraints import Constraint, parse_sparsity
+from ..core import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.layout import Layout
 from ..recipes.patterns import matches

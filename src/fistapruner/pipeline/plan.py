@@ -11,7 +11,7 @@ import torch
 from ..calibration import window_length
 from ..calibration.packing import PURPOSE
 from ..calibration.windows import check_source
-from ..constraints import Constraint
+from ..core import Constraint
 from ..errors import out_path
 from ..execution.context import open_model
 from ..execution.executors import count_jobs, default_threads

@@ -147,7 +147,7 @@ def choose_plan(
     for sentence in found.says:
         listener.say(sentence)
     choice = found.choice
-    numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size, choice.by_operator)
+    numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
     return PlannedRun(numerics=numerics, on_disk=choice.on_disk, on_device=choice.on_device, rows=list(found.rows))
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..models.source import ModelSource, Permissions
-from ..problem import LayerProblem
 from ..recipes.loading import merge_settings
 from ..recipes.settings import Recipe
 from ..runs.arguments import checked_arguments

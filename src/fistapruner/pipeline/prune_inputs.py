@@ -15,7 +15,7 @@ from ..activations.check import check_model
 from ..calibration import window_length
 from ..calibration.training_text import document_hash, shared_documents, training_documents
 from ..calibration.windows import source_documents
-from ..constraints import Constraint
+from ..core import Constraint
 from ..errors import FistaPrunerError, explain
 from ..evaluation.data import evaluation_documents, load_windows
 from ..execution.context import open_model

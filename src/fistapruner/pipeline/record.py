@@ -70,11 +70,10 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
     )
 
 
-def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int, by_operator: bool = False) -> Numerics:
+def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int) -> Numerics:
     """Collect what decides the last bits of a run."""
     return Numerics(
         batch_size=batch_size,
-        by_operator=by_operator,
         threads=default_threads(execution),
         device=model.device.type,
         dtype=dtype_name(model.dtype),

@@ -12,7 +12,7 @@ import torch
 from ..activations.check import check_model
 from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
-from ..constraints import counted_sparsity
+from ..core.constraints import counted_sparsity
 from ..errors import A_MODEL, FistaPrunerError, path_text
 from ..evaluation.data import check_data, load_windows
 from ..evaluation.inspection import inspect_checkpoint

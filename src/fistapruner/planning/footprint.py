@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..constraints import Constraint
-from ..problem import LayerProblem
+from ..core import Constraint, LayerProblem
 from ..recipes.structure_settings import Structure
 from ..solvers.base import Method
 from ..solvers.low_rank import solve_low_rank

@@ -13,12 +13,12 @@ from torch import Tensor
 from ..activations.cached_outputs import kept_projections
 from ..calibration import SELF
 from ..calibration.self_generated import generation_bytes
-from ..constraints import Constraint
+from ..core import Constraint
+from ..core.sums import DriftFrom
 from ..models.coupling import named_size
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.layout import Group, Layout
 from ..models.whole import whole_bytes
-from ..problem import DriftFrom
 from ..pruning.context import fitted_groups, solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..pruning.partition import cut

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..constraints import Constraint
+from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout

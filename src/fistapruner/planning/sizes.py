@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..problem import DriftFrom
+from ..core.sums import DriftFrom
 from ..sensitivity.decision import (
     windows_measured,
 )

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
 from ..activations.stream import Calls, embed
-from ..constraints import Constraint
+from ..core import Constraint, LayerProblem
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..problem import LayerProblem
 from ..pruning.context import LayerContext, LayerEvents, LayerStreams
 from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer

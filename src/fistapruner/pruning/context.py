@@ -11,21 +11,14 @@ from torch import Tensor
 
 from ..activations.store import HiddenStates, Store
 from ..activations.stream import Calls
-from ..constraints import Constraint
+from ..core import Constraint, LayerProblem
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Group, Layout
-from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry
-from ..solvers import solve
-from ..solvers.base import Method, Solution
 from ..structured.smaller_model import Widths
 from ..structured.units import Unit
-
-Solver = Callable[[LayerProblem, Sequence[Constraint], Sequence[Method]], Solution]
-"""Solves a group of operators by a chain of methods."""
-
 
 def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint], *, cut: bool) -> list[int]:
     """Return the numbers of the groups that are solved.
@@ -81,7 +74,6 @@ class LayerContext:
         sparsity: pattern of every operator, by full name.
         calls: arguments of the decoder layers.
         scratch: makes a temporary store from its name and shape.
-        solver: solves a group of operators, stacked or in parts (:mod:`~fistapruner.pruning.partition`).
         widths: whose channels and experts are removed, and how many stay; None where all of them do.
     """
 
@@ -91,7 +83,6 @@ class LayerContext:
     sparsity: Mapping[str, Constraint]
     calls: Calls
     scratch: Store
-    solver: Solver = solve
     widths: Widths | None = None
 
     def units(self, index: int) -> tuple[Unit, ...]:

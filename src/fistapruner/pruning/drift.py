@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.store import HiddenStates, Store
+from ..core.sums import DriftFrom, cheapest_drift
 from ..models.layout import Group, Layout, Operator
-from ..problem import DriftFrom, cheapest_drift
 from ..recipes.settings import Recipe
 from ..structured.units import Unit
 from .context import fitted_groups, narrowed_groups

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..core import LayerProblem, ProblemSums
 from ..models.experts import Experts
-from ..models.layout import Group
-from ..problem import LayerProblem, ProblemSums
 from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
@@ -24,7 +23,7 @@ SHRUNK = ", so their Grams are shrunk towards the diagonal"
 NONE = "no token was routed to them, so they are pruned by magnitude"
 
 
-def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target: float) -> LayerProblem:
+def routed_problem(sums: ProblemSums, name: str, target: float, *, release: bool = True) -> LayerProblem:
     """Make the layer problem of a group of an expert's operators, whatever the number of its tokens.
 
     With p tokens, fewer than the n inputs, the Gram is singular, and least squares would fit noise. It is shrunk
@@ -33,17 +32,15 @@ def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target
     Gram is the identity: all inputs count alike.
 
     Args:
-        sums: of the tokens that were routed to the expert; they are released.
-        names: full names of the operators.
-        group: the operators.
+        sums: of the tokens that were routed to the expert.
+        name: of the operators.
         target: share of the dense model's output in the target.
+        release: the sums will not be used again.
     """
-    rows = [operator.rows for operator in group]
-    n = group[0].columns
     if not sums.tokens:
-        return problem_without_tokens(sums.weight, names, rows, target)
-    problem = sums.problem(names, rows, target, release=True)
-    share = share_of_few(n, sums.tokens)
+        return problem_without_tokens(sums.weight, name)
+    problem = sums.problem(name, target, release=release)
+    share = share_of_few(problem.shape[1], sums.tokens)
     return problem if share is None else replace(shrunk(problem, share), energy=None)
 
 

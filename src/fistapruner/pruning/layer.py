@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..constraints import Constraint
+from ..core import Constraint, LayerProblem, ProblemSums
+from ..core.problem import unweighted
 from ..errors import FistaPrunerError
 from ..models.files.low_rank import A, B, sum_of_parts
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Group
-from ..problem import LayerProblem, ProblemSums, unweighted
+from ..models.layout import Group, Operator
 from ..runs.layer_records import LayerEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from ..solvers import parse_method
-from ..solvers.base import Solution
-from ..solvers.low_rank import SparsePlusLowRank, solve_low_rank
+from ..solvers.base import Method, Solution
+from ..solvers.low_rank import LowRank, solve_low_rank
 from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
-from .entries import operator_entries
+from .entries import operator_entry
 from .experts import remove_experts, routed_problem, routing_warnings
 from .passes import LayerPasses
 from .removal import remove_units
@@ -129,45 +128,37 @@ def _prune_group(
     events: LayerEvents,
     record: LayerRecord,
 ) -> float:
-    """Solve group ``number``, write the solution into the layer, return its worst relative error.
+    """Solve group ``number`` operator by operator, write the solutions into the layer, return the worst relative error.
 
-    The problem is freed on return.
+    What depends on the Gram of the group is computed once; the problem is freed on return.
     """
-    model, group = context.model, context.layout.layers[index][number]
+    group = context.layout.layers[index][number]
     names = context.names(index, group)
-    patterns = [context.sparsity[name] for name in names]
+    routed, tokens = bool(group[0].experts), sums.tokens
     with clock.phase("problem"):
-        rows, share = [operator.rows for operator in group], context.recipe.dense_share
-        if routed := group[0].experts:
-            problem = routed_problem(sums, names, group, share)
-        else:
-            problem = sums.problem(names, rows, share, release=True)
-    with problem.unchanged("inspect"):
+        make = routed_problem if routed else ProblemSums.problem
+        whole = replace(make(sums, "+".join(names), context.recipe.dense_share, release=True), cache={})
+    start, worst = 0, 0.0
+    for operator, name in zip(group, names, strict=True):
+        problem = whole.slice(slice(start, start + operator.rows), name)
+        start += operator.rows
         events.problem(number, problem)
-    with clock.phase("solve"):
-        if routed and not sums.tokens:
-            magnitude = context.solver(problem, patterns, parse_method("magnitude"))
-            found = SparsePlusLowRank(magnitude, (None,) * len(group))
-        else:
-            found = _solve(context, problem, patterns, _importance(context, index, group, measures, record))
-        solution, total = found.sparse, found.sparse.weight
-        unrounded = _write(model, model.layers[index], group, names, solution)
-        if any(part is not None for part in found.low_rank):
-            total = _add_low_rank(model, model.layers[index], group, names, found, record)
-    with clock.phase("report"):
-        # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
-        known = unrounded and measures.importance is None and total is solution.weight
-        reported = [stats["relative_error"] for stats in solution.stats]
-        errors = reported if known else problem.relative_errors(total)
-        texts = [str(pattern) for pattern in patterns]
-        entries = operator_entries(problem, solution, errors, group, number, texts)
-        for entry, part in zip(entries, found.low_rank, strict=True):
-            entry.low_rank = None if part is None else len(part.a)
-    for entry in entries if routed else ():
-        entry.tokens = sums.tokens
-    record.operators += entries
-    record.warnings += solution.warnings
-    return max((entry.relative_error or 0.0) for entry in entries)
+        pattern, importance = context.sparsity[name], _importance(context, index, operator, measures, record)
+        with clock.phase("solve"):
+            steps = parse_method("magnitude") if routed and not tokens else context.recipe.steps
+            solution, low_rank = _solve(problem, pattern, steps, context.recipe.low_rank, importance)
+            total, unrounded = _write(context, index, operator, name, solution.weight, low_rank, record)
+        with clock.phase("report"):
+            # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
+            known = unrounded and importance is None
+            error = solution.stats[0]["relative_error"] if known else problem.relative_error(total)
+            entry = operator_entry(problem, solution, error, operator, number, str(pattern))
+        entry.low_rank = None if low_rank is None else len(low_rank.a)
+        entry.tokens = tokens if routed else None
+        record.operators.append(entry)
+        record.warnings += solution.warnings
+        worst = max(worst, error)
+    return worst
 
 
 def _weights(context: LayerContext, index: int, group: Group) -> dict[str, Tensor]:
@@ -186,38 +177,32 @@ def _weights(context: LayerContext, index: int, group: Group) -> dict[str, Tenso
 
 
 def _importance(
-    context: LayerContext, index: int, group: Group, measures: LayerMeasures, record: LayerRecord
+    context: LayerContext, index: int, operator: Operator, measures: LayerMeasures, record: LayerRecord
 ) -> Tensor | None:
-    """Return the weights of a group's rows, (m,); None where they count alike."""
+    """Return the weights of an operator's rows, (m,); None where they count alike."""
     if measures.importance is None:
         return None
-    parts = []
-    for operator in group:
-        rows = measures.importance[context.layout.full_name(index, operator)]
-        parts.append(rows[record.rows[operator.name]] if operator.name in record.rows else rows)
-    return torch.cat(parts)
+    rows = measures.importance[context.layout.full_name(index, operator)]
+    rows = rows[record.rows[operator.name]] if operator.name in record.rows else rows
+    return rows.to(context.model.device)
 
 
 def _solve(
-    context: LayerContext, problem: LayerProblem, patterns: Sequence[Constraint], importance: Tensor | None
-) -> SparsePlusLowRank:
-    """Solve a group's problem, its rows weighted by their importance.
+    problem: LayerProblem, pattern: Constraint, steps: Sequence[Method], rank: int, importance: Tensor | None
+) -> tuple[Solution, LowRank | None]:
+    """Solve an operator's problem, its rows weighted by their importance.
 
     Weights that stay have the same bits.
     """
-    steps, rank = context.recipe.steps, context.recipe.low_rank
     if importance is None:
-        return solve_low_rank(problem, patterns, steps, rank, context.solver)
-    rows = importance.to(problem.weight.device)
-    weighted = problem.weighted(rows)
-    found = solve_low_rank(weighted, patterns, steps, rank, context.solver)
-    weight = found.sparse.weight
-    stay = found.sparse.mask & (weight == weighted.weight)
-    torch.where(stay, problem.weight, unweighted(weight, rows), out=weight)
-    for part, count in zip(found.low_rank, rows.split(problem.rows), strict=True):
-        if part is not None:
-            unweighted(part.b, count)
-    return found
+        return solve_low_rank(problem, pattern, steps, rank)
+    weighted = problem.weighted(importance)
+    solution, low_rank = solve_low_rank(weighted, pattern, steps, rank)
+    stay = solution.mask & (solution.weight == weighted.weight)
+    torch.where(stay, problem.weight, unweighted(solution.weight, importance), out=solution.weight)
+    if low_rank is not None:
+        unweighted(low_rank.b, importance)
+    return solution, low_rank
 
 
 def _reconstruct(
@@ -242,66 +227,51 @@ def _reconstruct(
     record.extra["reconstruct"] = result.record
 
 
-def _write(model: LayerwiseModel, module: nn.Module, group: Group, names: Sequence[str], solution: Solution) -> bool:
-    """Write the solution into the layer and back into itself, rounded as the checkpoint will hold it.
+def _write(
+    context: LayerContext,
+    index: int,
+    operator: Operator,
+    name: str,
+    weight: Tensor,
+    low_rank: LowRank | None,
+    record: LayerRecord,
+) -> tuple[Tensor, bool]:
+    """Write a solution into the layer and back into itself, rounded as the checkpoint will hold it.
+
+    Args:
+        context: model and settings.
+        index: number of the layer.
+        operator: which is written.
+        name: its full name.
+        weight: (m, n) sparse part; receives the rounded values.
+        low_rank: the part to add, rounded as the adapter will hold it; None where there is none.
+        record: receives both parts as they are stored, where there are two.
 
     Returns:
-        Whether rounding changed nothing.
+        The operator's weight in the layer (m, n), fp32, and whether nothing was rounded or added.
 
     Raises:
         FistaPrunerError: the dtype of the checkpoint or of the passes cannot hold a weight.
     """
-    unrounded = True
-    parts = solution.weight.split([operator.rows for operator in group])
-    for operator, name, part in zip(group, names, parts, strict=True):
-        target = operator.weight(module)
-        rounded = model.rounded(model.source(f"{name}.weight"), part)
-        target.copy_(rounded)
-        if not bool(target.isfinite().all()):
-            dtype = min((rounded.dtype, target.dtype), key=lambda dtype: torch.finfo(dtype).max)
-            better = "convert the checkpoint" if dtype == rounded.dtype else "set dtype"
-            raise FistaPrunerError(
-                f"{name}: a pruned weight of {float(part.abs().max()):g} is beyond {torch.finfo(dtype).max:g}, the "
-                f"largest of {dtype_name(dtype)}: {better} to bfloat16 or float32, or raise the "
-                "method's damping"
-            )
-        unrounded = unrounded and torch.equal(part, target.to(part.dtype))
-        part.copy_(target)
-    return unrounded
-
-
-def _add_low_rank(
-    model: LayerwiseModel,
-    module: nn.Module,
-    group: Group,
-    names: Sequence[str],
-    found: SparsePlusLowRank,
-    record: LayerRecord,
-) -> Tensor:
-    """Add the low-rank parts, rounded as the adapter will hold them, to the operators in the layer.
-
-    Args:
-        model: the dense model.
-        module: the loaded layer, whose operators hold the rounded sparse parts.
-        group: the operators.
-        names: their full names.
-        found: both parts.
-        record: receives both parts as they are stored.
-
-    Returns:
-        The sums (m, n), fp32.
-    """
-    totals = []
-    for operator, name, part in zip(group, names, found.low_rank, strict=True):
-        target, source = operator.weight(module), model.source(f"{name}.weight")
-        if part is None:
-            totals.append(target.float())
-            continue
-        balanced = part.balanced()
-        factors = {name + A: model.result(source, balanced.a), name + B: model.result(source, balanced.b)}
-        stored = model.result(source, module.get_parameter(f"{operator.name}.weight").detach())
-        record.parts |= {source: stored, **factors}
-        total = sum_of_parts(target, factors, name, transposed=False)
-        target.copy_(total)
-        totals.append(total.to(target.device))
-    return torch.cat(totals)
+    model, module = context.model, context.model.layers[index]
+    target, source = operator.weight(module), model.source(f"{name}.weight")
+    rounded = model.rounded(source, weight)
+    target.copy_(rounded)
+    if not bool(target.isfinite().all()):
+        dtype = min((rounded.dtype, target.dtype), key=lambda dtype: torch.finfo(dtype).max)
+        better = "convert the checkpoint" if dtype == rounded.dtype else "set dtype"
+        raise FistaPrunerError(
+            f"{name}: a pruned weight of {float(weight.abs().max()):g} is beyond {torch.finfo(dtype).max:g}, the "
+            f"largest of {dtype_name(dtype)}: {better} to bfloat16 or float32, or raise the method's damping"
+        )
+    unrounded = torch.equal(weight, target.to(weight.dtype))
+    weight.copy_(target)
+    if low_rank is None:
+        return weight, unrounded
+    balanced = low_rank.balanced()
+    factors = {name + A: model.result(source, balanced.a), name + B: model.result(source, balanced.b)}
+    stored = model.result(source, module.get_parameter(f"{operator.name}.weight").detach())
+    record.parts |= {source: stored, **factors}
+    total = sum_of_parts(target, factors, name, transposed=False)
+    target.copy_(total)
+    return total.to(target.device), False

@@ -22,8 +22,8 @@ from ..activations.cached_outputs import CachedOutputs, kept_projections
 from ..activations.routed import RoutedTokens
 from ..activations.store import HiddenStates
 from ..activations.stream import Around, Watched, run_layer
+from ..core import LayerProblem, ProblemSums
 from ..models.layout import Group
-from ..problem import LayerProblem, ProblemSums
 from ..runs.decision import ExpertsDecision
 from ..runtime.clock import Clock
 from ..structured.removal import ChannelStatistics
@@ -345,9 +345,8 @@ class LayerPasses:
         if self._activations is not None and not self._fits_left[number]:
             self._activations.close(number)
         with self._clock.phase("problem"):
-            names = self._context.names(self._index, group)
-            rows = [len(operator.weight(self._layer)) for operator in group]
-            return self._sums.pop(number).problem(names, rows, self._recipe.dense_share, release=True)
+            name = "+".join(self._context.names(self._index, group))
+            return self._sums.pop(number).problem(name, self._recipe.dense_share, release=True)
 
     @property
     def seen(self) -> HiddenStates:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints import NM
+from ..core import NM
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, raised_shares
@@ -176,7 +176,8 @@ def _fitted(
         with clock.phase("structure"):
             weight, warnings = refitted(problem, DAMPING)
             said += warnings
-            for operator, part in zip(group, weight.split(problem.rows), strict=True):
+            sizes = [len(operator.weight(layer)) for operator in group]
+            for operator, part in zip(group, weight.split(sizes), strict=True):
                 if operator.name in unit.producers:
                     target = operator.weight(layer)
                     target.copy_(model.rounded(model.source_of(index, f"{operator.name}.weight"), part))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from itertools import chain, repeat
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,11 +35,17 @@ from .values import (
 )
 
 if TYPE_CHECKING:
-    from ..constraints import Constraint
+    from ..core import Constraint
     from ..solvers.base import Method
 
 RESOLVED = ("propagate", "dense_target", "residual")
 """Settings whose ``auto`` is resolved before a run begins (:meth:`Recipe.resolved`)."""
+
+OWN = "proximal"
+"""The solver whose ``auto`` settings are those that measured best; those of others are their paper's."""
+
+PAPERS = {"fista": ("dense", 1.0), OWN: ("pruned", 0.5)}
+"""``propagate`` and ``dense_target`` that ``auto`` stands for by solver; all others have ("pruned", 0)."""
 
 
 class Recipe(RunRecipe):
@@ -47,7 +53,7 @@ class Recipe(RunRecipe):
 
     sparsity: SparsitySetting = Field(
         "50%",
-        description="Sparsity of the pruned operators: 50%, 0.5, 2:4, 4:8, 64:2:8, ... A share is that of all of them "
+        description="Sparsity of the pruned operators: 50%, 0.5, 2:4, 4:8, ... A share is that of all of them "
         "together, which allocation distributes; a pattern is that of each, unless allocation gives them others. Where "
         "allocation is a mapping of names, it is that of each operator that no name matches. With "
         "structure the default is 0%: the result is then a smaller model without zeros.",
@@ -255,25 +261,28 @@ class Recipe(RunRecipe):
         Raises:
             FistaPrunerError: a residual correction that was asked for and has no effect.
         """
-        solver = [step for step in self.steps if not step.refines][-1]
+        solver = [step for step in self.steps if not step.refines][-1].name
+        propagate, dense_target = PAPERS.get(solver, ("pruned", 0.0))
         asked = {key: getattr(self, key) for key in RESOLVED}
         chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
         goa = self.structure.remove is not None and self.structure.method == "goa"  # its paper's settings
         if chosen["propagate"] == "auto":
             apart = in_parts or self.execution.executor != "serial"
-            chosen["propagate"] = "dense" if apart else "pruned" if goa else solver.propagate
+            chosen["propagate"] = "dense" if apart else "pruned" if goa else propagate
         if chosen["dense_target"] == "auto":
-            own = chosen["propagate"] == solver.propagate and not goa
-            chosen["dense_target"] = solver.dense_target if own else 1.0
+            own = chosen["propagate"] == propagate and not goa
+            chosen["dense_target"] = dense_target if own else 1.0
         idle = self._idle_residual(chosen["dense_target"])
         if self.residual == "correct" and idle and (earlier or {}).get("residual") != "correct":
             raise FistaPrunerError(f"residual correct has no effect {idle}, or leave residual out")
         if chosen["residual"] == "auto":
-            chosen["residual"] = "none" if idle or solver.auto_keeps_paper_settings or goa else "correct"
+            chosen["residual"] = "none" if idle or solver != OWN or goa else "correct"
         if family is not None:
-            before = read_method(earlier["method"]) if earlier else ()
             chosen["method"] = tuple(
-                step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
+                replace(step, warm_start="sparsegpt" if family() == "opt" else "wanda")
+                if getattr(step, "warm_start", None) == "auto"
+                else step
+                for step in self.steps
             )
         chosen["calibration"] = self.calibration.with_absolute_files()
         chosen["structure"] = self.structure.resolved((earlier or {}).get("structure", {}).get("method"))

@@ -15,7 +15,7 @@ from .recover_settings import RecoverRecipe
 from .structure_settings import Structure
 
 if TYPE_CHECKING:
-    from ..constraints import Constraint
+    from ..core import Constraint
     from ..solvers.base import Method
 
 ALLOCATIONS = ("uniform", "owl", "error", "auto")
@@ -29,18 +29,12 @@ TOTAL = "error:"
 def _sparsity(value: Any) -> Constraint:
     """Parse a sparsity; the error is a ValueError, which pydantic collects."""
     # imports torch, which reading the settings' descriptions does not need
-    from ..constraints import CONSTRAINTS, parse_sparsity
+    from ..core import parse_sparsity
 
     try:
-        found = parse_sparsity(value)
+        return parse_sparsity(value)
     except FistaPrunerError as error:
         raise ValueError(str(error)) from None
-    if type(found) not in CONSTRAINTS.values():
-        raise ValueError(
-            f"sparsity {str(found)!r} of the class {type(found).__name__} is not in CONSTRAINTS of "
-            "constraints/__init__.py, where worker processes and a resumed run find it; fp.solve takes it as it is"
-        )
-    return found
 
 
 def read_method(value: Any) -> tuple[Method, ...]:
@@ -116,7 +110,7 @@ def _sparsities(named: Mapping[Any, Any]) -> dict[str, Constraint]:
 
 
 def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
-    return [{step.name: step.model_dump()} for step in steps]
+    return [{step.name: step.settings()} for step in steps]
 
 
 def _structure(value: Any) -> Any:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
-from ..constraints import parse_sparsity
+from ..core import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.labels import method_label
 from ..runs.layer_records import LayerEntry, OperatorEntry

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
-from ..constraints import parse_sparsity
+from ..core import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.comparison_records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error

@@ -22,14 +22,12 @@ class Numerics(Frozen):
 
     Args:
         batch_size: windows in one forward pass.
-        by_operator: operator groups are solved in parts (:mod:`~fistapruner.pruning.partition`).
         threads: CPU threads of each worker.
         device: kind of device, ``cpu`` or ``cuda``.
         dtype: precision of forward passes, such as ``bfloat16``.
     """
 
     batch_size: int
-    by_operator: bool
     threads: int
     device: str
     dtype: str

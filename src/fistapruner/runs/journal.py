@@ -77,24 +77,24 @@ class LayerJournal:
             log.warning("layer %d is done again: %s: %s", index, record.name, error)
             return None
 
-    def reduced(self, fingerprint: str) -> tuple[int, bool] | None:
-        """Read the smallest settings that layers came down to.
+    def reduced(self, fingerprint: str) -> int | None:
+        """Read the smallest batch size that layers came down to.
 
         Args:
             fingerprint: of the run.
 
         Returns:
-            (batch size, whether groups were solved in parts); None where no layer had to.
+            Windows in one forward pass; None where no layer had to.
         """
         found = []
         for record in self.records():
             try:
                 content = read_sealed_json(record)
                 if content["file"]["fingerprint"] == fingerprint and content["batch_size"] is not None:
-                    found.append((int(content["batch_size"]), bool(content["by_operator"])))
+                    found.append(int(content["batch_size"]))
             except (OSError, ValueError, KeyError, TypeError):  # a damaged layer is pruned again (see finished)
                 continue
-        return min(found, key=lambda one: (one[0], not one[1]), default=None)
+        return min(found, default=None)
 
     def weights(self, index: int) -> SafetensorsFile:
         """Open the pruned tensors of a finished layer."""

@@ -97,8 +97,7 @@ class LayerEntry(Record):
         passed_after: seconds until the dense hidden states were ready for the next layer.
         finished: ISO time; ``device``: that solved it; ``peak_memory``: bytes while it ran.
         warnings: sentences.
-        batch_size, by_operator: windows in one forward pass, and whether groups were solved in parts, where the GPU's
-            memory ran out and the run went on with less of it than it had decided.
+        batch_size: windows in one forward pass, where the GPU's memory ran out and the run went on with fewer.
     """
 
     index: int
@@ -114,7 +113,6 @@ class LayerEntry(Record):
     peak_memory: int | None = None
     warnings: list[str] = []
     batch_size: int | None = None
-    by_operator: bool | None = None
 
     @property
     def judged(self) -> list[OperatorEntry]:

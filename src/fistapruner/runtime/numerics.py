@@ -1,4 +1,4 @@
-"""Set the precision of large products, one switch for CPU and CUDA, and cut them into blocks of rows."""
+"""Choose the precision of passes and products, and shield a run from what the calling program has set."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..core.linalg import has_bf16_units
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions of forward passes, by name."""
@@ -30,36 +31,12 @@ def windows_at_once(seqlen: int, device: torch.device) -> int:
 
 
 @contextmanager
-def fast_products(enabled: bool = True) -> Iterator[None]:
-    """Let fp32 products run on the device's low-precision matrix units, accumulating in fp32.
-
-    On CPUs with AMX, inputs of a product are rounded to bf16 (8 significant bits); on CUDA, to TF32 (11 bits). On other
-    CPUs nothing changes (torch 2.13): those with AVX512-BF16 alone multiply only bf16 tensors faster. Where the inputs
-    *are* bf16 values, as activations of a bf16 model, every product is exact, so Grams lose nothing. Elsewhere use it
-    for iterations only, and compute errors of the result outside of it.
-
-    The precision is a setting of the process: it holds for the products of all threads until the last block has ended.
-
-    Args:
-        enabled: False changes nothing.
-    """
-    if not enabled:
-        yield
-        return
-    _precision.lower()
-    try:
-        yield
-    finally:
-        _precision.restore()
-
-
-@contextmanager
 def exact_products() -> Iterator[None]:
     """Compute fp32 products and convolutions in fp32, even inside a block of :func:`fast_products`.
 
     The precision is a setting of the process: use it inside :func:`undisturbed`, or where no other thread computes.
     """
-    backends = (*_precision.backends(), torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
@@ -99,47 +76,6 @@ def undisturbed() -> Iterator[None]:
 _one_at_a_time = threading.RLock()
 
 
-def exact_in_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Check whether :func:`fast_products` computes products of two such tensors exactly.
-
-    The matrix units keep as many significant bits as the values have: 8 of bf16 everywhere, 11 of fp16 on CUDA.
-    """
-    return dtype == torch.bfloat16 or (dtype == torch.float16 and device.type == "cuda")
-
-
-class _Precision:
-    """The process's precision of fp32 products, and the number of open blocks of :func:`fast_products`."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
-        self._before: tuple[str, str] = ("none", "none")
-
-    def lower(self) -> None:
-        """Begin a block with lower precision."""
-        cpu, cuda = self.backends()
-        with self._lock:
-            if self._blocks == 0:
-                self._before = cpu.fp32_precision, cuda.fp32_precision
-                cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
-            self._blocks += 1
-
-    def restore(self) -> None:
-        """End a block; the last one restores the precision from before the first."""
-        cpu, cuda = self.backends()
-        with self._lock:
-            self._blocks -= 1
-            if self._blocks == 0:
-                cpu.fp32_precision, cuda.fp32_precision = self._before
-
-    @staticmethod
-    def backends() -> tuple[Any, Any]:
-        return torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-
-
-_precision = _Precision()
-
-
 def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
     """Let the backward pass of attention add in a fixed order inside the block.
 
@@ -151,65 +87,6 @@ def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
         device: of the passes.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
-
-
-def add_gram(sums: Tensor, rows: Tensor) -> None:
-    """Add ``rows^T rows`` to ``sums``, on and above the diagonal blocks only.
-
-    This saves 20 to 40 % of the product.
-    Entries below are not changed: call :func:`mirror` after the last rows.
-
-    Args:
-        sums: (n, n) fp32.
-        rows: (p, n) fp32, or as :func:`summed_in_fp32` says.
-    """
-    n = len(sums)
-    size = -(-n // min(8, max(1, n // 256)))  # smaller blocks save no more, and their products are less efficient
-    for start in range(0, n, size):
-        block = slice(start, start + size)
-        add_product(sums[block, start:], rows[:, block].T, rows[:, start:])
-
-
-def summed_in_fp32(values: Tensor) -> bool:
-    """Check whether :func:`add_product` takes such values as they are: bf16 and fp16 on a GPU."""
-    return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16)
-
-
-def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` to ``sums``.
-
-    Where both factors are as :func:`summed_in_fp32` says, the product is exact and summed in fp32, and no fp32 copy of
-    them is made.
-
-    Args:
-        sums: (m, n) fp32.
-        left: (m, p).
-        right: (p, n).
-    """
-    if left.dtype == right.dtype and summed_in_fp32(left):
-        sums.add_(torch.mm(left, right, out_dtype=torch.float32))
-    else:
-        sums.addmm_(left.float(), right.float())
-
-
-def mirror(sums: Tensor) -> Tensor:
-    """Make ``sums`` (n, n) symmetric in place, from its entries on and above the diagonal; return it."""
-    for start in range(0, len(sums), 1024):
-        block, after = slice(start, start + 1024), slice(start + 1024, None)
-        sums[block, block] = sums[block, block].triu() + sums[block, block].triu(1).T
-        sums[after, block] = sums[block, after].T
-    return sums
-
-
-BLOCKS = 16
-"""Blocks of rows. Their number is fixed, and not their size, so that the memory of a small problem predicts that of a
-large one (:func:`~fistapruner.planning.footprint.solve_bytes`)."""
-
-
-def row_blocks(rows: int) -> list[slice]:
-    """Cut ``rows`` into :data:`BLOCKS` blocks, so that temporaries of row-wise computations stay small."""
-    size = max(1, -(-rows // BLOCKS))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def seeded(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -290,11 +167,3 @@ def changes_in_place(tensor: Tensor) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without ``torch.``: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Check whether a device multiplies bf16 tensors on matrix units; without, they are slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device.type == "cpu" and any(bool(getattr(torch.cpu, name, bool)()) for name in names)

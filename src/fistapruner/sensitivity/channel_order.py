@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..constraints import NM, Constraint
-from ..constraints.thresholds import spread_stride
+from ..core import NM, Constraint
+from ..core.thresholds import spread_stride
 from ..runtime.devices import available_cores
 
 ROWS = 2048

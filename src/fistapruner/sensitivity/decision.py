@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
 from ..calibration.windows import window_tasks
-from ..constraints import Constraint
+from ..core import Constraint, ProblemSums
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from ..runs.workload_records import WorkloadFacts
 from ..runtime.progress import Tick, silent
@@ -146,10 +145,8 @@ def weighs_rows(recipe: Recipe) -> bool:
     if recipe.weighting == "auto" and recipe.structure.experts is not None:
         return False  # which experts stay is known only when their layer is pruned
     compete = [recipe.pattern, *(pattern for pattern in recipe.patterns[1:] if pattern.fraction)]
-    return any(
-        not pattern.rows_independent() and not all(step.rows_independent(pattern) for step in recipe.steps)
-        for pattern in compete
-    )
+    by_row = all(step.name in ("wanda", "refit") for step in recipe.steps)
+    return not by_row and any(pattern.supports_allocation for pattern in compete)
 
 
 def permutes(recipe: Recipe) -> bool:
@@ -165,7 +162,7 @@ def windows_measured(samples: int) -> int:
 
 def _own(recipe: Recipe) -> bool:
     """Check whether ``auto`` settings leave the papers': no, where every step keeps its paper's settings."""
-    return not all(step.auto_keeps_paper_settings for step in recipe.steps)
+    return any(step.name == OWN for step in recipe.steps)
 
 
 def needs_measuring(recipe: Recipe) -> bool:
@@ -316,9 +313,9 @@ class _Problems:
                 self.errors[name] = torch.zeros(len(self._patterns), count)[:, sampled_rows(count)]
             return
         self.reached.update(names)
-        problem = sums.problem(names, rows, 0.0)
+        problem = sums.problem("+".join(names), 0.0)
         if self._patterns:
-            self.errors.update(zip(names, row_error_curves(problem, self._patterns), strict=True))
+            self.errors.update(zip(names, row_error_curves(problem, rows, self._patterns), strict=True))
         if self._permutations is not None:
             self._permutations.add(index, number, sums.weight, problem.gram)
 

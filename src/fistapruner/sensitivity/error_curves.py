@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..constraints import Constraint, Unstructured
-from ..constraints.thresholds import spread_stride
-from ..problem import LayerProblem
-from ..runtime.numerics import fast_products
-from ..solvers.conditioning import alive_gram, with_faint_dead_weights
-from ..solvers.refit import refit_with_residual
+from ..core import Constraint, LayerProblem, Ridge, Unstructured
+from ..core.linalg import dead_inputs, fast_products
+from ..core.thresholds import spread_stride
+from ..solvers.refit import refit_cg
 
 REACH = 0.15
 """Largest distance of an operator's sparsity from the asked one: curves ignore other operators."""
@@ -64,27 +61,31 @@ def patterns_measured(pattern: Constraint) -> list[Constraint]:
     return list(pattern.neighbours(REACH)) or [Unstructured(share) for share in sparsity_grid(pattern.fraction)]
 
 
-def row_error_curves(problem: LayerProblem, patterns: Sequence[Constraint]) -> list[Tensor]:
+def row_error_curves(problem: LayerProblem, rows: Sequence[int], patterns: Sequence[Constraint]) -> list[Tensor]:
     """Estimate the errors of sampled rows (:func:`sampled_rows`) of each operator at each pattern.
 
     The mask keeps the largest scores ``|W_ij| sqrt(G_jj)`` of an operator (Wanda's score), and a few conjugate
     gradient steps refit the kept weights. This is an upper bound on the error of a good solver, with a similar shape.
 
+    Args:
+        problem: of the operators, stacked, without drift.
+        rows: of each operator.
+        patterns: at which errors are estimated.
+
     Returns:
         (len(patterns), sampled rows) for each operator.
     """
-    problem = with_faint_dead_weights(_thinned(problem))
-    gram = alive_gram(problem.gram)
-    gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    scale = gram.diagonal().sqrt()
-    scores = (problem.weight * scale).abs().split(problem.rows)
-    curves: list[list[Tensor]] = [[] for _ in problem.rows]
+    parts = [part[sampled_rows(len(part))] for part in problem.weight.split(tuple(rows))]
+    sizes, gram = [len(part) for part in parts], problem.regularised(Ridge(mean=0.01)).gram
+    dense = torch.cat(parts).masked_fill(dead_inputs(problem.gram), 0.0)  # without effect, so they are pruned first
+    scores = (dense * gram.diagonal().sqrt()).abs().split(sizes)
+    curves: list[list[Tensor]] = [[] for _ in sizes]
     for pattern in patterns:
         mask = torch.cat([_kept(part, pattern) for part in scores])
+        weight = refit_cg(dense, gram, dense, mask, REFIT_STEPS, fast=True)
         with fast_products():  # a curve needs no exact products
-            weight, residual = refit_with_residual(problem, gram, problem.weight, mask, REFIT_STEPS, fast=True)
-        errors = torch.linalg.vecdot(residual, problem.weight - weight)
-        for curve, part in zip(curves, errors.split(problem.rows), strict=True):
+            errors = torch.linalg.vecdot((dense - weight) @ gram, dense - weight)
+        for curve, part in zip(curves, errors.split(sizes), strict=True):
             curve.append(part.float().cpu())
     return [torch.stack(curve) for curve in curves]
 
@@ -109,20 +110,6 @@ def predicted_cost(errors: Tensor, sensitivity: Tensor) -> Tensor:
     if not bool(share > 0):  # no sampled row affects a prediction, or the sum underflows fp32
         share = torch.tensor(len(sampled) / len(sensitivity))
     return torch.mv(errors, sampled) / (2 * share)
-
-
-def _thinned(problem: LayerProblem) -> LayerProblem:
-    """Make the problem of the sampled rows."""
-
-    def thinned(tensor: Tensor) -> list[Tensor]:
-        return [part[sampled_rows(len(part))] for part in tensor.split(problem.rows)]
-
-    assert problem.energy is not None
-    weights = thinned(problem.weight)
-    # Without the energy the problem would compute it again, which takes a product.
-    return replace(
-        problem, weight=torch.cat(weights), energy=torch.cat(thinned(problem.energy)), rows=tuple(map(len, weights))
-    )
 
 
 def _kept(scores: Tensor, pattern: Constraint) -> Tensor:

@@ -33,10 +33,12 @@ from torch import Tensor, nn
 from ..activations.gradients import backward
 from ..activations.store import HiddenStates, Store
 from ..activations.stream import Visit, Watched, forward
+from ..core.linalg import exact_in_fast_products, fast_products
+from ..core.sums import add_gram, mirror
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..runtime.numerics import BUDGETS, add_gram, dtype_name, exact_in_fast_products, fast_products, mirror
+from ..runtime.numerics import BUDGETS, dtype_name
 from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..constraints import NM
+from ..core import NM
 from ..models.coupling import Link
 from .channel_order import channel_order, sample_rows
 

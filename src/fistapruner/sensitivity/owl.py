@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..constraints import Unstructured
+from ..core import Unstructured
 from ..models.layout import Layout
 from .fisher import InputEnergy
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..constraints import NM, Constraint
+from ..core import NM, Constraint
 from ..models.coupling import find_links, reordered
 from ..models.files.checkpoint import reorder
 from ..models.layerwise import LayerwiseModel

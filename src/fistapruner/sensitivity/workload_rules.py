@@ -38,7 +38,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..constraints import Unstructured
+from ..core import Unstructured
 from ..runs.workload_records import WorkloadFacts, WorkloadRule, WorkloadTask
 from ..runtime.numerics import mean_and_error, seeded
 from .error_curves import ZerosBudget

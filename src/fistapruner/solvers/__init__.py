@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chain import METHODS, Steps, check_constraint, parse_method, solve
+    from .base import Method, Solution, setting
+    from .chain import METHODS, Steps, parse_method, solve
 
-__all__ = ["METHODS", "Steps", "check_constraint", "parse_method", "solve"]
+__all__ = ["METHODS", "Method", "Solution", "Steps", "parse_method", "setting", "solve"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".chain", __name__), name)
+    module = ".base" if name in ("Method", "Solution", "setting") else ".chain"
+    return getattr(import_module(module, __name__), name)

@@ -2,108 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ..constraints import Constraint
+from ..core import Constraint, LayerProblem, Ridge
 from ..errors import FistaPrunerError
-from ..problem import LayerProblem
-from .base import Method, Solution
-from .conditioning import alive_gram
-from .refit import damping_warning, factor_blocks, refit_exact
+from .base import Method, Solution, keep_better_rows, setting
+from .refit import factor_blocks, refit_exact
+
+CANDIDATES = 32
+"""Weights on each side of which all pairs are compared, where an exchange may be anywhere in a row."""
 
 
+@dataclass(frozen=True)
 class Swap(Method):
     """Exchange the best pair of a kept and a dropped weight at a time, with exact refits.
 
-    Each row has the *swept* Gram of its support S (the sweep operator of regression): with ``P = H_SS^-1`` and
-    ``T = H_NS P`` it contains ``-P``, ``T`` and the Schur complements ``H_NN - T H_SN``, bordered by the weights
-    ``w_S`` and the correlations ``g_N`` of the dropped inputs with the row's residual. Replacing s by j changes f by
-    exactly
+    Each row has the *swept* Gram of its support S (the sweep operator of regression, Goodnight 1979): with
+    ``P = H_SS^-1`` and ``T = H_NS P`` it contains ``-P``, ``T`` and the Schur complements ``H_NN - T H_SN``, bordered
+    by the weights ``w_S`` and the correlations ``g_N`` of the dropped inputs with the row's residual. Replacing s by j
+    changes f by exactly
 
         w_s^2 / P_ss - (g_j + T_js w_s / P_ss)^2 / (schur_j + T_js^2 / P_ss).
 
-    All pairs of the ``candidates`` cheapest weights to drop and the ``candidates`` best to add are compared (for n:m:
-    all pairs within a group). Two sweeps exchange the best pair, as long as that lowers f. The number of kept weights
-    of each row or group does not change. The cost is of order ``n^3`` for each row. Rows whose error would not fall are
-    left as they are.
+    All pairs of the 32 cheapest weights to drop and the 32 best to add are compared (for n:m: all pairs within a
+    group). Two sweeps exchange the best pair, as long as that lowers f. The number of kept weights of each row or group
+    does not change. The cost is of order ``n^3`` for each row. Rows whose error would not fall are left as they are.
     """
 
     name: ClassVar[str] = "swap"
     refines: ClassVar[bool] = True
 
-    swaps: int = Field(32, ge=1, description="Largest number of exchanges in a row.")
-    candidates: int = Field(
-        32, ge=1, description="Weights on each side of which all pairs are compared (unstructured)."
-    )
-    damping: float = Field(
-        1e-4, ge=0.0, description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal."
+    swaps: int = setting(32, "Largest number of exchanges in a row.", least=1)
+    damping: float = setting(
+        1e-4, "Ridge towards the dense weights, as a share of the mean of the Gram's diagonal.", least=0.0
     )
 
-    def supports(self, constraint: Constraint) -> bool:
-        return constraint.exchanges is not None
-
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         if start is None:
             raise FistaPrunerError("swap needs the mask of a step before it, such as alps+swap")
-        gram = alive_gram(problem.gram)
-        weight, damping, warnings = refit_exact(problem, gram, start.mask, self.damping)
-        n, most = problem.shape[1], damping
+        centre, gram, warnings = problem.regularised(Ridge(mean=self.damping))
+        weight, _, raised = refit_exact(centre, gram, start.mask, problem.name)
+        mask, done = start.mask.clone(), 0
         # On a CPU, small batches stay in the cache and stop as soon as their rows do; a GPU needs many rows at once.
-        batch = max(1, (1 << 22 if gram.device.type == "cpu" else 1 << 28) // (n * n))
-        masks, counts = [], []
-        operators = zip(
-            problem.operators(), start.mask.split(problem.rows), weight.split(problem.rows), sparsity, strict=True
-        )
-        for operator, mask, values, pattern in operators:
-            done = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
-            parts = []
-            for begin in range(0, len(mask), batch):
-                rows = slice(begin, begin + batch)
-                part = operator.slice(begin, min(begin + batch, len(mask)), operator.names)
-                swept, done[rows], used = self._exchange(part, gram, mask[rows], values[rows], pattern, damping)
-                most = max(most, used)
-                parts.append(swept)
-            masks.append(torch.cat(parts))
-            counts.append(int(done.sum()))
-        mask = torch.cat(masks)
-        warnings += damping_warning(damping, most, problem.label)
-        moved, _, more = refit_exact(problem, alive_gram(problem.gram), mask, damping)
-        better = problem.row_errors(moved) < problem.row_errors(start.weight)
-        weight = torch.where(better[:, None], moved, start.weight)
-        mask = torch.where(better[:, None], mask, start.mask)
-        return Solution(
-            weight, mask, tuple({"swaps": count} for count in counts), tuple(dict.fromkeys(warnings + more))
-        )
+        batch = max(1, (1 << 22 if gram.device.type == "cpu" else 1 << 28) // len(gram) ** 2)
+        for rows in (slice(begin, begin + batch) for begin in range(0, len(mask), batch)):
+            errors = problem.slice(rows).row_errors(weight[rows])
+            done += self._exchange(centre[rows], gram, mask[rows], weight[rows], errors, constraint, problem.name)
+        weight, _, more = refit_exact(centre, gram, mask, problem.name)
+        weight, mask = keep_better_rows(problem, weight, mask, start)
+        return Solution(weight, mask, ({"swaps": done},), tuple(dict.fromkeys((*warnings, *raised, *more))))
 
     def _exchange(
-        self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Constraint, damping: float
-    ) -> tuple[Tensor, Tensor, float]:
-        """Exchange weights of a batch of rows; returns their masks, each row's swaps, and the damping."""
-        n = problem.shape[1]
-        table, border, damping = _sweep_support(problem, gram, mask, weight, damping)
-        mask = mask.clone()
+        self,
+        centre: Tensor,
+        gram: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        errors: Tensor,
+        constraint: Constraint,
+        name: str,
+    ) -> int:
+        """Exchange weights of a batch of rows in their ``mask``, in place; returns the number of exchanges."""
+        n, length = len(gram), constraint.group_length
+        table, border = _sweep_support(centre, gram, mask, weight, name)
         every = torch.arange(len(mask), device=mask.device)
         count = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
-        length = pattern.group_length
         for _ in range(self.swaps):
-            diagonal = table.diagonal(dim1=1, dim2=2)
-            magnitude = diagonal.abs().clamp_min(torch.finfo(table.dtype).tiny)
+            magnitude = table.diagonal(dim1=1, dim2=2).abs().clamp_min(torch.finfo(table.dtype).tiny)
             saliency = border.square() / magnitude  # cost of dropping a kept weight, gain of adding a dropped one
-            if pattern.exchanges == "group":
+            if length > 1:
                 drop = torch.arange(n, device=mask.device).expand(len(mask), n)
                 group = torch.arange(n, device=mask.device).view(-1, length).repeat_interleave(length, 0)
                 add = group.expand(len(mask), n, length)
             else:
-                size = min(self.candidates, n)
+                size = min(CANDIDATES, n)
                 drop = torch.where(mask, saliency, torch.inf).topk(size, largest=False).indices
-                add = (
-                    torch.where(mask, -torch.inf, saliency).topk(size).indices[:, None, :].expand(len(mask), size, size)
-                )
+                best_added = torch.where(mask, -torch.inf, saliency).topk(size).indices
+                add = best_added[:, None, :].expand(len(mask), size, size)
             cross = table[every[:, None, None], drop[:, :, None], add]
             inverse = 1.0 / magnitude.gather(1, drop)[:, :, None]
             shift = border.gather(1, drop)[:, :, None] * inverse
@@ -111,10 +90,9 @@ class Swap(Method):
             gain = gain / (magnitude[every[:, None, None], add] + cross.square() * inverse)
             change = border.gather(1, drop)[:, :, None] * shift - gain
             valid = mask.gather(1, drop)[:, :, None] & ~mask[every[:, None, None], add]
-            change = torch.where(valid, change, torch.inf).flatten(1)
-            best, place = change.min(1)
+            best, place = torch.where(valid, change, torch.inf).flatten(1).min(1)
             # Gains at the level of rounding errors would exchange two weights for ever.
-            moving = best < -1e-6 * problem.row_errors(weight).to(best.dtype)
+            moving = best < -1e-6 * errors.to(best.dtype)
             if not bool(moving.any()):
                 break
             out = drop.gather(1, (place // add.shape[2])[:, None])[:, 0]
@@ -125,33 +103,22 @@ class Swap(Method):
             mask.scatter_(1, out[:, None], mask.gather(1, out[:, None]) & ~moving[:, None])
             mask.scatter_(1, into[:, None], mask.gather(1, into[:, None]) | moving[:, None])
             count += moving
-        return mask, count, damping
+        return int(count.sum())
 
 
-def _sweep_support(
-    problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, damping: float
-) -> tuple[Tensor, Tensor, float]:
-    """Sweep the damped Gram on each row's support.
-
-    Returns:
-        The table (rows, n, n); its border (rows, n), weights or correlations; and the damping, which is raised until
-        all supports have a Cholesky factor.
-    """
+def _sweep_support(centre: Tensor, gram: Tensor, mask: Tensor, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Sweep the Gram on each row's support: the table (rows, n, n) and its border (rows, n)."""
     kept = mask.to(gram.dtype)
     pairs = kept[:, :, None] * kept[:, None, :]
-    mean = gram.diagonal().mean()
-    factor, damping = factor_blocks(gram * pairs, mask, mean, damping, problem.label)
+    factor, damping, _ = factor_blocks(gram.repeat(len(mask), 1, 1), mask, gram, name)
     inverse = torch.cholesky_inverse(factor) * pairs
-    gram = gram + torch.diag_embed((damping * mean).expand(len(gram)))
+    gram = gram + torch.diag_embed((damping * gram.diagonal().mean()).expand(len(gram)))
     cross = gram @ inverse  # (rows, n, n): T on dropped rows, identity on kept ones
     schur = gram - cross @ gram
     lower = cross * (1.0 - kept)[:, :, None]
     both = (1.0 - kept)[:, :, None] * (1.0 - kept)[:, None, :]
     table = schur * both + lower + lower.transpose(1, 2) - inverse
-    residual = (problem.weight - weight) @ gram
-    if problem.drift_gradient is not None:
-        residual += problem.drift_gradient
-    return table, torch.where(mask, weight, residual), damping
+    return table, torch.where(mask, weight, (centre - weight) @ gram)
 
 
 def _sweep(table: Tensor, border: Tensor, pivot: Tensor, moving: Tensor, *, removing: bool) -> None:

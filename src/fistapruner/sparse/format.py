@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..constraints import NM
+from ..core import NM
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import DTYPES, NAMES, TensorEntry
 from .packed import FLOATS, PackedOperator, group_sums, mask_bytes, padded_values, row_starts

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..constraints import NM
+from ..core import NM
 from ..errors import FistaPrunerError
 
 PADDING = 64

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ..constraints import NM
+from ..core import NM
 from ..errors import FistaPrunerError, one_line
 from ..models.experts import holds_experts
 from ..runs.arguments import checked_arguments

@@ -1,7 +1,7 @@
 """Remove input channels one by one, always the one whose removal costs least (OBS for columns).
 
-Without constraint the least-squares weights are ``V = W + a R H^-1``. Removing channel j, and letting the others make
-up for it, costs ``||V_j||^2 / [H^-1]_jj``, with V_j column j; then V and H^-1 are those of the other channels. The
+Without constraint the least-squares weights are ``C = W + G H^-1``. Removing channel j, and letting the others make
+up for it, costs ``||C_j||^2 / [H^-1]_jj``, with C_j column j; then C and H^-1 are those of the other channels. The
 costs add up to the exact error of every number of removed channels. ZipLM (Kurtic et al. 2023, NeurIPS) and OSSCAR
 (Meng et al. 2024, ICML) remove columns in this way.
 
@@ -18,8 +18,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..problem import LayerProblem
-from ..solvers.conditioning import alive_gram, damped_cholesky, dead_inputs, inverse_from_cholesky
+from ..core import LayerProblem
+from ..core.linalg import alive_gram, damped_cholesky, dead_inputs
 
 FEW = 12
 """Blocks of which all subsets are tried, where one number is to be removed."""
@@ -52,11 +52,11 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1, *, every_subset
         every_subset: of at most :data:`FEW` blocks choose those that cost least together instead, by trying all.
     """
     gram = alive_gram(problem.gram.double())
-    factor, _, warnings = damped_cholesky(gram, 0.0, problem.label)
+    factor, _, warnings = damped_cholesky(gram, 0.0, problem.name)
     weight = problem.weight.double()
-    if problem.drift_gradient is not None:
-        weight = weight + torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
-    inverse = inverse_from_cholesky(factor)
+    if problem.drift is not None:
+        weight = weight + torch.cholesky_solve(problem.drift.double().T, factor).T
+    inverse = torch.cholesky_inverse(factor)
     weight = torch.where(dead_inputs(problem.gram), 0.0, weight)
     if block > 1:
         return _eliminate_blocks(inverse, weight, count, block, tuple(warnings), every_subset=every_subset)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..problem import LayerProblem
+from ..core import LayerProblem
 from ..recipes.structure_settings import Structure
 from .elimination import eliminate
 from .scores import channel_scores
@@ -22,7 +22,8 @@ class ChannelStatistics:
     Args:
         problem: the layer problem of the operator, over all calibration windows.
         mean: (n,) mean of the inputs over tokens.
-        drift_mean: (m,) mean drift of the outputs from those of the dense operator; None without drift.
+        drift_mean: (m,) mean drift of the outputs from those of the dense operator, times the share of the dense
+            target; None without drift.
         halves: (n, n) Grams of two halves of the windows; None where there is one window only.
         half_means: (n,) means of the inputs in each half; None with ``halves``.
         tokens: that were routed to the operator's expert; None where it reads all tokens.
@@ -39,7 +40,7 @@ class ChannelStatistics:
     def target_mean(self) -> Tensor:
         """(m,) fp64 mean of the target outputs, without bias."""
         mean = self.problem.weight.double() @ self.mean.double()
-        return mean if self.drift_mean is None else mean + self.problem.target * self.drift_mean
+        return mean if self.drift_mean is None else mean + self.drift_mean
 
     @property
     def centre(self) -> Tensor:
@@ -50,7 +51,7 @@ class ChannelStatistics:
         """Return the problem with inputs and drift less their means: its errors are those with the best bias.
 
         For weights V that bias changes by ``mean(t) - V mean(x)``, with t the target outputs. With mu the mean of the
-        inputs and s that of the drift, H becomes ``H - mu mu^T``, R ``R - s mu^T`` and d ``d - s^2``.
+        inputs and s that of the drift, H becomes ``H - mu mu^T``, G ``G - s mu^T`` and c ``c - s^2``.
         """
         problem = self.problem
         gram = covariance(problem.gram, self.centre)
@@ -59,13 +60,13 @@ class ChannelStatistics:
             drift = drift - torch.outer(self.drift_mean, self.mean).to(drift.dtype)
             drift = drift.mul_(gram.diagonal() > 0)
             energy = (energy.double() - self.drift_mean.square()).clamp_min(0)
-        return replace(problem, gram=gram, drift=drift, drift_energy=energy)
+        return replace(problem, gram=gram, drift=drift, drift_energy=energy, cache=None)
 
     def around(self, weight: Tensor) -> ChannelStatistics:
         """Write the same problem around other weights, (m, n): every V keeps its error, with a bias, too."""
         drift_mean = (self.problem.weight - weight).double() @ self.mean
         if self.drift_mean is not None:
-            drift_mean += self.problem.target * self.drift_mean
+            drift_mean += self.drift_mean
         return replace(self, problem=self.problem.around(weight), drift_mean=drift_mean)
 
 
@@ -150,8 +151,7 @@ def remove_channels(
         if settings.compensation == "refit":
             means = known.half_means if biased else None
             (validated,) = validation_errors(problem, known.halves, places, (tested,), means)
-    dense = problem.dense_errors()
-    dropped = small.dense_errors()
+    dropped = small.dense_error()
     assert dropped is not None
     return Removal(
         keep=keep,
@@ -159,8 +159,8 @@ def remove_channels(
         weight=weight,
         bias=bias,
         shrink=shrink if used else None,
-        dense=None if dense is None else dense[0],
-        dropped=dropped[0],
+        dense=problem.dense_error(),
+        dropped=dropped,
         validated=validated,
         validated_dropped=validated_dropped,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -206,11 +206,11 @@ def removal_error(known: ChannelStatistics, places: Tensor, weight: Tensor, bias
         bias: (m,) what is added to its bias; None is nothing.
     """
     problem = known.problem
-    error = problem.restricted(places).relative_errors(weight)[0]
+    error = problem.restricted(places).relative_error(weight)
     if bias is None:
         return error
     shift = 2 * (weight.double() @ known.mean[places].double() - known.target_mean) + bias.double()
-    energy = float(problem.output_energies[0].sum())
+    energy = float(problem.output_energy.sum())
     return max(error + float((bias.double() * shift).sum()) / energy, 0.0) if energy else error
 
 

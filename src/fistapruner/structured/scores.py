@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..problem import LayerProblem
+from ..core import LayerProblem
 
 
 def channel_scores(method: Literal["energy", "flap", "magnitude"], problem: LayerProblem, mean: Tensor) -> Tensor:

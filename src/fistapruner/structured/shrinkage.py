@@ -26,8 +26,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..problem import LayerProblem
-from ..solvers.conditioning import alive_gram, damped_cholesky
+from ..core import LayerProblem
+from ..core.linalg import alive_gram, damped_cholesky
 
 GRID = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 """Shares that cross-validation tries."""
@@ -44,21 +44,15 @@ def share_of_few(inputs: int, tokens: int) -> float | None:
     return inputs / (inputs + tokens) if tokens < inputs else None
 
 
-def problem_without_tokens(weight: Tensor, names: Sequence[str], rows: Sequence[int], target: float) -> LayerProblem:
-    """Make the layer problem of an expert that no token was routed to: all inputs count alike.
-
-    Args:
-        weight: (m, n) stacked weights of its operators.
-        names, rows, target: as for :class:`~fistapruner.problem.LayerProblem`.
-    """
-    identity = torch.eye(weight.shape[1], device=weight.device)
-    return LayerProblem(weight, identity, target=target, names=tuple(names), rows=tuple(rows))
+def problem_without_tokens(weight: Tensor, name: str) -> LayerProblem:
+    """Make the layer problem of an expert's operators (m, n) that no token was routed to: all inputs count alike."""
+    return LayerProblem(weight, torch.eye(weight.shape[1], device=weight.device), name=name)
 
 
 def shrunk(problem: LayerProblem, share: float) -> LayerProblem:
     """Return the problem with its Gram shrunk towards the diagonal by ``share``, from 0 to 1."""
     drift = None if problem.drift is None else problem.drift * (1 - share)
-    return replace(problem, gram=shrunk_gram(problem.gram, share), drift=drift)
+    return replace(problem, gram=shrunk_gram(problem.gram, share), drift=drift, cache=None)
 
 
 def shrunk_gram(gram: Tensor, share: float) -> Tensor:
@@ -88,10 +82,10 @@ def refitted(problem: LayerProblem, damping: float = 0.0) -> tuple[Tensor, list[
     Returns:
         (m, n) fp32, and a warning if the damping had to be raised.
     """
-    if problem.drift_gradient is None:
+    if problem.drift is None:
         return problem.weight.clone(), []
-    factor, _, warnings = damped_cholesky(alive_gram(problem.gram.double()), damping, problem.label)
-    change = torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
+    factor, _, warnings = damped_cholesky(alive_gram(problem.gram.double()), damping, problem.name)
+    change = torch.cholesky_solve(problem.drift.double().T, factor).T
     return (problem.weight + change).float(), warnings
 
 
@@ -127,8 +121,8 @@ def validation_errors(
             moved = (means[other] - means[one]).to(fresh.dtype)  # the bias is that of the fitted half
             fitted = covariance(fitted, means[one])
             fresh = covariance(fresh, means[other]).add_(torch.outer(moved, moved))
-        fitting = LayerProblem(weight, fitted, names=(problem.label,))
-        testing = LayerProblem(weight, fresh, names=(problem.label,)).restricted(keep)
+        fitting = LayerProblem(weight, fitted, name=problem.name)
+        testing = LayerProblem(weight, fresh, name=problem.name).restricted(keep)
         for place, share in enumerate(shares):
             found = refitted(shrunk(fitting, share).restricted(keep))[0]
             totals[place] += float(testing.row_errors(found).sum()) / 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import DriftFrom, ProblemSums
-from ..runtime.numerics import mirror
+from ..core import ProblemSums
+from ..core.sums import DriftFrom, mirror
 from .removal import ChannelStatistics
 from .shrinkage import problem_without_tokens
 
@@ -20,7 +20,7 @@ class ChannelSums:
     Args:
         weight: (m, n) dense weights of the operator.
         windows: calibration windows in all.
-        drift_from: as for :class:`~fistapruner.problem.ProblemSums`.
+        drift_from: as for :class:`~fistapruner.core.ProblemSums`.
         routed: it reads the tokens of one expert, perhaps few or none.
     """
 
@@ -41,7 +41,7 @@ class ChannelSums:
         Args:
             start: number of its first window; batches come in order.
             inputs: (windows, seqlen, n).
-            dense: as for :meth:`~fistapruner.problem.ProblemSums.add`, by tokens.
+            dense: as for :meth:`~fistapruner.core.ProblemSums.add`, by tokens.
             residual: likewise.
         """
         before = self._half - start
@@ -78,7 +78,7 @@ class ChannelSums:
         sums, halves, half_means = self._sums, None, None
         mean = self._total / max(sums.tokens, 1)
         if not sums.tokens and self._routed:
-            problem = problem_without_tokens(sums.weight, (name,), (len(sums.weight),), target)
+            problem = problem_without_tokens(sums.weight, name)
             return ChannelStatistics(problem, mean, None, tokens=0)
         first, self._first = self._first, None
         if first is not None and 0 < first[2] < sums.tokens:
@@ -86,7 +86,7 @@ class ChannelSums:
             rest = mirror((sums.gram - gram).div_(sums.tokens - tokens))
             halves = mirror(gram.div_(tokens)), rest
             half_means = total / tokens, (self._total - total) / (sums.tokens - tokens)
-        problem = sums.problem((name,), (len(sums.weight),), target, release=True)
-        drift_mean = self._drift / self._compared if self._compared else None
+        problem = sums.problem(name, target, release=True)
+        drift_mean = target * self._drift / self._compared if self._compared else None
         tokens_routed = sums.tokens if self._routed else None
         return ChannelStatistics(problem, mean, halves, drift_mean, half_means, tokens_routed)

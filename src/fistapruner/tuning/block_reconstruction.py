@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from ..activations.store import HiddenStates
 from ..activations.stream import Calls
+from ..core.linalg import damped_cholesky, exact_in_fast_products, fast_products
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..models.layout import Group
-from ..runtime.numerics import exact_in_fast_products, fast_products, ordered_attention
-from ..solvers.conditioning import damped_cholesky
+from ..runtime.numerics import ordered_attention
 from .adamw import CHECKS, Patience, Verdict, check_due, schedule
 from .masked import MaskedParameters
 from .trained import vectors

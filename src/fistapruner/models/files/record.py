@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...constraints import parse_sparsity
+from ...core import parse_sparsity
 from ...errors import FistaPrunerError
 from .checkpoint import Checkpoint, Stack
 from .folder_files import PRUNING_RECORD, read_json_in

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -36,30 +35,10 @@ class Threshold(Protocol):
         """Write the kept ``values`` (rows, columns, contiguous) to ``out`` of the same shape, zero elsewhere.
 
         Args:
-            values: columns in strided order (:meth:`~fistapruner.constraints.base.Constraint.threshold`).
+            values: columns in strided order (:meth:`~fistapruner.core.constraints.Constraint.threshold`).
             out: the same shape.
             correct: spend more time now on an exact number of kept values in the next calls.
         """
-
-
-class ProjectedThreshold:
-    """Keep exactly what the projection of the magnitudes keeps: for any constraint, but slow.
-
-    Args:
-        project: scores (rows, columns) to the mask to keep.
-        group_length: of the constraint; columns arrive in strided order.
-    """
-
-    def __init__(self, project: Callable[[Tensor], Tensor], group_length: int) -> None:
-        self.project = project
-        self.group_length = group_length
-
-    def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
-        size = values.abs()
-        groups = size.view(len(size), self.group_length, -1).transpose(1, 2)
-        mask = self.project(groups.reshape(size.shape))
-        strided = mask.view(groups.shape).transpose(1, 2).reshape(size.shape)
-        torch.mul(values, strided, out=out)
 
 
 class SampledThreshold:
@@ -138,27 +117,6 @@ class GroupThreshold:
         # sign(|z| - bound) is 1 above and -1 below: (sign + 1) / 2 is the mask, without a boolean tensor.
         keep = size.view(shape).sub_(bound[:, None]).sign_().add_(1.0).mul_(0.5)
         torch.mul(values.view(shape), keep, out=out.view(shape))
-
-
-class SharedThreshold:
-    """Keep in every group of a row the ``n`` values largest in magnitude, within inputs that rows share.
-
-    Args:
-        v: rows that share inputs: of every group the 2n with the largest sums of magnitudes.
-        n: values kept of every group.
-        m: group length.
-    """
-
-    def __init__(self, v: int, n: int, m: int) -> None:
-        self.v, self.inputs, self.group = v, GroupThreshold(2 * n, m), GroupThreshold(n, m)
-
-    def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
-        """Write the kept ``values`` (rows, columns) to ``out``, zero elsewhere."""
-        sums = torch.stack([block.abs().sum(0) for block in values.split(self.v)])
-        self.inputs(sums, sums, correct=correct)
-        for number, (block, kept) in enumerate(zip(values.split(self.v), out.split(self.v), strict=True)):
-            torch.mul(block, sums[number] > 0, out=kept)
-        self.group(out, out, correct=correct)
 
 
 def hard_threshold(values: Tensor, bound: Tensor, out: Tensor) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 from torch import Tensor
 
-from ..runtime.numerics import row_blocks
+from .linalg import row_blocks
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -47,40 +46,23 @@ def _kth_largest(flat: Tensor, count: int) -> Tensor:
     """Find the ``count``-th largest of a 1-D tensor on the CPU, 0-dim.
 
     Selection is slow for millions of values and copies them. A sorted sample brackets the result closely, and only the
-    values inside the bracket are searched. If it lies outside (many ties, a periodic pattern), bisection finds it.
+    values inside the bracket are searched, unless it lies outside (many ties, a periodic pattern).
     """
     total = flat.numel()
-    if total < 1 << 17 or flat.dtype == torch.float64:
-        return torch.topk(flat, count, sorted=False).values.min()
-    sample = flat[:: total // 8192 | 1].sort(descending=True).values
-    place, margin = count * len(sample) // total, len(sample) // 50
-    high = sample[max(place - margin, 0)]
-    low = sample[min(place + margin, len(sample) - 1)]
-    above, inside = 0, []
-    for rows in row_blocks(total):
-        block = flat[rows]
-        above += int(torch.count_nonzero(block > high))
-        inside.append(block[(block > low) & (block <= high)])
-    near = torch.cat(inside)
-    if above < count <= above + len(near):
-        return torch.kthvalue(near, len(near) - (count - above) + 1).values
-    return bisect_kth_largest(flat, count)
-
-
-def bisect_kth_largest(flat: Tensor, count: int) -> Tensor:
-    """Find it by bisection over all fp32 numbers, which are ordered as integers: no copy, 32 passes."""
-
-    def number(key: int) -> float:
-        return float(struct.unpack("<f", struct.pack("<i", key if key >= 0 else key ^ 0x7FFFFFFF))[0])
-
-    low, high = -0x7F800001, 0x7F800000  # keys of minus and plus infinity
-    while low < high:  # the smallest number that fewer than count values exceed
-        middle = (low + high) // 2
-        if sum(int(torch.count_nonzero(flat[rows].float() > number(middle))) for rows in row_blocks(len(flat))) < count:
-            high = middle
-        else:
-            low = middle + 1
-    return torch.tensor(number(low), dtype=flat.dtype)
+    if total >= 1 << 17:
+        sample = flat[:: total // 8192 | 1].sort(descending=True).values
+        place, margin = count * len(sample) // total, len(sample) // 50
+        high = sample[max(place - margin, 0)]
+        low = sample[min(place + margin, len(sample) - 1)]
+        above, inside = 0, []
+        for rows in row_blocks(total):
+            block = flat[rows]
+            above += int(torch.count_nonzero(block > high))
+            inside.append(block[(block > low) & (block <= high)])
+        near = torch.cat(inside)
+        if above < count <= above + len(near):
+            return torch.kthvalue(near, len(near) - (count - above) + 1).values
+    return torch.topk(flat, count, sorted=False).values.min()
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
