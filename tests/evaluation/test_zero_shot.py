@@ -75,7 +75,8 @@ def test_paired_counts(pairs: list[tuple[bool, bool]]) -> None:
     assert result.won is not None
     assert result.reference is not None
     assert (result.won - result.lost) / len(pairs) == pytest.approx(result.value - result.reference)
-    assert result.significant == (mcnemar(result.lost, result.won) < 0.05)
+    apart = [ours[item] - theirs[item] for item in ours]
+    assert result.difference_error == pytest.approx(stdev(apart) / math.sqrt(len(apart)), abs=1e-9)
 
 
 @settings(deadline=None)
@@ -85,7 +86,7 @@ def test_scores_between_right_and_wrong_have_no_verdict(scores: list[float]) -> 
     result = task_result("truthfulqa_mc2", "acc", items, {**items, 0: 0.25}, shots=3)
     assert result.shots == 3
     assert result.standard_error == pytest.approx(stdev(scores) / math.sqrt(len(scores)), abs=1e-9)
-    assert (result.lost, result.won, result.p_value, result.significant) == (None, None, None, False)
+    assert (result.lost, result.won, result.p_value, result.difference_error) == (None, None, None, None)
     text, (row,) = task_text(result), quality_rows([Evaluation("m", "dense", tasks=(result,))])
     assert "(dense" in text
     assert not [said for said in (text, row[-1]) if "lost" in said or "noise" in said]
