@@ -127,8 +127,14 @@ def test_what_cannot_be_evaluated_is_said_and_its_speed_kept(made: Path, run: Pa
     write_gguf(tmp_path / "other.gguf", vocabulary="llama")  # another vocabulary
     for change, said in (
         (lambda: None, "no quality of llama.cpp other: "),
-        (lambda: (made / "text.txt").rename(tmp_path / "gone.txt"), "no quality of packed int8, llama.cpp other: the text text.txt "),
-        (lambda: forget_evaluation(run), "no quality of packed int8, llama.cpp other: the run was not evaluated against its dense"),
+        (
+            lambda: (made / "text.txt").rename(tmp_path / "gone.txt"),
+            "no quality of packed int8, llama.cpp other: the text text.txt ",
+        ),
+        (
+            lambda: forget_evaluation(run),
+            "no quality of packed int8, llama.cpp other: the run was not evaluated against its dense",
+        ),
     ):
         change()
         listener = tiny.Said()

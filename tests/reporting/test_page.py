@@ -827,7 +827,7 @@ def test_seeds_are_gathered() -> None:
     assert "± of a gap is one standard deviation over seeds" in text.partition("<footer>")[2]
     assert "± is one standard error." not in text
     assert "± is one standard error." in sample_page().partition("<footer>")[2]
-    assert "At 50%, alps has the smallest gap (0.605)" in text
+    assert "At 50%, alps (46.14) has the lowest perplexity: below sparsegpt (52.54) by 0.130 ± 0.001 nats" in text
     assert "</html>" in comparison_page(Comparison())
 
 
@@ -853,8 +853,8 @@ def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, er
     )
     assert drawing.wide.count("(1 of 2 seeds)") == 1
     assert "0.735 ± 0.007 ★" in text
-    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
-    assert "At 70%, alps has the smallest gap" in text
+    assert "At 50%, sparsegpt (52.54) has the lowest perplexity: below wanda" in text
+    assert "At 70%, alps (169.29) has the lowest perplexity" in text
 
 
 @pytest.mark.usefixtures("text_alone")
@@ -863,8 +863,8 @@ def test_a_mean_over_fewer_seeds_than_others_have_wins_nothing() -> None:
     comparison.rows = [row for row in comparison.rows if (row.method, row.sparsity, row.seed) != ("alps", "50%", 1)]
     text = comparison_page(comparison)
     assert "0.600 (1 of 2 seeds)</td>" in text
-    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
-    assert "At 70%, alps has the smallest gap" in text
+    assert "At 50%, sparsegpt (52.54) has the lowest perplexity: below wanda" in text
+    assert "At 70%, alps (169.29) has the lowest perplexity" in text
 
 
 @pytest.mark.usefixtures("text_alone")
@@ -891,10 +891,10 @@ def test_methods_that_keep_another_share_of_the_weights_win_nothing(
         return
     assert f"0.605 ± 0.007 ({note})</td>" in text
     assert "0.735 ± 0.007 ★" in text
-    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
-    assert f"alps ({note}) has 0.605 at 50%." in text
+    assert "At 50%, sparsegpt (52.54) has the lowest perplexity: below wanda" in text
+    assert f"alps ({note}) has 46.14 at 50%." in text
     assert f"alps: gap 0.605 in 4 min 06 s ({note})" in text
-    assert "At 70%, alps has the smallest gap" in text
+    assert "At 70%, alps (169.29) has the lowest perplexity" in text
 
 
 @pytest.mark.usefixtures("text_alone")
@@ -908,18 +908,50 @@ def test_results_of_a_comparison_begin_with_the_dense_model() -> None:
     ]
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[2:]
     assert cells[:10] == ["dense", "–", "–", "25.32 ± 0.51", "0", "0", "–", "–", "–", "–"]
-    perplexity = f"{25.32 * math.exp(0.8):.2f} ± {25.32 * math.exp(0.8) * 0.02:.2f}"
+    perplexity = f"{25.32 * math.exp(0.6):.2f} ± {25.32 * math.exp(0.6) * 0.02:.2f}"
     assert cells[10:20] == [
-        *("wanda", "50%", "0", perplexity, "0.800", "5.33 %", "2 min 18 s", "1 min 40 s", "1.86 GiB", "50.00 %")
+        *("alps", "50%", "0", perplexity, "0.600", "4.00 %", "4 min 06 s", "–", "1.86 GiB", "50.00 %")
     ]
     comparison.rows[0].divergence = samples.report(1).evaluations[0].divergence
     page = unescape(comparison_page(comparison)).partition("of it solving")
     assert re.findall(r"<th[^>]*>([^<]*)<", page[0])[-4:] == ["gap", "KL", "mean relative error", "time"]
-    assert [cell[:5] for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[17:20]] == [
-        "0.800",
-        "0.710",
-        "5.33 ",
-    ]
+
+
+@pytest.mark.usefixtures("text_alone")
+def test_a_method_wins_by_a_difference_over_windows_or_not_at_all() -> None:
+    comparison = samples.comparison()
+    here = [row for row in comparison.rows if row.sparsity == "50%" and row.perplexity is not None]
+    for row in here:
+        row.perplexity = samples.perplexity({"alps": 52.50}.get(row.method, 52.51))
+        row.gap = row.perplexity.nll - math.log(25.32)
+    text = verdict(comparison, points(comparison.rows))
+    assert text.startswith("At 50%, no winner: alps (52.50) and wanda (52.51) differ by 0.000")
+    assert "±" in text.partition("nats")[0]
+    assert "★" not in " ".join(row[1] for row in overview(comparison))
+    for row in here:
+        row.perplexity = None if row.perplexity is None else replace(row.perplexity, window_nlls=())
+    assert verdict(comparison, points(comparison.rows)).startswith("At 50%, no winner")
+
+
+def overview(comparison: Comparison) -> list[list[str]]:
+    """Rows of the first table of a comparison's page."""
+    table = comparison_page(comparison).partition("<tbody>")[2].partition("</tbody>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+
+
+@pytest.mark.usefixtures("text_alone")
+def test_a_comparison_is_sorted_by_quality_and_begins_with_perplexity() -> None:
+    comparison = samples.comparison()
+    name = "wanda@propagate=pruned,dense_target=pruned"
+    comparison.rows = [row for row in comparison.rows if row.sparsity == "50%"]
+    comparison.rows[0].label = comparison.rows[1].label = name
+    rows = overview(comparison)
+    assert [row[0].replace("<wbr>", "") for row in rows] == ["dense", "alps", "sparsegpt", name]
+    assert [row[1] for row in rows[:2]] == ["25.32", "46.14, gap 0.605 ± 0.007 ★"]
+    assert "<wbr>dense_target=" in rows[3][0]
+    assert "Quality against sparsity</h3>" not in comparison_page(comparison)
+    lines = comparison_table(comparison).splitlines()
+    assert [line.split()[0] for line in lines[-9:-2]] == ["alps"] * 2 + ["sparsegpt"] * 2 + [name] * 2 + ["fista"]
 
 
 def test_a_method_with_more_weights_is_named_only_where_it_beats_the_best() -> None:
@@ -929,16 +961,12 @@ def test_a_method_with_more_weights_is_named_only_where_it_beats_the_best() -> N
     for row in here:
         row.operator_zeros = {"sparsegpt": 300, "wanda": None}.get(row.method, 500)
     text = verdict(comparison, points(comparison.rows))
-    assert text.startswith("At 50%, alps has the smallest gap (0.605), then wanda (0.805). At 70%")
+    assert text.startswith("At 50%, alps (46.14) has the lowest perplexity: below wanda (56.35)")
+    assert "sparsegpt" not in text.partition("At 70%")[0]
     for row in here:
         row.gap = None if row.gap is None else row.gap - 0.5 * (row.method == "sparsegpt")
     text = verdict(comparison, points(comparison.rows))
-    assert "then wanda (0.805). sparsegpt (+20.0 % weights) has 0.235 at 50%. At 70%" in text
-    for row in here:
-        row.gap = None if row.gap is None else 0.5
-        row.operator_zeros = 500
-    text = verdict(comparison, points(comparison.rows))
-    assert text.startswith("At 50%, wanda, sparsegpt and alps have the smallest gap (0.500). At 70%")
+    assert "over windows. sparsegpt (+20.0 % weights) has 52.54 at 50%. At 70%" in text
 
 
 @pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])

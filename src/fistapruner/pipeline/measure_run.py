@@ -138,8 +138,8 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
             ``fistapruner bench``.
 
     Returns:
-        One speed for each form, printed as a table. Forms with the run's own weights have the quality that the run was found to have; GGUF
-        files and int8 values are evaluated on the same windows.
+        One speed for each form, printed as a table. Forms with the run's own weights have the quality that the run was
+        found to have; GGUF files and int8 values are evaluated on the same windows.
 
     Raises:
         FistaPrunerError: not a finished run, a number that is too small, it does not fit disk or memory, or a file is
