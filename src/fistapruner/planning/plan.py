@@ -28,8 +28,9 @@ from ..structured.bypass import LENGTH, MASKS, SEQUENCES
 from ..structured.smaller_model import Widths
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
 from .measured_sizes import low_rank_weights, measure_sizes
+from .phases import measure_phases, with_phases
 from .sizes import UNCOUNTED, Choice, Sizes
-from .time_probe import measure_time
+from .time_probe import Beside, measure_time
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def make_plan(
     widths: Widths | None = None,
     *,
     drawn: bool = False,
+    after: tuple[int, int] = (0, 0),
 ) -> Plan:
     """Plan a run.
 
@@ -77,6 +79,7 @@ def make_plan(
         workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.
         widths: whose channels are removed; ``layout`` has the shapes afterwards.
         drawn: whether the calibration windows are there already, so that the model generates none.
+        after: tokens that are evaluated and tokens that continue sample prompts after the run, of all models.
 
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and
@@ -104,8 +107,12 @@ def make_plan(
             chosen.by_operator,
             on_device=chosen.on_device,
             widths=widths,
+            beside=(beside := Beside()),
         )
-    found = written(fitted, disk, seconds)
+        phases = {}
+        if seconds is not None:
+            phases = measure_phases(model, recipe, tokens.shape[1], beside, drawn=drawn, after=after)
+    found = written(fitted, disk, seconds, phases)
     if recipe.structure.method == "bypass" and widths is not None and any(widths.units):
         passed = SEQUENCES * min(LENGTH, tokens.shape[1])
         said = (
@@ -113,8 +120,6 @@ def make_plan(
             f"{count(passed)} tokens through the whole model; the run says how long they take before the first"
         )
         found = replace(found, says=(*found.says, said))
-    elif seconds is not None and needs.measured:
-        found = replace(found, says=(*found.says, "measuring the dense model comes on top"))
     if not recipe.low_rank:
         return found
     more, weights = low_rank_weights(layout, recipe, sparsity), sum(map(layout.weights, range(len(model))))
@@ -180,25 +185,31 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     return Fitted(chosen, workers, tuple(reversed(budgets)), sentence)
 
 
-def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
+def written(fitted: Fitted, disk: int, seconds: float | None, phases: Mapping[str, float] | None = None) -> Plan:
     """Make a plan's sentences and rows of the report.
 
     Args:
         fitted: the choice.
         disk: bytes of disk that the run needs.
         seconds: estimated time with one worker; None where it was not estimated.
+        phases: estimated times of what is not pruning (:mod:`.phases`).
     """
     chosen, budgets = fitted.choice, fitted.budgets
     rows = [PlanRow(quantity=budget.quantity, unit="bytes", planned=budget.peak(chosen)) for budget in budgets]
     rows.append(PlanRow(quantity=DISK, unit="bytes", planned=disk))
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
+    rows += [PlanRow(quantity=name, unit="seconds", planned=value) for name, value in (phases or {}).items()]
     time = "" if seconds is None else f", about {duration(seconds / fitted.workers)} of pruning"
     peaks = ", ".join(
         f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets
     )
     says = [] if fitted.changed is None else [fitted.changed]
     says.append(f"plan: {peaks}, {size(disk)} of disk{time}")
+    if phases and seconds is not None:
+        whole = sum(phases.values()) + seconds / fitted.workers
+        parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
+        says.append(f"about {duration(whole)} in all: beside the pruning, {parts}")
     if len(budgets) > 1:
         place = "in files" if chosen.on_disk else "in the GPU's memory" if chosen.on_device else "in main memory"
         says.append(f"hidden states between decoder layers: {place}")
@@ -229,7 +240,8 @@ def check_plan(
         TIME: sum(sum(layer.seconds.values()) for layer in layers),
         **(seconds or {}),
     }
-    return [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
+    rows = [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
+    return with_phases(rows, totals.time_split)
 
 
 def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> MemoryBudget[Choice]:

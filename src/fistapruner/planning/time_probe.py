@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -22,6 +22,8 @@ from ..pruning.layer import prune_layer
 from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
+from ..sensitivity.decision import measured_by
+from ..sensitivity.error_curves import patterns_measured, row_error_curves
 from ..solvers import solve
 from ..solvers.low_rank import ALTERNATIONS
 from ..structured.smaller_model import Widths
@@ -35,6 +37,19 @@ TIMED_SHAPES = 3
 
 TIMED_STEPS = 4
 """Steps of block reconstruction that are timed."""
+
+
+@dataclass
+class Beside:
+    """What is timed beside pruning, of all decoder layers.
+
+    Args:
+        token: seconds of a plain pass of one token.
+        curves: seconds to estimate how the error of every operator grows with its sparsity.
+    """
+
+    token: float = 0.0
+    curves: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ def measure_time(
     *,
     widths: Widths | None = None,
     on_device: bool = False,
+    beside: Beside | None = None,
 ) -> float | None:
     """Estimate the seconds to prune all layers from the first batch in a layer of each frequent shape.
 
@@ -88,6 +104,7 @@ def measure_time(
         least: multiplications of one pass of the tokens below which nothing is measured.
         widths: whose channels are removed; ``layout`` has the shapes afterwards.
         on_device: the run keeps hidden states in the GPU's memory.
+        beside: receives what is timed beside pruning.
 
     Returns:
         Seconds, or None where a run is too short to be worth measuring.
@@ -96,15 +113,22 @@ def measure_time(
     if sum(map(layout.weights, range(len(model)))) * samples * seqlen < least:
         return None
     batch = tokens[:batch_size]
-    solving: list[float] = []
-    known: dict[Hashable, float] = {}  # experts are alike: one of them is timed, and one that no token was routed to
+    solving: list[tuple[float, float]] = []
+    curved = patterns_measured(recipe.pattern) if measured_by(recipe) in ("error", "workload") else []
+    known: dict[
+        Hashable, tuple[float, float]
+    ] = {}  # experts are alike: one of them is timed, and one that no token was routed to
 
     def timed(number: int, problem: LayerProblem) -> None:
         patterns = [sparsity[name] for name in problem.names]
         routed = layout.layers[index][number][0].experts
         key = (problem.rows, problem.shape[1], *patterns, problem.tokens is None) if routed else (index, number)
         if key not in known:
-            known[key] = time_solve(problem, patterns, recipe, by_operator=by_operator)
+            begin = time.perf_counter()
+            if beside is not None and curved:
+                row_error_curves(replace(problem, drift=None, drift_energy=None, importance=None), curved)
+            curves = time.perf_counter() - begin
+            known[key] = time_solve(problem, patterns, recipe, by_operator=by_operator), curves
         solving.append(known[key])
 
     store = scratch_factory(None, model.dtype, model.device if on_device else torch.device("cpu"))
@@ -131,7 +155,12 @@ def measure_time(
         )
         solving.clear()
         entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
-        seconds += extrapolate(entry, sum(solving) * (ALTERNATIONS if recipe.low_rank else 1), scale)
+        methods, curves = (sum(each) for each in zip((0.0, 0.0), *solving, strict=True))
+        seconds += extrapolate(entry, methods * (ALTERNATIONS if recipe.low_rank else 1), scale)
+        if beside is not None:
+            passed = entry.seconds.get("plain", entry.seconds.get("capture", 0.0))
+            beside.token += passed / batch.numel() * scale.layers
+            beside.curves += curves * scale.pruned
     return seconds
 
 

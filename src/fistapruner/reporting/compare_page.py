@@ -214,11 +214,11 @@ def _lead(first: Point, second: Point) -> tuple[float, float]:
 
 def _winner(found: Sequence[Point], pattern: str) -> Point | None:
     """Return the point with the smallest gap, if it leads the next by more than two standard errors; else None."""
-    first, *others = sorted(_comparable(found, pattern), key=lambda point: point.gap) or [None]
-    if first is None or not others:
+    here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
+    if len(here) < 2:
         return None
-    lead, error = _lead(first, others[0])
-    return first if lead > 2 * error else None
+    lead, error = _lead(here[0], here[1])
+    return here[0] if lead > 2 * error else None
 
 
 def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:

@@ -114,10 +114,12 @@ def _speed(report: Report) -> list[Tile]:
 
 
 def _time(report: Report) -> list[Tile]:
-    """List the time of the run."""
+    """List the time of the whole run."""
     totals = report.totals
     if not totals.seconds:
         return []
     notes = [f"{totals.parts} parts added up"] if totals.parts else []
+    if totals.seconds_in_all != totals.seconds:
+        notes.append(f"{duration(totals.seconds)} without evaluation")
     notes += [f"peak memory {size(totals.peak_memory)}"] if totals.peak_memory else []
-    return [(f"Time to {report.kind}", duration(totals.seconds), "; ".join(notes))]
+    return [("Time in all", duration(totals.seconds_in_all), "; ".join(notes))]

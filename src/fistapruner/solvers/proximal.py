@@ -242,7 +242,9 @@ def keep_better(problem: LayerProblem, solution: Solution, start: Solution) -> S
     rows = torch.tensor(problem.rows, device=solution.weight.device)
     chosen = torch.repeat_interleave(better, rows, output_size=problem.shape[0])[:, None]
     weight, mask = torch.where(chosen, solution.weight, start.weight), torch.where(chosen, solution.mask, start.mask)
-    return replace(solution, weight=weight, mask=mask)
+    kept = (not found for found in better.tolist())
+    stats = tuple({**record, "start_kept": each} for record, each in zip(solution.stats, kept, strict=True))
+    return replace(solution, weight=weight, mask=mask, stats=stats)
 
 
 def obs_scale(gram: Tensor, damping: float, label: str) -> tuple[Tensor, list[str]]:
