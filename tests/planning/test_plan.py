@@ -32,6 +32,7 @@ from fistapruner.planning import plan as plan_module
 from fistapruner.planning.budget import DEVICE_RESERVE, Resources, room_for
 from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes
 from fistapruner.planning.measured_sizes import measure_sizes
+from fistapruner.planning.phases import PHASES
 from fistapruner.planning.plan import Fitted, fit, make_plan, written
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
@@ -710,6 +711,26 @@ def test_the_proof_that_channels_can_go_fits_into_the_planned_memory(
     found = measure_sizes(opened, layout, recipe, allocate(recipe, layout), tokens, widths)
     planned = found.stages(Choice(2))["proving the smaller layer"] - found.base
     assert peak < planned < 1.5 * peak
+
+
+def test_the_plan_names_all_phases_with_their_times(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "measure_time", partial(measure_time, least=0))
+    recipe = Recipe.build({"sparsity": "50%", "calibration": {"source": "self", "samples": 2, "seqlen": 16}})
+    plan = plan_model(model[0].checkpoint.folder, recipe, tmp_path)
+    phases = {row.quantity: row.planned for row in plan.rows if row.unit == "seconds"}
+    assert list(phases) == ["pruning, one worker", *PHASES]
+    assert all(seconds and seconds > 0 for seconds in phases.values())
+    said = next(said for said in plan.says if " in all: " in said)
+    assert all(phase in said for phase in PHASES)
+    told = recipe.changed({"calibration": {"source": "python"}, "method": "wanda", "allocation": "uniform"})
+    rows = plan_model(model[0].checkpoint.folder, told, tmp_path).rows
+    assert [row.quantity for row in rows if row.unit == "seconds"] == [
+        "pruning, one worker",
+        "evaluation",
+        "sample prompts",
+    ]
 
 
 @pytest.mark.parametrize("structure", ["mlp=16,heads=1", {"remove": "heads=1", "widths": "free"}])

@@ -297,7 +297,7 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
         + ".",
         table=(
             ["phase", "seconds"],
-            [[PHASES.get(phase, phase), significant(value)] for phase, value in totals.items()],
+            [[PHASES.get(name, name), significant(value)] for name, value in totals.items()],
         ),
     )
 
