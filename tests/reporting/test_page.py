@@ -54,13 +54,15 @@ from fistapruner.reporting.size_and_speed import (
 )
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
+from fistapruner.reporting.tiles import tiles
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, Comparison
+from fistapruner.runs.labels import PHASES
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
-from fistapruner.runtime.formatting import significant, size
+from fistapruner.runtime.formatting import duration, significant, size
 from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
@@ -462,7 +464,7 @@ def test_a_recovery_page_says_what_was_won_on_what() -> None:
         "2,551,808 numbers",
         "120 windows of 300 documents to train on, 5 windows of 12 documents held out",
         "sql: texts/sql.jsonl",
-        "Time to recover",
+        "Time in all",
     ):
         assert part in text, part
     drawn = set(re.findall(r'<figure id="figure-([\w-]+)"', text))
@@ -557,16 +559,46 @@ def test_alignments_are_tested_against_the_model_before_them() -> None:
 @pytest.mark.parametrize(
     ("seconds", "split", "said"),
     [
-        (76.0, {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0}, "76 s (solve 34, other 27, gram 15)"),
-        (76.0, {"solve": 75.8, "io": 0.2}, "76 s (solve 76)"),
-        (50.0, {"solve": 75.8, "io": 0.2}, "50 s (solve 76)"),  # of several workers
-        (0.4, {"solve": 0.2, "io": 0.2}, "0 s\n"),
+        (
+            76.0,
+            {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0},
+            (
+                76.0,
+                {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0},
+                "1 min 16 s (seconds: choosing zeros and weights 34, other 27, sums over the calibration text 15)",
+            ),
+        ),
+        (76.0, {"solve": 75.8, "io": 0.2}, "1 min 16 s (seconds: choosing zeros and weights 76)"),
+        (50.0, {"solve": 75.8, "io": 0.2}, "50.0 s (seconds: choosing zeros and weights 76)"),  # of several workers
+        (0.4, {"solve": 0.2, "io": 0.2}, "400 ms\n"),
     ],
 )
 def test_the_time_of_a_summary_leaves_out_what_is_nothing(seconds: float, split: dict[str, float], said: str) -> None:
     report = samples.report(2)
     report.totals.seconds, report.totals.time_split = seconds, split
     assert said in summary(report, "runs/first")
+    report.totals.time_split = {**split, "evaluation": 3600.0, "samples": 60.0}
+    assert "evaluation 3600, sample prompts 60" in summary(report, "runs/first")
+    found = dict(tile[:2] for tile in tiles(report))
+    assert found["Time in all"] == duration(seconds + 3660)
+
+
+def test_tiles_are_of_one_form_of_the_model() -> None:
+    report = samples.report(2)
+    assert report.speed is not None
+    report.speed["speeds"].append(samples.speed("packed int8", 60.0) | {"perplexity": 47.1})
+    _, value, note = next(tile for tile in tiles(report) if tile[0] == "Decoding speed")
+    assert (value, note.partition(", against")[0]) == ("×1.30", "26.0 tokens/s, packed")
+    (how,) = [row[4] for row in speed_rows(report) if "int8" in row[0]]
+    assert how.startswith("perplexity 47.1, against dense")
+
+
+def test_a_start_that_made_no_difference_is_said() -> None:
+    report = samples.report(1)
+    steps = [operator.steps for operator in report.operators]
+    for number, found in enumerate(steps):
+        found[-1]["start_kept"] = number == 0
+    assert f"(the start was kept in 1 of {len(steps)} operators)" in summary(report, "runs/first")
 
 
 def test_evaluations_on_one_text_are_told_apart_in_figures() -> None:
@@ -642,8 +674,9 @@ def test_lines_and_bars_of_decoder_layers_are_those_of_the_report() -> None:
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[2, 0], [2, 50]]]
     assert axes.get_ylim() == (0, 100)
     (axes,) = drawn["time-by-layer"].axes
-    phases = dict(zip(axes.get_legend_handles_labels()[1], axes.containers, strict=True))
-    assert list(phases) == ["capture", "gram", "solve", "io", "other"]
+    known = ("capture", "gram", "solve", "io", "other")
+    phases = dict(zip(known, axes.containers, strict=True))
+    assert axes.get_legend_handles_labels()[1] == [PHASES.get(phase, phase) for phase in known]
     for phase, bars in phases.items():
         expected = [layer.seconds.get(phase, 0.0) for layer in report.layers]
         assert [bar.get_height() for bar in bars] == pytest.approx(expected)

@@ -171,11 +171,12 @@ def counted_windows(
     say: Callable[[str], None], windows: int, purpose: str = "calibration"
 ) -> Callable[[int, int], None]:
     """Make a progress callback of text generation that says how many windows are written: soon, then at each tenth."""
-    begin, first, last = time.monotonic(), 0, -1
+    begin, first, last = 0.0, 0, -1
 
     def progress(done: int, total: int) -> None:
-        nonlocal first, last
-        first = first or done
+        nonlocal begin, first, last
+        if not first:  # the model is loaded
+            begin, first = time.monotonic(), done
         tenth = done * 10 // total
         if done < total and tenth > last and 100 * (done - first) >= total:
             last = tenth
