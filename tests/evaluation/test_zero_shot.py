@@ -424,7 +424,7 @@ def test_an_answer_that_is_longer_than_the_model_takes_is_told(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_local_tasks_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -432,12 +432,15 @@ def test_local_tasks_offline(
         write(tmp_path / "tasks", name, items)
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", seed=5)
-    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
     told: list[tuple[str, int, int]] = []
     result = fp.evaluate(
         other, tasks=["all"], tasks_dir=tmp_path / "tasks", against=dense, tick=lambda *progress: told.append(progress)
     )
-    assert "requests" not in capsys.readouterr().err  # lm-eval shows bars of its own
+    said = capfd.readouterr().err
+    assert "requests" not in said  # lm-eval shows bars of its own
+    assert "git" not in said  # it asks git about the current folder
     requests = 3 * len(CHOICES) + len(GREEDY) + 2 * len(PARTIAL)
     for name in ("other", "dense"):
         assert (f"zero-shot tasks of {name}, requests", requests, requests) in told

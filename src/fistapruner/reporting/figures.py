@@ -281,10 +281,10 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
             base = [b + v for b, v in zip(base, values, strict=True)]
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("seconds")
-        axes.set_ylim(0, 1.22 * max(*base, 1e-9))
+        axes.set_ylim(0, 1.05 * max(*base, 1e-9))
         _whole_numbers(axes)
         style(axes)
-        axes.legend(loc="upper center", ncols=2, columnspacing=1.2, handlelength=1.2)
+        figure.legend(loc="outside upper left", ncols=2 if width > 500 else 1, handlelength=1.2)
 
     totals = {phase: sum(values) for phase, values in found.items()}
     return draw(

@@ -234,7 +234,7 @@ def _time_split(report: Report) -> Table:
         (PHASES.get(name, name), duration(value), f"{100 * value / whole:.1f} %")
         for name, value in sorted(times.items(), key=lambda pair: -pair[1])
     ]
-    return Table("Time by phase", ("phase", "time", "share"), rows, numeric=(1, 2), stack=True)
+    return Table("Time by phase", ("phase", "time", "share"), rows, numeric=(1, 2))
 
 
 def _plan(report: Report) -> Table:
