@@ -245,7 +245,7 @@ def measure(rows: dict[tuple[str, str, int | None], dict[str, Any]], arguments: 
     for row in rows_of(arguments):
         rows.setdefault(key_of(row), row)
     lacking = {(what, row["kind"]) for what in wanted for row in rows.values() if FIGURES[what] not in row}
-    packages = [("xllamacpp", ("speed", "gguf"), "'fistapruner[bench]'")]
+    packages = [("xllamacpp", ("speed", "gguf"), "'.[bench]'")]
     packages += [("openvino", (what, "openvino"), "openvino") for what in wanted]
     for package, work, brought_by in packages:
         if work in lacking and find_spec(package) is None:

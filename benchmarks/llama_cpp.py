@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--write", type=int, default=64, help="tokens to write")
     arguments = parser.parse_args()
     if find_spec("xllamacpp") is None:
-        parser.error("the package xllamacpp is not installed: pip install 'fistapruner[bench]'")
+        parser.error("the package xllamacpp is not installed: pip install '.[bench]'")
     for path in arguments.files:
         if not path.is_file():
             parser.error(f"{path}: no such file")

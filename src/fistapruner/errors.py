@@ -49,7 +49,8 @@ class MissingExtraError(FistaPrunerError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}: pip install 'fistapruner[{extra}]'")
+        install = f"pip install 'fistapruner[{extra}]', or from a checkout pip install '.[{extra}]'"
+        super().__init__(f"{purpose} needs the package {package!r}: {install}")
 
 
 def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:

@@ -33,7 +33,13 @@ from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens, self_generated
 from fistapruner.calibration import windows as drawing
 from fistapruner.calibration.self_generated import _cached_bytes, _draw, batch_size, generate_tokens
-from fistapruner.calibration.windows import check_source, draw_from_documents, tokens_sha256, window_length
+from fistapruner.calibration.windows import (
+    calibration_length,
+    check_source,
+    draw_from_documents,
+    tokens_sha256,
+    window_length,
+)
 from fistapruner.errors import MissingExtraError
 from fistapruner.evaluation.data import check_data
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -448,6 +454,25 @@ def test_windows_longer_than_a_text_pack_several() -> None:
     assert steps[-1] == (117, 117)
 
 
+def test_an_interruption_of_generation_loses_no_finished_text() -> None:
+    model, tokenizer, kept = tiny("llama"), letters_tokenizer(), []
+    whole = generate_tokens(model, tokenizer, 70, 8, keep=lambda *at: kept.append(at))
+    assert [len(texts) for texts, _ in kept] == [32, 64, 70]
+    steps: list[int] = []
+    again = generate_tokens(model, tokenizer, 70, 8, begun=kept[1], progress=lambda done, _: steps.append(done))
+    assert torch.equal(again, whole)
+    assert steps[0] > 64 * 8
+
+
+def test_text_that_a_cpu_writes_has_shorter_windows(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model", max_position_embeddings=4096)
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    lengths = {"self": 1024, "python": 2048}
+    for source, length in lengths.items():
+        assert calibration_length(Calibration(source=source), model) == length
+    assert calibration_length(Calibration(source="self", seqlen=4096), model) == 4096
+
+
 def test_a_broken_model_is_named() -> None:
     model = tiny("llama")
     model.model.norm.weight.data.fill_(torch.nan)
@@ -461,7 +486,7 @@ def test_a_broken_model_is_named() -> None:
 def test_batches_are_bounded_by_the_cache() -> None:
     model = tiny("llama")
     # 2 layers x (keys, values) x 2 heads x 4 wide x 4 bytes = 128 bytes a token
-    for length, texts in ((10, 128), (2**20, 8), (2**40, 1)):
+    for length, texts in ((10, 32), (2**20, 8), (2**40, 1)):
         assert batch_size(model, _cached_bytes(model, length)) == texts
 
 
@@ -496,8 +521,8 @@ def test_generation_says_how_far_it_is() -> None:
     calibration_tokens(
         Calibration(source="self", samples=2), letters_tokenizer(), 32, lambda: tiny("llama"), said.append
     )
-    assert len(said) == 9
-    assert said[-1].startswith("generating calibration text: 58 of 64 tokens, about ")
+    assert len(said) == 10
+    assert said[-1].startswith("generating calibration text: 1.8 of 2 windows, about ")
 
 
 def watch_caches(model: Any, seen: Callable[[DynamicCache], None]) -> None:

@@ -75,7 +75,8 @@ def test_paired_counts(pairs: list[tuple[bool, bool]]) -> None:
     assert result.won is not None
     assert result.reference is not None
     assert (result.won - result.lost) / len(pairs) == pytest.approx(result.value - result.reference)
-    assert result.significant == (mcnemar(result.lost, result.won) < 0.05)
+    apart = [ours[item] - theirs[item] for item in ours]
+    assert result.difference_error == pytest.approx(stdev(apart) / math.sqrt(len(apart)), abs=1e-9)
 
 
 @settings(deadline=None)
@@ -85,7 +86,7 @@ def test_scores_between_right_and_wrong_have_no_verdict(scores: list[float]) -> 
     result = task_result("truthfulqa_mc2", "acc", items, {**items, 0: 0.25}, shots=3)
     assert result.shots == 3
     assert result.standard_error == pytest.approx(stdev(scores) / math.sqrt(len(scores)), abs=1e-9)
-    assert (result.lost, result.won, result.p_value, result.significant) == (None, None, None, False)
+    assert (result.lost, result.won, result.p_value, result.difference_error) == (None, None, None, None)
     text, (row,) = task_text(result), quality_rows([Evaluation("m", "dense", tasks=(result,))])
     assert "(dense" in text
     assert not [said for said in (text, row[-1]) if "lost" in said or "noise" in said]
@@ -423,7 +424,7 @@ def test_an_answer_that_is_longer_than_the_model_takes_is_told(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_local_tasks_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -431,12 +432,15 @@ def test_local_tasks_offline(
         write(tmp_path / "tasks", name, items)
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", seed=5)
-    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
     told: list[tuple[str, int, int]] = []
     result = fp.evaluate(
         other, tasks=["all"], tasks_dir=tmp_path / "tasks", against=dense, tick=lambda *progress: told.append(progress)
     )
-    assert "requests" not in capsys.readouterr().err  # lm-eval shows bars of its own
+    said = capfd.readouterr().err
+    assert "requests" not in said  # lm-eval shows bars of its own
+    assert "git" not in said  # it asks git about the current folder
     requests = 3 * len(CHOICES) + len(GREEDY) + 2 * len(PARTIAL)
     for name in ("other", "dense"):
         assert (f"zero-shot tasks of {name}, requests", requests, requests) in told

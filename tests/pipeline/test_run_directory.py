@@ -1145,6 +1145,29 @@ def test_resume_advises_what_the_command_takes(dense: Path, run: Path, tmp_path:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def test_text_that_the_model_writes_is_kept_as_it_is_written(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "calibration": {"source": "self", "samples": 40, "seqlen": 8}}
+    write = PruneDirectory.keep_texts
+
+    def stopped(run: PruneDirectory, *texts: Any) -> None:
+        write(run, *texts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PruneDirectory, "keep_texts", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(dense, tmp_path / "run", **settings)
+    kept = []
+    monkeypatch.setattr(PruneDirectory, "keep_texts", lambda run, drawing, texts, random: kept.append(len(texts)))
+    fp.prune(dense, tmp_path / "run", **settings)
+    assert kept == [40]  # the second batch alone was written
+    assert not (tmp_path / "run" / "calibration.begun.safetensors").exists()
+    fp.prune(dense, tmp_path / "new", **settings)
+    assert torch.equal(PruneDirectory(tmp_path / "new").tokens(), PruneDirectory(tmp_path / "run").tokens())
+
+
 def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that ``torchrun`` started all would want the lock; a recovery is what they can share."""
     monkeypatch.setenv("RANK", "1")

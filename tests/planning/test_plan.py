@@ -32,6 +32,7 @@ from fistapruner.planning import plan as plan_module
 from fistapruner.planning.budget import DEVICE_RESERVE, Resources, room_for
 from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes
 from fistapruner.planning.measured_sizes import measure_sizes
+from fistapruner.planning.phases import PHASES
 from fistapruner.planning.plan import Fitted, fit, make_plan, written
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
@@ -712,6 +713,26 @@ def test_the_proof_that_channels_can_go_fits_into_the_planned_memory(
     assert peak < planned < 1.5 * peak
 
 
+def test_the_plan_names_all_phases_with_their_times(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "measure_time", partial(measure_time, least=0))
+    recipe = Recipe.build({"sparsity": "50%", "calibration": {"source": "self", "samples": 2, "seqlen": 16}})
+    plan = plan_model(model[0].checkpoint.folder, recipe, tmp_path)
+    phases = {row.quantity: row.planned for row in plan.rows if row.unit == "seconds"}
+    assert list(phases) == ["pruning, one worker", *PHASES]
+    assert all(seconds and seconds > 0 for seconds in phases.values())
+    said = next(said for said in plan.says if " in all: " in said)
+    assert all(phase in said for phase in PHASES)
+    told = recipe.changed({"calibration": {"source": "python"}, "method": "wanda", "allocation": "uniform"})
+    rows = plan_model(model[0].checkpoint.folder, told, tmp_path).rows
+    assert [row.quantity for row in rows if row.unit == "seconds"] == [
+        "pruning, one worker",
+        "evaluation",
+        "sample prompts",
+    ]
+
+
 @pytest.mark.parametrize("structure", ["mlp=16,heads=1", {"remove": "heads=1", "widths": "free"}])
 def test_what_is_removed_is_counted_alike_after_a_layer_was_timed(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, structure: Any
@@ -745,14 +766,14 @@ def test_free_widths_are_chosen_in_the_planned_memory(method: str) -> None:
     ("settings", "told"),
     [({"sparsity": "50%"}, True), ({"sparsity": "50%", "method": "wanda"}, False)],
 )
-def test_measuring_the_dense_model_comes_on_top_of_the_planned_time(
+def test_measuring_the_dense_model_is_planned_where_it_is_done(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], told: bool
 ) -> None:
     monkeypatch.setattr("fistapruner.planning.plan.measure_time", lambda *args, **keywords: 60.0)
     asked = {**settings, "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
     plan = plan_model(model[0].checkpoint.folder, Recipe.build(asked), tmp_path)
     assert any(said.endswith("about 1 min 00 s of pruning") for said in plan.says)
-    assert ("measuring the dense model comes on top" in plan.says) == told
+    assert ("measuring the dense model" in [row.quantity for row in plan.rows]) == told
 
 
 def test_the_learning_of_bypass_comes_on_top_of_the_planned_time(model: Model, tmp_path: Path) -> None:

@@ -54,13 +54,15 @@ from fistapruner.reporting.size_and_speed import (
 )
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
+from fistapruner.reporting.tiles import tiles
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, Comparison
+from fistapruner.runs.labels import PHASES
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
-from fistapruner.runtime.formatting import significant, size
+from fistapruner.runtime.formatting import duration, significant, size
 from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
@@ -102,8 +104,7 @@ def test_headline_numbers_are_the_report_s() -> None:
         "62.0 %",
         "6 min 52 s",
         "1.86 GiB",
-        "within noise",
-        "p &lt; 0.001",
+        "McNemar p &lt; 0.001",
     ):
         assert part in text, part
     assert "wikitext2 (test), 60 windows of 1024 tokens, no BOS, bfloat16" in text
@@ -463,7 +464,7 @@ def test_a_recovery_page_says_what_was_won_on_what() -> None:
         "2,551,808 numbers",
         "120 windows of 300 documents to train on, 5 windows of 12 documents held out",
         "sql: texts/sql.jsonl",
-        "Time to recover",
+        "Time in all",
     ):
         assert part in text, part
     drawn = set(re.findall(r'<figure id="figure-([\w-]+)"', text))
@@ -558,16 +559,46 @@ def test_alignments_are_tested_against_the_model_before_them() -> None:
 @pytest.mark.parametrize(
     ("seconds", "split", "said"),
     [
-        (76.0, {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0}, "76 s (solve 34, other 27, gram 15)"),
-        (76.0, {"solve": 75.8, "io": 0.2}, "76 s (solve 76)"),
-        (50.0, {"solve": 75.8, "io": 0.2}, "50 s (solve 76)"),  # of several workers
-        (0.4, {"solve": 0.2, "io": 0.2}, "0 s\n"),
+        (
+            76.0,
+            {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0},
+            (
+                76.0,
+                {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0},
+                "1 min 16 s (seconds: choosing zeros and weights 34, other 27, sums over the calibration text 15)",
+            ),
+        ),
+        (76.0, {"solve": 75.8, "io": 0.2}, "1 min 16 s (seconds: choosing zeros and weights 76)"),
+        (50.0, {"solve": 75.8, "io": 0.2}, "50.0 s (seconds: choosing zeros and weights 76)"),  # of several workers
+        (0.4, {"solve": 0.2, "io": 0.2}, "400 ms\n"),
     ],
 )
 def test_the_time_of_a_summary_leaves_out_what_is_nothing(seconds: float, split: dict[str, float], said: str) -> None:
     report = samples.report(2)
     report.totals.seconds, report.totals.time_split = seconds, split
     assert said in summary(report, "runs/first")
+    report.totals.time_split = {**split, "evaluation": 3600.0, "samples": 60.0}
+    assert "evaluation 3600, sample prompts 60" in summary(report, "runs/first")
+    found = dict(tile[:2] for tile in tiles(report))
+    assert found["Time in all"] == duration(seconds + 3660)
+
+
+def test_tiles_are_of_one_form_of_the_model() -> None:
+    report = samples.report(2)
+    assert report.speed is not None
+    report.speed["speeds"].append(samples.speed("packed int8", 60.0) | {"perplexity": 47.1})
+    _, value, note = next(tile for tile in tiles(report) if tile[0] == "Decoding speed")
+    assert (value, note.partition(", against")[0]) == ("×1.30", "26.0 tokens/s, packed")
+    (how,) = [row[4] for row in speed_rows(report) if "int8" in row[0]]
+    assert how.startswith("perplexity 47.1, against dense")
+
+
+def test_a_start_that_made_no_difference_is_said() -> None:
+    report = samples.report(1)
+    steps = [operator.steps for operator in report.operators]
+    for number, found in enumerate(steps):
+        found[-1]["start_kept"] = number == 0
+    assert f"(the start was kept in 1 of {len(steps)} operators)" in summary(report, "runs/first")
 
 
 def test_evaluations_on_one_text_are_told_apart_in_figures() -> None:
@@ -643,8 +674,9 @@ def test_lines_and_bars_of_decoder_layers_are_those_of_the_report() -> None:
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[2, 0], [2, 50]]]
     assert axes.get_ylim() == (0, 100)
     (axes,) = drawn["time-by-layer"].axes
-    phases = dict(zip(axes.get_legend_handles_labels()[1], axes.containers, strict=True))
-    assert list(phases) == ["capture", "gram", "solve", "io", "other"]
+    known = ("capture", "gram", "solve", "io", "other")
+    phases = dict(zip(known, axes.containers, strict=True))
+    assert axes.get_legend_handles_labels()[1] == [PHASES.get(phase, phase) for phase in known]
     for phase, bars in phases.items():
         expected = [layer.seconds.get(phase, 0.0) for layer in report.layers]
         assert [bar.get_height() for bar in bars] == pytest.approx(expected)
@@ -828,7 +860,7 @@ def test_seeds_are_gathered() -> None:
     assert "± of a gap is one standard deviation over seeds" in text.partition("<footer>")[2]
     assert "± is one standard error." not in text
     assert "± is one standard error." in sample_page().partition("<footer>")[2]
-    assert "At 50%, alps has the smallest gap (0.605)" in text
+    assert "At 50%, alps (46.14) has the lowest perplexity: below sparsegpt (52.54) by 0.130 ± 0.001 nats" in text
     assert "</html>" in comparison_page(Comparison())
 
 
@@ -854,8 +886,8 @@ def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, er
     )
     assert drawing.wide.count("(1 of 2 seeds)") == 1
     assert "0.735 ± 0.007 ★" in text
-    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
-    assert "At 70%, alps has the smallest gap" in text
+    assert "At 50%, sparsegpt (52.54) has the lowest perplexity: below wanda" in text
+    assert "At 70%, alps (169.29) has the lowest perplexity" in text
 
 
 @pytest.mark.usefixtures("text_alone")
@@ -864,8 +896,8 @@ def test_a_mean_over_fewer_seeds_than_others_have_wins_nothing() -> None:
     comparison.rows = [row for row in comparison.rows if (row.method, row.sparsity, row.seed) != ("alps", "50%", 1)]
     text = comparison_page(comparison)
     assert "0.600 (1 of 2 seeds)</td>" in text
-    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
-    assert "At 70%, alps has the smallest gap" in text
+    assert "At 50%, sparsegpt (52.54) has the lowest perplexity: below wanda" in text
+    assert "At 70%, alps (169.29) has the lowest perplexity" in text
 
 
 @pytest.mark.usefixtures("text_alone")
@@ -892,10 +924,10 @@ def test_methods_that_keep_another_share_of_the_weights_win_nothing(
         return
     assert f"0.605 ± 0.007 ({note})</td>" in text
     assert "0.735 ± 0.007 ★" in text
-    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
-    assert f"alps ({note}) has 0.605 at 50%." in text
+    assert "At 50%, sparsegpt (52.54) has the lowest perplexity: below wanda" in text
+    assert f"alps ({note}) has 46.14 at 50%." in text
     assert f"alps: gap 0.605 in 4 min 06 s ({note})" in text
-    assert "At 70%, alps has the smallest gap" in text
+    assert "At 70%, alps (169.29) has the lowest perplexity" in text
 
 
 @pytest.mark.usefixtures("text_alone")
@@ -909,18 +941,50 @@ def test_results_of_a_comparison_begin_with_the_dense_model() -> None:
     ]
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[2:]
     assert cells[:10] == ["dense", "–", "–", "25.32 ± 0.51", "0", "0", "–", "–", "–", "–"]
-    perplexity = f"{25.32 * math.exp(0.8):.2f} ± {25.32 * math.exp(0.8) * 0.02:.2f}"
+    perplexity = f"{25.32 * math.exp(0.6):.2f} ± {25.32 * math.exp(0.6) * 0.02:.2f}"
     assert cells[10:20] == [
-        *("wanda", "50%", "0", perplexity, "0.800", "5.33 %", "2 min 18 s", "1 min 40 s", "1.86 GiB", "50.00 %")
+        *("alps", "50%", "0", perplexity, "0.600", "4.00 %", "4 min 06 s", "–", "1.86 GiB", "50.00 %")
     ]
     comparison.rows[0].divergence = samples.report(1).evaluations[0].divergence
     page = unescape(comparison_page(comparison)).partition("of it solving")
     assert re.findall(r"<th[^>]*>([^<]*)<", page[0])[-4:] == ["gap", "KL", "mean relative error", "time"]
-    assert [cell[:5] for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[2])[17:20]] == [
-        "0.800",
-        "0.710",
-        "5.33 ",
-    ]
+
+
+@pytest.mark.usefixtures("text_alone")
+def test_a_method_wins_by_a_difference_over_windows_or_not_at_all() -> None:
+    comparison = samples.comparison()
+    here = [row for row in comparison.rows if row.sparsity == "50%" and row.perplexity is not None]
+    for row in here:
+        row.perplexity = samples.perplexity({"alps": 52.50}.get(row.method, 52.51))
+        row.gap = row.perplexity.nll - math.log(25.32)
+    text = verdict(comparison, points(comparison.rows))
+    assert text.startswith("At 50%, no winner: alps (52.50) and wanda (52.51) differ by 0.000")
+    assert "±" in text.partition("nats")[0]
+    assert "★" not in " ".join(row[1] for row in overview(comparison))
+    for row in here:
+        row.perplexity = None if row.perplexity is None else replace(row.perplexity, window_nlls=())
+    assert verdict(comparison, points(comparison.rows)).startswith("At 50%, no winner")
+
+
+def overview(comparison: Comparison) -> list[list[str]]:
+    """Rows of the first table of a comparison's page."""
+    table = comparison_page(comparison).partition("<tbody>")[2].partition("</tbody>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+
+
+@pytest.mark.usefixtures("text_alone")
+def test_a_comparison_is_sorted_by_quality_and_begins_with_perplexity() -> None:
+    comparison = samples.comparison()
+    name = "wanda@propagate=pruned,dense_target=pruned"
+    comparison.rows = [row for row in comparison.rows if row.sparsity == "50%"]
+    comparison.rows[0].label = comparison.rows[1].label = name
+    rows = overview(comparison)
+    assert [row[0].replace("<wbr>", "") for row in rows] == ["dense", "alps", "sparsegpt", name]
+    assert [row[1] for row in rows[:2]] == ["25.32", "46.14, gap 0.605 ± 0.007 ★"]
+    assert "<wbr>dense_target=" in rows[3][0]
+    assert "Quality against sparsity</h3>" not in comparison_page(comparison)
+    lines = comparison_table(comparison).splitlines()
+    assert [line.split()[0] for line in lines[-9:-2]] == ["alps"] * 2 + ["sparsegpt"] * 2 + [name] * 2 + ["fista"]
 
 
 def test_a_method_with_more_weights_is_named_only_where_it_beats_the_best() -> None:
@@ -930,16 +994,12 @@ def test_a_method_with_more_weights_is_named_only_where_it_beats_the_best() -> N
     for row in here:
         row.operator_zeros = {"sparsegpt": 300, "wanda": None}.get(row.method, 500)
     text = verdict(comparison, points(comparison.rows))
-    assert text.startswith("At 50%, alps has the smallest gap (0.605), then wanda (0.805). At 70%")
+    assert text.startswith("At 50%, alps (46.14) has the lowest perplexity: below wanda (56.35)")
+    assert "sparsegpt" not in text.partition("At 70%")[0]
     for row in here:
         row.gap = None if row.gap is None else row.gap - 0.5 * (row.method == "sparsegpt")
     text = verdict(comparison, points(comparison.rows))
-    assert "then wanda (0.805). sparsegpt (+20.0 % weights) has 0.235 at 50%. At 70%" in text
-    for row in here:
-        row.gap = None if row.gap is None else 0.5
-        row.operator_zeros = 500
-    text = verdict(comparison, points(comparison.rows))
-    assert text.startswith("At 50%, wanda, sparsegpt and alps have the smallest gap (0.500). At 70%")
+    assert "over windows. sparsegpt (+20.0 % weights) has 52.54 at 50%. At 70%" in text
 
 
 @pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])

@@ -109,3 +109,11 @@ def test_shrinkage_helps_where_tokens_are_few() -> None:
     assert few.errors(solved(few, 3.0)) > few.errors(solved(few, 0.0))
     exact = dataclasses.replace(few, tokens=None)
     assert torch.equal(solved(exact, 3.0), solved(few, 0.0))
+
+
+def test_a_start_that_is_kept_is_recorded() -> None:
+    problem = make_problem()
+    for stats in solve(problem, "50%", "wanda+proximal").stats:
+        (first, last) = stats["steps"]
+        assert last["start_kept"] == (first["relative_error"] == last["relative_error"])
+    assert "start_kept" not in solve(problem, "50%", "proximal").stats[0]["steps"][-1]

@@ -37,8 +37,8 @@ CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**32
 CACHE_SHARE = 1 / 8
 """Bytes of the cache of a batch on a GPU, as a share of those of the decoder layers' weights."""
 
-MAX_BATCH = 128
-"""Texts of a batch, at most."""
+MAX_BATCH, CPU_BATCH = 128, 32
+"""Texts of a batch, at most; on a CPU fewer, so that finished texts are kept more often."""
 
 MEASURED = 16
 """Tokens of the shorter of two texts of which the cache is measured; the other has twice as many."""
@@ -62,6 +62,8 @@ def generate_tokens(
     seed: int = 0,
     text_length: int = TEXT_LENGTH,
     progress: Callable[[int, int], None] | None = None,
+    begun: tuple[Tensor, Tensor] | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Sample windows of tokens from a causal language model.
 
@@ -76,6 +78,8 @@ def generate_tokens(
         seed: of the random numbers.
         text_length: tokens of a text, at most.
         progress: receives (tokens done, tokens in all) after each step.
+        begun: what ``keep`` received last in an attempt that was stopped.
+        keep: receives the (texts, length) texts so far and the state of the random numbers after every batch.
 
     Returns:
         (samples, seqlen) int64 token ids.
@@ -89,8 +93,11 @@ def generate_tokens(
     texts = samples * pieces
     batch = batch_size(model, _cached_bytes(model, length))
     positions = _needs_positions(model, vocabulary, length)
-    parts = []
-    for start in range(0, texts, batch):
+    parts: list[Tensor] = []
+    if begun is not None:
+        parts = [begun[0]]
+        random.set_state(begun[1])
+    for start in range(sum(map(len, parts)), texts, batch):
         count = min(batch, texts - start)
 
         def report(step: int, start: int = start, count: int = count) -> None:
@@ -98,6 +105,8 @@ def generate_tokens(
                 progress(start * length + step * count, texts * length)
 
         parts.append(_sample(model, vocabulary, count, length, random, report, positions))
+        if keep is not None:
+            keep(torch.cat(parts), random.get_state())
     return torch.cat(parts).view(samples, pieces * length)[:, :seqlen].contiguous()
 
 
@@ -111,10 +120,17 @@ def batch_size(model: Any, each: int) -> int:
         model: the model that generates.
         each: bytes of the cache of a text.
     """
-    room = CACHE_BYTES
+    room, most = CACHE_BYTES, CPU_BATCH
     if model.device.type == "cuda":
-        room = max(room, min(CUDA_CACHE_BYTES, int(CACHE_SHARE * _layer_bytes(model))))
-    return max(1, min(MAX_BATCH, room // max(each, 1)))
+        room, most = max(room, min(CUDA_CACHE_BYTES, int(CACHE_SHARE * _layer_bytes(model)))), MAX_BATCH
+    return max(1, min(most, room // max(each, 1)))
+
+
+def generation_steps(model: Any, samples: int, seqlen: int) -> tuple[int, int]:
+    """Return the texts of a batch and the steps, each of one token for every text of it, of :func:`generate_tokens`."""
+    pieces, length = _texts(seqlen, TEXT_LENGTH)
+    batch = min(batch_size(model, _cached_bytes(model, length)), samples * pieces)
+    return batch, length * math.ceil(samples * pieces / batch)
 
 
 def generation_bytes(model: Any, samples: int, seqlen: int) -> int:

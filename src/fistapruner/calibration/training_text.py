@@ -23,7 +23,7 @@ from .mixtures import Mixture, shuffled
 from .packing import PURPOSE, Packed, pack_documents, pack_examples
 from .self_generated import generate_tokens
 from .text import PLAIN, passages
-from .windows import GENERATED, SELF, check_source, describe_tasks, source_documents, tenths, tokens_sha256
+from .windows import GENERATED, SELF, check_source, counted_windows, describe_tasks, source_documents, tokens_sha256
 
 MAX_HELD_OUT_WINDOWS = 16
 """Held-out windows of all tasks: more would take time at every check and hardly change the choice."""
@@ -459,7 +459,7 @@ def _generated(
     """Let the model generate ``windows`` to train on, and ``held`` to hold out."""
     if load_model is None:
         raise FistaPrunerError("training source 'self' needs the model to generate text: give a text source instead")
-    progress = None if say is None else tenths(say, PURPOSE)
+    progress = None if say is None else counted_windows(say, windows + held, PURPOSE)
     tokens = generate_tokens(load_model(), tokenizer, windows + held, seqlen, seed=data.seed, progress=progress)
     marks = torch.ones_like(tokens, dtype=torch.bool)
     sides = (

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..runs.directory import RunDirectory
     from ..runs.listener import Listener
     from ..runs.records import is_run
-    from ..sparse.bench import bench, record, table
+    from ..sparse.bench import Speeds, bench, record
     from .progress import PlainListener
 
     names = ("batch", "prompt", "tokens", "runs", "threads", "gguf", "allow_pickle")
@@ -60,12 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
         folder = RunDirectory(Path(folder)).model
         speeds = bench_run(arguments.model, listener=listener, **settings)
     else:
-        speeds = bench(arguments.model, tick=listener.tick, **settings)
+        speeds = Speeds(bench(arguments.model, tick=listener.tick, **settings))
     found = record(speeds, folder, allow_pickle=arguments.allow_pickle)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
-    print(table(speeds))
+    print(speeds)
     print()
     print(found["sentence"])
     print(QUANTISE_FIRST)

@@ -48,11 +48,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "it once before the whole text, as the scripts of most papers do",
     )
     tasks = parser.add_argument_group("zero-shot tasks")
-    tasks.add_argument("--tasks", metavar="A,B,...", help="lm-eval tasks; with --tasks-dir names of its files, or all")
+    tasks.add_argument(
+        "--tasks", metavar="A,B,...", help="lm-eval tasks (extra 'eval'); with --tasks-dir names of its files, or all"
+    )
     tasks.add_argument(
         "--tasks-dir",
         metavar="DIR",
-        help="folder of local .jsonl tasks, all of them without --tasks; needs no network",
+        help="folder of local .jsonl tasks, all of them without --tasks; needs the extra 'eval' and no network",
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     work = parser.add_argument_group("execution")

@@ -255,7 +255,10 @@ class _Bar:
 
 @contextmanager
 def _bars_as(tick: Count) -> Iterator[None]:
-    """Show answered requests by ``tick`` instead of the bars of ``lm-eval``, which nothing turns off."""
+    """Show answered requests by ``tick`` instead of the bars of ``lm-eval``, and let it not ask git about this folder.
+
+    Nothing else turns these off.
+    """
     unseen = partial(silent, "")  # of what takes no time
     with ExitStack() as patches:
         for name, shown in (("models.huggingface", tick), ("api.model", unseen), ("api.task", unseen)):
@@ -263,6 +266,10 @@ def _bars_as(tick: Count) -> Iterator[None]:
             if hasattr(module, "tqdm"):
                 patches.callback(setattr, module, "tqdm", module.tqdm)
                 module.tqdm = partial(_Bar, shown)
+        evaluator: Any = sys.modules.get("lm_eval.evaluator")
+        if hasattr(evaluator, "get_git_commit_hash"):
+            patches.callback(setattr, evaluator, "get_git_commit_hash", evaluator.get_git_commit_hash)
+            evaluator.get_git_commit_hash = lambda: None
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration import SELF, window_length
+from ..calibration import SELF, calibration_length
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..execution.context import open_model
@@ -159,7 +159,7 @@ def agree_protocol(
 ) -> Protocol:
     """Fix what all rows share, from the first ``recipe``: evaluation windows, precision, calibration."""
     opened = open_model(source, recipe)
-    text = load_windows(data, source.tokenizer(), window_length(recipe.calibration.seqlen, opened), windows)
+    text = load_windows(data, source.tokenizer(), calibration_length(recipe.calibration, opened), windows)
     calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
     execution = recipe.execution
     return Protocol(
@@ -196,7 +196,7 @@ def draw(
     if key in calibrated or job.run(folder).run_file.exists():
         return
     model = open_model(source, recipe)
-    seqlen, found = window_length(calibration.seqlen, model), None
+    seqlen, found = calibration_length(calibration, model), None
     if SELF in calibration.sources.values():  # it takes long: rows that are begun or were stopped have left it
         drawing = drawing_of(calibration, model, seqlen)
         earlier = (PruneDirectory(run).drawn(drawing) for run in sorted((folder / RUNS).glob("*")))

@@ -64,6 +64,8 @@ def finish(
     report.stacked_experts = any(stack_of(name) for name in (*own, *kept))
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
+    if record.decision.calibration_seconds:
+        report.totals.time_split["calibration"] = record.decision.calibration_seconds
     report.finished = now()
     add_stage(report)
     _write_model(context, report, {**own, **kept}, changed, listener)

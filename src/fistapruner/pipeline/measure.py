@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..models.source import Permissions
+from ..planning.phases import with_phases
 from ..recipes.execution_settings import Execution
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
@@ -95,8 +97,11 @@ def measure(
                 listener.say(f"no figures of the dense model, which {where}: {add}")
             compared = replace(compared, dense=None)  # the run itself did not need it
         measurement = _Measurement(run, report, compared, execution, permissions, listener)
-        measurement.evaluate(request, before)
-        measurement.generate()
+        with measurement.timed("evaluation"):
+            measurement.evaluate(request, before)
+        with measurement.timed("samples"):
+            measurement.generate()
+        report.plan = with_phases(report.plan, report.totals.time_split)
     publish(run, report, listener)
     return report
 
@@ -117,6 +122,15 @@ class _Measurement:
     execution: Execution
     permissions: Permissions
     listener: Listener
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to the report's phases, unless its work was done before."""
+        split, begin = self.report.totals.time_split, time.perf_counter()
+        done = bool(self.report.generations if phase == "samples" else self.report.evaluations)
+        yield
+        if not done:
+            split[phase] = split.get(phase, 0.0) + time.perf_counter() - begin
 
     def evaluate(self, request: EvaluationRequest, before: Sequence[Evaluation]) -> None:
         """Measure perplexity and divergence, and keep them with the report at once."""

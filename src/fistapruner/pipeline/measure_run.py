@@ -20,6 +20,7 @@ from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..reporting.evaluation_text import item_count
+from ..reporting.size_and_speed import INT8
 from ..runs.arguments import checked_arguments
 from ..runs.directory import RunDirectory, finished_run
 from ..runs.identity import changed_files, stamps
@@ -32,7 +33,7 @@ from ..runs.training_runs import Dense, dense_of, recovered_beside
 from ..runtime.files import temporary_folder
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
-from ..sparse.bench import bench, packed_bytes
+from ..sparse.bench import Speeds, bench, packed_bytes
 from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
 from ..sparse.variants import Variant
@@ -52,7 +53,7 @@ def evaluate_run(
     """Evaluate a finished run against its dense model, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
-    tokens and precision, or of the same task and not more items. If tasks fail, the perplexity before them is there.
+    text, or of the same task and not more items. If tasks fail, the perplexity before them is there.
     The model that a recovery run began with is evaluated on the same text too, unless its own run has done that.
     Figures against another model than the run's own dense model are returned only: the run's are of that one.
 
@@ -124,7 +125,7 @@ def evaluate_run(
 
 @checked_arguments
 @undisturbed()
-def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
+def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card, in the place of earlier ones. Every form runs in a
@@ -137,8 +138,8 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
             ``fistapruner bench``.
 
     Returns:
-        One speed for each form. Forms with the run's own weights have the quality that the run was found to have; GGUF
-        files and, beside these, int8 values are evaluated on the same windows.
+        One speed for each form, printed as a table. Forms with the run's own weights have the quality that the run was
+        found to have; GGUF files and int8 values are evaluated on the same windows.
 
     Raises:
         FistaPrunerError: not a finished run, a number that is too small, it does not fit disk or memory, or a file is
@@ -164,7 +165,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         judge = _Judge(run, report, listener, keep, Permissions(settings.get("allow_pickle", False)))
         found = bench(run.model, before=before, quality=judge.quality, tick=listener.tick, **settings)
         keep(found)
-    return found
+    return Speeds(found)
 
 
 @dataclass(frozen=True)
@@ -187,21 +188,22 @@ class _Judge:
         """Return the speeds with perplexity and divergence, where these are known or can be measured.
 
         Forms that hold the run's weights, or the dense model's, have the figures of the run's first evaluation against
-        the dense model; those that round them in a narrower precision have none. int8 values are evaluated only where
-        there are GGUF files, which are.
+        the dense model; those that round them in a narrower precision have none. int8 values and GGUF files are
+        evaluated.
         """
         own = next((one for one in self.report.evaluations if one.perplexity and one.divergence), None)
-        beside = any(variant.is_gguf for variant in variants)
+        evaluated = [number for number, one in enumerate(variants) if one.is_gguf or one.name == INT8]
+        names = ", ".join(variants[number].name for number in evaluated)
         if own is None or own.perplexity is None or own.reference is None or own.divergence is None:
-            if beside:
-                self.listener.say("no quality of the GGUF files: the run was not evaluated against its dense model")
+            if evaluated:
+                self.listener.say(f"no quality of {names}: the run was not evaluated against its dense model")
             return speeds
         stored = self.permissions.at(self.run.model).checkpoint().dtype
 
         def rounds(variant: Variant) -> bool:
             passes = None if variant.dtype is None else getattr(torch, variant.dtype)
             narrower = passes is not None and torch.promote_types(stored, passes) != passes
-            return narrower or variant.name == "packed int8"
+            return narrower or variant.name == INT8
 
         figures = {
             variant.name: (own.reference.perplexity, 0.0)
@@ -211,19 +213,18 @@ class _Judge:
             if not (variant.is_gguf or rounds(variant))
         }
         speeds = [speed.judged(*figures[speed.variant]) if speed.variant in figures else speed for speed in speeds]
-        if not beside:
+        if not evaluated:
             return speeds
         self.keep(speeds)
         try:
             dense, cut = self._reference(own.perplexity)
         except FistaPrunerError as error:
-            self.listener.say(f"no quality of the GGUF files: {error}")
+            self.listener.say(f"no quality of {names}: {error}")
             return speeds
         settings: dict[str, Any] = {"against": dense, "dtype": own.perplexity.dtype, "tick": self.listener.tick}
         with temporary_folder() as scratch, closing(KeptStates(dense, Path(scratch) / "states")) as kept:
-            for number, variant in enumerate(variants):
-                if variant.name in figures:
-                    continue
+            for number in evaluated:
+                variant = variants[number]
                 self.listener.say(f"evaluating {variant.name} on {cut.data}")
                 folder = variant.folder
                 try:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
-from ..calibration import window_length
+from ..calibration import calibration_length
 from ..calibration.packing import PURPOSE
+from ..calibration.text import PYTHON
 from ..calibration.windows import check_source
 from ..core import Constraint
 from ..errors import out_path
+from ..evaluation.data import Windows, load_windows
+from ..evaluation.generations import NEW_TOKENS, PROMPTS
 from ..execution.context import open_model
-from ..execution.executors import count_jobs, default_threads
+from ..execution.executors import default_threads
 from ..execution.ray_pool import cluster_head
 from ..models.discovery import discover
 from ..models.files.low_rank import refuse_low_rank
@@ -44,7 +47,7 @@ def plan_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Predict what a run will need, without starting it.
+    """Predict what a run will need that is evaluated as by default, without starting it.
 
     Args:
         model: as for :func:`fistapruner.prune`.
@@ -69,7 +72,8 @@ def plan_model(
     if recipe.recover is not None:  # what a run refuses before it prunes
         check_following(recipe, source)
         check_trained(recipe, source, PruneDirectory(folder))
-    plan = plan_run(opened, layout, recipe, sparsity, folder, widths)
+    text = load_windows(PYTHON, source.tokenizer(), calibration_length(recipe.calibration, opened))
+    plan = plan_run(opened, layout, recipe, sparsity, folder, widths, after=tokens_after(text))
     if recipe.recover is not None:
         later = "recovery is not in this plan: 'fistapruner plan RUN --recover' predicts it once RUN is pruned"
         plan = replace(plan, says=(*plan.says, later))
@@ -101,19 +105,27 @@ def plan_run(
     widths: Widths | None,
     *,
     drawn: bool = False,
+    after: tuple[int, int] = (0, 0),
 ) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe.
 
     A batch of random token ids is used instead of the calibration windows, which may take long to draw. ``drawn``:
-    they are there already, so the model generates none.
+    they are there already, so the model generates none. ``after``: see :func:`tokens_after`.
     """
-    execution, seqlen = recipe.execution, window_length(recipe.calibration.seqlen, model)
+    execution, seqlen = recipe.execution, calibration_length(recipe.calibration, model)
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
     shape = min(batch_size, recipe.calibration.samples), seqlen
     tokens = torch.randint(model.vocabulary, shape, generator=torch.Generator().manual_seed(recipe.seed))
-    workers = min(local_workers(execution), max(1, count_jobs(layout, sparsity, recipe, range(len(model)))))
+    workers = min(local_workers(execution), len(model))
     with cpu_threads(default_threads(execution)):
-        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths, drawn=drawn)
+        return make_plan(
+            model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths, drawn=drawn, after=after
+        )
+
+
+def tokens_after(text: Windows) -> tuple[int, int]:
+    """Count the tokens that are evaluated and that continue sample prompts, of the dense and the pruned model."""
+    return 2 * text.tokens.numel(), 2 * len(PROMPTS) * NEW_TOKENS
 
 
 def local_workers(execution: Execution) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
         check_fits(check_trained(request.recipe, inputs.source, run), listener)
     with cpu_threads(plan.numerics.threads):
         text = text_sha256(request.recipe)  # before the text is read
+        begin = time.perf_counter()
         tokens, how = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
+        drawing_seconds = time.perf_counter() - begin
     states = run.hidden / "sensitivity" if plan.on_disk else None
     dense = DenseMeasurements(run, request.recipe, tokens, plan, states, listener)
     before, begin = dense.seconds_before(inputs), time.perf_counter()
@@ -99,6 +102,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
         on_disk=plan.on_disk,
         on_device=plan.on_device,
         calibration_sha256=text,
+        calibration_seconds=drawing_seconds,
         metrics_sha256=measured.metrics_sha256,
         sensitivity_seconds=before + time.perf_counter() - begin if measuring else None,
         structure=None if inputs.widths is None else inputs.widths.decision(),
@@ -143,7 +147,16 @@ def choose_plan(
         )
         return kept
     listener.tick("planning", 0, 1)
-    found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
+    found = plan_run(
+        inputs.model,
+        inputs.smaller,
+        recipe,
+        inputs.sparsity,
+        run.folder,
+        inputs.widths,
+        drawn=drawn,
+        after=inputs.after,
+    )
     for sentence in found.says:
         listener.say(sentence)
     choice = found.choice
@@ -187,14 +200,29 @@ def draw_calibration(
     """
     settings = recipe.calibration
     listener.say(f"calibration: {settings.samples} windows of {inputs.seqlen} tokens from {settings.name}")
-    tokens, how = drawn or draw_windows(recipe, inputs.source, inputs.model, inputs.tokenizer, inputs.seqlen, listener)
+    tokens, how = drawn or draw_windows(
+        recipe,
+        inputs.source,
+        inputs.model,
+        inputs.tokenizer,
+        inputs.seqlen,
+        listener,
+        begun=run.begun_texts(drawing),
+        keep=partial(run.keep_texts, drawing),
+    )
     inputs.model.check_tokens(tokens)
     run.write_tokens(tokens, drawing, how)
     return tokens, how
 
 
 def draw_windows(
-    recipe: Recipe, source: ModelSource, model: LayerwiseModel, tokenizer: Any, seqlen: int, listener: Listener
+    recipe: Recipe,
+    source: ModelSource,
+    model: LayerwiseModel,
+    tokenizer: Any,
+    seqlen: int,
+    listener: Listener,
+    **kept: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw calibration windows.
 
@@ -205,6 +233,7 @@ def draw_windows(
         tokenizer: of the model.
         seqlen: tokens in a window.
         listener: receives progress.
+        **kept: as for :func:`calibration_tokens`.
 
     Returns:
         The windows, and how they were drawn.
@@ -216,7 +245,7 @@ def draw_windows(
         require_whole(nbytes, model.device, recipe.execution.memory_limit, "--calibration")
         return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.trust_remote_code)
 
-    return calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
+    return calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say, **kept)
 
 
 def record(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations.check import check_model
-from ..calibration import window_length
+from ..calibration import calibration_length
 from ..calibration.training_text import document_hash, shared_documents, training_documents
 from ..calibration.windows import source_documents
 from ..core import Constraint
@@ -39,6 +39,7 @@ from .begun import began_on, refuse_other, refuse_overlap, say_other_versions
 from .find_model import find_source
 from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
+from .plan import tokens_after
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -125,6 +126,7 @@ class PruneInputs:
         seqlen: tokens in a calibration window.
         planned: what an earlier attempt has recorded of this very model; None where none was, or the model has changed.
         warnings: for the report.
+        after: tokens that are evaluated and that continue sample prompts after the run.
     """
 
     source: ModelSource
@@ -137,6 +139,7 @@ class PruneInputs:
     seqlen: int
     planned: PruneRecord | None = None
     warnings: tuple[str, ...] = ()
+    after: tuple[int, int] = (0, 0)
 
 
 def check_inputs(
@@ -186,19 +189,21 @@ def check_inputs(
         refuse_other(run, begun, request.model, recipe, request.permissions)
         if not run.model.is_dir():
             say_other_versions(begun.versions, listener)
-    tokenizer, seqlen = source.tokenizer(), window_length(recipe.calibration.seqlen, model)
+    tokenizer, seqlen = source.tokenizer(), calibration_length(recipe.calibration, model)
     if request.drawn is not None and request.drawn[0].shape != (recipe.calibration.samples, seqlen):
         raise FistaPrunerError(
             f"tokens has the shape {tuple(request.drawn[0].shape)}, and the recipe's (samples, seqlen) are "
             f"{(recipe.calibration.samples, seqlen)}"
         )
+    after = (0, 0)
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
+        after = tokens_after(text)
         if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
             warnings = (*warnings, shared)
-    return PruneInputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, planned, warnings)
+    return PruneInputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, planned, warnings, after)
 
 
 def _was_checked(begun: PruneRecord, model: LayerwiseModel) -> bool:

@@ -47,7 +47,6 @@ class MemoryBudget(Generic[Settings]):
         option: names the text, in messages.
         unmeasured: flags of a run without :data:`~.sizes.MEASURING`, in messages; empty without such flags.
         parent: bytes of the process that starts the sharing ones, beside them.
-        solvers: worker processes that share the solving of a group; 0 without.
         generating: the budget of :data:`~.sizes.GENERATING`, in messages and in bytes, where it is another one: one of
             several processes does it while the others wait.
     """
@@ -65,7 +64,6 @@ class MemoryBudget(Generic[Settings]):
     option: str = "--calibration"
     unmeasured: str = ""
     parent: int = 0
-    solvers: int = 0
     generating: tuple[str, int] | None = None
 
     def worst(self, choice: Settings) -> str:
@@ -94,7 +92,7 @@ class MemoryBudget(Generic[Settings]):
             return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
-        fewer = "take fewer --workers, " if self.sharing > 1 or self.solvers else ""
+        fewer = "take fewer --workers, " if self.sharing > 1 else ""
         without = f", or measure nothing with {self.unmeasured}" if self.unmeasured and worst == MEASURING else ""
         advice = f"{fewer}{self.lighter}{without}"
         return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {advice}")

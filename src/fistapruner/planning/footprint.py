@@ -134,40 +134,39 @@ def kept_bytes(work: Callable[[], object]) -> int:
 
 
 def solve_bytes(
-    rows: Sequence[int],
+    rows: int,
     inputs: int,
-    sparsity: Sequence[Constraint],
+    sparsity: Constraint,
     steps: Sequence[Method],
     device: torch.device | str = "cpu",
     *,
     drift: bool = False,
     rank: int = 0,
 ) -> int:
-    """Estimate the peak bytes of solving a group of operators: weight, Gram and all of the method chain.
+    """Estimate the peak bytes of solving an operator: weight, Gram and all of the method chain.
 
     All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the
-    same proportions is solved and its peak scaled; once in a process, since groups of layers and of runs are alike.
+    same proportions is solved and its peak scaled; once in a process, since operators of layers and runs are alike.
 
     Args:
-        rows: outputs of each operator.
+        rows: outputs of the operator.
         inputs: n.
-        sparsity: pattern of each operator.
+        sparsity: its pattern.
         steps: the method chain.
         device: device of the solve; on a GPU some steps are computed differently.
         drift: the problem has drift, which is counted with the weight.
-        rank: of the low-rank parts beside the zeros; 0 is none.
+        rank: of the low-rank part beside the zeros; 0 is none.
     """
-    named = tuple((type(each), repr(each)) for each in (*sparsity, *steps))  # a user's own may have no hash
-    key = tuple(rows), inputs, named, str(device), drift, rank
+    key = rows, inputs, sparsity, tuple(steps), str(device), drift, rank
     if key not in _SOLVED:
         _SOLVED[key] = _measure_solve(rows, inputs, sparsity, steps, device, drift=drift, rank=rank)
     return _SOLVED[key]
 
 
 def _measure_solve(
-    rows: Sequence[int],
+    rows: int,
     inputs: int,
-    sparsity: Sequence[Constraint],
+    sparsity: Constraint,
     steps: Sequence[Method],
     device: torch.device | str,
     *,
@@ -177,24 +176,21 @@ def _measure_solve(
     """Measure the peak of a small solve, and scale it."""
     small = min(inputs, PROBE_INPUTS)
     scale = inputs / small
-    few = [max(1, round(count / scale)) for count in rows]
+    few = max(1, round(rows / scale))
     generator = torch.Generator().manual_seed(0)
     activations = torch.randn(2 * small, small, generator=generator)
     gram = activations.T @ activations / len(activations)
-    weight = torch.randn(sum(few), small, generator=generator)
+    weight = torch.randn(few, small, generator=generator)
     problem = LayerProblem(
         weight,
         gram,
         drift=torch.randn(weight.shape, generator=generator) if drift else None,
         drift_energy=torch.ones(len(weight)) if drift else None,
-        target=0.5,
-        names=tuple(map(str, range(len(few)))),
-        rows=tuple(few),
     ).to(device)
     held = 4 * (gram.numel() + problem.weight.numel() * (1 + drift))
-    few_ranks = min(max(1, round(rank / scale)), small, *few) if rank else 0
+    few_ranks = min(max(1, round(rank / scale)), small, few) if rank else 0
 
     def work() -> object:
-        return solve_low_rank(problem, list(sparsity), list(steps), few_ranks, alternations=2)
+        return solve_low_rank(problem, sparsity, steps, few_ranks)
 
     return int((held + peak_bytes(work)) * scale**2)

@@ -21,7 +21,6 @@ from ..models.layout import Group, Layout
 from ..models.whole import whole_bytes
 from ..pruning.context import fitted_groups, solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
-from ..pruning.partition import cut
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
@@ -33,7 +32,6 @@ from ..sensitivity.decision import (
     weighs_rows,
 )
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
-from ..solvers import parse_method
 from ..structured.bypass import LENGTH, SEQUENCES
 from ..structured.experts import expert_weights
 from ..structured.smaller_model import Widths, removed_weights
@@ -201,7 +199,7 @@ def _cut_sizes(unit: Unit, drift_from: DriftFrom | None) -> GroupSizes:
     """Count the sizes of an operator that only loses inputs, with the Grams of both halves."""
     n, operator = unit.consumer.columns, unit.consumer
     names, weight = operator.name.rpartition(".")[2], 4 * operator.rows * n
-    return GroupSizes(names, 2 * 4 * n * n, weight, drift_from, 0, 0, bool(operator.experts))
+    return GroupSizes(names, 2 * 4 * n * n, weight, drift_from, 0, bool(operator.experts))
 
 
 def _group_sizes(
@@ -211,22 +209,14 @@ def _group_sizes(
     n = group[0].columns
     rows = [operator.rows for operator in group]
     drift = drift_from is not None
-    stacked = solve_bytes(rows, n, patterns, recipe.steps, device, drift=drift, rank=recipe.low_rank)
-    parts = cut(rows, n, patterns, recipe.steps)
-    largest = max(parts, key=lambda part: part.stop - part.start)
-    alone = stacked
-    if len(parts) > 1:
-        part = [largest.stop - largest.start], n, [largest.sparsity]
-        alone = solve_bytes(*part, recipe.steps, device, drift=drift)
-        if recipe.low_rank:
-            # Beside a part: both parts of the whole group, their residual, and the Gram of low-rank parts. Low-rank
-            # parts are solved for the whole group.
-            alone += 4 * (4 * sum(rows) * n + 5 * n * n)
-            cheap = parse_method("magnitude")
-            alone = max(alone, solve_bytes(rows, n, patterns, cheap, device, drift=drift, rank=recipe.low_rank))
+    of_each = zip(rows, patterns, strict=True)
+    solving = max(
+        solve_bytes(count, n, pattern, recipe.steps, device, drift=drift, rank=recipe.low_rank)
+        for count, pattern in of_each
+    )
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
     routed = bool(group[0].experts)
-    return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone, routed)
+    return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, solving, routed)
 
 
 def _largest_input(layout: Layout, index: int, units: Sequence[Unit]) -> int:

@@ -28,8 +28,9 @@ from ..structured.bypass import LENGTH, MASKS, SEQUENCES
 from ..structured.smaller_model import Widths
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
 from .measured_sizes import low_rank_weights, measure_sizes
+from .phases import measure_phases, with_phases
 from .sizes import UNCOUNTED, Choice, Sizes
-from .time_probe import measure_time
+from .time_probe import Beside, measure_time
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def make_plan(
     widths: Widths | None = None,
     *,
     drawn: bool = False,
+    after: tuple[int, int] = (0, 0),
 ) -> Plan:
     """Plan a run.
 
@@ -74,9 +76,10 @@ def make_plan(
         tokens: (windows, seqlen) token ids of the first batch; of the others only their number matters.
         batch_size: windows in one forward pass, if they fit.
         out: the run directory; its disk must have the free space.
-        workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.
+        workers: parallel processes on this machine; with ``propagate=pruned`` there is one.
         widths: whose channels are removed; ``layout`` has the shapes afterwards.
         drawn: whether the calibration windows are there already, so that the model generates none.
+        after: tokens that are evaluated and tokens that continue sample prompts after the run, of all models.
 
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and
@@ -101,11 +104,14 @@ def make_plan(
             sparsity,
             tokens,
             chosen.batch_size,
-            chosen.by_operator,
             on_device=chosen.on_device,
             widths=widths,
+            beside=(beside := Beside()),
         )
-    found = written(fitted, disk, seconds)
+        phases = {}
+        if seconds is not None:
+            phases = measure_phases(model, recipe, tokens.shape[1], beside, drawn=drawn, after=after)
+    found = written(fitted, disk, seconds, phases)
     if recipe.structure.method == "bypass" and widths is not None and any(widths.units):
         passed = SEQUENCES * min(LENGTH, tokens.shape[1])
         said = (
@@ -113,8 +119,6 @@ def make_plan(
             f"{count(passed)} tokens through the whole model; the run says how long they take before the first"
         )
         found = replace(found, says=(*found.says, said))
-    elif seconds is not None and needs.measured:
-        found = replace(found, says=(*found.says, "measuring the dense model comes on top"))
     if not recipe.low_rank:
         return found
     more, weights = low_rank_weights(layout, recipe, sparsity), sum(map(layout.weights, range(len(model))))
@@ -154,13 +158,10 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     Raises:
         FistaPrunerError: no choice fits; names the stage and the bytes.
     """
-    sequential = recipe.propagate == "pruned"  # workers solve parts of a group, so groups are always cut
-    solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
-    budgets = [_host_budget(needs, recipe, resources.limit, workers, solvers)]
+    workers = 1 if recipe.propagate == "pruned" else workers
+    budgets = [_host_budget(needs, recipe, resources.limit, workers)]
     if needs.cuda:
-        budgets.append(_device_budget(needs, recipe, resources, workers, solvers))
-        if solvers:
-            _check_other_gpus(needs, resources)
+        budgets.append(_device_budget(needs, recipe, resources, workers))
     choices = _choices(batch_size, recipe, needs.cuda)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
     if chosen is None:
@@ -174,31 +175,36 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
             if chosen.batch_size != batch_size
             else []
         )
-        changed += ["groups are solved in parts"] if chosen.by_operator and not sequential else []
         given = " and ".join(budget.given for budget in budgets if not budget.holds(asked))
         sentence = f"to fit {given}: {', '.join(changed)}"
     return Fitted(chosen, workers, tuple(reversed(budgets)), sentence)
 
 
-def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
+def written(fitted: Fitted, disk: int, seconds: float | None, phases: Mapping[str, float] | None = None) -> Plan:
     """Make a plan's sentences and rows of the report.
 
     Args:
         fitted: the choice.
         disk: bytes of disk that the run needs.
         seconds: estimated time with one worker; None where it was not estimated.
+        phases: estimated times of what is not pruning (:mod:`.phases`).
     """
     chosen, budgets = fitted.choice, fitted.budgets
     rows = [PlanRow(quantity=budget.quantity, unit="bytes", planned=budget.peak(chosen)) for budget in budgets]
     rows.append(PlanRow(quantity=DISK, unit="bytes", planned=disk))
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
+    rows += [PlanRow(quantity=name, unit="seconds", planned=value) for name, value in (phases or {}).items()]
     time = "" if seconds is None else f", about {duration(seconds / fitted.workers)} of pruning"
     peaks = ", ".join(
         f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets
     )
     says = [] if fitted.changed is None else [fitted.changed]
     says.append(f"plan: {peaks}, {size(disk)} of disk{time}")
+    if phases and seconds is not None:
+        whole = sum(phases.values()) + seconds / fitted.workers
+        parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
+        says.append(f"about {duration(whole)} in all: beside the pruning, {parts}")
     if len(budgets) > 1:
         place = "in files" if chosen.on_disk else "in the GPU's memory" if chosen.on_device else "in main memory"
         says.append(f"hidden states between decoder layers: {place}")
@@ -229,10 +235,11 @@ def check_plan(
         TIME: sum(sum(layer.seconds.values()) for layer in layers),
         **(seconds or {}),
     }
-    return [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
+    rows = [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
+    return with_phases(rows, totals.time_split)
 
 
-def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> MemoryBudget[Choice]:
+def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int) -> MemoryBudget[Choice]:
     """Make the budget of main memory, for a run on a CPU or beside a GPU."""
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     parent = needs.base if _in_files(recipe) else 0
@@ -242,64 +249,34 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
         f"{given} of main memory" if needs.cuda and not recipe.execution.memory_limit else given,
         limit,
         workers,
-        lambda choice: stages(choice, solvers),
+        stages,
         even=f"hidden states on disk and {windows}",
         kind="main memory" if needs.cuda else MemoryBudget.kind,
         suffix=" (main memory)" if needs.cuda else "",
         lighter=f"{lower}{MemoryBudget.lighter}",
         unmeasured=flags_without_measuring(recipe),
         parent=parent,
-        solvers=solvers,
     )
 
 
-def _device_budget(
-    needs: Sizes, recipe: Recipe, resources: Resources, workers: int, solvers: int
-) -> MemoryBudget[Choice]:
+def _device_budget(needs: Sizes, recipe: Recipe, resources: Resources, workers: int) -> MemoryBudget[Choice]:
     """Make the budget of the GPU with least free memory for each worker, or of this process's GPU."""
-    together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
-    beside = max(together.values()) if solvers else 0
-    shares = {resources.device: 1} if solvers else together
-    free = {place: max(0, resources.free[place] - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
+    shares = Counter(resources.places if workers > 1 else [resources.device])
+    free = {place: max(0, resources.free[place] - DEVICE_RESERVE * shares[place]) for place in shares}
     least = min(free, key=lambda place: free[place] / shares[place])
     windows, lower = fewest_windows(recipe.execution.batch_size or 1)
     return MemoryBudget(
         f"the {size(free[least])} that are free on {least}",
         free[least],
         shares[least],
-        lambda choice: needs.stages(choice, beside),
+        needs.stages,
         kind="GPU memory",
         quantity=DEVICE,
         even=windows,
         more="free some of it",
         lighter=f"{lower}{MemoryBudget.lighter}",
         unmeasured=flags_without_measuring(recipe),
-        solvers=solvers,
     )
-
-
-def _check_other_gpus(needs: Sizes, resources: Resources) -> None:
-    """Check the GPUs on which workers only solve parts of groups.
-
-    Raises:
-        FistaPrunerError: one of them has too little free memory; names it.
-    """
-    groups = [group for each in (needs, *needs.others) for group in each.groups]
-    cut = [group for group in groups if group.alone != group.stacked]  # others are solved beside the layer
-    if not cut:
-        return
-    largest = max(cut, key=lambda group: group.alone)
-    need = round((1 + UNCOUNTED) * largest.alone)
-    for place, sharing in Counter(resources.places).items():
-        if place == resources.device or sharing * (need + DEVICE_RESERVE) <= resources.free[place]:
-            continue
-        free = max(0, resources.free[place] - sharing * DEVICE_RESERVE)
-        shared = f" in each of {sharing} workers" if sharing > 1 else ""
-        fewer = resources.places.index(place)  # GPUs with more free memory come first
-        raise FistaPrunerError(
-            f"the {size(free)} that are free on {place} is not enough: solving a part of {largest.names} needs "
-            f"{size(need)}{shared}; free some of it, or leave this GPU out with --workers {fewer}"
-        )
 
 
 def _in_files(recipe: Recipe) -> bool:
@@ -311,18 +288,14 @@ def _choices(batch_size: int, recipe: Recipe, cuda: bool) -> list[Choice]:
     """List the possible choices, the preferred ones first, the one that needs least memory last.
 
     On a CPU all of them save main memory. With a GPU, hidden states stay there where that costs nothing else; files
-    save main memory; small batches and parts save the GPU's.
+    save main memory; small batches save the GPU's.
     """
-    sequential, in_files = recipe.propagate == "pruned", _in_files(recipe)
+    in_files = _in_files(recipe)
     sizes = [batch_size]
     while sizes[-1] > 1 and not recipe.execution.batch_size:
         sizes.append(sizes[-1] // 2)
     if cuda:
         places = (True,) if in_files else (False, True)
-        ways = (True,) if sequential else (False, True)
-        resident = [] if in_files else [Choice(batch_size, by_operator=sequential, on_device=True)]
-        others = [Choice(size, on_disk=place, by_operator=way) for way in ways for size in sizes for place in places]
-        return resident + others
-    choices = [Choice(batch_size, on_disk=in_files, by_operator=sequential)]
-    choices += [Choice(size, on_disk=True, by_operator=sequential) for size in sizes]
-    return [*choices, Choice(sizes[-1], on_disk=True, by_operator=True)]
+        resident = [] if in_files else [Choice(batch_size, on_device=True)]
+        return resident + [Choice(size, on_disk=place) for size in sizes for place in places]
+    return [Choice(batch_size, on_disk=in_files), *(Choice(size, on_disk=True) for size in sizes)]

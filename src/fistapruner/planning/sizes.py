@@ -24,13 +24,11 @@ class Choice:
     Args:
         batch_size: windows in one forward pass.
         on_disk: hidden states in files instead of memory.
-        by_operator: groups of operators are solved in parts (:mod:`~fistapruner.pruning.partition`) instead of stacked.
         on_device: hidden states in the GPU's memory.
     """
 
     batch_size: int
     on_disk: bool = False
-    by_operator: bool = False
     on_device: bool = False
 
 
@@ -62,8 +60,7 @@ class GroupSizes(NamedTuple):
         gram: of the Gram.
         weight: of the stacked fp32 weight.
         drift_from: what is recorded of drifting inputs; None where they do not drift.
-        stacked: peak of solving the stacked group, with its drift; 0 where it only loses inputs.
-        alone: peak of solving its largest part.
+        solving: peak of solving its largest operator, with its Gram and drift; 0 where it only loses inputs.
         routed: it belongs to an expert: the sums of one expert are in memory at a time.
     """
 
@@ -71,8 +68,7 @@ class GroupSizes(NamedTuple):
     gram: int
     weight: int
     drift_from: DriftFrom | None
-    stacked: int
-    alone: int
+    solving: int
     routed: bool = False
 
     def sums(self, partly: bool) -> int:
@@ -179,14 +175,13 @@ class Sizes:
     others: tuple[Sizes, ...] = ()
     """Sizes of other decoder layers that may need more: the dense ones of a mixture."""
 
-    def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
+    def stages(self, choice: Choice) -> dict[str, int]:
         """Compute the peak bytes of every stage of a run, by the stage's name in messages.
 
         The bytes are of main memory on a CPU, or of the GPU.
 
         Args:
             choice: settings of the run.
-            solvers: other processes that solve parts on the same device.
         """
         base, largest = (0, 0) if self.cuda else (self.base, self.largest)
         batch = min(choice.batch_size, self.samples)
@@ -208,7 +203,7 @@ class Sizes:
         # Solved weights and experts with other numbers are in main memory, in the checkpoint's dtype.
         done = 0 if self.cuda else self.renumbered
         for number, group in enumerate(self.groups):
-            names, gram, weight, source, stacked, alone, routed = group
+            names, _, weight, source, solving, routed = group
             later = [other for other in self.groups[number + 1 :] if not (other.routed or routed)]
             waiting = sum(other.sums(partly) for other in later) if self.together else 0
             loaded = base + self.layer + states + kept + waiting + done
@@ -218,16 +213,9 @@ class Sizes:
             )
             found[f"a pass up to {names}"] = loaded + gather
             found[f"the problem of {names}"] = loaded + group.sums(partly) + weight * (source == "inputs") + weight // 2
-            apart = choice.by_operator and alone < stacked
-            # The solution, fp32 and a byte mask, is joined beside the weight; errors are computed in blocks of rows.
-            drifted = weight if source is not None else 0
-            solving = (
-                gram + 9 * weight // 4 + drifted + (solvers * (base + alone) or max(alone - gram, weight // 2))
-                if apart
-                else stacked
-            )
-            if stacked:  # else it only loses inputs
-                found[f"solving {names}"] = loaded + solving + (weight + drifted) * self.weighted
+            held = weight * (1 + (source is not None))  # of the whole group; its operators are solved one by one
+            if solving:
+                found[f"solving {names}"] = loaded + solving + held * (1 + self.weighted)
         if self.renumbered:
             found["cutting experts"] = base + self.layer + states + kept + done + passing
         if self.removal:
@@ -251,9 +239,9 @@ class Sizes:
             head = self.ends + self.logits if self.backward else 0
             found[MEASURING] = base + states + max(passed + sums, head)
         found = {name: round(size + UNCOUNTED * (size - base)) for name, size in found.items()}
-        return _larger([found, *(other.stages(choice, solvers) for other in self.others)])
+        return _larger([found, *(other.stages(choice) for other in self.others)])
 
-    def host_stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
+    def host_stages(self, choice: Choice) -> dict[str, int]:
         """Compute the peak bytes of main memory of every stage of a run on GPUs, by the stage's name.
 
         Main memory holds a tensor of the checkpoint or batches of windows on the way to or from the GPU, the hidden
@@ -261,20 +249,16 @@ class Sizes:
 
         Args:
             choice: settings of the run.
-            solvers: other processes that solve parts, on any device.
         """
         first, states, kept = (0, 0, 0) if choice.on_device else self._waiting(choice)
         moving = min(choice.batch_size, self.samples) * (2 * self.window + self.float_input)
         moving += 2 * self._copied(choice)
         loading = min(2 * self.largest, self.layer)
         done = sum(group.weight for group in self.groups) * self.stored // 4 + self.renumbered
-        # Of a group: weight, drift, solution. No group is solved where experts are removed and nothing else is done.
-        part = max((group.gram + 3 * group.weight for group in self.groups), default=0)
-        solving = part + solvers * (self.base + part) if solvers else 0
         found = {
             "the embeddings": 2 * self.largest,
             "the first hidden states": first + moving,
-            "pruning a layer": states + kept + self.ahead + max(loading, done + max(moving, solving)),
+            "pruning a layer": states + kept + self.ahead + max(loading, done + moving),
             "writing the checkpoint": 2 * self.largest,
         }
         if self.text:
@@ -285,7 +269,7 @@ class Sizes:
             metrics = self.metric * self.layers * self.texts
             found[MEASURING] = self._states_in_memory(choice) + metrics + self.ahead + max(moving, 2 * self.largest)
         found = {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
-        return _larger([found, *(other.host_stages(choice, solvers) for other in self.others)])
+        return _larger([found, *(other.host_stages(choice) for other in self.others)])
 
     def _copied(self, choice: Choice) -> int:
         """Count the bytes of batches on the way between main memory and a GPU: read ahead, and written last."""

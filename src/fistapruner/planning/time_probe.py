@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +17,11 @@ from ..models.layout import Layout
 from ..pruning.context import LayerContext, LayerEvents, LayerStreams
 from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
-from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
+from ..sensitivity.decision import measured_by
+from ..sensitivity.error_curves import patterns_measured, row_error_curves
 from ..solvers import solve
-from ..solvers.low_rank import ALTERNATIONS
 from ..structured.smaller_model import Widths
 from ..tuning.block_reconstruction import passes
 
@@ -34,6 +33,19 @@ TIMED_SHAPES = 3
 
 TIMED_STEPS = 4
 """Steps of block reconstruction that are timed."""
+
+
+@dataclass
+class Beside:
+    """What is timed beside pruning, of all decoder layers.
+
+    Args:
+        token: seconds of a plain pass of one token.
+        curves: seconds to estimate how the error of every operator grows with its sparsity.
+    """
+
+    token: float = 0.0
+    curves: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,18 +75,17 @@ def measure_time(
     sparsity: Mapping[str, Constraint],
     tokens: Tensor,
     batch_size: int,
-    by_operator: bool = False,
     least: float = WORTH_MEASURING,
     *,
     widths: Widths | None = None,
     on_device: bool = False,
+    beside: Beside | None = None,
 ) -> float | None:
     """Estimate the seconds to prune all layers from the first batch in a layer of each frequent shape.
 
     Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a
-    part of each group's rows (:func:`time_solve`), for experts of one shape once, and of block reconstruction a few
-    steps are timed. Low-rank parts are solved in the timed layers; beside them the method runs once in every
-    alternation.
+    part of each operator's rows (:func:`time_solve`), for experts of one shape once, and of block reconstruction a few
+    steps are timed. Low-rank parts are solved in the timed layers; beside them the method runs twice.
 
     Args:
         model: the model.
@@ -83,10 +94,10 @@ def measure_time(
         sparsity: pattern of every operator, by full name.
         tokens: (windows, seqlen) token ids of the first batch.
         batch_size: windows in one forward pass.
-        by_operator: the run solves the operators of a group one by one.
         least: multiplications of one pass of the tokens below which nothing is measured.
         widths: whose channels are removed; ``layout`` has the shapes afterwards.
         on_device: the run keeps hidden states in the GPU's memory.
+        beside: receives what is timed beside pruning.
 
     Returns:
         Seconds, or None where a run is too short to be worth measuring.
@@ -95,15 +106,22 @@ def measure_time(
     if sum(map(layout.weights, range(len(model)))) * samples * seqlen < least:
         return None
     batch = tokens[:batch_size]
-    solving: list[float] = []
-    known: dict[Hashable, float] = {}  # experts are alike: one of them is timed, and one that no token was routed to
+    solving: list[tuple[float, float]] = []
+    curved = patterns_measured(recipe.pattern) if measured_by(recipe) in ("error", "workload") else []
+    known: dict[
+        Hashable, tuple[float, float]
+    ] = {}  # experts are alike: one of them is timed, and one that no token was routed to
 
     def timed(number: int, problem: LayerProblem) -> None:
-        patterns = [sparsity[name] for name in problem.names]
+        pattern = sparsity[problem.name]
         routed = layout.layers[index][number][0].experts
-        key = (problem.rows, problem.shape[1], *patterns, problem.tokens is None) if routed else (index, number)
+        key = (*problem.shape, pattern, problem.tokens is None) if routed else problem.name
         if key not in known:
-            known[key] = time_solve(problem, patterns, recipe, by_operator=by_operator)
+            begin = time.perf_counter()
+            if beside is not None and curved:
+                row_error_curves(problem.without_drift(), [len(problem.weight)], curved)
+            curves = time.perf_counter() - begin
+            known[key] = time_solve(problem, pattern, recipe), curves
         solving.append(known[key])
 
     store = scratch_factory(None, model.dtype, model.device if on_device else torch.device("cpu"))
@@ -130,7 +148,12 @@ def measure_time(
         )
         solving.clear()
         entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
-        seconds += extrapolate(entry, sum(solving) * (ALTERNATIONS if recipe.low_rank else 1), scale)
+        methods, curves = (sum(each) for each in zip((0.0, 0.0), *solving, strict=True))
+        seconds += extrapolate(entry, methods * (2 if recipe.low_rank else 1), scale)
+        if beside is not None:
+            passed = entry.seconds.get("plain", entry.seconds.get("capture", 0.0))
+            beside.token += passed / batch.numel() * scale.layers
+            beside.curves += curves * scale.pruned
     return seconds
 
 
@@ -187,52 +210,31 @@ def extrapolate(entry: LayerEntry, solving: float, scale: Scale) -> float:
     return (fixed + solving + tuning) * scale.pruned + passing * scale.layers
 
 
-Timer = Callable[[LayerProblem, list[Constraint], Recipe], float]
+Timer = Callable[[LayerProblem, Constraint, Recipe], float]
 """Seconds to solve a problem."""
 
 
-def _seconds(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe) -> float:
+def _seconds(problem: LayerProblem, pattern: Constraint, recipe: Recipe) -> float:
     """Measure the seconds to solve a problem."""
     begin = time.perf_counter()
-    solve(problem, patterns, recipe.steps)
+    solve(problem, pattern, recipe.steps)
     return time.perf_counter() - begin
 
 
-def time_solve(
-    problem: LayerProblem, patterns: list[Constraint], recipe: Recipe, *, by_operator: bool, timer: Timer = _seconds
-) -> float:
-    """Estimate the seconds to solve a group of operators from its first rows.
+def time_solve(problem: LayerProblem, pattern: Constraint, recipe: Recipe, timer: Timer = _seconds) -> float:
+    """Estimate the seconds to solve an operator from its first rows.
 
     The solve is timed on some rows and on twice as many, which separates what grows with the rows from what does not.
 
     Args:
-        problem: the group.
-        patterns: pattern of each operator.
+        problem: of the operator.
+        pattern: its sparsity.
         recipe: settings.
-        by_operator: the operators are solved one by one, in parts: one part of each is timed.
         timer: solves a problem and returns the seconds.
     """
-    if by_operator:
-        parts = _first_parts(problem, patterns, recipe)
-        return sum(count * _from_first_rows(part, [pattern], recipe, timer) for part, pattern, count in parts)
-    return _from_first_rows(problem, patterns, recipe, timer)
-
-
-def _first_parts(
-    problem: LayerProblem, patterns: Sequence[Constraint], recipe: Recipe
-) -> Iterator[tuple[LayerProblem, Constraint, int]]:
-    """Yield each operator's first part, its pattern, and how many parts the operator has."""
-    for _, parts in groupby(
-        cut(problem.rows, problem.shape[1], patterns, recipe.steps), key=lambda part: part.operator
-    ):
-        first, *others = parts
-        yield part_of(problem, first), first.sparsity, 1 + len(others)
-
-
-def _from_first_rows(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe, timer: Timer) -> float:
-    """Estimate the seconds to solve a problem from two sizes of its first rows."""
     few = max(32, problem.shape[0] // 16)
+    problem = replace(problem, cache=None)
     if 2 * few >= problem.shape[0]:
-        return timer(problem, patterns, recipe)
-    once, twice = (timer(problem.slice(0, count), patterns[:1], recipe) for count in (few, 2 * few))
+        return timer(problem, pattern, recipe)
+    once, twice = (timer(problem.slice(slice(count)), pattern, recipe) for count in (few, 2 * few))
     return once + max(twice - once, 0.0) * (problem.shape[0] - few) / few

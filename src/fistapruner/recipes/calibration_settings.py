@@ -32,7 +32,8 @@ class Calibration(Settings):
     seqlen: int | None = Field(
         None,
         ge=8,
-        description="Tokens in a window; without it the model's maximum length, at most 2048.",
+        description="Tokens in a window; without it the model's maximum length, at most 2048, or 1024 for self on a "
+        "CPU.",
     )
     seed: Seed = Field(
         0,

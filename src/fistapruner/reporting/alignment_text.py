@@ -87,8 +87,7 @@ def preference_sentence(report: Report) -> str:
     text = f"The chosen answer is more likely in {percent(after.accuracy)} of {counted(found.test_pairs, 'test pair')}"
     text += f", before alignment in {percent(before.accuracy)}"
     if before.p_value is not None:
-        chance = "" if before.p_value < 0.05 else ": the difference may be chance"
-        text += f" (McNemar {p_value(before.p_value)}{chance})"
+        text += f" (McNemar {p_value(before.p_value)})"
     if found.test_pairs < FEW:
         text += f"; fewer than {FEW} pairs say little"
     return f"{text}."

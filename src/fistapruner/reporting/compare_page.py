@@ -13,7 +13,7 @@ from ..core import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.comparison_records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
-from .comparison import failures
+from .comparison import by_quality, failures
 from .drawing import INK, SERIES, Drawing, draw, plain_log, style
 from .evaluation_text import kl_text, perplexity_conditions, perplexity_text
 from .model_card import base_model_name
@@ -32,6 +32,7 @@ class Point:
         seeds: how many runs have a finite gap; ``missing``: how many have none, or a seed that only others at its
             sparsity have.
         gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, 0 for one seed.
+        perplexity: exp of the mean NLL; ``windows``: NLL of each window, the mean over seeds, empty where not recorded.
         seconds: mean wall time, None if not recorded.
         kept: weights that are not zero and those of low-rank parts, as a share of the operators' weights before
             structure was removed; None if not recorded. ``extra``: how much more that is than the method has whose
@@ -47,6 +48,8 @@ class Point:
     missing: int = 0
     kept: float | None = None
     extra: float = 0.0
+    perplexity: float = math.nan
+    windows: tuple[float, ...] = ()
 
     @property
     def uneven(self) -> bool:
@@ -84,7 +87,7 @@ def comparison_page(comparison: Comparison) -> str:
         about=moment(comparison.finished or comparison.started),
         verdict=verdict(comparison, found),
         program=f"fistapruner {comparison.versions.get('fistapruner', '')}".strip(),
-        overview=_overview(found),
+        overview=_overview(comparison, found),
         drawings=[drawing for drawing in drawings if drawing is not None],
         results=_results(comparison),
         warnings=[*comparison.warnings, *(f"failed: {failure}" for failure in failures(comparison))],
@@ -101,16 +104,33 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
     finite = {(row.sparsity, row.seed) for row in rows if row.gap is not None and math.isfinite(row.gap)}
     made = []
     for (method, sparsity), members in groups.items():
-        found = [(row.gap, row.seconds) for row in members if row.gap is not None and math.isfinite(row.gap)]
-        if not found:
+        measured = [row for row in members if row.gap is not None and math.isfinite(row.gap)]
+        if not measured:
             continue
-        gaps, seconds = [gap for gap, _ in found], [time for _, time in found if time is not None]
+        gaps = [row.gap for row in measured if row.gap is not None]
+        seconds = [row.seconds for row in measured if row.seconds is not None]
+        texts = [row.perplexity for row in measured if row.perplexity is not None]
+        windows = [text.window_nlls for text in texts]
+        alike = len(windows) == len(gaps) and len(set(map(len, windows))) == 1
         spread, time = stdev(gaps) if len(gaps) > 1 else 0.0, mean(seconds) if seconds else None
         shares = [share for row in members if (share := _kept(row, whole)) is not None]
         kept = mean(shares) if shares else None
         asked = finite.union((sparsity, row.seed) for row in members)
         missing = sum(pattern == sparsity for pattern, _ in asked) - len(gaps)
-        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, missing, kept))
+        made.append(
+            Point(
+                method,
+                sparsity,
+                len(gaps),
+                mean(gaps),
+                spread,
+                time,
+                missing,
+                kept,
+                perplexity=math.exp(mean(text.nll for text in texts)) if texts else math.nan,
+                windows=tuple(map(mean, zip(*windows, strict=True))) if alike else (),
+            )
+        )
     return [replace(point, extra=_extra(point, made)) for point in made]
 
 
@@ -160,23 +180,23 @@ def methods(found: Sequence[Point]) -> list[str]:
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
-    """Say which method has the smallest gap at each sparsity, of those that compare.
+    """Say which method has the lowest perplexity at each sparsity, of those that compare, or that none wins.
 
-    Those that have a smaller one and keep another share of the weights are named, too.
+    Methods that have a lower one and keep another share of the weights are named, too.
     """
     sentences = []
     for pattern in patterns(found):
         here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
         if len(here) > 1:
-            best, second = here[:2]
-            gap = f"the smallest gap ({best.gap:z.3f})"
-            same = [point.method for point in here if point.gap == best.gap]
-            if len(same) > 1:  # as where no method sets a weight to zero
-                sentences.append(f"At {pattern}, {', '.join(same[:-1])} and {same[-1]} have {gap}.")
+            first, second = here[:2]
+            apart = f"{with_error(*_lead(first, second), 3)} nats a token, paired over windows"
+            named = [f"{point.method} ({point.perplexity:.2f})" for point in (first, second)]
+            if _winner(found, pattern) is None:
+                sentences.append(f"At {pattern}, no winner: {named[0]} and {named[1]} differ by {apart}.")
             else:
-                sentences.append(f"At {pattern}, {best.method} has {gap}, then {second.method} ({second.gap:z.3f}).")
+                sentences.append(f"At {pattern}, {named[0]} has the lowest perplexity: below {named[1]} by {apart}.")
         sentences += [
-            f"{point.method}{point.note} has {point.gap:z.3f} at {pattern}."
+            f"{point.method}{point.note} has {point.perplexity:.2f} at {pattern}."
             for point in found
             if point.sparsity == pattern and not point.missing and here and point.gap < here[0].gap
         ]
@@ -185,10 +205,26 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
     return " ".join(sentences)
 
 
+def _lead(first: Point, second: Point) -> tuple[float, float]:
+    """Return how much lower the NLL of ``first`` is, and its standard error, paired over windows: NaN if not known."""
+    apart = [b - a for a, b in zip(first.windows, second.windows, strict=False)]
+    known = len(apart) > 1 and len(first.windows) == len(second.windows)
+    return second.gap - first.gap, stdev(apart) / math.sqrt(len(apart)) if known else math.nan
+
+
+def _winner(found: Sequence[Point], pattern: str) -> Point | None:
+    """Return the point with the smallest gap, if it leads the next by more than two standard errors; else None."""
+    here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
+    if len(here) < 2:
+        return None
+    lead, error = _lead(here[0], here[1])
+    return here[0] if lead > 2 * error else None
+
+
 def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
     """Draw the gap of every method by sparsity."""
     order = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
-    if not found:
+    if len(order) < 2:
         return None
     places = {pattern: index for index, pattern in enumerate(order)}
     short = short_labels(found)
@@ -303,22 +339,24 @@ def _comparable(found: Sequence[Point], pattern: str) -> list[Point]:
     return [point for point in found if point.sparsity == pattern and not (point.missing or point.uneven)]
 
 
-def _overview(found: Sequence[Point]) -> Table:
-    """Tabulate the mean gap by method and sparsity, with its deviation over seeds; ★ marks the smallest."""
+def _overview(comparison: Comparison, found: Sequence[Point]) -> Table:
+    """Tabulate mean perplexity and gap by method and sparsity, the best first; ★ marks a winner."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
-    best = {pattern: min((p.gap for p in _comparable(found, pattern)), default=None) for pattern in columns}
-    cells = {}
+    best = [_winner(found, pattern) for pattern in columns]
+    gaps, cells = {(p.method, p.sparsity): p.gap for p in found}, {}
     for p in found:
-        note = p.note or (" ★" if p.gap == best[p.sparsity] else "")
-        cells[p.method, p.sparsity] = with_error(p.gap, p.spread or None, 3) + note
-    labels = methods(found)
+        note = p.note or (" ★" if p in best else "")
+        cells[p.method, p.sparsity] = f"{p.perplexity:.2f}, gap {with_error(p.gap, p.spread or None, 3)}{note}"
+    labels = sorted(methods(found), key=lambda method: [gaps.get((method, each), math.inf) for each in columns])
     short = short_labels(found)
     names = {
         method: method if short[method] in (method, _short(method)) else f"{short[method]}: {method}"
         for method in labels
     }
     rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in labels]
-    return Table("Gap by method and sparsity", ("method", *columns), rows, numeric=range(1, len(columns) + 1))
+    if rows and comparison.dense is not None:
+        rows.insert(0, ("dense", *(f"{comparison.dense.perplexity:.2f}" for _ in columns)))
+    return Table("Perplexity by method and sparsity", ("method", *columns), rows, numeric=range(1, len(columns) + 1))
 
 
 def _results(comparison: Comparison) -> Table:
@@ -338,7 +376,7 @@ def _results(comparison: Comparison) -> Table:
     rows: list[tuple[str, ...]] = []
     if comparison.dense is not None:
         rows.append(("dense", "–", "–", perplexity_text(comparison.dense), "0", "0", "0", "–", "–", "–", "–"))
-    for row in comparison.rows:
+    for row in by_quality(comparison.rows):
         rows.append(
             (
                 row.name,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from ..runs.comparison_records import CompareRow, Comparison
 from ..runtime.formatting import align_columns, counted, duration, size
 from .rendering import render
@@ -20,9 +23,15 @@ HEADER = (
 )
 
 
+def by_quality(rows: Sequence[CompareRow]) -> list[CompareRow]:
+    """Sort rows by sparsity, in the order of first appearance, then by gap, the smallest first; failed rows last."""
+    patterns = list(dict.fromkeys(row.sparsity for row in rows))
+    return sorted(rows, key=lambda row: (patterns.index(row.sparsity), math.inf if row.gap is None else row.gap))
+
+
 def comparison_table(comparison: Comparison) -> str:
     """Write the rows in aligned columns, the protocol above them."""
-    table = align_columns([HEADER, *(_cells(row) for row in comparison.rows)])
+    table = align_columns([HEADER, *map(_cells, by_quality(comparison.rows))])
     failed = failures(comparison)
     return "\n".join([*comparison_lines(comparison), "", table, *(["", *failed] if failed else [])])
 
@@ -34,7 +43,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         source=comparison.model.source,
         protocol=comparison_lines(comparison),
         head=HEADER,
-        rows=[_cells(row) for row in comparison.rows],
+        rows=list(map(_cells, by_quality(comparison.rows))),
         failures=failures(comparison),
     )
 

@@ -63,7 +63,7 @@ def perplexity_conditions(text: Perplexity) -> str:
 def task_text(task: TaskResult) -> str:
     """Write a task's score, with the paired test where there is a dense model.
 
-    ``41.2 ± 1.0 % of 2376 items (dense 43.0 ± 1.0 %; 120 lost, 98 won, p = 0.15: within noise)``
+    ``41.2 ± 1.0 % of 2376 items (dense 43.0 ± 1.0 %; difference −0.9 ± 0.6; 120 lost, 98 won, p = 0.15)``
     """
     text = f"{percent_with_error(task.value, task.standard_error)} % of {item_count(task)}"
     if task.reference is None or task.reference_standard_error is None:
@@ -71,8 +71,14 @@ def task_text(task: TaskResult) -> str:
     before = percent_with_error(task.reference, task.reference_standard_error)
     if task.p_value is None:
         return f"{text} (dense {before} %)"
-    verdict = "a real difference" if task.significant else "within noise"
-    return f"{text} (dense {before} %; {task.lost} lost, {task.won} won, {p_value(task.p_value)}: {verdict})"
+    apart = points(task.value - task.reference, task.difference_error)
+    return f"{text} (dense {before} %; difference {apart}; {task.lost} lost, {task.won} won, {p_value(task.p_value)})"
+
+
+def points(difference: float, error: float | None = None) -> str:
+    """Format a difference of two shares in percentage points, with its sign and its error."""
+    sign = "+" if round(100 * difference, 1) > 0 else ""
+    return (sign + percent_with_error(difference, error)).replace("-", "−")
 
 
 def task_protocol(task: TaskResult) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from ..runs.labels import PHASES
 from ..runs.layer_records import LayerEntry
 from ..runs.records import Report
 from ..runtime.formatting import duration, significant
@@ -275,25 +276,29 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
         axes = figure.subplots()
         base = [0.0] * len(timed)
         for color, (phase, values) in zip(SERIES, found.items(), strict=False):
-            axes.bar([layer.index for layer in timed], values, bottom=base, width=0.82, color=color, label=phase)
+            name = PHASES.get(phase, phase)
+            axes.bar([layer.index for layer in timed], values, bottom=base, width=0.82, color=color, label=name)
             base = [b + v for b, v in zip(base, values, strict=True)]
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("seconds")
-        axes.set_ylim(0, 1.22 * max(*base, 1e-9))
+        axes.set_ylim(0, 1.05 * max(*base, 1e-9))
         _whole_numbers(axes)
         style(axes)
-        axes.legend(loc="upper center", ncols=4 if width > 500 else 3, columnspacing=1.2, handlelength=1.2)
+        figure.legend(loc="outside upper left", ncols=2 if width > 500 else 1, handlelength=1.2)
 
     totals = {phase: sum(values) for phase, values in found.items()}
     return draw(
         "time-by-layer",
         "Time by decoder layer",
         plot,
-        caption="Wall time by phase: forward passes (capture), Gram sums (gram), solver (solve), files (io).",
+        caption="Wall time by phase.",
         description="Stacked bars. In all: "
-        + ", ".join(f"{phase} {duration(value)}" for phase, value in totals.items())
+        + ", ".join(f"{PHASES.get(phase, phase)} {duration(value)}" for phase, value in totals.items())
         + ".",
-        table=(["phase", "seconds"], [[phase, significant(value)] for phase, value in totals.items()]),
+        table=(
+            ["phase", "seconds"],
+            [[PHASES.get(name, name), significant(value)] for name, value in totals.items()],
+        ),
     )
 
 

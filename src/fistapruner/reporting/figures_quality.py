@@ -176,7 +176,7 @@ def zero_shot(report: Report) -> Drawing | None:
                     axes.errorbar(
                         100 * value, row + shift, xerr=spread, fmt=marker, color=color, markersize=6, capsize=3
                     )
-        axes.set_yticks(range(len(tasks)), [f"{t.task}{' *' if t.significant else ''}\n{t.metric}" for t in tasks])
+        axes.set_yticks(range(len(tasks)), [f"{t.task}\n{t.metric}" for t in tasks])
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.set_xlabel(f"right answers, %  (square dense, dot {name})")
         style(axes, grid="x")
@@ -185,8 +185,7 @@ def zero_shot(report: Report) -> Drawing | None:
         "zero-shot",
         "Zero-shot tasks",
         plot,
-        caption="Lines are one standard error over items. A star marks a difference that the exact McNemar test "
-        "on the same items finds unlikely to be chance (p < 0.05); without it, the difference is within noise.",
+        caption="Lines are one standard error over items; p is of the exact McNemar test on the same items.",
         description="; ".join(
             f"{t.task} {t.metric}: {percent(t.value)}"
             + (f", dense {percent(t.reference)}" if t.reference is not None else "")

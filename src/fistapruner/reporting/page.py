@@ -6,6 +6,7 @@ import re
 
 import yaml
 
+from ..runs.labels import PHASES
 from ..runs.records import Report
 from ..runs.training_records import TextSide
 from ..runtime.formatting import count, counted, duration, pattern, percent, short_count, significant, size
@@ -226,31 +227,14 @@ def _hardest(report: Report) -> Table:
     return Table("The hardest operators", head, rows, numeric=(1, 2), stack=True)
 
 
-PHASE_TEXTS = {
-    "capture": "forward passes that collect inputs",
-    "gram": "sums of outer products",
-    "problem": "products of these sums with the weights",
-    "structure": "choosing channels to remove, and the weights of those that remain",
-    "solve": "the method itself",
-    "reconstruct": "block reconstruction",
-    "sensitivity": "measurements on the dense model",
-    "io": "reading weights, writing results",
-    "report": "errors for this page",
-    "plain": "one forward pass without hooks, to compare",
-    "train": "optimizer steps and checks on held-out windows",
-    "write": "writing the checkpoint",
-}
-"""What the phases of a run's time are."""
-
-
 def _time_split(report: Report) -> Table:
     times = report.totals.time_split
     whole = sum(times.values()) or 1.0
     rows = [
-        (name, duration(value), f"{100 * value / whole:.1f} %", PHASE_TEXTS.get(name, ""))
+        (PHASES.get(name, name), duration(value), f"{100 * value / whole:.1f} %")
         for name, value in sorted(times.items(), key=lambda pair: -pair[1])
     ]
-    return Table("Time split", ("phase", "time", "share", "what it is"), rows, numeric=(1, 2), stack=True)
+    return Table("Time by phase", ("phase", "time", "share"), rows, numeric=(1, 2))
 
 
 def _plan(report: Report) -> Table:

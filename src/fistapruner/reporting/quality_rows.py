@@ -9,7 +9,7 @@ from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import p_value, percent_with_error, significant, with_error
 from .alignment_text import preference_rows
-from .evaluation_text import kl_text, perplexity_conditions, perplexity_text, task_protocol
+from .evaluation_text import kl_text, perplexity_conditions, perplexity_text, points, task_protocol
 from .recovery_text import closed_text, gain_of
 from .size_and_speed import Row
 
@@ -92,10 +92,9 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         before, change, how = "–", "–", f"{task_protocol(task)}, {task.source}"
         if task.reference is not None and task.reference_standard_error is not None:
             before = percent_with_error(task.reference, task.reference_standard_error)
-            change = points(task.value - task.reference)
+            change = points(task.value - task.reference, task.difference_error)
             if task.p_value is not None:
-                verdict = "a real difference" if task.significant else "within noise"
-                how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
+                how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}"
         rows.append(
             (
                 f"{task.task}, {task.metric}, %",
@@ -109,15 +108,11 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     if len(together) > 1:
         mean, error, dense_mean, dense_error = mean_score(together)
         before = percent_with_error(dense_mean, dense_error or 0) if dense_mean is not None else "–"
-        change = points(mean - dense_mean) if dense_mean is not None else "–"
+        apart = [task.difference_error or math.nan for task in together]
+        change = points(mean - dense_mean, math.hypot(*apart) / len(apart)) if dense_mean is not None else "–"
         how = "unweighted mean over " + ", ".join(f"{task.task} {task.metric}" for task in together)
         rows.append((f"Mean of {len(together)} tasks, %", before, percent_with_error(mean, error), change, how))
     return rows
-
-
-def points(difference: float) -> str:
-    """Format a difference of two shares in percentage points, with its sign."""
-    return f"{100 * difference:+z.1f}".replace("-", "−")
 
 
 def one_metric(tasks: Sequence[TaskResult]) -> list[TaskResult]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ def plain_markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>&|~])", r"\\\1", " ".join(text.split()))
 
 
+def breakable(text: str) -> Markup:
+    """Escape a text for HTML, and let its lines break after the signs that join settings and names."""
+    return Markup(re.sub(r"(?<=[,@+/])(?=\S)", "<wbr>", str(escape(text))))
+
+
 def code_block(text: str, language: str) -> str:
     """Make a Markdown code block that its text cannot end."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
@@ -84,6 +90,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "breakable": breakable,
         "plain": plain_markdown,
         "code": code_block,
         "yaml": yaml_text,

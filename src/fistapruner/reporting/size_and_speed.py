@@ -16,6 +16,9 @@ Row = tuple[str, str, str, str, str]
 
 NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
 
+INT8 = "packed int8"
+"""The form that rounds the weights, so that its quality is its own."""
+
 QUANTISE_FIRST = (
     "Where a smaller file is all you want, quantise first: at the same size 4 or 8 bits cost less quality in what was "
     "measured; a model without some of its channels (--structure) can be quantised, too ('fistapruner export')."
@@ -125,6 +128,8 @@ def speed_rows(report: Report) -> list[Row]:
     for row in (*smaller, *packed):
         name = f"Decoding, {row['variant']}, tokens/s"
         how = f"against {dense['variant']}, the fastest dense form; {speed_protocol(report, row)}"
+        if row["variant"] == INT8:
+            how = f"perplexity {significant(row.get('perplexity'))}, {how}"
         rows.append((name, _rate_text(dense), _rate_text(row), _times(_rate(row), _rate(dense)), how))
     for row in smaller:
         name = f"Reading the prompt, {row['variant']}, tokens/s"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..runs.labels import PHASES
 from ..runs.records import Report
-from ..runtime.formatting import align_columns, size
+from ..runtime.formatting import align_columns, counted, duration, size
 from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import perplexity_conditions, perplexity_text
 from .lineage_text import lineage_lines
@@ -64,7 +65,9 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
 def _pruned(report: Report) -> list[tuple[str, str]]:
     """List how a model was pruned and what that did to it."""
     totals = report.totals
-    rows = [("method", f"{report.method}, {report.sparsity}")]
+    starts = [step["start_kept"] for each in report.operators for step in each.steps if "start_kept" in step]
+    kept = f" (the start was kept in {sum(starts)} of {counted(len(starts), 'operator')})" if starts else ""
+    rows = [("method", f"{report.method}, {report.sparsity}{kept}")]
     rows += _quality(report)
     if report.calibration is not None:
         rows.append(("calibration", report.calibration.description))
@@ -124,11 +127,12 @@ def _cost(report: Report) -> list[tuple[str, str]]:
     totals = report.totals
     rows: list[tuple[str, str]] = []
     if totals.seconds is not None:
-        phases = {**totals.time_split, "other": totals.seconds - sum(totals.time_split.values())}
+        whole = totals.seconds_in_all or 0.0
+        phases = {**totals.time_split, "other": whole - sum(totals.time_split.values())}
         ordered = sorted(phases.items(), key=lambda item: -item[1])
-        split = ", ".join(f"{name} {seconds:.0f}" for name, seconds in ordered if seconds > 0.5)
+        split = ", ".join(f"{PHASES.get(name, name)} {seconds:.0f}" for name, seconds in ordered if seconds > 0.5)
         parts = f", {totals.parts} parts added up" if totals.parts else ""
-        rows.append((f"time to {report.kind}", f"{totals.seconds:.0f} s{parts}" + (f" ({split})" if split else "")))
+        rows.append(("time in all", duration(whole) + parts + (f" (seconds: {split})" if split else "")))
     if totals.peak_memory:
         rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..runs.records import Report
-from ..runtime.formatting import count, counted, duration, percent, short_count, significant, size
+from ..runtime.formatting import count, counted, duration, percent, percent_with_error, short_count, significant, size
 from .evaluation_text import kl_text, on_text, perplexity_text
 from .quality_rows import mean_score, one_metric
 from .recovery_text import closed_text, gain_of
-from .size_and_speed import dense_speed, fastest, low_rank_share, packed_speeds, smaller_speeds
+from .size_and_speed import INT8, dense_speed, fastest, low_rank_share, packed_speeds, smaller_speeds
 from .structure_text import kept_units
 
 Tile = tuple[str, str, str]
@@ -42,9 +42,9 @@ def _tasks(report: Report) -> list[Tile]:
     tasks = one_metric([task for evaluation in report.evaluations for task in evaluation.tasks])
     if len(tasks) < 2:
         return []
-    mean, _, dense_mean, _ = mean_score(tasks)
-    note = f"mean of {len(tasks)} tasks" + (f"; dense {100 * dense_mean:.1f} %" if dense_mean is not None else "")
-    return [("Zero-shot", f"{100 * mean:.1f} %", note)]
+    mean, error, dense_mean, dense_error = mean_score(tasks)
+    beside = f"; dense {percent_with_error(dense_mean, dense_error)} %" if dense_mean is not None else ""
+    return [("Zero-shot", f"{percent_with_error(mean, error)} %", f"mean of {len(tasks)} tasks{beside}")]
 
 
 def _training(report: Report) -> list[Tile]:
@@ -103,8 +103,9 @@ def _size(report: Report) -> list[Tile]:
 
 
 def _speed(report: Report) -> list[Tile]:
-    """List how much faster the fastest form decodes than the dense model."""
-    baseline, best = dense_speed(report), fastest([*packed_speeds(report), *smaller_speeds(report)])
+    """List how much faster the fastest form decodes whose weights are those of the other tiles, not rounded to int8."""
+    forms = [row for row in packed_speeds(report) if row["variant"] != INT8]
+    baseline, best = dense_speed(report), fastest([*forms, *smaller_speeds(report)])
     if baseline is None or best is None:
         return []
     ratio = float(best["tokens_per_second"]) / float(baseline["tokens_per_second"])
@@ -113,10 +114,12 @@ def _speed(report: Report) -> list[Tile]:
 
 
 def _time(report: Report) -> list[Tile]:
-    """List the time of the run."""
+    """List the time of the whole run."""
     totals = report.totals
     if not totals.seconds:
         return []
     notes = [f"{totals.parts} parts added up"] if totals.parts else []
+    if totals.seconds_in_all != totals.seconds:
+        notes.append(f"{duration(totals.seconds)} without evaluation")
     notes += [f"peak memory {size(totals.peak_memory)}"] if totals.peak_memory else []
-    return [(f"Time to {report.kind}", duration(totals.seconds), "; ".join(notes))]
+    return [("Time in all", duration(totals.seconds_in_all), "; ".join(notes))]

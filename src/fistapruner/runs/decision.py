@@ -145,6 +145,7 @@ class PruneDecision(RunDecision):
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
         sensitivity_seconds: how long all measurements on the dense model took, free widths and, over all attempts,
             learned channels among them; None where there were none.
+        calibration_seconds: how long drawing or writing the calibration text took.
         structure: the widths of the result; None where they are the dense model's.
     """
 
@@ -154,6 +155,7 @@ class PruneDecision(RunDecision):
     calibration_sha256: str | None = None
     metrics_sha256: str | None = None
     sensitivity_seconds: float | None = None
+    calibration_seconds: float | None = None
     structure: StructureDecision | None = None
 
 

@@ -14,6 +14,25 @@ from ..runtime.formatting import short_count
 TRAINED = {"recover": "recovered", "align": "aligned"}
 """What runs that train have done to a model."""
 
+PHASES = {
+    "calibration": "calibration text",
+    "sensitivity": "measuring the dense model",
+    "capture": "passes through the model",
+    "gram": "sums over the calibration text",
+    "problem": "preparing the solver",
+    "structure": "choosing channels",
+    "solve": "choosing zeros and weights",
+    "reconstruct": "training decoder layers",
+    "io": "files",
+    "report": "measuring errors",
+    "plain": "timing a plain pass",
+    "train": "training and its checks",
+    "write": "writing the checkpoint",
+    "evaluation": "evaluation",
+    "samples": "sample prompts",
+}
+"""Phases of a run's time, in words."""
+
 OTHERS_BY_NAME = ", others by name"
 """Follows the sparsity of a recipe whose allocation gives operators that it names another one."""
 

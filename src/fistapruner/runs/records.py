@@ -132,7 +132,7 @@ class Totals(ZeroCounts):
         dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
             the head for a token, before and after channels were removed; None where none were.
         seconds: wall time across interruptions until the checkpoint is written, without evaluation; ``time_split``: by
-            phase.
+            phase, evaluation and sample prompts after it among them (:attr:`seconds_in_all`).
         parts: parts of the layers that were pruned by processes of their own, maybe side by side, and whose wall times
             are added up in ``seconds``; None where there are not several.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU, where one
@@ -161,6 +161,15 @@ class Totals(ZeroCounts):
     low_rank: int | None = None
     low_rank_weights: int | None = None
     low_rank_bytes: int | None = None
+
+    @property
+    def seconds_in_all(self) -> float | None:
+        """Wall time of the run with its evaluation and sample prompts."""
+        return None if self.seconds is None else self.seconds + sum(self.time_split.get(phase, 0.0) for phase in AFTER)
+
+
+AFTER = ("evaluation", "samples")
+"""Phases of ``time_split`` that come after ``seconds``."""
 
 
 class PlanRow(Record):

@@ -134,9 +134,12 @@ class TaskResult:
         return self.task, self.metric, self.items, self.items_sha256, self.shots, self.source, self.dtype
 
     @property
-    def significant(self) -> bool:
-        """Whether the difference from the reference is unlikely to be chance (p < 0.05)."""
-        return self.p_value is not None and self.p_value < 0.05
+    def difference_error(self) -> float | None:
+        """Standard error of ``value - reference``, paired over items; None where the pairs are not known."""
+        if self.lost is None or self.won is None or self.items < 2:
+            return None
+        mean = (self.won - self.lost) / self.items
+        return math.sqrt(((self.won + self.lost) / self.items - mean**2) / (self.items - 1))
 
 
 @dataclass(frozen=True)

@@ -111,9 +111,12 @@ def _wrong(value: Any, default: Any, metadata: Any) -> str | None:
 
 def keep_better(problem: LayerProblem, solution: Solution, start: Solution | None) -> Solution:
     """Take ``solution``, or ``start`` where that has the lower error."""
-    if start is None or problem.error(solution.weight) < problem.error(start.weight):
+    if start is None:
         return solution
-    return replace(solution, weight=start.weight, mask=start.mask)
+    kept = problem.error(solution.weight) >= problem.error(start.weight)
+    stats = tuple({**record, "start_kept": kept} for record in solution.stats)
+    best = start if kept else solution
+    return replace(solution, weight=best.weight, mask=best.mask, stats=stats)
 
 
 def keep_better_rows(problem: LayerProblem, weight: Tensor, mask: Tensor, start: Solution) -> tuple[Tensor, Tensor]:

@@ -254,6 +254,13 @@ def kernel_name() -> str:
     return kernel.LEVELS[level] if level >= 0 else "none (torch)"
 
 
+class Speeds(list[Speed]):
+    """Speeds that are printed as a table."""
+
+    def __str__(self) -> str:
+        return table(self)
+
+
 def table(speeds: Sequence[Speed]) -> str:
     """Format the measurements as text, with the machine and the setting."""
     first = speeds[0]
