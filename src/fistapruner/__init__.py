@@ -14,7 +14,7 @@ from .errors import FistaPrunerError
 from .sparse.import_hook import register_on_import
 
 if TYPE_CHECKING:
-    from .core import NM, LayerProblem, Unstructured, parse_sparsity
+    from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
     from .pipeline.align import align
     from .pipeline.align_compare import align_compare
@@ -52,6 +52,7 @@ __all__ = [
     "Report",
     "Solution",
     "SparseLinear",
+    "Stacked",
     "Unstructured",
     "align",
     "align_compare",
@@ -74,7 +75,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "constraints": ("NM", "Unstructured", "parse_sparsity"),
+    "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
     "pipeline.align": ("align",),
     "pipeline.align_compare": ("align_compare",),
@@ -84,7 +85,6 @@ _MODULES = {
     "pipeline.prune": ("finish_run", "prune"),
     "pipeline.recover": ("recover",),
     "pipeline.resume": ("resume",),
-    "problem": ("LayerProblem",),
     "recipes.align_settings": ("AlignRecipe",),
     "recipes.recover_settings": ("RecoverRecipe",),
     "recipes.settings": ("Recipe",),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, instead_of
 from ..solvers.catalogue import CATALOGUE
 from .arguments import add_json_argument
 
@@ -53,15 +53,16 @@ def _print_method(name: str, *, as_json: bool) -> None:
 
     found = [entry for entry in CATALOGUE if entry.name == name]
     if not found:
-        raise FistaPrunerError(f"method {name!r} is not known: one of {', '.join(entry.name for entry in CATALOGUE)}")
+        raise FistaPrunerError(f"method {name!r} is not known{instead_of(name, [entry.name for entry in CATALOGUE])}")
     (entry,) = found
-    method = METHODS[name]
     if as_json:
         facts = {"name": name, "summary": entry.summary, "reference": entry.reference, "refines": entry.refines}
-        print(json.dumps({**facts, "settings": method.model_json_schema().get("properties", {})}, indent=2))
+        known = {
+            key: {"default": default, "description": description}
+            for key, (default, description) in METHODS[name].descriptions().items()
+        }
+        print(json.dumps({**facts, "settings": known}, indent=2))
         return
     print(f"{name}: {entry.summary}\n{entry.reference}")
-    for key, field in method.model_fields.items():
-        print(f"  {key} = {json.dumps(field.default)}")
-        if field.description:
-            print(f"      {field.description}")
+    for key, (default, description) in METHODS[name].descriptions().items():
+        print(f"  {key} = {json.dumps(default)}\n      {description}")

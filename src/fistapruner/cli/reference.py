@@ -109,10 +109,9 @@ def _methods() -> Iterable[str]:
         kind = "Refinement" if entry.refines else "Solver"
         yield f"### {entry.name}\n"
         yield f"{kind}: {entry.summary}. Source: {entry.reference}.\n"
-        if fields := METHODS[entry.name].model_fields:
-            yield from _table(
-                ("setting", "default", "meaning"), [(f"`{name}`", *_describe(field)) for name, field in fields.items()]
-            )
+        if known := METHODS[entry.name].descriptions():
+            rows = [(f"`{name}`", f"`{json.dumps(default)}`", said) for name, (default, said) in known.items()]
+            yield from _table(("setting", "default", "meaning"), rows)
 
 
 def _describe(field: FieldInfo) -> tuple[str, str]:

@@ -303,8 +303,10 @@ class Stacked:
         if not self.names:
             object.__setattr__(self, "names", tuple(f"operator {number}" for number in range(len(self.rows))))
         if not len(self.constraints) == len(self.rows) == len(self.names):
-            counts = len(self.constraints), len(self.rows), len(self.names)
-            raise FistaPrunerError("a stack has %d constraints, %d numbers of rows and %d names" % counts)
+            raise FistaPrunerError(
+                f"a stack has {len(self.constraints)} constraints, {len(self.rows)} numbers of rows and "
+                f"{len(self.names)} names: as many of each are expected"
+            )
 
     def parts(self) -> Iterator[tuple[str, slice, Constraint]]:
         """Go through the operators: name, rows and constraint of each."""

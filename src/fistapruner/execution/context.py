@@ -26,7 +26,7 @@ from ..models.files.low_rank import A, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
-from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams, Solver
+from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
 from ..recipes.settings import Recipe
@@ -149,7 +149,7 @@ class RunContext:
             widths=widths,
         )
         if opened.device.type == "cuda" and (smaller := run.journal.reduced(record.fingerprint)):
-            context._reduce_memory(*smaller)
+            context._reduce_memory(smaller)
         return context
 
     @property
@@ -207,9 +207,7 @@ class RunContext:
             LayerStreams(hidden, None, None, None),
         )
 
-    def prune(
-        self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents
-    ) -> LayerEntry:
+    def prune(self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it.
 
         Args:
@@ -319,7 +317,8 @@ class RunContext:
                 if self.numerics.batch_size == 1 and not self.on_device:
                     raise FistaPrunerError(
                         f"{what}: the memory of {self.model.device} ran out, even with one window at a time: free "
-                        "some of it and resume, or give the same prune command again with --device cpu; or begin another run with a shorter --seqlen or a lighter --method"
+                        "some of it and resume, or give the same prune command again with --device cpu; or begin "
+                        "another run with a shorter --seqlen or a lighter --method"
                     ) from None
             before = min(self.numerics.batch_size, len(self.tokens))
             if self.on_device:

@@ -77,12 +77,12 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
         given = _nested(settings, label)
         own = [key for key in given if key not in Recipe.model_fields]
         if own and not is_recipe and name in METHODS:
-            known = {**METHODS[name].model_fields, **Recipe.model_fields}
+            known = {*METHODS[name].descriptions(), *Recipe.model_fields}
             if wrong := next((key for key in own if key not in known), None):
                 raise FistaPrunerError(f"--methods {label}: unknown setting {wrong!r}{instead_of(wrong, known)}")
             base["method"] = {name: {key: given.pop(key) for key in own}}
         elif own and "method" in base:
-            of_steps = {key for step in parse_method(base["method"]) for key in type(step).model_fields}
+            of_steps = {key for step in parse_method(base["method"]) for key in step.descriptions()}
             if inner := next((key for key in own if key in of_steps), None):
                 raise FistaPrunerError(
                     f"--methods {label}: {inner} is one of the own settings of {name}'s steps: write them in a recipe "

@@ -127,7 +127,7 @@ def _counted(claim: Mapping[str, Any], tensor: Tensor, operator: Operator | None
     if weight.ndim != 2 or (pattern.fraction and zeros < MIN_ZEROS * weight.numel()):
         return None
     promised = claim.get("zeros")
-    if pattern.zeros_suffice and type(promised) is int:
+    if pattern.supports_allocation and type(promised) is int:
         holds = zeros >= promised or not pattern.fraction
     else:
         holds = pattern.satisfies(weight)

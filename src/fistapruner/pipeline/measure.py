@@ -196,7 +196,7 @@ class _Measurement:
             if numerics.batch_size < windows_at_once(report.calibration.seqlen, torch.device(numerics.device)):
                 sizes.append(numerics.batch_size)
             if device.type == "cuda" and (reduced := run.journal.reduced(record.fingerprint or "")) is not None:
-                sizes.append(reduced[0])
+                sizes.append(reduced)
         return min(sizes)
 
 

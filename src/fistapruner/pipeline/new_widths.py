@@ -135,8 +135,8 @@ def _lost_zeros(
     for name, pattern in _earlier_patterns(model, list(changed)).items():
         side, block = changed[name]
         fitted = goa or (side == "inputs" and settings.compensation == "refit")
-        length = pattern.group_length if side == "inputs" else pattern.group_rows
-        holds = pattern.zeros_suffice or (block % length == 0 and (length > 1 or side == "outputs"))
+        length = pattern.group_length if side == "inputs" else 1
+        holds = pattern.supports_allocation or (block % length == 0 and (length > 1 or side == "outputs"))
         if pattern.fraction and (fitted or not holds):
             why = "their weights are fitted anew" if fitted else f"it is one of the {side} that they had"
             instead = (

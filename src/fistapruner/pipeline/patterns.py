@@ -9,7 +9,6 @@ from ..errors import FistaPrunerError
 from ..models.layout import Layout
 from ..recipes.patterns import matches
 from ..recipes.settings import Recipe
-from ..solvers import check_constraint
 from ..solvers.low_rank import check_rank
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -30,7 +29,7 @@ def allocate(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, 
     """
     chosen = patterns_of(recipe, layout)
     for name, operator in layout.operators():
-        check_constraint(chosen[name], operator.columns, recipe.steps, name)
+        chosen[name].check(operator.columns, name)
     if recipe.low_rank:
         _check_low_rank(recipe.low_rank, layout, chosen, model_type)
     return chosen

@@ -29,7 +29,7 @@ from ..structured.smaller_model import Widths
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
 from .measured_sizes import low_rank_weights, measure_sizes
 from .phases import measure_phases, with_phases
-from .sizes import UNCOUNTED, Choice, Sizes
+from .sizes import Choice, Sizes
 from .time_probe import Beside, measure_time
 
 

@@ -20,6 +20,7 @@ from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..structured.smaller_model import Widths
 from ..structured.units import Unit
 
+
 def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint], *, cut: bool) -> list[int]:
     """Return the numbers of the groups that are solved.
 

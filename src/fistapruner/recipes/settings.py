@@ -31,7 +31,6 @@ from .values import (
     RecoverSetting,
     SparsitySetting,
     StructureSetting,
-    read_method,
 )
 
 if TYPE_CHECKING:
@@ -279,7 +278,7 @@ class Recipe(RunRecipe):
             chosen["residual"] = "none" if idle or solver != OWN or goa else "correct"
         if family is not None:
             chosen["method"] = tuple(
-                replace(step, warm_start="sparsegpt" if family() == "opt" else "wanda")
+                replace(step, warm_start="sparsegpt" if family() == "opt" else "wanda")  # type: ignore[call-arg]
                 if getattr(step, "warm_start", None) == "auto"
                 else step
                 for step in self.steps

@@ -17,8 +17,8 @@ from ..runs.records import Report
 from ..runs.training_records import Recovery
 from ..runtime.formatting import percent, significant
 from ..sensitivity.error_curves import REACH
-from ..solvers import METHODS
 from .layer_errors import short_names
+from .traces import TRACES
 
 
 def advice(report: Report) -> list[str]:
@@ -123,8 +123,7 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
 
 def _chain(report: Report) -> list[str]:
     method = method_label(report.recipe.get("method", ""))
-    last = METHODS.get(method.split("+")[-1]) if method else None
-    if last is not None and last.refit_helps:
+    if method.split("+")[-1] in ("magnitude", "wanda", "sparsegpt", "fista"):  # their weights are not least squares
         refit = f"`--method {method}+refit`"
         return [f"A least-squares refit on the kept weights can only lower the error and costs little: {refit}."]
     return []
@@ -136,8 +135,7 @@ def _search(layers: Sequence[LayerEntry]) -> list[str]:
     for layer in layers:
         for operator in layer.operators:
             for position, step in enumerate(operator.steps):
-                method = METHODS.get(str(step.get("method")))
-                trace = None if method is None else method.trace
+                trace = TRACES.get(str(step.get("method")))
                 rounds = [] if trace is None or not trace.search else trace.rounds(step)
                 if trace is None or not rounds:
                     continue
@@ -178,15 +176,15 @@ def _calibration(report: Report) -> list[str]:
 
 
 def _taken(report: Report) -> set[str]:
-    """Return what a run took from its calibration text, as :attr:`~fistapruner.solvers.Method.takes` says."""
+    """Return what a run took from its calibration text: nothing, the norms of the inputs, or all of their Gram."""
     recipe = report.recipe
     allocation = recipe.get("allocation", "auto")
     measured = isinstance(allocation, str) and allocation not in ("auto", "uniform")
     others = (recipe.get("low_rank"), recipe.get("reconstruct"), recipe.get("permutation") == "channels")
     if report.structured or measured or any(others):
         return {"Gram"}
-    methods = (METHODS.get(name) for name in method_label(recipe.get("method", "")).split("+"))
-    return {"Gram" if method is None else method.takes for method in methods}
+    takes = {"magnitude": "nothing", "wanda": "norms"}
+    return {takes.get(name, "Gram") for name in method_label(recipe.get("method", "")).split("+")}
 
 
 def _why_not_uneven(report: Report) -> str:

@@ -418,7 +418,7 @@ def _protocol(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _is_nm(pattern: str) -> bool:
     try:
-        return not parse_sparsity(pattern).zeros_suffice
+        return not parse_sparsity(pattern).supports_allocation
     except FistaPrunerError:
         return False
 

@@ -14,11 +14,10 @@ from ..runs.labels import PHASES
 from ..runs.layer_records import LayerEntry
 from ..runs.records import Report
 from ..runtime.formatting import duration, significant
-from ..solvers import METHODS
-from ..solvers.base import Trace
 from .drawing import INK, NARROW, SERIES, Drawing, draw, plain_log, style
 from .heat_map import heat_map
 from .layer_errors import hardest, mean_error, short_names
+from .traces import TRACES, Trace
 
 MOST_DOTS = 2000
 """Dots of a figure, about."""
@@ -217,7 +216,7 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
             positive = [value if value is not None and value > 0 else math.nan for value in knob]
             below.plot(range(1, len(positive) + 1), positive, "o-", color=color, markersize=4)
         above.set_ylabel(trace.value_label)
-        if not trace.of_first:
+        if not trace.search:
             above.set_yscale("log")
             plain_log(above.yaxis, (1.0,))
         below.set_yscale("log")
@@ -250,13 +249,12 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 def solver_records(step: dict[str, Any]) -> tuple[Trace, list[float | None], list[float | None]] | None:
     """Read (trace, results, penalties) by round of a step's records; None if its solver records no rounds."""
-    method = METHODS.get(str(step.get("method")))
-    trace = None if method is None else method.trace
+    trace = TRACES.get(str(step.get("method")))
     rounds = [] if trace is None else trace.rounds(step)
     if trace is None or len(rounds) < 2:
         return None
     values, penalties = [record[trace.value] for record in rounds], [record[trace.penalty] for record in rounds]
-    if not trace.of_first:
+    if not trace.search:
         return trace, [_percentage(value) for value in values], [_number(value) for value in penalties]
     first = next((value for value in values if value), 1.0)
     return trace, [_number(value / first) for value in values], [_number(value) for value in penalties]

@@ -19,7 +19,7 @@ from ..core import Constraint, ProblemSums
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..recipes.settings import Recipe
+from ..recipes.settings import OWN, Recipe
 from ..runs.workload_records import WorkloadFacts
 from ..runtime.progress import Tick, silent
 from .error_curves import (

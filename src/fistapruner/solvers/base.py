@@ -87,6 +87,11 @@ class Method(ABC):
             start: the solution of the previous step of a chain, or None.
         """
 
+    @classmethod
+    def descriptions(cls) -> dict[str, tuple[Any, str]]:
+        """Return the default and the description of every setting, by name."""
+        return {each.name: (each.default, each.metadata["description"]) for each in fields(cls)}
+
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -71,7 +71,7 @@ def _parse_step(step: object) -> Method:
     name = step.strip()
     if name not in METHODS:
         raise FistaPrunerError(f"method {name!r} is not known{instead_of(name, METHODS)}")
-    known = [each.name for each in fields(METHODS[name])]
+    known = METHODS[name].descriptions()
     for key in settings or {}:  # type: ignore[attr-defined]
         if key not in known:
             raise FistaPrunerError(f"method {name}: unknown setting {key!r}{instead_of(str(key), known)}")

@@ -16,7 +16,6 @@ from .base import Method, Solution, Stats, setting
 from .scores import Magnitude, Wanda
 from .sparsegpt import SparseGPT
 
-
 CHECKED = 5
 """Steps after which FISTA looks whether it has come to a rest, which takes as long as a fifth of a step."""
 
@@ -70,8 +69,8 @@ class Fista(Method):
     patience: int = setting(3, "T, rounds without improvement after which it stops (paper: 3).", least=1)
     warm_start: str = setting(
         "sparsegpt",
-        "Solver of the first weights if the chain has no step before. auto is the paper's choice by the model's family: "
-        "SparseGPT for OPT, Wanda for LLaMA and every other.",
+        "Solver of the first weights if the chain has no step before. auto is the paper's choice by the model's "
+        "family: SparseGPT for OPT, Wanda for LLaMA and every other.",
         choices=("auto", "sparsegpt", "wanda", "magnitude", "dense"),
     )
     penalty: str = setting(

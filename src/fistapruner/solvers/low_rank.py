@@ -14,8 +14,8 @@ splitting that moves both at once. With L eliminated, the error of S is
     g(S) = min over U of tr((I - U U^T) (S - C) H (S - C)^T),    L = -U U^T (S - C).
 
 H acts on rows and U on columns, so the proximal map of g is in closed form. With ``Y = (V - C) H (H + rho I)^-1`` and U
-the first r left singular vectors of ``(V - C) (H (H + rho I)^-1)^(1/2)``, it takes V to ``V - (I - U U^T) Y``. This is a
-term of :mod:`fistapruner.solvers.splitting`; one subspace iteration in each step keeps U up to date. 3BASiL (Makni et
+the first r left singular vectors of ``(V - C) (H (H + rho I)^-1)^(1/2)``, it takes V to ``V - (I - U U^T) Y``. This is
+a term of :mod:`fistapruner.solvers.splitting`; one subspace iteration in each step keeps U up to date. 3BASiL (Makni et
 al. 2025, arXiv 2603.01376) also moves both parts at once, by ADMM with three blocks; there L is solved given S, which
 takes more steps.
 """
@@ -90,16 +90,12 @@ def solve_low_rank(
     Raises:
         FistaPrunerError: the rank is negative or larger than the operator has, or what ``solve`` refuses.
     """
-    m, n = problem.shape
     if problem.cache is None:
         problem = replace(problem, cache={})
     sparse = solve(problem, constraint, list(steps))
-    if not rank or not constraint.zeros(m, n):
+    if not rank or not constraint.zeros(*problem.shape):
         return sparse, None
-    if not 0 < rank <= min(m, n):
-        raise FistaPrunerError(
-            f"{problem.name} is {m} x {n}: its low-rank part has a rank from 0 to {min(m, n)}, not {rank}"
-        )
+    check_rank(rank, *problem.shape, problem.name)
     begin = time.perf_counter()
     part = _LowRankPart(problem, constraint, rank)
     candidates = [(sparse, part.beside(sparse.weight))]
@@ -116,6 +112,14 @@ def solve_low_rank(
     stats = {**sparse.stats[0], "relative_error": error}
     stats["steps"] = [*sparse.stats[0]["steps"], {**record, "path": [first, *errors]}]
     return replace(solution, stats=(stats,), warnings=(*sparse.warnings, *part.warnings)), low
+
+
+def check_rank(rank: int, rows: int, columns: int, name: str) -> None:
+    """Refuse a rank that a (rows, columns) operator has not; the error names it and its largest rank."""
+    if not 0 <= rank <= min(rows, columns):
+        raise FistaPrunerError(
+            f"{name} is {rows} x {columns}: its low-rank part has a rank from 0 to {min(rows, columns)}, not {rank}"
+        )
 
 
 class _LowRankPart:

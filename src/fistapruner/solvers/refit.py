@@ -120,7 +120,7 @@ def refit_exact(
     order = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :width]
     filled = torch.arange(width, device=mask.device) < kept[:, None]
     weight = torch.zeros_like(centre)
-    worst, warnings = 0.0, []
+    worst, warnings = 0.0, list[str]()
     for rows in torch.arange(len(weight), device=mask.device).split(max(1, budget // (width * width))):
         index, real = order[rows], filled[rows]
         factor, used, raised = factor_blocks(gram[index[:, :, None], index[:, None, :]], real, gram, name)

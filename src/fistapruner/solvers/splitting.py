@@ -4,8 +4,8 @@ For ``min ||V - C||_H^2`` over V in a set S, Douglas-Rachford splitting (Lions &
 
     D = P(Z);    A = prox(2 D - Z);    Z = Z + A - D,
 
-with P the projection onto S and ``prox(X) = argmin_V ||V - C||_H^2 / 2 + rho ||V - X||^2 / 2``. With ``U = Z - D`` it is
-ADMM: A = prox(D - U), D = P(A + U), U = U + A - D. S is not convex; a small rho lets the support change, a large one
+with P the projection onto S and ``prox(X) = argmin_V ||V - C||_H^2 / 2 + rho ||V - X||^2 / 2``. With ``U = Z - D`` it
+is ADMM: A = prox(D - U), D = P(A + U), U = U + A - D. S is not convex; a small rho lets the support change, a large one
 fixes it. The methods differ in these parts:
 
     method     metric (scale of the inputs)   penalty rho                      projection          products
@@ -142,7 +142,8 @@ def resolvents(gram: Tensor, *, many: bool = True, fast: bool = False) -> Resolv
     def resolvent(rho: float) -> Tensor:
         root = vectors * (rho / (values + rho)).sqrt()
         root = root.bfloat16() if half else root
-        return (root @ root.T).float()
+        product: Tensor = root @ root.T
+        return product.float()
 
     return resolvent
 

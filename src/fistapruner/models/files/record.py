@@ -116,7 +116,7 @@ def violation_of(weight: Tensor, zeros: int, claim: Mapping[str, Any]) -> str | 
     promised = claim.get("zeros")
     if type(promised) is int and zeros < promised:
         return f"has {zeros} zeros, {promised} are claimed"
-    if type(promised) is int and sparsity.zeros_suffice:
+    if type(promised) is int and sparsity.supports_allocation:
         return None  # the exact count says more than the percentage, which is rounded
     if weight.ndim != 2 or not sparsity.satisfies(weight):
         return f"is not {sparsity} ({zeros / max(weight.numel(), 1):.2%} zeros)"
