@@ -583,6 +583,18 @@ def test_the_time_of_a_summary_leaves_out_what_is_nothing(seconds: float, split:
     assert found["Time in all"] == duration(seconds + 3660)
 
 
+@pytest.mark.usefixtures("text_alone")
+def test_a_text_that_was_evaluated_again_stands_once_on_the_page() -> None:
+    report = samples.report(2)
+    first = report.evaluations[0]
+    assert first.perplexity is not None
+    again = replace(first.perplexity, windows=7, seqlen=32, perplexity=47.77)
+    report.evaluations.append(replace(first, perplexity=again, tasks=()))
+    text = run_page(report)
+    assert ("47.77" in text, "46.53" in text) == (True, False)
+    assert first.tasks[0].task in text
+
+
 def test_tiles_are_of_one_form_of_the_model() -> None:
     report = samples.report(2)
     assert report.speed is not None
