@@ -99,7 +99,7 @@ def run_page(report: Report) -> str:
 
 
 def _last_of_each_text(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Leave the figures of a text out that was evaluated again later, in whatever windows; scores of tasks stay."""
+    """Leave figures of a text out that was evaluated again later; scores of tasks stay."""
     last = {(one.perplexity.data, one.perplexity.split): one for one in evaluations if one.perplexity is not None}
     return [
         one
