@@ -562,11 +562,7 @@ def test_alignments_are_tested_against_the_model_before_them() -> None:
         (
             76.0,
             {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0},
-            (
-                76.0,
-                {"solve": 34.0, "gram": 15.0, "io": 0.2, "plain": 0.0},
-                "1 min 16 s (seconds: choosing zeros and weights 34, other 27, sums over the calibration text 15)",
-            ),
+            "1 min 16 s (seconds: choosing zeros and weights 34, other 27, sums over the calibration text 15)",
         ),
         (76.0, {"solve": 75.8, "io": 0.2}, "1 min 16 s (seconds: choosing zeros and weights 76)"),
         (50.0, {"solve": 75.8, "io": 0.2}, "50.0 s (seconds: choosing zeros and weights 76)"),  # of several workers
@@ -578,9 +574,23 @@ def test_the_time_of_a_summary_leaves_out_what_is_nothing(seconds: float, split:
     report.totals.seconds, report.totals.time_split = seconds, split
     assert said in summary(report, "runs/first")
     report.totals.time_split = {**split, "evaluation": 3600.0, "samples": 60.0}
-    assert "evaluation 3600, sample prompts 60" in summary(report, "runs/first")
+    text = summary(report, "runs/first")
+    assert "(seconds: evaluation 3600, " in text
+    assert "sample prompts 60" in text
     found = dict(tile[:2] for tile in tiles(report))
     assert found["Time in all"] == duration(seconds + 3660)
+
+
+@pytest.mark.usefixtures("text_alone")
+def test_a_text_that_was_evaluated_again_stands_once_on_the_page() -> None:
+    report = samples.report(2)
+    first = report.evaluations[0]
+    assert first.perplexity is not None
+    again = replace(first.perplexity, windows=7, seqlen=32, perplexity=47.77)
+    report.evaluations.append(replace(first, perplexity=again, tasks=()))
+    text = run_page(report)
+    assert ("47.77" in text, "46.53" in text) == (True, False)
+    assert first.tasks[0].task in text
 
 
 def test_tiles_are_of_one_form_of_the_model() -> None:

@@ -10,7 +10,7 @@ from ..runs.results import Evaluation, TaskResult
 
 
 def put_in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Put an evaluation in the place of the earlier ones on its text, in whatever windows and precision, or last.
+    """Put an evaluation in the place of the earlier one on its text, or last.
 
     What it measures again is left out of the others; a score that :func:`fuller_scores` keeps, of the new one.
     """
@@ -22,8 +22,7 @@ def put_in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evalu
     for evaluation in earlier:
         tasks = tuple(task for task in evaluation.tasks if (task.task, task.metric) not in again)
         rest = replace(evaluation, tasks=tasks)
-        texts = evaluation.perplexity, found.perplexity
-        if None not in texts and len({(text.data, text.split) for text in texts if text is not None}) == 1:
+        if same_text(evaluation, found):
             rest = replace(rest, perplexity=None, reference=None, divergence=None)
             place = len(kept)
         if rest.perplexity is not None or rest.tasks:

@@ -53,7 +53,7 @@ def evaluate_run(
     """Evaluate a finished run against its dense model, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
-    text, or of the same task and not more items. If tasks fail, the perplexity before them is there.
+    tokens and precision, or of the same task and not more items. If tasks fail, the perplexity before them is there.
     The model that a recovery run began with is evaluated on the same text too, unless its own run has done that.
     Figures against another model than the run's own dense model are returned only: the run's are of that one.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 import yaml
 
 from ..runs.labels import PHASES
 from ..runs.records import Report
+from ..runs.results import Evaluation
 from ..runs.training_records import TextSide
 from ..runtime.formatting import count, counted, duration, pattern, percent, short_count, significant, size
 from .advice import advice
@@ -48,6 +51,7 @@ def run_page(report: Report) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    report = report.model_copy(update={"evaluations": _last_of_each_text(report.evaluations)})
     done = f"{len(report.layers)} of {report.model.layers} decoder layers"
     if report.recovery is not None:
         done = f"{report.recovery.steps} of {report.recovery.asked_steps} steps"
@@ -92,6 +96,17 @@ def run_page(report: Report) -> str:
         lineage=lineage_lines(report.lineage) if report.lineage and report.lineage.stages else [],
         recipe=yaml.safe_dump(report.recipe, sort_keys=False).strip() if report.recipe else "",
     )
+
+
+def _last_of_each_text(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Leave figures of a text out that was evaluated again later; scores of tasks stay."""
+    last = {(one.perplexity.data, one.perplexity.split): one for one in evaluations if one.perplexity is not None}
+    return [
+        one
+        if one.perplexity is None or last[one.perplexity.data, one.perplexity.split] is one
+        else replace(one, perplexity=None, reference=None, divergence=None)
+        for one in evaluations
+    ]
 
 
 def _title(report: Report) -> str:

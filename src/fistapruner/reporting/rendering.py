@@ -64,7 +64,7 @@ def plain_markdown(text: str) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """Escape a text for HTML, and let its lines break after the signs that join settings and names."""
+    """Escape a text for HTML, and let its lines break after signs that join names."""
     return Markup(re.sub(r"(?<=[,@+/])(?=\S)", "<wbr>", str(escape(text))))
 
 

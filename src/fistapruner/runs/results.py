@@ -135,7 +135,7 @@ class TaskResult:
 
     @property
     def difference_error(self) -> float | None:
-        """Standard error of ``value - reference``, paired over items; None where the pairs are not known."""
+        """Standard error of the difference, paired over items; None where the pairs are not known."""
         if self.lost is None or self.won is None or self.items < 2:
             return None
         mean = (self.won - self.lost) / self.items
