@@ -72,7 +72,7 @@ class AlignRecipe(TrainingRecipe):
         "fixed",
         description="How much each of several references counts: fixed, held-out (in proportion to its accuracy on "
         "the held-out pairs), held-out-margin (to its mean margin there), or per-pair (to its margin on the very pair "
-        "that the loss uses, which arXiv 2512.10040 calls label leakage; MRPO).",
+        "that the loss uses; MRPO).",
     )
     shares: Annotated[tuple[float, ...], BeforeValidator(words)] = Field(
         (),

@@ -17,7 +17,8 @@ class TrainingData(Settings):
     source: Annotated[str | None, PATHS_TOO] = Field(
         None,
         description="Training text: a calibration source (self, python, c4, wikitext2, ptb), a .txt, .raw, .md or "
-        ".parquet file, or a .jsonl file whose lines have text, prompt and completion, or messages. Without it the "
+        ".parquet file, or a .jsonl file whose lines have text, prompt and completion, messages, or instruction, "
+        "input and output (Alpaca). Without it the "
         "calibration source of the run that pruned the model.",
     )
     tasks: Annotated[dict[str, str], PATHS_TOO] = Field(
@@ -45,7 +46,7 @@ class TrainingData(Settings):
     mixture: Literal["uniform", "pooled"] = Field(
         "uniform",
         description="How windows of several tasks are drawn: uniform (rounds of per_round tasks, the same number of "
-        "tokens from each; MAMF), or pooled (all windows in one heap).",
+        "tokens from each, in the manner of MAMF), or pooled (all windows in one heap).",
     )
     per_round: int | None = Field(
         None,

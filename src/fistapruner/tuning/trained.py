@@ -235,18 +235,20 @@ class Trained:
         return crc
 
     def rescalings(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return A (r, n) and B (m, r) of the operators that hira or spp have trained, by name in the model.
+        """Return A (r, n) and B (m, r) of the operators that hira or spp train, by name in the model.
 
-        Their effective weight is ``W * (1 + B A)``. Other forms have none.
+        Their effective weight is ``W * (1 + B A)``; where no step was kept B is 0. Other forms have none.
         """
         found: dict[str, tuple[Tensor, Tensor]] = {}
         form = self.form
         if not isinstance(form, Hira):
             return found
         for index, sources in enumerate(self._sources):
-            trained = self._states.get("trained", index)
+            self.visit(index)
+            with self.model.layer(index) as layer:  # for the start, where no step was kept
+                trained = self.parameters(index, layer).masters
             for name, source in sources.items():
-                if source in self._pruned[index] and trained:
+                if source in self._pruned[index]:
                     factors = form.as_hira({short: trained[f"{source}.{short}"] for short in form.names})
                     operator = self.model.full_name(index, name.removesuffix(".weight"))
                     found[operator] = (factors["A"], factors["B"])

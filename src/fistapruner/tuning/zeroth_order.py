@@ -45,7 +45,7 @@ class Directions:
         refresh: steps after which SubZero draws new frames.
     """
 
-    def __init__(self, seed: int, subspace: int | None = None, refresh: int = 1000) -> None:
+    def __init__(self, seed: int, subspace: int | None = None, refresh: int = 2000) -> None:
         self.seed, self.subspace, self.refresh = seed, subspace, refresh
         self._frames: dict[str, tuple[int, Tensor, Tensor]] = {}
 
