@@ -542,6 +542,22 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
     assert one == two
 
 
+def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Path) -> None:
+    """MRPO with three references, a run and a folder among them; a model of other tokens is refused."""
+    other = tiny.save("gpt2", tmp_path / "other")
+    names = (str(bench.pruned("llama", "2:4")), "pruned", str(other))
+    report = align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2)
+    assert report.alignment is not None
+    folders = [str(bench.pruned("llama", "2:4") / "model"), str(other)]
+    assert list(report.alignment.references) == ["pruned", *folders]
+    file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
+    assert not torch.equal(file.read(f"{other}.chosen"), file.read("pruned.chosen"))
+    assert align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2) == report
+    strange = tiny.save("llama", tmp_path / "strange", vocab_size=tiny.VOCABULARY + 8)
+    with pytest.raises(FistaPrunerError, match=r"--references .*strange: its tokens are not those of"):
+        align(bench, tmp_path / "refused", loss="multi-dpo", references=("pruned", str(strange)))
+
+
 def test_references_are_computed_of_the_pairs_that_are_used(bench: Bench, tmp_path: Path) -> None:
     report = align(bench, tmp_path / "out", loss="harmonic", weights="per-pair", steps=2)
     assert report.alignment is not None

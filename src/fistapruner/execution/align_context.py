@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
@@ -36,6 +37,7 @@ from ..tuning.references import (
     reference_log_probabilities,
 )
 from ..tuning.trained import Trained
+from .context import open_model
 from .training_context import TrainingContext
 
 START_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}
@@ -132,6 +134,12 @@ class AlignContext(TrainingContext):
         files, dense = {"pruned": stamps(self.model.checkpoint)}, self.decision.dense
         if dense is not None:
             files["dense"] = list(self.decision.dense_stamps)
+        others = {
+            name: open_model(self.permissions.at(Path(name)), recipe, dtype=self.decision.numerics.dtype)
+            for name in recipe.resolved_references
+            if name not in ("pruned", "dense")
+        }
+        files |= {name: stamps(model.checkpoint) for name, model in others.items()}
         there = ranks.share(dense is not None and dense.is_dir())  # decided once: the ranks compute together
 
         def reference(name: str) -> ReferenceModel:
@@ -140,6 +148,8 @@ class AlignContext(TrainingContext):
             def opened() -> LayerwiseModel | None:
                 if name == "pruned":
                     return self.model
+                if name in others:
+                    return others[name]
                 return self.open_dense() if used or there else None
 
             identity = {
