@@ -156,9 +156,9 @@ def _kind(record: dict[str, Any]) -> str:
 
 def _completion(record: dict[str, Any], where: str) -> Example:
     if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
-        prompt, completion = (read_messages(record[name], name, where) for name in ("prompt", "completion"))
-        unlearnt = [replace(message, others={**message.others, "weight": 0}) for message in prompt]
-        return _chat((*unlearnt, *completion), record, where)
+        given, learnt = (read_messages(record[name], name, where) for name in ("prompt", "completion"))
+        unlearnt = [replace(message, others={**message.others, "weight": 0}) for message in given]
+        return _chat((*unlearnt, *learnt), record, where)
     prompt, completion = (_string(record, name, where) for name in ("prompt", "completion"))
     if not completion.strip():
         raise FistaPrunerError(f"{where}: the completion is empty, so that there is nothing to learn")
