@@ -439,7 +439,6 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
         ("status ", "RUN '' is empty: give the path of a folder"),
         ("resume ", "RUN '' is empty: give the path of a folder"),
         ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
-        ("recover x --out OUT --replay=", "--replay '' is empty: name a steps.jsonl"),
         ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("align x --out OUT --recipe=", "recipe '' is not a file"),

@@ -27,7 +27,6 @@ from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWri
 from fistapruner.pipeline.training import train
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.tuning.pair_objective import AnswerObjective
 from tiny import tensors
 
@@ -287,28 +286,6 @@ def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
     with suppress(FistaPrunerError):
         fp.evaluate_run(bench.pruned(), tasks=["piqa"], listener=said)
     assert not [sentence for sentence in said.sentences if "aligned" in sentence]
-
-
-def test_steps_without_gradients_are_enough_to_rebuild_the_model(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On the kind of device that the run had."""
-    out = tmp_path / "out"
-    align(bench, out, optimizer="subzero", lr=1e-4)
-    command = ["recover", str(bench.pruned()), "--replay", str(out / "steps.jsonl"), "--out", str(tmp_path / "again")]
-    assert main([*command, "--rank", "4"]) == 2
-    assert "--rank: --replay trains and evaluates nothing" in capsys.readouterr().err
-    assert main([*command, "--device", "nowhere"]) == 2
-    assert "device 'nowhere' is not supported" in capsys.readouterr().err
-    first, *others = read_steps(out / "steps.jsonl")
-    with StepJournal(tmp_path / "cuda.jsonl", 0) as journal:
-        for line in ({**first, "run": {**first["run"], "device": "cuda"}}, *others):
-            journal.append(line)
-    assert main([*command[:3], str(tmp_path / "cuda.jsonl"), *command[4:]]) == 2
-    assert "was made on cuda, and subzero draws other random numbers on cpu" in capsys.readouterr().err
-    assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "again")}
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == tiny.weights(out)["model.safetensors"]
 
 
 def test_a_model_whose_channels_were_removed(bench: Bench, tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ import re
 import shlex
 import shutil
 import statistics
-import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -29,27 +26,21 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.execution.training_context import RecoverContext
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
-from fistapruner.pipeline.replay import replay
 from fistapruner.planning.training_sizes import STEP, TRAINING
-from fistapruner.recipes.execution_settings import Execution
-from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.reporting.layer_errors import mean_error
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.recovery_text import trained_text
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.verdict import verdict
-from fistapruner.runs.decision import EvaluationRequest, RunRecord
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.decision import EvaluationRequest
 from fistapruner.runs.lock import hold
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_runs import input_run
-from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import pack
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint, is_packed
 from fistapruner.tuning.objective import Objective
@@ -579,56 +570,6 @@ def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_p
     for found in (report.recovery, again.recovery):
         assert found is not None
         assert not any(math.isfinite(check.held_out) for check in found.checks[1:])
-
-
-def test_a_run_without_gradients_is_replayed_with_its_threads(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last bits of subzero's frames depend on their number."""
-    threads: list[int] = []
-    orthonormal, own = torch.linalg.qr, torch.get_num_threads()
-
-    def watched(matrix: Tensor) -> Any:
-        threads.append(torch.get_num_threads())
-        return orthonormal(matrix)
-
-    monkeypatch.setattr(torch.linalg, "qr", watched)
-    pruned, run = bench.pruned() / "model", tmp_path / "run"
-    settings = {"optimizer": "subzero", "parameters": "full", "lr": 1e-4, "execution": {"threads": own + 1}}
-    recover(bench.pruned(), run, **settings)
-    assert set(threads) == {own + 1}
-    threads.clear()
-    again = replay(pruned, run / "steps.jsonl", tmp_path / "again", command="the command")
-    assert set(threads) == {own + 1}
-    assert torch.get_num_threads() == own
-    assert (again / "model.safetensors").read_bytes() == tiny.weights(run)["model.safetensors"]
-    told = inspect_checkpoint(again)
-    assert told.lineage is not None
-    assert not told.violations
-    assert [stage.kind for stage in told.lineage.stages] == ["prune", "recover"]
-    stage, report = told.lineage.stages[1], load_run(run)
-    assert (stage.command, stage.settings["optimizer"]) == ("the command", "subzero")
-    assert report.recovery is not None
-    assert stage.figures.tokens == report.recovery.tokens
-    assert stage.figures.operator_zeros == report.totals.operator_zeros
-    card = (again / "README.md").read_text()
-    assert "A pruned and recovered model" in card
-    assert yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])["optimizer"] == "subzero"
-    assert str(bench.folder) not in card  # only the names of files
-    monkeypatch.setattr("fistapruner.pipeline.replay.free_memory", lambda: 0)  # layers and states are read anew
-    streamed = replay(pruned, run / "steps.jsonl", tmp_path / "streamed")
-    assert (streamed / "model.safetensors").read_bytes() == tiny.weights(run)["model.safetensors"]
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "again", "streamed"}
-    lines = (run / "steps.jsonl").read_bytes().splitlines(keepends=True)
-    journal = tmp_path / "steps.jsonl"
-    for rest, why in (([], "the run was not finished"), ([b"x", *lines[4:]], "line 4 is damaged")):
-        journal.write_bytes(b"".join([*lines[:3], *rest]))
-        with pytest.raises(fp.FistaPrunerError, match=rf"steps\.jsonl ends after step 2 of 4: {why}"):
-            replay(pruned, journal, tmp_path / "not whole")
-        assert not (tmp_path / "not whole").exists()
-    for wrong, why in ((tmp_path / "none.jsonl", "does not exist"), (run, "is a folder")):
-        with pytest.raises(fp.FistaPrunerError, match=f"--replay {wrong} {why}: give the steps.jsonl of a run"):
-            replay(pruned, wrong, tmp_path / "none")
 
 
 # --- bad input: one line each, before any long work
@@ -1292,7 +1233,7 @@ def test_a_run_goes_on_with_less_where_memory_runs_out(
     def running_out(self: Objective, *arguments: Any) -> float:
         assert all(each() is None for each in held)
         calls.append(self.keep_graphs)
-        if len(calls) < 3 or len(calls) % 2 == 0:
+        if len(calls) < 3 or len(calls) == 4:
             return gradient(self, *arguments)
         large = torch.zeros(9)
         held.append(weakref.ref(large))
@@ -1303,107 +1244,22 @@ def test_a_run_goes_on_with_less_where_memory_runs_out(
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(Objective, "gradient", running_out)
-        with pytest.raises(fp.FistaPrunerError, match="the memory of cpu ran out in training, even") as error:
+        with pytest.raises(fp.FistaPrunerError, match="the memory of cpu ran out in training: free some") as error:
             recover(bench.pruned(), run, command="the command")
-    assert calls == [True] * 3 + [False] * 6
+    assert calls == [True] * 3 + [False] * 2
     assert "--batch-size" not in str(error.value)
     report = fp.resume(run)
     assert [warning.rpartition(": ")[2] for warning in report.warnings if "ran out" in warning] == [
         "decoder layers run twice for a gradient",
-        "one decoder layer is in memory at a time",
-        "trained tensors and hidden states are in files",
     ]
-    assert (run / "log.txt").read_text().count("going on after step 2 of 4") == 4
+    assert (run / "log.txt").read_text().count("going on after step 2 of 4") == 2
     assert tiny.weights(run) == tiny.weights(bench.recovered)
 
 
-def test_several_processes_go_on_with_less_when_they_are_started_again(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one whose memory ran out records it, since the others may be killed first; two that run out record one."""
-    run = Path(shutil.copytree(bench.recovered, tmp_path / "run"))
-
-    def opened(rank: int) -> RecoverContext:
-        context = RecoverContext.open(RecoverDirectory(run), RecoverRecipe, Execution())
-        context.ranks = Ranks(rank, 3)
-        monkeypatch.setattr(context, "_ended", Mock(return_value=None))  # it asks the other processes
-        monkeypatch.setattr(context, "_train", Mock(side_effect=torch.OutOfMemoryError()))
-        return context
-
-    def recorded() -> tuple[bool, bool, int]:
-        record = RecoverDirectory(run).record()
-        assert record is not None
-        return record.decision.keep_graphs, record.decision.resident, len(record.warnings)
-
-    assert recorded() == (True, True, 0)
-    contexts, write, written = [opened(2), opened(1)], RecoverDirectory.write_record, list[RunRecord]()
-
-    def write_slowly(self: RecoverDirectory, record: RunRecord) -> None:
-        written.append(record)
-        time.sleep(0.5)
-        write(self, record)
-
-    with monkeypatch.context() as patched, ThreadPoolExecutor() as pool:  # both run out at once
-        patched.setattr(RecoverDirectory, "write_record", write_slowly)
-        attempts = [pool.submit(context.train, Listener(), lambda: None) for context in contexts]
-        for attempt in attempts:
-            with pytest.raises(
-                fp.FistaPrunerError, match=r"^the memory of cpu ran out .*; give the same command again$"
-            ):
-                attempt.result()
-    assert len(written) == 1
-    assert {context.decision.keep_graphs for context in contexts} == {False}
-    assert recorded() == (False, True, 1)
-    # Before layers are read one after the other, the three divide what is trained.
-    with pytest.raises(fp.FistaPrunerError, match="each process keeps its share of the trained tensors; give the same"):
-        opened(0).train(Listener(), lambda: None)
-    assert recorded() == (False, True, 2)
-    context = opened(1)
-    assert context.decision.shards == 3
-    assert not context.keeps_graphs
-    with pytest.raises(fp.FistaPrunerError, match="one decoder layer is in memory at a time; give the same"):
-        context.train(Listener(), lambda: None)
-    assert recorded() == (False, False, 3)
-
-
-def test_processes_whose_files_divide_the_tensors_go_on_with_what_needs_less(bench: Bench, tmp_path: Path) -> None:
-    """That each keeps its share would change nothing."""
-    run = Path(shutil.copytree(bench.recovered, tmp_path / "run"))
-    context = RecoverContext.open(RecoverDirectory(run), RecoverRecipe, Execution())
-    record = RecoverDirectory(run).begun_record()
-    record.decision = context.decision = context.decision.model_copy(
-        update={"keep_graphs": False, "states_on_disk": True}
-    )
-    RecoverDirectory(run).write_record(record)
-    context.ranks = Ranks(0, 3)
-    assert context._reduce_plan(Listener()).endswith("one decoder layer is in memory at a time")
-    assert context.decision.shards == 1
-
-
-@pytest.mark.parametrize(("size", "left"), [(1, set()), (2, {"0", "1"})])
-def test_files_that_another_number_of_processes_has_left_are_removed(
-    size: int, left: set[str], bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RecoverDirectory(shutil.copytree(bench.recovered, tmp_path / "run"))
-    context = RecoverContext.open(run, RecoverRecipe, Execution())
-    context.ranks = Ranks(0, size)
-    monkeypatch.setattr(context, "_ended", Mock(side_effect=fp.FistaPrunerError("enough")))
-    for folder in (run.trained, run.hidden):
-        for path in (folder / "trained-0000.safetensors", *(folder / str(rank) / "file" for rank in range(3))):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    with pytest.raises(fp.FistaPrunerError, match="enough"):
-        context.train(Listener(), lambda: None)
-    assert {path.name for path in run.trained.iterdir()} == {path.name for path in run.hidden.iterdir()} == left
-
-
-def test_the_best_weights_are_those_of_the_state_where_training_ended(bench: Bench, tmp_path: Path) -> None:
-    """Where that one cannot be read any more, those of an older state are not taken for them."""
-    run = RecoverDirectory(shutil.copytree(bench.recovered, tmp_path / "run"))
-    context = RecoverContext.open(run, RecoverRecipe, Execution())
-    last, older = (int(path.name.split(".")[0]) for path in sorted(run.states.folder.glob("*.json"), reverse=True))
-    context._best(last)
-    (run.states.folder / f"{last:08d}.safetensors").write_bytes(b"")
-    with pytest.raises(fp.FistaPrunerError, match="is gone or damaged; give the same command again"):
-        context._best(last)
-    context._best(older)
+def test_several_processes_are_refused(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for verb in (fp.recover, fp.align):
+        with pytest.raises(fp.FistaPrunerError, match=r"^WORLD_SIZE is 2, and (recover|align) trains in one process: "):
+            verb(bench.pruned(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

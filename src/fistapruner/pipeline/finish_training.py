@@ -98,8 +98,7 @@ def finish(
     report.plan = check_plan(report.plan, report.totals, [], disk, _seconds(context))
     update_stage(report)
     # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
-    for folder in (run.teacher, run.hidden, run.trained):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(run.teacher, ignore_errors=True)
     run.write_report(report)
     return report
 

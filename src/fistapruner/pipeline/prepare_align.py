@@ -23,7 +23,7 @@ from ..runtime.files import sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
 from ..tuning.references import missing_windows
 from ..tuning.teacher import TOP
-from .prepare_training import choose_plan, describe_text, record, share_of
+from .prepare_training import choose_plan, describe_text, record
 from .training_inputs import TrainingInputs, TrainingRequest, check_training_inputs, find_input
 
 LONGEST = "data.max_length"
@@ -47,7 +47,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], liste
         inputs.warn(listener, sentence)
     text = write_pairs(run, request, inputs, pairs, listener)
     recipe, task = inputs.recipe, task_of(run.folder, inputs, text)
-    plan = choose_plan(share_of(task, request.ranks), listener)
+    plan = choose_plan(task, listener)
     sources = {str(recipe.data.pairs): sha256_file(Path(str(recipe.data.pairs)))}
     facts = describe_text(text, Path(str(recipe.data.pairs)).name, text.tokens.shape[1])
     record(run, request, inputs, text, plan, task.steps, sources, facts)

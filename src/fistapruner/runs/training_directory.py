@@ -6,8 +6,6 @@ RUN/
     teacher/               the dense model's predictions of these windows (:mod:`fistapruner.tuning.teacher`)
     steps.jsonl            one line a step (:mod:`fistapruner.runs.steps`)
     states/                the newest training states (:mod:`fistapruner.runs.snapshots`)
-    hidden/                hidden states between decoder layers, where memory does not hold them
-    trained/               trained tensors and optimizer state, where memory does not hold them
     adapter/               what spp or hira has trained, as a PEFT adapter of the input
 """
 
@@ -57,12 +55,10 @@ class TrainingDirectory(RunDirectory):
         self.windows_file = folder / "windows.safetensors"
         self.steps_file = folder / "steps.jsonl"
         self.teacher = folder / "teacher"
-        self.hidden = folder / "hidden"
-        self.trained = folder / "trained"
         self.states = Snapshots(folder / "states")
 
     def own_folders(self) -> tuple[Path, ...]:
-        return (self.model, self.adapter, self.teacher, self.hidden, self.trained, self.states.folder)
+        return (self.model, self.adapter, self.teacher, self.states.folder)
 
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.windows_file, self.steps_file)
@@ -104,7 +100,7 @@ class TrainingDirectory(RunDirectory):
 
     def remove_weights(self) -> None:
         super().remove_weights()
-        for folder in (self.states.folder, self.teacher, self.hidden, self.trained):
+        for folder in (self.states.folder, self.teacher):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
