@@ -1,4 +1,4 @@
-"""Read examples with an answer: ``.jsonl`` lines with a prompt, with messages, or with Alpaca's fields.
+"""Read examples with an answer: ``.jsonl`` lines with a prompt, with messages, or of Alpaca.
 
 Only answers carry loss: completions with the end-of-text token behind them, or the turns of the assistant as the
 tokenizer's chat template writes them. Of Alpaca's lines all tokens do, in its published template, as in the program of
