@@ -462,7 +462,7 @@ def test_a_flag_that_is_empty_or_without_effect_is_refused(
     [
         "prune MODEL --out OUT --calibration DATA",
         "prune MODEL --out OUT --recipe paper",  # its penalty goes by the model's family
-        "prune MODEL --out OUT --calibration python --recover 1k --evaluate DATA",
+        "prune MODEL --out OUT --calibration python --evaluate DATA",
         "compare MODEL --methods wanda --out OUT --calibration DATA",
         "compare MODEL --methods wanda --out OUT --calibration python --evaluate DATA",
         "recover MODEL --out OUT --data DATA",

@@ -211,22 +211,3 @@ def test_what_may_change_the_last_bits_is_told(recoveries: Runs, disk: Path) -> 
     log = (out / "log.txt").read_text()
     assert "began with torch 1.0" in log
     assert "this run began with 1 threads and keeps them" in log
-
-
-def test_a_recovery_that_follows_pruning_goes_on_with_the_same_command(runs: Runs, disk: Path) -> None:
-    recipe = disk / "recipe.yaml"
-    recipe.write_text(
-        "recover: {steps: 3, windows_per_step: 2, rank: 4, data: {seqlen: 16, tokens: 200, held_out: 0.1}}\n"
-    )
-    whole, killed = disk / "whole", disk / "killed"
-    outcome = runs.run(whole, "--recipe", str(recipe))
-    assert outcome.status == 0, outcome.stderr
-    at = (runs.calls + outcome.calls) // 2  # in the recovery
-    assert runs.run(killed, "--recipe", str(recipe), at=at, then="kill").status == -9
-    assert (killed / "recovered" / "steps.jsonl").exists()
-    assert runs.run(killed, "--recipe", str(recipe)).status == 0
-    for folder in ("model", "recovered/model"):
-        shards = sorted(path.name for path in (whole / folder).glob("*.safetensors"))
-        assert shards
-        for name in shards:
-            assert (killed / folder / name).read_bytes() == (whole / folder / name).read_bytes()

@@ -137,15 +137,6 @@ def test_a_run_whose_low_rank_part_was_exchanged_is_refused(llama: Path, tmp_pat
         recover(run, tmp_path / "out")
 
 
-def test_pruning_and_recovery_in_one_command(llama: Path, tmp_path: Path) -> None:
-    """The same bytes as in two."""
-    data = {"source": "python", "seqlen": 32, "tokens": 1000}
-    recovery = {**TRAINING, "data": data}
-    fp.prune(llama.parent / "dense", tmp_path / "one", calibration=TEXT, recover=recovery, **PRUNING)
-    recover(llama, tmp_path / "two")
-    assert results(tmp_path / "one" / "recovered") == results(tmp_path / "two")
-
-
 def test_trained_again(llama: Path, tmp_path: Path) -> None:
     recover(llama, tmp_path / "first", optimizer="mezo", lr=1e-3)
     again = recover(tmp_path / "first", tmp_path / "second")

@@ -236,14 +236,15 @@ def test_operators_that_were_left_dense_are_not_trained(
     assert "over 8 operators" in summary(made, pruned)
 
 
-def test_experts_are_recovered_right_after_pruning(bench: Bench, tmp_path: Path) -> None:
+def test_experts_are_recovered(bench: Bench, tmp_path: Path) -> None:
     settings = {**SETTINGS, "data": {"seqlen": SEQLEN, "tokens": 300}}
     calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
     settings.pop("evaluate")
     dense = bench.dense("qwen3_moe")
-    report = fp.prune(dense, tmp_path / "run", method="wanda", calibration=calibration, recover=settings)
+    fp.prune(dense, tmp_path / "run", method="wanda", calibration=calibration)
+    report = fp.recover(tmp_path / "run", tmp_path / "recovered", **settings)
     assert report.recovery is not None
-    before, after = (tensors(tmp_path / "run" / folder) for folder in ("model", "recovered/model"))
+    before, after = (tensors(tmp_path / folder / "model") for folder in ("run", "recovered"))
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
     assert torch.equal(after[name] == 0, before[name] == 0)
     assert not torch.equal(after[name], before[name])
@@ -540,22 +541,6 @@ def test_a_model_whose_loss_is_no_number_at_the_start_gets_no_advice_on_rates(be
     report = recover(model, tmp_path / "out", loss="ce", data={"source": str(bench.text)})
     assert "are not finite" in report.warnings[-1]
     assert "--lr" not in report.warnings[-1]
-
-
-def test_every_verb_shows_the_recovery_that_followed_alike(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The checkpoint of the figures, and exit status 1 where training stopped."""
-    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    settings = {**SETTINGS, "lr": 1e30, "validation_checks": 1, "data": {"seqlen": SEQLEN, "tokens": 300}}
-    settings.pop("evaluate")
-    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
-    recipe.write_text(json.dumps({"method": "magnitude", "calibration": calibration, "recover": settings}))
-    prune = ["prune", str(bench.dense()), "--out", str(run), "--recipe", str(recipe), "--evaluate", "none"]
-    for command in (prune, ["resume", str(run)], ["finish", str(run)], ["resume", str(run / "recovered")]):
-        assert main([*command, "--quiet"]) == 1
-        said = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert ["checkpoint", str(run / "recovered" / "model")] in said
 
 
 def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_path: Path) -> None:
@@ -1125,70 +1110,6 @@ def test_the_report_of_a_finished_run_outlives_a_failure(bench: Bench, tmp_path:
     with pytest.raises(fp.FistaPrunerError, match=r"plain"):
         fp.resume(tmp_path / "out")
     assert (tmp_path / "out" / "report.json").read_text() == before
-
-
-FOLLOWING: dict[str, tuple[dict[str, Any], str]] = {
-    "text not there": ({"data": {"source": "nowhere.txt"}}, r"training source 'nowhere\.txt'"),
-    "long windows": ({"data": {"seqlen": 10**6}}, r"data\.seqlen 1000000 is more than the 2048"),
-    "short text": ({"data": {"seqlen": 2000}}, r"is too short"),
-    "targets": ({"targets": ["nothing"]}, r"^recover: targets: 'nothing' matches no operator"),
-    "no such vectors": ({"parameters": "norms", "also": "biases"}, r"^recover: also biases: .* have no biases, and"),
-    "ignore": ({"ignore": ["re:.*"]}, r"leave no operator to train"),
-    "precision": ({"dtype": "float16"}, r"dtype float16"),
-    "few steps": ({"steps": 1, "data": {"tasks": dict.fromkeys("abc", "python")}}, r"needs 3 windows for its 1 round"),
-    "few tokens": (
-        {"steps": 9, "data": {"tasks": {"a": "self", "b": "python"}, "tokens": 8}},
-        r"needs 2 windows for its 1 round, and there are 1",
-    ),
-    "short text beside self": ({"data": {"tasks": {"a": "self", "b": "the text"}, "seqlen": 2000}}, r"is too short"),
-}
-
-
-@pytest.mark.parametrize(("following", "message"), FOLLOWING.values(), ids=FOLLOWING)
-def test_bad_input_of_a_recovery_that_follows_shows_before_pruning(
-    bench: Bench, tmp_path: Path, following: dict[str, Any], message: str
-) -> None:
-    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
-    following = json.loads(json.dumps(following).replace("the text", str(bench.text)))
-    with pytest.raises(fp.FistaPrunerError, match=message):
-        fp.prune(bench.dense(), tmp_path / "run", method="magnitude", calibration=calibration, recover=following)
-    assert not (tmp_path / "run" / "run.json").exists()
-
-
-def test_a_recovery_that_follows_says_what_to_do_where_its_dense_model_has_moved(bench: Bench, tmp_path: Path) -> None:
-    """Neither prune nor resume has --dense."""
-    dense = tmp_path / "dense"
-    shutil.copytree(bench.dense(), dense)
-    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
-    recovery = {"loss": "kl", "steps": 1, "data": {"source": str(bench.text), "seqlen": SEQLEN}}
-    settings = {"method": "magnitude", "calibration": calibration}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fistapruner.pipeline.prune.recover", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            fp.prune(dense, tmp_path / "run", recover=recovery, **settings)
-    moved = dense.rename(tmp_path / "moved")
-    with pytest.raises(
-        fp.FistaPrunerError, match=r"is not at .*dense any more: put it back .* --out NEW --dense MODEL'"
-    ):
-        fp.resume(tmp_path / "run")
-    fp.recover(tmp_path / "run", tmp_path / "new", recipe=recovery, dense=moved)
-    moved.rename(dense)
-    assert fp.resume(tmp_path / "run").kind == "recover"
-
-
-def test_a_recovery_that_a_continuing_command_adds_is_checked_before_pruning(bench: Bench, tmp_path: Path) -> None:
-    settings = {"method": "magnitude", "calibration": {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}}
-    fp.prune(bench.dense(), tmp_path / "run", only_layers=(0, 0), **settings)
-    with pytest.raises(fp.FistaPrunerError, match="targets: 'nothing' matches no operator"):
-        fp.prune(bench.dense(), tmp_path / "run", recover={"targets": ["nothing"]}, **settings)
-    assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1
-    with pytest.raises(fp.FistaPrunerError, match=r"^recover: --memory-limit 1\.00 MiB is not enough"):
-        fp.prune(bench.dense(), tmp_path / "run", recover={"steps": 1}, execution={"memory_limit": "1MiB"}, **settings)
-    record = PruneDirectory(tmp_path / "run").begun_record()
-    assert (record.recipe["recover"], record.recipe["execution"]["memory_limit"]) == (None, None)
-    assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1
-    with pytest.raises(fp.FistaPrunerError, match="recover with sparsity 0%: no operator has zeros"):
-        fp.prune(bench.dense(), tmp_path / "dense", recover={"steps": 1}, sparsity="0%", **settings)
 
 
 def test_a_finished_run_is_evaluated_where_a_command_asks_for_it(bench: Bench, run: Path) -> None:

@@ -236,31 +236,6 @@ def test_the_method_is_timed_once_for_experts_of_one_shape(tmp_path: Path, monke
     assert 2 <= timed.call_count - (sum(solving) - experts) <= 4  # with tokens and without
 
 
-@pytest.mark.parametrize(
-    ("recover", "settings", "what"),
-    [
-        ({}, {"sparsity": "0%"}, r"recover with sparsity 0%: no operator has zeros to keep"),
-        ({}, {"structure": "mlp=40"}, None),
-        ({"targets": ["nothing"]}, {}, r"'nothing' matches no operator"),
-        ({"data": {"source": "python", "tasks": {}, "seqlen": 4096}}, {}, r"data.seqlen 4096"),
-    ],
-)
-def test_a_plan_refuses_a_recovery_that_the_run_would_refuse(
-    model: Model, tmp_path: Path, recover: dict[str, Any], settings: dict[str, Any], what: str | None
-) -> None:
-    folder, calibration = model[0].checkpoint.folder, {"source": "python", "samples": 2, "seqlen": 16}
-    asked = {"method": "wanda", "calibration": calibration, "recover": recover, **settings}
-    if what is None:
-        assert "recovery is not in this plan" in plan_model(folder, Recipe.build(asked), tmp_path / "run").says[-1]
-        return
-    for refuses in (
-        lambda: plan_model(folder, Recipe.build(asked), tmp_path),
-        lambda: prune(folder, tmp_path, **asked),
-    ):
-        with pytest.raises(FistaPrunerError, match=what):
-            refuses()
-
-
 def test_a_plan_counts_the_calibration_tokens_and_makes_none(model: Model, tmp_path: Path) -> None:
     """Far more than memory holds are refused in one line, and so are numbers that no run can have."""
     few, many = (sizes(model, calibration={"source": "python", "samples": count}).base for count in (1, 2**26))

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -26,13 +25,7 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.compare import compare
-from fistapruner.pipeline.compare_jobs import check_recoveries, plan_jobs
-from fistapruner.pipeline.contenders import parse_contenders
-from fistapruner.pipeline.plan import plan_model
 from fistapruner.pipeline.plan_training import plan_alignment_of
-from fistapruner.pipeline.recover_inputs import check_trained
 from fistapruner.planning.budget import Resources
 from fistapruner.planning.footprint import peak_bytes
 from fistapruner.planning.sizes import GENERATING
@@ -42,8 +35,6 @@ from fistapruner.planning.training_sizes import CUTTING, TrainingSizes
 from fistapruner.planning.training_task import Task, TrainingChoice
 from fistapruner.recipes.align_settings import AlignRecipe
 from fistapruner.recipes.recover_settings import RecoverRecipe
-from fistapruner.recipes.settings import Recipe
-from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.training_directory import RecoverDirectory
@@ -124,7 +115,9 @@ def test_given_windows_a_pass_are_kept(folder: Path) -> None:
     assert planned(needs, needs.peak(TrainingChoice(4))).choice.batch_size == 4
     refused = planned(needs, needs.peak(SMALLEST))
     assert not refused.fits
-    assert "even with 4 windows at a time (--batch-size); give more, lower --batch-size, or shorten" in str(refused.refusal)
+    assert "even with 4 windows at a time (--batch-size); give more, lower --batch-size, or shorten" in str(
+        refused.refusal
+    )
 
 
 def test_memory_grows_with_the_text(folder: Path) -> None:
@@ -458,64 +451,6 @@ def recover(run: Path, out: Path, **settings: Any) -> Report:
     return fp.recover(run, out, **{"data": data, **fixed, **settings})
 
 
-def test_a_recovery_is_planned_on_the_disk_that_pruning_leaves(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = {"parameters": "full", "data": {"source": "python", "seqlen": 16, "tokens": 300}}
-    recipe = Recipe.build({"method": "wanda", "sparsity": "2:4", "recover": training})
-    source = UNTRUSTED.find(run.parent / "dense")
-    task = check_trained(recipe, source, PruneDirectory(tmp_path))
-    assert task is not None
-    assert task.before == pytest.approx(sum(path.stat().st_size for path in run.rglob("*[0-9l].safetensors")), rel=0.05)
-    found = plan_training(task)
-    needed = math.ceil(sum(found.needs.disk(found.choice).values()) / 0.95) + task.before
-    for free, fits in ((needed, True), (needed - task.before, False)):
-        monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=free)))
-        with nullcontext() if fits else pytest.raises(FistaPrunerError, match=r" free, .* of it for the pruning; "):
-            assert plan_training(task).choice == found.choice
-    (tmp_path / "layers").mkdir()
-    (tmp_path / "layers" / "0000.safetensors").write_bytes(b"0" * 1000)  # of a run that was interrupted
-    part = check_trained(recipe, source, PruneDirectory(tmp_path))
-    assert part is not None
-    assert part.before == task.before - 1000
-    again = check_trained(recipe, source, PruneDirectory(run))  # which has pruned
-    assert again is not None
-    assert again.before == 0
-
-
-def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = {"parameters": "full", "data": {"source": "python", "seqlen": 16, "tokens": 300}}
-    calibration = {"source": "python", "samples": 2, "seqlen": 16}
-    settings: dict[str, Any] = {"method": "wanda", "sparsity": "2:4", "calibration": calibration, "recover": training}
-    plan = plan_model(run.parent / "dense", Recipe.build(settings), tmp_path)
-    assert "'fistapruner plan RUN --recover'" in plan.says[-1]
-    little = Mock(return_value=Resources(2**20, CPU, {}, (CPU,)))  # for the recovery; the pruning fits
-    monkeypatch.setattr("fistapruner.planning.training_plan.Resources", Mock(of_this_machine=little))
-    with pytest.raises(FistaPrunerError, match=r"^recover: .*the 1\.00 MiB that are free is not enough: "):
-        fp.prune(run.parent / "dense", tmp_path / "out", **settings)
-    assert not (tmp_path / "out").exists()
-    short = tmp_path / "short.txt"
-    short.write_text("one")
-    with pytest.raises(FistaPrunerError, match=r"short\.txt"):  # which shows before the plan
-        fp.prune(run.parent / "dense", tmp_path / "out", evaluate=short, **settings)
-    fp.prune(run.parent / "dense", tmp_path / "out", only_layers=(0, 1), **settings)  # which recovers nothing
-    planned = Mock(side_effect=FistaPrunerError("fewer --tokens"))
-    monkeypatch.setattr("fistapruner.pipeline.recover_inputs.plan_training", planned)
-    methods = "wanda,magnitude"
-    with pytest.raises(FistaPrunerError, match=r"^recover: fewer --tokens \(these are flags of .fistapruner recover"):
-        compare(run.parent / "dense", methods, ["2:4"], tmp_path / "compared", settings=settings, windows=1)
-    assert not (tmp_path / "compared").exists()
-    planned.reset_mock(side_effect=True)
-    opened = Mock(wraps=check_trained)
-    monkeypatch.setattr("fistapruner.pipeline.compare_jobs.check_trained", opened)
-    jobs = plan_jobs(parse_contenders(methods), ["2:4", "50%", "60%", "0%"], (0, 1), settings)
-    check_recoveries(jobs, UNTRUSTED.find(run.parent / "dense"), tmp_path / "compared", tiny.Said())
-    assert planned.call_count == 2  # with other numbers of zeros, of which 0% has none
-    assert opened.call_count == 3 + 2  # once for methods and seeds; 0% is refused for each method
-
-
 def weights(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
@@ -574,7 +509,9 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert found["chosen"]["parameters"] == "lora"
     assert any("(5 steps of " in sentence for sentence in found["says"])
     assert main([*command, "--memory-limit", "1MiB"]) == 2
-    assert re.search("even with one pair at a time; .* or lower --max-length, for --parameters", capsys.readouterr().out)
+    assert re.search(
+        "even with one pair at a time; .* or lower --max-length, for --parameters", capsys.readouterr().out
+    )
     for loss, whole in (("dpo", 1), ("harmonic", 2)):
         recipe = AlignRecipe.build({"loss": loss, "data": {"pairs": str(pairs)}})
         task = plan_alignment_of(run, recipe, tmp_path)[0].needs.task

@@ -32,7 +32,7 @@ from ..runs.lineage import dense_name, lineage_of
 from ..runs.listener import Listener
 from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
-from ..runs.training_runs import dense_of, input_run, recovered_beside
+from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..sparse.packed_checkpoint import is_packed
 from ..tuning.trained import has_vectors
@@ -167,8 +167,6 @@ def check_training_inputs(
         check_data(evaluation.data)
     source = find_input(request.model, permissions, verb=run.verb)
     listener.say(f"model {request.model}: {source.folder}")
-    if origin is not None and (beside := recovered_beside(origin.folder)):
-        listener.say(beside)
     listener.tick("opening and checking the model", 0, 1)
     recipe = resolve(request.recipe, origin)
     resolved = replace(request, recipe=recipe)

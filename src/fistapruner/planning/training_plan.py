@@ -171,15 +171,14 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
         return FormPlan(parameters, least, False, str(over.refusal(least)), None, needs, budgets, over.load(least)[1])
     place = existing_folder(task.out)
     free = shutil.disk_usage(place).free if free is None else free
-    room = round(max(0, free - task.before) * DISK_SHARE)
+    room = round(free * DISK_SHARE)
     chosen = _in_rounds(needs, chosen, room)
     parts = needs.disk(chosen)
     if sum(parts.values()) > room:
         worst = max(parts, key=lambda name: parts[name])
         refusal = (
             f"{task.out} needs {size(sum(parts.values()))} of disk, {size(parts[worst])} for {worst}, and {place} has "
-            f"{size(free)} free{f', {size(task.before)} of it for the pruning' if task.before else ''}"
-            f"{_smaller_teacher(needs, chosen, room)}"
+            f"{size(free)} free{_smaller_teacher(needs, chosen, room)}"
         )
         return FormPlan(parameters, chosen, False, refusal, None, needs, budgets)
     first = TrainingChoice(task.batch_size)

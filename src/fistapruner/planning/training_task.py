@@ -57,7 +57,6 @@ class Task:
         together: windows that no pass may part.
         generator: the dense model where it generates the training text; else None.
         answers: windows of the pairs whose log-probabilities are computed before and after training, by model.
-        before: bytes of the same disk that the pruning takes before the run begins.
         low_rank: the low-rank part that belongs to the model.
     """
 
@@ -79,7 +78,6 @@ class Task:
     together: int = 1
     generator: LayerwiseModel | None = None
     answers: tuple[int, ...] = ()
-    before: int = 0
     low_rank: LowRankAdapter | None = None
 
     @classmethod

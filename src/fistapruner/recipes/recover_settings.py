@@ -132,12 +132,6 @@ class RecoverRecipe(TrainingRecipe):
     def without_dense(self) -> str:
         return ", or take --loss ce" + (" and another --data" if self.generates_text else "")
 
-    def with_seed(self, seed: int) -> RecoverRecipe:
-        """Return the recipe with this seed wherever it names none."""
-        own = {} if "seed" in self.model_fields_set else {"seed": seed}
-        of_data = {} if "seed" in self.data.model_fields_set else {"seed": seed}
-        return self.model_copy(update={**own, "data": self.data.model_copy(update=of_data)})
-
     def with_absolute_files(self) -> RecoverRecipe:
         data = self.data
         tasks = {name: absolute_file(text) for name, text in data.tasks.items()}

@@ -22,12 +22,10 @@ from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, files_named, remove_folder
+from ..runtime.files import PARTIAL
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
-from .lock import hold
 from .snapshots import Snapshots
 
 TEXT = "training"
@@ -75,28 +73,6 @@ class TrainingDirectory(RunDirectory):
         if (record := self.record()) is None:
             raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
         return record
-
-    def remove(self, source: Path) -> None:
-        """Remove the run; ``run.json`` goes last of what makes it one.
-
-        So a removal that was killed can go on.
-
-        Args:
-            source: folder of the model that the run changed, if it is still there
-                (:meth:`~.directory.RunDirectory.remove_model`).
-
-        Raises:
-            FistaPrunerError: a process works in it, or the folder holds files that the run did not write.
-        """
-        own = {path.name for path in (*self.own_folders(), *self.own_files(), self.page_file)}
-        if others := [name for name in self.foreign() if name.removesuffix(PARTIAL) not in own]:
-            raise FistaPrunerError(
-                f"{self.folder / others[0]} was not written by this run: move it away, and run the same command again"
-            )
-        with hold(self.folder), disk_errors(self.folder):
-            if self.model.is_dir():
-                self.remove_model(Checkpoint.open(source) if source.is_dir() else None)
-            remove_folder(self.folder, self.run_file, *files_named(self.folder, EARLY))
 
     def remove_weights(self) -> None:
         super().remove_weights()
