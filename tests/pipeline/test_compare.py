@@ -336,10 +336,6 @@ def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None
     assert compared("magnitude", SETTINGS) == [None]
     before = (out / "compare.json").read_bytes()
     for settings, message in (
-        (
-            {**SETTINGS, "low_rank": 2},
-            "made without low_rank, this comparison would make it with low_rank: name",
-        ),
         (ignoring, r'made with ignore = \[.*\], this comparison would make it with ignore = \["down_proj"\]: name'),
         ({**SETTINGS, "structure": {"multiple": 16, "remove": "25%"}}, r"structure\.remove"),
     ):

@@ -124,7 +124,8 @@ def test_the_written_model_has_the_zeros_and_is_better(
 ) -> None:
     """On transposed and fused weights (gpt2), with biases (opt), with norms around the operators (gemma2)."""
     pruned, out = bench.pruned(architecture, sparsity), tmp_path / "out"
-    report = recover(pruned, out, parameters=parameters)
+    rate = {"lr": 0.02} if parameters == "norms" else {}  # at the automatic rate they gain next to nothing
+    report = recover(pruned, out, parameters=parameters, **rate)
     assert_only_survivors_changed(pruned, out, bench.dense(architecture), parameters)
     # Never worse on the held-out windows, by another implementation of model and loss.
     assert report.recovery is not None
@@ -150,8 +151,8 @@ def test_every_architecture_keeps_its_zeros(bench: Bench, tmp_path: Path, number
     changes = {"dtype": [torch.bfloat16, torch.float32][number % 2]}
     pruned, out = bench.pruned(architecture, ["50%", "2:4"][number // 2 % 2], **changes), tmp_path / "out"
     settings = {"rank": 2, "steps": 2, "patience": False, "validation_checks": 1}
-    if parameters in ("spp", "hira"):
-        settings["lr"] = 0.02  # two steps of the automatic rate may change nothing in bf16
+    # Two steps of the automatic rate may change nothing in bf16, or gain no more than rounding.
+    settings["lr"] = 2e-3 if parameters == "full" else 0.02
     report = recover(pruned, out, parameters=parameters, **settings)
     assert_only_survivors_changed(pruned, out, bench.dense(architecture, **changes), parameters)
     assert {tensor.dtype for tensor in tensors(out / "model").values()} == set(changes.values())
