@@ -19,10 +19,9 @@ from torch import Tensor
 
 from fistapruner import LayerProblem
 from fistapruner.core import parse_sparsity
+from fistapruner.core.linalg import alive_gram, fast_products, has_bf16_units
 from fistapruner.runtime.machine import describe_machine
-from fistapruner.core.linalg import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
-from fistapruner.core.linalg import alive_gram
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
 from fistapruner.solvers.refit import refit_cg
 

@@ -7,9 +7,9 @@ import torch
 
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.core import ProblemSums
+from fistapruner.core.linalg import fast_products
 from fistapruner.core.problem import unweighted
 from fistapruner.core.sums import DriftFrom
-from fistapruner.core.linalg import fast_products
 from fistapruner.solvers import solve
 
 TOKENS, INPUTS, ROWS = 60, 10, 7

@@ -154,7 +154,7 @@ def test_python_for_peft(recovered: None) -> None:
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name] == 0, weight == 0) for name, weight in pruned.items())
     trained = sum(int((weight != pruned[name]).sum()) for name, weight in expected.items())
-    assert sum(int((weight != merged[name]).sum()) for name, weight in expected.items()) < trained / 10
+    assert sum(int((weight != merged[name]).sum()) for name, weight in expected.items()) <= trained / 10
 
 
 def test_commands_in_the_documentation_are_understood() -> None:

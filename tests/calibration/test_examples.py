@@ -15,6 +15,7 @@ from test_windows import LETTERS, letters_tokenizer, text_of
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.calibration.examples import Example, Message, read_training_file
 from fistapruner.calibration.packing import pack_examples
@@ -59,6 +60,19 @@ def test_completions_carry_loss_and_prompts_do_not(bos: bool) -> None:
     ids, marks = Example("prompt", ("", "xyz"), "here").encode(tokenizer, start)
     assert text_of(tokenizer, torch.tensor(ids)) == "<s>" * bos + "xyz</s>"
     assert marks == [False, True, True, True] + [True] * bos  # nothing comes before the first token
+
+
+@pytest.mark.parametrize("second", ["", "two"])
+def test_lines_of_alpaca_are_written_in_its_template_and_carry_loss(tmp_path: Path, second: str) -> None:
+    line = {"instruction": "Add.", "input": second, "output": "four"}
+    (example,) = read_training_file(write(tmp_path / "alpaca.jsonl", [line]))
+    assert isinstance(example, Example)
+    ids, marks = example.encode(tiny.tokenizer())
+    text = tiny.tokenizer().decode(ids)
+    assert ("### Input:\ntwo\n\n" in text) == bool(second)
+    assert "### Instruction:\nAdd.\n\n" in text
+    assert text.endswith("### Response:\nfour" + tiny.tokenizer().eos_token)
+    assert marks == [False] + [True] * (len(ids) - 1)
 
 
 def test_a_completion_that_ends_with_the_end_of_text_gets_no_second_one() -> None:

@@ -439,7 +439,6 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
         ("status ", "RUN '' is empty: give the path of a folder"),
         ("resume ", "RUN '' is empty: give the path of a folder"),
         ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
-        ("recover x --out OUT --replay=", "--replay '' is empty: name a steps.jsonl"),
         ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("align x --out OUT --recipe=", "recipe '' is not a file"),
@@ -463,7 +462,7 @@ def test_a_flag_that_is_empty_or_without_effect_is_refused(
     [
         "prune MODEL --out OUT --calibration DATA",
         "prune MODEL --out OUT --recipe paper",  # its penalty goes by the model's family
-        "prune MODEL --out OUT --calibration python --recover 1k --evaluate DATA",
+        "prune MODEL --out OUT --calibration python --evaluate DATA",
         "compare MODEL --methods wanda --out OUT --calibration DATA",
         "compare MODEL --methods wanda --out OUT --calibration python --evaluate DATA",
         "recover MODEL --out OUT --data DATA",

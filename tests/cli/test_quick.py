@@ -35,7 +35,6 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else status)
         (["methods"], "2408.03728"),
         (["methods", "--json"], "refines"),
         (["status", "RUN"], "1 of 3 decoder layers"),
-        (["status", "RUN"], "0 of 9 steps"),
         (["status", "RUN", "--json"], '"layers": 3'),
     ],
     ids=" ".join,
@@ -43,9 +42,6 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else status)
 def test_quick_verbs_import_neither_torch_nor_transformers(tmp_path: Path, arguments: list[str], word: str) -> None:
     report = {"version": 1, "status": "running", "model": {"source": "small", "layers": 3}, "layers": [{"index": 0}]}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    (tmp_path / "recovered").mkdir()
-    recovery = {"version": 1, "kind": "recover", "recovery": {"asked_steps": 9}}
-    (tmp_path / "recovered" / "run.json").write_text(json.dumps(recovery))
     command = [str(tmp_path) if argument == "RUN" else argument for argument in arguments]
     done = subprocess.run([sys.executable, "-c", CHECK, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fistapruner.constraints.selection import bisect_kth_largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
 from fistapruner.core import NM, Unstructured, parse_sparsity
 from fistapruner.core.constraints import counted_sparsity
-from fistapruner.constraints.selection import bisect_kth_largest
 from fistapruner.core.selection import keep_largest, keep_n_of_m
 
 

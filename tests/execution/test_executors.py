@@ -18,21 +18,20 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
+from fistapruner.execution.operator_parallel import ParallelSolver, do_part
+from fistapruner.pruning.partition import solve_in_parts
 
 import tiny
-from fistapruner.core import parse_sparsity
+from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
-from fistapruner.execution.operator_parallel import ParallelSolver, do_part
 from fistapruner.execution.pool import Event, LayerJob, PartJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
 from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune
 from fistapruner.pipeline.resume import resume
-from fistapruner.core import LayerProblem
-from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener

@@ -27,7 +27,6 @@ from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWri
 from fistapruner.pipeline.training import train
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.tuning.pair_objective import AnswerObjective
 from tiny import tensors
 
@@ -289,28 +288,6 @@ def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
     assert not [sentence for sentence in said.sentences if "aligned" in sentence]
 
 
-def test_steps_without_gradients_are_enough_to_rebuild_the_model(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On the kind of device that the run had."""
-    out = tmp_path / "out"
-    align(bench, out, optimizer="subzero", lr=1e-4)
-    command = ["recover", str(bench.pruned()), "--replay", str(out / "steps.jsonl"), "--out", str(tmp_path / "again")]
-    assert main([*command, "--rank", "4"]) == 2
-    assert "--rank: --replay trains and evaluates nothing" in capsys.readouterr().err
-    assert main([*command, "--device", "nowhere"]) == 2
-    assert "device 'nowhere' is not supported" in capsys.readouterr().err
-    first, *others = read_steps(out / "steps.jsonl")
-    with StepJournal(tmp_path / "cuda.jsonl", 0) as journal:
-        for line in ({**first, "run": {**first["run"], "device": "cuda"}}, *others):
-            journal.append(line)
-    assert main([*command[:3], str(tmp_path / "cuda.jsonl"), *command[4:]]) == 2
-    assert "was made on cuda, and subzero draws other random numbers on cpu" in capsys.readouterr().err
-    assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "again")}
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == tiny.weights(out)["model.safetensors"]
-
-
 def test_a_model_whose_channels_were_removed(bench: Bench, tmp_path: Path) -> None:
     """Nothing is masked in it; its operators stay as wide as they are, and all of them are trained."""
     calibration = {"source": str(bench.text), "samples": 2, "seqlen": 16}
@@ -540,6 +517,22 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
     align(bench, tmp_path / "api", loss="harmonic", weights="held-out", clip="none")
     one, two = (tiny.weights(tmp_path / name) for name in ("cli", "api"))
     assert one == two
+
+
+def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Path) -> None:
+    """MRPO with three references, a run and a folder among them; a model of other tokens is refused."""
+    other = tiny.save("gpt2", tmp_path / "other")
+    names = (str(bench.pruned("llama", "2:4")), "pruned", str(other))
+    report = align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2)
+    assert report.alignment is not None
+    folders = [str(bench.pruned("llama", "2:4") / "model"), str(other)]
+    assert list(report.alignment.references) == ["pruned", *folders]
+    file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
+    assert not torch.equal(file.read(f"{other}.chosen"), file.read("pruned.chosen"))
+    assert align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2) == report
+    strange = tiny.save("llama", tmp_path / "strange", vocab_size=tiny.VOCABULARY + 8)
+    with pytest.raises(FistaPrunerError, match=r"--references .*strange: its tokens are not those of"):
+        align(bench, tmp_path / "refused", loss="multi-dpo", references=("pruned", str(strange)))
 
 
 def test_references_are_computed_of_the_pairs_that_are_used(bench: Bench, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fistapruner.models.whole import load_whole
 from fistapruner.pipeline import measure
 from fistapruner.pipeline.align_compare import align_compare
 from fistapruner.pipeline.compare import compare
-from fistapruner.pipeline.compare_jobs import plan_jobs, run_name, shared_texts
+from fistapruner.pipeline.compare_jobs import plan_jobs, run_name
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.protocol import Protocol, distinct_seeds
 from fistapruner.pipeline.prune import prune
@@ -123,13 +123,6 @@ def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path
     assert [job.recipe.seed for job in jobs] == [job.recipe.calibration.seed for job in jobs] == [1, 1, 2, 2]
     assert {job.recipe.execution.device for job in jobs} == {"cpu"}
     assert [job.recipe.dense_target for job in jobs[::2]] == [0.5, 0.5]
-
-
-def test_a_recovery_of_a_row_has_the_seed_of_the_row() -> None:
-    methods = ["wanda@recover=2k", "wanda@recover={seed: 5, data: {tokens: 2k}}"]
-    jobs = plan_jobs(parse_contenders(methods), ["50%"], [1, 2], SETTINGS)
-    recoveries = [job.recipe.resolved().recover for job in jobs]
-    assert [(recover.seed, recover.data.seed) for recover in recoveries] == [(1, 1), (5, 1), (2, 2), (5, 2)]
 
 
 @pytest.mark.parametrize(
@@ -343,10 +336,6 @@ def test_rows_that_stay_have_the_settings_that_all_share(tmp_path: Path) -> None
     assert compared("magnitude", SETTINGS) == [None]
     before = (out / "compare.json").read_bytes()
     for settings, message in (
-        (
-            {**SETTINGS, "recover": 512},
-            "made without recover, this comparison would make it with recover: name",
-        ),
         (ignoring, r'made with ignore = \[.*\], this comparison would make it with ignore = \["down_proj"\]: name'),
         ({**SETTINGS, "structure": {"multiple": 16, "remove": "25%"}}, r"structure\.remove"),
     ):
@@ -372,10 +361,10 @@ def test_a_row_that_failed_does_not_stand_in_the_way_of_other_settings(tmp_path:
 def test_a_setting_that_an_earlier_release_did_not_have_is_at_its_default() -> None:
     """Also one inside a section: its row is none of another protocol."""
     text = cut_windows("the quick brown fox jumps over it. " * 40, tiny.tokenizer(), 32, 2)
-    shared: dict[str, Any] = {**SETTINGS, "structure": {"remove": "mlp=25%"}, "recover": 512}
+    shared: dict[str, Any] = {**SETTINGS, "structure": {"remove": "mlp=25%"}}
     [job] = plan_jobs(parse_contenders("wanda"), ["50%"], [0], shared)
     settings = job.recipe.resolved().model_dump(mode="json", exclude={"execution"})
-    del settings["structure"]["multiple"], settings["recover"]["data"]["held_out"], settings["reconstruct"]
+    del settings["structure"]["multiple"], settings["reconstruct"]
     figures = Perplexity("python", "", 32, 2, 62, "float32", 2.7, 0.1, 1.0, 0.1, text_sha256=text.sha256)
     row = CompareRow(method="wanda", sparsity="50%", settings=settings, perplexity=figures)
 
@@ -478,16 +467,11 @@ def test_a_command_whose_rows_all_fail_says_so_beside_earlier_rows(
     assert [bool(row["error"]) for row in content["rows"]] == [True, True]  # those of other settings do not
 
 
-@pytest.mark.parametrize("recovers", [False, True])
-def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path, recovers: bool) -> None:
+def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
-    settings = SETTINGS
-    if recovers:
-        following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
-        settings = {**SETTINGS, "recover": following}
     counts = [Counts(), Counts(), Counts()]
     [first], [again], [once_more] = (
-        compare(source, "wanda", ["50%"], out, settings=settings, windows=2, keep=keep, listener=count).rows
+        compare(source, "wanda", ["50%"], out, settings=SETTINGS, windows=2, keep=keep, listener=count).rows
         for keep, count in zip((False, True, True), counts, strict=True)
     )
     assert first.error is None
@@ -495,38 +479,30 @@ def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path, recovers: 
     assert once_more == again
     assert counts[2].measured == 0
     [run] = (out / "runs").iterdir()
-    for folder in [run, run / "recovered"] if recovers else [run]:
-        assert (folder / "model" / "model.safetensors").is_file()
-        assert "| perplexity |" in (folder / "model" / "README.md").read_text()
+    assert (run / "model" / "model.safetensors").is_file()
+    assert "| perplexity |" in (run / "model" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("recovers", [False, True])
-def test_a_damaged_checkpoint_is_none_that_was_kept(tmp_path: Path, recovers: bool) -> None:
+def test_a_damaged_checkpoint_is_none_that_was_kept(tmp_path: Path) -> None:
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
-    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
-    settings = {**SETTINGS, "recover": following} if recovers else SETTINGS
-    named: dict[str, Any] = {"settings": settings, "windows": 2, "keep": True}
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2, "keep": True}
     [first] = compare(source, "wanda", ["50%"], out, **named).rows
     [run] = (out / "runs").iterdir()
-    weights = [folder / "model" / "model.safetensors" for folder in ([run, run / "recovered"] if recovers else [run])]
-    whole = [file.read_bytes() for file in weights]
-    for file in weights:
-        for cut in (whole[weights.index(file)][:-8], None):  # damaged, half-removed
-            file.write_bytes(cut) if cut else file.unlink()
-            [again] = compare(source, "wanda", ["50%"], out, **named).rows
-            assert (again.error, again.perplexity) == (None, first.perplexity)
-            assert [other.read_bytes() for other in weights] == whole
+    file = run / "model" / "model.safetensors"
+    whole = file.read_bytes()
+    for cut in (whole[:-8], None):  # damaged, half-removed
+        file.write_bytes(cut) if cut else file.unlink()
+        [again] = compare(source, "wanda", ["50%"], out, **named).rows
+        assert (again.error, again.perplexity) == (None, first.perplexity)
+        assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize("recovers", [False, True])
-def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path, recovers: bool) -> None:
+def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path) -> None:
     """What was measured stays only with weights that are the same, as on another processor they may not be."""
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
-    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
-    settings = {**SETTINGS, "recover": following} if recovers else SETTINGS
 
     def measured(keep: bool) -> Any:
-        [row] = compare(source, "wanda", ["50%"], out, settings=settings, windows=2, keep=keep).rows
+        [row] = compare(source, "wanda", ["50%"], out, settings=SETTINGS, windows=2, keep=keep).rows
         assert row.error is None
         assert row.perplexity is not None
         return row.perplexity.nll
@@ -539,45 +515,30 @@ def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path, 
 
     nll = measured(keep=False)
     [run] = (out / "runs").iterdir()
-    result = run / "recovered" if recovers else run
-    change(result / "report.json", lambda report: report["evaluations"][0]["perplexity"].update(nll=99.0))
+    change(run / "report.json", lambda report: report["evaluations"][0]["perplexity"].update(nll=99.0))
     assert measured(keep=False) == 99.0
     assert measured(keep=True) == 99.0  # of the same weights
     assert measured(keep=False) == 99.0
-    for folder in {run, result}:
-        change(folder / "model.json", lambda record: record["files"]["model.safetensors"].update(sha256="others"))
-    if recovers:  # it began with those
-        change(result / "run.json", lambda record: record["decision"].update(stamps=[["model.safetensors", "others"]]))
+    change(run / "model.json", lambda record: record["files"]["model.safetensors"].update(sha256="others"))
     assert measured(keep=True) == nll
 
 
 def test_damaged_records_of_a_row_do_not_cost_its_figures(tmp_path: Path) -> None:
     """A report is made again; what cannot be is named, and the row stays."""
     source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
-    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
     said = tiny.Said()
 
     def compared() -> Any:
-        return compare(
-            source, "wanda", ["50%"], out, settings={**SETTINGS, "recover": following}, windows=2, listener=said
-        )
+        return compare(source, "wanda", ["50%"], out, settings=SETTINGS, windows=2, listener=said)
 
     [row] = compared().rows
     [run] = (out / "runs").iterdir()
-    for damaged in (run / "report.json", run / "recovered" / "report.json"):
-        damaged.write_text("")
-        [again] = compared().rows
-        assert (again.error, again.perplexity) == (None, row.perplexity)
-        assert any(f"the report is made again: {damaged} " in sentence for sentence in said.sentences)
-        assert damaged.read_text()
-    (run / "recovered" / "run.json").write_text("")
-    kept = compared()
-    assert kept.rows == [again]
-    [warning] = kept.warnings
-    assert f"remove {run / 'recovered'} or choose" in warning
-    shutil.rmtree(run / "recovered")
+    damaged = run / "report.json"
+    damaged.write_text("")
     [again] = compared().rows
     assert (again.error, again.perplexity) == (None, row.perplexity)
+    assert any(f"the report is made again: {damaged} " in sentence for sentence in said.sentences)
+    assert damaged.read_text()
 
 
 def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(
@@ -681,18 +642,13 @@ def test_bad_texts_show_before_anything_is_measured(tmp_path: Path) -> None:
     calibration = SETTINGS["calibration"]
     for bad, message in (
         ({"calibration": {**calibration, "source": "typo.jsonl"}}, r"calibration source '.*typo\.jsonl'"),
-        (
-            {"calibration": calibration, "recover": {"data": {"source": "typo.jsonl"}}},
-            r"training source '.*typo\.jsonl'",
-        ),
-        ({"calibration": calibration, "recover": {"data": {"seqlen": 10**6}}}, r"data\.seqlen 1000000 is more than"),
+        ({"calibration": {**calibration, "seqlen": 10**6}}, r"seqlen 1000000 is more than"),
     ):
         with pytest.raises(FistaPrunerError, match=message):
             compare(source, "magnitude,wanda", ["50%"], out, settings=bad, windows=2)
         assert not out.exists()
-        if "recover" not in bad:
-            with pytest.raises(FistaPrunerError, match=message):
-                prune(source, tmp_path / "run", listener=Counts(stop="plan:"), **bad)
+        with pytest.raises(FistaPrunerError, match=message):
+            prune(source, tmp_path / "run", listener=Counts(stop="plan:"), **bad)
 
 
 def test_calibration_text_that_is_too_short_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
@@ -719,27 +675,6 @@ def test_calibration_text_is_generated_once_and_in_no_row(tmp_path: Path, monkey
     assert [row.error for row in comparison.rows] == [None, None]
     assert loaded.call_count == 1
     assert [call.kwargs["tokens"] is not None for call in given.call_args_list] == [True, True]
-
-
-def test_the_text_of_recoveries_is_compared_with_the_evaluation_text(tmp_path: Path) -> None:
-    text, examples, other = (tmp_path / f"{name}.jsonl" for name in ("text", "examples", "other"))
-    text.write_text('{"text": "it was the best of times"}\n{"text": "it was the worst of times"}\n')
-    examples.write_text('{"prompt": "what was it?", "completion": "the age of wisdom"}\n')
-    other.write_text('{"text": "another"}\n')
-    for data in ({"source": str(text)}, {"tasks": {"qa": str(examples), "plain": str(text)}}):
-        settings = {**SETTINGS, "recover": {"data": data}}
-        jobs = plan_jobs(parse_contenders("wanda"), ["50%"], [0], settings)
-        (said,) = shared_texts(jobs, str(text))
-        assert said.startswith(
-            f"2 of the 2 documents of the evaluation text {str(text)!r} are also in the training text"
-        )
-        assert shared_texts(jobs, str(other)) == []
-    both = {"calibration": {**SETTINGS["calibration"], "source": str(text)}, "recover": {"data": {"source": str(text)}}}
-    jobs = plan_jobs(parse_contenders("wanda"), ["50%"], [0], both)
-    assert [said.split(" text (")[0].split()[-1] for said in shared_texts(jobs, str(text))] == [
-        "calibration",
-        "training",
-    ]
 
 
 def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -854,87 +789,27 @@ def test_rows_say_what_structure_was_removed(tmp_path: Path) -> None:
     assert said.partition(" % ")[2] in (tmp_path / "out" / "compare.html").read_text()
 
 
-def test_a_recovery_is_that_of_the_row(tmp_path: Path) -> None:
-    """Other settings, another pruning, or none before: the figures are those of a comparison begun anew."""
-    source, text = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "text.jsonl"
-
-    def write(line: str) -> None:
-        text.write_text("".join(json.dumps({"text": line.format(number)}) + "\n" for number in range(40)))
-
-    def row(out: str, steps: int | None, **more: Any) -> tuple[Any, int]:
-        following = {"steps": steps, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
-        settings: dict[str, Any] = {"calibration": {"source": str(text), "samples": 3, "seqlen": 32}}
-        counts = Counts()
-        if steps:
-            settings["recover"] = following
-        found = compare(source, "wanda", ["50%"], tmp_path / out, settings=settings, listener=counts, windows=2, **more)
-        assert found.rows[0].error is None
-        assert (found.rows[0].relative_error is None) == bool(steps)  # that of pruning is not of the recovered model
-        return found.rows[0].perplexity, counts.measured
-
-    write("{} is the best of times, as everybody knows.")
-    pruned, measured = row("out", None)
-    assert measured == 1
-    one, measured = row("out", 1)
-    assert (one, measured) == (row("one", 1)[0], 1)  # pruned again, measured on this text before
-    assert one != pruned
-    assert row("out", 1) == (one, 0)
-    two = row("out", 2)[0]
-    assert two == row("two", 2)[0]
-    assert two != one
-    write("after {} comes the age of wisdom, and of foolishness.")
-    assert row("out", 2) == row("other", 2)
-    assert row("out", 2, data=str(text))[1] == 2
-    assert not list((tmp_path / "out").rglob("times*.json"))  # made again, a row does not cost what it did before, too
-
-
-def test_a_comparison_stopped_in_a_recovery_is_that_of_one_that_never_stopped(tmp_path: Path) -> None:
-    """The recovery goes on after its last state."""
-    source, method = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), "wanda@recover.steps=4"
-    following = {"windows_per_step": 1, "validation_checks": 4, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
-    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
-
-    class Stopping(Counts):
-        def tick(self, what: str, done: int, total: int) -> None:
-            if what == "recovery steps" and done == 2:
-                raise KeyboardInterrupt
-
-    [expected] = compare(source, method, ["50%"], tmp_path / "whole", **named).rows
-    with pytest.raises(KeyboardInterrupt):
-        compare(source, method, ["50%"], tmp_path / "out", listener=Stopping(), **named)
-    counts = Counts()
-    [row] = compare(source, method, ["50%"], tmp_path / "out", listener=counts, **named).rows
-    assert counts.measured == 1  # the recovered model, not the pruned one again
-    [log] = tmp_path.glob("out/runs/*/recovered/log.txt")
-    assert "going on after step" in log.read_text()
-    assert (row.error, row.perplexity, row.divergence) == (None, expected.perplexity, expected.divergence)
-
-
-@pytest.mark.parametrize(("step", "nth", "keep"), [("write_lineage", 2, False), ("write_page", 4, True)])
+@pytest.mark.parametrize(("step", "nth", "keep"), [("write_lineage", 1, False), ("write_page", 2, True)])
 def test_a_comparison_killed_before_the_page_of_a_row_makes_it_up(
     step: str, nth: int, keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The report has the figures: they are not measured again. Every run is published twice, without and with them."""
     source, counts = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), Counts()
-    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
-    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2, "keep": keep}
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2, "keep": keep}
     with monkeypatch.context() as killed:
         steps = [*[DEFAULT] * (nth - 1), KeyboardInterrupt]
         killed.setattr(measure, step, Mock(wraps=getattr(measure, step), side_effect=steps))
         with pytest.raises(KeyboardInterrupt):
             compare(source, "wanda", ["50%"], tmp_path / "out", **named)
     [row] = compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named).rows
-    assert counts.measured == 2 - nth // 2
+    assert counts.measured == 1 - nth // 2
     [run] = (tmp_path / "out" / "runs").iterdir()
-    reports = {folder: load_run(folder) for folder in (run, run / "recovered")}
-    seconds, memory = zip(*((each.totals.seconds, each.totals.peak_memory) for each in reports.values()), strict=True)
-    assert (row.seconds, row.time_split["recovery"]) == (pytest.approx(sum(seconds)), seconds[1])
-    assert row.peak_memory == max(memory)
-    for folder, report in reports.items():
-        assert (folder / "report.html").read_text() == run_page(report)
-        assert not keep or (folder / "model" / "README.md").read_text() == model_card(report)
-        assert report.lineage is not None
-        assert all(stage.figures.perplexity for stage in report.lineage.stages)
+    report = load_run(run)
+    assert (row.seconds, row.peak_memory) == (report.totals.seconds, report.totals.peak_memory)
+    assert (run / "report.html").read_text() == run_page(report)
+    assert not keep or (run / "model" / "README.md").read_text() == model_card(report)
+    assert report.lineage is not None
+    assert all(stage.figures.perplexity for stage in report.lineage.stages)
 
 
 def test_a_row_with_a_low_rank_part(tmp_path: Path) -> None:
@@ -951,53 +826,19 @@ def test_a_row_with_a_low_rank_part(tmp_path: Path) -> None:
 
 
 def test_legacy_weights_are_compared_where_they_are_trusted(tmp_path: Path) -> None:
-    """By every step of a row: pruning, recovery and the comparison with the dense model. Each has the command."""
+    """By every step of a row: pruning, and the comparison with the dense model. Each has the command."""
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     torch.save(tiny.tensors(source), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
-    following = {"steps": 1, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
-    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
     with pytest.raises(FistaPrunerError, match="--allow-pickle"):
         compare(source, "wanda", ["50%"], tmp_path / "out", **named)
     [row] = compare(source, "wanda", ["50%"], tmp_path / "out", allow_pickle=True, command="the command", **named).rows
     assert row.error is None
     assert row.divergence is not None
-    lineage = load_run(next((tmp_path / "out" / "runs").glob("*/recovered"))).lineage
+    lineage = load_run(next((tmp_path / "out" / "runs").glob("*"))).lineage
     assert lineage is not None
-    assert [stage.command for stage in lineage.stages] == ["the command"] * 2
-
-
-def test_a_recovery_that_trains_nothing_fails_its_row_before_pruning(tmp_path: Path) -> None:
-    source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
-    methods = "wanda@recover={targets: [nowhere]},magnitude"
-    failed, row = compare(source, methods, ["50%"], out, settings=SETTINGS, windows=2).rows
-    assert "targets: 'nowhere' matches no operator" in (failed.error or "")
-    assert row.error is None
-    assert [run.name.partition("-")[0] for run in (out / "runs").iterdir()] == ["magnitude"]
-
-
-def test_a_recovery_is_made_again_of_a_changed_text(tmp_path: Path) -> None:
-    """That of its own: the pruned model stays as it was measured."""
-    source, text = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tiny.write_text(tmp_path / "text.jsonl")
-    following = {
-        "steps": 1,
-        "windows_per_step": 1,
-        "rank": 2,
-        "data": {"source": str(text), "seqlen": 32, "tokens": 500},
-    }
-    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
-    [first] = compare(source, "wanda", ["50%"], tmp_path / "out", **named).rows
-    text.write_text(text.read_text().replace("everybody", "nobody"))
-    counts = Counts()
-    [again] = compare(source, "wanda", ["50%"], tmp_path / "out", listener=counts, **named).rows
-    assert again.error is None
-    assert (counts.measured, again.perplexity == first.perplexity) == (1, False)
-    report = next((tmp_path / "out" / "runs").glob("*/report.json"))
-    content = json.loads(report.read_text())
-    content["totals"]["peak_memory"] = 10**15
-    write_json_atomic(report, content)
-    [larger] = compare(source, "wanda", ["50%"], tmp_path / "out", **named).rows
-    assert larger.peak_memory == 10**15  # the larger one of both runs
+    assert [stage.command for stage in lineage.stages] == ["the command"]
 
 
 def test_the_calibration_of_a_comparison_is_that_of_rows_without_their_own(tmp_path: Path) -> None:

@@ -167,15 +167,16 @@ def test_text_of_calibration_and_training_is_told_of_a_recovery(
         file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     calibration = {"source": str(text), "samples": 2, "seqlen": 16}
     following = {"steps": 1, "rank": 2, "data": {"source": str(trained), "seqlen": 16, "tokens": 300}}
-    settings: dict[str, Any] = {"method": "magnitude", "calibration": calibration, "recover": following}
-    report = fp.prune(dense, tmp_path / "run", evaluate=str(trained), evaluate_windows=2, **settings)
+    settings: dict[str, Any] = {"method": "magnitude", "calibration": calibration}
+    fp.prune(dense, tmp_path / "run", evaluate=str(trained), evaluate_windows=2, **settings)
+    report = fp.recover(tmp_path / "run", tmp_path / "recovered", **following)
     assert ["are also in the training text" in warning for warning in report.warnings] == [True]
     for file, told in ((text, "calibration"), (trained, "training")):
-        command = ["evaluate", str(tmp_path / "run" / "recovered"), "--data", str(file), "--windows", "2", "--json"]
+        command = ["evaluate", str(tmp_path / "recovered"), "--data", str(file), "--windows", "2", "--json"]
         assert main([*command, "--seqlen", "16"]) == 0
         (warning,) = json.loads(capsys.readouterr().out)["warnings"]
         assert f"documents of the evaluation text {str(file)!r} are also in the {told} text" in warning
-    told = [warning.partition(" documents")[0] for warning in load_run(tmp_path / "run" / "recovered").warnings]
+    told = [warning.partition(" documents")[0] for warning in load_run(tmp_path / "recovered").warnings]
     assert told == ["8 of the 40", "40 of the 40", "40 of the 40"]  # those trained on; then those of both files
 
 
@@ -422,23 +423,6 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     card = (run / "model" / "README.md").read_text()
     assert "Decoding, packed, tokens/s" in card
     assert "Compressed checkpoint" in card
-
-
-def test_a_run_says_that_its_recovered_model_is_elsewhere(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
-    monkeypatch.setattr("fistapruner.pipeline.measure_run.bench", Mock(side_effect=FistaPrunerError("no bench")))
-    monkeypatch.setattr("fistapruner.pipeline.export.export", Mock(return_value=made / "text.txt"))
-    commands = (["evaluate", str(run), "--data", str(made / "text.txt"), "--seqlen", "16"], ["bench", str(run)])
-    for recovered in (False, True):
-        if recovered:
-            shutil.copytree(run / "model", run / "recovered" / "model")
-        begun = ["recover", str(run), "--out", str(tmp_path / f"out{recovered}"), "--memory-limit", "1KiB"]  # refused
-        for command in (*commands, ["export", str(run), "out.gguf"], begun):
-            main(command)
-            sentence = f"{run / 'recovered'} holds the recovered model; this is the one before it"
-            assert (sentence in capsys.readouterr().err) == recovered, command
 
 
 def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

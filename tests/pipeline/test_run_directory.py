@@ -557,31 +557,6 @@ def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, t
     assert fp.resume(run).status == "finished"  # which needs no model any more
 
 
-@pytest.mark.parametrize("replaced", [False, True], ids=["moved", "replaced"])
-def test_a_recovery_that_has_begun_goes_on_with_the_dense_model_at_another_place(
-    dense: Path, tmp_path: Path, replaced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the model was moved, not the run that the recovery trains; its old place may hold another model."""
-    model, elsewhere, run = Path(shutil.copytree(dense, tmp_path / "a")), tmp_path / "b", tmp_path / "run"
-    asked = {**SETTINGS, "recover": {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}}
-    with monkeypatch.context() as patched:
-        patched.setattr("fistapruner.pipeline.training.finish", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            fp.prune(model, run, **asked)
-    layer = (run / "layers" / "0000.safetensors").stat().st_mtime_ns
-    shutil.rmtree(run / "recovered" / "states")  # it must train, which needs the dense model
-    model.rename(elsewhere)
-    if replaced:
-        tiny.save("llama", model, num_hidden_layers=2, seed=5)
-    report = fp.prune(elsewhere, run, listener=(told := tiny.Said()), **asked)
-    assert (report.kind, report.status) == ("recover", "finished")
-    assert not any("again" in sentence for sentence in told.sentences)
-    assert (run / "layers" / "0000.safetensors").stat().st_mtime_ns == layer
-    record = RecoverDirectory(run / "recovered").record()
-    assert record is not None
-    assert record.decision.dense == elsewhere
-
-
 def test_a_gguf_file_of_another_name_is_refused_before_it_is_converted(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -611,10 +586,9 @@ def test_a_gguf_file_of_another_name_is_refused_before_it_is_converted(
 
 @pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
 def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tmp_path: Path, finished: bool) -> None:
-    """The recovery, its evaluation, the execution; ``resume`` does it after another interruption."""
+    """The evaluation, the execution; ``resume`` does it after another interruption."""
     run = tmp_path / "run"
-    following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}
-    asked = {**SETTINGS, "recover": following, "evaluate": "python", "evaluate_windows": 1}
+    asked = {**SETTINGS, "evaluate": "python", "evaluate_windows": 1}
     asked["execution"] = {"batch_size": 1}
     with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
         fp.prune(dense, run, listener=Listener() if finished else tiny.Stops(), **SETTINGS)
@@ -629,7 +603,7 @@ def test_what_a_continuing_command_asks_for_is_done_and_recorded(dense: Path, tm
             in told.sentences
         )
         report = fp.resume(run)
-    assert (report.kind, len(report.evaluations), len(load_run(run).evaluations)) == ("recover", 1, 1)
+    assert (len(report.evaluations), len(load_run(run).evaluations)) == (1, 1)
     record = PruneDirectory(run).record()
     assert record is not None
     assert record.decision.evaluation is not None
@@ -675,8 +649,9 @@ def test_a_file_that_is_named_none_is_a_text_to_evaluate_on(tmp_path: Path, monk
 def test_an_edited_recipe_is_written_again_where_the_run_goes_on(dense: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     following = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
-    fp.prune(dense, run, recover=following, allocation={"re:mlp": "40%"}, **SETTINGS)
-    for out in (run, run / "recovered"):
+    fp.prune(dense, run, allocation={"re:mlp": "40%"}, **SETTINGS)
+    fp.recover(run, tmp_path / "recovered", **following)
+    for out in (run, tmp_path / "recovered"):
         recipe = (out / "recipe.yaml").read_text()
         for text, finished in product((recipe, recipe.replace("seed: 0", "seed: 1"), "no: [yaml", None), (False, True)):
             if not finished:
@@ -729,19 +704,19 @@ def test_a_recovery_in_a_moved_tree_is_still_the_run(
     shutil.copytree(dense, tmp_path / "a" / "model")
     (tmp_path / "a" / "text.txt").write_text(TEXT * 20)
     monkeypatch.chdir(tmp_path / "a")
-    following = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
-    settings = {**SETTINGS, "recover": following, "evaluate": "text.txt", "evaluate_windows": 2}
-    first = fp.prune("model", "run", **settings)
+    following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    fp.prune("model", "run", **SETTINGS, evaluate="text.txt", evaluate_windows=2)
+    first = fp.recover("run", "recovered", **following)
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path / "b")
-    recovered = tmp_path / "b" / "run" / "recovered"
+    recovered, run = tmp_path / "b" / "recovered", tmp_path / "b" / "run"
     if not finished:
         (recovered / "report.json").unlink()
-    assert fp.prune("model", "run", **settings).evaluations[0].perplexity == first.evaluations[0].perplexity
+    assert fp.recover("run", "recovered", **following).evaluations[0].perplexity == first.evaluations[0].perplexity
     record = RecoverDirectory(recovered).record()
     assert record is not None
     decision = record.decision
-    assert (decision.model, decision.folder) == (str(recovered.parent), recovered.parent / "model")
+    assert (decision.model, decision.folder) == (str(run), run / "model")
     assert (decision.dense, decision.evaluation and decision.evaluation.data) == (
         tmp_path / "b" / "model",
         str(tmp_path / "b" / "text.txt"),
@@ -933,47 +908,6 @@ def test_a_run_whose_evaluation_text_is_gone_goes_on_without_it(dense: Path, tmp
     assert not (run / "model").exists()
     assert fp.prune(dense, run, **SETTINGS).status == "finished"  # as the command with --evaluate none
     assert fp.resume(run).status == "finished"
-
-
-def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path: Path) -> None:
-    """Files of others in its folder are kept, and stop the run."""
-    text, run = tmp_path / "text.txt", tmp_path / "run"
-    text.write_text(TEXT * 20)
-    settings: dict[str, Any] = {"method": "magnitude", "evaluate": "python", "evaluate_windows": 1}
-    settings["calibration"] = {"source": str(text), "samples": 2, "seqlen": 16}
-    settings["recover"] = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
-    first = fp.prune(dense, run, **settings)
-    text.write_text(TEXT[::-1] * 20)
-    notes = run / "recovered" / "notes.txt"
-    notes.write_text("years of work")
-    with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run"):
-        fp.prune(dense, run, **settings)
-    assert (run / "recovered" / "model").is_dir()
-    notes.unlink()
-    said = tiny.Said()
-    second = fp.prune(dense, run / ".." / run.name, **settings, listener=said)
-    assert any("is of another pruning: it is made again" in sentence for sentence in said.sentences)
-    assert (second.kind, second.status) == ("recover", "finished")
-    stages = [[stage.fingerprint for stage in report.lineage.stages] for report in (first, second) if report.lineage]
-    assert stages[0][0] != stages[1][0] == load_run(run).fingerprint
-
-
-def test_another_recovery_than_the_one_that_has_begun_is_refused(dense: Path, tmp_path: Path) -> None:
-    """The refused command leaves no trace, so the run is resumed as it was."""
-    run = tmp_path / "run"
-    data = {"source": "python", "seqlen": 16, "tokens": 300}
-
-    def prune(**training: Any) -> Report:
-        return fp.prune(dense, run, **SETTINGS, recover={"rank": 2, "data": data, **training})
-
-    prune(steps=1)
-    there = run / "recovered"
-    message = f"--recover: {there} holds a run with steps = 1, this one has 2: remove {there}, or name another --out"
-    with pytest.raises(fp.FistaPrunerError, match=f"^{re.escape(message)}$"):
-        prune(steps=2)
-    assert fp.resume(run).recovery.asked_steps == 1
-    shutil.rmtree(there)
-    assert prune(steps=2).recovery.asked_steps == 2
 
 
 def test_a_setting_that_a_run_does_not_have_is_none_in_it(tmp_path: Path) -> None:
@@ -1169,14 +1103,10 @@ def test_text_that_the_model_writes_is_kept_as_it_is_written(
 
 
 def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that ``torchrun`` started all would want the lock; a recovery is what they can share."""
+    """Of those that ``torchrun`` started all would want the lock."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(fp.FistaPrunerError, match="which 2 processes of torchrun cannot share: resume it without"):
-        fp.resume(run)
-    (run / "recovered").mkdir()
-    (run / "recovered" / "run.json").write_text("{}")
-    with pytest.raises(fp.FistaPrunerError, match=r"resume its recovery, .*run/recovered$"):
+    with pytest.raises(fp.FistaPrunerError, match="which 2 processes of torchrun cannot share"):
         fp.resume(run)
 
 
@@ -1188,17 +1118,18 @@ def begun_on(run: RunDirectory, device: str) -> None:
     run.write_record(record)
 
 
-def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
+def test_a_run_goes_on_without_its_device(dense: Path, run: Path, tmp_path: Path) -> None:
     """By a command that names another; ``resume`` and ``finish`` name none, and say what they take."""
     following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}
     shutil.rmtree(run)
-    settings = {**SETTINGS, "recover": following}
-    fp.prune(dense, run, evaluate="python", evaluate_windows=1, **settings)
-    begun_on(RecoverDirectory(run / "recovered"), "cuda:99")
+    fp.prune(dense, run, evaluate="python", evaluate_windows=1, **SETTINGS)
+    recovered = tmp_path / "recovered"
+    fp.recover(run, recovered, **following)
+    begun_on(RecoverDirectory(recovered), "cuda:99")
 
     def prune(listener: Listener) -> Report:
         execution = {"device": "cpu"}
-        again = {**settings, "execution": execution}
+        again = {**SETTINGS, "execution": execution}
         return fp.prune(dense, run, evaluate="python", evaluate_windows=1, listener=listener, **again)
 
     for name, go_on in (
@@ -1207,18 +1138,16 @@ def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
         ("finish", lambda listener: finish_run(run, listener=listener)),
     ):
         begun_on(PruneDirectory(run), "cuda:99")  # the command before has written its own device
-        for folder in (run, run / "recovered"):
-            shutil.rmtree(folder / "model")
-            (folder / "report.json").unlink()
+        shutil.rmtree(run / "model")
+        (run / "report.json").unlink()
         said = tiny.Said()
         report = go_on(said)
-        assert report.kind == "recover"
         assert report.evaluations
         found = [sentence for sentence in said.sentences if sentence.startswith("device 'cuda:99'")]
         assert len(found) == (name != "prune")
-    shutil.rmtree(run / "recovered" / "model")
+    shutil.rmtree(recovered / "model")
     said = tiny.Said()
-    assert fp.resume(run / "recovered", listener=said).status == "finished"
+    assert fp.resume(recovered, listener=said).status == "finished"
     assert any("this run goes on with" in sentence for sentence in said.sentences)
 
 

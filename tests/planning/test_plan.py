@@ -12,11 +12,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from fistapruner.solvers.wanda import Wanda
 
 import tiny
 from fistapruner import Recipe
 from fistapruner.cli import main
-from fistapruner.core import parse_sparsity
+from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -36,14 +37,12 @@ from fistapruner.planning.phases import PHASES
 from fistapruner.planning.plan import Fitted, fit, make_plan, written
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
-from fistapruner.core import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.loading import merge_settings
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
-from fistapruner.solvers.wanda import Wanda
 from fistapruner.structured.elimination import eliminate
 
 Model = tuple[LayerwiseModel, Layout, torch.Tensor]
@@ -235,31 +234,6 @@ def test_the_method_is_timed_once_for_experts_of_one_shape(tmp_path: Path, monke
     experts = sum(bool(group[0].experts) for groups in layout.layers for group in groups)
     assert experts == 2 * 64
     assert 2 <= timed.call_count - (sum(solving) - experts) <= 4  # with tokens and without
-
-
-@pytest.mark.parametrize(
-    ("recover", "settings", "what"),
-    [
-        ({}, {"sparsity": "0%"}, r"recover with sparsity 0%: no operator has zeros to keep"),
-        ({}, {"structure": "mlp=40"}, None),
-        ({"targets": ["nothing"]}, {}, r"'nothing' matches no operator"),
-        ({"data": {"source": "python", "tasks": {}, "seqlen": 4096}}, {}, r"data.seqlen 4096"),
-    ],
-)
-def test_a_plan_refuses_a_recovery_that_the_run_would_refuse(
-    model: Model, tmp_path: Path, recover: dict[str, Any], settings: dict[str, Any], what: str | None
-) -> None:
-    folder, calibration = model[0].checkpoint.folder, {"source": "python", "samples": 2, "seqlen": 16}
-    asked = {"method": "wanda", "calibration": calibration, "recover": recover, **settings}
-    if what is None:
-        assert "recovery is not in this plan" in plan_model(folder, Recipe.build(asked), tmp_path / "run").says[-1]
-        return
-    for refuses in (
-        lambda: plan_model(folder, Recipe.build(asked), tmp_path),
-        lambda: prune(folder, tmp_path, **asked),
-    ):
-        with pytest.raises(FistaPrunerError, match=what):
-            refuses()
 
 
 def test_a_plan_counts_the_calibration_tokens_and_makes_none(model: Model, tmp_path: Path) -> None:

@@ -16,15 +16,14 @@ import tiny
 from fistapruner import FistaPrunerError, Recipe, solve
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
-from fistapruner.core import parse_sparsity
+from fistapruner.core import LayerProblem, ProblemSums, parse_sparsity
+from fistapruner.core.problem import unweighted
 from fistapruner.execution.context import RunContext
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Layout, Operator
 from fistapruner.pipeline.prune import prune
-from fistapruner.core import LayerProblem, ProblemSums
-from fistapruner.core.problem import unweighted
 from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer

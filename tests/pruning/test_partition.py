@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.pruning.partition import cut, part_of, solve_in_parts, solve_part
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fistapruner.core import parse_sparsity
+from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.planning.footprint import peak_bytes
-from fistapruner.core import LayerProblem
-from fistapruner.pruning.partition import cut, part_of, solve_in_parts, solve_part
 from fistapruner.solvers import METHODS, parse_method, solve
 
 ROWS, COLUMNS = (40, 13), 24

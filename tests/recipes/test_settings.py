@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from fistapruner.solvers.magnitude import Magnitude
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -29,7 +30,6 @@ from fistapruner.recipes.loading import (
 )
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
-from fistapruner.solvers.magnitude import Magnitude
 
 PARALLEL = {"execution": {"executor": "process"}}
 
@@ -151,7 +151,6 @@ SETTINGS: dict[str, list[Any]] = {
     "reconstruct": [3],
     "calibration": [{"source": "text.jsonl"}, {"tasks": {"chat": "python", "code": "self"}}],
     "dtype": ["bfloat16"],
-    "recover": ["500k", {"parameters": "spp", "data": {"seqlen": 16}}],
     "seed": [3],
     "execution": [PARALLEL["execution"], {"memory_limit": "8GiB", "threads": 2}],
 }
@@ -298,31 +297,6 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
             Recipe.build(merge_settings({section: value}, {section: {"device": None}}))
 
 
-def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
-    base = {"recover": {"parameters": "norms", "loss": "ce", "data": {"source": "c4", "tokens": 1000}}}
-    recover = Recipe.build(merge_settings(base, {"recover": "500k"})).recover
-    assert (recover.parameters, recover.loss) == ("norms", "ce")
-    assert (recover.data.source, recover.data.tokens) == ("c4", 500_000)
-    assert base["recover"]["data"] == {"source": "c4", "tokens": 1000}
-    assert merge_settings({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
-    own = {"recover": {"loss": "kl"}}
-    assert merge_settings(base, own) == own
-
-
-def test_a_recovery_takes_the_seeds_that_it_does_not_name_from_the_run() -> None:
-    """Those of a run that has begun are named, whatever they are."""
-
-    def seeds(**settings: Any) -> tuple[int, int]:
-        # as prune builds it from a recipe and single settings
-        given = Recipe.build({"recover": "2k", **settings}).model_dump(mode="json", exclude_unset=True)
-        recover = Recipe.build(merge_settings(given, {"seed": 3})).resolved().recover
-        return recover.seed, recover.data.seed
-
-    assert seeds() == seeds(recover={"steps": 1}) == seeds(recover=RecoverRecipe(rank=2)) == (3, 3)
-    assert seeds(recover={"seed": 0, "data": {"seed": 5}}) == (0, 5)
-    assert seeds(**Recipe(recover="2k").resolved().model_dump(mode="json")) == (0, 0)
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -382,9 +356,9 @@ def test_shipped_recoveries_are_as_long_as_published() -> None:
 
 def test_none_over_a_recipe_replaces_what_it_says() -> None:
     """As null does in a recipe file; flags that are not given leave the recipe as it is."""
-    base = {"recover": "500k", "calibration": {"source": "c4", "seqlen": 64}}
-    recipe = Recipe.build(merge_settings(base, {"recover": None, "calibration": {"seqlen": None}}))
-    assert (recipe.recover, recipe.calibration.seqlen, recipe.calibration.source) == (None, None, "c4")
+    base = {"low_rank": 2, "calibration": {"source": "c4", "seqlen": 64}}
+    recipe = Recipe.build(merge_settings(base, {"low_rank": None, "calibration": {"seqlen": None}}))
+    assert (recipe.low_rank, recipe.calibration.seqlen, recipe.calibration.source) == (None, None, "c4")
     flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
     assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
 
@@ -462,10 +436,8 @@ def test_names_of_operators_and_their_sparsities_are_checked_one_by_one(settings
     [
         ({"methods": "wanda"}, r"unknown setting 'methods': did you mean 'method'\?$"),
         ({"seqlen": 64}, r"unknown setting 'seqlen': did you mean 'calibration\.seqlen'\?$"),
-        ({"recover": {"seqlen": 64}}, r"recover: unknown setting 'seqlen': did you mean 'data\.seqlen'\?$"),
         ({"dtype": torch.float16}, r"dtype: .*'float16' \(got an object of the class dtype\)$"),
         ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
-        ({"recover": {"data": {"xyz": 4}}}, r"recover: unknown setting 'data\.xyz': one of source, "),
         ({"calibration": {"xyz": 4}}, r"unknown setting 'calibration\.xyz': one of .*samples, .* is expected$"),
         ({"method": {"fista": {"iteration": 4}}}, r"unknown setting 'iteration': did you mean 'iterations'\?"),
     ],

@@ -183,29 +183,6 @@ def test_status_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["working"] is False
 
 
-def test_status_of_a_pruning_run_shows_its_recovery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pruned, run = samples.report(2), tmp_path / "run"
-    pruned.recipe["recover"] = {"steps": 60}
-    (run / "recovered").mkdir(parents=True)
-    (run / "report.json").write_text(pruned.model_dump_json())
-    assert main(["status", str(run)]) == 0
-    assert capsys.readouterr().out.endswith("recovery: not begun\n")
-    trains = samples.recovery(2)
-    trains.status = "running"
-    (run / "recovered" / "run.json").write_text(trains.model_dump_json())
-    holder = {"host": platform.node(), "pid": os.getppid(), "started": psutil.Process(os.getppid()).create_time()}
-    (run / "recovered" / "lock").write_text(json.dumps(holder))
-    assert main(["status", str(run)]) == 0
-    printed = capsys.readouterr().out
-    assert main(["status", str(run), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    first, second = (line for line in printed.splitlines() if line.startswith("small: ") or "recovery (" in line)
-    assert first.endswith(": finished")
-    assert second.endswith(": running")
-    assert "60 of 60 steps" in printed
-    assert (facts["status"], facts["working"], facts["recovery"]["status"]) == ("finished", True, "running")
-
-
 @pytest.mark.parametrize("error", ["the disk is full", None], ids=["failed", "finished"])
 def test_a_run_at_work_again_does_not_have_the_status_of_its_last_attempt(
     error: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -303,12 +280,11 @@ def test_a_search_that_often_keeps_its_warm_start_is_told() -> None:
     assert told(0.93, share=4) == told(0.948) == told(0.96) == told(0.93, first=False) == []
 
 
-def test_recovery_is_advised_where_quality_was_lost_and_none_follows() -> None:
-    def advised(loss: float, error: float | None = 0.01, structured: bool = False, **settings: Any) -> list[str]:
+def test_recovery_is_advised_where_quality_was_lost() -> None:
+    def advised(loss: float, error: float | None = 0.01, structured: bool = False) -> list[str]:
         report = samples.report()
         damage = Divergence(0.1, 0.01, 0.8, 0.01, loss, error)
         report.evaluations = [replace(each, divergence=damage) for each in report.evaluations[:1]]
-        report.recipe |= settings
         if structured:
             report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
         return [line for line in advice(report) if "fistapruner recover RUN" in line]
@@ -316,7 +292,7 @@ def test_recovery_is_advised_where_quality_was_lost_and_none_follows() -> None:
     assert "every zero kept" in advised(0.3)[0]
     assert "zero" not in advised(0.3, structured=True)[0]
     assert len(advised(0.3, None)) == 1
-    assert advised(0.015) == advised(-0.3) == advised(0.3, recover=128_000) == []
+    assert advised(0.015) == advised(-0.3) == []
 
 
 def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.solvers.magnitude import Magnitude
 
 import fistapruner as fp
 import tiny
 from fistapruner import LayerProblem, solve
-from fistapruner.runs.listener import Listener
 from fistapruner.core.linalg import fast_products
 from fistapruner.core.sums import add_gram, mirror
-from fistapruner.solvers.magnitude import Magnitude
+from fistapruner.runs.listener import Listener
 
 
 @pytest.mark.parametrize("n", [1, 7, 255, 512, 700, 1100, 2304])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from fistapruner.constraints import VNM
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints import VNM
 from fistapruner.core import NM, Constraint, Unstructured
 from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover

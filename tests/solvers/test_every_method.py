@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.pruning.partition import cut, part_of, solve_in_parts
+from fistapruner.solvers.conditioning import shared_gram
+from fistapruner.solvers.magnitude import Magnitude
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layer_problems import make_problem
@@ -17,11 +20,8 @@ from torch import Tensor
 
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.core import NM, Unstructured, parse_sparsity
-from fistapruner.pruning.partition import cut, part_of, solve_in_parts
 from fistapruner.solvers import METHODS, parse_method, solve
 from fistapruner.solvers.base import Method, Solution
-from fistapruner.solvers.conditioning import shared_gram
-from fistapruner.solvers.magnitude import Magnitude
 
 SOLVERS = [name for name, method in METHODS.items() if not method.refines]
 REFINEMENTS = [name for name, method in METHODS.items() if method.refines]

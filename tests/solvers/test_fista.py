@@ -11,8 +11,8 @@ from layer_problems import make_problem
 from scipy.optimize import minimize
 
 from fistapruner import LayerProblem
-from fistapruner.solvers import solve
 from fistapruner.core.linalg import largest_eigenvalue
+from fistapruner.solvers import solve
 from fistapruner.solvers.fista import certificate, fista
 
 

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from fistapruner.constraints.thresholds import GroupThreshold, SampledThreshold
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_problems import make_problem
 
 from fistapruner import LayerProblem
 from fistapruner.core.selection import keep_n_of_m
-from fistapruner.constraints.thresholds import GroupThreshold, SampledThreshold
 from fistapruner.solvers import solve
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fistapruner.solvers.conditioning import regularised_gram
 from layer_problems import activations
 from torch import Tensor
 
 from fistapruner import FistaPrunerError, LayerProblem
-from fistapruner.solvers import METHODS, solve
 from fistapruner.core.linalg import damped_cholesky, largest_eigenvalue
-from fistapruner.solvers.conditioning import regularised_gram
+from fistapruner.solvers import METHODS, solve
 
 CHAINS = [name for name, method in METHODS.items() if not method.refines]
 CHAINS += [f"wanda+{name}" for name, method in METHODS.items() if method.refines]

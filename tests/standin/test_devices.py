@@ -13,6 +13,7 @@ from torch import nn
 
 import fistapruner
 import tiny
+from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.execution.executors import _pool
@@ -21,8 +22,6 @@ from fistapruner.models.source import Permissions
 from fistapruner.models.whole import load_whole
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
-from fistapruner.core.linalg import exact_in_fast_products
-from fistapruner.runtime.ranks import Ranks, _check_gpus, ranks_of_run
 from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked, sent
 from fistapruner.sparse.speed import prompts, time_generation
 from standin.gpu import StandIn
@@ -84,43 +83,6 @@ def test_workers_take_gpus_of_one_model(taken: StandIn, monkeypatch: pytest.Monk
     _pool(context, Execution(executor="process", workers=2), 2, said)
     assert "2 worker processes of 1 threads on cuda:1" in said.sentences
     assert "no worker on cuda:0 (model 0): their last bits may differ from those of cuda:1 (model 1)" in said.sentences
-
-
-def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(
-    taken: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not the one of its number: tensors and sums of several processes are on one GPU."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no network")
-
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "rendezvous", fail)
-    with pytest.raises(FistaPrunerError, match="no network"), ranks_of_run("auto"):
-        pass
-    assert taken.touched == {choose_device("auto")} == {torch.device("cuda", 1)}
-
-
-def test_processes_without_a_local_size_take_the_gpu_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of a launcher that sets no more than ``LOCAL_RANK``; of GPUs of their own, each the one it sees."""
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for count, expected in ((2, 1), (1, 0)):
-        with StandIn(count):
-            assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", expected)
-
-
-def test_two_ranks_on_one_gpu_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = ["host", "gpu-0"]
-    monkeypatch.setattr("socket.gethostname", lambda: "host")
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [tuple(other), value])
-    with StandIn():
-        with pytest.raises(FistaPrunerError, match=r"ranks 0 and 1 take the same GPU of host: .*LOCAL_RANK"):
-            _check_gpus(Ranks(1, 2))
-        for other[:] in (["host", "gpu-1"], ["another", "gpu-0"]):
-            _check_gpus(Ranks(1, 2))
 
 
 def test_a_run_on_one_gpu_touches_no_other(gpu: StandIn, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.execution.operator_parallel import ParallelSolver
 
 import fistapruner
 import tiny
@@ -21,7 +22,6 @@ from fistapruner.activations.stream import forward, forward_variants
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
-from fistapruner.execution.operator_parallel import ParallelSolver
 from fistapruner.execution.pool import Event, LayerJob, PartJob
 from fistapruner.execution.serial import prune_serially
 from fistapruner.execution.worker import Worker

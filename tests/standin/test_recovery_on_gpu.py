@@ -24,7 +24,6 @@ from fistapruner.runtime.numerics import Budgets
 from fistapruner.tuning.forms import Spp
 from fistapruner.tuning.losses import TokenLoss
 from fistapruner.tuning.objective import Objective
-from fistapruner.tuning.states import FileStates
 from fistapruner.tuning.steppers import FirstOrder
 from fistapruner.tuning.teacher import PredictionKind, Teacher
 from fistapruner.tuning.trained import Trained
@@ -198,17 +197,3 @@ def test_zeros_of_a_model_that_moves_to_gpus_are_held(gpu: StandIn) -> None:
     assert held.operators == ("0.weight", "1.weight")
     for part in model:
         assert (part.weight == 0).tolist() == [[True, True, False, False]] * 4
-
-
-def test_trained_tensors_in_files_come_back_to_the_device(gpu: StandIn, tmp_path: Path) -> None:
-    """Their checksum is that of those in memory."""
-    model, values = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA), torch.arange(6.0)
-    checksums = set()
-    for states in (None, tmp_path / "states"):
-        trained = Trained(model, discover(model), RecoverRecipe.build({"parameters": "full"}), states)
-        trained.replace(0, {"a": values.to(CUDA)})
-        checksums.add(trained.digest())
-    assert len(checksums) == 1
-    files = FileStates(tmp_path / "states", CUDA)
-    files.put("trained", 0, {"a": values.to(CUDA)})
-    assert files.get("trained", 0)["a"].device == CUDA

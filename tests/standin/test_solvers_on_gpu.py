@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-
-from fistapruner.core import NM, parse_sparsity
-from fistapruner.core.selection import keep_n_of_m
-from fistapruner.errors import FistaPrunerError
-from fistapruner.core import LayerProblem, ProblemSums
-from fistapruner.core.sums import DriftFrom
-from fistapruner.pruning.experts import routed_problem
 from fistapruner.pruning.partition import solve_in_parts
+from fistapruner.solvers.conditioning import inverse_from_cholesky
+
+from fistapruner.core import NM, LayerProblem, ProblemSums, parse_sparsity
+from fistapruner.core.selection import keep_n_of_m
+from fistapruner.core.sums import DriftFrom
+from fistapruner.errors import FistaPrunerError
+from fistapruner.pruning.experts import routed_problem
 from fistapruner.recipes.settings import Recipe
 from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.chain import _check_zeros
-from fistapruner.solvers.conditioning import inverse_from_cholesky
 from fistapruner.solvers.low_rank import solve_low_rank
 from fistapruner.structured.elimination import eliminate
 from fistapruner.structured.units import MLP, Unit

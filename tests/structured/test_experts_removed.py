@@ -196,12 +196,17 @@ def test_several_machines_share_a_run(tmp_path: Path) -> None:
     assert (config.num_experts, config.num_key_value_heads) == (2, 1)
 
 
-def test_the_smaller_model_is_recovered_in_the_same_run(tmp_path: Path) -> None:
+def test_the_smaller_model_is_recovered(tmp_path: Path) -> None:
     """Nothing is masked in it; every operator is trained, those of the experts among them."""
     folder = tiny.save("qwen3_moe", tmp_path / "model")
-    recover = {"steps": 1, "parameters": "full", "data": {"source": "python", "tokens": 300, "seqlen": 16}}
-    fp.prune(str(folder), tmp_path / "run", structure="experts=50%", calibration=SMALL, recover=recover, evaluate=None)
-    trained = inspect_checkpoint(tmp_path / "run" / "recovered" / "model")
+    recover: dict[str, Any] = {
+        "steps": 1,
+        "parameters": "full",
+        "data": {"source": "python", "tokens": 300, "seqlen": 16},
+    }
+    fp.prune(str(folder), tmp_path / "run", structure="experts=50%", calibration=SMALL, evaluate=None)
+    fp.recover(tmp_path / "run", tmp_path / "recovered", **recover)
+    trained = inspect_checkpoint(tmp_path / "recovered" / "model")
     assert trained.violations == []
     names = {operator.name for operator in trained.operators if operator.claim is not None}
     assert len([name for name in names if "experts" in name]) > 2

@@ -228,13 +228,13 @@ def moved(amount: float) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resident_streaming_and_stores_on_disk_give_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_resident_layers_and_stores_on_disk_give_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     dense = tiny.save("gemma2", tmp_path / "dense", seed=1, dtype=dtype)
     folder = tiny.save("gemma2", tmp_path / "model", seed=2, dtype=dtype)
     text = make_text()
     numbers = [0, 3, 1]
 
-    def measured(on_disk: bool, **resident: bool) -> tuple[float, dict[str, Tensor], Tensor]:
+    def measured(on_disk: bool, resident: bool = False) -> tuple[float, dict[str, Tensor], Tensor]:
         teacher = Teacher(opened(dense, dtype), text.tokens, tmp_path / "teacher", batch_size=2)
         store = scratch_factory(tmp_path if on_disk else None, dtype)
         objective = Objective(opened(folder, dtype), text, TokenLoss(0.5), teacher, 2, store)
@@ -248,13 +248,13 @@ def test_resident_streaming_and_stores_on_disk_give_the_same_bits(tmp_path: Path
 
         if not resident:
             return both()
-        with objective.resident(**resident):
+        with objective.resident():
             both()
             return both()
 
     value, found, sums = measured(on_disk=False)
     assert not torch.equal(sums[0], sums[1])
-    for other in (measured(True), measured(False, layers=True), measured(False, layers=False)):
+    for other in (measured(True), measured(False, resident=True)):
         assert other[0] == value
         assert torch.equal(other[2], sums)
         assert other[1].keys() == found.keys()

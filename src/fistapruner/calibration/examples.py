@@ -1,7 +1,8 @@
-"""Read examples with an answer: ``.jsonl`` lines with prompt and completion, or with messages.
+"""Read examples with an answer: ``.jsonl`` lines with a prompt, with messages, or of Alpaca.
 
 Only answers carry loss: completions with the end-of-text token behind them, or the turns of the assistant as the
-tokenizer's chat template writes them.
+tokenizer's chat template writes them. Of Alpaca's lines all tokens do, in its published template, as in the program of
+SPP (``train_on_inputs``).
 """
 
 from __future__ import annotations
@@ -16,8 +17,22 @@ from typing import Any
 from ..errors import FistaPrunerError, one_line
 from .text import read_lines, text_of, whole_text
 
-KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
+KINDS = {
+    "text": "text",
+    "prompt": "prompt and completion",
+    "messages": "messages",
+    "alpaca": "instruction and output",
+}
 """Kinds of lines, and how they are called in messages."""
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n",
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n",
+)
+"""Alpaca's templates, without and with an input."""
 
 READ = (
     "tool_calls",
@@ -70,7 +85,7 @@ class Example:
     """One line of a file.
 
     Args:
-        kind: ``prompt`` or ``messages``.
+        kind: ``prompt``, ``messages`` or ``alpaca``.
         content: (prompt, completion), or the messages.
         where: file and line, for messages.
         options: what the chat template is given besides the messages.
@@ -97,9 +112,10 @@ class Example:
         Raises:
             FistaPrunerError: the tokenizer has no chat template, or the template refuses the messages.
         """
-        if self.kind == "prompt":
+        if self.kind != "messages":
             prompt, completion = self.content
-            ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, self.where)
+            pieces = [(prompt + completion, True)] if self.kind == "alpaca" else [(prompt, False), (completion, True)]
+            ids, marks = _encode(pieces, tokenizer, self.where)
             if ids[:1] != [*bos]:
                 ids, marks = [*bos, *ids], [False] * len(bos) + marks
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
@@ -133,21 +149,33 @@ def read_training_file(path: str | Path) -> list[str | Example]:
 def _kind(record: dict[str, Any]) -> str:
     if "messages" in record:
         return "messages"
+    if "instruction" in record and "output" in record:
+        return "alpaca"
     return "prompt" if "completion" in record or ("prompt" in record and "text" not in record) else "text"
 
 
 def _completion(record: dict[str, Any], where: str) -> Example:
     if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
-        prompt, completion = (read_messages(record[name], name, where) for name in ("prompt", "completion"))
-        unlearnt = [replace(message, others={**message.others, "weight": 0}) for message in prompt]
-        return _chat((*unlearnt, *completion), record, where)
-    for name in ("prompt", "completion"):
-        if not isinstance(record.get(name), str):
-            raise FistaPrunerError(f"{where} has no field {name!r} with a string in it")
-        whole_text(record[name], name, where)
-    if not record["completion"].strip():
+        given, learnt = (read_messages(record[name], name, where) for name in ("prompt", "completion"))
+        unlearnt = [replace(message, others={**message.others, "weight": 0}) for message in given]
+        return _chat((*unlearnt, *learnt), record, where)
+    prompt, completion = (_string(record, name, where) for name in ("prompt", "completion"))
+    if not completion.strip():
         raise FistaPrunerError(f"{where}: the completion is empty, so that there is nothing to learn")
-    return Example("prompt", (record["prompt"], record["completion"]), where)
+    return Example("prompt", (prompt, completion), where)
+
+
+def _alpaca(record: dict[str, Any], where: str) -> Example:
+    fields = {name: _string(record, name, where) for name in ("instruction", "output")}
+    fields["input"] = _string({"input": "", **record}, "input", where)
+    template = ALPACA[bool(fields["input"])]
+    return Example("alpaca", (template.format_map(fields), fields["output"]), where)
+
+
+def _string(record: Mapping[str, Any], name: str, where: str) -> str:
+    if not isinstance(record.get(name), str):
+        raise FistaPrunerError(f"{where} has no field {name!r} with a string in it")
+    return whole_text(record[name], name, where)
 
 
 def _messages(record: dict[str, Any], where: str) -> Example:
@@ -221,9 +249,10 @@ def template_options(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
-    "text": partial(text_of, others=" (nor prompt and completion, nor messages)"),
+    "text": partial(text_of, others=" (nor prompt and completion, nor messages, nor instruction and output)"),
     "prompt": _completion,
     "messages": _messages,
+    "alpaca": _alpaca,
 }
 
 

@@ -66,7 +66,6 @@ METAVARS = {
     "ignore": "NAME|re:...",
     "allocation": "NAME|workload:FILE|YAML",
     "reconstruct": "STEPS",
-    "recover": "TOKENS",
     "structure.remove": "SHARE|mlp=...",
     "structure.shrink": "auto|SHARE",
     "calibration.source": "SOURCE|NAME=SOURCE",
@@ -125,13 +124,12 @@ def add_dense_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True, without: Sequence[str] = ()) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True) -> None:
     """Add the recipe's settings.
 
     Args:
         parser: of the verb.
         single: add those settings too of which ``compare`` takes several values.
-        without: settings that the verb has an argument of its own for.
     """
     group = parser.add_argument_group("recipe (over --recipe)")
     source = group.add_mutually_exclusive_group()
@@ -143,7 +141,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     )
     execution = parser.add_argument_group("execution")
     for path, field in settings():
-        if path in SAME_FLAG or path in without or (path in PLURAL and not single):
+        if path in SAME_FLAG or (path in PLURAL and not single):
             continue
         _add_setting(execution if path.startswith("execution.") else group, path, field)
 

@@ -7,10 +7,6 @@ without settings gets the hidden states and targets of its paper; the recipe pap
   fistapruner compare smollm2 --methods magnitude,wanda,sparsegpt --sparsity 50%,2:4 --out compared
   fistapruner compare smollm2 --methods alps,proximal@residual=none,best --sparsity 70% --seeds 0,1,2 --out seeds
 
-With the setting recover a row is measured after recovery on that many tokens (see 'recover'):
-
-  fistapruner compare smollm2 --methods wanda,wanda@recover=500k,proximal@recover=500k --out recovered
-
 Every run has its directory in DIR/runs; the table is in DIR/compare.json and DIR/compare.md. The same command
 continues an interrupted comparison.
 """

@@ -36,12 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..pipeline.export import export
-    from ..runs.records import is_run
-    from ..runs.training_runs import recovered_beside
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
     out = export(arguments.model, arguments.out, arguments.like, arguments.values, **settings)
-    if is_run(arguments.model) and (beside := recovered_beside(arguments.model)):
-        listener.say(beside)
     print(f"{out}: {size(out.stat().st_size)}")
     return 0

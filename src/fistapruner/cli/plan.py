@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with --recover or --align: the dense model (default: the one that was pruned)",
     )
     add_json_argument(parser)
-    add_recipe_arguments(parser, without=("recover",))
+    add_recipe_arguments(parser)
     add_training_beside(parser)
     add_trust_arguments(parser)
 

@@ -26,7 +26,6 @@ from ..errors import printable
 from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
 from ..runtime.formatting import counted, duration
-from ..runtime.launcher import leads
 from . import Styled
 
 EVERY = 7.0
@@ -40,10 +39,10 @@ def choose_listener(arguments: argparse.Namespace) -> Listener:
     """Choose a silent, plain or live listener. Progress goes to standard error.
 
     A verb calls it before its other imports, which take seconds. A listener that is not silent says at least every ten
-    seconds what is being done, from a thread of its own. Of several processes that share a run, the first one speaks.
+    seconds what is being done, from a thread of its own.
     """
     quiet = any(getattr(arguments, name, False) for name in ("quiet", "json"))  # not every verb has these
-    if quiet or not leads():
+    if quiet:
         return Listener()
     listener = LiveListener() if sys.stderr.isatty() else PlainListener()
     ended = threading.Event()

@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
 from ..recipes.settings import Recipe
 from ..runtime.formatting import shell_line
-from ..runtime.launcher import leads
 from .arguments import (
     add_evaluation,
     add_model_and_run,
@@ -79,23 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(report: Report, out: str, *, as_json: bool) -> int:
-    """Print the result of a run, in the first of several processes; returns the exit status.
+    """Print the result of a run; returns the exit status.
 
     Args:
-        report: of the run, or of the recovery that followed it.
+        report: of the run.
         out: the run directory.
         as_json: print the whole report.
     """
-    if leads():
-        from ..reporting.summary import summary
-        from ..runs.directory import RunDirectory
-        from ..runs.prune_directory import PruneDirectory
+    from ..reporting.summary import summary
 
-        folder = Path(out)
-        record = RunDirectory(folder).record() if report.kind == "recover" else None
-        if record is not None and record.kind == "prune":
-            folder = PruneDirectory(folder).recovered
-        print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, folder))
+    print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))
     return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
 
 

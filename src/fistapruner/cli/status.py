@@ -1,4 +1,4 @@
-"""Show the progress of a run and of its recovery, from another terminal or after it stopped.
+"""Show the progress of a run, from another terminal or after it stopped.
 
 fistapruner status runs/first
 fistapruner status runs/first --json
@@ -42,22 +42,12 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(f"{folder}: {said}" + ("" if at_work else "; give its command again"))
         return 0
-    report, recovered = load_run(folder), folder / "recovered"
-    recovery = load_run(recovered) if (recovered / "run.json").is_file() else None
-    follows = recovery is not None or bool(report.recipe.get("recover"))
-    pruning, training = bool(holders(folder)), bool(holders(recovered))
+    report, working = load_run(folder), bool(holders(folder))
     if arguments.json:
-        facts = {**status_facts(report, alive=pruning), "working": pruning or training}
-        if follows:
-            facts["recovery"] = recovery and status_facts(recovery, alive=training)
-        print(json.dumps(facts, indent=2))
+        print(json.dumps({**status_facts(report, alive=working), "working": working}, indent=2))
         return 0
     in_parts = count_parts(folder) > 0
-    print(status_text(report, alive=pruning, in_parts=in_parts, evaluates=_evaluates(folder)))
-    if recovery is not None:
-        print(status_text(recovery, alive=training, evaluates=_evaluates(recovered)))
-    elif follows:
-        print(f"recovery: {'being prepared' if training else 'not begun'}")
+    print(status_text(report, alive=working, in_parts=in_parts, evaluates=_evaluates(folder)))
     return 0
 
 
@@ -68,7 +58,7 @@ def _comparison(folder: Path, *, as_json: bool) -> int:
 
     rows = len(load_any_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
     runs = sorted((folder / RUNS).glob("*"))
-    at_work = next((run for run in runs if holders(run) or holders(run / "recovered")), None)
+    at_work = next((run for run in runs if holders(run)), None)
     working = bool(holders(folder)) or at_work is not None
     if as_json:
         print(json.dumps({"rows_done": rows, "working": working, "run": at_work and str(at_work)}, indent=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
@@ -18,7 +19,6 @@ from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runtime.ranks import ALONE, Ranks
 from ..tuning.objective import Objective
 from ..tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
 from ..tuning.preference import (
@@ -36,6 +36,7 @@ from ..tuning.references import (
     reference_log_probabilities,
 )
 from ..tuning.trained import Trained
+from .context import open_model
 from .training_context import TrainingContext
 
 START_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}
@@ -90,7 +91,7 @@ class AlignContext(TrainingContext):
 
     def _objective(self, windows: Tensor, store: Store, listener: Listener) -> Objective:
         recipe = self.recipe
-        references = self.references(store, listener, self.ranks)
+        references = self.references(store, listener)
         mixture, preference = self.mixture(references), None
         if recipe.loss in PREFERENCE_LOSSES:
             kind = cast(PreferenceLoss, recipe.loss)
@@ -109,21 +110,20 @@ class AlignContext(TrainingContext):
             teacher,
             self.decision.numerics.batch_size,
             store,
-            keep_graphs=self.keeps_graphs,
-            ranks=self.ranks,
+            keep_graphs=self.decision.keep_graphs,
             preference=preference,
             likelihood=float(recipe.loss == "sft"),
             anchor=anchor,
         )
 
-    def references(self, store: Store, listener: Listener, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    def references(self, store: Store, listener: Listener) -> dict[str, Tensor]:
         """Return the (pairs, 2) log-probabilities of the models, from the cache where it has them.
 
         Those that the run does not need are NaN (:func:`reference_windows`). A dense model that is no reference of the
-        loss, and is not known or not found by rank 0, has none.
+        loss, and is not known or not found, has none.
 
         Raises:
-            FistaPrunerError: another rank has no dense model, or the disk refuses.
+            FistaPrunerError: the disk refuses.
         """
         recipe, order = self.recipe, self._order()
         tokens = hashlib.sha256()
@@ -132,7 +132,13 @@ class AlignContext(TrainingContext):
         files, dense = {"pruned": stamps(self.model.checkpoint)}, self.decision.dense
         if dense is not None:
             files["dense"] = list(self.decision.dense_stamps)
-        there = ranks.share(dense is not None and dense.is_dir())  # decided once: the ranks compute together
+        others = {
+            name: open_model(self.permissions.at(Path(name)), recipe, dtype=self.decision.numerics.dtype)
+            for name in recipe.resolved_references
+            if name not in ("pruned", "dense")
+        }
+        files |= {name: stamps(model.checkpoint) for name, model in others.items()}
+        there = dense is not None and dense.is_dir()
 
         def reference(name: str) -> ReferenceModel:
             used = name in recipe.resolved_references
@@ -140,6 +146,8 @@ class AlignContext(TrainingContext):
             def opened() -> LayerwiseModel | None:
                 if name == "pruned":
                     return self.model
+                if name in others:
+                    return others[name]
                 return self.open_dense() if used or there else None
 
             identity = {
@@ -156,7 +164,6 @@ class AlignContext(TrainingContext):
             self.decision.numerics.batch_size,
             store,
             listener.say,
-            ranks,
             self._at_once,
             listener.tick,
         )
@@ -189,7 +196,7 @@ class AlignContext(TrainingContext):
         found = torch.zeros(len(self.text.tokens) // 2, 2, dtype=torch.float64)
         with self.passes() as store:
             objective = self._answers(store)
-            with objective.resident(layers=self.decision.resident):
+            with objective.resident():
                 for pairs, sums in log_probabilities_by_parts(
                     objective, windows, lambda index, layer: [trained.values(index, layer)], self._at_once
                 ):
@@ -215,7 +222,7 @@ class AlignContext(TrainingContext):
             FistaPrunerError: it is another one: wrong model, template or precision.
         """
         windows = self.text.windows("held_out")[: 2 * CHECKED_PAIRS]
-        trained = self.trained_by()
+        trained = self.trained
         own = answer_log_probabilities(
             self._answers(store), windows, lambda index, layer: [trained.values(index, layer)]
         )[0]

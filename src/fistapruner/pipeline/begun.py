@@ -25,7 +25,6 @@ from ..runs.identity import changed_files, fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
-from ..runs.training_runs import dense_of
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import PARTIAL
 from ..runtime.formatting import shell_line
@@ -88,21 +87,6 @@ def refuse_lost_model(run: PruneDirectory, record: PruneRecord, *, part: bool = 
             "this command with its place here" if part else "its prune command again for all layers, with its new place"
         )
         raise FistaPrunerError(f"the model of the run in {run.folder} is not at {record.decision.folder}; give {how}")
-
-
-def refuse_lost_dense(run: PruneDirectory) -> None:
-    """Refuse to recover a run whose dense model's folder is gone; its command names none.
-
-    Raises:
-        FistaPrunerError: names it, and the command that recovers with the model elsewhere.
-    """
-    dense = dense_of(run)
-    if dense is not None and not dense.folder.is_dir():
-        command = shell_line("recover", run.folder, "--out", "NEW", "--dense", "MODEL")
-        raise FistaPrunerError(
-            f"the dense model, which the recovery of the run in {run.folder} needs, is not at {dense.folder} any more: "
-            f"put it back there, or give '{command}' with its new place and the recovery's settings"
-        )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ from .compare_jobs import (
     CalibrationWindows,
     agree_protocol,
     check_jobs,
-    check_recoveries,
     draw,
     plan_jobs,
     shared_texts,
@@ -108,7 +107,6 @@ def compare(
     jobs = [job.resolved(folder, source.family) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     rows_that_stay(before.rows, jobs, protocol, folder)
-    check_recoveries(jobs, source, folder, listener)
     calibrated: CalibrationWindows = {}
     for job in jobs:
         if SELF not in job.recipe.calibration.sources.values():  # a fault in the text shows now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from ..recipes.settings import Recipe
 from ..runs.comparison_records import RUNS
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
@@ -31,13 +29,6 @@ from .plan import check_sources
 from .prepare import draw_windows, drawing_of
 from .protocol import FOLLOWED, Protocol, distinct_seeds
 from .prune_inputs import shared_text
-from .recover_inputs import (
-    TRAINED_BY,
-    check_fits,
-    check_following,
-    check_trained,
-    refuse_processes,
-)
 
 CalibrationWindows = dict[str, tuple[Tensor, dict[str, Any]]]
 """Calibration windows, and how they were drawn, by their settings."""
@@ -102,56 +93,20 @@ def check_jobs(jobs: Sequence[CompareJob], folder: Path) -> None:
     """Check what can be checked of the runs before the model is looked for.
 
     Raises:
-        FistaPrunerError: several processes, a workload that cannot be read, or text that is not there.
+        FistaPrunerError: a workload that cannot be read, or text that is not there.
     """
     for job in jobs:
-        refuse_processes(job.recipe)
         if job.recipe.pattern.supports_allocation:
             read_workload(job.recipe)
         if not job.run(folder).run_file.exists():
             check_sources(job.recipe)
 
 
-def check_recoveries(jobs: Sequence[CompareJob], source: ModelSource, folder: Path, listener: Listener) -> None:
-    """Check the texts of all recoveries that have not begun, and that these fit.
-
-    Raises:
-        FistaPrunerError: a text that cannot be read, or is too short for the windows of a recovery; or memory or disk
-            that are too small.
-    """
-    following = [job for job in jobs if job.recipe.recover is not None]
-    following = [job for job in following if not RecoverDirectory(job.run(folder).recovered).run_file.exists()]
-    checked = set()
-    for recipe in (job.recipe for job in following):
-        texts = json.dumps([recipe.calibration.sources, recipe.recover.model_dump(mode="json")])
-        if texts not in checked:
-            check_following(recipe, source)
-            checked.add(texts)
-    of_one_seed: dict[tuple[str, str], CompareJob] = {}
-    for job in following:
-        of_one_seed.setdefault((job.label, str(job.recipe.sparsity)), job)
-    for job in of_one_seed.values():
-        trained = json.dumps(job.recipe.model_dump(mode="json", include=TRAINED_BY))
-        if trained in checked:
-            continue
-        try:
-            task = check_trained(job.recipe, source, job.run(folder))
-        except FistaPrunerError:  # its row says so
-            continue
-        checked.add(trained)
-        planned = json.dumps(task and [task.recipe.model_dump(mode="json"), dict(task.survivors)])
-        if planned not in checked:
-            check_fits(task, listener)
-            checked.add(planned)
-
-
 def shared_texts(jobs: Sequence[CompareJob], data: str) -> list[str]:
-    """Warn of evaluation text that has documents of the calibration or training text of a run."""
+    """Warn of evaluation text that has documents of the calibration text of a run."""
     calibration = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
-    following = [job.recipe.recover.data for job in jobs if job.recipe.recover is not None]
-    training = {source: None for text in following for source in [*text.tasks.values(), text.source] if source}
-    found = shared_text(calibration, data), shared_text(training, data, training=True)
-    return [warning for warning in found if warning is not None]
+    warning = shared_text(calibration, data)
+    return [] if warning is None else [warning]
 
 
 def agree_protocol(

@@ -1,4 +1,4 @@
-"""Run the rows of a comparison: prune, recover and measure, or read what was done before."""
+"""Run the rows of a comparison: prune and measure, or read what was done before."""
 
 from __future__ import annotations
 
@@ -13,32 +13,21 @@ from ..errors import FistaPrunerError, explain
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.streaming import KeptStates
 from ..models.source import ModelSource
-from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.comparison_records import DENSE, CompareRow, Comparison
-from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
-from ..runs.training_directory import RecoverDirectory
 from ..runtime.files import read_json, write_json_atomic
 from .begun import changed_text
 from .compare_jobs import CalibrationWindows, CompareJob
 from .measure import publish
 from .protocol import Protocol
 from .prune import prune
-from .recover import recover
-from .recover_inputs import (
-    check_trained,
-    recovers,
-    recovery_recipe,
-)
 from .result import add_warning
-from .training import changed_texts
-from .training_inputs import asked
 
 _PERPLEXITY = TypeAdapter(Perplexity)
 
@@ -89,43 +78,29 @@ class Shared:
             **permissions.keywords(),
         )
 
-    def reports_of(self, job: CompareJob) -> tuple[Report, Report | None]:
+    def report_of(self, job: CompareJob) -> Report:
         """Prune and measure, or read the report of a run that was pruned and measured so before.
 
         One whose checkpoint is to be kept, and was not, is made again.
-
-        Returns:
-            The report of pruning, and that of the recovery where the recipe asks for one.
         """
         run = job.run(self.folder)
-        recovered = RecoverDirectory(run.recovered)
-        training = None if job.recipe.recover is None else recovery_recipe(job.recipe)
-        report, recovery = _measured(run, job.recipe, self.protocol, self.source), None
-        if report is not None and training is not None:
-            recovery = _recovered(run, report, training, self.protocol, self.listener)
-        if self.keep:
-            recovery = recovery if _has_model(recovered, recovery) else None
-            report = report if _has_model(run, report) else None
-        for made, known in ((run, report), (recovered, recovery)):
-            if known is not None and _has_model(made, known):
-                publish(made, known, Listener())  # a killed command may have left card and page without figures
-        if report is None or (training is not None and recovery is None and not _has_model(run, report)):
-            if training is not None and recovery is None:
-                check_trained(job.recipe, self.source, run)
+        report = _measured(run, job.recipe, self.protocol, self.source)
+        if report is not None and _has_model(run, report):
+            publish(run, report, Listener())  # a killed command may have left card and page without figures
+        elif self.keep:
+            report = None
+        if report is None:
             report = self._prune(run, job.recipe)
-        if training is not None and recovery is None:
-            recovery = self._recover(run, report, training)
         if not self.keep:
             run.remove_weights()
-            recovered.remove_weights()
-        return report, recovery
+        return report
 
     def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
         """Prune a row, and measure it unless these very weights were measured before they were deleted."""
         report = prune(
             self.model,
             run.folder,
-            recipe=recipe.model_copy(update={"recover": None}),
+            recipe=recipe,
             listener=self.listener,
             command=self.command,
             tokens=self.calibrated.get(recipe.calibration.model_dump_json()),
@@ -133,26 +108,6 @@ class Shared:
             **self.source.permissions.keywords(),
         )
         return self._measure(run, report)
-
-    def _recover(self, run: PruneDirectory, pruned: Report, recipe: RecoverRecipe) -> Report:
-        """Recover a pruned row and measure it. Remove a recovery with other settings or another input."""
-        following, permissions = RecoverDirectory(run.recovered), self.source.permissions
-        begun = following.record()
-        if begun is not None and (
-            not _follows(begun, pruned, recipe) or changed_files(begun.decision.stamps, permissions.at(run.model))
-        ):
-            self.listener.say(f"the recovery in {following.folder} is of other settings or input: it is made again")
-            following.remove(run.model)
-        report = recover(
-            run.folder,
-            following.folder,
-            recipe=recipe,
-            evaluate=None,
-            listener=self.listener,
-            command=self.command,
-            **permissions.keywords(),
-        )
-        return self._measure(following, report)
 
     def _measure(self, run: RunDirectory, report: Report) -> Report:
         """Measure the result of a run on the windows of the protocol, and publish the figures with the run."""
@@ -187,9 +142,9 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
         settings=recipe.model_dump(mode="json", exclude={"execution"}),
     )
     try:
-        report, recovery = shared.reports_of(job)
+        report = shared.report_of(job)
         _adopt(comparison, report, shared.protocol)
-        return _filled(row, report, recovery, shared.protocol, dense)
+        return _filled(row, report, shared.protocol, dense)
     except FistaPrunerError as error:
         row.error = str(error)
         comparison.failed.add(row.key)
@@ -249,30 +204,9 @@ def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: M
     return report if same and report.status == "finished" and _evaluation(report, protocol) is not None else None
 
 
-def _recovered(
-    run: PruneDirectory, pruned: Report, recipe: RecoverRecipe, protocol: Protocol, listener: Listener
-) -> Report | None:
-    """Read the report of a recovery of this pruning with these settings, if it was measured on this text."""
-    following = RecoverDirectory(run.recovered)
-    begun = following.record()
-    if begun is None or not following.report_file.is_file() or not _follows(begun, pruned, recipe):
-        return None
-    try:
-        report = following.read_report()
-    except FistaPrunerError as error:
-        listener.say(f"the report is made again: {error}")
-        return None
-    return report if report.status == "finished" and _evaluation(report, protocol) is not None else None
-
-
 def _has_model(run: RunDirectory, report: Report | None) -> bool:
     """Check that the checkpoint of a finished run is there, whole and of this run."""
     return report is not None and run.model_fault(report.fingerprint or "") is None
-
-
-def _follows(begun: TrainingRecord, pruned: Report, recipe: RecoverRecipe) -> bool:
-    """Check that a recovery has these settings, this pruning as its input, and texts as they are now."""
-    return begun.decision.asked == asked(recipe) and recovers(begun, pruned) and not changed_texts(begun)
 
 
 def _evaluation(report: Report, protocol: Protocol) -> Evaluation | None:
@@ -286,24 +220,18 @@ def _adopt(comparison: Comparison, report: Report, protocol: Protocol) -> None:
         comparison.calibration = report.calibration
 
 
-def _filled(
-    row: CompareRow, report: Report, recovery: Report | None, protocol: Protocol, dense: Perplexity
-) -> CompareRow:
-    """Fill a row with the figures of its reports: quality after the recovery, where there is one."""
+def _filled(row: CompareRow, report: Report, protocol: Protocol, dense: Perplexity) -> CompareRow:
+    """Fill a row with the figures of its report."""
     totals = report.totals
-    if (measured := _evaluation(recovery or report, protocol)) is not None:
+    if (measured := _evaluation(report, protocol)) is not None:
         row.perplexity, row.divergence = measured.perplexity, measured.divergence
     if row.perplexity is not None and math.isfinite(row.perplexity.nll):
         row.gap = row.perplexity.nll - dense.nll
-    row.relative_error = report.mean_error if recovery is None else None  # it is of the model before the recovery
+    row.relative_error = report.mean_error
     row.seconds, row.time_split, row.peak_memory = totals.seconds, totals.time_split, totals.peak_memory
     row.operator_weights, row.operator_zeros = totals.operator_weights, totals.operator_zeros
     row.low_rank_weights, row.checkpoint_bytes = totals.low_rank_weights, totals.checkpoint_bytes
     if report.widths:
         row.dense_weights, row.model_weights = report.model.parameters, totals.model_weights
         row.dense_flops_per_token, row.flops_per_token = totals.dense_flops_per_token, totals.flops_per_token
-    if recovery is not None and recovery.totals.seconds is not None:
-        row.seconds = (row.seconds or 0.0) + recovery.totals.seconds
-        row.time_split = {**row.time_split, "recovery": recovery.totals.seconds}
-        row.peak_memory = max(row.peak_memory or 0, recovery.totals.peak_memory or 0)
     return row

@@ -90,7 +90,7 @@ def finish(
     _write(context, trained, report, content, claims, listener)
     check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     if context.low_rank is None:
-        _write_adapter(context, trained, listener)
+        _write_adapter(context, trained, listener, changed=state.patience.best_step > 0)
     if report.recovery is not None:
         report.totals.time_split["train"] = report.recovery.seconds
     close_report(run, report, earlier, times, begin)
@@ -98,8 +98,7 @@ def finish(
     report.plan = check_plan(report.plan, report.totals, [], disk, _seconds(context))
     update_stage(report)
     # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
-    for folder in (run.teacher, run.hidden, run.trained):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(run.teacher, ignore_errors=True)
     run.write_report(report)
     return report
 
@@ -228,8 +227,11 @@ def replacements(model: LayerwiseModel, trained: Trained) -> Callable[[str], Ten
     return lambda name: layer_result(places[name]).get(name) if name in places else None
 
 
-def _write_adapter(context: TrainingContext, trained: Trained, listener: Listener) -> None:
-    """Write what ``spp`` or ``hira`` has trained as a PEFT adapter of the input, too; none with experts."""
+def _write_adapter(context: TrainingContext, trained: Trained, listener: Listener, *, changed: bool) -> None:
+    """Write what ``spp`` or ``hira`` has trained as a PEFT adapter of the input, too; none with experts.
+
+    Where no step was kept (``changed`` is False) it is the adapter of the start, which changes nothing.
+    """
     operators, model, folder = trained.rescalings(), context.model, context.run.adapter
     if not operators or any(operator.experts for _, operator in context.layout.operators()):
         return
@@ -252,7 +254,8 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
     remove_adapter(folder)
     write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=context.layout.transposed)
     without = f", without {left_out} trained vectors, which PEFT's HiRA cannot hold" if left_out else ""
-    listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
+    idle = "" if changed else "; it changes nothing, as no step was better than the start"
+    listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}{idle}")
 
 
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:

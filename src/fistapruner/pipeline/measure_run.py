@@ -29,7 +29,7 @@ from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, is_run
 from ..runs.results import Evaluation, Perplexity
-from ..runs.training_runs import Dense, dense_of, recovered_beside
+from ..runs.training_runs import Dense, dense_of
 from ..runtime.files import temporary_folder
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
@@ -93,8 +93,6 @@ def evaluate_run(
             listener.say(
                 f"{against} is not the dense model of this run, {compared.dense}: the figures are not kept with the run"
             )
-        if beside := recovered_beside(folder):
-            listener.say(beside)
         if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
             listener.say(warning)
             if warning not in report.warnings:
@@ -148,8 +146,6 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     """
     with _finished(folder) as (run, report):
         listener = listener or Listener()
-        if beside := recovered_beside(folder):
-            listener.say(beside)
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
         before = dense.folder if dense is not None and dense.folder.is_dir() else None
         if before is not None and (why := _changed(dense, Permissions(settings.get("allow_pickle", False)))):

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..calibration import calibration_length
-from ..calibration.packing import PURPOSE
 from ..calibration.text import PYTHON
 from ..calibration.windows import check_source
 from ..core import Constraint
@@ -28,14 +27,12 @@ from ..planning.plan import Plan, make_plan
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.directory import refuse_out
-from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..structured.smaller_model import Widths
 from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
-from .recover_inputs import check_following, check_trained
 
 
 @undisturbed()
@@ -69,14 +66,8 @@ def plan_model(
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
     sparsity = allocate(recipe, layout, opened.config.model_type)
-    if recipe.recover is not None:  # what a run refuses before it prunes
-        check_following(recipe, source)
-        check_trained(recipe, source, PruneDirectory(folder))
     text = load_windows(PYTHON, source.tokenizer(), calibration_length(recipe.calibration, opened))
     plan = plan_run(opened, layout, recipe, sparsity, folder, widths, after=tokens_after(text))
-    if recipe.recover is not None:
-        later = "recovery is not in this plan: 'fistapruner plan RUN --recover' predicts it once RUN is pruned"
-        plan = replace(plan, says=(*plan.says, later))
     if widths is None:
         return plan
     warnings = say_warnings(opened, layout, recipe, sparsity, widths)
@@ -84,7 +75,7 @@ def plan_model(
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse text of calibration and recovery that is not there or needs a missing extra.
+    """Refuse calibration text that is not there or needs a missing extra.
 
     Raises:
         FistaPrunerError: names the source.
@@ -92,8 +83,6 @@ def check_sources(recipe: Recipe) -> None:
     """
     for source in recipe.calibration.sources.values():
         check_source(source)
-    for source in () if recipe.recover is None else recipe.recover.data.texts:
-        check_source(source, PURPOSE)
 
 
 def plan_run(

@@ -24,7 +24,6 @@ from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts
-from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
@@ -35,7 +34,6 @@ from .find_model import absolute
 from .plan import plan_run
 from .prune_inputs import PruneInputs, RunRequest, check_inputs
 from .record import common_fields, numerics_of
-from .recover_inputs import check_fits, check_trained, refuse_other_recovery
 
 
 def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Path:
@@ -61,8 +59,6 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
             if request.only_layers is None:  # other parts may see the model elsewhere
-                if request.recipe.recover is not None and not RecoverDirectory(run.recovered).run_file.exists():
-                    check_fits(check_trained(request.recipe, inputs.source, run), listener)  # the execution may differ
                 keep_recipe(run, begun, listener)
                 note_command(run, begun, request, folder)
             return folder
@@ -78,8 +74,6 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
     if drawn is None and SELF in calibration.sources.values():  # it takes long: an attempt stopped after it has left it
         drawn = run.drawn(drawing)
     plan = choose_plan(run, request.recipe, inputs, listener, drawn=drawn is not None)
-    if request.recipe.recover is not None and request.only_layers is None:  # a part may be pruned where it does not fit
-        check_fits(check_trained(request.recipe, inputs.source, run), listener)
     with cpu_threads(plan.numerics.threads):
         text = text_sha256(request.recipe)  # before the text is read
         begin = time.perf_counter()
@@ -279,18 +273,14 @@ def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, f
     """Record what a command for all layers of a begun run changes, so that ``resume`` goes on with it.
 
     That is where the model is, such as in a moved tree, and what is no part of the run's identity: the text to
-    evaluate on, the recovery that follows, the execution.
+    evaluate on and the execution.
 
     Args:
         run: its directory.
         begun: its record.
         request: what the command asks.
         folder: where the model is now.
-
-    Raises:
-        FistaPrunerError: another recovery than the one that has begun; nothing is recorded then.
     """
-    refuse_other_recovery(run, begun, request.recipe)
     decided: dict[str, Any] = {"evaluation": request.evaluation}
     if folder != begun.decision.folder:
         decided |= {"model": absolute(request.model), "folder": folder}

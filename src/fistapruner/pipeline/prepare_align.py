@@ -8,9 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..activations.check import check_model
 from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from ..errors import FistaPrunerError
 from ..execution.align_context import reference_windows
+from ..execution.context import open_model
 from ..planning.training_task import Task
 from ..recipes.align_settings import AlignRecipe
 from ..runs.align_directory import AlignDirectory
@@ -21,8 +23,8 @@ from ..runtime.files import sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
 from ..tuning.references import missing_windows
 from ..tuning.teacher import TOP
-from .prepare_training import choose_plan, describe_text, record, share_of
-from .training_inputs import TrainingInputs, TrainingRequest, check_training_inputs
+from .prepare_training import choose_plan, describe_text, record
+from .training_inputs import TrainingInputs, TrainingRequest, check_training_inputs, find_input
 
 LONGEST = "data.max_length"
 """How messages call the tokens of prompt and answer."""
@@ -45,7 +47,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], liste
         inputs.warn(listener, sentence)
     text = write_pairs(run, request, inputs, pairs, listener)
     recipe, task = inputs.recipe, task_of(run.folder, inputs, text)
-    plan = choose_plan(share_of(task, request.ranks), listener)
+    plan = choose_plan(task, listener)
     sources = {str(recipe.data.pairs): sha256_file(Path(str(recipe.data.pairs)))}
     facts = describe_text(text, Path(str(recipe.data.pairs)).name, text.tokens.shape[1])
     record(run, request, inputs, text, plan, task.steps, sources, facts)
@@ -70,7 +72,35 @@ def check_inputs(
     Raises:
         FistaPrunerError: bad input, named.
     """
-    return check_training_inputs(run, request, listener, resolve, (request.recipe.data.max_length, LONGEST))
+    inputs = check_training_inputs(run, request, listener, resolve, (request.recipe.data.max_length, LONGEST))
+    references = [
+        name if name in ("pruned", "dense") else _find_reference(name, inputs, request)
+        for name in inputs.recipe.references
+    ]
+    return replace(inputs, recipe=inputs.recipe.model_copy(update={"references": tuple(references)}))
+
+
+def _find_reference(name: str, inputs: TrainingInputs[AlignRecipe], request: TrainingRequest[AlignRecipe]) -> str:
+    """Find another reference model; return its folder.
+
+    Raises:
+        FistaPrunerError: no model, or one of another tokenizer or vocabulary.
+    """
+    try:
+        source = find_input(name, request.permissions, verb="align --references")
+    except FistaPrunerError as error:
+        raise FistaPrunerError(f"--references: {error}") from None
+    model = open_model(source, inputs.recipe)
+    if (
+        model.vocabulary != inputs.model.vocabulary
+        or source.tokenizer().get_vocab() != inputs.source.tokenizer().get_vocab()
+    ):
+        raise FistaPrunerError(
+            f"--references {name}: its tokens are not those of {inputs.source.folder}; name models that share its "
+            "tokenizer"
+        )
+    check_model(model)
+    return str(source.folder.absolute())
 
 
 def resolve(recipe: AlignRecipe, origin: RunDirectory | None) -> AlignRecipe:
@@ -134,7 +164,7 @@ def task_of(out: Path, inputs: TrainingInputs[AlignRecipe], text: Pairs) -> Task
     steps = recipe.steps or math.ceil(trained * recipe.epochs / recipe.pairs_per_step)
     order = pair_order(text, steps, recipe.pairs_per_step, recipe.data.seed)
     longest, most = text.lengths[order].amax(1), text.tokens.shape[1]
-    known = ("pruned",) if inputs.dense is None else ("pruned", "dense")
+    known = {"pruned", *recipe.resolved_references, *(() if inputs.dense is None else ("dense",))}
     cache = AlignDirectory(out).references_file  # a comparison has given what it has
     asked = {name: reference_windows(name, recipe, text, order) for name in known}
     references = (len(missing_windows(cache, name, windows, text)) for name, windows in asked.items())

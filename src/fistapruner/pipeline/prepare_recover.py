@@ -22,7 +22,7 @@ from ..runtime.files import sha256_file
 from ..runtime.formatting import count
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
-from .prepare_training import choose_plan, describe_text, record, share_of
+from .prepare_training import choose_plan, describe_text, record
 from .recover_inputs import check_inputs, check_mixture
 from .training_inputs import TrainingInputs, TrainingRequest
 
@@ -42,7 +42,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     recipe, task = inputs.recipe, task_of(run.folder, inputs)
     data = recipe.data
     check_mixture(recipe, inputs.seqlen)  # too few steps for the tasks show now
-    plan = choose_plan(share_of(task, request.ranks), listener)
+    plan = choose_plan(task, listener)
     text, sources = cut_text(run, inputs, listener, plan.numerics.threads)
     passes = task.steps * recipe.windows_per_step / len(text.windows("trained"))
     if passes >= 2:

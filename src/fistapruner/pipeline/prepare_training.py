@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..calibration.training_text import TrainingText
-from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
 from ..execution.training_context import identity
-from ..planning.budget import RESERVE
 from ..planning.training_plan import plan_training
 from ..planning.training_task import Task, TrainingChoice
 from ..recipes.training_settings import TrainingRecipe
@@ -18,10 +16,9 @@ from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_records import Recovery
-from ..runtime.devices import available_cores, cpu_threads
+from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
-from ..runtime.memory import free_memory, release_memory, resident_memory
-from ..runtime.ranks import Ranks
+from ..runtime.memory import release_memory
 from .find_model import absolute
 from .record import common_fields, numerics_of
 from .training_inputs import R, TrainingInputs, TrainingRequest, asked
@@ -59,29 +56,6 @@ def choose_plan(task: Task, listener: Listener) -> PlannedTraining:
     return PlannedTraining(numerics, found.choice, found.rows)
 
 
-def share_of(task: Task, ranks: Ranks) -> Task:
-    """Return the task of several processes, with the threads and the memory of one of them.
-
-    Raises:
-        FistaPrunerError: a step has less to share than there are processes.
-    """
-    if ranks.size == 1:
-        return task
-    execution = task.recipe.execution
-    parts = task.step_windows // task.together
-    if parts < ranks.size:
-        name, what = ("windows_per_step", "window") if task.together == 1 else ("pairs_per_step", "pair")
-        raise FistaPrunerError(
-            f"{name} is {parts} for {ranks.size} processes, and each needs at least one {what} of a step: give "
-            f"--{name.replace('_', '-')} {ranks.size} or more"
-        )
-    own = resident_memory()  # which the plan counts in each stage, and which is not free
-    memory = None if execution.memory_limit else int((free_memory() / ranks.local_size + own) * RESERVE)
-    threads = execution.threads or max(1, available_cores() // ranks.local_size)
-    recipe = task.recipe.model_copy(update={"execution": execution.model_copy(update={"threads": threads})})
-    return replace(task, recipe=recipe, ranks=ranks.size, memory=memory)
-
-
 def record(
     run: TrainingDirectory,
     request: TrainingRequest[R],
@@ -114,10 +88,6 @@ def record(
         asked=asked(request.recipe),
         dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
         dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
-        resident=choice.resident,
-        states_on_disk=choice.states_on_disk,
-        shards=choice.shards,
-        hidden_on_disk=choice.hidden_on_disk,
         keep_graphs=choice.keep_graphs,
         teacher_windows=choice.teacher_windows,
         operators=inputs.claims,

@@ -106,8 +106,6 @@ def _difference(key: str, *values: Any) -> tuple[str, ...]:
         inner = next((name for name in {**other, **one} if one.get(name) != other.get(name)), None)
         if inner is not None:
             return _difference(f"{key}.{inner}", one.get(inner), other.get(inner))
-    if key == "recover":  # it has many settings
-        return tuple(f"with{'out' if value is None else ''} {key}" for value in values)
     return tuple(f"with {key} = {json.dumps(value)}" for value in values)
 
 

@@ -27,7 +27,6 @@ from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
-from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors, read_json
 from ..runtime.formatting import counted, shell_line
@@ -43,19 +42,16 @@ from .begun import (
     interrupted_with,
     keep_recipe,
     refuse_input,
-    refuse_lost_dense,
     refuse_lost_model,
     refuse_lost_text,
     refuse_other_tokens,
 )
-from .find_model import find_source, same_path
+from .find_model import find_source
 from .finish import finish
 from .measure import measure
 from .plan import check_sources
 from .prepare import note_command, prepare
 from .prune_inputs import RunRequest, check_layers_before, check_range, check_tokens
-from .recover import recover
-from .recover_inputs import check_following, check_trained, recovers, recovery_recipe, refuse_processes
 from .result import refuse_foreign_files, reporting_failure
 
 Inspect = Callable[[int, int, LayerProblem], None]
@@ -107,8 +103,7 @@ def prune(
             ``calibration={"samples": 32}``.
 
     Returns:
-        The report, as in ``out/report.json``; the checkpoint is in ``out/model``. With ``recover`` in the recipe the
-        report of the recovery, whose run directory is ``out/recovered``. With ``only_layers`` the report of
+        The report, as in ``out/report.json``; the checkpoint is in ``out/model``. With ``only_layers`` the report of
         the unfinished run, with the layers that are done so far.
 
     Raises:
@@ -128,7 +123,6 @@ def prune(
 
     given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
     recipe = Recipe.build(merge_settings(given, settings))
-    refuse_processes(recipe)
     if begun is None:  # what a run has decided does not need its texts and its workload file any more
         check_allocation(recipe)
         if tokens is None:
@@ -141,8 +135,7 @@ def prune(
         family=family,
     )
     request = RunRequest(model, recipe, permissions, command, evaluation, tokens, only_layers, source)
-    report = _run(run, request, listener or Listener(), inspect)
-    return report if only_layers else _recover(run, report, recipe, permissions, listener)
+    return _run(run, request, listener or Listener(), inspect)
 
 
 def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
@@ -195,7 +188,6 @@ def finish_run(
     run.check_place()
     refuse_lost_text(begun.decision.evaluation)
     recipe = _recipe_here(run, begun, listener)
-    refuse_processes(recipe)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
     report = found.report
     with interrupted_with(lambda: _how_to_continue(run)), hold(run.folder), log_file(run.log_file):
@@ -207,37 +199,7 @@ def finish_run(
             with spent(run.folder) as times:
                 report = finish(context, times, listener, found.damaged)
             context.clear_hidden()
-        report = measure(run, report, begun.decision.evaluation, recipe.execution, permissions, listener)
-    return _recover(run, report, recipe, permissions, listener)
-
-
-def _recover(
-    run: PruneDirectory, report: Report, recipe: Recipe, permissions: Permissions, listener: Listener | None
-) -> Report:
-    """Recover the pruned model where the recipe asks for it; returns the report of the last run."""
-    if recipe.recover is None:
-        return report
-    settings = recovery_recipe(recipe)
-    earlier = RecoverDirectory(run.recovered)
-    begun = earlier.record()
-    if begun is not None and same_path(begun.decision.model, run.folder) and not recovers(begun, report):
-        (listener or Listener()).say(f"the recovery in {earlier.folder} is of another pruning: it is made again")
-        earlier.remove(run.model)
-    if settings.dense_for and not (run.recovered / "report.json").is_file():
-        refuse_lost_dense(run)
-    return recover(
-        run.folder,
-        run.recovered,
-        recipe=settings,
-        listener=listener,
-        command=report.command,
-        **permissions.keywords(),
-    )
-
-
-def _recovery_is_new(run: PruneDirectory, in_parts: bool) -> bool:
-    """Check that no recovery of a run has begun; for a part of the layers, that the run has not."""
-    return not run.run_file.exists() or not (in_parts or RecoverDirectory(run.recovered).run_file.exists())
+        return measure(run, report, begun.decision.evaluation, recipe.execution, permissions, listener)
 
 
 def _recipe_here(run: PruneDirectory, begun: PruneRecord, listener: Listener) -> Recipe:
@@ -285,10 +247,6 @@ def _prune(
     gone = os.path.isabs(request.model) and not os.path.exists(request.model)  # a name that is no path is found again
     if begun is not None and gone and request.model == begun.decision.model:
         refuse_lost_model(run, begun, part=request.only_layers is not None)
-    if request.recipe.recover is not None and not found.damaged and _recovery_is_new(run, only is not None):
-        source = request.source or find_source(request.model, begun, request.permissions)
-        check_following(request.recipe, source)
-        check_trained(request.recipe, source, run)
     waits = partial(listener.tick, "waiting for another part of this run to prepare it", 0, 1)
     with preparing(run.folder, waits) if only else nullcontext():
         before = run.record()

@@ -57,7 +57,5 @@ def resume(
         return resume_training(ALIGN, out, permissions, listener)
     run = PruneDirectory(out)
     if (count := launched()) > 1:
-        there = run.recovered if (run.recovered / "run.json").exists() else None
-        advice = f"resume its recovery, {there}" if there else "resume it without torchrun"
-        raise FistaPrunerError(f"{out} is a pruning run, which {count} processes of torchrun cannot share: {advice}")
+        raise FistaPrunerError(f"{out} is a pruning run, which {count} processes of torchrun cannot share")
     return resume_pruning(run, permissions, listener)

@@ -27,7 +27,6 @@ from ..runtime.formatting import shell_line
 from ..runtime.launcher import launched
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
-from ..runtime.ranks import ranks_of_run
 from .begun import (
     execution_here,
     interrupted_with,
@@ -104,31 +103,23 @@ def _run(
     *,
     resumed: bool = False,
 ) -> Report:
-    """Do what is left of a run, together with the other processes if there are any."""
+    """Do what is left of a run in this process."""
     run.check_place()
     refuse_input(request.model, run.folder)
-    if launched() > 1:
-        told.tick("waiting for the other processes", 0, 1)
-    with undisturbed(), ranks_of_run(request.recipe.execution.device) as ranks:
-        if ranks.first:
-            if ranks.size > 1:
-                told.tick("starting", 0, 1)
-            report = _lead(verb, run, replace(request, ranks=ranks), told, resumed=resumed)
-            ranks.share(report.model_dump(mode="json"))
-            return report
-        if ranks.share():
-            ranks.wait_for_file(run.run_file)
-            context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions, ranks)
-            context.train(Listener(), lambda: None)
-        found: dict[str, Any] = ranks.share({})
-        return Report.model_validate(found)
+    if (count := launched()) > 1:
+        raise FistaPrunerError(
+            f"WORLD_SIZE is {count}, and {run.verb} trains in one process: leave the launcher out; without one, unset "
+            "RANK and WORLD_SIZE"
+        )
+    with undisturbed():
+        return _lead(verb, run, request, told, resumed=resumed)
 
 
 def _lead(
     verb: TrainingVerb[R], run: TrainingDirectory, request: TrainingRequest[R], told: Listener, *, resumed: bool
 ) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
-    listener, ranks = Logged(told), request.ranks
+    listener = Logged(told)
     run.record()  # a run of another verb is refused before its log is written to
     interruption = interrupted_with(lambda: _how_to_continue(run))
     with interruption, run.created(), hold(run.folder), log_file(run.log_file):
@@ -153,17 +144,15 @@ def _lead(
                     verb.prepare(run, request, listener)
                 else:
                     keep_recipe(run, begun, listener)
-                    _check_machine(run, begun, request, listener)
+                    _check_machine(begun, request, listener)
                     _restore_text(verb, run, begun, request, listener)
-                ranks.share(True)  # the others train, too
                 listener.tick("opening the run", 0, 1)
-                context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions, ranks)
+                context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions)
                 refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
                 trained, state = context.train(listener, times.note)
                 with cpu_threads(context.decision.numerics.threads):  # whatever those of this process are
                     report = finish(context, trained, state, times, listener, verb.add_results, report)
         else:
-            ranks.share(False)
             if begun is not None:
                 keep_recipe(run, begun, listener)
             listener.say(f"{run.folder} holds the finished run of this recipe")
@@ -271,14 +260,8 @@ def _refuse_changed(run: TrainingDirectory, begun: TrainingRecord, permissions: 
             raise FistaPrunerError(f"{why} since the run in {run.folder} began: name another --out")
 
 
-def _check_machine(
-    run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R], listener: Listener
-) -> None:
-    """Say what may change the last bits of a run that goes on.
-
-    Raises:
-        FistaPrunerError: another device, on which steps without gradients cannot be taken again.
-    """
+def _check_machine(begun: TrainingRecord, request: TrainingRequest[R], listener: Listener) -> None:
+    """Say what may change the last bits of a run that goes on."""
     say_other_versions(begun.versions, listener)
     numerics, execution = begun.decision.numerics, request.recipe.execution
     if execution.threads not in (None, numerics.threads):
@@ -286,11 +269,6 @@ def _check_machine(
     say_kept_plan(begun, execution, listener)
     began = begun.machine.device_name or numerics.device
     if (here := device_title(choose_device(execution.device))) != began:
-        if request.recipe.zeroth_order:
-            raise FistaPrunerError(
-                f"the run in {run.folder} began on {began}, and {request.recipe.optimizer} draws other random numbers "
-                f"on {here}: go on there (--device {numerics.device}), or name another --out"
-            )
         listener.say(f"this run began on {began}; on {here} its last bits may differ")
 
 

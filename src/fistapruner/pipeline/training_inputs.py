@@ -32,9 +32,8 @@ from ..runs.lineage import dense_name, lineage_of
 from ..runs.listener import Listener
 from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
-from ..runs.training_runs import dense_of, input_run, recovered_beside
+from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
-from ..runtime.ranks import ALONE, Ranks
 from ..sparse.packed_checkpoint import is_packed
 from ..tuning.trained import has_vectors
 from .begun import evaluation_on
@@ -58,7 +57,6 @@ class TrainingRequest(Generic[R]):
         evaluation: the text to evaluate on after the run; None takes that of :func:`evaluation_of`.
         evaluates: evaluate at all.
         evaluation_windows: of the text of the input's run, only its first so many windows; None takes as many as it.
-        ranks: the processes that share the work.
         before: figures of the model that goes in, measured by other runs that began with it.
         like: a run on the same text, whose windows it takes; None cuts them.
     """
@@ -71,7 +69,6 @@ class TrainingRequest(Generic[R]):
     evaluation: EvaluationRequest | None = None
     evaluates: bool = True
     evaluation_windows: int | None = None
-    ranks: Ranks = ALONE
     before: Sequence[Evaluation] = ()
     like: TrainingDirectory | None = None
 
@@ -170,8 +167,6 @@ def check_training_inputs(
         check_data(evaluation.data)
     source = find_input(request.model, permissions, verb=run.verb)
     listener.say(f"model {request.model}: {source.folder}")
-    if origin is not None and (beside := recovered_beside(origin.folder)):
-        listener.say(beside)
     listener.tick("opening and checking the model", 0, 1)
     recipe = resolve(request.recipe, origin)
     resolved = replace(request, recipe=recipe)

@@ -47,8 +47,6 @@ class MemoryBudget(Generic[Settings]):
         option: names the text, in messages.
         unmeasured: flags of a run without :data:`~.sizes.MEASURING`, in messages; empty without such flags.
         parent: bytes of the process that starts the sharing ones, beside them.
-        generating: the budget of :data:`~.sizes.GENERATING`, in messages and in bytes, where it is another one: one of
-            several processes does it while the others wait.
     """
 
     given: str
@@ -64,7 +62,6 @@ class MemoryBudget(Generic[Settings]):
     option: str = "--calibration"
     unmeasured: str = ""
     parent: int = 0
-    generating: tuple[str, int] | None = None
 
     def worst(self, choice: Settings) -> str:
         """Return the stage that needs most."""
@@ -78,7 +75,7 @@ class MemoryBudget(Generic[Settings]):
     def load(self, choice: Settings) -> tuple[float, str]:
         """Return the stage that takes the largest share of its budget, after that share."""
         together = self._together(choice)
-        return max((each / max(1, self._of(name)[1]), name) for name, each in together.items())
+        return max((each / max(1, self.limit), name) for name, each in together.items())
 
     def holds(self, choice: Settings) -> bool:
         """Check whether a run with ``choice`` fits."""
@@ -87,7 +84,7 @@ class MemoryBudget(Generic[Settings]):
     def refusal(self, choice: Settings) -> FistaPrunerError:
         """Make the error that ``choice`` does not fit."""
         _, worst = self.load(choice)
-        needs = f"{self._of(worst)[0]} is not enough: {worst} needs {size(self.stages(choice)[worst])}"
+        needs = f"{self.given} is not enough: {worst} needs {size(self.stages(choice)[worst])}"
         if worst == GENERATING:
             return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
@@ -96,10 +93,6 @@ class MemoryBudget(Generic[Settings]):
         without = f", or measure nothing with {self.unmeasured}" if self.unmeasured and worst == MEASURING else ""
         advice = f"{fewer}{self.lighter}{without}"
         return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {advice}")
-
-    def _of(self, stage: str) -> tuple[str, int]:
-        """Return the budget of a stage, in messages and in bytes."""
-        return self.generating if self.generating and stage == GENERATING else (self.given, self.limit)
 
     def _together(self, choice: Settings) -> dict[str, int]:
         """Compute what each stage needs in all processes."""

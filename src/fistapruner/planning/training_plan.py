@@ -3,8 +3,7 @@
 Memory is counted from the model's sizes and from parts of a step that are run once on the real model, with their bytes
 counted (:mod:`fistapruner.planning.footprint`): one window through one decoder layer and back, that layer's effective
 weights and its optimizer step, one slice of logits. The same parts are timed. What a run may change to fit changes no
-bit of the result, except the windows in one pass: decoder layers read when they are needed, trained tensors in files,
-hidden states in files. Where the disk is small, the dense model's predictions go in rounds.
+bit of the result, except the windows in one pass. Where the disk is small, the dense model's predictions go in rounds.
 """
 
 from __future__ import annotations
@@ -150,13 +149,11 @@ def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[s
 def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> FormPlan:
     """Choose settings of a run that fit into memory and onto the disk.
 
-    If memory holds the graphs of all layers, no layer runs twice. Else decoder layers stay in memory if they can; then
-    trained tensors, if they can; then as many windows pass at once as fit; then hidden states stay in memory, if they
-    can. Before any of this is given up, several processes divide the trained tensors.
+    If memory holds the graphs of all layers, no layer runs twice. Else as many windows pass at once as fit.
 
     Args:
         needs: sizes of the parts.
-        resources: memory that the run may use; of several processes, all of them together.
+        resources: memory that the run may use.
         free: free bytes of the disk; None measures them.
     """
     task = needs.task
@@ -165,13 +162,7 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
     while sizes[-1] > task.together and not task.recipe.execution.batch_size:
         sizes.append(task.whole(sizes[-1] // 2))
     choices = [] if task.recipe.zeroth_order else [TrainingChoice(sizes[0], keep_graphs=True)]
-    choices += [
-        TrainingChoice(count, resident, in_files, hidden, shards=shards)
-        for resident, in_files in ((True, False), (False, False), (False, True))
-        for count in sizes
-        for hidden in (False, True)
-        for shards in sorted({1, 1 if in_files else task.ranks})
-    ]
+    choices += [TrainingChoice(count) for count in sizes]
     budgets = _budgets(needs, resources)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
     if chosen is None:
@@ -180,15 +171,14 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
         return FormPlan(parameters, least, False, str(over.refusal(least)), None, needs, budgets, over.load(least)[1])
     place = existing_folder(task.out)
     free = shutil.disk_usage(place).free if free is None else free
-    room = round(max(0, free - task.before) * DISK_SHARE)
+    room = round(free * DISK_SHARE)
     chosen = _in_rounds(needs, chosen, room)
     parts = needs.disk(chosen)
     if sum(parts.values()) > room:
         worst = max(parts, key=lambda name: parts[name])
         refusal = (
             f"{task.out} needs {size(sum(parts.values()))} of disk, {size(parts[worst])} for {worst}, and {place} has "
-            f"{size(free)} free{f', {size(task.before)} of it for the pruning' if task.before else ''}"
-            f"{_smaller_teacher(needs, chosen, room)}"
+            f"{size(free)} free{_smaller_teacher(needs, chosen, room)}"
         )
         return FormPlan(parameters, chosen, False, refusal, None, needs, budgets)
     first = TrainingChoice(task.batch_size)
@@ -226,19 +216,15 @@ def _smaller_teacher(needs: TrainingSizes, choice: TrainingChoice, room: int) ->
 
 def _budgets(needs: TrainingSizes, resources: Resources) -> list[MemoryBudget[TrainingChoice]]:
     """Make the budget of the GPU, if there is one, and of main memory."""
-    limit, device, share = resources.limit, resources.device, needs.task.memory
-    given, generating = f"the {size(limit)} that are free", None
+    limit, device = resources.limit, resources.device
+    given = f"the {size(limit)} that are free"
     if needs.task.recipe.execution.memory_limit:
         given = f"--memory-limit {size(limit)}"
-    elif share is not None:
-        generating = (given, limit)
-        given, limit = f"the {size(share)} that are each process's share of what is free", share
     windows, lower = fewest_windows(needs.task.batch_size if needs.task.recipe.execution.batch_size else 1)
     shorter = "shorten --seqlen"
     if isinstance(needs.task.recipe, AlignRecipe):
         shorter, windows = "lower --max-length", windows if lower else "one pair at a time"
     lighter = f"{lower}or {shorter}, for --parameters {needs.task.recipe.parameters}"
-    even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
     cuda = needs.model.cuda
     of_what = " of main memory" if cuda else ""
     host = MemoryBudget(
@@ -247,10 +233,9 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[MemoryBudget[Tr
         1,
         needs.host_stages if cuda else needs.stages,
         suffix=" (main memory)" if cuda else "",
-        even="hidden states in files" if cuda else even,
+        even=windows,
         lighter=lighter,
         option="--data",
-        generating=generating and (f"{generating[0]}{of_what}", generating[1]),
     )
     if not cuda:
         return [host]
@@ -262,7 +247,7 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[MemoryBudget[Tr
         needs.stages,
         kind="GPU memory",
         quantity=DEVICE,
-        even=even,
+        even=windows,
         more="free some of it",
         lighter=lighter,
         option="--data",

@@ -140,15 +140,10 @@ class TrainingSizes:
         """Bytes of trained tensors and optimizer state."""
         return self.copies * self.form.trained
 
-    def _state(self, choice: TrainingChoice) -> int:
-        """Return the bytes of them that the process with most layers keeps."""
-        layers = -(-self.model.layers // choice.shards)
-        return min(self.state, self.copies * layers * self.form.trained_layer)
-
-    def _stores(self, choice: TrainingChoice) -> dict[str, int]:
-        """Count windows of hidden states that a process keeps in each stage."""
-        step = self.task.own(self.task.step_windows, choice.batch_size)
-        held_out = min(self.task.own(self.task.held_out, choice.batch_size), max(AT_ONCE, step))
+    def _stores(self) -> dict[str, int]:
+        """Count windows of hidden states that are kept in each stage."""
+        step = self.task.step_windows
+        held_out = min(self.task.held_out, max(AT_ONCE, step))
         if self.task.recipe.zeroth_order:
             return {"held out": 2 * held_out, "forwards": 3 * step, "head": 2 * step}
         layers = self.model.layers
@@ -166,20 +161,14 @@ class TrainingSizes:
         """
         model, form, batch = self.model, self.form, choice.batch_size
         base = 0 if model.cuda else model.base
-        stores = self._stores(choice)
-        hidden = {name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in stores.items()}
-        factors = 0 if self.task.low_rank is None else self.task.low_rank.nbytes
-        state = 0 if choice.states_on_disk else self._state(choice) + factors
-        away = choice.states_on_disk or choice.shards > 1
-        at_hand = 3 * form.trained_layer if away else 0  # of the layer at work, read from its files, or received
-        loaded = base + model.ends + state + form.frames + (2 * batch + 1) * model.calls
-        layer = loaded + (model.weights if choice.resident else model.layer)
-        loaded += model.weights if choice.resident else 0
+        hidden = {name: windows * model.window for name, windows in self._stores().items()}
+        state = self.state + (0 if self.task.low_rank is None else self.task.low_rank.nbytes)
+        loaded = base + model.ends + state + form.frames + (2 * batch + 1) * model.calls + model.weights
         passing = model.forward * batch + 2 * batch * model.window
-        changing = at_hand + max(form.values, form.effective + passing)
+        changing = max(form.values, form.effective + passing)
         found = {
             "the embeddings": base + model.ends + model.largest,
-            "the held-out loss": layer + hidden["held out"] + changing,
+            "the held-out loss": loaded + hidden["held out"] + changing,
         }
         if not model.cuda:
             found[CUTTING] = base + model.uncut
@@ -193,35 +182,28 @@ class TrainingSizes:
             )
         rows = 5 * batch * model.window  # hidden states, their rows with loss, gradient, and the dense model's
         if self.task.recipe.zeroth_order:
-            found["the passes of a step"] = layer + hidden["forwards"] + changing + 3 * form.trained_layer
+            found["the passes of a step"] = loaded + hidden["forwards"] + changing + 3 * form.trained_layer
             found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
-            found["the step of a layer"] = layer + at_hand + form.update
+            found["the step of a layer"] = loaded + form.update
         elif choice.keep_graphs:
             kept = model.layers * (batch * model.graph + form.effective) + form.trained
             inside = max(rows + model.head, form.backward + (batch - 1) * model.inside, form.chain + form.trained_layer)
-            found["the step, with the graphs of all layers"] = layer + kept + max(inside, form.values, form.update)
+            found["the step, with the graphs of all layers"] = loaded + kept + max(inside, form.values, form.update)
         else:
-            found["the forward pass of a step"] = layer + hidden["forwards"] + changing
+            found["the forward pass of a step"] = loaded + hidden["forwards"] + changing
             found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
             inside = max(form.backward + (batch - 1) * model.inside, form.chain + form.trained_layer, form.update)
             found["the gradient of a layer"] = (
-                layer
+                loaded
                 + hidden["backwards"]
-                + at_hand
                 + form.effective
                 + form.trained_layer  # sum over the passes
                 + 3 * batch * model.window
                 + inside
             )
-        found["writing a snapshot"] = loaded + at_hand
+        found["writing a snapshot"] = loaded
         found["writing the checkpoint"] = (
-            base
-            + state
-            + model.layer
-            + at_hand
-            + form.values
-            + form.effective
-            + max(model.largest, 5 * model.largest_operator)
+            base + state + model.layer + form.values + form.effective + max(model.largest, 5 * model.largest_operator)
         )
         return {name: round(each + UNCOUNTED * (each - base)) for name, each in found.items()}
 
@@ -232,7 +214,7 @@ class TrainingSizes:
         found = {
             CUTTING: model.uncut,
             "the embeddings": model.largest,
-            "a step": moving + 2 * model.largest_operator + (0 if choice.resident else model.ahead),
+            "a step": moving + 2 * model.largest_operator,
             "writing a snapshot": form.trained_layer,
             "writing the checkpoint": form.effective + max(model.largest, 5 * model.largest_operator),
         }
@@ -262,15 +244,9 @@ class TrainingSizes:
         """Compute the peak bytes of the run directory's parts, by name in messages."""
         task, model = self.task, self.model
         windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
-        # Of tensors that processes divide the first reads the best into files at the end, beside those of the others.
-        best = self.form.trained if task.ranks > 1 else 0
-        in_files = max(self.state, 2 * best) if choice.states_on_disk else best if choice.shards > 1 else 0
-        hidden = task.ranks * choice.hidden_on_disk
         return {
             "the dense model's predictions": windows * model.stored,
             "snapshots": (KEPT + 1) * self.state,
-            "trained tensors": in_files + (task.ranks * self.form.trained_layer if in_files else 0),
-            "hidden states": max(self._stores(choice).values()) * model.window * hidden,
             "the checkpoint": model.checkpoint + (0 if task.low_rank is None else task.low_rank.nbytes),
             "the training text": task.text_bytes,
         }
@@ -278,9 +254,7 @@ class TrainingSizes:
     def step_seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of one step, without a check."""
         task, model, form = self.task, self.model, self.form
-        own = task.own(task.step_windows, choice.batch_size)
-        passes, windows = math.ceil(own / choice.batch_size), own * task.fill
-        traffic = 0.0
+        passes, windows = math.ceil(task.step_windows / choice.batch_size), task.step_windows * task.fill
         if task.recipe.zeroth_order:
             seconds = model.layers * (form.values_seconds + 2 * windows * model.forward_seconds + form.update_seconds)
             seconds += windows * model.head_seconds
@@ -290,27 +264,19 @@ class TrainingSizes:
             passing += passes * form.chain_seconds
             seconds = model.layers * (walks * form.values_seconds + passing + form.update_seconds)
             seconds += windows * model.head_seconds
-        if not choice.resident:
-            seconds += 2 * model.layers * model.load_seconds
-        if choice.states_on_disk:
-            chains = passes * (not task.recipe.zeroth_order)
-            traffic += (8 + chains) * form.trained  # values are read on both ways, with the moments, and written
-        if choice.hidden_on_disk:
-            traffic += 2 * self._stores(choice)["forwards"] * model.window
-        return seconds + traffic / DISK_RATE
+        return seconds
 
     def seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of all steps, checks, snapshots and predictions of the dense model."""
         task, model, form = self.task, self.model, self.form
         checks = 1 + min(task.steps, task.recipe.validation_checks)
-        held_out, step = (task.own(each, choice.batch_size) for each in (task.held_out, task.step_windows))
+        held_out, step = task.held_out, task.step_windows
         walks = math.ceil(held_out / max(AT_ONCE, step))
         check = model.layers * (walks * form.values_seconds + held_out * task.fill * model.forward_seconds)
         check += held_out * task.fill * model.head_seconds / 2
-        check += 0 if choice.resident else walks * model.layers * model.load_seconds
         dense = 0.0
         if model.stored:
-            windows = task.own(self.used_windows(), self._block(choice))  # each process makes some of the blocks
+            windows = self.used_windows()
             if choice.teacher_windows is not None:  # a round is one block
                 windows = task.steps * task.step_windows + task.held_out
             blocks = math.ceil(windows / self._block(choice))

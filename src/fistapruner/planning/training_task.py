@@ -13,7 +13,6 @@ from ..models.layout import Layout
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import windows_at_once
-from ..runtime.ranks import Ranks
 from ..tuning.losses import TokenLoss
 from ..tuning.teacher import TOP
 
@@ -24,30 +23,18 @@ class TrainingChoice:
 
     Args:
         batch_size: windows in one pass.
-        resident: the decoder layers stay in memory; else each is read when it is needed.
-        states_on_disk: trained tensors and optimizer state in files instead of memory.
-        hidden_on_disk: hidden states in files instead of memory.
         teacher_windows: windows whose predictions by the dense model the disk holds at once; None is all.
         keep_graphs: no decoder layer runs twice for a gradient: the activations of all of them stay in memory.
-        shards: processes that divide trained tensors and optimizer state among them; 1 where each holds all.
     """
 
     batch_size: int
-    resident: bool = True
-    states_on_disk: bool = False
-    hidden_on_disk: bool = False
     teacher_windows: int | None = None
     keep_graphs: bool = False
-    shards: int = 1
 
     def words(self) -> list[str]:
-        """List what differs from a run that keeps layers, trained tensors and hidden states in memory."""
+        """List what differs from a run whose layers run twice for a gradient."""
         return [
             *(["no layer runs twice"] if self.keep_graphs else []),
-            *([] if self.resident else ["one decoder layer in memory at a time"]),
-            *(["trained tensors in files"] if self.states_on_disk else []),
-            *([f"trained tensors divided among {self.shards} processes"] if self.shards > 1 else []),
-            *(["hidden states in files"] if self.hidden_on_disk else []),
             *([] if self.teacher_windows is None else ["the dense model's predictions in rounds"]),
         ]
 
@@ -69,10 +56,7 @@ class Task:
         fill: share of the passes that are not padding.
         together: windows that no pass may part.
         generator: the dense model where it generates the training text; else None.
-        memory: bytes of main memory that are this process's share of what is free; None is as the recipe has it.
         answers: windows of the pairs whose log-probabilities are computed before and after training, by model.
-        ranks: processes that share the passes, and the run directory.
-        before: bytes of the same disk that the pruning takes before the run begins.
         low_rank: the low-rank part that belongs to the model.
     """
 
@@ -93,10 +77,7 @@ class Task:
     fill: float = 1.0
     together: int = 1
     generator: LayerwiseModel | None = None
-    memory: int | None = None
     answers: tuple[int, ...] = ()
-    ranks: int = 1
-    before: int = 0
     low_rank: LowRankAdapter | None = None
 
     @classmethod
@@ -143,11 +124,7 @@ class Task:
     def batch_size(self) -> int:
         """Windows in one pass, if they fit."""
         asked = self.recipe.execution.batch_size or windows_at_once(self.seqlen, self.model.device)
-        return self.whole(min(self.step_windows // self.ranks, asked))
-
-    def own(self, windows: int, batch_size: int) -> int:
-        """Count the windows of the process that has the most, of those that all processes pass."""
-        return len(Ranks(0, self.ranks).mine(range(windows), batch_size))
+        return self.whole(min(self.step_windows, asked))
 
     def whole(self, windows: int) -> int:
         """Round a number of windows in one pass so that none is parted from those it belongs to."""

@@ -63,16 +63,17 @@ class AlignRecipe(TrainingRecipe):
         "mean of the references; MRPO), geometric (with their geometric mean), sft (cross-entropy of the chosen "
         "answers), or none (the anchor alone: distillation).",
     )
-    references: Annotated[tuple[Literal["pruned", "dense"], ...], BeforeValidator(words)] = Field(
+    references: Annotated[tuple[str, ...], BeforeValidator(words)] = Field(
         (),
-        description="Reference models of the loss: pruned (the model that goes in), dense, or both. Without it pruned "
-        "for dpo, and pruned,dense for the losses of several references.",
+        description="Reference models of the loss: pruned (the model that goes in), dense, and other models or runs "
+        "with the same tokenizer; two or more but for dpo. Without it pruned for dpo, and pruned,dense for the losses "
+        "of several references.",
     )
     weights: Literal["fixed", "held-out", "held-out-margin", "per-pair"] = Field(
         "fixed",
         description="How much each of several references counts: fixed, held-out (in proportion to its accuracy on "
         "the held-out pairs), held-out-margin (to its mean margin there), or per-pair (to its margin on the very pair "
-        "that the loss uses, which arXiv 2512.10040 calls label leakage; MRPO).",
+        "that the loss uses; MRPO).",
     )
     shares: Annotated[tuple[float, ...], BeforeValidator(words)] = Field(
         (),
@@ -81,8 +82,8 @@ class AlignRecipe(TrainingRecipe):
     )
     clip: Clip = Field(
         0.1,
-        description="Trust region of harmonic: how far other references may be from pruned, as a share of its "
-        "log-probabilities, or none.",
+        description="Trust region of harmonic: how far other references may be from the first, which is "
+        "pruned where it is one, as a share of its log-probabilities, or none.",
     )
     beta: float = Field(0.1, gt=0.0, description="β of DPO: larger values keep the model closer to the references.")
     label_smoothing: float = Field(
@@ -107,8 +108,9 @@ class AlignRecipe(TrainingRecipe):
     @model_validator(mode="after")
     def _consistent(self) -> AlignRecipe:
         given, several = len(self.references), self.loss not in ("dpo", "sft", "none")
-        if len(set(self.references)) < given:
-            raise ValueError(f"references: {self.references[0]} is named twice")
+        twice = {name for name in self.references if self.references.count(name) > 1}
+        if twice:
+            raise ValueError(f"references: {twice.pop()} is named twice")
         if self.loss == "dpo" and given > 1:
             raise ValueError(
                 "references: dpo has one reference; for several take loss multi-dpo, harmonic or geometric"
@@ -158,11 +160,11 @@ class AlignRecipe(TrainingRecipe):
 
     @property
     def resolved_references(self) -> tuple[str, ...]:
-        """Names of the references of the loss, the pruned model first where it is one."""
+        """Names of the references of the loss, the pruned model first where it is one; of others their places."""
         if self.loss in ("sft", "none"):
             return ()
         default = ("pruned",) if self.loss == "dpo" else ("pruned", "dense")
-        return tuple(sorted(self.references or default, reverse=True))
+        return tuple(sorted(self.references or default, key=lambda name: name != "pruned"))
 
     @property
     def resolved_shares(self) -> tuple[float, ...]:
@@ -191,4 +193,6 @@ class AlignRecipe(TrainingRecipe):
 
     def with_absolute_files(self) -> AlignRecipe:
         pairs = self.data.pairs and os.path.abspath(self.data.pairs)
-        return self.model_copy(update={"data": self.data.model_copy(update={"pairs": pairs})})
+        references = tuple(os.path.abspath(name) if os.path.isdir(name) else name for name in self.references)
+        data = self.data.model_copy(update={"pairs": pairs})
+        return self.model_copy(update={"data": data, "references": references})

@@ -124,8 +124,7 @@ SECTIONS = ("calibration", "data", "execution", "structure")
 def merge_settings(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated by ``changes``, section by section; None replaces what is there.
 
-    Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone;
-    tokens alone as ``recover`` change only the tokens of a recovery recipe.
+    Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone.
     """
     merged, changes = _structure_whole(base), _structure_whole(changes)
     for key, other in (("source", "tasks"), ("tasks", "source")):
@@ -136,8 +135,6 @@ def merge_settings(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
             section = merged.get(key) or {}
             # A section that is not a mapping stays, so that validation names it.
             merged[key] = merge_settings(section, value) if isinstance(section, dict) else section
-        elif key == "recover" and isinstance(merged.get(key), dict) and isinstance(value, (str, int, float)):
-            merged[key] = merge_settings(merged[key], {"data": {"tokens": value}})
         else:
             merged[key] = value
     return merged

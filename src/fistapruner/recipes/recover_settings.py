@@ -17,7 +17,8 @@ class TrainingData(Settings):
     source: Annotated[str | None, PATHS_TOO] = Field(
         None,
         description="Training text: a calibration source (self, python, c4, wikitext2, ptb), a .txt, .raw, .md or "
-        ".parquet file, or a .jsonl file whose lines have text, prompt and completion, or messages. Without it the "
+        ".parquet file, or a .jsonl file whose lines have text, prompt and completion, messages, or instruction, "
+        "input and output (Alpaca). Without it the "
         "calibration source of the run that pruned the model.",
     )
     tasks: Annotated[dict[str, str], PATHS_TOO] = Field(
@@ -45,7 +46,7 @@ class TrainingData(Settings):
     mixture: Literal["uniform", "pooled"] = Field(
         "uniform",
         description="How windows of several tasks are drawn: uniform (rounds of per_round tasks, the same number of "
-        "tokens from each; MAMF), or pooled (all windows in one heap).",
+        "tokens from each, in the manner of MAMF), or pooled (all windows in one heap).",
     )
     per_round: int | None = Field(
         None,
@@ -130,12 +131,6 @@ class RecoverRecipe(TrainingRecipe):
     @property
     def without_dense(self) -> str:
         return ", or take --loss ce" + (" and another --data" if self.generates_text else "")
-
-    def with_seed(self, seed: int) -> RecoverRecipe:
-        """Return the recipe with this seed wherever it names none."""
-        own = {} if "seed" in self.model_fields_set else {"seed": seed}
-        of_data = {} if "seed" in self.data.model_fields_set else {"seed": seed}
-        return self.model_copy(update={**own, "data": self.data.model_copy(update=of_data)})
 
     def with_absolute_files(self) -> RecoverRecipe:
         data = self.data

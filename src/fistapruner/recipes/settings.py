@@ -28,7 +28,6 @@ from .values import (
     AllocationSetting,
     DenseTarget,
     MethodSetting,
-    RecoverSetting,
     SparsitySetting,
     StructureSetting,
 )
@@ -146,22 +145,17 @@ class Recipe(RunRecipe):
         description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without "
         "matrix units for it.",
     )
-    recover: RecoverSetting = Field(
-        None,
-        description="Recovery after pruning: tokens to train on, such as 500k, or the settings of 'recover'; its "
-        "result is in RUN/recovered. Not part of the pruning run's identity.",
-    )
     seed: Seed = Field(
         0,
-        description="Seed of everything random that is not calibration data, and of a recovery for which recover names "
-        "none; as a flag also that of the calibration windows.",
+        description="Seed of everything random that is not calibration data; as a flag also that of the calibration "
+        "windows.",
     )
     execution: Execution = Field(
         Execution(),
         description="How the work is carried out; not part of a run's identity.",
     )
 
-    no_identity: ClassVar[tuple[str, ...]] = ("execution", "recover")
+    no_identity: ClassVar[tuple[str, ...]] = ("execution",)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -250,7 +244,6 @@ class Recipe(RunRecipe):
         """Return this recipe with ``auto`` of passes, targets and the choice of channels resolved.
 
         Paths of calibration and workload files become absolute, so that a run can be continued from another folder.
-        Seeds that ``recover`` does not name become those of this recipe.
 
         Args:
             in_parts: only a part of the decoder layers is pruned (``--only-layers``), independently of the others.
@@ -285,8 +278,6 @@ class Recipe(RunRecipe):
             )
         chosen["calibration"] = self.calibration.with_absolute_files()
         chosen["structure"] = self.structure.resolved((earlier or {}).get("structure", {}).get("method"))
-        if self.recover is not None:
-            chosen["recover"] = self.recover.with_seed(self.seed)
         if self.workload is not None:
             chosen["allocation"] = WORKLOAD + os.path.abspath(self.workload)
         return self.model_copy(update=chosen)

@@ -62,7 +62,7 @@ class TrainingRecipe(RunRecipe):
     optimizer: Literal["adamw", "mezo", "subzero"] = Field(
         "adamw",
         description="adamw (backpropagation), or mezo and subzero (forward passes only: thousands of steps; for "
-        "machines and objectives without gradients).",
+        "machines without room for a backward pass).",
     )
     rank: int = Field(16, ge=1, description="Rank of lora, hira and spp.")
     scale: float = Field(2.0, gt=0.0, description="Factor of the low-rank change of lora and spp.")
@@ -94,8 +94,8 @@ class TrainingRecipe(RunRecipe):
         "cosine", description="How the learning rate falls after the warm-up."
     )
     eps: float = Field(1e-3, gt=0.0, description="Size of the perturbation of mezo and subzero.")
-    refresh: int = Field(1000, ge=1, description="Steps after which subzero draws new subspaces.")
-    subspace: int = Field(24, ge=1, description="Rank of subzero's subspaces.")
+    refresh: int = Field(2000, ge=1, description="Steps after which subzero draws new subspaces.")
+    subspace: int = Field(8, ge=1, description="Rank of subzero's subspaces.")
     validation_checks: int = Field(
         8, ge=1, description="Checks on what is held out, at equal distances; the best step is kept."
     )

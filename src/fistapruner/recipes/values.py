@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, SerializationInfo
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from ..errors import FistaPrunerError
 from .base import word_or_number
 from .loading import parse_value, read_share
 from .patterns import check_patterns
-from .recover_settings import RecoverRecipe
 from .structure_settings import Structure
 
 if TYPE_CHECKING:
@@ -52,27 +51,6 @@ def read_method(value: Any) -> tuple[Method, ...]:
                 "processes and a resumed run find it; fp.solve takes it as it is"
             )
     return steps
-
-
-def _recover(value: Any) -> Any:
-    """Parse a recovery recipe, or the tokens of one."""
-    if value is None or isinstance(value, RecoverRecipe):
-        return value
-    if isinstance(value, bool):
-        raise ValueError("tokens such as 500k, or the settings of a recovery, are expected")
-    if not isinstance(value, Mapping):
-        value = {"data": {"tokens": value}}
-    try:
-        return RecoverRecipe.build(dict(value))
-    except FistaPrunerError as error:
-        raise ValueError(str(error).removeprefix("recipe: ")) from None
-
-
-def _dump_recover(value: Any, info: SerializationInfo) -> Any:
-    """Write a recovery recipe, without its unset settings where those of the run are left out, too."""
-    if value is None:
-        return None
-    return value.model_dump(mode="json", exclude={"execution"}, exclude_unset=info.exclude_unset)
 
 
 def _dense_target(value: Any) -> Any:
@@ -124,7 +102,6 @@ AllocationSetting = Annotated[
     Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
 ]
 StructureSetting = Annotated[Structure, BeforeValidator(_structure)]
-RecoverSetting = Annotated[Any, BeforeValidator(_recover), PlainSerializer(_dump_recover)]
 DenseTarget = Annotated[
     Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"],
     word_or_number(

@@ -60,10 +60,10 @@ def _recovery(report: Report, found: Recovery) -> list[str]:
 
 
 def _training(report: Report) -> list[str]:
-    """Advise recovery where a loss is beyond two standard errors and no recovery follows."""
+    """Advise recovery where a loss is beyond two standard errors."""
     damage = [evaluation.divergence for evaluation in report.evaluations if evaluation.divergence is not None]
     lost = any(each.nll_difference > 2 * (each.nll_difference_standard_error or 0.0) for each in damage)
-    if not lost or report.recipe.get("recover"):
+    if not lost:
         return []
     kept = "" if report.only_structure else " with every zero kept"
     return [f"Training{kept} wins back a part of what pruning lost: `fistapruner recover RUN --out NEW`."]

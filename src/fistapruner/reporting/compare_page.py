@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
@@ -151,22 +150,16 @@ def _extra(point: Point, found: Sequence[Point]) -> float:
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
-    """Shorten labels to fit into figures: of the settings after ``@`` only ``+recover`` stays.
+    """Shorten labels to fit into figures: the settings after ``@`` go.
 
     Methods that this makes alike are numbered.
     """
     labels = methods(found)
-    bases = [_short(label) for label in labels]
+    bases = [label.partition("@")[0] for label in labels]
     return {
         label: base if bases.count(base) == 1 else f"{base} ({bases[:place].count(base) + 1})"
         for place, (label, base) in enumerate(zip(labels, bases, strict=True))
     }
-
-
-def _short(method: str) -> str:
-    """Return a label without its settings: ``proximal+recover`` of ``proximal@recover=500k``."""
-    name, _, settings = method.partition("@")
-    return name + ("+recover" if re.search(r"(^|,)recover[.=]", settings) else "")
 
 
 def patterns(found: Sequence[Point]) -> list[str]:
@@ -350,7 +343,7 @@ def _overview(comparison: Comparison, found: Sequence[Point]) -> Table:
     labels = sorted(methods(found), key=lambda method: [gaps.get((method, each), math.inf) for each in columns])
     short = short_labels(found)
     names = {
-        method: method if short[method] in (method, _short(method)) else f"{short[method]}: {method}"
+        method: method if short[method] in (method, method.partition("@")[0]) else f"{short[method]}: {method}"
         for method in labels
     }
     rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in labels]

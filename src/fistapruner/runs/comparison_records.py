@@ -24,10 +24,10 @@ class CompareRow(Record):
     Args:
         method: chain as written on the command line; ``label``: what to print instead; ``sparsity``; ``seed``.
         perplexity, divergence: on the text of the comparison; ``gap``: ln(perplexity) - ln(dense perplexity).
-        relative_error: mean over changed operators, None after a recovery.
+        relative_error: mean over changed operators.
         seconds: of the run; ``time_split``: by phase; ``peak_memory``: bytes.
         operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
-        checkpoint_bytes: of the weight files before a recovery, which keeps their size.
+        checkpoint_bytes: of the weight files.
         dense_weights, model_weights: parameters of the whole model before and after structure was removed;
             ``dense_flops_per_token``, ``flops_per_token``: see :class:`~.records.Totals`. None where none was.
         error: why this row has no figures, when it failed.

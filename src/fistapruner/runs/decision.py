@@ -165,12 +165,8 @@ class TrainingDecision(RunDecision):
     Args:
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
         dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its files.
-        resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
-        states_on_disk: trained tensors and the optimizer's state are kept in files.
-        shards: processes that divide them, which hold them in memory together; 1 where each holds all.
-        hidden_on_disk: hidden states between decoder layers are kept in files.
-        keep_graphs: no layer runs twice for a gradient, at the cost of memory. Like the four before it, this is no
-            part of the run's identity: it changes no bit.
+        keep_graphs: no layer runs twice for a gradient, at the cost of memory. It is no part of the run's identity, as
+            it changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input; None where that was not noted.
         low_rank: checksum of the low-rank part that belongs to the input; None where it has none.
@@ -183,10 +179,6 @@ class TrainingDecision(RunDecision):
     asked: dict[str, Any] = {}
     dense: Path | None = None
     dense_stamps: tuple[tuple[str, str], ...] = ()
-    resident: bool = True
-    states_on_disk: bool = False
-    shards: int = 1
-    hidden_on_disk: bool = False
     keep_graphs: bool = False
     operators: dict[str, str] = {}
     zeros: int | None = None

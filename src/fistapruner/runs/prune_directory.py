@@ -8,7 +8,6 @@ RUN/
     bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
     adapter/                   low-rank parts of the operators, where the recipe asks for them
     hidden/                    hidden states that are still needed, where memory does not hold them
-    recovered/                 the run directory of the recovery that follows, where the recipe asks for one
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ class PruneDirectory(RunDirectory):
         self.metrics_file = folder / "metrics.safetensors"
         self.bypass_file = folder / "bypass.safetensors"
         self.hidden = folder / "hidden"
-        self.recovered = folder / "recovered"
         self.journal = LayerJournal(folder / "layers")
 
     def create(self) -> None:
@@ -69,7 +67,7 @@ class PruneDirectory(RunDirectory):
         self.journal.folder.mkdir(parents=True, exist_ok=True)
 
     def own_folders(self) -> tuple[Path, ...]:
-        return (self.journal.folder, self.model, self.adapter, self.hidden, self.recovered)
+        return (self.journal.folder, self.model, self.adapter, self.hidden)
 
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.calibration_file, self.begun_file, self.metrics_file, self.bypass_file)

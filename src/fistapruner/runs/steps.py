@@ -38,16 +38,12 @@ class StepJournal:
     Args:
         path: the file; it is made if it is missing.
         last: last step to keep; later lines are dropped.
-
-    Attributes:
-        dropped: the lines that were dropped, by step: a run that makes them again compares.
     """
 
     def __init__(self, path: Path, last: int) -> None:
         self.path = path
         lines, ends = _read(path)
         kept = sum(1 for line in lines if line["step"] <= last)
-        self.dropped = {line["step"]: line for line in lines[kept:]}
         self._end = ends[kept - 1] if kept else 0
         self._unsynced = 0
         self._descriptor = open_file(path)
@@ -83,26 +79,6 @@ class StepJournal:
                 self.sync()
         finally:
             os.close(self._descriptor)
-
-
-class ForeignJournal(StepJournal):
-    """A journal that another process writes; what is appended here is dropped."""
-
-    def __init__(self, path: Path, last: int) -> None:
-        self.path = path
-        self.dropped = {line["step"]: line for line in _read(path)[0] if line["step"] > last}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Drop a line."""
-
-    def sync(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

@@ -6,8 +6,6 @@ RUN/
     teacher/               the dense model's predictions of these windows (:mod:`fistapruner.tuning.teacher`)
     steps.jsonl            one line a step (:mod:`fistapruner.runs.steps`)
     states/                the newest training states (:mod:`fistapruner.runs.snapshots`)
-    hidden/                hidden states between decoder layers, where memory does not hold them
-    trained/               trained tensors and optimizer state, where memory does not hold them
     adapter/               what spp or hira has trained, as a PEFT adapter of the input
 """
 
@@ -24,12 +22,10 @@ from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, files_named, remove_folder
+from ..runtime.files import PARTIAL
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
-from .lock import hold
 from .snapshots import Snapshots
 
 TEXT = "training"
@@ -57,12 +53,10 @@ class TrainingDirectory(RunDirectory):
         self.windows_file = folder / "windows.safetensors"
         self.steps_file = folder / "steps.jsonl"
         self.teacher = folder / "teacher"
-        self.hidden = folder / "hidden"
-        self.trained = folder / "trained"
         self.states = Snapshots(folder / "states")
 
     def own_folders(self) -> tuple[Path, ...]:
-        return (self.model, self.adapter, self.teacher, self.hidden, self.trained, self.states.folder)
+        return (self.model, self.adapter, self.teacher, self.states.folder)
 
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.windows_file, self.steps_file)
@@ -80,31 +74,9 @@ class TrainingDirectory(RunDirectory):
             raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
         return record
 
-    def remove(self, source: Path) -> None:
-        """Remove the run; ``run.json`` goes last of what makes it one.
-
-        So a removal that was killed can go on.
-
-        Args:
-            source: folder of the model that the run changed, if it is still there
-                (:meth:`~.directory.RunDirectory.remove_model`).
-
-        Raises:
-            FistaPrunerError: a process works in it, or the folder holds files that the run did not write.
-        """
-        own = {path.name for path in (*self.own_folders(), *self.own_files(), self.page_file)}
-        if others := [name for name in self.foreign() if name.removesuffix(PARTIAL) not in own]:
-            raise FistaPrunerError(
-                f"{self.folder / others[0]} was not written by this run: move it away, and run the same command again"
-            )
-        with hold(self.folder), disk_errors(self.folder):
-            if self.model.is_dir():
-                self.remove_model(Checkpoint.open(source) if source.is_dir() else None)
-            remove_folder(self.folder, self.run_file, *files_named(self.folder, EARLY))
-
     def remove_weights(self) -> None:
         super().remove_weights()
-        for folder in (self.states.folder, self.teacher, self.hidden, self.trained):
+        for folder in (self.states.folder, self.teacher):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:

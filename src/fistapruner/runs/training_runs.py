@@ -10,7 +10,6 @@ from ..models.source import SMALL_MODEL, resolve_model
 from .align_directory import AlignDirectory
 from .directory import RunDirectory
 from .lineage import dense_name
-from .prune_directory import PruneDirectory
 from .records import Lineage
 from .training_directory import RecoverDirectory, TrainingDirectory
 
@@ -25,14 +24,6 @@ def input_run(model: str) -> RunDirectory | None:
         if folder is not None and (folder / "run.json").is_file():
             return RunDirectory(folder)
     return None
-
-
-def recovered_beside(folder: str | Path) -> str | None:
-    """Say that the model of a pruning run was recovered; None where it was not."""
-    recovered = PruneDirectory(Path(folder)).recovered
-    if not (recovered / "model").is_dir():
-        return None
-    return f"{recovered} holds the recovered model; this is the one before it"
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from .memory import MOUNTED_GROUPS, OWN_GROUPS, control_groups
 def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; ``auto`` is the GPU with most free memory, or the CPU.
 
-    ``cuda`` is that GPU too. It is chosen once in a process. Of several processes that a launcher has started on a
-    machine, each takes the GPU of its number (``LOCAL_RANK``), or the only one that it sees.
+    ``cuda`` is that GPU too. It is chosen once in a process.
 
     Raises:
         FistaPrunerError: this machine has no such device.
     """
     if name == "auto":
-        return _gpu() if torch.cuda.is_available() else torch.device("cpu")
+        return _by_free_memory()[0] if torch.cuda.is_available() else torch.device("cpu")
     found = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", name) if isinstance(name, str) else None
     if found is None:
         raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
@@ -36,15 +35,7 @@ def choose_device(name: str) -> torch.device:
         raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
     if found[1] and int(found[1]) >= torch.cuda.device_count():  # torch takes numbers from 256 on for smaller ones
         raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return _gpu() if name == "cuda" else torch.device(name)
-
-
-def _gpu() -> torch.device:
-    """Return the GPU of this process."""
-    local = int(os.environ.get("LOCAL_RANK") or -1)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    numbered = processes > 1 and 0 <= local < torch.cuda.device_count()
-    return torch.device("cuda", local) if numbered else _by_free_memory()[0]
+    return _by_free_memory()[0] if name == "cuda" else torch.device(name)
 
 
 def device_title(device: torch.device) -> str:

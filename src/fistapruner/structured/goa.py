@@ -1,4 +1,4 @@
-"""Choose heads and channels as GOA does (Yin et al. 2025, CPAL, arXiv 2407.19126).
+"""Choose heads and channels as GOA does (Li, Dong and Lei 2025, CPAL, arXiv 2407.19126).
 
 A module is a group of operators that read hidden states (level 1: queries, keys and values, or gate and up) and the
 operator that reads what they write (level 2: o or down). Its operators are first fitted to the dense model's outputs,

@@ -2,14 +2,10 @@
 
 A gradient takes three walks: forwards, keeping the hidden states between layers; through the head, in slices; and
 backwards, where each layer runs again with gradients. So one layer's activations are in memory at a time, and as soon
-as all windows have come back through a layer its gradient is complete: it is handed over and dropped. Whether the
-layers stay loaded (:meth:`Objective.resident`) or are read one after the other changes no bit.
+as all windows have come back through a layer its gradient is complete: it is handed over and dropped.
 
 Where memory holds the activations of all layers for one batch and the gradients of all layers, no layer needs to run
 twice (``keep_graphs``), which saves a quarter of the time.
-
-Several processes (:mod:`~fistapruner.runtime.ranks`) share the passes. Losses are kept by window and gradients are
-added in the order of the passes, so the number of processes changes no bit either.
 """
 
 from __future__ import annotations
@@ -30,7 +26,6 @@ from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..runtime.memory import release_memory
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
-from ..runtime.ranks import ALONE, OrderedSum, Ranks
 from ..runtime.transfers import sent
 from .losses import TokenLoss
 from .teacher import Teacher
@@ -60,7 +55,6 @@ class Objective:
         keep_graphs: keep the activations of all layers for one batch, see
             :func:`~fistapruner.activations.gradients.forward_backward`; the bits of the result are the same.
         budgets: bytes of logits at once.
-        ranks: the processes that share the passes. All of them ask for the same losses and gradients.
 
     Raises:
         FistaPrunerError: the architecture is not supported; the dense model has another vocabulary.
@@ -77,7 +71,6 @@ class Objective:
         *,
         keep_graphs: bool = False,
         budgets: Budgets = BUDGETS,
-        ranks: Ranks = ALONE,
     ) -> None:
         if loss.share > 0 and teacher is None:
             raise ValueError("a divergence needs the dense model")
@@ -90,18 +83,14 @@ class Objective:
         check_model(model)
         self.model, self.text, self.loss, self.store, self.budgets = model, text, loss, store, budgets
         self.teacher = teacher if loss.share > 0 else None
-        self.keep_graphs, self.ranks, self.batch_size = keep_graphs, ranks, batch_size
+        self.keep_graphs, self.batch_size = keep_graphs, batch_size
         self._calls: dict[int, Calls] = {}  # by the tokens of a window
 
     @contextmanager
-    def resident(self, *, layers: bool = True) -> Iterator[None]:
-        """Keep weights loaded for the block: the ends of both models, and the model's decoder layers.
-
-        Args:
-            layers: False reads the decoder layers anew in every walk.
-        """
+    def resident(self) -> Iterator[None]:
+        """Keep weights loaded for the block: the ends of both models, and the model's decoder layers."""
         with ExitStack() as loaded:
-            loaded.enter_context(self.model.resident(layers=layers))
+            loaded.enter_context(self.model.resident())
             if self.teacher is not None and self.teacher.ends is not None:
                 loaded.enter_context(self.teacher.ends.resident(layers=False, like=self.model))
             yield
@@ -127,22 +116,7 @@ class Objective:
         """
         self._require(numbers)
         seqlen = self.seqlen(numbers)
-        batch = self.batch(seqlen)
-        mine = self.ranks.mine(numbers, batch)
-        # One without a pass takes the first, too: the others may need the layers that it keeps.
-        sums = self._losses(mine or list(numbers[:batch]), seqlen, variants)
-        return self.ranks.windows(sums if mine or self.ranks.size == 1 else None, len(numbers), batch)
-
-    def seqlen(self, numbers: Sequence[int]) -> int:
-        """Return the tokens of each window that are passed."""
-        return self.text.tokens.shape[1]
-
-    def batch(self, seqlen: int) -> int:
-        """Return the windows of so many tokens in one pass."""
-        return self.batch_size
-
-    def _losses(self, numbers: list[int], seqlen: int, variants: Variants) -> Tensor:
-        """Compute :meth:`losses` of the windows of this process."""
+        numbers = list(numbers)
         tokens, calls = self.text.tokens[numbers, :seqlen], self._calls_of(seqlen)
         states, _ = forward_variants(self.model, tokens, calls.batch_size, self.store, variants, calls=calls)
         sums = torch.zeros(len(states), len(numbers), dtype=torch.float64)
@@ -153,6 +127,14 @@ class Objective:
         for state in states:
             state.close()
         return sums
+
+    def seqlen(self, numbers: Sequence[int]) -> int:
+        """Return the tokens of each window that are passed."""
+        return self.text.tokens.shape[1]
+
+    def batch(self, seqlen: int) -> int:
+        """Return the windows of so many tokens in one pass."""
+        return self.batch_size
 
     def gradient(
         self,
@@ -167,46 +149,39 @@ class Objective:
             numbers: window numbers.
             values: gives a layer's tensors; called on the way forwards and again on the way back.
             update: receives the gradient with respect to them, from the last layer to the first.
-            chain: turns the gradients of a pass into others, which are summed instead: those with respect to few
-                trained numbers are quickly exchanged.
+            chain: turns the gradients of a pass into others, which are summed instead.
 
         Returns:
             The loss. Where it is not finite, there is no gradient and ``update`` is not called.
         """
         self._require(numbers)
+        numbers = list(numbers)
         seqlen, count = self.seqlen(numbers), max(1, int(self.counts(numbers).sum()))
-        batch = self.batch(seqlen)
-        own = self.ranks.mine(numbers, batch)
-        mine = own or list(numbers[:batch])  # one without a pass takes the first, too, and its sums are not used
         # A power of two, which changes no bit where nothing underflows; in fp16 gradients of a mean would.
         scale = 2.0 ** math.ceil(math.log2(count)) if self.model.dtype == torch.float16 else 1.0
-        sums = torch.zeros(1, len(mine), dtype=torch.float64)
-        totals: dict[int, OrderedSum] = {}
-        loss: list[float] = []
+        sums = torch.zeros(1, len(numbers), dtype=torch.float64)
+        totals: dict[int, Gradients] = {}
 
         def above(start: int, hidden: Tensor) -> Tensor:
             stop = start + len(hidden)
-            sums[:, start:stop], gradient = self._reduce([hidden], mine[start:stop], scale / count)
+            sums[:, start:stop], gradient = self._reduce([hidden], numbers[start:stop], scale / count)
             assert gradient is not None
             return gradient
 
         def take(index: int, layer: nn.Module, gradients: Gradients) -> None:
-            if index not in totals:
-                totals[index] = self.ranks.sums(-(-len(numbers) // batch))
-            totals[index].add(chain(index, layer, gradients))
+            total = totals.setdefault(index, {})
+            for name, gradient in chain(index, layer, gradients).items():
+                # Not in place: autograd may give one tensor for two names.
+                total[name] = total[name] + gradient if name in total else gradient.float()
 
         def done(index: int, layer: nn.Module) -> None:
-            for total in totals.values():
-                total.complete()
-            if not loss:
-                loss.append(float(self.ranks.windows(sums if own else None, len(numbers), batch).sum()) / count)
-            found = totals.pop(index).result()
-            if math.isfinite(loss[0]):
+            found = totals.pop(index)
+            if math.isfinite(float(sums.sum())):
                 update(index, layer, {name: each / scale for name, each in found.items()} if scale > 1 else found)
 
         walk = self._walk_once if self.keep_graphs else self._walk_twice
-        walk(self.text.tokens[mine, :seqlen], above, values, take, done)
-        return loss[0]
+        walk(self.text.tokens[numbers, :seqlen], above, values, take, done)
+        return float(sums.sum()) / count
 
     def _calls_of(self, seqlen: int) -> Calls:
         """Return how decoder layers are called for windows of so many tokens, as far as it is recorded."""

@@ -61,7 +61,7 @@ class AnswerObjective(Objective):
             by_length.setdefault(self.seqlen(numbers[place : place + 2]), []).extend((place, place + 1))
         parts: list[tuple[list[int], Tensor]] = []
         for length, group in sorted(by_length.items()):
-            most = max(1, AT_ONCE // self.batch_size) * self.batch(length) * self.ranks.size  # whole passes: same bits
+            most = max(1, AT_ONCE // self.batch_size) * self.batch(length)  # whole passes: same bits
             for start in range(0, len(group), most):
                 places = group[start : start + most]
                 parts.append((places, super().losses([numbers[place] for place in places], variants)))

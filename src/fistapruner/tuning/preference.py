@@ -155,8 +155,8 @@ def held_out_weights(references: Tensor, rule: Literal["accuracy", "margin"] = "
 def pair_weights(references: Tensor) -> Tensor:
     """Compute (K, pairs) weights in proportion to the size of every reference's margin (ARWC of MRPO).
 
-    They come from the very pair whose label the loss uses; 2512.10040 calls that label leakage. The sizes are those of
-    the pair with its answers swapped, though.
+    They come from the very pair whose label the loss uses. The sizes are those of the pair with its answers swapped,
+    though.
     """
     sizes = margins_of(references).abs() + GUARD
     return sizes / sizes.sum(0)

@@ -27,7 +27,6 @@ from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..models.layerwise import LayerwiseModel
 from ..runs.snapshots import LEAST_SECONDS
 from ..runtime.progress import Tick, silent
-from ..runtime.ranks import ALONE, Ranks
 from .pair_objective import LIKELIHOOD, AnswerObjective
 
 
@@ -75,7 +74,6 @@ def reference_log_probabilities(
     batch_size: int,
     store: Store,
     say: Callable[[str], None],
-    ranks: Ranks = ALONE,
     at_once: int = 256,
     tick: Tick = silent,
 ) -> dict[str, Tensor]:
@@ -90,14 +88,13 @@ def reference_log_probabilities(
         batch_size: windows in one pass.
         store: makes the stores of hidden states between layers.
         say: receives sentences.
-        ranks: the processes that compute together; rank 0 reads and writes.
         at_once: windows whose hidden states are kept at once.
         tick: receives progress: (what, pairs done, pairs in all).
 
     Raises:
         FistaPrunerError: the disk refuses.
     """
-    found = ranks.share(_read(path, references, say) if ranks.first else None)
+    found = _read(path, references, say)
     gone: set[str] = set()
     for name, reference in references.items():
         values = _known(found, name, text)
@@ -109,12 +106,12 @@ def reference_log_probabilities(
             continue
         found[name], done, total = values, 0, len(windows) // 2
         say(f"log-probabilities of {total} pairs under the {name} model")
-        objective = AnswerObjective(model, text, LIKELIHOOD, None, batch_size, store, ranks=ranks)
+        objective = AnswerObjective(model, text, LIKELIHOOD, None, batch_size, store)
         written = time.monotonic()
         for pairs, sums in log_probabilities_by_parts(objective, windows, lambda index, layer: [{}], at_once):
             values[pairs] = sums
             done += len(pairs)
-            if ranks.first and (done == total or time.monotonic() - written > LEAST_SECONDS):
+            if done == total or time.monotonic() - written > LEAST_SECONDS:
                 _write(path, references, found)
                 written = time.monotonic()
             tick(f"log-probabilities under the {name} model", done, total)

@@ -33,7 +33,6 @@ from ..models.layerwise import LayerwiseModel
 from ..runtime.files import disk_errors, write_json_atomic
 from ..runtime.numerics import BUDGETS, dtype_name, slices
 from ..runtime.progress import Tick, silent
-from ..runtime.ranks import ALONE, Ranks
 from ..runtime.transfers import sent
 from .losses import DenseLogits, Reference, TopTokens
 
@@ -96,7 +95,6 @@ class Teacher:
         windows_on_disk: windows that fit on the disk; None is all of them.
         block_tokens: tokens in a block, rounded to whole passes.
         tick: receives progress: (what, steps done, steps in all).
-        ranks: the processes that share the folder: each makes some of the blocks. All of them require the same windows.
 
     Attributes:
         step: whose windows are required next, counted from 1: in rounds it says where in the order they are.
@@ -121,10 +119,7 @@ class Teacher:
         windows_on_disk: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
         tick: Tick = silent,
-        ranks: Ranks = ALONE,
     ) -> None:
-        self.ranks = ranks
-        self._there: set[int] = set()  # blocks that all ranks may read
         self.dense, self.tokens, self.folder, self.kind, self.tick = dense, tokens, folder, kind, tick
         self.identity, self.order = identity, list(order)
         windows, seqlen = tokens.shape
@@ -148,47 +143,11 @@ class Teacher:
         """
         if any(window not in self._of for window in windows):
             needed = self._round_of(list(windows))
-            self.ranks.wait()  # until all have read what makes room
             self._of = {window: at for window, at in self._of.items() if at < self.permanent}
             self._remove_rounds(needed)
             self._of.update(dict.fromkeys(self.blocks[needed], needed))
-        self._share(sorted({self._of[window] for window in windows}))
-
-    def _share(self, numbers: list[int]) -> None:
-        """Make the blocks that are not there yet, together with the other ranks: each makes some of them."""
-        if self.ranks.size == 1:
-            for number in numbers:
-                self._opened(number)
-        elif not self._there.issuperset(numbers):
-            missing = self.ranks.share(self._missing(numbers) if self.ranks.first else None)
-            for number in missing[self.ranks.rank :: self.ranks.size]:
-                self._make(number)
-            self.ranks.wait()
-            for number in missing:
-                self.ranks.wait_for_file(self._path(number, ".json"))
-            self._there.update(numbers, missing)
-
-    def _missing(self, numbers: list[int]) -> list[int]:
-        """Return the blocks that are to be made, and as many of the next ones as there are idle ranks."""
-        found = [number for number in numbers if not self._whole(number)]
-        for number in range(max(found, default=0) + 1, self.permanent):
-            if len(found) % self.ranks.size == 0:
-                break
-            if number not in self._there and number not in numbers and not self._whole(number):
-                found.append(number)
-        return found
-
-    def _whole(self, number: int) -> bool:
-        """Whether a block is there and every window in it is what was stored."""
-        if not self._load(number):
-            return False
-        try:
-            for window in self.blocks[number]:
-                self._values(number, window)
-        except (FistaPrunerError, _DamagedError):
-            self._open.pop(number, None)
-            return False
-        return True
+        for number in sorted({self._of[window] for window in windows}):
+            self._opened(number)
 
     def _round_of(self, windows: list[int]) -> int:
         """Return the number of the block of the round that has ``windows``, those of :attr:`step`."""
@@ -199,12 +158,9 @@ class Teacher:
 
     def _remove_rounds(self, needed: int) -> None:
         """Remove the blocks of all rounds but the one that is needed, the record of each first."""
-        for number in {*self._open, *self._there}:
+        for number in list(self._open):
             if number >= self.permanent and number != needed:
-                self._open.pop(number, None)
-                self._there.discard(number)
-        if not self.ranks.first:
-            return
+                del self._open[number]
         with disk_errors(self.folder):
             for path in sorted(self.folder.glob("*")):
                 if BLOCK_FILE.fullmatch(path.name) and self.permanent <= int(path.stem) != needed:
@@ -230,9 +186,6 @@ class Teacher:
         try:
             values = self._values(number, window)
         except (FistaPrunerError, _DamagedError):
-            if self.ranks.size > 1:  # the others may be reading it
-                path = self._path(number, ".safetensors")
-                raise FistaPrunerError(f"{path} is damaged: give the same command again") from None
             self._open.pop(number, None)
             self._make(number)
             values = self._values(number, window)

@@ -7,27 +7,24 @@ kept, the start being the first candidate, so the result is never worse than the
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..calibration.training_text import TrainingText
-from ..errors import FistaPrunerError
 from ..models.files.safetensors import LazyTensors
 from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import Snapshot, snapshot_interval
-from ..runs.steps import ForeignJournal, StepJournal, read_steps
+from ..runs.steps import StepJournal, read_steps
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_records import Check
 from ..runtime.formatting import duration
-from ..runtime.ranks import ALONE, Ranks
 from .adamw import SMALLEST, Patience, Verdict, check_due, schedule
 from .trained import Trained
 
@@ -48,13 +45,6 @@ class StepResult:
 
     loss: float
     size: float
-
-
-class Replays(Protocol):
-    """An optimizer without gradients, whose steps can be taken again from the journal."""
-
-    def take(self, number: int, slope: float, factor: float) -> None:
-        """Take a journaled step again without passes."""
 
 
 class Stepper(Protocol):
@@ -119,11 +109,9 @@ class Trainer:
         stepper: the optimizer.
         trained: what it trains.
         snapshot: the state to go on from; None where there is none.
-        about: what the first line of the journal says of the run.
         say: receives sentences.
         tick: receives (steps done, steps in all).
         after_snapshot: called when a state is on the disk.
-        ranks: the processes that train together. Each takes every step; rank 0 writes.
     """
 
     run: TrainingDirectory
@@ -134,11 +122,9 @@ class Trainer:
     stepper: Stepper
     trained: Trained
     snapshot: Snapshot | None = None
-    about: dict[str, Any] = field(default_factory=dict)
     say: Say = lambda sentence: None
     tick: StepTick = lambda done, total: None
     after_snapshot: Callable[[], None] = lambda: None
-    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.state = TrainingState()
@@ -147,7 +133,6 @@ class Trainer:
         if isinstance(self.recipe, AlignRecipe) and self.recipe.loss not in PREFERENCE_LOSSES:
             # Of a pair only the chosen answer carries loss.
             self.loss_tokens = self.loss_tokens * self.counts
-        self._differs = False
         self._writing = 0.0  # seconds that the last snapshot took
 
     def train(self) -> TrainingState:
@@ -157,28 +142,13 @@ class Trainer:
         if newest > (whole := lines[-1]["step"] if lines else -1):
             where = f" after step {whole}" if lines else ""
             self.say(f"{self.run.steps_file} is gone or damaged{where}: the state of step {newest} is not used")
-        replays = self.recipe.zeroth_order
-        begun = snapshot is not None or (replays and self._is_own(lines))
         if snapshot is not None:
             self._resume(snapshot)
-        elif begun:
-            self._start(lines[0]["held_out"])
-            self.say(f"no state is whole: {lines[-1]['step']} steps are taken again from the journal, without passes")
-        self._agree("begins at step", self.state.step)
-        steps, last = len(self.order), time.monotonic()
-        # Steps that are taken again from the journal stay in it; those that are computed again are dropped.
-        kept = -1 if not begun else lines[-1]["step"] if replays else self.state.step
-        opened = (StepJournal if self.ranks.first else ForeignJournal)(self.run.steps_file, kept)
-        self.ranks.wait()  # until all have read journal and state
-        if self.ranks.first:
+        begun, steps, last = snapshot is not None, len(self.order), time.monotonic()
+        with StepJournal(self.run.steps_file, self.state.step if begun else -1) as journal:
             self.run.states.tidy(self.state.step if begun else -1)
-        with opened as journal:
             if not begun:
                 self._begin(journal)
-            elif replays:
-                if snapshot is None:
-                    self._snapshot()  # the start, as a run from the beginning has it
-                self._replay(lines, journal, cast("Replays", self.stepper))
             first, begin = self.state.step, time.monotonic()
             while self.state.step < steps and not self.state.stopped:
                 check = self._step(journal)
@@ -188,8 +158,6 @@ class Trainer:
                     self._say_check(check, 0.0 if self.state.stopped else left)
                 self.tick(self.state.step, steps)
                 late = time.monotonic() - last > snapshot_interval(self._writing)
-                if self.trained.divided:  # all take part in a snapshot
-                    late = self.ranks.share(late)
                 if check is not None or self.state.stopped or late:
                     journal.sync()
                     self._snapshot()
@@ -201,12 +169,6 @@ class Trainer:
         self.state = TrainingState.of(snapshot.values)
         self.trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
         self.say(f"going on after step {self.state.step} of {len(self.order)}")
-
-    def _is_own(self, lines: list[dict[str, Any]]) -> bool:
-        """Whether a journal is of this run from its start, whose loss was finite."""
-        if not lines or lines[0]["step"] != 0 or lines[0].get("run") != json.loads(json.dumps(self.about)):
-            return False
-        return math.isfinite(lines[0]["held_out"])
 
     def _start(self, held_out: float) -> None:
         """Make the start the first candidate."""
@@ -220,7 +182,7 @@ class Trainer:
         self.say(f"the loss on {self.text.amount(self.held_out)} before training")
         held_out, by_task = self._held_out()
         self._start(held_out)
-        line = {"step": 0, "held_out": held_out, "kept": True, "by_task": by_task, "run": self.about}
+        line = {"step": 0, "held_out": held_out, "kept": True, "by_task": by_task}
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         if math.isfinite(held_out):
             self.say(f"held-out loss {held_out:.4f}")
@@ -229,16 +191,6 @@ class Trainer:
             self._stop(f"the loss of the held-out windows is {held_out} before training")
         journal.sync()
         self._snapshot()
-
-    def _replay(self, lines: list[dict[str, Any]], journal: StepJournal, stepper: Replays) -> None:
-        """Take the journaled steps after the snapshot, or after the start, again without passes."""
-        before = self.state.step
-        for line in lines:
-            if line["step"] == self.state.step + 1:
-                take_again(self.state, line, stepper, self.trained, self.recipe, len(self.order))
-        if self.state.step > before:
-            journal.sync()
-            self._snapshot()
 
     def _step(self, journal: StepJournal) -> Check | None:
         """Take one step, journal it, and check the held-out windows where that is due."""
@@ -266,8 +218,6 @@ class Trainer:
             kept = decide(self.state, self.trained, held_out)
             check = Check(step=number, held_out=held_out, kept=kept, by_task=by_task)
             line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
-            self._agree(f"has after step {number} weights with the CRC", self.trained.digest)
-        self._compare(journal.dropped.pop(number, None), line)
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         return check
 
@@ -287,15 +237,6 @@ class Trainer:
         }
         return sum(by_task.values()) / len(by_task), by_task if len(by_task) > 1 else {}
 
-    def _compare(self, before: dict[str, Any] | None, line: dict[str, Any]) -> None:
-        """Say once where a step that is made again differs from the one that was lost."""
-        if before is not None and before.get("loss") != line["loss"] and not self._differs:
-            self._differs = True
-            self.say(
-                f"step {line['step']} has the loss {line['loss']} and had {before.get('loss')} before the "
-                "interruption: this machine rounds otherwise"
-            )
-
     def _say_check(self, check: Check, left: float) -> None:
         kept = "kept" if check.kept else "not better"
         if self.state.stopped:
@@ -306,28 +247,7 @@ class Trainer:
             f"(before {self.state.before:.4f}): {kept}{lines}"
         )
 
-    def _agree(self, what: str, value: int | Callable[[], int]) -> None:
-        """Compare a value with those of the other processes.
-
-        Raises:
-            FistaPrunerError: it differs; names the first process whose value does.
-        """
-        if self.ranks.size == 1:
-            return
-        values = self.ranks.gather(value() if callable(value) else value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise FistaPrunerError(
-                    f"process {rank} {what} {other}, process 0 {values[0]}: all machines must share the run's folder "
-                    "and compute alike"
-                )
-
     def _snapshot(self) -> None:
-        if not self.ranks.first:
-            if self.trained.divided:
-                for _ in self.trained.tensors().values():  # each sends what it keeps
-                    pass
-            return
         begin = time.monotonic()
         self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.trained.tensors())
         self._writing = time.monotonic() - begin
@@ -348,32 +268,3 @@ def decide(state: TrainingState, trained: Trained, held_out: float) -> bool:
         trained.restore()
         state.stopped = verdict is Verdict.STOP
     return verdict is Verdict.BETTER
-
-
-def take_again(
-    state: TrainingState,
-    line: Mapping[str, Any],
-    stepper: Replays,
-    trained: Trained,
-    recipe: TrainingRecipe,
-    steps: int,
-) -> None:
-    """Take a journaled step of an optimizer without gradients again, without passes.
-
-    Args:
-        state: after the step before; changed.
-        line: of the journal.
-        stepper: the optimizer.
-        trained: what it trains.
-        recipe: all settings, resolved.
-        steps: of the whole run.
-    """
-    if line.get("size") is not None:
-        stepper.take(line["step"], line["size"], rate_factor(state, recipe, steps))
-    state.step = line["step"]
-    state.not_finite = 0 if line.get("size") is not None else state.not_finite + 1
-    state.stopped = state.not_finite >= MAX_NOT_FINITE
-    if line.get("held_out") is not None:
-        decide(state, trained, line["held_out"])
-    if "fault" in line:
-        state.stopped, state.fault = True, line["fault"]

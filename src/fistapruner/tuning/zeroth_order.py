@@ -8,13 +8,12 @@ MeZO (arXiv 2305.17333) draws z from the standard normal distribution. SubZero (
 drawn anew every ``refresh`` steps. In both the mean of ``|z|^2`` is the number of entries, so rates carry over. Tensors
 of low rank are seen as the most square matrix with as many entries, as in SubZero's code; vectors are drawn as in MeZO.
 
-The numbers (step, g, factor of the rate) of every step determine the trained tensors: they are the checkpoint.
 Differences from the published code:
 
 1. Weights are never changed in place, so nothing drifts: theta + eps z and theta - eps z go through the layers
    together.
 2. The seed of a draw is a hash of (seed, step, tensor name), so tensors can be drawn in any order.
-3. Frames have their own seeds, so a run can be continued, or replayed, in the midst of a subspace.
+3. Frames have their own seeds, so a run can be continued in the midst of a subspace.
 4. Where ``full`` is trained, MeZO's z is drawn for surviving weights only; SubZero's z is masked and then no longer of
    low rank.
 5. Trained tensors are fp32. Weight decay is on operators only.
@@ -45,7 +44,7 @@ class Directions:
         refresh: steps after which SubZero draws new frames.
     """
 
-    def __init__(self, seed: int, subspace: int | None = None, refresh: int = 1000) -> None:
+    def __init__(self, seed: int, subspace: int | None = None, refresh: int = 2000) -> None:
         self.seed, self.subspace, self.refresh = seed, subspace, refresh
         self._frames: dict[str, tuple[int, Tensor, Tensor]] = {}
 
@@ -121,7 +120,6 @@ class ZerothOrder:
         """
 
         def both(index: int, layer: nn.Module) -> Iterator[dict[str, Tensor]]:
-            self.trained.visit(index)
             parameters = self.trained.parameters(index, layer)
             drawn = self.directions.of(step, parameters)
             for eps in (self.eps, -self.eps):
@@ -149,13 +147,13 @@ class ZerothOrder:
             slope: of the step; None changes nothing.
             factor: of the first learning rate.
         """
-        for index in filter(self.trained.owns, range(len(self.trained))):
+        for index in range(len(self.trained)):
             with self.trained.model.layer(index) as layer:
                 self.update(index, layer, number, slope, factor)
 
     @torch.no_grad()
     def update(self, index: int, layer: nn.Module, step: int, slope: float | None, factor: float) -> None:
-        """Move a layer's trained tensors along the direction of a step, where it is kept.
+        """Move a layer's trained tensors along the direction of a step.
 
         Args:
             index: number of the layer.
@@ -166,7 +164,7 @@ class ZerothOrder:
         """
         if slope is None:
             return
-        parameters = self.trained.parameters(index, layer, self.trained.kept(index))
+        parameters = self.trained.parameters(index, layer)
         rates = self.trained.rates(index, parameters)
         drawn = self.directions.of(step, parameters)
         moved = {}
