@@ -124,7 +124,7 @@ def test_the_plan_of_a_training_has_its_own_help_and_defaults(capsys: pytest.Cap
         "windows. (default: 0.05) With --align: Share of the prompts",
         "With --align: Optimizer steps; without it all training pairs",
         "May be given several times. With --align: Preference pairs",
-        "at most 2048. With --recover: Tokens in a window; without it 1024",
+        "or 1024 for self on a CPU. With --recover: Tokens in a window; without it 1024",
         "May be given several times. With --recover or --align: Operators to train",
         "May be given several times. With --recover or --align: Operators to leave as they are",
         "or a YAML file. With --recover: a shipped recipe (spp, ...) or a YAML file. With --align: a YAML file",

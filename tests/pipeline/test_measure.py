@@ -101,6 +101,17 @@ def test_a_limit_reaches_every_evaluation_of_a_run(
     assert [line for line in load_run(run).warnings if line.startswith(told)]
 
 
+def test_the_time_of_a_run_has_its_evaluation_and_samples(made: Path, tmp_path: Path) -> None:
+    calibration = {"source": "self", "samples": 2, "seqlen": 16}
+    report = fp.prune(made / "dense", tmp_path / "run", calibration=calibration, evaluate=made / "text.txt")
+    split = load_run(tmp_path / "run").totals.time_split
+    assert {"calibration", "sensitivity", "evaluation", "samples"} <= split.keys()
+    assert report.totals.seconds_in_all == report.totals.seconds + split["evaluation"] + split["samples"]  # type: ignore[operator]
+    before = dict(split)
+    fp.prune(made / "dense", tmp_path / "run", calibration=calibration, evaluate=made / "text.txt")
+    assert load_run(tmp_path / "run").totals.time_split == before
+
+
 def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> None:
     """By a run and by a comparison, but not where Python's language reference is both: its parts are apart."""
     dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)

@@ -129,7 +129,8 @@ def speed_rows(report: Report) -> list[Row]:
         name = f"Decoding, {row['variant']}, tokens/s"
         how = f"against {dense['variant']}, the fastest dense form; {speed_protocol(report, row)}"
         if row["variant"] == INT8:
-            how = f"perplexity {significant(row.get('perplexity'))}, {how}"
+            judged = row.get("perplexity")
+            how = f"perplexity {significant(judged) if judged else 'not measured'}, {how}"
         rows.append((name, _rate_text(dense), _rate_text(row), _times(_rate(row), _rate(dense)), how))
     for row in smaller:
         name = f"Reading the prompt, {row['variant']}, tokens/s"
