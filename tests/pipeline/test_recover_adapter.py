@@ -46,7 +46,7 @@ def test_an_adapter_is_written_where_no_step_helped(tmp_path: Path, form: str) -
     dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
     calibration = {"source": "python", "samples": 2, "seqlen": 32}
     fp.prune(dense, tmp_path / "pruned", method="magnitude", calibration=calibration)
-    settings: dict[str, Any] = {"parameters": form, "also": "none", "lr": 1e6, "steps": 1}
+    settings: dict[str, Any] = {"parameters": form, "also": "none", "lr": 1e30, "steps": 1}
     report = fp.recover(tmp_path / "pruned", tmp_path / "run", data={"tokens": 64, "seqlen": 32}, **settings)
     assert report.recovery is not None
     assert report.recovery.kept_step == 0

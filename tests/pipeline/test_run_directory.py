@@ -705,13 +705,15 @@ def test_a_recovery_in_a_moved_tree_is_still_the_run(
     (tmp_path / "a" / "text.txt").write_text(TEXT * 20)
     monkeypatch.chdir(tmp_path / "a")
     following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
-    fp.prune("model", "run", **SETTINGS, evaluate="text.txt", evaluate_windows=2)
+    evaluation: dict[str, Any] = {"evaluate": "text.txt", "evaluate_windows": 2}
+    fp.prune("model", "run", **SETTINGS, **evaluation)
     first = fp.recover("run", "recovered", **following)
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path / "b")
     recovered, run = tmp_path / "b" / "recovered", tmp_path / "b" / "run"
     if not finished:
         (recovered / "report.json").unlink()
+    fp.prune("model", "run", **SETTINGS, **evaluation)
     assert fp.recover("run", "recovered", **following).evaluations[0].perplexity == first.evaluations[0].perplexity
     record = RecoverDirectory(recovered).record()
     assert record is not None

@@ -305,9 +305,6 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
         ("seed: yes", "seed: a number is expected"),
         ("calibration: {samples: true}", "calibration.samples: a number is expected"),
         ("calibration: {seqlen: true}", "calibration.seqlen: a number is expected"),
-        ("recover: yes", "recover: tokens such as 500k, or the settings of a recovery, are expected .got True"),
-        ("recover: {data: {tokens: yes}}", "data.tokens: a number is expected"),
-        ("recover: {scale: yes}", "scale: a number is expected"),
         ("method: {alps: {refit: yes}}", "refit: a number is expected .got True"),
         ("method: {alps: {damping: true}}", "damping: a number is expected .got True"),
         ("method: [wanda, {refit: {iterations: no}}]", "iterations: a number is expected .got False"),
@@ -356,9 +353,9 @@ def test_shipped_recoveries_are_as_long_as_published() -> None:
 
 def test_none_over_a_recipe_replaces_what_it_says() -> None:
     """As null does in a recipe file; flags that are not given leave the recipe as it is."""
-    base = {"low_rank": 2, "calibration": {"source": "c4", "seqlen": 64}}
-    recipe = Recipe.build(merge_settings(base, {"low_rank": None, "calibration": {"seqlen": None}}))
-    assert (recipe.low_rank, recipe.calibration.seqlen, recipe.calibration.source) == (None, None, "c4")
+    base = {"calibration": {"source": "c4", "seqlen": 64}}
+    recipe = Recipe.build(merge_settings(base, {"calibration": {"seqlen": None}}))
+    assert (recipe.calibration.seqlen, recipe.calibration.source) == (None, "c4")
     flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
     assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
 

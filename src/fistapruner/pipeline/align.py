@@ -65,8 +65,6 @@ def align(
         **settings: single settings over the recipe, as in a recipe file: ``data={"pairs": "pairs.jsonl"}``,
             ``loss="harmonic"``, ``beta=0.05``.
 
-    Several processes share the work as those of ``fistapruner.recover`` do.
-
     Returns:
         The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
 

@@ -54,9 +54,6 @@ def recover(
         **settings: single settings over the recipe, as in a recipe file: ``parameters="full"``, ``lr=1e-3``,
             ``data={"tokens": "500k"}``.
 
-    Several processes that ``torchrun`` or ``accelerate launch`` has started share the work; each calls this function
-    with the same arguments and gets the report.
-
     Returns:
         The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
 

@@ -87,9 +87,7 @@ class RecoverRecipe(TrainingRecipe):
         description="Optimizer steps; without it tokens / (windows_per_step * seqlen). More steps repeat the text: for "
         "more of it raise tokens, too.",
     )
-    windows_per_step: int = Field(
-        1, ge=1, description="Windows of one optimizer step. Several processes need at least one each."
-    )
+    windows_per_step: int = Field(1, ge=1, description="Windows of one optimizer step.")
 
     @model_validator(mode="after")
     def _consistent(self) -> RecoverRecipe:
