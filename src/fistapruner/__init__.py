@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .constraints import NM, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
     from .pipeline.align import align
-    from .pipeline.align_compare import align_compare
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
@@ -55,7 +54,6 @@ __all__ = [
     "SparseLinear",
     "Unstructured",
     "align",
-    "align_compare",
     "bench_run",
     "evaluate",
     "evaluate_run",
@@ -78,7 +76,6 @@ _MODULES = {
     "constraints": ("NM", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
     "pipeline.align": ("align",),
-    "pipeline.align_compare": ("align_compare",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),

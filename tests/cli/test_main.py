@@ -534,7 +534,6 @@ def test_a_plan_refuses_a_file_to_write_into(
         "pack m {}",
         "recover m --out {}",
         "align m --out {} --data pairs.jsonl",
-        "align m --out {} --data pairs.jsonl --compare",
     ],
 )
 def test_an_output_folder_whose_path_is_not_utf_8_is_refused_before_any_work(

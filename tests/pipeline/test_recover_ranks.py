@@ -329,7 +329,6 @@ def test_several_processes_are_refused_where_one_does_the_work(
         for words in (
             ["prune", "smollm2", "--out", "x"],
             ["recover", "x", "--merge", "y", "--out", "z"],
-            ["align", "x", "--compare", "--data", "y", "--out", "z"],
         ):
             assert main(words) == 2
             said = capsys.readouterr().err

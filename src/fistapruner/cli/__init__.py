@@ -185,7 +185,7 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     from ..runtime.launcher import launched, leads
 
     count = launched()
-    alone = [f" --{way}" for way in ("merge", "replay", "compare") if getattr(arguments, way, None)]
+    alone = [f" --{way}" for way in ("merge", "replay") if getattr(arguments, way, None)]
     if count > 1 and (alone or arguments.verb not in ("recover", "align", "resume")):
         if not leads() and "TORCHELASTIC_RUN_ID" in os.environ:
             raise OtherRankFailed("the first process says why")  # elsewhere this may be the only one

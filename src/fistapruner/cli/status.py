@@ -63,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
-    from ..runs.comparison_records import FIGURES, RUNS, load_any_comparison
+    from ..runs.comparison_records import FIGURES, RUNS, load_comparison
     from ..runs.lock import holders
 
-    rows = len(load_any_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
+    rows = len(load_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
     runs = sorted((folder / RUNS).glob("*"))
     at_work = next((run for run in runs if holders(run) or holders(run / "recovered")), None)
     working = bool(holders(folder)) or at_work is not None

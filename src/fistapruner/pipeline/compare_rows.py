@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,8 @@ class Shared:
         folder: of the comparison.
         protocol: how every row is measured.
         listener: receives progress.
-        keep: keep the pruned checkpoints.
+        keep: make the pruned checkpoints that are not there; ``stay``: keys of the rows whose checkpoints are kept, as
+            this command or an earlier one asked.
         kept: hidden states of the dense model on the windows of the protocol.
         calibrated: calibration windows that are drawn, and how, by their settings.
         command: shell line that reproduces the comparison, and with it every run.
@@ -67,6 +68,7 @@ class Shared:
     protocol: Protocol
     listener: Listener
     keep: bool
+    stay: Collection[tuple[str, str, int]]
     kept: KeptStates
     calibrated: CalibrationWindows
     command: str | None
@@ -115,7 +117,7 @@ class Shared:
             report = self._prune(run, job.recipe)
         if training is not None and recovery is None:
             recovery = self._recover(run, report, training)
-        if not self.keep:
+        if job.key not in self.stay:
             run.remove_weights()
             recovered.remove_weights()
         return report, recovery
@@ -185,6 +187,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
         sparsity=str(recipe.sparsity),
         seed=job.seed,
         settings=recipe.model_dump(mode="json", exclude={"execution"}),
+        kept=job.key in shared.stay,
     )
     try:
         report, recovery = shared.reports_of(job)

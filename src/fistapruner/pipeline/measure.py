@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +65,6 @@ def measure(
     execution: Execution,
     permissions: Permissions,
     listener: Listener,
-    before: Sequence[Evaluation] = (),
 ) -> Report:
     """Evaluate ``RUN/model`` beside the dense model, and write report, model card and page.
 
@@ -80,7 +78,6 @@ def measure(
         execution: names the device and the most memory; a run may end on another machine than it began on.
         permissions: what the models' files may do.
         listener: receives progress.
-        before: figures of the model that a recovery run began with, which other runs have measured.
 
     Raises:
         FistaPrunerError: the text cannot be read.
@@ -95,7 +92,7 @@ def measure(
                 listener.say(f"no figures of the dense model, which {where}: {add}")
             compared = replace(compared, dense=None)  # the run itself did not need it
         measurement = _Measurement(run, report, compared, execution, permissions, listener)
-        measurement.evaluate(request, before)
+        measurement.evaluate(request)
         measurement.generate()
     publish(run, report, listener)
     return report
@@ -118,7 +115,7 @@ class _Measurement:
     permissions: Permissions
     listener: Listener
 
-    def evaluate(self, request: EvaluationRequest, before: Sequence[Evaluation]) -> None:
+    def evaluate(self, request: EvaluationRequest) -> None:
         """Measure perplexity and divergence, and keep them with the report at once."""
         run, report, compared, permissions = self.run, self.report, self.compared, self.permissions
         assert report.calibration is not None
@@ -146,7 +143,7 @@ class _Measurement:
             found = run_evaluation(run.model, cut, against=compared.dense, **settings)
             report.evaluations.append(found)
             run.write_report(report)
-        if evaluate_input(report, compared, found, self.listener, before, data=cut, **settings):
+        if evaluate_input(report, compared, found, self.listener, data=cut, **settings):
             run.write_report(report)
 
     def generate(self) -> None:
@@ -223,20 +220,18 @@ def evaluate_input(
     compared: Compared,
     found: Evaluation,
     listener: Listener,
-    before: Sequence[Evaluation] = (),
     **settings: Any,
 ) -> bool:
     """Find or measure the figures of the model that training began with, on the windows of its result.
 
-    They are taken from other runs that began with it, or from the report of the run that made it, where they were
-    measured there against the same dense model; else they are measured. Scores of tasks are taken only.
+    They are taken from the report of the run that made it, where they were measured there against the same dense model;
+    else they are measured. Scores of tasks are taken only.
 
     Args:
         report: receives them.
         compared: the models.
         found: the figures of the result.
         listener: receives progress.
-        before: what other runs have measured of that model.
         **settings: as for :func:`fistapruner.evaluate`.
 
     Returns:
@@ -244,7 +239,7 @@ def evaluate_input(
     """
     if report.recovery is None or compared.before is None:
         return False
-    others = (*before, *_of_input(report, compared.before))
+    others = _of_input(report, compared.before)
     added = add_scores(report.recovery.before, report.evaluations, others)
     if found.perplexity is None:
         return added
