@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
-    from .pipeline.prune import finish_run, prune
+    from .pipeline.prune import prune
     from .pipeline.recover import recover
     from .pipeline.resume import resume
     from .problem import LayerProblem
@@ -58,7 +58,6 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "export",
-    "finish_run",
     "hold_mask",
     "load",
     "merge_adapter",
@@ -79,7 +78,7 @@ _MODULES = {
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),
-    "pipeline.prune": ("finish_run", "prune"),
+    "pipeline.prune": ("prune",),
     "pipeline.recover": ("recover",),
     "pipeline.resume": ("resume",),
     "problem": ("LayerProblem",),

@@ -548,12 +548,6 @@ def test_an_output_folder_whose_path_is_not_utf_8_is_refused_before_any_work(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
-    assert main([*command, *SETTINGS]) == 2
-    assert "--only-layers '' is not a range of decoder layers such as 0-9" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("methods", "named"), [("methods: wanda", True), ("method: wanda", False)])
 def test_a_fault_of_a_recipe_file_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], methods: str, named: bool

@@ -561,7 +561,7 @@ def test_every_verb_shows_the_recovery_that_followed_alike(
     calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
     recipe.write_text(json.dumps({"method": "magnitude", "calibration": calibration, "recover": settings}))
     prune = ["prune", str(bench.dense()), "--out", str(run), "--recipe", str(recipe), "--evaluate", "none"]
-    for command in (prune, ["resume", str(run)], ["finish", str(run)], ["resume", str(run / "recovered")]):
+    for command in (prune, ["resume", str(run)], ["resume", str(run / "recovered")]):
         assert main([*command, "--quiet"]) == 1
         said = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["checkpoint", str(run / "recovered" / "model")] in said
@@ -1237,7 +1237,7 @@ def test_a_recovery_that_follows_says_what_to_do_where_its_dense_model_has_moved
 
 def test_a_recovery_that_a_continuing_command_adds_is_checked_before_pruning(bench: Bench, tmp_path: Path) -> None:
     settings = {"method": "magnitude", "calibration": {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}}
-    fp.prune(bench.dense(), tmp_path / "run", only_layers=(0, 0), **settings)
+    tiny.begin(bench.dense(), tmp_path / "run", **settings)
     with pytest.raises(fp.FistaPrunerError, match="targets: 'nothing' matches no operator"):
         fp.prune(bench.dense(), tmp_path / "run", recover={"targets": ["nothing"]}, **settings)
     assert len(PruneDirectory(tmp_path / "run").journal.records()) == 1

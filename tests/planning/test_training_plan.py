@@ -616,7 +616,6 @@ def test_a_recovery_that_cannot_fit_is_refused_before_pruning(
     short.write_text("one")
     with pytest.raises(FistaPrunerError, match=r"short\.txt"):  # which shows before the plan
         fp.prune(run.parent / "dense", tmp_path / "out", evaluate=short, **settings)
-    fp.prune(run.parent / "dense", tmp_path / "out", only_layers=(0, 1), **settings)  # which recovers nothing
     planned = Mock(side_effect=FistaPrunerError("fewer --tokens"))
     monkeypatch.setattr("fistapruner.pipeline.recover_inputs.plan_training", planned)
     methods = "wanda,magnitude"

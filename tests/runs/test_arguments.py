@@ -22,7 +22,6 @@ from fistapruner.execution.pool import NoRoom
     "call",
     [
         lambda **given: fp.prune("m", "out", **given),
-        lambda **given: fp.finish_run("out", **given),
         lambda **given: fp.recover("m", "out", **given),
         lambda **given: fp.align("m", "out", **given),
         lambda **given: fp.resume("out", **given),

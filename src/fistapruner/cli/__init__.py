@@ -28,7 +28,6 @@ VERBS = (
     "align",
     "plan",
     "resume",
-    "finish",
     "compare",
     "evaluate",
     "inspect",

@@ -26,17 +26,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..reporting.status_text import status_facts, status_text
     from ..runs.comparison_records import is_comparison
-    from ..runs.lock import holders
+    from ..runs.lock import holder
     from ..runs.records import is_run, load_run
-    from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
     if is_comparison(folder):
         return _comparison(folder, as_json=arguments.json)
     if (folder / "log.txt").is_file() and not is_run(folder):
-        at_work = holders(folder)
-        where = " and ".join(f"{holder['pid']} on {holder['host']}" for holder in at_work)
-        said = f"being prepared by process {where}" if at_work else "stopped before anything was decided"
+        at_work, said = holder(folder), "stopped before anything was decided"
+        if at_work is not None:
+            said = f"being prepared by process {at_work['pid']} on {at_work['host']}"
         if arguments.json:
             print(json.dumps({"status": "preparing", "working": bool(at_work)}, indent=2))
         else:
@@ -45,15 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     report, recovered = load_run(folder), folder / "recovered"
     recovery = load_run(recovered) if (recovered / "run.json").is_file() else None
     follows = recovery is not None or bool(report.recipe.get("recover"))
-    pruning, training = bool(holders(folder)), bool(holders(recovered))
+    pruning, training = holder(folder) is not None, holder(recovered) is not None
     if arguments.json:
         facts = {**status_facts(report, alive=pruning), "working": pruning or training}
         if follows:
             facts["recovery"] = recovery and status_facts(recovery, alive=training)
         print(json.dumps(facts, indent=2))
         return 0
-    in_parts = count_parts(folder) > 0
-    print(status_text(report, alive=pruning, in_parts=in_parts, evaluates=_evaluates(folder)))
+    print(status_text(report, alive=pruning, evaluates=_evaluates(folder)))
     if recovery is not None:
         print(status_text(recovery, alive=training, evaluates=_evaluates(recovered)))
     elif follows:
@@ -64,12 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
     from ..runs.comparison_records import FIGURES, RUNS, load_comparison
-    from ..runs.lock import holders
+    from ..runs.lock import holder
 
     rows = len(load_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
     runs = sorted((folder / RUNS).glob("*"))
-    at_work = next((run for run in runs if holders(run) or holders(run / "recovered")), None)
-    working = bool(holders(folder)) or at_work is not None
+    at_work = next((run for run in runs if holder(run) or holder(run / "recovered")), None)
+    working = holder(folder) is not None or at_work is not None
     if as_json:
         print(json.dumps({"rows_done": rows, "working": working, "run": at_work and str(at_work)}, indent=2))
         return 0

@@ -238,7 +238,6 @@ class Recipe(RunRecipe):
     def resolved(
         self,
         *,
-        in_parts: bool = False,
         earlier: Mapping[str, Any] | None = None,
         family: Callable[[], str] | None = None,
     ) -> Recipe:
@@ -248,7 +247,6 @@ class Recipe(RunRecipe):
         Seeds that ``recover`` does not name become those of this recipe.
 
         Args:
-            in_parts: only a part of the decoder layers is pruned (``--only-layers``), independently of the others.
             earlier: the resolved recipe of the run that is continued; its choices stay.
             family: returns the model's family, for settings of methods that depend on it. None leaves these unresolved.
 
@@ -260,7 +258,7 @@ class Recipe(RunRecipe):
         chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
         goa = self.structure.remove is not None and self.structure.method == "goa"  # its paper's settings
         if chosen["propagate"] == "auto":
-            apart = in_parts or self.execution.executor != "serial"
+            apart = self.execution.executor != "serial"
             chosen["propagate"] = "dense" if apart else "pruned" if goa else solver.propagate
         if chosen["dense_target"] == "auto":
             own = chosen["propagate"] == solver.propagate and not goa

@@ -127,8 +127,7 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         phases = {**totals.time_split, "other": totals.seconds - sum(totals.time_split.values())}
         ordered = sorted(phases.items(), key=lambda item: -item[1])
         split = ", ".join(f"{name} {seconds:.0f}" for name, seconds in ordered if seconds > 0.5)
-        parts = f", {totals.parts} parts added up" if totals.parts else ""
-        rows.append((f"time to {report.kind}", f"{totals.seconds:.0f} s{parts}" + (f" ({split})" if split else "")))
+        rows.append((f"time to {report.kind}", f"{totals.seconds:.0f} s" + (f" ({split})" if split else "")))
     if totals.peak_memory:
         rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:

@@ -117,6 +117,5 @@ def _time(report: Report) -> list[Tile]:
     totals = report.totals
     if not totals.seconds:
         return []
-    notes = [f"{totals.parts} parts added up"] if totals.parts else []
-    notes += [f"peak memory {size(totals.peak_memory)}"] if totals.peak_memory else []
-    return [(f"Time to {report.kind}", duration(totals.seconds), "; ".join(notes))]
+    note = f"peak memory {size(totals.peak_memory)}" if totals.peak_memory else ""
+    return [(f"Time to {report.kind}", duration(totals.seconds), note)]

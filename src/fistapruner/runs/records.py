@@ -133,8 +133,6 @@ class Totals(ZeroCounts):
             the head for a token, before and after channels were removed; None where none were.
         seconds: wall time across interruptions until the checkpoint is written, without evaluation; ``time_split``: by
             phase.
-        parts: parts of the layers that were pruned by processes of their own, maybe side by side, and whose wall times
-            are added up in ``seconds``; None where there are not several.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU, where one
             process pruned all layers.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
@@ -150,7 +148,6 @@ class Totals(ZeroCounts):
     dense_flops_per_token: int | None = None
     flops_per_token: int | None = None
     seconds: float | None = None
-    parts: int | None = None
     time_split: dict[str, float] = {}
     peak_memory: int | None = None
     peak_device_memory: int | None = None
