@@ -852,3 +852,15 @@ def test_a_comparison_in_markdown_shows_names_as_they_are() -> None:
     assert r"| wanda@ignore=\[re:layers\\.\[01\]\\.\*mlp\*\|x\] | 50% |" in text
     assert r"on a\*b\*.txt (test)" in text
     assert r"\<b\>no\</b\> memory" in text
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    report = samples.recovery()
+    assert report.recovery is not None
+    report.recovery.curve, report.totals.seconds = [(1, math.inf), (2, math.nan)], math.nan
+    report.layers = []
+    text = json.dumps(report.model_dump(mode="json"), allow_nan=False)
+    again = Report.model_validate_json(text)
+    assert again.totals.seconds is None
+    assert again.recovery is not None
+    assert [math.isnan(loss) for _, loss in again.recovery.curve] == [True, True]

@@ -449,3 +449,11 @@ def test_a_training_run_whose_removal_was_killed_is_still_a_run_or_a_new_one(
         if run.folder.exists():
             shutil.rmtree(run.folder)
     assert removals > 12
+
+
+def test_a_fault_of_the_program_is_in_the_log_with_its_traceback(tmp_path: Path) -> None:
+    for fault, shown in ((OSError(2, "gone", "file"), True), (FistaPrunerError("no such model"), False)):
+        with pytest.raises(type(fault)), log_file(tmp_path / "log.txt"):
+            raise fault
+        assert ("Traceback" in (tmp_path / "log.txt").read_text()) == shown
+        (tmp_path / "log.txt").unlink()

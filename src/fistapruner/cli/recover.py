@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
 from ..recipes.recover_settings import RecoverRecipe
+from ..runtime.formatting import finite
 from .arguments import (
     add_dense_argument,
     add_evaluation_of_result,
@@ -98,7 +99,7 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
         print(json.dumps({"out": str(out)}) if arguments.json else out)
     else:
         report = merge_adapter(arguments.model, arguments.merge, arguments.out, **common)
-        print(json.dumps(report.to_json()) if arguments.json else report)
+        print(json.dumps(finite(report.to_json())) if arguments.json else report)
     return 0
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runtime.formatting import shell_line
+from ..runtime.formatting import finite, shell_line
 from .arguments import add_json_argument
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         facts = {**status_facts(report, alive=pruning), "working": pruning or training}
         if follows:
             facts["recovery"] = recovery and status_facts(recovery, alive=training)
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(finite(facts), indent=2))
         return 0
     print(status_text(report, alive=pruning, evaluates=_evaluates(folder)))
     if recovery is not None:

@@ -62,7 +62,7 @@ class Recipe(RunRecipe):
         description="Hidden states that feed a decoder layer: the dense model's (layers are then independent "
         "and can be pruned in parallel; FISTAPruner), or those of the layers pruned before it "
         "(SparseGPT, ALPS). auto is the paper's choice, pruned for proximal, and dense if layers "
-        "are pruned in parallel or in parts.",
+        "are pruned in parallel.",
     )
     dense_target: DenseTarget = Field(
         "auto",

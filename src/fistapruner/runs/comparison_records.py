@@ -11,7 +11,7 @@ from ..errors import FistaPrunerError
 from ..runtime.files import entries, read_json
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
-from .base import VERSION, Record, parse
+from .base import VERSION, Number, Record, parse
 from .lock import NAME as LOCK
 from .records import CalibrationFacts, ModelFacts, share_of
 from .results import Divergence, Perplexity
@@ -41,7 +41,7 @@ class CompareRow(Record):
     gap: float | None = None
     relative_error: float | None = None
     seconds: float | None = None
-    time_split: dict[str, float] = {}
+    time_split: dict[str, Number] = {}
     peak_memory: int | None = None
     operator_weights: int | None = None
     operator_zeros: int | None = None

@@ -17,7 +17,7 @@ from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..runtime.files import read_json
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import Machine
-from .base import VERSION, Record, parse
+from .base import VERSION, Number, Record, parse
 from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry, OperatorEntry
 from .results import Divergence, Evaluation, Perplexity
@@ -148,7 +148,7 @@ class Totals(ZeroCounts):
     dense_flops_per_token: int | None = None
     flops_per_token: int | None = None
     seconds: float | None = None
-    time_split: dict[str, float] = {}
+    time_split: dict[str, Number] = {}
     peak_memory: int | None = None
     peak_device_memory: int | None = None
     capture_tokens_per_second: float | None = None
@@ -273,7 +273,7 @@ class Report(Record):
     speed: dict[str, Any] | None = None
     generations: list[Generation] = []
     plan: list[PlanRow] = []
-    permuted: dict[str, tuple[float, float]] = {}
+    permuted: dict[str, tuple[Number, Number]] = {}
     workload: WorkloadFacts | None = None
     lineage: Lineage | None = None
     recovery: Recovery | None = None
