@@ -238,11 +238,11 @@ class Stops(Said):
             raise KeyboardInterrupt
 
 
-def begin(model: str | Path, out: Path, layers: int = 1, **settings: Any) -> fp.Report:
+def begin(model: str | Path, out: str | Path, layers: int = 1, **settings: Any) -> fp.Report:
     """Prune so many layers of a model, and interrupt the run; returns its report."""
     with pytest.raises(KeyboardInterrupt):
         fp.prune(model, out, listener=Stops(layers), **settings)
-    return load_run(out)
+    return load_run(Path(out))
 
 
 def weights(run: Path) -> dict[str, bytes]:
