@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--method", default="fista")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--layers", help="prune only these decoder layers, such as 0-9")
     parser.add_argument("--executors", nargs="+", default=list(EXECUTORS), choices=list(EXECUTORS))
     parser.add_argument(
         "--bandwidth", type=float, default=1.0, help="GB/s of the shared disk in the model (default: %(default)s)"
@@ -49,7 +48,7 @@ def main() -> None:
     if "ray" in arguments.executors and find_spec("ray") is None:
         parser.error("the package ray is not installed: pip install ray, or give --executors serial process")
     print(
-        f"{arguments.model}, layers {arguments.layers or 'all'}, {arguments.method}, {arguments.samples} windows of "
+        f"{arguments.model}, {arguments.method}, {arguments.samples} windows of "
         f"{arguments.seqlen} tokens; one thread a process, torch {versions()['torch']}",
         flush=True,
     )
@@ -85,8 +84,6 @@ def measure(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, An
         "--quiet",
     ]
     command += ["--threads", "1", "--device", "cpu", *EXECUTORS[name]]
-    if arguments.layers:
-        command += ["--only-layers", arguments.layers]
     begin = time.time()
     memory: list[tuple[float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:

@@ -331,9 +331,6 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
             assert not message.startswith(("calibration:", "measuring"))
 
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"only_layers": (7, 9)}, "--only-layers 7-9: the model has the decoder layers 0-2"),
-        ({"only_layers": 3}, "only_layers 3 is not a range of decoder layers: (first, last) is expected"),
-        ({"only_layers": (2, 0)}, "only_layers (2, 0) is not a range of decoder layers"),
         ({"evaluate": "python", "evaluate_windows": 0}, "windows 0 is out of range"),
         ({"evaluate": "python", "evaluate_windows": "all"}, "evaluate_windows 'all': a whole number from 1"),
         ({"evaluate": "python", "evaluate_windows": True}, "evaluate_windows True: a whole number from 1"),
@@ -396,13 +393,13 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
     tiny.save("llama", tmp_path / "model")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over it. " * 60)
     monkeypatch.chdir(tmp_path)
-    fp.prune("model", "run", method="magnitude", calibration=SMALL, evaluate="text.txt", only_layers=(0, 1))
+    tiny.begin("model", "run", method="magnitude", calibration=SMALL, evaluate="text.txt", layers=2)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     report = fp.resume(tmp_path / "run")
     assert report.status == "finished"
     assert report.evaluations[0].perplexity is not None
-    again = fp.finish_run(tmp_path / "run")  # of a finished run: nothing that was measured goes away
+    again = fp.resume(tmp_path / "run")  # of a finished run: nothing that was measured goes away
     assert again.evaluations == report.evaluations
     assert again.totals.peak_memory == report.totals.peak_memory
 

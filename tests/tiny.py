@@ -15,6 +15,7 @@ import fistapruner as fp
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import load_run
 
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -235,6 +236,13 @@ class Stops(Said):
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
+
+
+def begin(model: str | Path, out: str | Path, layers: int = 1, **settings: Any) -> fp.Report:
+    """Prune so many layers of a model, and interrupt the run; returns its report."""
+    with pytest.raises(KeyboardInterrupt):
+        fp.prune(model, out, listener=Stops(layers), **settings)
+    return load_run(Path(out))
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
     from .pipeline.align import align
-    from .pipeline.align_compare import align_compare
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
-    from .pipeline.prune import finish_run, prune
+    from .pipeline.prune import prune
     from .pipeline.recover import recover
     from .pipeline.resume import resume
     from .recipes.align_settings import AlignRecipe
@@ -55,12 +54,10 @@ __all__ = [
     "Stacked",
     "Unstructured",
     "align",
-    "align_compare",
     "bench_run",
     "evaluate",
     "evaluate_run",
     "export",
-    "finish_run",
     "hold_mask",
     "load",
     "merge_adapter",
@@ -78,11 +75,10 @@ _MODULES = {
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
     "pipeline.align": ("align",),
-    "pipeline.align_compare": ("align_compare",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),
-    "pipeline.prune": ("finish_run", "prune"),
+    "pipeline.prune": ("prune",),
     "pipeline.recover": ("recover",),
     "pipeline.resume": ("resume",),
     "recipes.align_settings": ("AlignRecipe",),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copyreg
 import errno
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -70,7 +71,7 @@ A_TEXT = "a file or the name of a data set"
 
 
 def path_text(name: str, value: object, expected: str) -> str:
-    """Return what names a file, a folder or a data set as text.
+    """Return what names a file, a folder or a data set as text, with the home folder in place of a leading ``~/``.
 
     Args:
         name: of the argument, for the error.
@@ -84,13 +85,26 @@ def path_text(name: str, value: object, expected: str) -> str:
         found = "None" if value is None else f"of the class {type(value).__name__}"
         advice = ": save_pretrained writes a model to a folder" if hasattr(value, "save_pretrained") else ""
         raise FistaPrunerError(f"{name} is {found}, and {expected} is expected{advice}")
-    text = str(value)
+    text = str(at_home(str(value)))
     try:
         os.stat(text)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             raise FistaPrunerError(f"{name} has {len(text)} characters, and {expected} is expected") from None
     return text
+
+
+def at_home(value: Any) -> Any:
+    """Put the home folder in place of ``~/`` in text that names a file, also as ``NAME=~/file``, in a list or mapping.
+
+    Shells leave it there in ``--out=~/run`` and in recipes.
+    """
+    if isinstance(value, Mapping):
+        return {key: at_home(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [at_home(each) for each in value]
+    home = os.path.expanduser("~")
+    return re.sub(r"(^|[=:])~(?=/)", lambda found: found[1] + home, value) if isinstance(value, str) else value
 
 
 def expand_home(path: str, instead: str = "give the whole path") -> Path:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import psutil
@@ -533,7 +534,6 @@ def test_a_plan_refuses_a_file_to_write_into(
         "pack m {}",
         "recover m --out {}",
         "align m --out {} --data pairs.jsonl",
-        "align m --out {} --data pairs.jsonl --compare",
     ],
 )
 def test_an_output_folder_whose_path_is_not_utf_8_is_refused_before_any_work(
@@ -548,12 +548,6 @@ def test_an_output_folder_whose_path_is_not_utf_8_is_refused_before_any_work(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
-    assert main([*command, *SETTINGS]) == 2
-    assert "--only-layers '' is not a range of decoder layers such as 0-9" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("methods", "named"), [("methods: wanda", True), ("method: wanda", False)])
 def test_a_fault_of_a_recipe_file_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], methods: str, named: bool
@@ -565,3 +559,79 @@ def test_a_fault_of_a_recipe_file_names_the_file(
     said = capsys.readouterr().err
     assert ("mine.yaml: unknown setting 'methods': did you mean 'method'?" in said) == named
     assert ("recipe: sparsity: " in said) != named
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("prunee m", "invalid choice: 'prunee': did you mean prune?"),
+        ("prune m --output o", "unrecognized arguments: --output: did you mean --out?"),
+        ("prune m", "the following arguments are required: --out"),
+        ("prune m --out {out} --quality bests", "invalid choice: 'bests': did you mean best?"),
+        ("prune smollm --out {out}", "model 'smollm' does not exist: did you mean 'smollm2'?"),
+        ("prune runs/absent --out {out}", "the folder runs has no 'absent' in it"),
+    ],
+)
+def test_wrong_arguments_get_one_line_that_says_what_would_be_right(
+    command: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    words = command.format(out=tmp_path / "out").split()
+    try:
+        status = main([*words, "--calibration", "python", "--quiet"] if "--out" in words else words)
+    except SystemExit as stopped:
+        status = stopped.code
+    shown = capsys.readouterr().err
+    assert (status, shown.count("\n")) == (2, 1)
+    assert said in shown
+
+
+@pytest.mark.parametrize("verb", ["methods", "inspect {0}", "status {0}"])
+def test_verbs_that_only_read_work_under_a_launcher(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "model" / "log.txt").touch()  # as of a run that was stopped early
+    assert main(verb.format(model).split()) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_home_folder_is_found_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave the ~ of --like=~/file and NAME=~/text; in a recipe and a call nobody else would replace it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = Recipe.build({"calibration": {"source": None, "tasks": {"one": "~/one.txt"}}, "ignore": ["~"]})
+    assert recipe.calibration.tasks == {"one": str(tmp_path / "one.txt")}
+    assert recipe.ignore == ("~",)
+    for command in (
+        "evaluate smollm2 --data=~/text.txt",
+        "export ~/run ~/out.gguf",
+        "recover ~/run --out=~/out --data one=~/one.txt --dense=~/dense",
+    ):
+        assert "~" not in str(seen(command, monkeypatch))
+
+
+def seen(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the arguments that a verb gets."""
+    found: dict[str, Any] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            f"fistapruner.cli.{command.split(maxsplit=1)[0]}.run", lambda given: found.update(vars(given)) or 0
+        )
+        assert main(command.split()) == 0
+    return found
+
+
+def test_a_fault_of_the_program_leaves_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "run"
+    fault = Mock(side_effect=FileNotFoundError(2, "No such file or directory", "/a/file"))
+    monkeypatch.setattr("fistapruner.pipeline.prune.prepare", fault)
+    command = ["prune", str(model), "--out", str(run), "--calibration", "python", "--evaluate", "none", "--quiet"]
+    assert main(command) == 2
+    assert capsys.readouterr().err == "fistapruner: /a/file: No such file or directory\n"
+    assert main([*command, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,13 +29,10 @@ from fistapruner.execution.pool import Event, LayerJob, PartJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
 from fistapruner.execution.serial import prune_serially
-from fistapruner.pipeline.prune import finish_run, prune
+from fistapruner.pipeline.prune import prune
 from fistapruner.pipeline.resume import resume
 from fistapruner.recipes.execution_settings import Execution
-from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import load_run
 from fistapruner.runtime.devices import worker_devices
 from fistapruner.solvers import parse_method
 
@@ -159,13 +155,13 @@ class Deadly(ProcessPool):
 def test_workers_that_die_are_replaced(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """One dies as it begins a layer, one after it passed the hidden states on; then the run is resumed and finished."""
     out = tmp_path / "run"
-    prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(1, 1))
+    tiny.begin(str(model), out, **{**SETTINGS, "propagate": "dense"}, execution={"threads": 1})
     context = RunContext.open(out)
     context.hidden.mkdir(parents=True, exist_ok=True)
     pool = Deadly(context, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
     try:
         assert os.getpgid(pool._processes[0].pid) != os.getpgid(0)  # Ctrl-C stops this process, which ends them
-        prune_layers_in_parallel(context, {0, 2, 3}, pool, Listener())
+        prune_layers_in_parallel(context, {1, 2, 3}, pool, Listener())
     finally:
         pool.close()
     assert pool.at_event == []
@@ -215,23 +211,9 @@ def test_parts_for_which_a_worker_has_no_memory_are_solved_elsewhere(short: set[
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_go_on_with_a_run_that_failed(model: Path, tmp_path: Path) -> None:
-    out, broken = tmp_path / "run", RuntimeError("broken")
-
-    def fail(index: int, group: int, problem: Any) -> None:
-        if index == 1:
-            raise broken
-
-    with pytest.raises(RuntimeError, match="broken"):
-        prune(str(model), out, **SETTINGS, execution={"threads": 1}, inspect=fail)
-    assert load_run(out).status == "failed"
-    report = prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(3, 3))
-    assert (report.status, [layer.index for layer in report.layers]) == ("running", [0, 3])
-
-
 def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(0, 3))
+    tiny.begin(str(model), out, layers=4, **{**SETTINGS, "propagate": "dense"}, execution={"threads": 1})
     context = RunContext.open(out)
     context.hidden.mkdir(parents=True, exist_ok=True)
     pool = Deadly(context, worker_devices("cpu", 1, 1), at_start={4: 3}, at_event=[])
@@ -240,46 +222,6 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict
             prune_layers_in_parallel(context, {4}, pool, Listener())
     finally:
         pool.close()
-    with pytest.raises(FistaPrunerError, match="decoder layer 4 is not pruned yet"):
-        finish_run(out)
-
-
-def test_parts_are_joined(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Two processes at once, each with a part of the layers, then finish."""
-    out = tmp_path / "run"
-    command = prune_command(model, out)
-    command += ["--quiet"]
-    parts = [
-        subprocess.Popen([*command, "--only-layers", part], stdout=subprocess.PIPE, text=True)
-        for part in ("0-1", "2-4")
-    ]
-    assert [part.wait() for part in parts] == [0, 0]
-    said = parts[0].communicate()[0] + parts[1].communicate()[0]
-    assert f"5 of 5 in all; now: fistapruner finish {out}" in said
-    report = finish_run(out)
-    assert tiny.weights(out) == expected
-    assert report.totals.parts == 2
-    assert "2 parts added up" in (out / "report.html").read_text()
-    assert "s (2 parts added up) on" in (out / "model" / "README.md").read_text()
-    assert not RunDirectory(out).model.with_suffix(".partial").exists()
-
-
-def test_a_part_opens_the_model_where_its_own_command_sees_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Machines have copies of their own under one relative name; a part leaves the place of the others alone."""
-    out = tmp_path / "run"
-    for name, layers, executor in (("one", (0, 1), "serial"), ("two", (2, 4), "process")):
-        machine = tmp_path / name
-        shutil.copytree(model, machine / "model")
-        monkeypatch.chdir(machine)
-        execution = {"threads": 1, "executor": executor, "workers": 1}
-        prune("model", out, **SETTINGS, execution=execution, only_layers=layers)
-        monkeypatch.chdir(tmp_path)
-        shutil.rmtree(machine)
-        record = PruneDirectory(out).record()
-        assert record is not None
-        assert record.decision.folder == tmp_path / "one" / "model"
 
 
 def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path) -> None:
@@ -293,12 +235,6 @@ def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path) -> None:
 
     settings = {**SETTINGS, "propagate": "pruned", "method": "sparsegpt+refit"}
     report = prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
-    with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 0 is not"):
-        prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(2, 3))
-    assert not (tmp_path / "run" / "calibration.safetensors").exists()  # before any work
-    prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(0, 0))
-    with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 1 is not"):
-        prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(2, 3))
     out = tmp_path / "spread"
     execution = {"threads": 1, "executor": "process", "workers": workers}
     spread = prune(str(model), out, **settings, execution=execution, listener=Says())
@@ -321,7 +257,7 @@ def test_groups_of_one_operator_need_no_workers(model: Path, tmp_path: Path, tar
     settings = {**SETTINGS, "propagate": "pruned", "method": "wanda", "targets": [targets]}
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     out = tmp_path / "run"
-    prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(0, 0))
+    tiny.begin(str(model), out, **settings, execution={"threads": 1})
     execution = {"threads": 1, "executor": "process", "workers": 2}
     prune(str(model), out, **settings, execution=execution, listener=Says())
     assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
@@ -333,7 +269,7 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
     settings = {**SETTINGS, "propagate": "pruned"}
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     out = tmp_path / "run"
-    prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(0, 0))
+    tiny.begin(str(model), out, **settings, execution={"threads": 1})
     context = RunContext.open(out)
     context.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
     pool = Deadly(context, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])

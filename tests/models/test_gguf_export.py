@@ -541,7 +541,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     monkeypatch.chdir(tmp_path / "alone")  # whose only file is not taken unasked
     unfinished = tmp_path / "run"
     recipe = {"method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
-    fp.prune(folder, unfinished, only_layers=(0, 0), **recipe)
+    tiny.begin(folder, unfinished, **recipe)
     before = sorted(path.name for path in tmp_path.iterdir())
     for arguments, said in (
         ([folder, "there.gguf", "--like", source], "exists already"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import shutil
 import time
 import zlib
@@ -24,7 +22,6 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from fistapruner.pipeline.training import train
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.tuning.pair_objective import AnswerObjective
@@ -411,8 +408,8 @@ def test_references_of_another_model_are_noticed(bench: Bench, tmp_path: Path) -
     metadata = {name: json.loads(text) for name, text in file.metadata.items()}
     both = torch.stack([values["pruned.chosen"], values["pruned.rejected"]], -1)
     metadata["pruned"]["checksum"] = zlib.crc32(both.contiguous().numpy().data)
-    out = tmp_path / "out"
-    out.mkdir()
+    out, made_again = tmp_path / "out", shutil.ignore_patterns("report.json", "model", "states", "steps.jsonl")
+    shutil.copytree(tmp_path / "first", out, ignore=made_again)
     entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
     written = {name: json.dumps(about) for name, about in metadata.items()}
     with SafetensorsWriter(out / "references.safetensors", entries, written) as writer:
@@ -470,14 +467,6 @@ def test_a_dense_model_that_is_the_input_is_refused(bench: Bench, tmp_path: Path
     for settings in ({"loss": "harmonic"}, {"anchor": 0.1}, {}):
         with pytest.raises(FistaPrunerError, match=r"--dense .*link is the model that is trained: name the one that"):
             align(bench, tmp_path / "out", dense=link, **settings)
-    with pytest.raises(FistaPrunerError, match=r"--dense .*model is the model that is trained"):
-        fp.align_compare(
-            bench.pruned(),
-            tmp_path / "out",
-            **SETTINGS,
-            data={"pairs": str(bench.pairs)},
-            dense=bench.pruned() / "model",
-        )
     assert not (tmp_path / "out").exists()
 
 
@@ -487,9 +476,8 @@ def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path
     path.write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
-    for verb in (fp.align, fp.align_compare):
-        with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
-            verb(tmp_path / "no model", tmp_path / "out", **SETTINGS, data={"pairs": str(path)})
+    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
+        fp.align(tmp_path / "no model", tmp_path / "out", **SETTINGS, data={"pairs": str(path)})
     with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
         fp.align(bench.pruned(), tmp_path / "out", **SETTINGS)
 
@@ -568,332 +556,6 @@ def test_shares_are_those_of_the_references_as_they_were_named(bench: Bench, tmp
         assert report.alignment is not None
         assert report.alignment.references == pytest.approx({"pruned": 1 - dense, "dense": dense})
         assert dict(zip(report.recipe["references"], report.recipe["shares"], strict=True))["dense"] == dense
-
-
-def test_a_comparison_runs_every_loss_from_one_cache(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Rows are the runs they would be alone; one that was stopped goes on, and nothing is made twice."""
-    path, said = tmp_path / "pairs.jsonl", tiny.Said()
-    write_pairs(path, 12)
-    out, shared = tmp_path / "out", {**SETTINGS, "pairs_per_step": 8, "data": {"pairs": str(path)}}
-    found = fp.align_compare(bench.pruned(), out, listener=said, seeds=[3], **shared)
-    assert found.status == "finished"
-    assert len(found.rows) == 9
-    assert not [row.error for row in found.rows if row.error]
-    computed = [sentence for sentence in said.sentences if sentence.startswith("log-probabilities of 12 pairs")]
-    assert len(computed) == 2  # the pruned and the dense model, once each
-    assert not [*out.glob("runs/*/model"), *out.glob("runs/*/states")]
-    table = (out / "compare.md").read_text()
-    assert table.count("\n| ") == 1 + 2 + 9
-    said.sentences.clear()
-    again = fp.align_compare(bench.pruned(), out, listener=said, seeds=[3], **shared)
-    assert [row.alignment for row in again.rows] == [row.alignment for row in found.rows]
-    assert all("/9: " in sentence for sentence in said.sentences)
-    with pytest.raises(FistaPrunerError, match=r"holds a comparison with beta = 0\.1, this one has 0\.2"):
-        fp.align_compare(bench.pruned(), out, seeds=[3], beta=0.2, **shared)
-    for name, value in {"loss": "sft", "references": "dense", "clip": 0.2, "anchor": 0.2}.items():
-        with pytest.raises(FistaPrunerError, match=f"^{name}: a comparison runs all losses"):
-            fp.align_compare(bench.pruned(), tmp_path / "other", **{name: value}, **shared)
-    with pytest.raises(FistaPrunerError, match="--seeds '3,3': different whole numbers"):
-        fp.align_compare(bench.pruned(), tmp_path / "other", seeds=[3, 3], **shared)
-    command = ["align", str(bench.pruned()), "--data", str(path), "--out", str(tmp_path / "other")]
-    assert main([*command, "--seeds", "0,1"]) == 2
-    assert "made with --compare" in capsys.readouterr().err
-    assert main([*command, "--compare", "--seeds", "0,0"]) == 2
-    assert "--seeds '0,0'" in capsys.readouterr().err
-
-
-def test_a_row_of_a_comparison_is_the_run_alone(bench: Bench, tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    write_pairs(path, 12)
-    shared = {**SETTINGS, "pairs_per_step": 8, "data": {"pairs": str(path)}}
-    fp.align_compare(bench.pruned(), tmp_path / "out", keep=True, **shared)
-    for name, settings in (
-        ("dpo-pruned-0", {}),
-        ("geometric-held-out-0", {"loss": "geometric", "weights": "held-out"}),
-    ):
-        fp.align(bench.pruned(), tmp_path / name, **{**shared, **settings})
-        one, two = (folder / name / "model" / "model.safetensors" for folder in (tmp_path, tmp_path / "out" / "runs"))
-        assert one.read_bytes() == two.read_bytes()
-
-
-def test_rows_of_a_comparison_have_the_same_tokens_on_another_day(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A chat template may write the date; references that no row could use are replaced."""
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"DPO, pruned": {"loss": "dpo"}})
-    lines = [json.loads(line) for line in bench.pairs.read_text().splitlines()]
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    talks = [{key: [{"role": role, "content": line[key]}] for key, role in roles.items()} for line in lines]
-    pairs, out, said = tmp_path / "chat.jsonl", tmp_path / "out", tiny.Said()
-    pairs.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    days: list[str] = []
-
-    def write_chat(content: Any, *_: Any, prompt: bool = False) -> str:
-        return str(len(days)) + "".join(message.content for message in content)
-
-    def say(sentence: str) -> None:
-        days.extend(re.findall(r"^\d/3: ", sentence))
-        said.sentences.append(sentence)
-        if sentence.startswith("2/3: "):
-            (out / "references.safetensors").write_bytes(b"damaged")
-
-    monkeypatch.setattr("fistapruner.calibration.pairs.write_chat", write_chat)
-    listener = tiny.Said()
-    monkeypatch.setattr(listener, "say", say)
-    settings = {**SETTINGS, "data": {"pairs": str(pairs)}, "steps": 1, "seeds": [1, 2, 3]}
-    found = fp.align_compare(bench.pruned(), out, listener=listener, **settings)
-    assert [row.error for row in found.rows] == [None] * 3
-    tokens = [SafetensorsFile(run / "windows.safetensors").read("tokens") for run in (out / "runs").iterdir()]
-    assert all(torch.equal(each, tokens[0]) for each in tokens)
-    told = (re.search(r"of (\d+) pairs under the pruned model", sentence) for sentence in said.sentences)
-    first, again, more = (int(found[1]) for found in told if found)
-    assert first == again > more > 0  # once more after the damage, and then the pairs of another order that lack
-    runs = [load_run(run) for run in sorted((out / "runs").iterdir())]
-    assert [run.calibration and run.calibration.seed for run in runs] == [1, 2, 3]
-
-
-def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
-    command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet"]
-    command += ["--label-smoothing", "0.1", "--teacher", "hidden"]  # of rows that this comparison does not have
-    for more, seeds in ((["--seed", "3"], [3]), (["--seed", "3", "--seeds", "1,2"], [1, 2])):
-        out = tmp_path / str(len(seeds))
-        assert main([*command, "--out", str(out), *more]) == 0
-        assert [row["seed"] for row in json.loads((out / "compare.json").read_text())["rows"]] == seeds
-        recipes = [load_run(run).recipe for run in sorted((out / "runs").iterdir())]
-        assert [(recipe["seed"], recipe["data"]["seed"]) for recipe in recipes] == [(seed, seed) for seed in seeds]
-    assert main([*command, "--out", str(tmp_path / "bad"), "--seeds", f"0,{2**63}"]) == 2
-    assert not (tmp_path / "bad").exists()  # nothing is trained with the seed before it
-
-
-def test_rows_of_a_comparison_that_fail_are_told(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-
-    def failing(verb: Any, out: Path, request: Any, listener: Any) -> Report:
-        if request.recipe.seed == 2:
-            raise FistaPrunerError("the memory is not enough")
-        return train(verb, out, request, listener)
-
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.train", failing)
-    command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
-    command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet", "--out", str(tmp_path / "out")]
-    assert main([*command, "--seeds", "1,2,3"]) == 1
-    for table in (capsys.readouterr().out, (tmp_path / "out" / "compare.md").read_text()):
-        row = next(line for line in table.splitlines() if "SFT on chosen (2 of 3 seeds)" in line)
-        # Both accuracies, reward accuracy, margin and chosen reward have an error over pairs and one over seeds.
-        assert len(re.findall(r"-?[\d.]+ ± [\d.]+ \([\d.]+\)", row)) == 5
-        assert "failed: SFT on chosen, seed 2: the memory is not enough" in table
-
-
-def test_a_finished_comparison_makes_the_checkpoints_that_are_to_be_kept(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
-    for name, calls in (("at once", [True]), ("later", [False, True, True])):
-        results = [fp.align_compare(bench.pruned(), tmp_path / name, keep=keep, **settings).rows for keep in calls]
-        assert [rows[0].alignment for rows in results] == [results[0][0].alignment] * len(calls)
-        assert results[1:] == results[1:2] * (len(calls) - 1)  # what is there is not made again
-    one, two = (tmp_path / name / "runs" / "sft-on-chosen-0" for name in ("at once", "later"))
-    assert tiny.weights(one) == tiny.weights(two)
-    assert list((two / "states").iterdir())
-    for run in (one, two):  # the time of what was removed is not added
-        assert len(json.loads((run / "times.json").read_text())) == 1
-
-
-def test_rows_of_a_comparison_stay_until_they_are_made_again(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = {"SFT on chosen": {"loss": "sft"}, "DPO, pruned": {"loss": "dpo"}}
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", jobs)
-    settings: dict[str, Any] = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
-
-    def rows() -> list[tuple[str, int]]:
-        return [(row["label"], row["seed"]) for row in json.loads((tmp_path / "compare.json").read_text())["rows"]]
-
-    first = fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **settings)
-    with monkeypatch.context() as stopped:
-        stopped.setattr("fistapruner.pipeline.align_compare.train", interrupted)
-        for seed, keep in ((1, False), (0, True)):
-            with pytest.raises(KeyboardInterrupt):
-                fp.align_compare(bench.pruned(), tmp_path, seeds=[seed], keep=keep, **settings)
-            assert rows() == [(label, 0) for label in jobs]
-    both = fp.align_compare(bench.pruned(), tmp_path, seeds=[1], **settings)
-    assert rows() == [(label, seed) for label in jobs for seed in (0, 1)]
-    assert [row for row in both.rows if row.seed == 0] == first.rows
-    damaged = sorted((tmp_path / "runs").glob("dpo*-1/run.json"))[0]
-    damaged.write_text("{")
-    again = fp.align_compare(bench.pruned(), tmp_path, seeds=[1], **settings)
-    failed = next(row for row in again.rows if row.error)
-    assert str(damaged) in (failed.error or "")
-    assert failed.alignment is not None  # that of the earlier command
-    (tmp_path / "compare.json").write_text("")
-    said = tiny.Said()
-    fp.align_compare(bench.pruned(), tmp_path, seeds=[0], listener=said, **settings)
-    assert rows() == [(label, 0) for label in jobs]
-    assert any("rows that are asked for are read from" in sentence for sentence in said.sentences)
-    (tmp_path / "compare.json").write_text("")
-    with pytest.raises(FistaPrunerError, match=r"holds a run with lr = 0\.001, this one has 0\.01"):
-        fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **{**settings, "lr": 0.01})
-    (tmp_path / "compare.json").write_text("")
-    evaluated = {**settings, "evaluate": str(bench.text), "evaluate_windows": 1}
-    assert all(row.evaluation for row in fp.align_compare(bench.pruned(), tmp_path, seeds=[0], **evaluated).rows)
-
-
-def test_a_comparison_leaves_no_adapters(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are of checkpoints that are removed, too."""
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "parameters": "hira"}
-    for keep in (True, False):
-        fp.align_compare(bench.pruned(), tmp_path / "out", keep=keep, **settings)
-        assert (tmp_path / "out" / "runs" / "sft-on-chosen-0" / "adapter").is_dir() == keep
-
-
-def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
-    said = tiny.Said()
-    found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, seeds=[1, 2], **settings)
-    assert len([each for each in said.sentences if each.startswith("evaluating the model before alignment")]) == 1
-    for row, run in zip(found.rows, sorted((tmp_path / "out" / "runs").iterdir()), strict=True):
-        training = load_run(run).recovery
-        assert training is not None
-        assert training.before == [found.before]
-        assert row.held_out == (training.checks[0].held_out, min(check.held_out for check in training.checks))
-        assert row.held_out[0] > row.held_out[1]
-
-
-@pytest.mark.parametrize("step", ["run_evaluation", "generate_side_by_side", "write_page"])
-def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
-    step: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The row is trained, and measured only when the comparison goes on."""
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
-    with monkeypatch.context() as killed:
-        killed.setattr(f"fistapruner.pipeline.measure.{step}", interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"^interrupted; nothing is lost: give the same command again$"):
-            fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
-    said = tiny.Said()
-    found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, **settings)
-    assert not [sentence for sentence in said.sentences if sentence.startswith("step ")]
-    assert found.before is not None
-    assert found.rows[0].evaluation is not None
-    assert found.rows[0].evaluation.divergence is not None
-    (run,) = (tmp_path / "out" / "runs").iterdir()
-    assert load_run(run).generations
-    assert (run / "report.html").exists()
-    again = fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
-    assert (again.rows, again.before) == (found.rows, found.before)
-
-
-def test_a_comparison_killed_before_its_first_figures_goes_on(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    out, settings = tmp_path / "out", {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
-    (out / "runs" / "experiment").mkdir(parents=True)
-    for name in ("lock", "compare.json.partial"):
-        (out / name).write_text("")
-    with pytest.raises(FistaPrunerError, match=r"other things in it \(runs/experiment\)"):
-        fp.align_compare(bench.pruned(), out, **settings)
-    (out / "runs" / "experiment").rmdir()
-    assert fp.align_compare(bench.pruned(), out, **settings).status == "finished"
-    assert not (out / "compare.json.partial").exists()
-
-
-def test_bad_input_that_the_first_row_shows_ends_a_comparison_and_binds_it_to_nothing(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
-    with pytest.raises(FistaPrunerError, match="'nowhere' matches no operator"):
-        fp.align_compare(bench.pruned(), tmp_path / "out", targets=["nowhere"], **settings)
-    assert [row.error for row in fp.align_compare(bench.pruned(), tmp_path / "out", **settings).rows] == [None]
-
-
-def test_figures_that_are_no_comparison_are_refused_and_kept(bench: Bench, tmp_path: Path) -> None:
-    figures = tmp_path / "out" / "compare.json"
-    figures.parent.mkdir()
-    figures.write_text("years of work")
-    with pytest.raises(FistaPrunerError, match=r"compare\.json is not valid JSON"):
-        fp.align_compare(bench.pruned(), figures.parent, **SETTINGS, data={"pairs": str(bench.pairs)})
-    assert [(path.name, path.read_text()) for path in figures.parent.iterdir()] == [(figures.name, "years of work")]
-
-
-def test_a_comparison_of_other_data_or_models_is_refused(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows that are done would stand beside rows that were made from something else."""
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    pairs, text = tmp_path / "pairs.jsonl", Path(shutil.copy(bench.text, tmp_path))
-    write_pairs(pairs, 12)
-    pruned, out = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "pruned")), tmp_path / "out"
-    settings = {**SETTINGS, "data": {"pairs": str(pairs)}, "steps": 1, "evaluate": str(text), "evaluate_windows": 2}
-    settings |= {"dense": bench.dense(), "pairs_per_step": 8}
-    found = fp.align_compare(pruned, out, **settings)
-    assert fp.align_compare(pruned, out, **settings).rows == found.rows
-    for folder in (tmp_path, out):  # by paths relative to one folder and another
-        monkeypatch.chdir(folder)
-        data, near = {"pairs": os.path.relpath(pairs)}, {"dense": os.path.relpath(bench.dense())}
-        again = fp.align_compare(os.path.relpath(pruned), tmp_path / "near", **{**settings, **near, "data": data})
-        assert [row.alignment for row in again.rows] == [row.alignment for row in found.rows]
-    elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
-    assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
-    link = tmp_path / "link"
-    link.symlink_to(pruned)
-    assert fp.align_compare(link, out, **settings).rows == found.rows
-    others = {
-        "evaluation.windows": {"evaluate_windows": 1},
-        "evaluation.data": {"evaluate": None, "evaluate_windows": None},
-    }
-    for name, other in {**others, "dense": {"dense": None}}.items():
-        with pytest.raises(FistaPrunerError, match=f"holds a comparison with {name} = "):
-            fp.align_compare(pruned, out, **{**settings, **other})
-    for path in (pairs, text, pruned / "model.safetensors"):
-        before = path.read_bytes()
-        path.write_bytes(before.replace(b"9", b"8") if path.suffix == ".jsonl" else before[:-4] + b"\0\0\0\0")
-        with pytest.raises(FistaPrunerError, match=f"{path.name} has changed since the comparison in"):
-            fp.align_compare(pruned, out, **settings)
-        path.write_bytes(before)
-    assert fp.align_compare(pruned, out, **settings).rows == found.rows
-
-
-def test_a_comparison_keeps_the_commit_of_the_dense_model(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    commits = tmp_path / "models--someone--model" / "snapshots"
-    first, later = commits / ("a" * 40), commits / ("b" * 40)
-    shutil.copytree(bench.dense(), first)
-    tiny.save("llama", later, num_hidden_layers=2, seed=1)
-    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "dense": "someone/model"}
-    for commit, seeds in ((first, [0]), (later, [0, 1])):
-        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, commit=commit, **__: str(commit))
-        rows = fp.align_compare(bench.pruned(), tmp_path / "out", seeds=seeds, **settings).rows
-        assert [row.error for row in rows] == [None] * len(seeds)
-    records = (json.loads(file.read_text()) for file in tmp_path.glob("out/runs/*/run.json"))
-    assert [record["decision"]["dense"] for record in records] == [str(first)] * 2
-
-
-def test_legacy_weights_are_aligned_with_every_loss_where_they_are_trusted(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
-    model = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model"))
-    torch.save(tensors(model), model / "pytorch_model.bin")
-    (model / "model.safetensors").unlink()
-    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
-    with pytest.raises(FistaPrunerError, match="--allow-pickle"):
-        fp.align_compare(model, tmp_path / "out", trust_remote_code=True, **settings)
-    assert [row.error for row in fp.align_compare(model, tmp_path / "out", allow_pickle=True, **settings).rows] == [
-        None
-    ]
 
 
 def interrupted(*arguments: Any, **settings: Any) -> None:

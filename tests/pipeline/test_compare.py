@@ -21,7 +21,6 @@ from fistapruner.evaluation.data import cut_windows
 from fistapruner.evaluation.evaluate import evaluate as run_evaluation
 from fistapruner.models.whole import load_whole
 from fistapruner.pipeline import measure
-from fistapruner.pipeline.align_compare import align_compare
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.compare_jobs import plan_jobs, run_name
 from fistapruner.pipeline.contenders import parse_contenders
@@ -31,7 +30,7 @@ from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
-from fistapruner.runs.comparison_records import AlignComparison, AlignRow, CompareRow
+from fistapruner.runs.comparison_records import CompareRow
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import load_run
 from fistapruner.runs.results import Perplexity
@@ -173,9 +172,6 @@ def test_what_is_no_list_of_seeds_is_refused(tmp_path: Path, seeds: Any) -> None
     message = re.escape(f"seeds {seeds!r}: a list of different whole numbers such as [0, 1, 2] is expected")
     with pytest.raises(FistaPrunerError, match=message):
         compare(tmp_path, "wanda", ["50%"], tmp_path / "out", seeds=seeds)
-    if seeds is not None:  # that of the recipe
-        with pytest.raises(FistaPrunerError, match=message):
-            align_compare(tmp_path, tmp_path / "out", seeds=seeds)
     assert distinct_seeds(seed for seed in range(3)) == (0, 1, 2)
 
 
@@ -478,7 +474,11 @@ def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path) -> None:
     assert (again.error, again.perplexity, again.operator_zeros) == (None, first.perplexity, first.operator_zeros)
     assert once_more == again
     assert counts[2].measured == 0
-    [run] = (out / "runs").iterdir()
+    compare(source, "wanda,magnitude", ["50%"], out, settings=SETTINGS, windows=2)  # keeps what was kept before
+    runs = {path.name.startswith("wanda"): path for path in (out / "runs").iterdir()}
+    run, other = runs[True], runs[False]
+    assert not (other / "model").exists()
+    assert list(run.glob("layers/*.safetensors"))
     assert (run / "model" / "model.safetensors").is_file()
     assert "| perplexity |" in (run / "model" / "README.md").read_text()
 
@@ -518,7 +518,9 @@ def test_figures_of_kept_checkpoints_are_those_of_their_weights(tmp_path: Path) 
     change(run / "report.json", lambda report: report["evaluations"][0]["perplexity"].update(nll=99.0))
     assert measured(keep=False) == 99.0
     assert measured(keep=True) == 99.0  # of the same weights
-    assert measured(keep=False) == 99.0
+    shutil.rmtree(run / "model")
+    for tensors in run.glob("layers/*.safetensors"):
+        tensors.unlink()
     change(run / "model.json", lambda record: record["files"]["model.safetensors"].update(sha256="others"))
     assert measured(keep=True) == nll
 
@@ -613,20 +615,6 @@ def test_a_comparison_killed_in_writing_its_first_figures_goes_on(tmp_path: Path
     (out / partial).write_text("{")
     assert compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2).status == "finished"
     assert not list(out.glob("*.partial"))
-
-
-def test_a_comparison_of_alignments_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
-    out.mkdir()
-    row = AlignRow(label="DPO, dense", seed=0, error="no memory")
-    content = AlignComparison(model=str(source), rows=[row]).model_dump_json()
-    (out / "compare.json").write_text(content)
-    for command in (["report", str(out)], ["compare", str(source), "--out", str(out), "--methods", "wanda"]):
-        assert main(command) == 2
-        assert re.search(r"holds a comparison of alignments .*compare\.md, or name one of", capsys.readouterr().err)
-    assert main(["status", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}: comparison, 1 rows done, no process works on it\n"
-    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("compare.json", content)]
 
 
 def test_a_damaged_figure_of_the_dense_model_is_named(tmp_path: Path) -> None:

@@ -193,16 +193,6 @@ def test_a_stopped_run_of_a_mixture_goes_on_to_the_same_bits(tmp_path: Path, arc
     assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
 
 
-def test_layers_of_a_mixture_are_pruned_in_parts_and_by_other_processes(tmp_path: Path) -> None:
-    folder = tiny.save("deepseek_v3", tmp_path / "model")
-    settings: dict[str, Any] = {"calibration": SMALL, "method": "sparsegpt", "propagate": "dense"}
-    fp.prune(str(folder), tmp_path / "whole", **settings)
-    for layer in (1, 0):
-        fp.prune(str(folder), tmp_path / "parts", only_layers=(layer, layer), **settings)
-    fp.finish_run(tmp_path / "parts")
-    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-
-
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_a_pruned_mixture_is_recovered_with_its_zeros(tmp_path: Path, architecture: str) -> None:
     folder, text = tiny.save(architecture, tmp_path / "model"), tiny.write_text(tmp_path / "text.jsonl")

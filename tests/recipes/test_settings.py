@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tiny
-from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
+from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, prune, recover, solve
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.core import NM
@@ -379,7 +379,7 @@ def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> Non
             Recipe.of(recipe)
     with pytest.raises(FistaPrunerError, match=other):
         prune("model", tmp_path / "out", recipe=RecoverRecipe())
-    for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe"), (align_compare, "AlignRecipe")):
+    for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe")):
         with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name}, a mapping of settings"):
             function("model", tmp_path / "out", recipe=Recipe())
 

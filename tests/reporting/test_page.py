@@ -24,7 +24,6 @@ import samples
 
 from fistapruner import reporting
 from fistapruner.reporting import compare_page
-from fistapruner.reporting.align_table import HEAD, align_rows
 from fistapruner.reporting.alignment_text import preference_sentence
 from fistapruner.reporting.compare_page import (
     Point,
@@ -57,7 +56,7 @@ from fistapruner.reporting.summary import summary
 from fistapruner.reporting.tiles import tiles
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
-from fistapruner.runs.comparison_records import AlignComparison, AlignRow, Comparison
+from fistapruner.runs.comparison_records import Comparison
 from fistapruner.runs.labels import PHASES
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
@@ -546,14 +545,6 @@ def test_few_test_pairs_are_said_to_say_little(pairs: int, said: str) -> None:
     test = {name: PreferenceFigures(accuracy=share, accuracy_error=0.1, normalised=0) for name, share in shares.items()}
     report.alignment = Alignment(test_pairs=pairs, test=test)
     assert preference_sentence(report).endswith(said)
-
-
-def test_alignments_are_tested_against_the_model_before_them() -> None:
-    figures = {"accuracy": 0.5, "accuracy_error": 0.1, "normalised": 0.5}
-    values = {"dense": 0.9, "pruned": 0.01, "aligned": None}
-    test = {name: PreferenceFigures(**figures, p_value=value) for name, value in values.items()}
-    found = AlignComparison(rows=[AlignRow(label="dpo", alignment=Alignment(test=test))])
-    assert align_rows(found)[-1][HEAD.index("McNemar against before")] == "p = 0.010"
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -42,6 +40,7 @@ from fistapruner.reporting.verdict import verdict
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lineage import stage_of
+from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Kind, Lineage, Report, Stage, StageFigures, load_run
 from fistapruner.runs.results import Divergence, Evaluation, TaskResult
 from fistapruner.runs.steps import StepJournal
@@ -192,30 +191,17 @@ def test_a_run_at_work_again_does_not_have_the_status_of_its_last_attempt(
     report.finished = "2020-01-01T00:00:00+00:00"
     run.mkdir()
     (run / "report.json").write_text(report.model_dump_json())
-    parent = psutil.Process(os.getppid())
-    (run / "lock").write_text(json.dumps({"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}))
-    assert main(["status", str(run)]) == 0
-    said = capsys.readouterr().out
+    with hold(run):
+        assert main(["status", str(run)]) == 0
+        said = capsys.readouterr().out
+        assert main(["status", str(run), "--json"]) == 0
     states = ("running again; the last attempt failed: the disk is full", "finished; a process works on it")
     assert f": {states[error is None]}\n" in said
-    assert main(["status", str(run), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["status"], facts["error"]) == ("running again" if error else "finished", error)
     assert facts["working"] is True
-    (run / "lock").unlink()
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == report.status
-
-
-def test_status_of_a_run_in_parts_names_missing_layers_or_the_command_that_joins_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    messages = {10: "layers 10, 11 are missing: prune them", 11: "layer 11 is missing: prune it", 12: "finish RUN"}
-    for done, message in messages.items():
-        run = unfinished(tmp_path / str(done), done)
-        (run / "times.0-11.json").write_text("[1.0]")
-        assert main(["status", str(run)]) == 0
-        assert message in capsys.readouterr().out
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 10**5))
@@ -449,15 +435,13 @@ STEPS = [
 
 def test_status_of_a_finished_run_that_has_no_figures_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, record = unfinished(tmp_path / "run") / "run.json", samples.report()
-    holder = psutil.Process(os.getppid())
-    lock = json.dumps({"host": platform.node(), "pid": holder.pid, "started": holder.create_time()})
 
     def told(evaluations: list[Any], *, asked: bool, held: bool) -> str:
         run.write_text(json.dumps({"decision": {"evaluation": {"data": "python"} if asked else None}}))
         facts = record.model_dump(mode="json") | {"evaluations": evaluations}
         (run.parent / "report.json").write_text(json.dumps(facts))
-        (run.parent / "lock").write_text(lock if held else "{}")
-        assert main(["status", str(run.parent)]) == 0
+        with hold(run.parent) if held else nullcontext():
+            assert main(["status", str(run.parent)]) == 0
         return capsys.readouterr().out.splitlines()[0].partition("50%: ")[2]
 
     figures = record.model_dump(mode="json")["evaluations"]
@@ -845,3 +829,15 @@ def test_a_comparison_in_markdown_shows_names_as_they_are() -> None:
     assert r"| wanda@ignore=\[re:layers\\.\[01\]\\.\*mlp\*\|x\] | 50% |" in text
     assert r"on a\*b\*.txt (test)" in text
     assert r"\<b\>no\</b\> memory" in text
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    report = samples.recovery()
+    assert report.recovery is not None
+    report.recovery.curve, report.totals.seconds = [(1, math.inf), (2, math.nan)], math.nan
+    report.layers = []
+    text = json.dumps(report.model_dump(mode="json"), allow_nan=False)
+    again = Report.model_validate_json(text)
+    assert again.totals.seconds is None
+    assert again.recovery is not None
+    assert [math.isnan(loss) for _, loss in again.recovery.curve] == [True, True]

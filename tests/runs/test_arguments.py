@@ -22,10 +22,8 @@ from fistapruner.execution.pool import NoRoom
     "call",
     [
         lambda **given: fp.prune("m", "out", **given),
-        lambda **given: fp.finish_run("out", **given),
         lambda **given: fp.recover("m", "out", **given),
         lambda **given: fp.align("m", "out", **given),
-        lambda **given: fp.align_compare("m", "out", **given),
         lambda **given: fp.resume("out", **given),
         lambda **given: fp.evaluate_run("out", "python", **given),
         lambda **given: fp.bench_run("out", **given),
@@ -57,7 +55,6 @@ def test_a_listener_that_is_none(call: Callable[..., Any], listener: Any) -> Non
         (lambda: fp.evaluate("m", "python", kept=3), "kept is of the class int, and a KeptStates is expected"),
         (lambda: fp.evaluate("m", "python", windows=True), "windows True "),
         (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size True "),
-        (lambda: fp.align_compare("m", "out", keep="no"), "keep 'no': True or False is expected"),
         (lambda: fp.load("m", packed="no"), "packed 'no': True or False is expected"),
         (lambda: fp.unpack(3, "out"), "packed is of the class int, and the path of a folder is expected"),
         (lambda: fp.export(3, "out.gguf"), "model is of the class int, and the path of a folder is expected"),

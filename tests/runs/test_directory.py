@@ -32,7 +32,7 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import StepJournal
-from fistapruner.runs.times import forget_times, spent
+from fistapruner.runs.times import spent
 from fistapruner.runtime.files import PARTIAL, claim_folder, write_sealed_json, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
@@ -164,8 +164,7 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
-    names = ["lock", "lock.0-9", "lock.preparing", "log.txt", "times.json", "times.0-9.json"]
-    for name in [*names, "times.json.partial", "times.0-9.json.partial"]:
+    for name in ("lock", "lock.preparing", "log.txt", "times.json", "times.json.partial"):
         (tmp_path / name).touch()
     RecoverDirectory(tmp_path).check_place()
 
@@ -199,8 +198,7 @@ def test_files_that_are_only_called_like_those_of_a_run_are_kept(tmp_path: Path)
         (tmp_path / name).write_text("[1e6]")
     with hold(tmp_path), spent(tmp_path) as times:
         assert times.total() < 1e6
-        assert times.parts() is None
-    forget_times(tmp_path)
+        times.forget()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     run = training_directory.RecoverDirectory(tmp_path)
     run.run_file.touch()
@@ -451,3 +449,11 @@ def test_a_training_run_whose_removal_was_killed_is_still_a_run_or_a_new_one(
         if run.folder.exists():
             shutil.rmtree(run.folder)
     assert removals > 12
+
+
+def test_a_fault_of_the_program_is_in_the_log_with_its_traceback(tmp_path: Path) -> None:
+    for fault, shown in ((OSError(2, "gone", "file"), True), (FistaPrunerError("no such model"), False)):
+        with pytest.raises(type(fault)), log_file(tmp_path / "log.txt"):
+            raise fault
+        assert ("Traceback" in (tmp_path / "log.txt").read_text()) == shown
+        (tmp_path / "log.txt").unlink()

@@ -506,13 +506,13 @@ def test_a_run_for_a_workload(tmp_path: Path) -> None:
 def test_a_begun_run_keeps_its_decision_and_refuses_another_workload(tmp_path: Path) -> None:
     model, file = tiny.save("llama", tmp_path / "dense"), written(tmp_path, MIX)
     asked = recipe(file, texts(tmp_path), method="wanda", propagate="dense", dense_target="dense")
-    prune(model, tmp_path / "run", recipe=asked, only_layers=(0, 0))
+    tiny.begin(model, tmp_path / "run", recipe=asked)
     before = json.loads((tmp_path / "run" / "run.json").read_text())["decision"]["sparsity"]
     file.write_text("mix: {chat: 0.1, code: 0.9}\n")
     with pytest.raises(FistaPrunerError, match=r"holds a run for another content of .*workload.yaml"):
-        prune(model, tmp_path / "run", recipe=asked, only_layers=(1, 2))
+        prune(model, tmp_path / "run", recipe=asked)
     file.unlink()  # what was decided stands in the run
-    prune(model, tmp_path / "run", recipe=asked, only_layers=(1, 2))
+    prune(model, tmp_path / "run", recipe=asked)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["decision"]["sparsity"] == before
 
 

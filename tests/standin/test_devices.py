@@ -100,7 +100,7 @@ def test_copies_of_one_gpu_touch_no_other(gpu: StandIn) -> None:
 def test_another_gpu_is_said_on_resume(gpu: StandIn, tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     execution = {"device": "cuda:0"}
-    fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, execution=execution, only_layers=(0, 0))
+    tiny.begin(str(folder), tmp_path / "run", **SETTINGS, execution=execution)
     gpu.name = "another stand-in"
     said = tiny.Said()
     fistapruner.resume(tmp_path / "run", listener=said)

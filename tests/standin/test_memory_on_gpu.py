@@ -158,7 +158,7 @@ def test_too_little_memory_is_one_line(gpu: StandIn, deep: Path, tmp_path: Path)
 
 
 def test_freed_memory_is_given_back_before_the_plan(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    prune(deep, tmp_path / "run", method="magnitude", only_layers=(0, 0))
+    tiny.begin(deep, tmp_path / "run", method="magnitude")
     assert gpu.emptied >= 1
 
 
@@ -196,7 +196,7 @@ class OneWorker:
 
 def begun_run(gpu: StandIn, model: Path, out: Path, **settings: Any) -> tuple[RunContext, OneWorker]:
     """A run whose first layer is pruned, and a worker for the others on its GPU."""
-    prune(model, out, only_layers=(0, 0), **settings)
+    tiny.begin(model, out, **settings)
     context = RunContext.open(out)
     context.hidden.mkdir(parents=True, exist_ok=True)
     return context, OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import fistapruner
 import tiny
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.loading import load_recipe_settings, merge_settings
 from fistapruner.runs.records import Report
 from standin.gpu import StandIn
@@ -142,11 +141,10 @@ def test_workers_on_two_gpus_write_the_same_bytes(gpu: StandIn, model: Path, tmp
 
 def test_a_run_is_evaluated_and_resumed(gpu: StandIn, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    fistapruner.prune(
+    tiny.begin(
         str(model),
         out,
         method="wanda",
-        only_layers=(0, 0),
         calibration={"source": "python", "samples": 4, "seqlen": 16},
         execution={"device": GPU, "threads": 1},
     )
@@ -158,20 +156,6 @@ def test_a_run_is_evaluated_and_resumed(gpu: StandIn, model: Path, tmp_path: Pat
     assert found.perplexity is not None
     assert here.perplexity is not None
     assert found.perplexity.nll == pytest.approx(here.perplexity.nll, rel=0.02)
-
-
-def test_memory_is_that_of_the_processes_that_pruned(
-    gpu: StandIn, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The process that finishes a run of several parts takes less, and has not seen what they took of the GPU."""
-    whole = prune(model, tmp_path / "whole", method="magnitude")
-    assert whole.totals.peak_device_memory
-    for index in (0, 1):
-        prune(model, tmp_path / "run", method="magnitude", propagate="dense", only_layers=(index, index))
-    monkeypatch.setattr("fistapruner.pipeline.finish.peak_memory", lambda: 1)
-    report = finish_run(tmp_path / "run")
-    assert report.totals.peak_memory == max(layer.peak_memory or 0 for layer in report.layers) > 1
-    assert report.totals.peak_device_memory is None
 
 
 def test_calibration_text_of_the_model_itself(gpu: StandIn, shallow: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from fistapruner.tuning.references import (
     ReferenceModel,
     answer_log_probabilities,
     log_probabilities_by_parts,
-    missing_windows,
     reference_log_probabilities,
 )
 from fistapruner.tuning.teacher import Teacher
@@ -293,9 +292,6 @@ def test_cached_references_are_used_until_something_changes(tmp_path: Path, pair
     assert said == ["log-probabilities of 2 pairs under the pruned model"]  # the file has the others
     assert torch.equal(asked([0, 1, 4, 5])[[0, 2]], asked(list(range(8)))[[0, 2]])
     assert said == []
-    longer = make_pairs(tmp_path, [*TRL_PAIRS, ("One", " a", " b")])
-    assert missing_windows(path, "pruned", range(2 * len(TRL_PAIRS)), pairs) == []
-    assert missing_windows(path, "pruned", [0, 1], longer) == [0, 1]  # the file is of other pairs
     for changed, words in (
         ({"its weights": "v"}, "its weights"),
         ({"the tokens": "s"}, "the tokens"),

@@ -12,15 +12,17 @@ import argparse
 import atexit
 import errno
 import os
+import re
 import signal
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 VERBS = (
     "prune",
@@ -28,7 +30,6 @@ VERBS = (
     "align",
     "plan",
     "resume",
-    "finish",
     "compare",
     "evaluate",
     "inspect",
@@ -41,6 +42,9 @@ VERBS = (
     "methods",
 )
 """The verbs in the order of ``--help``, each the name of its module."""
+
+READ_ONLY = ("inspect", "methods", "plan", "status")
+"""Verbs that write nothing: several processes of a launcher may do the same."""
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment variables that hide other libraries' output; importing transformers for it would take seconds."""
@@ -66,15 +70,28 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         )
 
 
-class _Verb(argparse.ArgumentParser):
-    """Refuse unknown arguments in one line that names the verb, and the flag nearest to the first."""
+class _Parser(argparse.ArgumentParser):
+    """Refuse wrong arguments in one line, without the usage; a verb or value that is misspelt with the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message)
+        if wrong and (near := get_close_matches(wrong[2], re.findall(r"[\w-]+", wrong[3]), n=1)):
+            message = f"{wrong[1]}: did you mean {near[0]}?"
+        self.exit(2, f"{self.prog}: error: {message} ('{self.prog} --help' lists all)\n")
+
+
+class _Verb(_Parser):
+    """Refuse unknown arguments, before required ones are missed: the nearest flag may be one of these."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        flags = (word.partition("=")[0] for word in args or () if word.startswith("--") and word != "--")
+        for flag in flags:
+            if flag not in self._option_string_actions:
+                near = get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
+                self.error(f"unrecognized arguments: {flag}" + (f": did you mean {near[0]}?" if near else ""))
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
-            said = f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near[0]}?" if near else "")
-            self.exit(2, f"{self.prog}: error: {said} ('{self.prog} --help' lists all)\n")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
 
@@ -82,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
     from .. import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fistapruner",
         description="Prune trained language models, and measure what that costs and gains.",
         epilog="'fistapruner VERB --help' explains each verb. Exit status: 0 done, 1 a check failed, 2 bad input, "
@@ -100,13 +117,14 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.configure(sub)
+        sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
         sub.set_defaults(run=module.run)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
-    from ..errors import FistaPrunerError, OtherRankFailed, out_path
+    from ..errors import FistaPrunerError, OtherRankFailed, at_home, out_path
     from ..runtime.launcher import leads
 
     with _signals() as terminated, _readers_may_leave() as (results, messages):
@@ -116,10 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, called in (("out", "out"), ("run_directory", "RUN")):
                 if (given := getattr(parsed, name, None)) is not None:
                     setattr(parsed, name, str(out_path(given, name=called)))
+            for name, value in vars(parsed).items():
+                setattr(parsed, name, at_home(value))
             _quieten()
             _share_cores()
             _refuse_processes(parsed)
-            status = int(parsed.run(parsed))
+            try:
+                status = int(parsed.run(parsed))
+            except Exception:
+                if parsed.debug:
+                    traceback.print_exc()
+                raise
             results.complete()
             return status
         except OtherRankFailed:  # it says why
@@ -184,8 +209,10 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     from ..errors import FistaPrunerError, OtherRankFailed
     from ..runtime.launcher import launched, leads
 
+    if arguments.verb in READ_ONLY:
+        return
     count = launched()
-    alone = [f" --{way}" for way in ("merge", "compare") if getattr(arguments, way, None)]
+    alone = [f" --{way}" for way in ("merge",) if getattr(arguments, way, None)]
     if count > 1 and (alone or arguments.verb not in ("recover", "align", "resume")):
         if not leads() and "TORCHELASTIC_RUN_ID" in os.environ:
             raise OtherRankFailed("the first process says why")  # elsewhere this may be the only one

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..runtime.formatting import finite
 from .arguments import add_json_argument, add_pickle_argument
 
 SUMMARY = "measure tokens per second, memory and size of a pruned model"
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         speeds = Speeds(bench(arguments.model, tick=listener.tick, **settings))
     found = record(speeds, folder, allow_pickle=arguments.allow_pickle)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(finite(found), indent=2))
         return 0
     print(speeds)
     print()

@@ -16,7 +16,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, TextIO, cast
 
 from ..errors import printable
-from ..runtime.formatting import align_columns
+from ..runtime.formatting import align_columns, finite
 from . import Styled
 from .arguments import add_json_argument, add_pickle_argument
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=lambda name, *_: status.update(Text(printable(name))),
         )
     if arguments.json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(finite(found.to_json()), indent=2))
     else:
         _print(found, arguments.quiet)
     return 1 if found.violations else 0

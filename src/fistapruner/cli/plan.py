@@ -22,7 +22,7 @@ from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
-from ..runtime.formatting import align_columns, duration, size
+from ..runtime.formatting import align_columns, duration, finite, size
 from .arguments import (
     add_json_argument,
     add_recipe_arguments,
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = plan_model(arguments.model, recipe, arguments.out, **trust(arguments))
     if arguments.json:
         rows = [row.model_dump(mode="json", exclude={"actual"}) for row in plan.rows]
-        print(json.dumps({"rows": rows, "stages": dict(plan.stages), "says": list(plan.says)}))
+        print(json.dumps(finite({"rows": rows, "stages": dict(plan.stages), "says": list(plan.says)})))
         return 0
     for sentence in plan.says:
         print(sentence)
@@ -106,7 +106,9 @@ def _training(arguments: argparse.Namespace) -> int:
         chosen, forms = plan_alignment_of(model, read_recipe(arguments, AlignRecipe), out, **common)
     says = chosen.says if chosen.fits else [str(chosen.refusal)]
     if arguments.json:
-        print(json.dumps({"says": says, "chosen": chosen.to_json(), "forms": [form.to_json() for form in forms]}))
+        print(
+            json.dumps(finite({"says": says, "chosen": chosen.to_json(), "forms": [form.to_json() for form in forms]}))
+        )
         return 0 if chosen.fits else 2
     rows = [("form", "memory", "disk", "a step", "in all", "")]
     for form in forms:

@@ -38,8 +38,8 @@ REMINDER = "reminder"
 def choose_listener(arguments: argparse.Namespace) -> Listener:
     """Choose a silent, plain or live listener. Progress goes to standard error.
 
-    A verb calls it before its other imports, which take seconds. A listener that is not silent says at least every ten
-    seconds what is being done, from a thread of its own.
+    A verb calls it before its other imports, which take seconds. In a terminal a listener says at least every ten
+    seconds what is being done, from a thread of its own; elsewhere once for each pass that takes so long.
     """
     quiet = any(getattr(arguments, name, False) for name in ("quiet", "json"))  # not every verb has these
     if quiet:
@@ -130,16 +130,22 @@ class _WorkListener(Listener, ABC):
 
 
 class PlainListener(_WorkListener):
-    """Print one line for each decoder layer, with the time that is left."""
+    """Print one line for each decoder layer, with the time that is left, and one for each other long pass."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._left = 0
         self._pruned = 0
+        self._told: set[str] = set()
         self._begin = clock()
 
     def write(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+    def remind(self) -> None:
+        if self._work not in self._told and self._clock() - self._said >= EVERY:
+            self._told.add(self._work)
+            super().remind()
 
     def begin(self, layers: int, done: int) -> None:
         self._left, self._pruned, self._begin = layers - done, 0, self._clock()

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from typing import TYPE_CHECKING
 
-from ..errors import FistaPrunerError
 from ..recipes.settings import Recipe
-from ..runtime.formatting import shell_line
 from .arguments import (
     add_evaluation,
     add_model_and_run,
@@ -43,11 +40,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "text for the perplexity before and after: wikitext2, ptb, c4, a file, python (a part of Python's language "
         "reference that is not used for calibration), or none",
     )
-    parser.add_argument(
-        "--only-layers",
-        metavar="FIRST-LAST",
-        help="prune only these decoder layers and stop; 'fistapruner finish RUN' joins the parts of several machines",
-    )
     add_trust_arguments(parser)
     add_output_arguments(parser)
 
@@ -63,16 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.out,
         recipe=recipe,
-        only_layers=None if arguments.only_layers is None else layer_range(arguments.only_layers),
         **run_options(arguments, listener),
     )
-    if arguments.only_layers is not None and not arguments.json:
-        done, layers = len(report.layers), report.model.layers
-        print(
-            f"decoder layers {arguments.only_layers} are done, {done} of {layers} in all; "
-            f"{'now' if done == layers else 'when all are'}: {shell_line('finish', arguments.out)}"
-        )
-        return 0
     return show(report, arguments.out, as_json=arguments.json)
 
 
@@ -88,15 +72,3 @@ def show(report: Report, out: str, *, as_json: bool) -> int:
 
     print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))
     return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
-
-
-def layer_range(text: str) -> tuple[int, int]:
-    """Parse a range of decoder layers: ``(0, 9)`` from ``0-9``, ``(3, 3)`` from ``3``.
-
-    Raises:
-        FistaPrunerError: not a range.
-    """
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    if not match or int(match[1]) > int(match[2] or match[1]):
-        raise FistaPrunerError(f"--only-layers {text!r} is not a range of decoder layers such as 0-9")
-    return int(match[1]), int(match[2] or match[1])

@@ -33,7 +33,7 @@ STATUSES = (
     (
         "1",
         "a check failed: `inspect` found a violated claim, NaN or infinity; training stopped at a loss that is not "
-        "finite; every row that `compare` was asked for, or a row of `align --compare`, failed",
+        "finite; every row that `compare` was asked for failed",
     ),
     ("2", "bad input, or what cannot fit; one line says why"),
     ("130", "interrupted by Ctrl-C"),

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runtime.formatting import shell_line
+from ..runtime.formatting import finite, shell_line
 from .arguments import add_json_argument
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
@@ -26,40 +26,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..reporting.status_text import status_facts, status_text
     from ..runs.comparison_records import is_comparison
-    from ..runs.lock import holders
+    from ..runs.lock import holder
     from ..runs.records import is_run, load_run
-    from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
     if is_comparison(folder):
         return _comparison(folder, as_json=arguments.json)
     if (folder / "log.txt").is_file() and not is_run(folder):
-        at_work = holders(folder)
-        where = " and ".join(f"{holder['pid']} on {holder['host']}" for holder in at_work)
-        said = f"being prepared by process {where}" if at_work else "stopped before anything was decided"
+        at_work, said = holder(folder), "stopped before anything was decided"
+        if at_work is not None:
+            said = f"being prepared by process {at_work['pid']} on {at_work['host']}"
         if arguments.json:
             print(json.dumps({"status": "preparing", "working": bool(at_work)}, indent=2))
         else:
             print(f"{folder}: {said}" + ("" if at_work else "; give its command again"))
         return 0
-    report, working = load_run(folder), bool(holders(folder))
+    report, working = load_run(folder), holder(folder) is not None
     if arguments.json:
-        print(json.dumps({**status_facts(report, alive=working), "working": working}, indent=2))
+        print(json.dumps(finite({**status_facts(report, alive=working), "working": working}), indent=2))
         return 0
-    in_parts = count_parts(folder) > 0
-    print(status_text(report, alive=working, in_parts=in_parts, evaluates=_evaluates(folder)))
+    print(status_text(report, alive=working, evaluates=_evaluates(folder)))
     return 0
 
 
 def _comparison(folder: Path, *, as_json: bool) -> int:
     """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
-    from ..runs.comparison_records import FIGURES, RUNS, load_any_comparison
-    from ..runs.lock import holders
+    from ..runs.comparison_records import FIGURES, RUNS, load_comparison
+    from ..runs.lock import holder
 
-    rows = len(load_any_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
+    rows = len(load_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
     runs = sorted((folder / RUNS).glob("*"))
-    at_work = next((run for run in runs if holders(run)), None)
-    working = bool(holders(folder)) or at_work is not None
+    at_work = next((run for run in runs if holder(run) is not None), None)
+    working = holder(folder) is not None or at_work is not None
     if as_json:
         print(json.dumps({"rows_done": rows, "working": working, "run": at_work and str(at_work)}, indent=2))
         return 0

@@ -209,7 +209,7 @@ def check_request(
         if given == "":
             raise FistaPrunerError(f"{name} '' is empty: name {what}, or leave it out")
     if tasks_dir is not None:
-        path_text("tasks_dir", tasks_dir, A_FOLDER)
+        tasks_dir = path_text("tasks_dir", tasks_dir, A_FOLDER)
     tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
     if not (isinstance(tasks, Sequence) and all(isinstance(task, str) for task in tasks)):
         raise FistaPrunerError(f"tasks {tasks!r}: a name, or a list of names, is expected")

@@ -65,7 +65,6 @@ class RunContext:
             size and groups in parts; the fingerprint stays.
         on_disk: hidden states are kept in files.
         on_device: hidden states are kept in the GPU's memory.
-        part: subfolder of ``RUN/hidden`` that this process works in.
         permissions: what the model's files may do, as the command that opened the run says.
         widths: whose channels are removed; None where none are.
     """
@@ -80,7 +79,6 @@ class RunContext:
     numerics: Numerics
     on_disk: bool
     on_device: bool = False
-    part: str = ""
     permissions: Permissions = UNTRUSTED
     widths: Widths | None = None
     _decided: Numerics = field(init=False)
@@ -95,7 +93,6 @@ class RunContext:
         cls,
         folder: Path,
         device: torch.device | None = None,
-        part: str = "",
         permissions: Permissions = UNTRUSTED,
         model: Path | None = None,
     ) -> RunContext:
@@ -104,7 +101,6 @@ class RunContext:
         Args:
             folder: the run directory.
             device: where to compute; None is the recipe's device.
-            part: subfolder of ``RUN/hidden`` to work in, if this is one of several processes that share the run.
             permissions: what the model's files may do.
             model: the dense model's folder, as this process sees it; None is the one in ``run.json``.
 
@@ -144,7 +140,6 @@ class RunContext:
             numerics=decision.numerics,
             on_disk=decision.on_disk,
             on_device=decision.on_device and opened.device.type == "cuda",
-            part=part,
             permissions=permissions,
             widths=widths,
         )
@@ -155,7 +150,7 @@ class RunContext:
     @property
     def hidden(self) -> Path:
         """Folder of the hidden states that this process keeps on disk."""
-        return self.run.hidden / self.part
+        return self.run.hidden
 
     def clear_hidden(self) -> None:
         """Remove the hidden states that this process, or a killed one before it, has written."""

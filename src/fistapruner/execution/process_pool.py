@@ -67,7 +67,6 @@ class ProcessPool:
         program = [sys.executable, "-P", "-m", "fistapruner.execution.worker"]
         place = [
             str(context.run.folder),
-            context.part,
             str(self._devices[worker]),
             str(context.model.checkpoint.folder),
         ]

@@ -126,7 +126,6 @@ class RayPool:
         self._options = {"num_cpus": threads, "num_gpus": 1 if cuda else 0, "runtime_env": {"env_vars": variables}}
         self._arguments = (
             str(context.run.folder.absolute()),
-            context.part,
             "cuda" if cuda else "cpu",
             context.permissions,
             context.model.checkpoint.folder,
@@ -173,7 +172,7 @@ class RayPool:
 class Actor:
     """A :class:`~fistapruner.execution.worker.Worker` on some node of the cluster."""
 
-    def __init__(self, folder: str, part: str, device: str, permissions: Permissions, model: Path) -> None:
+    def __init__(self, folder: str, device: str, permissions: Permissions, model: Path) -> None:
         from .worker import Worker
 
         self.fault: Event | None = None
@@ -185,7 +184,7 @@ class Actor:
             self.fault = {"event": "failed", "message": message}
             return
         try:
-            self.worker = Worker(Path(folder), part, device, permissions, model, shared=True)
+            self.worker = Worker(Path(folder), device, permissions, model, shared=True)
         except FistaPrunerError as error:
             self.fault = {"event": "failed", "message": f"Ray worker on host {host}: {error}"}
 

@@ -40,7 +40,6 @@ class Worker:
 
     Args:
         folder: the run directory.
-        part: subfolder of ``RUN/hidden`` with this run's hidden states.
         device: device of the passes and solves.
         shared: other hosts read the files that are written, so they are flushed before an event names them.
         permissions: permissions for the model's files, given with the command that started the run.
@@ -53,7 +52,6 @@ class Worker:
     def __init__(
         self,
         folder: Path,
-        part: str,
         device: str,
         permissions: Permissions,
         model: Path | None = None,
@@ -64,7 +62,7 @@ class Worker:
             torch.empty(1, device=device)
         except RuntimeError as error:  # such as a GPU that the run's own process has for itself
             raise FistaPrunerError(f"a worker cannot use device {device}: {first_line(error)}") from None
-        self.context = RunContext.open(folder, torch.device(device), part, permissions, model)
+        self.context = RunContext.open(folder, torch.device(device), permissions, model)
         torch.set_num_threads(self.context.numerics.threads)
         self.shared = shared
 
@@ -149,10 +147,10 @@ def main(arguments: list[str]) -> None:
     """Run jobs from standard input until it ends.
 
     Args:
-        arguments: run directory, part, device, the model's folder, process id of the parent, then names of permissions.
+        arguments: run directory, device, the model's folder, process id of the parent, then names of permissions.
     """
     die_with_parent()
-    folder, part, device, model, parent, *permitted = arguments
+    folder, device, model, parent, *permitted = arguments
     if os.getppid() != int(parent):
         return
     # Only events go to standard output; what libraries print goes to standard error.
@@ -163,7 +161,7 @@ def main(arguments: list[str]) -> None:
         events.write(json.dumps(event) + "\n")
 
     try:
-        worker = Worker(Path(folder), part, device, Permissions(**dict.fromkeys(permitted, True)), Path(model))
+        worker = Worker(Path(folder), device, Permissions(**dict.fromkeys(permitted, True)), Path(model))
     except FistaPrunerError as error:
         tell({"event": "failed", "message": str(error)})
         return

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -204,6 +205,10 @@ def resolve_model(
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
         raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
+    if "/" in text and path.parent.is_dir():
+        raise FistaPrunerError(f"model {text!r} does not exist: the folder {path.parent} has no {path.name!r} in it")
+    if get_close_matches(text, [SMALL_MODEL], cutoff=0.8):
+        raise FistaPrunerError(f"model {text!r} does not exist: did you mean {SMALL_MODEL!r}?")
     patterns = [
         "*.safetensors",
         *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)),

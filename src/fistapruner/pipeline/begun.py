@@ -59,7 +59,7 @@ def is_lost(text: EvaluationRequest) -> bool:
     return os.path.isabs(text.data) and not Path(text.data).exists()
 
 
-def refuse_lost_text(known: EvaluationRequest | None, command: str = "its prune command again for all layers,") -> None:
+def refuse_lost_text(known: EvaluationRequest | None, command: str = "its prune command again") -> None:
     """Refuse to go on with a run whose text to evaluate on is a file that is gone.
 
     Args:
@@ -76,17 +76,17 @@ def refuse_lost_text(known: EvaluationRequest | None, command: str = "its prune 
         )
 
 
-def refuse_lost_model(run: PruneDirectory, record: PruneRecord, *, part: bool = False) -> None:
-    """Refuse to go on with a run, or with a part of its layers, whose model's folder is gone.
+def refuse_lost_model(run: PruneDirectory, record: PruneRecord) -> None:
+    """Refuse to go on with a run whose model's folder is gone.
 
     Raises:
         FistaPrunerError: names it, and the command that goes on with the model elsewhere.
     """
     if not record.decision.folder.is_dir():
-        how = (
-            "this command with its place here" if part else "its prune command again for all layers, with its new place"
+        raise FistaPrunerError(
+            f"the model of the run in {run.folder} is not at {record.decision.folder}; give its prune command again, "
+            "with its new place"
         )
-        raise FistaPrunerError(f"the model of the run in {run.folder} is not at {record.decision.folder}; give {how}")
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,7 @@ class FinishedRun:
     folder: Path | None = None
 
 
-def find_finished(
-    run: PruneDirectory, model: str, recipe: Recipe, permissions: Permissions, *, prepares: bool = True
-) -> FinishedRun:
+def find_finished(run: PruneDirectory, model: str, recipe: Recipe, permissions: Permissions) -> FinishedRun:
     """Look for a finished run of this model and recipe.
 
     Args:
@@ -118,11 +116,9 @@ def find_finished(
         model: as the user named it.
         recipe: all settings, resolved.
         permissions: what the model's files may do.
-        prepares: a calibration text that has changed makes the run again; else the layers are taken as they are.
 
     Raises:
-        FistaPrunerError: the directory holds a run of another model or recipe; or the model has changed, and
-            ``prepares`` is False.
+        FistaPrunerError: the directory holds a run of another model or recipe.
     """
     record = run.record()
     if record is None:
@@ -136,12 +132,7 @@ def find_finished(
         return replace(begun, says=f"the report is made again: {error}")
     if report.status != "finished" or report.fingerprint != record.fingerprint:
         return begun
-    why = changed_text(record, recipe) if prepares else None
-    if why or (why := changed_input(run, record, recipe, permissions, begun.folder)):
-        if not prepares:
-            raise FistaPrunerError(
-                f"{why}: '{shell_line('resume', run.folder)}' makes the whole run again, or put the old files back"
-            )
+    if why := changed_text(record, recipe) or changed_input(run, record, recipe, permissions, begun.folder):
         return replace(begun, outdated=report, says=f"the run is made again: {why}")
     fault = run.model_fault(record.fingerprint or "")
     if fault is None and run.model_record() is None and (run.model / PARTIAL).exists():

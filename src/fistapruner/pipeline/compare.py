@@ -5,7 +5,7 @@
         runs/NAME/                    one run directory for each method, sparsity and seed
 
 Every run is a normal run, so a comparison that was stopped continues. Once a run is measured, its checkpoint and
-tensors are deleted (they are as large as the model); its records stay.
+tensors are deleted (they are as large as the model), unless this command or an earlier one kept them; its records stay.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def compare(
         data: text to evaluate on, as :func:`fistapruner.evaluate` takes it, in windows as long as the first method's
             calibration windows.
         windows: only its first so many windows.
-        keep: keep the pruned checkpoints.
+        keep: keep the pruned checkpoints of the rows asked for now, also in later calls.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
@@ -128,7 +128,8 @@ def compare(
             listener.say(warning)
             comparison.warnings.append(warning)
         with closing(KeptStates(source.folder, folder / STATES)) as kept:
-            shared = Shared(model, source, folder, protocol, listener, keep, kept, calibrated, command)
+            stay = {row.key for row in before.rows if row.kept} | (comparison.asked if keep else set())
+            shared = Shared(model, source, folder, protocol, listener, keep, stay, kept, calibrated, command)
             dense = measure_dense(shared)
             comparison.dense = dense
             if before.rows:  # those that are out of date go before their runs are made again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,8 @@ class Shared:
         folder: of the comparison.
         protocol: how every row is measured.
         listener: receives progress.
-        keep: keep the pruned checkpoints.
+        keep: make the pruned checkpoints that are not there; ``stay``: keys of the rows whose checkpoints are kept, as
+            this command or an earlier one asked.
         kept: hidden states of the dense model on the windows of the protocol.
         calibrated: calibration windows that are drawn, and how, by their settings.
         command: shell line that reproduces the comparison, and with it every run.
@@ -56,6 +57,7 @@ class Shared:
     protocol: Protocol
     listener: Listener
     keep: bool
+    stay: Collection[tuple[str, str, int]]
     kept: KeptStates
     calibrated: CalibrationWindows
     command: str | None
@@ -91,7 +93,7 @@ class Shared:
             report = None
         if report is None:
             report = self._prune(run, job.recipe)
-        if not self.keep:
+        if job.key not in self.stay:
             run.remove_weights()
         return report
 
@@ -140,6 +142,7 @@ def run_job(job: CompareJob, shared: Shared, comparison: Comparison, dense: Perp
         sparsity=str(recipe.sparsity),
         seed=job.seed,
         settings=recipe.model_dump(mode="json", exclude={"execution"}),
+        kept=job.key in shared.stay,
     )
     try:
         report = shared.report_of(job)

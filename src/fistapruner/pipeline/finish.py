@@ -70,7 +70,6 @@ def finish(
     add_stage(report)
     _write_model(context, report, {**own, **kept}, changed, listener)
     close_report(run, report, earlier, times, begin)
-    report.totals.parts = times.parts()
     adapter = report.totals.low_rank_bytes or 0
     disk = folder_bytes(run.journal.folder) + folder_bytes(run.model) + adapter
     disk += run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
@@ -87,7 +86,7 @@ def _finished_layers(context: RunContext) -> list[LayerEntry]:
         layers = f"{listed('decoder layer', missing)} {'is' if len(missing) == 1 else 'are'}"
         raise FistaPrunerError(
             f"{context.run.folder}: {layers} not pruned yet: '{shell_line('resume', context.run.folder)}' prunes "
-            f"{'it' if len(missing) == 1 else 'them'} here, the prune command with --only-layers elsewhere"
+            f"{'it' if len(missing) == 1 else 'them'}"
         )
     return [entry for entry in entries if entry is not None]
 

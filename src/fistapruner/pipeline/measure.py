@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +68,6 @@ def measure(
     execution: Execution,
     permissions: Permissions,
     listener: Listener,
-    before: Sequence[Evaluation] = (),
 ) -> Report:
     """Evaluate ``RUN/model`` beside the dense model, and write report, model card and page.
 
@@ -82,7 +81,6 @@ def measure(
         execution: names the device and the most memory; a run may end on another machine than it began on.
         permissions: what the models' files may do.
         listener: receives progress.
-        before: figures of the model that a recovery run began with, which other runs have measured.
 
     Raises:
         FistaPrunerError: the text cannot be read.
@@ -98,7 +96,7 @@ def measure(
             compared = replace(compared, dense=None)  # the run itself did not need it
         measurement = _Measurement(run, report, compared, execution, permissions, listener)
         with measurement.timed("evaluation"):
-            measurement.evaluate(request, before)
+            measurement.evaluate(request)
         with measurement.timed("samples"):
             measurement.generate()
         report.plan = with_phases(report.plan, report.totals.time_split)
@@ -132,7 +130,7 @@ class _Measurement:
         if not done:
             split[phase] = split.get(phase, 0.0) + time.perf_counter() - begin
 
-    def evaluate(self, request: EvaluationRequest, before: Sequence[Evaluation]) -> None:
+    def evaluate(self, request: EvaluationRequest) -> None:
         """Measure perplexity and divergence, and keep them with the report at once."""
         run, report, compared, permissions = self.run, self.report, self.compared, self.permissions
         assert report.calibration is not None
@@ -160,7 +158,7 @@ class _Measurement:
             found = run_evaluation(run.model, cut, against=compared.dense, **settings)
             report.evaluations.append(found)
             run.write_report(report)
-        if evaluate_input(report, compared, found, self.listener, before, data=cut, **settings):
+        if evaluate_input(report, compared, found, self.listener, data=cut, **settings):
             run.write_report(report)
 
     def generate(self) -> None:
@@ -237,20 +235,18 @@ def evaluate_input(
     compared: Compared,
     found: Evaluation,
     listener: Listener,
-    before: Sequence[Evaluation] = (),
     **settings: Any,
 ) -> bool:
     """Find or measure the figures of the model that training began with, on the windows of its result.
 
-    They are taken from other runs that began with it, or from the report of the run that made it, where they were
-    measured there against the same dense model; else they are measured. Scores of tasks are taken only.
+    They are taken from the report of the run that made it, where they were measured there against the same dense model;
+    else they are measured. Scores of tasks are taken only.
 
     Args:
         report: receives them.
         compared: the models.
         found: the figures of the result.
         listener: receives progress.
-        before: what other runs have measured of that model.
         **settings: as for :func:`fistapruner.evaluate`.
 
     Returns:
@@ -258,7 +254,7 @@ def evaluate_input(
     """
     if report.recovery is None or compared.before is None:
         return False
-    others = (*before, *_of_input(report, compared.before))
+    others = _of_input(report, compared.before)
     added = add_scores(report.recovery.before, report.evaluations, others)
     if found.perplexity is None:
         return added

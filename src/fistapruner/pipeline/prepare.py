@@ -58,15 +58,9 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
     if begun is not None:
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
-            if request.only_layers is None:  # other parts may see the model elsewhere
-                keep_recipe(run, begun, listener)
-                note_command(run, begun, request, folder)
+            keep_recipe(run, begun, listener)
+            note_command(run, begun, request, folder)
             return folder
-        if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers
-            raise FistaPrunerError(
-                f"the calibration tokens of {run.folder} would be made again ({why}), and a part of the layers cannot "
-                "begin a run again: give this machine the same files, prune all layers, or name another --out"
-            )
         listener.say(f"the calibration tokens are made again: {why}")
     calibration = request.recipe.calibration
     drawing = drawing_of(calibration, inputs.model, inputs.seqlen)
@@ -270,7 +264,7 @@ def record(
 
 
 def note_command(run: PruneDirectory, begun: PruneRecord, request: RunRequest, folder: Path) -> None:
-    """Record what a command for all layers of a begun run changes, so that ``resume`` goes on with it.
+    """Record what a command for a begun run changes, so that ``resume`` goes on with it.
 
     That is where the model is, such as in a moved tree, and what is no part of the run's identity: the text to
     evaluate on and the execution.

@@ -15,13 +15,11 @@ from ..execution.align_context import reference_windows
 from ..execution.context import open_model
 from ..planning.training_task import Task
 from ..recipes.align_settings import AlignRecipe
-from ..runs.align_directory import AlignDirectory
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.files import sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
-from ..tuning.references import missing_windows
 from ..tuning.teacher import TOP
 from .prepare_training import choose_plan, describe_text, record
 from .training_inputs import TrainingInputs, TrainingRequest, check_training_inputs, find_input
@@ -134,14 +132,8 @@ def write_pairs(
     pairs: list[Pair],
     listener: Listener,
 ) -> Pairs:
-    """Tokenise the pairs, or take the tokens of a run like this one, and store them in the run directory.
-
-    A chat template that writes the date makes other tokens tomorrow.
-    """
+    """Tokenise the pairs, and store them in the run directory."""
     text, data = cut_pairs(inputs, pairs, listener), inputs.recipe.data
-    known = None if request.like is None else request.like.text()
-    if isinstance(known, Pairs):
-        text = replace(known, facts={**known.facts, "seed": data.seed})
     run.write_text(text, json.dumps(data.model_dump(mode="json")))
     return text
 
@@ -165,9 +157,7 @@ def task_of(out: Path, inputs: TrainingInputs[AlignRecipe], text: Pairs) -> Task
     order = pair_order(text, steps, recipe.pairs_per_step, recipe.data.seed)
     longest, most = text.lengths[order].amax(1), text.tokens.shape[1]
     known = {"pruned", *recipe.resolved_references, *(() if inputs.dense is None else ("dense",))}
-    cache = AlignDirectory(out).references_file  # a comparison has given what it has
-    asked = {name: reference_windows(name, recipe, text, order) for name in known}
-    references = (len(missing_windows(cache, name, windows, text)) for name, windows in asked.items())
+    references = (len(reference_windows(name, recipe, text, order)) for name in sorted(known))
     passed = (longest / LENGTHS).ceil() * LENGTHS
     return Task(
         inputs.model,

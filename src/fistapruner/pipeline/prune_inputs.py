@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,6 @@ class RunRequest:
         command: shell line that reproduces the run; None where there is none.
         evaluation: the text to evaluate on after the run.
         drawn: calibration windows that were drawn before with the same settings, and how.
-        only_layers: (first, last) decoder layer to prune; None prunes all.
         source: the model where it was found before; None finds it.
     """
 
@@ -65,24 +64,7 @@ class RunRequest:
     command: str | None = None
     evaluation: EvaluationRequest | None = None
     drawn: tuple[Tensor, dict[str, Any]] | None = None
-    only_layers: tuple[int, int] | None = None
     source: ModelSource | None = None
-
-
-def check_range(only_layers: Any) -> None:
-    """Refuse what is no range of decoder layers.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
-    match only_layers:
-        case None:
-            return
-        case (int(first), int(last)) if 0 <= first <= last:
-            return
-    raise FistaPrunerError(
-        f"only_layers {only_layers!r} is not a range of decoder layers: (first, last) is expected, such as (0, 9)"
-    )
 
 
 def check_tokens(tokens: Any) -> None:
@@ -169,11 +151,6 @@ def check_inputs(
     if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
         stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
         listener.say(f"passes in {used}: this device has no matrix units for the checkpoint's {stored}")
-    first, last = request.only_layers or (0, len(model) - 1)
-    if not 0 <= first <= last < len(model):
-        raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(model) - 1}")
-    if begun is None:
-        check_layers_before(recipe, first, last, done=())
     layout = discover(model).select(recipe)
     if planned is None or not _was_checked(planned, model):
         check_model(model)
@@ -216,26 +193,6 @@ def _was_checked(begun: PruneRecord, model: LayerwiseModel) -> bool:
     built = type(model.model)
     plain = built.__module__.startswith("transformers.") and "auto_map" not in model.checkpoint.config
     return alike and plain and built.__name__ == begun.model.architecture
-
-
-def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[int]) -> None:
-    """Refuse a part of the layers that needs others pruned first.
-
-    Args:
-        recipe: all settings, resolved.
-        first: first layer of the part.
-        last: its last layer.
-        done: layers that are pruned already.
-
-    Raises:
-        FistaPrunerError: names the part and the first layer that is missing.
-    """
-    missing = next((index for index in range(first) if index not in done), None)
-    if recipe.propagate == "pruned" and missing is not None:
-        raise FistaPrunerError(
-            f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
-            f"{missing} is not: parts can run side by side with --propagate dense only"
-        )
 
 
 def shared_text(sources: Iterable[str], data: str, *, training: bool = False) -> str | None:

@@ -157,9 +157,7 @@ def _lead(
                 keep_recipe(run, begun, listener)
             listener.say(f"{run.folder} holds the finished run of this recipe")
         evaluation = _evaluation(run.begun_record().decision, request)
-        return measure(
-            run, report, evaluation, request.recipe.execution, request.permissions, listener, before=request.before
-        )
+        return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
 
 
 def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report | None:

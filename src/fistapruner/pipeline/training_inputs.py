@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,7 +30,6 @@ from ..runs.directory import RunDirectory, checkpoint_of
 from ..runs.identity import changed_files
 from ..runs.lineage import dense_name, lineage_of
 from ..runs.listener import Listener
-from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
@@ -57,8 +56,6 @@ class TrainingRequest(Generic[R]):
         evaluation: the text to evaluate on after the run; None takes that of :func:`evaluation_of`.
         evaluates: evaluate at all.
         evaluation_windows: of the text of the input's run, only its first so many windows; None takes as many as it.
-        before: figures of the model that goes in, measured by other runs that began with it.
-        like: a run on the same text, whose windows it takes; None cuts them.
     """
 
     model: str
@@ -69,8 +66,6 @@ class TrainingRequest(Generic[R]):
     evaluation: EvaluationRequest | None = None
     evaluates: bool = True
     evaluation_windows: int | None = None
-    before: Sequence[Evaluation] = ()
-    like: TrainingDirectory | None = None
 
     @classmethod
     def of(

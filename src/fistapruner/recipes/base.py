@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
-from ..errors import FistaPrunerError, explain, refuse_yes_no
+from ..errors import FistaPrunerError, at_home, explain, refuse_yes_no
 from .loading import load_recipe_settings, merge_settings, parse_yaml
 
 MAX_SEED = 2**63 - 1
@@ -72,6 +72,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    _at_home = field_validator("*", mode="before")(classmethod(lambda cls, value: at_home(value)))
     _no_yes_or_no = field_validator("*", mode="before")(classmethod(refuse_yes_no))
 
 

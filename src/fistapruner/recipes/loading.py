@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import FistaPrunerError, unreadable
+from ..errors import FistaPrunerError, at_home, unreadable
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -105,7 +105,7 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
     shipped = shipped_recipes(verb)
     if name_or_file in shipped:
         return parse_yaml(shipped[name_or_file], f"recipe {name_or_file}")
-    path = Path(name_or_file)
+    path = Path(at_home(name_or_file))
     try:
         if path.is_file():
             return parse_yaml(path.read_text("utf-8"), str(path))

@@ -66,7 +66,7 @@ class Recipe(RunRecipe):
         description="Hidden states that feed a decoder layer: the dense model's (layers are then independent "
         "and can be pruned in parallel; FISTAPruner), or those of the layers pruned before it "
         "(SparseGPT, ALPS). auto is the paper's choice, pruned for proximal, and dense if layers "
-        "are pruned in parallel or in parts.",
+        "are pruned in parallel.",
     )
     dense_target: DenseTarget = Field(
         "auto",
@@ -237,7 +237,6 @@ class Recipe(RunRecipe):
     def resolved(
         self,
         *,
-        in_parts: bool = False,
         earlier: Mapping[str, Any] | None = None,
         family: Callable[[], str] | None = None,
     ) -> Recipe:
@@ -246,7 +245,6 @@ class Recipe(RunRecipe):
         Paths of calibration and workload files become absolute, so that a run can be continued from another folder.
 
         Args:
-            in_parts: only a part of the decoder layers is pruned (``--only-layers``), independently of the others.
             earlier: the resolved recipe of the run that is continued; its choices stay.
             family: returns the model's family, for settings of methods that depend on it. None leaves these unresolved.
 
@@ -259,7 +257,7 @@ class Recipe(RunRecipe):
         chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
         goa = self.structure.remove is not None and self.structure.method == "goa"  # its paper's settings
         if chosen["propagate"] == "auto":
-            apart = in_parts or self.execution.executor != "serial"
+            apart = self.execution.executor != "serial"
             chosen["propagate"] = "dense" if apart else "pruned" if goa else propagate
         if chosen["dense_target"] == "auto":
             own = chosen["propagate"] == propagate and not goa

@@ -275,8 +275,7 @@ def _made(report: Report) -> list[str]:
     if report.totals.seconds:
         machine = report.machine.device_name or report.machine.cpu or report.machine.device
         peak = f", peak memory {size(report.totals.peak_memory)}" if report.totals.peak_memory else ""
-        parts = f" ({report.totals.parts} parts added up)" if report.totals.parts else ""
-        lines.append(f"{significant(report.totals.seconds)} s{parts} on {machine}{peak}")
+        lines.append(f"{significant(report.totals.seconds)} s on {machine}{peak}")
     if report.versions:
         lines.append(versions_text(report.versions))
     return lines

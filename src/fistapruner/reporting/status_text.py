@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import printable
 from ..runs.records import Report
 from ..runs.training_records import Recovery
-from ..runtime.formatting import align_columns, duration, listed, percent
+from ..runtime.formatting import align_columns, duration, percent
 from .layer_errors import mean_error
 from .recovery_text import held_out_text
 
@@ -96,7 +96,6 @@ def status_text(
     report: Report,
     *,
     alive: bool | None = None,
-    in_parts: bool = False,
     evaluates: bool = False,
     now: datetime | None = None,
 ) -> str:
@@ -105,7 +104,6 @@ def status_text(
     Args:
         report: of the run, finished or not.
         alive: whether a process works on it now; None if that is not known.
-        in_parts: its layers are pruned in parts, which another command joins.
         evaluates: it was asked to evaluate its result.
         now: time that durations end at; the present by default.
     """
@@ -115,8 +113,7 @@ def status_text(
     if again:
         state += f"; the last attempt failed: {report.error}"
     if state == "running" and alive is not None:
-        stopped = "stopped: no process works on it; give the same command again to go on"
-        state = "running" if alive else _parts_to_go(report) if in_parts else stopped
+        state = "running" if alive else "stopped: no process works on it; give the same command again to go on"
     if state == "finished" and alive is not None and evaluates and not found["measured"]:
         state += ", being measured" if alive else ", not measured: give the same command again"
     elif state == "finished" and alive:
@@ -134,17 +131,6 @@ def status_text(
         lines += [f"{_bar(found['steps_done'], found['steps'])} steps{left}", *_step_lines(report.recovery, found)]
     lines += [printable(f"warning: {warning}") for warning in report.warnings]
     return "\n".join(lines)
-
-
-def _parts_to_go(report: Report) -> str:
-    """Say which layers of a run in parts are missing, and how to go on."""
-    done = {layer.index for layer in report.layers}
-    missing = [index for index in range(report.model.layers) if index not in done]
-    if not missing:
-        return "all layers are done; join the parts with 'fistapruner finish RUN'"
-    one = len(missing) == 1
-    how = f"prune {'it' if one else 'them'} with --only-layers, or all that are missing with 'fistapruner resume RUN'"
-    return f"stopped: {listed('layer', missing)} {'is' if one else 'are'} missing: {how}"
 
 
 def _bar(done: int, total: int) -> str:

@@ -131,8 +131,7 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         phases = {**totals.time_split, "other": whole - sum(totals.time_split.values())}
         ordered = sorted(phases.items(), key=lambda item: -item[1])
         split = ", ".join(f"{PHASES.get(name, name)} {seconds:.0f}" for name, seconds in ordered if seconds > 0.5)
-        parts = f", {totals.parts} parts added up" if totals.parts else ""
-        rows.append(("time in all", duration(whole) + parts + (f" (seconds: {split})" if split else "")))
+        rows.append(("time in all", duration(whole) + (f" (seconds: {split})" if split else "")))
     if totals.peak_memory:
         rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:

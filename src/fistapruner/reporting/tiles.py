@@ -118,7 +118,7 @@ def _time(report: Report) -> list[Tile]:
     totals = report.totals
     if not totals.seconds:
         return []
-    notes = [f"{totals.parts} parts added up"] if totals.parts else []
+    notes = []
     if totals.seconds_in_all != totals.seconds:
         notes.append(f"{duration(totals.seconds)} without evaluation")
     notes += [f"peak memory {size(totals.peak_memory)}"] if totals.peak_memory else []

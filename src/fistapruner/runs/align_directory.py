@@ -34,10 +34,6 @@ class AlignDirectory(TrainingDirectory):
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.references_file)
 
-    def foreign(self) -> list[str]:
-        # A comparison gives its runs the references that an earlier one has computed.
-        return [name for name in super().foreign() if name != self.references_file.name]
-
     def tensors(self, text: TrainingText) -> dict[str, Tensor]:
         assert isinstance(text, Pairs)
         return {**super().tensors(text), "test": text.test}

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import math
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializerFunctionWrapHandler, ValidationError
+from pydantic import model_serializer as serializer
 
 from ..errors import FistaPrunerError, explain
+from ..runtime.formatting import finite
 
 VERSION = 1
 
 
 R = TypeVar("R", bound="Record")
 
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number that is null in JSON where it is NaN or infinite, and NaN when it is read again."""
+
 
 class Record(BaseModel):
     """Base of all records; unknown keys are kept, so an older reader loses no newer figures."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=(), ser_json_inf_nan="null")
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @serializer(mode="wrap", when_used="json")
+    def _written(self, write: SerializerFunctionWrapHandler) -> Any:
+        """JSON has neither NaN nor infinity: null is written for them."""
+        return finite(write(self))
 
 
 def parse(schema: type[R], data: dict[str, Any], origin: str) -> R:

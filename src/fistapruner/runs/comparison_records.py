@@ -1,4 +1,4 @@
-"""The schema of ``compare.json`` of either verb that makes one; see ``docs/report.md``."""
+"""The schema of ``compare.json``; see ``docs/report.md``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from ..errors import FistaPrunerError
 from ..runtime.files import entries, read_json
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
-from .base import VERSION, Record, parse
+from .base import VERSION, Number, Record, parse
 from .lock import NAME as LOCK
 from .records import CalibrationFacts, ModelFacts, share_of
-from .results import Divergence, Evaluation, Loss, Perplexity
-from .training_records import Alignment
+from .results import Divergence, Perplexity
 
 
 class CompareRow(Record):
@@ -30,7 +29,7 @@ class CompareRow(Record):
         checkpoint_bytes: of the weight files.
         dense_weights, model_weights: parameters of the whole model before and after structure was removed;
             ``dense_flops_per_token``, ``flops_per_token``: see :class:`~.records.Totals`. None where none was.
-        error: why this row has no figures, when it failed.
+        kept: its checkpoint was asked to be kept; ``error``: why this row has no figures, when it failed.
     """
 
     method: str
@@ -42,7 +41,7 @@ class CompareRow(Record):
     gap: float | None = None
     relative_error: float | None = None
     seconds: float | None = None
-    time_split: dict[str, float] = {}
+    time_split: dict[str, Number] = {}
     peak_memory: int | None = None
     operator_weights: int | None = None
     operator_zeros: int | None = None
@@ -53,6 +52,7 @@ class CompareRow(Record):
     dense_flops_per_token: int | None = None
     flops_per_token: int | None = None
     settings: dict[str, Any] = {}
+    kept: bool = False
     error: str | None = None
 
     @property
@@ -124,52 +124,6 @@ class Comparison(Record):
     warnings: list[str] = []
 
 
-class AlignRow(Record):
-    """One alignment of a comparison.
-
-    Args:
-        label: what differs from the others; ``seed``; ``error``: why it could not be made; a result
-            beside it is that of an earlier command.
-        alignment: what its result prefers; ``evaluation``: on the text, against the dense model.
-        held_out: loss before training and at the step that is kept; ``kept_step``.
-        seconds: wall time.
-    """
-
-    label: str
-    seed: int = 0
-    error: str | None = None
-    alignment: Alignment | None = None
-    evaluation: Evaluation | None = None
-    held_out: tuple[Loss, Loss] | None = None
-    kept_step: int | None = None
-    seconds: float | None = None
-
-
-class AlignComparison(Record):
-    """``DIR/compare.json`` of ``fistapruner align --compare``.
-
-    Args:
-        recipe: settings that all rows share; ``model``, ``dense``: as the user named them. Paths are absolute, so that
-            the comparison can go on from another folder.
-        evaluation: the text to evaluate on (``data``, ``windows``, ``seqlen``); empty where nothing is.
-        files: hashes of the pairs, of the text to evaluate on, and of the weights of the models, by path.
-        before: the model before alignment on the text, against the dense model.
-        rows: in the order of the table.
-    """
-
-    version: int = VERSION
-    status: Literal["running", "finished"] = "running"
-    command: str | None = None
-    model: str = ""
-    dense: str | None = None
-    evaluation: dict[str, Any] = {}
-    recipe: dict[str, Any] = {}
-    files: dict[str, str] = {}
-    versions: dict[str, str] = {}
-    before: Evaluation | None = None
-    rows: list[AlignRow] = []
-
-
 def is_comparison(folder: Path) -> bool:
     """Check whether a folder is that of a comparison, which may have no row yet."""
     if any((folder / name).is_file() for name in (FIGURES, DENSE, STATES)):
@@ -177,8 +131,8 @@ def is_comparison(folder: Path) -> bool:
     return (folder / RUNS).is_dir() and {entry.name for entry in entries(folder)} <= {RUNS, LOCK}
 
 
-def load_any_comparison(folder: Path) -> Comparison | AlignComparison:
-    """Read ``DIR/compare.json``, also of ``align --compare``, whose file has the same name.
+def load_comparison(folder: Path) -> Comparison:
+    """Read ``DIR/compare.json``.
 
     Raises:
         FistaPrunerError: it is broken or not there yet.
@@ -186,23 +140,4 @@ def load_any_comparison(folder: Path) -> Comparison | AlignComparison:
     file = folder / FIGURES
     if not file.is_file():
         raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
-    content = read_json(file)
-    if "kind" not in content and "recipe" in content:
-        return parse(AlignComparison, content, str(file))
-    return parse(Comparison, content, str(file))
-
-
-def load_comparison(folder: Path) -> Comparison:
-    """Read ``DIR/compare.json`` of ``fistapruner compare``.
-
-    Raises:
-        FistaPrunerError: it is broken or not there yet, or of ``align --compare``.
-    """
-    found = load_any_comparison(folder)
-    if isinstance(found, AlignComparison):
-        raise FistaPrunerError(
-            f"{folder} holds a comparison of alignments ('align --compare'), which has no page and no rows of "
-            f"'fistapruner compare': read its table {folder / TABLE}, or name one of the runs in "
-            f"{folder / RUNS}"
-        )
-    return found
+    return parse(Comparison, read_json(file), str(file))

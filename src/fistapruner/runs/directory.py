@@ -47,9 +47,10 @@ from ..runtime.files import (
 from ..runtime.formatting import shell_line
 from .base import VERSION, Record, parse
 from .decision import RunRecord
-from .lock import LOCK_FILE, holders
+from .lock import NAME as LOCK
+from .lock import PREPARING, holder
 from .records import Report, is_run, load_run
-from .times import TIMES_FILE, forget_times
+from .times import TIMES
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -57,7 +58,7 @@ CARD = "README.md"
 FORMAT = 3
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
-EARLY = rf"log\.txt|{LOCK_FILE}|{TIMES_FILE}({re.escape(PARTIAL)})?"
+EARLY = rf"log\.txt|{LOCK}|{re.escape(PREPARING)}|{re.escape(TIMES)}({re.escape(PARTIAL)})?"
 """Names of files that an attempt has left that was stopped before its first result."""
 
 R = TypeVar("R", bound=RunRecord)
@@ -177,7 +178,7 @@ class RunDirectory:
                 files = [path for path in made if re.fullmatch(EARLY, path.name)]
                 empty = [path for path in made if path in self.own_folders() and not any(path.iterdir())]
                 only_these = len(files) + len(empty) == len(made) and not self.run_file.exists()
-                if only_these and not holders(self.folder):  # else others work here
+                if only_these and holder(self.folder) is None:  # else others work here
                     for path in files:
                         path.unlink()
                     for path in empty:
@@ -370,7 +371,7 @@ class RunDirectory:
         """
         self.remove_model()
         remove_adapter(self.adapter)
-        forget_times(self.folder)
+        (self.folder / TIMES).unlink(missing_ok=True)
 
     def _model_names(self) -> set[str]:
         files = (path for path in self.model.rglob("*") if not path.is_dir())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Record
+from .base import Number, Record
 
 
 class OperatorEntry(Record):
@@ -31,7 +31,7 @@ class OperatorEntry(Record):
     shape: tuple[int, int]
     sparsity: str
     zeros: int
-    density: float
+    density: Number
     relative_error: float | None = None
     dense_error: float | None = None
     group: int | None = None
@@ -102,7 +102,7 @@ class LayerEntry(Record):
 
     index: int
     name: str = ""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, Number] = {}
     relative_error: float | None = None
     relative_error_of: str | None = None
     operators: list[OperatorEntry] = []

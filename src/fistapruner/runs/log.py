@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors, refuse_link
 from .layer_records import LayerEntry
 from .listener import Listener
@@ -77,7 +78,8 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.error("stopped: %s", str(error) or type(error).__name__)
+        fault = not isinstance(error, (FistaPrunerError, KeyboardInterrupt))
+        log.error("stopped: %s", str(error) or type(error).__name__, exc_info=fault)
         raise
     finally:
         log.removeHandler(handler)

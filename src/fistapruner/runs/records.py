@@ -17,7 +17,7 @@ from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..runtime.files import read_json
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import Machine
-from .base import VERSION, Record, parse
+from .base import VERSION, Number, Record, parse
 from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry, OperatorEntry
 from .results import Divergence, Evaluation, Perplexity
@@ -133,8 +133,6 @@ class Totals(ZeroCounts):
             the head for a token, before and after channels were removed; None where none were.
         seconds: wall time across interruptions until the checkpoint is written, without evaluation; ``time_split``: by
             phase, evaluation and sample prompts after it among them (:attr:`seconds_in_all`).
-        parts: parts of the layers that were pruned by processes of their own, maybe side by side, and whose wall times
-            are added up in ``seconds``; None where there are not several.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU, where one
             process pruned all layers.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
@@ -150,8 +148,7 @@ class Totals(ZeroCounts):
     dense_flops_per_token: int | None = None
     flops_per_token: int | None = None
     seconds: float | None = None
-    parts: int | None = None
-    time_split: dict[str, float] = {}
+    time_split: dict[str, Number] = {}
     peak_memory: int | None = None
     peak_device_memory: int | None = None
     capture_tokens_per_second: float | None = None
@@ -285,7 +282,7 @@ class Report(Record):
     speed: dict[str, Any] | None = None
     generations: list[Generation] = []
     plan: list[PlanRow] = []
-    permuted: dict[str, tuple[float, float]] = {}
+    permuted: dict[str, tuple[Number, Number]] = {}
     workload: WorkloadFacts | None = None
     lineage: Lineage | None = None
     recovery: Recovery | None = None

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from .base import Record
+from .base import Number, Record
 from .results import Evaluation, Loss, StandardError, Written
 from .steps import read_steps
 
@@ -62,7 +62,7 @@ class Recovery(Record):
     parameters: str = ""
     optimizer: str = ""
     loss: str = ""
-    lr: dict[str, float] = {}
+    lr: dict[str, Number] = {}
     trained: int = 0
     operators: int = 0
     steps: int = 0
@@ -74,7 +74,7 @@ class Recovery(Record):
     documents: int | None = None
     held_out_documents: int | None = None
     checks: list[Check] = []
-    curve: list[tuple[int, float]] = []
+    curve: list[tuple[int, Number]] = []
     changed: float | None = None
     change: float | None = None
     seconds: float = 0.0
@@ -121,9 +121,9 @@ class PreferenceFigures(Record):
             this model, or only the result, gets right.
     """
 
-    accuracy: float
+    accuracy: Number
     accuracy_error: StandardError
-    normalised: float
+    normalised: Number
     normalised_error: Annotated[float | None, Written] = None
     lost: int | None = None
     won: int | None = None
@@ -150,7 +150,7 @@ class Alignment(Record):
     held_out_pairs: int = 0
     test_pairs: int = 0
     left_out: int = 0
-    references: dict[str, float] = {}
+    references: dict[str, Number] = {}
     test: dict[str, PreferenceFigures] = {}
     reward_accuracy: float | None = None
     reward_accuracy_error: Annotated[float | None, Written] = None

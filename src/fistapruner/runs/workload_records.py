@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Record
+from .base import Number, Record
 
 
 class WorkloadTask(Record):
@@ -14,9 +14,9 @@ class WorkloadTask(Record):
         tolerance: mean of the losses that earlier deployments stood; None without a history.
     """
 
-    weight: float
-    uniform: float
-    predicted: float
+    weight: Number
+    uniform: Number
+    predicted: Number
     tolerance: float | None = None
 
 
@@ -33,11 +33,11 @@ class WorkloadRule(Record):
     """
 
     rule: str
-    cost: float
-    regret: float
-    regret_error: float
-    behind: float
-    behind_error: float
+    cost: Number
+    regret: Number
+    regret_error: Number
+    behind: Number
+    behind_error: Number
 
 
 class WorkloadFacts(Record):
@@ -61,5 +61,5 @@ class WorkloadFacts(Record):
     tasks: dict[str, WorkloadTask] = {}
     rules: list[WorkloadRule] = []
     deployments: int | None = None
-    costs: dict[str, float] = {}
+    costs: dict[str, Number] = {}
     unknown_features: list[int] = []

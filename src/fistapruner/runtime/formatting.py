@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 MOST_DECIMALS = 6
 """Decimals that a value gets at most for the sake of its error."""
@@ -147,3 +148,12 @@ def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) ->
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def finite(value: Any) -> Any:
+    """Put None in the place of NaN and infinity, which JSON does not have, in lists and mappings too."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -118,12 +118,6 @@ def reference_log_probabilities(
     return {name: found[name] for name in references if name in found and name not in gone}
 
 
-def missing_windows(path: Path, name: str, windows: Sequence[int], text: Pairs) -> list[int]:
-    """List the windows whose log-probabilities the file does not have, whatever they were computed from."""
-    found = _read(path, {name: ReferenceModel(lambda: None, windows, {})}, lambda sentence: None)
-    return _missing(_known(found, name, text), windows)
-
-
 def _known(found: Mapping[str, Tensor], name: str, text: Pairs) -> Tensor:
     """Return the (pairs, 2) log-probabilities under a reference, NaN where they are not known."""
     pairs = len(text.tokens) // 2
