@@ -513,3 +513,10 @@ def test_a_memory_limit_of_less_than_a_byte_is_refused(limit: str | int) -> None
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
+
+
+def test_a_structure_that_is_taken_back_leaves_the_default_sparsity() -> None:
+    changed = Recipe(structure="25%").changed({"structure": "none"})
+    assert str(changed.sparsity) == str(Recipe().sparsity)
+    said = Recipe(structure="25%", sparsity="0%").changed({"structure": "none"})
+    assert str(said.sparsity) == "0%"
