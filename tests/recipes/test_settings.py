@@ -7,6 +7,7 @@ from shutil import rmtree
 from typing import Any
 from unittest.mock import Mock
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -156,6 +157,7 @@ SETTINGS: dict[str, list[Any]] = {
 }
 
 
+@hypothesis.settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in SETTINGS.items()}))
 def test_a_run_goes_on_with_the_recipe_that_it_began_with_whatever_settings_meet(settings: dict[str, Any]) -> None:
     def family() -> str:
