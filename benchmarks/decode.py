@@ -120,7 +120,7 @@ def model_variants(
         packed = derive(base, lambda linear, s=sparsity: SparseLinear(pack_operator(prune(linear.weight, s))), alike)
         variants[f"packed {sparsity}"] = packed
         variants[f"packed int8 {sparsity}"] = derive(
-            packed, lambda layer: SparseLinear(layer.operator.quantised()), alike
+            packed, lambda layer: SparseLinear(pack_operator(layer.operator.to_dense(), int8=True)), alike
         )
     for label, model in variants.items():
         if label.startswith("packed"):
@@ -228,7 +228,7 @@ def run_operators(arguments: argparse.Namespace) -> None:
             layers = [
                 SparseLinear(pack_operator(prune(weight, str(zeros)))) for weight in weights[: max(2, copies // 2)]
             ]
-            int8 = [SparseLinear(layer.operator.quantised()) for layer in layers]
+            int8 = [SparseLinear(pack_operator(layer.operator.to_dense(), int8=True)) for layer in layers]
             calls = {
                 "bfloat16": lambda x=x, w=weights, p=pick: functional.linear(x, p(w)),
                 "float32": lambda x=x, w=wide, p=pick: functional.linear(x.float(), p(w)),

@@ -63,7 +63,9 @@ def test_what_is_written_is_read_back(
             assert bool((found[name][tensor == 0] == 0).all()), name
     config = json.loads((tmp_path / "back" / "config.json").read_text("utf-8"))
     assert config["intermediate_size"] == (64 if structure else 96)
-    assert ("general.size_label" in gguf.GGUFReader(tmp_path / "out.gguf").fields) == (not structure)
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert ("general.size_label" in fields) == (not structure)
+    assert fields["general.name"].contents() == "tiny (pruned)"
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
 
 
@@ -546,7 +548,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     for arguments, said in (
         ([folder, "there.gguf", "--like", source], "exists already"),
         ([folder, "out.bin", "--like", source], "must end in .gguf"),
-        ([folder, "out.gguf"], "give that of the dense model with --like"),
+        ([folder, "out.gguf"], "with --like, or convert the folder by its own tokenizer with llama.cpp's convert_hf"),
         ([folder, "out.gguf", "--like", tmp_path / "no.gguf"], "does not exist"),
         ([folder, "out.gguf", "--like", folder], f"--like {folder} is a folder, not a GGUF file: convert the dense"),
         (

@@ -360,3 +360,23 @@ def test_the_text_model_is_pruned_where_the_vision_tower_is_larger(tmp_path: Pat
         text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=127
     )
     assert opened(save(config, tmp_path)).layers_name == "model.language_model.layers"
+
+
+def test_what_a_block_around_another_holds_stays_loaded(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    with model.embeddings_and_head(head=False):
+        for inner in (False, True):
+            with model.embeddings_and_head(head=inner):
+                assert head.weight.is_meta != inner
+            assert not embedding.weight.is_meta
+            assert head.weight.is_meta
+    assert embedding.weight.is_meta
+
+
+def test_a_model_without_operators_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
+    with pytest.raises(FistaPrunerError, match=r"^model\.layers has no operator to prune$"):
+        layout.only(()).select(fp.Recipe(ignore=("re:mlp",)))

@@ -7,6 +7,7 @@ from shutil import rmtree
 from typing import Any
 from unittest.mock import Mock
 
+import hypothesis
 import pytest
 import torch
 from fistapruner.solvers.magnitude import Magnitude
@@ -156,6 +157,7 @@ SETTINGS: dict[str, list[Any]] = {
 }
 
 
+@hypothesis.settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in SETTINGS.items()}))
 def test_a_run_goes_on_with_the_recipe_that_it_began_with_whatever_settings_meet(settings: dict[str, Any]) -> None:
     def family() -> str:
@@ -483,3 +485,10 @@ def test_a_memory_limit_of_less_than_a_byte_is_refused(limit: str | int) -> None
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
+
+
+def test_a_structure_that_is_taken_back_leaves_the_default_sparsity() -> None:
+    changed = Recipe(structure="25%").changed({"structure": "none"})
+    assert str(changed.sparsity) == str(Recipe().sparsity)
+    said = Recipe(structure="25%", sparsity="0%").changed({"structure": "none"})
+    assert str(said.sparsity) == "0%"

@@ -14,20 +14,19 @@ from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
 from fistapruner.sparse import kernel, linear
-from fistapruner.sparse.linear import DenseLinear, FusedProjections, SparseLinear
+from fistapruner.sparse.linear import DenseLinear, SparseLinear
+from fistapruner.sparse.load import use_kernels
 from fistapruner.sparse.packed import PackedOperator, pack_operator
 
 LEVELS = ("torch", *kernel.available_levels())
-VALUES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
+VALUES = (torch.bfloat16, torch.int8)
 
 
-def make(seed: int, rows: int, columns: int, density: float, dtype: torch.dtype, group: int = 0):
+def make(seed: int, rows: int, columns: int, density: float, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     weight *= torch.rand(rows, columns, generator=generator) < density
-    if dtype is torch.int8:
-        return pack_operator(weight.bfloat16()).quantised(group)
-    return pack_operator(weight.to(dtype))
+    return pack_operator(weight.bfloat16(), int8=dtype is torch.int8)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
@@ -39,10 +38,9 @@ def reference(operator, x, bias=None):
     """fp64 product with the exact stored weight, and the sum of magnitudes that rounding errors scale with."""
     weight = operator.to_dense().double()
     if operator.scales is not None:  # the rounding of the dense weight to bf16 is not the kernel's
-        width = operator.group or max(operator.shape[1], 1)
         weight = torch.zeros(operator.shape, dtype=torch.float64)
         weight[operator.kept()] = operator.values[: operator.stored].double()
-        weight *= operator.scales.double().repeat_interleave(width, 1)[:, : operator.shape[1]]
+        weight *= operator.scales.double()[:, None]
     exact = x.double() @ weight.T
     size = x.double().abs() @ weight.abs().T
     return (exact if bias is None else exact + bias.double()), size
@@ -119,9 +117,9 @@ def test_matrix_units_change_no_bit_with_threads_or_company(values):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), columns=st.integers(1, 400), group=st.sampled_from([0, 64, 128]))
-def test_int8_is_the_same_in_every_level(seed, columns, group):
-    operator = make(seed, 70, columns, 0.5, torch.int8, group)
+@given(seed=st.integers(0, 2**31), columns=st.integers(1, 400))
+def test_int8_is_the_same_in_every_level(seed, columns):
+    operator = make(seed, 70, columns, 0.5, torch.int8)
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
     outs = [SparseLinear(operator, level=level)(x) for level in kernel.available_levels()]
     assert all(torch.equal(outs[0], out) for out in outs[1:])
@@ -133,7 +131,7 @@ def test_int8_is_the_same_in_every_level(seed, columns, group):
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), columns=st.integers(1, 300), part=st.data())
 def test_rows_are_unpacked_to_the_same_bits_by_every_level(values, dtype, seed, rows, columns, part):
     """And nothing is written beside them."""
-    operator = make(seed, rows, columns, 0.5, values, group=64 if seed % 2 else 0)
+    operator = make(seed, rows, columns, 0.5, values)
     first = part.draw(st.integers(0, rows - 1))
     last = part.draw(st.integers(first + 1, rows))
     outs = []
@@ -165,15 +163,12 @@ def test_many_tokens_equal_the_dense_product(level, dtype, tile, monkeypatch):
 @pytest.mark.parametrize("level", kernel.available_levels())
 @pytest.mark.parametrize("values", VALUES)
 def test_fp16_tokens_are_multiplied_by_the_kernel_as_fp32(level, values, monkeypatch):
-    """Few and many of them, alone and as one of several projections of one input."""
-    layers = [SparseLinear(make(seed, 70, 130, 0.5, values), torch.ones(70).half(), level=level) for seed in range(2)]
-    inputs = [torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows)).half() for rows in (3, 300)]
+    """Few and many of them."""
+    layer = SparseLinear(make(0, 70, 130, 0.5, values), torch.ones(70).half(), level=level)
     monkeypatch.setattr(PackedOperator, "to_dense", None)  # unpacking the whole operator is slow
-    expected = [[layer(x.float()).half() for layer in layers] for x in inputs]
-    for _ in range(2):
-        for x, wanted in zip(inputs, expected, strict=True):
-            assert all(torch.equal(layer(x), own) for layer, own in zip(layers, wanted, strict=True))
-        FusedProjections.join(layers)
+    for rows in (3, 300):
+        x = torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows)).half()
+        assert torch.equal(layer(x), layer(x.float()).half())
 
 
 @pytest.mark.parametrize("level", kernel.available_levels())
@@ -204,10 +199,10 @@ def test_autocast_gives_its_dtype_to_few_and_many_tokens(level, cast, dtype):
 
 
 def test_gradients_flow_to_the_input():
-    operator = make(2, 20, 30, 0.5, torch.float32)
+    operator = make(2, 20, 30, 0.5, torch.bfloat16)
     x = torch.randn(2, 30, requires_grad=True)
     SparseLinear(operator)(x).sum().backward()
-    torch.testing.assert_close(x.grad, operator.to_dense().sum(0).expand(2, 30))
+    torch.testing.assert_close(x.grad, operator.to_dense().float().sum(0).expand(2, 30))
 
 
 def test_the_openmp_runtime_of_torch_comes_first():
@@ -272,20 +267,17 @@ def test_inputs_of_another_width_are_refused(level, shape):
 
 
 @pytest.mark.parametrize("level", kernel.available_levels()[:1])
-def test_another_thread_may_give_up_a_fused_product(level, monkeypatch):
-    """Right after this one has seen it."""
-    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), level=level) for seed in range(2)]
-    x = torch.ones(1, 130)
-    expected = [layer(x) for layer in layers]
-    FusedProjections.join(layers)
-    assert all(torch.equal(layer(x), own) for layer, own in zip(layers, expected, strict=True))
-    fused = layers[0]._fused
-    assert fused is not None
-    seen = iter([fused._batch])
-    gone = property(lambda self: next(seen, None), lambda self, value: None)
-    monkeypatch.setattr(FusedProjections, "_batch", gone, raising=False)
-    fused._waiting = None
-    assert torch.equal(layers[1](x), expected[1])
+def test_an_input_that_changes_between_two_projections_is_read_anew(level):
+    """In inference mode, too, where torch counts no changes."""
+    query, key = (SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), level=level) for seed in range(2))
+    joined = torch.nn.ModuleDict({"q_proj": query, "k_proj": key})
+    use_kernels(joined)
+    x = torch.randn(1, 130, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = key(3 * x)
+        query(x)
+        x.mul_(3)
+        torch.testing.assert_close(key(x), expected)
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense"])
@@ -322,7 +314,7 @@ def test_a_bias_changed_in_place_is_used(kind):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_defaults_of_torch_change_no_bit(level, rows):
-    operator = make(0, 70, 130, 0.5, torch.float32)
+    operator = make(0, 70, 130, 0.5, torch.bfloat16)
     bias, x = torch.randn(70), torch.randn(rows, 130)
     want, dense = SparseLinear(operator, bias, level)(x), operator.to_dense()
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "meta")):
@@ -347,76 +339,3 @@ def test_a_bias_that_is_not_on_the_cpu_is_refused(level, rows):
     layer.bias = layer.bias.to("meta")
     with pytest.raises(FistaPrunerError, match="the bias is on meta"):
         layer(torch.ones(rows, 130))
-
-
-@pytest.mark.parametrize("level", kernel.available_levels()[:1])
-def test_a_bias_changed_between_fused_projections_is_used(level):
-    """Of the one that is called, and of those that are multiplied with it."""
-    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.zeros(64), level) for seed in range(3)]
-    FusedProjections.join(layers)
-    for seed in range(2):
-        x = torch.randn(1, 130, generator=torch.Generator().manual_seed(seed))
-        for layer in layers:
-            layers[-1].bias.data += 1
-            expected = x @ layer.operator.to_dense().float().T + layer.bias
-            torch.testing.assert_close(layer(x), expected)
-
-
-@pytest.mark.parametrize("level", kernel.available_levels())
-@pytest.mark.parametrize("values", VALUES)
-def test_projections_of_one_input_change_no_bit(level, values):
-    """Multiplied in one call, asked for in any order, for an input that changed, or asked for alone."""
-    layers = [SparseLinear(make(seed, rows, 130, 0.5, values), level=level) for seed, rows in enumerate((70, 33, 64))]
-    inputs = [
-        torch.randn(2, 3, 130, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16) for seed in range(3)
-    ]
-    expected = [[layer(x) for layer in layers] for x in inputs]
-    FusedProjections.join(layers)
-    for order in ((0, 1, 2), (2, 0, 1)):
-        for x, wanted in zip(inputs, expected, strict=True):
-            assert all(torch.equal(layers[place](x), wanted[place]) for place in order)
-    x = inputs[0].clone()
-    layers[0](x)
-    x.copy_(inputs[1])  # the same tensor, other numbers: what waits is not for it
-    assert torch.equal(layers[1](x), expected[1][1])
-    assert torch.equal(layers[1](inputs[2]), expected[2][1])
-
-
-@pytest.mark.parametrize("level", kernel.available_levels()[:1])
-def test_products_of_fused_projections_may_be_changed_in_place(level):
-    """With gradients, and without a change of what another product keeps for its backward pass."""
-    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), level=level) for seed in range(2)]
-    FusedProjections.join(layers)
-    x, delta = torch.ones(3, 130), torch.ones(64, requires_grad=True)
-    for _ in range(2):
-        first, second = (layer(x) for layer in layers)
-        kept = (second * delta).sum()
-        first += delta
-        (first.sum() + kept).backward()
-    torch.testing.assert_close(delta.grad, 2 * (3 + second.sum(0)))
-
-
-@pytest.mark.parametrize("level", kernel.available_levels()[:1])
-def test_projections_stay_fused_after_a_short_first_input_and_new_weights(level):
-    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.ones(64), level) for seed in range(3)]
-    FusedProjections.join(layers)
-    fused = layers[0]._fused
-    assert fused is not None
-    for change in (
-        lambda layer: None,
-        lambda layer: layer.load_state_dict(layer.state_dict()),
-        lambda layer: layer.half(),
-    ):
-        for layer in layers:
-            change(layer)
-        for seed in range(2):
-            x = torch.randn(1, 130, generator=torch.Generator().manual_seed(seed))
-            for layer in layers:
-                expected = x @ layer.operator.to_dense().float().T + 1
-                torch.testing.assert_close(layer(x), expected)
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # which casts anew for each of them
-                for layer in layers:
-                    expected = (x @ layer.operator.to_dense().float().T + 1).bfloat16()
-                    torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.1)
-            assert fused._batch is not None
-            assert fused._waiting is None

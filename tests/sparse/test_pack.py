@@ -40,10 +40,9 @@ def same_tensors(one: Path, other: Path) -> None:
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("sparsity", "layout"), [("60%", "mask"), ("2:4", "2:4")])
-def test_there_and_back(tmp_path, dtype, sparsity, layout):
-    source = save_pruned(tmp_path / "m", sparsity=sparsity, dtype=dtype, shard="40KB")
+@pytest.mark.parametrize("sparsity", ["60%", "2:4"])
+def test_there_and_back(tmp_path, sparsity):
+    source = save_pruned(tmp_path / "m", sparsity=sparsity, shard="40KB")
     assert len(Checkpoint.open(source).files) > 1
     (source / "fistapruner.json").write_text(json.dumps({"recipe": {"sparsity": sparsity}, "version": "1"}))
     report = pack(source, tmp_path / "p")
@@ -53,7 +52,6 @@ def test_there_and_back(tmp_path, dtype, sparsity, layout):
     assert f"{size(report.dense_total)} -> {size(report.packed_total)} (" in str(report)
     assert str(report).count(" KiB") == 4
     packed = PackedCheckpoint(tmp_path / "p")
-    assert {spec.to_json()["layout"] for spec in packed.specs.values()} == {layout}
     assert packed.record["recipe"]["sparsity"] == sparsity
     unpack(tmp_path / "p", tmp_path / "u")
     same_tensors(source, tmp_path / "u")
@@ -116,6 +114,18 @@ def test_pickles_are_packed_where_they_are_allowed(tmp_path, capsys, shard):
     same_tensors(source, unpack(tmp_path / "p", tmp_path / "u"))
 
 
+def test_the_file_that_comes_back_is_the_one_that_was_packed(tmp_path: Path) -> None:
+    """To the byte, as ``cmp`` compares: -0.0 aside, in the order of the tensors, too."""
+    source = save_pruned(tmp_path / "m", shard="40KB")
+    for path in source.glob("*.safetensors"):
+        tensors = {name: torch.where(tensor == 0, 0.0, tensor) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    pack(source, tmp_path / "p")
+    unpack(tmp_path / "p", tmp_path / "u")
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "u" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_packing_twice_gives_the_same_bytes(tmp_path):
     source = save_pruned(tmp_path / "m")
     for name in ("a", "b"):
@@ -150,11 +160,11 @@ def test_a_violated_claim_is_told(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("group", "shard"), [(0, "50GB"), (64, "200KB")])
-def test_int8_folder(tmp_path, group, shard):
+@pytest.mark.parametrize("shard", ["50GB", "200KB"])
+def test_int8_folder(tmp_path, shard):
     source = save_pruned(tmp_path / "m", hidden_size=128, shard=shard)
     assert (len(Checkpoint.open(source).files) > 1) == (shard == "200KB")
-    report = pack(source, tmp_path / "p", values="int8", group=group)
+    report = pack(source, tmp_path / "p", values="int8")
     unpack(tmp_path / "p", tmp_path / "u")
     first, second = Checkpoint.open(source), Checkpoint.open(tmp_path / "u")
     changes, weights = [], []
@@ -197,10 +207,11 @@ def test_operators_that_were_kept_dense_are_not_rounded(tmp_path, values):
         pack(source, tmp_path / "q", values=values)
 
 
-def test_fp64_is_packed_in_bf16_only(tmp_path):
-    source = save_pruned(tmp_path / "m", dtype=torch.float64)
-    for values in ("same", "int8"):
-        with pytest.raises(NoPackedFormError, match=r"m: model.*weight is float64; .*: give --values bf16$"):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_values_than_bf16_are_packed_rounded_only(tmp_path, dtype):
+    source = save_pruned(tmp_path / "m", dtype=dtype)
+    for values in ("same", "int8") if dtype is torch.float64 else ("same",):
+        with pytest.raises(NoPackedFormError, match=rf"m: model.*weight is {str(dtype)[6:]}; .*give --values bf16"):
             pack(source, tmp_path / "p", values=values)
     assert pack(source, tmp_path / "p", values="bf16").operators == 21
     unpack(tmp_path / "p", tmp_path / "u")
@@ -208,7 +219,7 @@ def test_fp64_is_packed_in_bf16_only(tmp_path):
     for name in PackedCheckpoint(tmp_path / "p").specs:
         assert torch.equal(second.read(name), first.read(name).bfloat16())
     with pytest.raises(FistaPrunerError, match="no pruned operators"):
-        pack(save_pruned(tmp_path / "d", sparsity="0%", dtype=torch.float64), tmp_path / "q")
+        pack(save_pruned(tmp_path / "d", sparsity="0%", dtype=dtype), tmp_path / "q")
 
 
 def test_licence_and_base_model_are_kept(tmp_path):
@@ -287,15 +298,12 @@ def test_what_is_refused(tmp_path):
         unpack(source, tmp_path / "u")
     with pytest.raises(FistaPrunerError, match="int4"):
         pack(source, tmp_path / "p", values="int4")
-    for group in (48, -64, "64"):
-        with pytest.raises(FistaPrunerError, match=f"group {group!r} is not a multiple of 64"):
-            pack(tmp_path / "no model", tmp_path / "p", values="int8", group=group)  # before anything is read
     pack(source, tmp_path / "p")
     with pytest.raises(FistaPrunerError, match="packed already"):
         pack(tmp_path / "p", tmp_path / "q")
     record = json.loads((tmp_path / "p" / "packed.json").read_text())
-    (tmp_path / "p" / "packed.json").write_text(json.dumps({**record, "version": 2}))
-    with pytest.raises(FistaPrunerError, match="format version 2"):
+    (tmp_path / "p" / "packed.json").write_text(json.dumps({**record, "version": 9}))
+    with pytest.raises(FistaPrunerError, match="format version 9"):
         unpack(tmp_path / "p", tmp_path / "u")
     assert not (tmp_path / "u").exists()
 
@@ -376,18 +384,16 @@ def run_of(architecture: str, folder: Path, **settings: Any) -> Path:
     return folder / "run" / "model"
 
 
-@pytest.mark.parametrize(("sparsity", "layout"), [("2:4", "2:4"), ("16:2:8", "2:8")])
-def test_the_experts_of_a_run_are_packed_in_its_pattern(tmp_path: Path, sparsity: str, layout: str) -> None:
-    model = run_of("mixtral", tmp_path, sparsity=sparsity)
+def test_the_experts_of_a_run_are_packed(tmp_path: Path) -> None:
+    model = run_of("mixtral", tmp_path)
     report = pack(model, tmp_path / "p")
     packed = PackedCheckpoint(tmp_path / "p")
     claims = packed.record["operators"]
     assert packed.specs.keys() == claims.keys()
-    assert {str(spec.layout) for spec in packed.specs.values()} == {layout}
     assert report.operators == len(claims) == 2 * (4 + 3 * 4)
     assert not inspect_checkpoint(tmp_path / "p").violations
     unpack(tmp_path / "p", tmp_path / "u")
-    same_tensors(model, tmp_path / "u")
+    assert (tmp_path / "u" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed(tmp_path: Path) -> None:
@@ -418,3 +424,16 @@ def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed
             load(tmp_path / "p", dtype=torch.float32),
         ):
             torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_is_taken_where_its_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of("llama", tmp_path).parent
+    assert str(pack(run, tmp_path / "p")) == str(pack(run / "model", tmp_path / "q"))
+    again = prune(run, tmp_path / "again", method="wanda", sparsity="2:4", calibration={"samples": 2, "seqlen": 16})
+    assert again.status == "finished"
+    assert len(load(tmp_path / "p").model.layers) == 3
+    shutil.rmtree(run / "model")
+    (run / "report.json").unlink()
+    for verb in ("pack", "prune"):
+        assert main([verb, str(run), *(["--out"] if verb == "prune" else []), str(tmp_path / "new")]) == 2
+        assert f"fistapruner resume {run}'" in capsys.readouterr().err

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
-from tiny import GQA, SIZES, WIDE, spread, tokenizer
+from tiny import GQA, SIZES, WIDE, save, spread, tokenizer
 
 TWO = {**SIZES, **GQA, "num_hidden_layers": 2}
 VISION = {
@@ -96,6 +97,7 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     torch.manual_seed(0)
     model = spread(AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval())
     folder = tmp_path / "dense"
+    model.bfloat16()  # as values are packed
     (model.base_model if base else model).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}))
@@ -132,3 +134,19 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     evaluation = fp.evaluate(unpacked, str(text), against=pruned, seqlen=16)
     assert evaluation.divergence is not None
     assert evaluation.divergence.kl == 0
+
+
+@pytest.mark.parametrize("prefix", ["", "part."])
+def test_a_missing_tensor_is_not_another_one_with_its_ending(tmp_path: Path, prefix: str) -> None:
+    """All tensors have one prefix, which may be any."""
+    folder = save("llama", tmp_path / "dense", num_hidden_layers=1)
+    tensors = {prefix + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    settings = {"method": "magnitude", "calibration": {"source": str(text), "samples": 2, "seqlen": 16}}
+    assert fp.prune(folder, tmp_path / "run", **settings).status == "finished"
+    tensors["vision_tower.norm.weight"] = tensors.pop(f"{prefix}model.norm.weight") + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(fp.FistaPrunerError, match=r"tensor 'model\..*weight'.* of LlamaForCausalLM is not in it"):
+        fp.prune(folder, tmp_path / "other", **settings)

@@ -143,16 +143,16 @@ def test_products_outside_of_iterations_are_fp32(gpu: StandIn, tmp_path: Path) -
 
 
 def test_a_packed_operator_warns_on_a_gpu(gpu: StandIn) -> None:
-    dense = nn.Linear(32, 8)
-    x = torch.randn(3, 32)
+    dense = nn.Linear(32, 8).bfloat16()
+    x = torch.randn(3, 32).bfloat16()
     expected = dense(x)
     packed = fistapruner.SparseLinear.from_dense(dense.to("cuda:0"))
-    assert torch.allclose(packed(x), expected, atol=1e-5)
+    assert torch.allclose(packed(x), expected, atol=0.02)
     for device in ("cpu", "cuda:0"):
         packed.bias = packed.bias.to(device)
         with pytest.warns(UserWarning, match="unpacked on the CPU for every product on cuda:0: .*packed=False"):
             found = packed(x.to("cuda:0"))
-        assert torch.allclose(found.cpu(), expected, atol=1e-5)
+        assert torch.allclose(found.cpu(), expected, atol=0.02)
 
 
 def test_small_tensors_are_sent_without_page_locked_memory_too(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,7 +301,7 @@ def test_a_model_without_zeros_is_refused() -> None:
 
 
 def test_packed_weights_are_refused() -> None:
-    model, linear = pruned(), nn.Linear(8, 8)
+    model, linear = pruned(), nn.Linear(8, 8).bfloat16()
     model.model.layers[0].mlp.up_proj = SparseLinear(pack_operator(linear.weight.detach()))
     with pytest.raises(
         FistaPrunerError,

@@ -32,7 +32,7 @@ SUMMARY = "compare methods with one protocol"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, run directory, GGUF file, or smollm2")
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the comparison; one that was begun is continued"
     )

@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="hub id, local folder, GGUF file, or smollm2; with --recover or --align also a run directory",
+        help="hub id, local folder, run directory, GGUF file, or smollm2",
     )
     parser.add_argument(
         "--out", default=".", metavar="RUN", help="run directory, whose disk must have the space (default: here)"

@@ -33,7 +33,7 @@ SUMMARY = "prune a model"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add_model_and_run(parser, "hub id, local folder, GGUF file, or smollm2")
+    add_model_and_run(parser, "hub id, local folder, run directory, GGUF file, or smollm2")
     add_recipe_arguments(parser)
     add_evaluation(
         parser,

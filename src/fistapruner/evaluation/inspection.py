@@ -15,7 +15,7 @@ from ..core import NM, Constraint, parse_sparsity
 from ..core.constraints import patterns_met
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint, Stack
-from ..models.files.folder_files import PRUNING_RECORD
+from ..models.files.folder_files import PRUNING_RECORD, model_inside
 from ..models.files.record import (
     MIN_ZEROS,
     read_pruning_record,
@@ -160,7 +160,7 @@ def inspect_checkpoint(
     if folder.is_file():
         folder = resolve_model(folder)
     if not (folder / "config.json").exists():
-        folder = folder / "model" if (folder / "model" / "config.json").exists() else checkpoint_of(folder)
+        folder = inner if (inner := model_inside(folder)) != folder else checkpoint_of(folder)
     asked = None if pattern is None else parse_sparsity(pattern)
     stored = _open(folder, allow_pickle, stacks, parameters, asked=asked is not None)
     entries, known = stored.entries, stored.operators

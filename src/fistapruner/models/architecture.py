@@ -20,7 +20,7 @@ from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
 from .experts import holds_experts, separate_experts
 from .files.checkpoint import WEIGHT_DTYPES, Checkpoint
-from .files.folder_files import PACKED_RECORD, read_json_in
+from .files.folder_files import PACKED_KEYS, PACKED_RECORD, read_json_in
 from .files.widths import QUANT_METHOD, read_widths
 from .files.writer import merge_patch
 from .names import stored_names
@@ -139,8 +139,8 @@ def build_model(
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
     free = shapes is not None or (own_widths and not (folder / PACKED_RECORD).exists())
     widths = read_widths(checkpoint.config, folder) if free else {}
-    if free and hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for key in PACKED_KEYS if free else ():
+        vars(config).pop(key, None)
     if getattr(config, "quantization_config", None):
         if QUANT_METHOD in str(config.quantization_config):
             raise FistaPrunerError(

@@ -59,7 +59,7 @@ class LayerwiseWeights:
         experts = separate_experts(self.model, self.layers_name, self.layers, checkpoint)
         refuse_experts(self.model, self.layers_name, self.layers)
         self.low_rank: LowRankAdapter | None = None
-        self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "embeddings and head"
+        self._open: set[int] = set()  # numbers of loaded decoder layers
         self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
         self._sources = checkpoint_names(self.model, checkpoint, experts)
         self._names = {source: name for name, source in self._sources.items()}
@@ -185,35 +185,26 @@ class LayerwiseWeights:
     def embeddings_and_head(self, *, head: bool = True, like: LayerwiseWeights | None = None) -> Iterator[None]:
         """Load everything outside the decoder layers for the block: embeddings, final norm, head.
 
-        Inside another block that holds all of it nothing is loaded or freed.
+        What another block around this one holds is neither loaded nor freed.
 
         Args:
             head: False leaves out the output head.
             like: another model; its loaded tensors of the same name and value are used too, and not loaded twice.
         """
-        if "embeddings and head" in self._open:
-            yield
-            return
-        prefix = self.layers_name + "."
-        names = [name for name in self._sources if not name.startswith(prefix)]
-        if not head:
-            output = self.model.get_output_embeddings()
-            tensors = self.model.state_dict(keep_vars=True)
-            names = [name for name in names if output is None or tensors[name] is not output.weight]
+        prefix, tensors = self.layers_name + ".", self.model.state_dict(keep_vars=True)
+        output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        names = [name for name in self._sources if not name.startswith(prefix) and tensors[name].is_meta]
+        if output is not None and not head:
+            names = [name for name in names if tensors[name] is not output.weight]
+        headless = output is not None and output.weight.is_meta
         try:
             self._load(names, {}, like)
-            output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-            if head:
-                if output is not None and output.weight.is_meta:
-                    output.weight = embedding.weight
-                self._open.add("embeddings and head")
+            if head and output is not None and output.weight.is_meta:
+                output.weight = embedding.weight
             yield
         finally:
-            if head:
-                self._open.discard("embeddings and head")
             self._free(names)
-            output = self.model.get_output_embeddings()
-            if output is not None and not output.weight.is_meta:
+            if headless and not output.weight.is_meta:
                 output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
 
     @contextmanager

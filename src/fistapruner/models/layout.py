@@ -135,6 +135,8 @@ class Layout:
             FistaPrunerError: a pattern matches no operator, or nothing is left to prune.
         """
         names = [name for name, _ in self.operators()]
+        if not names:
+            raise FistaPrunerError(f"{self.layers_name} has no operator to {purpose}")
         for key, patterns in (("targets", recipe.targets), ("ignore", recipe.ignore)):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in names):

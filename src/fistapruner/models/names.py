@@ -112,7 +112,7 @@ def stored_names(model: Any, stored: Collection[str], skipped: Container[str] = 
     """Find the checkpoint's name of every parameter and persistent buffer of a model.
 
     Base models are saved without the head model's prefix ("h.0.…" for "transformer.h.0.…"), and multi-part models with
-    one more; both are the same name up to a prefix.
+    one more; both are the same name up to a prefix, which is one for all tensors.
 
     Args:
         model: transformers model, may be on the meta device.
@@ -125,17 +125,22 @@ def stored_names(model: Any, stored: Collection[str], skipped: Container[str] = 
     known = {name: name for name in stored} | _renamed(model, stored)
     base = model.base_model_prefix + "."
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    wanted = [name for name in model.state_dict(keep_vars=True) if name not in skipped]
     names = {}
-    for name in model.state_dict(keep_vars=True):
-        if name in skipped:
-            continue
+    for name in wanted:
         candidates = (name, name.removeprefix(base), base + name)
-        found = next((known[candidate] for candidate in candidates if candidate in known), None)
-        if found is None and tied.get(name) not in names:  # a tied head need not be stored; that of a part may be
-            ends = [candidate for candidate in stored if candidate.endswith("." + name.removeprefix(base))]
-            found = ends[0] if len(ends) == 1 else None
-        if found is not None:
-            names[name] = found
+        if (place := next((known[each] for each in candidates if each in known), None)) is not None:
+            names[name] = place
+    lost = [name for name in wanted if name not in names and name not in tied]
+    if not lost or any(name.startswith(base) for name in names):
+        return names
+    for whole in (True, False):
+        ends = {name: "." + (name if whole else name.removeprefix(base)) for name in wanted}
+        prefixes = {each.removesuffix(ends[lost[0]]) for each in known if each.endswith(ends[lost[0]])}
+        fitting = [prefix for prefix in prefixes if all(prefix + ends[name] in known for name in lost)]
+        if len(fitting) == 1:
+            found = {name: known.get(fitting[0] + end) for name, end in ends.items() if name not in names}
+            return names | {name: place for name, place in found.items() if place is not None}
     return names
 
 

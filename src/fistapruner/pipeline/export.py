@@ -70,8 +70,9 @@ def export(
     source = small_model() if str(like) == SMALL_MODEL else _only_gguf(path) or path
     if found and (not like or source.suffix.lower() != ".gguf"):
         raise FistaPrunerError(
-            f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file: give that of the dense model "
-            "with --like; its vocabulary is needed"
+            f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file, and the vocabulary of one is "
+            "needed: give that of the dense model with --like, or convert the folder by its own tokenizer with "
+            "llama.cpp's convert_hf_to_gguf.py"
         )
     if source.exists() and not source.is_file():
         advice = which_gguf(source) or (

@@ -148,7 +148,7 @@ class RunRecipe(Settings):
         Raises:
             FistaPrunerError: wrong settings.
         """
-        return self.build(merge_settings(self.model_dump(mode="json"), settings))
+        return self.build(merge_settings(self.model_dump(mode="json", exclude_unset=True), settings))
 
     @classmethod
     def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:

@@ -59,10 +59,7 @@ def has_quality(report: Report) -> bool:
 
 def becomes_smaller_packed(report: Report) -> bool:
     """Check whether ``pack`` takes the model as it is, and leaves out more zeros than a mask has bits."""
-    from ..runtime.numerics import dtype_name
-    from ..sparse.packed import FLOATS
-
-    bits = {dtype_name(dtype): 8 * dtype.itemsize for dtype in FLOATS}.get(report.model.dtype, 0)  # none for fp64
+    bits = 16 if report.model.dtype == "bfloat16" else 0
     return report.packable and bits * (report.totals.operator_zeros or 0) > (report.totals.operator_weights or math.inf)
 
 

@@ -159,8 +159,8 @@ def _why_not_packed(model: Path, allow_pickle: bool) -> str:
     """Say why a model has no packed form."""
     if stacked := stacked_experts(read_pruning_record(model)):
         return f"{stacked} is one tensor of all experts, and only matrices are packed"
-    if Checkpoint.open(model, allow_pickle).dtype == torch.float64:
-        return "Weights in fp64 are packed rounded to bf16 only ('fistapruner pack --values bf16')"
+    if Checkpoint.open(model, allow_pickle).dtype != torch.bfloat16:
+        return "Weights that are not bf16 are packed rounded only ('fistapruner pack --values bf16')"
     return "No operator has a smaller packed form"
 
 

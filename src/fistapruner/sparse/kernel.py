@@ -26,8 +26,8 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ENVIRONMENT = "FISTAPRUNER_KERNEL"
 """Environment variable that forces a level, or ``torch`` for no kernel at all."""
 
-ABI = 4
-VALUES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+ABI = 5
+VALUES = {torch.bfloat16: 0, torch.int8: 1}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 DENSE_LEVEL = LEVELS.index("avx512_bf16")
 """From this level on the kernel has a product for dense bf16 operators too."""
@@ -55,7 +55,6 @@ class _Operator(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
-        ("group_words", ctypes.c_int64),
         ("kind", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
@@ -77,13 +76,13 @@ def library() -> ctypes.CDLL | None:
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.fistapruner_level.restype = integer
     loaded.fistapruner_threads.argtypes = (pointer,)
-    loaded.fistapruner_multiply.argtypes = (pointer, integer, pointer, pointer, integer, integer, integer, integer)
+    loaded.fistapruner_multiply.argtypes = (pointer, pointer, pointer, integer, integer, integer, integer)
     loaded.fistapruner_multiply.restype = integer
     loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
     loaded.fistapruner_unpack.restype = None
     loaded.fistapruner_many_bytes.argtypes = (pointer, integer, integer, integer)
     loaded.fistapruner_many_bytes.restype = long
-    loaded.fistapruner_multiply_many.argtypes = (pointer, integer, pointer, pointer, integer, integer, pointer)
+    loaded.fistapruner_multiply_many.argtypes = (pointer, pointer, pointer, integer, integer, pointer)
     loaded.fistapruner_multiply_many.restype = None
     loaded.fistapruner_threads(_parallel_runtime())
     return loaded
@@ -188,31 +187,28 @@ class Handle:
     """
 
     def __init__(self, operator: PackedOperator | Tensor, bias: Tensor | None = None) -> None:
-        held: tuple[Tensor | None, ...]
+        found = library()
+        if found is None:
+            raise FistaPrunerError("the compiled kernel is not installed")
+        self._library = found
+        self._kept: tuple[Tensor | None, ...]
         if isinstance(operator, Tensor):
-            held, words, group, values = (
-                (None, None, operator, None, None),
-                -(-operator.shape[1] // 64),
-                0,
-                operator.dtype,
-            )
+            self._kept, values = (None, None, operator, None, None), operator.dtype
         else:
-            held = (operator.mask, operator.start, operator.values, operator.scales, operator.sums)
-            words, group, values = operator.mask.shape[1] // 8, operator.group // 64, operator.values.dtype
-        self._kept = held
-        mask, start, stored, scales, sums = (None if tensor is None else tensor.data_ptr() for tensor in held)
+            self._kept = (operator.mask, operator.start, operator.values, operator.scales, operator.sums)
+            values = operator.values.dtype
+        mask, start, stored, scales, sums = (None if tensor is None else tensor.data_ptr() for tensor in self._kept)
         self.rows, self.columns = operator.shape
-        kind = VALUES[values]
+        words = -(-self.columns // 64)
         self._struct = _Operator(
-            self.rows, self.columns, words, mask, start, stored, None, scales, sums, max(group or words, 1), kind, 0
+            self.rows, self.columns, words, mask, start, stored, None, scales, sums, VALUES[values], 0
         )
         self._bias: Tensor | None = None
         self.take_bias(bias)
         self.address = ctypes.addressof(self._struct)
-        self.alone = OperatorBatch([self])
 
-    def take_bias(self, bias: Tensor | None) -> bool:
-        """Copy the bias as it is now, and tell whether it differs from the last one.
+    def take_bias(self, bias: Tensor | None) -> None:
+        """Copy the bias as it is now.
 
         Before every product: torch counts no changes through ``.data`` or of inference tensors.
 
@@ -220,79 +216,44 @@ class Handle:
             FistaPrunerError: it is not on the CPU.
         """
         if bias is None:
-            changed = self._struct.bias is not None
             self._struct.bias = None
-            return changed
+            return
         if bias.device.type != "cpu":
             raise FistaPrunerError(f"the bias is on {bias.device}, the kernel and its input on the CPU: move it there")
-        now = bias.detach().float()
         if self._bias is None:
             with torch.inference_mode(False):  # what is made in that mode cannot be overwritten outside of it
                 self._bias = torch.empty(self.rows, dtype=torch.float32, device="cpu")
-        elif self._struct.bias is not None and torch.equal(self._bias, now):
-            return False
-        self._bias.copy_(now)
+        self._bias.copy_(bias.detach())
         self._struct.bias = self._bias.data_ptr()
-        return True
 
     def takes_many(self, level: int) -> bool:
         """Check whether matrix units multiply this operator with any number of bf16 vectors."""
-        found = library()
-        return found is not None and bool(found.fistapruner_many_bytes(self.address, 1, 1, level))
+        return bool(self._library.fistapruner_many_bytes(self.address, 1, 1, level))
 
     def unpack(self, first: int, last: int, out: Tensor, level: int) -> None:
         """Unpack rows ``first`` to ``last`` into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
-        found = library()
-        assert found is not None
-        found.fistapruner_unpack(
+        self._library.fistapruner_unpack(
             self.address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level
         )
 
-
-class OperatorBatch:
-    """Operators with equal columns and value dtype, multiplied with the same vectors in one call.
-
-    The vectors are prepared and the threads woken once.
-
-    Args:
-        handles: the operators.
-    """
-
-    def __init__(self, handles: Sequence[Handle]) -> None:
-        found = library()
-        if found is None:
-            raise FistaPrunerError("the compiled kernel is not installed")
-        self._count = len(handles)
-        self._kept = handles if self._count > 1 else None  # one alone is kept by whoever calls it
-        self._pointers = ctypes.c_void_p * self._count
-        self._addresses = self._pointers(*(handle.address for handle in handles))
-        self._first, self._columns = handles[0].address, handles[0].columns
-        self._rows = [handle.rows for handle in handles]
-        self._blocks = sum(-(-rows // 64) for rows in self._rows)
-        self._multiply, self._many_bytes, self._multiply_many = (
-            found.fistapruner_multiply,
-            found.fistapruner_many_bytes,
-            found.fistapruner_multiply_many,
-        )
-
-    def multiply(self, x: Tensor, level: int, *, many: bool = False) -> list[Tensor]:
-        """Compute ``x @ weight.T + bias`` for every operator.
+    def multiply(self, x: Tensor, level: int, *, many: bool = False) -> Tensor:
+        """Compute ``x @ weight.T + bias``.
 
         Args:
-            x: (…, columns), contiguous and not empty, fp32 or bf16 on the CPU; the results have its dtype.
+            x: (…, columns), contiguous and not empty, fp32 or bf16 on the CPU; the result has its dtype.
             level: index into :data:`LEVELS`.
-            many: use the matrix units; needs bf16 and :meth:`Handle.takes_many`.
+            many: use the matrix units; needs bf16 and :meth:`takes_many`.
 
         Returns:
-            For each operator, its product (…, rows).
+            (…, rows).
         """
-        batch = x.numel() // self._columns
-        outs = [x.new_empty((*x.shape[:-1], rows)) for rows in self._rows]
-        places = self._pointers(*[out.data_ptr() for out in outs])
-        threads = min(torch.get_num_threads(), self._blocks)
+        batch = x.numel() // self.columns
+        out = x.new_empty((*x.shape[:-1], self.rows))
+        threads = min(torch.get_num_threads(), -(-self.rows // 64))
+        given, to, found = x.data_ptr(), out.data_ptr(), self._library
         if many:
-            memory = scratch(self._many_bytes(self._first, batch, threads, level))
-            self._multiply_many(self._addresses, self._count, x.data_ptr(), places, batch, threads, memory.data_ptr())
-        elif self._multiply(self._addresses, self._count, x.data_ptr(), places, TYPES[x.dtype], batch, threads, level):
+            memory = scratch(found.fistapruner_many_bytes(self.address, batch, threads, level))
+            found.fistapruner_multiply_many(self.address, given, to, batch, threads, memory.data_ptr())
+        elif found.fistapruner_multiply(self.address, given, to, TYPES[x.dtype], batch, threads, level):
             raise MemoryError("no memory for the kernel's vectors")
-        return outs
+        return out

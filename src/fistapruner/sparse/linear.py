@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from ..errors import FistaPrunerError
 from ..models.files.low_rank import plus_product
-from ..runtime.numerics import changes_in_place, pass_dtype
+from ..runtime.numerics import pass_dtype
 from . import kernel
 from .packed import FLOATS, PackedOperator, pack_operator
 
@@ -75,12 +74,10 @@ class SparseLinear(nn.Module):
         else:
             self.level = -1 if level == "torch" else kernel.level_index(level)
         self._handle: kernel.Handle | None = None
-        self._fused: FusedProjections | None = None
-        self._place = 0
 
     @classmethod
     def from_dense(cls, linear: nn.Linear) -> SparseLinear:
-        """Pack the weight of an ``nn.Linear``, on the CPU."""
+        """Pack the bf16 weight of an ``nn.Linear``, on the CPU."""
         return cls(pack_operator(linear.weight), None if linear.bias is None else linear.bias.cpu())
 
     @property
@@ -108,7 +105,7 @@ class SparseLinear(nn.Module):
 
     def _sparse_product(self, x: Tensor) -> Tensor:
         """Multiply with the packed weight and add the bias."""
-        given, x = x, _autocast(x)
+        x = _autocast(x)
         if (
             self.level >= 0
             and x.is_cpu
@@ -120,10 +117,7 @@ class SparseLinear(nn.Module):
             handle = self._kernel()
             many = kernel.TILE < rows <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and handle.takes_many(self.level)
             if many or 0 < rows <= kernel.MAX_BATCH:
-                if self._fused is None:
-                    out = handle.alone.multiply(_for_kernel(x), self.level, many=many)[0]
-                else:
-                    out = self._fused.product(self._place, handle, given, x, self.level, many)
+                out = handle.multiply(_for_kernel(x), self.level, many=many)
                 return out if out.dtype is x.dtype else out.to(x.dtype)
         if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16):
             wide = pass_dtype(x.dtype, x.device)
@@ -142,7 +136,7 @@ class SparseLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory addresses; a copy makes its own."""
-        return {**self.__dict__, "_handle": None, "_fused": None}
+        return {**self.__dict__, "_handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore with a kernel level that this machine has."""
@@ -182,23 +176,18 @@ class SparseLinear(nn.Module):
         if torch.equal(weight, held):
             return  # int8 values stay as they are: they are not rounded again
         self.low_rank_a = self.low_rank_b = None
-        operator = pack_operator(weight.T.contiguous() if self.transposed else weight)
-        self.operator = operator if self.operator.scales is None else operator.quantised(self.operator.group)
+        weight = weight.T.contiguous() if self.transposed else weight
+        self.operator = pack_operator(weight, int8=self.operator.scales is not None)
         self._handle = None
 
     def _kernel(self) -> kernel.Handle:
-        handle, changed = self.current_handle()
-        if changed and self._fused is not None:
-            self._fused.renew()
-        return handle
-
-    def current_handle(self) -> tuple[kernel.Handle, bool]:
-        """Return the kernel's handle of the weight and bias, and whether one of them has changed."""
+        """Return the kernel's handle of the weight and of the bias as it is now."""
         bias = self._buffers["bias"]
         if self._handle is None:
             self._handle = kernel.Handle(self.operator, bias)
-            return self._handle, True
-        return self._handle, self._handle.take_bias(bias)
+        else:
+            self._handle.take_bias(bias)
+        return self._handle
 
     def _dense_product(self, x: Tensor) -> Tensor:
         bias = self._buffers["bias"]
@@ -219,78 +208,6 @@ class SparseLinear(nn.Module):
             handle.unpack(first, last, weight, self.level)
             parts.append(functional.linear(x, weight, None if bias is None else bias[first:last]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-class FusedProjections:
-    """Packed projections of the same input, multiplied together when the first of them is called.
-
-    The results of the others are kept for their calls, which must come with the same tensor. If a result is not used,
-    each projection is multiplied separately from then on.
-
-    Args:
-        layers: the projections, which keep this object; it does not keep them.
-    """
-
-    def __init__(self, layers: Sequence[SparseLinear]) -> None:
-        self._layers = [weakref.ref(layer) for layer in layers]
-        self._batch: kernel.OperatorBatch | None = None
-        self._waiting: tuple[Tensor, tuple[int, torch.dtype], dict[int, Tensor]] | None = None
-
-    @staticmethod
-    def join(layers: Sequence[SparseLinear]) -> None:
-        """Fuse layers of equal width, value dtype, scale group and kernel level; others stay separate."""
-        if (
-            len(layers) > 1
-            and len(
-                {
-                    (layer.in_features, layer.operator.values.dtype, layer.operator.group, layer.level)
-                    for layer in layers
-                }
-            )
-            == 1
-        ):
-            fused = FusedProjections(layers)
-            for place, layer in enumerate(layers):
-                layer._fused, layer._place, layer._handle = fused, place, None
-
-    def renew(self) -> None:
-        """Fuse the handles that the layers have now: one of them, or its bias, has changed."""
-        handles = [layer.current_handle()[0] for held in self._layers if (layer := held()) is not None]
-        self._batch = kernel.OperatorBatch(handles) if len(handles) == len(self._layers) else None
-        self._waiting = None
-
-    def product(self, place: int, handle: kernel.Handle, given: Tensor, x: Tensor, level: int, many: bool) -> Tensor:
-        """Multiply the layer at ``place``, whose handle is given, with an input.
-
-        Args:
-            place: of the layer.
-            handle: of the layer.
-            given: the layer's input; that of the other layers is the same tensor.
-            x: the same in the dtype of the product.
-            level: of the kernel.
-            many: the kernel takes them all at once.
-        """
-        # Held here: another thread may give up the batch meanwhile.
-        waiting, batch, state = self._waiting, self._batch, (changes_in_place(given), x.dtype)
-        if waiting is not None:
-            if waiting[0] is given and waiting[1] == state:
-                out = waiting[2].pop(place, None)
-                if not waiting[2]:
-                    self._waiting = None
-                if out is not None:
-                    return out
-            else:
-                self._waiting = self._batch = batch = None
-        if batch is None:
-            return handle.alone.multiply(_for_kernel(x), level, many=many)[0]
-        others = [layer for number, held in enumerate(self._layers) if number != place and (layer := held())]
-        if any([layer.current_handle()[1] for layer in others]):  # a list: each of them takes its bias
-            self.renew()
-            batch = self._batch or batch
-        outs = dict(enumerate(batch.multiply(_for_kernel(x), level, many=many)))
-        own = outs.pop(place)
-        self._waiting = (given, state, outs)
-        return own
 
 
 class DenseLinear(nn.Linear):
@@ -329,7 +246,7 @@ class DenseLinear(nn.Linear):
             self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr())
         else:
             self._handle.take_bias(bias)
-        return self._handle.alone.multiply(_for_kernel(x), level)[0]
+        return self._handle.multiply(_for_kernel(x), level)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory addresses; a copy makes its own."""

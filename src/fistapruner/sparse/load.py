@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,9 @@ from ..runs.arguments import checked_arguments
 from ..runtime.numerics import undisturbed
 from . import kernel
 from .experts import serve_experts
-from .linear import DenseLinear, FusedProjections, SparseLinear
+from .linear import DenseLinear, SparseLinear
 from .packed import PackedOperator, pack_operator
 from .packed_checkpoint import PackedCheckpoint, is_packed
-
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Projections of one input in the architectures of transformers, by their usual names."""
 
 
 @checked_arguments
@@ -130,7 +127,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
 
     def in_int8(name: str, operator: PackedOperator) -> PackedOperator:
         try:
-            return operator.quantised() if operator.scales is None else operator
+            return pack_operator(operator.to_dense(), int8=True) if operator.scales is None else operator
         except FistaPrunerError as error:
             raise FistaPrunerError(f"{source.folder}: {name}: {error}") from None
 
@@ -201,8 +198,7 @@ def _dense_tensors(
 
 def _turned(operator: PackedOperator) -> PackedOperator:
     """Transpose an operator; scales run along the stored rows, so int8 values are rounded again."""
-    turned = pack_operator(operator.to_dense().T.contiguous())
-    return turned if operator.scales is None else turned.quantised(operator.group)
+    return pack_operator(operator.to_dense().T.contiguous(), int8=operator.scales is not None)
 
 
 def _missing(model: nn.Module) -> list[str]:
@@ -212,14 +208,10 @@ def _missing(model: nn.Module) -> list[str]:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Fuse packed projections of one input, and run dense operators with the compiled kernel too."""
+    """Run dense operators with the compiled kernel too."""
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, ExpertLinear):
             replace(model, name, DenseLinear.like(module))
-        for names in SAME_INPUT:
-            layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, SparseLinear) for layer in layers):
-                FusedProjections.join(cast("list[SparseLinear]", layers))
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -27,6 +27,7 @@ from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runs.arguments import checked_arguments
+from ..runs.directory import checkpoint_of
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.formatting import size
 from ..runtime.numerics import undisturbed
@@ -34,6 +35,9 @@ from ..runtime.progress import Tick, silent
 from .format import METADATA, VERSION, encode
 from .pack_plan import PlannedOperator, plan_packing
 from .packed_checkpoint import PackedCheckpoint
+
+NEEDS_PACKAGE = "packed by fistapruner: install that package, and 'import fistapruner' before the model is loaded"
+"""Stands in ``config.json`` as the name of the weight file, so that transformers refuses it without this package."""
 
 
 @dataclass(frozen=True)
@@ -82,40 +86,34 @@ def pack(
     out: str | Path,
     *,
     values: str = "same",
-    group: int = 0,
     allow_pickle: bool = False,
     progress: Tick | None = None,
 ) -> PackReport:
     """Write a pruned checkpoint without its zeros; a low-rank part that belongs to it is copied as it is.
 
     Args:
-        checkpoint: folder of a pruned Hugging Face model.
+        checkpoint: run directory, or folder of a pruned Hugging Face model.
         out: folder to make; it must not exist.
-        values: ``"same"`` keeps each operator's dtype and every bit; ``"bf16"`` rounds other values to bf16;
-            ``"int8"`` stores int8 with one scale for each row or group.
-        group: columns that share an int8 scale, a multiple of 64; 0 is the whole row.
+        values: ``"same"`` keeps every bit of bf16 values; ``"bf16"`` rounds other values to bf16; ``"int8"`` stores
+            int8 with one scale for each row.
         allow_pickle: read legacy ``.bin`` weights; they become safetensors.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
         FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged, its low-rank
             part is gone or damaged; its subclass ``NoPackedFormError`` if no operator becomes smaller, pruned experts
-            are stored as one tensor, or values are fp64 and are not to be rounded to bf16.
+            are stored as one tensor, or values are not bf16 and are not to be rounded.
     """
     if values not in ("same", "bf16", "int8"):
         raise FistaPrunerError(f"values {values!r} are not known: same, bf16 or int8")
-    if group and values != "int8":
-        raise FistaPrunerError(f"group {group} needs int8 values")
-    if not isinstance(group, int) or group < 0 or group % 64:
-        raise FistaPrunerError(f"group {group!r} is not a multiple of 64 columns (or 0 for a whole row)")
     tick, out = progress or silent, out_path(out)
-    source = Checkpoint.open(path_text("checkpoint", checkpoint, A_FOLDER), allow_pickle)
+    source = Checkpoint.open(checkpoint_of(path_text("checkpoint", checkpoint, A_FOLDER)), allow_pickle)
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
     low_rank = LowRankAdapter.beside(source.folder)
     record = read_pruning_record(source.folder)
-    plan, violation = plan_packing(source, record, values, group, tick)
+    plan, violation = plan_packing(source, record, values, tick)
     report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
         files: dict[str, dict[str, Any]] = {}
@@ -137,7 +135,11 @@ def pack(
         copy_companions(source, partial)
         widths = read_widths(source.config, source.folder)
         section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD}
-        config = {**source.config, "quantization_config": {**section, "version": VERSION}}
+        config = {
+            **source.config,
+            "quantization_config": {**section, "version": VERSION},
+            "transformers_weights": NEEDS_PACKAGE,
+        }
         write_json_atomic(partial / "config.json", config)
         if set(contents) != {SINGLE}:
             write_index(partial, contents)
@@ -204,7 +206,7 @@ def _report(source: Checkpoint, plan: dict[str, PlannedOperator], low_rank: int)
     packed = sum(part.nbytes for name, item in plan.items() for part in item.spec.entries(name, item.stored)) + low_rank
     dense = sum(item.source.nbytes for item in plan.values())
     weights = sum(item.spec.shape[0] * item.spec.shape[1] for item in plan.values())
-    zeros = 1 - sum(item.nonzero for item in plan.values()) / weights
+    zeros = 1 - sum(item.stored for item in plan.values()) / weights
     total = source.nbytes - dense + packed
     return PackReport(len(plan), dense, packed, 2 * weights, source.nbytes, total, zeros, low_rank)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..models.files.checkpoint import Checkpoint, WeightFile
-from ..models.files.folder_files import PACKED_RECORD, inside, read_json_in
+from ..models.files.folder_files import PACKED_KEYS, PACKED_RECORD, inside, read_json_in
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.safetensors import TensorEntry
 from ..models.files.widths import LayerWidths, read_widths, widths_section
@@ -126,17 +126,21 @@ class PackedCheckpoint:
         return [*self.dense_names(), *self.specs]
 
     def contents(self) -> dict[str, list[TensorEntry]]:
-        """List the tensors of the dense model by file."""
-        out = {}
+        """List the tensors of the dense model by file, in the order of the checkpoint that was packed."""
+        out: dict[str, list[TensorEntry]] = {}
         for shard, file in self.checkpoint.files.items():
-            entries = [entry for entry in file.entries.values() if entry.name not in self._parts]
-            packed = [(name, self.specs[name]) for name, holder in self._holders.items() if holder is file]
-            out[shard] = entries + [TensorEntry.of(name, spec.dtype, spec.shape) for name, spec in packed]
+            values = {f"{name}.values": name for name, holder in self._holders.items() if holder is file}
+            out[shard] = []
+            for entry in file.entries.values():
+                if (name := values.get(entry.name)) is not None:
+                    out[shard].append(TensorEntry.of(name, self.specs[name].dtype, self.specs[name].shape))
+                elif entry.name not in self._parts:
+                    out[shard].append(entry)
         return out
 
     def config(self) -> dict[str, Any]:
         """Return ``config.json`` of the dense model."""
-        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in self.checkpoint.config.items() if key not in PACKED_KEYS}
         return {**config, "quantization_config": widths_section(self.widths)} if self.widths else config
 
     @property

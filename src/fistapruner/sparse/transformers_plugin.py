@@ -62,6 +62,13 @@ def register() -> None:
                     f"make it an ordinary one first with '{shell_line('unpack', self.source.folder, 'DIR')}'"
                 )
 
+        def update_attn_implementation(self, config: Any) -> Any:
+            """Take the weights by their usual name; called with the config before they are looked for."""
+            vars(config).pop("transformers_weights", None)
+            return config
+
+        update_tp_plan = update_attn_implementation  # what releases before 5.24 call
+
         def _process_model_before_weight_loading(
             self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
         ) -> None:
@@ -122,7 +129,7 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
         module._is_hf_initialized = True
     weights = {*loader.experts, *(f"{parent}.{leaf}" for parent, leaf in loader.places.values())}
     names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
-    parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
+    parts = [re.escape(f"{name}.") + "(values|mask|offsets|scales)$" for name in names]
     # A list in some models' classes, and a set from here on: transformers takes its union with others.
     parts += [re.escape(target) + "$" for target in loader.experts]
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())

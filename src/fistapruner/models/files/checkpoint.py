@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from ...errors import FistaPrunerError
+from ...runtime.formatting import shell_line
 from .folder_files import (
     ADAPTER_CONFIG,
     INDEX,
     INDEX_PICKLE,
+    PACKED_RECORD,
     SINGLE,
     SINGLE_PICKLE,
     find_companions,
     inside,
+    model_inside,
     read_json_in,
     which_gguf,
     which_variant,
@@ -124,8 +127,9 @@ class Checkpoint:
             reason = "is not a folder with a Hugging Face model" if folder.exists() else "does not exist"
             raise FistaPrunerError(f"{folder} {reason}")
         if not (folder / "config.json").exists():
-            inner = folder / "model"  # of a run directory
-            hint = f": give {inner}" if (inner / "config.json").exists() else which_gguf(folder)
+            inner, resume = model_inside(folder), f": go on with its run: '{shell_line('resume', folder)}'"
+            hint = f": give {inner}" if inner != folder else which_gguf(folder)
+            hint = hint or (resume if (folder / "run.json").is_file() else "")
             raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
         config = read_json_in(folder, "config.json")
         # The single file first, as transformers does: an index beside it is of an earlier save.
@@ -146,7 +150,9 @@ class Checkpoint:
                 f"already, move {ADAPTER_CONFIG} and adapter_model.* away; otherwise merge it into the model that "
                 "it was trained on"
             )
-        if (other := config.get("transformers_weights", found)) not in (None, found):
+        if (other := config.get("transformers_weights", found)) not in (None, found) and not (
+            folder / PACKED_RECORD
+        ).exists():
             raise FistaPrunerError(
                 f"{folder / 'config.json'}: transformers_weights is {str(other)[:100]!r}, and {found} is there too, "
                 f"which is read here: keep one of them, named {found}, and take the entry out"

@@ -22,6 +22,9 @@ PRUNING_RECORD = "fistapruner.json"
 PACKED_RECORD = "packed.json"
 """What makes a folder a packed checkpoint."""
 
+PACKED_KEYS = ("quantization_config", "transformers_weights")
+"""What packing adds to ``config.json``: which loader to take, and a name of weights that no other loader accepts."""
+
 TOKENIZER = "tokenizer.json"
 """The tokenizer in the form of the tokenizers library."""
 
@@ -69,6 +72,12 @@ def inside(folder: Path, name: str) -> Path:
     if not any(target.is_relative_to(root) for root in allowed):
         raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
     return path
+
+
+def model_inside(folder: Path) -> Path:
+    """Return the model of a run directory that has one; any other folder as it is."""
+    inner = folder / "model"
+    return inner if (inner / "config.json").is_file() and not (folder / "config.json").exists() else folder
 
 
 def gguf_files(folder: Path) -> list[Path]:

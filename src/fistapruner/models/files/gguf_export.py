@@ -31,6 +31,7 @@ from .checkpoint import Checkpoint
 from .gguf import transformers_faults
 from .gguf_dense import Array, DenseFile
 from .gguf_header import check_gguf
+from .record import read_pruning_record
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
@@ -43,7 +44,9 @@ FILE_TYPES = {"bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "f32": "ALL_F32", "q8_
 BLOCK = 32
 """Weights in a block of q8_0; matrices whose rows are no multiple of it are stored as f16."""
 
-OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
+NAME = "general.name"
+
+OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment", NAME)
 """Keys that the writer sets by itself."""
 
 QUANTISATION = "general.quantization_version"
@@ -329,6 +332,9 @@ class _Writer:
                     writer.add_key_value(named, field.contents(), field.types[0], inner)
             for key, count in changed.items():
                 (writer.add_array if isinstance(count, list) else writer.add_uint32)(key, count)
+            name = self.dense.reader.fields.get(NAME)
+            pruned = " (pruned)" if read_pruning_record(self.dense.checkpoint.folder) else ""
+            writer.add_name(f"{(name.contents() if name else self.dense.like.stem).removesuffix(pruned)}{pruned}")
             writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[values]))
             for name, tensor in planned.items():
                 form = gguf.GGMLQuantizationType[tensor.form]

@@ -208,9 +208,11 @@ def _as_stored(tensor: Tensor, entry: TensorEntry) -> Tensor:
     if tuple(tensor.shape) != entry.shape:
         raise FistaPrunerError(f"{entry.name}: the new tensor is {list(tensor.shape)}, {list(entry.shape)} is expected")
     stored = tensor.to(entry.dtype)
-    if stored.dtype.is_floating_point and not bool(torch.isfinite(stored).all()):
+    if not stored.dtype.is_floating_point:
+        return stored
+    if not bool(torch.isfinite(stored).all()):
         raise FistaPrunerError(f"{entry.name}: the new tensor has values that {entry.dtype} cannot hold")
-    return stored
+    return stored + 0.0  # so that -0.0, which a mask makes of a negative weight, is stored as other zeros are
 
 
 def safetensors_name(shard: str) -> str:

@@ -4,7 +4,7 @@
 #ifdef FISTAPRUNER_X86
 #include <immintrin.h>
 
-#define LEVEL __attribute__((target("avx2,fma,f16c,popcnt,bmi")))
+#define LEVEL __attribute__((target("avx2,fma,popcnt,bmi")))
 #define INLINE static inline __attribute__((always_inline))
 
 /* spread_to[m][i]: which of the loaded values belongs to column i of mask byte m, or 0x80 (shuffles write zero). */
@@ -41,17 +41,11 @@ INLINE LEVEL __m128i spread8(const int8_t *value, uint8_t mask) {
     return _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)value), _mm_loadl_epi64((const __m128i *)spread_to[mask]));
 }
 
-/* Eight values of any kind but int8 to their columns, as fp32. */
+/* Eight bf16 values to their columns, as fp32. */
 INLINE LEVEL __m256 spread_float(const packed_operator *op, int64_t next, uint8_t mask) {
-    if (op->kind == VALUES_BF16) {
-        const uint16_t *value = (const uint16_t *)op->values + next;
-        __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)value));
-        return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i *)widen_to[mask])));
-    }
-    if (op->kind == VALUES_FP16) return _mm256_cvtph_ps(spread16((const uint16_t *)op->values + next, mask));
-    __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)spread_to[mask]));
-    __m256 loaded = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float *)op->values + next), index);
-    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(index, 31)), loaded);
+    const uint16_t *value = (const uint16_t *)op->values + next;
+    __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)value));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i *)widen_to[mask])));
 }
 
 INLINE LEVEL float add_lanes(__m256 sum) {
@@ -93,31 +87,25 @@ INLINE LEVEL void float_row(const packed_operator *op, int64_t row, const prepar
 INLINE LEVEL void int8_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
     const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
     const int8_t *value = (const int8_t *)op->values + op->start[row];
-    const int64_t groups = group_count(op);
-    double total[MAX_TILE] = {0};
-    for (int64_t group = 0; group < groups; group++) {
-        int64_t end = (group + 1) * op->group_words < op->words ? (group + 1) * op->group_words : op->words;
-        int64_t exact[MAX_TILE] = {0};
-        for (int64_t begin = group * op->group_words; begin < end; begin += INT8_CHUNK) {
-            int64_t stop = begin + INT8_CHUNK < end ? begin + INT8_CHUNK : end;
-            __m256i sum[MAX_TILE];
-            for (int t = 0; t < tile; t++) sum[t] = _mm256_setzero_si256();
-            for (int64_t part = 8 * begin; part < 8 * stop; part += 2) {
-                __m128i first = spread8(value, mask[part]);
-                value += count_bits(mask[part]);
-                __m128i second = spread8(value, mask[part + 1]);
-                value += count_bits(mask[part + 1]);
-                __m256i spread = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
-                for (int t = 0; t < tile; t++) {
-                    __m256i levels = _mm256_loadu_si256((const __m256i *)(x->levels + t * x->stride + 8 * part));
-                    sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(spread, levels));
-                }
+    int64_t exact[MAX_TILE] = {0};
+    for (int64_t begin = 0; begin < op->words; begin += INT8_CHUNK) {
+        int64_t stop = begin + INT8_CHUNK < op->words ? begin + INT8_CHUNK : op->words;
+        __m256i sum[MAX_TILE];
+        for (int t = 0; t < tile; t++) sum[t] = _mm256_setzero_si256();
+        for (int64_t part = 8 * begin; part < 8 * stop; part += 2) {
+            __m128i first = spread8(value, mask[part]);
+            value += count_bits(mask[part]);
+            __m128i second = spread8(value, mask[part + 1]);
+            value += count_bits(mask[part + 1]);
+            __m256i spread = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
+            for (int t = 0; t < tile; t++) {
+                __m256i levels = _mm256_loadu_si256((const __m256i *)(x->levels + t * x->stride + 8 * part));
+                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(spread, levels));
             }
-            for (int t = 0; t < tile; t++) exact[t] += add_integers(sum[t]);
         }
-        for (int t = 0; t < tile; t++) total[t] += scaled_group(op, row, group, groups, exact[t]);
+        for (int t = 0; t < tile; t++) exact[t] += add_integers(sum[t]);
     }
-    for (int t = 0; t < tile; t++) out[t] = (float)total[t];
+    for (int t = 0; t < tile; t++) out[t] = (float)((double)op->scale[row] * (double)exact[t]);
 }
 
 #define OVER_TILES(KERNEL) \
@@ -159,14 +147,14 @@ INLINE LEVEL void unpack_part(const packed_operator *op, int64_t next, uint8_t m
 }
 
 LEVEL void avx2_unpack(const packed_operator *op, int64_t first, int64_t last, int type, void *out) {
-    const int64_t size = type == TYPE_BF16 ? 2 : 4, groups = op->kind == VALUES_INT8 ? group_count(op) : 1;
+    const int64_t size = type == TYPE_BF16 ? 2 : 4;
     const int64_t whole = op->columns / 8, rest = op->columns % 8;
     char *dense = out;
     for (int64_t row = first; row < last; row++, dense += op->columns * size) {
         const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
         int64_t next = op->start[row];
+        float scale = op->kind == VALUES_INT8 ? op->scale[row] : 1.0f;
         for (int64_t part = 0; part < whole + (rest > 0); part++) {
-            float scale = op->kind == VALUES_INT8 ? op->scale[row * groups + part / 8 / op->group_words] : 1.0f;
             if (part < whole) {
                 unpack_part(op, next, mask[part], scale, type, dense + part * 8 * size);
             } else { /* what lies behind the row may be another thread's */

@@ -88,39 +88,6 @@ INLINE LEVEL void split_rows(const packed_operator *op, int64_t row, int64_t ste
         for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = _mm512_reduce_add_ps(sum[r][t]);
 }
 
-/* fp32 or fp16 values, fp32 vectors, sixteen columns at a time. */
-INLINE LEVEL void wide_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
-    const char *value[4];
-    const uint16_t *mask[4];
-    const int half = op->kind == VALUES_FP16, size = half ? 2 : 4;
-    __m512 sum[4][MAX_TILE];
-    for (int r = 0; r < rows; r++) {
-        value[r] = (const char *)op->values + op->start[row + r * step] * size;
-        mask[r] = (const uint16_t *)(op->mask + (row + r * step) * op->words);
-        for (int t = 0; t < tile; t++) sum[r][t] = _mm512_setzero_ps();
-    }
-    for (int64_t part = 0; part < 4 * op->words; part++) {
-        for (int r = 0; r < rows; r++) {
-            uint32_t bits = mask[r][part];
-            __m512 spread;
-            if (half) {
-                __m256i loaded = _mm256_loadu_si256((const __m256i *)value[r]);
-                IN_REGISTER(loaded);
-                spread = _mm512_cvtph_ps(_mm256_maskz_expand_epi16((__mmask16)bits, loaded));
-            } else {
-                __m512 loaded = _mm512_loadu_ps(value[r]);
-                IN_REGISTER(loaded);
-                spread = _mm512_maskz_expand_ps((__mmask16)bits, loaded);
-            }
-            value[r] += size * count_bits(bits);
-            for (int t = 0; t < tile; t++)
-                sum[r][t] = _mm512_fmadd_ps(spread, _mm512_loadu_ps(x->plain + t * x->stride + 16 * part), sum[r][t]);
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = _mm512_reduce_add_ps(sum[r][t]);
-}
-
 /* Sums of bytes are widened to 64 bits at least every this many mask words, long before 32 bits could overflow. */
 #define INT8_CHUNK 256
 
@@ -128,46 +95,38 @@ INLINE LEVEL void wide_rows(const packed_operator *op, int64_t row, int64_t step
 INLINE LEVEL void int8_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
     const int8_t *value[4];
     const uint64_t *mask[4];
-    const int64_t groups = group_count(op);
-    double total[4][MAX_TILE];
+    int64_t exact[4][MAX_TILE] = {{0}};
     for (int r = 0; r < rows; r++) {
         value[r] = (const int8_t *)op->values + op->start[row + r * step];
         mask[r] = op->mask + (row + r * step) * op->words;
-        for (int t = 0; t < tile; t++) total[r][t] = 0.0;
     }
-    for (int64_t group = 0; group < groups; group++) {
-        int64_t end = (group + 1) * op->group_words < op->words ? (group + 1) * op->group_words : op->words;
-        int64_t exact[4][MAX_TILE] = {{0}};
-        for (int64_t begin = group * op->group_words; begin < end; begin += INT8_CHUNK) {
-            int64_t stop = begin + INT8_CHUNK < end ? begin + INT8_CHUNK : end;
-            __m512i high[4][MAX_TILE], low[4][MAX_TILE];
-            for (int r = 0; r < rows; r++)
-                for (int t = 0; t < tile; t++) high[r][t] = low[r][t] = _mm512_setzero_si512();
-            for (int64_t word = begin; word < stop; word++) {
-                for (int r = 0; r < rows; r++) {
-                    uint64_t bits = mask[r][word];
-                    __m512i spread = spread8(bits, value[r]);
-                    value[r] += count_bits(bits);
-                    _mm_prefetch((const char *)value[r] + AHEAD, _MM_HINT_T0);
-                    for (int t = 0; t < tile; t++) {
-                        int64_t at = t * x->stride + 64 * word;
-                        high[r][t] = _mm512_dpbusd_epi32(high[r][t], _mm512_loadu_si512(x->high + at), spread);
-                        low[r][t] = _mm512_dpbusd_epi32(low[r][t], _mm512_loadu_si512(x->low + at), spread);
-                    }
+    for (int64_t begin = 0; begin < op->words; begin += INT8_CHUNK) {
+        int64_t stop = begin + INT8_CHUNK < op->words ? begin + INT8_CHUNK : op->words;
+        __m512i high[4][MAX_TILE], low[4][MAX_TILE];
+        for (int r = 0; r < rows; r++)
+            for (int t = 0; t < tile; t++) high[r][t] = low[r][t] = _mm512_setzero_si512();
+        for (int64_t word = begin; word < stop; word++) {
+            for (int r = 0; r < rows; r++) {
+                uint64_t bits = mask[r][word];
+                __m512i spread = spread8(bits, value[r]);
+                value[r] += count_bits(bits);
+                _mm_prefetch((const char *)value[r] + AHEAD, _MM_HINT_T0);
+                for (int t = 0; t < tile; t++) {
+                    int64_t at = t * x->stride + 64 * word;
+                    high[r][t] = _mm512_dpbusd_epi32(high[r][t], _mm512_loadu_si512(x->high + at), spread);
+                    low[r][t] = _mm512_dpbusd_epi32(low[r][t], _mm512_loadu_si512(x->low + at), spread);
                 }
             }
-            for (int r = 0; r < rows; r++)
-                for (int t = 0; t < tile; t++)
-                    exact[r][t] += 256 * (int64_t)_mm512_reduce_add_epi32(high[r][t]) + _mm512_reduce_add_epi32(low[r][t]);
         }
         for (int r = 0; r < rows; r++)
-            for (int t = 0; t < tile; t++) {
-                int64_t offset = (int64_t)INT8_OFFSET * op->sums[(row + r * step) * groups + group];
-                total[r][t] += scaled_group(op, row + r * step, group, groups, exact[r][t] - offset);
-            }
+            for (int t = 0; t < tile; t++)
+                exact[r][t] += 256 * (int64_t)_mm512_reduce_add_epi32(high[r][t]) + _mm512_reduce_add_epi32(low[r][t]);
     }
     for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = (float)total[r][t];
+        for (int t = 0; t < tile; t++) {
+            int64_t at = row + r * step, offset = (int64_t)INT8_OFFSET * op->sums[at];
+            out[r * step * MAX_TILE + t] = (float)((double)op->scale[at] * (double)(exact[r][t] - offset));
+        }
 }
 
 /* Four rows a quarter of the block apart: each of the four streams of values then runs on through the next row, and what
@@ -188,8 +147,7 @@ INLINE LEVEL void int8_rows(const packed_operator *op, int64_t row, int64_t step
 
 LEVEL void avx512_multiply(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out) {
     if (op->kind == VALUES_INT8) OVER_TILES(int8_rows);
-    else if (op->kind == VALUES_BF16) OVER_TILES(split_rows);
-    else OVER_TILES(wide_rows);
+    else OVER_TILES(split_rows);
 }
 
 LEVEL_BF16 void avx512_bf16_multiply(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out) {
@@ -247,28 +205,23 @@ INLINE LEVEL __m256i narrow(__m512 wide) {
 
 /* Any values to fp32 or bf16 rows, 16 columns at a time. */
 INLINE LEVEL void unpack_any(const packed_operator *op, int64_t row, int type, char *dense) {
-    static const int sizes[] = {2, 2, 4, 1};
-    const int size = sizes[op->kind];
+    const int int8 = op->kind == VALUES_INT8, size = int8 ? 1 : 2;
     const char *value = (const char *)op->values + op->start[row] * size;
     const uint16_t *mask = (const uint16_t *)(op->mask + row * op->words);
-    const int64_t groups = op->kind == VALUES_INT8 ? group_count(op) : 0, parts = (op->columns + 15) / 16;
+    const int64_t parts = (op->columns + 15) / 16;
     for (int64_t part = 0; part < parts; part++) {
         __mmask16 bits = (__mmask16)mask[part];
         __m512 wide;
-        if (op->kind == VALUES_FP32) {
-            __m512 loaded = _mm512_loadu_ps(value);
-            IN_REGISTER(loaded);
-            wide = _mm512_maskz_expand_ps(bits, loaded);
-        } else if (op->kind == VALUES_INT8) {
+        if (int8) {
             __m128i loaded = _mm_loadu_si128((const __m128i *)value);
             IN_REGISTER(loaded);
             __m512 levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_expand_epi8(bits, loaded)));
-            wide = _mm512_mul_ps(levels, _mm512_set1_ps(op->scale[row * groups + part / 4 / op->group_words]));
+            wide = _mm512_mul_ps(levels, _mm512_set1_ps(op->scale[row]));
         } else {
             __m256i loaded = _mm256_loadu_si256((const __m256i *)value);
             IN_REGISTER(loaded);
             loaded = _mm256_maskz_expand_epi16(bits, loaded);
-            wide = op->kind == VALUES_FP16 ? _mm512_cvtph_ps(loaded) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(loaded), 16));
+            wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(loaded), 16));
         }
         value += size * count_bits(bits);
         int64_t left = op->columns - 16 * part;

@@ -25,7 +25,7 @@ typedef void (*run_parallel)(void (*work)(void *), void *data, unsigned threads,
 static run_parallel parallel = NULL;
 
 /* Increased whenever packed_operator or an exported function changes, so that a stale library is never called. */
-EXPORT int fistapruner_abi(void) { return 4; }
+EXPORT int fistapruner_abi(void) { return 5; }
 
 EXPORT void fistapruner_threads(run_parallel run) { parallel = run; }
 
@@ -54,29 +54,28 @@ EXPORT int fistapruner_level(void) {
 }
 
 typedef struct {
-    const packed_operator *const *ops;
-    int count;
+    const packed_operator *op;
     rows_times_vectors multiply;
     rows_to_dense unpack;
     const prepared *x;
     const float *vector_scale; /* int8: scale of each vector's activations */
-    void *const *outs;         /* of each operator: batch x rows, or what is unpacked */
+    char *out;                 /* batch x rows, or what is unpacked */
     int64_t first, last;       /* rows */
-    int64_t blocks;            /* row blocks of all operators */
     int type, batch, shares;
     int next;                  /* share that the next idle thread takes */
 } job;
 
-static void store(const job *work, const packed_operator *op, char *out, int64_t row, int vector, float value) {
+static void store(const job *work, int64_t row, int vector, float value) {
+    const packed_operator *op = work->op;
     if (op->kind == VALUES_INT8) value *= work->vector_scale[vector];
     if (op->bias) value += op->bias[row];
     if (work->type == TYPE_BF16)
-        ((uint16_t *)out)[vector * op->rows + row] = float_to_bf16(value);
+        ((uint16_t *)work->out)[vector * op->rows + row] = float_to_bf16(value);
     else
-        ((float *)out)[vector * op->rows + row] = value;
+        ((float *)work->out)[vector * op->rows + row] = value;
 }
 
-static void multiply_blocks(const job *work, const packed_operator *op, char *out, int64_t first, int64_t last) {
+static void multiply_blocks(const job *work, int64_t first, int64_t last) {
     float sums[ROW_BLOCK * MAX_TILE];
     for (int64_t row = first; row < last; row += ROW_BLOCK) {
         int64_t end = row + ROW_BLOCK < last ? row + ROW_BLOCK : last;
@@ -89,33 +88,23 @@ static void multiply_blocks(const job *work, const packed_operator *op, char *ou
             if (x.bf16) x.bf16 += at;
             if (x.levels) x.levels += at;
             if (x.high) x.high += at, x.low += at;
-            work->multiply(op, row, end, &x, tile, sums);
+            work->multiply(work->op, row, end, &x, tile, sums);
             for (int64_t r = row; r < end; r++)
-                for (int t = 0; t < tile; t++) store(work, op, out, r, vector + t, sums[(r - row) * MAX_TILE + t]);
+                for (int t = 0; t < tile; t++) store(work, r, vector + t, sums[(r - row) * MAX_TILE + t]);
         }
     }
 }
 
-static int64_t last_row(const job *work, const packed_operator *op) { return work->last < op->rows ? work->last : op->rows; }
-
-static int64_t block_count(const job *work, const packed_operator *op) {
-    return (last_row(work, op) - work->first + ROW_BLOCK - 1) / ROW_BLOCK;
-}
-
-/* Share `index` of the rows of all operators: whole row blocks, counted from the first row of each. */
+/* Share `index` of the rows: whole row blocks, counted from the first row. */
 static void run_share(const job *work, int index) {
     const size_t size = work->type == TYPE_BF16 ? 2 : 4;
-    int64_t begin = work->blocks * index / work->shares, end = work->blocks * (index + 1) / work->shares;
-    for (int which = 0; which < work->count && end > 0; which++) {
-        const packed_operator *op = work->ops[which];
-        char *out = work->outs[which];
-        int64_t first = work->first + (begin > 0 ? begin : 0) * ROW_BLOCK, last = work->first + end * ROW_BLOCK;
-        if (last > last_row(work, op)) last = last_row(work, op);
-        if (first < last && work->multiply) multiply_blocks(work, op, out, first, last);
-        else if (first < last) work->unpack(op, first, last, work->type, out + (size_t)(first - work->first) * (size_t)op->columns * size);
-        begin -= block_count(work, op);
-        end -= block_count(work, op);
-    }
+    const int64_t blocks = (work->last - work->first + ROW_BLOCK - 1) / ROW_BLOCK;
+    int64_t first = work->first + blocks * index / work->shares * ROW_BLOCK;
+    int64_t last = work->first + blocks * (index + 1) / work->shares * ROW_BLOCK;
+    if (last > work->last) last = work->last;
+    if (first >= last) return;
+    if (work->multiply) multiply_blocks(work, first, last);
+    else work->unpack(work->op, first, last, work->type, work->out + (size_t)(first - work->first) * (size_t)work->op->columns * size);
 }
 
 /* Next of some shares for whichever thread asks, so it does not matter how many threads the runtime grants. */
@@ -143,7 +132,6 @@ static int in_parallel(int threads) {
 }
 
 static void run_job(job *work, int threads) {
-    for (int which = 0; which < work->count; which++) work->blocks += block_count(work, work->ops[which]);
     work->shares = in_parallel(threads) ? SHARES_A_THREAD * threads : 1;
     if (in_parallel(threads)) parallel(run_thread, work, (unsigned)threads, 0);
     else run_thread(work);
@@ -172,15 +160,12 @@ static float quantise(const void *x, int type, int64_t at, int64_t columns, int1
     return finite ? scale : NAN;
 }
 
-/* Products of some operators with the same vectors: x (batch x columns) times each transposed operator, plus its bias. They
- * have the same columns and kind of values. outs has the place of each operator's results (batch x rows).
+/* Product of an operator with x (batch x columns): x times the transposed operator, plus its bias, to out (batch x rows).
  * Returns 0, or 1 when there is no memory for the prepared vectors. */
-EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops, const void *x, void *const *outs,
-                                int type, int batch, int threads, int level) {
-    const packed_operator *op = ops[0];
+EXPORT int fistapruner_multiply(const packed_operator *op, const void *x, void *out, int type, int batch, int threads,
+                                int level) {
     const int64_t stride = 64 * op->words, count = stride * batch;
-    job work = {.ops = ops, .count = count_ops, .multiply = portable_multiply, .outs = outs};
-    work.last = INT64_MAX, work.type = type, work.batch = batch;
+    job work = {.op = op, .multiply = portable_multiply, .out = out, .last = op->rows, .type = type, .batch = batch};
     prepared ready = {.stride = stride};
     work.x = &ready;
     float *buffer = malloc((size_t)(count + batch) * sizeof(float) + 64);
@@ -191,7 +176,7 @@ EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops
     if (level >= LEVEL_AVX512) work.multiply = avx512_multiply;
     if (level >= LEVEL_AVX512_BF16 && op->kind == VALUES_BF16 && type == TYPE_BF16) work.multiply = avx512_bf16_multiply;
     if (!op->mask) work.multiply = avx512_bf16_dense;
-    const int split = work.multiply == avx512_multiply && op->kind == VALUES_BF16;
+    const int split = work.multiply == avx512_multiply;
     const int narrow = work.multiply == avx512_bf16_multiply || work.multiply == avx512_bf16_dense;
     const int bytes = work.multiply == avx512_multiply;
 #else
@@ -237,8 +222,7 @@ EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops
 
 /* Rows first..last densely, (last - first) x columns of fp32 or bf16. */
 EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t last, void *out, int type, int threads, int level) {
-    job work = {.ops = &op, .count = 1, .unpack = portable_unpack, .outs = &out};
-    work.first = first, work.last = last, work.type = type;
+    job work = {.op = op, .unpack = portable_unpack, .out = out, .first = first, .last = last, .type = type};
 #ifdef FISTAPRUNER_X86
     if (level >= LEVEL_AVX2) work.unpack = avx2_unpack;
     if (level >= LEVEL_AVX512) work.unpack = avx512_unpack;
@@ -253,18 +237,17 @@ static int64_t panel_values(const packed_operator *op) { return 4 * op->words * 
 
 /* Bytes of scratch memory that fistapruner_multiply_many needs; 0 where it cannot run this operator. */
 EXPORT int64_t fistapruner_many_bytes(const packed_operator *op, int batch, int threads, int level) {
-    if (level < LEVEL_AMX || !op->mask || !(op->kind == VALUES_BF16 || (op->kind == VALUES_INT8 && group_count(op) == 1))) return 0;
+    if (level < LEVEL_AMX || !op->mask) return 0;
     int64_t groups = (batch + AMX_SIDE - 1) / AMX_SIDE, vectors = groups * 2 * op->words * AMX_VALUES;
     return 2 * (vectors + threads * panel_values(op)) + 64;
 }
 
 #ifdef FISTAPRUNER_AMX
 typedef struct {
-    const packed_operator *const *ops;
-    int count;
+    const packed_operator *op;
     const uint16_t *x;
     uint16_t *vectors, *panels;
-    void *const *outs;
+    void *out;
     int batch, groups;
     int next_group, next_panel, next_thread;
 } many;
@@ -272,36 +255,30 @@ typedef struct {
 static void prepare_thread(void *data) {
     many *work = data;
     for (int group = take(&work->next_group); group < work->groups; group = take(&work->next_group))
-        amx_prepare(work->x, work->batch, work->ops[0]->columns, work->ops[0]->words, group, work->vectors);
+        amx_prepare(work->x, work->batch, work->op->columns, work->op->words, group, work->vectors);
 }
 
 static void many_thread(void *data) {
     many *work = data;
-    const int64_t height = 2 * AMX_SIDE;
-    uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(work->ops[0]);
-    int64_t next = take(&work->next_panel), before = 0;
-    for (int which = 0; which < work->count; which++) {
-        const packed_operator *op = work->ops[which];
-        const int64_t panels = (op->rows + height - 1) / height;
-        for (; next < before + panels; next = take(&work->next_panel)) {
-            int64_t first = height * (next - before), last = first + height < op->rows ? first + height : op->rows;
-            amx_multiply(op, first, last, work->vectors, work->batch, panel, work->outs[which]);
-        }
-        before += panels;
+    const packed_operator *op = work->op;
+    const int64_t height = 2 * AMX_SIDE, panels = (op->rows + height - 1) / height;
+    uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(op);
+    for (int64_t next = take(&work->next_panel); next < panels; next = take(&work->next_panel)) {
+        int64_t first = height * next, last = first + height < op->rows ? first + height : op->rows;
+        amx_multiply(op, first, last, work->vectors, work->batch, panel, work->out);
     }
 }
 #endif
 
-/* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes, and operators of one kind
- * and as many columns need no more than one of them. */
-EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int count, const void *x, void *const *outs,
-                                      int batch, int threads, void *scratch) {
+/* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes. */
+EXPORT void fistapruner_multiply_many(const packed_operator *op, const void *x, void *out, int batch, int threads,
+                                      void *scratch) {
 #ifdef FISTAPRUNER_AMX
     int groups = (batch + AMX_SIDE - 1) / AMX_SIDE;
     uint16_t *vectors = (uint16_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    many work = {.ops = ops, .count = count, .x = x, .vectors = vectors, .outs = outs};
+    many work = {.op = op, .x = x, .vectors = vectors, .out = out};
     work.batch = batch, work.groups = groups;
-    work.panels = vectors + (int64_t)groups * 2 * ops[0]->words * AMX_VALUES;
+    work.panels = vectors + (int64_t)groups * 2 * op->words * AMX_VALUES;
     if (in_parallel(threads)) {
         parallel(prepare_thread, &work, (unsigned)threads, 0);
         parallel(many_thread, &work, (unsigned)threads, 0);
@@ -310,6 +287,6 @@ EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int cou
         many_thread(&work);
     }
 #else
-    (void)ops, (void)count, (void)x, (void)outs, (void)batch, (void)threads, (void)scratch;
+    (void)op, (void)x, (void)out, (void)batch, (void)threads, (void)scratch;
 #endif
 }

@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { VALUES_BF16 = 0, VALUES_FP16 = 1, VALUES_FP32 = 2, VALUES_INT8 = 3 };
+enum { VALUES_BF16 = 0, VALUES_INT8 = 1 };
 enum { TYPE_FP32 = 0, TYPE_BF16 = 1 };
 enum { LEVEL_PORTABLE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3, LEVEL_AMX = 4 };
 
@@ -27,9 +27,8 @@ typedef struct {
     const int64_t *start;    /* rows + 1 offsets into values, in elements */
     const void *values;      /* readable for 64 bytes past its end */
     const float *bias;       /* rows, or NULL */
-    const float *scale;      /* int8: rows x groups */
-    const int32_t *sums;     /* int8: rows x groups, sum of the group's values */
-    int64_t group_words;     /* int8: mask words in a scale group (words: one scale a row) */
+    const float *scale;      /* int8: rows */
+    const int32_t *sums;     /* int8: rows, sum of the row's values */
     int32_t kind;            /* VALUES_* */
     int32_t reserved;
 } packed_operator;
@@ -90,21 +89,6 @@ static inline uint16_t float_to_bf16(float value) {
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-static inline float fp16_to_float(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 0x3ffu, bits;
-    if (exponent == 31) {
-        bits = sign | 0x7f800000u | (fraction << 13);
-    } else if (exponent) {
-        bits = sign | ((exponent + 112u) << 23) | (fraction << 13);
-    } else {
-        float value = (float)fraction * 5.9604644775390625e-8f; /* subnormal: fraction * 2^-24 */
-        return sign ? -value : value;
-    }
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 static inline int count_bits(uint64_t word) {
 #if defined(__GNUC__) || defined(__clang__)
     return __builtin_popcountll(word);
@@ -124,13 +108,5 @@ static inline int lowest_bit(uint64_t word) {
     return bit;
 #endif
 }
-
-/* One scale group of one row: exact sum -> its share of the result, before the vector's scale. */
-static inline double scaled_group(const packed_operator *op, int64_t row, int64_t group, int64_t groups,
-                                  int64_t exact) {
-    return (double)op->scale[row * groups + group] * (double)exact;
-}
-
-static inline int64_t group_count(const packed_operator *op) { return (op->words + op->group_words - 1) / op->group_words; }
 
 #endif
