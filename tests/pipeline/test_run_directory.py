@@ -481,7 +481,7 @@ def test_a_calibration_file_is_kept_from_the_root(dense: Path, tmp_path: Path, m
     before = (tmp_path / "run" / "model.json").stat().st_mtime_ns
     for source in ("../text.txt", str(tmp_path / "text.txt"), str(tmp_path / "." / "elsewhere" / ".." / "text.txt")):
         settings["calibration"]["source"] = source
-        assert fp.prune(dense, tmp_path / "run", propagate="dense", **settings).status == "finished"
+        assert fp.prune(dense, tmp_path / "run", **settings).status == "finished"
     assert (tmp_path / "run" / "model.json").stat().st_mtime_ns == before
 
 
