@@ -246,9 +246,8 @@ def test_operators_of_a_stack_share_what_depends_on_the_gram(name: str, monkeypa
 
 @pytest.mark.parametrize("sparsity", ["0.5%", "1%"])
 def test_alps_ends_where_few_weights_become_zero(sparsity: str) -> None:
-    for problem in (make_problem(64, 64), LayerProblem(torch.ones(70, 16), torch.ones(16, 16))):
-        (stats,) = solve(problem, sparsity, "alps").stats
-        assert stats["steps"][0]["iterations"] <= 60
+    (stats,) = solve(make_problem(64, 64), sparsity, "alps").stats
+    assert stats["steps"][0]["iterations"] <= 60
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ def test_settings_beyond_fp32_are_named(method: dict[str, object]) -> None:
 
 WRONG: list[tuple[Any, str]] = [
     *(({name: {"rho": v}}, f"method {name}: rho") for name in ("alps", "admm") for v in (math.nan, math.inf, 0, -1)),
-    *(({"proximal": {"rho": [0.1, v]}}, r"method proximal: rho \(0\.1") for v in (math.nan, math.inf, 0, -1)),
+    *(({"proximal": {"rho": [0.1, v]}}, r"method proximal: rho \[0\.1") for v in (math.nan, math.inf, 0, -1)),
     ({"proximal": {"rho": [1, 0.1]}}, r"method proximal: rho \[1\.0, 0\.1\]"),
     ({"proximal": {"rho": 1}}, "method proximal: rho 1: 2 numbers"),
     ({"proximal": {"levels": 1.5}}, r"method proximal: levels 1\.5: a whole number"),
