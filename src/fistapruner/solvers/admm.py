@@ -45,7 +45,8 @@ class ADMM(Method):
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         centre, gram, warnings = problem.regularised(Ridge(own=self.damping))
         scale = gram.diagonal().sqrt() / (1.0 + self.damping) ** 0.5
-        resolvent = problem.cached((self.name, self.damping), lambda: resolvents(scaled(gram, scale), many=False))
+        key = self.name, self.damping, self.rho
+        resolvent = problem.cached(key, lambda: resolvents(scaled(gram, scale), many=False)(self.rho))
         growing = min(self.growing, self.iterations)
         mask = torch.empty(0)
         step = 0
@@ -58,6 +59,6 @@ class ADMM(Method):
                 mask = constraint.relaxed(z.abs(), grown)
             torch.mul(z, mask, out=kept)
 
-        term = LeastSquares(centre * scale, resolvent, fast=False)
+        term = LeastSquares(centre * scale, lambda _: resolvent.clone(), fast=False)
         state = split(term, centre * scale, lambda state: iter([self.rho] * self.iterations), project)
         return Solution(state.kept / scale, mask, ({"damping": self.damping, "rho": self.rho},), warnings)
