@@ -98,7 +98,7 @@ def test_the_page_on_a_new_solver(capsys: pytest.CaptureFixture[str]) -> None:
     """Its code runs in one namespace, as in a notebook, and prints the page's table but for rounding."""
     names: dict[str, Any] = {}
     for block in blocks("python", "docs/new-solver.md"):
-        exec(compile(block, "docs/new-solver.md", "exec"), names)
+        exec(compile(block, "docs/new-solver.md", "exec", dont_inherit=True), names)
     (shown, *_) = blocks("text", "docs/new-solver.md")
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     expected = [line.split() for line in shown.splitlines()]
