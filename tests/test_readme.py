@@ -94,6 +94,26 @@ def test_python(place: Path) -> None:
         exec(compile(source, "README.md", "exec"), {})
 
 
+def test_the_page_on_a_new_solver(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code runs in one namespace, as in a notebook, and prints the page's table but for rounding."""
+    names: dict[str, Any] = {}
+    for block in blocks("python", "docs/new-solver.md"):
+        exec(compile(block, "docs/new-solver.md", "exec", dont_inherit=True), names)
+    (shown, *_) = blocks("text", "docs/new-solver.md")
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    expected = [line.split() for line in shown.splitlines()]
+    assert [line[0] for line in printed] == [line[0] for line in expected]
+    figures = [[float(word.rstrip("%")) for line in lines for word in line[1:]] for lines in (printed, expected)]
+    assert figures[0] == pytest.approx(figures[1], rel=0.1)
+
+
+def test_the_page_on_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its example of the core runs without anything from the README."""
+    (example,) = blocks("python", "docs/methods.md")
+    exec(compile(example, "docs/methods.md", "exec"), {})
+    assert 0 < float(capsys.readouterr().out) < 1
+
+
 def test_python_in_the_documentation_can_be_read() -> None:
     """Of every page; nothing runs."""
     pages = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]

@@ -81,7 +81,7 @@ class LayerProblem:
         tokens: number of calibration tokens ``p``; None if the Gram is to be taken as exact.
         importance: (m,) by which ``weighted`` has multiplied the errors of the rows; relative errors are without
             it. None where they are not weighted.
-        cache: what was computed from the Gram alone (:meth:`cached`); problems with the same Gram may share it.
+        cache: what was computed from the Gram alone (``cached``); problems with the same Gram may share it.
 
     Raises:
         FistaPrunerError: shapes or devices disagree, or something is no floating-point tensor; names the operator.
@@ -224,7 +224,7 @@ class LayerProblem:
 
         Args:
             weight: (m, n).
-            gradient: (m, n) :meth:`gradient` there, which saves a product.
+            gradient: (m, n) ``gradient`` there, which saves a product.
         """
         errors = []
         for rows in row_blocks(len(weight)):
@@ -269,7 +269,7 @@ class LayerProblem:
     def weighted(self, importance: Tensor) -> LayerProblem:
         """Weight the error of every row by its importance: ``sum_i importance_i f_i`` over rows i.
 
-        Every row is scaled by the root of its importance. Its solutions are scaled, too; :func:`unweighted` reverts
+        Every row is scaled by the root of its importance. Its solutions are scaled, too; ``unweighted`` reverts
         that. Important rows keep more weights if rows compete (unstructured sparsity); the least-squares weights of a
         row do not change.
 

@@ -45,7 +45,7 @@ class Execution(Settings):
         ge=1,
         le=MAX_WORKERS,
         description="Worker processes of process and ray; without it one for each GPU or group of cores. They prune "
-        "different layers with propagate dense, and share the operators of one layer with propagate pruned.",
+        "different layers, which needs propagate dense.",
     )
     threads: int | None = Field(
         None,

@@ -69,8 +69,8 @@ class Fista(Method):
     patience: int = setting(3, "T, rounds without improvement after which it stops (paper: 3).", least=1)
     warm_start: str = setting(
         "sparsegpt",
-        "Solver of the first weights if the chain has no step before. auto is the paper's choice by the model's "
-        "family: SparseGPT for OPT, Wanda for LLaMA and every other.",
+        "First weights if the chain has no step before: those of sparsegpt, wanda or magnitude, dense (W), or auto, "
+        "the paper's choice by the model's family: SparseGPT for OPT, Wanda for LLaMA and every other.",
         choices=("auto", "sparsegpt", "wanda", "magnitude", "dense"),
     )
     penalty: str = setting(
