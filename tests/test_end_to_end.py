@@ -75,11 +75,11 @@ def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(t
     tokens = torch.randint(4, tiny.VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
     generated = model.generate(tokens, min_new_tokens=4, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (1, 16)
-    fp.pack(out, tmp_path / "packed")
+    fp.pack(out, tmp_path / "packed", values="bf16")
     with torch.no_grad():
         logits = model(tokens).logits
-        assert torch.equal(auto.from_pretrained(tmp_path / "packed")(tokens).logits, logits)
-        torch.testing.assert_close(fp.load(tmp_path / "packed")(tokens).logits, logits, rtol=1e-4, atol=1e-4)
+        for packed in (auto.from_pretrained(tmp_path / "packed"), fp.load(tmp_path / "packed")):
+            torch.testing.assert_close(packed(tokens).logits.float(), logits, rtol=0.05, atol=0.05)  # rounded
     for card in (out / "README.md", tmp_path / "packed" / "README.md"):
         assert "AutoModelForImageTextToText.from_pretrained" in card.read_text("utf-8")
         assert "AutoModelForCausalLM" not in card.read_text("utf-8")

@@ -206,7 +206,7 @@ def test_a_pattern_is_asked_of_every_expert(tmp_path: Path, architecture: str, o
 
 
 def test_a_pattern_is_not_asked_of_the_routers_of_a_packed_model(tmp_path: Path) -> None:
-    tiny.save("qwen3_moe", tmp_path / "dense", original=True)
+    tiny.save("qwen3_moe", tmp_path / "dense", original=True, dtype=torch.bfloat16)
     settings: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
     fp.prune(tmp_path / "dense", tmp_path / "run", method="magnitude", sparsity="2:4", calibration=settings)
     fp.pack(tmp_path / "run" / "model", tmp_path / "packed")

@@ -393,7 +393,7 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
         fp.merge_adapter(tmp_path / "model", tmp_path / "model", tmp_path / "out")
     with pytest.raises(FistaPrunerError, match="exists already"):
         fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "wide")
-    fp.pack(tmp_path / "model", tmp_path / "packed")
+    fp.pack(tmp_path / "model", tmp_path / "packed", values="bf16")
     with pytest.raises(FistaPrunerError, match="fistapruner unpack"):
         fp.merge_adapter(tmp_path / "packed", tmp_path / "adapter", tmp_path / "out")
     claims = {f"{name}.weight": {"operator": name, "sparsity": "90%", "zeros": 1400, "shape": [32, 48]}}

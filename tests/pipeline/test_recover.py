@@ -41,8 +41,7 @@ from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_runs import input_run
-from fistapruner.sparse.pack import pack
-from fistapruner.sparse.packed_checkpoint import PackedCheckpoint, is_packed
+from fistapruner.sparse.packed_checkpoint import is_packed
 from fistapruner.tuning.objective import Objective
 from tiny import tensors
 
@@ -217,13 +216,6 @@ def test_operators_that_were_left_dense_are_not_trained(
     for name in before:
         assert before[name].ndim < 2 or torch.equal(after[name], before[name]) == ("self_attn" not in name), name
     assert not inspect_checkpoint(out / "model").violations
-    pack(out / "model", tmp_path / "packed")
-    layouts = {name: str(spec.layout) for name, spec in PackedCheckpoint(tmp_path / "packed").specs.items()}
-    assert layouts == {
-        f"model.layers.{layer}.self_attn.{name}_proj.weight": "1:4" if name == "q" else "2:4"
-        for layer in range(2)
-        for name in "qkvo"
-    }
     # Shares of zeros say in whose weights they are; errors are of operators that were pruned.
     assert made.totals.operator_zeros == report.totals.operator_zeros == made.totals.model_zeros
     assert "weights of the operators are zero" in summary(made, pruned)
@@ -585,7 +577,7 @@ def claim_violated(bench: Bench, folder: Path) -> dict[str, Any]:
 
 
 def packed(bench: Bench, folder: Path) -> dict[str, Any]:
-    assert main(["pack", str(bench.pruned() / "model"), str(folder / "packed")]) == 0
+    assert main(["pack", str(bench.pruned()), str(folder / "packed"), "--values", "bf16"]) == 0
     assert is_packed(folder / "packed")
     return {"model": folder / "packed"}
 

@@ -196,7 +196,7 @@ def test_a_folder_in_the_way_of_a_temporary_one_is_kept(run: Path, dense: Path, 
     with pytest.raises(fp.FistaPrunerError, match="holds files that fistapruner did not write"):
         fp.pack(tmp_path / "out.partial", tmp_path / "out")
     assert contents(tmp_path / "out.partial") == before
-    fp.pack(tmp_path / "out.partial", tmp_path / "packed")
+    fp.pack(tmp_path / "out.partial", tmp_path / "packed", values="bf16")
     (tmp_path / "back.partial").mkdir()
     (tmp_path / "back.partial" / "thesis.tex").write_text("years of work")
     with pytest.raises(fp.FistaPrunerError, match="holds files that fistapruner did not write"):
@@ -433,7 +433,7 @@ def test_code_runs_only_where_this_command_allows_it(
     trace.unlink(missing_ok=True)
     with pytest.raises(fp.FistaPrunerError, match="needs Python code of its own"):
         load_variant(Variant("dense", Path(out) / "model"))
-    fp.pack(Path(out) / "model", tmp_path / "packed")
+    fp.pack(Path(out) / "model", tmp_path / "packed", values="bf16")
     for folder in (out, f"{out}/model", tmp_path / "packed"):  # before anything is packed, unpacked or measured
         with monkeypatch.context() as patch:
             for work in ("pack", "unpack"):

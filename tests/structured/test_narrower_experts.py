@@ -150,10 +150,10 @@ def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path) -> Non
     assert report.totals.operator_zeros == report.totals.operator_weights // 2
     assert not inspect_checkpoint(tmp_path / "run").violations
     # Packed, it computes the same; recovered, it keeps its zeros.
-    fp.pack(tmp_path / "run" / "model", tmp_path / "packed")
+    fp.pack(tmp_path / "run" / "model", tmp_path / "packed", values="bf16")
     with torch.no_grad():
         torch.testing.assert_close(
-            fp.load(tmp_path / "packed")(TOKENS).logits, small(TOKENS).logits, rtol=1e-4, atol=1e-4
+            fp.load(tmp_path / "packed")(TOKENS).logits.float(), small(TOKENS).logits, rtol=0.05, atol=0.05
         )
     data = {"source": "python", "tokens": 300, "seqlen": 16}
     fp.recover(tmp_path / "run", tmp_path / "recovered", steps=1, parameters="full", data=data, evaluate=None)

@@ -293,7 +293,7 @@ def test_every_verb_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     model = AutoModelForCausalLM.from_pretrained(out / "model").eval()
     tokens = torch.arange(3, 19)[None]
     logits = model(tokens).logits
-    fp.pack(out / "model", tmp_path / "packed")
+    fp.pack(out / "model", tmp_path / "packed", values="bf16")
     unpacked = fp.unpack(tmp_path / "packed", tmp_path / "unpacked")
     for loaded in (
         fp.load(tmp_path / "packed", packed=False),
@@ -303,10 +303,10 @@ def test_every_verb_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
         AutoModelForCausalLM.from_pretrained(unpacked),
     ):
-        torch.testing.assert_close(loaded(tokens).logits, logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loaded(tokens).logits.float(), logits, rtol=0.05, atol=0.05)
         loaded.save_pretrained(tmp_path / "saved")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-        torch.testing.assert_close(again(tokens).logits, logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(again(tokens).logits.float(), logits, rtol=0.05, atol=0.05)
     data = {"source": str(text), "tokens": 512, "seqlen": 16}
     recovered = fp.recover(out, tmp_path / "recovered", data=data, execution={"device": "cpu"})
     assert recovered.status == "finished"
