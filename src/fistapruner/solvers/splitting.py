@@ -143,7 +143,7 @@ def resolvents(gram: Tensor, *, many: bool = True, fast: bool = False) -> Resolv
         root = vectors * (rho / (values + rho)).sqrt()
         root = root.bfloat16() if half else root
         product: Tensor = root @ root.T
-        return product.float()
+        return product.to(gram.dtype)
 
     return resolvent
 
