@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, LayerProblem]:
-    """``{"4.q_proj+k_proj+v_proj": problem, …}`` of the wanted decoder layers of SmolLM2-135M, hidden states dense.
+    """``{"4.q_proj": problem, …}`` of the wanted decoder layers of SmolLM2-135M, hidden states dense.
 
     From the first two thirds of the text, or from the rest of it.
     """
@@ -79,7 +79,7 @@ def _gather(layers: list[int], samples: int, data: str | None, held_out: bool) -
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(0, len(ids) - 1024, (samples,), generator=generator)
     sums: dict[str, Tensor] = {}
-    operators: dict[str, list[nn.Linear]] = {}
+    operators: dict[str, tuple[str, nn.Linear]] = {}
 
     def watch(name: str, module: nn.Module) -> None:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -92,21 +92,21 @@ def _gather(layers: list[int], samples: int, data: str | None, held_out: bool) -
         named = dict(model.model.layers[layer].named_modules())
         for group in GROUPS:
             linears = [next(module for name, module in named.items() if name.endswith(short)) for short in group]
-            operators[f"{layer}." + "+".join(group)] = linears
-            watch(f"{layer}." + "+".join(group), linears[0])
+            shared = f"{layer}." + "+".join(group)
+            operators |= {f"{layer}.{short}": (shared, each) for short, each in zip(group, linears, strict=True)}
+            watch(shared, linears[0])
     with torch.inference_mode():
         for batch in starts.split(4):
             model.model(torch.stack([ids[start : start + 1024] for start in batch.tolist()]))
     tokens = samples * 1024
     return {
         name: {
-            "weight": torch.cat([linear.weight.detach().float() for linear in linears]),
-            "gram": (sums[name] + sums[name].T) / (2 * tokens),
-            "names": tuple(f"{name.split('.')[0]}.{short}" for short in name.split(".")[1].split("+")),
-            "rows": tuple(linear.weight.shape[0] for linear in linears),
+            "weight": linear.weight.detach().float(),
+            "gram": (sums[shared] + sums[shared].T) / (2 * tokens),
+            "name": name,
             "tokens": tokens,
         }
-        for name, linears in operators.items()
+        for name, (shared, linear) in operators.items()
     }
 
 
