@@ -38,14 +38,14 @@ demo: .venv/demo
 
 # Fast tests first, then those on the real model; one thread a worker.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'real and not slow'
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'real and not slow'
 
 # What takes minutes each (Chromium at every width, lm-eval, Ray, the real model killed three times and resumed), and
 # what runs beside packages that are not installed for the other tests.
 test-slow: .venv/others
 	$(BIN)/python -m pytest -m slow --timeout 3000
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $$(grep -rlE $(OTHERS) tests)
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $$(grep -rlE $(OTHERS) tests)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
