@@ -44,10 +44,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FISTAPRUNER_FIGURES", "0")
 
-from fistapruner.problem import LayerProblem  # noqa: E402
-
 import fistapruner  # noqa: E402
 import tiny  # noqa: E402
+from fistapruner import LayerProblem  # noqa: E402
 from fistapruner.activations.store import HiddenStates  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
 from fistapruner.runs.layer_records import LayerEntry  # noqa: E402

@@ -123,10 +123,10 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
         f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x "
         f"{arguments.seqlen} tokens"
     )
-    for choice in (Choice(1, on_disk=True), Choice(1, on_disk=True, by_operator=True)):
-        stages = sizes.stages(choice)
-        worst = max(stages, key=lambda name: stages[name])
-        print(f"{choice}: peak {stages[worst] / GIB:.1f} GiB, {worst}; {sizes.disk(choice, 1) / GIB:.0f} GiB of disk")
+    choice = Choice(1, on_disk=True)
+    stages = sizes.stages(choice)
+    worst = max(stages, key=lambda name: stages[name])
+    print(f"{choice}: peak {stages[worst] / GIB:.1f} GiB, {worst}; {sizes.disk(choice, 1) / GIB:.0f} GiB of disk")
 
 
 def gpu(folder: Path, arguments: argparse.Namespace) -> None:
@@ -143,7 +143,7 @@ def gpu(folder: Path, arguments: argparse.Namespace) -> None:
     print(
         f"Llama-3-8B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.samples} x {arguments.seqlen} tokens"
     )
-    for choice in (Choice(4, by_operator=True), Choice(4, on_disk=True, by_operator=True)):
+    for choice in (Choice(4), Choice(4, on_disk=True)):
         on_gpu, in_main = (max(found.values()) / GIB for found in (sizes.stages(choice), sizes.host_stages(choice)))
         disk = (sizes.disk(choice, 1) + layers) / GIB
         print(f"{choice}: {on_gpu:.1f} GiB of GPU memory, {in_main:.1f} GiB of main memory, {disk:.0f} GiB of disk")
