@@ -11,10 +11,9 @@ PACKAGE = Path(fistapruner.__file__).parent
 
 LAYERS = (
     "errors",
-    "runtime",
-    "constraints",
-    "problem",
+    "core",
     "solvers",
+    "runtime",
     "recipes",
     "models",
     "activations",

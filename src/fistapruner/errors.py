@@ -71,7 +71,7 @@ A_TEXT = "a file or the name of a data set"
 
 
 def path_text(name: str, value: object, expected: str) -> str:
-    """Return what names a file, a folder or a data set as text, with the home folder in place of a leading ``~/``.
+    """Return what names a file, a folder or a data set as text, the home folder in place of ``~/``.
 
     Args:
         name: of the argument, for the error.
@@ -95,7 +95,7 @@ def path_text(name: str, value: object, expected: str) -> str:
 
 
 def at_home(value: Any) -> Any:
-    """Put the home folder in place of ``~/`` in text that names a file, also as ``NAME=~/file``, in a list or mapping.
+    """Put the home folder in place of ``~/`` in names of files, also in ``NAME=~/file`` and lists.
 
     Shells leave it there in ``--out=~/run`` and in recipes.
     """

@@ -71,7 +71,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuse wrong arguments in one line, without the usage; a verb or value that is misspelt with the nearest one."""
+    """Refuse wrong arguments in one line, and a misspelt verb or value with the nearest one."""
 
     def error(self, message: str) -> NoReturn:
         wrong = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message)

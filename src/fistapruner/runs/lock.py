@@ -57,7 +57,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def preparing(folder: Path) -> Iterator[None]:
-    """Let one process at a time of those that train together change the run's record; the others wait for it.
+    """Let one process at a time change the run's record; the others wait for it.
 
     They lock ``RUN/lock.preparing``, which stays until a process holds the directory: removed sooner, it could be gone
     under a process of another host that waits for it.
