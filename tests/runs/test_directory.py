@@ -26,7 +26,7 @@ from fistapruner.runs.directory import RunDirectory, refuse_out
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.lock import hold, preparing
+from fistapruner.runs.lock import hold
 from fistapruner.runs.log import Logged, log_file
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import ModelFacts, Report, load_run
@@ -164,7 +164,7 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
-    for name in ("lock", "lock.preparing", "log.txt", "times.json", "times.json.partial"):
+    for name in ("lock", "log.txt", "times.json", "times.json.partial"):
         (tmp_path / name).touch()
     RecoverDirectory(tmp_path).check_place()
 
@@ -173,7 +173,6 @@ def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
     ("name", "write"),
     [
         ("lock", lambda run: hold(run).__enter__()),
-        ("lock.preparing", lambda run: preparing(run).__enter__()),
         ("log.txt", lambda run: log_file(run / "log.txt").__enter__()),
         ("steps.jsonl", lambda run: StepJournal(run / "steps.jsonl", 0)),
         ("model.partial", lambda run: claim_folder(run / "model.partial")),

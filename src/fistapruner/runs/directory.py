@@ -48,7 +48,7 @@ from ..runtime.formatting import shell_line
 from .base import VERSION, Record, parse
 from .decision import RunRecord
 from .lock import NAME as LOCK
-from .lock import PREPARING, holder
+from .lock import holder
 from .records import Report, is_run, load_run
 from .times import TIMES
 
@@ -58,7 +58,7 @@ CARD = "README.md"
 FORMAT = 3
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
-EARLY = rf"log\.txt|{LOCK}|{re.escape(PREPARING)}|{re.escape(TIMES)}({re.escape(PARTIAL)})?"
+EARLY = rf"log\.txt|{LOCK}|{re.escape(TIMES)}({re.escape(PARTIAL)})?"
 """Names of files that an attempt has left that was stopped before its first result."""
 
 R = TypeVar("R", bound=RunRecord)

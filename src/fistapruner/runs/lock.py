@@ -23,8 +23,6 @@ from ..runtime.files import disk_errors, open_file
 
 NAME = "lock"
 
-PREPARING = f"{NAME}.preparing"
-
 TRIES, PAUSE = 10, 0.05
 """How often, and after how many seconds each, a lock is tried: :func:`holder` takes it for a moment."""
 
@@ -43,7 +41,6 @@ def hold(folder: Path) -> Iterator[None]:
     descriptor = _take(path)
     try:
         with disk_errors(path):
-            (folder / PREPARING).unlink(missing_ok=True)
             # Padded, so that a shorter record replaces a longer one in a single write.
             os.pwrite(descriptor, json.dumps({"host": platform.node(), "pid": os.getpid()}).ljust(512).encode(), 0)
         yield
@@ -53,22 +50,6 @@ def hold(folder: Path) -> Iterator[None]:
                 path.unlink()
         with suppress(OSError):
             os.close(descriptor)
-
-
-@contextmanager
-def preparing(folder: Path) -> Iterator[None]:
-    """Let one process at a time change the run's record; the others wait for it.
-
-    They lock ``RUN/lock.preparing``, which stays until a process holds the directory: removed sooner, it could be gone
-    under a process of another host that waits for it.
-    """
-    path = folder / PREPARING
-    descriptor = open_file(path)
-    try:
-        _lock(path, descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

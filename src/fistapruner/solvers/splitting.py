@@ -92,7 +92,8 @@ def split(term: Term, start: Tensor, schedule: Schedule, project: Project) -> St
 class LeastSquares:
     """The term ``||V - C||_H^2 / 2``, in one product a step.
 
-    With ``M = rho (H + rho I)^-1 - I/2`` a step is ``Z = (Z + C)/2 + (2 D - Z - C) M``. All eigenvalues of M are in (-1/2, 1/2], so that a product in bf16 is accurate enough.
+    With ``M = rho (H + rho I)^-1 - I/2`` a step is ``Z = (Z + C)/2 + (2 D - Z - C) M``. All eigenvalues of M are in
+    (-1/2, 1/2], so that a product in bf16 is accurate enough.
 
     Args:
         centre: (m, n) C.
