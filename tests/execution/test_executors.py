@@ -16,25 +16,19 @@ from typing import Any, cast
 
 import psutil
 import pytest
-import torch
-from fistapruner.execution.operator_parallel import ParallelSolver, do_part
-from fistapruner.pruning.partition import solve_in_parts
 
 import tiny
-from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
-from fistapruner.execution.pool import Event, LayerJob, PartJob
+from fistapruner.execution.pool import Event, LayerJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
-from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import prune
 from fistapruner.pipeline.resume import resume
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import worker_devices
-from fistapruner.solvers import parse_method
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
@@ -132,15 +126,14 @@ def test_two_processes_remove_the_same_channels_and_heads(tmp_path: Path) -> Non
 class Deadly(ProcessPool):
     """Kills workers: as often as said when they start a layer, and at the first event of a kind that is named."""
 
-    def __init__(self, *arguments: Any, at_start: dict[int | str, int], at_event: list[str]) -> None:
+    def __init__(self, *arguments: Any, at_start: dict[int, int], at_event: list[str]) -> None:
         self.at_start, self.at_event = at_start, at_event
         super().__init__(*arguments)
 
-    def start(self, worker: int, job: LayerJob | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob) -> None:
         super().start(worker, job)
-        key = job.index if isinstance(job, LayerJob) else job.problem
-        if self.at_start.get(key):
-            self.at_start[key] -= 1
+        if self.at_start.get(job.index):
+            self.at_start[job.index] -= 1
             os.kill(self._processes[worker].pid, signal.SIGKILL)
 
     def wait(self) -> list[tuple[int, Event]]:
@@ -170,45 +163,18 @@ def test_workers_that_die_are_replaced(model: Path, expected: dict[str, bytes], 
     assert tiny.weights(out) == expected
 
 
-class Small:
-    """A pool of two workers in this process, some of which have a GPU with too little memory."""
+def test_parts_go_on_with_a_run_that_failed(model: Path, tmp_path: Path) -> None:
+    out, broken = tmp_path / "run", RuntimeError("broken")
 
-    size = 2
+    def fail(index: int, group: int, problem: Any) -> None:
+        if index == 1:
+            raise broken
 
-    def __init__(self, folder: Path, short: set[int]) -> None:
-        self.folder, self.short = folder, short
-        self.started: list[int] = []
-        self._events: list[tuple[int, Event]] = []
-
-    def start(self, worker: int, job: LayerJob | PartJob) -> None:
-        assert isinstance(job, PartJob)
-        self.started.append(worker)
-        if worker not in self.short:
-            do_part(job, self.folder, parse_method("sparsegpt"), torch.device("cpu"))
-        self._events.append((worker, {"event": "short" if worker in self.short else "done"}))
-
-    def wait(self) -> list[tuple[int, Event]]:
-        events, self._events = self._events, []
-        return events
-
-    def revive(self, worker: int) -> None:
-        """Nothing dies."""
-
-    def close(self) -> None:
-        """Nothing runs."""
-
-
-@pytest.mark.parametrize("short", [{0}, {0, 1}])
-def test_parts_for_which_a_worker_has_no_memory_are_solved_elsewhere(short: set[int], tmp_path: Path) -> None:
-    """By the other workers, or by this process where no worker has room; the bits are the same."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, weight = torch.randn(64, 24, generator=generator), torch.randn(30, 24, generator=generator)
-    problem = LayerProblem(weight, inputs.T @ inputs / 64, names=("q", "k", "v"), rows=(10, 10, 10))
-    pool, steps, sparsity = Small(tmp_path, short), parse_method("sparsegpt"), [parse_sparsity("50%")] * 3
-    found = ParallelSolver(pool, tmp_path, steps)(problem, sparsity, steps)
-    assert pool.started == ([0, 1, 1, 1] if short == {0} else [0, 1])
-    assert torch.equal(found.weight, solve_in_parts(problem, sparsity, steps).weight)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="broken"):
+        prune(str(model), out, **SETTINGS, execution={"threads": 1}, inspect=fail)
+    assert load_run(out).status == "failed"
+    report = prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(3, 3))
+    assert (report.status, [layer.index for layer in report.layers]) == ("running", [0, 3])
 
 
 def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
@@ -224,64 +190,24 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict
         pool.close()
 
 
-def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path) -> None:
-    """With propagate=pruned the operators of a group are solved on several devices."""
-    workers = 3
+def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: Path) -> None:
+    """With propagate=pruned, whatever the executor; a part needs the layers before it."""
     said: list[str] = []
 
     class Says(Listener):
         def say(self, message: str) -> None:
             said.append(message)
 
-    settings = {**SETTINGS, "propagate": "pruned", "method": "sparsegpt+refit"}
-    report = prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
-    out = tmp_path / "spread"
-    execution = {"threads": 1, "executor": "process", "workers": workers}
-    spread = prune(str(model), out, **settings, execution=execution, listener=Says())
-    assert any(f"{workers} worker processes of 1 threads" in message for message in said)
-    assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
-    assert not (out / "hidden").exists()
-    for one, other in zip(report.layers, spread.layers, strict=True):
-        assert [entry.relative_error for entry in one.operators] == [entry.relative_error for entry in other.operators]
-
-
-@pytest.mark.parametrize("targets", [r"re:layers\.0\.", "o_proj"])
-def test_groups_of_one_operator_need_no_workers(model: Path, tmp_path: Path, targets: str) -> None:
-    """Nor do layers without operators, where a run goes on with them."""
-    said: list[str] = []
-
-    class Says(Listener):
-        def say(self, message: str) -> None:
-            said.append(message)
-
-    settings = {**SETTINGS, "propagate": "pruned", "method": "wanda", "targets": [targets]}
-    prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
-    out = tmp_path / "run"
-    tiny.begin(str(model), out, **settings, execution={"threads": 1})
-    execution = {"threads": 1, "executor": "process", "workers": 2}
-    prune(str(model), out, **settings, execution=execution, listener=Says())
-    assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
-    assert any("no group of the layers to prune has two operators" in message for message in said)
-    assert not any("worker processes" in message for message in said)
-
-
-def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "propagate": "pruned"}
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     out = tmp_path / "run"
-    tiny.begin(str(model), out, **settings, execution={"threads": 1})
-    context = RunContext.open(out)
-    context.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
-    pool = Deadly(context, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])
-    try:
-        prune_serially(context, {1}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
-        assert (pool.at_start, pool.at_event) == ({"part-1": 0}, [])
-        pool.at_start["part-0"] = 3
-        with pytest.raises(FistaPrunerError, match=r"part-0: its worker died 3 times"):
-            prune_serially(context, {2}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
-    finally:
-        pool.close()
-    resume(out)
+    with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 0 is not"):
+        prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(2, 3))
+    assert not (out / "calibration.safetensors").exists()  # before any work
+    execution = {"threads": 1, "executor": "process", "workers": 2}
+    prune(str(model), out, **settings, execution=execution, listener=Says())
+    assert any("propagate=pruned" in message and "process" in message for message in said)
+    assert not any("worker processes" in message for message in said)
     assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
 
 

@@ -15,7 +15,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.files.folder_files import PRUNING_RECORD
 from fistapruner.pipeline.compare_folder import refuse_other_things
@@ -199,12 +198,6 @@ def test_files_that_are_only_called_like_those_of_a_run_are_kept(tmp_path: Path)
         assert times.total() < 1e6
         times.forget()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    run = training_directory.RecoverDirectory(tmp_path)
-    run.run_file.touch()
-    (tmp_path / "lock").touch()  # of a process that was killed
-    with pytest.raises(FistaPrunerError, match=r"was not written by this run"):
-        run.remove(tmp_path / "input")
-    assert (tmp_path / "lock").exists()
 
 
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
@@ -355,11 +348,10 @@ def test_the_kind_of_a_report_is_a_verb() -> None:
 
 
 def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
-    """Of one batch size, parts of groups take less memory than whole groups."""
     journal = LayerJournal(tmp_path)
-    for index, (batch_size, parts) in enumerate([(None, None), (2, True), (1, False), (1, True)]):
-        journal.write("run", {}, LayerEntry(index=index, batch_size=batch_size, by_operator=parts))
-    assert journal.reduced("run") == (1, True)
+    for index, batch_size in enumerate([None, 2, 1, 4]):
+        journal.write("run", {}, LayerEntry(index=index, batch_size=batch_size))
+    assert journal.reduced("run") == 1
     assert journal.reduced("another run") is None
 
 
@@ -418,36 +410,6 @@ def test_a_checkpoint_whose_removal_was_killed_is_removed_by_the_next_attempt(
         assert not run.model.exists()
         assert run.model_file.exists() == record
     assert removals > 5
-
-
-def test_a_training_run_without_record_of_its_checkpoint_is_removed_with_what_its_input_has(tmp_path: Path) -> None:
-    model = tiny.save("llama", tmp_path / "input", shard="20KB")
-    run = training_directory.RecoverDirectory(tmp_path / "run")
-    shutil.copytree(model, run.model)
-    (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
-    run.run_file.touch()
-    run.remove(model)
-    assert not run.run_file.exists()
-
-
-def test_a_training_run_whose_removal_was_killed_is_still_a_run_or_a_new_one(
-    tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool]
-) -> None:
-    run, removals, killed = training_directory.RecoverDirectory(tmp_path / "run"), 0, True
-    while killed:
-        removals += 1
-        run.states.folder.mkdir(parents=True)
-        for file in (run.windows_file, run.run_file, run.report_file, run.log_file, run.folder / "times.json"):
-            file.touch()
-        (run.states.folder / "00000001.json").touch()
-        write_model(run, record=True)
-        killed = kill_removal(lambda: run.remove(tmp_path / "input"), removals)
-        if run.run_file.exists():
-            run.remove(tmp_path / "input")
-        run.check_place()
-        if run.folder.exists():
-            shutil.rmtree(run.folder)
-    assert removals > 12
 
 
 def test_a_fault_of_the_program_is_in_the_log_with_its_traceback(tmp_path: Path) -> None:
