@@ -163,20 +163,6 @@ def test_workers_that_die_are_replaced(model: Path, expected: dict[str, bytes], 
     assert tiny.weights(out) == expected
 
 
-def test_parts_go_on_with_a_run_that_failed(model: Path, tmp_path: Path) -> None:
-    out, broken = tmp_path / "run", RuntimeError("broken")
-
-    def fail(index: int, group: int, problem: Any) -> None:
-        if index == 1:
-            raise broken
-
-    with pytest.raises(RuntimeError, match="broken"):
-        prune(str(model), out, **SETTINGS, execution={"threads": 1}, inspect=fail)
-    assert load_run(out).status == "failed"
-    report = prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(3, 3))
-    assert (report.status, [layer.index for layer in report.layers]) == ("running", [0, 3])
-
-
 def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "run"
     tiny.begin(str(model), out, layers=4, **{**SETTINGS, "propagate": "dense"}, execution={"threads": 1})
@@ -191,7 +177,7 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict
 
 
 def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: Path) -> None:
-    """With propagate=pruned, whatever the executor; a part needs the layers before it."""
+    """With propagate=pruned, whatever the executor."""
     said: list[str] = []
 
     class Says(Listener):
@@ -200,11 +186,7 @@ def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: 
 
     settings = {**SETTINGS, "propagate": "pruned"}
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
-    out = tmp_path / "run"
-    with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 0 is not"):
-        prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(2, 3))
-    assert not (out / "calibration.safetensors").exists()  # before any work
-    execution = {"threads": 1, "executor": "process", "workers": 2}
+    out, execution = tmp_path / "run", {"threads": 1, "executor": "process", "workers": 2}
     prune(str(model), out, **settings, execution=execution, listener=Says())
     assert any("propagate=pruned" in message and "process" in message for message in said)
     assert not any("worker processes" in message for message in said)
