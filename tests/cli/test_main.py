@@ -6,7 +6,6 @@ import ast
 import errno
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import psutil
 import pytest
 from rich.console import Console
 
@@ -27,6 +25,7 @@ from fistapruner.pipeline.plan import plan_model
 from fistapruner.recipes.base import MAX_SEED
 from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.identity import text_sha256
+from fistapruner.runs.lock import hold
 
 PACKAGE = Path(fistapruner.__file__).parent
 
@@ -298,14 +297,11 @@ def test_waiting_threads_leave_the_cores_to_other_work(cores: int, said: dict[st
 
 def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.txt").touch()
-    parent = psutil.Process(os.getppid())
-    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
-    (tmp_path / "lock").write_text(json.dumps(holder))
-    assert main(["status", str(tmp_path)]) == 0
-    assert f": being prepared by process {parent.pid} on" in capsys.readouterr().out
-    assert main(["status", str(tmp_path), "--json"]) == 0
+    with hold(tmp_path):
+        assert main(["status", str(tmp_path)]) == 0
+        assert f": being prepared by process {os.getpid()} on" in capsys.readouterr().out
+        assert main(["status", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"status": "preparing", "working": True}
-    (tmp_path / "lock").unlink()
     assert main(["status", str(tmp_path)]) == 0
     assert "stopped before anything was decided; give its command again" in capsys.readouterr().out
     (tmp_path / "log.txt").unlink()
@@ -321,31 +317,27 @@ def test_status_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (run / "run.json").write_text('{"model": {"source": "small", "layers": 3}}')
     assert main(["status", str(tmp_path)]) == 0
     assert "comparison, 2 rows done, no process works on it\nfor one of its 1 runs:" in capsys.readouterr().out
-    parent = psutil.Process(os.getppid())
-    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
-    (run / "lock").write_text(json.dumps(holder))
-    assert main(["status", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
+    with hold(run):
+        assert main(["status", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert main(["status", str(tmp_path), "--json"]) == 0
     assert "2 rows done, running\nsmall: " in said
     assert "0 of 3 decoder layers" in said
-    assert main(["status", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rows_done": 2, "working": True, "run": str(run)}
 
 
 def test_a_comparison_that_evaluates_its_dense_model_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     (out / "runs").mkdir(parents=True)
-    parent = psutil.Process(os.getppid())
-    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
-    (out / "lock").write_text(json.dumps(holder))
-    assert main(["status", str(out)]) == 0
+    with hold(out):
+        assert main(["status", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: comparison, 0 rows done, running\n"
     (out / "dense-states").write_bytes(b"")
     (out / "other.partial").write_bytes(b"")
     assert main(["status", str(out)]) == 0
     assert main(["report", str(out)]) == 2
     assert "a comparison that has no row yet" in capsys.readouterr().err
-    for name in ("lock", "dense-states", "other.partial"):
+    for name in ("dense-states", "other.partial"):
         (out / name).unlink()
     assert main(["status", str(out)]) == 0
     (out / "notes.txt").write_text("")
@@ -485,8 +477,8 @@ def test_a_missing_extra_shows_before_a_model_is_looked_for(
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("prune x --out y --targ 4", "prune: error: unrecognized arguments: --targ 4: did you mean --targets?"),
-        ("prune x --out y --thread=4", "prune: error: unrecognized arguments: --thread=4: did you mean --threads?"),
+        ("prune x --out y --targ 4", "prune: error: unrecognized arguments: --targ: did you mean --targets?"),
+        ("prune x --out y --thread=4", "prune: error: unrecognized arguments: --thread: did you mean --threads?"),
         ("pack x --out y", "pack: error: unrecognized arguments: --out"),
         ("status x y", "status: error: unrecognized arguments: y"),
     ],

@@ -104,9 +104,6 @@ def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkey
     assert not thread.is_alive()
     for flags in ({"quiet": True, "json": False}, {"quiet": False, "json": True}):
         assert type(progress.choose_listener(Namespace(**flags))) is Listener
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert type(progress.choose_listener(Namespace(quiet=False, json=False))) is Listener
     assert threading.active_count() == before
 
 

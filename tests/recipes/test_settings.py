@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import hypothesis
 import pytest
 import torch
-from fistapruner.solvers.magnitude import Magnitude
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -31,6 +30,7 @@ from fistapruner.recipes.loading import (
 )
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
+from fistapruner.solvers.scores import Magnitude
 
 PARALLEL = {"execution": {"executor": "process"}}
 
@@ -58,7 +58,7 @@ def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
 ) -> None:
     recipe = Recipe.build(settings).resolved()
     assert (recipe.propagate, recipe.dense_share, recipe.residual) == expected
-    assert recipe.resolved(in_parts=True) == recipe  # what is resolved stays
+    assert recipe.resolved() == recipe  # what is resolved stays
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
