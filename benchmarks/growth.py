@@ -32,7 +32,7 @@ def main() -> None:
     print(f"{'':>6}" + f"{'s':>10}{'growth':>9}{'ratio':>9}" * len(methods))
     before: dict[str, float] = {}
     for size in [int(text) for text in arguments.sizes.split(",")]:
-        problem = problem_of((size,), size, arguments.device)
+        problem = problem_of(size, size, arguments.device)
         line, first = f"{size:>6}", 0.0
         for method in methods:
             took = seconds(

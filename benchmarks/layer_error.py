@@ -1,6 +1,6 @@
 """Which solver leaves the lowest layer error, and what does it cost?
 
-On real Grams (gathered by the benchmark itself), each solver prunes each operator group of some decoder layers at each
+On real Grams (gathered by the benchmark itself), each solver prunes each operator of some decoder layers at each
 sparsity. Errors and times are given as ratios to what the public ALPS program computes on the same Gram in the same
 run. The Gram is taken as exact (no shrinkage for its sampling error): what is compared is the optimisation. --held-out
 judges the weights on the Gram of other text instead, with the shrinkage that a run has.
@@ -34,9 +34,9 @@ def main() -> None:
     real_problems.add_arguments(parser)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--sparsity", default="50%,60%,70%,2:4,4:8")
-    parser.add_argument("--operators", default="", help="only groups whose name contains this")
+    parser.add_argument("--operators", default="", help="only those whose name contains this")
     parser.add_argument("--held-out", action="store_true", help="judge on the Gram of the text's last third")
-    parser.add_argument("--json", type=Path, help="write every single figure to this file, after each group")
+    parser.add_argument("--json", type=Path, help="write every single figure to this file, after each operator")
     arguments = parser.parse_args()
     problems = {name: p for name, p in real_problems.load(arguments).items() if arguments.operators in name}
     judges = real_problems.load(arguments, held_out=True) if arguments.held_out else problems
@@ -48,38 +48,34 @@ def main() -> None:
     for name, problem in problems.items():
         for text in arguments.sparsity.split(","):
             pattern = parse_sparsity(text)
-            reference, seconds = [], 0.0
-            judge = judges[name]
-            for operator, judged in zip(problem.operators(), judge.operators(), strict=True):
-                begin = time.perf_counter()
-                weight, _ = alps_reference(operator.weight, operator.gram, pattern)
-                seconds += time.perf_counter() - begin
-                reference += judged.relative_errors(weight)
+            judge, begin = judges[name], time.perf_counter()
+            weight, _ = alps_reference(problem.weight, problem.gram, pattern)
+            seconds = time.perf_counter() - begin
+            reference = judge.relative_error(weight)
             for method in methods:
                 begin = time.perf_counter()
                 solution = solve(problem, pattern, method)
                 took = time.perf_counter() - begin
-                ratios = [error / e for error, e in zip(judge.relative_errors(solution.weight), reference, strict=True)]
                 rows.append(
                     {
-                        "group": name,
+                        "operator": name,
                         "sparsity": text,
                         "method": method,
-                        "ratios": ratios,
+                        "ratio": judge.relative_error(solution.weight) / reference,
                         "reference": reference,
                         "time": took / seconds,
                         "reference_seconds": seconds,
                     }
                 )
-            line = " ".join(f"{row['method']} {statistics.mean(row['ratios']):.3f}" for row in rows[-len(methods) :])
+            line = " ".join(f"{row['method']} {row['ratio']:.3f}" for row in rows[-len(methods) :])
             print(f"{name} {text}: public ALPS {seconds:.2f} s; error ratios: {line}", flush=True)
             if arguments.json:
                 write_json_atomic(arguments.json, rows)
-    print(f"\nRatios to the public ALPS program, {torch.get_num_threads()} threads, {len(problems)} groups")
+    print(f"\nRatios to the public ALPS program, {torch.get_num_threads()} threads, {len(problems)} operators")
     print(f"{'method':<18}{'error (mean)':>13}{'worst':>8}{'time (mean)':>13}{'worst':>8}{'of all':>9}")
     for method in methods:
         mine = [row for row in rows if row["method"] == method]
-        ratios = [ratio for row in mine for ratio in row["ratios"]]
+        ratios = [row["ratio"] for row in mine]
         times = [row["time"] for row in mine]
         share = sum(row["time"] * row["reference_seconds"] for row in mine) / sum(
             row["reference_seconds"] for row in mine

@@ -13,18 +13,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fistapruner import LayerProblem
-from fistapruner.core import parse_sparsity
-from fistapruner.runtime.machine import describe_machine
+from fistapruner.core import LayerProblem, Ridge, Stacked
+from fistapruner.core.constraints import stack
 from fistapruner.core.linalg import fast_products, has_bf16_units
-from fistapruner.solvers.base import project_operators
-from fistapruner.core.linalg import alive_gram
-from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
+from fistapruner.runtime.machine import describe_machine
+from fistapruner.solvers.proximal import REFIT, Proximal, obs_scale
 from fistapruner.solvers.refit import refit_cg
+from fistapruner.solvers.splitting import resolvents, scaled
 
 MODELS = {
     "LLaMA-2-7B": (32, 4096, 4096, 11008),
@@ -43,7 +43,7 @@ def groups(hidden: int, kv: int, intermediate: int) -> dict[str, tuple[tuple[int
     }
 
 
-def problem_of(rows: tuple[int, ...], n: int, device: str, seed: int = 0) -> LayerProblem:
+def problem_of(rows: int, n: int, device: str, seed: int = 0) -> LayerProblem:
     """Random weights on a Gram with a power-law spectrum and one massive direction, as real ones have."""
     generator = torch.Generator().manual_seed(seed)
     tokens = min(4 * n, 8192)
@@ -52,9 +52,15 @@ def problem_of(rows: tuple[int, ...], n: int, device: str, seed: int = 0) -> Lay
     )
     inputs += 3 * torch.randn(tokens, 1, generator=generator) * torch.randn(n, generator=generator)
     inputs = inputs.to(device)
-    weight = torch.randn(sum(rows), n, generator=generator).to(device)
-    names = tuple(f"operator{i}" for i in range(len(rows)))
-    return LayerProblem(weight=weight, gram=inputs.T @ inputs / tokens, names=names, rows=rows, tokens=tokens)
+    weight = torch.randn(rows, n, generator=generator).to(device)
+    return LayerProblem(weight, inputs.T @ inputs / tokens, tokens=tokens)
+
+
+def solved(method: Proximal, problem: LayerProblem, constraints: Stacked) -> None:
+    """Solve the operators of a group one by one; what depends on their Gram is computed once."""
+    problem = replace(problem, cache={})
+    for _, rows, constraint in constraints.parts():
+        method.solve(problem.slice(rows), constraint)
 
 
 def setting(device: str) -> str:
@@ -105,9 +111,8 @@ def main() -> None:
     parser.add_argument("--sparsity", default="50%")
     parser.add_argument("--tokens", type=int, default=128 * 2048, help="calibration tokens of the extrapolation")
     arguments = parser.parse_args()
-    device, method, pattern = arguments.device, Proximal(), parse_sparsity(arguments.sparsity)
-    half = method.refit // 2
-    products, steps = method.levels * method.steps, method.levels * method.steps + method.refit + 2
+    device, method, pattern = arguments.device, Proximal(), arguments.sparsity
+    products, steps = method.levels * method.steps, method.levels * method.steps + sum(REFIT) + 2
 
     print(f"{setting(device)}; {pattern}, best of 3 after one to warm up")
     columns = zip(
@@ -119,25 +124,23 @@ def main() -> None:
     total = limit = factor_total = rest_total = 0.0
     work = cubes = 0.0
     for name, (rows, n) in groups(arguments.hidden, arguments.kv, arguments.intermediate).items():
-        problem = problem_of(rows, n, device)
-        m, patterns = problem.shape[0], [pattern] * len(rows)
-        solve = seconds(lambda p=problem, s=patterns: method.solve(p, s), device)  # type: ignore[misc]
-        gram = alive_gram(problem.gram)
-        gram.diagonal().add_(method.damping * gram.diagonal().mean())
-        scale, _ = obs_scale(gram, method.metric_damping, name)
-        scaled = gram / scale / scale[:, None]
-        mask = project_operators((problem.weight * scale).abs(), rows, patterns)
-        metric = seconds(lambda g=gram, t=name: obs_scale(g, method.metric_damping, t), device)  # type: ignore[misc]
-        eigen = seconds(lambda g=scaled: resolvents(g, True), device)  # type: ignore[misc]
-        exact = seconds(
-            lambda p=problem, s=scale, r=rows, q=patterns: project_operators((p.weight * s).abs(), r, q), device
-        )  # type: ignore[misc]
-        refit = seconds(
-            lambda p=problem, g=gram, k=mask: refit_cg(
-                p, g, refit_cg(p, g, p.weight, k, half, fast=True), k, half, fast=True
-            ),  # type: ignore[misc]
-            device,
-        )
+        problem = problem_of(sum(rows), n, device)
+        m, patterns = problem.shape[0], stack(pattern, rows)
+        solve = seconds(lambda p=problem, s=patterns: solved(method, p, s), device)  # type: ignore[misc]
+        centre, gram, _ = problem.regularised(Ridge(mean=method.damping, sampling=method.shrinkage))
+        scale, _ = obs_scale(gram, name)
+        scores = (centre * scale).abs()
+        mask = patterns.project(scores)
+        metric = seconds(lambda g=gram, t=name: obs_scale(g, t), device)  # type: ignore[misc]
+        eigen = seconds(lambda g=scaled(gram, scale): resolvents(g, fast=True), device)  # type: ignore[misc]
+        exact = seconds(lambda v=scores, s=patterns: s.project(v), device)  # type: ignore[misc]
+
+        def fitted(centre: Tensor = centre, gram: Tensor = gram, mask: Tensor = mask) -> None:
+            weight = centre
+            for count in REFIT:
+                weight = refit_cg(centre, gram, weight, mask, count, fast=True)
+
+        refit = seconds(fitted, device)
         rate, square = product_rate(m, n, n, device), product_rate(n, n, n, device)
         flops = 2.0 * m * n * n * steps + 2.0 * n**3 * method.levels
         alone = 2.0 * m * n * n * steps / rate + 2.0 * n**3 * method.levels / square
@@ -177,7 +180,7 @@ def main() -> None:
         factor = layers * sum(n**3 for _, n in shapes) * factor_total / cubes
         hours = [t / 3600 for t in (forward, grams, iterate, factor)]
         print(f"{name:<16}{hours[0]:>10.2f} {hours[1]:>8.2f} {hours[2]:>9.2f} {hours[3]:>9.2f} {sum(hours):>8.2f}")
-    print(f"({products} iterations, {method.refit} refit steps; reading and writing the checkpoint come on top)")
+    print(f"({products} iterations, {sum(REFIT)} refit steps; reading and writing the checkpoint come on top)")
 
 
 if __name__ == "__main__":

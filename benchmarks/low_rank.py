@@ -57,7 +57,6 @@ def main() -> None:
     parser.add_argument("--sparsity", default="50%,2:4")
     parser.add_argument("--ranks", default="8,16,32,64")
     parser.add_argument("--turns", default="3,10", help="solutions of the parts in turn (default: %(default)s)")
-    parser.add_argument("--more", type=int, default=2, help="further solutions after ours (default: %(default)s)")
     parser.add_argument("--skip", default="", help="ways to leave out, such as 3BASiL, which takes longest")
     parser.add_argument("--held-out", action="store_true", help="judge on the Gram of the text's last third")
     parser.add_argument("--threads", type=int, default=1)
@@ -75,14 +74,14 @@ def main() -> None:
         for name, problem in problems.items():
             judge = judges[name]
             zeros, alone = timed(lambda p=problem, c=pattern: solve(p, c).weight)  # type: ignore[misc]
-            reference = judge.relative_errors(zeros)[0]
+            reference = judge.relative_error(zeros)
             for rank in map(int, arguments.ranks.split(",")):
                 line = f"{name} {problem.shape[0]}x{problem.shape[1]} {text} rank {rank}, zeros alone {reference:.5f}:"
-                for way, solver in ways(problem, pattern, rank, turns, arguments.more).items():
+                for way, solver in ways(problem, pattern, rank, turns).items():
                     if way in arguments.skip.split(","):
                         continue
                     weight, seconds = timed(solver)
-                    row = judge.relative_errors(weight)[0] / reference, seconds / alone
+                    row = judge.relative_error(weight) / reference, seconds / alone
                     found[text, rank, way].append(row)
                     line += f" {way} {row[0]:.3f},"
                 print(line.rstrip(","), flush=True)
@@ -93,28 +92,25 @@ def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, 
     """The wanted operators, one problem each."""
     if arguments.synthetic:
         shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.synthetic.split(",")]
-        return {f"synthetic{i}": problem_of((m,), n, "cpu", seed=i) for i, (m, n) in enumerate(shapes)}
-    groups = real_problems.load(arguments, held_out=held_out).values()
-    wanted = {f".{name}" for name in arguments.operators.split(",")}
-    named = {op.names[0]: op for group in groups for op in group.operators()}
-    return {name: op for name, op in named.items() if f".{name}".endswith(tuple(wanted))}
+        return {f"synthetic{i}": problem_of(m, n, "cpu", seed=i) for i, (m, n) in enumerate(shapes)}
+    wanted = tuple(f".{name}" for name in arguments.operators.split(","))
+    found = real_problems.load(arguments, held_out=held_out)
+    return {name: problem for name, problem in found.items() if f".{name}".endswith(wanted)}
 
 
 def ways(
-    problem: LayerProblem, pattern: Constraint, rank: int, turns: list[int], more: int
+    problem: LayerProblem, pattern: Constraint, rank: int, turns: list[int]
 ) -> dict[str, Callable[[], Tensor]]:
     """Each way's function, which returns the weights (m, n)."""
 
-    def ours(alternations: int) -> Tensor:
-        return solve_low_rank(problem, [pattern], parse_method("proximal"), rank, alternations=alternations).weight(
-            problem
-        )
+    def ours() -> Tensor:
+        sparse, part = solve_low_rank(problem, pattern, parse_method("proximal"), rank)
+        return sparse.weight if part is None else sparse.weight + part.product()
 
     return {
-        "once": lambda: ours(1),
+        "once": lambda: in_turn(problem, pattern, rank, 1),
         **{f"in turn {count}": lambda count=count: in_turn(problem, pattern, rank, count) for count in turns},  # type: ignore[misc]
-        "ours": lambda: ours(2),
-        f"ours {more}": lambda: ours(2 + more),
+        "ours": ours,
         "3BASiL": lambda: three_block_admm(problem, pattern, rank),
         "same bytes": lambda: same_bytes(problem, pattern, rank),
     }

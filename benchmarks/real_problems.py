@@ -36,18 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, LayerProblem]:
-    """``{"4.q_proj+k_proj+v_proj": problem, …}`` of the wanted decoder layers of SmolLM2-135M, hidden states dense.
+    """``{"4.q_proj": problem, …}`` of the wanted decoder layers of SmolLM2-135M, hidden states dense.
 
     From the first two thirds of the text, or from the rest of it.
     """
     layers = [int(layer) for layer in arguments.layers.split(",")]
     source = f"c4-{_short_hash(Path(arguments.data).resolve())}" if arguments.data else "python"
     part = "held-out" if held_out else "first"
-    path = Path(arguments.cache) / f"smollm2-{source}-{part}-{arguments.samples}-{'-'.join(map(str, layers))}.pt"
+    path = Path(arguments.cache) / f"smollm2-operators-{source}-{part}-{arguments.samples}-{'-'.join(map(str, layers))}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_gather(layers, arguments.samples, arguments.data, held_out), path)
-    return {name: LayerProblem(**fields) for name, fields in torch.load(path).items()}
+    return {name: LayerProblem(**fields, name=name) for name, fields in torch.load(path).items()}
 
 
 def calibration_files(data: str | Path) -> list[Path]:
@@ -98,16 +98,13 @@ def _gather(layers: list[int], samples: int, data: str | None, held_out: bool) -
         for batch in starts.split(4):
             model.model(torch.stack([ids[start : start + 1024] for start in batch.tolist()]))
     tokens = samples * 1024
-    return {
-        name: {
-            "weight": torch.cat([linear.weight.detach().float() for linear in linears]),
-            "gram": (sums[name] + sums[name].T) / (2 * tokens),
-            "names": tuple(f"{name.split('.')[0]}.{short}" for short in name.split(".")[1].split("+")),
-            "rows": tuple(linear.weight.shape[0] for linear in linears),
-            "tokens": tokens,
-        }
-        for name, linears in operators.items()
-    }
+    found: dict[str, dict[str, object]] = {}
+    for name, linears in operators.items():
+        layer, group = name.split(".")
+        gram = (sums[name] + sums[name].T) / (2 * tokens)
+        for short, linear in zip(group.split("+"), linears, strict=True):
+            found[f"{layer}.{short}"] = {"weight": linear.weight.detach().float(), "gram": gram, "tokens": tokens}
+    return found
 
 
 def _text(data: str | None) -> str:

@@ -11,9 +11,8 @@ PACKAGE = Path(fistapruner.__file__).parent
 
 LAYERS = (
     "errors",
+    "core",
     "runtime",
-    "constraints",
-    "problem",
     "solvers",
     "recipes",
     "models",

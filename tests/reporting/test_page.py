@@ -797,8 +797,7 @@ def test_alps_records_are_drawn() -> None:
             operator.steps = [{"method": "alps", "relative_error": operator.relative_error, "path": path}]
     text = run_page(report)
     assert "penalty ρ" in text
-    assert METHODS["alps"].trace is not None
-    assert METHODS["alps"].trace.caption in text
+    assert TRACES["alps"].caption in text
     with plotted("figures", HALF) as drawn:
         solver_path(report.layers)
     above, below = drawn["solver-path"].axes

@@ -15,7 +15,6 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.errors import MissingExtraError
-from fistapruner.execution.pool import NoRoom
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ def test_nobody_need_watch_an_evaluation(tmp_path: Path) -> None:
     assert watched
 
 
-@pytest.mark.parametrize("error", [MissingExtraError("ray", "ray", "a pool"), NoRoom("layer 3"), FistaPrunerError("a")])
+@pytest.mark.parametrize("error", [MissingExtraError("ray", "ray", "a pool"), FistaPrunerError("a")])
 def test_errors_are_pickled_with_their_notes(error: FistaPrunerError) -> None:
     """As a pool of processes that calls this library does."""
     error.add_note("of the caller")

@@ -109,14 +109,16 @@ def test_curves_give_zeros_to_dead_inputs_first() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, weight = torch.randn(300, 32, generator=generator), torch.randn(64, 32, generator=generator)
     inputs[:, ::2] = 0
-    (curve,) = row_error_curves(LayerProblem.from_activations(weight, inputs), [Unstructured(0.4), Unstructured(0.6)])
+    (curve,) = row_error_curves(
+        LayerProblem.from_activations(weight, inputs), [64], [Unstructured(0.4), Unstructured(0.6)]
+    )
     assert float(curve[0].abs().max()) <= 1e-4 * float(curve[1].mean())
 
 
 def test_error_curves_rise_with_sparsity() -> None:
     torch.manual_seed(0)
     problem = LayerProblem.from_activations(torch.randn(24, 32), torch.randn(200, 32) @ torch.randn(32, 32))
-    (curve,) = row_error_curves(problem, patterns_measured(Unstructured(0.5)))
+    (curve,) = row_error_curves(problem, [24], patterns_measured(Unstructured(0.5)))
     assert curve.shape == (POINTS, 24)
     assert bool((curve.sum(1).diff() > 0).all())
 
@@ -126,10 +128,9 @@ def test_some_rows_stand_for_all() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(480, 24, generator=generator) * (0.5 + torch.rand(480, 1, generator=generator))
     inputs = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
-    whole = LayerProblem.from_activations(weight, inputs)
-    problem = LayerProblem(weight, whole.gram, names=("q", "k"), rows=(320, 160))
+    problem = LayerProblem.from_activations(weight, inputs)
     sensitivity = 0.1 + torch.rand(480, generator=generator)
-    curves = row_error_curves(problem, patterns_measured(Unstructured(0.5)))
+    curves = row_error_curves(problem, [320, 160], patterns_measured(Unstructured(0.5)))
     assert [curve.shape[1] for curve in curves] == [80, 80]
     for curve, rows in zip(curves, (slice(0, 320), slice(320, 480)), strict=True):
         own = sensitivity[rows]
