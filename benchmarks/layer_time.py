@@ -132,7 +132,7 @@ def main() -> None:
         scores = (centre * scale).abs()
         mask = patterns.project(scores)
         metric = seconds(lambda g=gram, t=name: obs_scale(g, t), device)  # type: ignore[misc]
-        eigen = seconds(lambda g=scaled(gram, scale): resolvents(g, fast=True), device)  # type: ignore[misc]
+        eigen = seconds(lambda g=gram, s=scale: resolvents(scaled(g, s), fast=True), device)  # type: ignore[misc]
         exact = seconds(lambda v=scores, s=patterns: s.project(v), device)  # type: ignore[misc]
 
         def fitted(centre: Tensor = centre, gram: Tensor = gram, mask: Tensor = mask) -> None:

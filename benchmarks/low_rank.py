@@ -98,9 +98,7 @@ def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, 
     return {name: problem for name, problem in found.items() if f".{name}".endswith(wanted)}
 
 
-def ways(
-    problem: LayerProblem, pattern: Constraint, rank: int, turns: list[int]
-) -> dict[str, Callable[[], Tensor]]:
+def ways(problem: LayerProblem, pattern: Constraint, rank: int, turns: list[int]) -> dict[str, Callable[[], Tensor]]:
     """Each way's function, which returns the weights (m, n)."""
 
     def ours() -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import psutil
 import pytest
-import torch
 
 import tiny
 from fistapruner.errors import FistaPrunerError

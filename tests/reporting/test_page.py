@@ -55,6 +55,7 @@ from fistapruner.reporting.size_and_speed import (
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.tiles import tiles
+from fistapruner.reporting.traces import TRACES
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import AlignComparison, AlignRow, Comparison
@@ -63,7 +64,6 @@ from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
 from fistapruner.runtime.formatting import duration, significant, size
-from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 

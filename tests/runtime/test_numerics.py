@@ -15,9 +15,9 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner import LayerProblem, solve
-from fistapruner.runs.listener import Listener
 from fistapruner.core.linalg import fast_products
 from fistapruner.core.sums import add_gram, mirror
+from fistapruner.runs.listener import Listener
 from fistapruner.solvers.scores import Magnitude
 
 

@@ -26,7 +26,6 @@ from fistapruner.sensitivity.channel_order import (
     _gains,
     channel_order,
     kept_share,
-    raised_shares,
     sample_rows,
 )
 

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 import tiny
 from fistapruner import Recipe, prune
-from fistapruner.core import NM, Constraint, Unstructured, parse_sparsity
+from fistapruner.core import NM, Constraint, LayerProblem, Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.core import LayerProblem
 from fistapruner.sensitivity.decision import (
     _allocate,
     check_allocation,

@@ -13,6 +13,7 @@ from torch import nn
 
 import fistapruner
 import tiny
+from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.execution.executors import _pool
@@ -21,7 +22,6 @@ from fistapruner.models.source import Permissions
 from fistapruner.models.whole import load_whole
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
-from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.runtime.ranks import Ranks, _check_gpus, ranks_of_run
 from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked, sent
 from fistapruner.sparse.speed import prompts, time_generation

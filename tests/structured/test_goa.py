@@ -19,6 +19,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.activations.store import HiddenStates
+from fistapruner.core.linalg import alive_gram
 from fistapruner.models.discovery import discover
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
@@ -30,7 +31,6 @@ from fistapruner.planning.sizes import Choice
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runtime.numerics import DTYPES
-from fistapruner.core.linalg import alive_gram
 from fistapruner.structured.goa import (
     DAMPING,
     HeadDivergence,

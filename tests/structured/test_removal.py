@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner import LayerProblem
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
-from fistapruner.solvers import solve
 from fistapruner.structured.elimination import eliminate
 from fistapruner.structured.removal import ChannelStatistics, Removal, choose_share, removal_error, remove_channels
 from fistapruner.structured.scores import channel_scores
