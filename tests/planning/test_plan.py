@@ -224,9 +224,9 @@ def test_the_method_is_timed_once_for_experts_of_one_shape(tmp_path: Path, monke
     monkeypatch.setattr("fistapruner.planning.time_probe.time_solve", timed)
     monkeypatch.setattr("fistapruner.planning.time_probe.extrapolate", seconds_of)
     measure_time(opened, layout, recipe, allocate(recipe, layout), tokens, 4, least=0)
-    assert sorted(solving) == sorted(len(groups) for groups in layout.layers)
-    experts = sum(bool(group[0].experts) for groups in layout.layers for group in groups)
-    assert experts == 2 * 64
+    assert sorted(solving) == sorted(sum(map(len, groups)) for groups in layout.layers)
+    experts = sum(len(group) for groups in layout.layers for group in groups if group[0].experts)
+    assert experts == 3 * 64
     assert 2 <= timed.call_count - (sum(solving) - experts) <= 4  # with tokens and without
 
 

@@ -127,7 +127,7 @@ def batch_size(model: Any, each: int) -> int:
 
 
 def generation_steps(model: Any, samples: int, seqlen: int) -> tuple[int, int]:
-    """Return the texts of a batch and the steps, each of one token for every text of it, of :func:`generate_tokens`."""
+    """Return the texts of a batch of :func:`generate_tokens`, and its steps of one token for each text."""
     pieces, length = _texts(seqlen, TEXT_LENGTH)
     batch = min(batch_size(model, _cached_bytes(model, length)), samples * pieces)
     return batch, length * math.ceil(samples * pieces / batch)

@@ -70,7 +70,7 @@ def window_length(
 
 
 def calibration_length(settings: Calibration, model: LayerwiseModel) -> int:
-    """Decide the tokens in a calibration window: :func:`window_length`, shorter where a CPU has to write the text."""
+    """Decide the tokens in a calibration window: fewer than :func:`window_length` where a CPU writes the text."""
     writes = SELF in settings.sources.values() and model.device.type == "cpu"
     return window_length(settings.seqlen, model, WRITTEN_SEQLEN if writes else CALIBRATION_SEQLEN)
 
@@ -170,7 +170,7 @@ def tokens_sha256(tokens: Tensor) -> str:
 def counted_windows(
     say: Callable[[str], None], windows: int, purpose: str = "calibration"
 ) -> Callable[[int, int], None]:
-    """Make a progress callback of text generation that says how many windows are written: soon, then at each tenth."""
+    """Make a callback that says how many windows of text are written: soon, then at each tenth."""
     begin, first, last = 0.0, 0, -1
 
     def progress(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The mathematics of pruning: the layer problem, its sums over tokens, and the constraints. Needs torch only.
+"""The mathematics of pruning: the layer problem, its sums, and constraints. Needs torch only.
 
 from fistapruner.core import LayerProblem
 from fistapruner.solvers import solve

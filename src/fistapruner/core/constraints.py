@@ -39,7 +39,7 @@ class Constraint(ABC):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read the constraint as users write it, without white space around it; None for a text of another form.
+        """Read the constraint as users write it, without space around it; None for a text of another form.
 
         Raises:
             FistaPrunerError: the form is this one, but a value is out of range.
@@ -76,7 +76,7 @@ class Constraint(ABC):
 
     @abstractmethod
     def threshold(self, rows: int, columns: int) -> Threshold:
-        """Make a projection for use inside iterations, which is faster than :meth:`project` and may be inexact.
+        """Make a projection for iterations, which is faster than :meth:`project` and may be inexact.
 
         It works on columns in strided order: member i of group g is column ``i * columns / group_length + g``.
         """
@@ -92,7 +92,7 @@ class Constraint(ABC):
         return None
 
     def neighbours(self, reach: float) -> tuple[Constraint, ...]:
-        """Return the patterns that an operator may have instead, from the densest to the sparsest, and this one.
+        """Return the patterns that an operator may have, from the densest to the sparsest; this one, too.
 
         Args:
             reach: by how much of the weights a pattern may have more zeros than this one; fewer are always allowed.

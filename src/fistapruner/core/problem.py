@@ -159,7 +159,7 @@ class LayerProblem:
         return m, n
 
     def cached(self, key: Hashable, compute: Callable[[], Found]) -> Found:
-        """Compute something that depends on the Gram alone, or return it where a problem with this Gram has it.
+        """Compute what depends on the Gram alone, or return it where a problem with this Gram has it.
 
         Args:
             key: what is computed, and all settings that it depends on.
@@ -295,7 +295,7 @@ class LayerProblem:
         )
 
     def slice(self, rows: slice | Tensor, name: str | None = None) -> LayerProblem:
-        """Restrict the problem to some rows; with a slice tensors are views. The Gram and its cache are shared."""
+        """Restrict the problem to some rows; of a slice tensors are views. Gram and cache are shared."""
 
         def part(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[rows]
@@ -354,7 +354,7 @@ class LayerProblem:
         return replace(self, weight=weight, drift=-self.gradient(weight), drift_energy=self.row_errors(weight))
 
     def without_drift(self) -> LayerProblem:
-        """Return the problem whose target is ``W X*``, the dense weight's output on the drifted inputs (a = 0)."""
+        """Return the problem whose target is ``W X*``, the dense weight's output on drifted inputs (a = 0)."""
         return replace(self, drift=None, drift_energy=None)
 
     def to(self, device: torch.device | str) -> LayerProblem:

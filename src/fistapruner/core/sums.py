@@ -168,7 +168,7 @@ def problem_from_activations(
     target: float = 1.0,
     name: str = "operator",
 ) -> LayerProblem:
-    """Build a problem from explicit activations; arguments as :meth:`LayerProblem.from_activations` has them."""
+    """Build a problem from activations; arguments as :meth:`LayerProblem.from_activations` has them."""
     m, n = weight.shape
     if residual is not None and dense_inputs is None:
         raise FistaPrunerError(f"{name}: a residual is given without dense_inputs, expected both")

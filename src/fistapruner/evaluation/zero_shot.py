@@ -255,7 +255,7 @@ class _Bar:
 
 @contextmanager
 def _bars_as(tick: Count) -> Iterator[None]:
-    """Show answered requests by ``tick`` instead of the bars of ``lm-eval``, and let it not ask git about this folder.
+    """Show answered requests by ``tick``, not the bars of ``lm-eval``, and keep it from asking git.
 
     Nothing else turns these off.
     """

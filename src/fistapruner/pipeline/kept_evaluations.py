@@ -10,7 +10,7 @@ from ..runs.results import Evaluation, TaskResult
 
 
 def put_in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Put an evaluation in the place of the earlier ones on its text, in whatever windows and precision, or last.
+    """Put an evaluation in the place of earlier ones on its text, whatever their windows, or last.
 
     What it measures again is left out of the others; a score that :func:`fuller_scores` keeps, of the new one.
     """

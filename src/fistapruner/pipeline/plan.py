@@ -124,7 +124,7 @@ def plan_run(
 
 
 def tokens_after(text: Windows) -> tuple[int, int]:
-    """Count the tokens that are evaluated and that continue sample prompts, of the dense and the pruned model."""
+    """Count the tokens that are evaluated and that continue prompts, of the dense and the pruned model."""
     return 2 * text.tokens.numel(), 2 * len(PROMPTS) * NEW_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""Estimate the time of what a run does beside pruning: writing text, measuring, evaluating, continuing prompts."""
+"""Estimate the time of what a run does beside pruning: writing text, measuring, evaluating."""
 
 from __future__ import annotations
 

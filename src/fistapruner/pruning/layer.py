@@ -128,7 +128,7 @@ def _prune_group(
     events: LayerEvents,
     record: LayerRecord,
 ) -> float:
-    """Solve group ``number`` operator by operator, write the solutions into the layer, return the worst relative error.
+    """Solve a group operator by operator, write them into the layer, return the worst relative error.
 
     What depends on the Gram of the group is computed once; the problem is freed on return.
     """

@@ -176,7 +176,7 @@ def _calibration(report: Report) -> list[str]:
 
 
 def _taken(report: Report) -> set[str]:
-    """Return what a run took from its calibration text: nothing, the norms of the inputs, or all of their Gram."""
+    """Return what a run took from its calibration text: nothing, norms of the inputs, or their Gram."""
     recipe = report.recipe
     allocation = recipe.get("allocation", "auto")
     measured = isinstance(allocation, str) and allocation not in ("auto", "uniform")

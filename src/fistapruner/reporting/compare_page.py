@@ -180,7 +180,7 @@ def methods(found: Sequence[Point]) -> list[str]:
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
-    """Say which method has the lowest perplexity at each sparsity, of those that compare, or that none wins.
+    """Say which of the methods that compare has the lowest perplexity at each sparsity, or that none wins.
 
     Methods that have a lower one and keep another share of the weights are named, too.
     """
@@ -206,14 +206,14 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
 
 
 def _lead(first: Point, second: Point) -> tuple[float, float]:
-    """Return how much lower the NLL of ``first`` is, and its standard error, paired over windows: NaN if not known."""
+    """Return how much lower the NLL of ``first`` is, with standard error, paired over windows, or NaN."""
     apart = [b - a for a, b in zip(first.windows, second.windows, strict=False)]
     known = len(apart) > 1 and len(first.windows) == len(second.windows)
     return second.gap - first.gap, stdev(apart) / math.sqrt(len(apart)) if known else math.nan
 
 
 def _winner(found: Sequence[Point], pattern: str) -> Point | None:
-    """Return the point with the smallest gap, if it leads the next by more than two standard errors; else None."""
+    """Return the point with the smallest gap if it leads by more than two standard errors; else None."""
     here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
     if len(here) < 2:
         return None

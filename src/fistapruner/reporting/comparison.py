@@ -24,7 +24,7 @@ HEADER = (
 
 
 def by_quality(rows: Sequence[CompareRow]) -> list[CompareRow]:
-    """Sort rows by sparsity, in the order of first appearance, then by gap, the smallest first; failed rows last."""
+    """Sort rows by sparsity, in order of first appearance, then by gap, smallest first; failed rows last."""
     patterns = list(dict.fromkeys(row.sparsity for row in rows))
     return sorted(rows, key=lambda row: (patterns.index(row.sparsity), math.inf if row.gap is None else row.gap))
 

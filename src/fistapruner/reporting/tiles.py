@@ -103,7 +103,7 @@ def _size(report: Report) -> list[Tile]:
 
 
 def _speed(report: Report) -> list[Tile]:
-    """List how much faster the fastest form decodes whose weights are those of the other tiles, not rounded to int8."""
+    """List how much faster the fastest form decodes whose weights are not rounded to int8."""
     forms = [row for row in packed_speeds(report) if row["variant"] != INT8]
     baseline, best = dense_speed(report), fastest([*forms, *smaller_speeds(report)])
     if baseline is None or best is None:

@@ -20,7 +20,7 @@ RESTARTS = 10
 
 @dataclass(frozen=True)
 class ALPS(Method):
-    """ADMM with hard thresholding, then conjugate gradients on the support (Meng et al. 2024, algorithm 1).
+    """ADMM with hard thresholds, then conjugate gradients on the support (Meng et al. 2024, algorithm 1).
 
     The splitting on the Gram scaled to a unit diagonal. Every third step rho grows by a factor of 1.3, 1.2 or 1.1 if
     the support changed by more than 10 %, more than 0.5 %, or at all. It stops when the support no longer changes

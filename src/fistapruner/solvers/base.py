@@ -55,7 +55,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of solvers and refinements. A subclass is a frozen dataclass whose fields are made by :func:`setting`.
+    """Base of solvers and refinements: frozen dataclasses whose fields are made by :func:`setting`.
 
     Raises:
         FistaPrunerError: a setting is of another type than its default, or out of its bounds.
@@ -125,7 +125,7 @@ def keep_better(problem: LayerProblem, solution: Solution, start: Solution | Non
 
 
 def keep_better_rows(problem: LayerProblem, weight: Tensor, mask: Tensor, start: Solution) -> tuple[Tensor, Tensor]:
-    """Take the rows of ``weight`` and ``mask`` (m, n), but those of ``start`` where the error would not fall.
+    """Take rows of ``weight`` and ``mask`` (m, n), but those of ``start`` where the error would not fall.
 
     Large changes that cancel leave a small error with a large rounding error, which counts against the new rows.
     """

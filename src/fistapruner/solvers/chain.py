@@ -148,7 +148,7 @@ def _run_steps(problem: LayerProblem, constraint: Constraint, steps: Sequence[Me
 
 
 def _with_faint_dead_weights(problem: LayerProblem) -> tuple[LayerProblem, Tensor]:
-    """Scale the weights of dead inputs down, so that methods prune them before others; returns the dead inputs, too.
+    """Scale the weights of dead inputs down, so that methods prune them first; returns these inputs, too.
 
     They change no output, and most methods' regularised Grams would rate them as weights of average inputs. They are
     not zero, so that methods which rate weights by size keep the largest where some must stay.

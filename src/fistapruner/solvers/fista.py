@@ -1,4 +1,4 @@
-"""FISTAPruner: l1-regularised least squares by FISTA, rounding, and an adaptive lambda (arXiv 2408.03728)."""
+"""FISTAPruner: l1-regularised least squares by FISTA, rounding, adaptive lambda (arXiv 2408.03728)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse plus low-rank: prune an operator beside a low-rank part, which is a LoRA adapter of the result.
+"""Sparse plus low-rank: prune an operator beside a low-rank part, a LoRA adapter of the result.
 
 The operator becomes ``S + B A``, S sparse and ``L = B A`` of rank r. Both parts meet in the layer problem:
 
@@ -181,7 +181,7 @@ class WithLowRank:
         self._product.use(self._matrix)
 
     def advance(self, z: Tensor, kept: Tensor) -> None:
-        """Replace Z by ``Z + A - D`` with ``A = X - (I - U U^T) (X - C) H (H + rho I)^-1`` and ``X = 2 D - Z``."""
+        """Replace Z by ``Z + A - D``, ``A = X - (I - U U^T) (X - C) H (H + rho I)^-1``, ``X = 2 D - Z``."""
         away = torch.sub(kept, z).add_(kept).sub_(self.centre)
         turned = away @ (self._matrix @ (away.T @ self._basis))
         self._basis = torch.linalg.qr(turned).Q

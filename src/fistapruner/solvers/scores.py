@@ -23,7 +23,7 @@ class Magnitude(Method):
 
 @dataclass(frozen=True)
 class Wanda(Method):
-    """Drop the lowest ``|W_ij| sqrt(H_jj)`` of each row; kept weights are not updated (Sun et al. 2023, eq. 1)."""
+    """Drop the lowest ``|W_ij| sqrt(H_jj)`` of each row; others stay as they are (Sun et al. 2023, eq. 1)."""
 
     name: ClassVar[str] = "wanda"
     takes_start: ClassVar[bool] = False

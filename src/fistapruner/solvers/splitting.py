@@ -1,4 +1,4 @@
-"""Operator splitting between least squares and a constraint: the one iteration of ADMM, ALPS and proximal.
+"""Operator splitting of least squares and a constraint: the one iteration of ADMM, ALPS, proximal.
 
 For ``min ||V - C||_H^2`` over V in a set S, Douglas-Rachford splitting (Lions & Mercier 1979) with penalty rho repeats
 
@@ -90,9 +90,9 @@ def split(term: Term, start: Tensor, schedule: Schedule, project: Project) -> St
 
 
 class LeastSquares:
-    """``||V - C||_H^2 / 2``: with ``M = rho (H + rho I)^-1 - I/2`` a step is ``Z = (Z + C)/2 + (2 D - Z - C) M``.
+    """``||V - C||_H^2 / 2``; a step is ``Z = (Z + C)/2 + (2 D - Z - C) M``.
 
-    All eigenvalues of M are in (-1/2, 1/2], so that a product in bf16 is accurate enough.
+    All eigenvalues of ``M = rho (H + rho I)^-1 - I/2`` are in (-1/2, 1/2], so that a product in bf16 is accurate enough.
 
     Args:
         centre: (m, n) C.

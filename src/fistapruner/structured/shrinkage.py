@@ -45,7 +45,7 @@ def share_of_few(inputs: int, tokens: int) -> float | None:
 
 
 def problem_without_tokens(weight: Tensor, name: str) -> LayerProblem:
-    """Make the layer problem of an expert's operators (m, n) that no token was routed to: all inputs count alike."""
+    """Make the layer problem of an expert's operators (m, n) without tokens: all inputs count alike."""
     return LayerProblem(weight, torch.eye(weight.shape[1], device=weight.device), name=name)
 
 
