@@ -48,6 +48,7 @@ import fistapruner  # noqa: E402
 import tiny  # noqa: E402
 from fistapruner import LayerProblem  # noqa: E402
 from fistapruner.activations.store import HiddenStates  # noqa: E402
+from fistapruner.core import LayerProblem  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
 from fistapruner.runs.layer_records import LayerEntry  # noqa: E402
 from fistapruner.runs.listener import Listener  # noqa: E402

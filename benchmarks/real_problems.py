@@ -43,11 +43,13 @@ def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, 
     layers = [int(layer) for layer in arguments.layers.split(",")]
     source = f"c4-{_short_hash(Path(arguments.data).resolve())}" if arguments.data else "python"
     part = "held-out" if held_out else "first"
-    path = Path(arguments.cache) / f"smollm2-{source}-{part}-{arguments.samples}-{'-'.join(map(str, layers))}.pt"
+    path = (
+        Path(arguments.cache) / f"smollm2-operators-{source}-{part}-{arguments.samples}-{'-'.join(map(str, layers))}.pt"
+    )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_gather(layers, arguments.samples, arguments.data, held_out), path)
-    return {name: LayerProblem(**fields) for name, fields in torch.load(path).items()}
+    return {name: LayerProblem(**fields, name=name) for name, fields in torch.load(path).items()}
 
 
 def calibration_files(data: str | Path) -> list[Path]:

@@ -93,11 +93,11 @@ def test_no_circle_inside_a_room() -> None:
 
 
 def test_patterns_are_asked_and_not_told_apart() -> None:
-    """Outside of ``constraints/`` nothing depends on the class of a sparsity pattern."""
+    """Outside of ``core/`` nothing depends on the class of a sparsity pattern."""
     asked = [
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path.relative_to(PACKAGE).parts[0] != "constraints"
+        if path.relative_to(PACKAGE).parts[0] != "core"
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)

@@ -17,6 +17,7 @@ from fistapruner import FistaPrunerError, Recipe, solve
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
 from fistapruner.core import LayerProblem, ProblemSums, parse_sparsity
+from fistapruner.core.constraints import stack
 from fistapruner.core.problem import unweighted
 from fistapruner.execution.context import RunContext
 from fistapruner.models.discovery import discover
@@ -166,9 +167,9 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                     sums.add(
                         seen, of_dense[source](dense, names[0], start, stop), drift(index, group[0].name, start, stop)
                     )
-            problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)
-            solution = solve(problem, recipe.pattern, recipe.steps)
-            for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):
+            rows = [operator.rows for operator in group]
+            solution = solve(sums.problem(target=recipe.dense_share), stack(recipe.pattern, rows), recipe.steps)
+            for operator, name, part in zip(group, names, solution.weight.split(rows), strict=True):
                 operator.weight(pruned.get_submodule(f"{layout.layers_name}.{index}")).data.copy_(part)
                 weights[f"{name}.weight"] = pruned.get_submodule(name).weight.detach().clone()
     return weights
@@ -234,7 +235,7 @@ def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pr
         dense(tokens)
     for group, x in enumerate(inputs.values()):
         torch.testing.assert_close(seen[1, group].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
-        assert seen[1, group].drift_gradient is None
+        assert seen[1, group].drift is None
 
 
 def test_a_function_that_changes_what_it_inspects_is_refused(tmp_path: Path) -> None:
@@ -353,9 +354,9 @@ def test_weights_that_the_checkpoint_cannot_hold_are_refused_by_name(
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.float16)
 
     def large(*arguments: object) -> Any:
-        found = solve_low_rank(*arguments)
-        found.sparse.weight[:, 3] *= 1e8
-        return found
+        sparse, low_rank = solve_low_rank(*arguments)
+        sparse.weight[:, 3] *= 1e8
+        return sparse, low_rank
 
     monkeypatch.setattr("fistapruner.pruning.layer.solve_low_rank", large)
     expected = r"layers\.0\.self_attn\.q_proj: a pruned weight of .*e\+0.* beyond 65504, the largest of float16"
@@ -396,27 +397,26 @@ def test_rows_are_weighted_by_their_importance(tmp_path: Path, method: str) -> N
         lambda number, problem: problems.append(problem),
         measures=LayerMeasures(importance=importance),
     )
-    assert problems[0].names == tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+    assert [problem.name for problem in problems] == list(importance)
     for problem in problems:
-        rows = torch.cat([importance[name] for name in problem.names])
+        name, rows = problem.name, importance[problem.name]
         expected = unweighted(solve(problem.weighted(rows), recipe.pattern, recipe.steps).weight, rows)
-        for name, part in zip(problem.names, expected.split(problem.rows), strict=True):
-            found = weights[f"{name}.weight"]
-            assert torch.equal(found == 0, part == 0), name
-            torch.testing.assert_close(found, part)
-            order, kept = importance[name].argsort(), (found != 0).sum(1)
-            less, more = (kept[half].sum() for half in order.chunk(2))
-            assert int(more) > 1.5 * int(less), name
+        found = weights[f"{name}.weight"]
+        assert torch.equal(found == 0, expected == 0), name
+        torch.testing.assert_close(found, expected)
+        order, kept = rows.argsort(), (found != 0).sum(1)
+        less, more = (kept[half].sum() for half in order.chunk(2))
+        assert int(more) > 1.5 * int(less), name
 
 
 @pytest.mark.parametrize("target", ["dense", "pruned"])
 def test_a_group_is_freed_before_the_next_one(tmp_path: Path, target: str) -> None:
-    alive: list[weakref.ref[Tensor]] = []
+    alive: list[tuple[int, weakref.ref[Tensor]]] = []
 
-    def inspect(_: int, problem: LayerProblem) -> None:
-        assert not any(tensor() is not None for tensor in alive)
+    def inspect(group: int, problem: LayerProblem) -> None:
+        assert not any(tensor() is not None for earlier, tensor in alive if earlier != group)
         alive.extend(
-            weakref.ref(tensor) for tensor in (problem.weight, problem.gram, problem.drift) if tensor is not None
+            (group, weakref.ref(each)) for each in (problem.weight, problem.gram, problem.drift) if each is not None
         )
 
     stream(

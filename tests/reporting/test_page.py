@@ -54,6 +54,7 @@ from fistapruner.reporting.size_and_speed import (
 from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.tiles import tiles
+from fistapruner.reporting.traces import TRACES
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import Comparison
@@ -62,7 +63,6 @@ from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Alignment, PreferenceFigures, Recovery
 from fistapruner.runtime.formatting import duration, significant, size
-from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -798,8 +798,7 @@ def test_alps_records_are_drawn() -> None:
             operator.steps = [{"method": "alps", "relative_error": operator.relative_error, "path": path}]
     text = run_page(report)
     assert "penalty ρ" in text
-    assert METHODS["alps"].trace is not None
-    assert METHODS["alps"].trace.caption in text
+    assert TRACES["alps"].caption in text
     with plotted("figures", HALF) as drawn:
         solver_path(report.layers)
     above, below = drawn["solver-path"].axes

@@ -363,15 +363,14 @@ def test_the_allocation_that_advice_gives_is_understood() -> None:
         assert 0 < parse_sparsity(less).fraction < parse_sparsity(sparsity).fraction
 
 
-@pytest.mark.parametrize(("sparsity", "chooses"), [("2:4", True), ("4:8", True), ("64:2:8", False)])
-def test_allocation_by_error_is_advised_for_patterns_that_have_neighbours(sparsity: str, chooses: bool) -> None:
+@pytest.mark.parametrize("sparsity", ["2:4", "4:8"])
+def test_allocation_by_error_is_advised_for_patterns_that_have_neighbours(sparsity: str) -> None:
     report = samples.report()
     for operator in report.operators:
         operator.sparsity = sparsity
     report.recipe["sparsity"] = sparsity
     words = " ".join(advice(report))
-    assert ("`--allocation error` spreads the same budget" in words) == chooses
-    assert (f"The pattern {sparsity} has the same sparsity in every operator" in words) != chooses
+    assert "`--allocation error` spreads the same budget" in words
     assert "{'" not in words  # a share of zeros for one layer would leave the pattern
 
 

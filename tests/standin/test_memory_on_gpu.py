@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.execution.operator_parallel import ParallelSolver
 
 import fistapruner
 import tiny
@@ -22,8 +21,7 @@ from fistapruner.activations.stream import forward, forward_variants
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
-from fistapruner.execution.pool import Event, LayerJob, PartJob
-from fistapruner.execution.serial import prune_serially
+from fistapruner.execution.pool import Event, LayerJob
 from fistapruner.execution.worker import Worker
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -111,7 +109,7 @@ def test_a_run_goes_on_with_smaller_batches_where_memory_runs_out(gpu: StandIn, 
     assert [layer.batch_size for layer in report.layers] == [None, 4, 4]
     first, second = report.layers[1].warnings
     assert first == "layer 1: the memory of cuda:0 ran out with 8 windows at a time; hidden states go to main memory"
-    assert "cuda:0 ran out with 8 windows at a time; it goes on with 4, and groups" in second
+    assert "cuda:0 ran out with 8 windows at a time; it goes on with 4" in second
     for layer, expected in zip(report.layers, whole.layers, strict=True):
         errors, others = ([operator.relative_error for operator in one.operators] for one in (layer, expected))
         assert errors == pytest.approx(others, rel=0.2)
@@ -177,7 +175,7 @@ class OneWorker:
         self.emptied.append(self.gpu.emptied)
         self._events.append(event)
 
-    def start(self, worker: int, job: LayerJob | PartJob) -> None:
+    def start(self, worker: int, job: LayerJob) -> None:
         self.emptied.append(self.gpu.emptied)
         before, self.gpu.memory = self.gpu.memory, self.memory
         self.worker.run(asdict(job), self._tell)
@@ -200,26 +198,6 @@ def begun_run(gpu: StandIn, model: Path, out: Path, **settings: Any) -> tuple[Ru
     context = RunContext.open(out)
     context.hidden.mkdir(parents=True, exist_ok=True)
     return context, OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
-
-
-def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    """What passes have freed is there for the workers' first part, and what a part has freed for all.
-
-    A group for which a worker has too little is solved all the same.
-    """
-    context, pool = begun_run(gpu, deep, tmp_path / "run", method="wanda", propagate="pruned")
-    before = gpu.emptied
-    prune_serially(context, {1}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
-    begun, done = pool.emptied[::2], pool.emptied[1::2]
-    assert len(done) == 5  # parts of the groups q, k, v and gate, up
-    assert begun[0] > before
-    assert begun[3] > done[2]
-    assert all(after > at for at, after in zip(begun, done, strict=True))
-    pool.memory, gpu.refused, pool.emptied = 1000, 0, []
-    prune_serially(context, {2}, Listener(), solver=ParallelSolver(pool, context.hidden, context.recipe.steps))
-    assert gpu.refused == 2  # the first part of each group; then this process solves the group
-    begun, done = pool.emptied[::2], pool.emptied[1::2]
-    assert all(after > at for at, after in zip(begun, done, strict=True))
 
 
 def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:

@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.pruning.partition import solve_in_parts
-from fistapruner.solvers.conditioning import inverse_from_cholesky
 
 from fistapruner.core import NM, LayerProblem, ProblemSums, parse_sparsity
+from fistapruner.core.constraints import stack
 from fistapruner.core.selection import keep_n_of_m
 from fistapruner.core.sums import DriftFrom
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.experts import routed_problem
-from fistapruner.recipes.settings import Recipe
 from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
-from fistapruner.solvers.chain import _check_zeros
 from fistapruner.solvers.low_rank import solve_low_rank
 from fistapruner.structured.elimination import eliminate
 from fistapruner.structured.units import MLP, Unit
@@ -36,13 +33,14 @@ def problem(device: str, drift_from: str = "inputs") -> LayerProblem:
     dense = inputs + 0.1 * torch.randn(120, 32, generator=generator)
     sums = ProblemSums(weight.to(device), drift_from=drift_from)  # type: ignore[arg-type]
     sums.add(inputs.to(device), (dense if drift_from == "inputs" else dense @ weight.T).to(device))
-    return sums.problem(("a", "b"), (12, 12), 0.5)
+    return sums.problem("a+b", 0.5)
 
 
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
 @pytest.mark.parametrize("chain", [*CHAINS, "sparsegpt+proximal"])
 def test_the_result_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None:
-    solution, there = solve(problem(LAST), sparsity, chain), solve(problem("cpu"), sparsity, chain)
+    stacked = stack(sparsity, (12, 12))
+    solution, there = solve(problem(LAST), stacked, chain), solve(problem("cpu"), stacked, chain)
     assert solution.weight.device == solution.mask.device == torch.device(LAST)
     for stats, expected in zip(solution.stats, there.stats, strict=True):
         assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=0.03)
@@ -51,15 +49,14 @@ def test_the_result_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None
 
 
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
-@pytest.mark.parametrize(("chain", "bound"), [("wanda", 0.2), ([{"proximal": {"fast": False}}], 1e-3)])
-def test_sparse_plus_low_rank_is_the_cpus(gpu: StandIn, chain: Any, bound: float, sparsity: str) -> None:
-    """With fast products, as beside wanda, last bits decide which of nearly equal weights stay, more each turn."""
-    patterns, steps = [parse_sparsity(sparsity)] * 2, parse_method(chain)
-    found, there = (solve_low_rank(problem(device), patterns, steps, 2) for device in (LAST, "cpu"))
-    for part, stats, expected in zip(found.low_rank, found.sparse.stats, there.sparse.stats, strict=True):
-        assert part is not None
-        assert part.a.device == part.b.device == found.sparse.weight.device == torch.device(LAST)
-        assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=bound)
+@pytest.mark.parametrize("chain", ["wanda", "proximal"])
+def test_sparse_plus_low_rank_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None:
+    """Last bits decide which of nearly equal weights stay."""
+    pattern, steps = parse_sparsity(sparsity), parse_method(chain)
+    (found, part), (there, _) = (solve_low_rank(problem(device), pattern, steps, 2) for device in (LAST, "cpu"))
+    assert part is not None
+    assert part.a.device == part.b.device == found.weight.device == torch.device(LAST)
+    assert found.stats[0]["relative_error"] == pytest.approx(there.stats[0]["relative_error"], rel=0.2)
     assert not gpu.unordered
 
 
@@ -81,7 +78,7 @@ def test_sums_of_bf16_inputs_make_no_copy_in_fp32(gpu: StandIn, drift_from: Drif
         sums = ProblemSums(weight.to(device), drift_from=drift_from)
         for part, other in zip(inputs.split(40), dense.split(40), strict=True):
             sums.add(part.to(device), other.to(device))
-        found.append(sums.problem(("a", "b"), (12, 12), 0.5))
+        found.append(sums.problem("a+b", 0.5))
     here, there = found
     for name in ("gram", "drift", "drift_energy", "energy"):
         assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-3, atol=1e-3), name
@@ -98,17 +95,6 @@ def test_one_group_of_all_rows_takes_few_kernels(gpu: StandIn) -> None:
     mask = keep_n_of_m(there, 2, 4)
     assert gpu.kernels["sort"] == 1
     assert torch.equal(mask.cpu(), keep_n_of_m(scores, 2, 4))
-
-
-@pytest.mark.parametrize("n", [1, 7, 96, 700])
-def test_an_inverse_takes_the_place_of_its_factor(gpu: StandIn, n: int) -> None:
-    inputs = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(0))
-    gram = inputs.T @ inputs / n
-    factor = torch.linalg.cholesky(gram.to(LAST))
-    inverse = inverse_from_cholesky(factor)
-    assert inverse.data_ptr() == factor.data_ptr()
-    assert torch.allclose(inverse.cpu() @ gram, torch.eye(n), atol=1e-3)
-    assert torch.equal(inverse, inverse.T)
 
 
 def test_channels_that_go_are_the_cpus(gpu: StandIn) -> None:
@@ -130,15 +116,10 @@ def test_a_problem_is_checked_with_one_wait(gpu: StandIn) -> None:
 
 
 @pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
-@pytest.mark.parametrize("sparsity", ["50%", "2:4", "4:2:8"])
-def test_a_solution_is_checked_with_one_wait_for_each_operator(gpu: StandIn, sparsity: str) -> None:
-    """The relative errors of all operators take one more."""
-    there, found, patterns = problem(LAST), solve(problem(LAST), sparsity, "wanda"), [parse_sparsity(sparsity)] * 2
+def test_an_error_takes_one_wait(gpu: StandIn) -> None:
+    there = problem(LAST)
     gpu.waits.clear()
-    _check_zeros(there, patterns, "wanda", found)
-    assert sum(gpu.waits.values()) == len(patterns)
-    gpu.waits.clear()
-    there.relative_errors(found.weight)
+    there.relative_error(there.weight)
     assert sum(gpu.waits.values()) == 1
 
 
@@ -152,13 +133,6 @@ def test_exchanges_wait_for_nothing_but_whether_there_are_more(gpu: StandIn) -> 
     assert set(waits[1] - waits[0]) == {"_local_scalar_dense"}
 
 
-def test_parts_of_a_group(gpu: StandIn) -> None:
-    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "2:4"})
-    solution = solve_in_parts(problem("cuda:0"), [recipe.pattern] * 2, recipe.steps, block=4)
-    there = solve_in_parts(problem("cpu"), [recipe.pattern] * 2, recipe.steps, block=4)
-    assert torch.allclose(solution.weight.cpu(), there.weight, atol=1e-4)
-
-
 @pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
 def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str) -> None:
@@ -166,14 +140,13 @@ def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str)
     waits = []
     for steps in (2, 5):
         gpu.waits.clear()
-        solve(problem("cuda:0"), sparsity, [{"proximal": {"steps": steps, "refit": 2 * steps}}])
+        solve(problem("cuda:0"), sparsity, [{"proximal": {"steps": steps}}])
         waits.append(Counter(gpu.waits))
     assert waits[0] == waits[1]
 
 
 def test_an_expert_without_tokens_has_a_problem_on_the_device(gpu: StandIn) -> None:
-    group: Any = [SimpleNamespace(rows=4, columns=6)]
-    found = routed_problem(ProblemSums(torch.ones(4, 6, device=LAST)), ["a"], group, 0.0)
+    found = routed_problem(ProblemSums(torch.ones(4, 6, device=LAST)), "a", 0.0)
     assert solve(found, "50%", "wanda").weight.device == torch.device(LAST)
 
 

@@ -96,7 +96,7 @@ def test_of_two_equal_heads_one_goes_and_its_refit_is_exact() -> None:
     known = ChannelStatistics(problem, inputs.mean(0), None)
     settings = Structure(method="goa", compensate="refit", shrink=0.0)
     removal = remove_channels(known, 3, settings, block=2, chosen=torch.tensor([0, 2, 3]))
-    assert problem.restricted(removal.places).relative_errors(removal.weight)[0] < 1e-6
+    assert problem.restricted(removal.places).relative_error(removal.weight) < 1e-6
     untouched = remove_channels(known, 3, Structure(method="goa"), block=2, chosen=torch.tensor([0, 2, 3]))
     assert torch.equal(untouched.weight, problem.weight[:, untouched.places])
 
@@ -140,9 +140,9 @@ def test_a_problem_around_other_weights_has_the_same_errors() -> None:
         weight, other = torch.randn(2, 4, 6, generator=generator)
         moved = problem.around(weight)
         torch.testing.assert_close(moved.row_errors(other), problem.row_errors(other), rtol=1e-4, atol=1e-4)
-        assert moved.dense_errors() == pytest.approx(problem.relative_errors(weight), rel=1e-5)
+        assert moved.dense_error() == pytest.approx(problem.relative_error(weight), rel=1e-5)
         fitted, _ = refitted(problem, DAMPING)
-        assert problem.relative_errors(fitted)[0] < problem.dense_errors()[0]  # type: ignore[index]
+        assert problem.relative_error(fitted) < problem.dense_error()  # type: ignore[index]
 
 
 def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -> None:
