@@ -46,7 +46,6 @@ os.environ.setdefault("FISTAPRUNER_FIGURES", "0")
 
 import fistapruner  # noqa: E402
 import tiny  # noqa: E402
-from fistapruner import LayerProblem  # noqa: E402
 from fistapruner.activations.store import HiddenStates  # noqa: E402
 from fistapruner.core import LayerProblem  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.solvers.magnitude import Magnitude
 
 import fistapruner as fp
 import tiny
