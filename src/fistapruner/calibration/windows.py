@@ -70,7 +70,7 @@ def window_length(
 
 
 def calibration_length(settings: Calibration, model: LayerwiseModel) -> int:
-    """Decide the tokens in a calibration window: fewer than :func:`window_length` where a CPU writes the text."""
+    """Decide the tokens in a window: fewer than :func:`window_length` where a CPU writes the text."""
     writes = SELF in settings.sources.values() and model.device.type == "cpu"
     return window_length(settings.seqlen, model, WRITTEN_SEQLEN if writes else CALIBRATION_SEQLEN)
 

@@ -27,7 +27,7 @@ REFIT = 2, 2
 
 @dataclass(frozen=True)
 class Proximal(Method):
-    """Douglas-Rachford splitting with growing penalty in the metric of optimal brain surgeon, then a refit.
+    """Douglas-Rachford splitting with growing penalty and a metric of optimal brain surgeon, then a refit.
 
     Coordinates are scaled by ``s_j^2 = 1 / [(H + mu diag H)^-1]_jj`` (less the mu), the error of removing input j after
     all others have compensated, so that hard thresholding ranks weights as optimal brain surgeon does, not by magnitude

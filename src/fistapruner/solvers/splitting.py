@@ -92,7 +92,7 @@ def split(term: Term, start: Tensor, schedule: Schedule, project: Project) -> St
 class LeastSquares:
     """``||V - C||_H^2 / 2``; a step is ``Z = (Z + C)/2 + (2 D - Z - C) M``.
 
-    All eigenvalues of ``M = rho (H + rho I)^-1 - I/2`` are in (-1/2, 1/2], so that a product in bf16 is accurate enough.
+    Eigenvalues of ``M = rho (H + rho I)^-1 - I/2`` are in (-1/2, 1/2], so that a product in bf16 is accurate enough.
 
     Args:
         centre: (m, n) C.
