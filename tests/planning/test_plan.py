@@ -275,9 +275,9 @@ def test_a_refusal_says_how_to_do_without_measurements_of_the_dense_model(model:
         fit(measured, Recipe.build(settings).resolved(), on_cpu(limit), 1)
 
 
-@pytest.mark.parametrize(("propagate", "most"), [("dense", 3), ("pruned", 3)])
+@pytest.mark.parametrize(("propagate", "most"), [("dense", 3), ("pruned", 1)])
 def test_workers_that_do_not_start_are_not_planned(model: Model, tmp_path: Path, propagate: str, most: int) -> None:
-    """There are three layers, and three operators in the largest group."""
+    """There are three layers, which wait for each other with propagate=pruned."""
 
     def rows(workers: int, **limit: Any) -> list[float | None]:
         execution = {"executor": "process", "workers": workers, "threads": 1, **limit}
@@ -286,7 +286,7 @@ def test_workers_that_do_not_start_are_not_planned(model: Model, tmp_path: Path,
         return [row.planned for row in plan_model(model[0].checkpoint.folder, Recipe.build(settings), tmp_path).rows]
 
     assert rows(64) == pytest.approx(rows(most), rel=0.01)
-    with pytest.raises(FistaPrunerError, match="take fewer --workers"):
+    with pytest.raises(FistaPrunerError, match="take fewer --workers" if most > 1 else "is not enough"):
         rows(64, memory_limit=2**20)
 
 
