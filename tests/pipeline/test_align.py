@@ -188,13 +188,13 @@ def test_test_pairs_pass_as_many_at_once_as_the_plan_counts(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed: list[int] = []
-    losses = AnswerObjective._losses
+    losses = AnswerObjective.losses
 
     def counted(objective: AnswerObjective, numbers: list[int], *more: Any) -> Tensor:
         passed.append(len(numbers))
         return losses(objective, numbers, *more)
 
-    monkeypatch.setattr(AnswerObjective, "_losses", counted)
+    monkeypatch.setattr(AnswerObjective, "losses", counted)
     report = align(bench, tmp_path / "out", steps=1, data={"held_out": 0.05, "test": 0.4})
     assert report.alignment is not None
     assert report.alignment.test_pairs > 12

@@ -85,7 +85,7 @@ def test_settings_of_a_single_method_itself_follow_as_those_of_its_recipe_do() -
     jobs = plan_jobs(parse_contenders("alps@iterations=3,propagate=dense,damping=0.1,alps"), ["50%"], [0], SETTINGS)
     [own], [default] = (job.recipe.steps for job in jobs)
     assert (own.iterations, own.damping, jobs[0].recipe.propagate) == (3, 0.1, "dense")
-    assert own.model_copy(update={"iterations": default.iterations, "damping": default.damping}) == default
+    assert replace(own, iterations=default.iterations, damping=default.damping) == default
     for text, message in (
         ("wanda+refit@rho=3", "unknown setting 'rho'"),
         ("alps@iterations=0", "method alps: iterations"),

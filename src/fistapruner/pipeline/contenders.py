@@ -77,7 +77,7 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
         given = _nested(settings, label)
         own = [key for key in given if key not in Recipe.model_fields]
         if own and not is_recipe and name in METHODS:
-            known = {*METHODS[name].descriptions(), *Recipe.model_fields}
+            known = [*METHODS[name].descriptions(), *Recipe.model_fields]
             if wrong := next((key for key in own if key not in known), None):
                 raise FistaPrunerError(f"--methods {label}: unknown setting {wrong!r}{instead_of(wrong, known)}")
             base["method"] = {name: {key: given.pop(key) for key in own}}
