@@ -159,6 +159,8 @@ class ProblemSums:
         return problem
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def problem_from_activations(
     weight: Tensor,
     inputs: Tensor,
