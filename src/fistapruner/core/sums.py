@@ -179,11 +179,12 @@ def problem_from_activations(
     weight = weight.detach().float()
     drift_from = None if dense_inputs is None else cheapest_drift(m, n, corrected=residual is not None)
     dense = dense_inputs
-    if dense_inputs is not None and drift_from == "outputs":
-        dense = dense_inputs.detach().float() @ weight.T
-    sums = ProblemSums(weight, drift_from=drift_from)
-    sums.add(*(None if tensor is None else tensor.detach() for tensor in (inputs, dense, residual)))  # type: ignore[arg-type]
-    return sums.problem(name, target)
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        if dense_inputs is not None and drift_from == "outputs":
+            dense = dense_inputs.detach().float() @ weight.T
+        sums = ProblemSums(weight, drift_from=drift_from)
+        sums.add(*(None if tensor is None else tensor.detach() for tensor in (inputs, dense, residual)))  # type: ignore[arg-type]
+        return sums.problem(name, target)
 
 
 def add_gram(sums: Tensor, rows: Tensor) -> None:
