@@ -367,7 +367,7 @@ def test_rounded_values_are_those_of_the_sparse_part_alone(run: Path, tmp_path: 
 
 
 def test_a_weight_that_is_loaded_takes_the_place_of_both_parts(run: Path, tmp_path: Path) -> None:
-    fp.pack(run / "model", tmp_path / "packed")
+    fp.pack(run / "model", tmp_path / "packed", values="bf16")
     model = fp.load(tmp_path / "packed")
     module = model.get_submodule("model.layers.0.mlp.up_proj")
     model.load_state_dict(model.state_dict())
@@ -383,7 +383,7 @@ def test_a_packed_model_without_its_adapter_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str
 ) -> None:
     packed = tmp_path / "packed"
-    fp.pack(run / "model", packed)
+    fp.pack(run / "model", packed, values="bf16")
     path = packed / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     for command in (["evaluate"], ["bench"], ["unpack", str(tmp_path / "out")], ["inspect"]):
@@ -399,7 +399,7 @@ def test_faults_of_a_packed_model_name_its_folder_and_come_before_it_is_unpacked
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tmp_path / "packed"
-    fp.pack(run / "model", packed)
+    fp.pack(run / "model", packed, values="bf16")
     other = tiny.save("llama", tmp_path / "other", vocab_size=tiny.VOCABULARY + 8)
     with pytest.raises(FistaPrunerError, match=f"^{packed} and {other} do not share a vocabulary"):
         fp.evaluate(packed, "python", seqlen=16, against=other)
@@ -413,7 +413,7 @@ def test_faults_of_a_packed_model_name_its_folder_and_come_before_it_is_unpacked
 
 
 def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
-    fp.pack(run / "model", tmp_path / "packed")
+    fp.pack(run / "model", tmp_path / "packed", values="bf16")
     file = tmp_path / "packed" / "adapter" / "adapter_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -436,7 +436,7 @@ def counted(variants: list[Variant], **_: Any) -> list[Speed]:
 
 
 def test_bench_measures_the_sum_and_counts_its_bytes(run: Path, tmp_path: Path) -> None:
-    report = fp.pack(run / "model", tmp_path / "packed")
+    report = fp.pack(run / "model", tmp_path / "packed", values="bf16")
     adapter = sum(path.stat().st_size for path in (run / "adapter").iterdir())
     said = "Packed forms compute the sum of the sparse part and the low-rank part of rank 4; their sizes count both"
     for folder in (run / "model", tmp_path / "packed"):
@@ -464,7 +464,7 @@ def test_bench_measures_the_sum_and_counts_its_bytes(run: Path, tmp_path: Path) 
 
 def test_the_form_that_is_timed_is_the_sum(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    fp.pack(run / "model", tmp_path / "packed")
+    fp.pack(run / "model", tmp_path / "packed", values="bf16")
     form = Variant("packed", tmp_path / "packed", "bfloat16")
     with torch.no_grad():
         found, expected = (model(tokens()).logits for model in (load_variant(form), summed(run)))

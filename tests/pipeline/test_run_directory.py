@@ -194,7 +194,7 @@ def test_a_folder_in_the_way_of_a_temporary_one_is_kept(run: Path, dense: Path, 
     model.rename(tmp_path / "out.partial")
     before = contents(tmp_path / "out.partial")
     with pytest.raises(fp.FistaPrunerError, match="holds files that fistapruner did not write"):
-        fp.pack(tmp_path / "out.partial", tmp_path / "out")
+        fp.pack(tmp_path / "out.partial", tmp_path / "out", values="bf16")
     assert contents(tmp_path / "out.partial") == before
     fp.pack(tmp_path / "out.partial", tmp_path / "packed", values="bf16")
     (tmp_path / "back.partial").mkdir()

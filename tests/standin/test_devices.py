@@ -45,7 +45,7 @@ def test_a_gpu_that_another_process_has_for_itself_is_not_taken(
     finally:
         free_memory_of_gpus.cache_clear()
     with pytest.raises(FistaPrunerError, match=r"^a worker cannot use device cuda:0: CUDA error: .* unavailable$"):
-        Worker(tmp_path, "", "cuda:0", Permissions())
+        Worker(tmp_path, "cuda:0", Permissions())
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,6 @@ class OneWorker:
     def __init__(self, gpu: StandIn, worker: Worker) -> None:
         self.gpu, self.worker = gpu, worker
         self.emptied: list[int] = []
-        self.memory = gpu.memory
         self._events: list[Event] = []
 
     def _tell(self, event: Event) -> None:
@@ -177,9 +176,7 @@ class OneWorker:
 
     def start(self, worker: int, job: LayerJob) -> None:
         self.emptied.append(self.gpu.emptied)
-        before, self.gpu.memory = self.gpu.memory, self.memory
         self.worker.run(asdict(job), self._tell)
-        self.gpu.memory = before
 
     def wait(self) -> list[tuple[int, Event]]:
         events, self._events = self._events, []
@@ -192,16 +189,11 @@ class OneWorker:
         """Nothing runs."""
 
 
-def begun_run(gpu: StandIn, model: Path, out: Path, **settings: Any) -> tuple[RunContext, OneWorker]:
-    """A run whose first layer is pruned, and a worker for the others on its GPU."""
-    tiny.begin(model, out, **settings)
-    context = RunContext.open(out)
-    context.hidden.mkdir(parents=True, exist_ok=True)
-    return context, OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
-
-
 def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    context, pool = begun_run(gpu, deep, tmp_path / "run", method="magnitude", propagate="dense")
+    tiny.begin(deep, tmp_path / "run", method="magnitude", propagate="dense")
+    context = RunContext.open(tmp_path / "run")
+    context.hidden.mkdir(parents=True, exist_ok=True)
+    pool = OneWorker(gpu, Worker(tmp_path / "run", "cuda:0", Permissions()))
     before = gpu.emptied
     prune_layers_in_parallel(context, {1}, pool, Listener())
     assert pool.emptied[0] > before
