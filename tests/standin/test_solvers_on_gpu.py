@@ -105,11 +105,11 @@ def test_channels_that_go_are_the_cpus(gpu: StandIn) -> None:
 
 
 @pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
-def test_a_problem_is_checked_with_one_wait(gpu: StandIn) -> None:
+def test_a_problem_is_checked_with_one_wait_for_each_tensor(gpu: StandIn) -> None:
     there = problem(LAST)
     gpu.waits.clear()
     there.check_finite()
-    assert sum(gpu.waits.values()) == 1
+    assert sum(gpu.waits.values()) == 3
     there.gram[3, 4] = float("nan")
     with pytest.raises(FistaPrunerError, match=r"^a\+b: the Gram of the calibration activations contains NaN"):
         there.check_finite()

@@ -30,6 +30,7 @@ from .values import (
     MethodSetting,
     SparsitySetting,
     StructureSetting,
+    read_method,
 )
 
 if TYPE_CHECKING:
@@ -268,8 +269,10 @@ class Recipe(RunRecipe):
         if chosen["residual"] == "auto":
             chosen["residual"] = "none" if idle or solver != OWN or goa else "correct"
         if family is not None:
+            before = read_method(earlier["method"]) if earlier else ()  # a run that goes on need not find its model
+            settled = next((start for step in before if (start := getattr(step, "warm_start", "auto")) != "auto"), None)
             chosen["method"] = tuple(
-                replace(step, warm_start="sparsegpt" if family() == "opt" else "wanda")  # type: ignore[call-arg]
+                replace(step, warm_start=settled or ("sparsegpt" if family() == "opt" else "wanda"))  # type: ignore[call-arg]
                 if getattr(step, "warm_start", None) == "auto"
                 else step
                 for step in self.steps
