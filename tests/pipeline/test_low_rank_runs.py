@@ -374,8 +374,8 @@ def test_a_weight_that_is_loaded_takes_the_place_of_both_parts(run: Path, tmp_pa
     assert "low_rank=4" in str(module)
     module.load_state_dict({"weight": 2 * module.weight})
     assert "low_rank" not in str(module)
-    x = torch.ones(1, module.in_features)
-    torch.testing.assert_close(module(x), x @ module.weight.T)
+    x = torch.ones(1, module.in_features, dtype=torch.bfloat16)
+    torch.testing.assert_close(module(x), x @ module.weight.T, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("lost", ["adapter", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"])
@@ -435,8 +435,9 @@ def counted(variants: list[Variant], **_: Any) -> list[Speed]:
     return [Speed(one.name, *times, file_size=weight_bytes(one.folder), **setting) for one in variants]
 
 
-def test_bench_measures_the_sum_and_counts_its_bytes(run: Path, tmp_path: Path) -> None:
-    report = fp.pack(run / "model", tmp_path / "packed", values="bf16")
+def test_bench_measures_the_sum_and_counts_its_bytes(tmp_path: Path) -> None:
+    run, _ = packed_run(tmp_path, "llama")
+    report = fp.pack(run / "model", tmp_path / "again")
     adapter = sum(path.stat().st_size for path in (run / "adapter").iterdir())
     said = "Packed forms compute the sum of the sparse part and the low-rank part of rank 4; their sizes count both"
     for folder in (run / "model", tmp_path / "packed"):

@@ -43,13 +43,15 @@ CUDA = torch.device("cuda:0")
 WIDE = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+BASE: dict[str, Any] = {
+    "calibration": {"source": "python", "samples": 8, "seqlen": 64},
+    "execution": {"device": "cuda:0", "threads": 1},
+    "dtype": "bfloat16",
+}
+
+
 def prune(folder: Path, out: Path, **settings: Any) -> Report:
-    base = {
-        "calibration": {"source": "python", "samples": 8, "seqlen": 64},
-        "execution": {"device": "cuda:0", "threads": 1},
-        "dtype": "bfloat16",
-    }
-    return fistapruner.prune(str(folder), out, **merge_settings(base, settings))
+    return fistapruner.prune(str(folder), out, **merge_settings(BASE, settings))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,7 @@ def test_too_little_memory_is_one_line(gpu: StandIn, deep: Path, tmp_path: Path)
 
 
 def test_freed_memory_is_given_back_before_the_plan(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    tiny.begin(deep, tmp_path / "run", method="magnitude")
+    tiny.begin(deep, tmp_path / "run", **BASE, method="magnitude")
     assert gpu.emptied >= 1
 
 
@@ -190,7 +192,7 @@ class OneWorker:
 
 
 def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    tiny.begin(deep, tmp_path / "run", method="magnitude", propagate="dense")
+    tiny.begin(deep, tmp_path / "run", **BASE, method="magnitude", propagate="dense")
     context = RunContext.open(tmp_path / "run")
     context.hidden.mkdir(parents=True, exist_ok=True)
     pool = OneWorker(gpu, Worker(tmp_path / "run", "cuda:0", Permissions()))
