@@ -30,6 +30,7 @@ from .values import (
     MethodSetting,
     SparsitySetting,
     StructureSetting,
+    read_method,
 )
 
 if TYPE_CHECKING:
@@ -268,8 +269,13 @@ class Recipe(RunRecipe):
         if chosen["residual"] == "auto":
             chosen["residual"] = "none" if idle or solver != OWN or goa else "correct"
         if family is not None:
+            before = {step.name: step.settings() for step in read_method(earlier["method"])} if earlier else {}
+
+            def warm_start(step: Method) -> str:
+                return before.get(step.name, {}).get("warm_start") or ("sparsegpt" if family() == "opt" else "wanda")
+
             chosen["method"] = tuple(
-                replace(step, warm_start="sparsegpt" if family() == "opt" else "wanda")  # type: ignore[call-arg]
+                replace(step, warm_start=warm_start(step))  # type: ignore[call-arg]
                 if getattr(step, "warm_start", None) == "auto"
                 else step
                 for step in self.steps
