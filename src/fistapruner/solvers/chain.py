@@ -13,7 +13,6 @@ from torch import Tensor
 from ..core import Constraint, LayerProblem, Stacked, parse_sparsity
 from ..core.linalg import dead_inputs
 from ..errors import FistaPrunerError, instead_of
-from ..runtime.numerics import undisturbed
 from .base import Method, Solution, Stats
 from .catalogue import CATALOGUE
 
@@ -79,8 +78,9 @@ def _parse_step(step: object) -> Method:
     return METHODS[name](**(settings or {}))  # type: ignore[arg-type]
 
 
-@undisturbed()
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
 def solve(problem: LayerProblem, sparsity: str | float | Constraint | Stacked, method: Steps = "proximal") -> Solution:
     """Prune the operators of a layer problem; those without zeros keep their dense weights.
 
