@@ -18,7 +18,6 @@ from fistapruner import LayerProblem, solve
 from fistapruner.core.linalg import fast_products
 from fistapruner.core.sums import add_gram, mirror
 from fistapruner.runs.listener import Listener
-from fistapruner.solvers.scores import Magnitude
 
 
 @pytest.mark.parametrize("n", [1, 7, 255, 512, 700, 1100, 2304])
@@ -138,13 +137,8 @@ def precisions() -> list[str]:
 
 
 def test_products_are_fp32_whatever_the_calling_program_has_set(high: None, tmp_path: Path) -> None:
-    """In recovery, with the measurements after it, in evaluation and in the solvers as in pruning."""
-    seen: dict[str, list[list[str]]] = {"solve": [], "evaluate": [], "prune": [], "recover": []}
-
-    class Watching(Magnitude):
-        def solve(self, *given: Any) -> Any:
-            seen["solve"].append(precisions())
-            return super().solve(*given)
+    """In recovery, with the measurements after it, and in evaluation as in pruning."""
+    seen: dict[str, list[list[str]]] = {"evaluate": [], "prune": [], "recover": []}
 
     class Listening(Listener):
         def __init__(self, verb: str) -> None:
@@ -162,7 +156,6 @@ def test_products_are_fp32_whatever_the_calling_program_has_set(high: None, tmp_
     text = tmp_path / "text.txt"
     text.write_text("it was the best of times, it was the worst of times. " * 40)
     dense, data = tiny.save("llama", tmp_path / "dense"), {"source": str(text), "samples": 2, "seqlen": 16}
-    solve(LayerProblem(torch.randn(4, 4), torch.eye(4)), "50%", Watching())
     fp.evaluate(dense, str(text), seqlen=16, tick=lambda *_: seen["evaluate"].append(precisions()))
     fp.prune(dense, tmp_path / "run", method="magnitude", calibration=data, listener=Listening("prune"))
     few = {"steps": 2, "windows_per_step": 2, "data": {"source": str(text), "seqlen": 16, "tokens": 200}}

@@ -69,7 +69,8 @@ class SampledThreshold:
         """
         sample = values.view(-1)[:: self.stride].abs()
         if self.rank is None:
-            self.rank = torch.full((), self.size * (self.total - self.wanted) / self.total, device=values.device)
+            zeros = self.size * (self.total - self.wanted) / self.total
+            self.rank = torch.full((), zeros, dtype=torch.float32, device=values.device)
         place = self.rank.round().long().clamp(0, self.size - 1)
         # Selection is faster than sorting, but needs the rank on the host, which would stall a GPU; so would indexing.
         bound = (

@@ -79,8 +79,6 @@ def _parse_step(step: object) -> Method:
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)
 def solve(problem: LayerProblem, sparsity: str | float | Constraint | Stacked, method: Steps = "proximal") -> Solution:
     """Prune the operators of a layer problem; those without zeros keep their dense weights.
 
@@ -118,6 +116,12 @@ def solve(problem: LayerProblem, sparsity: str | float | Constraint | Stacked, m
 
 
 def _run_steps(problem: LayerProblem, constraint: Constraint, steps: Sequence[Method]) -> Solution:
+    """Run a chain on one operator, in fp32 also inside a caller's autocast."""
+    with torch.autocast(problem.weight.device.type, enabled=False):
+        return _run_in_fp32(problem, constraint, steps)
+
+
+def _run_in_fp32(problem: LayerProblem, constraint: Constraint, steps: Sequence[Method]) -> Solution:
     """Run a chain on one operator."""
     m, n = problem.shape
     constraint.check(n, problem.name)

@@ -171,7 +171,8 @@ class WithLowRank:
 
     def __init__(self, centre: Tensor, resolvent: Resolvent, rank: int) -> None:
         self.centre, self.resolvent = centre, resolvent
-        self._basis = torch.randn(len(centre), rank, generator=torch.Generator().manual_seed(0)).to(centre)
+        drawn = torch.Generator().manual_seed(0)
+        self._basis = torch.randn(len(centre), rank, generator=drawn, dtype=torch.float32, device="cpu").to(centre)
         self._product = Product(centre.new_empty(0, 0), fast=True)
 
     def penalise(self, rho: float) -> None:
