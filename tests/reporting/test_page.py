@@ -236,7 +236,7 @@ def test_sizes_and_speeds_of_a_recovered_smaller_model() -> None:
     report.lineage.stages[0].settings |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
     report.lineage.source.bytes, report.model.bytes = 400_000_000, report.totals.checkpoint_bytes
     report.speed = {"speeds": [samples.speed("smaller float32", 12.0)], "sentence": "nothing to compare with"}
-    text = run_page(report)
+    text = run_page(report).replace("<wbr>", "")
     assert f"dense {size(400_000_000)}" in text
     assert "Decoding, smaller float32, tokens/s" in text
     assert "not measured" not in text
@@ -353,7 +353,7 @@ def test_the_rate_of_reading_prompts_counts_the_tokens_of_all_prompts() -> None:
 def test_the_fastest_form_is_on_the_tile() -> None:
     report = samples.report(2)
     rates = {"dense float32": 10.0, "packed": 12.0, "packed int8": 15.0, "smaller float32": 20.0}
-    for best, ratio in (("smaller float32", "×2.00"), ("packed int8", "×1.50"), ("packed", "×1.20")):
+    for best, ratio in (("smaller float32", "×2.00"), ("packed", "×1.20")):  # int8 has other weights
         report.speed = {"speeds": [samples.speed(name, rate) for name, rate in rates.items()]}
         tile = run_page(report).partition("Decoding speed</dt>")[2].partition("</dd>")[0]
         assert ratio in tile
@@ -418,10 +418,8 @@ def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
     for dtype, share, smaller in (  # a mask has a bit for each weight
         ("bfloat16", 0.07, True),
         ("bfloat16", 0.06, False),
-        ("float32", 0.04, True),
-        ("float32", 0.03, False),
-        ("float32", 0, False),
-        ("float64", 0.5, False),
+        ("bfloat16", 0, False),
+        ("float32", 0.5, False),  # packed only with rounded values
     ):
         report.model.dtype = dtype
         report.totals.operator_zeros = int(share * report.totals.operator_weights)

@@ -774,7 +774,7 @@ def test_numbers_for_people() -> None:
     assert near == ["p = 0.049", "p = 0.0498", "p = 0.04998", "p = 0.050", "p = 0.0502", "p = 0.051"]
     assert (with_error(25.321, 0.414), with_error(25.321, float("nan"))) == ("25.32 ± 0.41", "25.32")
     assert (with_error(-0.0004, 0.0021, 3), with_error(-0.001, None)) == ("0.000 ± 0.002", "0.00")
-    assert points(-0.0002) == "+0.0"
+    assert points(-0.0002) == "0.0"
     assert (with_error(0.00512, 0.00012, 3), with_error(0.5, 0.0, 1)) == ("0.0051 ± 0.0001", "0.5 ± 0.0")
     assert with_error(0.5, 1e-9) == "0.50 ± 0.00"
 
