@@ -509,13 +509,11 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
     fp.prune(str(folder), out, sparsity=sparsity, method="wanda", structure=remove, calibration=SMALL)
     found = fp.bench_run(out, prompt=4, tokens=3, runs=1, measure=in_this_process)
     names = [speed.variant for speed in found]
-    packed = [] if sparsity == "0%" else ["packed", "packed int8"]
-    assert names == ["dense float32", "dense bfloat16", "smaller float32", "smaller bfloat16", *packed]
+    assert names == ["dense float32", "dense bfloat16", "smaller float32", "smaller bfloat16"]
     card, page = (out / "model" / "README.md").read_text(), (out / "report.html").read_text()
-    for text in (card, page):
+    for text in (card, page.replace("<wbr>", "")):
         assert "Decoding, smaller float32, tokens/s" in text
         assert "Reading the prompt, smaller bfloat16, tokens/s" in text
-        assert ("Decoding, packed, tokens/s" in text) == bool(packed)
 
 
 @pytest.mark.parametrize(
@@ -691,10 +689,6 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     assert not [line for line in kept.warnings if "has zeros already" in line]
     written = load_file(tmp_path / "heads" / "model" / "model.safetensors")
     assert NM(2, 4).satisfies(written["model.layers.0.self_attn.o_proj.weight"])
-    for blocks, lost in (("8:1:4", 0), ("12:1:4", 1)):  # 16 outputs of queries, and 8 of keys and values, go together
-        fp.prune(folder, tmp_path / blocks, method="magnitude", sparsity=blocks, **settings)
-        found = warnings(tmp_path / blocks / "model", structure=whole)
-        assert sum("since it is one of the outputs that they had" in line for line in found) == len(found) == lost
     assert not warnings(pruned, sparsity="2:4")
     assert not warnings(folder)
     (again,) = warnings(tmp_path / "small" / "model", structure="mlp=8")  # the refit of so few tokens kept its zeros
