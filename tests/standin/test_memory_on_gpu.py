@@ -323,6 +323,6 @@ def test_buffers_are_on_the_device_and_results_in_main_memory(gpu: StandIn, deep
 def test_the_small_solves_of_the_plan_are_on_the_device(gpu: StandIn) -> None:
     """Some steps are computed differently there."""
     recipe = Recipe.build({"method": "magnitude"})
-    assert solve_bytes([8], 16, [recipe.pattern], recipe.steps, CUDA) > 0
+    assert solve_bytes(8, 16, recipe.pattern, recipe.steps, CUDA) > 0
     assert gpu.peak[CUDA] > 0
     assert removal_bytes(8, 16, 8, Structure(remove="mlp=8"), CUDA, biased=True) > 0
