@@ -246,6 +246,7 @@ def _walk_and_pack(model: Any, folder: Path) -> tuple[str, str]:
         fp.load(folder / "packed", packed=False),
         auto_class(walked.config).from_pretrained(folder / "pruned"),
     )
+    plain.load_state_dict(model.state_dict())
     if not torch.equal(own_sums(loaded, text()), own_sums(plain, text())):
         return DEFECT, "loaded from the packed checkpoint, its predictions are others"
     return WORKS, reason
