@@ -70,10 +70,10 @@ class Method(ABC):
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, int) and isinstance(each.default, float) and not isinstance(value, bool):
-                object.__setattr__(self, each.name, float(value))
+            if isinstance(each.default, float):
+                object.__setattr__(self, each.name, _as_float(value))
             elif isinstance(value, list):
-                object.__setattr__(self, each.name, tuple(map(float, value)))
+                object.__setattr__(self, each.name, tuple(map(_as_float, value)))
             if (wrong := _wrong(getattr(self, each.name), each.default, each.metadata)) is not None:
                 raise FistaPrunerError(f"method {self.name}: {each.name} {value!r}: {wrong} is expected")
 
@@ -95,6 +95,12 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def _as_float(value: Any) -> Any:
+    """Convert a whole number to a float; return anything else, and what is too large, as it is."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and abs(value) < 2**1000 else value
 
 
 def _wrong(value: Any, default: Any, metadata: Any) -> str | None:
