@@ -108,9 +108,8 @@ def measure_time(
     batch = tokens[:batch_size]
     solving: list[tuple[float, float]] = []
     curved = patterns_measured(recipe.pattern) if measured_by(recipe) in ("error", "workload") else []
-    known: dict[
-        Hashable, tuple[float, float]
-    ] = {}  # experts are alike: one of them is timed, and one that no token was routed to
+    # Experts are alike: one of them is timed, and one that no token was routed to.
+    known: dict[Hashable, tuple[float, float]] = {}
 
     def timed(number: int, problem: LayerProblem) -> None:
         pattern = sparsity[problem.name]
