@@ -212,11 +212,11 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     if arguments.verb in READ_ONLY:
         return
     count = launched()
-    alone = [f" --{way}" for way in ("merge",) if getattr(arguments, way, None)]
+    alone = " --merge" if getattr(arguments, "merge", None) else ""
     if count > 1 and (alone or arguments.verb not in ("recover", "align", "resume")):
         if not leads() and "TORCHELASTIC_RUN_ID" in os.environ:
             raise OtherRankFailed("the first process says why")  # elsewhere this may be the only one
-        what = arguments.verb + "".join(alone)
+        what = arguments.verb + alone
         raise FistaPrunerError(
             f"WORLD_SIZE is {count}, so torchrun or another launcher has started {count} processes, and {what} is done "
             "by one: leave the launcher out; without one, unset RANK and WORLD_SIZE"
