@@ -35,8 +35,8 @@ from safetensors import safe_open
 METHODS = ["magnitude", "wanda", "sparsegpt", "admm", "alps", "fista", "proximal", "wanda+refit"]
 PRESETS = ["best", "fast", "fista", "paper", "paper-sparsegpt"]
 PATTERNS = ["50%", "2:4"]
-TRAINED = "proximal 50%"
-"""The run whose model is recovered and aligned."""
+TRAINED = {pattern: f"proximal {pattern}" for pattern in PATTERNS}
+"""The runs whose models are recovered and aligned."""
 
 RUNS: dict[str, list[str]] = {
     **{f"{method} {p}": ["prune", "--method", method, "--sparsity", p] for p in PATTERNS for method in METHODS},
@@ -47,9 +47,12 @@ RUNS: dict[str, list[str]] = {
         for method in ("obs", "energy", "flap", "magnitude", "goa")
     },
     "structure bypass": ["prune", "--structure", "25%", "--structure-method", "bypass", "--structure-steps", "20"],
-    "recover lora": ["recover", "--parameters", "lora", "--tokens", "16k"],
-    "recover full": ["recover", "--parameters", "full", "--tokens", "16k"],
-    "align": ["align", "--steps", "8"],
+    **{
+        f"recover {form} {p}": ["recover", "--parameters", form, "--tokens", "16k"]
+        for p in PATTERNS
+        for form in ("lora", "full")
+    },
+    "align 50%": ["align", "--steps", "8"],
 }
 """Name of a run: verb and arguments."""
 
@@ -89,17 +92,17 @@ def about() -> dict[str, Any]:
 def run(name: str, command: list[str], data: Path, runs: Path) -> dict[str, Any]:
     """Make one run and read its results."""
     verb, *options = command
-    out = runs / name.replace(" ", "-").replace(":", "of").replace("%", "")
+    out = folder(runs, name)
     calibration = str(next((data / "c4").glob("*.jsonl")))
     text = ["--evaluate", str(data / "wikitext2" / "test_joined.txt"), "--evaluate-windows", "4"]
-    dense = runs / "proximal-50"
+    pruned = folder(runs, TRAINED[name.split()[-1]]) if verb != "prune" else None
     if verb == "prune":
         size = ["--calibration", calibration, "--samples", "16", "--seqlen", "1024"]
         options = ["smollm2", *size, "--seed", "0", *options, *text]
     elif verb == "recover":
-        options = [str(dense), "--data", calibration, "--seqlen", "512", "--seed", "0", *options, *text]
+        options = [str(pruned), "--data", calibration, "--seqlen", "512", "--seed", "0", *options, *text]
     else:
-        options = [str(dense), "--data", str(pairs_file(runs, Path(calibration))), "--seed", "0", *options, *text]
+        options = [str(pruned), "--data", str(pairs_file(runs, Path(calibration))), "--seed", "0", *options, *text]
     begin = time.perf_counter()
     arguments = [sys.executable, "-m", "fistapruner", verb, *options, "--out", str(out), "--quiet", "--json"]
     threads = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
@@ -115,9 +118,14 @@ def run(name: str, command: list[str], data: Path, runs: Path) -> dict[str, Any]
         found["errors"] = {key: op["relative_error"] for key, op in operators.items()}
     else:
         found["held_out"] = min(check["held_out"] for check in report["recovery"]["checks"])
-    if name != TRAINED:
+    if name not in TRAINED.values():
         shutil.rmtree(out)
     return found
+
+
+def folder(runs: Path, name: str) -> Path:
+    """Return the run directory of a run."""
+    return runs / name.replace(" ", "-").replace(":", "of").replace("%", "")
 
 
 def pairs_file(runs: Path, calibration: Path) -> Path:
