@@ -1,0 +1,220 @@
+"""Bypass-BP: learn which heads and channels stay, by a policy gradient of forward passes.
+
+Gao, Liu, Zhang, Du and Xia, "Bypass Back-propagation: Optimization-based Structural Pruning for Large Language Models
+via Policy Gradient", ACL 2025, arXiv 2406.10576, after their program. Every unit u (a key/value group, an MLP channel)
+has a probability s_u to stay. A step draws K masks m_k from these probabilities, and computes the losses l_k of the
+dense model with what the masks drop set to zero. With a moving mean b of the losses
+
+    s  <-  project( s - rate sum_k (l_k - b) (m_k - s) / sqrt(s (1 - s)) / (K - 1) ),
+
+where ``project`` meets the budget. In the mean this is the gradient of the expected loss times sqrt(s (1 - s)), and
+plain descent: the program's Adam object only carries the rate. In the end the units with the largest s stay.
+
+Differs from the program in:
+
+1. The text is the run's calibration windows, cut into sequences of 128 tokens; the program draws from C4.
+2. It takes 15,000 steps, which is 30 million tokens. Here their number is a setting, and the rate grows as it falls.
+3. The first s come from the windows that sensitivity is measured on, 8 at most; the program takes 128.
+4. The projection is bisected to rounding; the program stops at 1e-3 or after 20 halvings.
+5. Every layer has a budget of its own, and keeps as many units as the others; the program has one for all layers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..activations.store import Store
+from ..activations.stream import Watched, embed, forward_variants, run_layer
+from ..errors import FistaPrunerError
+from ..models.files.safetensors import SafetensorsFile, write_tensors
+from ..models.layerwise import LayerwiseModel
+from ..runtime.formatting import duration
+from ..runtime.numerics import seeded
+from ..runtime.progress import Tick, silent
+from ..structure.units import Unit, Units
+
+SEQUENCES, LENGTH, MASKS = 8, 128, 2  # of a step: sequences, their tokens, masks K
+RATE, STEPS, MAX_RATE = 2e-3, 15_000, 0.05  # the paper's for LLaMA-2-7B; the largest of difference 2
+MEMORY, SMALL, EVERY = 0.2, 1e-7, 20  # a step's weight in b; keeps s (1 - s) from 0; steps between saved states
+
+Budgets = Sequence[tuple[slice, int]]  # places of units, all of them in order, and how many of these may stay
+
+
+def project(keep: Tensor, budget: float) -> Tensor:
+    """Return ``clip(keep - v, 0, 1)`` of (units,) fp64 with the smallest v >= 0 whose sum is at most ``budget``."""
+    low, high = 0.0, float(keep.max())
+    if float(keep.clamp(0, 1).sum()) <= budget:
+        return keep.clamp(0, 1)
+    for _ in range(64):  # difference 4
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((keep - middle).clamp(0, 1).sum()) > budget else (low, middle)
+    return (keep - high).clamp(0, 1)
+
+
+def policy_gradient(keep: Tensor, masks: Sequence[Tensor], losses: Sequence[float], baseline: float) -> Tensor:
+    """Estimate the gradient of the expected loss, times ``K / (K - 1) sqrt(s (1 - s))``: (units,) fp64."""
+    root = ((keep + SMALL) * (1 - keep + SMALL)).sqrt()
+    found = torch.zeros_like(keep)
+    for mask, loss in zip(masks, losses, strict=True):
+        found += (loss - baseline) * (mask - keep) / root
+    return found / (len(masks) - 1)
+
+
+def descend(
+    keep: Tensor, baseline: float, masks: Sequence[Tensor], losses: Sequence[float], rate: float, budgets: Budgets
+) -> tuple[Tensor, float]:
+    """Take a step of descent, and return the new probabilities s and baseline b; b takes in the losses first.
+
+    Losses that are not finite are left out. ``baseline`` is NaN at first.
+    """
+    finite = [(mask, loss) for mask, loss in zip(masks, losses, strict=True) if math.isfinite(loss)]
+    if len(finite) < 2:
+        return keep, baseline
+    masks, losses = [mask for mask, _ in finite], [loss for _, loss in finite]
+    mean = sum(losses) / len(losses)
+    baseline = mean if math.isnan(baseline) else (1 - MEMORY) * baseline + MEMORY * mean
+    moved = keep - rate * policy_gradient(keep, masks, losses, baseline)
+    return torch.cat([project(moved[places], count) for places, count in budgets]), baseline
+
+
+@dataclass
+class Bypass:
+    """Learn which units of a model stay.
+
+    Args:
+        model, units: the dense model, and what may be removed from every decoder layer.
+        tokens: (samples, seqlen) calibration tokens.
+        store: makes the stores of hidden states; ``batch_size``: windows in one pass.
+    """
+
+    model: LayerwiseModel
+    units: Units
+    tokens: Tensor
+    steps: int
+    seed: int
+    store: Store
+    say: Callable[[str], None] = lambda message: None
+    tick: Tick = silent
+    batch_size: int = SEQUENCES
+
+    def __post_init__(self) -> None:
+        self.slots: list[tuple[int, Unit, slice]] = []  # decoder layer, unit, and its places among all
+        self.count, self._calls = 0, None  # type: int, Any
+        found = [(index, unit) for index, layer in enumerate(self.units) for unit in layer]
+        kinds = list(dict.fromkeys(unit.kind for _, unit in found))
+        for index, unit in sorted(found, key=lambda place: kinds.index(place[1].kind)):
+            self.slots.append((index, unit, slice(self.count, self.count + unit.before)))
+            self.count += unit.before
+
+    def learn(self, file: Path, windows: int, notes: dict[str, str]) -> dict[tuple[int, str], Tensor]:
+        """Learn, from the state in ``file`` where its notes have the same identity.
+
+        Returns:
+            By decoder layer and name of the consumer, the (units,) fp32 probabilities to stay.
+        """
+        begin, baseline, done = time.perf_counter(), math.nan, 0
+        try:
+            state = SafetensorsFile(file)
+            if state.metadata["identity"] != notes["identity"]:
+                raise KeyError("identity")
+            keep, baseline = state.read("keep"), float(state.read("baseline"))
+            done, begin = int(state.metadata["step"]), begin - float(state.metadata["seconds"])
+            self.say(f"bypass: {done} of {self.steps} steps were taken before")
+        except (FistaPrunerError, OSError, KeyError, ValueError):
+            keep = self.first(windows)
+        budgets = [(places, unit.after) for _, unit, places in self.slots]  # difference 5
+        for step in range(done, self.steps):
+            started, random = time.perf_counter(), seeded(self.seed, "bypass masks", step)
+            masks = list((torch.rand(MASKS, self.count, generator=random, dtype=torch.float64) < keep).double())
+            losses = self.losses(self._sequences(step), masks)
+            rate = min(RATE * STEPS / self.steps, MAX_RATE) / 2 * (1 + math.cos(math.pi * step / self.steps))
+            keep, baseline = descend(keep, baseline, masks, losses, rate, budgets)
+            if math.isnan(baseline):
+                raise FistaPrunerError("structure: the model's loss is NaN or infinite: take --dtype float32")
+            if step == done:
+                left = duration((time.perf_counter() - started) * (self.steps - step))
+                self.say(f"bypass: {self.steps - step} steps of {MASKS} forward passes take about {left}")
+            self.tick("steps of bypass", step + 1, self.steps)
+            if step + 1 == self.steps or (step + 1) % EVERY == 0:
+                tensors = {"keep": keep, "baseline": torch.tensor([baseline], dtype=torch.float64)}
+                seconds = str(time.perf_counter() - begin)
+                write_tensors(file, tensors, {**notes, "step": str(step + 1), "seconds": seconds})
+        return {(index, unit.name): keep[places].float() for index, unit, places in self.slots}
+
+    def _sequences(self, step: int) -> Tensor:
+        """Return the (sequences, length) tokens of a step (difference 1); each comes once before one comes again."""
+        length = min(LENGTH, self.tokens.shape[1])
+        pieces = self.tokens[:, : self.tokens.shape[1] // length * length].reshape(-1, length)
+        places = [divmod(place, len(pieces)) for place in range(step * SEQUENCES, (step + 1) * SEQUENCES)]
+        orders = (torch.randperm(len(pieces), generator=seeded(self.seed, "bypass text", epoch)) for epoch, _ in places)
+        return pieces[torch.stack([order[number] for order, (_, number) in zip(orders, places, strict=True)])]
+
+    def _masked(self, at: int, layer: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+        """Return the weights of the consumers of loaded layer ``at`` with what ``mask`` (units,) drops set to zero."""
+        found = {}
+        for name, unit, places in ((f"{unit.name}.weight", unit, places) for i, unit, places in self.slots if i == at):
+            weight = layer.get_parameter(name).detach()
+            factors = mask[places].to(weight.device, weight.dtype).repeat_interleave(unit.columns)
+            found[name] = weight * (factors if unit.cuts[name].dim else factors[:, None])
+        return found
+
+    def losses(self, tokens: Tensor, masks: Sequence[Tensor]) -> list[float]:
+        """Compute the mean loss of the model, with each of some masks, on (windows, seqlen) tokens of one shape."""
+
+        def variants(index: int, layer: nn.Module) -> Any:
+            return (self._masked(index, layer, mask) for mask in masks)
+
+        batch, found = min(len(tokens), self.batch_size), []
+        states, self._calls = forward_variants(self.model, tokens, batch, self.store, variants, calls=self._calls)
+        with self.model.embeddings_and_head(), torch.no_grad():
+            for state in states:
+                total = 0.0
+                for window, ids in enumerate(tokens[:, None]):
+                    logits = self.model.logits(state.read(window, window + 1, self.model.device), ids)[0, :-1].float()
+                    total += float(functional.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="sum"))
+                found.append(total / (len(tokens) * (tokens.shape[1] - 1)))
+                state.close()
+        return found
+
+    def first(self, windows: int) -> Tensor:
+        """Make the first probabilities from what a unit adds to the outputs, each layer fed by masked ones.
+
+        ``s = clip(sigmoid(z) + share - mean(sigmoid(z)), 0, 1)``, with z the mean over outputs of ``|W_ij| sqrt(H_jj)``
+        (summed over the columns of a group), standardised within the layer, on some windows (difference 3).
+        """
+        model, tokens, keep = self.model, self.tokens[:windows], torch.zeros(self.count, dtype=torch.float64)
+        states = self.store("bypass", (*tokens.shape, model.width))
+        calls, mask = embed(model, tokens, min(4, len(tokens), self.batch_size), states), torch.ones_like(keep)
+        for index in range(len(model)):
+            readers: Any = [(place, (unit.consumer,)) for place, (at, unit, _) in enumerate(self.slots) if at == index]
+            energy = {place: torch.zeros(reader.columns, dtype=torch.float64) for place, (reader,) in readers}
+
+            def add(place: int, _: int, inputs: Tensor, energy: dict[int, Tensor] = energy) -> None:
+                energy[place] += inputs.reshape(-1, inputs.shape[-1]).double().square().sum(0).cpu()
+
+            with model.layer(index) as layer:
+                # To the layer's end: a pass without output stops at the last group, and these are not in order.
+                run_layer(model, index, states, calls, output=lambda *_: None, watched=Watched(readers, add))
+                for place, (reader,) in readers:
+                    _, unit, places = self.slots[place]
+                    weight = reader.weight(layer).detach().double().cpu()
+                    metric = weight.abs().mean(0) * (energy[place] / tokens.numel()).sqrt()
+                    metric = metric.view(-1, unit.columns).sum(1)
+                    z = (metric - metric.mean()) / metric.std() if float(metric.std()) > 0 else torch.zeros_like(metric)
+                    odds = torch.sigmoid(z) + unit.after / unit.before - torch.sigmoid(z).mean()
+                    keep[places] = project(odds.clamp(0, 1), unit.after)
+                    left = metric.argsort(descending=True, stable=True)[: unit.after]
+                    mask[places] = torch.zeros_like(metric).index_fill(0, left, 1.0)
+                run_layer(model, index, states, calls, output=states, values=self._masked(index, layer, mask))
+            self.tick("decoder layers, first probabilities", index + 1, len(model))
+        states.close()
+        return keep
