@@ -95,10 +95,10 @@ def find_experts(model: LayerwiseModel, layout: Layout, remove: Remove) -> Units
     chosen = chosen_experts(model)
     least = -(-max(chosen.values()) // limit) * groups  # a token goes to the experts of so many groups
     if not 0 < gone <= before - least or gone % groups:
-        multiples = f" in multiples of {groups}, the router's groups" if groups > 1 else ""
+        multiples = f" in multiples of {groups}, the router's groups," if groups > 1 else ""
         raise FistaPrunerError(
-            f"structure: {remove} removes {gone} of the {before} experts of every mixture, and 1 to "
-            f"{before - least}{multiples} can go: the router chooses {max(chosen.values())} for every token"
+            f"structure: {remove} removes {gone} of the {before} experts of every mixture, and at most "
+            f"{before - least}{multiples} can go, since the router chooses {max(chosen.values())} for every token"
         )
     units = []
     for index, found in enumerate(mixtures):

@@ -299,7 +299,7 @@ def _compare(model: LayerwiseModel, units: Units, smaller: Any) -> None:
     layers = find_decoder_layers(smaller)[1]
     known = set()
     for index, layer_units in enumerate(units):
-        if (signature := layer_signature(model.layers[index])) in known:
+        if not layer_units or (signature := layer_signature(model.layers[index])) in known:
             continue
         known.add(signature)
         with model.layer(index) as layer, torch.no_grad(), model.failures_explained():
