@@ -17,7 +17,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.models.discovery import discover
-from fistapruner.models.files.safetensors import SafetensorsFile, write_tensors
+from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
@@ -119,7 +119,7 @@ def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, arch
     settings = Structure.model_validate({"remove": remove, "multiple": 4})
     units = find_units(model, layout, settings)
     tokens = torch.randint(3, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
-    learning = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32))
+    learning = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32), Listener())
     slots = learning.slots
     found = learning.first(3)
 
@@ -156,12 +156,12 @@ def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, arc
     settings = Structure.model_validate({"remove": remove, "multiple": 4})
     units = find_units(model, layout, settings)
     tokens = torch.randint(3, tiny.VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(0))
-    learning = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32))
+    learning = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32), Listener())
     count = sum(unit.before for layer in units for unit in layer)
     generator = torch.Generator().manual_seed(1)
     masks = [(torch.rand(count, generator=generator) < 0.6).double() for _ in range(2)]
     found = learning.losses(tokens, masks)
-    less = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32), batch_size=1)
+    less = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32), Listener(), 1)
     assert less.losses(tokens, masks) == pytest.approx(found, rel=1e-5)
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     for mask, loss in zip(masks, found, strict=True):
@@ -214,19 +214,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
     assert any("45 steps of 2 forward passes take about" in sentence for sentence in stopping.said)
-    (tensors, metadata), begun = state_of(tmp_path / "parts"), 1000.0
-    assert 0 < float(metadata["seconds"]) < 100
-    write_tensors(tmp_path / "parts" / "bypass.safetensors", tensors, {**metadata, "seconds": str(begun)})
     stopping = Stopping(-1)
     elsewhere = {"threads": 3, "batch_size": 1}  # a machine with other cores and memory would take others
-    parts = fp.prune(str(folder), tmp_path / "parts", listener=stopping, execution=elsewhere, **settings)
-    assert begun < parts.totals.time_split["sensitivity"] < begun + 100
+    fp.prune(str(folder), tmp_path / "parts", listener=stopping, execution=elsewhere, **settings)
     assert "bypass: 20 of 45 steps were taken before" in stopping.said
     assert any("bypass.safetensors was begun with" in sentence for sentence in stopping.said)
     (found, here), (expected, there) = (state_of(tmp_path / run) for run in ("parts", "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (here["identity"], here["step"]) == (there["identity"], "45")
-    assert float(here["seconds"]) > begun
     weights = [tmp_path / run / "model" / "model.safetensors" for run in ("parts", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     records = [PruneDirectory(tmp_path / run).record() for run in ("parts", "whole")]

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,19 @@ from ..activations.stream import Watched, embed, forward_variants, run_layer
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..models.layerwise import LayerwiseModel
+from ..runs.listener import Listener
 from ..runtime.formatting import duration
 from ..runtime.numerics import seeded
-from ..runtime.progress import Tick, silent
-from ..structure.units import Unit, Units
+from ..structure.units import Units
 
 SEQUENCES, LENGTH, MASKS = 8, 128, 2  # of a step: sequences, their tokens, masks K
 RATE, STEPS, MAX_RATE = 2e-3, 15_000, 0.05  # the paper's for LLaMA-2-7B; the largest of difference 2
 MEMORY, SMALL, EVERY = 0.2, 1e-7, 20  # a step's weight in b; keeps s (1 - s) from 0; steps between saved states
-
 Budgets = Sequence[tuple[slice, int]]  # places of units, all of them in order, and how many of these may stay
 
 
 def project(keep: Tensor, budget: float) -> Tensor:
-    """Return ``clip(keep - v, 0, 1)`` of (units,) fp64 with the smallest v >= 0 whose sum is at most ``budget``."""
+    """Return ``clip(keep - v, 0, 1)``, (units,) fp64, with the smallest v >= 0 that meets the budget."""
     low, high = 0.0, float(keep.max())
     if float(keep.clamp(0, 1).sum()) <= budget:
         return keep.clamp(0, 1)
@@ -72,14 +72,12 @@ def policy_gradient(keep: Tensor, masks: Sequence[Tensor], losses: Sequence[floa
 def descend(
     keep: Tensor, baseline: float, masks: Sequence[Tensor], losses: Sequence[float], rate: float, budgets: Budgets
 ) -> tuple[Tensor, float]:
-    """Take a step of descent, and return the new probabilities s and baseline b; b takes in the losses first.
+    """Take a step, and return the new probabilities s and baseline b, which takes in the losses first.
 
-    Losses that are not finite are left out. ``baseline`` is NaN at first.
+    With a loss that is not finite nothing changes. ``baseline`` is NaN at first.
     """
-    finite = [(mask, loss) for mask, loss in zip(masks, losses, strict=True) if math.isfinite(loss)]
-    if len(finite) < 2:
+    if not all(map(math.isfinite, losses)):
         return keep, baseline
-    masks, losses = [mask for mask, _ in finite], [loss for _, loss in finite]
     mean = sum(losses) / len(losses)
     baseline = mean if math.isnan(baseline) else (1 - MEMORY) * baseline + MEMORY * mean
     moved = keep - rate * policy_gradient(keep, masks, losses, baseline)
@@ -88,13 +86,7 @@ def descend(
 
 @dataclass
 class Bypass:
-    """Learn which units of a model stay.
-
-    Args:
-        model, units: the dense model, and what may be removed from every decoder layer.
-        tokens: (samples, seqlen) calibration tokens.
-        store: makes the stores of hidden states; ``batch_size``: windows in one pass.
-    """
+    """Learn which units of the dense model stay, on (samples, seqlen) calibration tokens."""
 
     model: LayerwiseModel
     units: Units
@@ -102,79 +94,69 @@ class Bypass:
     steps: int
     seed: int
     store: Store
-    say: Callable[[str], None] = lambda message: None
-    tick: Tick = silent
+    listener: Listener
     batch_size: int = SEQUENCES
 
     def __post_init__(self) -> None:
-        self.slots: list[tuple[int, Unit, slice]] = []  # decoder layer, unit, and its places among all
-        self.count, self._calls = 0, None  # type: int, Any
         found = [(index, unit) for index, layer in enumerate(self.units) for unit in layer]
         kinds = list(dict.fromkeys(unit.kind for _, unit in found))
-        for index, unit in sorted(found, key=lambda place: kinds.index(place[1].kind)):
-            self.slots.append((index, unit, slice(self.count, self.count + unit.before)))
-            self.count += unit.before
+        found.sort(key=lambda place: kinds.index(place[1].kind))
+        ends = accumulate(unit.before for _, unit in found)  # slots: decoder layer, unit, its places among all
+        self.slots = [(at, unit, slice(end - unit.before, end)) for (at, unit), end in zip(found, ends, strict=True)]
+        self.count, self._calls = self.slots[-1][2].stop, None  # type: int, Any
 
     def learn(self, file: Path, windows: int, notes: dict[str, str]) -> dict[tuple[int, str], Tensor]:
-        """Learn, from the state in ``file`` where its notes have the same identity.
-
-        Returns:
-            By decoder layer and name of the consumer, the (units,) fp32 probabilities to stay.
-        """
-        begin, baseline, done = time.perf_counter(), math.nan, 0
+        """Return probabilities to stay by layer and consumer; go on from the state of this run in ``file``."""
+        baseline, done = math.nan, 0
         try:
             state = SafetensorsFile(file)
             if state.metadata["identity"] != notes["identity"]:
                 raise KeyError("identity")
-            keep, baseline = state.read("keep"), float(state.read("baseline"))
-            done, begin = int(state.metadata["step"]), begin - float(state.metadata["seconds"])
-            self.say(f"bypass: {done} of {self.steps} steps were taken before")
+            keep, baseline, done = state.read("keep"), float(state.read("baseline")), int(state.metadata["step"])
+            self.listener.say(f"bypass: {done} of {self.steps} steps were taken before")
         except (FistaPrunerError, OSError, KeyError, ValueError):
             keep = self.first(windows)
         budgets = [(places, unit.after) for _, unit, places in self.slots]  # difference 5
+        length = min(LENGTH, self.tokens.shape[1])
+        pieces = self.tokens[:, : self.tokens.shape[1] // length * length].reshape(-1, length)  # difference 1
         for step in range(done, self.steps):
             started, random = time.perf_counter(), seeded(self.seed, "bypass masks", step)
             masks = list((torch.rand(MASKS, self.count, generator=random, dtype=torch.float64) < keep).double())
-            losses = self.losses(self._sequences(step), masks)
+            numbers = []
+            for place in range(step * SEQUENCES, (step + 1) * SEQUENCES):  # all come once before one comes again
+                random = seeded(self.seed, "bypass text", place // len(pieces))
+                numbers.append(int(torch.randperm(len(pieces), generator=random)[place % len(pieces)]))
+            losses = self.losses(pieces[numbers], masks)
             rate = min(RATE * STEPS / self.steps, MAX_RATE) / 2 * (1 + math.cos(math.pi * step / self.steps))
             keep, baseline = descend(keep, baseline, masks, losses, rate, budgets)
-            if math.isnan(baseline):
+            if not any(map(math.isfinite, losses)):
                 raise FistaPrunerError("structure: the model's loss is NaN or infinite: take --dtype float32")
             if step == done:
                 left = duration((time.perf_counter() - started) * (self.steps - step))
-                self.say(f"bypass: {self.steps - step} steps of {MASKS} forward passes take about {left}")
-            self.tick("steps of bypass", step + 1, self.steps)
+                self.listener.say(f"bypass: {self.steps - step} steps of {MASKS} forward passes take about {left}")
+            self.listener.tick("steps of bypass", step + 1, self.steps)
             if step + 1 == self.steps or (step + 1) % EVERY == 0:
                 tensors = {"keep": keep, "baseline": torch.tensor([baseline], dtype=torch.float64)}
-                seconds = str(time.perf_counter() - begin)
-                write_tensors(file, tensors, {**notes, "step": str(step + 1), "seconds": seconds})
+                write_tensors(file, tensors, {**notes, "step": str(step + 1)})
         return {(index, unit.name): keep[places].float() for index, unit, places in self.slots}
 
-    def _sequences(self, step: int) -> Tensor:
-        """Return the (sequences, length) tokens of a step (difference 1); each comes once before one comes again."""
-        length = min(LENGTH, self.tokens.shape[1])
-        pieces = self.tokens[:, : self.tokens.shape[1] // length * length].reshape(-1, length)
-        places = [divmod(place, len(pieces)) for place in range(step * SEQUENCES, (step + 1) * SEQUENCES)]
-        orders = (torch.randperm(len(pieces), generator=seeded(self.seed, "bypass text", epoch)) for epoch, _ in places)
-        return pieces[torch.stack([order[number] for order, (_, number) in zip(orders, places, strict=True)])]
-
     def _masked(self, at: int, layer: nn.Module, mask: Tensor) -> dict[str, Tensor]:
-        """Return the weights of the consumers of loaded layer ``at`` with what ``mask`` (units,) drops set to zero."""
+        """Return the consumers' weights in loaded layer ``at``, with what ``mask`` drops set to zero."""
         found = {}
-        for name, unit, places in ((f"{unit.name}.weight", unit, places) for i, unit, places in self.slots if i == at):
-            weight = layer.get_parameter(name).detach()
+        for _, unit, places in (slot for slot in self.slots if slot[0] == at):
+            weight = layer.get_parameter(f"{unit.name}.weight").detach()
             factors = mask[places].to(weight.device, weight.dtype).repeat_interleave(unit.columns)
-            found[name] = weight * (factors if unit.cuts[name].dim else factors[:, None])
+            found[f"{unit.name}.weight"] = weight * (factors[:, None] if unit.consumer.transposed else factors)
         return found
 
     def losses(self, tokens: Tensor, masks: Sequence[Tensor]) -> list[float]:
-        """Compute the mean loss of the model, with each of some masks, on (windows, seqlen) tokens of one shape."""
+        """Compute the mean loss on (windows, seqlen) tokens with each of some masks."""
 
-        def variants(index: int, layer: nn.Module) -> Any:
+        def masked(index: int, layer: nn.Module) -> Any:
             return (self._masked(index, layer, mask) for mask in masks)
 
         batch, found = min(len(tokens), self.batch_size), []
-        states, self._calls = forward_variants(self.model, tokens, batch, self.store, variants, calls=self._calls)
+        states, self._calls = forward_variants(self.model, tokens, batch, self.store, masked, calls=self._calls)
         with self.model.embeddings_and_head(), torch.no_grad():
             for state in states:
                 total = 0.0
@@ -189,7 +171,7 @@ class Bypass:
         """Make the first probabilities from what a unit adds to the outputs, each layer fed by masked ones.
 
         ``s = clip(sigmoid(z) + share - mean(sigmoid(z)), 0, 1)``, with z the mean over outputs of ``|W_ij| sqrt(H_jj)``
-        (summed over the columns of a group), standardised within the layer, on some windows (difference 3).
+        (summed over the columns of a group), standardised within the layer (difference 3).
         """
         model, tokens, keep = self.model, self.tokens[:windows], torch.zeros(self.count, dtype=torch.float64)
         states = self.store("bypass", (*tokens.shape, model.width))
@@ -215,6 +197,5 @@ class Bypass:
                     left = metric.argsort(descending=True, stable=True)[: unit.after]
                     mask[places] = torch.zeros_like(metric).index_fill(0, left, 1.0)
                 run_layer(model, index, states, calls, output=states, values=self._masked(index, layer, mask))
-            self.tick("decoder layers, first probabilities", index + 1, len(model))
         states.close()
         return keep

@@ -1,4 +1,4 @@
-"""GOA: choose heads and channels by how alike they are and how little they add, after a reconstruction.
+"""GOA: remove heads that are alike and channels that add little, after a reconstruction.
 
 Jianwei Li, Yijun Dong and Qi Lei, "Greedy Output Approximation: Towards Efficient Structured Pruning for LLMs Without
 Retraining", CPAL 2025, arXiv 2407.19126.
@@ -55,7 +55,7 @@ def fit_and_choose(
     channels_of: Callable[[], ChannelStatistics],
     inputs: HiddenStates,
 ) -> tuple[ChannelStatistics, Tensor, list[str]]:
-    """Fit the operators of a unit of the loaded decoder layer ``index``, and choose the channels that stay.
+    """Fit the operators of a unit of a loaded decoder layer, and choose the channels that stay.
 
     Args:
         model, index: the model, and the number of the layer; its operators of level 1 get new weights.
@@ -135,7 +135,7 @@ def group_divergence(divergence: Tensor, repeats: int) -> Tensor:
 
 
 def redundant(divergence: Tensor, count: int) -> list[int]:
-    """Choose ``count`` heads, or groups, that others represent, from their (n, n) divergence (difference 1).
+    """Choose heads, or groups, that others represent, from their (n, n) divergence (difference 1).
 
     Of the two most alike, of which neither goes yet, the first one goes; then of the next two.
     """
@@ -151,8 +151,7 @@ def channel_criterion(consumer: Tensor, producers: Sequence[Tensor], moment: Ten
     """Compute criterion B of MLP channels: (channels,) fp64 (difference 6).
 
     Args:
-        consumer: (m, channels) weights B.
-        producers: (channels, n) weights A of each operator that writes the channels (gate and up).
+        consumer: (m, channels) weights B; ``producers``: (channels, n) of each operator that writes the channels.
         moment: (n, n) uncentred second moment S of the producers' inputs.
     """
     norms = consumer.double().square().sum(0)
@@ -165,7 +164,7 @@ def channel_criterion(consumer: Tensor, producers: Sequence[Tensor], moment: Ten
 def attention_probabilities(
     model: LayerwiseModel, index: int, unit: Unit, hidden: Iterable[Tensor]
 ) -> Iterator[Tensor]:
-    """Yield the (heads, queries, keys) attention probabilities of windows in the loaded decoder layer ``index``.
+    """Yield the (heads, queries, keys) attention probabilities of windows in a loaded decoder layer.
 
     Args:
         model, index: the model, and the number of the layer.

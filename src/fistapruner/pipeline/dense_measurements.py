@@ -72,11 +72,6 @@ class DenseMeasurements:
     def _identity(self, inputs: PruneInputs) -> str:
         return fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.plan.numerics)
 
-    def seconds_before(self, inputs: PruneInputs) -> float:
-        """Return how long attempts that were stopped have learned which channels stay."""
-        state = self.run.learned()
-        return float(state.get("seconds", 0)) if state and state.get("identity") == self._identity(inputs) else 0.0
-
     def learn_channels(self, inputs: PruneInputs) -> dict[str, Tensor]:
         """Learn which channels stay, where the recipe asks for it.
 
@@ -90,8 +85,8 @@ class DenseMeasurements:
 
         def learn(batch_size: int) -> dict[tuple[int, str], Tensor]:
             store = scratch_factory(self.states, inputs.model.dtype)
-            steps, seed, told = self.recipe.structure.steps, self.recipe.seed, (self.listener.say, self.listener.tick)
-            learning = Bypass(inputs.model, units, self.tokens, steps, seed, store, *told, batch_size)
+            steps, seed = self.recipe.structure.steps, self.recipe.seed
+            learning = Bypass(inputs.model, units, self.tokens, steps, seed, store, self.listener, batch_size)
             return learning.learn(self.run.bypass_file, windows_measured(len(self.tokens)), notes)
 
         advice = "take --structure-method obs, which learns nothing"

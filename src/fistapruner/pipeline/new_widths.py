@@ -67,7 +67,7 @@ def change_widths(
 
 
 def _check_goa(model: LayerwiseModel, layout: Layout, widths: Widths) -> None:
-    """Refuse units that goa cannot rate: channels of experts, of operators left out, or heads without probabilities."""
+    """Refuse what goa cannot rate: experts, operators left out, heads without probabilities."""
     selected = {name for name, _ in layout.operators()}
     for index, unit in ((i, unit) for i in range(len(model)) for unit in widths.channels(i)):
         left_out = [whole for name in unit.producers if (whole := layout.full_name(index, name)) not in selected]

@@ -88,8 +88,7 @@ class PruneDecision(RunDecision):
         on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
         calibration_sha256: of the calibration text; None where it is not a file.
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
-        sensitivity_seconds: how long all measurements on the dense model took, learned channels over all attempts among
-            them; None where there were none.
+        sensitivity_seconds: how long all measurements on the dense model took; None where there were none.
         calibration_seconds: how long drawing or writing the calibration text took.
         structure: record of what is removed (:class:`fistapruner.structure.smaller.Widths`); None where nothing is.
     """

@@ -1,4 +1,4 @@
-"""Remove whole channels, key/value groups and experts, and let the channels that stay make up for what went.
+"""Remove channels, key/value groups and experts, and let the channels that stay make up for it.
 
 Promises:
 
@@ -6,8 +6,8 @@ Promises:
   same number. Channels, key/value groups and experts are one type, :class:`~.units.Unit`.
 * :mod:`.trial` finds the change of ``config.json``, builds the smaller model, and shows that it computes what the dense
   model with zeros in place of the removed channels does. What does not pass is refused before any work.
-* :mod:`.choose` says which channels stay (magnitude, energy, FLAP, OBS); methods of other papers are in
-  :mod:`fistapruner.papers` (GOA, Bypass-BP). :mod:`.experts` says which experts do (REAP).
+* :mod:`.choose` says which channels stay (magnitude, energy, FLAP, OBS; GOA and Bypass-BP are in
+  :mod:`fistapruner.papers`), and :mod:`.experts` which experts do (REAP).
 * :mod:`.refit` fits the weights, and bias, of the channels that stay, on a Gram that is shrunk by cross-validation.
 * :mod:`.smaller` describes the result: shapes, parameters, config, tensors that are left out.
 """

@@ -36,8 +36,7 @@ def channel_scores(method: Literal["energy", "flap", "magnitude"], problem: Laye
 
     Args:
         method: ``magnitude``, ``energy`` or ``flap``.
-        problem: the layer problem.
-        mean: (n,) mean of the inputs over tokens.
+        problem: the layer problem; ``mean``: (n,) mean of the inputs over tokens.
 
     Returns:
         (n,) fp64.
@@ -56,8 +55,7 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1) -> tuple[list[i
     rank-one change of V. Ties go to the first channel. Channels that are zero on every token go first, at no cost.
 
     Args:
-        problem: the layer problem of the operator that reads the channels.
-        count: channels to remove, less than all.
+        problem: of the operator that reads the channels; ``count``: channels to remove, less than all.
         block: consecutive inputs of a channel; more than one are removed together, as those of an attention head. Of
             at most :data:`FEW` blocks those go that cost least together, by trying all subsets.
 
@@ -95,12 +93,9 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1) -> tuple[list[i
 
 
 def _eliminate_blocks(inverse: Tensor, weight: Tensor, count: int, block: int) -> list[int]:
-    """Remove blocks P of inputs, each at the cost ``tr(V_P ([H^-1]_PP)^-1 V_P^T)``.
+    """Remove ``count`` blocks P of ``block`` inputs, each at the cost ``tr(V_P ([H^-1]_PP)^-1 V_P^T)``.
 
-    Args:
-        inverse: (n, n) fp64 inverse of the Gram; it is changed.
-        weight: (m, n) fp64 least-squares weights; they are changed.
-        count: blocks to remove; ``block``: inputs of each.
+    ``inverse``: (n, n) of the Gram, ``weight``: (m, n) least-squares weights, both fp64; both are changed.
     """
     places = torch.arange(weight.shape[1], device=weight.device).view(-1, block)
     if len(places) <= FEW:

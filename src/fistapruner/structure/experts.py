@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,20 +32,14 @@ from ..models.layout import Layout
 from ..recipes.structure_settings import Remove
 from .units import EXPERTS, Unit, Units
 
-GROUP_COUNTS = re.compile(r"(n|num)_(expert_)?groups?")
-"""Names of the number of groups of experts that a router chooses among, in its module."""
-
-LIMIT = re.compile(r"top_?k_groups?")
-"""Names of the number of these groups that the experts of a token may be of."""
+GROUP_COUNTS, LIMIT = re.compile(r"(n|num)_(expert_)?groups?"), re.compile(r"top_?k_groups?")
+"""A router's names of the number of groups that it chooses among, and of those that a token's experts may be of."""
 
 
 def reap_scores(experts: Experts, routed: RoutedTokens, device: torch.device) -> Tensor:
-    """Compute REAP's score of every expert: (experts,) fp64.
+    """Compute REAP's score of every expert of a loaded module: (experts,) fp64.
 
-    Args:
-        experts: the loaded module.
-        routed: its inputs and where they go.
-        device: where to compute.
+    ``routed``: the module's inputs and where they go; ``device``: where to compute.
     """
     scores = torch.zeros(experts.number, dtype=torch.float64)
     for number, expert in experts.experts():
@@ -59,12 +54,7 @@ def reap_scores(experts: Experts, routed: RoutedTokens, device: torch.device) ->
 
 
 def kept_experts(scores: Tensor, unit: Unit) -> Tensor:
-    """Choose the experts that stay: (after,) numbers, ascending; of equal ones the first go.
-
-    Args:
-        scores: (before,) of the experts.
-        unit: their mixture.
-    """
+    """Choose the experts of a mixture that stay, by their (before,) scores: (after,) numbers, ascending."""
     by_group = scores.view(unit.groups, -1)
     gone = by_group.sort(dim=1, stable=True).indices[:, : (unit.before - unit.after) // unit.groups]
     stay = torch.ones_like(by_group, dtype=torch.bool).scatter_(1, gone, False)
@@ -73,11 +63,6 @@ def kept_experts(scores: Tensor, unit: Unit) -> Tensor:
 
 def find_experts(model: LayerwiseModel, layout: Layout, remove: Remove) -> Units:
     """Find a model's mixtures, and decide how many experts stay; what is cut with them is found by trying.
-
-    Args:
-        model: the dense model.
-        layout: its selected operators.
-        remove: names an amount of experts.
 
     Raises:
         FistaPrunerError: no mixture, several sizes, one that is not selected, or an amount that leaves too few, removes
@@ -106,23 +91,13 @@ def find_experts(model: LayerwiseModel, layout: Layout, remove: Remove) -> Units
         for name in found:
             full = layout.full_name(index, name)
             if name not in selected:
-                raise FistaPrunerError(
-                    f"structure: targets and ignore leave out {full}, whose experts are to be removed"
-                )
-        units.append(
-            tuple(
-                Unit(EXPERTS, name, before, before - gone, {}, None, chosen[layout.full_name(index, name)], groups)
-                for name in found
-            )
-        )
+                raise FistaPrunerError(f"structure: targets and ignore leave out {full}: its experts cannot go")
+        units.append(tuple(Unit(EXPERTS, name, before, before - gone, {}, groups=groups) for name in found))
     return tuple(units)
 
 
 def _groups(layer: nn.Module, mixtures: dict[str, Experts], experts: int) -> tuple[int, int]:
-    """Return the number of groups of a decoder layer's experts, and how many a token may go to.
-
-    Both are 1 without groups.
-    """
+    """Return the number of groups of experts, and how many a token may go to; 1 without groups."""
     found = [(1, 1)]
     for name in mixtures:
         for module in layer.get_submodule(name.rpartition(".")[0]).modules():
@@ -140,11 +115,8 @@ def _groups(layer: nn.Module, mixtures: dict[str, Experts], experts: int) -> tup
 def fewer_experts(layer: nn.Module, unit: Unit, keep: Tensor | None = None) -> Iterator[None]:
     """Let a decoder layer have fewer experts for the block: those that stay are renumbered.
 
-    Args:
-        layer: the loaded decoder layer.
-        unit: whose experts are removed.
-        keep: (after,) numbers of those that stay; the router's rows are cut to them. None where the layer's tensors
-            are the smaller model's already.
+    ``keep``: (after,) numbers of those that stay, to which the router's rows are cut. None where the tensors of the
+    loaded layer are the smaller model's already.
     """
     experts = layer.get_submodule(unit.name)
     assert isinstance(experts, Experts)
@@ -187,17 +159,14 @@ def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
             seen: dict[str, int] = {}
             with ExitStack() as hooks, model.layer(index), torch.no_grad():
                 for name, module in expert_modules(layer).items():
-                    hooks.enter_context(module.register_forward_pre_hook(_noting(seen, name), with_kwargs=True))
+                    hook = partial(_note_chosen, seen, name)
+                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
                 model.run(index, hidden.clone(), calls[index])
             known[signature] = seen
         found |= {model.full_name(index, name): count for name, count in known[signature].items()}
     return found
 
 
-def _noting(seen: dict[str, int], name: str) -> Any:
-    """Make the hook that notes how many experts a mixture is given for a token."""
-
-    def note(module: Experts, args: Any, kwargs: Any) -> None:
-        seen[name] = int(module.routed(*args, **kwargs)[1].shape[1])
-
-    return note
+def _note_chosen(seen: dict[str, int], name: str, module: Any, args: Any, kwargs: Any) -> None:
+    """Note how many experts a mixture is given for a token."""
+    seen[name] = int(module.routed(*args, **kwargs)[1].shape[1])

@@ -1,4 +1,4 @@
-"""Fit the weights of the channels that stay, on a Gram that is shrunk by a share from cross-validation.
+"""Fit the weights of the channels that stay, on a Gram that cross-validation shrinks.
 
 MLP channels are almost uncorrelated. With p tokens, least squares of a removed channel on n kept ones explains a share
 of about n / p of pure noise. So channels are chosen and made up for with
@@ -11,10 +11,8 @@ own units. g = 0 is plain least squares; with g = 1 the kept weights stay as the
 An operator with a bias makes up for the means as well, exactly: then H is the covariance of its inputs
 (:func:`covariance`).
 
-The share needs no text, only the Grams of two halves of the calibration windows: fitted on one half, tested on the
-other, both ways (:func:`validation_errors`). The weights are then fitted on twice as many tokens, and the best penalty
-g / (1 - g) falls as 1 / tokens: it is halved. Measured on SmolLM2's layers 0, 2 and 4, with 8,192 and 16,384 tokens: on
-fresh tokens the halved penalty was the grid's best, or next to it, in all six cases (docs/structure.md).
+The share needs only the Grams of two halves of the calibration windows: fitted on one half, tested on the other, both
+ways. The weights are then fitted on twice as many tokens, and the best penalty falls as 1 / tokens: it is halved.
 """
 
 from __future__ import annotations
@@ -32,14 +30,11 @@ from ..recipes.structure_settings import Structure
 from .choose import best_channels, channel_scores, eliminate
 from .units import block_places
 
-GRID = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
-"""Shares that cross-validation tries."""
+GRID, ROWS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0), 256
+"""Shares that cross-validation tries, on at most so many output rows."""
 
 CONSTANT = 1e-5
 """Share of an input's mean square below which its variance, the difference from the squared mean, is rounding."""
-
-ROWS = 256
-"""Output rows on which cross-validation compares shares, at most."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,8 @@ class ChannelStatistics:
     Args:
         problem: the layer problem of the operator, over all calibration windows.
         mean: (n,) mean of the inputs over tokens.
-        halves: (n, n) Grams of two halves of the windows; None where there is one window only.
-        drift_mean: (m,) mean drift of the outputs from those of the dense operator, times the share of the dense
-            target; None without drift.
-        half_means: (n,) means of the inputs in each half; None with ``halves``.
+        halves: (n, n) Grams of two halves of the windows, ``half_means``: (n,) means; None where there is one window.
+        drift_mean: (m,) mean drift of the outputs, times the share of the dense target; None without drift.
         tokens: that were routed to the operator's expert; None where it reads all tokens.
     """
 
@@ -104,8 +97,7 @@ class ChannelSums:
     cut, so the halves do not depend on the batch size.
 
     Args:
-        weight: (m, n) dense weights of the operator.
-        windows: calibration windows in all.
+        weight: (m, n) dense weights of the operator; ``windows``: calibration windows in all.
         drift_from: as for :class:`~fistapruner.core.ProblemSums`.
         routed: it reads the tokens of one expert, perhaps few or none.
     """
@@ -122,13 +114,9 @@ class ChannelSums:
         self._compared = 0
 
     def add(self, start: int, inputs: Tensor, dense: Tensor | None = None, residual: Tensor | None = None) -> None:
-        """Add a batch of windows.
+        """Add (windows, seqlen, n) inputs of a batch whose first window is ``start``; batches come in order.
 
-        Args:
-            start: number of its first window; batches come in order.
-            inputs: (windows, seqlen, n).
-            dense: as for :meth:`~fistapruner.core.ProblemSums.add`, by tokens.
-            residual: likewise.
+        ``dense`` and ``residual``: as for :meth:`~fistapruner.core.ProblemSums.add`, by tokens.
         """
         before = self._half - start
         if 0 < before < len(inputs):
@@ -140,10 +128,7 @@ class ChannelSums:
         self.add_tokens(start, inputs.reshape(-1, inputs.shape[-1]), dense, residual)
 
     def add_tokens(self, start: int, flat: Tensor, dense: Tensor | None = None, residual: Tensor | None = None) -> None:
-        """Add (tokens, n) inputs of windows that are all in one half, from ``start`` on.
-
-        The other arguments are those of :meth:`add`.
-        """
+        """Add (tokens, n) inputs of windows that are all in one half, from ``start`` on; else as :meth:`add`."""
         if start >= self._half > 0 and self._first is None:
             self._first = self._sums.gram.clone(), self._total.clone(), self._sums.tokens
         self._total += flat.sum(0, dtype=torch.float64)
@@ -157,9 +142,7 @@ class ChannelSums:
     def statistics(self, name: str, target: float) -> ChannelStatistics:
         """Return the statistics of all windows; the sums are used up.
 
-        Args:
-            name: full name of the operator.
-            target: share of the dense target.
+        ``name``: full name of the operator; ``target``: share of the dense target.
         """
         sums, halves, half_means = self._sums, None, None
         mean = self._total / max(sums.tokens, 1)
@@ -183,16 +166,13 @@ class Removal:
     """Channels that were chosen, and the weights of those that remain.
 
     Args:
-        keep: (k,) int64 places of the kept channels, ascending.
-        places: (k * block,) the inputs that belong to them.
-        weight: (m, k * block) fp32 weights of the operator.
-        bias: (m,) fp32 what is added to its bias; None where nothing is.
+        keep: (k,) int64 the kept channels, ascending; ``places``: (k * block,) the inputs that belong to them.
+        weight: (m, k * block) fp32 weights; ``bias``: (m,) fp32 what is added to the bias, None where nothing is.
         shrink: share of shrinkage that was used; None where nothing depended on it.
-        dense: relative error of the operator with all its channels, from drift alone; None without drift.
-        dropped: relative error with the channels removed and the other weights, and the bias, as they were.
-        validated: mean relative error on tokens that the weights were not fitted on (fitted on half of the windows,
-            tested on the other, drift left out), None where none were fitted; ``validated_dropped``: without making up
-            for the removed channels.
+        dense: relative error with all channels, from drift alone; None without drift.
+        dropped: relative error with the channels removed, and all else as it was.
+        validated: mean relative error of fits on half of the windows, on the other half, without drift; None where
+            none were fitted. ``validated_dropped``: without making up for the removed channels.
         warnings: sentences.
     """
 
@@ -232,11 +212,11 @@ def remove_channels(
     problem = known.problem
     refits, greedy = settings.compensation == "refit", settings.method == "obs" and chosen is None
     biased = biased and settings.compensation != "none"
+    means = known.half_means if biased else None
     fitting = known.centred() if biased else problem
     rated = fitting if settings.method == "obs" else problem
     rated = rated if importance is None else rated.weighted(importance)
-    channels = problem.shape[1] // block
-    warnings: list[str] = []
+    channels, warnings = problem.shape[1] // block, list[str]()
     if chosen is None:
         method = settings.method if settings.method in ("flap", "magnitude") else "energy"
         keep = best_channels(channel_scores(method, rated, known.centre).view(-1, block).sum(1), kept)
@@ -246,7 +226,6 @@ def remove_channels(
     if known.tokens is not None and (few := share_of_few(problem.shape[1], known.tokens)) is not None:
         shrink = few
     elif known.halves is not None and (refits or settings.method == "obs"):
-        means = known.half_means if biased else None
         errors = validation_errors(problem, known.halves, block_places(keep, block), means=means)
         tested = -min(zip(errors, (-share for share in GRID), strict=True))[1]  # of equal ones the largest
         shrink = tested / (2 - tested)  # half the penalty, for twice the tokens
@@ -268,7 +247,6 @@ def remove_channels(
     if tested is not None and known.halves is not None:
         (validated_dropped,) = validation_errors(problem, known.halves, places, (1.0,))
         if refits:
-            means = known.half_means if biased else None
             (validated,) = validation_errors(problem, known.halves, places, (tested,), means)
     dropped = problem.restricted(places).dense_error()
     assert dropped is not None
@@ -289,13 +267,8 @@ def remove_channels(
 def removal_error(known: ChannelStatistics, places: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
     """Compute the relative error of an operator that has lost inputs.
 
-    With ``c`` added to its bias, that is ``f(V) + 2 <c, mean(V x - t)> + |c|^2``, with t the target outputs.
-
-    Args:
-        known: what is known of the operator's inputs.
-        places: (k,) its inputs that stay.
-        weight: (m, k) its weights.
-        bias: (m,) what is added to its bias; None is nothing.
+    With c added to its bias, that is ``f(V) + 2 <c, mean(V x - t)> + |c|^2``, with t the target outputs. Arguments are
+    as in :class:`Removal`.
     """
     problem = known.problem
     error = problem.restricted(places).relative_error(weight)
@@ -333,12 +306,7 @@ def covariance(gram: Tensor, mean: Tensor) -> Tensor:
 def refitted(problem: LayerProblem, damping: float = 0.0) -> tuple[Tensor, list[str]]:
     """Compute the least-squares weights of a problem without zeros, in fp64.
 
-    Args:
-        problem: the layer problem; without drift its weights are the solution.
-        damping: of the Gram, as a share of its mean diagonal.
-
-    Returns:
-        (m, n) fp32, and a warning if the damping had to be raised.
+    ``damping``: share of the Gram's mean diagonal. Returns (m, n) fp32, and a warning if it had to be raised.
     """
     if problem.drift is None:
         return problem.weight.clone(), []
@@ -359,10 +327,8 @@ def validation_errors(
     Drift is left out: it is not known of each half.
 
     Args:
-        problem: the layer problem of all tokens.
-        halves: (n, n) Grams of two halves of the calibration windows.
-        keep: (k,) kept channels.
-        shares: shares of shrinkage.
+        problem: the layer problem of all tokens; ``halves``: (n, n) Grams of two halves of the calibration windows.
+        keep: (k,) kept inputs; ``shares``: of shrinkage.
         means: (n,) means of the inputs in each half, where a bias is fitted along with the weights.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Describe a model without the units that are removed: shapes, config, parameters, tensors that are left out."""
+"""Describe a model without what is removed: shapes, config, parameters, tensors left out."""
 
 from __future__ import annotations
 
@@ -24,12 +24,7 @@ PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 
 @dataclass(frozen=True)
 class Widths:
-    """How many units a model keeps.
-
-    Args:
-        units: for each decoder layer, what is removed.
-        config: change of ``config.json``, as a JSON merge patch.
-    """
+    """What is removed from each decoder layer, and the change of ``config.json``, a JSON merge patch."""
 
     units: Units
     config: Mapping[str, Any]
@@ -141,10 +136,9 @@ def changed_config(model: LayerwiseModel, widths: Widths) -> Mapping[str, Any]:
 def _text_section(model: LayerwiseModel) -> str | None:
     """Return the entry of ``config.json`` that holds the text config; None where the file itself does."""
     text = model.config.get_text_config()
-    if text is model.config:
-        return None
     inner = {key: value for key, value in model.checkpoint.config.items() if isinstance(value, dict)}
-    return next((key for key, value in inner.items() if value.get("model_type") == text.model_type), None)
+    own = (key for key, value in inner.items() if value.get("model_type") == text.model_type)
+    return None if text is model.config else next(own, None)
 
 
 def stored_text_config(model: LayerwiseModel) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -52,8 +52,7 @@ def plan_widths(
     """Find the units of a model, decide how many stay, and show that the smaller model is right.
 
     Args:
-        model: the dense model.
-        layout: its selected operators.
+        model, layout: the dense model, and its selected operators.
         settings: the recipe's ``structure``, with an amount to remove.
         trust_remote_code: run the checkpoint's own Python code.
 
@@ -95,8 +94,7 @@ def _config(model: LayerwiseModel, build: Build, config: Mapping[str, Any], unit
     """Find the change of ``config.json`` that gives the tensors of units their new shapes.
 
     Args:
-        model: the dense model.
-        build: builds it.
+        model, build: the dense model, and what builds it.
         config: changes that were found before, as a JSON merge patch.
         units: all that are removed with these changes and the one that is looked for.
         kind: of those that it is looked for: :data:`CHANNELS` or :data:`GROUPS`.
@@ -152,16 +150,15 @@ def _tried(
     sizes: Mapping[int, int],
     more: Mapping[str, int],
 ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yield changes of ``config.json`` with which the model can be built, likely ones first, and the model.
+    """Yield changes of ``config.json`` and the model that they make, likely ones first.
+
+    Of channels one entry may change, or several: the width of experts, and those of shared experts and of dense MLPs.
+    Of others all likely ones change together.
 
     Args:
-        model: the dense model.
-        build: builds it.
-        config: changes that were found before, as a JSON merge patch.
-        kind: what is removed: a key of :data:`LIKELY`. Of channels one entry may change, or several (the width of
-            experts, and those of shared experts and of dense MLPs); of others all likely ones together come first.
-        sizes: the new numbers, by the old ones.
-        more: entries that are changed, too.
+        model, build, config: as for :func:`_config`.
+        kind: what is removed: a key of :data:`LIKELY`.
+        sizes: the new numbers, by the old ones; ``more``: entries that are changed, too.
     """
     for change in _changes(model, kind, sizes):
         both = merge_patch(config, in_section(model, {**change, **more}))
@@ -182,16 +179,16 @@ def _changes(model: LayerwiseModel, kind: str, sizes: Mapping[int, int]) -> Iter
             size, count = (held[0], len(held)) if isinstance(held, list) and held else (held, 0)
             if type(size) is int and size in sizes and (not count or held == [size] * count):
                 named[name] = [sizes[size]] * count if count else sizes[size]
-        likely = [name for name in named if re.search(LIKELY[kind], name)]
+        likely = {name: value for name, value in named.items() if re.search(LIKELY[kind], name)}
         if kind != CHANNELS and likely:
-            yield {name: named[name] for name in likely}
-        for name in (*likely, *(name for name in named if name not in likely)) if kind != GROUPS else ():
-            yield {name: named[name]}
+            yield likely
+        if kind != GROUPS:
+            yield from ({name: value} for name, value in (likely | named).items())
         if kind == CHANNELS:
-            for name in (name for name, held in entries.items() if held is None and re.search(LIKELY[kind], name)):
-                yield from ({name: after} for after in sizes.values())
+            none = [name for name, held in entries.items() if held is None and re.search(LIKELY[kind], name)]
+            yield from ({name: after} for name in none for after in sizes.values())
             for count in range(2, len(likely) + 1):
-                yield from ({name: named[name] for name in names} for names in combinations(likely, count))
+                yield from map(dict, combinations(likely.items(), count))
 
 
 def _without_experts(
@@ -199,97 +196,51 @@ def _without_experts(
 ) -> tuple[Units, dict[str, Any]]:
     """Find the change of ``config.json`` that leaves fewer experts, and what is cut with them.
 
-    Args:
-        model: the dense model.
-        build: builds it.
-        config: changes that were found before, as a JSON merge patch.
-        mixtures: of every decoder layer, with the experts that stay.
-
     Returns:
-        The mixtures with their cuts, and all changes together.
+        The mixtures of every decoder layer with their cuts, and all changes of the config together.
 
     Raises:
         FistaPrunerError: no entry does that.
     """
     one = next(unit for layer in mixtures for unit in layer)
-    base = build(config)
-    prefixes = {f"{model.full_name(index, unit.name)}." for index, layer in enumerate(mixtures) for unit in layer}
+    dense = find_decoder_layers(build(config))[1]
     for both, smaller in _tried(model, build, config, EXPERTS, {one.before: one.after}, {}):
-        cuts = _routing(_shapes(base), _shapes(smaller), prefixes, one)
-        if cuts:
-            found = []
-            layers = zip(*(find_decoder_layers(whole)[1] for whole in (base, smaller)), mixtures, strict=True)
-            for index, (before, after, layer) in enumerate(layers):
-                found.append(tuple(_with_cuts(unit, before, after, cuts, model.full_name(index, "")) for unit in layer))
-            return tuple(found), both
+        pairs = list(zip(dense, find_decoder_layers(smaller)[1], mixtures, strict=False))
+        found = tuple(tuple(_with_cuts(unit, before, after) for unit in layer) for before, after, layer in pairs)
+        if len(found) == len(model) and all(unit.cuts for layer in found for unit in layer):
+            return found, both
     raise FistaPrunerError(
         f"structure: no entry of config.json makes {type(model.model).__name__} a model with {one.after} of "
         f"{one.before} experts: they are not removed"
     )
 
 
-def _routing(
-    base: Mapping[str, tuple[int, ...]], smaller: Mapping[str, tuple[int, ...]], mixtures: Collection[str], one: Unit
-) -> dict[str, Cut]:
-    """Return the tensors that shrink with the experts, by the model's names.
-
-    None are returned where the tensors that are gone, or whose shapes are others, are not those of experts and of what
-    routes to them.
-
-    Args:
-        base: shapes with all experts; ``smaller``: with fewer.
-        mixtures: what the names of the experts' tensors begin with.
-        one: a mixture.
-    """
-
-    def goes(name: str) -> bool:
-        mixture = next((prefix for prefix in mixtures if name.startswith(prefix)), None)
-        number = "" if mixture is None else name.removeprefix(mixture).partition(".")[0]
-        return number.isdigit() and int(number) >= one.after
-
-    if {name for name in base if not goes(name)} != set(smaller):
-        return {}
-    blocks = tuple(prefix.rstrip(".").rpartition(".")[0] + "." for prefix in mixtures)
-    cuts = {}
-    for name, shape in smaller.items():
-        whole = base[name]
-        if shape != whole:
-            dims = [dim for dim in range(len(whole)) if whole == (*shape[:dim], one.before, *shape[dim + 1 :])]
-            if not dims or shape[dims[0]] != one.after or not name.startswith(blocks):
-                return {}
-            cuts[name] = Cut(dims[0])
-    return cuts
-
-
-def _with_cuts(unit: Unit, before: nn.Module, after: nn.Module, cuts: Mapping[str, Cut], prefix: str) -> Unit:
+def _with_cuts(unit: Unit, before: nn.Module, after: nn.Module) -> Unit:
     """Describe a mixture with what is cut beside its experts, and the sizes that modules note.
 
-    Args:
-        unit: the mixture.
-        before: its decoder layer; ``after``: that of the smaller model.
-        cuts: of all layers, by the model's names; ``prefix``: of those of this layer.
+    ``before``: its decoder layer; ``after``: that of a smaller model. Nothing is cut where that differs otherwise.
     """
     block = unit.name.rpartition(".")[0]
-    inside = f"{block}." if block else ""
+    inside, whole = f"{block}." if block else "", _shapes(before)
+    cuts: dict[str, Cut] = {}
+    for name, shape in _shapes(after).items():
+        if name.startswith(inside) and shape != (old := whole.get(name, ())):
+            dims = [dim for dim, size in enumerate(shape) if old == (*shape[:dim], unit.before, *shape[dim + 1 :])]
+            if not dims or shape[dims[0]] != unit.after:
+                return unit
+            cuts[name] = Cut(dims[0])
     attributes: dict[str, dict[str, int]] = {}
     for name, module in before.named_modules():
-        if not f"{name}.".startswith(inside) or f"{name}.".startswith(f"{unit.name}."):
-            continue
-        twin = vars(after.get_submodule(name))
-        ints = {key: value for key, value in vars(module).items() if type(value) is int}
-        if changed := {key: twin[key] for key, value in ints.items() if type(twin[key]) is int and twin[key] != value}:
-            attributes[name] = changed
-    own = {name.removeprefix(prefix): cut for name, cut in cuts.items() if name.startswith(prefix + inside)}
-    return replace(unit, cuts=own, attributes=attributes)
+        if f"{name}.".startswith(inside) and not f"{name}.".startswith(f"{unit.name}."):
+            twin = vars(after.get_submodule(name))
+            noted = {key: twin.get(key) for key, value in vars(module).items() if type(value) is int}
+            changed = {key: size for key, size in noted.items() if type(size) is int and size != vars(module)[key]}
+            attributes |= {name: changed} if changed else {}
+    return replace(unit, cuts=cuts, attributes=attributes)
 
 
 def _compare(model: LayerwiseModel, units: Units, smaller: Any) -> None:
-    """Show by surgery that cutting units gives what zeros in their place give; experts are left out in both.
-
-    Args:
-        model: the dense model.
-        units: what is cut.
-        smaller: the model of the changed config, without weights.
+    """Show that cutting units gives what zeros in their place give; experts are left out in both.
 
     Raises:
         FistaPrunerError: it does not; names the operator or mixture.
@@ -311,14 +262,12 @@ def _compare(model: LayerwiseModel, units: Units, smaller: Any) -> None:
 
 
 def _surgery(layer: nn.Module, smaller: nn.Module, units: Sequence[Unit], hidden: Tensor, call: Call) -> Unit | None:
-    """Compare a layer with zeroed channels to the same layer with these cut out, and to that of the new config.
+    """Compare a layer with zeroed channels to one with these cut out, and to that of the new config.
 
     Args:
-        layer: the loaded decoder layer; it is as before on return.
-        smaller: the decoder layer of the new config, without weights.
+        layer: the loaded decoder layer, as before on return; ``smaller``: that of the new config, without weights.
         units: what is cut.
-        hidden: (1, seqlen, width) hidden states that enter it.
-        call: its other arguments.
+        hidden: (1, seqlen, width) hidden states that enter it; ``call``: its other arguments.
 
     Returns:
         The first unit whose outputs are others; the first one where a pass fails, as it does where it does not follow

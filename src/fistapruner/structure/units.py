@@ -71,7 +71,6 @@ class Unit:
         after: how many stay.
         cuts: the tensors that become smaller, by their names inside the layer: of experts, those that route to them.
         reader: the operator that reads the channels; None for experts.
-        chosen: experts that the router chooses for a token.
         groups: as many experts are removed from each of so many groups, one after the other.
         attributes: sizes that modules note and that change with the experts, by module inside the layer.
     """
@@ -82,7 +81,6 @@ class Unit:
     after: int
     cuts: Mapping[str, Cut]
     reader: Operator | None = None
-    chosen: int = 0
     groups: int = 1
     attributes: Mapping[str, dict[str, int]] = field(default_factory=dict)
 
@@ -90,11 +88,10 @@ class Unit:
     def of_channels(
         cls, kind: str, layer: nn.Module, producers: Mapping[str, Cut], consumer: Operator, columns: int = 1
     ) -> Unit:
-        """Describe channels, all of which stay.
+        """Describe channels of a decoder layer, all of which stay; weights need not be loaded.
 
         Args:
             kind: what they are.
-            layer: the module that holds the operators; its weights need not be loaded.
             producers: the operators that write them, and the places of the channels in their outputs.
             consumer: the operator that reads them; ``columns``: its inputs that belong to one channel.
         """
@@ -121,7 +118,7 @@ class Unit:
 
     @property
     def producers(self) -> dict[str, Cut]:
-        """Return the operators that write the channels, or route to the experts, and the places in their outputs."""
+        """Return the operators that write the channels, or route to the experts, and the places in them."""
         found = {key.removesuffix(".weight"): cut for key, cut in self.cuts.items() if key.endswith(".weight")}
         return {name: cut for name, cut in found.items() if name != self.name}
 
@@ -170,11 +167,6 @@ def _tensor(layer: nn.Module, name: str) -> Tensor:
 def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Units:
     """Find the channels and groups of every decoder layer that are removed, and decide how many stay.
 
-    Args:
-        model: the dense model.
-        layout: its selected operators.
-        settings: the recipe's ``structure``, with an amount to remove.
-
     Raises:
         FistaPrunerError: a layer without them, several widths, or an amount that leaves or removes nothing.
     """
@@ -203,11 +195,7 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
 
 
 def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
-    """Find the MLP channels of every decoder layer, those of experts among them.
-
-    Raises:
-        FistaPrunerError: a layer without them, or several widths of one kind; names it.
-    """
+    """Find the MLP channels of every decoder layer, those of experts among them."""
     links = find_links(model, layout)
     found = tuple(_mlp_units(model.layers[index], layout, index, links[index]) for index in range(len(model)))
     for kind in (MLP, SHARED, EXPERT):
@@ -219,11 +207,7 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
 
 
 def _mlp_units(layer: nn.Module, layout: Layout, index: int, links: Iterable[Link]) -> tuple[Unit, ...]:
-    """Return the MLP channels of a decoder layer.
-
-    Raises:
-        FistaPrunerError: none were found, or the operator that reads them is not selected or shares its inputs.
-    """
+    """Return the MLP channels of a decoder layer; refuse what is not found, not selected, or shares inputs."""
     mixtures = expert_modules(layer)
     blocks = tuple(f"{block}." for name in mixtures if (block := name.rpartition(".")[0]))
     whole = [link for link in links if not link.consumer.experts and _is_whole(layer, link)]
@@ -285,12 +269,7 @@ def _expert_channels(layer: nn.Module, name: str, experts: Experts) -> list[Unit
     """Return the channels of every expert of a mixture; none where their rows are not found.
 
     Where one operator has the rows of gate and up, they are two halves or take turns (gpt-oss). That is tried, on what
-    joins them.
-
-    Args:
-        layer: the decoder layer; its weights need not be loaded.
-        name: of the mixture's module in it.
-        experts: this module.
+    joins them. Weights need not be loaded.
     """
     expert = dict(experts.experts())[0]
     consumer = Operator.of("down_proj", expert.down_proj)
@@ -317,15 +296,10 @@ def _expert_channels(layer: nn.Module, name: str, experts: Experts) -> list[Unit
 
 
 def _key_value_groups(model: LayerwiseModel, layout: Layout, index: int) -> Unit:
-    """Find the key/value groups of a decoder layer by the sizes of operators that stand in one module.
-
-    Raises:
-        FistaPrunerError: a layer without separate query, key and value operators, or with one group only; names it.
-    """
+    """Find the key/value groups of a decoder layer by the sizes of operators that stand in one module."""
     config = model.config.get_text_config()
     heads = named_size(config, HEADS) or 1
     groups = named_size(config, "num_key_value_heads") or heads
-    place = f"structure: {layout.layers_name}.{index}"
     alone = [group[0] for group in layout.layers[index] if len(group) == 1]
     found = []
     for consumer in alone:
@@ -340,12 +314,10 @@ def _key_value_groups(model: LayerwiseModel, layout: Layout, index: int) -> Unit
             found.append(Unit.of_channels(GROUPS, model.layers[index], cuts, consumer, columns))
     if len(found) != 1:
         raise FistaPrunerError(
-            f"{place}: no separate query, key and value operators of {heads} and {groups} heads, and one that reads "
-            "them, were found beside one another (fused ones are not cut; do targets or ignore leave some out?): its "
-            "key/value groups are not removed"
+            f"structure: {layout.layers_name}.{index}: no separate query, key and value operators of {heads} and "
+            f"{groups} heads, and one that reads them, were found beside one another (fused ones are not cut; do "
+            "targets or ignore leave some out?): its key/value groups are not removed"
         )
-    if groups == 1:
-        raise FistaPrunerError(f"{place}: the model has one key/value head, which stays")
     return found[0]
 
 
@@ -353,11 +325,6 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
     """Decide how many channels stay, by the number of channels before.
 
     The width of a shared expert that is a multiple of the experts' stays the same multiple: it may be several in one.
-
-    Args:
-        model: the dense model.
-        units: the channels of every decoder layer.
-        settings: the recipe's ``structure``.
 
     Raises:
         FistaPrunerError: the amount removes no channel, or all of them.
