@@ -1,14 +1,14 @@
 """Bypass-BP: learn which heads and channels stay, by a policy gradient of forward passes.
 
-Gao, Liu, Zhang, Du and Xia, "Bypass Back-propagation: Optimization-based Structural Pruning for Large Language Models
-via Policy Gradient", ACL 2025, arXiv 2406.10576, after their program. Every unit u (a key/value group, an MLP channel)
-has a probability s_u to stay. A step draws K masks m_k from these probabilities, and computes the losses l_k of the
-dense model with what the masks drop set to zero. With a moving mean b of the losses
+Gao, Liu, Zhang, Du and Xia, "Bypass Back-propagation: Optimization-based Structural Pruning for LLMs via Policy
+Gradient", ACL 2025, arXiv 2406.10576, after their program. A unit u (a key/value group, an MLP channel) has a
+probability s_u to stay. A step draws K masks m_k, and computes the losses l_k of the dense model with what they drop
+set to zero. With a moving mean b of the losses
 
     s  <-  project( s - rate sum_k (l_k - b) (m_k - s) / sqrt(s (1 - s)) / (K - 1) ),
 
-where ``project`` meets the budget. In the mean this is the gradient of the expected loss times sqrt(s (1 - s)), and
-plain descent: the program's Adam object only carries the rate. In the end the units with the largest s stay.
+where ``project`` meets the budget. In the mean this is plain descent along the gradient of the expected loss times
+sqrt(s (1 - s)): the program's Adam object only carries the rate. Then the units with the largest s stay.
 
 Differs from the program in:
 
@@ -62,8 +62,7 @@ def project(keep: Tensor, budget: float) -> Tensor:
 
 def policy_gradient(keep: Tensor, masks: Sequence[Tensor], losses: Sequence[float], baseline: float) -> Tensor:
     """Estimate the gradient of the expected loss, times ``K / (K - 1) sqrt(s (1 - s))``: (units,) fp64."""
-    root = ((keep + SMALL) * (1 - keep + SMALL)).sqrt()
-    found = torch.zeros_like(keep)
+    root, found = ((keep + SMALL) * (1 - keep + SMALL)).sqrt(), torch.zeros_like(keep)
     for mask, loss in zip(masks, losses, strict=True):
         found += (loss - baseline) * (mask - keep) / root
     return found / (len(masks) - 1)
@@ -155,8 +154,8 @@ class Bypass:
         def masked(index: int, layer: nn.Module) -> Any:
             return (self._masked(index, layer, mask) for mask in masks)
 
-        batch, found = min(len(tokens), self.batch_size), []
-        states, self._calls = forward_variants(self.model, tokens, batch, self.store, masked, calls=self._calls)
+        size, found, calls = min(len(tokens), self.batch_size), [], self._calls
+        states, self._calls = forward_variants(self.model, tokens, size, self.store, masked, calls=calls)
         with self.model.embeddings_and_head(), torch.no_grad():
             for state in states:
                 total = 0.0

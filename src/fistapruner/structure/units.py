@@ -207,7 +207,7 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
 
 
 def _mlp_units(layer: nn.Module, layout: Layout, index: int, links: Iterable[Link]) -> tuple[Unit, ...]:
-    """Return the MLP channels of a decoder layer; refuse what is not found, not selected, or shares inputs."""
+    """Return the MLP channels of a decoder layer; refuse what is not found, or not selected."""
     mixtures = expert_modules(layer)
     blocks = tuple(f"{block}." for name in mixtures if (block := name.rpartition(".")[0]))
     whole = [link for link in links if not link.consumer.experts and _is_whole(layer, link)]
