@@ -1,1 +1,1 @@
-"""Systems of published papers, each in one file that plugs into a joint of the package."""
+"""Published systems that plug into a joint of the library, one file each."""
