@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from ..errors import FistaPrunerError, explain
 from ..models.files.writer import merge_patch
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
@@ -32,7 +33,10 @@ class Widths:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Widths:
         """Read what :meth:`record` has returned, from ``run.json``."""
-        return TypeAdapter(cls).validate_python(record)
+        try:
+            return TypeAdapter(cls).validate_python(record)
+        except ValidationError as error:
+            raise FistaPrunerError(f"run.json: structure: {explain(error)}") from None
 
     def record(self) -> dict[str, Any]:
         """Return the same as a record for ``run.json``."""

@@ -27,11 +27,8 @@ from ..recipes.structure_settings import Structure
 MLP, SHARED, EXPERT, GROUPS = "MLP channels", "shared expert channels", "expert channels", "key/value groups"
 """Kinds of units, as reports call them. Shared experts are MLPs in the module that holds a mixture."""
 
-EXPERTS = "experts"
-"""The kind of experts that are removed whole."""
-
-HEADS = "num_attention_heads"
-"""Entry of a config with the number of query heads."""
+EXPERTS, HEADS = "experts", "num_attention_heads"
+"""The kind of experts that are removed whole, and a config's entry with the number of query heads."""
 
 
 class Cut(NamedTuple):
@@ -62,10 +59,9 @@ def block_places(keep: Tensor, block: int) -> Tensor:
 class Unit:
     """Channels, key/value groups or experts of one place in a decoder layer, of which some are removed.
 
-    A key/value group is a key and a value head, with the query heads that share them.
-
     Args:
-        kind: :data:`MLP`, :data:`SHARED`, :data:`EXPERT`, :data:`GROUPS` or :data:`EXPERTS`.
+        kind: :data:`MLP`, :data:`SHARED`, :data:`EXPERT`, :data:`EXPERTS` or :data:`GROUPS`, each a key and a value
+            head with the query heads that share them.
         name: of the operator that reads the channels, or of the module of the experts, inside the decoder layer.
         before: their number in the dense model.
         after: how many stay.
