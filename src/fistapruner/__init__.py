@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
-    from .pipeline.merge import MergeReport, merge_adapter
     from .pipeline.prune import prune
     from .pipeline.resume import resume
     from .recipes.align_settings import AlignRecipe
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from .sparse.load import load
     from .sparse.pack import pack, unpack
     from .sparse.semi_structured import to_semi_structured
+    from .training.adapters import MergeReport, merge_adapter
     from .training.hold_mask import hold_mask
     from .training.run import align, recover
 
@@ -75,7 +75,6 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
-    "pipeline.merge": ("MergeReport", "merge_adapter"),
     "pipeline.prune": ("prune",),
     "pipeline.resume": ("resume",),
     "recipes.align_settings": ("AlignRecipe",),
@@ -90,6 +89,7 @@ _MODULES = {
     "sparse.load": ("load",),
     "sparse.pack": ("pack", "unpack"),
     "sparse.semi_structured": ("to_semi_structured",),
+    "training.adapters": ("MergeReport", "merge_adapter"),
     "training.hold_mask": ("hold_mask",),
     "training.run": ("align", "recover"),
 }
