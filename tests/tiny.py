@@ -286,3 +286,13 @@ class Bench:
             calibration = {"source": str(self.text), "samples": 2, "seqlen": 16}
             fp.prune(dense, run, method="wanda", sparsity=sparsity, calibration=calibration)
         return run
+
+
+def inputs_of(model: Any, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    """(tokens, n) fp64 inputs of an operator."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).double()

@@ -30,7 +30,7 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.planning import budget as budget_module
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.budget import DEVICE_RESERVE, Resources, room_for
-from fistapruner.planning.footprint import peak_bytes, removal_bytes, solve_bytes
+from fistapruner.planning.footprint import peak_bytes, solve_bytes
 from fistapruner.planning.measured_sizes import measure_sizes
 from fistapruner.planning.phases import PHASES
 from fistapruner.planning.plan import Fitted, fit, make_plan, written
@@ -38,11 +38,9 @@ from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.loading import merge_settings
-from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
-from fistapruner.structured.elimination import eliminate
 
 Model = tuple[LayerwiseModel, Layout, torch.Tensor]
 
@@ -637,7 +635,7 @@ def test_the_plan_names_all_phases_with_their_times(
     ]
 
 
-@pytest.mark.parametrize("structure", ["mlp=16,heads=1", {"remove": "heads=1", "widths": "free"}])
+@pytest.mark.parametrize("structure", ["mlp=16,heads=1", "heads=1"])
 def test_what_is_removed_is_counted_alike_after_a_layer_was_timed(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, structure: Any
 ) -> None:
@@ -653,17 +651,6 @@ def test_what_is_removed_is_counted_alike_after_a_layer_was_timed(
     layout, widths = change_widths(again, discover(again), recipe.resolved(), UNTRUSTED)
     assert measure_time(again, layout, recipe.resolved(), allocate(recipe, layout), model[2], 2, least=0, widths=widths)
     assert {name: tensor.shape for name, tensor in again.model.state_dict(keep_vars=True).items()} == before
-
-
-@pytest.mark.parametrize("method", ["flap", "magnitude", "goa"])
-def test_free_widths_are_chosen_in_the_planned_memory(method: str) -> None:
-    """They are chosen by elimination, whatever the method of the removal is."""
-    rows, inputs = 64, 128
-    settings = Structure(remove="mlp=50%", method=method, widths="free")
-    gram = torch.randn(256, inputs)
-    problem = LayerProblem(torch.randn(rows, inputs), gram.T @ gram)
-    used = peak_bytes(lambda: eliminate(problem, inputs // 2))
-    assert removal_bytes(rows, inputs, inputs // 2, settings) > used
 
 
 @pytest.mark.parametrize(

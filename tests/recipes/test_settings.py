@@ -124,7 +124,7 @@ SETTINGS: dict[str, list[Any]] = {
         "25%",
         "mlp=20%,heads=1",
         {"remove": "mlp=10%", "method": "flap"},
-        {"remove": "30%", "widths": "free"},
+        {"remove": "30%", "compensate": "none"},
     ],
     "low_rank": [2],
     "reconstruct": [3],

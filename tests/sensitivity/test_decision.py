@@ -21,7 +21,6 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.sensitivity.decision import (
     _allocate,
     check_allocation,
-    chooses_widths,
     differentiates,
     flags_without_measuring,
     measured_by,
@@ -309,13 +308,13 @@ def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(
         {},
         {"allocation": "owl", "weighting": "fisher"},
         {"reconstruct": 8, "permutation": "channels"},
-        {"structure": {"remove": "25%", "widths": "free"}},
+        {"structure": "25%"},
     ],
 )
 def test_flags_without_measuring_are_those_of_which_each_measures(method: str, sparsity: str, more: Any) -> None:
     def measures(settings: dict[str, Any]) -> bool:
         recipe = Recipe.build(settings).resolved()
-        return needs_measuring(recipe) or chooses_widths(recipe)
+        return needs_measuring(recipe)
 
     settings = {"method": method, "sparsity": sparsity, **more}
     words = flags_without_measuring(Recipe.build(settings).resolved()).split()

@@ -276,10 +276,9 @@ def test_what_is_measured_on_the_dense_model_decides(
     """Of the channels that stay, an n:m pattern takes the order that suits it."""
     structure: dict[str, Any] = {"remove": "mlp=25%", "multiple": 4, "method": "bypass", "steps": 2}
     if method == "obs":
-        structure = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "obs", "widths": "free"}
+        structure = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "obs"}
     zeros = {"method": "magnitude", "sparsity": "2:4", "permutation": "channels"}
     calibration = {"source": "python", "samples": 2, "seqlen": 16}
-    folder = model if method == "obs" else shallow  # free widths are those of layers against each other
-    report = prune(folder, tmp_path / "run", structure=structure, calibration=calibration, **zeros)
+    report = prune(shallow, tmp_path / "run", structure=structure, calibration=calibration, **zeros)
     assert all(layer.removals for layer in report.layers)
     assert not gpu.unordered

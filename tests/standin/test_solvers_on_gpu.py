@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +16,8 @@ from fistapruner.pruning.experts import routed_problem
 from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import solve_low_rank
-from fistapruner.structured.elimination import eliminate
-from fistapruner.structured.units import MLP, Unit
+from fistapruner.structure.choose import eliminate
+from fistapruner.structure.units import MLP, Cut, Unit
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
 
@@ -100,8 +98,7 @@ def test_one_group_of_all_rows_takes_few_kernels(gpu: StandIn) -> None:
 def test_channels_that_go_are_the_cpus(gpu: StandIn) -> None:
     """The inverse of the Gram takes the place of the factor that the weights are fitted with."""
     found, there = (eliminate(problem(device), 20) for device in (LAST, "cpu"))
-    assert torch.equal(found.order, there.order)
-    torch.testing.assert_close(found.costs.cpu(), there.costs, rtol=1e-3, atol=1e-6)
+    assert found == there
 
 
 @pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
@@ -156,6 +153,5 @@ def test_an_order_of_channels_that_is_none_is_on_the_device(gpu: StandIn) -> Non
 
 def test_kept_rows_are_in_main_memory(gpu: StandIn) -> None:
     """They choose among weights of rows, which are there."""
-    consumer: Any = SimpleNamespace(columns=4)
-    unit = Unit(MLP, ("up",), (1,), (1,), consumer)
+    unit = Unit(MLP, "down", 4, 2, {"up.weight": Cut(0), "down.weight": Cut(1)})
     assert torch.ones(4)[unit.kept_rows(torch.arange(2, device=LAST))["up"]].tolist() == [1.0, 1.0]

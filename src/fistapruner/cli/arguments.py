@@ -34,7 +34,6 @@ FLAGS = {
     "data.pairs": "--data",
     "structure.remove": "--structure",
     **{f"structure.{name}": f"--structure-{name}" for name in Structure.model_fields if name != "remove"},
-    "structure.widths": "--widths",
 }
 """Flags that are not called as their setting."""
 
@@ -67,7 +66,6 @@ METAVARS = {
     "allocation": "NAME|workload:FILE|YAML",
     "reconstruct": "STEPS",
     "structure.remove": "SHARE|mlp=...",
-    "structure.shrink": "auto|SHARE",
     "calibration.source": "SOURCE|NAME=SOURCE",
     "lr": "RATE",
     "also": "NAME,...",

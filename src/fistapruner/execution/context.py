@@ -41,8 +41,8 @@ from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
-from ..structured.experts import fewer_experts
-from ..structured.smaller_model import Widths, resized
+from ..structure.experts import fewer_experts
+from ..structure.smaller import Widths, resized
 
 log = logging.getLogger("fistapruner")
 
@@ -127,7 +127,7 @@ class RunContext:
             )
         layout, widths = discover(opened).select(recipe), None
         if decision.structure is not None:
-            widths = Widths.of(decision.structure, layout)
+            widths = Widths.read(decision.structure)
             layout = resized(layout, widths)
         context = cls(
             run=run,
@@ -248,7 +248,7 @@ class RunContext:
             widths=self.widths,
         )
         names = [name for group in self.layout.layers[index] for name in context.names(index, group)]
-        learned = self.recipe.structure.method == "bypass" and self.widths is not None and self.widths.units[index]
+        learned = self.recipe.structure.method == "bypass" and self.widths is not None and self.widths.channels(index)
         measures = LayerMeasures(
             metric=self.run.metric(index) if self.recipe.reconstruct else None,
             importance=self.run.importance(names) if weighs_rows(self.recipe) else None,

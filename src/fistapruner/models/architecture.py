@@ -204,7 +204,7 @@ def refuse_own_code(folder: Path, why: str) -> None:
 def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give tensors of decoder layers the shapes that they are stored in, which may be their own.
 
-    The forward passes of the models that :mod:`fistapruner.structured.proof` lets pass follow these shapes.
+    The forward passes of the models that :mod:`fistapruner.structure.trial` lets pass follow these shapes.
 
     Args:
         model: transformers model, its tensors on the meta device.

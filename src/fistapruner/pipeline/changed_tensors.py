@@ -13,8 +13,7 @@ from ..execution.context import RunContext
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.record import read_pruning_record
 from ..models.files.safetensors import SafetensorsFile
-from ..structured.experts import dropped_tensors
-from ..structured.smaller_model import unread_tensors
+from ..structure.smaller import dropped_tensors, unread_tensors
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class ChangedTensors:
         dropped = set(unread_tensors(context.model, widths))
         cut: dict[str, tuple[int, ...]] = {}
         stacked: dict[str, tuple[int, ...]] = {}
-        if widths is not None and widths.experts:
-            of_experts, stacked = dropped_tensors(context.model, widths.experts)
+        if widths is not None:
+            of_experts, stacked = dropped_tensors(context.model, widths)
             dropped |= of_experts
         for name, file in places.items() if widths is not None else ():
             shape, stack = file.entries[name].shape, checkpoint.stack_of(name)

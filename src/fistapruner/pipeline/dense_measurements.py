@@ -1,9 +1,9 @@
-"""Measure the dense model before a run: channels to keep, free widths, sensitivity."""
+"""Measure the dense model before a run: channels to keep, sensitivity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,8 +14,8 @@ from ..activations.store import scratch_factory
 from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
+from ..papers.bypass import SEQUENCES, Bypass
 from ..recipes.settings import Recipe
-from ..reporting.structure_text import ONLY_HERE
 from ..reporting.workload_text import workload_sentence
 from ..runs.decision import PlannedRun
 from ..runs.identity import fingerprint
@@ -26,14 +26,6 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
 from ..sensitivity.decision import Decision, decide, needs_measuring, permutes, windows_measured
-from ..sensitivity.fisher import DensePasses
-from ..structured.bypass import SEQUENCES, BypassLearning
-from ..structured.proof import config_entries
-from ..structured.smaller_model import free_widths, resized
-from ..structured.units import Units
-from ..structured.widths import choose_widths
-from .new_widths import say_widths
-from .patterns import allocate
 from .prune_inputs import PruneInputs
 
 T = TypeVar("T")
@@ -80,76 +72,26 @@ class DenseMeasurements:
     def _identity(self, inputs: PruneInputs) -> str:
         return fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.plan.numerics)
 
-    def seconds_before(self, inputs: PruneInputs) -> float:
-        """Return how long attempts that were stopped have learned which channels stay."""
-        state = self.run.learned()
-        return float(state.get("seconds", 0)) if state and state.get("identity") == self._identity(inputs) else 0.0
-
     def learn_channels(self, inputs: PruneInputs) -> dict[str, Tensor]:
         """Learn which channels stay, where the recipe asks for it.
 
         Returns:
             By full name of the operator that reads them, the probabilities of its channels to stay.
         """
-        if self.recipe.structure.method != "bypass" or inputs.widths is None or not any(inputs.widths.units):
+        if self.recipe.structure.method != "bypass" or inputs.widths is None:
             return {}
         units = inputs.widths.units
-        identity = self._identity(inputs)
+        notes = {"identity": self._identity(inputs), "plan": self.plan.model_dump_json()}
 
         def learn(batch_size: int) -> dict[tuple[int, str], Tensor]:
-            learning = BypassLearning(
-                inputs.model,
-                units,
-                self.tokens,
-                self.recipe.structure,
-                self.recipe.seed,
-                scratch_factory(self.states, inputs.model.dtype),
-                self.listener.say,
-                self.listener.tick,
-                batch_size=batch_size,
-            )
-            windows = windows_measured(len(self.tokens))
-            return learning.run(self.run.bypass_file, identity, windows, self.plan.model_dump_json())
+            store = scratch_factory(self.states, inputs.model.dtype)
+            steps, seed = self.recipe.structure.steps, self.recipe.seed
+            learning = Bypass(inputs.model, units, self.tokens, steps, seed, store, self.listener, batch_size)
+            return learning.learn(self.run.bypass_file, windows_measured(len(self.tokens)), notes)
 
         advice = "take --structure-method obs, which learns nothing"
         found = self._fitting(inputs, "learn which channels stay", learn, SEQUENCES, advice)
         return {inputs.layout.full_name(index, name): scores for (index, name), scores in found.items()}
-
-    def free_widths(self, inputs: PruneInputs, scores: Mapping[str, Tensor]) -> PruneInputs:
-        """Choose a width for every layer, where the recipe asks for it.
-
-        Args:
-            inputs: the checked input.
-            scores: :meth:`learn_channels`.
-
-        Returns:
-            The input with these widths.
-        """
-        if self.recipe.structure.widths == "uniform" or inputs.widths is None:
-            return inputs
-        if not scores:
-            self.listener.say("widths: measuring on the dense model what each layer loses")
-        model, layout = inputs.model, inputs.layout
-        uniform = inputs.widths.units
-
-        def choose(batch_size: int) -> Units:
-            return choose_widths(
-                model,
-                layout,
-                uniform,
-                self.tokens[: windows_measured(len(self.tokens))],
-                DensePasses(scratch_factory(self.states, model.dtype), batch_size, self.listener.tick),
-                self.recipe.structure,
-                seed=self.recipe.seed,
-                scores=scores,
-            )
-
-        advice = "take --widths uniform, which needs none"
-        units = self._fitting(inputs, "choose widths", choose, min(4, self.plan.numerics.batch_size), advice)
-        widths = free_widths(units, config_entries(model, units[0]))
-        smaller = resized(layout, widths)
-        self.listener.say(f"{say_widths(model, widths)}. {ONLY_HERE}")
-        return replace(inputs, widths=widths, smaller=smaller, sparsity=allocate(self.recipe, smaller))
 
     def measure(self, inputs: PruneInputs, scores: Mapping[str, Tensor]) -> Measured:
         """Measure on the dense model what the recipe's allocation, weighting and channel order need.

@@ -7,8 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.discovery import expert_modules
@@ -26,9 +24,8 @@ from ..runtime.files import folder_bytes
 from ..runtime.formatting import listed, shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_device_memory, peak_memory
-from ..structured.experts import EXPERTS
-from ..structured.mixtures import chosen_experts
-from ..structured.smaller_model import changed_config
+from ..structure.experts import chosen_experts
+from ..structure.smaller import changed_config
 from .changed_tensors import ChangedTensors
 from .kept_claims import claimed_zeros, kept_claims, kept_permuted, kept_widths, moved_experts
 from .result import checkpoint_record, close_report, model_documents, operator_claims, write_low_rank, write_model
@@ -189,7 +186,7 @@ def _totals(
     gone = {name: math.prod(checkpoint.entry(name).shape) - math.prod(shape) for name, shape in shapes.items()}
     narrowed: dict[str, int] = {}
     for index, units in enumerate(context.widths.units if context.widths else ()):
-        for unit in (unit for unit in units if unit.consumer.experts):
+        for unit in (unit for unit in units if unit.reader is not None and unit.reader.experts):
             lost = 0
             for name in unit.names:
                 gone.pop(context.model.source_of(index, f"{name}.weight"), None)
@@ -235,19 +232,9 @@ def _record(report: Report, context: RunContext, claims: Mapping[str, Any], chan
                 "sizes": {},
             }
             sizes = cut.setdefault((index, unit.kind), entry)["sizes"]
-            sizes |= {name: len(rows) for name, rows in unit.kept_rows(torch.tensor([0])).items()}
-            sizes[unit.consumer.name] = unit.columns
-    widths = list(cut.values()) + [
-        {
-            "layer": f"{context.layout.layers_name}.{index}",
-            "unit": EXPERTS,
-            "before": unit.before,
-            "after": unit.after,
-            "sizes": {name.removesuffix(".weight"): 1 for name in unit.tensors if name.endswith(".weight")},
-        }
-        for index in range(len(context.model))
-        for unit in (context.widths.mixtures(index) if context.widths else ())
-    ]
-    widths = kept_widths(changed.earlier, widths)
+            sizes |= {name: part.block * part.copies for name, part in unit.producers.items()}
+            if unit.reader is not None:
+                sizes[unit.name] = unit.columns
+    widths = kept_widths(changed.earlier, list(cut.values()))
     more = {"widths": widths} if widths else {}
     return checkpoint_record(report, claims, permuted=kept_permuted(context, report, changed), **more)

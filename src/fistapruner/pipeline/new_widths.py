@@ -16,15 +16,16 @@ from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claim
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import Permissions
+from ..papers.goa import attention_probabilities
 from ..recipes.settings import Recipe
 from ..runtime.formatting import count, span
 from ..sensitivity.decision import measured_by
-from ..structured.experts import EXPERTS
-from ..structured.proof import plan_widths
-from ..structured.smaller_model import Widths, removed_weights, resized, unread_tensors
-from ..structured.units import EXPERT, layer_weights
-from ..structured.widths import step_of
+from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
+from ..structure.trial import plan_widths
+from ..structure.units import EXPERT, GROUPS, layer_weights
 from .patterns import patterns_of
+
+NOT_IN_EXPERTS = "does not rate channels of experts: take --structure-method obs, energy, flap or magnitude"
 
 
 def change_widths(
@@ -50,48 +51,48 @@ def change_widths(
             f"{zeros}): {without}, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
-    selected = {name for name, _ in layout.operators()}
-    for index, units in enumerate(widths.units) if recipe.structure.method == "goa" else ():
-        for name in chain.from_iterable(unit.producers for unit in units):
-            if (whole := layout.full_name(index, name)) not in selected:
-                raise FistaPrunerError(
-                    f"structure: targets and ignore leave out {whole}, whose outputs are to be removed, and goa fits "
-                    "and rates it too: leave it in --targets, or take --structure-method obs"
-                )
-    patterns, free = patterns_of(recipe, layout), recipe.structure.widths == "free"
-    for index, units in enumerate(widths.units):
-        for unit in units:
-            pattern = patterns[layout.full_name(index, unit.consumer)]
-            inputs, length = step_of(unit, recipe.structure) * unit.columns, pattern.group_length
-            if free and inputs % length:  # else a width that is measured, after long work, may not fit the pattern
-                raise FistaPrunerError(
-                    f"structure: free widths change the inputs of {unit.consumer.name} in steps of {inputs}, and "
-                    f"pattern {pattern} needs steps of a multiple of {length}: change --structure-multiple or the "
-                    "amount"
-                )
-            if measured_by(recipe) == "error" and unit.consumer.columns % length:
-                raise FistaPrunerError(
-                    f"allocation {recipe.allocation!r} measures errors before structure is removed, and pattern "
-                    f"{pattern} does not fit {layout.full_name(index, unit.consumer)}: its {unit.consumer.columns} "
-                    f"inputs are not a multiple of {length}; take --allocation uniform"
-                )
+    if recipe.structure.method == "goa":
+        _check_goa(model, layout, widths)
+    if recipe.structure.method == "bypass" and any(unit.kind == EXPERT for units in widths.units for unit in units):
+        raise FistaPrunerError(f"structure: bypass {NOT_IN_EXPERTS}")
+    patterns = patterns_of(recipe, layout) if measured_by(recipe) == "error" else {}
+    for name, operator in layout.operators() if patterns else ():
+        if operator.columns % patterns[name].group_length:
+            raise FistaPrunerError(
+                f"allocation {recipe.allocation!r} measures errors before structure is removed, and pattern "
+                f"{patterns[name]} does not fit {name}: its {operator.columns} inputs are not a multiple of "
+                f"{patterns[name].group_length}; take --allocation uniform"
+            )
     return resized(layout, widths), widths
+
+
+def _check_goa(model: LayerwiseModel, layout: Layout, widths: Widths) -> None:
+    """Refuse what goa cannot rate: experts, operators left out, heads without probabilities."""
+    selected = {name for name, _ in layout.operators()}
+    for index, unit in ((i, unit) for i in range(len(model)) for unit in widths.channels(i)):
+        left_out = [whole for name in unit.producers if (whole := layout.full_name(index, name)) not in selected]
+        if unit.kind == EXPERT:
+            raise FistaPrunerError(f"structure: goa {NOT_IN_EXPERTS}")
+        if left_out:
+            raise FistaPrunerError(
+                f"structure: targets and ignore leave out {left_out[0]}, whose outputs are to be removed, and goa fits "
+                "and rates it too: leave it in --targets, or take --structure-method obs"
+            )
+        if unit.kind == GROUPS and index == 0:
+            with model.layer(0):
+                next(attention_probabilities(model, 0, unit, [model.probe()[0]]))
 
 
 def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     """Say in one sentence what is removed from a model."""
     before = layer_weights(model)
     gone = removed_weights(model, widths)
-    free = "quantization_config" in widths.config  # a layer may lose nothing
-    found = []
-    for kind, whole in dict.fromkeys((unit.kind, unit.before) for layer in widths.units for unit in layer):
-        kept = [[unit.after for unit in layer if unit.kind == kind] or [whole] * free for layer in widths.units]
-        found.append(f"{span(chain.from_iterable(kept))} of {count(whole)} {kind}")
-    mixtures = dict.fromkeys(f"{unit.after} of {unit.before} {EXPERTS}" for units in widths.experts for unit in units)
-    *others, last = *found, *mixtures
-    stay, where = f"{', '.join(others)} and {last}" if others else last, "decoder layer" if found else "mixture"
-    alike = len({frozenset(unit.kind for unit in layer) for layer in widths.units}) < 2
-    where += "" if free or alike else " that has them"
+    removed = dict.fromkeys((unit.reader is None, unit.kind, unit.before, unit.after) for unit in chain(*widths.units))
+    found = sorted(removed, key=lambda each: each[0])  # experts last
+    *others, last = (f"{after} of {count(whole)} {kind}" for _, kind, whole, after in found)
+    stay, where = f"{', '.join(others)} and {last}" if others else last, "mixture" if found[0][0] else "decoder layer"
+    channels = [frozenset(unit.kind for unit in widths.channels(index)) for index in range(len(model))]
+    where += "" if len(set(channels)) < 2 else " that has them"
     return (
         f"structure: {stay} stay in every {where}, {before - gone} of the layers' {before} parameters "
         f"({gone / before:.1%} fewer; {gone / model.parameter_count():.1%} of the whole model's)"
@@ -123,13 +124,13 @@ def _lost_zeros(
     """
     settings = recipe.structure
     goa = settings.method == "goa"
-    places = [(index, unit) for index, units in enumerate(widths.units) for unit in units]
+    places = [(index, unit) for index in range(len(model)) for unit in widths.channels(index)]
     # By name, the inputs or outputs that stay or go together.
-    changed = {layout.full_name(index, unit.consumer): ("inputs", unit.columns) for index, unit in places}
+    changed = {layout.full_name(index, unit.name): ("inputs", unit.columns) for index, unit in places}
     changed |= {
-        layout.full_name(index, name): ("outputs", rows)
+        layout.full_name(index, name): ("outputs", cut.block)
         for index, unit in places
-        for name, rows in zip(unit.producers, unit.rows, strict=True)
+        for name, cut in unit.producers.items()
     }
     changed = {name: block for name, block in changed.items() if name not in sparsity or not sparsity[name].fraction}
     for name, pattern in _earlier_patterns(model, list(changed)).items():

@@ -30,7 +30,7 @@ from ..runs.directory import refuse_out
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
 from ..sensitivity.decision import check_allocation
-from ..structured.smaller_model import Widths
+from ..structure.smaller import Widths
 from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
 

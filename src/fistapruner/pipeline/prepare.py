@@ -75,11 +75,10 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
         drawing_seconds = time.perf_counter() - begin
     states = run.hidden / "sensitivity" if plan.on_disk else None
     dense = DenseMeasurements(run, request.recipe, tokens, plan, states, listener)
-    before, begin = dense.seconds_before(inputs), time.perf_counter()
+    begin = time.perf_counter()
     scores = dense.learn_channels(inputs)
-    uniform, inputs = inputs, dense.free_widths(inputs, scores)
     measured = dense.measure(inputs, scores)
-    measuring = bool(scores) or inputs is not uniform or needs_measuring(request.recipe)
+    measuring = bool(scores) or needs_measuring(request.recipe)
     decision = PruneDecision(
         model=absolute(request.model),
         folder=folder,
@@ -92,8 +91,8 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Pat
         calibration_sha256=text,
         calibration_seconds=drawing_seconds,
         metrics_sha256=measured.metrics_sha256,
-        sensitivity_seconds=before + time.perf_counter() - begin if measuring else None,
-        structure=None if inputs.widths is None else inputs.widths.decision(),
+        sensitivity_seconds=time.perf_counter() - begin if measuring else None,
+        structure=None if inputs.widths is None else inputs.widths.record(),
     )
     if begun is not None and _decided(begun.decision) != _decided(decision):
         run.journal.remove()  # the finished layers were pruned by other measurements

@@ -34,7 +34,7 @@ from ..runs.records import CalibrationFacts
 from ..runtime.devices import device_title
 from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
-from ..structured.smaller_model import Widths
+from ..structure.smaller import Widths
 from .begun import began_on, refuse_other, refuse_overlap, say_other_versions
 from .find_model import find_source
 from .new_widths import change_widths, say_warnings, say_widths

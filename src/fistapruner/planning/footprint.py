@@ -15,7 +15,7 @@ from ..core import Constraint, LayerProblem
 from ..recipes.structure_settings import Structure
 from ..solvers.base import Method
 from ..solvers.low_rank import solve_low_rank
-from ..structured.removal import ChannelStatistics, remove_channels
+from ..structure.refit import ChannelStatistics, remove_channels
 
 PROBE_INPUTS = 256
 """Inputs of the small problem: enough that terms linear in the size are small against n^2."""
@@ -110,17 +110,14 @@ def removal_bytes(
     activations = torch.randn(2 * small, small, generator=generator)
     gram = (activations.T @ activations / len(activations)).to(device)
     weight = torch.randn(max(1, round(rows / scale)), small, generator=generator).to(device)
-    tried = [settings]
     if settings.method in ("goa", "bypass"):
-        tried = [settings.model_copy(update={"method": "energy", "compensate": "refit"})]
-    if settings.widths == "free" and settings.method != "bypass":  # widths are chosen by elimination, as obs is
-        tried.append(settings.model_copy(update={"method": "obs"}))
+        settings = settings.model_copy(update={"method": "energy", "compensate": "refit"})
     problem = LayerProblem(weight, gram, torch.zeros_like(weight), torch.zeros(len(weight), device=device))
     mean, drift_mean = (torch.zeros(count, dtype=torch.float64, device=device) for count in (small, len(weight)))
     known = ChannelStatistics(problem, mean, (gram.clone(), gram.clone()), drift_mean, (mean, mean))
     held = 4 * (3 * gram.numel() + 2 * weight.numel())
     few = min(max(1, round(kept / scale)), small - 1)
-    peak = max(peak_bytes(partial(remove_channels, known, few, each, biased=biased)) for each in tried)
+    peak = peak_bytes(partial(remove_channels, known, few, settings, biased=biased))
     return int((held + peak) * scale**2)
 
 

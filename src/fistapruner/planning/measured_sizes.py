@@ -19,23 +19,21 @@ from ..models.coupling import named_size
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.layout import Group, Layout
 from ..models.whole import whole_bytes
+from ..papers.bypass import LENGTH, SEQUENCES
 from ..pruning.context import fitted_groups, solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
 from ..sensitivity.decision import (
-    chooses_widths,
     differentiates,
     needs_measuring,
     permutes,
     weighs_rows,
 )
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
-from ..structured.bypass import LENGTH, SEQUENCES
-from ..structured.experts import expert_weights
-from ..structured.smaller_model import Widths, removed_weights
-from ..structured.units import GROUPS, HEADS, Unit, unit_weights
+from ..structure.smaller import Widths, removed_weights
+from ..structure.units import GROUPS, HEADS, Unit
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 from .sizes import RETAINED, GroupSizes, Sizes
 
@@ -85,12 +83,12 @@ def _measure_layer(
     with model.embeddings_and_head(head=False):
         hidden, calls = model.embed(tokens[:1])
     groups = layout.layers[index]
-    graded = differentiates(recipe) or chooses_widths(recipe)
+    graded = differentiates(recipe)
     forward, backward = _pass_bytes(model, index, hidden, calls[index], both=graded or bool(recipe.reconstruct))
     touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
     solved = [solved_groups(layout, number, sparsity, cut=widths is not None) for number in range(len(model))]
     renumbered = [_renumbered(model, layout, number, solved[number], widths) for number in range(len(model))]
-    units = () if widths is None else widths.units[index]
+    units = () if widths is None else widths.channels(index)
     same = recipe.propagate == "dense"
     told = drift_sources(recipe, layout, index, units, same=same, solved=solved[index])
     kept = [kept_width(groups[number], source) for number, source in told.items()]
@@ -140,7 +138,7 @@ def _measure_layer(
         logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
         text=text_weights and text_weights + generation_bytes(model, samples, seqlen),
         text_weights=text_weights,
-        measured=needs_measuring(recipe) or chooses_widths(recipe),
+        measured=needs_measuring(recipe),
         texts=1 if recipe.workload is None else 2,
         reordered=permutes(recipe),
         weighted=weighs_rows(recipe),
@@ -176,7 +174,7 @@ def _measured_groups(
 ) -> tuple[GroupSizes, ...]:
     """Measure the groups of a layer: first those that only lose inputs, then those that are solved."""
     groups = layout.layers[index]
-    consumers = {unit.consumer.name: unit for unit in units}
+    consumers = {unit.name: unit for unit in units}
     found = [
         _cut_sizes(consumers[group[0].name], told.get(number))
         for number, group in enumerate(groups)
@@ -273,7 +271,7 @@ def _proving_bytes(model: LayerwiseModel, index: int, units: Sequence[Unit]) -> 
     """
     layer = model.layers[index]
     zeroed = sum(unit.consumer.rows * unit.consumer.columns for unit in units)
-    return model.dtype.itemsize * (zeroed + 2 * sum(unit.after * unit_weights(layer, unit) for unit in units))
+    return model.dtype.itemsize * (zeroed + 2 * sum(unit.after * unit.weights(layer) for unit in units))
 
 
 def _entering_width(layout: Layout, recipe: Recipe, index: int, device: torch.device) -> int:
@@ -292,13 +290,13 @@ def _entering_width(layout: Layout, recipe: Recipe, index: int, device: torch.de
 def _renumbered(model: LayerwiseModel, layout: Layout, index: int, solved: list[int], widths: Widths | None) -> int:
     """Count the bytes of a layer's experts that stay when others go, or lose channels, and are not solved."""
     units = () if widths is None else widths.mixtures(index)
-    weights = sum(unit.after * expert_weights(model.layers[index], unit) for unit in units)
+    weights = sum(unit.after * unit.weights(model.layers[index]) for unit in units)
     mixtures = {unit.name for unit in units}
-    cut = [unit for unit in (() if widths is None else widths.units[index]) if unit.consumer.experts in mixtures]
-    weights -= sum((unit.before - unit.after) * unit_weights(model.layers[index], unit) for unit in cut)
+    cut = [unit for unit in (() if widths is None else widths.channels(index)) if unit.consumer.experts in mixtures]
+    weights -= sum((unit.before - unit.after) * unit.weights(model.layers[index]) for unit in cut)
     groups = (layout.layers[index][number] for number in solved)
     weights -= sum(op.rows * op.columns for group in groups for op in group if op.experts in mixtures)
-    narrower = {unit.consumer.experts for unit in widths.units[index]} if widths is not None else set()
+    narrower = {unit.consumer.experts for unit in widths.channels(index)} if widths is not None else set()
     left = [group for number, group in enumerate(layout.layers[index]) if number not in solved]
     narrower -= {"", *mixtures}
     weights += sum(op.rows * op.columns for group in left for op in group if op.experts in narrower)

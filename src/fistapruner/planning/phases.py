@@ -12,7 +12,7 @@ from ..calibration.self_generated import generation_steps
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Recipe
 from ..runs.records import PlanRow
-from ..sensitivity.decision import chooses_widths, differentiates, needs_measuring, windows_measured
+from ..sensitivity.decision import differentiates, needs_measuring, windows_measured
 from .time_probe import Beside
 
 PHASES = {
@@ -51,7 +51,7 @@ def measure_phases(
     if SELF in recipe.calibration.sources.values() and not drawn:
         batch, steps = generation_steps(model, samples, seqlen)
         found[text] = steps * whole * _step_seconds(model, batch)
-    if needs_measuring(recipe) or chooses_widths(recipe):
+    if needs_measuring(recipe):
         passes = windows_measured(samples) * seqlen * (BACKWARD if differentiates(recipe) else 1)
         found[measuring] = passes * whole * beside.token + beside.curves
     evaluated, continued = after

@@ -22,7 +22,7 @@ from ..runs.layer_records import LayerEntry
 from ..sensitivity.decision import measured_by
 from ..sensitivity.error_curves import patterns_measured, row_error_curves
 from ..solvers import solve
-from ..structured.smaller_model import Widths
+from ..structure.smaller import Widths
 from ..training.reconstruct import passes
 
 WORTH_MEASURING = 2e10

@@ -15,10 +15,9 @@ from ..core import Constraint, LayerProblem
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Group, Layout
 from ..recipes.settings import Recipe
-from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry
-from ..structured.smaller_model import Widths
-from ..structured.units import Unit
+from ..structure.smaller import Widths
+from ..structure.units import Unit
 
 
 def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint], *, cut: bool) -> list[int]:
@@ -88,9 +87,9 @@ class LayerContext:
 
     def units(self, index: int) -> tuple[Unit, ...]:
         """Return the channels of decoder layer ``index`` that are removed."""
-        return () if self.widths is None else self.widths.units[index]
+        return () if self.widths is None else self.widths.channels(index)
 
-    def mixtures(self, index: int) -> tuple[ExpertsDecision, ...]:
+    def mixtures(self, index: int) -> tuple[Unit, ...]:
         """Return the mixtures of decoder layer ``index`` that lose experts."""
         return () if self.widths is None else self.widths.mixtures(index)
 

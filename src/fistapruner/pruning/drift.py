@@ -22,7 +22,7 @@ from ..activations.store import HiddenStates, Store
 from ..core.sums import DriftFrom, cheapest_drift
 from ..models.layout import Group, Layout, Operator
 from ..recipes.settings import Recipe
-from ..structured.units import Unit
+from ..structure.units import Unit
 from .context import fitted_groups, narrowed_groups
 
 DRIFT_NOISE = 1 / 128
@@ -79,7 +79,7 @@ def drift_sources(
     groups = layout.layers[index]
     if not recipe.dense_share:
         return {}
-    consumers = {unit.consumer.name for unit in units}
+    consumers = {unit.name for unit in units}
     cut = [number for number, (first, *_) in enumerate(groups) if first.name in consumers and not first.experts]
     narrowed, fitted = narrowed_groups(layout, index, units), fitted_groups(layout, index, units, recipe)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..core import LayerProblem, ProblemSums
 from ..models.experts import Experts
-from ..runs.decision import ExpertsDecision
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
-from ..structured.experts import EXPERTS, fewer_experts, kept_experts, reap_scores
-from ..structured.shrinkage import problem_without_tokens, share_of_few, shrunk
+from ..structure.experts import fewer_experts, kept_experts, reap_scores
+from ..structure.refit import problem_without_tokens, share_of_few, shrunk
+from ..structure.units import EXPERTS, Unit
 from .context import LayerContext
 from .passes import LayerPasses
 
@@ -27,7 +27,7 @@ def routed_problem(sums: ProblemSums, name: str, target: float, *, release: bool
     """Make the layer problem of a group of an expert's operators, whatever the number of its tokens.
 
     With p tokens, fewer than the n inputs, the Gram is singular, and least squares would fit noise. It is shrunk
-    towards its diagonal by the share n / (n + p) (:mod:`fistapruner.structured.shrinkage`): the penalty on changes of
+    towards its diagonal by the share n / (n + p) (:mod:`fistapruner.structure.refit`): the penalty on changes of
     weights is n / p. Errors are then those under the shrunk Gram, as shares of the energy under it. Without tokens the
     Gram is the identity: all inputs count alike.
 
@@ -78,7 +78,7 @@ def routing_warnings(
 
 
 def remove_experts(
-    context: LayerContext, index: int, unit: ExpertsDecision, passes: LayerPasses, clock: Clock, loaded: ExitStack
+    context: LayerContext, index: int, unit: Unit, passes: LayerPasses, clock: Clock, loaded: ExitStack
 ) -> tuple[dict[str, Tensor], RemovalEntry]:
     """Remove experts of a loaded decoder layer, until ``loaded`` is left.
 
@@ -109,8 +109,8 @@ def remove_experts(
     passes.rerouted(unit.name)
     with clock.phase("io"):
         tensors = {
-            stored(name): model.checkpoint.read(stored(name)).index_select(dim, keep)
-            for name, dim in unit.tensors.items()
+            stored(name): model.checkpoint.read(stored(name)).index_select(dim, places)
+            for name, (dim, places) in unit.tensors(keep).items()
         }
         for place, number in enumerate(keep.tolist()):
             for name, _ in experts.get_submodule(str(place)).named_parameters() if place != number else ():

@@ -24,10 +24,9 @@ from ..activations.store import HiddenStates
 from ..activations.stream import Around, Watched, run_layer
 from ..core import LayerProblem, ProblemSums
 from ..models.layout import Group
-from ..runs.decision import ExpertsDecision
 from ..runtime.clock import Clock
-from ..structured.removal import ChannelStatistics
-from ..structured.statistics import ChannelSums
+from ..structure.refit import ChannelStatistics, ChannelSums
+from ..structure.units import Unit
 from .context import LayerContext, LayerStreams, fitted_groups
 from .drift import DenseActivations, ResidualDrift, drift_sources
 
@@ -58,7 +57,7 @@ class LayerPasses:
         for unit in context.units(index):
             touched = {numbers[name] for name in unit.names if name in numbers}
             self._touched |= touched
-            self._cut[numbers[unit.consumer.name]] = min(touched) if recipe.error_correction else 0
+            self._cut[numbers[unit.name]] = min(touched) if recipe.error_correction else 0
         self._cut_experts = {number for number in self._cut if groups[number][0].experts}
         self._channels: dict[int, ChannelSums] = {}
         self._fits_left = fitted_groups(layout, index, context.units(index), recipe)
@@ -87,7 +86,7 @@ class LayerPasses:
                 index, self._layer, groups, projections, later_passes, streams.seen, context.scratch
             )
         self._sums: dict[int, ProblemSums] = {}
-        self._mixtures: dict[int, list[ExpertsDecision]] = {}
+        self._mixtures: dict[int, list[Unit]] = {}
         """By number of the group before which its experts are removed."""
         for mixture in context.mixtures(index):
             first = next(number for number, group in self.groups if group[0].experts == mixture.name)
@@ -268,7 +267,7 @@ class LayerPasses:
         """Return the groups whose inputs are removed before group ``number`` is pruned."""
         return [consumer for consumer, due in sorted(self._cut.items()) if due == number]
 
-    def mixtures_before(self, number: int) -> list[ExpertsDecision]:
+    def mixtures_before(self, number: int) -> list[Unit]:
         """Return the mixtures that lose experts before group ``number`` is pruned."""
         return self._mixtures.get(number, [])
 

@@ -7,20 +7,21 @@ comes after sees a smaller layer, whose targets are still the dense model's outp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import NM
+from ..papers.goa import fit_and_choose
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, raised_shares
 from ..sensitivity.decision import permutes
-from ..structured.goa import DAMPING, channel_criterion, group_divergence, head_divergence, redundant
-from ..structured.removal import ChannelStatistics, Removal, best_channels, removal_error, remove_channels
-from ..structured.shrinkage import refitted
-from ..structured.units import Unit, cut_channels
+from ..structure.choose import best_channels
+from ..structure.refit import Removal, removal_error, remove_channels
+from ..structure.units import Unit
 from .context import LayerContext, LayerMeasures, LayerRecord
 from .passes import LayerPasses
 
@@ -50,14 +51,17 @@ def remove_units(
     """
     for number in consumers:
         (operator,) = context.layout.layers[index][number]
-        unit = next(unit for unit in context.units(index) if unit.consumer.name == operator.name)
+        unit = next(unit for unit in context.units(index) if unit.name == operator.name)
         name, short = context.layout.full_name(index, operator), operator.name.rpartition(".")[2]
         short = f"expert {operator.expert} {short}" if operator.experts else short
         progress(short, None)
         importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
         settings, chosen = context.recipe.structure, None
         if settings.method == "goa":
-            known, chosen, warnings = _fitted(context, index, number, unit, passes, clock)
+            groups, of_channels = context.layout.layers[index], partial(passes.channels_of, number)
+            known, chosen, warnings = fit_and_choose(
+                context.model, index, unit, groups, passes.fitting_problem, of_channels, passes.seen
+            )
             record.warnings += warnings
         else:
             known = passes.channels_of(number)
@@ -66,7 +70,7 @@ def remove_units(
         with clock.phase("structure"):
             biased = unit.biased(context.model.layers[index])
             removal = remove_channels(
-                known, unit.after, settings, importance, unit.columns, chosen=chosen, biased=biased
+                known, unit.after, settings, unit.columns, importance=importance, chosen=chosen, biased=biased
             )
             keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
             bias = _cut(context, index, unit, removal, keep, weight, record)
@@ -104,16 +108,16 @@ def _cut(
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
     """
     model, layer, settings = context.model, context.model.layers[index], context.recipe.structure
-    tensors = unit.tensors(layer, keep)
-    cut_channels(layer, unit, keep)
+    tensors = unit.tensors(keep)
+    unit.cut_out(layer, keep)
     target = unit.consumer.weight(layer)
-    target.copy_(model.rounded(model.source_of(index, f"{unit.consumer.name}.weight"), weight))
+    target.copy_(model.rounded(model.source_of(index, f"{unit.name}.weight"), weight))
     weight.copy_(target)
     goa = settings.method == "goa"
-    fitted = unit.names if goa else (unit.consumer.name,) if settings.compensation == "refit" else ()
+    fitted = unit.names if goa else (unit.name,) if settings.compensation == "refit" else ()
     new, added = [f"{name}.weight" for name in fitted], None
     if removal.bias is not None:
-        new.append(f"{unit.consumer.name}.bias")
+        new.append(f"{unit.name}.bias")
         bias = layer.get_parameter(new[-1]).detach()
         before = bias.to(torch.float32, copy=True)
         source = model.source_of(index, new[-1])
@@ -133,7 +137,7 @@ def _cut(
         RemovalEntry(
             unit=unit.kind,
             producers=list(unit.producers),
-            consumer=unit.consumer.name,
+            consumer=unit.name,
             before=unit.before,
             after=len(keep),
             method=settings.method,
@@ -146,58 +150,6 @@ def _cut(
         )
     )
     return added
-
-
-def _fitted(
-    context: LayerContext, index: int, number: int, unit: Unit, passes: LayerPasses, clock: Clock
-) -> tuple[ChannelStatistics, Tensor, list[str]]:
-    """Fit the operators of a unit to the dense outputs, and choose what stays by GOA's criteria.
-
-    Args:
-        context: model, layout, settings.
-        index: number of the layer, which is loaded; the producers get new weights in it.
-        number: of the consumer's group.
-        unit: the channels.
-        passes: passes through the layer.
-        clock: counts the time.
-
-    Returns:
-        What is known of the consumer's inputs, written around its new weights; the kept channels; warnings.
-    """
-    model, layer, groups = context.model, context.model.layers[index], context.layout.layers[index]
-    producers: list[Tensor] = []
-    said: list[str] = []
-    moment = torch.empty(0)
-    for place, group in enumerate(groups):
-        names = [operator.name for operator in group]
-        if set(names).isdisjoint(unit.producers):
-            continue
-        problem = passes.fitting_problem(place)
-        with clock.phase("structure"):
-            weight, warnings = refitted(problem, DAMPING)
-            said += warnings
-            sizes = [len(operator.weight(layer)) for operator in group]
-            for operator, part in zip(group, weight.split(sizes), strict=True):
-                if operator.name in unit.producers:
-                    target = operator.weight(layer)
-                    target.copy_(model.rounded(model.source_of(index, f"{operator.name}.weight"), part))
-                    copies = unit.copies[unit.producers.index(operator.name)]
-                    producers += target.float().chunk(copies)
-            moment = problem.gram
-    known = passes.channels_of(number)
-    with clock.phase("structure"):
-        weight, warnings = refitted(known.problem, DAMPING)
-        known = known.around(weight)
-    with clock.phase("capture"):
-        if unit.columns > 1:
-            divergence = head_divergence(model, index, unit.consumer.name, passes.seen)
-            divergence = group_divergence(divergence, len(divergence) // unit.before)
-            gone = redundant(divergence, unit.before - unit.after)
-            keep = torch.tensor([group for group in range(unit.before) if group not in gone])
-        else:
-            scores = channel_criterion(weight, producers, moment)
-            keep = best_channels(scores, unit.after)
-    return known, keep, [*said, *warnings]
 
 
 def _ordered(
@@ -237,7 +189,7 @@ def _entry(
     if settings.compensation == "refit":
         steps.append({"method": "refit", "relative_error": error})
     return OperatorEntry(
-        name=unit.consumer.name,
+        name=unit.name,
         shape=(weight.shape[0], weight.shape[1]),
         sparsity="0%",
         zeros=zeros,

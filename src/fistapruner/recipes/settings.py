@@ -174,15 +174,6 @@ class Recipe(RunRecipe):
         return recipe
 
     @model_validator(mode="after")
-    def _structure_of_something(self) -> Recipe:
-        """Refuse settings of a removal that would have no effect."""
-        for name, field in Structure.model_fields.items():
-            value = getattr(self.structure, name)
-            if value != field.default and (why := self.structure.no_effect(name)):
-                raise ValueError(f"structure.{name} is {value}, but {why}")
-        return self
-
-    @model_validator(mode="after")
     def _low_rank_alone(self) -> Recipe:
         if not self.low_rank:
             return self

@@ -17,7 +17,7 @@ from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text, text_used
 from .rendering import code_block, plain_markdown, render, versions_text, yaml_text
 from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
-from .structure_text import has_free_widths, structure_sentence
+from .structure_text import structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
 
 
@@ -38,7 +38,6 @@ def model_card(report: Report) -> str:
         amount=amount(report),
         smaller=structure_sentence(report),
         auto_class=auto_class_name(report.model.architecture),
-        free_widths=has_free_widths(report),
         done=DONE[report.kind],
         training=_training(report),
         zeros=_zeros(report),

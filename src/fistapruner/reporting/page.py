@@ -36,7 +36,7 @@ from .size_and_speed import (
     speed_table,
     speeds,
 )
-from .structure_text import ONLY_HERE, has_free_widths, structure_rows, structure_table
+from .structure_text import structure_rows, structure_table
 from .tiles import tiles
 from .verdict import verdict
 from .workload_text import workload_how, workload_sentence, workload_tables
@@ -85,7 +85,6 @@ def run_page(report: Report) -> str:
         hardest=_hardest(report),
         removed=structure_table(report),
         smaller=structure_rows(report),
-        only_here=ONLY_HERE if has_free_widths(report) else "",
         workload=workload_tables(report),
         workload_sentence="" if report.workload is None else workload_sentence(report.workload),
         workload_how=workload_how(report),

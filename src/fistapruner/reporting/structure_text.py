@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 from ..runs.layer_records import RemovalEntry
 from ..runs.records import Report
@@ -13,26 +12,14 @@ from .rendering import Table
 PLACES = {"experts": "mixture", "expert channels": "expert", "shared expert channels": "shared expert"}
 """Where so many of a unit are; in decoder layers without an entry."""
 
-ONLY_HERE = (
-    "Widths differ: transformers loads the model after 'import fistapruner', and llama.cpp, if it is a Llama, the file "
-    "that 'fistapruner export' writes; other engines refuse it."
-)
-"""What is said of free widths."""
-
-
-def has_free_widths(report: Report) -> bool:
-    """Return whether layers have widths of their own."""
-    return report.structured and report.pruning["structure"].get("widths") == "free"
-
 
 def kept_units(report: Report) -> list[tuple[str, str, str]]:
     """List what was removed, its number in the dense model, and what stays in a layer."""
-    free = has_free_widths(report)  # a layer may lose nothing
-    found = []
-    for unit, (before, _) in report.widths.items():
-        by_layer = [[removal.after for removal in layer.removals if removal.unit == unit] for layer in report.layers]
-        found.append((unit, count(before), span(chain.from_iterable(kept or [before] * free for kept in by_layer))))
-    return found
+    kept = {
+        unit: span(removal.after for layer in report.layers for removal in layer.removals if removal.unit == unit)
+        for unit in report.widths
+    }
+    return [(unit, count(before), kept[unit]) for unit, (before, _) in report.widths.items()]
 
 
 def structure_rows(report: Report) -> list[tuple[str, str]]:
@@ -53,18 +40,16 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def structure_sentence(report: Report) -> str:
-    """Say what this run removed, and who cannot load the result; empty where there is nothing to say."""
-    only_here = ONLY_HERE if has_free_widths(report) else ""
+    """Say what this run removed; empty where it removed nothing."""
     if not report.widths:
-        return only_here
+        return ""
     kept: dict[str, list[str]] = {}
     for unit, before, after in kept_units(report):
         kept.setdefault(_place(report, unit), []).append(f"{after} of {before} {unit}")
     text = "; ".join(f"every {place} keeps {' and '.join(units)}" for place, units in kept.items())
     text = text.replace("every", "Every", 1)
     weights, dense = report.totals.model_weights, report.model.parameters
-    text = f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
-    return f"{text} {only_here}".strip()
+    return f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
 
 
 def _place(report: Report, unit: str) -> str:
@@ -72,7 +57,7 @@ def _place(report: Report, unit: str) -> str:
     if unit in PLACES:
         return PLACES[unit]
     all_have = all(any(removal.unit == unit for removal in layer.removals) for layer in report.layers)
-    return "decoder layer" if all_have or has_free_widths(report) else f"decoder layer with {unit}"
+    return "decoder layer" if all_have else f"decoder layer with {unit}"
 
 
 def structure_table(report: Report) -> Table:

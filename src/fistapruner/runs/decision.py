@@ -80,61 +80,6 @@ class RunDecision(Frozen):
     evaluation: EvaluationRequest | None = None
 
 
-class UnitDecision(Frozen):
-    """Channels that are removed together from several operators of a decoder layer.
-
-    Args:
-        kind: what they are, as the report says it.
-        producers: operators that write them; ``rows``: rows of each of them for one channel; ``copies``: parts of each
-            of them that have all channels in order, one after the other (2 where gate and up are one tensor).
-        consumer: the operator that reads them; ``columns``: its columns for one channel.
-        after: channels that stay.
-    """
-
-    kind: str
-    producers: tuple[str, ...]
-    rows: tuple[int, ...]
-    copies: tuple[int, ...]
-    consumer: str
-    columns: int
-    after: int
-
-
-class ExpertsDecision(Frozen):
-    """Experts that are removed from a mixture in a decoder layer.
-
-    Args:
-        name: module of the experts, ``mlp.experts``.
-        before, after: their number.
-        chosen: how many the router chooses for a token.
-        groups: as many are removed from each of so many groups of experts, one after the other.
-        tensors: other tensors that shrink with them, by name inside the layer: the dimension of the experts.
-        attributes: sizes that modules note and that change, by module inside the layer.
-    """
-
-    name: str
-    before: int
-    after: int
-    chosen: int
-    groups: int = 1
-    tensors: dict[str, int] = {}
-    attributes: dict[str, dict[str, int]] = {}
-
-
-class StructureDecision(Frozen):
-    """The widths that a run has decided on.
-
-    Args:
-        units: of each decoder layer.
-        experts: of each decoder layer, the mixtures that lose experts; empty where none do.
-        config: change of ``config.json``, as a JSON merge patch.
-    """
-
-    units: tuple[tuple[UnitDecision, ...], ...]
-    experts: tuple[tuple[ExpertsDecision, ...], ...] = ()
-    config: dict[str, Any]
-
-
 class PruneDecision(RunDecision):
     """What a pruning run decides.
 
@@ -143,10 +88,9 @@ class PruneDecision(RunDecision):
         on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
         calibration_sha256: of the calibration text; None where it is not a file.
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
-        sensitivity_seconds: how long all measurements on the dense model took, free widths and, over all attempts,
-            learned channels among them; None where there were none.
+        sensitivity_seconds: how long all measurements on the dense model took; None where there were none.
         calibration_seconds: how long drawing or writing the calibration text took.
-        structure: the widths of the result; None where they are the dense model's.
+        structure: record of what is removed (:class:`fistapruner.structure.smaller.Widths`); None where nothing is.
     """
 
     sparsity: dict[str, SparsitySetting]
@@ -156,7 +100,7 @@ class PruneDecision(RunDecision):
     metrics_sha256: str | None = None
     sensitivity_seconds: float | None = None
     calibration_seconds: float | None = None
-    structure: StructureDecision | None = None
+    structure: dict[str, Any] | None = None
 
 
 class TrainingDecision(RunDecision):

@@ -175,12 +175,6 @@ def differentiates(recipe: Recipe) -> bool:
     return measured_by(recipe) in ("error", "workload") or recipe.reconstruct > 0 or weighs_rows(recipe)
 
 
-def chooses_widths(recipe: Recipe) -> bool:
-    """Check whether a width is chosen for every layer from errors that are measured on the dense model."""
-    structure = recipe.structure
-    return structure.remove is not None and structure.widths == "free" and structure.method != "bypass"
-
-
 def flags_without_measuring(recipe: Recipe) -> str:
     """Name the flags with which the same run measures nothing on the dense model; empty where none can."""
     if recipe.workload is not None or recipe.total is not None:
@@ -190,7 +184,6 @@ def flags_without_measuring(recipe: Recipe) -> str:
         "--weighting none": weighs_rows(recipe),
         "--permutation none": permutes(recipe),
         "--reconstruct 0": recipe.reconstruct > 0,
-        "--widths uniform": chooses_widths(recipe),
     }
     return " ".join(flag for flag, asked in flags.items() if asked)
 

@@ -10,7 +10,7 @@ measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations
 as
 
 * ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
-  nats (:mod:`.error_curves`). Where whole inputs are removed (:mod:`fistapruner.structured.widths`) it is the mean over
+  nats (:mod:`.error_curves`). Where whole inputs are removed it is the mean over
   inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` (:func:`input_shares`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
   reconstruction (:mod:`fistapruner.training.reconstruct`).

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
-from test_run import inputs_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -23,6 +23,14 @@ from fistapruner.core.linalg import alive_gram
 from fistapruner.models.discovery import discover
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
+from fistapruner.papers.goa import (
+    DAMPING,
+    attention_probabilities,
+    channel_criterion,
+    group_divergence,
+    head_divergence,
+    redundant,
+)
 from fistapruner.pipeline.new_widths import change_widths
 from fistapruner.pipeline.patterns import allocate
 from fistapruner.planning.footprint import peak_bytes
@@ -31,17 +39,8 @@ from fistapruner.planning.sizes import Choice
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runtime.numerics import DTYPES
-from fistapruner.structured.goa import (
-    DAMPING,
-    HeadDivergence,
-    channel_criterion,
-    group_divergence,
-    head_divergence,
-    redundant,
-)
-from fistapruner.structured.proof import plan_widths
-from fistapruner.structured.removal import ChannelStatistics, remove_channels
-from fistapruner.structured.shrinkage import refitted
+from fistapruner.structure.refit import ChannelStatistics, refitted, remove_channels
+from fistapruner.structure.trial import plan_widths
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
@@ -50,34 +49,27 @@ def attention(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
 
 
-def divergence_of(*windows: Tensor) -> Tensor:
-    sums = HeadDivergence()
-    for window in windows:
-        sums.add(window)
-    return sums.matrix()
-
-
 def test_the_divergence_of_heads_is_that_of_scipy() -> None:
     first, second = attention(2, 3, 5, 7), attention(1, 3, 4, 6, seed=1)
     first[0, 0, 0] = torch.eye(7)[2]  # zeros have no logarithm
-    found = divergence_of(first, second)
+    found = head_divergence([*first, *second])
     for i in range(3):
         for j in range(3):
             rows = [jensenshannon(p[i], q[j], axis=1) ** 2 for p, q in ((w, w) for w in (*first.numpy(), second[0]))]
             expected = sum(float(row.sum()) for row in rows) / sum(len(row) for row in rows)
             assert float(found[i, j]) == pytest.approx(expected, abs=1e-6)
     assert torch.equal(found, found.T)
-    same = attention(1, 1, 5, 5).expand(1, 2, 5, 5)
-    assert float(divergence_of(same)[0, 1]) == pytest.approx(0.0, abs=1e-7)
-    apart = torch.eye(2)[:, None].expand(2, 3, 2)[None]
-    assert float(divergence_of(apart)[0, 1]) == pytest.approx(math.log(2))
+    same = attention(1, 5, 5).expand(2, 5, 5)
+    assert float(head_divergence([same])[0, 1]) == pytest.approx(0.0, abs=1e-7)
+    apart = torch.eye(2)[:, None].expand(2, 3, 2)
+    assert float(head_divergence([apart])[0, 1]) == pytest.approx(math.log(2))
 
 
 def test_groups_are_compared_by_the_best_assignment_of_their_heads() -> None:
     window = attention(1, 4, 6, 6)
     swapped = torch.cat([window[:, :2], window[:, [1, 0]]], 1)  # the second group is the first one, swapped
-    assert float(group_divergence(divergence_of(swapped), 2)[0, 1]) == pytest.approx(0.0, abs=1e-7)
-    heads = divergence_of(window)
+    assert float(group_divergence(head_divergence(swapped), 2)[0, 1]) == pytest.approx(0.0, abs=1e-7)
+    heads = head_divergence(window)
     expected = min(heads[0, 2] + heads[1, 3], heads[0, 3] + heads[1, 2]) / 2
     assert float(group_divergence(heads, 2)[0, 1]) == pytest.approx(float(expected))
     assert torch.equal(group_divergence(heads, 1), heads)
@@ -87,17 +79,19 @@ def test_of_two_equal_heads_one_goes_and_its_refit_is_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     window = attention(1, 4, 6, 6)
     window[0, 3] = window[0, 1]
-    gone = redundant(divergence_of(window), 1)
+    gone = redundant(head_divergence(window), 1)
     assert gone == [1]
-    assert len(set(redundant(divergence_of(window), 3))) == 3
+    assert len(set(redundant(head_divergence(window), 3))) == 3
     inputs = torch.randn(200, 8, generator=generator)
     inputs[:, 6:] = inputs[:, 2:4]
     problem = LayerProblem.from_activations(torch.randn(5, 8, generator=generator), inputs)
     known = ChannelStatistics(problem, inputs.mean(0), None)
-    settings = Structure(method="goa", compensate="refit", shrink=0.0)
+    known = replace(known, halves=(problem.gram, problem.gram))  # alike, so that nothing is shrunk
+    settings = Structure.model_validate({"remove": "25%", "method": "goa", "compensate": "refit"})
     removal = remove_channels(known, 3, settings, block=2, chosen=torch.tensor([0, 2, 3]))
     assert problem.restricted(removal.places).relative_error(removal.weight) < 1e-6
-    untouched = remove_channels(known, 3, Structure(method="goa"), block=2, chosen=torch.tensor([0, 2, 3]))
+    published = settings.model_copy(update={"compensate": "auto"})
+    untouched = remove_channels(known, 3, published, block=2, chosen=torch.tensor([0, 2, 3]))
     assert torch.equal(untouched.weight, problem.weight[:, untouched.places])
 
 
@@ -155,26 +149,26 @@ def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -
     states = HiddenStates(tuple(entering.shape), torch.float32)
     states.write(0, entering)
     before = model.config._attn_implementation
+    unit = plan_widths(model, discover(model), Structure.model_validate({"remove": "heads=1"})).units[0][0]
     with model.layer(0):
-        found = head_divergence(model, 0, "self_attn.o_proj", states)
+        windows = (states.read(window, window + 1, model.device) for window in range(2))
+        found = head_divergence(attention_probabilities(model, 0, unit, windows))
     assert model.config._attn_implementation == before
     whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         probabilities = whole(tokens, output_attentions=True).attentions[0]
-    torch.testing.assert_close(found, divergence_of(probabilities), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, head_divergence(probabilities), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("widths", ["uniform", "free"])
 def test_attention_without_probabilities_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widths: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = LlamaAttention.forward
     monkeypatch.setattr(LlamaAttention, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0], None))
     folder = tiny.save("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
-    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
-    structure = Structure(remove="heads=2", method="goa", widths=widths)
     with pytest.raises(FistaPrunerError, match=r"model\.layers\.0 does not return attention probabilities"):
-        plan_widths(model, discover(model), structure)
+        fp.prune(folder, tmp_path / "run", structure={"remove": "heads=2", "method": "goa"}, calibration=SMALL)
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -189,8 +183,11 @@ def test_the_plan_counts_the_comparison_of_heads(tmp_path: Path, dtype: str) -> 
     sizes = measure_sizes(model, layout, recipe, allocate(recipe, layout), tokens, widths)
     states = HiddenStates((6, 256, model.width), model.dtype)
     states.write(0, torch.randn(6, 256, model.width, dtype=model.dtype))
+    assert widths is not None
+    (unit,) = widths.units[0]
+    windows = (states.read(window, window + 1, model.device) for window in range(6))
     with model.layer(0):
-        used = peak_bytes(lambda: head_divergence(model, 0, "self_attn.o_proj", states))
+        used = peak_bytes(lambda: head_divergence(attention_probabilities(model, 0, unit, windows)))
     counted = sizes.stages(Choice(1, on_disk=True))["comparing heads"] - sizes.base - sizes.layer
     assert used <= counted < 2 * used
 
@@ -236,13 +233,13 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     layers[1].self_attn = small.get_submodule(layer).self_attn
     new = {}
     for name in producers:
-        seen, true = (inputs_of(model, f"{layer}.{name}", tokens) for model in (mixed, dense))
+        seen, true = (tiny.inputs_of(model, f"{layer}.{name}", tokens) for model in (mixed, dense))
         weight = dense.get_parameter(f"{layer}.{name}.weight").detach().double()
         new[name] = fitted(weight, seen, true)
     moment = seen.T @ seen / len(seen)
     for name, weight in new.items():
         mixed.get_parameter(f"{layer}.{name}.weight").data.copy_(weight)
-    seen, true = (inputs_of(model, f"{layer}.{consumer}", tokens) for model in (mixed, dense))
+    seen, true = (tiny.inputs_of(model, f"{layer}.{consumer}", tokens) for model in (mixed, dense))
     down = fitted(dense.get_parameter(f"{layer}.{consumer}.weight").detach().double(), seen, true)
     scores = channel_criterion(down, list(new.values()), moment)
     keep = scores.argsort(descending=True)[: report.layers[1].removals[-1].after].sort().values

@@ -1,4 +1,4 @@
-"""Channels of experts are removed, every expert's own, and the result is an ordinary smaller checkpoint."""
+"""Experts, and channels of experts, are removed; the result is an ordinary smaller checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.recipes.structure_settings import Structure
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.structure_settings import Remove
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.structured.removal import removal_error, remove_channels
-from fistapruner.structured.statistics import ChannelSums
+from fistapruner.runs.records import Report
+from fistapruner.structure.experts import chosen_experts, find_experts
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 QUARTER = {"remove": "mlp=25%", "multiple": 4}
@@ -36,10 +39,18 @@ WIDTHS = {
     "gemma4": {"moe_intermediate_size": 12, "intermediate_size": 36},
 }
 """What a quarter makes of the configs: entries that no MLP has its width from stay."""
+MORE: dict[str, Any] = {"n_routed_experts": 8}
+"""DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
 
 
 def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def kept(report: Report, layer: int) -> list[int]:
+    (removal,) = report.layers[layer].removals
+    assert removal.kept is not None
+    return removal.kept
 
 
 def mlps(model: Any) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -63,9 +74,104 @@ def mlps(model: Any) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     return found
 
 
-@pytest.mark.parametrize("architecture", tiny.MIXTURES)
-@pytest.mark.parametrize("method", ["obs", "flap"])
-def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(
+@pytest.mark.parametrize(
+    ("architecture", "original"), [*((architecture, True) for architecture in tiny.MIXTURES), ("qwen3_moe", False)]
+)
+def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_experts(
+    tmp_path: Path, architecture: str, original: bool
+) -> None:
+    changes: dict[str, Any] = MORE if architecture == "deepseek_v3" else {}
+    folder = tiny.save(architecture, tmp_path / "model", original=original, **changes)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=50%", calibration=SMALL)
+    small, dense = loaded(tmp_path / "run" / "model"), loaded(folder)
+    before = 8 if changes else 4
+    layer = len(report.layers) - 1
+    stay = kept(report, layer)
+    assert len(stay) == before // 2
+    assert stay == sorted(stay)
+    if changes:
+        assert [expert < 4 for expert in stay] == [True, True, False, False]
+    assert small.num_parameters() == report.totals.model_weights < dense.num_parameters() == report.model.parameters
+    own, whole = small.state_dict(), dense.state_dict()
+    assert own.keys() == whole.keys()
+    prefix = f"model.layers.{layer}."
+    for name, tensor in own.items():
+        expected = whole[name]
+        if tensor.shape != expected.shape:
+            assert len(tensor) == before // 2, name
+            expected = expected[stay] if name.startswith(prefix) else expected[kept(report, int(name.split(".")[2]))]
+        assert torch.equal(tensor, expected), name
+    assert not inspect_checkpoint(tmp_path / "run").violations
+    assert small.generate(TOKENS, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (2, 19)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_and_routers_keep_every_bit_where_passes_have_fewer(tmp_path: Path, architecture: str) -> None:
+    """Those that get another number too: none of their values is new."""
+    changes = MORE if architecture == "deepseek_v3" else {}
+    folder = tiny.save(architecture, tmp_path / "model", **changes)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=50%", dtype="bfloat16", calibration=SMALL)
+    before, after = loaded(folder).state_dict(), loaded(tmp_path / "run" / "model").state_dict()
+    renumbered = False
+    for layer in (layer for layer in report.layers if layer.removals):
+        stay = kept(report, layer.index)
+        renumbered |= stay != list(range(len(stay)))
+        cut = [name for name in after if name.startswith(layer.name) and after[name].shape != before[name].shape]
+        assert len(cut) > 2
+        for name in cut:
+            assert torch.equal(after[name], before[name][stay]), name
+            assert name.endswith("bias") or not torch.equal(after[name], after[name].bfloat16().float())
+    assert renumbered
+
+
+def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL, propagate="dense")
+    dense, calls = loaded(folder), []
+    experts = dense.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.no_grad():
+        dense(PruneDirectory(tmp_path / "run").tokens())
+        inputs, chosen, weights = calls[0]
+        scores = []
+        for expert in range(4):
+            losses = []
+            for token, routed, given in zip(inputs, chosen, weights, strict=True):
+                if expert in routed:
+                    gate, up = (experts.gate_up_proj[expert] @ token).chunk(2)
+                    output = experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+                    losses.append(float(given[routed == expert] * output.norm()))
+            scores.append(sum(losses) / len(losses))
+    assert report.layers[1].removals[0].scores == pytest.approx(scores, rel=1e-4)
+    assert set(range(4)) - set(kept(report, 1)) == {min(range(4), key=scores.__getitem__)}
+
+
+@pytest.mark.parametrize("structure", ["heads=1", "experts=1", "heads=1,experts=1"])
+def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_path: Path, structure: str) -> None:
+    folder = tiny.save("mixtral", tmp_path / "model")
+    totals = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL).totals
+    attention, router, expert, head = 2 * (32 + 16) * 32, 4 * 32, 3 * 32 * 48, 128 * 32
+    dense = 2 * (attention + router + 2 * expert) + head  # 2 layers, 2 experts for a token
+    gone = (attention // 2 if "heads" in structure else 0) + (router // 4 if "experts" in structure else 0)
+    assert totals.dense_flops_per_token == 2 * dense
+    assert totals.flops_per_token == 2 * (dense - 2 * gone)
+
+
+def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_nothing(tmp_path: Path) -> None:
+    folder = tiny.save_unused_expert(tmp_path / "model", 2)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL)
+    assert kept(report, 0) == kept(report, 1) == [0, 1, 3]
+    assert report.method == "reap"
+    assert [removal.scores[2] for layer in report.layers for removal in layer.removals if removal.scores] == [0, 0]
+    with torch.no_grad():
+        expected, found = (loaded(path)(TOKENS).logits for path in (folder, tmp_path / "run" / "model"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"), [*((architecture, "obs") for architecture in tiny.MIXTURES), ("gpt_oss", "flap")]
+)
+def test_the_narrower_model_computes_what_the_dense_model_with_zeroed_channels_does(
     tmp_path: Path, architecture: str, method: str
 ) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
@@ -95,8 +201,8 @@ def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(
 def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, method: str) -> None:
     """The last two are scores; least squares tries every channel, on the tokens that go to the expert."""
     folder = tiny.save("qwen3_moe", tmp_path / "model")
-    structure = {"remove": "mlp=15", "method": method, **({"shrink": 0} if method in ("obs", "energy") else {})}
-    fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, propagate="dense")
+    structure = {"remove": "mlp=15", "method": method}
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, propagate="dense")
     small, dense, calls = loaded(tmp_path / "run" / "model"), loaded(folder), []
     experts = dense.model.layers[0].mlp.experts
     experts.register_forward_pre_hook(lambda _, args: calls.append(args))
@@ -108,12 +214,13 @@ def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, me
         tokens = inputs[(routed == number).any(1)]
         gate, up = (experts.gate_up_proj[number] @ tokens.T).double().chunk(2)
         channels, down = (nn.functional.silu(gate) * up).T, experts.down_proj[number].double()
-        norms = down.square().sum(0)
-        fits = []
+        norms, share = down.square().sum(0), report.layers[0].removals[number].shrink or 0.0
+        penalty = torch.diag(share * channels.square().sum(0)).sqrt()
+        rows, fits = torch.cat([(1 - share) ** 0.5 * channels, penalty]), []
         for gone in range(16):
             keep = [channel for channel in range(16) if channel != gone]
-            weight = torch.linalg.lstsq(channels[:, keep], channels @ down.T, driver="gelsd").solution.T
-            fits.append((float((channels[:, keep] @ weight.T - channels @ down.T).square().sum()), keep, weight))
+            weight = torch.linalg.lstsq(rows[:, keep], rows @ down.T, driver="gelsd").solution.T
+            fits.append((float((rows[:, keep] @ weight.T - rows @ down.T).square().sum()), keep, weight))
         scores = {
             "obs": torch.tensor([error for error, _, _ in fits]),
             "energy": norms * channels.square().sum(0),
@@ -178,6 +285,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, settings: dict[s
     assert (config.n_routed_experts, config.moe_intermediate_size, config.intermediate_size) == (6, 12, 36)
 
 
+def test_several_processes_share_a_run(tmp_path: Path) -> None:
+    folder = tiny.save("qwen2_moe", tmp_path / "model")
+    settings: dict[str, Any] = {"structure": "experts=2,heads=1", "calibration": SMALL, "propagate": "dense"}
+    fp.prune(str(folder), tmp_path / "whole", **settings)
+    fp.prune(str(folder), tmp_path / "parts", **settings, execution={"executor": "process", "workers": 2})
+    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
+    config = loaded(tmp_path / "whole" / "model").config
+    assert (config.num_experts, config.num_key_value_heads) == (2, 1)
+
+
 def test_windows_at_a_time_change_the_rounding_only(tmp_path: Path) -> None:
     """Also where a batch has windows of both halves, which cross-validation tells apart."""
     folder = tiny.save("qwen3_moe", tmp_path / "model")
@@ -217,33 +334,6 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
     assert torch.equal(after[1], before[1][:, keep])
 
 
-@pytest.mark.parametrize(("method", "shrink"), [("obs", "auto"), ("obs", 0), ("flap", "auto")])
-def test_only_grams_that_are_shrunk_are_said_to_be(tmp_path: Path, method: str, shrink: Any) -> None:
-    folder = tiny.save("qwen3_moe", tmp_path / "model")
-    structure = {**QUARTER, "method": method, "shrink": shrink}
-    calibration = {"source": "python", "samples": 1, "seqlen": 16}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=calibration)
-    (warning,) = (text for text in report.layers[0].warnings if "fewer tokens than inputs" in text)
-    shrunk = [removal.shrink for removal in report.layers[0].removals]
-    assert ("Grams are shrunk towards the diagonal" in warning) == any(shrunk) == ((method, shrink) == ("obs", "auto"))
-
-
-@pytest.mark.parametrize("method", ["obs", "flap"])
-def test_one_token_has_no_variance_and_is_rated_by_its_values(method: str) -> None:
-    """Around their mean all of its channels are zero, and any choice would do."""
-    generator = torch.Generator().manual_seed(0)
-    weight, token = torch.randn(8, 24, generator=generator), torch.randn(1, 24, generator=generator)
-    sums = ChannelSums(weight, 2, routed=True)
-    sums.add_tokens(0, token)
-    known = sums.statistics("down_proj", 0.5)
-    found = remove_channels(known, 12, Structure(remove="mlp=12", method=method), biased=True)
-    alike = "energy" if method == "flap" else "obs"
-    assert torch.equal(found.keep, remove_channels(known, 12, Structure(remove="mlp=12", method=alike)).keep)
-    added = weight.square().sum(0) * token[0].square()  # energy of what each channel adds
-    assert added[found.keep].sum() > 0.8 * added.sum()
-    assert removal_error(known, found.places, found.weight, found.bias) < 1e-6
-
-
 def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
     """DeepSeek's have a multiple of the experts' width; rounded apart, 32 channels would be 20, and 16 are 12."""
     folder = tiny.save("deepseek_v3", tmp_path / "model", n_shared_experts=2)
@@ -255,6 +345,20 @@ def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
         "shared expert channels": (32, 24),
     }
     assert loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
+
+
+def test_shared_experts_with_an_entry_of_their_own_keep_their_share(tmp_path: Path) -> None:
+    """GraniteMoeShared has gate and up of its shared expert in one tensor; 18 of 24 is rounded to a multiple of 4."""
+    tiny.need_transformers("5.16")  # as in tiny.build
+    config = transformers.GraniteMoeSharedConfig(
+        **tiny.SIZES, **tiny.ROUTED, num_local_experts=4, shared_intermediate_size=24
+    )
+    torch.manual_seed(0)
+    tiny.spread(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    fp.prune(str(tmp_path / "model"), tmp_path / "run", structure=QUARTER, calibration=SMALL)
+    found = loaded(tmp_path / "run" / "model").config
+    assert (found.intermediate_size, found.shared_intermediate_size) == (36, 16)
 
 
 @pytest.mark.parametrize(
@@ -301,31 +405,42 @@ def test_a_share_of_the_parameters_is_met(tmp_path: Path, capsys: pytest.Capture
     assert "mean of 4 experts" in page
 
 
-def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_path: Path) -> None:
-    folder = tiny.save("mixtral", tmp_path / "model")
-    totals = fp.prune(str(folder), tmp_path / "run", structure=QUARTER, calibration=SMALL).totals
-    attention, router, head = 2 * (32 + 16) * 32, 4 * 32, 128 * 32
-    for width, found in ((48, totals.dense_flops_per_token), (36, totals.flops_per_token)):
-        assert found == 2 * (2 * (attention + router + 2 * 3 * 32 * width) + head)
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
+        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "--weighting none"),
+        ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
+        ("mixtral", {"structure": {**QUARTER, "method": "bypass"}}, "bypass does not rate channels of experts"),
+        ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
+    ],
+)
+def test_what_does_not_go_with_experts_is_refused(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], message: str
+) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    with pytest.raises(fp.FistaPrunerError, match=message):
+        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
+    assert not (tmp_path / "run" / "model").exists()
 
 
-def test_shared_experts_with_an_entry_of_their_own_keep_their_share(tmp_path: Path) -> None:
-    """GraniteMoeShared has gate and up of its shared expert in one tensor; 18 of 24 is rounded to a multiple of 4."""
-    tiny.need_transformers("5.16")  # as in tiny.build
-    config = transformers.GraniteMoeSharedConfig(
-        **tiny.SIZES, **tiny.ROUTED, num_local_experts=4, shared_intermediate_size=24
-    )
-    torch.manual_seed(0)
-    tiny.spread(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    fp.prune(str(tmp_path / "model"), tmp_path / "run", structure=QUARTER, calibration=SMALL)
-    found = loaded(tmp_path / "run" / "model").config
-    assert (found.intermediate_size, found.shared_intermediate_size) == (36, 16)
+def test_layers_that_choose_different_numbers_of_experts_are_told_apart(tmp_path: Path) -> None:
+    sizes = {**tiny.SIZES, **tiny.GQA, "head_dim": 8, "num_experts": 4, "moe_topk": [1, 3, 3]}
+    config = transformers.HunYuanMoEV1Config(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
+    assert list(chosen_experts(model).values()) == [1, 3, 3]
+    with pytest.raises(fp.FistaPrunerError, match="at most 1 can go, since the router chooses 3"):
+        find_experts(model, discover(model), Remove(experts=2))
 
 
-@pytest.mark.parametrize("hidden", [32, 64])
-def test_attention_is_not_taken_for_a_shared_expert(tmp_path: Path, hidden: int) -> None:
-    """An output projection with twice as many outputs as inputs is no gate and up in one."""
-    folder = tiny.save("qwen3_moe", tmp_path / "model", hidden_size=hidden)
-    report = fp.prune(str(folder), tmp_path / "run", structure=QUARTER, calibration=SMALL)
-    assert report.widths == {"expert channels": (16, 12)}
+@pytest.mark.parametrize(("limit", "experts", "fits"), [(1, 2, False), (1, 4, False), (2, 2, True), (2, 4, True)])
+def test_a_token_needs_enough_experts_in_its_groups(tmp_path: Path, limit: int, experts: int, fits: bool) -> None:
+    """The router chooses 4 of the experts of ``limit`` of its 2 groups, which have half of those that stay each."""
+    folder = tiny.save("deepseek_v3", tmp_path, topk_group=limit, num_experts_per_tok=4, **MORE)
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    if fits:
+        assert find_experts(model, discover(model), Remove(experts=experts))[1][0].after == 8 - experts
+        return
+    with pytest.raises(fp.FistaPrunerError, match=r"at most 0 in multiples of 2, .* chooses 4 for every token"):
+        find_experts(model, discover(model), Remove(experts=experts))

@@ -19,13 +19,10 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.new_widths import change_widths
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.recipes.settings import Recipe
+from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
 from speeds import in_this_process
@@ -155,8 +152,8 @@ def test_errors_are_those_of_the_definition(tmp_path: Path, settings: dict[str, 
         if recipe.propagate == "pruned":
             for index in range(layer.index):
                 mixed.model.layers[index] = small.model.layers[index]
-        seen = inputs_of(mixed, f"{layer.name}.mlp.down_proj", tokens)
-        true = inputs_of(dense, f"{layer.name}.mlp.down_proj", tokens)
+        seen = tiny.inputs_of(mixed, f"{layer.name}.mlp.down_proj", tokens)
+        true = tiny.inputs_of(dense, f"{layer.name}.mlp.down_proj", tokens)
         weight = dense.get_parameter(f"{layer.name}.mlp.down_proj.weight").detach().double()
         share = recipe.dense_share
         wanted = (share * true + (1 - share) * seen) @ weight.T
@@ -168,8 +165,10 @@ def test_errors_are_those_of_the_definition(tmp_path: Path, settings: dict[str, 
         assert fitted < dropped
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
-@pytest.mark.parametrize("amount", ["heads=1", "mlp=25%,heads=1"])
+@pytest.mark.parametrize(
+    ("architecture", "amount"),
+    [("llama", "heads=1"), *((name, "mlp=25%,heads=1") for name in ("llama", "qwen2", "qwen3", "gemma3"))],
+)
 def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount: str) -> None:
     """The result computes what the dense model with the group's columns zero does, also when it generates."""
     folder = tiny.save(architecture, tmp_path / "model")
@@ -201,24 +200,6 @@ def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount:
     assert not inspect_checkpoint(tmp_path / "run").violations
 
 
-def test_without_error_correction_channels_are_measured_with_all_heads(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    settings = {"error_correction": False, "propagate": "pruned", "dense_target": 0.0}
-    structure = {"remove": "mlp=25%,heads=1", "multiple": 4}
-    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
-    mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
-    mixed.model.layers[0] = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval().model.layers[0]
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    before, after = mixed.model.layers[1].mlp, small.model.layers[1].mlp
-    inputs = inputs_of(mixed, "model.layers.1.mlp.down_proj", PruneDirectory(tmp_path / "run").tokens())
-    dropped = inputs.clone()
-    dropped[:, kept_rows(before.up_proj.weight, after.up_proj.weight)] = 0
-    weight = before.down_proj.weight.detach().double()
-    (removal,) = (each for each in report.layers[1].removals if each.consumer == "mlp.down_proj")
-    expected = float((dropped @ weight.T).square().sum() / (inputs @ weight.T).square().sum())
-    assert removal.dropped_error == pytest.approx(expected, rel=1e-3)
-
-
 def test_removed_heads_and_channels_aim_at_the_dense_outputs(tmp_path: Path) -> None:
     """MLP channels are chosen, and both refitted, on the layer without its heads; with zeros on top, too."""
     folder = tiny.save("llama", tmp_path / "model")
@@ -235,32 +216,10 @@ def test_removed_heads_and_channels_aim_at_the_dense_outputs(tmp_path: Path) -> 
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 full = f"{layer.name}.{name}"
                 weight, new = (model.get_parameter(f"{full}.weight").detach().double() for model in (dense, small))
-                wanted = inputs_of(dense, full, tokens) @ weight.T
-                error = (inputs_of(mixed, full, tokens) @ new.T - wanted).square().sum() / wanted.square().sum()
+                wanted = tiny.inputs_of(dense, full, tokens) @ weight.T
+                error = (tiny.inputs_of(mixed, full, tokens) @ new.T - wanted).square().sum() / wanted.square().sum()
                 entry = next(operator for operator in layer.operators if operator.name == name)
                 assert entry.relative_error == pytest.approx(float(error), rel=1e-3), (sparsity, full)
-
-
-def inputs_of(model: Any, name: str, tokens: Tensor) -> Tensor:
-    """(tokens, n) fp64 inputs of an operator."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    with torch.no_grad():
-        model(tokens)
-    handle.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1]).double()
-
-
-def test_residual_drift_is_corrected(tmp_path: Path) -> None:
-    """With the residual's correction, the hidden states after the first layers are nearer to the dense model's."""
-    folder = tiny.save("llama", tmp_path / "model")
-    errors = []
-    for residual in ("none", "correct"):
-        settings = {"propagate": "pruned", "dense_target": 1.0, "residual": residual}
-        less = {"structure": {"remove": "mlp=50%", "multiple": 4, "shrink": 0.0}, "calibration": SMALL}
-        report = fp.prune(str(folder), tmp_path / residual, **less, **settings)
-        errors.append(report.layers[1].relative_error or 0.0)
-    assert errors[0] != errors[1]
 
 
 @pytest.mark.parametrize(("sparsity", "reconstruct"), [("0%", 0), ("2:4", 0), ("0%", 6)])
@@ -313,26 +272,6 @@ def linear(layer: Any) -> list[Any]:
     return [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
 
 
-def test_zeros_and_structure_aim_at_the_dense_outputs(tmp_path: Path) -> None:
-    """The reported error of a sparse operator with fewer inputs is against the dense operator with all of them."""
-    folder = tiny.save("llama", tmp_path / "model")
-    settings = {"sparsity": "2:4", "propagate": "dense", "dense_target": 1.0, "residual": "none"}
-    report = fp.prune(str(folder), tmp_path / "run", **LESS, **settings)
-    tokens = PruneDirectory(tmp_path / "run").tokens()
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    for layer in report.layers:
-        name = f"{layer.name}.mlp.down_proj"
-        mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
-        mixed.model.layers[layer.index] = small.model.layers[layer.index]
-        weight = dense.get_parameter(f"{name}.weight").detach().double()
-        wanted = inputs_of(dense, name, tokens) @ weight.T
-        new = small.get_parameter(f"{name}.weight").detach().double()
-        error = float((inputs_of(mixed, name, tokens) @ new.T - wanted).square().sum() / wanted.square().sum())
-        entry = next(operator for operator in layer.operators if operator.name == "mlp.down_proj")
-        assert entry.relative_error == pytest.approx(error, rel=1e-3)
-
-
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
 @pytest.mark.parametrize("sparsity", ["0%", "50%"])
 def test_a_refit_fits_the_bias_too_and_zeros_aim_at_what_it_leaves(
@@ -348,7 +287,7 @@ def test_a_refit_fits_the_bias_too_and_zeros_aim_at_what_it_leaves(
         (removal,) = layer.removals
         name = f"{layer.name}.{removal.consumer}"
         wanted, found = (
-            inputs_of(model, name, tokens)
+            tiny.inputs_of(model, name, tokens)
             @ oriented(model.get_parameter(f"{name}.weight").detach().double(), architecture).T
             for model in (dense, small)
         )
@@ -388,29 +327,12 @@ def test_operators_that_lose_most_of_their_outputs_aim_at_the_dense_ones_that_st
         )
         assert len(new) <= len(weight.T)
         nearest = torch.nn.functional.normalize(new) @ torch.nn.functional.normalize(weight).T
-        wanted = inputs_of(dense, f"{layer.name}.{name}", tokens) @ weight[nearest.argmax(1)].T
-        found = inputs_of(small, f"{layer.name}.{name}", tokens) @ new.T
+        wanted = tiny.inputs_of(dense, f"{layer.name}.{name}", tokens) @ weight[nearest.argmax(1)].T
+        found = tiny.inputs_of(small, f"{layer.name}.{name}", tokens) @ new.T
         entry = next(operator for operator in layer.operators if operator.name == name)
         assert entry.relative_error == pytest.approx(
             float((found - wanted).square().sum() / wanted.square().sum()), rel=1e-3
         )
-
-
-@pytest.mark.parametrize("method", ["energy", "flap", "magnitude"])
-def test_other_choices_and_no_compensation(tmp_path: Path, method: str) -> None:
-    folder = tiny.save("opt", tmp_path / "model")
-    structure = {**LESS["structure"], "method": method, "compensate": "none"}
-    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure)
-    for layer in report.layers:
-        assert layer.removals[0].relative_error == pytest.approx(layer.removals[0].dropped_error, rel=1e-5)
-        assert layer.removals[0].shrink is None
-
-
-@pytest.mark.parametrize("sparsity", ["0%", "50%"])
-def test_channels_go_where_only_the_operator_that_reads_them_is_a_target(tmp_path: Path, sparsity: str) -> None:
-    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=3)
-    fp.prune(str(folder), tmp_path / "run", targets=["re:down_proj"], sparsity=sparsity, **LESS)
-    assert not inspect_checkpoint(tmp_path / "run").violations
 
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
@@ -429,7 +351,7 @@ def test_flap_adds_to_the_bias_where_there_is_one(tmp_path: Path, architecture: 
     assert report.method == ("flap" if architecture == "llama" else "flap+bias")
     name = f"{layer.name}.{consumer}"
     write = [oriented(model.get_parameter(f"{layer.name}.{producer}.weight"), architecture) for model in (dense, small)]
-    keep, inputs = kept_rows(*write), inputs_of(dense, name, tokens)
+    keep, inputs = kept_rows(*write), tiny.inputs_of(dense, name, tokens)
     gone = [channel for channel in range(removal.before) if channel not in keep.tolist()]
     weight, new = (oriented(model.get_parameter(f"{name}.weight").detach(), architecture) for model in (dense, small))
     assert torch.equal(new, weight[:, keep])
@@ -514,114 +436,6 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
     for text in (card, page.replace("<wbr>", "")):
         assert "Decoding, smaller float32, tokens/s" in text
         assert "Reading the prompt, smaller bfloat16, tokens/s" in text
-
-
-@pytest.mark.parametrize(
-    ("architecture", "flags", "said"),
-    [
-        (
-            "llama",
-            ["--structure", "25%"],
-            "structure: widths are multiples of 64 and the model's MLPs have 48 channels",
-        ),
-        ("llama", ["--structure", "mlp=99%", "--structure-multiple", "4"], "leaves fewer than 4 of the 48 channels"),
-        ("llama", ["--structure", "many"], "structure"),
-        ("llama", ["--structure-method", "goa"], "structure.method is goa, but nothing is removed: give --structure"),
-        ("llama", ["--widths", "free"], "structure.widths is free, but nothing is removed"),
-        (
-            "llama",
-            ["--structure", "experts=25%", "--structure-method", "goa"],
-            "structure.method is goa, but only experts are removed",
-        ),
-        (
-            "llama",
-            ["--structure", "25%", "--structure-steps", "60"],
-            "structure.steps is 60, but the method is auto: this setting is for --structure-method bypass",
-        ),
-        (
-            "llama",
-            ["--structure", "25%", "--structure-shrink", "2"],
-            "structure.shrink: auto, or a number from 0 to 1 is expected (got '2')",
-        ),
-        (
-            "llama",
-            ["--structure", "25%", "--structure-method", "flap", "--structure-shrink", "0.3"],
-            "structure.shrink is 0.3, but the method is flap and compensation is bias",
-        ),
-        (
-            "llama",
-            ["--structure", "heads=1", "--structure-multiple", "32"],
-            "structure.multiple is 32, but no width is rounded",
-        ),
-        (
-            "llama",
-            ["--structure", "mlp=24", "--structure-multiple", "32"],
-            "structure.multiple is 32, but no width is rounded",
-        ),
-        (
-            "llama",
-            ["--structure", "mlp=25%", "--structure-multiple", "4", "--allocation", "error"],
-            "allocation 'error' distributes zeros, and with structure mlp=25% and sparsity 0% there are none",
-        ),
-        ("llama", ["--structure", "layers=1"], "what is removed is mlp, heads or experts"),
-        ("llama", ["--structure", "heads=2"], "heads=2 leaves none of the 2 key/value groups"),
-        ("opt", ["--structure", "heads=1"], "the config of OPTForCausalLM cannot express 3 of 4 key/value groups"),
-        ("gpt2", ["--structure", "heads=1"], "no separate query, key and value operators"),
-        (
-            "llama",
-            ["--structure", "heads=1", "--targets", "re:mlp"],
-            "targets and ignore leave no key/value groups that can be removed (self_attn.o_proj is left out)",
-        ),
-        ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
-        (
-            "llama",
-            ["--structure", "mlp=32", "--sparsity", "16:32", "--allocation", "error"],
-            "pattern 16:32 does not fit model.layers.0.mlp.down_proj: its 48 inputs are not a multiple of 32; take "
-            "--allocation uniform",
-        ),
-        (
-            "llama",
-            ["--structure", "mlp=36", "--widths", "free", "--structure-multiple", "2", "--sparsity", "2:4"],
-            "free widths change the inputs of mlp.down_proj in steps of 2, and pattern 2:4 needs steps of a multiple",
-        ),
-        (
-            "llama",
-            [
-                "--structure",
-                "mlp=36",
-                "--widths",
-                "free",
-                "--structure-multiple",
-                "2",
-                "--sparsity",
-                "50%",
-                "--allocation",
-                "{'re:layers.1.mlp.down_proj':'2:4'}",
-            ],
-            "free widths change the inputs of mlp.down_proj in steps of 2, and pattern 2:4 needs steps of a multiple",
-        ),
-        ("bloom", ["--structure", "mlp=25%", "--structure-multiple", "4"], "no entry of config.json"),
-        ("phi3", ["--structure", "heads=1"], "no separate query, key and value operators"),
-    ],
-)
-def test_bad_input_is_refused_before_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], architecture: str, flags: list[str], said: str
-) -> None:
-    folder = tiny.save(architecture, tmp_path / "model")
-    arguments = ["--calibration", "python", "--samples", "2", "--seqlen", "16", *flags]
-    assert main(["prune", str(folder), "--out", str(tmp_path / "run"), *arguments]) != 0
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "run" / "calibration.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    ("structure", "sparsity"), [("mlp=32", "16:32"), ({"remove": "heads=1", "widths": "free"}, "2:4")]
-)
-def test_a_pattern_that_fits_the_new_widths_is_taken(tmp_path: Path, structure: Any, sparsity: str) -> None:
-    """The 48 inputs before need not fit it, and free widths of heads are in steps of all channels of a group."""
-    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path, num_hidden_layers=1)), torch.device("cpu"))
-    recipe = Recipe.build({"structure": structure, "sparsity": sparsity}).resolved()
-    assert change_widths(model, discover(model), recipe, UNTRUSTED)[1] is not None
 
 
 @pytest.mark.parametrize(("architecture", "method"), [("llama", "obs"), ("gpt2", "obs"), ("opt", "flap")])
@@ -732,5 +546,66 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     read = [tensor for name, tensor in written.items() if name not in other]
     assert report.totals.model_weights == sum(tensor.numel() for tensor in read)
-    free = {"structure": {"remove": "heads=1", "widths": "free"}, "calibration": SMALL}
-    assert not [line for line in plan_model(folder, Recipe.build(free)).says if "does not read" in line]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--structure", "25%"], "25% leaves 0 of the 48 MLP channels, in multiples of 64"),
+        (["--structure", "many"], "structure.remove: a share such as 25%"),
+        (["--structure", "layers=1"], "unknown setting 'structure.remove.layers'"),
+        (["--structure-method", "goa"], "method is goa, but nothing is removed: give --structure"),
+        (["--structure", "experts=25%", "--structure-method", "goa"], "method is goa, but only experts are removed"),
+        (["--structure", "25%", "--structure-steps", "60"], "steps is 60, but that is for --structure-method bypass"),
+        (["--structure", "mlp=24", "--allocation", "error"], "allocation 'error' distributes zeros"),
+        (["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
+        (["--structure", "mlp=32", "--sparsity", "16:32", "--allocation", "error"], "its 48 inputs are not a multiple"),
+    ],
+)
+def test_bad_input_is_refused_before_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    arguments = ["--calibration", "python", "--samples", "2", "--seqlen", "16", *flags]
+    assert main(["prune", str(folder), "--out", str(tmp_path / "run"), *arguments]) != 0
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()
+
+
+def test_amounts_are_read_as_users_write_them() -> None:
+    for written, text in (
+        (0.25, "25%"),
+        ("12.5%", "12.5%"),
+        ("mlp=20%", "mlp=20%"),
+        ({"mlp": 1024}, "mlp=1024"),
+        ({"mlp": 0.2, "heads": 1}, "mlp=20%,heads=1"),
+        ("experts=25%, heads=2", "heads=2,experts=25%"),
+    ):
+        settings = Structure.model_validate({"remove": written})
+        assert settings.model_dump()["remove"] == str(settings.remove) == text
+        assert Structure.model_validate(settings.model_dump()) == settings
+    for nothing in (None, "", "none", {}):
+        assert Structure.model_validate({"remove": nothing}) == Structure()
+        assert str(Recipe.build({"structure": {"remove": nothing}}).sparsity) == "50%"
+    assert str(Recipe.build({"structure": "25%"}).sparsity) == "0%"
+    for wrong in ("100%", "0%", "-5%", "much", "mlp=0", "heads=0", "heads=20%", "25%,heads=1", True, 3):
+        with pytest.raises(ValueError, match="is expected"):
+            Structure.model_validate({"remove": wrong})
+
+
+@pytest.mark.parametrize(
+    ("remove", "method", "chosen"),
+    [
+        ("12.5%", "auto", "energy"),
+        ("mlp=20%", "auto", "energy"),
+        ("20.1%", "auto", "obs"),
+        ("mlp=64", "auto", "obs"),
+        ("mlp=10%,heads=1", "auto", "obs"),
+        ("12.5%", "flap", "flap"),
+        (None, "auto", "obs"),
+    ],
+)
+def test_few_channels_are_chosen_by_energy(remove: str | None, method: str, chosen: str) -> None:
+    recipe = Recipe.build({"structure": {"remove": remove, "method": method}}).resolved()
+    assert recipe.structure.method == chosen
+    assert recipe.resolved() == recipe == Recipe.build(recipe.model_dump(mode="json"))
