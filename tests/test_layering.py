@@ -23,7 +23,7 @@ LAYERS = (
     "sensitivity",
     "structured",
     "pruning",
-    "sparse",
+    "packed",
     "planning",
     "execution",
     "evaluation",

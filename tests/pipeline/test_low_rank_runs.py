@@ -17,19 +17,18 @@ import tiny
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
 from fistapruner.core import NM
+from fistapruner.evaluation.bench import bench, record, table
+from fistapruner.evaluation.speed import Speed, Variant, compare, load_variant, weight_bytes
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter, sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.whole import load_whole
+from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.pipeline.measure_run import bench_run
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
-from fistapruner.sparse.bench import bench, record, table
-from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
-from fistapruner.sparse.speed import Speed
-from fistapruner.sparse.variants import Variant, compare, load_variant, weight_bytes
 from fistapruner.tuning import block_reconstruction
 from fistapruner.tuning.adapters import Adapter
 

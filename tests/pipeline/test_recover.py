@@ -27,6 +27,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.packed.checkpoint import is_packed
 from fistapruner.pipeline import prepare_recover
 from fistapruner.planning.training_sizes import STEP, TRAINING
 from fistapruner.reporting.layer_errors import mean_error
@@ -41,7 +42,6 @@ from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_runs import input_run
-from fistapruner.sparse.packed_checkpoint import is_packed
 from fistapruner.tuning.objective import Objective
 from tiny import tensors
 

@@ -26,6 +26,7 @@ from fistapruner.activations.store import scratch_factory
 from fistapruner.activations.stream import NOTHING, Watched
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.evaluation.speed import Variant, load_variant
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -33,7 +34,6 @@ from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.new_widths import say_widths
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.sensitivity.fisher import DensePasses
-from fistapruner.sparse.variants import Variant, load_variant
 from fistapruner.structured import widths as free_widths
 from fistapruner.structured.proof import config_entries, plan_widths
 from fistapruner.structured.widths import RUN, allocate, narrower_losses

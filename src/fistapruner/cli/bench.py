@@ -45,12 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
+    from ..evaluation.bench import Speeds, bench, record
     from ..pipeline.measure_run import bench_run
     from ..reporting.size_and_speed import QUANTISE_FIRST
     from ..runs.directory import RunDirectory
     from ..runs.listener import Listener
     from ..runs.records import is_run
-    from ..sparse.bench import Speeds, bench, record
     from .progress import PlainListener
 
     names = ("batch", "prompt", "tokens", "runs", "threads", "gguf", "allow_pickle")

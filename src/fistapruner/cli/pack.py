@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..sparse.pack import pack
+    from ..packed.pack import pack
 
     settings = {"values": arguments.values, "allow_pickle": arguments.allow_pickle}
     print(pack(arguments.checkpoint, arguments.out, **settings, progress=listener.tick))

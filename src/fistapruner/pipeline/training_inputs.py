@@ -24,6 +24,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
+from ..packed.checkpoint import is_packed
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import RunDirectory, checkpoint_of
@@ -33,7 +34,6 @@ from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
-from ..sparse.packed_checkpoint import is_packed
 from ..tuning.trained import has_vectors
 from .begun import evaluation_on
 

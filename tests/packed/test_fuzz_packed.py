@@ -16,7 +16,7 @@ import torch
 from pruned import save_pruned
 
 from fistapruner import FistaPrunerError, SparseLinear, pack
-from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
+from fistapruner.packed.checkpoint import PackedCheckpoint
 
 MUTATIONS = int(os.environ.get("FISTAPRUNER_FUZZ", "600"))
 

@@ -17,18 +17,18 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
+from fistapruner.evaluation.bench import bench, record
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.source import ModelSource
+from fistapruner.packed.checkpoint import PackedCheckpoint
+from fistapruner.packed.pack import NoPackedFormError
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import sha256_file
 from fistapruner.runtime.formatting import size
-from fistapruner.sparse.bench import bench, record
-from fistapruner.sparse.pack_plan import NoPackedFormError
-from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
 
 
 def same_tensors(one: Path, other: Path) -> None:

@@ -19,9 +19,9 @@ import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
-from fistapruner.sparse import kernel
-from fistapruner.sparse.packed import PackedOperator
-from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
+from fistapruner.packed import kernel
+from fistapruner.packed.checkpoint import PackedCheckpoint
+from fistapruner.packed.format import PackedOperator
 from tiny import ARCHITECTURES, VOCABULARY, need_transformers, store_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))

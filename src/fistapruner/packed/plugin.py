@@ -22,7 +22,7 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.names import expert_sources, stored_names
 from ..runtime.formatting import shell_line
-from .packed_checkpoint import PackedCheckpoint, is_packed
+from .checkpoint import PackedCheckpoint, is_packed
 
 
 def register() -> None:
@@ -51,6 +51,7 @@ def register() -> None:
         places: Mapping[str, tuple[str, str]] = MappingProxyType({})
         experts: Mapping[str, list[list[str]]] = MappingProxyType({})
         fused: Mapping[str, nn.Parameter] = MappingProxyType({})
+        tied: Mapping[str, str] = MappingProxyType({})
 
         def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
             """Refuse a map of several devices: one that is given, or that transformers makes of "auto"."""
@@ -128,8 +129,15 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
         module._parameters[leaf] = None
         module._is_hf_initialized = True
     weights = {*loader.experts, *(f"{parent}.{leaf}" for parent, leaf in loader.places.values())}
+    ties = model.all_tied_weights_keys  # transformers would join tied weights before the packed ones are there
+    loader.tied = {one: other for one, other in ties.items() if not weights.isdisjoint({one, other})}
+    for one, other in loader.tied.items():
+        del ties[one]
+        weights |= {one, other}
+        for name in {one, other} - set(stored_names(model, source.names())):
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
     names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
-    parts = [re.escape(f"{name}.") + "(values|mask|offsets|scales)$" for name in names]
+    parts = [re.escape(f"{name}.") + "(values|mask|scales)$" for name in names]
     # A list in some models' classes, and a set from here on: transformers takes its union with others.
     parts += [re.escape(target) + "$" for target in loader.experts]
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -155,6 +163,7 @@ def _load_operators(loader: Any, model: Any, source: PackedCheckpoint) -> None:
     if source.low_rank is not None:
         source.low_rank.add_to(model)
     stored = stored_names(model, source.names())
+    model.all_tied_weights_keys |= loader.tied
     model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
 

@@ -16,8 +16,7 @@ from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.safetensors import TensorEntry
 from ..models.files.widths import LayerWidths, read_widths, widths_section
 from ..runtime.files import sha256_file
-from .format import VERSION, OperatorSpec, decode, operator_fault, read_specs
-from .packed import PackedOperator
+from .format import OperatorSpec, PackedOperator, decode, operator_fault, read_specs, require_version
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -62,10 +61,7 @@ class PackedCheckpoint:
         about = read_json_in(self.folder, PACKED_RECORD)
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
-        if about["version"] != VERSION:
-            raise FistaPrunerError(
-                f"{self.folder} has format version {about['version']}; this program reads version {VERSION}"
-            )
+        require_version(about["version"], str(self.folder))
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
         self.low_rank = LowRankAdapter.recorded(self.record, self.folder / PACKED_RECORD, self.folder / FOLDER)
@@ -86,13 +82,9 @@ class PackedCheckpoint:
         if not isinstance(files, dict) or set(files) != set(there):
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
         for name, claim in files.items():
-            path = there[name]
-            if not path.is_file():
-                raise FistaPrunerError(f"{path}, which {PACKED_RECORD} lists, is gone")
-            if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
-                raise FistaPrunerError(
-                    f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged"
-                )
+            path, size = there[name], there[name].stat().st_size if there[name].is_file() else "no"
+            if not isinstance(claim, dict) or claim.get("bytes") != size:
+                raise FistaPrunerError(f"{path} is damaged: it has {size} bytes, {PACKED_RECORD} says otherwise")
             if verify and claim.get("sha256") != sha256_file(path):
                 raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
 

@@ -8,8 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.sparse.format import OperatorSpec, decode, encode, operator_fault
-from fistapruner.sparse.packed import pack_operator
+from fistapruner.packed.format import OperatorSpec, decode, encode, operator_fault, pack_operator
 
 FAULT = operator_fault("test", "w")
 

@@ -23,10 +23,9 @@ from safetensors.torch import load_file
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
+from fistapruner.evaluation.bench import bench, record, sentence, table
+from fistapruner.evaluation.speed import Run, Speed, Variant, Worker, compare, serve, time_generation, weight_bytes
 from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
-from fistapruner.sparse.bench import bench, record, sentence, table
-from fistapruner.sparse.speed import Run, Speed, time_generation
-from fistapruner.sparse.variants import Variant, Worker, compare, serve, weight_bytes
 from speeds import in_this_process
 from tiny import SIZES, build, save_image_text, spread
 
@@ -44,7 +43,7 @@ def test_decoding_is_timed(architecture):
 
 def test_the_first_token_and_those_after_it_are_timed_apart(monkeypatch):
     clock = iter([0.0, 1.0, 3.0])  # at the begin, at the first token, at the end
-    monkeypatch.setattr("fistapruner.sparse.speed.time", Mock(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("fistapruner.evaluation.speed.time", Mock(perf_counter=lambda: next(clock)))
     assert time_generation(build("llama"), torch.zeros(2, 3, dtype=torch.int64), 5) == Run(1.0, 4.0)
 
 
@@ -193,7 +192,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
         return [speed("dense float32", 10), speed("packed", 20)]
 
     importlib.import_module("fistapruner.pipeline.measure_run")  # which would keep the replacement for other tests
-    monkeypatch.setattr("fistapruner.sparse.bench.bench", measured)  # six processes less
+    monkeypatch.setattr("fistapruner.evaluation.bench.bench", measured)  # six processes less
     command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -219,7 +218,7 @@ def test_bad_settings_of_the_command_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("settings", [{"batch": 0}, {"prompt": 0}, {"tokens": 1}, {"runs": 0}, {"threads": 0}])
 def test_numbers_that_are_too_small_are_refused_before_packing(tmp_path, monkeypatch, settings):
-    monkeypatch.setattr("fistapruner.sparse.bench.pack", None)
+    monkeypatch.setattr("fistapruner.evaluation.bench.pack", None)
     [(name, value)] = settings.items()
     with pytest.raises(FistaPrunerError, match=f"{name} {value} is too small: at least {value + 1}"):
         bench(save_pruned(tmp_path / "m"), **settings)
@@ -280,7 +279,7 @@ def test_a_process_says_what_went_wrong(tmp_path, monkeypatch):
 
     pipe = Pipe()
     serve(Variant("dense", save_pruned(tmp_path / "m", "gpt2")), 1, 200, 4, 1, pipe)  # 128 positions
-    monkeypatch.setattr("fistapruner.sparse.variants.load_variant", lambda variant: variant.cache)
+    monkeypatch.setattr("fistapruner.evaluation.speed.load_variant", lambda variant: variant.cache)
     serve(Variant("dense", tmp_path), 1, 4, 4, 1, pipe)
     assert pipe == [
         {"error": "IndexError: index out of range in self"},
@@ -326,7 +325,7 @@ def test_a_script_that_measures_needs_no_main_guard(tmp_path):
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from fistapruner.sparse.variants import Variant, compare\n"
+        "from fistapruner.evaluation.speed import Variant, compare\n"
         "print('begun', flush=True)\n"
         "found = compare([Variant('dense', Path(sys.argv[1]))], prompt=4, tokens=3, runs=1, threads=1)\n"
         "print([speed.variant for speed in found])\n"

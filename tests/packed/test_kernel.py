@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.sparse import kernel, linear
-from fistapruner.sparse.linear import DenseLinear, SparseLinear
-from fistapruner.sparse.load import use_kernels
-from fistapruner.sparse.packed import PackedOperator, pack_operator
+from fistapruner.packed import kernel, linear
+from fistapruner.packed.format import PackedOperator, pack_operator
+from fistapruner.packed.linear import DenseLinear, SparseLinear
+from fistapruner.packed.load import use_kernels
 
 LEVELS = ("torch", *kernel.available_levels())
 VALUES = (torch.bfloat16, torch.int8)
