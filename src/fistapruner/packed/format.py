@@ -1,8 +1,8 @@
 """Hold an operator without its zeros in memory, and as tensors of a safetensors file; see docs/format.md.
 
 An operator ``NAME`` is stored as ``NAME.values`` and ``NAME.mask``, and ``NAME.scales`` where values are int8; a dense
-one as ``NAME.values`` and ``NAME.scales``. What the tensors mean is an :class:`OperatorSpec` in the file's metadata. All
-that is read from a file is checked first: a reader returns exactly what was packed, or raises.
+one as ``NAME.values`` and ``NAME.scales``. What the tensors mean is an :class:`OperatorSpec` in the file's metadata.
+All that is read from a file is checked first: a reader returns exactly what was packed, or raises.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
     Raises:
         FistaPrunerError: the bias is not on the CPU.
     """
-    loaded, (rows, columns), batch = _loaded(), operator.shape, x.numel() // operator.shape[1]
+    loaded, rows, batch = _loaded(), operator.shape[0], x.numel() // operator.shape[1]
     if bias is not None:
         if not bias.is_cpu:
             raise FistaPrunerError(f"the bias is on {bias.device}, the kernel and its input on the CPU: move it there")
