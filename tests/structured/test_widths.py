@@ -298,7 +298,6 @@ def test_every_verb_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for loaded in (
         fp.load(tmp_path / "packed", packed=False),
         fp.load(tmp_path / "packed"),
-        fp.load(out / "model"),
         load_variant(Variant("smaller", out / "model")),
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
         AutoModelForCausalLM.from_pretrained(unpacked),

@@ -135,10 +135,10 @@ class _Packed(nn.Module):
     ) -> None:
         rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        new, held = state_dict.get(prefix + "weight"), self.weight
+        new = state_dict.get(prefix + "weight")
         if new is None:
             missing_keys += [prefix + "weight"] if strict else []
-        elif new.shape != held.shape:
+        elif new.shape != (held := self.weight).shape:
             shapes = f"the new weight is {list(new.shape)}, the packed one is {list(held.shape)}"
             error_msgs.append(f"{prefix}weight: {shapes}")
         elif not torch.equal(new := new.detach().to("cpu", held.dtype), held):  # int8 values are not rounded again

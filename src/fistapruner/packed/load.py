@@ -51,7 +51,7 @@ def load(
 
     if not isinstance(packed, bool):  # unpack has an argument of this name, which is a folder
         raise FistaPrunerError(f"packed {packed!r}: True or False is expected")
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    found = getattr(torch, dtype, False) if isinstance(dtype, str) and dtype != "auto" else dtype
     if found not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise FistaPrunerError(
             f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16 or 'bfloat16'"

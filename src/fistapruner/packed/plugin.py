@@ -121,7 +121,8 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
             raise FistaPrunerError(
                 f"{name} is {source.specs[name].shape} in the packed folder, the config asks for {shape}"
             )
-        module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
+        # Its weight is loaded later: no random initialisation. That would fill buffers such as Gemma's scale, too.
+        module._is_hf_initialized = not module._non_persistent_buffers_set
     loader.fused = {target: model.get_parameter(target) for target in loader.experts}
     for target in loader.experts:  # so that none is loaded in part, where a few experts are not packed
         parent, _, leaf = target.rpartition(".")
@@ -135,7 +136,8 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
         del ties[one]
         weights |= {one, other}
         for name in {one, other} - set(stored_names(model, source.names())):
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+            module = model.get_submodule(name.rpartition(".")[0])
+            module._is_hf_initialized = not module._non_persistent_buffers_set
     names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
     parts = [re.escape(f"{name}.") + "(values|mask|scales)$" for name in names]
     # A list in some models' classes, and a set from here on: transformers takes its union with others.
