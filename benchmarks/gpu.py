@@ -309,16 +309,8 @@ def semi_structured(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
             with torch.no_grad():
                 linear.weight[:, 0::4] = 0
                 linear.weight[:, 1::4] = 0
-            (choice,) = to_semi_structured(nn.Sequential(linear), tokens=tokens)
-            rows.append(
-                {
-                    "shape": [outputs, inputs],
-                    "tokens": tokens,
-                    "dense_seconds": choice.dense_seconds,
-                    "sparse_seconds": choice.sparse_seconds,
-                    "says": choice.reason,
-                }
-            )
+            (said,) = to_semi_structured(nn.Sequential(linear), tokens=tokens).values()
+            rows.append({"shape": [outputs, inputs], "tokens": tokens, "says": said})
     return rows
 
 

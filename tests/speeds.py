@@ -22,7 +22,7 @@ def in_this_process(
                 variant.name,
                 [time_generation(model, ids, tokens) for _ in range(runs)],
                 peak_memory=peak_memory(),
-                file_size=0 if variant.fill else weight_bytes(variant.folder),
+                file_size=weight_bytes(variant.folder),
                 batch=batch,
                 prompt=prompt,
                 tokens=tokens,

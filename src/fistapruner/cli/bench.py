@@ -1,6 +1,6 @@
-"""Measure speed, memory and size of a pruned model: dense, stored densely, packed, packed int8.
+"""Measure speed, memory and size of a pruned model: dense, packed, packed int8.
 
-Every variant runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled,
+Every variant runs in its own process, in interleaved rounds. The dense forms are the pruned checkpoint with its zeros,
 since the speed of a dense product does not depend on its values. A run that removed channels or heads is measured as
 the smaller model beside the dense one that it was. fp32 and bf16 are both measured, because which of them is faster
 depends on the processor. Packed forms of a model with a low-rank part (prune --low-rank) compute the sum of both parts,
