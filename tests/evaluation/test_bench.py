@@ -156,24 +156,24 @@ def test_the_command_prints_a_table_or_json(
         ({"batch": 0}, "batch 0 is not a whole number of at least 1"),
         ({"tokens": 1}, "tokens 1 is not a whole number of at least 2"),
         ({"runs": "8"}, "runs '8' is not a whole number of at least 1"),
-        ({"prompt": 100, "tokens": 30}, "prompt 100 and 30 new tokens are more than the 128"),
-        ({"prompt": 126, "tokens": 2}, "prompt 126 and 4 new tokens are more than the 128"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path: Path, settings: dict, said: str) -> None:
-    source = save_pruned(tmp_path / "m", "gpt2")  # 128 positions
-    assert forms(source, prompt=100, tokens=29) == DENSE + PACKED
+    source = save_pruned(tmp_path / "m")
     with pytest.raises(FistaPrunerError, match=said):
         bench(source, measure=named, **settings)
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     config = transformers.OpenAIGPTConfig(**SIZES, n_positions=64, n_embd=32, n_layer=1, n_head=2)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(FistaPrunerError, match="OpenAIGPTLMHeadModel takes no cache"):
-        bench(tmp_path / "m")
+        time_generation(model, torch.ones(1, 2, dtype=torch.long), 2)
     with pytest.raises(FistaPrunerError, match="none does not exist"):
         bench(tmp_path / "none")
+    folder = save_pruned(tmp_path / "m", "gpt2")
+    with pytest.raises(FistaPrunerError, match=r"^dense: IndexError: index out of range"):  # it has 128 positions
+        compare([Variant("dense", folder)], prompt=200, tokens=2, threads=1)
 
 
 def test_every_variant_has_a_process_of_its_own(tmp_path: Path) -> None:

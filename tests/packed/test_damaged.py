@@ -29,7 +29,7 @@ def read_everything(folder):
         assert dense.shape == operator.shape
         out = SparseLinear(operator)(torch.ones(1, operator.shape[1]))
         assert out.shape == (1, operator.shape[0])
-    for name in packed.dense_names():
+    for name in packed.names():
         packed.tensor(name)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, MissingExtraError, expand_home, path_text
-from ..models.architecture import build_model, max_length, refuse_own_code
+from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
 from ..models.files.gguf_header import check_gguf
@@ -23,7 +23,7 @@ from ..packed.pack import NoPackedFormError, pack, unpack
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size
 from ..runtime.progress import Tick, silent
-from .speed import EMBEDDING, SPEED_OF_OWN_CODE, WARM_UP_TOKENS, Speed, Variant, cache_argument, compare
+from .speed import EMBEDDING, SPEED_OF_OWN_CODE, Speed, Variant, compare
 
 DTYPES = ("float32", "bfloat16")
 """Precisions of dense products: which of them is faster depends on the processor."""
@@ -62,9 +62,8 @@ def bench(
         **setting: ``batch``, ``prompt``, ``tokens``, ``runs`` and ``threads``, as for :func:`~.speed.compare`.
 
     Raises:
-        FistaPrunerError: a number that is too small, no pruned model, it needs Python code of its own, it takes no
-            cache, it does not fit disk or memory, it has too few positions for prompt and tokens, or a file is no GGUF
-            file.
+        FistaPrunerError: a number that is too small, no pruned model, a form that cannot be loaded or run, or a file
+            that is no GGUF file.
         MissingExtraError: GGUF files need the extra ``bench``.
     """
     setting = {"batch": 1, "prompt": 128, "tokens": 128, "runs": 3, "threads": None} | setting
@@ -78,11 +77,8 @@ def bench(
     if not (model / "config.json").is_file():
         reason = "is not a folder with a pruned model" if model.exists() else "does not exist"
         raise FistaPrunerError(f"{model} {reason}")
-    for folder in (model, before):
-        if folder is not None:
-            Checkpoint.open(folder, allow_pickle)
+    Checkpoint.open(model, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
-    _check_decoding(model, setting["prompt"] or 0, setting["tokens"] or 0, allow_pickle)
     with temporary_folder() as scratch:
         dense, packed, int8 = model, Path(scratch) / "packed", Path(scratch) / "int8"
         if is_packed(model):
@@ -126,39 +122,24 @@ def _check_files(files: list[Path], batch: int | None) -> None:
         raise MissingExtraError("xllamacpp", "bench", "timing a GGUF file")
 
 
-def _check_decoding(model: Path, prompt: int, tokens: int, allow_pickle: bool) -> None:
-    """Refuse a model without a cache, and a text longer than its positions, where learnt embeddings end.
-
-    The last new token takes none: no other is predicted from it.
-    """
-    empty = build_model(Checkpoint.open(model, allow_pickle), shapes={})  # the shapes of packed tensors are not needed
-    cache_argument(empty)
-    positions = max_length(empty)
-    if positions is not None and prompt + max(tokens, WARM_UP_TOKENS) - 1 > positions:
-        asked = f"prompt {prompt} and {max(tokens, WARM_UP_TOKENS)} new tokens"
-        raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
-
-
 def record(speeds: Sequence[Speed], model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
     forms = {speed.variant: speed for speed in speeds}
-    compared = any(name.startswith(("packed", "smaller")) for name in forms)
-    said = sentence(forms, "" if compared else _why_not_packed(Path(model), allow_pickle))
+    compared, why = (
+        any(name.startswith(("packed", "smaller")) for name in forms),
+        "No operator has a smaller packed form",
+    )
+    if stacked := stacked_experts(read_pruning_record(Path(model))):
+        why = f"{stacked} is one tensor of all experts, and only matrices are packed"
+    elif Checkpoint.open(model, allow_pickle).dtype != torch.bfloat16:
+        why = "Weights that are not bf16 are packed rounded only ('fistapruner pack --values bf16')"
+    said = sentence(forms, why)
     if compared and (low_rank := low_rank_part(Path(model))) is not None:
         said += (
             f" Packed forms compute the sum of the sparse part and the low-rank part of rank {low_rank.rank}; their "
             f"sizes count both, {size(low_rank.file_bytes)} of the low-rank part."
         )
     return {"speeds": [speed.to_json() for speed in speeds], "kernel": kernel_name(), "sentence": said}
-
-
-def _why_not_packed(model: Path, allow_pickle: bool) -> str:
-    """Say why a model has no packed form."""
-    if stacked := stacked_experts(read_pruning_record(model)):
-        return f"{stacked} is one tensor of all experts, and only matrices are packed"
-    if Checkpoint.open(model, allow_pickle).dtype != torch.bfloat16:
-        return "Weights that are not bf16 are packed rounded only ('fistapruner pack --values bf16')"
-    return "No operator has a smaller packed form"
 
 
 def sentence(speeds: Mapping[str, Speed], why: str = "") -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,24 +61,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one form of a model, and its quality where that is known.
+    """Measured speed of one form of a model: medians over runs, and ranges; sizes are bytes, times are seconds.
 
-    Args:
-        variant: what was measured: ``dense float32``, ``packed``, …
-        tokens_per_second: median over runs.
-        tokens_per_second_range: slowest and fastest run.
-        first_token: median seconds to the first token.
-        first_token_range: shortest and longest.
-        peak_memory: largest resident memory of the process during the runs, in bytes.
-        file_size: bytes of the weight files.
-        batch: sequences per forward pass.
-        prompt: prompt tokens.
-        tokens: new tokens in a run.
-        runs: number of runs.
-        threads: CPU threads.
-        device: ``cpu``, ``cuda``.
-        perplexity: on the text that its run was evaluated on; None where it was not measured.
-        kl: divergence from the dense model on that text, in nats a token.
+    ``perplexity`` and ``kl``, the divergence from the dense model in nats a token, are of the text that its run was
+    evaluated on; None where they were not measured.
     """
 
     variant: str
@@ -153,9 +140,14 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
             torch.cuda.synchronize(prompt.device)
         return time.perf_counter()
 
-    key = cache_argument(model)
+    names = inspect.signature(model.forward).parameters
+    key = next((name for name in ("cache", "past_key_values") if name in names), None)  # renamed in transformers 5
+    if key is None:
+        raise FistaPrunerError(
+            f"{type(model).__name__} takes no cache of keys and values: its decoding is not measured"
+        )
     # Logits of the last token only, as in generate().
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
     with torch.inference_mode():
         begin = now()
         out = model(input_ids=prompt, use_cache=True, **last)
@@ -166,19 +158,6 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
             token = out.logits[:, -1:].argmax(-1)
         end = now()
     return Run(first - begin, prompt.shape[0] * (tokens - 1) / (end - first))
-
-
-def cache_argument(model: Any) -> str:
-    """Name the cache among the arguments of a model; transformers renamed it in version 5.
-
-    Raises:
-        FistaPrunerError: the model takes none.
-    """
-    names = inspect.signature(model.forward).parameters
-    for name in ("cache", "past_key_values"):
-        if name in names:
-            return name
-    raise FistaPrunerError(f"{type(model).__name__} takes no cache of keys and values: its decoding is not measured")
 
 
 def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
@@ -197,18 +176,10 @@ def compare(
     threads: int | None = None,
     tick: Tick = silent,
 ) -> list[Speed]:
-    """Measure several variants on the CPU in interleaved rounds, each in a process of its own.
+    """Measure several variants on the CPU in interleaved rounds (``runs``), each in a process of its own.
 
-    If they do not all fit into memory at once, they run one after the other.
-
-    Args:
-        variants: what to measure.
-        batch: sequences per forward pass.
-        prompt: prompt tokens.
-        tokens: new tokens in a run.
-        runs: rounds.
-        threads: CPU threads; None takes torch's default, at most the cores that this process may use.
-        tick: called with progress: (what, steps done, steps in all).
+    If they do not all fit into memory at once, they run one after the other. ``threads`` None takes torch's default, at
+    most the cores that this process may use. ``tick`` is called with (what, steps done, steps in all).
 
     Raises:
         FistaPrunerError: a variant cannot be loaded, or its process was killed.
@@ -260,11 +231,6 @@ class Worker:
                 process_group=0,
             )
         self._pipe.send((variant, batch, prompt, tokens, threads))
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
 
     def run(self) -> tuple[Run, int]:
         """Generate once; return the times, and the peak memory until then."""
@@ -319,7 +285,11 @@ def main(pipe: int) -> None:
         variant, batch, prompt, tokens, threads = connection.recv()
         torch.set_num_threads(threads)
         try:
-            generate = prepare(variant, batch, prompt, tokens, threads)
+            if variant.is_gguf:
+                generate = _in_llama_cpp(variant.folder, prompt, tokens, threads)
+            else:
+                model = load_variant(variant)
+                generate = partial(time_generation, model, prompts(model, batch, prompt, seed=0))
             generate(WARM_UP_TOKENS)
             reset_peak_memory(torch.device("cpu"))
             connection.send(None)
@@ -332,15 +302,6 @@ def main(pipe: int) -> None:
             raise
         except Exception as error:  # of a model's code
             connection.send(f"{type(error).__name__}: {one_line(error, 300)}")
-
-
-def prepare(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> Callable[[int], Run]:
-    """Load a variant and draw its prompt; returns what decodes a number of new tokens and times it."""
-    if variant.is_gguf:
-        return _in_llama_cpp(variant.folder, prompt, tokens, threads)
-    model = load_variant(variant)
-    ids = prompts(model, batch, prompt, seed=0)
-    return lambda count: time_generation(model, ids, count)
 
 
 def load_variant(variant: Variant) -> Any:

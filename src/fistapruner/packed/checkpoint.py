@@ -88,10 +88,6 @@ class PackedCheckpoint:
             if verify and claim.get("sha256") != sha256_file(path):
                 raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
 
-    def dense_names(self) -> list[str]:
-        """List the names of the tensors that are stored densely."""
-        return [name for name in self.checkpoint.names() if name not in self._parts]
-
     def operator(self, name: str) -> PackedOperator:
         """Read one packed operator.
 
@@ -115,7 +111,7 @@ class PackedCheckpoint:
 
     def names(self) -> list[str]:
         """List the names of the dense model's tensors; the packed ones last."""
-        return [*self.dense_names(), *self.specs]
+        return [*(name for name in self.checkpoint.names() if name not in self._parts), *self.specs]
 
     def contents(self) -> dict[str, list[TensorEntry]]:
         """List the tensors of the dense model by file, in the order of the checkpoint that was packed."""

@@ -118,13 +118,9 @@ def pack_operator(weight: Tensor, *, int8: bool = False, dense: bool = False) ->
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """Description of one packed operator in a file.
+    """Description of one packed operator in a file: shape and dtype of the dense weight, and how it is stored.
 
-    Args:
-        shape: rows and columns of the dense weight.
-        dtype: dtype of the dense weight.
-        int8: whether values are int8 with scales, else they are bf16 as the dense weight is.
-        dense: whether every weight is stored, without a mask; values are int8.
+    Values are int8 with scales, or bf16 as the dense weight is. Dense ones are int8 without a mask.
     """
 
     shape: tuple[int, int]
@@ -184,11 +180,8 @@ def decode(
 ) -> PackedOperator:
     """Rebuild an operator from its tensors, checking every invariant of the format.
 
-    Args:
-        name: the operator.
-        spec: its description.
-        read: returns a tensor by name; dtype and shape are those of :meth:`OperatorSpec.entries`, checked before.
-        fault: makes the error of what is wrong.
+    ``read`` returns a tensor by name; dtype and shape are those of :meth:`OperatorSpec.entries`, checked before.
+    ``fault`` makes the error of what is wrong.
 
     Raises:
         FistaPrunerError: mask, values and scales do not fit each other.
@@ -220,14 +213,8 @@ def decode(
 def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], origin: str) -> dict[str, OperatorSpec]:
     """Read the descriptions of a file's packed operators and check them against its tensors.
 
-    Args:
-        metadata: the file's ``__metadata__``.
-        entries: the file's tensors.
-        origin: names the file in errors.
-
     Raises:
-        FistaPrunerError: not a packed file, an unknown version, or tensors that are missing, superfluous or of another
-            shape.
+        FistaPrunerError: not a packed file, an unknown version, or tensors that are missing or of another shape.
     """
     try:
         claim = json.loads(metadata.get(METADATA, ""))

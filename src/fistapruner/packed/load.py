@@ -169,15 +169,7 @@ def _dense_tensors(
     experts: Mapping[str, list[list[str]]],
     rounded: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Read the tensors of a model that are not packed, or that are several tensors in the checkpoint.
-
-    Args:
-        source: the checkpoint.
-        model: the model.
-        names: names in the checkpoint of the model's tensors.
-        experts: names in the checkpoint of the parts of tensors of all experts.
-        rounded: adds the low-rank part to a tensor of the model, and gives it the precision that it has there.
-    """
+    """Read the tensors of a model that are not packed, or that are several tensors in the checkpoint."""
     found = {
         target: rounded(target, source.checkpoint.read(name))
         for target, name in names.items()
@@ -249,9 +241,6 @@ def _split(experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
 
 def _main_dtype(source: PackedCheckpoint) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for entries in source.contents().values():
-        for entry in entries:
-            if entry.dtype.is_floating_point:
-                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    """Return the dtype of the dense model's largest tensor."""
+    entries = [entry for entries in source.contents().values() for entry in entries if entry.dtype.is_floating_point]
+    return max(entries, key=lambda entry: entry.nbytes).dtype

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.files.checkpoint import Checkpoint, WeightFile
@@ -35,7 +34,7 @@ from ..runtime.formatting import size
 from ..runtime.numerics import dtype_name, undisturbed
 from ..runtime.progress import Tick, silent
 from .checkpoint import PackedCheckpoint
-from .format import FLOATS, METADATA, VERSION, OperatorSpec, PackedOperator, encode, pack_operator
+from .format import FLOATS, METADATA, VERSION, OperatorSpec, encode, pack_operator
 
 MIN_ZEROS_TO_PACK = 0.25
 """Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
@@ -50,15 +49,10 @@ class NoPackedFormError(FistaPrunerError):
 
 @dataclass(frozen=True)
 class PackReport:
-    """Bytes of the checkpoint before and after packing.
+    """Number of packed operators, their share of zeros, and bytes in the checkpoint (``dense``) and packed.
 
-    Args:
-        operators: pruned operators that are packed.
-        zeros: share of their weights that are zero.
-        dense_operators: their bytes in the checkpoint; ``packed_operators``: packed, with the low-rank part.
-        dense_total: bytes of all weights in the checkpoint; ``packed_total``: packed, with the low-rank part.
-        tables: bytes of embedding and head that became int8, before and after; zeros where they stay as they are.
-        low_rank: bytes of the low-rank part beside the sparse one.
+    The packed bytes of operators and of the whole count the low-rank part. ``tables`` are the bytes of embedding and
+    head before and after they became int8; zeros where they stay as they are.
     """
 
     operators: int
@@ -85,25 +79,15 @@ class PackReport:
 
 @dataclass(frozen=True)
 class _Planned:
-    """How one operator will be stored; decided in a first pass, because headers precede values.
-
-    Args:
-        spec: its packed form.
-        stored: number of values that are stored.
-        source: the tensor in the checkpoint.
-    """
+    """How one tensor of the checkpoint will be stored; decided in a first pass, because headers precede values."""
 
     spec: OperatorSpec
-    stored: int
+    stored: int  # values
     source: TensorEntry
 
     def nbytes(self, name: str) -> int:
         """Count the bytes of its tensors."""
         return sum(part.nbytes for part in self.spec.entries(name, self.stored))
-
-    def build(self, weight: Tensor) -> PackedOperator:
-        """Pack the weight, as it is in the checkpoint."""
-        return pack_operator(weight.to(self.spec.dtype), int8=self.spec.int8, dense=self.spec.dense)
 
 
 @checked_arguments
@@ -246,8 +230,6 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tic
         if weight.dtype not in (FLOATS if int8 else (torch.bfloat16,)):
             wide = wide or name
             continue
-        if int8:
-            _require_finite(source, name, weight)
         planned = _Planned(OperatorSpec((entry.shape[0], entry.shape[1]), weight.dtype, int8), nonzero, entry)
         shrinkable = True
         if planned.nbytes(name) < entry.nbytes:
@@ -266,9 +248,9 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tic
 
 
 def _plan_tables(source: Checkpoint, plan: Mapping[str, _Planned]) -> dict[str, _Planned]:
-    """Decide to store embedding and output head as int8 rows, but for those that are packed operators.
+    """Decide to store embedding and output head, where they are not pruned, as int8 rows.
 
-    They stay as they are where the model is not built without Python code of its own.
+    They stay as they are in a model that needs Python code of its own.
     """
     from ..models.architecture import build_model  # imports transformers; other packing does without
     from ..models.names import stored_names
@@ -285,14 +267,7 @@ def _plan_tables(source: Checkpoint, plan: Mapping[str, _Planned]) -> dict[str, 
                 entry = source.entry(stored)
                 spec = OperatorSpec((entry.shape[0], entry.shape[1]), entry.dtype, int8=True, dense=True)
                 tables[stored] = _Planned(spec, entry.shape[0], entry)
-    for name in tables:
-        _require_finite(source, name, source.read(name))
     return tables
-
-
-def _require_finite(source: Checkpoint, name: str, weight: Tensor) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise FistaPrunerError(f"{source.folder}: {name} has values that are not finite, so it cannot become int8")
 
 
 def _report(source: Checkpoint, plan: Mapping[str, _Planned], low_rank: int) -> PackReport:
@@ -329,7 +304,12 @@ def _pack_file(
             if name not in mine:
                 writer.write(name, file.read(name))
                 continue
-            for part, tensor in encode(name, mine[name].build(file.read(name))).items():
+            spec = mine[name].spec
+            try:
+                operator = pack_operator(file.read(name).to(spec.dtype), int8=spec.int8, dense=spec.dense)
+            except FistaPrunerError as error:
+                raise FistaPrunerError(f"{file.path}: {name}: {error}") from None
+            for part, tensor in encode(name, operator).items():
                 writer.write(part, tensor)
             packed()
     return entries
@@ -354,9 +334,8 @@ def _model_card(report: PackReport, values: str, config: Mapping[str, Any], orig
     """
     from ..models.architecture import auto_class_name, needs_own_code  # imports transformers; packing does without
 
-    named = config.get("architectures")
+    named, own = config.get("architectures"), needs_own_code(config)
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
-    own = needs_own_code(config)
     trusted = ", trust_remote_code=True" if own else ""
     packed = "" if own else 'model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU\n'
     both = (
