@@ -122,6 +122,8 @@ def model_variants(
         variants[f"packed int8 {sparsity}"] = derive(
             packed, lambda layer: SparseLinear(pack_operator(layer.operator.to_dense(), int8=True)), alike
         )
+        head = SparseLinear(pack_operator(base.lm_head.weight, int8=True, dense=True))
+        replace(variants[f"packed int8 {sparsity}"], "lm_head", head)
     for label, model in variants.items():
         if label.startswith("packed"):
             use_kernels(model)  # as fistapruner.load does

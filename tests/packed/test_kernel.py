@@ -201,9 +201,8 @@ def test_an_unknown_level_is_refused() -> None:
 def test_dense_bf16_operators_beside_packed_ones(seed, rows, columns, batch, biased) -> None:
     linear = torch.nn.Linear(columns, rows, bias=biased).bfloat16()
     linear.weight.data = vectors(seed, rows, columns).bfloat16()
-    joined = torch.nn.ModuleDict({"head": linear})
-    use_kernels(joined)
-    layer, x = joined["head"], vectors(seed, batch, columns).bfloat16()
+    layer, x = linear, vectors(seed, batch, columns).bfloat16()
+    use_kernels(torch.nn.ModuleDict({"head": linear}))
     assert type(layer) is DenseLinear
     with torch.no_grad():
         for sign in (1, -1):
@@ -219,7 +218,7 @@ def test_dense_bf16_operators_beside_packed_ones(seed, rows, columns, batch, bia
 def test_inputs_of_another_width_are_refused(level, shape) -> None:
     """As by ``nn.Linear``."""
     layer = SparseLinear(make(4, 20, 130, 0.5, "bf16"), level=level)
-    for refusing in (layer, DenseLinear.like(torch.nn.Linear(130, 20).bfloat16())):
+    for refusing in (layer, DenseLinear(130, 20).bfloat16()):
         with torch.no_grad(), pytest.raises(RuntimeError):
             refusing(torch.ones(shape).bfloat16())
 

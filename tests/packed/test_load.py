@@ -93,12 +93,12 @@ def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, m
     fistapruner.load(tmp_path / "p")
 
 
-@pytest.mark.parametrize(("level", "said"), [("torch", "KERNEL=torch turns"), ("portable", "KERNEL=portable turns")])
-def test_a_kernel_that_is_slower_than_torch_is_told(tmp_path, monkeypatch, level, said):
+@pytest.mark.parametrize("level", ["torch", "portable"])
+def test_a_kernel_that_is_slower_than_torch_is_told(tmp_path, monkeypatch, level):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     monkeypatch.setenv("FISTAPRUNER_KERNEL", level)
     monkeypatch.setattr(kernel, "best_level", kernel.best_level.__wrapped__)
-    with pytest.warns(UserWarning, match=f"{said}.*, so packed operators run slower.*: load with packed=False") as told:
+    with pytest.warns(UserWarning, match=r"FISTAPRUNER_KERNEL forbids .*: load with packed=False") as told:
         fistapruner.load(tmp_path / "p")
     assert told[0].filename == __file__
 

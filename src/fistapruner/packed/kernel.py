@@ -30,6 +30,12 @@ ENVIRONMENT = "FISTAPRUNER_KERNEL"
 ABI = 6
 VALUES = {torch.bfloat16: 0, torch.int8: 1}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+SLOW = (
+    f"no kernel that is faster than torch runs here: {ENVIRONMENT} forbids it, or none was compiled (by gcc or clang "
+    ">= 10, for x86-64 with AVX2), so packed operators run slower than dense ones: load with packed=False"
+)
+"""Warning where :func:`best_level` finds no fast kernel."""
+
 DENSE_LEVEL = LEVELS.index("avx512_bf16")
 """From this level on the kernel has a product for dense bf16 operators too."""
 
@@ -89,16 +95,6 @@ def library() -> ctypes.CDLL | None:
         runtime = ctypes.CDLL(None).GOMP_parallel  # of the OpenMP runtime that torch has loaded
         loaded.fistapruner_threads(ctypes.cast(runtime, pointer).value)
     return loaded
-
-
-def absence() -> str:
-    """Say why :func:`best_level` found no kernel that is faster than torch."""
-    if wanted := os.environ.get(ENVIRONMENT):
-        return f"{ENVIRONMENT}={wanted} turns the fast kernel off"
-    return (
-        "no fast kernel is installed (it is compiled with this package by gcc or clang >= 10, and fast on x86-64 with "
-        "AVX2)"
-    )
 
 
 @cache

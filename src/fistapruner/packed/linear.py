@@ -268,13 +268,6 @@ class DenseLinear(nn.Linear):
     There the kernel uses the memory bandwidth better than torch does.
     """
 
-    @classmethod
-    def like(cls, linear: nn.Linear) -> DenseLinear:
-        """Make a layer that shares the parameters of ``linear``."""
-        other = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        other.weight, other.bias = linear.weight, linear.bias
-        return other.train(linear.training)
-
     def forward(self, input: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
         if torch.compiler.is_compiling():

@@ -62,15 +62,10 @@ def load(
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     if packed and kernel.best_level() <= 0:
-        slow = f"{kernel.absence()}, so packed operators run slower than dense ones: load with packed=False"
-        warnings.warn(slow, stacklevel=4)  # of the caller, past both decorators
+        warnings.warn(kernel.SLOW, stacklevel=4)  # of the caller, past both decorators
     model = _build(source, found if isinstance(found, torch.dtype) else _main_dtype(source), packed)
     if (source.folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = one_line(error) or type(error).__name__
-            raise FistaPrunerError(f"{source.folder / 'generation_config.json'} is not understood: {reason}") from None
+        model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
     return model.eval()
 
 
@@ -197,9 +192,9 @@ def _missing(model: nn.Module) -> list[str]:
 
 def use_kernels(model: nn.Module) -> None:
     """Run dense operators with the compiled kernel too."""
-    for name, module in list(model.named_modules()):
+    for module in model.modules():
         if type(module) in (nn.Linear, ExpertLinear):
-            replace(model, name, DenseLinear.like(module))
+            module.__class__ = DenseLinear  # the same parameters, hooks and settings
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

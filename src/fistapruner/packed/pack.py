@@ -190,11 +190,8 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
         write_json_atomic(partial / "config.json", source.config())
         if set(contents) != {SINGLE}:
             write_index(partial, contents)
-        if (origin := _origin(source.folder)) or source.low_rank is not None:
+        if origin := _origin(source.folder):
             text = "# A pruned model\n\nUnpacked from a packed folder with `fistapruner unpack`.\n"
-            if source.low_rank is not None:
-                text += "\nThe weights are the sparse part. Add the low-rank part, a LoRA adapter, with PEFT:\n"
-                text += f'`PeftModel.from_pretrained(model, "FOLDER/{FOLDER}")`.\n'
             write_text_atomic(partial / "README.md", _card_metadata(origin) + text)
     return out
 
