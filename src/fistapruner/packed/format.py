@@ -53,6 +53,10 @@ class PackedOperator:
     scales: Tensor | None = None
     sums: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out memory addresses; a copy makes its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "_struct"}
+
     @property
     def stored(self) -> int:
         """Number of stored values."""

@@ -13,7 +13,6 @@ from contextlib import suppress
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,9 +200,13 @@ def _loaded() -> ctypes.CDLL:
     return found
 
 
-def _address(operator: PackedOperator) -> Any:
-    """Describe an operator as the kernel's C structure, which must not outlive it."""
-    parts = (operator.mask, operator.start, operator.values, operator.scales, operator.sums)
-    rows, columns = operator.shape
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in parts)
-    return ctypes.byref(_Operator(rows, columns, -(-columns // 64), *pointers, VALUES[operator.values.dtype]))
+def _address(operator: PackedOperator) -> int:
+    """Describe an operator as the kernel's C structure, made once, and return its address."""
+    struct: _Operator | None = operator.__dict__.get("_struct")
+    if struct is None:
+        parts = (operator.mask, operator.start, operator.values, operator.scales, operator.sums)
+        rows, columns = operator.shape
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in parts)
+        struct = _Operator(rows, columns, -(-columns // 64), *pointers, VALUES[operator.values.dtype])
+        operator.__dict__["_struct"] = struct
+    return ctypes.addressof(struct)

@@ -34,17 +34,21 @@ def product(x: Tensor, operator: PackedOperator, bias: Tensor | None, level: int
     unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32; so are many bf16 tokens where it has
     no units for bf16, since torch's fp32 product is several times as fast there.
     """
-    narrow = x.dtype in (torch.float16, torch.bfloat16)
-    if level >= 0 and x.is_cpu and (x.dtype in kernel.TYPES or narrow) and x.shape[-1:] == (operator.shape[1],):
-        tokens = x.numel() // operator.shape[1]
+    columns = operator.shape[1]
+    if level >= 0 and x.is_cpu and x.dtype in FLOATS and x.shape[-1:] == (columns,):
+        tokens = x.numel() // columns
         many = (
-            kernel.TILE < tokens <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and kernel.takes_many(operator, level)
+            kernel.TILE < tokens <= kernel.MAX_MANY
+            and x.dtype is torch.bfloat16
+            and kernel.takes_many(operator, level)
         )
         if many or 0 < tokens <= kernel.MAX_BATCH:
             given = (x.float() if x.dtype is torch.float16 else x).contiguous()
-            return kernel.multiply(operator, given, bias, level, many=many).to(x.dtype)
-    wide = x.to(pass_dtype(x.dtype, x.device)) if x.is_cpu and narrow else x
-    return _unpacked_product(wide, operator, bias, level).to(x.dtype)
+            out = kernel.multiply(operator, given, bias, level, many=many)
+            return out if out.dtype is x.dtype else out.to(x.dtype)
+    if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16):
+        return _unpacked_product(x.to(pass_dtype(x.dtype, x.device)), operator, bias, level).to(x.dtype)
+    return _unpacked_product(x, operator, bias, level)
 
 
 def _unpacked_product(x: Tensor, operator: PackedOperator, bias: Tensor | None, level: int) -> Tensor:
@@ -212,7 +216,7 @@ class SparseLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
         cast, held = _autocast(x), self.operator
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             parts = (held.mask, held.start, held.values, held.scales, held.sums, *held.shape, held.dtype)
             out: Tensor = linear(cast, self.bias, *parts, self.level)
         else:  # the same without torch's dispatcher

@@ -168,15 +168,17 @@ static float quantise(const preparation *to, int64_t from, int64_t at) {
     }
     float scale = largest / 32767.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     if (!finite || inverse > 3.4028235e38f) inverse = 0.0f;
-    for (int64_t column = 0; column < to->stride; column++) {
-        float scaled = finite && column < to->columns ? input_at(to->x, to->type, from + column) * inverse : 0.0f;
+    int16_t *levels = to->levels + at;
+    memset(levels + to->columns, 0, (size_t)(to->stride - to->columns) * 2);
+    for (int64_t column = 0; column < to->columns; column++) {
+        float scaled = finite ? input_at(to->x, to->type, from + column) * inverse : 0.0f;
         int level = (int)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-        level = level < -32768 ? -32768 : level > 32767 ? 32767 : level;
-        if (to->levels) to->levels[at + column] = (int16_t)level;
-        else {
-            to->high[at + column] = (uint8_t)((level + INT8_OFFSET) >> 8);
-            to->low[at + column] = (uint8_t)((level + INT8_OFFSET) & 255);
-        }
+        levels[column] = (int16_t)(level < -32768 ? -32768 : level > 32767 ? 32767 : level);
+    }
+    for (int64_t column = 0; to->high && column < to->stride; column++) {
+        int unsigned_level = levels[column] + INT8_OFFSET;
+        to->high[at + column] = (uint8_t)(unsigned_level >> 8);
+        to->low[at + column] = (uint8_t)(unsigned_level & 255);
     }
     return finite ? scale : NAN;
 }
@@ -225,8 +227,8 @@ EXPORT int fistapruner_multiply(const packed_operator *op, const void *bias, int
 #endif
     if (op->kind == VALUES_INT8) {
         to.scale = memory + count;
-        if (wide) to.high = (uint8_t *)memory, to.low = to.high + count;
-        else to.levels = (int16_t *)memory;
+        to.levels = (int16_t *)memory;
+        if (wide) to.high = (uint8_t *)(to.levels + count), to.low = to.high + count;
     } else if (pairs) to.bf16 = (uint16_t *)memory;
     else if (wide) to.split = memory;
     else to.plain = memory;
