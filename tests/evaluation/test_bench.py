@@ -192,7 +192,7 @@ def test_every_variant_has_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stdout == "begun\npacked 2 1 True True\n"
     assert "Loading weights" not in done.stderr
     (tmp_path / "p" / "packed.json").write_text("{}")
-    with pytest.raises(FistaPrunerError, match=r"packed: .*packed\.json does not describe"):
+    with pytest.raises(FistaPrunerError, match=r"packed\.json does not describe"):
         compare([Variant("packed", tmp_path / "p")], threads=1)
 
 

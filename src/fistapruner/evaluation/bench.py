@@ -125,14 +125,13 @@ def _check_files(files: list[Path], batch: int | None) -> None:
 def record(speeds: Sequence[Speed], model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
     forms = {speed.variant: speed for speed in speeds}
-    compared, why = (
-        any(name.startswith(("packed", "smaller")) for name in forms),
-        "No operator has a smaller packed form",
-    )
-    if stacked := stacked_experts(read_pruning_record(Path(model))):
+    compared, why = any(name.startswith(("packed", "smaller")) for name in forms), ""
+    if not compared and (stacked := stacked_experts(read_pruning_record(Path(model)))):
         why = f"{stacked} is one tensor of all experts, and only matrices are packed"
-    elif Checkpoint.open(model, allow_pickle).dtype != torch.bfloat16:
-        why = "Weights that are not bf16 are packed rounded only ('fistapruner pack --values bf16')"
+    elif not compared:
+        bf16 = Checkpoint.open(model, allow_pickle).dtype == torch.bfloat16
+        rounded = "Weights that are not bf16 are packed rounded only ('fistapruner pack --values bf16')"
+        why = "No operator has a smaller packed form" if bf16 else rounded
     said = sentence(forms, why)
     if compared and (low_rank := low_rank_part(Path(model))) is not None:
         said += (

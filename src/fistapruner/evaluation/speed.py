@@ -61,10 +61,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one form of a model: medians over runs, and ranges; sizes are bytes, times are seconds.
+    """Measured speed of one form of a model: medians over runs, and ranges.
 
-    ``perplexity`` and ``kl``, the divergence from the dense model in nats a token, are of the text that its run was
-    evaluated on; None where they were not measured.
+    Sizes are bytes, times are seconds. ``perplexity`` and ``kl``, the divergence from the dense model in nats a token,
+    are of the text that its run was evaluated on; None where they were not measured.
     """
 
     variant: str
@@ -327,7 +327,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def _in_llama_cpp(file: Path, prompt: int, tokens: int, threads: int) -> Callable[[int], Run]:
-    """Load a GGUF file in llama.cpp, on the CPU; returns what decodes greedily and gives llama.cpp's own times.
+    """Load a GGUF file in llama.cpp; returns what decodes greedily and gives llama.cpp's own times.
 
     Raises:
         FistaPrunerError: llama.cpp cannot load the file, or refuses to write.

@@ -1,4 +1,4 @@
-"""Hold an operator without its zeros in memory, and as tensors of a safetensors file; see docs/format.md.
+"""Hold an operator without its zeros in memory and in a safetensors file; see docs/format.md.
 
 An operator ``NAME`` is stored as ``NAME.values`` and ``NAME.mask``, and ``NAME.scales`` where values are int8; a dense
 one as ``NAME.values`` and ``NAME.scales``. What the tensors mean is an :class:`OperatorSpec` in the file's metadata.
@@ -122,9 +122,9 @@ def pack_operator(weight: Tensor, *, int8: bool = False, dense: bool = False) ->
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """Description of one packed operator in a file: shape and dtype of the dense weight, and how it is stored.
+    """Description of one packed operator in a file.
 
-    Values are int8 with scales, or bf16 as the dense weight is. Dense ones are int8 without a mask.
+    ``shape`` and ``dtype`` are those of the dense weight. Values are int8 with scales, or bf16 as the dense weight is. Dense ones are int8 without a mask.
     """
 
     shape: tuple[int, int]

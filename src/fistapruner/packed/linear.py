@@ -38,9 +38,7 @@ def product(x: Tensor, operator: PackedOperator, bias: Tensor | None, level: int
     if level >= 0 and x.is_cpu and x.dtype in FLOATS and x.shape[-1:] == (columns,):
         tokens = x.numel() // columns
         many = (
-            kernel.TILE < tokens <= kernel.MAX_MANY
-            and x.dtype is torch.bfloat16
-            and kernel.takes_many(operator, level)
+            kernel.TILE < tokens <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and kernel.takes_many(operator, level)
         )
         if many or 0 < tokens <= kernel.MAX_BATCH:
             given = (x.float() if x.dtype is torch.float16 else x).contiguous()
@@ -104,9 +102,10 @@ linear.register_autograd(_input_gradient, setup_context=_keep_operator)
 
 
 class _Packed(nn.Module):
-    """A module with a packed weight, which is dense in its state dict, so that a saved model is an ordinary checkpoint.
+    """A module with a packed weight.
 
-    Loading a state dict packs the weight again, in the operator's layout, dtype and kind of values.
+    In its state dict the weight is dense, so that a saved model is an ordinary checkpoint. Loading a state dict packs
+    the weight again, in the operator's layout, dtype and kind of values.
     """
 
     operator: PackedOperator

@@ -138,7 +138,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
 
 
 def _share_tied(model: Any, tables: dict[str, PackedOperator], names: Mapping[str, str]) -> dict[str, str]:
-    """Let a tied head share the embedding's int8 rows, in place: transformers, which ties parameters, cannot.
+    """Let a tied head share the embedding's int8 rows, in place; transformers ties parameters only.
 
     Returns:
         The embedding's name, by the head's.

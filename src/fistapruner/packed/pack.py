@@ -49,7 +49,7 @@ class NoPackedFormError(FistaPrunerError):
 
 @dataclass(frozen=True)
 class PackReport:
-    """Number of packed operators, their share of zeros, and bytes in the checkpoint (``dense``) and packed.
+    """Number of packed operators, share of zeros, and bytes in the checkpoint (``dense``) and packed.
 
     The packed bytes of operators and of the whole count the low-rank part. ``tables`` are the bytes of embedding and
     head before and after they became int8; zeros where they stay as they are.
@@ -79,7 +79,7 @@ class PackReport:
 
 @dataclass(frozen=True)
 class _Planned:
-    """How one tensor of the checkpoint will be stored; decided in a first pass, because headers precede values."""
+    """How one tensor will be stored; decided in a first pass, because headers precede values."""
 
     spec: OperatorSpec
     stored: int  # values
@@ -287,7 +287,7 @@ def _claim(path: Path) -> dict[str, Any]:
 def _pack_file(
     path: Path, file: WeightFile, plan: Mapping[str, _Planned], packed: Callable[[], None]
 ) -> list[TensorEntry]:
-    """Write one file of the packed folder, and return its tensors; ``packed`` is called after each operator."""
+    """Write one file of the packed folder and return its tensors; call ``packed`` after each operator."""
     mine = {name: plan[name] for name in file.entries if name in plan}
     entries: list[TensorEntry] = []
     for name, entry in file.entries.items():

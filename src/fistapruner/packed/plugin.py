@@ -152,7 +152,7 @@ def _load_operators(loader: Any, model: Any, source: PackedCheckpoint) -> None:
 
 
 def _pending(model: Any, source: PackedCheckpoint) -> dict[str, str | list[list[str]]]:
-    """Find the model's parameters that are packed: by name the stored operator, or the matrices of all experts."""
+    """Find packed parameters: by the model's name the stored operator, or the matrices of experts."""
     experts: dict[str, Any] = {
         target: lists
         for target, lists in expert_sources(model, source.names()).items()

@@ -17,7 +17,7 @@ MARGIN = 1.05
 
 @checked_arguments
 def to_semi_structured(model: nn.Module, *, tokens: int = 1) -> dict[str, str]:
-    """Convert 2:4 linear operators to semi-structured ones, in place, where that is faster on their device.
+    """Convert 2:4 linear operators to semi-structured ones, in place, where that is faster.
 
     Sparse tensor cores double the arithmetic throughput but not the memory bandwidth: so every shape is timed first.
 
