@@ -124,7 +124,8 @@ def pack_operator(weight: Tensor, *, int8: bool = False, dense: bool = False) ->
 class OperatorSpec:
     """Description of one packed operator in a file.
 
-    ``shape`` and ``dtype`` are those of the dense weight. Values are int8 with scales, or bf16 as the dense weight is. Dense ones are int8 without a mask.
+    ``shape`` and ``dtype`` are those of the dense weight. Values are int8 with scales, or bf16 as the dense weight is.
+    Dense ones are int8 without a mask.
     """
 
     shape: tuple[int, int]
