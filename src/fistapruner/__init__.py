@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from .packed.load import load
     from .packed.pack import pack, unpack
     from .packed.semi_structured import to_semi_structured
-    from .pipeline.align import align
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
     from .pipeline.prune import prune
-    from .pipeline.recover import recover
     from .pipeline.resume import resume
     from .recipes.align_settings import AlignRecipe
     from .recipes.recover_settings import RecoverRecipe
@@ -35,7 +33,8 @@ if TYPE_CHECKING:
     from .runs.results import Evaluation
     from .solvers import solve
     from .solvers.base import Solution
-    from .tuning.hold_mask import hold_mask
+    from .training.hold_mask import hold_mask
+    from .training.run import align, recover
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,12 +73,10 @@ __all__ = [
 _MODULES = {
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
-    "pipeline.align": ("align",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),
     "pipeline.prune": ("prune",),
-    "pipeline.recover": ("recover",),
     "pipeline.resume": ("resume",),
     "recipes.align_settings": ("AlignRecipe",),
     "recipes.recover_settings": ("RecoverRecipe",),
@@ -93,7 +90,8 @@ _MODULES = {
     "packed.load": ("load",),
     "packed.pack": ("pack", "unpack"),
     "packed.semi_structured": ("to_semi_structured",),
-    "tuning.hold_mask": ("hold_mask",),
+    "training.hold_mask": ("hold_mask",),
+    "training.run": ("align", "recover"),
 }
 
 

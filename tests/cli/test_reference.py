@@ -73,7 +73,7 @@ def test_a_default_that_the_help_shows_is_one_that_its_flag_takes(capsys: pytest
     with pytest.raises(SystemExit):
         build_parser().parse_args(["recover", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for flag, start in (("--also", "Vectors that are trained"), ("--betas", "Decay rates of AdamW")):
+    for flag, start in (("--also", "Vectors that are trained"), ("--rank", "Rank of lora")):
         shown = re.search(rf"{start}[^()]*\(default: ([^)]*)\)", said)
         assert shown is not None
         words = ["recover", "x", "--out", "y", flag, shown[1]]
@@ -130,7 +130,7 @@ def test_the_plan_of_a_training_has_its_own_help_and_defaults(capsys: pytest.Cap
         "one of three shipped recipes. With --recover or --align: refused",
     ):
         assert words in said
-    assert said.count("--rank N Rank of lora, hira and spp. (default: 16)") == 1
+    assert said.count("--rank N Rank of lora and spp. (default: 16)") == 1
     assert "--optimizer {adamw,mezo,subzero}" in said
 
 

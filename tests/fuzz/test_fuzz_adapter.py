@@ -12,7 +12,7 @@ from hypothesis import example, given
 from mutations import damaged, damaged_json_text, fuzz
 
 from fistapruner import FistaPrunerError
-from fistapruner.tuning.adapters import Adapter
+from fistapruner.training.adapters import Adapter
 
 CONFIG = {
     "peft_type": "LORA",

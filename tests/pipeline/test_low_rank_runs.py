@@ -29,8 +29,8 @@ from fistapruner.pipeline.plan import plan_model
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
-from fistapruner.tuning import block_reconstruction
-from fistapruner.tuning.adapters import Adapter
+from fistapruner.training import reconstruct as block_reconstruction
+from fistapruner.training.adapters import Adapter
 
 SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
 RANK = 4

@@ -33,7 +33,7 @@ from ..runs.records import Stage
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
-from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
+from ..training.adapters import KINDS, Adapter, OperatorAdapter
 from .result import check_zeros, model_documents
 
 

@@ -23,7 +23,7 @@ from ..sensitivity.decision import measured_by
 from ..sensitivity.error_curves import patterns_measured, row_error_curves
 from ..solvers import solve
 from ..structured.smaller_model import Widths
-from ..tuning.block_reconstruction import passes
+from ..training.reconstruct import passes
 
 WORTH_MEASURING = 2e10
 """Multiplications of a pass of all calibration tokens, below which a run takes seconds."""

@@ -13,7 +13,7 @@ as
   nats (:mod:`.error_curves`). Where whole inputs are removed (:mod:`fistapruner.structured.widths`) it is the mean over
   inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` (:func:`input_shares`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
-  reconstruction (:mod:`fistapruner.tuning.block_reconstruction`).
+  reconstruction (:mod:`fistapruner.training.reconstruct`).
 
 Gradient second moments as a metric for layer-wise errors go back to K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
 """
