@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .packed.semi_structured import to_semi_structured
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
-    from .pipeline.merge import MergeReport, merge_adapter
     from .pipeline.prune import prune
     from .pipeline.resume import resume
     from .recipes.align_settings import AlignRecipe
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from .runs.results import Evaluation
     from .solvers import solve
     from .solvers.base import Solution
+    from .training.adapters import MergeReport, merge_adapter
     from .training.hold_mask import hold_mask
     from .training.run import align, recover
 
@@ -75,7 +75,6 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
-    "pipeline.merge": ("MergeReport", "merge_adapter"),
     "pipeline.prune": ("prune",),
     "pipeline.resume": ("resume",),
     "recipes.align_settings": ("AlignRecipe",),
@@ -90,6 +89,7 @@ _MODULES = {
     "packed.load": ("load",),
     "packed.pack": ("pack", "unpack"),
     "packed.semi_structured": ("to_semi_structured",),
+    "training.adapters": ("MergeReport", "merge_adapter"),
     "training.hold_mask": ("hold_mask",),
     "training.run": ("align", "recover"),
 }

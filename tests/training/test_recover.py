@@ -7,7 +7,6 @@ import math
 import re
 import shlex
 import shutil
-import statistics
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,7 +32,6 @@ from fistapruner.reporting.verdict import verdict
 from fistapruner.runs.lock import hold
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.steps import read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_runs import input_run
 from fistapruner.training.plan import STEP, TRAINING
@@ -276,9 +274,8 @@ def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes
     assert [check.step for check in found.checks] == [0, 1, 2, 3, 4]
     assert found.kept_step == min(found.checks, key=lambda check: check.held_out).step
     assert [step for step, _ in found.curve] == [1, 2, 3, 4]
-    seconds = {line["step"]: line["seconds"] for line in read_steps(RecoverDirectory(run).steps_file) if line["step"]}
     measured = {row.quantity: row.actual for row in report.plan}
-    assert measured[STEP] == statistics.median([seconds[1], seconds[3]])  # those without a check
+    assert measured[STEP] is None  # a check follows each of so few steps
     assert measured[TRAINING] == found.seconds
     file = SafetensorsFile(run / "windows.safetensors")
     assert int(file.read("held_out").sum()) == found.held_out_windows
@@ -445,7 +442,7 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["recover", str(bench.pruned()), "--out", str(tmp_path / "out"), "--evaluate", "none", "--quiet"]
-    command += ["--steps", "4", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
+    command += ["--steps", "20", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
     assert main([*command, "--lr", "1000"]) == 0
     assert tiny.weights(tmp_path / "out") == tiny.weights(bench.pruned())
     report = load_run(tmp_path / "out")
@@ -464,10 +461,10 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
 ) -> None:
     """The same command says it again and does nothing. A report is JSON, which has no NaN."""
     command = ["recover", str(bench.pruned()), "--evaluate", "none", "--quiet", "--lr", "1e30"]
-    command += ["--steps", "4", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
+    command += ["--steps", "20", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
     out = tmp_path / "out"
     for _ in range(2):
-        assert main([*command, "--out", str(out), "--validation-checks", "1"]) == 1
+        assert main([*command, "--out", str(out)]) == 1
         assert tiny.weights(out) == tiny.weights(bench.pruned())
         report = load_run(out)
         assert report.status == "finished"
@@ -696,7 +693,7 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "no model": (lambda bench, folder: {"model": folder / "nowhere"}, r"model '.*nowhere' does not exist"),
     "out is the input": (out_is_the_input, r"holds the model .* itself: name a folder outside of it"),
     "out is the model": (out_is_the_input_model, r"is a folder with other things in it"),
-    "fp16 on a CPU": (lambda bench, folder: {"dtype": "float16"}, r"holds no values above 65,504"),
+    "fp16": (lambda bench, folder: {"dtype": "float16"}, r"'auto', 'float32' or 'bfloat16' \(got 'float16'\)"),
     "operators": (lambda bench, folder: {"targets": ["nowhere"]}, r"'nowhere' matches no operator"),
     "vectors": (lambda bench, folder: {"also": "norm"}, r"also: norms, biases, .* or none is expected \(got 'norm'\)"),
     "no such vectors": (
@@ -737,7 +734,7 @@ def test_a_model_that_cannot_be_run_layer_by_layer_is_refused_before_any_work(
         if model.checkpoint.folder == folder:
             raise fp.FistaPrunerError("this architecture is not supported")
 
-    monkeypatch.setattr("fistapruner.pipeline.training_inputs.check_model", check_model)
+    monkeypatch.setattr("fistapruner.training.inputs.check_model", check_model)
     with pytest.raises(fp.FistaPrunerError, match=r"^this architecture is not supported$"):
         recover(bench.pruned(), tmp_path / "out")
     assert not (tmp_path / "out" / "run.json").exists()

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..models.source import Permissions
-    from ..pipeline.merge import merge_adapter
+    from ..training.adapters import merge_adapter
     from ..training.run import plan_recovery, recover
 
     if arguments.merge is not None:

@@ -155,6 +155,7 @@ class ForwardOnly:
 
     def keep(self) -> None:
         """Write the present weights to the file of the best."""
+        self.best.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.best, self.tensors())
 
     def restore(self) -> None:

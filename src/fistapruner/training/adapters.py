@@ -1,359 +1,170 @@
-"""Read and write adapter folders of the PEFT library, without the library.
+"""Merge an adapter of the PEFT library into a pruned checkpoint, with every zero kept.
 
-A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Three kinds are read, each of which can be
-written as an effective weight (m, n) of its operator, or of each expert's (``target_parameters``), with ``c`` a factor:
-
-    LoRA    W + c·BA          arXiv 2106.09685; c = alpha / r, or alpha / √r (arXiv 2312.03732)
-    HiRA    W⊙(1 + BA)        ICLR 2025 (Huang et al.), peft 0.21
-    (IA)³   W⊙l               arXiv 2205.05638; l scales the outputs (m, 1) and their bias, or the inputs (1, n)
-
-LoRA fills the zeros of a pruned weight, the other two keep them. A setting or a tensor that is not understood is
-refused by name, since leaving it out would give another model.
+PEFT loads and merges the adapter (``merge_and_unload``); then the zeros of the pruned weights are put back. An adapter
+whose product is masked only now is another function than the one that was trained: the report says how much the mask
+took from it.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from safetensors import SafetensorError
 
-from ..errors import FistaPrunerError
-from ..models.files.folder import checkpoint_folder
-from ..models.files.folder_files import inside, read_json_in
-from ..models.files.low_rank import CONFIG, PREFIX, WEIGHTS
-from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import write_json_atomic
-
-PICKLE = "adapter_model.bin"
-
-KINDS = {"LORA": "LoRA", "HIRA": "HiRA", "IA3": "(IA)³"}
-"""Kinds of adapters by their ``peft_type``."""
-
-HARMLESS = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "revision"),
-    *("base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("fan_in_fan_out", "feedforward_modules", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora"),
-    *("lora_dropout", "hira_dropout", "init_weights", "init_ia3_weights", "init_lora_weights", "eva_config"),
-    *("megatron_core", "qalora_group_size", "target_parameters"),
-}
-"""Settings that are used here, or that say nothing beyond the tensors of a trained adapter."""
-
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
-"""Values of ``init_lora_weights`` that change the base model's weights before the training."""
-
-TENSOR = re.compile(
-    re.escape(PREFIX).join(("(?:", ")?"))
-    + r"(?P<operator>.+?)\.(?:(?P<lora>lora_[AB])(?:\.[^.]+)??\.weight|(?P<other>hira_[AB]|ia3_l)(?:\.[^.]+)?)"
-)
-"""Name of an adapter's tensor; the adapter's own name (``lora_A.default.weight``) may stand in it."""
-
-
-def _cut(value: object, most: int = 60) -> str:
-    """Write a value of a config for a message, with an ellipsis where it is long."""
-    text = str(value)
-    return text if len(text) <= most else text[:most] + "…"
+from ..errors import A_FOLDER, FistaPrunerError, one_line, out_path, path_text
+from ..models.files.folder import require_new
+from ..models.files.low_rank import refuse_low_rank
+from ..models.files.record import permuted_tensors, read_pruning_record
+from ..models.source import Permissions
+from ..models.whole import load_whole
+from ..pipeline.result import check_zeros, model_documents
+from ..reporting.model_card import plain_card
+from ..runs.arguments import checked_arguments
+from ..runs.directory import checkpoint_of
+from ..runs.lineage import record_with_stage
+from ..runs.records import Stage
+from ..runtime.files import write_text_atomic
+from ..runtime.formatting import percent
+from ..runtime.machine import now
+from ..runtime.numerics import undisturbed
+from .hold_mask import held_weights
 
 
 @dataclass(frozen=True)
-class OperatorAdapter:
-    """What an adapter does to one operator.
+class MergeReport:
+    """What :func:`merge_adapter` did.
 
     Args:
-        kind: its ``peft_type``: ``LORA``, ``HIRA``, ``IA3``.
-        tensors: fp32: ``A`` (r, n) and ``B`` (m, r), or ``l`` (m, 1) or (1, n).
-        scale: factor c of LoRA.
+        model: folder of the pruned checkpoint; ``adapter``: of the adapter; ``out``: of the result.
+        kind: of the adapter, as PEFT names it.
+        operators: pruned operators that the adapter changes.
+        weights: of these; ``zeros``: before as after; ``refilled``: zeros that the adapter would have filled.
+        masked_share: share of the squared norm of the adapter's change that the mask took.
     """
 
+    model: Path
+    adapter: Path
+    out: Path
     kind: str
-    tensors: Mapping[str, Tensor]
-    scale: float = 1.0
+    operators: int
+    weights: int
+    zeros: int
+    refilled: int
+    masked_share: float
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """Return the effective weight, without a mask: fp32.
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        paths = {name: str(getattr(self, name)) for name in ("model", "adapter", "out")}
+        return {**asdict(self), **paths}
 
-        Args:
-            weight: (m, n) fp32.
-        """
-        if self.kind == "IA3":
-            return weight * self.tensors["l"]
-        product = self.tensors["B"] @ self.tensors["A"]
-        return weight + (self.scale * product if self.kind == "LORA" else weight * product)
-
-    def bias(self, bias: Tensor) -> Tensor | None:
-        """Return the effective bias (m,), fp32; None where the adapter leaves it as it is."""
-        factor = self.tensors.get("l")
-        return bias * factor[:, 0] if factor is not None and factor.shape == (len(bias), 1) else None
-
-    def of_expert(self, number: int, experts: int, rows: slice, *, turned: bool) -> OperatorAdapter:
-        """Return what a LoRA of a tensor of all experts does to some output rows of one expert.
-
-        PEFT stores A as (experts · r, n), by expert, and B as (m, r · experts), by rank.
-
-        Args:
-            number: of the expert.
-            experts: how many there are.
-            rows: of the outputs.
-            turned: the adapter was trained on transposed matrices: its change is (BA)ᵀ.
-        """
-        a = self.tensors["A"].unflatten(0, (experts, -1))[number]
-        b = self.tensors["B"].unflatten(1, (-1, experts))[:, :, number]
-        if turned:
-            a, b = b.T, a.T
-        return OperatorAdapter(self.kind, {"A": a, "B": b[rows]}, self.scale)
-
-    def fits(self, rows: int, columns: int) -> bool:
-        """Whether the tensors fit an operator of ``rows`` outputs and ``columns`` inputs."""
-        if self.kind == "IA3":
-            return self.tensors["l"].shape in ((rows, 1), (1, columns))
-        return (self.tensors["B"].shape[0], self.tensors["A"].shape[1]) == (rows, columns)
+    def __str__(self) -> str:
+        share = f"{self.zeros} of {self.weights} ({percent(self.zeros / max(1, self.weights))})"
+        return (
+            f"merged the {self.kind} adapter {self.adapter} into {self.model}: {self.out}\n"
+            f"zeros of the {self.operators} pruned operators that it changes: {share}, all kept; without the mask it "
+            f"fills {percent(self.refilled / max(1, self.zeros))} of them\n"
+            f"the mask took {percent(self.masked_share)} of the squared norm of the change"
+        )
 
 
-class Adapter:
-    """An opened adapter folder: names and settings in memory, tensors on disk until they are read.
-
-    Args:
-        folder: an adapter folder of the PEFT library.
-
-    Attributes:
-        folder: the folder.
-        kind: ``peft_type``.
-        base: the model that it was trained on, as its config names it.
-        peft: PEFT's version that wrote it, such as ``0.19.1``; empty in configs of versions before 0.18.
-        operators: names of the operators that it changes, as modules of the model; of a tensor of all experts the name
-            of the experts, behind which PEFT writes ``.base_layer`` for all of its tensors but the last.
-
-    Raises:
-        FistaPrunerError: no adapter there, a damaged one, or a setting or a tensor that is not understood.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not (self.folder / CONFIG).is_file():
-            raise FistaPrunerError(f"{self.folder} is not the folder of a PEFT adapter: it has no {CONFIG}")
-        self._config = read_json_in(self.folder, CONFIG)
-        self.kind = str(self._config.get("peft_type"))
-        base = self._config.get("base_model_name_or_path")
-        self.base = base if isinstance(base, str) and base.isprintable() else ""
-        self.peft = str(self._config.get("peft_version") or "")[:40]
-        self._check_config()
-        self._stacked = bool(self._config.get("target_parameters"))
-        if not (self.folder / WEIGHTS).exists() and (self.folder / PICKLE).exists():
-            raise FistaPrunerError(f"{self.folder} has only {PICKLE}, which can carry code: save it as safetensors")
-        self._file = SafetensorsFile(inside(self.folder, WEIGHTS))
-        self._places: dict[str, dict[str, str]] = {}
-        for name in self._file.entries:
-            operator, part = self._parse(name)
-            if self._places.setdefault(operator, {}).setdefault(part, name) != name:
-                raise FistaPrunerError(f"{self._file.path} has two tensors {part} of {operator}: save one adapter only")
-        self.operators = tuple(self._places)
-        if not self.operators:
-            raise FistaPrunerError(f"{self._file.path} has no tensors")
-        for operator in self.operators:
-            self._check_shapes(operator)
-
-    def read(self, operator: str) -> OperatorAdapter:
-        """Read what the adapter does to one of its operators.
-
-        Raises:
-            FistaPrunerError: the file was damaged, or has NaN or infinite values.
-        """
-        tensors = {}
-        for part, name in self._places[operator].items():
-            tensors[part] = self._file.read(name).float()
-            if not bool(torch.isfinite(tensors[part]).all()):
-                raise FistaPrunerError(f"{self._file.path}: {name} has NaN or infinite values")
-        return OperatorAdapter(self.kind, tensors, self._scale(operator))
-
-    def rank(self, operator: str) -> int:
-        """Return the rank of an operator's change, or of all experts' together; 1 for (IA)³."""
-        return 1 if self.kind == "IA3" else self._file.entries[self._places[operator]["A"]].shape[0]
-
-    def turned(self, *, transposed: bool) -> bool | None:
-        """Tell whether a LoRA of experts was trained on the transposed matrices; None if it is unknown.
-
-        PEFT before 0.19.1 took every tensor for (experts, inputs, outputs), and 0.19.0 the others.
-
-        Args:
-            transposed: the model holds its experts as (experts, inputs, outputs).
-        """
-        found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", self.peft)  # a development version may be before or after
-        version = tuple(map(int, found.groups())) if found else None
-        if transposed:
-            return version == (0, 19, 0)
-        return None if version is None else version < (0, 19, 1)
-
-    def check_rank(self, operator: str, experts: int = 1) -> None:
-        """Compare the rank of a LoRA with the config's, which its factor follows.
-
-        Args:
-            operator: one of :attr:`operators`.
-            experts: whose tensor is changed.
-
-        Raises:
-            FistaPrunerError: they differ.
-        """
-        rank = self.rank(operator) / experts
-        if self.kind == "LORA" and rank != (recorded := self._of("rank_pattern", operator)):
-            raise FistaPrunerError(f"{self._file.path}: {operator} has rank {rank:g}, but {CONFIG} says {recorded:.0f}")
-
-    def _check_config(self) -> None:
-        path = self.folder / CONFIG
-        if self.kind not in KINDS:
-            raise FistaPrunerError(f"{path}: adapters of type {_cut(self.kind)} are not read: {', '.join(KINDS)} are")
-        init = self._config.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
-            raise FistaPrunerError(
-                f"{path}: init_lora_weights {_cut(init)!r} changed the base model's weights before the training: "
-                "convert the adapter to a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
-            )
-        if modules := self._config.get("modules_to_save"):
-            raise FistaPrunerError(
-                f"{path}: modules_to_save is {_cut(modules)}: whole modules, such as norms, are not merged: train "
-                "without them, as 'recover' does with --also none; RUN/model of a recovery has its own merged already"
-            )
-        for key, value in self._config.items():
-            if key not in HARMLESS and value and not (key == "bias" and value == "none"):
-                raise FistaPrunerError(
-                    f"{path}: the setting {_cut(key)} is {_cut(value)!r}, which is not understood: only adapters "
-                    "that change nothing but the weights of linear operators are merged: train without it"
-                )
-        if self._config.get("target_parameters") and (self.kind != "LORA" or self._patterns()):
-            raise FistaPrunerError(
-                f"{path}: target_parameters is understood for LoRA with one rank and one alpha: without rank_pattern "
-                "and alpha_pattern"
-            )
-        if self.kind == "LORA":
-            self._number("r", least=1)
-            self._number("lora_alpha")
-        for key in ("rank_pattern", "alpha_pattern"):
-            patterns = self._config.get(key) or {}
-            if not isinstance(patterns, dict):
-                raise FistaPrunerError(f"{path}: {key} is not a mapping of names to numbers")
-            for pattern, value in patterns.items():
-                self._check_number(f"{key}[{_cut(pattern)!r}]", value, least=1 if key == "rank_pattern" else None)
-                try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise FistaPrunerError(f"{path}: {key}: {_cut(pattern)!r} is no pattern: {error}") from None
-
-    def _patterns(self) -> bool:
-        return any(self._config.get(key) for key in ("rank_pattern", "alpha_pattern"))
-
-    def _number(self, key: str, least: int | None = None) -> float:
-        return self._check_number(key, self._config.get(key), least)
-
-    def _check_number(self, key: str, value: Any, least: int | None = None) -> float:
-        wanted = (int,) if least is not None else (int, float)
-        if type(value) not in wanted or not abs(value) <= 1e9 or (least is not None and value < least):
-            kind = f"a whole number from {least}" if least is not None else "a number"
-            raise FistaPrunerError(f"{self.folder / CONFIG}: {key} is {_cut(value)!r}, {kind} is expected")
-        return float(value)
-
-    def _of(self, key: str, operator: str) -> float:
-        """A number of one operator: that of the first pattern that its name ends with, else the common one."""
-        name = "r" if key == "rank_pattern" else "lora_alpha"
-        for pattern, value in (self._config.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", operator):
-                return float(value)
-        return float(self._config[name])
-
-    def _scale(self, operator: str) -> float:
-        if self.kind != "LORA":
-            return 1.0
-        rank = self._of("rank_pattern", operator)
-        return self._of("alpha_pattern", operator) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-
-    def _parse(self, name: str) -> tuple[str, str]:
-        """Split a tensor's name into operator and part: ``A``, ``B``, ``l``."""
-        found = TENSOR.fullmatch(name)
-        part = (found["lora"] or found["other"]) if found else ""
-        if found is None or not part.startswith(self.kind.lower() + "_"):
-            raise FistaPrunerError(
-                f"{self._file.path}: the tensor {name[:200]} is no part of a {KINDS[self.kind]} adapter of a linear "
-                "operator: it would be left out"
-            )
-        return found["operator"], part.rpartition("_")[2]
-
-    def _check_shapes(self, operator: str) -> None:
-        parts = self._places[operator]
-        entries = {part: self._file.entries[name] for part, name in parts.items()}
-        shapes = {part: entry.shape for part, entry in entries.items()}
-        shown = ", ".join(f"{part} {list(shape)}" for part, shape in sorted(shapes.items()))
-        if not all(entry.dtype.is_floating_point for entry in entries.values()):
-            raise FistaPrunerError(f"{self._file.path}: the tensors of {operator} are not floating-point")
-        if self.kind == "IA3":
-            if len(shapes["l"]) != 2 or 1 not in shapes["l"]:
-                raise FistaPrunerError(f"{self._file.path}: {operator} has {shown}, a column or a row is expected")
-            return
-        if set(shapes) != {"A", "B"}:
-            raise FistaPrunerError(f"{self._file.path}: {operator} has {shown}, both A and B are expected")
-        if len(shapes["A"]) != 2 or len(shapes["B"]) != 2 or shapes["A"][0] != shapes["B"][1]:
-            raise FistaPrunerError(f"{self._file.path}: {operator} has {shown}, A (r, n) and B (m, r) are expected")
-        # The rank in the config matters for LoRA's factor only; peft 0.21 ignores the rank_pattern of HiRA.
-        if not self._stacked:  # else the model tells what is a tensor of all experts
-            self.check_rank(operator)
-
-
-def write_hira_adapter(
+@checked_arguments
+@undisturbed()
+def merge_adapter(
     folder: str | Path,
-    base: str | Path,
-    operators: Mapping[str, tuple[Tensor, Tensor]],
+    adapter: str | Path,
+    out: str | Path,
     *,
-    whole: Mapping[str, Tensor] | None = None,
-    transposed: bool = False,
-) -> None:
-    """Write trained rescalings ``W⊙(1 + B A)`` as a PEFT HiRA adapter, which peft ≥ 0.21 loads.
+    progress: Callable[[str], None] | None = None,
+    command: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Merge a PEFT adapter into a pruned checkpoint, with every zero kept.
+
+    The merge is computed in fp32 and rounded once. A surviving weight that becomes 0 keeps its value.
 
     Args:
-        folder: folder to make; it must not exist.
-        base: the pruned checkpoint that the adapter belongs to, written into its config.
-        operators: ``A`` (r, n) and ``B`` (m, r) by the operator's name in the model, such as
-            ``model.layers.0.mlp.up_proj``; for SPP see :meth:`.forms.Spp.as_hira`. All are written with the highest
-            rank, filled up with zeros: peft 0.21 ignores the ``rank_pattern`` of HiRA.
-        whole: trained parameters of other modules (norms) by name, such as ``model.norm.weight``. PEFT replaces
-            whole modules (``modules_to_save``), so all parameters of a module must be there.
-        transposed: the model stores weights as (inputs, outputs), as GPT-2 does.
+        folder: a pruned Hugging Face folder, or a finished run.
+        adapter: folder with ``adapter_config.json``.
+        out: folder to make; it must not exist.
+        progress: called with the name of every pruned operator.
+        command: shell line for the lineage.
+        allow_pickle, trust_remote_code: see ``fistapruner.prune``.
 
     Raises:
-        FistaPrunerError: ``folder`` exists, or the disk is full.
-        ValueError: no operators, shapes that do not fit, or in ``whole`` a parameter of an adapted operator or
-            of a module around one.
+        FistaPrunerError: peft is not installed or refuses the adapter; nothing is pruned; the channels of an operator
+            were reordered since the adapter was trained; the run is not finished; ``out`` exists.
     """
-    for name, (a, b) in operators.items():
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise ValueError(f"{name}: A {list(a.shape)} and B {list(b.shape)} do not fit: (r, n) and (m, r)")
-    if not operators:
-        raise ValueError("there are no operators")
-    modules = sorted({name.rpartition(".")[0] for name in whole or {}})
-    for module in modules:
-        if any(f"{name}.".startswith(f"{module}.") for name in operators):
-            raise ValueError(f"{module} or an operator inside of it is adapted: PEFT cannot replace it whole, too")
-    rank = max(len(a) for a, _ in operators.values())
-    config = {
-        "peft_type": "HIRA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "inference_mode": True,
-        "r": rank,
-        "target_modules": sorted(operators),
-        "modules_to_save": modules or None,
-        "hira_dropout": 0.0,
-        "fan_in_fan_out": transposed,
-        "init_weights": True,
-    }
-    tensors = {}
-    for name, (a, b) in operators.items():
-        more = rank - len(a)
-        tensors[f"{PREFIX}{name}.hira_A"] = pad(a.detach().float(), (0, 0, 0, more))
-        tensors[f"{PREFIX}{name}.hira_B"] = pad(b.detach().float(), (0, more))
-    tensors |= {PREFIX + name: tensor.detach() for name, tensor in (whole or {}).items()}
-    with checkpoint_folder(Path(folder), sum(tensor.nbytes for tensor in tensors.values())) as partial:
-        write_tensors(partial / WEIGHTS, tensors, {"format": "pt"})
-        write_json_atomic(partial / CONFIG, config)
+    try:
+        import peft
+    except ImportError:
+        raise FistaPrunerError(
+            "merging an adapter needs the package 'peft': pip install 'fistapruner[adapters]'"
+        ) from None
+    folder_of_adapter, out = Path(path_text("adapter", adapter, A_FOLDER)), out_path(out)
+    source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_of(folder))
+    refuse_low_rank(source.folder, "merge")
+    require_new(out, source.folder)
+    record = read_pruning_record(source.folder)
+    config = _config(folder_of_adapter)
+    base = Path(str(config.get("base_model_name_or_path") or ""))
+    if (permuted := permuted_tensors(record)) and base.absolute() != source.folder.absolute():
+        raise FistaPrunerError(
+            f"the channels of {next(iter(permuted))} were reordered by pruning, so an adapter of {base} does not fit: "
+            f"train it on {source.folder}"
+        )
+    checkpoint = source.checkpoint()
+    whole = load_whole(source.folder, torch.device("cpu"), torch.float32, trust_remote_code=trust_remote_code)
+    before = {name: weight.tensor.detach().clone() for name, weight in held_weights(whole).items()}
+    try:
+        merged = peft.PeftModel.from_pretrained(whole, str(folder_of_adapter)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
+        raise FistaPrunerError(f"peft cannot merge {folder_of_adapter}: {one_line(error)}") from None
+    operators = weights = zeros = refilled = 0
+    change = masked = 0.0
+    for name, start in before.items():
+        if progress is not None:
+            progress(name)
+        weight = merged.get_parameter(name)
+        after, zero = weight.data.to(checkpoint.dtype).float(), start == 0
+        if not torch.equal(after, start.to(checkpoint.dtype).float()):
+            difference = (weight.data - start).square()
+            change, masked = change + float(difference.sum()), masked + float(difference[zero].sum())
+            operators, weights, zeros = operators + 1, weights + start.numel(), zeros + int(zero.sum())
+            refilled += int((after[zero] != 0).sum())
+        weight.data = torch.where(zero | (after == 0), start, weight.data)
+    merged.to(checkpoint.dtype).save_pretrained(out)
+    kind, name = str(config.get("peft_type")), folder_of_adapter.resolve().name
+    settings = {"adapter": name, "type": kind, "trained_on": str(base) if base.name else None}
+    stage = Stage(kind="merge", command=command, finished=now(), settings=settings)
+    said = f"merged the {kind} adapter {name} into {source.folder.resolve().name}, its zeros kept"
+    card = plain_card(source.license(), "A pruned model with a merged adapter", said)
+    for name in checkpoint.companions:
+        if not (out / name).exists():
+            shutil.copy(source.folder / name, out / name)
+    for name, text in model_documents(card, record_with_stage(record, stage)).items():
+        write_text_atomic(out / name, text)
+    check_zeros(out, checkpoint, [name for name in before if name in set(checkpoint.names())])
+    share = masked / change if change else 0.0
+    return MergeReport(source.folder, folder_of_adapter, out, kind, operators, weights, zeros, refilled, share)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Read an adapter's ``adapter_config.json``.
+
+    Raises:
+        FistaPrunerError: it is not there, or damaged.
+    """
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    except OSError:
+        raise FistaPrunerError(f"{folder} is not the folder of a PEFT adapter: it has no adapter_config.json") from None
+    except ValueError as error:
+        raise FistaPrunerError(f"{folder / 'adapter_config.json'} is damaged: {one_line(error)}") from None
+    return dict(found)

@@ -93,7 +93,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._weights = _held(model)
+        self._weights = held_weights(model)
         self._pruned = {name: _local(weight.tensor) == 0 for name, weight in self._weights.items()}
         self._handles: list[Any] = []
         self._watched: dict[str, weakref.ref[Tensor]] = {}
@@ -264,7 +264,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _held(model: nn.Module) -> dict[str, _Weight]:
+def held_weights(model: nn.Module) -> dict[str, _Weight]:
     """Find the weights to hold, by name."""
     if not isinstance(model, nn.Module):
         raise FistaPrunerError(f"model is of the class {type(model).__name__}, and a loaded model is expected")

@@ -54,7 +54,7 @@ def prepare_recovery(run: TrainingDirectory, request: TrainingRequest[RecoverRec
     """
     inputs = check_recovery(run, request, listener)
     recipe, data = inputs.recipe, inputs.recipe.data
-    _check_mixture(recipe, inputs.seqlen)  # too few steps for the tasks show now
+    check_mixture(recipe, inputs.seqlen)  # too few steps for the tasks show now
     steps = recipe.steps_of(inputs.seqlen)
     plan = _plan(recovery_task(inputs), listener)
     text, sources = _cut_text(run, inputs, listener)
@@ -153,7 +153,7 @@ def known_text(origin: RunDirectory | None) -> dict[str, Any] | None:
     return {"tasks": tasks} if len(tasks) > 1 else {"source": next(iter(tasks.values()), record.calibration.source)}
 
 
-def _check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
+def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
     """Refuse too few steps or tokens for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
 
     Raises:

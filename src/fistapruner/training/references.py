@@ -7,6 +7,7 @@ metadata what decides it: the tokens, the weight files, the precision.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def reference_log_probabilities(
             objective = AnswerObjective(model, model.run, text, LIKELIHOOD, None, batch_size)
             values[[window // 2 for window in reference.windows[::2]]] = objective.log_probabilities(reference.windows)
         found[name] = values
-        write_tensors(path, found, {each: references[each].identity for each in found})
+        write_tensors(path, found, {each: _seal(references[each], values) for each, values in found.items()})
     return found
 
 
@@ -68,7 +69,14 @@ def _read(path: Path, references: Mapping[str, ReferenceModel]) -> dict[str, Ten
     """Read the references that the file has and that have not changed."""
     try:
         file = SafetensorsFile(path)
-        same = [name for name, each in references.items() if file.metadata.get(name) == each.identity]
-        return {name: file.read(name).clone() for name in same}
+        known = {name: file.read(name).clone() for name in references if name in file.entries}
+        return {
+            name: values for name, values in known.items() if file.metadata.get(name) == _seal(references[name], values)
+        }
     except (FistaPrunerError, OSError):
         return {}
+
+
+def _seal(reference: ReferenceModel, values: Tensor) -> str:
+    """Say what decides the log-probabilities, and their checksum."""
+    return f"{reference.identity} {zlib.crc32(values.contiguous().numpy().data)}"

@@ -42,7 +42,7 @@ from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from .context import AlignContext, TrainingContext
 from .finish import finish
-from .inputs import R, TrainingRequest, asked
+from .inputs import R, TrainingRequest, asked, evaluated_length
 from .plan import Plan, plan_training
 from .prepare import (
     alignment_task,
@@ -273,7 +273,12 @@ def _run(
                     report = finish(context, trained, state, times, listener, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        evaluation = request.evaluation or run.begun_record().decision.evaluation
+        decision = run.begun_record().decision
+        evaluation = request.evaluation_beside(decision.evaluation) if not resumed else decision.evaluation
+        if evaluation is not None and evaluation.seqlen is None:
+            known = decision.evaluation.seqlen if decision.evaluation is not None else None
+            seqlen = known or evaluated_length(input_run(decision.model))
+            evaluation = evaluation.model_copy(update={"seqlen": seqlen})
         return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
 
 
