@@ -8,7 +8,7 @@ WORKERS ?= 2
 # The environment is kept until pyproject.toml or the kernel's sources change, and made anew if it is broken or its
 # Python too old. The demo needs no development tools.
 CHECK := import sys, venv; sys.exit(sys.version_info < (3, 11) and "Python 3.11+ is needed: make PYTHON=python3.12")
-.venv/demo: pyproject.toml setup.py $(wildcard src/fistapruner/sparse/csrc/*)
+.venv/demo: pyproject.toml setup.py $(wildcard src/fistapruner/packed/csrc/*)
 	@$(PYTHON) -c '$(CHECK)'
 	@$(BIN)/python -c 'import pip; $(CHECK)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,report]'

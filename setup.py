@@ -12,16 +12,17 @@ from setuptools import Extension, setup
 if sys.platform == "win32":
     sys.exit("fistapruner runs on Linux and macOS; on Windows use WSL")
 
-FOLDER = Path("src/fistapruner/sparse/csrc")
+FOLDER = Path("src/fistapruner/packed/csrc")
 
 setup(
     ext_modules=[
         Extension(
-            "fistapruner.sparse._kernel",
+            "fistapruner.packed._kernel",
             sources=sorted(str(path) for path in FOLDER.glob("*.c")),
             depends=[str(FOLDER / "packed.h")],
             include_dirs=[str(FOLDER)],
             extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden"],
+            extra_link_args=["-s"] if sys.platform == "linux" else [],  # without symbols, which Python's flags ask for
             optional=True,
         )
     ]

@@ -30,12 +30,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner
+from fistapruner.evaluation.bench import bench
+from fistapruner.evaluation.speed import WARM_UP_TOKENS, prompts, time_generation
 from fistapruner.models.source import resolve_model
+from fistapruner.packed.pack import pack, unpack
 from fistapruner.runtime.files import write_json_atomic
 from fistapruner.runtime.machine import describe_machine, versions
-from fistapruner.sparse.bench import bench
-from fistapruner.sparse.pack import pack, unpack
-from fistapruner.sparse.speed import WARM_UP_TOKENS, prompts, time_generation
 
 LLAMA_CPP, PACKED, OPENVINO = "llama.cpp", "fistapruner, packed", "OpenVINO"
 """Engines, as the table calls them."""

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fistapruner.core import parse_sparsity
+from fistapruner.evaluation.speed import WARM_UP_TOKENS, prompts, time_generation
 from fistapruner.models.source import resolve_model
+from fistapruner.packed import kernel
+from fistapruner.packed.format import pack_operator
+from fistapruner.packed.linear import SparseLinear
+from fistapruner.packed.load import replace, use_kernels
 from fistapruner.runtime.files import write_json_atomic
-from fistapruner.sparse import kernel
-from fistapruner.sparse.linear import SparseLinear
-from fistapruner.sparse.load import replace, use_kernels
-from fistapruner.sparse.packed import pack_operator
-from fistapruner.sparse.speed import WARM_UP_TOKENS, prompts, time_generation
 
 LLAMA_1B = {
     "hidden_size": 2048,
@@ -122,6 +122,8 @@ def model_variants(
         variants[f"packed int8 {sparsity}"] = derive(
             packed, lambda layer: SparseLinear(pack_operator(layer.operator.to_dense(), int8=True)), alike
         )
+        head = SparseLinear(pack_operator(base.lm_head.weight, int8=True, dense=True))
+        replace(variants[f"packed int8 {sparsity}"], "lm_head", head)
     for label, model in variants.items():
         if label.startswith("packed"):
             use_kernels(model)  # as fistapruner.load does

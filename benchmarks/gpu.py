@@ -49,6 +49,7 @@ import tiny  # noqa: E402
 from fistapruner.activations.store import HiddenStates  # noqa: E402
 from fistapruner.core import LayerProblem  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
+from fistapruner.packed.semi_structured import to_semi_structured  # noqa: E402
 from fistapruner.runs.layer_records import LayerEntry  # noqa: E402
 from fistapruner.runs.listener import Listener  # noqa: E402
 from fistapruner.runs.records import Report  # noqa: E402
@@ -56,7 +57,6 @@ from fistapruner.runtime.files import write_json_atomic  # noqa: E402
 from fistapruner.runtime.machine import describe_machine, versions  # noqa: E402
 from fistapruner.runtime.transfers import ToHost  # noqa: E402
 from fistapruner.solvers import solve  # noqa: E402
-from fistapruner.sparse.semi_structured import to_semi_structured  # noqa: E402
 
 SAMPLES = 128
 """Calibration windows of a whole run."""
@@ -309,16 +309,8 @@ def semi_structured(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
             with torch.no_grad():
                 linear.weight[:, 0::4] = 0
                 linear.weight[:, 1::4] = 0
-            (choice,) = to_semi_structured(nn.Sequential(linear), tokens=tokens)
-            rows.append(
-                {
-                    "shape": [outputs, inputs],
-                    "tokens": tokens,
-                    "dense_seconds": choice.dense_seconds,
-                    "sparse_seconds": choice.sparse_seconds,
-                    "says": choice.reason,
-                }
-            )
+            (said,) = to_semi_structured(nn.Sequential(linear), tokens=tokens).values()
+            rows.append({"shape": [outputs, inputs], "tokens": tokens, "says": said})
     return rows
 
 

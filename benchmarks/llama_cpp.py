@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from fistapruner.sparse import variants
+from fistapruner.evaluation import speed as variants
 
 
 def compare(

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fistapruner.evaluation.speed import Speed, Variant, load_variant, prompts, time_generation, weight_bytes
 from fistapruner.runtime.memory import peak_memory
-from fistapruner.sparse.speed import Speed, prompts, time_generation
-from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
 
 
 def in_this_process(
     variants: Sequence[Variant], *, batch: int, prompt: int, tokens: int, runs: int, threads: int | None, **_: Any
 ) -> list[Speed]:
-    """Measure what :func:`fistapruner.sparse.variants.compare` does, one variant after the other."""
+    """Measure what :func:`fistapruner.evaluation.speed.compare` does, one variant after the other."""
     found = []
     for variant in variants:
         model = load_variant(variant)
@@ -23,7 +22,7 @@ def in_this_process(
                 variant.name,
                 [time_generation(model, ids, tokens) for _ in range(runs)],
                 peak_memory=peak_memory(),
-                file_size=0 if variant.fill else weight_bytes(variant.folder),
+                file_size=weight_bytes(variant.folder),
                 batch=batch,
                 prompt=prompt,
                 tokens=tokens,

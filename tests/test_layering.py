@@ -24,7 +24,7 @@ LAYERS = (
     "structure",
     "papers",
     "pruning",
-    "sparse",
+    "packed",
     "planning",
     "execution",
     "evaluation",

@@ -11,11 +11,15 @@ if sys.platform == "win32":
     raise ImportError("fistapruner runs on Linux and macOS; on Windows use the Windows Subsystem for Linux (WSL)")
 
 from .errors import FistaPrunerError
-from .sparse.import_hook import register_on_import
+from .packed import register_on_import
 
 if TYPE_CHECKING:
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
+    from .packed.linear import SparseLinear
+    from .packed.load import load
+    from .packed.pack import pack, unpack
+    from .packed.semi_structured import to_semi_structured
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
     from .pipeline.prune import prune
@@ -28,10 +32,6 @@ if TYPE_CHECKING:
     from .runs.results import Evaluation
     from .solvers import solve
     from .solvers.base import Solution
-    from .sparse.linear import SparseLinear
-    from .sparse.load import load
-    from .sparse.pack import pack, unpack
-    from .sparse.semi_structured import to_semi_structured
     from .training.adapters import MergeReport, merge_adapter
     from .training.hold_mask import hold_mask
     from .training.run import align, recover
@@ -85,10 +85,10 @@ _MODULES = {
     "runs.results": ("Evaluation",),
     "solvers": ("solve",),
     "solvers.base": ("Solution",),
-    "sparse.linear": ("SparseLinear",),
-    "sparse.load": ("load",),
-    "sparse.pack": ("pack", "unpack"),
-    "sparse.semi_structured": ("to_semi_structured",),
+    "packed.linear": ("SparseLinear",),
+    "packed.load": ("load",),
+    "packed.pack": ("pack", "unpack"),
+    "packed.semi_structured": ("to_semi_structured",),
     "training.adapters": ("MergeReport", "merge_adapter"),
     "training.hold_mask": ("hold_mask",),
     "training.run": ("align", "recover"),

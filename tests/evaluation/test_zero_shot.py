@@ -39,7 +39,7 @@ from fistapruner.models.whole import whole_bytes
 from fistapruner.reporting.evaluation_text import task_text
 from fistapruner.reporting.quality_rows import quality_rows
 from fistapruner.runs.results import Evaluation
-from sparse.pruned import save_pruned
+from packed.pruned import save_pruned
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}

@@ -14,10 +14,9 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
+from fistapruner.evaluation.bench import bench, sentence
+from fistapruner.evaluation.speed import Run, Speed, Variant, compare
 from fistapruner.runs.records import load_run
-from fistapruner.sparse.bench import bench, sentence
-from fistapruner.sparse.speed import Run, Speed
-from fistapruner.sparse.variants import Variant, compare
 
 pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf
@@ -51,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run; the package that brings llama.cpp seems to be there."""
-    monkeypatch.setattr("fistapruner.sparse.llama_cpp.find_spec", lambda package: object())
+    monkeypatch.setattr("fistapruner.evaluation.bench.find_spec", lambda package: object())
     return Path(shutil.copytree(made / "run", tmp_path / "run"))
 
 
@@ -107,8 +106,8 @@ def test_forms_that_round_the_weights_lack_their_figures(dtype: torch.dtype, kno
     fp.prune(dense, tmp_path / "run", method="magnitude", evaluate=tmp_path / "text.txt", **settings)
     found = fp.bench_run(tmp_path / "run", measure=timed)
     judged = {speed.variant for speed in found if speed.kl is not None} - {"packed int8"}
-    narrow = {"dense bfloat16", "pruned bfloat16", "packed"}
-    assert judged == {"dense float32", "pruned float32"} | (narrow if known else set())
+    narrow = {"dense bfloat16", "packed"}
+    assert judged == {"dense float32"} | (narrow if known else set())
 
 
 def test_speeds_are_kept_before_quality_is_measured(made: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +152,14 @@ def forget_evaluation(run: Path) -> None:
 def test_files_that_cannot_be_timed_are_refused_before_packing(
     made: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fistapruner.sparse.bench.pack", None)
+    monkeypatch.setattr("fistapruner.evaluation.bench.pack", None)
     whole = made / "dense-Q8.gguf"
     (tmp_path / "text.gguf").write_text("text")
     (tmp_path / "other").mkdir()
     same = shutil.copy(whole, tmp_path / "other" / whole.name)
     for files, settings, said in (
-        ([tmp_path / "none.gguf"], {}, "gguf .*none.gguf does not exist: a GGUF file is expected"),
-        ([tmp_path], {}, "gguf .* is not a file: a GGUF file is expected"),
+        ([tmp_path / "none.gguf"], {}, "gguf .*none.gguf is not there: a GGUF file is expected"),
+        ([tmp_path], {}, "gguf .* is not there: a GGUF file is expected"),
         (tmp_path / "text.gguf", {}, "text.gguf is not a GGUF file"),
         ([whole, same], {}, "gguf .*: another file has the name dense-Q8, too"),
         ([whole], {"batch": 2}, "batch 2: with GGUF files one sequence at once is timed"),
@@ -168,7 +167,7 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
     ):
         with pytest.raises(FistaPrunerError, match=said):
             bench(run / "model", gguf=files, **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr("fistapruner.sparse.llama_cpp.find_spec", lambda package: None)
+    monkeypatch.setattr("fistapruner.evaluation.bench.find_spec", lambda package: None)
     with pytest.raises(FistaPrunerError, match=r"needs the package 'xllamacpp': pip install 'fistapruner\[bench\]'"):
         bench(run / "model", gguf=[whole])
 

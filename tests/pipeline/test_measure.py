@@ -20,6 +20,7 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.evaluation import streaming
+from fistapruner.evaluation.bench import record
 from fistapruner.evaluation.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
@@ -36,7 +37,6 @@ from fistapruner.runs.records import Lineage, Report, Stage, is_run, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_records import Recovery
-from fistapruner.sparse.bench import record
 from speeds import in_this_process
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8

@@ -57,7 +57,6 @@ def test_a_listener_that_is_none(call: Callable[..., Any], listener: Any) -> Non
         (lambda: fp.load("m", packed="no"), "packed 'no': True or False is expected"),
         (lambda: fp.unpack(3, "out"), "packed is of the class int, and the path of a folder is expected"),
         (lambda: fp.export(3, "out.gguf"), "model is of the class int, and the path of a folder is expected"),
-        (lambda: fp.to_semi_structured(nn.Linear(8, 8), clock=3), "clock is of the class int, and a function"),
         (lambda: fp.SparseLinear(nn.Linear(8, 8)), "operator is of the class Linear, and a PackedOperator is"),
         (lambda: fp.pack("m", "out", progress=3), "progress is of the class int"),
     ],

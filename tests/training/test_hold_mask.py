@@ -22,8 +22,8 @@ from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.sparse.linear import SparseLinear
-from fistapruner.sparse.packed import pack_operator
+from fistapruner.packed.format import pack_operator
+from fistapruner.packed.linear import SparseLinear
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.1),

@@ -23,6 +23,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.layer_errors import mean_error
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.recovery_text import trained_text
@@ -33,7 +34,6 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_runs import input_run
-from fistapruner.sparse.packed_checkpoint import is_packed
 from fistapruner.training.plan import STEP, TRAINING
 from tiny import tensors
 

@@ -1,6 +1,6 @@
-"""Measure speed, memory and size of a pruned model: dense, stored densely, packed, packed int8.
+"""Measure speed, memory and size of a pruned model: dense, packed, packed int8.
 
-Every variant runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled,
+Every variant runs in its own process, in interleaved rounds. The dense forms are the pruned checkpoint with its zeros,
 since the speed of a dense product does not depend on its values. A run that removed channels or heads is measured as
 the smaller model beside the dense one that it was. fp32 and bf16 are both measured, because which of them is faster
 depends on the processor. Packed forms of a model with a low-rank part (prune --low-rank) compute the sum of both parts,
@@ -45,12 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
+    from ..evaluation.bench import Speeds, bench, record
     from ..pipeline.measure_run import bench_run
     from ..reporting.size_and_speed import QUANTISE_FIRST
     from ..runs.directory import RunDirectory
     from ..runs.listener import Listener
     from ..runs.records import is_run
-    from ..sparse.bench import Speeds, bench, record
     from .progress import PlainListener
 
     names = ("batch", "prompt", "tokens", "runs", "threads", "gguf", "allow_pickle")

@@ -1,6 +1,7 @@
 """Write a pruned checkpoint without its zeros.
 
-Every pruned operator is stored as a bit mask and its kept values (bf16, or int8); the rest as it is.
+Every pruned operator is stored as a bit mask and its kept values (bf16, or int8); the rest as it is, but for embedding
+and head, which become int8 with --values int8.
 The result loads in transformers after 'import fistapruner', and 'fistapruner unpack' brings the dense checkpoint back,
 bit for bit unless values were rounded (--values bf16 of wider weights, --values int8). A low-rank part (prune
 --low-rank) is copied as it is, and the packed model is the sum of both.
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..sparse.pack import pack
+    from ..packed.pack import pack
 
     settings = {"values": arguments.values, "allow_pickle": arguments.allow_pickle}
     print(pack(arguments.checkpoint, arguments.out, **settings, progress=listener.tick))

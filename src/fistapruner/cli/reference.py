@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from ..packed.kernel import ENVIRONMENT, LEVELS
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import Settings
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..solvers import METHODS
 from ..solvers.catalogue import CATALOGUE
-from ..sparse.kernel import ENVIRONMENT, LEVELS
 from . import VERBS, build_parser
 from .arguments import DEST, SAME_FLAG, flag_of, settings
 

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..models.files.low_rank import FOLDER
-    from ..sparse.pack import unpack
+    from ..packed.pack import unpack
 
     out = unpack(arguments.packed, arguments.out, progress=listener.tick)
     print(f"dense checkpoint: {out}")

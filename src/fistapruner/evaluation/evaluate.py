@@ -19,6 +19,8 @@ from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit, whole_bytes
+from ..packed.checkpoint import PackedCheckpoint, is_packed
+from ..packed.pack import unpack
 from ..recipes.loading import parse_bytes
 from ..runs.arguments import checked_arguments
 from ..runs.lineage import lineage_of, trained_on
@@ -27,8 +29,6 @@ from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import temporary_folder
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from ..runtime.progress import Tick, silent
-from ..sparse.pack import unpack
-from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed
 from .data import Windows, check_count, check_data, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows

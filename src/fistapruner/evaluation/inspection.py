@@ -28,11 +28,11 @@ from ..models.files.safetensors import TensorEntry
 from ..models.layout import Operator
 from ..models.source import resolve_model
 from ..models.stored import stored_model
+from ..packed.checkpoint import PackedCheckpoint, is_packed, low_rank_part
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
 from ..runtime.progress import Tick, silent
-from ..sparse.packed_checkpoint import PackedCheckpoint, is_packed, low_rank_part
 
 LONGEST_GROUP = 32
 """Weights in the longest groups that are searched for an n:m pattern."""

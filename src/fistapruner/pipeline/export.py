@@ -9,13 +9,13 @@ from ..models.files.folder_files import gguf_files, which_gguf
 from ..models.files.gguf_export import GGUFValues, export_gguf, open_exported
 from ..models.files.low_rank import refuse_low_rank
 from ..models.source import SMALL_MODEL, small_model
+from ..packed.checkpoint import is_packed
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import lineage_of
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import undisturbed
 from ..runtime.progress import Tick, silent
-from ..sparse.packed_checkpoint import is_packed
 
 
 @checked_arguments

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from ..errors import A_MODEL, A_TEXT, FistaPrunerError, path_text
+from ..evaluation.bench import Speeds, bench, packed_bytes
+from ..evaluation.bench import record as speed_record
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
+from ..evaluation.speed import Speed, Variant
 from ..evaluation.streaming import KeptStates
 from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
@@ -33,10 +36,6 @@ from ..runs.training_runs import Dense, dense_of
 from ..runtime.files import temporary_folder
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
-from ..sparse.bench import Speeds, bench, packed_bytes
-from ..sparse.bench import record as speed_record
-from ..sparse.speed import Speed
-from ..sparse.variants import Variant
 from .kept_evaluations import fuller_scores, put_in_place
 from .measure import Compared, compare_texts, evaluate_input, publish
 

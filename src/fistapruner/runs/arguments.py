@@ -32,8 +32,6 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trust_remote_code": YES_NO,
     "verify": YES_NO,
     "int8": YES_NO,
-    "to_sparse": FUNCTION,
-    "clock": FUNCTION,
 }
 """Arguments by name: the check, and what is expected."""
 

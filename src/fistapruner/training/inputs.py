@@ -24,6 +24,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
+from ..packed.checkpoint import is_packed
 from ..pipeline.begun import evaluation_on
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
@@ -36,7 +37,6 @@ from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name, pass_dtype
-from ..sparse.packed_checkpoint import is_packed
 from .masked import has_vectors
 
 TRAINING_SEQLEN = 1024

@@ -23,18 +23,33 @@ typedef struct {
     int64_t rows;
     int64_t columns;
     int64_t words;           /* 64-bit mask words in a row: ceil(columns / 64) */
-    const uint64_t *mask;    /* rows x words; NULL: dense bf16 rows, no start; LEVEL_AVX512_BF16 and bf16 vectors only */
+    const uint64_t *mask;    /* rows x words; NULL: every weight is stored, without start */
     const int64_t *start;    /* rows + 1 offsets into values, in elements */
-    const void *values;      /* readable for 64 bytes past its end */
-    const float *bias;       /* rows, or NULL */
+    const void *values;      /* readable for 64 bytes past its end, but for dense bf16 values */
     const float *scale;      /* int8: rows */
     const int32_t *sums;     /* int8: rows, sum of the row's values */
     int32_t kind;            /* VALUES_* */
-    int32_t reserved;
 } packed_operator;
+
+/* Bits of the stored ones of the 64 columns from 64 * word on. */
+static inline uint64_t mask_word(const packed_operator *op, int64_t row, int64_t word) {
+    if (op->mask) return op->mask[row * op->words + word];
+    const int64_t left = op->columns - 64 * word;
+    return left >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << left) - 1;
+}
+
+static inline int64_t first_value(const packed_operator *op, int64_t row) {
+    return op->mask ? op->start[row] : row * op->columns;
+}
 
 /* Offset that makes 16-bit activations unsigned. */
 #define INT8_OFFSET 32768
+
+/* Added to every product, in a TYPE_*; values is NULL where there is none. */
+typedef struct {
+    const void *values;
+    int32_t type;
+} bias_vector;
 
 /* Vectors as the levels want them; each vector is padded to 64 * words columns, where operators have no values. */
 typedef struct {
@@ -71,7 +86,7 @@ void avx512_unpack(const packed_operator *, int64_t, int64_t, int, void *);
 #define FISTAPRUNER_AMX 1
 int amx_permitted(void);
 void amx_prepare(const uint16_t *, int, int64_t, int64_t, int64_t, uint16_t *);
-void amx_multiply(const packed_operator *, int64_t, int64_t, const uint16_t *, int, uint16_t *, uint16_t *);
+void amx_multiply(const packed_operator *, bias_vector, int64_t, int64_t, const uint16_t *, int, uint16_t *, uint16_t *);
 #endif
 
 static inline float bf16_to_float(uint16_t bits) {

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..models.files.checkpoint import Checkpoint, WeightFile
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
 from ..models.files.folder_files import PACKED_RECORD, PRUNING_RECORD, SINGLE
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
-from ..models.files.record import read_pruning_record
+from ..models.files.record import read_pruning_record, recorded_claims, stacked_experts
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.files.writer import safetensors_name
@@ -30,53 +31,63 @@ from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.formatting import size
-from ..runtime.numerics import undisturbed
+from ..runtime.numerics import dtype_name, undisturbed
 from ..runtime.progress import Tick, silent
-from .format import METADATA, VERSION, encode
-from .pack_plan import PlannedOperator, plan_packing
-from .packed_checkpoint import PackedCheckpoint
+from .checkpoint import PackedCheckpoint
+from .format import FLOATS, METADATA, VERSION, OperatorSpec, encode, pack_operator
+
+MIN_ZEROS_TO_PACK = 0.25
+"""Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
 
 NEEDS_PACKAGE = "packed by fistapruner: install that package, and 'import fistapruner' before the model is loaded"
 """Stands in ``config.json`` as the name of the weight file, so that transformers refuses it without this package."""
 
 
+class NoPackedFormError(FistaPrunerError):
+    """A pruned model cannot be packed: nothing becomes smaller, experts are one tensor, or it is not bf16."""
+
+
 @dataclass(frozen=True)
 class PackReport:
-    """Bytes of the pruned operators and of all weights; ``dense`` is the size in the checkpoint.
+    """Number of packed operators, share of zeros, and bytes in the checkpoint (``dense``) and packed.
 
-    ``low_rank`` is the bytes of the low-rank part beside the sparse one; the packed sizes count them, the dense ones do
-    not.
-    ``rounding`` is the norm of what rounding changed in operators over their norm; None where values stay as they were.
-    ``violation`` is the first claim of the checkpoint's own record that does not hold, and how to see all; else None.
+    The packed bytes of operators and of the whole count the low-rank part. ``tables`` are the bytes of embedding and
+    head before and after they became int8; zeros where they stay as they are.
     """
 
     operators: int
+    zeros: float
     dense_operators: int
     packed_operators: int
-    dense_bf16_operators: int
     dense_total: int
     packed_total: int
-    zeros: float
-    low_rank: int = 0
-    rounding: float | None = None
-    violation: str | None = None
+    tables: tuple[int, int]
+    low_rank: int
 
     def __str__(self) -> str:
-        share, whole = self.packed_operators / self.dense_operators, self.packed_total / self.dense_total
-        lines = [
-            f"{self.operators} pruned operators, {self.zeros:.1%} zeros: {size(self.dense_operators)} -> "
-            f"{size(self.packed_operators)} ({share:.3f} of their dense size)"
-            + (f", {size(self.low_rank)} of it the low-rank part" if self.low_rank else ""),
-            f"whole checkpoint, embeddings included: {size(self.dense_total)} -> "
-            f"{size(self.packed_total)} ({whole:.3f})",
-        ]
-        if self.dense_bf16_operators != self.dense_operators:
-            lines.insert(1, f"{self.packed_operators / self.dense_bf16_operators:.3f} of the operators' size in bf16")
-        if self.rounding is not None:
-            lines.append(f"rounding changed the operators' weights by {self.rounding:.2%} of their norm")
-        if self.violation is not None:
-            lines.append(self.violation)
+        def change(before: int, after: int) -> str:
+            return f"{size(before)} -> {size(after)} ({after / before:.3f})"
+
+        operators = change(self.dense_operators, self.packed_operators)
+        part = f", {size(self.low_rank)} of it the low-rank part" if self.low_rank else ""
+        lines = [f"{self.operators} pruned operators, {self.zeros:.1%} zeros: {operators}{part}"]
+        if self.tables[0]:
+            lines.append(f"embedding and head in int8: {change(*self.tables)}")
+        lines.append(f"whole checkpoint, embeddings included: {change(self.dense_total, self.packed_total)}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """How one tensor will be stored; decided in a first pass, because headers precede values."""
+
+    spec: OperatorSpec
+    stored: int  # values
+    source: TensorEntry
+
+    def nbytes(self, name: str) -> int:
+        """Count the bytes of its tensors."""
+        return sum(part.nbytes for part in self.spec.entries(name, self.stored))
 
 
 @checked_arguments
@@ -95,7 +106,7 @@ def pack(
         checkpoint: run directory, or folder of a pruned Hugging Face model.
         out: folder to make; it must not exist.
         values: ``"same"`` keeps every bit of bf16 values; ``"bf16"`` rounds other values to bf16; ``"int8"`` stores
-            int8 with one scale for each row.
+            int8 with one scale for each row, also of the embedding and the output head.
         allow_pickle: read legacy ``.bin`` weights; they become safetensors.
         progress: called with what is being done, how much of it is done, and how much there is.
 
@@ -113,53 +124,39 @@ def pack(
         raise FistaPrunerError(f"{source.folder} is packed already")
     low_rank = LowRankAdapter.beside(source.folder)
     record = read_pruning_record(source.folder)
-    plan, violation = plan_packing(source, record, values, tick)
+    plan = _plan(source, record, values, tick)
+    if values == "int8":
+        plan |= _plan_tables(source, plan)
     report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
         files: dict[str, dict[str, Any]] = {}
-        contents = {}
-        changed, whole, done = 0.0, 0.0, count(1)
+        contents, done = {}, count(1)
         for stored, file in source.files.items():
             name = safetensors_name(stored)
-            contents[name], squares = _pack_file(
-                partial / name, file, plan, lambda: tick("operators packed", next(done), len(plan))
-            )
-            changed, whole = changed + squares[0], whole + squares[1]
+            packed = lambda: tick("operators packed", next(done), len(plan))  # noqa: E731
+            contents[name] = _pack_file(partial / name, file, plan, packed)
             tick("computing checksums", 0, 1)
             files[name] = _claim(partial / name)
         if low_rank is not None:
             low_rank.copy_into(partial)
             files |= {name: _claim(partial / name) for name in FILES}
-        if whole:
-            report = replace(report, rounding=math.sqrt(changed / whole))
         copy_companions(source, partial)
         widths = read_widths(source.config, source.folder)
-        section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD}
-        config = {
-            **source.config,
-            "quantization_config": {**section, "version": VERSION},
-            "transformers_weights": NEEDS_PACKAGE,
-        }
+        section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD, "version": VERSION}
+        config = {**source.config, "quantization_config": section, "transformers_weights": NEEDS_PACKAGE}
         write_json_atomic(partial / "config.json", config)
         if set(contents) != {SINGLE}:
             write_index(partial, contents)
-        write_text_atomic(
-            partial / "README.md", packed_model_card(report, values, source.config, _origin(source.folder))
-        )
+        write_text_atomic(partial / "README.md", _model_card(report, values, source.config, _origin(source.folder)))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
-    return replace(report, violation=violation)
-
-
-def _claim(path: Path) -> dict[str, Any]:
-    """Describe a written file, as ``packed.json`` lists it."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return report
 
 
 @checked_arguments
 @undisturbed()
 def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None) -> Path:
-    """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
+    """Write a packed checkpoint densely; bf16 values come back bit for bit, -0.0 as 0.
 
     A low-rank part comes back as it was, as ``adapter`` in the folder; the checkpoint is the sparse part.
 
@@ -193,32 +190,104 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
         write_json_atomic(partial / "config.json", source.config())
         if set(contents) != {SINGLE}:
             write_index(partial, contents)
-        if (origin := _origin(source.folder)) or source.low_rank is not None:
+        if origin := _origin(source.folder):
             text = "# A pruned model\n\nUnpacked from a packed folder with `fistapruner unpack`.\n"
-            if source.low_rank is not None:
-                text += "\nThe weights are the sparse part. Add the low-rank part, a LoRA adapter, with PEFT:\n"
-                text += f'`PeftModel.from_pretrained(model, "FOLDER/{FOLDER}")`.\n'
             write_text_atomic(partial / "README.md", _card_metadata(origin) + text)
     return out
 
 
-def _report(source: Checkpoint, plan: dict[str, PlannedOperator], low_rank: int) -> PackReport:
-    packed = sum(part.nbytes for name, item in plan.items() for part in item.spec.entries(name, item.stored)) + low_rank
-    dense = sum(item.source.nbytes for item in plan.values())
-    weights = sum(item.spec.shape[0] * item.spec.shape[1] for item in plan.values())
-    zeros = 1 - sum(item.stored for item in plan.values()) / weights
-    total = source.nbytes - dense + packed
-    return PackReport(len(plan), dense, packed, 2 * weights, source.nbytes, total, zeros, low_rank)
+def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tick) -> dict[str, _Planned]:
+    """Decide how each pruned operator that becomes smaller is stored.
+
+    Raises:
+        NoPackedFormError: none becomes smaller, pruned experts are stored as one tensor, or values are not bf16.
+    """
+    if stacked := stacked_experts(record):
+        raise NoPackedFormError(
+            f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
+            "as it is, or prune with --ignore re:experts to pack the other operators"
+        )
+    listed, faults = recorded_claims(record, source, source.folder)
+    if faults:
+        raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
+    int8, plan, shrinkable, wide = values == "int8", dict[str, _Planned](), False, ""
+    names = source.names()
+    for done, name in enumerate(names):
+        progress("tensors looked through for zeros", done, len(names))
+        entry, known = source.entry(name), listed.get(name)
+        if len(entry.shape) != 2 or entry.dtype not in (*FLOATS, torch.float64) or 0 in entry.shape:
+            continue
+        if listed and (known is None or known.get("sparsity") == "0%"):
+            continue  # an operator that was not pruned keeps its values
+        weight = source.read(name)
+        weight = weight.to(torch.bfloat16) if values == "bf16" else weight
+        nonzero = int(torch.count_nonzero(weight))
+        if not listed and nonzero > (1 - MIN_ZEROS_TO_PACK) * weight.numel():
+            continue
+        if weight.dtype not in (FLOATS if int8 else (torch.bfloat16,)):
+            wide = wide or name
+            continue
+        planned = _Planned(OperatorSpec((entry.shape[0], entry.shape[1]), weight.dtype, int8), nonzero, entry)
+        shrinkable = True
+        if planned.nbytes(name) < entry.nbytes:
+            plan[name] = planned
+    if plan:
+        return plan
+    if wide:
+        advice = "values are packed as bf16, or as int8 of bf16, fp16 and fp32: give --values bf16, which rounds"
+        raise NoPackedFormError(f"{source.folder}: {wide} is {dtype_name(source.entry(wide).dtype)}; {advice}")
+    if shrinkable:
+        raise NoPackedFormError(
+            f"{source.folder}: no operator becomes smaller without its zeros: a mask takes one bit for every weight"
+        )
+    why = "its record claims no zeros" if listed else f"no matrix has at least {MIN_ZEROS_TO_PACK:.0%} zeros"
+    raise FistaPrunerError(f"{source.folder} has no pruned operators: {why}")
+
+
+def _plan_tables(source: Checkpoint, plan: Mapping[str, _Planned]) -> dict[str, _Planned]:
+    """Decide to store embedding and output head, where they are not pruned, as int8 rows.
+
+    They stay as they are in a model that needs Python code of its own.
+    """
+    from ..models.architecture import build_model  # imports transformers; other packing does without
+    from ..models.names import stored_names
+
+    tables = dict[str, _Planned]()
+    with suppress(FistaPrunerError):
+        model = build_model(source)
+        places = stored_names(model, source.names())
+        modules = (model.get_input_embeddings(), model.get_output_embeddings())
+        weights = {id(getattr(module, "weight", None)) for module in modules}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            stored = places.get(name, "")
+            if id(parameter) in weights and stored and stored not in plan and source.entry(stored).dtype in FLOATS:
+                entry = source.entry(stored)
+                spec = OperatorSpec((entry.shape[0], entry.shape[1]), entry.dtype, int8=True, dense=True)
+                tables[stored] = _Planned(spec, entry.shape[0], entry)
+    return tables
+
+
+def _report(source: Checkpoint, plan: Mapping[str, _Planned], low_rank: int) -> PackReport:
+    def sizes(*, dense: bool) -> tuple[int, int]:
+        items = {name: item for name, item in plan.items() if item.spec.dense == dense}
+        return sum(item.source.nbytes for item in items.values()), sum(map(_Planned.nbytes, items.values(), items))
+
+    (before, after), tables = sizes(dense=False), sizes(dense=True)
+    pruned = [item for item in plan.values() if not item.spec.dense]
+    zeros = 1 - sum(item.stored for item in pruned) / sum(math.prod(item.spec.shape) for item in pruned)
+    total = source.nbytes - before - tables[0] + after + tables[1] + low_rank
+    return PackReport(len(pruned), zeros, before, after + low_rank, source.nbytes, total, tables, low_rank)
+
+
+def _claim(path: Path) -> dict[str, Any]:
+    """Describe a written file, as ``packed.json`` lists it."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _pack_file(
-    path: Path, file: WeightFile, plan: dict[str, PlannedOperator], packed: Callable[[], None]
-) -> tuple[list[TensorEntry], tuple[float, float]]:
-    """Write one file of the packed folder; ``packed`` is called after each operator.
-
-    Returns:
-        Its tensors, and of the operators whose values are rounded the sums of squares of the change and of the weights.
-    """
+    path: Path, file: WeightFile, plan: Mapping[str, _Planned], packed: Callable[[], None]
+) -> list[TensorEntry]:
+    """Write one file of the packed folder and return its tensors; call ``packed`` after each operator."""
     mine = {name: plan[name] for name in file.entries if name in plan}
     entries: list[TensorEntry] = []
     for name, entry in file.entries.items():
@@ -227,22 +296,20 @@ def _pack_file(
         raise FistaPrunerError(f"{file.path}: a tensor is called like the part of a packed operator")
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
-    changed, whole = 0.0, 0.0
     with SafetensorsWriter(path, entries, metadata) as writer:
         for name in file.entries:
-            weight = file.read(name)
             if name not in mine:
-                writer.write(name, weight)
+                writer.write(name, file.read(name))
                 continue
-            operator = mine[name].build(weight)
+            spec = mine[name].spec
+            try:
+                operator = pack_operator(file.read(name).to(spec.dtype), int8=spec.int8, dense=spec.dense)
+            except FistaPrunerError as error:
+                raise FistaPrunerError(f"{file.path}: {name}: {error}") from None
             for part, tensor in encode(name, operator).items():
                 writer.write(part, tensor)
-            if mine[name].rounds:
-                exact = weight.float()
-                changed += float((operator.to_dense().float() - exact).square().sum(dtype=torch.float64))
-                whole += float(exact.square().sum(dtype=torch.float64))
             packed()
-    return entries, (changed, whole)
+    return entries
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -257,16 +324,15 @@ def _card_metadata(origin: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---\n"
 
 
-def packed_model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+def _model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``.
 
     ``origin`` is what the card of the model that was packed says of its licence and dense model.
     """
     from ..models.architecture import auto_class_name, needs_own_code  # imports transformers; packing does without
 
-    named = config.get("architectures")
+    named, own = config.get("architectures"), needs_own_code(config)
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
-    own = needs_own_code(config)
     trusted = ", trust_remote_code=True" if own else ""
     packed = "" if own else 'model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU\n'
     both = (

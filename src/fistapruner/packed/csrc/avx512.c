@@ -91,14 +91,14 @@ INLINE LEVEL void split_rows(const packed_operator *op, int64_t row, int64_t ste
 /* Sums of bytes are widened to 64 bits at least every this many mask words, long before 32 bits could overflow. */
 #define INT8_CHUNK 256
 
-/* int8 values, 16-bit activations as two unsigned bytes: two byte dot products, exact in integers. */
+/* int8 values, 16-bit activations as two unsigned bytes: two byte dot products, exact in integers. Dense rows, such as
+ * those of an output head, are loaded as they are. */
 INLINE LEVEL void int8_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
     const int8_t *value[4];
-    const uint64_t *mask[4];
+    const int dense = !op->mask;
     int64_t exact[4][MAX_TILE] = {{0}};
     for (int r = 0; r < rows; r++) {
-        value[r] = (const int8_t *)op->values + op->start[row + r * step];
-        mask[r] = op->mask + (row + r * step) * op->words;
+        value[r] = (const int8_t *)op->values + first_value(op, row + r * step);
     }
     for (int64_t begin = 0; begin < op->words; begin += INT8_CHUNK) {
         int64_t stop = begin + INT8_CHUNK < op->words ? begin + INT8_CHUNK : op->words;
@@ -107,9 +107,9 @@ INLINE LEVEL void int8_rows(const packed_operator *op, int64_t row, int64_t step
             for (int t = 0; t < tile; t++) high[r][t] = low[r][t] = _mm512_setzero_si512();
         for (int64_t word = begin; word < stop; word++) {
             for (int r = 0; r < rows; r++) {
-                uint64_t bits = mask[r][word];
-                __m512i spread = spread8(bits, value[r]);
-                value[r] += count_bits(bits);
+                uint64_t bits = mask_word(op, row + r * step, word);
+                __m512i spread = dense ? _mm512_maskz_loadu_epi8(bits, value[r]) : spread8(bits, value[r]);
+                value[r] += dense ? 64 : count_bits(bits);
                 _mm_prefetch((const char *)value[r] + AHEAD, _MM_HINT_T0);
                 for (int t = 0; t < tile; t++) {
                     int64_t at = t * x->stride + 64 * word;
@@ -206,11 +206,10 @@ INLINE LEVEL __m256i narrow(__m512 wide) {
 /* Any values to fp32 or bf16 rows, 16 columns at a time. */
 INLINE LEVEL void unpack_any(const packed_operator *op, int64_t row, int type, char *dense) {
     const int int8 = op->kind == VALUES_INT8, size = int8 ? 1 : 2;
-    const char *value = (const char *)op->values + op->start[row] * size;
-    const uint16_t *mask = (const uint16_t *)(op->mask + row * op->words);
+    const char *value = (const char *)op->values + first_value(op, row) * size;
     const int64_t parts = (op->columns + 15) / 16;
     for (int64_t part = 0; part < parts; part++) {
-        __mmask16 bits = (__mmask16)mask[part];
+        __mmask16 bits = (__mmask16)(mask_word(op, row, part / 4) >> part % 4 * 16);
         __m512 wide;
         if (int8) {
             __m128i loaded = _mm_loadu_si128((const __m128i *)value);
@@ -237,7 +236,7 @@ LEVEL void avx512_unpack(const packed_operator *op, int64_t first, int64_t last,
     const int64_t pitch = op->columns * (type == TYPE_BF16 ? 2 : 4);
     for (int64_t row = first; row < last; row++) {
         char *dense = (char *)out + (row - first) * pitch;
-        if (op->kind == VALUES_BF16 && type == TYPE_BF16) unpack_bf16(op, row, (uint16_t *)dense);
+        if (op->kind == VALUES_BF16 && type == TYPE_BF16 && op->mask) unpack_bf16(op, row, (uint16_t *)dense);
         else unpack_any(op, row, type, dense);
     }
 }

@@ -26,6 +26,11 @@ __attribute__((constructor)) static void fill_tables(void) {
         }
 }
 
+/* Bits of the stored ones of the 8 columns from 8 * part on. */
+INLINE LEVEL uint8_t mask_byte(const packed_operator *op, int64_t row, int64_t part) {
+    return op->mask ? ((const uint8_t *)(op->mask + row * op->words))[part] : (uint8_t)(mask_word(op, row, part / 8) >> part % 8 * 8);
+}
+
 /* Eight 16-bit values to their columns. */
 INLINE LEVEL __m128i spread16(const uint16_t *value, uint8_t mask) {
     __m128i index = _mm_loadl_epi64((const __m128i *)spread_to[mask]);
@@ -62,15 +67,15 @@ INLINE LEVEL int64_t add_integers(__m256i sum) {
 }
 
 INLINE LEVEL void float_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
-    const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
-    int64_t next = op->start[row];
+    int64_t next = first_value(op, row);
     __m256 sum[MAX_TILE][2];
     for (int t = 0; t < tile; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
     for (int64_t part = 0; part < 8 * op->words; part += 2) {
-        __m256 first = spread_float(op, next, mask[part]);
-        next += count_bits(mask[part]);
-        __m256 second = spread_float(op, next, mask[part + 1]);
-        next += count_bits(mask[part + 1]);
+        const uint8_t left = mask_byte(op, row, part), right = mask_byte(op, row, part + 1);
+        __m256 first = spread_float(op, next, left);
+        next += count_bits(left);
+        __m256 second = spread_float(op, next, right);
+        next += count_bits(right);
         for (int t = 0; t < tile; t++) {
             const float *vector = x->plain + t * x->stride + 8 * part;
             sum[t][0] = _mm256_fmadd_ps(first, _mm256_loadu_ps(vector), sum[t][0]);
@@ -85,18 +90,18 @@ INLINE LEVEL void float_row(const packed_operator *op, int64_t row, const prepar
 #define INT8_CHUNK 32
 
 INLINE LEVEL void int8_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
-    const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
-    const int8_t *value = (const int8_t *)op->values + op->start[row];
+    const int8_t *value = (const int8_t *)op->values + first_value(op, row);
     int64_t exact[MAX_TILE] = {0};
     for (int64_t begin = 0; begin < op->words; begin += INT8_CHUNK) {
         int64_t stop = begin + INT8_CHUNK < op->words ? begin + INT8_CHUNK : op->words;
         __m256i sum[MAX_TILE];
         for (int t = 0; t < tile; t++) sum[t] = _mm256_setzero_si256();
         for (int64_t part = 8 * begin; part < 8 * stop; part += 2) {
-            __m128i first = spread8(value, mask[part]);
-            value += count_bits(mask[part]);
-            __m128i second = spread8(value, mask[part + 1]);
-            value += count_bits(mask[part + 1]);
+            const uint8_t left = mask_byte(op, row, part), right = mask_byte(op, row, part + 1);
+            __m128i first = spread8(value, left);
+            value += count_bits(left);
+            __m128i second = spread8(value, right);
+            value += count_bits(right);
             __m256i spread = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
             for (int t = 0; t < tile; t++) {
                 __m256i levels = _mm256_loadu_si256((const __m256i *)(x->levels + t * x->stride + 8 * part));
@@ -151,18 +156,18 @@ LEVEL void avx2_unpack(const packed_operator *op, int64_t first, int64_t last, i
     const int64_t whole = op->columns / 8, rest = op->columns % 8;
     char *dense = out;
     for (int64_t row = first; row < last; row++, dense += op->columns * size) {
-        const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
-        int64_t next = op->start[row];
+            int64_t next = first_value(op, row);
         float scale = op->kind == VALUES_INT8 ? op->scale[row] : 1.0f;
         for (int64_t part = 0; part < whole + (rest > 0); part++) {
+            const uint8_t mask = mask_byte(op, row, part);
             if (part < whole) {
-                unpack_part(op, next, mask[part], scale, type, dense + part * 8 * size);
+                unpack_part(op, next, mask, scale, type, dense + part * 8 * size);
             } else { /* what lies behind the row may be another thread's */
                 char end[32];
-                unpack_part(op, next, mask[part], scale, type, end);
+                unpack_part(op, next, mask, scale, type, end);
                 memcpy(dense + part * 8 * size, end, (size_t)(rest * size));
             }
-            next += count_bits(mask[part]);
+            next += count_bits(mask);
         }
     }
 }

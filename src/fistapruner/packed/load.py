@@ -12,45 +12,29 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import (
-    auto_class,
-    build_model,
-    find_decoder_layers,
-    loaded_dtype,
-    read_config,
-    refuse_own_code,
-)
-from ..models.experts import ExpertLinear, run_unaligned_experts, separate_experts
-from ..models.files.folder_files import read_json_in
-from ..models.files.widths import read_widths, widths_section
+from ..models.architecture import build_model, find_decoder_layers, loaded_dtype, refuse_own_code
+from ..models.experts import ExpertLinear, Experts, run_unaligned_experts, separate_experts
+from ..models.files.widths import widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
 from ..runs.arguments import checked_arguments
 from ..runtime.numerics import undisturbed
 from . import kernel
-from .experts import serve_experts
-from .linear import DenseLinear, SparseLinear
-from .packed import PackedOperator, pack_operator
-from .packed_checkpoint import PackedCheckpoint, is_packed
+from .checkpoint import PackedCheckpoint
+from .format import PackedOperator, pack_operator
+from .linear import DenseLinear, Int8Embedding, SparseLinear
 
 
 @checked_arguments
 @undisturbed()
 def load(
-    folder: str | Path,
-    *,
-    packed: bool = True,
-    int8: bool = False,
-    dtype: torch.dtype | str | None = None,
-    verify: bool = True,
+    folder: str | Path, *, packed: bool = True, dtype: torch.dtype | str | None = None, verify: bool = True
 ) -> Any:
     """Load a packed checkpoint.
 
     Args:
-        folder: folder that ``fistapruner pack`` wrote; or a model whose decoder layers have different widths, which has
-            nothing packed in it.
+        folder: folder that ``fistapruner pack`` wrote.
         packed: keep the operators packed (``SparseLinear``): less memory, and faster decoding on a CPU
             (x86-64 with AVX2); False unpacks them to an ordinary dense model.
-        int8: with ``packed``, round float values to int8 while loading.
         dtype: precision of activations and dense tensors, of torch or its name (``"bfloat16"``); None and ``"auto"``
             take the checkpoint's.
         verify: compare the files with their checksums first.
@@ -60,46 +44,36 @@ def load(
         ``state_dict`` and what ``save_pretrained`` writes are dense.
 
     Raises:
-        FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, has values that
-            cannot become int8, or needs Python code of its own, which is never run here.
+        FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, or needs Python
+            code of its own, which is never run here.
     """
     from transformers import GenerationConfig
 
     if not isinstance(packed, bool):  # unpack has an argument of this name, which is a folder
         raise FistaPrunerError(f"packed {packed!r}: True or False is expected")
-    dtype = _dtype(dtype)
-    plain = not is_packed(folder) and (Path(folder) / "config.json").is_file()
-    if plain and read_widths(read_json_in(Path(folder), "config.json"), Path(folder)):
-        config = read_config(Path(folder))
-        settings = {"config": config, "dtype": dtype or "auto", "trust_remote_code": False}
-        model = auto_class(config).from_pretrained(str(folder), **settings)
-        run_unaligned_experts(model)
-        return model.eval()
+    found = getattr(torch, dtype, False) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise FistaPrunerError(
+            f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16 or 'bfloat16'"
+        )
     source = PackedCheckpoint(folder, verify=verify)
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
-    dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() <= 0:
-        slow = f"{kernel.absence()}, so packed operators run slower than dense ones: load with packed=False"
-        warnings.warn(slow, stacklevel=4)  # of the caller, past both decorators
-    model = _build(source, dtype, packed, int8)
+        warnings.warn(kernel.SLOW, stacklevel=4)  # of the caller, past both decorators
+    model = _build(source, found if isinstance(found, torch.dtype) else _main_dtype(source), packed)
     if (source.folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = one_line(error) or type(error).__name__
-            raise FistaPrunerError(f"{source.folder / 'generation_config.json'} is not understood: {reason}") from None
+        model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
     return model.eval()
 
 
-def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: bool) -> Any:
+def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
     """Build the model with its tensors.
 
     Raises:
-        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing; or values that
-            are not finite cannot become int8.
+        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing.
     """
     model = build_model(source.checkpoint, shapes=source.shapes(), dtype=dtype)
     stored = source.names()
@@ -111,7 +85,6 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
         else {}
     )
     names = {**stored_names(model, stored, skipped=own), **own}
-
     if source.low_rank is not None:
         source.low_rank.require_fit(model)
 
@@ -121,40 +94,38 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
             tensor = source.low_rank.added(target, tensor, transposed=isinstance(module, Conv1D))
         return tensor.to(loaded_dtype(model, target, dtype)) if tensor.is_floating_point() else tensor
 
-    def factors(target: str) -> tuple[Tensor, Tensor] | None:
-        found = None if source.low_rank is None else source.low_rank.of(target)
-        return None if found is None else (found[0].float(), found[1].float())
-
-    def in_int8(name: str, operator: PackedOperator) -> PackedOperator:
-        try:
-            return pack_operator(operator.to_dense(), int8=True) if operator.scales is None else operator
-        except FistaPrunerError as error:
-            raise FistaPrunerError(f"{source.folder}: {name}: {error}") from None
-
     rest = _dense_tensors(source, model, names, experts, rounded)
+    dense = {target: name for target, name in names.items() if name in source.specs and source.specs[name].dense}
+    tables = {target: source.operator(name) for target, name in dense.items()}
+    twins = _share_tied(model, tables, names) if packed else {}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}  # transformers compares and joins them
-    for target, name in names.items():
-        if name not in source.specs:
+    for target in dict.fromkeys([*names, *tables]):
+        if target not in tables and names[target] not in source.specs:
             continue
-        operator = source.operator(name)
+        operator = tables.get(target) or source.operator(names[target])
         parent, _, leaf = target.rpartition(".")
-        module = model.get_submodule(parent) if packed and leaf == "weight" and target not in tied else None
+        replaceable = packed and leaf == "weight" and target not in tied
+        module = model.get_submodule(parent) if replaceable else None
         transposed = isinstance(module, Conv1D)  # GPT-2 stores (inputs, outputs)
-        fits = isinstance(module, nn.Linear) and (module.out_features, module.in_features) == operator.shape
-        if not fits and not transposed:
+        if type(module) is nn.Embedding and operator.mask is None:
+            replace(model, parent, Int8Embedding(operator, dtype))
+        elif transposed or (
+            isinstance(module, nn.Linear) and (module.out_features, module.in_features) == operator.shape
+        ):
+            factors = None if source.low_rank is None else source.low_rank.of(target)
+            low_rank = None if factors is None else (factors[0].float(), factors[1].float())
+            held, bias = _turned(operator) if transposed else operator, rest.pop(f"{parent}.bias", None)
+            twin = twins.get(target, "")
+            replace(model, parent, SparseLinear(held, bias, transposed=transposed, low_rank=low_rank, twin=twin))
+        else:
             rest[target] = rounded(target, operator.to_dense())
-            continue
-        operator = _turned(operator) if transposed else operator
-        operator = in_int8(name, operator) if int8 else operator
-        bias = rest.pop(f"{parent}.bias", None)
-        replace(model, parent, SparseLinear(operator, bias, transposed=transposed, low_rank=factors(target)))
     if packed:
         use_kernels(model)
     try:
         model.load_state_dict(rest, strict=False, assign=True)
     except RuntimeError as error:
         raise FistaPrunerError(f"{source.folder} does not fit {type(model).__name__}: {one_line(error, 300)}") from None
-    serve_experts(model)
+    _serve_experts(model)
     run_unaligned_experts(model)
     model.tie_weights(missing_keys=set(_missing(model)), recompute_mapping=False)
     if source.widths:
@@ -166,6 +137,26 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool, int8: boo
     return model
 
 
+def _share_tied(model: Any, tables: dict[str, PackedOperator], names: Mapping[str, str]) -> dict[str, str]:
+    """Let a tied head share the embedding's int8 rows, in place; transformers ties parameters only.
+
+    Returns:
+        The embedding's name, by the head's.
+    """
+    twins: dict[str, str] = {}
+    for head, embedding in list(model.all_tied_weights_keys.items()):
+        for one, other in ((head, embedding), (embedding, head)):
+            if other not in names and one in tables:
+                tables[other] = tables[one]
+        first, second = tables.get(head), tables.get(embedding)
+        if first is None or second is None:
+            continue
+        del model.all_tied_weights_keys[head]
+        if torch.equal(first.to_dense(), second.to_dense()):
+            tables[head], twins[head] = second, embedding
+    return twins
+
+
 def _dense_tensors(
     source: PackedCheckpoint,
     model: Any,
@@ -173,15 +164,7 @@ def _dense_tensors(
     experts: Mapping[str, list[list[str]]],
     rounded: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Read the tensors of a model that are not packed, or that are several tensors in the checkpoint.
-
-    Args:
-        source: the checkpoint.
-        model: the model.
-        names: names in the checkpoint of the model's tensors.
-        experts: names in the checkpoint of the parts of tensors of all experts.
-        rounded: adds the low-rank part to a tensor of the model, and gives it the precision that it has there.
-    """
+    """Read the tensors of a model that are not packed, or that are several tensors in the checkpoint."""
     found = {
         target: rounded(target, source.checkpoint.read(name))
         for target, name in names.items()
@@ -209,9 +192,9 @@ def _missing(model: nn.Module) -> list[str]:
 
 def use_kernels(model: nn.Module) -> None:
     """Run dense operators with the compiled kernel too."""
-    for name, module in list(model.named_modules()):
+    for module in model.modules():
         if type(module) in (nn.Linear, ExpertLinear):
-            replace(model, name, DenseLinear.like(module))
+            module.__class__ = DenseLinear  # the same parameters, hooks and settings
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -220,26 +203,39 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Read a precision as transformers takes it; None is the checkpoint's.
+def _serve_experts(model: nn.Module) -> None:
+    """Skip experts without tokens, and keep the names of fused experts in the state dict; in place.
 
-    Raises:
-        FistaPrunerError: names what is no floating-point dtype.
+    :class:`~fistapruner.models.experts.Experts` gives every expert linear modules, so each is packed like any operator.
     """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is None or dtype == "auto":
-        return None
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise FistaPrunerError(
-            f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16 or 'bfloat16'"
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.skips = True
+            module.register_state_dict_post_hook(_join)
+            module.register_load_state_dict_pre_hook(_split)
+
+
+def _join(experts: Experts, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+    """Join the weights of single experts in a state dict."""
+    for name, parts in experts.fused.items():
+        state[prefix + name] = torch.stack(
+            [
+                torch.cat([state.pop(f"{prefix}{number}.{part}.weight") for part in parts])
+                for number in range(experts.number)
+            ]
         )
-    return found
+
+
+def _split(experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Split the tensors of all experts in a state dict that is loaded."""
+    for name, parts in experts.fused.items():
+        whole: Tensor | None = state.pop(prefix + name, None)
+        for number, matrix in enumerate(() if whole is None else whole):
+            for part, weight in zip(parts, matrix.chunk(len(parts)), strict=True):
+                state[f"{prefix}{number}.{part}.weight"] = weight
 
 
 def _main_dtype(source: PackedCheckpoint) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for entries in source.contents().values():
-        for entry in entries:
-            if entry.dtype.is_floating_point:
-                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    """Return the dtype of the dense model's largest tensor."""
+    entries = [entry for entries in source.contents().values() for entry in entries if entry.dtype.is_floating_point]
+    return max(entries, key=lambda entry: entry.nbytes).dtype

@@ -25,7 +25,7 @@ typedef void (*run_parallel)(void (*work)(void *), void *data, unsigned threads,
 static run_parallel parallel = NULL;
 
 /* Increased whenever packed_operator or an exported function changes, so that a stale library is never called. */
-EXPORT int fistapruner_abi(void) { return 5; }
+EXPORT int fistapruner_abi(void) { return 6; }
 
 EXPORT void fistapruner_threads(run_parallel run) { parallel = run; }
 
@@ -59,16 +59,21 @@ typedef struct {
     rows_to_dense unpack;
     const prepared *x;
     const float *vector_scale; /* int8: scale of each vector's activations */
+    bias_vector bias;
     char *out;                 /* batch x rows, or what is unpacked */
     int64_t first, last;       /* rows */
     int type, batch, shares;
     int next;                  /* share that the next idle thread takes */
 } job;
 
+static float input_at(const void *x, int type, int64_t index) {
+    return type == TYPE_BF16 ? bf16_to_float(((const uint16_t *)x)[index]) : ((const float *)x)[index];
+}
+
 static void store(const job *work, int64_t row, int vector, float value) {
     const packed_operator *op = work->op;
     if (op->kind == VALUES_INT8) value *= work->vector_scale[vector];
-    if (op->bias) value += op->bias[row];
+    if (work->bias.values) value += input_at(work->bias.values, work->bias.type, row);
     if (work->type == TYPE_BF16)
         ((uint16_t *)work->out)[vector * op->rows + row] = float_to_bf16(value);
     else
@@ -131,90 +136,106 @@ static int in_parallel(int threads) {
 #endif
 }
 
+static void on_threads(void (*work)(void *), void *data, int threads) {
+    if (in_parallel(threads)) parallel(work, data, (unsigned)threads, 0);
+    else work(data);
+}
+
 static void run_job(job *work, int threads) {
     work->shares = in_parallel(threads) ? SHARES_A_THREAD * threads : 1;
-    if (in_parallel(threads)) parallel(run_thread, work, (unsigned)threads, 0);
-    else run_thread(work);
+    on_threads(run_thread, work, threads);
 }
 
-static float input_at(const void *x, int type, int64_t index) {
-    return type == TYPE_BF16 ? bf16_to_float(((const uint16_t *)x)[index]) : ((const float *)x)[index];
-}
+/* Vectors on their way to what a level wants; of the forms, those that are not wanted are NULL. */
+typedef struct {
+    const void *x;
+    int64_t columns, stride;
+    float *plain, *split, *scale;
+    uint16_t *bf16;
+    int16_t *levels;
+    uint8_t *high, *low;
+    int type, batch, next;
+} preparation;
 
 /* 16-bit activations. A vector that is not finite gets a NaN scale, and so a NaN result. */
-static float quantise(const void *x, int type, int64_t at, int64_t columns, int16_t *levels) {
+static float quantise(const preparation *to, int64_t from, int64_t at) {
     float largest = 0.0f;
     int finite = 1;
-    for (int64_t column = 0; column < columns; column++) {
-        float magnitude = fabsf(input_at(x, type, at + column));
+    for (int64_t column = 0; column < to->columns; column++) {
+        float magnitude = fabsf(input_at(to->x, to->type, from + column));
         finite &= magnitude <= 3.4028235e38f;
         largest = magnitude > largest ? magnitude : largest;
     }
     float scale = largest / 32767.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     if (!finite || inverse > 3.4028235e38f) inverse = 0.0f;
-    for (int64_t column = 0; column < columns; column++) {
-        float scaled = finite ? input_at(x, type, at + column) * inverse : 0.0f;
+    int16_t *levels = to->levels + at;
+    memset(levels + to->columns, 0, (size_t)(to->stride - to->columns) * 2);
+    for (int64_t column = 0; column < to->columns; column++) {
+        float scaled = finite ? input_at(to->x, to->type, from + column) * inverse : 0.0f;
         int level = (int)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
         levels[column] = (int16_t)(level < -32768 ? -32768 : level > 32767 ? 32767 : level);
+    }
+    for (int64_t column = 0; to->high && column < to->stride; column++) {
+        int unsigned_level = levels[column] + INT8_OFFSET;
+        to->high[at + column] = (uint8_t)(unsigned_level >> 8);
+        to->low[at + column] = (uint8_t)(unsigned_level & 255);
     }
     return finite ? scale : NAN;
 }
 
-/* Product of an operator with x (batch x columns): x times the transposed operator, plus its bias, to out (batch x rows).
+static void prepare_vector(const preparation *to, int vector) {
+    const int64_t from = vector * to->columns, at = vector * to->stride;
+    if (to->scale) {
+        to->scale[vector] = quantise(to, from, at);
+    } else if (to->bf16) {
+        memcpy(to->bf16 + at, (const uint16_t *)to->x + from, (size_t)to->columns * 2);
+        memset(to->bf16 + at + to->columns, 0, (size_t)(to->stride - to->columns) * 2);
+    } else {
+        float *out = (to->split ? to->split : to->plain) + at;
+        memset(out, 0, (size_t)to->stride * sizeof(float));
+        for (int64_t column = 0; column < to->columns; column++)
+            out[to->split ? (column & ~(int64_t)31) + (column & 31) / 2 + 16 * (column & 1) : column] =
+                input_at(to->x, to->type, from + column);
+    }
+}
+
+static void prepare_vectors(void *data) {
+    preparation *to = data;
+    for (int vector = take(&to->next); vector < to->batch; vector = take(&to->next)) prepare_vector(to, vector);
+}
+
+/* Product of an operator with x (batch x columns): x times the transposed operator, plus a bias, to out (batch x rows).
  * Returns 0, or 1 when there is no memory for the prepared vectors. */
-EXPORT int fistapruner_multiply(const packed_operator *op, const void *x, void *out, int type, int batch, int threads,
-                                int level) {
+EXPORT int fistapruner_multiply(const packed_operator *op, const void *bias, int bias_type, const void *x, void *out, int type,
+                                int batch, int threads, int level) {
     const int64_t stride = 64 * op->words, count = stride * batch;
     job work = {.op = op, .multiply = portable_multiply, .out = out, .last = op->rows, .type = type, .batch = batch};
-    prepared ready = {.stride = stride};
-    work.x = &ready;
+    work.bias = (bias_vector){bias, bias_type};
+    preparation to = {.x = x, .columns = op->columns, .stride = stride, .type = type, .batch = batch};
     float *buffer = malloc((size_t)(count + batch) * sizeof(float) + 64);
     if (!buffer) return 1;
-    float *plain = (float *)(((uintptr_t)buffer + 63) & ~(uintptr_t)63);
+    float *memory = (float *)(((uintptr_t)buffer + 63) & ~(uintptr_t)63);
 #ifdef FISTAPRUNER_X86
+    const int pairs = level >= LEVEL_AVX512_BF16 && op->kind == VALUES_BF16 && type == TYPE_BF16;
     if (level >= LEVEL_AVX2) work.multiply = avx2_multiply;
     if (level >= LEVEL_AVX512) work.multiply = avx512_multiply;
-    if (level >= LEVEL_AVX512_BF16 && op->kind == VALUES_BF16 && type == TYPE_BF16) work.multiply = avx512_bf16_multiply;
-    if (!op->mask) work.multiply = avx512_bf16_dense;
-    const int split = work.multiply == avx512_multiply;
-    const int narrow = work.multiply == avx512_bf16_multiply || work.multiply == avx512_bf16_dense;
-    const int bytes = work.multiply == avx512_multiply;
+    if (pairs) work.multiply = op->mask ? avx512_bf16_multiply : avx512_bf16_dense;
+    const int wide = work.multiply == avx512_multiply;
 #else
-    const int split = 0, narrow = 0, bytes = 0;
+    const int pairs = 0, wide = 0;
     (void)level;
 #endif
     if (op->kind == VALUES_INT8) {
-        int16_t *levels = (int16_t *)plain;
-        uint8_t *high = (uint8_t *)(levels + count), *low = high + count;
-        float *scale = plain + count;
-        memset(levels, 0, (size_t)count * 2);
-        for (int vector = 0; vector < batch; vector++)
-            scale[vector] = quantise(x, type, vector * op->columns, op->columns, levels + vector * stride);
-        for (int64_t place = 0; bytes && place < count; place++) {
-            int unsigned_level = levels[place] + INT8_OFFSET;
-            high[place] = (uint8_t)(unsigned_level >> 8);
-            low[place] = (uint8_t)(unsigned_level & 255);
-        }
-        if (bytes) ready.high = high, ready.low = low;
-        else ready.levels = levels;
-        work.vector_scale = scale;
-    } else if (narrow) {
-        uint16_t *copy = (uint16_t *)plain;
-        for (int vector = 0; vector < batch; vector++) {
-            memcpy(copy + vector * stride, (const uint16_t *)x + vector * op->columns, (size_t)op->columns * 2);
-            memset(copy + vector * stride + op->columns, 0, (size_t)(stride - op->columns) * 2);
-        }
-        ready.bf16 = copy;
-    } else {
-        memset(plain, 0, (size_t)count * sizeof(float));
-        for (int vector = 0; vector < batch; vector++)
-            for (int64_t column = 0; column < op->columns; column++) {
-                int64_t place = split ? (column & ~(int64_t)31) + (column & 31) / 2 + 16 * (column & 1) : column;
-                plain[vector * stride + place] = input_at(x, type, vector * op->columns + column);
-            }
-        if (split) ready.split = plain;
-        else ready.plain = plain;
-    }
+        to.scale = memory + count;
+        to.levels = (int16_t *)memory;
+        if (wide) to.high = (uint8_t *)(to.levels + count), to.low = to.high + count;
+    } else if (pairs) to.bf16 = (uint16_t *)memory;
+    else if (wide) to.split = memory;
+    else to.plain = memory;
+    on_threads(prepare_vectors, &to, threads < batch ? threads : batch);
+    const prepared ready = {to.plain, to.split, to.bf16, to.levels, to.high, to.low, stride};
+    work.x = &ready;
+    work.vector_scale = to.scale;
     run_job(&work, threads);
     free(buffer);
     return 0;
@@ -237,7 +258,7 @@ static int64_t panel_values(const packed_operator *op) { return 4 * op->words * 
 
 /* Bytes of scratch memory that fistapruner_multiply_many needs; 0 where it cannot run this operator. */
 EXPORT int64_t fistapruner_many_bytes(const packed_operator *op, int batch, int threads, int level) {
-    if (level < LEVEL_AMX || !op->mask) return 0;
+    if (level < LEVEL_AMX || (op->kind == VALUES_BF16 && !op->mask)) return 0;
     int64_t groups = (batch + AMX_SIDE - 1) / AMX_SIDE, vectors = groups * 2 * op->words * AMX_VALUES;
     return 2 * (vectors + threads * panel_values(op)) + 64;
 }
@@ -248,6 +269,7 @@ typedef struct {
     const uint16_t *x;
     uint16_t *vectors, *panels;
     void *out;
+    bias_vector bias;
     int batch, groups;
     int next_group, next_panel, next_thread;
 } many;
@@ -265,28 +287,23 @@ static void many_thread(void *data) {
     uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(op);
     for (int64_t next = take(&work->next_panel); next < panels; next = take(&work->next_panel)) {
         int64_t first = height * next, last = first + height < op->rows ? first + height : op->rows;
-        amx_multiply(op, first, last, work->vectors, work->batch, panel, work->out);
+        amx_multiply(op, work->bias, first, last, work->vectors, work->batch, panel, work->out);
     }
 }
 #endif
 
 /* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes. */
-EXPORT void fistapruner_multiply_many(const packed_operator *op, const void *x, void *out, int batch, int threads,
-                                      void *scratch) {
+EXPORT void fistapruner_multiply_many(const packed_operator *op, const void *bias, int bias_type, const void *x, void *out,
+                                      int batch, int threads, void *scratch) {
 #ifdef FISTAPRUNER_AMX
     int groups = (batch + AMX_SIDE - 1) / AMX_SIDE;
     uint16_t *vectors = (uint16_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
     many work = {.op = op, .x = x, .vectors = vectors, .out = out};
-    work.batch = batch, work.groups = groups;
+    work.bias = (bias_vector){bias, bias_type}, work.batch = batch, work.groups = groups;
     work.panels = vectors + (int64_t)groups * 2 * op->words * AMX_VALUES;
-    if (in_parallel(threads)) {
-        parallel(prepare_thread, &work, (unsigned)threads, 0);
-        parallel(many_thread, &work, (unsigned)threads, 0);
-    } else {
-        prepare_thread(&work);
-        many_thread(&work);
-    }
+    on_threads(prepare_thread, &work, threads);
+    on_threads(many_thread, &work, threads);
 #else
-    (void)op, (void)x, (void)out, (void)batch, (void)threads, (void)scratch;
+    (void)op, (void)bias, (void)bias_type, (void)x, (void)out, (void)batch, (void)threads, (void)scratch;
 #endif
 }

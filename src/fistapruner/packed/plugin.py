@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.names import expert_sources, stored_names
 from ..runtime.formatting import shell_line
-from .packed_checkpoint import PackedCheckpoint, is_packed
+from .checkpoint import PackedCheckpoint, is_packed
 
 
 def register() -> None:
@@ -48,9 +47,6 @@ def register() -> None:
 
         requires_calibration = False
         source: PackedCheckpoint | None = None
-        places: Mapping[str, tuple[str, str]] = MappingProxyType({})
-        experts: Mapping[str, list[list[str]]] = MappingProxyType({})
-        fused: Mapping[str, nn.Parameter] = MappingProxyType({})
 
         def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
             """Refuse a map of several devices: one that is given, or that transformers makes of "auto"."""
@@ -107,31 +103,28 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
     loader.source = source = PackedCheckpoint(folder)
     loader.validate_environment(device_map=device_map)
     set_widths(model, loader.widths, source.shapes())
-    loader.experts = {
-        target: lists
-        for target, lists in expert_sources(model, source.names()).items()
-        if any(name in source.specs for names in lists for name in names)
-    }
-    loader.places = _places(model, source, loader.experts)
-    for name, (parent, leaf) in loader.places.items():
-        module = model.get_submodule(parent)
-        if tuple(module._parameters[leaf].shape) != source.specs[name].shape:
-            shape = tuple(module._parameters[leaf].shape)
-            raise FistaPrunerError(
-                f"{name} is {source.specs[name].shape} in the packed folder, the config asks for {shape}"
-            )
-        module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
-    loader.fused = {target: model.get_parameter(target) for target in loader.experts}
-    for target in loader.experts:  # so that none is loaded in part, where a few experts are not packed
+    loader.pending = _pending(model, source)
+    loader.wanted = {target: model.get_parameter(target) for target in loader.pending}
+    for target, parts in loader.pending.items():
         parent, _, leaf = target.rpartition(".")
         module = model.get_submodule(parent)
-        module._parameters[leaf] = None
-        module._is_hf_initialized = True
-    weights = {*loader.experts, *(f"{parent}.{leaf}" for parent, leaf in loader.places.values())}
+        # No random initialisation; but for buffers, such as Gemma's scale, which that would fill.
+        module._is_hf_initialized = not module._non_persistent_buffers_set
+        if not isinstance(parts, str):  # so that none is loaded in part, where a few experts are not packed
+            module._parameters[leaf] = None
+    weights = set(loader.pending)
+    ties = model.all_tied_weights_keys  # transformers would join tied weights before the packed ones are there
+    loader.tied = {one: other for one, other in ties.items() if not weights.isdisjoint({one, other})}
+    for one, other in loader.tied.items():
+        del ties[one]
+        weights |= {one, other}
+        for name in {one, other} - set(stored_names(model, source.names())):
+            module = model.get_submodule(name.rpartition(".")[0])
+            module._is_hf_initialized = not module._non_persistent_buffers_set
     names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
-    parts = [re.escape(f"{name}.") + "(values|mask|offsets|scales)$" for name in names]
+    parts = [re.escape(f"{name}.") + "(values|mask|scales)$" for name in names]
     # A list in some models' classes, and a set from here on: transformers takes its union with others.
-    parts += [re.escape(target) + "$" for target in loader.experts]
+    parts += [re.escape(target) + "$" for target, names in loader.pending.items() if not isinstance(names, str)]
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
     later = {re.escape(name) + "$" for name in weights}
@@ -141,35 +134,37 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
 def _load_operators(loader: Any, model: Any, source: PackedCheckpoint) -> None:
     """Load the packed operators and low-rank parts, after transformers has loaded the rest."""
     device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
-    for name, (parent, leaf) in loader.places.items():
-        module = model.get_submodule(parent)
-        module._parameters[leaf] = nn.Parameter(source.tensor(name).to(device, module._parameters[leaf].dtype))
-    for target, lists in loader.experts.items():
+    for target, parts in loader.pending.items():
+        value = source.tensor(parts) if isinstance(parts, str) else source.experts(parts)
         parent, _, leaf = target.rpartition(".")
-        value, wanted = source.experts(lists), loader.fused[target]
+        module, wanted = model.get_submodule(parent), loader.wanted[target]
         if value.shape != wanted.shape:
             raise FistaPrunerError(
                 f"{target} is {tuple(value.shape)} in the packed folder, the config asks for {tuple(wanted.shape)}"
             )
-        model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
+        held = module._parameters[leaf]  # its dtype is what transformers has made of it
+        module._parameters[leaf] = nn.Parameter(value.to(device, (wanted if held is None else held).dtype))
     if source.low_rank is not None:
         source.low_rank.add_to(model)
     stored = stored_names(model, source.names())
+    model.all_tied_weights_keys |= loader.tied
     model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
 
-def _places(model: Any, source: PackedCheckpoint, experts: Mapping[str, list[list[str]]]) -> dict[str, tuple[str, str]]:
-    """Find module and parameter of every packed operator that is not part of a tensor of all experts."""
+def _pending(model: Any, source: PackedCheckpoint) -> dict[str, str | list[list[str]]]:
+    """Find packed parameters: by the model's name the stored operator, or the matrices of experts."""
+    experts: dict[str, Any] = {
+        target: lists
+        for target, lists in expert_sources(model, source.names()).items()
+        if any(name in source.specs for names in lists for name in names)
+    }
     found = {name: target for target, name in stored_names(model, source.names()).items()}
     inside = {name for lists in experts.values() for names in lists for name in names}
     # Such as the layers with which some models predict further tokens.
     unused = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    places = {}
     for name in source.specs:
-        if name in inside or (name not in found and any(re.search(pattern, name) for pattern in unused)):
-            continue
-        if name not in found:
+        if name in found and name not in inside:
+            experts[found[name]] = name
+        elif name not in inside and not any(re.search(pattern, name) for pattern in unused):
             raise FistaPrunerError(f"packed operator {name!r} is not part of {type(model).__name__}")
-        parent, _, leaf = found[name].rpartition(".")
-        places[name] = (parent, leaf)
-    return places
+    return experts

@@ -1,4 +1,21 @@
-"""Register the packed format when transformers is imported, without importing it or torch."""
+"""Store a pruned model without its zeros, and compute with it as it is stored.
+
+A packed operator is one bit for every weight and the kept values, row by row; 2:4 operators too, whose positions take
+no more bits that way. Values are bf16, bit for bit, or int8 with a scale for each row. With int8 values the embedding
+and the output head are int8 rows as well, without a mask, because they are not pruned.
+
+    format      the operator in memory, and as tensors of a safetensors file (docs/format.md)
+    kernel      the compiled kernel (csrc/), through ctypes
+    linear      modules that hold a packed weight; the kernel as an operator of torch, for torch.compile
+    pack        a checkpoint to a packed folder, and back
+    checkpoint  a packed folder, opened and checked
+    load        a packed folder as a model whose operators stay packed
+    plugin      a packed folder as a dense model, by transformers' ``from_pretrained``
+    semi_structured, speed, bench   2:4 on a GPU; how fast a model decodes; the verb ``bench``
+
+What other rooms use: ``pack``, ``unpack``, ``load``, ``SparseLinear``, ``to_semi_structured``, ``PackedCheckpoint``,
+``is_packed``, ``low_rank_part`` and ``bench``.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +60,6 @@ def register_on_import() -> None:
 
 
 def _register() -> None:
-    from .transformers_plugin import register
+    from .plugin import register
 
     register()

@@ -16,7 +16,7 @@ import torch
 from pruned import save_pruned
 
 from fistapruner import FistaPrunerError, SparseLinear, pack
-from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
+from fistapruner.packed.checkpoint import PackedCheckpoint
 
 MUTATIONS = int(os.environ.get("FISTAPRUNER_FUZZ", "600"))
 
@@ -29,7 +29,7 @@ def read_everything(folder):
         assert dense.shape == operator.shape
         out = SparseLinear(operator)(torch.ones(1, operator.shape[1]))
         assert out.shape == (1, operator.shape[0])
-    for name in packed.dense_names():
+    for name in packed.names():
         packed.tensor(name)
 
 

@@ -80,35 +80,39 @@ INLINE LEVEL void spread_rows(const packed_operator *op, int64_t first, int64_t 
             for (int64_t d = 0; d < depth; d++) _mm512_storeu_si512(tile + d * AMX_VALUES, _mm512_setzero_si512());
             continue;
         }
-        const uint32_t *mask = (const uint32_t *)(op->mask + row * op->words);
-        const char *value = (const char *)op->values + op->start[row] * (int8 ? 1 : 2);
+        const char *value = (const char *)op->values + first_value(op, row) * (int8 ? 1 : 2);
         for (int64_t d = 0; d < depth; d++) {
+            const uint32_t bits = (uint32_t)(mask_word(op, row, d / 2) >> d % 2 * 32);
             __m512i spread;
             if (int8) {
                 __m256i loaded = _mm256_loadu_si256((const __m256i *)value);
                 IN_REGISTER(loaded);
-                loaded = _mm256_maskz_expand_epi8((__mmask32)mask[d], loaded);
+                loaded = _mm256_maskz_expand_epi8((__mmask32)bits, loaded);
                 __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(loaded)));
                 __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(loaded, 1)));
                 spread = (__m512i)_mm512_cvtne2ps_pbh(high, low);
             } else {
                 __m512i loaded = _mm512_loadu_si512(value);
                 IN_REGISTER(loaded);
-                spread = _mm512_maskz_expand_epi16((__mmask32)mask[d], loaded);
+                spread = _mm512_maskz_expand_epi16((__mmask32)bits, loaded);
             }
             _mm512_storeu_si512(tile + d * AMX_VALUES, spread);
-            value += count_bits(mask[d]) * (int8 ? 1 : 2);
+            value += count_bits(bits) * (int8 ? 1 : 2);
             _mm_prefetch(value + 1024, _MM_HINT_T0);
         }
     }
 }
 
 /* A tile of sums (16 rows x 16 vectors), scaled and shifted row by row, to bf16 results. */
-INLINE LEVEL void store_tile(const packed_operator *op, int64_t row, int64_t vector, int batch, const float *sums, uint16_t *out) {
+INLINE LEVEL void store_tile(const packed_operator *op, bias_vector added, int64_t row, int64_t vector, int batch, const float *sums, uint16_t *out) {
     if (row >= op->rows) return;
     __mmask16 inside = op->rows - row >= 16 ? 0xffff : (__mmask16)((1 << (op->rows - row)) - 1);
     __m512 scale = op->kind == VALUES_INT8 ? _mm512_maskz_loadu_ps(inside, op->scale + row) : _mm512_set1_ps(1.0f);
-    __m512 bias = op->bias ? _mm512_maskz_loadu_ps(inside, op->bias + row) : _mm512_setzero_ps();
+    __m512 bias = _mm512_setzero_ps();
+    if (added.values && added.type == TYPE_BF16)
+        bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, (const uint16_t *)added.values + row)), 16));
+    else if (added.values)
+        bias = _mm512_maskz_loadu_ps(inside, (const float *)added.values + row);
     __m512i lines[16];
     for (int i = 0; i < 16; i++) lines[i] = _mm512_loadu_si512(sums + 16 * i);
     transpose(lines);
@@ -119,7 +123,7 @@ INLINE LEVEL void store_tile(const packed_operator *op, int64_t row, int64_t vec
 }
 
 /* Rows first..last (at most 32) times all vectors. panel has room for 2 * 2 * words tiles. */
-LEVEL void amx_multiply(const packed_operator *op, int64_t first, int64_t last, const uint16_t *vectors, int batch, uint16_t *panel, uint16_t *out) {
+LEVEL void amx_multiply(const packed_operator *op, bias_vector bias, int64_t first, int64_t last, const uint16_t *vectors, int batch, uint16_t *panel, uint16_t *out) {
     static const tile_shapes shapes = {
         .palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
     const int64_t depth = 2 * op->words, groups = (batch + AMX_SIDE - 1) / AMX_SIDE;
@@ -147,8 +151,8 @@ LEVEL void amx_multiply(const packed_operator *op, int64_t first, int64_t last, 
             }
             _tile_stored(2, sums[2], 64);
             _tile_stored(3, sums[3], 64);
-            store_tile(op, first, vector + AMX_SIDE, batch, sums[2], out);
-            store_tile(op, first + AMX_SIDE, vector + AMX_SIDE, batch, sums[3], out);
+            store_tile(op, bias, first, vector + AMX_SIDE, batch, sums[2], out);
+            store_tile(op, bias, first + AMX_SIDE, vector + AMX_SIDE, batch, sums[3], out);
         } else {
             for (int64_t d = 0; d < depth; d++) {
                 _tile_loadd(4, top + d * AMX_VALUES, 64);
@@ -160,8 +164,8 @@ LEVEL void amx_multiply(const packed_operator *op, int64_t first, int64_t last, 
         }
         _tile_stored(0, sums[0], 64);
         _tile_stored(1, sums[1], 64);
-        store_tile(op, first, vector, batch, sums[0], out);
-        store_tile(op, first + AMX_SIDE, vector, batch, sums[1], out);
+        store_tile(op, bias, first, vector, batch, sums[0], out);
+        store_tile(op, bias, first + AMX_SIDE, vector, batch, sums[1], out);
     }
     _tile_release();
 }

@@ -16,8 +16,7 @@ from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.safetensors import TensorEntry
 from ..models.files.widths import LayerWidths, read_widths, widths_section
 from ..runtime.files import sha256_file
-from .format import VERSION, OperatorSpec, decode, operator_fault, read_specs
-from .packed import PackedOperator
+from .format import OperatorSpec, PackedOperator, decode, operator_fault, read_specs, require_version
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -62,10 +61,7 @@ class PackedCheckpoint:
         about = read_json_in(self.folder, PACKED_RECORD)
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
-        if about["version"] != VERSION:
-            raise FistaPrunerError(
-                f"{self.folder} has format version {about['version']}; this program reads version {VERSION}"
-            )
+        require_version(about["version"], str(self.folder))
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
         self.low_rank = LowRankAdapter.recorded(self.record, self.folder / PACKED_RECORD, self.folder / FOLDER)
@@ -86,19 +82,11 @@ class PackedCheckpoint:
         if not isinstance(files, dict) or set(files) != set(there):
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
         for name, claim in files.items():
-            path = there[name]
-            if not path.is_file():
-                raise FistaPrunerError(f"{path}, which {PACKED_RECORD} lists, is gone")
-            if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
-                raise FistaPrunerError(
-                    f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged"
-                )
+            path, size = there[name], there[name].stat().st_size if there[name].is_file() else "no"
+            if not isinstance(claim, dict) or claim.get("bytes") != size:
+                raise FistaPrunerError(f"{path} is damaged: it has {size} bytes, {PACKED_RECORD} says otherwise")
             if verify and claim.get("sha256") != sha256_file(path):
                 raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
-
-    def dense_names(self) -> list[str]:
-        """List the names of the tensors that are stored densely."""
-        return [name for name in self.checkpoint.names() if name not in self._parts]
 
     def operator(self, name: str) -> PackedOperator:
         """Read one packed operator.
@@ -114,16 +102,12 @@ class PackedCheckpoint:
         return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
 
     def experts(self, matrices: Sequence[Sequence[str]]) -> Tensor:
-        """Read the matrices of single experts as transformers joins them: (experts, m, n).
-
-        Args:
-            matrices: for each matrix of an expert its stored names, as of :func:`~.names.expert_sources`.
-        """
+        """Join the matrices of experts, named as by ``expert_sources``, to one tensor (experts, m, n)."""
         return torch.stack([torch.cat([self.tensor(name) for name in own]) for own in zip(*matrices, strict=True)])
 
     def names(self) -> list[str]:
         """List the names of the dense model's tensors; the packed ones last."""
-        return [*self.dense_names(), *self.specs]
+        return [*(name for name in self.checkpoint.names() if name not in self._parts), *self.specs]
 
     def contents(self) -> dict[str, list[TensorEntry]]:
         """List the tensors of the dense model by file, in the order of the checkpoint that was packed."""

@@ -9,10 +9,10 @@ static float value_at(const packed_operator *op, int64_t index) {
 static void multiply_int8(const packed_operator *op, int64_t row, const prepared *x, int tile, float *out) {
     for (int t = 0; t < tile; t++) {
         const int16_t *level = x->levels + t * x->stride;
-        const int8_t *value = (const int8_t *)op->values + op->start[row];
+        const int8_t *value = (const int8_t *)op->values + first_value(op, row);
         int64_t sum = 0;
         for (int64_t word = 0; word < op->words; word++)
-            for (uint64_t mask = op->mask[row * op->words + word]; mask; mask &= mask - 1)
+            for (uint64_t mask = mask_word(op, row, word); mask; mask &= mask - 1)
                 sum += (int64_t)*value++ * level[64 * word + lowest_bit(mask)];
         out[t] = (float)((double)op->scale[row] * (double)sum);
     }
@@ -26,9 +26,9 @@ void portable_multiply(const packed_operator *op, int64_t first, int64_t last, c
         }
         /* Sixteen partial sums, as a vector unit keeps them: the rounding error grows with the row length over 16. */
         float sums[MAX_TILE][16] = {{0}};
-        int64_t next = op->start[row];
+        int64_t next = first_value(op, row);
         for (int64_t word = 0; word < op->words; word++)
-            for (uint64_t mask = op->mask[row * op->words + word]; mask; mask &= mask - 1) {
+            for (uint64_t mask = mask_word(op, row, word); mask; mask &= mask - 1) {
                 int64_t column = 64 * word + lowest_bit(mask);
                 float value = value_at(op, next++);
                 for (int t = 0; t < tile; t++) sums[t][column & 15] += value * x->plain[t * x->stride + column];
@@ -45,10 +45,10 @@ void portable_unpack(const packed_operator *op, int64_t first, int64_t last, int
     size_t size = type == TYPE_BF16 ? 2 : 4;
     memset(out, 0, (size_t)(last - first) * (size_t)op->columns * size);
     for (int64_t row = first; row < last; row++) {
-        int64_t next = op->start[row], base = (row - first) * op->columns;
+        int64_t next = first_value(op, row), base = (row - first) * op->columns;
         float scale = op->kind == VALUES_INT8 ? op->scale[row] : 1.0f;
         for (int64_t word = 0; word < op->words; word++) {
-            for (uint64_t mask = op->mask[row * op->words + word]; mask; mask &= mask - 1) {
+            for (uint64_t mask = mask_word(op, row, word); mask; mask &= mask - 1) {
                 int64_t column = base + 64 * word + lowest_bit(mask);
                 if (op->kind == VALUES_BF16 && type == TYPE_BF16) {
                     ((uint16_t *)out)[column] = ((const uint16_t *)op->values)[next++];

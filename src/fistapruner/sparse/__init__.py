@@ -1,1 +1,0 @@
-"""Store and run pruned operators without their zeros."""
