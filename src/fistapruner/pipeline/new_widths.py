@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 
+from ..allocate.measure import measured_by
 from ..core import Constraint, parse_sparsity
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
@@ -18,7 +19,6 @@ from ..models.layout import Layout
 from ..models.source import Permissions
 from ..recipes.settings import Recipe
 from ..runtime.formatting import count, span
-from ..sensitivity.decision import measured_by
 from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
 from ..structured.smaller_model import Widths, removed_weights, resized, unread_tensors

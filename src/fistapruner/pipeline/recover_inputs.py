@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..calibration.mixtures import Mixture
 from ..calibration.packing import PURPOSE
 from ..calibration.windows import check_source
 from ..errors import FistaPrunerError
+from ..papers.mamf import Mixture
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener

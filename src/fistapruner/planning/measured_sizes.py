@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 from ..activations.cached_outputs import kept_projections
+from ..allocate.fisher import HEAD_TOKENS, WIDE
+from ..allocate.measure import (
+    chooses_widths,
+    differentiates,
+    needs_measuring,
+    permutes,
+    weighs_rows,
+)
 from ..calibration import SELF
 from ..calibration.self_generated import generation_bytes
 from ..core import Constraint
@@ -24,14 +32,6 @@ from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
-from ..sensitivity.decision import (
-    chooses_widths,
-    differentiates,
-    needs_measuring,
-    permutes,
-    weighs_rows,
-)
-from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from ..structured.bypass import LENGTH, SEQUENCES
 from ..structured.experts import expert_weights
 from ..structured.smaller_model import Widths, removed_weights

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..allocate.channels import channel_order, raised_shares
+from ..allocate.measure import permutes
 from ..core import NM
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
-from ..sensitivity.channel_order import channel_order, raised_shares
-from ..sensitivity.decision import permutes
 from ..structured.goa import DAMPING, channel_criterion, group_divergence, head_divergence, redundant
 from ..structured.removal import ChannelStatistics, Removal, best_channels, removal_error, remove_channels
 from ..structured.shrinkage import refitted

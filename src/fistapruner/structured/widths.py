@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ..activations.store import HiddenStates
 from ..activations.stream import Visit, embed, run_layer
+from ..allocate.fisher import HEAD_TOKENS, DensePasses, InputSums, gathering, measure_sensitivity
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..recipes.structure_settings import Structure
-from ..sensitivity.fisher import HEAD_TOKENS, DensePasses, InputSums, gathering, measure_sensitivity
 from .bypass import Slot, slots_of
 from .elimination import eliminate
 from .removal import ChannelStatistics, best_channels, block_places, choose_shrink, made_up

@@ -10,7 +10,7 @@ measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations
 as
 
 * ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
-  nats (:mod:`.error_curves`). Where whole inputs are removed (:mod:`fistapruner.structured.widths`) it is the mean over
+  nats (:mod:`.curves`). Where whole inputs are removed (:mod:`fistapruner.structured.widths`) it is the mean over
   inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` (:func:`input_shares`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
   reconstruction (:mod:`fistapruner.tuning.block_reconstruction`).
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,27 +71,18 @@ class InputEnergy:
         return self._squares / max(self.tokens, 1)
 
 
-class Sums(Protocol):
-    """Sums over an operator group's inputs."""
-
-    def add(self, inputs: Tensor, /) -> None:
-        """Add a batch of (tokens, n) inputs."""
-
-
-S = TypeVar("S", bound=Sums)
-
-
 @dataclass(frozen=True)
-class InputSums(Generic[S]):
+class InputSums:
     """Sums to gather in a forward pass of the dense model.
 
     Args:
-        sums: makes the sums of an operator group from its (m, n) fp32 weights, stacked by rows.
+        sums: makes the sums of an operator group from its (m, n) fp32 weights, stacked by rows; their ``add`` takes
+            a batch of (tokens, n) inputs.
         done: receives (layer, group, sums) after all windows.
     """
 
-    sums: Callable[[Tensor], S]
-    done: Callable[[int, int, S], None]
+    sums: Callable[[Tensor], Any]
+    done: Callable[[int, int, Any], None]
 
 
 @dataclass
@@ -141,7 +132,7 @@ def measure_sensitivity(
     passes: DensePasses,
     *,
     seed: int = 0,
-    gather: InputSums[Any] | None = None,
+    gather: InputSums | None = None,
     outputs: bool = True,
     by_inputs: bool = False,
 ) -> Sensitivity:
@@ -162,8 +153,14 @@ def measure_sensitivity(
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
-    energies: dict[str, Tensor] | None = {} if by_inputs else None
-    visit = None if gather is None and energies is None else gathering(layout, gather, energies)
+    energies: dict[str, Tensor] = {}
+
+    def keep_energies(index: int, number: int, sums: InputEnergy) -> None:
+        names = [layout.full_name(index, operator) for operator in layout.layers[index][number]]
+        energies.update(dict.fromkeys(names, sums.mean()))
+
+    gathers = [*([gather] if gather else ()), *([InputSums(InputEnergy, keep_energies)] if by_inputs else ())]
+    visit = gathering(layout, *gathers) if gathers else None
     states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=visit, keep=True, progress=progress)
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
@@ -183,7 +180,7 @@ def measure_sensitivity(
             sums[name] += squares.sum(0) if shares is None else squares.T @ shares
 
         def hook(name: str) -> Callable[..., None]:
-            energy = None if energies is None else energies[layout.full_name(index, name)]
+            energy = energies.get(layout.full_name(index, name))
 
             def after_forward(_: object, args: tuple[Tensor, ...], output: Tensor) -> None:
                 flat = args[0].detach().reshape(-1, args[0].shape[-1])
@@ -249,47 +246,34 @@ def row_importance(sensitivity: Tensor) -> Tensor:
 
 
 def gather_inputs(
-    model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, gather: InputSums[Any]
+    model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, gather: InputSums
 ) -> None:
     """Gather sums of operator inputs in a forward pass; arguments as for :func:`measure_sensitivity`."""
     progress = partial(passes.tick, "decoder layers, forwards")
-    states, _ = forward(
-        model, tokens, passes.batch_size, passes.store, visit=gathering(layout, gather), progress=progress
-    )
+    visit = gathering(layout, gather)
+    states, _ = forward(model, tokens, passes.batch_size, passes.store, visit=visit, progress=progress)
     states[-1].close()
 
 
-def gathering(layout: Layout, gather: InputSums[Any] | None, energies: dict[str, Tensor] | None = None) -> Visit:
-    """Make the visitor of a forward pass that gathers sums of operator inputs.
-
-    Args:
-        layout: the operators.
-        gather: the sums, if any.
-        energies: receives, by full name, the (n,) mean squared inputs of every operator.
-    """
+def gathering(layout: Layout, *gathers: InputSums) -> Visit:
+    """Make the visitor of a forward pass that gathers sums of operator inputs."""
 
     @contextmanager
     def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
         groups = list(enumerate(layout.layers[index]))
-        sums: dict[int, Any] = {}
-        squares: dict[int, InputEnergy] = {}
-        for number, group in groups:
-            if gather is not None:
-                sums[number] = gather.sums(torch.cat([operator.weight(layer).float() for operator in group]))
-            if energies is not None:
-                squares[number] = InputEnergy(group[0].weight(layer))
+        sums = []
+        for _, group in groups:
+            weight = torch.cat([operator.weight(layer).float() for operator in group])
+            sums.append([gather.sums(weight) for gather in gathers])
 
         def add(number: int, _: int, inputs: Tensor) -> None:
-            for gathered in (sums, squares):
-                if number in gathered:
-                    gathered[number].add(inputs.reshape(-1, inputs.shape[-1]))
+            for each in sums[number]:
+                each.add(inputs.reshape(-1, inputs.shape[-1]))
 
         yield Watched(groups, add)
-        for number, group in groups:
-            if gather is not None:
-                gather.done(index, number, sums[number])
-            if energies is not None:
-                energies.update((layout.full_name(index, operator), squares[number].mean()) for operator in group)
+        for number, _ in groups:
+            for gather, each in zip(gathers, sums[number], strict=True):
+                gather.done(index, number, each)
 
     return visit
 
@@ -314,9 +298,7 @@ class _OutputMetric:
         return (self._sum if self._sum.ndim == 1 else mirror(self._sum)).cpu() / tokens
 
 
-def loss_gradient(
-    model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenStates, seed: int, *, head_tokens: int = HEAD_TOKENS
-) -> None:
+def loss_gradient(model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenStates, seed: int) -> None:
     """Write the gradient of drawn labels' summed log-likelihood with respect to the last layer's output.
 
     Args:
@@ -324,7 +306,6 @@ def loss_gradient(
         hidden: output of the last decoder layer.
         gradient: receives the gradient, of the same shape.
         seed: of the labels, which are drawn from the model's predictions.
-        head_tokens: tokens whose logits are computed at once.
 
     Raises:
         FistaPrunerError: predictions are NaN or infinite.
@@ -334,8 +315,8 @@ def loss_gradient(
         for window in range(hidden.samples):
             states = hidden.read(window, window + 1, model.device)
             below = torch.empty_like(states)
-            for start in range(0, hidden.seqlen, head_tokens):
-                tokens = slice(start, start + head_tokens)
+            for start in range(0, hidden.seqlen, HEAD_TOKENS):
+                tokens = slice(start, start + HEAD_TOKENS)
                 part = states[:, tokens].requires_grad_()
                 ids = torch.zeros(part.shape[:2], dtype=torch.int64, device=model.device)
                 with torch.enable_grad():

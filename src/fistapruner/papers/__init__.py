@@ -1,0 +1,1 @@
+"""Published systems that plug into a joint of the package, one file each."""
