@@ -95,7 +95,7 @@ def run(name: str, command: list[str], data: Path, runs: Path) -> dict[str, Any]
     out = folder(runs, name)
     calibration = str(next((data / "c4").glob("*.jsonl")))
     text = ["--evaluate", str(data / "wikitext2" / "test_joined.txt"), "--evaluate-windows", "4"]
-    pruned = folder(runs, TRAINED[name.split()[-1]]) if verb != "prune" else None
+    pruned = folder(runs, TRAINED[name.rsplit(maxsplit=1)[-1]]) if verb != "prune" else None
     if verb == "prune":
         size = ["--calibration", calibration, "--samples", "16", "--seqlen", "1024"]
         options = ["smollm2", *size, "--seed", "0", *options, *text]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.calibration.mixtures import Mixture, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, tiny
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
-from fistapruner.calibration.mixtures import Mixture, shuffled
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
 from fistapruner.evaluation.data import evaluation_documents
 from fistapruner.pipeline.recover_inputs import check_mixture

@@ -19,6 +19,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from fistapruner.sensitivity.decision import Decision, decide
 from torch import Tensor
 
 import fistapruner as fp
@@ -46,7 +47,6 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.files import sha256_file, write_json_atomic
-from fistapruner.sensitivity.decision import Decision, decide
 from fistapruner.sparse.variants import Variant, load_variant
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}

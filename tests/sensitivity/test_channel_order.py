@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from fistapruner.sensitivity.channel_order import (
+    _assign,
+    _gains,
+    channel_order,
+    kept_share,
+    sample_rows,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,13 +28,6 @@ from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint, reorder
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.sensitivity.channel_order import (
-    _assign,
-    _gains,
-    channel_order,
-    kept_share,
-    sample_rows,
-)
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 MLP = {

@@ -10,14 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import tiny
-from fistapruner import Recipe, prune
-from fistapruner.core import NM, Constraint, LayerProblem, Unstructured, parse_sparsity
-from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.sensitivity.decision import (
     _allocate,
     check_allocation,
@@ -42,6 +34,14 @@ from fistapruner.sensitivity.error_curves import (
     split_budget,
 )
 from fistapruner.sensitivity.owl import OWL_REACH, outlier_share, owl_allocation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from fistapruner import Recipe, prune
+from fistapruner.core import NM, Constraint, LayerProblem, Unstructured, parse_sparsity
+from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.inspection import inspect_checkpoint
 
 SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
 FRACTIONS = st.floats(0.05, 0.9)

@@ -6,16 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
-import tiny
-from fistapruner import FistaPrunerError, Recipe, prune
-from fistapruner.activations.store import HiddenStates
-from fistapruner.activations.store import scratch_factory as store
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.sensitivity.decision import decide
 from fistapruner.sensitivity.error_curves import predicted_cost
 from fistapruner.sensitivity.fisher import (
@@ -26,6 +16,16 @@ from fistapruner.sensitivity.fisher import (
     measure_sensitivity,
     row_importance,
 )
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import tiny
+from fistapruner import FistaPrunerError, Recipe, prune
+from fistapruner.activations.store import HiddenStates
+from fistapruner.activations.store import scratch_factory as store
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 
 WINDOWS, SEQLEN = 3, 12
 

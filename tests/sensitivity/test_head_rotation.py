@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fistapruner.sensitivity import decision
+from fistapruner.sensitivity import head_rotation as searching
+from fistapruner.sensitivity.channel_order import channel_order, kept_share
+from fistapruner.sensitivity.head_rotation import head_rotation, rotated_energy
+from fistapruner.sensitivity.permutation import Permutations, reordered_rows
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -23,11 +28,6 @@ from fistapruner.models.files.checkpoint import ROTATED, Checkpoint, reorder
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Operator
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.sensitivity import decision
-from fistapruner.sensitivity import head_rotation as searching
-from fistapruner.sensitivity.channel_order import channel_order, kept_share
-from fistapruner.sensitivity.head_rotation import head_rotation, rotated_energy
-from fistapruner.sensitivity.permutation import Permutations, reordered_rows
 
 SMALL = {"samples": 4, "seqlen": 16, "source": "python"}
 

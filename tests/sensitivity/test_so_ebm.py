@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
-from torch import Tensor, nn
-
 from fistapruner.sensitivity.forecast import Forecast, expected_excess, fit_forecast, train
 from fistapruner.sensitivity.so_ebm import energy_loss, importance_weights
+from scipy.optimize import minimize
+from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -11,19 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
-from torch import Tensor
-
-import tiny
-from fistapruner import Recipe, prune
-from fistapruner.activations.store import scratch_factory
-from fistapruner.calibration.windows import window_tasks
-from fistapruner.errors import FistaPrunerError
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.pipeline.compare import compare
-from fistapruner.reporting.workload_text import workload_sentence
 from fistapruner.sensitivity.decision import decide
 from fistapruner.sensitivity.error_curves import POINTS, ZerosBudget, bounds, sparsity_grid, split_budget
 from fistapruner.sensitivity.fisher import DensePasses, measure_sensitivity, row_importance
@@ -39,6 +26,19 @@ from fistapruner.sensitivity.workload_rules import (
     decide_by_rules,
     find_candidates,
 )
+from scipy.optimize import minimize
+from torch import Tensor
+
+import tiny
+from fistapruner import Recipe, prune
+from fistapruner.activations.store import scratch_factory
+from fistapruner.calibration.windows import window_tasks
+from fistapruner.errors import FistaPrunerError
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.pipeline.compare import compare
+from fistapruner.reporting.workload_text import workload_sentence
 
 MIX = "mix: {chat: 0.7, code: 0.3}\n"
 TASKS = {"chat": "python", "code": "python"}

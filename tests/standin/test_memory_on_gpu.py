@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.sensitivity.fisher import DensePasses, measure_sensitivity
 
 import fistapruner
 import tiny
@@ -36,7 +37,6 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runtime import transfers
-from fistapruner.sensitivity.fisher import DensePasses, measure_sensitivity
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")

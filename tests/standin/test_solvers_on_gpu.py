@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.sensitivity.channel_order import channel_order
 
 from fistapruner.core import NM, LayerProblem, ProblemSums, parse_sparsity
 from fistapruner.core.constraints import stack
@@ -15,7 +16,6 @@ from fistapruner.core.selection import keep_n_of_m
 from fistapruner.core.sums import DriftFrom
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.experts import routed_problem
-from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import solve_low_rank
 from fistapruner.structured.elimination import eliminate

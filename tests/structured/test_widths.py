@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.sensitivity.fisher import DensePasses
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +33,6 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.new_widths import say_widths
 from fistapruner.recipes.structure_settings import Structure
-from fistapruner.sensitivity.fisher import DensePasses
 from fistapruner.sparse.variants import Variant, load_variant
 from fistapruner.structured import widths as free_widths
 from fistapruner.structured.proof import config_entries, plan_widths

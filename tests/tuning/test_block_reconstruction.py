@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.sensitivity.decision import decide
 from torch import Tensor
 
 import tiny
@@ -21,7 +22,6 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.sensitivity.decision import decide
 from fistapruner.tuning import block_reconstruction
 from fistapruner.tuning.block_reconstruction import Reconstructed, ReconstructionSettings, reconstruct_layer
 from tiny import tensors

@@ -1,16 +1,14 @@
-"""Distribute zeros over operators: where they cost least, or by the outliers of decoder layers (OWL).
+"""Distribute zeros over operators where they cost least.
 
-By cost: the predicted cost of the model is the sum of its operators' curves (:mod:`.curves`), so zeros are taken
-greedily where the next one costs least. Between the grid's sparsities the logarithm of a curve is interpolated; slopes
-are made non-decreasing, so that the greedy choice is optimal.
-
-OWL is Yin et al. 2023, "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175.
+The predicted cost of the model is the sum of its operators' curves (:mod:`.curves`), so zeros are taken greedily where
+the next one costs least. Between the grid's sparsities the logarithm of a curve is interpolated; slopes are made
+non-decreasing, so that the greedy choice is optimal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +18,6 @@ from .curves import bounds, sparsity_grid
 
 STEPS = 240
 """Equal steps into which an operator's range of sparsities is divided."""
-
-OUTLIER = 5.0
-"""OWL's ``M``: scores above this multiple of the mean are outliers."""
-
-OWL_REACH = 0.08
-"""OWL's ``lambda``: largest distance of a layer's sparsity from the asked one."""
 
 
 def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fraction: float) -> dict[str, Unstructured]:
@@ -150,48 +142,3 @@ def choose_patterns(
         left -= patterns[to].zeros(1, sizes[name]) - patterns[chosen[name]].zeros(1, sizes[name])
         chosen[name] = to
     return {name: patterns[to] for name, to in chosen.items()}
-
-
-def outlier_share(operators: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Compute the share of a decoder layer's scores ``|W_ij| ||X_j||`` above ``M`` times their mean.
-
-    Args:
-        operators: (m, n) weight and (n,) root mean square of its inputs, for every operator of the layer.
-    """
-    scores = [weight.float().abs() * norm for weight, norm in operators]
-    count = sum(score.numel() for score in scores)
-    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
-    return sum(int(torch.count_nonzero(score > OUTLIER * mean)) for score in scores) / count
-
-
-def owl_allocation(
-    shares: Sequence[float], members: Sequence[Mapping[str, int]], fraction: float
-) -> dict[str, Unstructured]:
-    """Map outlier shares of decoder layers linearly to sparsities in a range of ``2 lambda``.
-
-    Args:
-        shares: share of outliers in each decoder layer.
-        members: numbers of weights of the operators of each decoder layer.
-        fraction: the sparsity of all operators together.
-
-    Returns:
-        A sparsity for each operator; their zeros sum to exactly what ``fraction`` gives in every operator.
-    """
-    low, high = min(shares), max(shares)
-    reach = min(OWL_REACH, fraction / 2, (1 - fraction) / 2)
-    span = (high - low) or 1.0
-    raw = [-2 * reach * (share - low) / span for share in shares]
-    rest = sum(sum(sizes.values()) for sizes in members)
-    mean = sum(each * sum(sizes.values()) for each, sizes in zip(raw, members, strict=True)) / rest
-    budget = sum(Unstructured(fraction).zeros(1, size) for sizes in members for size in sizes.values())
-    found: dict[str, Unstructured] = {}
-    running, given = 0.0, 0
-    for each, sizes in zip(raw, members, strict=True):
-        for name, size in sizes.items():
-            running += (fraction + each - mean) * size
-            rest -= size
-            # Near a sparsity of 1 rounding may give an operator more zeros than weights: its neighbours get the rest.
-            upto = min(max(round(running), given, budget - rest), given + size, budget)
-            found[name] = Unstructured.of_counts(upto - given, size)
-            given = upto
-    return found

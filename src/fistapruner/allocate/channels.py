@@ -1,4 +1,4 @@
-"""Choose the order of channels and the rotation of heads in which an n:m pattern keeps most of the important weights.
+"""Order channels and rotate heads so that an n:m pattern keeps most of the important weights.
 
 An n:m pattern keeps n of every m neighbouring weights of a row, however important the others are. Where the order of an
 operator's input channels is free (:mod:`fistapruner.models.coupling`), channels can be ordered so that the important
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ DECAYS = 0.9, 0.99
 
 
 def kept_share(scores: Tensor, pattern: Constraint) -> float:
-    """Compute the share of the sum of ``scores`` (rows, channels) that a pattern with an n:m in it keeps."""
+    """Compute the share of the sum of (rows, channels) scores that a pattern with an n:m in it keeps."""
     assert pattern.nm is not None
     n, m = pattern.nm
     groups = scores.masked_fill(~pattern.project(scores), 0.0).view(len(scores), -1, m)
@@ -55,13 +55,7 @@ def kept_share(scores: Tensor, pattern: Constraint) -> float:
 
 
 def raised_shares(scores: Tensor, reordered: Tensor, pattern: Constraint) -> tuple[float, float] | None:
-    """Compute what a pattern keeps of the scores before and after; None where an order does not raise it.
-
-    Args:
-        scores: (rows, channels) of an operator, in its own order of rows: they may share inputs.
-        reordered: the scores in the new order, or of the rotated channels.
-        pattern: of the operator; the order was searched for the n:m in it.
-    """
+    """Compute what a pattern keeps of (rows, channels) scores before and after; None if not more."""
     before, after = kept_share(scores, pattern), kept_share(reordered, pattern)
     return (before, after) if after > before else None
 
@@ -195,19 +189,12 @@ def _grams_of_heads(link: Link, gram: Tensor) -> Tensor:
     return heads.reshape(link.blocks, link.repeats, link.channels, link.channels)
 
 
-@dataclass(frozen=True)
-class _Order:
-    """An order of an operator's input channels, or rotations of those of its heads.
+class _Order(NamedTuple):
+    """An order of an operator's input channels, or rotations of those of its heads."""
 
-    Args:
-        shares: for each pattern of which it raises what is kept of the scores, the shares before and after.
-        tensors: that are reordered with it (:attr:`~.measure.Decision.orders`).
-        rows: the same for the rows of the operators that make the channels, by full name.
-    """
-
-    shares: dict[Constraint, tuple[float, float]]
-    tensors: dict[str, tuple[int, Tensor]]
-    rows: dict[str, Tensor]
+    shares: dict[Constraint, tuple[float, float]]  # kept before and after, of each pattern that keeps more so
+    tensors: dict[str, tuple[int, Tensor]]  # that are reordered with it
+    rows: dict[str, Tensor]  # the same for the rows of the operators that make the channels, by full name
 
 
 def reordered_rows(importance: Tensor, order: Tensor) -> Tensor:
@@ -243,8 +230,7 @@ class Permutations:
         """Order the input channels of group ``number`` of decoder layer ``index``.
 
         Args:
-            index: number of the layer.
-            number: of the group.
+            index, number: of the layer, and of the group in it.
             weight: (m, n) weights of its operators, stacked by rows.
             gram: (n, n) of its inputs.
         """

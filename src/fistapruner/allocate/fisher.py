@@ -10,8 +10,7 @@ measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations
 as
 
 * ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
-  nats (:mod:`.curves`). Where whole inputs are removed (:mod:`fistapruner.structured.widths`) it is the mean over
-  inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` (:func:`input_shares`);
+  nats (:mod:`.curves`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
   reconstruction (:mod:`fistapruner.tuning.block_reconstruction`).
 
@@ -38,7 +37,7 @@ from ..core.sums import add_gram, mirror
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..runtime.numerics import BUDGETS, dtype_name
+from ..runtime.numerics import dtype_name
 from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent
 
@@ -47,28 +46,6 @@ HEAD_TOKENS = 512
 
 WIDE = 4096
 """Hidden size above which only diagonals of the decoder layers' matrices are stored, to save memory."""
-
-
-class InputEnergy:
-    """Mean squared inputs of operators that read the same tensor: the diagonal of their Gram.
-
-    Args:
-        weight: (m, n) dense weights, stacked by rows.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.tokens = 0
-        self._squares = torch.zeros(weight.shape[1], device=weight.device)
-
-    def add(self, inputs: Tensor) -> None:
-        """Add a batch of (tokens, n) inputs."""
-        self._squares += inputs.float().square().sum(0)
-        self.tokens += len(inputs)
-
-    def mean(self) -> Tensor:
-        """Return the (n,) mean over tokens; zeros for an expert that no token is routed to."""
-        return self._squares / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -134,7 +111,6 @@ def measure_sensitivity(
     seed: int = 0,
     gather: InputSums | None = None,
     outputs: bool = True,
-    by_inputs: bool = False,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
 
@@ -147,20 +123,12 @@ def measure_sensitivity(
         seed: of the drawn labels.
         gather: what else to gather in the forward pass.
         outputs: whether to measure the decoder layers' outputs too.
-        by_inputs: a token counts by its share of an operator's inputs (:func:`input_shares`), not as every other.
 
     Raises:
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
-    energies: dict[str, Tensor] = {}
-
-    def keep_energies(index: int, number: int, sums: InputEnergy) -> None:
-        names = [layout.full_name(index, operator) for operator in layout.layers[index][number]]
-        energies.update(dict.fromkeys(names, sums.mean()))
-
-    gathers = [*([gather] if gather else ()), *([InputSums(InputEnergy, keep_energies)] if by_inputs else ())]
-    visit = gathering(layout, *gathers) if gathers else None
+    visit = None if gather is None else gathering(layout, gather)
     states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=visit, keep=True, progress=progress)
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
@@ -175,19 +143,11 @@ def measure_sensitivity(
         sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
         metric = _OutputMetric(model.width, model.device) if outputs else None
 
-        def add(name: str, shares: Tensor | None, grad: Tensor) -> None:
-            squares = grad.reshape(-1, grad.shape[-1]).float().square()
-            sums[name] += squares.sum(0) if shares is None else squares.T @ shares
+        def add(name: str, grad: Tensor) -> None:
+            sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
 
         def hook(name: str) -> Callable[..., None]:
-            energy = energies.get(layout.full_name(index, name))
-
-            def after_forward(_: object, args: tuple[Tensor, ...], output: Tensor) -> None:
-                flat = args[0].detach().reshape(-1, args[0].shape[-1])
-                shares = None if energy is None else input_shares(flat, energy)
-                output.register_hook(lambda grad: add(name, shares, grad))
-
-            return after_forward
+            return lambda _, __, output: output.register_hook(partial(add, name))
 
         with ExitStack() as hooks:
             for name in sums:
@@ -207,26 +167,6 @@ def measure_sensitivity(
                 "take --dtype float32, or --allocation uniform and --weighting none, which need none"
             )
     return Sensitivity(rows, metrics[::-1])
-
-
-def input_shares(inputs: Tensor, energy: Tensor) -> Tensor:
-    """Compute each token's share of an operator's inputs: the mean over them of x_j^2 / E[x_j^2].
-
-    The error that removing inputs makes at a token grows with them, so gradients count where inputs are large. They are
-    not independent: in Gemma 3, whose layers normalise what they add, the first token has most of the squared
-    gradient in many layers, and next to no inputs.
-
-    Args:
-        inputs: (tokens, n).
-        energy: (n,) mean squares over all tokens; inputs that are 0 at all of them do not count.
-
-    Returns:
-        (tokens,), 1 on average.
-    """
-    used = energy >= torch.finfo(energy.dtype).tiny
-    inverse = torch.where(used, energy, 1.0).reciprocal() * used / used.sum().clamp_min(1)
-    parts = [inputs[start:stop].float().square() @ inverse for start, stop in BUDGETS.cache(inputs)]
-    return torch.cat(parts) if parts else inverse.new_zeros(0)
 
 
 def row_importance(sensitivity: Tensor) -> Tensor:
@@ -255,25 +195,16 @@ def gather_inputs(
     states[-1].close()
 
 
-def gathering(layout: Layout, *gathers: InputSums) -> Visit:
+def gathering(layout: Layout, gather: InputSums) -> Visit:
     """Make the visitor of a forward pass that gathers sums of operator inputs."""
 
     @contextmanager
     def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
         groups = list(enumerate(layout.layers[index]))
-        sums = []
-        for _, group in groups:
-            weight = torch.cat([operator.weight(layer).float() for operator in group])
-            sums.append([gather.sums(weight) for gather in gathers])
-
-        def add(number: int, _: int, inputs: Tensor) -> None:
-            for each in sums[number]:
-                each.add(inputs.reshape(-1, inputs.shape[-1]))
-
-        yield Watched(groups, add)
-        for number, _ in groups:
-            for gather, each in zip(gathers, sums[number], strict=True):
-                gather.done(index, number, each)
+        sums = [gather.sums(torch.cat([operator.weight(layer).float() for operator in group])) for _, group in groups]
+        yield Watched(groups, lambda number, _, inputs: sums[number].add(inputs.reshape(-1, inputs.shape[-1])))
+        for number, each in enumerate(sums):
+            gather.done(index, number, each)
 
     return visit
 

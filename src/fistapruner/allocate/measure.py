@@ -17,13 +17,14 @@ from ..core import Constraint, ProblemSums
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout, Operator
+from ..papers.owl import InputEnergy, Outliers
 from ..papers.so_ebm import Workload
 from ..recipes.settings import OWN, Recipe
 from ..runs.workload_records import WorkloadFacts
-from .allocate import choose_patterns, outlier_share, owl_allocation, split_budget
+from .allocate import choose_patterns, split_budget
 from .channels import Permutations, reordered_rows
 from .curves import patterns_measured, predicted_cost, row_error_curves, sampled_rows
-from .fisher import DensePasses, InputEnergy, InputSums, Sensitivity, gather_inputs, measure_sensitivity, row_importance
+from .fisher import DensePasses, InputSums, Sensitivity, gather_inputs, measure_sensitivity, row_importance
 
 WINDOWS = 8
 """Calibration windows that are measured, at most: a few thousand tokens are enough to rank operators."""
@@ -41,9 +42,8 @@ def check_allocation(recipe: Recipe) -> None:
     kind, pattern = measured_by(recipe), recipe.pattern
     if recipe.structure.experts is not None and (kind or recipe.weighting == "fisher"):
         raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} with weighting {recipe.weighting!r} cannot be used where experts are "
-            f"removed ({recipe.structure.remove}): which ones stay is not known when the dense model is measured; take "
-            "--allocation uniform --weighting none"
+            f"allocation {recipe.allocation!r} and weighting {recipe.weighting!r} cannot be used where experts are "
+            f"removed ({recipe.structure.remove}): take --allocation uniform --weighting none"
         )
     if kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
         raise FistaPrunerError(
@@ -54,7 +54,7 @@ def check_allocation(recipe: Recipe) -> None:
 
 
 def _workload(recipe: Recipe) -> Workload | None:
-    """Read the workload file that the recipe names, for the tasks of its calibration text; None without one."""
+    """Read the workload file of a recipe, for the tasks of its calibration text; None without one."""
     if recipe.workload is None:
         return None
     found, tasks = Workload.of(recipe.workload), recipe.calibration.tasks
@@ -173,10 +173,10 @@ def decide(
     if permutes(recipe):
         kept = _staying_patterns(recipe, layout, after, sparsity)
         permutations = Permutations(model, layout, kept, patterns if kind == "error" else ())
-    seen = _Seen(layout, patterns if curved else (), permutations)
-    gather = InputSums(InputEnergy, seen.add_energy) if kind == "owl" else None
+    seen, outliers = _Seen(layout, patterns if curved else (), permutations), Outliers(layout)
+    gather = InputSums(InputEnergy, outliers.add) if kind == "owl" else None
     if curved or permutations is not None:
-        gather = InputSums(ProblemSums, seen.add_problem)
+        gather = InputSums(ProblemSums, seen.add)
     sensitivity, costs = Sensitivity({}, []), {}
     for task, weight in mix.items():
         windows = tokens
@@ -193,9 +193,7 @@ def decide(
     found: dict[str, Constraint] | None = None
     facts: WorkloadFacts | None = None
     if kind == "owl":
-        layers = [[layout.full_name(index, each) for each in layout.in_layer(index)] for index in seen.outliers]
-        members = [{name: sizes[name] for name in names} for names in layers]
-        found = dict(owl_allocation(list(seen.outliers.values()), members, recipe.pattern.fraction))
+        found = dict(outliers.allocation(sizes, recipe.pattern.fraction))
     elif curved:
         # Of experts without tokens nothing is known, not that they make no error: they get what is asked for.
         found = dict.fromkeys(sizes, recipe.pattern)
@@ -213,9 +211,8 @@ def decide(
     if permutations is None:
         return Decision(found, metrics, importance or None, workload=facts)
     permutations.take(found or {})
-    importance |= {
-        name: reordered_rows(importance[name], order) for name, order in permutations.rows.items() if name in importance
-    }
+    for name in permutations.rows.keys() & importance.keys():
+        importance[name] = reordered_rows(importance[name], permutations.rows[name])
     return Decision(found, metrics, importance or None, permutations.orders, permutations.permuted, facts)
 
 
@@ -234,7 +231,7 @@ def _staying_patterns(
 
 
 class _Seen:
-    """Gather what the inputs of the dense model's operators show.
+    """Gather what the layer problems of the dense model show.
 
     Args:
         layout: the operators to prune.
@@ -244,24 +241,14 @@ class _Seen:
     Attributes:
         errors: by full name, the error curves of an operator's sampled rows.
         reached: operators that measured tokens reach.
-        outliers: share of outliers in each decoder layer.
     """
 
     def __init__(self, layout: Layout, patterns: Sequence[Constraint], permutations: Permutations | None) -> None:
         self._layout, self._patterns, self._permutations = layout, patterns, permutations
-        self._energies: list[tuple[Tensor, Tensor]] = []
         self.errors: dict[str, Tensor] = {}
         self.reached: set[str] = set()
-        self.outliers: dict[int, float] = {}
 
-    def add_energy(self, index: int, number: int, sums: InputEnergy) -> None:
-        """Add the mean squared inputs of group ``number`` of decoder layer ``index``."""
-        self._energies.append((sums.weight, sums.mean().sqrt()))
-        if number == len(self._layout.layers[index]) - 1:
-            self.outliers[index] = outlier_share(self._energies)
-            self._energies.clear()
-
-    def add_problem(self, index: int, number: int, sums: ProblemSums) -> None:
+    def add(self, index: int, number: int, sums: ProblemSums) -> None:
         """Add the layer problem of group ``number`` of decoder layer ``index``."""
         group = self._layout.layers[index][number]
         names, rows = [self._layout.full_name(index, operator) for operator in group], [each.rows for each in group]

@@ -8,9 +8,9 @@ arXiv 2211.13837. A workload file is YAML; its tasks are those of the calibratio
     history:                        # earlier deployments, and the loss in nats a token that each tolerated
     - {features: [0.1, 0.0], tolerance: {chat: 0.05, code: 0.2}}
 
-Pruning to an allocation a costs task t ``D_t(a)`` nats a token, predicted by its error curves. For a known mix m, zeros
-are taken where they raise ``Σ_t m_t D_t(a)`` least; of an uncertain mix the mean decides, since this is linear in m.
-With tolerances B the cost, in units of the mean loss at uniform sparsity, is
+An allocation a costs task t ``D_t(a)`` nats a token, predicted by its error curves. For a known mix m, zeros are taken
+where they raise ``Σ_t m_t D_t(a)`` least; an uncertain mix counts by its mean, since this is linear in m. With
+tolerances B the cost, in units of the mean loss at uniform sparsity, is
 
     f(B, a) = Σ_t m_t [γ (D_t - B_t)₊ + ½ κ D_t²]          γ = 20, κ = 1
 
@@ -73,17 +73,17 @@ class Workload(RunRecipe):
             raise ValueError(f"the weights in mix sum to {total:g}: they must sum to 1")
         if bool(self.features) != bool(self.history) or 0 < len(self.history) < DEPLOYMENTS:
             found = f"{len(self.features)} features and {len(self.history)} deployments"
-            raise ValueError(f"there are {found}: features go with a history of at least {DEPLOYMENTS} deployments")
+            raise ValueError(f"{found}: give features and at least {DEPLOYMENTS} deployments, or neither")
         for number, row in enumerate(self.history, 1):
             if len(row.features) != len(self.features) or row.tolerance.keys() != self.mix.keys():
-                asked = f"{len(self.features)} features and a tolerance for each of {', '.join(self.mix)} are expected"
-                raise ValueError(f"history: deployment {number} is {row.features}, {row.tolerance}: {asked}")
+                asked = f"{len(self.features)} features and a tolerance for each of {', '.join(self.mix)}"
+                raise ValueError(f"deployment {number} of history is to have {asked}")
         return self
 
     def allocate(
         self, curves: Mapping[str, Mapping[str, Tensor]], sizes: Mapping[str, int], fraction: float, seed: int = 0
     ) -> tuple[dict[str, Unstructured], WorkloadFacts]:
-        """Decide the sparsity of every operator, as :func:`~.allocate.allocate.split_budget` with curves by task."""
+        """Decide the sparsity of every operator, as ``split_budget`` does with the curves of one task."""
         budget, mix = ZerosBudget(sizes, fraction), fp64(list(self.mix.values()))
         zeros, losses = decisions(budget, [curves[task] for task in self.mix], mix, several=bool(self.history))
         chosen = 1
@@ -107,9 +107,8 @@ def decisions(
     lowest = torch.stack([torch.stack([curve[0].double() for curve in task.values()]).sum() for task in curves])
     # Relative losses on the lattice, so that tasks of different difficulty are equally finely divided.
     scale = 1 / (lowest + budget.rise(slopes, budget.uniform)).clamp_min(1e-300)
-    tasks, parts, mixes = len(curves), 1, [mix]
-    while math.comb(parts + tasks, tasks - 1) <= DECISIONS:
-        parts += 1
+    tasks, mixes = len(curves), [mix]
+    parts = max(each for each in range(1, DECISIONS) if math.comb(each + tasks - 1, tasks - 1) <= max(DECISIONS, tasks))
     for bars in itertools.combinations(range(parts + tasks - 1), tasks - 1) if several else ():
         mixes.append((torch.tensor([-1, *bars, parts + tasks - 1]).diff() - 1).double() / parts * scale)
     zeros = [budget.uniform, *(budget.cheapest(torch.tensordot(weights, slopes, 1)) for weights in mixes)]
@@ -137,10 +136,7 @@ class Costs(NamedTuple):
 
 
 def energy_loss(best: Tensor, energy: Tensor, cost: Tensor, temperature: float = 1.0) -> Tensor:
-    """Compute a number with the loss's gradient from (cases,) E(x, a*) and (cases, decisions) E and f.
-
-    Of drawn decisions, E and f have τ times the log density of the drawing on top.
-    """
+    """Compute a number with the loss's gradient from (cases,) E(x, a*) and (cases, decisions) E and f."""
     q, p = (torch.softmax(-each.detach() / temperature, -1) for each in (energy, cost))
     forecast = (q * energy).sum(-1)
     return (best - forecast + PENALTY * ((p * energy).sum(-1) - forecast)).mean()
@@ -164,7 +160,7 @@ class Forecast(nn.Module):
 
 
 def train(model: nn.Module, loss: Callable[[], Tensor], judge: Callable[[], float], epochs: int, rate: float) -> int:
-    """Take Adam steps on all cases at once, and keep the state that the judge finds least; return its epoch."""
+    """Take Adam steps on all cases at once, keep the state that is judged least, return its epoch."""
     optimizer, least, kept = torch.optim.Adam(model.parameters(), lr=rate), math.inf, (0, model.state_dict())
     for epoch in range(epochs + 1):
         with torch.no_grad():
@@ -180,18 +176,18 @@ def train(model: nn.Module, loss: Callable[[], Tensor], judge: Callable[[], floa
 
 
 def learn(features: Tensor, tolerances: Tensor, costs: Costs, seed: int = 0) -> tuple[Forecast, Forecast]:
-    """Learn a forecast from (deployments, ...) by maximum likelihood, and from there by SO-EBM; return both."""
+    """Learn a forecast by maximum likelihood, and from there by SO-EBM; return both."""
     order = torch.randperm(len(features), generator=seeded(seed, "forecast rows"))
     held, used = order[: len(order) // 5], order[len(order) // 5 :]
     forecast, known = Forecast(features[used], tolerances[used]), costs.known(tolerances)
 
     def likelihood(rows: Tensor) -> Tensor:
         mean, spread = forecast(features[rows])
-        return (0.5 * ((tolerances[rows] - mean) / spread).square() + spread.log()).mean()
+        return torch.mean(0.5 * ((tolerances[rows] - mean) / spread).square() + spread.log())
 
     train(forecast, lambda: likelihood(used), lambda: float(likelihood(held)), epochs=300, rate=0.01)
     two_stage, best = deepcopy(forecast), known[used].argmin(1, keepdim=True)
-    temperature = float(costs.expected(*two_stage(features[used])).std(1).median())
+    temperature = float(costs.expected(*two_stage(features[used])).detach().std(1).median())
 
     def loss() -> Tensor:
         energy = costs.expected(*forecast(features[used]))

@@ -147,7 +147,7 @@ def error_curves(
             for index, groups in enumerate(layout.layers)
         ),
     )
-    rows = measure_sensitivity(model, few, tokens, passes, seed=seed, outputs=False, by_inputs=True).rows
+    rows = measure_sensitivity(model, few, tokens, passes, seed=seed, outputs=False).rows
     found: dict[tuple[str, str], Tensor] = {}
     narrower: dict[int, dict[str, dict[str, Tensor]]] = {}
 
