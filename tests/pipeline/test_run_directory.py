@@ -19,11 +19,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from fistapruner.sensitivity.decision import Decision, decide
 from torch import Tensor
 
 import fistapruner as fp
 import tiny
+from fistapruner.allocate.measure import Decision, decide
 from fistapruner.cli import main
 from fistapruner.core import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf

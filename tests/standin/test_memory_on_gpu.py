@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.sensitivity.fisher import DensePasses, measure_sensitivity
 
 import fistapruner
 import tiny
 from fistapruner.activations.gradients import backward
 from fistapruner.activations.store import scratch_factory
 from fistapruner.activations.stream import forward, forward_variants
+from fistapruner.allocate.fisher import DensePasses, measure_sensitivity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel

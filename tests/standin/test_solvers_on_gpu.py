@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.sensitivity.channel_order import channel_order
 
+from fistapruner.allocate.channels import channel_order
 from fistapruner.core import NM, LayerProblem, ProblemSums, parse_sparsity
 from fistapruner.core.constraints import stack
 from fistapruner.core.selection import keep_n_of_m

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.sensitivity.fisher import DensePasses
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +24,7 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.activations.store import scratch_factory
 from fistapruner.activations.stream import NOTHING, Watched
+from fistapruner.allocate.fisher import DensePasses
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover

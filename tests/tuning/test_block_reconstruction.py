@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.sensitivity.decision import decide
 from torch import Tensor
 
 import tiny
 from fistapruner import Recipe
 from fistapruner.activations.store import HiddenStates
 from fistapruner.activations.stream import Calls
+from fistapruner.allocate.measure import decide
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint

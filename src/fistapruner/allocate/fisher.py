@@ -147,7 +147,10 @@ def measure_sensitivity(
             sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
 
         def hook(name: str) -> Callable[..., None]:
-            return lambda _, __, output: output.register_hook(partial(add, name))
+            def after_forward(_: object, __: object, output: Tensor) -> None:
+                output.register_hook(partial(add, name))
+
+            return after_forward
 
         with ExitStack() as hooks:
             for name in sums:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.calibration.mixtures import Mixture, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, tiny
@@ -20,6 +19,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
 from fistapruner.evaluation.data import evaluation_documents
+from fistapruner.papers.mamf import Mixture, shuffled
 from fistapruner.pipeline.recover_inputs import check_mixture
 from fistapruner.recipes.calibration_settings import Calibration
 from fistapruner.recipes.loading import merge_settings
