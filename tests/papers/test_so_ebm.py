@@ -127,7 +127,7 @@ def test_expected_cost_is_the_mean_of_costs() -> None:
 
 def test_fifty_deployments_teach_what_features_tell() -> None:
     """Of the regret of the mix alone it leaves less than two thirds; a feature that never varies changes nothing."""
-    regrets = [workload_allocation.regrets("gaussian", seed) for seed in range(3)]
+    regrets = [workload_allocation.regrets("gaussian", seed) for seed in range(2)]
     assert sum(draw["so-ebm"] for draw in regrets) < 2 / 3 * sum(draw["mix"] for draw in regrets)
     costs, features, tolerances = workload_allocation.draw_workload("gaussian", 0)
     constant = torch.cat([features[:50], torch.ones(50, 1, dtype=torch.float64)], 1)

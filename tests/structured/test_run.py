@@ -561,7 +561,7 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
         (
             "llama",
             ["--structure", "mlp=25%", "--structure-multiple", "4", "--allocation", "error"],
-            "allocation 'error' distributes zeros, and with structure mlp=25% and sparsity 0% there are none",
+            "allocation 'error' cannot be used with 0%: it distributes zeros",
         ),
         ("llama", ["--structure", "layers=1"], "what is removed is mlp, heads or experts"),
         ("llama", ["--structure", "heads=2"], "heads=2 leaves none of the 2 key/value groups"),

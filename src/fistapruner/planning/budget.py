@@ -26,7 +26,7 @@ DEVICE_RESERVE = 2**29
 
 MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
 
-UNMEASURED = "--allocation uniform --weighting none --permutation none --reconstruct 0 --widths uniform"
+UNMEASURED = "--allocation uniform --weighting none --permutation none --reconstruct 0"
 """Flags with which nothing is measured on the dense model."""
 
 Settings = TypeVar("Settings")
