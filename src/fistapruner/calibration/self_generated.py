@@ -1,4 +1,4 @@
-"""Generate calibration text with the model itself, by ``generate`` of transformers: no data set, no network.
+"""Let the model write calibration text, by ``generate`` of transformers: no data set, no network.
 
 Texts are sampled at temperature 1. They begin with BOS where the tokenizer begins texts with it, else with a random
 token, as in LLM-QAT (arXiv 2305.17888). A window packs as many texts as it holds. After an end-of-text token a new text
@@ -84,7 +84,7 @@ def generation_steps(model: Any, samples: int, seqlen: int) -> tuple[int, int]:
 
 
 def generation_bytes(model: Any, samples: int, seqlen: int) -> int:
-    """Count the bytes of :func:`generate_tokens` beside the weights: keys and values, copied once, and logits."""
+    """Count the bytes beside the weights: keys and values, which are copied once, and logits."""
     _, _, batch, cached = _sizes(model, samples, seqlen)
     return batch * (2 * cached + 6 * 4 * int(model.config.get_text_config().vocab_size))  # probabilities, sums in fp64
 
