@@ -83,7 +83,7 @@ def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(t
     for card in (out / "README.md", tmp_path / "packed" / "README.md"):
         assert "AutoModelForImageTextToText.from_pretrained" in card.read_text("utf-8")
         assert "AutoModelForCausalLM" not in card.read_text("utf-8")
-    recovery = {"steps": 2, "windows_per_step": 2, "validation_checks": 1, "evaluate": None}
+    recovery = {"steps": 2, "windows_per_step": 2, "evaluate": None}
     data = {"source": "python", "seqlen": 16, "tokens": 300}
     fp.recover(out, tmp_path / "recovered", data=data, **recovery)
     trained = auto.from_pretrained(tmp_path / "recovered" / "model").state_dict()

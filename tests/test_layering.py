@@ -19,7 +19,6 @@ LAYERS = (
     "activations",
     "calibration",
     "runs",
-    "tuning",
     "allocate",
     "structured",
     "pruning",
@@ -28,12 +27,14 @@ LAYERS = (
     "execution",
     "evaluation",
     "reporting",
+    "training",
     "pipeline",
     "cli",
 )
 """Rooms from low to high. A room may import itself and the rooms before it."""
 
 PLUGGED = {"mamf": "calibration", "owl": "allocate", "so_ebm": "allocate"}
+PLUGGED |= dict.fromkeys(("mezo", "mrpo", "spp", "subzero"), "training")
 """The room into which each file of ``papers/`` plugs: it stands in that room's layer."""
 
 

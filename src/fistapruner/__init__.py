@@ -16,12 +16,9 @@ from .sparse.import_hook import register_on_import
 if TYPE_CHECKING:
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
-    from .pipeline.align import align
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
-    from .pipeline.merge import MergeReport, merge_adapter
     from .pipeline.prune import prune
-    from .pipeline.recover import recover
     from .pipeline.resume import resume
     from .recipes.align_settings import AlignRecipe
     from .recipes.recover_settings import RecoverRecipe
@@ -35,7 +32,9 @@ if TYPE_CHECKING:
     from .sparse.load import load
     from .sparse.pack import pack, unpack
     from .sparse.semi_structured import to_semi_structured
-    from .tuning.hold_mask import hold_mask
+    from .training.adapters import MergeReport, merge_adapter
+    from .training.hold_mask import hold_mask
+    from .training.run import align, recover
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,12 +73,9 @@ __all__ = [
 _MODULES = {
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
-    "pipeline.align": ("align",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
-    "pipeline.merge": ("MergeReport", "merge_adapter"),
     "pipeline.prune": ("prune",),
-    "pipeline.recover": ("recover",),
     "pipeline.resume": ("resume",),
     "recipes.align_settings": ("AlignRecipe",),
     "recipes.recover_settings": ("RecoverRecipe",),
@@ -93,7 +89,9 @@ _MODULES = {
     "sparse.load": ("load",),
     "sparse.pack": ("pack", "unpack"),
     "sparse.semi_structured": ("to_semi_structured",),
-    "tuning.hold_mask": ("hold_mask",),
+    "training.adapters": ("MergeReport", "merge_adapter"),
+    "training.hold_mask": ("hold_mask",),
+    "training.run": ("align", "recover"),
 }
 
 

@@ -20,11 +20,11 @@ from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
 from fistapruner.evaluation.data import evaluation_documents
 from fistapruner.papers.mamf import Mixture
-from fistapruner.pipeline.recover_inputs import check_mixture
 from fistapruner.recipes.calibration_settings import Calibration
 from fistapruner.recipes.loading import merge_settings
 from fistapruner.recipes.recover_settings import RecoverRecipe, TrainingData
 from fistapruner.recipes.settings import Recipe
+from fistapruner.training.prepare import check_mixture
 
 
 def texts(folder: Path, sizes: dict[str, int]) -> dict[str, str]:

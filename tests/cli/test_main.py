@@ -462,7 +462,7 @@ def test_a_flag_that_is_empty_or_without_effect_is_refused(
         "recover MODEL --out OUT --data python --evaluate DATA",
         "evaluate MODEL --data DATA",
         "plan MODEL --calibration DATA",
-        "plan MODEL --recover --data DATA",
+        "recover MODEL --plan --out OUT --data DATA",
     ],
 )
 def test_a_missing_extra_shows_before_a_model_is_looked_for(
@@ -505,13 +505,13 @@ def test_a_folder_behind_a_link_to_nothing_is_refused(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [[], ["--recover"], ["--align"]])
+@pytest.mark.parametrize("verb", [["plan"], ["recover", "--plan"], ["align", "--plan", "--data", "pairs.jsonl"]])
 def test_a_plan_refuses_a_file_to_write_into(
     tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert main(["plan", "x", "--out", str(file), *verb]) == 2
+    assert main([verb[0], "x", "--out", str(file), *verb[1:]]) == 2
     assert f"--out {file} is a file; name a folder" in capsys.readouterr().err
     with pytest.raises(FistaPrunerError, match="is a file; name a folder"):
         plan_model("x", Recipe(), file)

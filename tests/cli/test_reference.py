@@ -73,7 +73,7 @@ def test_a_default_that_the_help_shows_is_one_that_its_flag_takes(capsys: pytest
     with pytest.raises(SystemExit):
         build_parser().parse_args(["recover", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for flag, start in (("--also", "Vectors that are trained"), ("--betas", "Decay rates of AdamW")):
+    for flag, start in (("--also", "Vectors that are trained"), ("--rank", "Rank of lora")):
         shown = re.search(rf"{start}[^()]*\(default: ([^)]*)\)", said)
         assert shown is not None
         words = ["recover", "x", "--out", "y", flag, shown[1]]
@@ -108,30 +108,6 @@ def test_every_example_of_the_help_has_a_run_of_its_own(verb: str) -> None:
     runs = re.findall(rf"^  fistapruner {verb} .*--out (\S+)", text, re.MULTILINE)
     assert runs
     assert len(set(runs)) == len(runs)
-
-
-def test_the_plan_of_a_training_has_its_own_help_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of flags that pruning, or recovery for an alignment, has, too, with other values."""
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["plan", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "--loss NAME kl (divergence",
-        "With --align: dpo (one reference)",
-        "(default: hidden) With --align: How the dense model's predictions are stored for the anchor",
-        "Share of the documents that is held out from training, to choose the step that is kept; at most what fills 16 "
-        "windows. (default: 0.05) With --align: Share of the prompts",
-        "With --align: Optimizer steps; without it all training pairs",
-        "May be given several times. With --align: Preference pairs",
-        "or 1024 for self on a CPU. With --recover: Tokens in a window; without it 1024",
-        "May be given several times. With --recover or --align: Operators to train",
-        "May be given several times. With --recover or --align: Operators to leave as they are",
-        "or a YAML file. With --recover: a shipped recipe (spp, ...) or a YAML file. With --align: a YAML file",
-        "one of three shipped recipes. With --recover or --align: refused",
-    ):
-        assert words in said
-    assert said.count("--rank N Rank of lora, hira and spp. (default: 16)") == 1
-    assert "--optimizer {adamw,mezo,subzero}" in said
 
 
 @pytest.mark.parametrize("columns", [30, 80, 160])

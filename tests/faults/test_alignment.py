@@ -45,14 +45,12 @@ def drop(name: str) -> Callable[[Path], None]:
     [
         flip("references.safetensors", 0.99),
         drop("references.safetensors"),
-        drop("windows.safetensors"),
-        flip("windows.safetensors", 0.5),
         lambda out: shutil.rmtree(out / "states"),
     ],
-    ids=["references damaged", "references gone", "pairs gone", "pairs damaged", "states gone"],
+    ids=["references damaged", "references gone", "states gone"],
 )
 def test_damage_in_the_middle(alignments: Runs, disk: Path, damage: Callable[[Path], None]) -> None:
-    """Pairs are tokenised and references computed again; what was computed with them is the same."""
+    """References are computed again; what was computed with them is the same."""
     out = disk / "run"
     assert alignments.run(out, at=alignments.calls // 2, then="kill").status == -9
     assert 0 < len(steps(out)) < 7
@@ -62,7 +60,7 @@ def test_damage_in_the_middle(alignments: Runs, disk: Path, damage: Callable[[Pa
     alignments.check_resumed(out)
 
 
-def test_other_settings_and_changed_pairs_are_refused(alignments: Runs, disk: Path) -> None:
+def test_other_settings_are_refused_and_changed_pairs_are_not_read(alignments: Runs, disk: Path) -> None:
     out = disk / "run"
     assert alignments.run(out, at=alignments.calls // 2, then="kill").status == -9
     outcome = alignments.run(out, "--beta", "0.2")
@@ -72,10 +70,8 @@ def test_other_settings_and_changed_pairs_are_refused(alignments: Runs, disk: Pa
     before = pairs.read_text()
     try:
         pairs.write_text(before.replace("nice", "bad"))
-        (out / "windows.safetensors").unlink()
-        outcome = alignments.run(out)
-        assert outcome.status == 2
-        assert "the pairs have changed since" in outcome.stderr.splitlines()[-1]
+        outcome = alignments.run(out)  # which keeps the windows that it cut
+        assert outcome.status == 0, outcome.stderr
     finally:
         pairs.write_text(before)
     alignments.check_resumed(out)

@@ -140,9 +140,8 @@ def serve() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import fistapruner.pipeline.align
     import fistapruner.pipeline.prune
-    import fistapruner.pipeline.recover  # noqa: F401
+    import fistapruner.training.run  # noqa: F401
 
     torch.set_num_threads(1)  # a fork does not bring threads along
     # Drawing report.html takes longer than the rest of a tiny run, and happens after everything a fault could spoil: as

@@ -84,7 +84,7 @@ def test_damaged_layer_is_never_trusted(
         assert entry == whole
 
 
-VALUES = {"step": 7, "before": 1.5, "patience": {"best": 1.25, "rate": 0.3}, "fault": None}
+VALUES = {"step": 7, "before": 1.5, "best": 1.25, "rate": 0.3, "fault": None}
 OLDER, NEWER = 3, 7
 TENSOR = torch.arange(256.0)
 

@@ -19,7 +19,7 @@ from fistapruner.models.experts import ExpertLinear
 from fistapruner.models.files.checkpoint import Checkpoint, Stack
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.tuning.trained import vectors
+from fistapruner.training.masked import vectors
 
 FORMS = [True, False]
 """Names and forms of the published checkpoints, and those of transformers today."""

@@ -30,8 +30,8 @@ from fistapruner.sparse.bench import bench, record, table
 from fistapruner.sparse.packed_checkpoint import PackedCheckpoint
 from fistapruner.sparse.speed import Speed
 from fistapruner.sparse.variants import Variant, compare, load_variant, weight_bytes
-from fistapruner.tuning import block_reconstruction
-from fistapruner.tuning.adapters import Adapter
+from fistapruner.training import reconstruct as block_reconstruction
+from fistapruner.training.adapters import Adapter
 
 SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
 RANK = 4

@@ -296,7 +296,7 @@ def test_yes_is_no_number(setting: str, message: str) -> None:
     assert Recipe.from_yaml("error_correction: no").error_correction is False
 
 
-@pytest.mark.parametrize("setting", ["scale", "anchor", "beta", "eps", "decay", "lr", "clip"])
+@pytest.mark.parametrize("setting", ["scale", "anchor", "beta", "lr", "clip"])
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
 def test_infinity_is_no_number(setting: str, number: str) -> None:
     with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}: .*number"):
@@ -323,11 +323,11 @@ def test_shipped_recoveries_are_as_long_as_published() -> None:
     spp, *forward_only = (
         RecoverRecipe.build(load_recipe_settings(name, "recover")) for name in ("spp", "mezo", "subzero")
     )
-    assert (spp.steps, spp.patience, spp.data.seqlen) == (None, False, 512)
+    assert (spp.steps, spp.as_published, spp.data.seqlen) == (None, True, 512)
     assert spp.data.tokens == 3 * (50_002 // 128) * spp.windows_per_step * 512
     assert spp.windows_per_step * 4 == 128
     for recipe in forward_only:
-        assert (recipe.steps, recipe.windows_per_step, recipe.patience) == (20_000, 16, False)
+        assert (recipe.steps, recipe.windows_per_step, recipe.parameters) == (20_000, 16, "full")
 
 
 def test_none_over_a_recipe_replaces_what_it_says() -> None:

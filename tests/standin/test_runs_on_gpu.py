@@ -184,7 +184,6 @@ RECOVERIES = [
         ({"parameters": "lora"}, False),
         ({"parameters": "full"}, False),
         ({"parameters": "spp"}, True),
-        ({"parameters": "hira"}, True),
         ({"optimizer": "mezo"}, False),
         ({"optimizer": "subzero"}, True),
     )
@@ -198,7 +197,6 @@ def test_recovery(gpu: StandIn, pruned: Path, tmp_path: Path, settings: dict[str
         "evaluate": None,
         "steps": 3,
         "windows_per_step": 2,
-        "validation_checks": 1,
         "rank": 2,
         "data": {"source": "python", "seqlen": 16, "tokens": 400},
         "dtype": "float32",
@@ -226,7 +224,7 @@ def test_alignment(gpu: StandIn, pruned: Path, tmp_path: Path) -> None:
         for number in range(6)
     )
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    base: dict[str, Any] = {"evaluate": None, "steps": 1, "pairs_per_step": 2, "validation_checks": 1, "rank": 2}
+    base: dict[str, Any] = {"evaluate": None, "steps": 1, "pairs_per_step": 2, "rank": 2}
     reports = []
     for device in (GPU, "cpu"):
         settings = {**base, "data": {"pairs": str(pairs)}, "execution": {"device": device, "threads": 1}}

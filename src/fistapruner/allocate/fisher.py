@@ -12,7 +12,7 @@ as
 * ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
   nats (:mod:`.curves`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
-  reconstruction (:mod:`fistapruner.tuning.block_reconstruction`).
+  reconstruction (:mod:`fistapruner.training.reconstruct`).
 
 Gradient second moments as a metric for layer-wise errors go back to K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
 """

@@ -13,8 +13,11 @@ choose the step that is kept, and one tenth measures the result. The finished ch
 from __future__ import annotations
 
 import argparse
+import json
 
+from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
+from ..runtime.formatting import finite
 from .arguments import (
     add_dense_argument,
     add_evaluation_of_result,
@@ -24,6 +27,7 @@ from .arguments import (
     add_trust_arguments,
     read_recipe,
     run_options,
+    trust,
 )
 from .prune import show
 
@@ -33,6 +37,7 @@ SUMMARY = "train a pruned model on preference pairs, every zero kept"
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model_and_run(parser, "run directory, or a pruned checkpoint")
     add_dense_argument(parser)
+    parser.add_argument("--plan", action="store_true", help="print memory, disk and time, and exit")
     add_training_arguments(parser, AlignRecipe)
     add_evaluation_of_result(parser)
     add_trust_arguments(parser)
@@ -43,12 +48,21 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pipeline.align import align
+    from ..models.source import Permissions
+    from ..training.run import align, plan_alignment
 
+    recipe = read_recipe(arguments, AlignRecipe)
+    if arguments.plan:
+        allowed = Permissions(**trust(arguments))
+        plan = plan_alignment(arguments.model, recipe, arguments.out, dense=arguments.dense, permissions=allowed)
+        print(json.dumps(finite(plan.to_json())) if arguments.json else plan)
+        if plan.refusal:
+            raise FistaPrunerError(plan.refusal)
+        return 0
     report = align(
         arguments.model,
         arguments.out,
-        recipe=read_recipe(arguments, AlignRecipe),
+        recipe=recipe,
         dense=arguments.dense,
         **run_options(arguments, listener),
     )

@@ -8,7 +8,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
@@ -71,7 +71,6 @@ METAVARS = {
     "calibration.source": "SOURCE|NAME=SOURCE",
     "lr": "RATE",
     "also": "NAME,...",
-    "betas": "B1,B2",
     "data.source": "SOURCE|NAME=SOURCE",
     "data.tokens": "TOKENS",
     "data.pairs": "FILE",
@@ -174,67 +173,9 @@ def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_beside(parser: argparse.ArgumentParser) -> None:
-    """Add the settings that only recovery and alignment have, to a parser with those of pruning.
-
-    Where several have a flag, its help is that of the first, then those of the others that differ, and the recipe alone
-    checks its value.
-    """
-    _describe_with_training(parser)
-    known = set(flags_of(Recipe))
-    for title, recipe, other in (
-        ("recovery (with --recover; most also with --align)", RecoverRecipe, AlignRecipe),
-        ("alignment (with --align)", AlignRecipe, RecoverRecipe),
-    ):
-        group = parser.add_argument_group(title)
-        shared = {flag_of(path): field for path, field in settings(other) if path not in SAME_FLAG}
-        for path, field in settings(recipe):
-            flag = flag_of(path)
-            if path in SAME_FLAG or flag in known:
-                continue
-            known.add(flag)
-            _add_setting(group, path, field, aligned=shared.get(flag))
-
-
-def _describe_with_training(parser: argparse.ArgumentParser) -> None:
-    """Add to the help of pruning's flags what they mean with --recover and --align, where that differs."""
-    pruning = {flag_of(path): _description(field) for path, field in settings() if path not in SAME_FLAG}
-    found = {("--quality", "refused"): ["--recover", "--align"]}
-    for verb, recipe in (("--recover", RecoverRecipe), ("--align", AlignRecipe)):
-        found["--recipe", RECIPE_OF[recipe]] = [verb]
-        for path, field in settings(recipe):
-            flag, meaning = flag_of(path), _description(field)
-            if path not in SAME_FLAG and pruning.get(flag, meaning) != meaning:
-                found.setdefault((flag, meaning), []).append(verb)
-    for action in parser._actions:
-        for (flag, meaning), verbs in found.items():
-            if flag in action.option_strings:
-                before = str(action.help)
-                stop = "" if before.endswith((".", ")")) else "."
-                action.help = f"{before}{stop} With {' or '.join(verbs)}: {meaning}"
-
-
 def flags_of(recipe: type[Settings]) -> tuple[str, ...]:
     """Return the flags of a recipe's settings."""
     return tuple(flag_of(path) for path, _ in settings(recipe) if path not in SAME_FLAG)
-
-
-def refuse_other_flags(arguments: argparse.Namespace, recipe: type[Settings], others: Mapping[Any, str]) -> None:
-    """Refuse flags that only other recipes have.
-
-    Args:
-        arguments: the parsed flags.
-        recipe: the recipe that is asked for.
-        others: each other recipe's class, and the reason why its flags are refused.
-
-    Raises:
-        FistaPrunerError: names the flag and gives the reason.
-    """
-    own = flags_of(recipe)
-    for other, reason in others.items():
-        for flag in given_flags(arguments, other):
-            if flag not in own:
-                raise FistaPrunerError(f"{flag}: {reason}")
 
 
 def given_flags(arguments: argparse.Namespace, recipe: type[Settings]) -> list[str]:
@@ -247,28 +188,18 @@ def _dest(flag: str) -> str:
     return DEST + flag.removeprefix("--")
 
 
-def _add_setting(
-    group: argparse._ArgumentGroup, path: str, field: FieldInfo, *, aligned: FieldInfo | None = None
-) -> None:
-    """Add one setting: its flag, choices and help are those of the field, which also checks the value.
-
-    Args:
-        group: receives it.
-        path: of the setting; ``field``: its field.
-        aligned: that of alignment where the flag is also for that; None where it is not.
-    """
-    described, also = _description(field), "" if aligned is None else _description(aligned)
+def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) -> None:
+    """Add one setting: its flag, choices and help are those of the field, which also checks the value."""
     repeated = " May be given several times." if path in REPEATED else ""
-    beside = f" With --align: {also}" if also not in ("", described) else ""
     options: dict[str, Any] = {
         "dest": _dest(flag_of(path)),
         "default": None,
-        "help": described + repeated + beside,
+        "help": _description(field) + repeated,
     }
     literal = get_origin(field.annotation) is Literal
     if field.annotation is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif literal and (aligned is None or aligned.annotation == field.annotation):
+    elif literal:
         options["choices"] = get_args(field.annotation)
     else:
         options["metavar"] = METAVARS.get(path, "NAME" if literal else "N")
@@ -288,14 +219,9 @@ def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Rec
     """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe, several texts without names, or several files of pairs.
+        FistaPrunerError: an unknown recipe, or several texts without names.
     """
     given = {path: getattr(arguments, _dest(flag_of(SAME_FLAG.get(path, path))), None) for path, _ in settings(recipe)}
-    files = given.get("data.pairs")
-    if isinstance(files, list):  # plan: the flag is that of recovery, which may be given several times
-        if len(files) > 1:
-            raise FistaPrunerError(f"--data {' --data '.join(files)}: alignment takes one file of pairs")
-        given["data.pairs"] = files[0]
     name = _recipe_name(arguments)
     base = {} if name is None else load_recipe_settings(name, recipe.verb)
     changes: dict[str, Any] = {}

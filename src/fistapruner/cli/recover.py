@@ -22,6 +22,7 @@ import json
 
 from ..errors import FistaPrunerError
 from ..recipes.recover_settings import RecoverRecipe
+from ..runtime.formatting import finite
 from .arguments import (
     add_dense_argument,
     add_evaluation_of_result,
@@ -44,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model_and_run(parser, "run directory, or a pruned checkpoint")
     parser.add_argument("--merge", metavar="ADAPTER", help="merge a PEFT adapter, every zero kept; nothing is trained")
     add_dense_argument(parser)
+    parser.add_argument("--plan", action="store_true", help="print memory, disk and time, and exit")
     add_training_arguments(parser, RecoverRecipe)
     add_evaluation_of_result(parser)
     add_trust_arguments(parser)
@@ -54,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pipeline.merge import merge_adapter
-    from ..pipeline.recover import recover
+    from ..models.source import Permissions
+    from ..training.adapters import merge_adapter
+    from ..training.run import plan_recovery, recover
 
     if arguments.merge is not None:
         _refuse_training_flags(arguments)
@@ -64,10 +67,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(json.dumps(merged.to_json()) if arguments.json else merged)
         return 0
+    recipe = read_recipe(arguments, RecoverRecipe)
+    if arguments.plan:
+        allowed = Permissions(**trust(arguments))
+        plan = plan_recovery(arguments.model, recipe, arguments.out, dense=arguments.dense, permissions=allowed)
+        print(json.dumps(finite(plan.to_json())) if arguments.json else plan)
+        if plan.refusal:
+            raise FistaPrunerError(plan.refusal)
+        return 0
     report = recover(
         arguments.model,
         arguments.out,
-        recipe=read_recipe(arguments, RecoverRecipe),
+        recipe=recipe,
         dense=arguments.dense,
         **run_options(arguments, listener),
     )

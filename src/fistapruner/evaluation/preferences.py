@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..papers.mrpo import accuracy, margins_of
 from ..runs.training_records import PreferenceFigures
 from ..runtime.numerics import mean_and_error
-from ..tuning.preference import accuracy, margins_of
 from .scoring import mcnemar
 
 

@@ -1,1 +1,1 @@
-"""Published systems that plug into a joint of the package, one file each."""
+"""Published systems that plug into a joint of the library, one file each."""

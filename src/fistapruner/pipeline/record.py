@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
@@ -16,7 +16,9 @@ from ..runs.records import ModelFacts
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from .prune_inputs import PruneInputs, RunRequest
-from .training_inputs import TrainingInputs, TrainingRequest
+
+if TYPE_CHECKING:
+    from ..training.inputs import TrainingInputs, TrainingRequest
 
 
 def common_fields(

@@ -13,10 +13,8 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runs.training_runs import DIRECTORIES
 from ..runtime.launcher import launched
-from .align import ALIGN
+from ..training.run import ALIGN, RECOVER, resume_training
 from .prune import resume_pruning
-from .recover import RECOVER
-from .training import resume_training
 
 
 @checked_arguments

@@ -23,7 +23,7 @@ from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
 from ..solvers import solve
 from ..structured.smaller_model import Widths
-from ..tuning.block_reconstruction import passes
+from ..training.reconstruct import passes
 
 WORTH_MEASURING = 2e10
 """Multiplications of a pass of all calibration tokens, below which a run takes seconds."""

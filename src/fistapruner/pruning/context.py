@@ -134,7 +134,7 @@ class LayerMeasures:
 
     Args:
         metric: metric of output errors in block reconstruction
-            (:class:`~fistapruner.tuning.block_reconstruction.ReconstructionSettings`).
+            (:class:`~fistapruner.training.reconstruct.ReconstructionSettings`).
         importance: weights of the rows of every operator, by full name; None counts all rows alike.
         scores: by full name of the operator that reads them, scores of its channels that were learned (bypass).
     """

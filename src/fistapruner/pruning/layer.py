@@ -21,7 +21,7 @@ from ..runtime.numerics import dtype_name
 from ..solvers import parse_method
 from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank
-from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
+from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
 from .entries import operator_entry
 from .experts import remove_experts, routed_problem, routing_warnings

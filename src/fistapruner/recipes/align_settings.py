@@ -57,11 +57,12 @@ class AlignRecipe(TrainingRecipe):
     verb: ClassVar[str] = "align"
     rate_share: ClassVar[float] = 0.05
 
-    loss: Literal["dpo", "multi-dpo", "harmonic", "geometric", "sft", "none"] = Field(
+    loss: Literal["dpo", "multi-dpo", "harmonic", "geometric", "sft", "accuracy", "none"] = Field(
         "dpo",
         description="dpo (one reference), multi-dpo (the mean of dpo over references), harmonic (dpo with the harmonic "
         "mean of the references; MRPO), geometric (with their geometric mean), sft (cross-entropy of the chosen "
-        "answers), or none (the anchor alone: distillation).",
+        "answers), accuracy (the share of pairs whose rejected answer is as likely; mezo and subzero only, as it has "
+        "no gradient), or none (the anchor alone: distillation).",
     )
     references: Annotated[tuple[str, ...], BeforeValidator(words)] = Field(
         (),
@@ -95,11 +96,6 @@ class AlignRecipe(TrainingRecipe):
         description="Factor of the divergence from the dense model's predictions of the chosen answers, added to the "
         "loss. Without it 0, and 1 for the loss none.",
     )
-    teacher: Literal["top64", "hidden"] = Field(
-        "top64",
-        description="How the dense model's predictions are stored for the anchor: top64 (its 64 most likely tokens and "
-        "the rest as one bucket), or hidden (its last hidden states: exact).",
-    )
     data: PairData = Field(PairData(), description="Preference pairs.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; without it all training pairs, epochs times.")
     epochs: int = Field(1, ge=1, description="How often all training pairs are passed.")
@@ -107,7 +103,7 @@ class AlignRecipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> AlignRecipe:
-        given, several = len(self.references), self.loss not in ("dpo", "sft", "none")
+        given, several = len(self.references), self.loss in ("multi-dpo", "harmonic", "geometric")
         twice = {name for name in self.references if self.references.count(name) > 1}
         if twice:
             raise ValueError(f"references: {twice.pop()} is named twice")
@@ -117,7 +113,9 @@ class AlignRecipe(TrainingRecipe):
             )
         if several and given == 1:
             raise ValueError(f"references: {self.loss} has several references; for one take loss dpo")
-        if self.loss in ("sft", "none") and given:
+        if self.loss == "accuracy" and not self.zeroth_order:
+            raise ValueError("loss: accuracy has no gradient; take optimizer mezo or subzero")
+        if self.loss in ("sft", "accuracy", "none") and given:
             raise ValueError(f"references: the loss {self.loss} has none")
         if self.loss == "none" and self.anchor == 0:
             raise ValueError("anchor: it is 0, and the loss none is the anchor alone")
@@ -155,13 +153,11 @@ class AlignRecipe(TrainingRecipe):
                 f"label_smoothing {self.label_smoothing:g}: it is a setting of {', '.join(PREFERENCE_LOSSES)}, and the "
                 f"loss is {self.loss}"
             )
-        if self.teacher != fields["teacher"].default and not self.resolved_anchor:
-            raise FistaPrunerError(f"teacher {self.teacher}: it is a setting of the anchor, and there is none")
 
     @property
     def resolved_references(self) -> tuple[str, ...]:
         """Names of the references of the loss, the pruned model first where it is one; of others their places."""
-        if self.loss in ("sft", "none"):
+        if self.loss in ("sft", "accuracy", "none"):
             return ()
         default = ("pruned",) if self.loss == "dpo" else ("pruned", "dense")
         return tuple(sorted(self.references or default, key=lambda name: name != "pruned"))

@@ -75,11 +75,6 @@ class RecoverRecipe(TrainingRecipe):
         "is kl where the dense model is known, else ce.",
     )
     mix: float = Field(0.5, ge=0.0, le=1.0, description="Share of kl in the loss mix.")
-    teacher: Literal["hidden", "top128"] = Field(
-        "hidden",
-        description="How the dense model's predictions are stored: hidden (its last hidden states: exact), or top128 "
-        "(its 128 most likely tokens and the rest as one bucket: less disk for wide models).",
-    )
     data: TrainingData = Field(TrainingData(), description="Training text.")
     steps: int | None = Field(
         None,

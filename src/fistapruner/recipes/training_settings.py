@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .base import RunRecipe, Seed, word_or_number
 from .execution_settings import Execution
 from .loading import parse_count
 from .patterns import Patterns
 
-PARAMETERS = ("lora", "full", "spp", "hira", "norms")
+PARAMETERS = ("lora", "full", "spp", "norms")
 """What is trained: how an operator's effective weight is made from trained tensors."""
 
 
@@ -54,17 +54,17 @@ class TrainingRecipe(RunRecipe):
     if TYPE_CHECKING:
         loss: str  # each recipe has its own
 
-    parameters: Literal["lora", "full", "spp", "hira", "norms"] = Field(
+    parameters: Literal["lora", "full", "spp", "norms"] = Field(
         "lora",
         description="What is trained: lora (a masked low-rank change, merged exactly), full (every surviving weight), "
-        "spp and hira (surviving weights are rescaled), or norms (norms and biases only).",
+        "spp (surviving weights are rescaled), or norms (norms and biases only). mezo and subzero train all weights.",
     )
     optimizer: Literal["adamw", "mezo", "subzero"] = Field(
         "adamw",
-        description="adamw (backpropagation), or mezo and subzero (forward passes only: thousands of steps; for "
-        "machines without room for a backward pass).",
+        description="adamw (backpropagation), or mezo and subzero (forward passes only, with the memory of inference: "
+        "thousands of steps).",
     )
-    rank: int = Field(16, ge=1, description="Rank of lora, hira and spp.")
+    rank: int = Field(16, ge=1, description="Rank of lora and spp.")
     scale: float = Field(2.0, gt=0.0, description="Factor of the low-rank change of lora and spp.")
     also: Annotated[tuple[Literal["norms", "biases"], ...], BeforeValidator(_vectors)] = Field(
         ("norms", "biases"),
@@ -72,37 +72,13 @@ class TrainingRecipe(RunRecipe):
     )
     lr: Rate = Field(
         "auto",
-        description="First learning rate. auto was measured for lora and full, and for spp and hira as the size of the "
-        "first step (docs/recovery.md); it is full's for norms, and MeZO's for mezo and subzero. With adamw an "
-        "alignment takes a twentieth of it.",
+        description="First learning rate: absolute for lora, spp, mezo and subzero, a share of a tensor's root mean "
+        "square for full and norms. auto was measured for lora and full (docs/recovery.md), is the size of the first "
+        "step for spp, and MeZO's for mezo and subzero; with adamw an alignment takes a twentieth of it.",
     )
-    lr_unit: Literal["auto", "share", "absolute"] = Field(
-        "auto",
-        description="Unit of lr for all tensors alike: absolute, or share (of the root mean square of a tensor's "
-        "surviving weights; in lora, hira and spp of A's start values). auto is absolute for mezo and subzero; with "
-        "adamw it is share for full and norms, and absolute for lora, hira and spp, while the norms and biases beside "
-        "them take the share of lr auto times lr over its automatic value.",
-    )
-    betas: Annotated[tuple[float, float], BeforeValidator(words)] = Field(
-        (0.9, 0.95), description="Decay rates of AdamW's moments."
-    )
-    decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of AdamW.")
-    warm_up: float = Field(
-        0.1, ge=0.0, lt=1.0, description="Share of the steps in which the learning rate rises from 0."
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warm-up."
-    )
-    eps: float = Field(1e-3, gt=0.0, description="Size of the perturbation of mezo and subzero.")
-    refresh: int = Field(2000, ge=1, description="Steps after which subzero draws new subspaces.")
-    subspace: int = Field(8, ge=1, description="Rank of subzero's subspaces.")
-    validation_checks: int = Field(
-        8, ge=1, description="Checks on what is held out, at equal distances; the best step is kept."
-    )
-    patience: bool = Field(
-        True,
-        description="After a check without improvement, go back to the best weights with 0.3 of the learning rate; "
-        "after the fourth, end.",
+    as_published: bool = Field(
+        False,
+        description="With spp the schedule and the constants of the published program; mezo and subzero have theirs.",
     )
     targets: Patterns = Field(
         (),
@@ -111,10 +87,10 @@ class TrainingRecipe(RunRecipe):
         "channels, heads or experts.",
     )
     ignore: Patterns = Field((), description="Operators to leave as they are, by names as targets takes them.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Precision of the forward and backward passes; auto is the checkpoint's own, or float32 on CPUs "
-        "without matrix units for it.",
+        description="Precision of the forward and backward passes; auto is the checkpoint's own (of float16 "
+        "bfloat16), or float32 on devices without matrix units for it.",
     )
     seed: Seed = Field(
         0,
@@ -123,12 +99,13 @@ class TrainingRecipe(RunRecipe):
     )
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
 
-    @field_validator("betas", mode="after")
+    @model_validator(mode="before")
     @classmethod
-    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0.0 <= beta < 1.0 for beta in value):
-            raise ValueError("two numbers from 0 to below 1 are expected")
-        return value
+    def _all_weights(cls, values: Any) -> Any:
+        """Take full for mezo and subzero where nothing else is said: they train all weights."""
+        if isinstance(values, dict) and values.get("optimizer", "adamw") != "adamw":
+            return {"parameters": "full", **values}
+        return values
 
     @model_validator(mode="after")
     def _in_this_process(self) -> TrainingRecipe:
@@ -138,6 +115,10 @@ class TrainingRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _trains_something(self) -> TrainingRecipe:
+        if self.zeroth_order and self.parameters != "full":
+            raise ValueError(f"parameters: {self.optimizer} trains all weights (full), not {self.parameters}")
+        if self.as_published and self.parameters != "spp":
+            raise ValueError("as_published: it is a setting of parameters spp")
         if self.parameters == "norms" and not self.also:
             raise ValueError("parameters: norms trains norms and biases, and also: none leaves nothing to train")
         return self

@@ -2,7 +2,7 @@
 
 RUN/
     windows.safetensors       the pairs: two windows each, which tokens carry loss, which pairs are held out or tested
-    references.safetensors    log-probabilities of the answers (:mod:`fistapruner.tuning.references`)
+    references.safetensors    log-probabilities of the answers (:mod:`fistapruner.training.references`)
 """
 
 from __future__ import annotations

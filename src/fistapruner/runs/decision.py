@@ -165,28 +165,26 @@ class TrainingDecision(RunDecision):
     Args:
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
         dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its files.
-        keep_graphs: no layer runs twice for a gradient, at the cost of memory. It is no part of the run's identity, as
-            it changes no bit.
+        checkpointing: decoder layers run twice for a gradient, which needs less memory. It is no part of the run's
+            identity, as it changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input; None where that was not noted.
         low_rank: checksum of the low-rank part that belongs to the input; None where it has none.
         windows_sha256: of ``windows.safetensors``.
         text_sha256: of the files that the text comes from, by path.
         steps: optimizer steps to take.
-        teacher_windows: windows whose predictions by the dense model the disk holds at once; None is all.
     """
 
     asked: dict[str, Any] = {}
     dense: Path | None = None
     dense_stamps: tuple[tuple[str, str], ...] = ()
-    keep_graphs: bool = False
+    checkpointing: bool = False
     operators: dict[str, str] = {}
     zeros: int | None = None
     low_rank: str | None = None
     windows_sha256: str = ""
     text_sha256: dict[str, str] = {}
     steps: int
-    teacher_windows: int | None = None
 
 
 class RunRecord(Report):

@@ -2,8 +2,7 @@
 
 A line is a JSON object with the key ``step`` (from 1; the line of step 0 has the validation before training), and a tab
 and the CRC-32 of the object's text behind it. Floats are written with the digits that read back as the same bits. A
-torn or damaged line ends the journal: it and all lines after it are made again. For optimizers without gradients the
-journal is the checkpoint (:mod:`fistapruner.tuning.zeroth_order`).
+torn or damaged line ends the journal: it and all lines after it are made again.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 RUN/
     windows.safetensors    the training text: token ids, which of them carry loss, which windows are held out, and the
                            hashes of its documents
-    teacher/               the dense model's predictions of these windows (:mod:`fistapruner.tuning.teacher`)
+    teacher/               the dense model's predictions of these windows (:mod:`fistapruner.training.teacher`)
     steps.jsonl            one line a step (:mod:`fistapruner.runs.steps`)
     states/                the newest training states (:mod:`fistapruner.runs.snapshots`)
-    adapter/               what spp or hira has trained, as a PEFT adapter of the input
 """
 
 from __future__ import annotations

@@ -1,0 +1,170 @@
+"""Merge an adapter of the PEFT library into a pruned checkpoint, with every zero kept.
+
+PEFT loads and merges the adapter (``merge_and_unload``); then the zeros of the pruned weights are put back. An adapter
+whose product is masked only now is another function than the one that was trained: the report says how much the mask
+took from it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..errors import A_FOLDER, FistaPrunerError, one_line, out_path, path_text
+from ..models.files.folder import require_new
+from ..models.files.low_rank import refuse_low_rank
+from ..models.files.record import permuted_tensors, read_pruning_record
+from ..models.source import Permissions
+from ..models.whole import load_whole
+from ..pipeline.result import check_zeros, model_documents
+from ..reporting.model_card import plain_card
+from ..runs.arguments import checked_arguments
+from ..runs.directory import checkpoint_of
+from ..runs.lineage import record_with_stage
+from ..runs.records import Stage
+from ..runtime.files import write_text_atomic
+from ..runtime.formatting import percent
+from ..runtime.machine import now
+from ..runtime.numerics import undisturbed
+from .hold_mask import held_weights
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What :func:`merge_adapter` did.
+
+    Args:
+        model: folder of the pruned checkpoint; ``adapter``: of the adapter; ``out``: of the result.
+        kind: of the adapter, as PEFT names it.
+        operators: pruned operators that the adapter changes.
+        weights: of these; ``zeros``: before as after; ``refilled``: zeros that the adapter would have filled.
+        masked_share: share of the squared norm of the adapter's change that the mask took.
+    """
+
+    model: Path
+    adapter: Path
+    out: Path
+    kind: str
+    operators: int
+    weights: int
+    zeros: int
+    refilled: int
+    masked_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        paths = {name: str(getattr(self, name)) for name in ("model", "adapter", "out")}
+        return {**asdict(self), **paths}
+
+    def __str__(self) -> str:
+        share = f"{self.zeros} of {self.weights} ({percent(self.zeros / max(1, self.weights))})"
+        return (
+            f"merged the {self.kind} adapter {self.adapter} into {self.model}: {self.out}\n"
+            f"zeros of the {self.operators} pruned operators that it changes: {share}, all kept; without the mask it "
+            f"fills {percent(self.refilled / max(1, self.zeros))} of them\n"
+            f"the mask took {percent(self.masked_share)} of the squared norm of the change"
+        )
+
+
+@checked_arguments
+@undisturbed()
+def merge_adapter(
+    folder: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    progress: Callable[[str], None] | None = None,
+    command: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Merge a PEFT adapter into a pruned checkpoint, with every zero kept.
+
+    The merge is computed in fp32 and rounded once. A surviving weight that becomes 0 keeps its value.
+
+    Args:
+        folder: a pruned Hugging Face folder, or a finished run.
+        adapter: folder with ``adapter_config.json``.
+        out: folder to make; it must not exist.
+        progress: called with the name of every pruned operator.
+        command: shell line for the lineage.
+        allow_pickle, trust_remote_code: see ``fistapruner.prune``.
+
+    Raises:
+        FistaPrunerError: peft is not installed or refuses the adapter; nothing is pruned; the channels of an operator
+            were reordered since the adapter was trained; the run is not finished; ``out`` exists.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise FistaPrunerError(
+            "merging an adapter needs the package 'peft': pip install 'fistapruner[adapters]'"
+        ) from None
+    folder_of_adapter, out = Path(path_text("adapter", adapter, A_FOLDER)), out_path(out)
+    source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_of(folder))
+    refuse_low_rank(source.folder, "merge")
+    require_new(out, source.folder)
+    record = read_pruning_record(source.folder)
+    config = _config(folder_of_adapter)
+    base = Path(str(config.get("base_model_name_or_path") or ""))
+    if (permuted := permuted_tensors(record)) and base.absolute() != source.folder.absolute():
+        raise FistaPrunerError(
+            f"the channels of {next(iter(permuted))} were reordered by pruning, so an adapter of {base} does not fit: "
+            f"train it on {source.folder}"
+        )
+    checkpoint = source.checkpoint()
+    whole = load_whole(source.folder, torch.device("cpu"), torch.float32, trust_remote_code=trust_remote_code)
+    before = {name: weight.tensor.detach().clone() for name, weight in held_weights(whole).items()}
+    try:
+        merged = peft.PeftModel.from_pretrained(whole, str(folder_of_adapter)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
+        raise FistaPrunerError(f"peft cannot merge {folder_of_adapter}: {one_line(error)}") from None
+    operators = weights = zeros = refilled = 0
+    change = masked = 0.0
+    for name, start in before.items():
+        if progress is not None:
+            progress(name)
+        weight = merged.get_parameter(name)
+        after, zero = weight.data.to(checkpoint.dtype).float(), start == 0
+        if not torch.equal(after, start.to(checkpoint.dtype).float()):
+            difference = (weight.data - start).square()
+            change, masked = change + float(difference.sum()), masked + float(difference[zero].sum())
+            operators, weights, zeros = operators + 1, weights + start.numel(), zeros + int(zero.sum())
+            refilled += int((after[zero] != 0).sum())
+        weight.data = torch.where(zero | (after == 0), start, weight.data)
+    merged.to(checkpoint.dtype).save_pretrained(out)
+    kind, name = str(config.get("peft_type")), folder_of_adapter.resolve().name
+    settings = {"adapter": name, "type": kind, "trained_on": str(base) if base.name else None}
+    stage = Stage(kind="merge", command=command, finished=now(), settings=settings)
+    said = f"merged the {kind} adapter {name} into {source.folder.resolve().name}, its zeros kept"
+    card = plain_card(source.license(), "A pruned model with a merged adapter", said)
+    for name in checkpoint.companions:
+        if not (out / name).exists():
+            shutil.copy(source.folder / name, out / name)
+    for name, text in model_documents(card, record_with_stage(record, stage)).items():
+        write_text_atomic(out / name, text)
+    check_zeros(out, checkpoint, [name for name in before if name in set(checkpoint.names())])
+    share = masked / change if change else 0.0
+    return MergeReport(source.folder, folder_of_adapter, out, kind, operators, weights, zeros, refilled, share)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Read an adapter's ``adapter_config.json``.
+
+    Raises:
+        FistaPrunerError: it is not there, or damaged.
+    """
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    except OSError:
+        raise FistaPrunerError(f"{folder} is not the folder of a PEFT adapter: it has no adapter_config.json") from None
+    except ValueError as error:
+        raise FistaPrunerError(f"{folder / 'adapter_config.json'} is damaged: {one_line(error)}") from None
+    return dict(found)

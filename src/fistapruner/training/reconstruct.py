@@ -1,0 +1,306 @@
+"""Block reconstruction: train a pruned decoder layer to give the dense layer's output, masks frozen.
+
+Solvers see one operator at a time. How their errors combine, behind the non-linearities and in the residual stream,
+shows only in the output of the whole layer. So after a layer is pruned, its surviving weights, norms and biases take
+some AdamW steps on
+
+    mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
+
+with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at
+that output (:mod:`fistapruner.allocate.fisher`; the identity where it was not measured or is zero), and ``w_t`` 1
+up to the median energy of what the layer adds to a token (of the first window), and falling as its inverse above: the
+squares of tokens with massive activations would dominate the mean.
+
+An operator with a low-rank part is the sum of both parts in the passes; its surviving weights and both factors take the
+steps.
+
+Some calibration windows are for validation only. They decide which step's weights are kept (the pruned layer's own are
+the first candidate), when the step size falls, and when training stops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..activations.store import HiddenStates
+from ..activations.stream import Calls
+from ..core.linalg import damped_cholesky, exact_in_fast_products, fast_products
+from ..models.files.low_rank import A, B, sum_of_parts
+from ..models.layerwise import LayerwiseModel
+from ..models.layout import Group
+from ..runtime.numerics import ordered_attention
+from .loop import CHECKS, State, descend
+from .masked import ITSELF, Form, Full, Masters, TrainedLayer, root_mean_square, vectors
+
+RATE = 0.01
+"""First step size of AdamW, as a share of a tensor's root mean square over surviving weights."""
+
+VALIDATE_EVERY = 8
+"""Every 8th calibration window is a validation window,"""
+
+MAX_VALIDATION_WINDOWS = 8
+"""but at most 8 of them: more would not change the choice, and take time."""
+
+SHRINKAGE = 0.1
+"""Share of the metric that is replaced by its mean eigenvalue, since it was measured on few tokens."""
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """Settings of block reconstruction.
+
+    Args:
+        steps: AdamW steps of one window each. In the same time, many small steps lower the loss further than few large
+            ones.
+        seed: draws the windows.
+        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the
+            identity.
+        rate: first step size, see :data:`RATE`.
+    """
+
+    steps: int
+    seed: int = 0
+    metric: Tensor | None = None
+    rate: float = RATE
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Result of block reconstruction.
+
+    Args:
+        weights: changed tensors by checkpoint name, rounded as the checkpoint will hold them, on the CPU.
+        record: steps taken, the step that was kept, validation loss before and after, number of validation windows.
+    """
+
+    weights: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _SumOfParts(Form):
+    """A sparse and a low-rank part of one operator, both trained.
+
+    Args:
+        operator: its full name; ``source``: of its weight in the checkpoint.
+        parts: the sparse part (m, n) and the factors A and B, by short name.
+    """
+
+    names: ClassVar = (ITSELF, "A", "B")
+
+    operator: str
+    source: str
+    parts: Mapping[str, Tensor]
+
+    def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {short: part.float().clone() for short, part in self.parts.items()}
+
+    def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
+        return masters[ITSELF] + masters["B"] @ masters["A"]
+
+    def rate(self, columns: int) -> float | None:
+        return None
+
+
+def reconstruct_layer(
+    model: LayerwiseModel,
+    index: int,
+    groups: Sequence[Group],
+    inputs: HiddenStates,
+    wanted: HiddenStates,
+    calls: Calls,
+    settings: ReconstructionSettings,
+    parts: Mapping[str, Tensor] | None = None,
+) -> Reconstructed:
+    """Train the loaded, pruned decoder layer ``index`` in place.
+
+    Args:
+        model: the model, layer ``index`` loaded.
+        index: number of the layer.
+        groups: its pruned operators; weights of other operators are left alone.
+        inputs: hidden states that enter the layer.
+        wanted: output hidden states to match.
+        calls: arguments of the decoder layers.
+        settings: steps, seed, metric.
+        parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
+            name with :data:`~fistapruner.models.files.low_rank.A` or ``B``.
+    """
+    # Activations of a bf16 model have no more digits than its matrix units take.
+    with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
+        layer = _trained(model, index, groups, parts or {})
+        keys = {key: short for shorts in layer.keys.values() for short, key in shorts.items()}
+        rates = {key: settings.rate * root_mean_square(layer.masters[key].detach()) for key in keys}
+        masked = [layer.keys[name][ITSELF] for name in layer.pruned]
+        masters = Masters({key: layer.masters[key] for key in keys}, rates, masked)
+        loss = _Loss.of(model, inputs, wanted, settings.metric)
+        held, train = _split(inputs.samples)
+        order = _order(train, settings.steps, torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63))
+        # A power of two, exact: gradients of a mean over a window's values are too small for fp16.
+        up = 2.0 ** math.ceil(math.log2(inputs.seqlen * inputs.width)) if model.dtype == torch.float16 else 1.0
+
+        def value(window: int) -> Tensor:
+            return loss(layer(loss.inputs(window), *calls.by_size[1][index]), window)
+
+        def step(number: int, factor: float) -> tuple[float, float]:
+            with torch.enable_grad():
+                found = value(order[number - 1])
+                (found * up).backward()
+            return float(found.detach()), masters.step(factor, up)
+
+        def held_out() -> float:
+            with torch.no_grad():
+                return sum(float(value(window)) for window in held) / len(held)
+
+        state = descend(masters, State(), settings.steps, step, held_out)
+    # With exact products: the sum of both parts has the bits that a resumed run and an evaluation compute.
+    weights = _write(model, index, layer) if state.best_step else {}
+    record = {
+        "steps": state.step,
+        "kept_step": state.best_step,
+        "held_out_windows": len(held),
+        "held_out_before": state.before,
+        "held_out_after": state.best,
+    }
+    return Reconstructed(weights, record)
+
+
+def _trained(model: LayerwiseModel, index: int, groups: Sequence[Group], parts: Mapping[str, Tensor]) -> TrainedLayer:
+    """Make masters of what may change in a loaded layer: pruned weights, low-rank parts, vectors of no router."""
+    pruned: dict[str, tuple[Form, bool]] = {}
+    for operator in (operator for group in groups for operator in group):
+        name = model.full_name(index, operator.name)
+        form: Form = Full()
+        if name + A in parts:
+            source = model.source(f"{name}.weight")
+            sparse = parts[source].T if operator.transposed else parts[source]
+            found = {ITSELF: sparse, "A": parts[name + A], "B": parts[name + B]}
+            found = {short: part.to(model.device, model.dtype) for short, part in found.items()}
+            form = _SumOfParts(name, source, found)
+        pruned[f"{operator.name}.weight"] = (form, operator.transposed)
+    layer: nn.Module = model.layers[index]
+    return TrainedLayer(layer, pruned, sorted(vectors(layer, ("norms", "biases"))), lambda name: torch.Generator())
+
+
+@torch.no_grad()
+def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str, Tensor]:
+    """Write trained values into the layer, rounded as stored; return them by their names in the journal."""
+    layer, stored = trained.layer, {}
+    for name, shorts in trained.keys.items():
+        parameter, source = layer.get_parameter(name), model.source_of(index, name)
+        masters = {short: trained.masters[key] for short, key in shorts.items()}
+        form = trained.pruned[name][0] if name in trained.pruned else None
+        start = trained.matrix(name, form.parts[ITSELF]) if isinstance(form, _SumOfParts) else parameter
+        value = trained.matrix(name, masters[ITSELF]).to(parameter.dtype)
+        value = model.rounded(source, value).to(parameter.dtype)
+        if name in trained.pruned:  # a survivor that rounds to zero stays as it was
+            value = torch.where((value == 0) | (start == 0), start, value)
+        stored[source] = model.result(source, value.contiguous())
+        if isinstance(form, _SumOfParts):
+            for short, suffix in (("A", A), ("B", B)):
+                factor = model.rounded(source, masters[short].to(parameter.dtype))
+                stored[form.operator + suffix] = model.result(source, factor.contiguous())
+            transposed = trained.pruned[name][1]
+            value = sum_of_parts(stored[source], stored, form.operator, transposed=transposed).to(parameter.dtype)
+        parameter.copy_(value)
+    return stored
+
+
+@dataclass
+class _Loss:
+    """The loss of one window: metric, data, token weights.
+
+    Args:
+        device: of the layer.
+        source: hidden states that enter the layer.
+        wanted: output hidden states to match.
+        root: see :func:`_root`.
+        limit: energy above which a token's weight falls below 1.
+        weights: token weights of the windows used so far.
+    """
+
+    device: torch.device
+    source: HiddenStates
+    wanted: HiddenStates
+    root: Tensor | None
+    limit: Tensor
+    weights: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: LayerwiseModel, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None) -> _Loss:
+        loss = cls(model.device, source, wanted, _root(metric, model.device), torch.ones(()))
+        loss.limit = loss.energy(loss.target(0) - loss.inputs(0).float()).median().clamp_min(1e-30)
+        return loss
+
+    def inputs(self, window: int) -> Tensor:
+        return self.source.read(window, window + 1, self.device)
+
+    def target(self, window: int) -> Tensor:
+        return self.wanted.read(window, window + 1, self.device, torch.float32)
+
+    def energy(self, difference: Tensor) -> Tensor:
+        """(batch, seqlen) squared length in the metric."""
+        if self.root is not None:
+            difference = difference * self.root if self.root.ndim == 1 else difference @ self.root
+        return difference.square().sum(-1)
+
+    def weight(self, window: int, target: Tensor) -> Tensor:
+        """(1, seqlen) weights of a window's tokens."""
+        if window not in self.weights:
+            with torch.no_grad():
+                self.weights[window] = (self.limit / self.energy(target - self.inputs(window).float())).clamp_max(1.0)
+        return self.weights[window]
+
+    def __call__(self, output: Tensor, window: int) -> Tensor:
+        """Weighted mean over tokens, in units of what the layer adds to a typical token."""
+        target = self.target(window)
+        return (self.weight(window, target) * self.energy(output.float() - target)).mean() / self.limit
+
+
+def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return ``R`` with ``R R^T`` the shrunk metric; for a diagonal, its square root.
+
+    None is the identity. A metric of zeros, as of a model whose outputs never change, tells errors apart no more than
+    the identity.
+    """
+    if metric is None or bool((metric if metric.ndim == 1 else metric.diagonal()).mean() == 0):
+        return None
+    metric = metric.to(device)
+    if metric.ndim == 1:
+        return ((1 - SHRINKAGE) * metric + SHRINKAGE * metric.mean()).sqrt()
+    metric = (1 - SHRINKAGE) * metric
+    metric.diagonal().add_(SHRINKAGE / (1 - SHRINKAGE) * metric.diagonal().mean())
+    root, info = torch.linalg.cholesky_ex(metric)
+    return root if int(info) == 0 else damped_cholesky(metric, 0.0, "the metric of output errors")[0]
+
+
+def _split(samples: int) -> tuple[list[int], list[int]]:
+    """Split windows into validation (1 to :data:`MAX_VALIDATION_WINDOWS`) and training; one is both."""
+    apart = max(VALIDATE_EVERY, -(-samples // MAX_VALIDATION_WINDOWS))
+    held = list(range(apart - 1, samples, apart)) or [samples - 1]
+    train = [window for window in range(samples) if window not in held] or held
+    return held, train
+
+
+def _order(windows: list[int], count: int, generator: torch.Generator) -> list[int]:
+    """Draw ``count`` windows: all of them once in random order, again in another, and so on."""
+    order: list[int] = []
+    while len(order) < count:
+        order += [windows[place] for place in torch.randperm(len(windows), generator=generator).tolist()]
+    return order[:count]
+
+
+def passes(steps: int, samples: int) -> int:
+    """Cost of block reconstruction, in forward passes of one window (a backward pass counts two).
+
+    Args:
+        steps: AdamW steps.
+        samples: calibration windows.
+    """
+    checks = 1 + min(steps, CHECKS)
+    return 3 * steps + checks * len(_split(samples)[0])

@@ -1,0 +1,468 @@
+"""Alignment from end to end: every zero kept bit for bit, preferences measured, told in report and lineage."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.runs.records import Report, load_run
+from tiny import tensors
+
+SETTINGS: dict[str, Any] = {
+    "evaluate": None,
+    "pairs_per_step": 4,
+    "rank": 4,
+    "lr": 1e-3,
+}
+
+
+class Bench(tiny.Bench):
+    """With pairs whose chosen answers no model prefers."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "50%")
+        self.pairs = folder / "pairs.jsonl"
+        write_pairs(self.pairs, 40)
+
+
+def write_pairs(path: Path, count: int) -> None:
+    lines = [
+        {"prompt": f"After {number} comes", "chosen": f" no {number}!", "rejected": f" {number + 1}."}
+        for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("align"))
+
+
+def align(bench: Bench, out: Path, model: Path | None = None, **settings: Any) -> Report:
+    data = {"pairs": str(bench.pairs), **settings.pop("data", {})}
+    return fp.align(model or bench.pruned(), out, **{**SETTINGS, "data": data, **settings})
+
+
+@torch.no_grad()
+def of_pairs(run: Path, model: Path, side: str = "test") -> tuple[Tensor, Tensor]:
+    """(pairs, 2) log-probabilities and tokens of the answers, by transformers, one window at a time."""
+    file = SafetensorsFile(run / "windows.safetensors")
+    where = file.read(side).to(torch.bool)
+    tokens, marks = file.read("tokens")[where], file.read("marks").to(torch.bool)[where]
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = []
+    for ids, carries in zip(tokens, marks, strict=True):
+        end = int(carries.nonzero().max()) + 1
+        logs = whole(ids[None, :end]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:end, None])[:, 0]
+        found.append(logs[carries[1:end]].double().sum())
+    return torch.stack(found).view(-1, 2), marks.sum(1).view(-1, 2)
+
+
+CASES = [
+    ("llama", "50%", {"parameters": "lora"}),
+    ("llama", "2:4", {"parameters": "full", "lr": 0.01}),
+    ("gpt2", "2:4", {"parameters": "spp", "lr": 0.1, "loss": "geometric", "weights": "held-out-margin"}),
+    ("qwen3_moe", "50%", {"parameters": "lora"}),
+    ("gpt_oss", "50%", {"parameters": "full", "lr": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "sparsity", "settings"), CASES)
+def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
+    bench: Bench, tmp_path: Path, architecture: str, sparsity: str, settings: dict[str, Any]
+) -> None:
+    """Preferences of dense, pruned and aligned model are what transformers computes of the files."""
+    pruned, out = bench.pruned(architecture, sparsity), tmp_path / "out"
+    report = align(bench, out, pruned, **{"epochs": 2, **settings})
+    before, after = tensors(pruned / "model"), tensors(out / "model")
+    operators = inspect_checkpoint(pruned / "model").pruned
+    assert operators
+    for name in {operator.name.partition("[")[0] for operator in operators}:
+        assert torch.equal(after[name] == 0, before[name] == 0)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    assert {name for name in before if "experts" in name} <= changed
+    assert inspect_checkpoint(out / "model").violations == []
+    found = report.alignment
+    assert found is not None
+    models = {"dense": bench.dense(architecture), "pruned": pruned / "model", "aligned": out / "model"}
+    margins = {}
+    for name, folder in models.items():
+        own, counts = of_pairs(out, folder)
+        margins[name] = own[:, 0] - own[:, 1]
+        assert found.test[name].accuracy == float((margins[name] > 0).double().mean())
+        by_token = own / counts
+        assert found.test[name].normalised == float((by_token[:, 0] > by_token[:, 1]).double().mean())
+    assert bool((counts[:, 0] != counts[:, 1]).any())
+    assert float(margins["aligned"].mean()) > float(margins["pruned"].mean()) + 0.5
+    assert found.margin is not None
+    for error in (found.test["pruned"].normalised_error, found.reward_accuracy_error):
+        assert error is not None
+        assert 0 <= error <= 0.5
+    assert found.chosen_reward_error is not None
+    assert report.recovery is not None
+    references = {"pruned": 1.0}
+    if report.recovery.loss == "geometric":  # in proportion to their mean margin on the held-out pairs
+        held_out = {name: of_pairs(out, models[name], "held_out")[0] for name in ("pruned", "dense")}
+        sizes = {name: float((own[:, 0] - own[:, 1]).abs().mean()) for name, own in held_out.items()}
+        references = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+    else:
+        assert report.recovery.checks[0].held_out == pytest.approx(math.log(2), abs=1e-6)
+    assert found.references == pytest.approx(references)
+    moved = 0.1 * (margins["aligned"] - sum(share * margins[name] for name, share in references.items()))
+    assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
+    assert found.reward_accuracy == float((moved > 0).double().mean())
+    assert (found.pairs + found.held_out_pairs + found.test_pairs, found.left_out) == (40, 0)
+    assert report.lineage is not None
+    assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
+
+
+def test_an_alignment_that_changed_nothing_is_neither_right_nor_wrong(bench: Bench, tmp_path: Path) -> None:
+    found = align(bench, tmp_path / "out", lr=1e-30, steps=1).alignment
+    assert found is not None
+    assert (found.margin, found.reward_accuracy, found.reward_accuracy_error) == (0.0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("verb", ["align", "recover"])
+def test_a_padding_token_that_the_model_does_not_have(bench: Bench, tmp_path: Path, verb: str) -> None:
+    """It was added to the tokenizer alone; windows are padded with the end-of-text token."""
+    pruned, out = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "pruned")), tmp_path / "out"
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert tokenizer.pad_token_id == tiny.VOCABULARY
+    tokenizer.save_pretrained(pruned)
+    if verb == "align":
+        align(bench, out, pruned, loss="sft", steps=1)
+    else:
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps({"prompt": f"{n} and", "completion": " so on"}) + "\n" for n in range(20)))
+        fp.recover(
+            pruned,
+            out,
+            loss="ce",
+            parameters="full",
+            data={"source": str(data), "tokens": 200, "seqlen": 40, "held_out": 0.2},
+            evaluate=None,
+        )
+    tokens = SafetensorsFile(out / "windows.safetensors").read("tokens")
+    assert bool((tokens[:, -1] == tokenizer.eos_token_id).any())
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("none", "less likely than under the model that went in; try a lower --lr, or fewer --steps"),
+        ("geometric", "the references, as geometric may do; try a lower --lr, a larger --beta, or --anchor 0.1"),
+    ],
+)
+def test_a_warning_about_rewards_advises_by_the_loss(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, words: str
+) -> None:
+    monkeypatch.setattr("fistapruner.training.finish.LOWEST_REWARD", math.inf)
+    (warning,) = align(bench, tmp_path / "out", loss=loss, steps=1).warnings
+    assert warning.endswith(words)
+
+
+def test_a_recovery_of_an_aligned_run_takes_no_pairs_for_text(bench: Bench, tmp_path: Path) -> None:
+    align(bench, tmp_path / "aligned", steps=1)
+    with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
+        fp.recover(tmp_path / "aligned", tmp_path / "out", evaluate=None)
+
+
+def test_training_makes_the_chosen_answer_the_more_likely_one(bench: Bench, tmp_path: Path) -> None:
+    report = align(bench, tmp_path / "out", parameters="full", lr=0.05, epochs=6)
+    assert report.alignment is not None
+    assert report.alignment.test["pruned"].accuracy < 0.5
+    assert report.alignment.test["aligned"].accuracy == 1.0
+    assert report.alignment.test["pruned"].won == report.alignment.test_pairs
+
+
+LOSSES: list[dict[str, Any]] = [
+    {"loss": "dpo", "references": "dense"},
+    {"loss": "multi-dpo"},
+    {"loss": "harmonic"},
+    {"loss": "harmonic", "clip": "none", "shares": (0.3, 0.7)},
+    {"loss": "harmonic", "weights": "per-pair"},
+    {"loss": "geometric", "weights": "held-out-margin"},
+    {"loss": "sft", "beta": 0.2},
+    {"loss": "none"},
+    {"loss": "dpo", "anchor": 0.3, "label_smoothing": 0.1},
+    {"loss": "dpo", "optimizer": "mezo", "lr": 1e-3},
+]
+
+
+@pytest.mark.parametrize("settings", LOSSES, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """And the run has the same bytes where it is made again."""
+    report = align(bench, tmp_path / "one", **settings)
+    assert report.recovery is not None
+    assert report.alignment is not None
+    checks = report.recovery.checks
+    assert checks[-1].held_out < checks[0].held_out
+    expected = {"sft": (), "none": (), "dpo": ("dense",) if "references" in settings else ("pruned",)}
+    names = expected.get(settings["loss"], ("pruned", "dense"))
+    assert tuple(report.alignment.references) == names
+    assert sum(report.alignment.references.values()) == pytest.approx(1.0 if names else 0.0)
+    align(bench, tmp_path / "two", **settings)
+    one, two = (tiny.weights(tmp_path / name) for name in ("one", "two"))
+    assert one == two
+
+
+def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that the pairs were made from is not zero-shot, whether the run or its checkpoint is evaluated."""
+    align(bench, tmp_path / "out")
+    said = tiny.Said()
+    with monkeypatch.context() as patched:
+        patched.setattr("fistapruner.evaluation.evaluate.find_tasks", lambda tasks, folder: tasks)
+        patched.setattr("fistapruner.evaluation.evaluate.evaluate_tasks", lambda *arguments, **settings: ())
+        for model, warnings in ((tmp_path / "out" / "model", 1), (bench.pruned() / "model", 0)):
+            assert main(["evaluate", str(model), "--tasks", "piqa", "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)["warnings"]
+            assert ["aligned on the pairs of pairs.jsonl" in warning for warning in found] == [True] * warnings
+        assert main(["evaluate", str(tmp_path / "out" / "model"), "--tasks", "piqa"]) == 0
+        assert "warning  the model was aligned on the pairs of pairs.jsonl" in capsys.readouterr().out
+    with suppress(FistaPrunerError):  # without lm-eval
+        fp.evaluate_run(tmp_path / "out", tasks=["piqa"], listener=said)
+    assert said.sentences[0].startswith("the model was aligned on the pairs of pairs.jsonl")
+    said.sentences.clear()
+    with suppress(FistaPrunerError):
+        fp.evaluate_run(bench.pruned(), tasks=["piqa"], listener=said)
+    assert not [sentence for sentence in said.sentences if "aligned" in sentence]
+
+
+def test_a_model_whose_channels_were_removed(bench: Bench, tmp_path: Path) -> None:
+    """Nothing is masked in it; its operators stay as wide as they are, and all of them are trained."""
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": 16}
+    structure = {"remove": {"mlp": 0.25}, "multiple": 4}
+    fp.prune(
+        bench.dense(), tmp_path / "cut", sparsity="0%", structure=structure, calibration=calibration, evaluate=None
+    )
+    report = align(bench, tmp_path / "out", tmp_path / "cut")
+    before, after = tensors(tmp_path / "cut" / "model"), tensors(tmp_path / "out" / "model")
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    operators = [name for name in after if "_proj" in name]
+    assert len(operators) > 7
+    assert not [name for name in operators if torch.equal(after[name], before[name])]
+    assert report.totals.operator_zeros == 0
+    assert inspect_checkpoint(tmp_path / "out" / "model").violations == []
+
+
+def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prune, recover, align, align: each from the run before it, all in the lineage; the verbs read such a run."""
+    recovered = tmp_path / "recovered"
+    data = {"source": str(bench.text), "seqlen": 16, "tokens": 200}
+    fp.recover(bench.pruned(), recovered, evaluate=None, data=data, steps=2)
+    align(bench, tmp_path / "aligned", recovered)
+    report = align(bench, tmp_path / "again", tmp_path / "aligned", evaluate=str(bench.text))
+    assert report.lineage is not None
+    assert [stage.kind for stage in report.lineage.stages] == ["prune", "recover", "align", "align"]
+    assert report.evaluations[0].reference is not None
+    assert report.evaluations[0].perplexity is not None
+    assert report.recovery is not None
+    assert report.recovery.before
+    for verb in (["status"], ["report"], ["inspect"], ["resume"], ["evaluate", "--data", str(bench.text)]):
+        assert main([verb[0], str(tmp_path / "again"), *verb[1:]]) == 0, capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "alignment (lora, dpo" in said
+    assert "preference accuracy, %" in said
+    card = (tmp_path / "again" / "model" / "README.md").read_text()
+    assert "| Preference accuracy, % |" in card
+    assert str(tmp_path) not in card.partition("Recipe:")[0]
+    page = (tmp_path / "again" / "report.html").read_text()
+    assert "before alignment" in page
+    assert "Gap closed" not in page
+    assert load_run(tmp_path / "again").alignment == report.alignment
+
+
+def test_a_finished_run_is_not_made_again(bench: Bench, tmp_path: Path) -> None:
+    out, said = tmp_path / "out", tiny.Said()
+    align(bench, out)
+    align(bench, out, listener=said)
+    assert said.sentences == [f"{out} holds the finished run of this recipe", f"report: {out / 'report.html'}"]
+    before = tiny.weights(out)
+    (out / "model" / "model.safetensors").write_bytes(before["model.safetensors"][:-1])
+    align(bench, out, listener=said)
+    assert tiny.weights(out) == before
+    with pytest.raises(FistaPrunerError, match=r"holds a run with loss = \"dpo\", this one has \"sft\""):
+        align(bench, out, loss="sft")
+    with pytest.raises(FistaPrunerError, match="holds a run of 'fistapruner align', not of recover"):
+        fp.recover(bench.pruned(), out, evaluate=None)
+
+
+def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench: Bench, tmp_path: Path) -> None:
+    """It is measured beside the others where it is known."""
+    folder = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model"))
+    (folder / "fistapruner.json").unlink()
+    report = align(bench, tmp_path / "out", folder)
+    assert report.alignment is not None
+    assert set(report.alignment.test) == {"pruned", "aligned"}
+    for settings, flag in (({"loss": "harmonic"}, "--loss harmonic"), ({"anchor": 0.1}, "--anchor")):
+        with pytest.raises(FistaPrunerError, match=f"{flag} needs the dense model"):
+            align(bench, tmp_path / "other", folder, **settings)
+    report = align(bench, tmp_path / "known", folder, dense=bench.dense(), loss="harmonic")
+    assert report.alignment is not None
+    assert set(report.alignment.test) == {"dense", "pruned", "aligned"}
+    with pytest.raises(FistaPrunerError, match="predicts 96 tokens"):
+        align(bench, tmp_path / "other", folder, dense=bench.dense("llama", vocab_size=96))
+    assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"references": "pruned,dense"}, "dpo has one reference"),
+    ({"loss": "harmonic", "references": "dense"}, "harmonic has several references"),
+    ({"loss": "sft", "references": "dense"}, "the loss sft has none"),
+    ({"references": "pruned,pruned"}, "pruned is named twice"),
+    ({"references": "teacher"}, "references"),
+    ({"loss": "none", "anchor": 0.0}, "the loss none is the anchor alone"),
+    ({"weights": "held-out"}, "no several references to weigh"),
+    ({"loss": "geometric", "shares": (0.5, 0.6)}, "sum 1"),
+    ({"loss": "geometric", "shares": (1.0,)}, "one number for each of pruned,dense"),
+    ({"loss": "geometric", "weights": "held-out", "shares": (0.5, 0.5)}, "fixed weights"),
+    ({"clip": "wide"}, "none or a number"),
+    ({"beta": 0.0}, "beta"),
+    ({"label_smoothing": 0.5}, "label_smoothing"),
+    ({"loss": "geometric", "clip": 0.5}, "clip 0.5: it is a setting of harmonic, and the loss is geometric"),
+    ({"loss": "sft", "label_smoothing": 0.2}, "label_smoothing 0.2: it is a setting of dpo, multi-dpo, harmonic, "),
+    ({"data": {"held_out": 0.4, "test": 0.3}}, "at most half"),
+    ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
+    ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
+    ({"data": {"prompt_ends": "x"}}, "prompt_ends"),
+    ({"execution": {"batch_size": 3}}, "must be even"),
+    ({"execution": {"executor": "process"}}, "training has its own way"),
+]
+
+
+@pytest.mark.parametrize(("settings", "why"), BAD)
+def test_bad_settings_are_refused_before_any_work(
+    bench: Bench, tmp_path: Path, settings: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(FistaPrunerError) as error:
+        align(bench, tmp_path / "out", **settings)
+    assert why in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "references.safetensors").exists()
+
+
+def test_a_dense_model_that_is_the_input_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """Its references and its anchor would be of one model; a link to it is the same model."""
+    link = tmp_path / "link"
+    link.symlink_to(bench.pruned() / "model")
+    for settings in ({"loss": "harmonic"}, {"anchor": 0.1}, {}):
+        with pytest.raises(FistaPrunerError, match=r"--dense .*link is the model that is trained: name the one that"):
+            align(bench, tmp_path / "out", dense=link, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path: Path) -> None:
+    """Whatever the model is: it does not exist here."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
+    )
+    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
+        fp.align(tmp_path / "no model", tmp_path / "out", **SETTINGS, data={"pairs": str(path)})
+    with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
+        fp.align(bench.pruned(), tmp_path / "out", **SETTINGS)
+
+
+def test_what_is_left_out_is_told(bench: Bench, tmp_path: Path) -> None:
+    path, said = tmp_path / "pairs.jsonl", tiny.Said()
+    write_pairs(path, 12)
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "long " * 9, "chosen": "a", "rejected": "b"}) + "\n")
+    report = align(bench, tmp_path / "out", data={"pairs": str(path), "max_length": 40}, listener=said)
+    sentence = "1 of 13 pairs are left out: their prompts have 40 tokens or more"
+    assert sentence in said.sentences
+    assert sentence in report.warnings
+    assert report.alignment is not None
+    assert report.alignment.left_out == 1
+
+
+def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--out", str(tmp_path / "cli")]
+    flags = ["--loss", "harmonic", "--weights", "held-out", "--references", "dense,pruned", "--clip", "none"]
+    more = ["--pairs-per-step", "4", "--rank", "4", "--lr", "1e-3", "--evaluate", "none"]
+    assert main([*command, *flags, *more, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kind"] == "align"
+    align(bench, tmp_path / "api", loss="harmonic", weights="held-out", clip="none")
+    one, two = (tiny.weights(tmp_path / name) for name in ("cli", "api"))
+    assert one == two
+
+
+def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Path) -> None:
+    """MRPO with three references, a run and a folder among them; a model of other tokens is refused."""
+    other = tiny.save("gpt2", tmp_path / "other")
+    names = (str(bench.pruned("llama", "2:4")), "pruned", str(other))
+    report = align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2)
+    assert report.alignment is not None
+    folders = [str(bench.pruned("llama", "2:4") / "model"), str(other)]
+    assert list(report.alignment.references) == ["pruned", *folders]
+    file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
+    assert not torch.equal(file.read(str(other)), file.read("pruned"))
+    assert align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2) == report
+    strange = tiny.save("llama", tmp_path / "strange", vocab_size=tiny.VOCABULARY + 8)
+    with pytest.raises(FistaPrunerError, match=r"--references .*strange: its tokens are not those of"):
+        align(bench, tmp_path / "refused", loss="multi-dpo", references=("pruned", str(strange)))
+
+
+def test_references_are_computed_of_the_pairs_that_are_used(bench: Bench, tmp_path: Path) -> None:
+    report = align(bench, tmp_path / "out", loss="harmonic", weights="per-pair", steps=2)
+    assert report.alignment is not None
+    used = 2 * SETTINGS["pairs_per_step"] + report.alignment.held_out_pairs + report.alignment.test_pairs
+    file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
+    for name in ("pruned", "dense"):
+        assert int(file.read(name)[:, 0].isfinite().sum()) == used < 40
+    assert sum(report.alignment.references.values()) == pytest.approx(1.0)
+
+
+def test_what_a_part_of_the_pairs_taught_is_told(bench: Bench, tmp_path: Path) -> None:
+    """Pairs that were passed, tokens of the answers that have a loss, and no share of a gap that is not the aim."""
+    said, tokens = tiny.Said(), {}
+    for loss in ("dpo", "sft"):
+        out = tmp_path / loss
+        report = align(bench, out, loss=loss, steps=1, evaluate=str(bench.text), evaluate_windows=2, listener=said)
+        assert report.recovery is not None
+        assert report.alignment is not None
+        tokens[loss] = report.recovery.tokens
+        card = (out / "model" / "README.md").read_text()
+        assert f"on 4 of {report.alignment.pairs} preference pairs" in card
+    assert 0 < tokens["sft"] < tokens["dpo"]
+    assert [sentence for sentence in said.sentences if "before alignment, " in sentence]
+    assert not [sentence for sentence in said.sentences if "of the gap" in sentence]
+
+
+def test_shares_are_those_of_the_references_as_they_were_named(bench: Bench, tmp_path: Path) -> None:
+    settings = {"loss": "geometric", "steps": 1, "shares": (0.3, 0.7)}
+    for number, (named, dense) in enumerate({"dense,pruned": 0.3, "pruned,dense": 0.7, "": 0.7}.items()):
+        report = align(bench, tmp_path / str(number), references=named or (), **settings)
+        assert report.alignment is not None
+        assert report.alignment.references == pytest.approx({"pruned": 1 - dense, "dense": dense})
+        assert dict(zip(report.recipe["references"], report.recipe["shares"], strict=True))["dense"] == dense
+
+
+def test_a_finished_run_needs_no_dense_model(bench: Bench, tmp_path: Path) -> None:
+    """Its checkpoint is written again from the last state."""
+    dense, out = Path(shutil.copytree(bench.dense(), tmp_path / "dense")), tmp_path / "out"
+    begun = align(bench, out, bench.pruned() / "model", dense=dense, steps=1, anchor=0.1)
+    assert begun.method.startswith("aligned: lora, dpo + anchor 0.1, ")
+    shutil.rmtree(dense)
+    shutil.rmtree(out / "model")
+    assert fp.resume(out).alignment == begun.alignment

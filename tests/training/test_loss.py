@@ -1,0 +1,59 @@
+"""Losses of tokens and their gradients, against their definitions in torch."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from fistapruner.runtime.numerics import Budgets
+from fistapruner.training.loss import TokenLoss
+
+
+def drawn(seed: int, tokens: int, vocabulary: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    own, dense = torch.randn(2, tokens, vocabulary, generator=generator) * spread
+    return own, dense, torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 20), st.integers(2, 40), st.floats(0.1, 20))
+def test_losses_are_what_torch_computes(seed: int, tokens: int, vocabulary: int, spread: float) -> None:
+    own, dense, targets = drawn(seed, tokens, vocabulary, spread)
+    exact = own.double().requires_grad_()
+    log_q, log_p = exact.log_softmax(-1), dense.double().log_softmax(-1)
+    kl = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    ce = cross_entropy(exact, targets, reduction="none")
+    budgets = Budgets(rows=4 * vocabulary * 3)
+    for share in (1.0, 0.0, 0.4):
+        expected = share * kl + (1 - share) * ce
+        (gradient,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
+        value, found = TokenLoss(share).tokens(own, targets, dense, 0.5, budgets)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+        assert found is not None
+        torch.testing.assert_close(2 * found.double(), gradient, rtol=1e-5, atol=1e-6)
+        again, nothing = TokenLoss(share).tokens(own, targets, dense)
+        assert nothing is None
+        assert torch.equal(again, value)
+
+
+def test_tokens_that_the_dense_model_rules_out_do_not_count() -> None:
+    """A padded vocabulary: probability 0 there, whatever the model says."""
+    own, dense, targets = drawn(0, 5, 12, 1.0)
+    dense[:, 8:] = -torch.inf
+    targets = targets.clamp_max(7)
+    expected = kl_div(own.log_softmax(-1), dense.softmax(-1), reduction="none").nan_to_num(0.0).sum(-1)
+    value, gradient = TokenLoss(1.0).tokens(own, targets, dense, 1.0)
+    torch.testing.assert_close(value, expected)
+    assert gradient is not None
+    torch.testing.assert_close(gradient, own.softmax(-1) - dense.softmax(-1))
+    own[:, 8:] = -torch.inf  # ruled out by both
+    value, gradient = TokenLoss(0.9).tokens(own, targets, dense, 1.0)
+    assert gradient is not None
+    assert bool(value.isfinite().all() and gradient.isfinite().all())
+
+
+def test_losses_have_names() -> None:
+    assert [TokenLoss.named(name, 0.3).share for name in ("kl", "ce", "mix")] == [1.0, 0.0, 0.3]

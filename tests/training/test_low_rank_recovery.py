@@ -1,0 +1,169 @@
+"""Recovery of models with a low-rank part: it stays, zeros stay, and the sum of both parts is what the passes use."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.cli import main
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.low_rank import LowRankAdapter
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.reporting.summary import summary
+from fistapruner.runs.records import Report
+from fistapruner.training.masked import Trained
+
+PRUNING: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", "low_rank": 4}
+TEXT: dict[str, Any] = {"source": "python", "samples": 4, "seqlen": 32}
+TRAINING: dict[str, Any] = {"steps": 6, "windows_per_step": 2, "rank": 4}
+PARTS = ("model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make a pruning run of an architecture, once."""
+
+    @cache
+    def make(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
+        dense = tiny.save(architecture, folder / "dense", **{layers: 2})
+        fp.prune(dense, folder / "run", calibration=TEXT, **PRUNING)
+        return folder / "run"
+
+    return make
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def pruned(request: pytest.FixtureRequest, runs: Callable[[str], Path]) -> Path:
+    """A pruning run; GPT-2 stores its matrices transposed."""
+    return runs(request.param)
+
+
+@pytest.fixture
+def llama(runs: Callable[[str], Path]) -> Path:
+    return runs("llama")
+
+
+def recover(run: Path, out: Path, **settings: Any) -> Report:
+    data = {"source": "python", "seqlen": 32, "tokens": 1000}
+    return fp.recover(run, out, **{"evaluate": None, "data": data, **TRAINING, **settings})
+
+
+def results(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in PARTS}
+
+
+def opened(run: Path) -> LayerwiseModel:
+    """Open the model of a run, as the sum of both parts."""
+    model = LayerwiseModel(Checkpoint.open(run / "model"), torch.device("cpu"))
+    model.low_rank = LowRankAdapter.beside(run / "model")
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"parameters": "full"}, {"parameters": "norms"}, {"targets": ["re:mlp"]}])
+def test_training_begins_with_the_sum_of_both_parts(pruned: Path, settings: dict[str, Any]) -> None:
+    """Bit for bit what an evaluation uses, also where only some operators are trained."""
+    whole, model = opened(pruned), LayerwiseModel(Checkpoint.open(pruned / "model"), torch.device("cpu"))
+    adapter, recipe = LowRankAdapter.beside(pruned / "model"), RecoverRecipe.build({"rank": 4, **settings})
+    assert adapter is not None
+    layout = discover(model).select(recipe, "train")
+    model.low_rank = adapter.without(
+        () if settings.get("parameters") == "norms" else {n for n, _ in layout.operators()}
+    )
+    with model.resident():
+        trained = Trained(model, layout, recipe, adapter)
+        for index, layer in enumerate(trained.layers):
+            with whole.layer(index) as expected:
+                values = dict(layer.layer.named_parameters()) | layer.values()
+                for name, parameter in expected.named_parameters():
+                    assert torch.equal(values[name], parameter), name
+
+
+@pytest.mark.parametrize("parameters", ["lora", "full", "spp"])
+def test_the_sparse_part_is_trained_beside_it(pruned: Path, tmp_path: Path, parameters: str) -> None:
+    report = recover(pruned, tmp_path / "out", parameters=parameters, evaluate="python", evaluate_windows=2)
+    assert report.recovery is not None
+    assert report.recovery.kept_step
+    before, after = (Checkpoint.open(run / "model") for run in (pruned, tmp_path / "out"))
+    for name in before.names():
+        assert torch.equal(before.read(name) == 0, after.read(name) == 0), name
+    assert not inspect_checkpoint(tmp_path / "out" / "model").violations
+    changed = [name for name, content in results(pruned).items() if content != results(tmp_path / "out")[name]]
+    assert changed == ["model/model.safetensors"]
+    totals, adapter = report.totals, LowRankAdapter.beside(tmp_path / "out" / "model")
+    assert adapter is not None
+    assert (totals.low_rank, totals.low_rank_weights) == (4, adapter.weights)
+    assert totals.low_rank_bytes == sum(path.stat().st_size for path in (tmp_path / "out" / "adapter").iterdir())
+    assert [evaluation.low_rank for evaluation in report.evaluations] == [adapter.weights]
+    assert "low-rank part of rank 4" in summary(report, tmp_path / "out")
+    assert "PeftModel.from_pretrained" in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+def test_a_run_that_goes_on_has_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+    """From the state in the middle."""
+    recover(llama, tmp_path / "whole")
+    out = Path(shutil.copytree(tmp_path / "whole", tmp_path / "again"))
+    for name in ("report.json", "model.json"):
+        (out / name).unlink()
+    for name in ("model", "adapter"):
+        shutil.rmtree(out / name)
+    max((out / "states").glob("*.safetensors")).unlink()
+    assert main(["resume", str(out)]) == 0
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_a_run_whose_low_rank_part_was_exchanged_is_refused(llama: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(llama, tmp_path / "run"))
+    recover(run, tmp_path / "out")
+    for name in ("report.json", "model.json"):
+        (tmp_path / "out" / name).unlink()
+    shutil.rmtree(tmp_path / "out" / "model")
+    file = run / PARTS[1]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(FistaPrunerError, match="is damaged, or is the low-rank part of another model"):
+        recover(run, tmp_path / "out")
+
+
+def test_trained_again(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(FistaPrunerError, match="has a low-rank part: mezo trains all weights in place"):
+        recover(llama, tmp_path / "mezo", optimizer="mezo")
+    recover(llama, tmp_path / "first")
+    again = recover(tmp_path / "first", tmp_path / "second")
+    assert again.recovery is not None
+    assert again.recovery.kept_step
+
+
+def test_a_dense_model_with_a_low_rank_part_is_refused(llama: Path, tmp_path: Path) -> None:
+    """Its predictions would be those of its sparse part alone."""
+    fp.prune(llama.parent / "dense", tmp_path / "run", calibration=TEXT, sparsity="2:4", method="wanda")
+    with pytest.raises(FistaPrunerError, match="which --dense would leave out: give --dense the dense model that"):
+        recover(tmp_path / "run", tmp_path / "out", dense=llama / "model")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_the_result(pruned: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    recover(pruned, tmp_path / "out", parameters="full")
+    model = opened(tmp_path / "out")
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
+    merged = peft.PeftModel.from_pretrained(sparse, tmp_path / "out" / "adapter").merge_and_unload()
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            for name, parameter in layer.named_parameters():
+                theirs = merged.get_parameter(f"{model.layers_name}.{index}.{name}")
+                assert torch.allclose(parameter, theirs, atol=1e-5), name
