@@ -37,17 +37,15 @@ import torch
 from torch import Tensor, nn
 from workload_allocation import mean_with_error
 
+from fistapruner.papers.so_ebm import energy_loss, train
 from fistapruner.runtime.formatting import counted
 from fistapruner.runtime.numerics import seeded
-from fistapruner.sensitivity.forecast import expected_excess, fit_forecast, train
-from fistapruner.sensitivity.so_ebm import energy_loss, importance_weights
 
 HOURS = 24
 MISSING, SURPLUS = 50.0, 0.5
 RAMP = 0.4
 SCALES = (0.1, 0.05, 0.02)
 DRAWS = 128
-PENALTY = 0.01
 BATCH = 64
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 HIDDEN = 64
@@ -120,8 +118,10 @@ def hourly_cost(schedule: Tensor, loads: Tensor) -> Tensor:
 
 def hourly_energy(schedule: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     """E of each hour: the expectation of :func:`hourly_cost` for a Gaussian load, in closed form."""
-    short = expected_excess(-schedule, -mean, spread)
-    surplus = expected_excess(schedule, mean, spread)
+    z = (schedule - mean) / spread
+    density = spread * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    short = density - (schedule - mean) * torch.special.ndtr(-z)
+    surplus = density + (schedule - mean) * torch.special.ndtr(z)
     return MISSING * short + SURPLUS * surplus + 0.5 * ((schedule - mean).square() + spread.square())
 
 
@@ -215,14 +215,13 @@ def effective_size(weights: Tensor) -> Tensor:
     return 1 / weights.square().sum(-1)
 
 
-def so_ebm_loss(forecast: nn.Module, days: Days, seed: int, penalty: float, *, by_hour: bool) -> tuple[Tensor, float]:
+def so_ebm_loss(forecast: nn.Module, days: Days, seed: int, *, by_hour: bool) -> tuple[Tensor, float]:
     """SO-EBM's loss on some days, and the median effective size of the weights of the forecast's distribution.
 
     Args:
         forecast: the network.
         days: the best schedule in hindsight is the load itself, which keeps the limit.
         seed: of the draws.
-        penalty: λ.
         by_hour: each hour has its own weights.
     """
     mean, spread = forecast(days.features)
@@ -235,9 +234,9 @@ def so_ebm_loss(forecast: nn.Module, days: Days, seed: int, penalty: float, *, b
     else:  # the scale is shared by the hours of a schedule
         energy, cost, best = energy.sum(-1), cost.sum(-1), best.sum(-1)
         log_proposal = parts.sum(-2).logsumexp(-1)
-    q, p = importance_weights(energy + log_proposal), importance_weights(cost + log_proposal)
-    loss = energy_loss(best, energy, q, p, penalty)
-    return loss * (HOURS if by_hour else 1), float(effective_size(q).median())
+    energy, cost = energy + log_proposal, cost + log_proposal  # the weights of draws are relative to their density
+    sizes = effective_size(torch.softmax(-energy.detach(), -1))
+    return energy_loss(best, energy, cost) * (HOURS if by_hour else 1), float(sizes.median())
 
 
 def mean_cost(forecast: nn.Module, days: Days, factor: float = 1.0) -> float:
@@ -254,7 +253,19 @@ def run(seed: int, days: int, noise: float, steps: int) -> dict[str, tuple[float
     first, second = size * 64 // 100, size * 80 // 100
     learn, held, test = drawn[slice(0, first)], drawn[slice(first, second)], drawn[slice(second, size)]
     two_stage = Network(learn, seed)
-    fit_forecast(two_stage, learn.features, learn.loads, (held.features, held.loads))
+
+    def likelihood(some: Days, *, learning: bool) -> Tensor:
+        mean, spread = two_stage.train(learning)(some.features)
+        return torch.mean(0.5 * ((some.loads - mean) / spread).square() + spread.log())
+
+    train(
+        two_stage,
+        lambda: likelihood(learn, learning=True),
+        lambda: float(likelihood(held, learning=False)),
+        epochs=300,
+        rate=3e-3,
+    )
+    two_stage.eval()
     with torch.no_grad():
         mean, spread = two_stage(test.features)
         residual = float(((test.loads - mean) / spread).square().mean())
@@ -269,11 +280,12 @@ def run(seed: int, days: int, noise: float, steps: int) -> dict[str, tuple[float
 
         def step() -> Tensor:
             batch = torch.randperm(first, generator=seeded(seed, "batch", len(sizes)))[:BATCH]
-            value, effective = loss(forecast, learn[batch], len(sizes))
+            value, effective = loss(forecast.train(), learn[batch], len(sizes))
             sizes.append(effective)
             return value
 
-        kept = train(forecast, step, lambda: mean_cost(forecast, held), epochs=steps, learning_rate=3e-4)
+        kept = train(forecast, step, lambda: mean_cost(forecast.eval(), held), epochs=steps, rate=3e-4)
+        forecast.eval()
         effective = statistics.median(sizes)
         note = "" if math.isnan(effective) else f", effective size {effective:.1f} of {DRAWS}"
         rows[name] = mean_cost(forecast, test), f"step {kept} kept{note}"
@@ -281,11 +293,11 @@ def run(seed: int, days: int, noise: float, steps: int) -> dict[str, tuple[float
     end_to_end("quadratic programming", lambda forecast, batch, _: (quadratic_program_loss(forecast, batch), math.nan))
     end_to_end(
         "SO-EBM, published sampler",
-        lambda forecast, batch, step: so_ebm_loss(forecast, batch, step, PENALTY, by_hour=False),
+        lambda forecast, batch, step: so_ebm_loss(forecast, batch, step, by_hour=False),
     )
     end_to_end(
         "SO-EBM, an hour at a time",
-        lambda forecast, batch, step: so_ebm_loss(forecast, batch, step, PENALTY, by_hour=True),
+        lambda forecast, batch, step: so_ebm_loss(forecast, batch, step, by_hour=True),
     )
     return rows
 

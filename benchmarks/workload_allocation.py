@@ -1,9 +1,12 @@
-"""Which rule of ``--allocation workload:FILE`` decides best? Synthetic workloads with a known distribution.
+"""Does SO-EBM decide better for a workload than simpler rules? Synthetic workloads with a known distribution.
 
 A model of 12 blocks serves 3 tasks, whose error curves are exponential. Tolerances depend on 4 features, with noise of
 three kinds: Gaussian; a switch (a quarter of the deployments stand 0.35 less, which no feature tells); skewed. Each
-draw has 200 deployments to learn from and 200 to test. Regret is the mean cost above that of the best allocation in
+draw has 50 deployments to learn from and 400 to test. Regret is the mean cost above that of the best allocation in
 hindsight, in units of the mean loss at uniform sparsity. No model is pruned.
+
+Rules: uniform sparsity; the allocation for the known mix; least mean cost over the history; the Gaussian forecast by
+maximum likelihood, then least expected cost; the same forecast learnt on by SO-EBM, as ``--allocation workload:FILE``.
 
     python benchmarks/workload_allocation.py
     python benchmarks/workload_allocation.py --draws 5 --noise switch
@@ -19,18 +22,19 @@ import time
 import torch
 from torch import Tensor
 
+from fistapruner.allocate.allocate import ZerosBudget
+from fistapruner.allocate.curves import sparsity_grid
+from fistapruner.papers.so_ebm import Costs, decisions, learn
 from fistapruner.runtime.formatting import counted
 from fistapruner.runtime.numerics import seeded
-from fistapruner.sensitivity.error_curves import ZerosBudget, sparsity_grid
-from fistapruner.sensitivity.workload import History
-from fistapruner.sensitivity.workload_rules import Costs, decide_by_rules, find_candidates
 
-BLOCKS, TASKS, FEATURES, ROWS = 12, 3, 4, 200
+BLOCKS, TASKS, FEATURES = 12, 3, 4
+LEARN, TEST = 50, 400
 NOISE = ("gaussian", "switch", "skewed")
 
 
-def draw_workload(noise: str, seed: int) -> tuple[Costs, History, History]:
-    """Draw costs of candidates, deployments to learn from, and deployments to test."""
+def draw_workload(noise: str, seed: int) -> tuple[Costs, Tensor, Tensor]:
+    """Draw the costs of decisions, and (deployments, features) and (deployments, tasks) tolerances."""
     generator = seeded(seed, "workload", noise)
 
     def normal(*shape: int) -> Tensor:
@@ -44,33 +48,33 @@ def draw_workload(noise: str, seed: int) -> tuple[Costs, History, History]:
         for task in range(TASKS)
     ]
     mix = torch.full((TASKS,), 1 / TASKS, dtype=torch.float64)
-    losses = find_candidates(
-        ZerosBudget({f"block {block}": 10_000 for block in range(BLOCKS)}, 0.5), curves, mix
-    ).losses
-    features, turn = normal(2 * ROWS, FEATURES), normal(FEATURES, TASKS) / math.sqrt(FEATURES)
+    _, losses = decisions(ZerosBudget({f"block {block}": 10_000 for block in range(BLOCKS)}, 0.5), curves, mix)
+    rows = LEARN + TEST
+    features, turn = normal(rows, FEATURES), normal(FEATURES, TASKS) / math.sqrt(FEATURES)
     tolerances = 1 + 0.25 * torch.tanh(features @ turn)
-    shape = 2 * ROWS, TASKS
+    shape = rows, TASKS
     if noise == "gaussian":
         tolerances += 0.12 * normal(*shape)
     elif noise == "switch":
-        off = (torch.rand(2 * ROWS, 1, generator=generator) < 0.25).double()
+        off = (torch.rand(rows, 1, generator=generator) < 0.25).double()
         tolerances += 0.05 * normal(*shape) - 0.35 * off
     else:
         tolerances += 0.15 * (1 - (0.8 * normal(*shape)).exp())
-    tolerances = tolerances.clamp_min(0.05)
-    rows = torch.arange(2 * ROWS)
-    history = History(features, tolerances)
-    return Costs(losses / float(losses[0] @ mix), mix), history[rows[:ROWS]], history[rows[ROWS:]]
+    return Costs(losses / float(losses[0] @ mix), mix), features, tolerances.clamp_min(0.05)
 
 
 def regrets(noise: str, seed: int) -> dict[str, float]:
     """Mean regret of every rule on the test deployments of one draw."""
-    costs, learn, test = draw_workload(noise, seed)
-    decided = decide_by_rules(learn, test.features, costs, seed=seed, experimental=True)
-    known = costs.known(test.tolerances)
-    decided = {"uniform": torch.zeros(ROWS, dtype=torch.int64), **decided}
-    best = known.min(1).values
-    return {rule: float((known.gather(1, one[:, None])[:, 0] - best).mean()) for rule, one in decided.items()}
+    costs, features, tolerances = draw_workload(noise, seed)
+    known = costs.known(tolerances)
+    decided = {"uniform": 0, "mix": 1, "sample average": int(known[:LEARN].mean(0).argmin())}
+    found = {rule: known[LEARN:, number] for rule, number in decided.items()}
+    two_stage, so_ebm = learn(features[:LEARN], tolerances[:LEARN], costs, seed)
+    with torch.no_grad():
+        for rule, forecast in (("two-stage", two_stage), ("so-ebm", so_ebm)):
+            chosen = costs.expected(*forecast(features[LEARN:])).argmin(1, keepdim=True)
+            found[rule] = known[LEARN:].gather(1, chosen)[:, 0]
+    return {rule: float((paid - known[LEARN:].min(1).values).mean()) for rule, paid in found.items()}
 
 
 def main() -> None:
@@ -88,7 +92,7 @@ def main() -> None:
     found = {kind: [regrets(kind, seed) for seed in range(arguments.draws)] for kind in kinds}
     how = "mean ± standard error over" if arguments.draws > 1 else "with"
     print(
-        f"Regret, {how} {counted(arguments.draws, 'draw')} of {ROWS} deployments to learn from and {ROWS} to test; the "
+        f"Regret, {how} {counted(arguments.draws, 'draw')} of {LEARN} deployments to learn from, {TEST} to test; the "
         f"last row is paired; {time.perf_counter() - begin:.0f} s on one thread\n"
     )
     print(f"| rule | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")

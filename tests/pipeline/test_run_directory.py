@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fistapruner as fp
 import tiny
+from fistapruner.allocate.measure import Decision, decide
 from fistapruner.cli import main
 from fistapruner.core import parse_sparsity
 from fistapruner.evaluation.speed import Variant, load_variant
@@ -47,7 +48,6 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.files import sha256_file, write_json_atomic
-from fistapruner.sensitivity.decision import Decision, decide
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. "

@@ -268,7 +268,7 @@ def test_a_refusal_says_how_to_do_without_measurements_of_the_dense_model(model:
     measured = replace(measured, logits=2**27)  # of a large vocabulary
     limit = peak(unmeasured.stages(least))
     fit(unmeasured, Recipe.build(without).resolved(), on_cpu(limit), 1)
-    advice = "or choose a lighter --method, or measure nothing with --allocation uniform --weighting none$"
+    advice = "or choose a lighter --method, or measure nothing with --allocation uniform --weighting none --permu"
     with pytest.raises(FistaPrunerError, match=f"measuring the dense model needs .* {advice}"):
         fit(measured, Recipe.build(settings).resolved(), on_cpu(limit), 1)
 

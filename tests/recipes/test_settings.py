@@ -118,7 +118,7 @@ SETTINGS: dict[str, list[Any]] = {
     "residual": ["none", "correct"],
     "error_correction": [False],
     "targets": [["re:mlp", "o_proj"]],
-    "allocation": ["owl", "error", "error:46%", {"down_proj": "2:4", "re:mlp": "60%"}],
+    "allocation": ["owl", "error", {"down_proj": "2:4", "re:mlp": "60%"}],
     "weighting": ["none", "fisher"],
     "structure": [
         "25%",

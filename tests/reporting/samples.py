@@ -156,24 +156,12 @@ def report(layers: int = 12) -> Report:
                 {"quantity": "peak memory", "unit": "bytes", "planned": 2e9, "actual": 1.9e9},
             ],
             "workload": {
-                "file": "/home/someone/workload.yaml",
-                "sha256": "ab" * 32,
-                "rule": "neighbours",
-                "why": "the simplest within one standard error of the least held-out cost",
+                "fingerprint": "0123456789abcdef",
                 "deployments": 120,
-                "costs": {"uniform": 1.2, "mix": 0.6, "chosen": 0.5},
                 "tasks": {
-                    "chat": {"weight": 0.7, "uniform": 0.41, "predicted": 0.33, "tolerance": 0.35},
-                    "code": {"weight": 0.3, "uniform": 0.62, "predicted": 0.55, "tolerance": 0.6},
+                    "chat": {"weight": 0.7, "uniform": 0.41, "predicted": 0.33},
+                    "code": {"weight": 0.3, "uniform": 0.62, "predicted": 0.55},
                 },
-                "rules": [
-                    {"rule": rule, "cost": regret + 0.4, "regret": regret, "regret_error": 0.02, **behind}
-                    for rule, regret, behind in (
-                        ("uniform", 0.98, {"behind": 0.86, "behind_error": 0.05}),
-                        ("neighbours", 0.13, {"behind": 0.01, "behind_error": 0.01}),
-                        ("two-stage", 0.12, {"behind": 0.0, "behind_error": 0.0}),
-                    )
-                ],
             },
             "warnings": ["model.layers.3.mlp.down_proj: damping was raised"],
         },

@@ -189,7 +189,6 @@ def test_text_never_becomes_markup() -> None:
     report.layers[0].operators[0].name = hostile
     report.layers[0].operators[0].steps[0]["method"] = hostile
     assert report.workload is not None
-    report.workload.file = report.workload.why = hostile
     report.workload.tasks = {hostile: report.workload.tasks["chat"]}
     report.lineage = Lineage(
         source=ModelFacts(source=hostile), stages=[Stage(kind="prune", settings={"sparsity": hostile})]

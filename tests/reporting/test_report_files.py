@@ -335,15 +335,13 @@ def test_calibration_text_is_advised_only_where_the_method_needs_it() -> None:
 
 def test_patterns_that_were_chosen_by_error_are_called_mixed() -> None:
     report = samples.report()
-    report.recipe |= {"sparsity": "2:4", "allocation": "error:45.4%"}
-    assert report.sparsity == "mixed n:4 (45.4%)"
+    report.recipe |= {"sparsity": "2:4", "allocation": "error"}
+    assert report.sparsity == "mixed n:4 (50%)"
     block, text = card_parts(report)
-    assert "to **mixed n:4 (45.4%)** with" in text
+    assert "to **mixed n:4 (50%)** with" in text
     assert "mixed-n:4" in block["tags"]
     report.layers[0].operators[0].sparsity = "3:4"
     assert any("Sparsity differs between operators already; `--ignore" in line for line in advice(report))
-    report.recipe["allocation"] = "error"
-    assert report.sparsity == "mixed n:4 (50%)"
     report.recipe["allocation"] = "uniform"
     assert report.sparsity == "2:4"
 

@@ -27,7 +27,7 @@ def _quick_runs() -> Iterator[None]:
 def few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few blocks of rows and few steps of the search for rotations: every operator is slow on the stand-in."""
     monkeypatch.setattr("fistapruner.core.linalg.BLOCKS", 2)
-    monkeypatch.setattr("fistapruner.sensitivity.head_rotation.STEPS", 8)
+    monkeypatch.setattr("fistapruner.allocate.channels.STEPS", 8)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import tiny
 from fistapruner.activations.gradients import backward
 from fistapruner.activations.store import scratch_factory
 from fistapruner.activations.stream import forward, forward_variants
+from fistapruner.allocate.fisher import DensePasses, measure_sensitivity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
@@ -36,7 +37,6 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runtime import transfers
-from fistapruner.sensitivity.fisher import DensePasses, measure_sensitivity
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
+from fistapruner.allocate.channels import channel_order
 from fistapruner.core import NM, LayerProblem, ProblemSums, parse_sparsity
 from fistapruner.core.constraints import stack
 from fistapruner.core.selection import keep_n_of_m
 from fistapruner.core.sums import DriftFrom
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.experts import routed_problem
-from fistapruner.sensitivity.channel_order import channel_order
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import solve_low_rank
 from fistapruner.structure.choose import eliminate

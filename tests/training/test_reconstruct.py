@@ -12,8 +12,10 @@ from torch import Tensor
 
 import tiny
 from fistapruner import Recipe
-from fistapruner.activations.store import HiddenStates
+from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.activations.stream import Calls
+from fistapruner.allocate.fisher import DensePasses
+from fistapruner.allocate.measure import decide
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -21,7 +23,6 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.sensitivity.decision import decide
 from fistapruner.training import reconstruct as block_reconstruction
 from fistapruner.training.reconstruct import Reconstructed, ReconstructionSettings, reconstruct_layer
 from tiny import tensors
@@ -206,7 +207,9 @@ def test_the_metric_of_a_run_is_the_measured_one(tmp_path: Path, monkeypatch: py
     prune(str(source), tmp_path / "run", recipe=recipe)
     model = LayerwiseModel(Checkpoint.open(source), torch.device("cpu"))
     tokens = PruneDirectory(tmp_path / "run").tokens()
-    measured = decide(recipe.resolved(), discover(model), model, tokens, {}).metrics
+    measured = decide(
+        recipe.resolved(), discover(model), model, tokens, {}, DensePasses(scratch_factory(None, model.dtype))
+    ).metrics
     assert measured is not None
     assert len(captured) == len(measured) == 3
     for settings, metric in zip(captured, measured, strict=True):

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.tokenizer import padding_id
+from ..papers.mamf import shuffled
 from ..recipes.align_settings import PairData
 from .examples import Message, read_messages, template_options, token_ids, write_chat
-from .mixtures import shuffled
 from .text import adds_bos, read_lines, whole_text
 from .training_text import TrainingText, document_hash
 from .windows import tokens_sha256

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..papers.mamf import Mixture, shuffled
 from ..recipes.recover_settings import TrainingData
 from .examples import Example, read_training_file
-from .mixtures import Mixture, shuffled
 from .packing import PURPOSE, Packed, pack_documents, pack_examples
 from .self_generated import generate_tokens
 from .text import PLAIN, passages

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, one_line, path_text
 from ..models.layerwise import LayerwiseModel
+from ..papers.mamf import Mixture
 from ..recipes.calibration_settings import Calibration
 from ..runtime.formatting import duration
 from .datasets import DATA_SETS, check_extra, load_documents
-from .mixtures import Mixture
 from .self_generated import generate_tokens
 from .text import LARGE, PYTHON, PYTHON_EVAL, SUFFIXES, adds_bos, passages, python_documents, read_documents
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..activations.store import CPU, HiddenStates, scratch_factory
 from ..activations.stream import Calls, embed, run_layer
+from ..allocate.measure import weighs_rows
 from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import discover
@@ -40,7 +41,6 @@ from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
-from ..sensitivity.decision import weighs_rows
 from ..structure.experts import fewer_experts
 from ..structure.smaller import Widths, resized
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, path_text
 from ..models.source import Permissions, packed_file
+from ..papers.so_ebm import Workload
 from ..recipes.execution_settings import Execution
 from ..recipes.loading import parse_yaml
 from ..recipes.settings import Recipe
@@ -29,7 +30,6 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import PARTIAL
 from ..runtime.formatting import shell_line
 from ..runtime.machine import versions
-from ..sensitivity.workload import workload_sha256
 from .find_model import absolute, find_source, same_path
 
 SECTIONS = ("data", "calibration", "structure")
@@ -154,12 +154,10 @@ def refuse_other(
         FistaPrunerError: names the first setting that differs; or the model cannot be opened to be compared.
     """
     refuse_other_settings(run, Recipe.build(record.recipe, str(run.run_file)).identity(), recipe.identity())
-    found = workload_sha256(recipe)
-    if record.workload is not None and found not in (None, record.workload.sha256):
-        raise FistaPrunerError(
-            f"--out {run.folder} holds a run for another content of {recipe.workload}: name another folder, or remove "
-            "it"
-        )
+    path, decided = recipe.workload, record.workload
+    there = path is not None and path.exists()  # a file that is gone is not needed any more
+    if decided is not None and there and Workload.of(path).fingerprint() != decided.fingerprint:
+        raise FistaPrunerError(f"--out {run.folder} holds a run for another content of {path}: name another folder")
     before, here, folder = record.decision.model, absolute(model), record.decision.folder
     if same_path(before, here):
         return folder

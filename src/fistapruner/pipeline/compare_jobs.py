@@ -23,7 +23,6 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.numerics import dtype_name
-from ..sensitivity.workload import read_workload
 from .contenders import Contender
 from .plan import check_sources
 from .prepare import draw_windows, drawing_of
@@ -93,11 +92,9 @@ def check_jobs(jobs: Sequence[CompareJob], folder: Path) -> None:
     """Check what can be checked of the runs before the model is looked for.
 
     Raises:
-        FistaPrunerError: a workload that cannot be read, or text that is not there.
+        FistaPrunerError: text that is not there.
     """
     for job in jobs:
-        if job.recipe.pattern.supports_allocation:
-            read_workload(job.recipe)
         if not job.run(folder).run_file.exists():
             check_sources(job.recipe)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..activations.store import scratch_factory
+from ..allocate.fisher import DensePasses
+from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
 from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
@@ -25,7 +27,6 @@ from ..runs.workload_records import WorkloadFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
-from ..sensitivity.decision import Decision, decide, needs_measuring, permutes, windows_measured
 from .prune_inputs import PruneInputs
 
 T = TypeVar("T")
@@ -113,10 +114,8 @@ class DenseMeasurements:
                 inputs.model,
                 self.tokens,
                 inputs.sparsity,
-                batch_size=batch_size,
-                store=scratch_factory(self.states, inputs.model.dtype),
-                tick=self.listener.tick,
-                smaller=inputs.smaller,
+                DensePasses(scratch_factory(self.states, inputs.model.dtype), batch_size, self.listener.tick),
+                inputs.smaller,
             )
 
         advice = "take --allocation uniform and --weighting none, which need none"

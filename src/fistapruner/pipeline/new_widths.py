@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 
+from ..allocate.measure import measured_by
 from ..core import Constraint, parse_sparsity
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
@@ -19,7 +20,6 @@ from ..models.source import Permissions
 from ..papers.goa import attention_probabilities
 from ..recipes.settings import Recipe
 from ..runtime.formatting import count, span
-from ..sensitivity.decision import measured_by
 from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
 from ..structure.trial import plan_widths
 from ..structure.units import EXPERT, GROUPS, layer_weights

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..allocate.measure import check_allocation
 from ..calibration import calibration_length
 from ..calibration.text import PYTHON
 from ..calibration.windows import check_source
@@ -29,7 +30,6 @@ from ..recipes.settings import Recipe
 from ..runs.directory import refuse_out
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
-from ..sensitivity.decision import check_allocation
 from ..structure.smaller import Widths
 from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate

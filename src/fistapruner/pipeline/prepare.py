@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..allocate.measure import needs_measuring
 from ..calibration import SELF, calibration_tokens
 from ..calibration.self_generated import generation_bytes
 from ..errors import FistaPrunerError
@@ -27,7 +28,6 @@ from ..runs.records import CalibrationFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
-from ..sensitivity.decision import needs_measuring
 from .begun import changed_text, keep_recipe, say_kept_plan, write_settings
 from .dense_measurements import DenseMeasurements, Measured
 from .find_model import absolute

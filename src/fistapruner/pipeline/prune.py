@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..allocate.measure import check_allocation
 from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..evaluation.data import check_data
@@ -31,7 +32,6 @@ from ..runtime.files import disk_errors
 from ..runtime.formatting import counted, shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
-from ..sensitivity.decision import check_allocation
 from .begun import (
     FinishedRun,
     began_on,

@@ -26,6 +26,9 @@ DEVICE_RESERVE = 2**29
 
 MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
 
+UNMEASURED = "--allocation uniform --weighting none --permutation none --reconstruct 0"
+"""Flags with which nothing is measured on the dense model."""
+
 Settings = TypeVar("Settings")
 """The settings that a plan chooses: :class:`~.sizes.Choice`, or those of another verb."""
 
@@ -45,7 +48,6 @@ class MemoryBudget(Generic[Settings]):
         suffix: added to names of stages.
         more, lighter: advice in messages.
         option: names the text, in messages.
-        unmeasured: flags of a run without :data:`~.sizes.MEASURING`, in messages; empty without such flags.
         parent: bytes of the process that starts the sharing ones, beside them.
     """
 
@@ -60,7 +62,6 @@ class MemoryBudget(Generic[Settings]):
     more: str = "give more"
     lighter: str = "shorten --seqlen, or choose a lighter --method"
     option: str = "--calibration"
-    unmeasured: str = ""
     parent: int = 0
 
     def worst(self, choice: Settings) -> str:
@@ -90,7 +91,7 @@ class MemoryBudget(Generic[Settings]):
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
         fewer = "take fewer --workers, " if self.sharing > 1 else ""
-        without = f", or measure nothing with {self.unmeasured}" if self.unmeasured and worst == MEASURING else ""
+        without = f", or measure nothing with {UNMEASURED}" if worst == MEASURING else ""
         advice = f"{fewer}{self.lighter}{without}"
         return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {advice}")
 

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 from ..activations.cached_outputs import kept_projections
+from ..allocate.fisher import HEAD_TOKENS, WIDE
+from ..allocate.measure import (
+    differentiates,
+    needs_measuring,
+    permutes,
+    weighs_rows,
+)
 from ..calibration import SELF
 from ..calibration.self_generated import generation_bytes
 from ..core import Constraint
@@ -25,13 +32,6 @@ from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
-from ..sensitivity.decision import (
-    differentiates,
-    needs_measuring,
-    permutes,
-    weighs_rows,
-)
-from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from ..structure.smaller import Widths, removed_weights
 from ..structure.units import GROUPS, HEADS, Unit
 from .footprint import peak_bytes, removal_bytes, solve_bytes

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..allocate.measure import differentiates, needs_measuring, windows_measured
 from ..calibration import SELF
 from ..calibration.self_generated import generation_steps
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Recipe
 from ..runs.records import PlanRow
-from ..sensitivity.decision import differentiates, needs_measuring, windows_measured
 from .time_probe import Beside
 
 PHASES = {

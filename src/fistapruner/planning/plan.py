@@ -24,7 +24,6 @@ from ..runs.layer_records import LayerEntry
 from ..runs.records import PlanRow, Totals
 from ..runtime.files import existing_folder
 from ..runtime.formatting import count, duration, percent, size
-from ..sensitivity.decision import flags_without_measuring
 from ..structure.smaller import Widths
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
 from .measured_sizes import low_rank_weights, measure_sizes
@@ -254,7 +253,6 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int) -> Memo
         kind="main memory" if needs.cuda else MemoryBudget.kind,
         suffix=" (main memory)" if needs.cuda else "",
         lighter=f"{lower}{MemoryBudget.lighter}",
-        unmeasured=flags_without_measuring(recipe),
         parent=parent,
     )
 
@@ -275,7 +273,6 @@ def _device_budget(needs: Sizes, recipe: Recipe, resources: Resources, workers: 
         even=windows,
         more="free some of it",
         lighter=f"{lower}{MemoryBudget.lighter}",
-        unmeasured=flags_without_measuring(recipe),
     )
 
 

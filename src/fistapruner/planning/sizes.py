@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..core.sums import DriftFrom
-from ..sensitivity.decision import (
+from ..allocate.measure import (
     windows_measured,
 )
+from ..core.sums import DriftFrom
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
 from ..activations.stream import Calls, embed
+from ..allocate.curves import patterns_measured, row_error_curves
+from ..allocate.measure import measured_by
 from ..core import Constraint, LayerProblem
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
@@ -19,8 +21,6 @@ from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
 from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
-from ..sensitivity.decision import measured_by
-from ..sensitivity.error_curves import patterns_measured, row_error_curves
 from ..solvers import solve
 from ..structure.smaller import Widths
 from ..training.reconstruct import passes

@@ -129,7 +129,7 @@ class LayerStreams:
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """Measures of one decoder layer of the dense model (:mod:`fistapruner.sensitivity.decision`).
+    """Measures of one decoder layer of the dense model (:mod:`fistapruner.allocate.measure`).
 
     Args:
         metric: metric of output errors in block reconstruction

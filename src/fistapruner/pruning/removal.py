@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..allocate.channels import channel_order, raised_shares
+from ..allocate.measure import permutes
 from ..core import NM
 from ..papers.goa import fit_and_choose
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
-from ..sensitivity.channel_order import channel_order, raised_shares
-from ..sensitivity.decision import permutes
 from ..structure.choose import best_channels
 from ..structure.refit import Removal, removal_error, remove_channels
 from ..structure.units import Unit

@@ -19,11 +19,9 @@ from ..errors import FistaPrunerError
 from .base import RunRecipe, Seed
 from .calibration_settings import Calibration
 from .execution_settings import Execution
-from .loading import read_share
 from .patterns import Patterns
 from .structure_settings import Structure, removes_nothing
 from .values import (
-    TOTAL,
     WORKLOAD,
     AllocationSetting,
     DenseTarget,
@@ -102,9 +100,9 @@ class Recipe(RunRecipe):
     allocation: AllocationSetting = Field(
         "auto",
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
-        "error), error:46% (for n:m patterns: by measured error, to this share of zeros in all), workload:FILE (by "
-        "measured error in several tasks; their weights, and the losses that earlier deployments tolerated, are in the "
-        "file), or a mapping of names, as targets takes them, to sparsities: of several that match the last counts. "
+        "error), workload:FILE (by measured error in several tasks; their weights, and the losses that earlier "
+        "deployments tolerated, are in the file), or a mapping of names, as targets takes them, to sparsities: of "
+        "several that match the last counts. "
         "auto is error for proximal, and uniform for published methods and for n:m patterns.",
     )
     weighting: Literal["auto", "none", "fisher"] = Field(
@@ -203,12 +201,6 @@ class Recipe(RunRecipe):
         """The workload file that the allocation names; None where it names none."""
         said = self.allocation
         return Path(said.removeprefix(WORKLOAD)) if isinstance(said, str) and said.startswith(WORKLOAD) else None
-
-    @property
-    def total(self) -> float | None:
-        """The share of zeros of all operators together that the allocation names; None where it names none."""
-        said = self.allocation
-        return read_share(said.removeprefix(TOTAL)) if isinstance(said, str) and said.startswith(TOTAL) else None
 
     @property
     def steps(self) -> tuple[Method, ...]:

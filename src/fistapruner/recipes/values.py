@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from ..errors import FistaPrunerError
 from .base import word_or_number
-from .loading import parse_value, read_share
+from .loading import parse_value
 from .patterns import check_patterns
 from .structure_settings import Structure
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 ALLOCATIONS = ("uniform", "owl", "error", "auto")
 WORKLOAD = "workload:"
 """What an allocation for a workload begins with; the path of its file follows."""
-
-TOTAL = "error:"
-"""What an allocation by error to a total begins with; the share of zeros follows."""
 
 
 def _sparsity(value: Any) -> Constraint:
@@ -62,15 +59,11 @@ def _allocation(value: Any) -> Any:
         if file := value.removeprefix(WORKLOAD).strip():
             return WORKLOAD + file
         raise ValueError("workload: names no file: write workload:FILE")
-    if isinstance(value, str) and value.startswith(TOTAL):
-        if (share := read_share(value.removeprefix(TOTAL))) is None:
-            raise ValueError("error: is followed by the share of zeros of all operators together: error:46%")
-        return f"{TOTAL}{100 * share:.10g}%"
     if isinstance(value, str) and value not in ALLOCATIONS:
         value = parse_value(value, repr(value))
     if not isinstance(value, dict) and value not in ALLOCATIONS:
         known = ", ".join(ALLOCATIONS)
-        raise ValueError(f"{known}, error:46%, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
+        raise ValueError(f"{known}, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
     return value if isinstance(value, str) else _sparsities(value)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
+from ..allocate.curves import REACH
 from ..core import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.labels import method_label
@@ -16,7 +17,6 @@ from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.records import Report
 from ..runs.training_records import Recovery
 from ..runtime.formatting import percent, significant
-from ..sensitivity.error_curves import REACH
 from .layer_errors import short_names
 from .traces import TRACES
 

@@ -18,7 +18,7 @@ from .recovery_text import change_text, closed_text, gain_of, held_out_text, tex
 from .rendering import code_block, plain_markdown, render, versions_text, yaml_text
 from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import structure_sentence
-from .workload_text import workload_how, workload_sentence, workload_tables
+from .workload_text import workload_sentence, workload_tables
 
 
 def model_card(report: Report) -> str:
@@ -45,7 +45,6 @@ def model_card(report: Report) -> str:
         measured=_measured(report),
         made=_made(report),
         workload=workload_tables(report),
-        workload_how=workload_how(report),
         recipe=_recipe(report.recipe),
         lineage=_lineage(report),
     )

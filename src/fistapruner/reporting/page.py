@@ -39,7 +39,7 @@ from .size_and_speed import (
 from .structure_text import structure_rows, structure_table
 from .tiles import tiles
 from .verdict import verdict
-from .workload_text import workload_how, workload_sentence, workload_tables
+from .workload_text import workload_sentence, workload_tables
 
 MOST_WARNINGS = 20
 """Warnings that a page shows."""
@@ -87,7 +87,6 @@ def run_page(report: Report) -> str:
         smaller=structure_rows(report),
         workload=workload_tables(report),
         workload_sentence="" if report.workload is None else workload_sentence(report.workload),
-        workload_how=workload_how(report),
         time_split=_time_split(report),
         plan=_plan(report),
         rates=_rates(report),

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..recipes.loading import read_share
 from ..recipes.structure_settings import compensation_of
-from ..recipes.values import TOTAL
 from ..runtime.formatting import short_count
 
 TRAINED = {"recover": "recovered", "align": "aligned"}
@@ -68,10 +67,9 @@ def sparsity_label(recipe: Mapping[str, Any]) -> str:
     """
     sparsity, allocation = str(recipe.get("sparsity", "")), str(recipe.get("allocation", ""))
     n_of_m = re.fullmatch(r"(\d+):(\d+)", sparsity)
-    if n_of_m is not None and (allocation == "error" or allocation.startswith(TOTAL)):
+    if n_of_m is not None and allocation == "error":
         n, m = map(int, n_of_m.groups())
-        total = allocation.removeprefix(TOTAL) if TOTAL in allocation else f"{100 * (m - n) / m:g}%"
-        return f"mixed n:{m} ({total})"
+        return f"mixed n:{m} ({100 * (m - n) / m:g}%)"
     if sparsity == "0%" and (named := _named_patterns(recipe)):
         return f"{', '.join(named)} by name"
     by_name = recipe.get("allocation")

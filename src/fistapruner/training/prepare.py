@@ -12,7 +12,6 @@ from typing import Any
 
 from ..activations.check import check_model
 from ..calibration import SELF
-from ..calibration.mixtures import Mixture
 from ..calibration.packing import PURPOSE
 from ..calibration.pairs import Pair, Pairs, read_pairs, tokenise_pairs
 from ..calibration.self_generated import generation_bytes
@@ -23,6 +22,7 @@ from ..evaluation.data import evaluation_documents
 from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..models.whole import load_whole, require_whole, whole_bytes
+from ..papers.mamf import Mixture
 from ..pipeline.find_model import absolute
 from ..pipeline.record import common_fields, numerics_of
 from ..recipes.align_settings import AlignRecipe

@@ -7,7 +7,7 @@ some AdamW steps on
     mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
 
 with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at
-that output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured or is zero), and ``w_t`` 1
+that output (:mod:`fistapruner.allocate.fisher`; the identity where it was not measured or is zero), and ``w_t`` 1
 up to the median energy of what the layer adds to a token (of the first window), and falling as its inverse above: the
 squares of tokens with massive activations would dominate the mean.
 

@@ -13,21 +13,21 @@ import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
 from fistapruner.activations.store import HiddenStates
 from fistapruner.activations.store import scratch_factory as store
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.sensitivity.decision import decide
-from fistapruner.sensitivity.error_curves import predicted_cost
-from fistapruner.sensitivity.fisher import (
+from fistapruner.allocate.curves import predicted_cost
+from fistapruner.allocate.fisher import (
     DensePasses,
     draw_labels,
-    input_shares,
     loss_gradient,
     measure_sensitivity,
     row_importance,
 )
+from fistapruner.allocate.measure import decide
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 
 WINDOWS, SEQLEN = 3, 12
+PASSES = DensePasses(store(None, torch.float32))
 
 
 def tokens() -> Tensor:
@@ -44,20 +44,17 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     layout = discover(skeleton)
     passes = DensePasses(store(tmp_path if on_disk else None, skeleton.dtype), batch_size=2)
     found = measure_sensitivity(skeleton, layout, tokens(), passes, seed=5)
-    by_inputs = measure_sensitivity(skeleton, layout, tokens(), passes, seed=5, outputs=False, by_inputs=True)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     grads: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
     names = [name for name, _ in layout.operators()]
     names += [f"{layout.layers_name}.{index}" for index in range(len(skeleton))]
 
     def hook(name: str) -> object:
-        def after_forward(_: object, args: tuple[Tensor, ...], output: object) -> None:
+        def after_forward(_: object, __: object, output: object) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             assert isinstance(hidden, Tensor)
-            inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
             hidden.register_hook(lambda grad: grads.__setitem__(name, grad.reshape(-1, grad.shape[-1])))
 
         return after_forward
@@ -74,26 +71,9 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     count = WINDOWS * SEQLEN
     for name, _ in layout.operators():
         torch.testing.assert_close(found.rows[name], grads[name].square().sum(0) / count, rtol=1e-3, atol=1e-7)
-        squares = inputs[name].square()
-        used = squares.mean(0) > 0
-        each = grads[name].square().T @ squares / count / squares.mean(0)  # of every weight, over its input's energy
-        torch.testing.assert_close(by_inputs.rows[name], each[:, used].mean(1), rtol=1e-3, atol=1e-7)
     for index, metric in enumerate(found.outputs):
         gradient = grads[f"{layout.layers_name}.{index}"]
         torch.testing.assert_close(metric, gradient.T @ gradient / count, rtol=1e-3, atol=1e-6)
-
-
-def test_shares_of_inputs_are_1_on_average_and_do_not_depend_on_the_inputs_scales() -> None:
-    inputs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    inputs[:, 4] = 0  # never used
-    inputs[7] = 0  # a token without inputs: its gradients cannot matter
-    shares = input_shares(inputs, inputs.square().mean(0))
-    assert shares.mean() == pytest.approx(1.0)
-    assert shares[7] == 0
-    scaled = inputs * torch.tensor([1e-12, 1e3, 1.0, 1e15, 1.0, 7.0])
-    torch.testing.assert_close(input_shares(scaled, scaled.square().mean(0)), shares)
-    assert input_shares(inputs[:0], torch.zeros(6)).shape == (0,)
-    assert not bool(input_shares(0 * inputs, torch.zeros(6)).any())
 
 
 def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
@@ -105,12 +85,13 @@ def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
     assert share[1] == share[4] == 0
 
 
-def test_the_head_in_slices_changes_nothing(tmp_path: Path) -> None:
+def test_the_head_in_slices_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     hidden, whole, sliced = (HiddenStates((2, SEQLEN, model.width), model.dtype) for _ in range(3))
     hidden.write(0, torch.randn(2, SEQLEN, model.width))
     loss_gradient(model, hidden, whole, 0)
-    loss_gradient(model, hidden, sliced, 0, head_tokens=5)
+    monkeypatch.setattr("fistapruner.allocate.fisher.HEAD_TOKENS", 5)
+    loss_gradient(model, hidden, sliced, 0)
     torch.testing.assert_close(sliced.read(0, 2), whole.read(0, 2), rtol=1e-4, atol=1e-6)
 
 
@@ -119,7 +100,7 @@ def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Pa
     skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     layout = discover(skeleton)
     recipe = Recipe.build({"allocation": allocation, "sparsity": "60%", "reconstruct": 2})
-    first, second = (decide(recipe, layout, skeleton, tokens(), {}) for _ in range(2))
+    first, second = (decide(recipe, layout, skeleton, tokens(), {}, PASSES) for _ in range(2))
     assert first.sparsity == second.sparsity
     assert first.sparsity is not None
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
@@ -182,16 +163,6 @@ def test_gradients_that_are_no_numbers_are_named(tmp_path: Path) -> None:
         prune(str(tmp_path / "model"), tmp_path / "run", calibration={"source": "python", "samples": 4, "seqlen": 16})
 
 
-def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
-    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
-    decision = decide(
-        Recipe.build({"weighting": "none", "allocation": "uniform"}), discover(skeleton), skeleton, tokens(), {}
-    )
-    assert decision.sparsity is None
-    assert decision.metrics is None
-    assert decision.importance is None
-
-
 @pytest.mark.parametrize(
     ("settings", "weighed"),
     [
@@ -199,13 +170,13 @@ def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
         ({"method": "sparsegpt"}, False),
         ({"method": "sparsegpt", "weighting": "fisher"}, True),
         ({"method": "wanda+refit", "weighting": "fisher"}, False),  # rows do not compete
-        ({"sparsity": "2:4"}, False),
+        ({"weighting": "none", "allocation": "uniform"}, False),
     ],
 )
 def test_rows_are_weighed_where_they_compete(tmp_path: Path, settings: dict[str, str], weighed: bool) -> None:
     skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     layout = discover(skeleton)
-    found = decide(Recipe.build(settings), layout, skeleton, tokens(), {})
+    found = decide(Recipe.build(settings), layout, skeleton, tokens(), {}, PASSES)
     assert found.metrics is None
     assert (found.importance is not None) == weighed
     for name, operator in layout.operators() if found.importance else ():

@@ -1,12 +1,15 @@
-"""Draw windows from several tasks: model-agnostic multitask fine-tuning (MAMF, arXiv 2203.04904).
+"""Draw windows from several tasks: model-agnostic multitask fine-tuning (MAMF).
 
-A round draws n of the N tasks uniformly without replacement and takes the same number of tokens from each, so that
-the mixture is uniform over tasks and not over examples. There are as many rounds as it takes until each task is missed
-with a probability of at most 1e-3.
+Wang, Yu, Li, Zhao & Ji 2022, "Model-Agnostic Multitask Fine-tuning for Few-shot Vision-Language Transfer Learning",
+arXiv 2203.04904. A round draws n of N uniformly without replacement and takes the same number of tokens from each, so
+that the mixture is uniform over what is drawn and not over examples. It is missed by all of K rounds with probability
+``(1 - n/N)^K``, which is at most 1e-3 for ``K = ceil(ln 1e-3 / ln(1 - n/N))``.
 
-1. Differs from the published program, which rounds the number of rounds to the nearest: this breaks its own bound, for
-   N = 10 with n = 3 and 8. Here it is rounded up.
-2. Differs from the published program, which trains on one task after the other in a round, each with new optimizer
+1. Differs from the paper in what is drawn: there n of the N classes of a data set, which make a classification task;
+   here rounds draw tasks, not classes. A task is a text that the user names.
+2. Differs from the published program, which rounds K to the nearest: this breaks its own bound, for N = 10 with n = 3
+   and 8. Here it is rounded up.
+3. Differs from the published program, which trains on one task after the other in a round, each with new optimizer
    state: here the windows of a round alternate between its tasks, and the optimizer goes on.
 """
 

@@ -10,8 +10,7 @@ measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations
 as
 
 * ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
-  nats (:mod:`.error_curves`). Where whole inputs are removed it is the mean over
-  inputs ``x_j`` of ``E[g_i^2 x_j^2] / E[x_j^2]`` (:func:`input_shares`);
+  nats (:mod:`.curves`);
 * the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block
   reconstruction (:mod:`fistapruner.training.reconstruct`).
 
@@ -25,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ from ..core.sums import add_gram, mirror
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..runtime.numerics import BUDGETS, dtype_name
+from ..runtime.numerics import dtype_name
 from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent
 
@@ -49,49 +48,18 @@ WIDE = 4096
 """Hidden size above which only diagonals of the decoder layers' matrices are stored, to save memory."""
 
 
-class InputEnergy:
-    """Mean squared inputs of operators that read the same tensor: the diagonal of their Gram.
-
-    Args:
-        weight: (m, n) dense weights, stacked by rows.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.tokens = 0
-        self._squares = torch.zeros(weight.shape[1], device=weight.device)
-
-    def add(self, inputs: Tensor) -> None:
-        """Add a batch of (tokens, n) inputs."""
-        self._squares += inputs.float().square().sum(0)
-        self.tokens += len(inputs)
-
-    def mean(self) -> Tensor:
-        """Return the (n,) mean over tokens; zeros for an expert that no token is routed to."""
-        return self._squares / max(self.tokens, 1)
-
-
-class Sums(Protocol):
-    """Sums over an operator group's inputs."""
-
-    def add(self, inputs: Tensor, /) -> None:
-        """Add a batch of (tokens, n) inputs."""
-
-
-S = TypeVar("S", bound=Sums)
-
-
 @dataclass(frozen=True)
-class InputSums(Generic[S]):
+class InputSums:
     """Sums to gather in a forward pass of the dense model.
 
     Args:
-        sums: makes the sums of an operator group from its (m, n) fp32 weights, stacked by rows.
+        sums: makes the sums of an operator group from its (m, n) fp32 weights, stacked by rows; their ``add`` takes
+            a batch of (tokens, n) inputs.
         done: receives (layer, group, sums) after all windows.
     """
 
-    sums: Callable[[Tensor], S]
-    done: Callable[[int, int, S], None]
+    sums: Callable[[Tensor], Any]
+    done: Callable[[int, int, Any], None]
 
 
 @dataclass
@@ -141,9 +109,8 @@ def measure_sensitivity(
     passes: DensePasses,
     *,
     seed: int = 0,
-    gather: InputSums[Any] | None = None,
+    gather: InputSums | None = None,
     outputs: bool = True,
-    by_inputs: bool = False,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
 
@@ -156,14 +123,12 @@ def measure_sensitivity(
         seed: of the drawn labels.
         gather: what else to gather in the forward pass.
         outputs: whether to measure the decoder layers' outputs too.
-        by_inputs: a token counts by its share of an operator's inputs (:func:`input_shares`), not as every other.
 
     Raises:
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
-    energies: dict[str, Tensor] | None = {} if by_inputs else None
-    visit = None if gather is None and energies is None else gathering(layout, gather, energies)
+    visit = None if gather is None else gathering(layout, gather)
     states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=visit, keep=True, progress=progress)
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
@@ -178,17 +143,12 @@ def measure_sensitivity(
         sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
         metric = _OutputMetric(model.width, model.device) if outputs else None
 
-        def add(name: str, shares: Tensor | None, grad: Tensor) -> None:
-            squares = grad.reshape(-1, grad.shape[-1]).float().square()
-            sums[name] += squares.sum(0) if shares is None else squares.T @ shares
+        def add(name: str, grad: Tensor) -> None:
+            sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
 
         def hook(name: str) -> Callable[..., None]:
-            energy = None if energies is None else energies[layout.full_name(index, name)]
-
-            def after_forward(_: object, args: tuple[Tensor, ...], output: Tensor) -> None:
-                flat = args[0].detach().reshape(-1, args[0].shape[-1])
-                shares = None if energy is None else input_shares(flat, energy)
-                output.register_hook(lambda grad: add(name, shares, grad))
+            def after_forward(_: object, __: object, output: Tensor) -> None:
+                output.register_hook(partial(add, name))
 
             return after_forward
 
@@ -212,26 +172,6 @@ def measure_sensitivity(
     return Sensitivity(rows, metrics[::-1])
 
 
-def input_shares(inputs: Tensor, energy: Tensor) -> Tensor:
-    """Compute each token's share of an operator's inputs: the mean over them of x_j^2 / E[x_j^2].
-
-    The error that removing inputs makes at a token grows with them, so gradients count where inputs are large. They are
-    not independent: in Gemma 3, whose layers normalise what they add, the first token has most of the squared
-    gradient in many layers, and next to no inputs.
-
-    Args:
-        inputs: (tokens, n).
-        energy: (n,) mean squares over all tokens; inputs that are 0 at all of them do not count.
-
-    Returns:
-        (tokens,), 1 on average.
-    """
-    used = energy >= torch.finfo(energy.dtype).tiny
-    inverse = torch.where(used, energy, 1.0).reciprocal() * used / used.sum().clamp_min(1)
-    parts = [inputs[start:stop].float().square() @ inverse for start, stop in BUDGETS.cache(inputs)]
-    return torch.cat(parts) if parts else inverse.new_zeros(0)
-
-
 def row_importance(sensitivity: Tensor) -> Tensor:
     """Compute weights of mean 1 for an operator's rows from their (m,) mean squared gradients.
 
@@ -249,47 +189,25 @@ def row_importance(sensitivity: Tensor) -> Tensor:
 
 
 def gather_inputs(
-    model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, gather: InputSums[Any]
+    model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, gather: InputSums
 ) -> None:
     """Gather sums of operator inputs in a forward pass; arguments as for :func:`measure_sensitivity`."""
     progress = partial(passes.tick, "decoder layers, forwards")
-    states, _ = forward(
-        model, tokens, passes.batch_size, passes.store, visit=gathering(layout, gather), progress=progress
-    )
+    visit = gathering(layout, gather)
+    states, _ = forward(model, tokens, passes.batch_size, passes.store, visit=visit, progress=progress)
     states[-1].close()
 
 
-def gathering(layout: Layout, gather: InputSums[Any] | None, energies: dict[str, Tensor] | None = None) -> Visit:
-    """Make the visitor of a forward pass that gathers sums of operator inputs.
-
-    Args:
-        layout: the operators.
-        gather: the sums, if any.
-        energies: receives, by full name, the (n,) mean squared inputs of every operator.
-    """
+def gathering(layout: Layout, gather: InputSums) -> Visit:
+    """Make the visitor of a forward pass that gathers sums of operator inputs."""
 
     @contextmanager
     def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
         groups = list(enumerate(layout.layers[index]))
-        sums: dict[int, Any] = {}
-        squares: dict[int, InputEnergy] = {}
-        for number, group in groups:
-            if gather is not None:
-                sums[number] = gather.sums(torch.cat([operator.weight(layer).float() for operator in group]))
-            if energies is not None:
-                squares[number] = InputEnergy(group[0].weight(layer))
-
-        def add(number: int, _: int, inputs: Tensor) -> None:
-            for gathered in (sums, squares):
-                if number in gathered:
-                    gathered[number].add(inputs.reshape(-1, inputs.shape[-1]))
-
-        yield Watched(groups, add)
-        for number, group in groups:
-            if gather is not None:
-                gather.done(index, number, sums[number])
-            if energies is not None:
-                energies.update((layout.full_name(index, operator), squares[number].mean()) for operator in group)
+        sums = [gather.sums(torch.cat([operator.weight(layer).float() for operator in group])) for _, group in groups]
+        yield Watched(groups, lambda number, _, inputs: sums[number].add(inputs.reshape(-1, inputs.shape[-1])))
+        for number, each in enumerate(sums):
+            gather.done(index, number, each)
 
     return visit
 
@@ -314,9 +232,7 @@ class _OutputMetric:
         return (self._sum if self._sum.ndim == 1 else mirror(self._sum)).cpu() / tokens
 
 
-def loss_gradient(
-    model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenStates, seed: int, *, head_tokens: int = HEAD_TOKENS
-) -> None:
+def loss_gradient(model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenStates, seed: int) -> None:
     """Write the gradient of drawn labels' summed log-likelihood with respect to the last layer's output.
 
     Args:
@@ -324,7 +240,6 @@ def loss_gradient(
         hidden: output of the last decoder layer.
         gradient: receives the gradient, of the same shape.
         seed: of the labels, which are drawn from the model's predictions.
-        head_tokens: tokens whose logits are computed at once.
 
     Raises:
         FistaPrunerError: predictions are NaN or infinite.
@@ -334,8 +249,8 @@ def loss_gradient(
         for window in range(hidden.samples):
             states = hidden.read(window, window + 1, model.device)
             below = torch.empty_like(states)
-            for start in range(0, hidden.seqlen, head_tokens):
-                tokens = slice(start, start + head_tokens)
+            for start in range(0, hidden.seqlen, HEAD_TOKENS):
+                tokens = slice(start, start + HEAD_TOKENS)
                 part = states[:, tokens].requires_grad_()
                 ids = torch.zeros(part.shape[:2], dtype=torch.int64, device=model.device)
                 with torch.enable_grad():
