@@ -24,11 +24,11 @@ from fistapruner.runs.steps import read_steps
 SETTINGS = ["--method", "sparsegpt", "--dense-target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
 SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
 
-ALIGNMENT = ["--steps", "6", "--pairs-per-step", "2", "--validation-checks", "3", "--rank", "4", "--evaluate", "none"]
+ALIGNMENT = ["--steps", "6", "--pairs-per-step", "2", "--rank", "4", "--evaluate", "none"]
 ALIGNMENT += ["--lr", "1e-3", "--loss", "harmonic", "--anchor", "0.1"]
 
 RECOVERY = ["--steps", "6", "--windows-per-step", "2", "--seqlen", "16", "--tokens", "200", "--held-out", "0.1"]
-RECOVERY += ["--validation-checks", "3", "--rank", "4", "--evaluate", "none"]
+RECOVERY += ["--rank", "4", "--evaluate", "none"]
 
 
 @dataclass

@@ -690,35 +690,6 @@ def test_other_windows_are_taken_where_the_run_is_made_again(dense: Path, tmp_pa
     assert torch.equal(PruneDirectory(run).tokens(), tokens)
 
 
-@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
-def test_a_recovery_in_a_moved_tree_is_still_the_run(
-    dense: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(dense, tmp_path / "a" / "model")
-    (tmp_path / "a" / "text.txt").write_text(TEXT * 20)
-    monkeypatch.chdir(tmp_path / "a")
-    following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
-    evaluation: dict[str, Any] = {"evaluate": "text.txt", "evaluate_windows": 2}
-    fp.prune("model", "run", **SETTINGS, **evaluation)
-    first = fp.recover("run", "recovered", **following)
-    (tmp_path / "a").rename(tmp_path / "b")
-    monkeypatch.chdir(tmp_path / "b")
-    recovered, run = tmp_path / "b" / "recovered", tmp_path / "b" / "run"
-    if not finished:
-        (recovered / "report.json").unlink()
-    fp.prune("model", "run", **SETTINGS, **evaluation)
-    assert fp.recover("run", "recovered", **following).evaluations[0].perplexity == first.evaluations[0].perplexity
-    record = RecoverDirectory(recovered).record()
-    assert record is not None
-    decision = record.decision
-    assert (decision.model, decision.folder) == (str(run), run / "model")
-    assert (decision.dense, decision.evaluation and decision.evaluation.data) == (
-        tmp_path / "b" / "model",
-        str(tmp_path / "b" / "text.txt"),
-    )
-    assert fp.resume(recovered).status == "finished"
-
-
 @pytest.mark.parametrize("kind", ["gguf", "hub"])
 def test_a_run_keeps_the_model_files_that_it_began_with(
     dense: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

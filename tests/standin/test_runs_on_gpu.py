@@ -150,7 +150,7 @@ def test_a_run_is_evaluated_and_resumed(gpu: StandIn, model: Path, tmp_path: Pat
 
 def test_calibration_text_of_the_model_itself(gpu: StandIn, shallow: Path, tmp_path: Path) -> None:
     """Of each token its number comes back, not its logits; sums of a single text are those of the CPU."""
-    for samples, most in ((2, 16 * 2 * 16), (1, 2**20)):
+    for samples, most in ((2, 2 * 16 * 2 * 16), (1, 2**20)):
         gpu.moved.clear()
         prune(shallow, tmp_path / f"{samples}", method="magnitude", calibration={"source": "self", "samples": samples})
         back = [count for key, count in gpu.moved.items() if key[0] == "to host" and "self_generated" in key[1]]

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(report: Report, out: str, *, as_json: bool) -> int:
-    """Print the result of a run; returns the exit status.
+    """Print the result of a run, in the first of several processes; returns the exit status.
 
     Args:
         report: of the run.
@@ -69,6 +69,8 @@ def show(report: Report, out: str, *, as_json: bool) -> int:
         as_json: print the whole report.
     """
     from ..reporting.summary import summary
+    from ..runtime.launcher import leads
 
-    print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))
+    if leads():
+        print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))
     return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0

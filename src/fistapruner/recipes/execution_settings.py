@@ -54,6 +54,10 @@ class Execution(Settings):
         description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of "
         "the weights depend on it.",
     )
+    offload: bool = Field(
+        False,
+        description="With torchrun: keep weights and optimizer state in main memory while a GPU does not need them.",
+    )
     address: str | None = Field(
         None,
         description="HOST:PORT of the head of a Ray cluster, or auto for the one in RAY_ADDRESS or on this machine; "

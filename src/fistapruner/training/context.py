@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -42,16 +43,21 @@ from ..runs.align_directory import AlignDirectory
 from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
+from ..runs.snapshots import Snapshots
 from ..runs.steps import read_steps
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
+from .distributed import ShardedSnapshots, World
 from .loop import MAX_NOT_FINITE, Loop, State
 from .loss import TokenLoss
 from .masked import Trained, descent_of
 from .objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, Objective, PairObjective, PairTerms
 from .references import ReferenceModel, reference_log_probabilities
 from .teacher import Teacher
+
+STEPS = {"recover": "recovery steps", "align": "alignment steps"}
+"""Names of the progress of either verb."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class TrainingContext:
         decision: what the run has decided.
         permissions: what the models' files may do.
         low_rank: the low-rank part that belongs to the model; None where it has none.
+        world: the processes that train together.
     """
 
     run: TrainingDirectory
@@ -95,6 +102,7 @@ class TrainingContext:
     decision: TrainingDecision
     permissions: Permissions = UNTRUSTED
     low_rank: LowRankAdapter | None = None
+    world: World = field(default_factory=World)
 
     @classmethod
     def open(
@@ -155,8 +163,8 @@ class TrainingContext:
             if self.low_rank is not None and not self.recipe.zeroth_order:
                 operators = {name for name, _ in self.layout.operators()} if self.recipe.parameters != "norms" else ()
                 self.model.low_rank = self.low_rank.without(operators)
-            loaded.enter_context(self.model.resident())
-            trained = self._trainable()
+            loaded.enter_context(self.model.resident(layers=False))
+            trained = self._trainable(loaded)
             state = self._newest(trained)
             ended = state is not None and (state.stopped or state.step == self.decision.steps)
             if state is None or not ended:
@@ -165,18 +173,29 @@ class TrainingContext:
                 trained.restore()
             yield trained, state
 
-    def _trainable(self) -> Trained | ForwardOnly:
-        """Make what is trained, at its start."""
+    def _trainable(self, loaded: ExitStack) -> Trained | ForwardOnly:
+        """Load the decoder layers and make what is trained, at its start."""
         recipe = self.recipe
         if recipe.zeroth_order:
+            for index in range(len(self.model)):
+                loaded.enter_context(self.model.layer(index))
             draw = (subspace_normal if recipe.optimizer == "subzero" else standard_normal)(recipe.seed)
             rate, best = RATE if recipe.lr == "auto" else recipe.lr, self.run.states.folder / "best.safetensors"
             return ForwardOnly(self.model, self.layout, draw, best, rate, recipe.seed)
-        return Trained(self.model, self.layout, recipe, self.low_rank)
+        shard = None if self.world.size == 1 else partial(self.world.shard, dtype=self.model.dtype)
+        return Trained(self.model, self.layout, recipe, self.low_rank, loaded, shard)
+
+    @property
+    def _states(self) -> Snapshots:
+        folder = self.run.states.folder
+        return self.run.states if self.world.size == 1 else ShardedSnapshots(folder, self.world)
 
     def _newest(self, trained: Trained | ForwardOnly) -> State | None:
         """Load the newest state of the run up to which the journal is whole; None where there is none."""
-        lines = read_steps(self.run.steps_file)
+        lines, states = read_steps(self.run.steps_file), self._states
+        if isinstance(states, ShardedSnapshots) and not isinstance(trained, ForwardOnly):
+            values = states.restore(self.fingerprint, lines[-1]["step"] if lines else -1, trained)
+            return None if values is None else State(**values)
         snapshot = self.run.states.newest(self.fingerprint, lines[-1]["step"]) if lines else None
         if snapshot is None:
             return None
@@ -192,20 +211,24 @@ class TrainingContext:
     ) -> State:
         windows = self._order()
         objective = self._objective(trained, windows, listener)
-        held_out = self.text.held_out.nonzero().flatten().tolist()
+        held_out, world = self.text.held_out.nonzero().flatten().tolist(), self.world
 
         def step(number: int, factor: float) -> tuple[float, float]:
             chosen = windows[number - 1].tolist()
             if isinstance(trained, ForwardOnly):
                 return trained.step(objective, chosen, number, factor)
-            return objective.backward(chosen), trained.step(factor)
+            count = max(1.0, float(objective.counts(chosen).sum())) / world.size
+            loss = objective.backward(world.part(chosen, objective.together), count)
+            return world.mean(loss), trained.step(factor)
 
         def check() -> tuple[float, dict[str, float]]:
-            return by_task(self.text, held_out, objective.losses(held_out), objective.counts(held_out))
+            own = world.part(held_out, objective.together)
+            losses = world.together(held_out, own, objective.losses(own))
+            return by_task(self.text, held_out, losses, objective.counts(held_out))
 
         loop = Loop(
-            self.run.states,
-            self.run.steps_file,
+            self._states,
+            self.run.steps_file if world.rank == 0 else None,
             self.fingerprint,
             trained,
             len(windows),
@@ -215,8 +238,9 @@ class TrainingContext:
             descent_of(self.recipe),
             MAX_NOT_FINITE if self.recipe.zeroth_order else 1,
             listener.say,
-            lambda done, total: listener.tick(f"{self.run.verb} steps", done, total),
+            lambda done, total: listener.tick(STEPS[self.run.verb], done, total),
             after_snapshot,
+            world.tell,
         )
         with objective.resident():
             return loop.run(state)
@@ -252,7 +276,9 @@ class TrainingContext:
             tick=listener.tick,
         )
         check_model(teacher.dense)
-        teacher.prepare()
+        if self.world.rank == 0:
+            teacher.prepare()
+        self.world.tell()
         return teacher
 
     def open_dense(self) -> LayerwiseModel:
@@ -336,7 +362,12 @@ class AlignContext(TrainingContext):
 
         models = {name: reference(name) for name in files}
         batch_size = self.decision.numerics.batch_size
-        return reference_log_probabilities(self.run.references_file, models, self.text, batch_size, listener.say)
+        found = None
+        if self.world.rank == 0:
+            path = self.run.references_file
+            found = reference_log_probabilities(path, models, self.text, batch_size, listener.say)
+        told: dict[str, Tensor] = self.world.tell(found)
+        return told
 
     def mixture(self, references: Mapping[str, Tensor]) -> ReferenceMixture:
         """Combine the references of the loss; a loss without any is told against the model that went in."""
@@ -363,7 +394,9 @@ class AlignContext(TrainingContext):
     def test_log_probabilities(self, trained: Trained | ForwardOnly) -> Tensor:
         """Compute the (test pairs, 2) log-probabilities under the trained model."""
         objective = AnswerObjective(self.model, self._run(trained), self.text, LIKELIHOOD, None, **self._passes)
-        return objective.log_probabilities(self.text.windows("test"))
+        windows = self.text.windows("test")
+        own = self.world.part(windows, 2)
+        return self.world.together(windows, own, objective.log_probabilities(own).flatten()).view(-1, 2)
 
     def _clip(self) -> float | None:
         return None if self.recipe.clip == "none" else float(self.recipe.clip)

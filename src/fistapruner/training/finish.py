@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,9 +52,42 @@ LOWEST_REWARD = -1.0
 RESULT = "aligned"
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What is taken from a trained model, by all of its processes.
+
+    Args:
+        changed: tensors by checkpoint name, as the checkpoint stores them.
+        preferences: (test pairs, 2) log-probabilities of an alignment; ``references``: (pairs, 2) of other models.
+        trained: how many numbers were trained; ``rates``: the first learning rates.
+    """
+
+    changed: dict[str, Tensor]
+    preferences: Tensor | None
+    references: dict[str, Tensor]
+    trained: int
+    rates: list[float]
+
+
+def collect(context: TrainingContext, trained: Trained | ForwardOnly, listener: Listener) -> Collected:
+    """Take the results from a trained model, which is loaded; called by all of its processes."""
+    own, references = None, {}
+    if isinstance(context, AlignContext):
+        pairs = len(context.text.windows("test")) // 2
+        listener.say(f"log-probabilities of {pairs} test pairs under the aligned model")
+        own, references = context.test_log_probabilities(trained), context.references(listener)
+    listener.tick("comparing the trained weights with the input's", 0, 1)
+    if isinstance(trained, ForwardOnly):
+        return Collected(dict(trained.result()), own, references, trained.count(), [trained.rate])
+    changed: dict[str, Tensor] = {}
+    for index in range(len(trained.layers)):
+        changed |= trained.result(index)
+    return Collected(changed, own, references, trained.numbers, list(trained.rates.values()))
+
+
 def finish(
     context: TrainingContext,
-    trained: Trained | ForwardOnly,
+    collected: Collected,
     state: State,
     times: Times,
     listener: Listener,
@@ -63,7 +97,7 @@ def finish(
 
     Args:
         context: the opened run, its model loaded.
-        trained: holds the best weights.
+        collected: what was taken from it, with the best weights.
         state: where training ended.
         times: wall time of the run so far.
         listener: receives progress.
@@ -73,13 +107,12 @@ def finish(
     Raises:
         FistaPrunerError: the written checkpoint does not have the zeros of the input, or the disk is full.
     """
-    listener.tick("comparing the trained weights with the input's", 0, 1)
     run, model, report = context.run, context.model, context.run.begun_record().report()
-    if isinstance(context, AlignContext):
-        _add_preferences(context, trained, report, listener)
-    changed = _changed(trained)
+    if isinstance(context, AlignContext) and collected.preferences is not None:
+        _add_preferences(context, collected.preferences, collected.references, report, listener)
+    changed = collected.changed
     report.layers = [_describe(context, changed, index) for index in range(len(model))]
-    _describe_training(context, trained, state, report)
+    _describe_training(context, collected, state, report)
     _warn(state, report)
     report.totals = Totals(
         operator_weights=report.operator_weights,
@@ -116,13 +149,6 @@ def finish(
     return report
 
 
-def _changed(trained: Trained | ForwardOnly) -> dict[str, Tensor]:
-    """Collect the changed tensors by checkpoint name, as the checkpoint stores them."""
-    if isinstance(trained, ForwardOnly):
-        return dict(trained.result())
-    return {name: tensor for index in range(len(trained.layers)) for name, tensor in trained.result(index).items()}
-
-
 def _describe(context: TrainingContext, changed: Mapping[str, Tensor], index: int) -> LayerEntry:
     """Describe one decoder layer."""
     model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
@@ -147,13 +173,13 @@ def _describe(context: TrainingContext, changed: Mapping[str, Tensor], index: in
     return entry
 
 
-def _describe_training(context: TrainingContext, trained: Trained | ForwardOnly, state: State, report: Report) -> None:
+def _describe_training(context: TrainingContext, collected: Collected, state: State, report: Report) -> None:
     operators, survivors = report.operators, report.operator_weights - report.operator_zeros
     found = report.recovery
     assert found is not None
     found.read_journal(context.run.steps_file)
-    rates = [trained.rate] if isinstance(trained, ForwardOnly) else list(trained.rates.values())
-    found.trained, found.lr = trained.count(), {"lowest": min(rates), "highest": max(rates)} if rates else {}
+    rates = collected.rates
+    found.trained, found.lr = collected.trained, {"lowest": min(rates), "highest": max(rates)} if rates else {}
     found.operators = 0 if found.parameters == "norms" else len(operators)
     found.steps, found.kept_step = state.step, state.best_step
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
@@ -191,12 +217,11 @@ def _seconds(context: TrainingContext) -> dict[str, float | None]:
     return {TRAINING: whole, STEP: statistics.median(steps) if steps else None}
 
 
-def _add_preferences(context: AlignContext, trained: Trained | ForwardOnly, report: Report, listener: Listener) -> None:
+def _add_preferences(
+    context: AlignContext, own: Tensor, references: Mapping[str, Tensor], report: Report, listener: Listener
+) -> None:
     """Measure what the trained model prefers on the test pairs, and add it to the report."""
     text, recipe = context.text, context.recipe
-    listener.say(f"log-probabilities of {len(text.windows('test')) // 2} test pairs under the aligned model")
-    own = context.test_log_probabilities(trained)
-    references = context.references(listener)
     if context.decision.dense is not None and "dense" not in references:
         gone = f"no preferences of the dense model, which is not at {context.decision.dense} any more"
         add_warning(report, gone, listener)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -160,12 +161,28 @@ def descend(trained: Trainable, state: State, steps: int, step: TakeStep, held_o
     return state
 
 
+class NoJournal:
+    """The journal of a process that keeps none."""
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> NoJournal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 @dataclass
 class Loop:
     """One training run, whose steps are journaled and whose states are stored.
 
     Args:
-        states: its snapshots; ``journal``: path of its journal; ``fingerprint``: its identity.
+        states: its snapshots; ``journal``: path of its journal, None without one; ``fingerprint``: its identity.
         trained: what is trained.
         steps: in all.
         step: takes one.
@@ -176,10 +193,11 @@ class Loop:
         say: receives sentences.
         tick: receives (steps done, steps in all).
         after_snapshot: called when a state is on the disk.
+        agree: gives all processes of a run the answer of the first to whether a state is due.
     """
 
     states: Snapshots
-    journal: Any
+    journal: Path | None
     fingerprint: str
     trained: Trainable
     steps: int
@@ -191,6 +209,7 @@ class Loop:
     say: Callable[[str], None] = lambda sentence: None
     tick: Callable[[int, int], None] = lambda done, total: None
     after_snapshot: Callable[[], None] = lambda: None
+    agree: Callable[[bool], bool] = lambda due: due
 
     def run(self, state: State | None) -> State:
         """Take the steps that are left after ``state`` (None is the start); the best weights are restored at the end.
@@ -199,8 +218,10 @@ class Loop:
         """
         self.state, self._writing, last = state or State(), 0.0, time.monotonic()
         begun = state is not None
-        with StepJournal(self.journal, self.state.step if begun else -1) as journal:
-            self.states.tidy(self.state.step if begun else -1)
+        whole = self.state.step if begun else -1
+        with NoJournal() if self.journal is None else StepJournal(self.journal, whole) as journal:
+            if self.journal is not None:
+                self.states.tidy(whole)
             if begun:
                 self.say(f"going on after step {self.state.step} of {self.steps}")
             else:
@@ -212,14 +233,14 @@ class Loop:
                     done = self.state.step - first
                     self._say_check(*checked, (time.monotonic() - begin) / done * (self.steps - self.state.step))
                 self.tick(self.state.step, self.steps)
-                late = time.monotonic() - last > snapshot_interval(self._writing)
+                late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
                 if checked is not None or self.state.stopped or late:
                     self._snapshot(journal)
                     last = time.monotonic()
         self.trained.restore()
         return self.state
 
-    def _begin(self, journal: StepJournal) -> None:
+    def _begin(self, journal: StepJournal | NoJournal) -> None:
         begin = time.perf_counter()
         loss, by_task = self.held_out()
         self.state.start(loss, self.trained)
@@ -229,7 +250,7 @@ class Loop:
         self.tick(0, self.steps)
         self._snapshot(journal)
 
-    def _step(self, journal: StepJournal) -> tuple[float, bool] | None:
+    def _step(self, journal: StepJournal | NoJournal) -> tuple[float, bool] | None:
         """Take one step and journal it; returns the held-out loss where that is due, and whether it is the best."""
         begin, state = time.perf_counter(), self.state
         number = state.step + 1
@@ -260,7 +281,7 @@ class Loop:
         step, before = f"step {self.state.step} of {self.steps}", f"(before {self.state.before:.4f})"
         self.say(f"{step}: held-out loss {held_out:.4f} {before}: {how}")
 
-    def _snapshot(self, journal: StepJournal) -> None:
+    def _snapshot(self, journal: StepJournal | NoJournal) -> None:
         begin = time.monotonic()
         journal.sync()
         self.states.write(self.fingerprint, self.state.step, asdict(self.state), self.trained.tensors())

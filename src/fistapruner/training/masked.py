@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -184,11 +185,11 @@ class TrainedLayer(nn.Module):
 
     def start(self, name: str) -> Tensor:
         """Return a tensor as the layer holds it, (m, n) where it is pruned."""
-        return self.matrix(name, self.layer.get_parameter(name).detach())
+        return self.matrix(name, whole(self.layer.get_parameter(name).detach()))
 
     def exact(self, name: str) -> Tensor:
         """Compute one effective tensor, differentiable, in fp32 and without a fixed low-rank part."""
-        masters: dict[str, Tensor] = {short: self.masters[key] for short, key in self.keys[name].items()}
+        masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]
         weight: Tensor = self.pruned[name][0].weight(self.start(name), masters)
@@ -263,13 +264,13 @@ class Masters:
     @torch.no_grad()
     def keep(self) -> None:
         """Remember the masters as the best so far."""
-        self._best = {name: local(each).to("cpu", copy=True) for name, each in self.parameters.items()}
+        self._best = {name: each.detach().clone() for name, each in self.parameters.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to the best masters, with new moments."""
         for name, value in self._best.items():
-            local(self.parameters[name]).copy_(value)
+            local(self.parameters[name]).copy_(local(value))
         self._new_moments()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -297,7 +298,7 @@ class Masters:
             if kind == "trained":
                 parameter.copy_(tensors[full])
             elif kind == "best":
-                self._best[name] = tensors[full].clone()
+                self._best[name] = tensors[full].to(parameter.device, copy=True)
             elif self.optimizer is not None:
                 value = tensors[full].clone()
                 self.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
@@ -307,11 +308,16 @@ class Trained(Masters):
     """The masters of all decoder layers of a resident pruned model.
 
     Args:
-        model: the pruned model, resident (:meth:`~fistapruner.models.layerwise_weights.LayerwiseWeights.resident`).
+        model: the pruned model, resident (:meth:`~fistapruner.models.layerwise_weights.LayerwiseWeights.resident`), or
+            its decoder layers still to be loaded.
         layout: operators to train; others stay as they are.
         recipe: form, rates, seed.
         low_rank: the low-rank part that belongs to the model, which stays as it is.
-        shard: prepares each layer for several processes; None leaves it as it is.
+        loaded: keeps the decoder layers loaded that are not yet.
+        shard: divides each layer among several processes; None leaves it as it is.
+
+    Attributes:
+        numbers: how many are trained; of a masked tensor those that are not zero.
     """
 
     def __init__(
@@ -320,6 +326,7 @@ class Trained(Masters):
         layout: Layout,
         recipe: TrainingRecipe,
         low_rank: LowRankAdapter | None = None,
+        loaded: ExitStack | None = None,
         shard: Callable[[TrainedLayer], None] | None = None,
     ) -> None:
         self.model, self.form = model, form_of(recipe)
@@ -328,8 +335,11 @@ class Trained(Masters):
         parameters: dict[str, nn.Parameter] = {}
         rates: dict[str, float] = {}
         masked: list[str] = []
+        self.numbers = 0
         self._sources: list[dict[str, str]] = []
         for index, layer in enumerate(model.layers):
+            if loaded is not None:
+                loaded.enter_context(model.layer(index))
             pruned = (
                 {f"{operator.name}.weight": (self.form, operator.transposed) for operator in layout.in_layer(index)}
                 if self.form is not None
@@ -352,6 +362,7 @@ class Trained(Masters):
                     master = trained.masters[key].detach()
                     columns = trained.start(name).shape[-1] if name in pruned else None
                     rates[full] = first_rate(recipe, self.form, columns, model.width, master)
+                    self.numbers += int((master != 0).sum()) if name in pruned and not short else master.numel()
             if shard is not None:
                 shard(trained)
             for name, keys in trained.keys.items():
@@ -385,11 +396,6 @@ class Trained(Masters):
                 found[source] = after
         return found
 
-    def count(self) -> int:
-        """Count the trained numbers; of a masked tensor those that are not zero."""
-        whole = sum(each.numel() for name, each in self.parameters.items() if name not in self._masks)
-        return whole + sum(int(mask.sum()) for mask in self._masks.values())
-
 
 def first_rate(recipe: TrainingRecipe, form: Form | None, columns: int | None, width: int, master: Tensor) -> float:
     """Compute the first learning rate of a master.
@@ -419,6 +425,12 @@ def first_rate(recipe: TrainingRecipe, form: Form | None, columns: int | None, w
 def root_mean_square(tensor: Tensor) -> float:
     """Compute the root mean square of a tensor over its values that are not zero; 0 without any."""
     return float((tensor.square().sum() / (tensor != 0).sum().clamp_min(1)).sqrt())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be divided among processes as a whole; then all of them must ask for it."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from ..runs.records import PlanRow
 from ..runtime.files import existing_folder
 from ..runtime.formatting import counted, duration, size
 from ..runtime.memory import free_device_memory, free_memory, release_memory, resident_memory
-from ..runtime.numerics import BUDGETS, windows_at_once
+from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
 from .loop import CHECKS
 from .loss import TokenLoss
 from .masked import TrainedLayer, form_of, vectors
@@ -225,7 +225,8 @@ def _measure_layer(task: Task) -> _Layer:
         pruned = {f"{operator.name}.weight": (form, operator.transposed) for operator in operators if form}
         trained = TrainedLayer(layer, pruned, sorted(vectors(layer, recipe.also)), lambda name: torch.Generator())
         run = partial(trained, hidden, *calls[index])
-        graph, seconds = kept_bytes(run), _timed(model.device, lambda: run().sum().backward())
+        with ordered_attention(model.device):
+            graph, seconds = kept_bytes(run), _timed(model.device, lambda: run().sum().backward())
     release_memory()
     return _Layer(numbers, model.pass_bytes(model.layer_sources(index)), graph, seconds, head)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from ..errors import FistaPrunerError, out_path
+from ..errors import FistaPrunerError, OtherRankFailed, out_path
 from ..models.source import UNTRUSTED, Permissions
 from ..pipeline.begun import (
     execution_here,
@@ -23,6 +23,7 @@ from ..pipeline.measure import measure
 from ..pipeline.result import refuse_foreign_files, reporting_failure
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.arguments import checked_arguments
 from ..runs.decision import TrainingRecord
@@ -37,11 +38,11 @@ from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runs.training_runs import input_run
 from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.formatting import shell_line
-from ..runtime.launcher import launched
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from .context import AlignContext, TrainingContext
-from .finish import finish
+from .distributed import World, joined
+from .finish import collect, finish
 from .inputs import R, TrainingRequest, asked, evaluated_length
 from .plan import Plan, plan_training
 from .prepare import (
@@ -231,17 +232,75 @@ def _run(
     resumed: bool = False,
 ) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
+    execution = request.recipe.execution
+    with undisturbed(), joined(execution.device, execution.offload) as world:
+        if world.size == 1:
+            return _lead(verb, run, request, told, world, resumed=resumed)
+        if fault := _not_divided(request.recipe, world.size):
+            raise (OtherRankFailed if world.rank else FistaPrunerError)(fault)
+        execution = execution.model_copy(update={"device": str(world.device)})
+        request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
+        if world.rank:
+            return _follow(verb, run, request, world)
+        try:
+            report = _lead(verb, run, request, told, world, resumed=resumed)
+        except FistaPrunerError as error:
+            if not world.told:
+                world.tell(f"{error}")
+            raise
+        if not world.told:
+            world.tell(DONE)
+        world.tell()
+        return report
+
+
+def _not_divided(recipe: TrainingRecipe, processes: int) -> str | None:
+    """Say why several processes cannot share a run; None where they can."""
+    if recipe.zeroth_order:
+        return f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
+    unit, size = (
+        ("pairs_per_step", recipe.step_windows // 2)
+        if isinstance(recipe, AlignRecipe)
+        else (
+            "windows_per_step",
+            recipe.step_windows,
+        )
+    )
+    return f"{unit} is {size}: {processes} processes need a multiple of {processes}" if size % processes else None
+
+
+DONE, READY = "", "ready"
+"""What process 0 tells the others: nothing is left to train, or the run is prepared; else why it cannot be."""
+
+
+def _follow(verb: TrainingVerb[R], run: TrainingDirectory, request: TrainingRequest[R], world: World) -> Report:
+    """Train along with process 0."""
+    if (said := world.tell()) == READY:
+        context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions)
+        context.world = world
+        with context.trained(Listener(), lambda: None) as (trained, _):
+            collect(context, trained, Listener())
+    elif said != DONE:
+        raise OtherRankFailed(said)
+    world.tell()
+    return run.read_report()
+
+
+def _lead(
+    verb: TrainingVerb[R],
+    run: TrainingDirectory,
+    request: TrainingRequest[R],
+    told: Listener,
+    world: World,
+    *,
+    resumed: bool,
+) -> Report:
+    """Do what is left of a run in the one process, or in the first of several."""
     run.check_place()
     refuse_input(request.model, run.folder)
-    if (count := launched()) > 1:
-        raise FistaPrunerError(
-            f"WORLD_SIZE is {count}, and {run.verb} trains in one process: leave the launcher out; without one, unset "
-            "RANK and WORLD_SIZE"
-        )
     listener = Logged(told)
     run.record()  # a run of another verb is refused before its log is written to
     with (
-        undisturbed(),
         interrupted_with(lambda: _how_to_continue(run)),
         run.created(),
         hold(run.folder),
@@ -265,12 +324,15 @@ def _run(
                     verb.prepare(run, request, listener)
                 listener.tick("opening the run", 0, 1)
                 context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions)
+                context.world = world
                 refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
+                world.tell(READY)
                 with (
                     context.trained(listener, times.note) as (trained, state),
                     cpu_threads(context.decision.numerics.threads),  # whatever those of this process are
                 ):
-                    report = finish(context, trained, state, times, listener, report)
+                    collected = collect(context, trained, listener)
+                    report = finish(context, collected, state, times, listener, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
         decision = run.begun_record().decision
