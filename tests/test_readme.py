@@ -8,7 +8,6 @@ import json
 import re
 import runpy
 import shlex
-import shutil
 import sys
 import textwrap
 from itertools import pairwise
@@ -123,24 +122,27 @@ def test_python_in_the_documentation_can_be_read() -> None:
 
 @pytest.fixture
 def recovered(place: Path) -> None:
-    """The pruned run and the recovery with an adapter that the page on other trainers names."""
+    """The pruned run and the recovery that the page on other trainers names."""
     small = {"calibration": {"source": "text.txt", "samples": 2, "seqlen": 32}, "method": "magnitude"}
     fp.prune("my-model", "runs/first", **small)
     settings = {"parameters": "spp", "also": "none", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
     fp.recover("runs/first", "runs/recovered", **settings)
 
 
-def run_other_trainers(names: dict[str, Any], *, peft: bool) -> None:
-    """Run the examples of the page on other trainers, those that need PEFT or the others."""
-    found = [block for block in blocks("python", "docs/other-trainers.md") if ("from peft" in block) == peft]
+def run_other_trainers(names: dict[str, Any]) -> None:
+    """Run the examples of the page on other trainers."""
+    found = blocks("python", "docs/other-trainers.md")
     assert found
     for block in found:
         exec(compile(block, "docs/other-trainers.md", "exec"), names)
 
 
 def test_python_for_other_trainers(recovered: None) -> None:
-    """The zeros are there after every example; one recovery writes the adapter of two of them."""
-    shutil.copytree("runs/recovered/adapter", "my-adapter")
+    """The zeros are there after every example."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = AutoModelForCausalLM.from_pretrained("runs/first/model")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained("my-adapter")
     model = AutoModelForCausalLM.from_pretrained("runs/first/model")
     before = [weight == 0 for weight in model.parameters()]
 
@@ -156,25 +158,10 @@ def test_python_for_other_trainers(recovered: None) -> None:
         "arguments": TrainingArguments("trainer", max_steps=1, report_to=[], use_cpu=True),
         "data": [{"input_ids": torch.ones(4, dtype=torch.long), "labels": torch.ones(4, dtype=torch.long)}],
     }
-    run_other_trainers(names, peft=False)
+    run_other_trainers(names)
     for folder in ("tuned", "merged"):
         tuned = AutoModelForCausalLM.from_pretrained(folder)
         assert all(bool((weight[zeros] == 0).all()) for weight, zeros in zip(tuned.parameters(), before, strict=True))
-
-
-def test_python_for_peft(recovered: None) -> None:
-    """PEFT's merge of the adapter is the recovered model, up to the rounding of bf16."""
-    pytest.importorskip("peft", reason="peft is not installed")
-    names: dict[str, Any] = {}
-    run_other_trainers(names, peft=True)
-    pruned, expected = (
-        AutoModelForCausalLM.from_pretrained(f"runs/{run}/model").state_dict() for run in ("first", "recovered")
-    )
-    merged = names["model"].state_dict()
-    assert merged.keys() == expected.keys()
-    assert all(torch.equal(merged[name] == 0, weight == 0) for name, weight in pruned.items())
-    trained = sum(int((weight != pruned[name]).sum()) for name, weight in expected.items())
-    assert sum(int((weight != merged[name]).sum()) for name, weight in expected.items()) <= trained / 10
 
 
 def test_commands_in_the_documentation_are_understood() -> None:

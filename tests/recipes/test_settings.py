@@ -28,6 +28,7 @@ from fistapruner.recipes.loading import (
     parse_yaml,
 )
 from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.recipes.structure_settings import Remove
 from fistapruner.solvers.fista import Fista
 from fistapruner.solvers.scores import Magnitude
 
@@ -441,7 +442,7 @@ def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
     flap = {"structure": {"method": "flap"}}
     for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):
         structure = Recipe.build(merge_settings(base, changes)).structure
-        assert (structure.remove, structure.method) == ("25%", "flap")
+        assert (structure.remove, structure.method) == (Remove(share=0.25), "flap")
     assert merge_settings({"structure": "25%"}, {"structure": {"remove": "50%", **flap["structure"]}}) == {
         "structure": {"remove": "50%", "method": "flap"}
     }

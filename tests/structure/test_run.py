@@ -557,7 +557,7 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(
         (["--structure-method", "goa"], "method is goa, but nothing is removed: give --structure"),
         (["--structure", "experts=25%", "--structure-method", "goa"], "method is goa, but only experts are removed"),
         (["--structure", "25%", "--structure-steps", "60"], "steps is 60, but that is for --structure-method bypass"),
-        (["--structure", "mlp=24", "--allocation", "error"], "allocation 'error' distributes zeros"),
+        (["--structure", "mlp=24", "--allocation", "error"], "it distributes zeros"),
         (["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
         (["--structure", "mlp=32", "--sparsity", "16:32", "--allocation", "error"], "its 48 inputs are not a multiple"),
     ],

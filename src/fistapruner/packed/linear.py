@@ -117,7 +117,7 @@ class _Packed(nn.Module):
         return self.operator.to_dense()
 
     def pack_again(self, weight: Tensor) -> None:
-        """Take another dense weight, as :attr:`weight` returns it."""
+        """Take another dense weight, as ``weight`` returns it."""
         held = self.operator
         self.operator = pack_operator(weight, int8=held.scales is not None, dense=held.mask is None)
 
@@ -154,7 +154,7 @@ class _Packed(nn.Module):
 class SparseLinear(_Packed):
     """``nn.Linear`` for inference with a packed weight, and a low-rank part beside it where there is one.
 
-    :func:`product` multiplies. The low-rank part is two products by torch in fp32, which are added. Gradients flow to
+    ``product`` multiplies. The low-rank part is two products by torch in fp32, which are added. Gradients flow to
     the input only. The state dict has the dense sum of both parts; another weight replaces both.
 
     Args:
@@ -208,7 +208,7 @@ class SparseLinear(_Packed):
         return dense.T.contiguous() if self.transposed else dense
 
     def pack_again(self, weight: Tensor) -> None:
-        """Take another dense weight, as :attr:`weight` returns it."""
+        """Take another dense weight, as ``weight`` returns it."""
         self.low_rank_a = self.low_rank_b = None
         super().pack_again(weight.T.contiguous() if self.transposed else weight)
 

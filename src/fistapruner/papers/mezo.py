@@ -1,4 +1,6 @@
-"""MeZO: fine-tuning with forward passes only (Malladi et al., NeurIPS 2023, arXiv 2305.17333, algorithm 1).
+"""MeZO: fine-tuning with forward passes only (Malladi et al., NeurIPS 2023, arXiv 2305.17333).
+
+Its algorithm 1:
 
     z = standard normal, drawn from a seed      g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)
     theta <- theta - rate g z

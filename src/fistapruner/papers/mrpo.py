@@ -1,4 +1,6 @@
-"""MRPO: preference losses with several reference models (Le et al., arXiv 2405.16388), and DPO, their case of one.
+"""MRPO: preference losses with several reference models (Le et al., arXiv 2405.16388).
+
+DPO is the case of one.
 
 A pair has a chosen answer w and a rejected answer l to one prompt. With summed log-probabilities p of the model and r
 of a reference model, h = p_w - p_l and m = r_w - r_l are their margins, and

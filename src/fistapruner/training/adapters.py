@@ -38,7 +38,7 @@ from .hold_mask import held_weights
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge_adapter` did.
+    """What ``merge_adapter`` did.
 
     Args:
         model: folder of the pruned checkpoint; ``adapter``: of the adapter; ``out``: of the result.

@@ -1,4 +1,4 @@
-"""Train in several processes of torchrun: PyTorch's fully_shard by decoder layer, distributed checkpoints.
+"""Train in several processes of torchrun, by PyTorch's fully_shard and distributed checkpoints.
 
 Every process holds a part of each decoder layer's weights, masters and moments (FSDP2) and all embeddings, and passes
 its part of a step's windows. Process 0 prepares the run, writes states' records and the result; the run directory must
@@ -134,7 +134,7 @@ def joined(device: str, offload: bool) -> Iterator[World]:
 
 
 class ShardedSnapshots(Snapshots):
-    """Snapshots whose tensors all processes write together, each its part: a folder of torch's distributed checkpoint.
+    """Snapshots that all processes write together: folders of torch's distributed checkpoint.
 
     Args:
         folder: where they are.
@@ -186,7 +186,11 @@ class ShardedSnapshots(Snapshots):
         return None
 
     def restore(self, fingerprint: str, last: int, trained: Masters) -> dict[str, Any] | None:
-        """Load the newest whole state up to a step into what is trained; returns its plain values, None without any."""
+        """Load the newest whole state up to a step into what is trained.
+
+        Returns:
+            Its plain values; None where there is no such state.
+        """
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 

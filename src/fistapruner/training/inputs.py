@@ -211,9 +211,9 @@ def check_training_inputs(
 
 
 def pass_dtype_of(source: ModelSource, recipe: TrainingRecipe) -> str:
-    """Choose the precision of the passes: the recipe's, else the checkpoint's if the device has units for it.
+    """Choose the precision of the passes.
 
-    float16 does not hold small gradients: bfloat16 takes its place.
+    It is the recipe's, else the checkpoint's if the device has units for it. float16 does not hold small gradients: bfloat16 takes its place.
     """
     if recipe.dtype != "auto":
         return recipe.dtype

@@ -117,7 +117,7 @@ class State:
             self.stop(f"the loss of what is held out is {loss} before training")
 
     def check(self, loss: float, trained: Trainable, *, goes_back: bool = True) -> bool:
-        """Take in the held-out loss after the present step: keep the weights if it is the lowest, else go back."""
+        """Take in the held-out loss of the present step: keep the weights if it is the lowest, else go back."""
         if loss < self.best:
             self.best, self.best_step = loss, self.step
             trained.keep()
@@ -135,7 +135,7 @@ class State:
 
 
 def check_due(step: int, steps: int) -> bool:
-    """Say whether a check follows a step: after steps ``k * steps // CHECKS``, with fewer steps after every one."""
+    """Say whether a check follows a step: after steps ``k * steps // CHECKS``, of few after every one."""
     return ((step + 1) * CHECKS - 1) // steps > (step * CHECKS - 1) // steps
 
 
@@ -212,9 +212,10 @@ class Loop:
     agree: Callable[[bool], bool] = lambda due: due
 
     def run(self, state: State | None) -> State:
-        """Take the steps that are left after ``state`` (None is the start); the best weights are restored at the end.
+        """Take the steps that are left; the best weights are restored at the end.
 
-        ``trained`` holds the tensors of ``state``.
+        Args:
+            state: where training goes on, whose tensors ``trained`` holds; None is the start.
         """
         self.state, self._writing, last = state or State(), 0.0, time.monotonic()
         begun = state is not None
@@ -242,6 +243,7 @@ class Loop:
 
     def _begin(self, journal: StepJournal | NoJournal) -> None:
         begin = time.perf_counter()
+        self.say("the loss of what is held out, before training")
         loss, by_task = self.held_out()
         self.state.start(loss, self.trained)
         line = {"step": 0, "held_out": loss, "kept": True, "by_task": by_task}
@@ -251,7 +253,7 @@ class Loop:
         self._snapshot(journal)
 
     def _step(self, journal: StepJournal | NoJournal) -> tuple[float, bool] | None:
-        """Take one step and journal it; returns the held-out loss where that is due, and whether it is the best."""
+        """Take one step and journal it; returns the held-out loss and whether it is the best, where due."""
         begin, state = time.perf_counter(), self.state
         number = state.step + 1
         factor = state.rate * self.descent.factor(number, self.steps)

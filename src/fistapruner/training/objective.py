@@ -206,7 +206,7 @@ class Objective:
 
 
 class AnswerObjective(Objective):
-    """The negative log-probabilities of answers, summed over their tokens; both answers of a pair are in one pass."""
+    """The negative log-probabilities of answers, summed over their tokens; a pair is in one pass."""
 
     together = 2
 

@@ -171,7 +171,7 @@ def reconstruct_layer(
 
 
 def _trained(model: LayerwiseModel, index: int, groups: Sequence[Group], parts: Mapping[str, Tensor]) -> TrainedLayer:
-    """Make masters of what may change in a loaded layer: pruned weights, low-rank parts, vectors of no router."""
+    """Make masters of what may change in a loaded layer: pruned weights, low-rank parts, vectors."""
     pruned: dict[str, tuple[Form, bool]] = {}
     for operator in (operator for group in groups for operator in group):
         name = model.full_name(index, operator.name)

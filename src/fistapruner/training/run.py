@@ -136,7 +136,7 @@ def align(
         **settings: single settings over the recipe, as in a recipe file: ``data={"pairs": "pairs.jsonl"}``,
             ``loss="harmonic"``, ``beta=0.05``.
 
-    Other arguments, result and errors are those of :func:`recover`.
+    Other arguments, result and errors are those of ``fistapruner.recover``.
     """
     recipe = AlignRecipe.of(recipe).changed(settings)
     recipe.refuse_idle()
@@ -160,7 +160,7 @@ def plan_recovery(
     dense: str | Path | None = None,
     permissions: Permissions = UNTRUSTED,
 ) -> Plan:
-    """Predict what recovering a pruned model will need, without starting it; arguments as for :func:`recover`."""
+    """Predict what recovering a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
     if recipe.data.source is None and not recipe.data.tasks and known_text(input_run(str(model))) is None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
@@ -176,7 +176,7 @@ def plan_alignment(
     dense: str | Path | None = None,
     permissions: Permissions = UNTRUSTED,
 ) -> Plan:
-    """Predict what aligning a pruned model will need, without starting it; arguments as for :func:`align`."""
+    """Predict what aligning a pruned model will need; arguments as for :func:`align`."""
     refuse_out(folder := out_path(out))
     recipe.refuse_idle()
     pairs, _ = check_pairs(recipe)

@@ -58,7 +58,7 @@ class Teacher:
         self._open: dict[int, SafetensorsFile] = {}
 
     def hidden(self, window: int) -> Tensor:
-        """Return the (seqlen, width) output of the last decoder layer for a window; its block is made if needed."""
+        """Return the (seqlen, width) output of the last decoder layer for a window."""
         number = self._of[window]
         if number not in self._open:
             self._open[number] = self._find(number) or self._make(number)
