@@ -213,7 +213,8 @@ def check_training_inputs(
 def pass_dtype_of(source: ModelSource, recipe: TrainingRecipe) -> str:
     """Choose the precision of the passes.
 
-    It is the recipe's, else the checkpoint's if the device has units for it. float16 does not hold small gradients: bfloat16 takes its place.
+    It is the recipe's, else the checkpoint's if the device has units for it. float16 does not hold small gradients:
+    bfloat16 takes its place.
     """
     if recipe.dtype != "auto":
         return recipe.dtype

@@ -384,7 +384,8 @@ class Trained(Masters):
     def result(self, index: int) -> dict[str, Tensor]:
         """Return the changed tensors of a layer by checkpoint name, on the CPU.
 
-        They are rounded as the checkpoint stores them. Zeros are those of the file that was read, and ``+0.0``. A weight that would be rounded to 0 stays as it was.
+        They are rounded as the checkpoint stores them. Zeros are those of the file that was read, and ``+0.0``; a
+        weight that would be rounded to 0 stays as it was.
         """
         found, layer = {}, self.layers[index]
         for name, source in self._sources[index].items():
