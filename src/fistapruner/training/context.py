@@ -242,7 +242,7 @@ class TrainingContext:
             after_snapshot,
             world.tell,
         )
-        with objective.resident():
+        with objective.resident(shared=not isinstance(trained, ForwardOnly)):
             return loop.run(state)
 
     def _objective(self, trained: Trained | ForwardOnly, windows: Tensor, listener: Listener) -> Objective:

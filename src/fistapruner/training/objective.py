@@ -76,11 +76,16 @@ class Objective:
         self.batch_size, self.checkpointing, self.budgets = batch_size, checkpointing, budgets
 
     @contextmanager
-    def resident(self) -> Iterator[None]:
-        """Keep the final norm and head of the dense model loaded for the block."""
+    def resident(self, *, shared: bool = True) -> Iterator[None]:
+        """Keep the final norm and head of the dense model loaded for the block.
+
+        Args:
+            shared: use the trained model's own tensors where they are the same; not where these change in place.
+        """
         with ExitStack() as loaded:
             if self.teacher is not None:
-                loaded.enter_context(self.teacher.dense.resident(layers=False, like=self.model))
+                like = self.model if shared else None
+                loaded.enter_context(self.teacher.dense.resident(layers=False, like=like))
             yield
 
     def counts(self, windows: Sequence[int]) -> Tensor:
