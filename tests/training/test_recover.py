@@ -443,7 +443,7 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
 ) -> None:
     command = ["recover", str(bench.pruned()), "--out", str(tmp_path / "out"), "--evaluate", "none", "--quiet"]
     command += ["--steps", "20", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
-    assert main([*command, "--lr", "1e6"]) == 0
+    assert main([*command, "--lr", "1"]) == 0
     assert tiny.weights(tmp_path / "out") == tiny.weights(bench.pruned())
     report = load_run(tmp_path / "out")
     assert report.recovery is not None
@@ -891,6 +891,6 @@ def test_several_processes_are_refused(bench: Bench, tmp_path: Path, monkeypatch
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for verb in (fp.recover, fp.align):
-        with pytest.raises(fp.FistaPrunerError, match=r"^WORLD_SIZE is 2, and (recover|align) trains in one process: "):
+        with pytest.raises(fp.FistaPrunerError, match="WORLD_SIZE is 2, and no launcher is there"):
             verb(bench.pruned(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -122,6 +122,10 @@ def joined(device: str, offload: bool) -> Iterator[World]:
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(here)
+    if "MASTER_ADDR" not in os.environ:
+        raise FistaPrunerError(
+            f"WORLD_SIZE is {size}, and no launcher is there: begin with torchrun, or unset WORLD_SIZE"
+        )
     dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT, device_id=here if cuda else None)
     try:
         yield World(dist.get_rank(), size, here, offload)
