@@ -77,12 +77,8 @@ def _verbs() -> Iterable[str]:
             rows.append((f"`{name}`", str(action.help) % {"default": action.default}))
         if any(action.dest.startswith(DEST) for action in parser._actions):
             kind = {"recover": "recovery", "align": "alignment"}.get(verb, "recipe")
-            also = {
-                "plan": " but `recover`, with `--recover` every [recovery setting](#recovery-settings) and with "
-                "`--align` every [alignment setting](#alignment-settings),",
-                "compare": " but `sparsity`, `method` and `seed`",
-            }
-            yield f"Also every [{kind} setting](#{kind}-settings){also.get(verb, '')} by its flag.\n"
+            also = " but `sparsity`, `method` and `seed`" if verb == "compare" else ""
+            yield f"Also every [{kind} setting](#{kind}-settings){also} by its flag.\n"
         yield from _table(("argument", "meaning"), rows)
 
 
