@@ -301,7 +301,7 @@ class Masters:
                 self._best[name] = tensors[full].to(parameter.device, copy=True)
             elif self.optimizer is not None:
                 value = tensors[full].clone()
-                self.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+                self.optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
 class Trained(Masters):
