@@ -22,7 +22,7 @@ from ..recipes.recover_settings import TrainingData
 from .examples import Example, read_training_file
 from .packing import PURPOSE, Packed, pack_documents, pack_examples
 from .self_generated import generate_tokens
-from .text import PLAIN, passages
+from .text import passages
 from .windows import GENERATED, SELF, check_source, counted_windows, describe_tasks, source_documents, tokens_sha256
 
 MAX_HELD_OUT_WINDOWS = 16
@@ -244,17 +244,6 @@ def training_text(
         },
         documents=frozenset().union(*(task.hashes for task in tasks.values())),
     )
-
-
-def file_windows(texts: Sequence[str], seqlen: int) -> int | None:
-    """Bound the windows that plain text files fill; None where a text is another source.
-
-    A token has at least a byte, and so has a passage, which ends with one more token. A window may begin with BOS.
-    """
-    files = [Path(text) for text in texts]
-    if not files or not all(file.suffix.lower() in PLAIN and file.is_file() for file in files):
-        return None
-    return sum(1 + 2 * file.stat().st_size // (seqlen - 1) for file in files)
 
 
 def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingData) -> Tensor:

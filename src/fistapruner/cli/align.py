@@ -13,11 +13,8 @@ choose the step that is kept, and one tenth measures the result. The finished ch
 from __future__ import annotations
 
 import argparse
-import json
 
-from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
-from ..runtime.formatting import finite
 from .arguments import (
     add_dense_argument,
     add_evaluation_of_result,
@@ -26,10 +23,8 @@ from .arguments import (
     add_training_arguments,
     add_trust_arguments,
     read_recipe,
-    run_options,
-    trust,
 )
-from .prune import show
+from .recover import train_or_plan
 
 SUMMARY = "train a pruned model on preference pairs, every zero kept"
 
@@ -48,22 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..models.source import Permissions
     from ..training.run import align, plan_alignment
 
-    recipe = read_recipe(arguments, AlignRecipe)
-    if arguments.plan:
-        allowed = Permissions(**trust(arguments))
-        plan = plan_alignment(arguments.model, recipe, arguments.out, dense=arguments.dense, permissions=allowed)
-        print(json.dumps(finite(plan.to_json())) if arguments.json else plan)
-        if plan.refusal:
-            raise FistaPrunerError(plan.refusal)
-        return 0
-    report = align(
-        arguments.model,
-        arguments.out,
-        recipe=recipe,
-        dense=arguments.dense,
-        **run_options(arguments, listener),
-    )
-    return show(report, arguments.out, as_json=arguments.json)
+    return train_or_plan(arguments, read_recipe(arguments, AlignRecipe), listener, align, plan_alignment)

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FistaPrunerError
 from ..recipes.recover_settings import RecoverRecipe
@@ -38,6 +40,11 @@ from .arguments import (
 )
 from .prune import show
 
+if TYPE_CHECKING:
+    from ..runs.listener import Listener
+    from ..runs.records import Report
+    from ..training.plan import Plan
+
 SUMMARY = "train a pruned model, every zero kept"
 
 
@@ -56,7 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..models.source import Permissions
     from ..training.adapters import merge_adapter
     from ..training.run import plan_recovery, recover
 
@@ -67,22 +73,28 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(json.dumps(merged.to_json()) if arguments.json else merged)
         return 0
-    recipe = read_recipe(arguments, RecoverRecipe)
+    return train_or_plan(arguments, read_recipe(arguments, RecoverRecipe), listener, recover, plan_recovery)
+
+
+def train_or_plan(
+    arguments: argparse.Namespace,
+    recipe: Any,
+    listener: Listener,
+    train: Callable[..., Report],
+    plan: Callable[..., Plan],
+) -> int:
+    """Do what recover and align do: train, or print the plan."""
+    from ..models.source import Permissions
+
+    model, out, dense = arguments.model, arguments.out, arguments.dense
     if arguments.plan:
-        allowed = Permissions(**trust(arguments))
-        plan = plan_recovery(arguments.model, recipe, arguments.out, dense=arguments.dense, permissions=allowed)
-        print(json.dumps(finite(plan.to_json())) if arguments.json else plan)
-        if plan.refusal:
-            raise FistaPrunerError(plan.refusal)
+        planned = plan(model, recipe, out, dense=dense, permissions=Permissions(**trust(arguments)))
+        print(json.dumps(finite(planned.to_json())) if arguments.json else planned)
+        if planned.refusal:
+            raise FistaPrunerError(planned.refusal)
         return 0
-    report = recover(
-        arguments.model,
-        arguments.out,
-        recipe=recipe,
-        dense=arguments.dense,
-        **run_options(arguments, listener),
-    )
-    return show(report, arguments.out, as_json=arguments.json)
+    report = train(model, out, recipe=recipe, dense=dense, **run_options(arguments, listener))
+    return show(report, out, as_json=arguments.json)
 
 
 def _refuse_training_flags(arguments: argparse.Namespace) -> None:

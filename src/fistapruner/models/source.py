@@ -145,15 +145,6 @@ class ModelSource:
         converted = self.folder.parent.name == CACHE and re.fullmatch(r"(.+)-[0-9a-f]{12}", self.folder.name)
         return converted[1] if converted else self.folder.name
 
-    def is_commit_of(self, name: str) -> bool:
-        """Check that the folder is a commit, in the hub's cache, of the model with this name there."""
-        repository = f"models--{name.replace('/', '--')}"
-        return (
-            self.revision() is not None
-            and self.folder.parent.parent.name == repository
-            and not expand_home(name).exists()
-        )
-
 
 def default_cache() -> Path:
     """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError, expand_home, with_name
 from ..models.source import SMALL_MODEL, ModelSource, Permissions
-from ..runs.decision import PruneRecord, TrainingRecord
+from ..runs.decision import PruneRecord
 from ..runs.identity import changed_files
 
 
@@ -33,26 +33,6 @@ def find_source(model: str, record: PruneRecord | None, permissions: Permissions
     same = decision.model == model != SMALL_MODEL and not expand_home(model).exists()
     earlier = permissions.at(decision.folder) if same else None
     return _find_again(model, earlier, decision.stamps, record.versions, permissions)
-
-
-def find_dense(model: str, begun: TrainingRecord | None, permissions: Permissions) -> ModelSource:
-    """Find a dense model, that of a begun run if it is an earlier commit of the same model on the hub.
-
-    Args:
-        model: as the user named it.
-        begun: record of the run; None where nothing has begun.
-        permissions: what the model's files may do.
-
-    Raises:
-        FistaPrunerError: no such model.
-    """
-    if begun is None:
-        return permissions.find(model)
-    decision = begun.decision
-    earlier = None if decision.dense is None else permissions.at(decision.dense)
-    if earlier is not None and not earlier.is_commit_of(model):
-        earlier = None
-    return _find_again(model, earlier, decision.dense_stamps, begun.versions, permissions)
 
 
 def _find_again(

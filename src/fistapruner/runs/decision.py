@@ -115,7 +115,6 @@ class TrainingDecision(RunDecision):
         zeros: of all pruned operators of the input; None where that was not noted.
         low_rank: checksum of the low-rank part that belongs to the input; None where it has none.
         windows_sha256: of ``windows.safetensors``.
-        text_sha256: of the files that the text comes from, by path.
         steps: optimizer steps to take.
     """
 
@@ -127,7 +126,6 @@ class TrainingDecision(RunDecision):
     zeros: int | None = None
     low_rank: str | None = None
     windows_sha256: str = ""
-    text_sha256: dict[str, str] = {}
     steps: int
 
 

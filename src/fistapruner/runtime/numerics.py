@@ -159,11 +159,6 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / math.sqrt(values.numel()))
 
 
-def changes_in_place(tensor: Tensor) -> int:
-    """Count the changes in place of a tensor; for an inference tensor torch does not count them."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without ``torch.``: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -34,7 +34,6 @@ from ..runs.lineage import dense_name, lineage_of
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
-from ..runtime.devices import choose_device
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name, pass_dtype
 from .masked import has_vectors
@@ -107,8 +106,7 @@ class TrainingInputs(Generic[R]):
 
     Args:
         source: the pruned model's folder; ``model``: the model; ``layout``: the operators to train.
-        claims: sparsity of each of these, by full name, as the input's record has it or as it was found;
-            ``survivors``: its weights that are not zero; an operator that is missing has all.
+        claims: sparsity of each of these, by full name, as the input's record has it or as it was found.
         zeros: of all pruned operators, those that are not trained among them.
         low_rank: the low-rank part that belongs to the model; None where it has none.
         dense: the dense model; None where it is not known.
@@ -122,7 +120,6 @@ class TrainingInputs(Generic[R]):
     model: LayerwiseModel
     layout: Layout
     claims: dict[str, str]
-    survivors: dict[str, int]
     zeros: int
     low_rank: LowRankAdapter | None
     dense: LayerwiseModel | None
@@ -168,9 +165,11 @@ def check_training_inputs(
     recipe = resolve(request.recipe, origin)
     resolved = replace(request, recipe=recipe)
     dense_source = _find_dense(resolved, origin, source)
-    model = open_model(source, recipe, dtype=pass_dtype_of(source, recipe))
+    model = open_model(source, recipe)
+    if model.dtype == torch.float16:  # which does not hold small gradients
+        model = open_model(source, recipe, dtype=dtype_name(pass_dtype(torch.bfloat16, model.device)))
     check_vectors(model, recipe)
-    layout, claims, survivors, zeros = _operators(source, model, recipe, listener)
+    layout, claims, zeros = _operators(source, model, recipe, listener)
     low_rank = LowRankAdapter.beside(source.folder)
     if recipe.zeroth_order and low_rank is not None:
         raise FistaPrunerError(
@@ -197,7 +196,6 @@ def check_training_inputs(
         model=model,
         layout=layout,
         claims=claims,
-        survivors=survivors,
         zeros=zeros,
         low_rank=low_rank,
         dense=dense,
@@ -207,20 +205,6 @@ def check_training_inputs(
         seqlen=length,
         evaluation=evaluation,
         warnings=[],
-    )
-
-
-def pass_dtype_of(source: ModelSource, recipe: TrainingRecipe) -> str:
-    """Choose the precision of the passes.
-
-    It is the recipe's, else the checkpoint's if the device has units for it. float16 does not hold small gradients:
-    bfloat16 takes its place.
-    """
-    if recipe.dtype != "auto":
-        return recipe.dtype
-    stored = source.checkpoint().dtype
-    return dtype_name(
-        pass_dtype(torch.bfloat16 if stored == torch.float16 else stored, choose_device(recipe.execution.device))
     )
 
 
@@ -298,8 +282,8 @@ def asked(recipe: TrainingRecipe) -> dict[str, Any]:
 
 def _operators(
     source: ModelSource, model: LayerwiseModel, recipe: TrainingRecipe, listener: Listener
-) -> tuple[Layout, dict[str, str], dict[str, int], int]:
-    """Find the operators to train, and check the claims about their zeros; count both sorts of weights.
+) -> tuple[Layout, dict[str, str], int]:
+    """Find the operators to train, and check the claims about their zeros; count all zeros.
 
     They are those with zeros; of a model that lost channels, heads or experts, all.
 
@@ -325,17 +309,13 @@ def _operators(
     pruned = {operator.name for operator in found.pruned}
     layout = discover(model)
     smaller = lost_structure(read_pruning_record(folder))
-    claims, survivors = {}, {}
+    claims = {}
     for name, _ in layout.operators():
         operator = inspected.get(model.source(f"{name}.weight"))
         if operator is not None and operator.name in pruned:
             claims[name] = operator.claim or operator.pattern or counted_sparsity(operator.zeros, operator.weights)
         elif smaller:
             claims[name] = "0%"
-        else:
-            continue
-        if operator is not None:
-            survivors[name] = operator.weights - operator.zeros
     if not claims:
         raise FistaPrunerError(
             f"{folder}: no operator has zeros to keep; prune it first (its fistapruner.json does not say either that "
@@ -344,7 +324,7 @@ def _operators(
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}
     zeros = sum(operator.zeros for operator in found.pruned)
-    return layout, {name: claim for name, claim in claims.items() if name in names}, survivors, zeros
+    return layout, {name: claim for name, claim in claims.items() if name in names}, zeros
 
 
 def check_vectors(model: LayerwiseModel, recipe: TrainingRecipe) -> None:

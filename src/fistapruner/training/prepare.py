@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,14 +56,14 @@ def prepare_recovery(run: TrainingDirectory, request: TrainingRequest[RecoverRec
     check_mixture(recipe, inputs.seqlen)  # too few steps for the tasks show now
     steps = recipe.steps_of(inputs.seqlen)
     plan = _plan(recovery_task(inputs), listener)
-    text, sources = _cut_text(run, inputs, listener)
+    text = _cut_text(run, inputs, listener)
     passes = steps * recipe.windows_per_step / len(text.windows("trained"))
     if passes >= 2:
         listener.say(
             f"the text is passed {round(passes)} times in {steps} steps; --tokens sets how much of it is taken"
         )
     facts = _describe_text(text, data.source or ", ".join(data.tasks), inputs.seqlen)
-    _record(run, request, inputs, text, plan, steps, sources, facts)
+    _record(run, request, inputs, text, plan, steps, facts)
 
 
 def prepare_alignment(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], listener: Listener) -> None:
@@ -82,7 +81,7 @@ def prepare_alignment(run: TrainingDirectory, request: TrainingRequest[AlignReci
     source = Path(str(recipe.data.pairs))
     task = alignment_task(inputs, text)
     facts = _describe_text(text, source.name, text.tokens.shape[1])
-    _record(run, request, inputs, text, _plan(task, listener), task.steps, {str(source): sha256_file(source)}, facts)
+    _record(run, request, inputs, text, _plan(task, listener), task.steps, facts)
 
 
 def check_recovery(
@@ -172,14 +171,8 @@ def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
         mixture.draw(windows, " and ".join(more))
 
 
-def _cut_text(
-    run: TrainingDirectory, inputs: TrainingInputs[RecoverRecipe], listener: Listener
-) -> tuple[TrainingText, dict[str, str]]:
-    """Read the text, hold documents out, cut windows, and store them.
-
-    Returns:
-        The text, and SHA-256 of the files that it comes from.
-    """
+def _cut_text(run: TrainingDirectory, inputs: TrainingInputs[RecoverRecipe], listener: Listener) -> TrainingText:
+    """Read the text, hold documents out, cut windows, and store them."""
     data, generator = inputs.recipe.data, inputs.dense or inputs.model
     windows = inputs.recipe.windows_of(inputs.seqlen)
     files = {text: sha256_file(Path(text)) for text in data.texts if Path(text).is_file()}
@@ -212,7 +205,7 @@ def _cut_text(
     if new:
         run.write_text(text, drawing)
     release_memory()  # documents
-    return text, files
+    return text
 
 
 def check_pairs(recipe: AlignRecipe) -> tuple[list[Pair], list[str]]:
@@ -328,7 +321,6 @@ def _record(
     text: TrainingText,
     plan: Plan,
     steps: int,
-    sources: Mapping[str, str],
     calibration: CalibrationFacts,
 ) -> None:
     """Write ``recipe.yaml`` and ``run.json`` with all decisions: from here on the run can be resumed.
@@ -340,7 +332,6 @@ def _record(
         text: what is trained on; ``calibration``: describes it.
         plan: of the run.
         steps: of training.
-        sources: SHA-256 of the text's files.
     """
     recipe: TrainingRecipe = inputs.recipe
     numerics = numerics_of(inputs.model, recipe.execution, plan.batch_size)
@@ -358,7 +349,6 @@ def _record(
         zeros=inputs.zeros,
         low_rank=None if inputs.low_rank is None else inputs.low_rank.sampled,
         windows_sha256=sha256_file(run.windows_file),
-        text_sha256=dict(sources),
         steps=steps,
     )
     recovery = Recovery(

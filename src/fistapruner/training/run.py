@@ -258,14 +258,9 @@ def _not_divided(recipe: TrainingRecipe, processes: int) -> str | None:
     """Say why several processes cannot share a run; None where they can."""
     if recipe.zeroth_order:
         return f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
-    unit, size = (
-        ("pairs_per_step", recipe.step_windows // 2)
-        if isinstance(recipe, AlignRecipe)
-        else (
-            "windows_per_step",
-            recipe.step_windows,
-        )
-    )
+    unit, size = "windows_per_step", recipe.step_windows
+    if isinstance(recipe, AlignRecipe):
+        unit, size = "pairs_per_step", recipe.pairs_per_step
     return f"{unit} is {size}: {processes} processes need a multiple of {processes}" if size % processes else None
 
 
