@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import fistapruner as fp
-from fistapruner.evaluation.streaming import Passes, score_windows
+from fistapruner.measure.streaming import Passes, score_windows
 from fistapruner.models.architecture import auto_class
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint

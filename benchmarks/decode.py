@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fistapruner.core import parse_sparsity
-from fistapruner.evaluation.speed import WARM_UP_TOKENS, prompts, time_generation
+from fistapruner.measure.speed import WARM_UP_TOKENS, prompts, time_generation
 from fistapruner.models.source import resolve_model
 from fistapruner.packed import kernel
 from fistapruner.packed.format import pack_operator

@@ -17,9 +17,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-from fistapruner.evaluation.data import load_windows
-from fistapruner.evaluation.scoring import perplexity_of
-from fistapruner.evaluation.streaming import Passes, score_windows
+from fistapruner.measure.data import load_windows
+from fistapruner.measure.scoring import perplexity_of
+from fistapruner.measure.streaming import Passes, score_windows
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import resolve_model

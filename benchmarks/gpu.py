@@ -46,10 +46,10 @@ os.environ.setdefault("FISTAPRUNER_FIGURES", "0")
 
 import fistapruner  # noqa: E402
 import tiny  # noqa: E402
-from fistapruner.activations.store import HiddenStates  # noqa: E402
 from fistapruner.core import LayerProblem  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
 from fistapruner.packed.semi_structured import to_semi_structured  # noqa: E402
+from fistapruner.passes.store import HiddenStates  # noqa: E402
 from fistapruner.runs.layer_records import LayerEntry  # noqa: E402
 from fistapruner.runs.listener import Listener  # noqa: E402
 from fistapruner.runs.records import Report  # noqa: E402

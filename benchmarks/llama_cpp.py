@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from fistapruner.evaluation import speed as variants
+from fistapruner.measure import speed as variants
 
 
 def compare(

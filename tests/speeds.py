@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fistapruner.evaluation.speed import Speed, Variant, load_variant, prompts, time_generation, weight_bytes
+from fistapruner.measure.speed import Speed, Variant, load_variant, prompts, time_generation, weight_bytes
 from fistapruner.runtime.memory import peak_memory
 
 
 def in_this_process(
     variants: Sequence[Variant], *, batch: int, prompt: int, tokens: int, runs: int, threads: int | None, **_: Any
 ) -> list[Speed]:
-    """Measure what :func:`fistapruner.evaluation.speed.compare` does, one variant after the other."""
+    """Measure what :func:`fistapruner.measure.speed.compare` does, one variant after the other."""
     found = []
     for variant in variants:
         model = load_variant(variant)

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.calibration import tokens_sha256
 from fistapruner.core import NM
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -27,6 +26,7 @@ from fistapruner.models.whole import load_whole
 from fistapruner.pipeline import prepare
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.text import tokens_sha256
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 

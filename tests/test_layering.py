@@ -14,10 +14,10 @@ LAYERS = (
     "core",
     "solvers",
     "runtime",
-    "recipes",
+    "settings",
     "models",
-    "activations",
-    "calibration",
+    "passes",
+    "text",
     "runs",
     "training",
     "allocate",
@@ -26,14 +26,14 @@ LAYERS = (
     "packed",
     "planning",
     "execution",
-    "evaluation",
+    "measure",
     "reporting",
     "pipeline",
     "cli",
 )
 """Rooms from low to high. A room may import itself and the rooms before it."""
 
-PLUGGED = {"mamf": "calibration", "owl": "allocate", "so_ebm": "allocate"}
+PLUGGED = {"mamf": "text", "owl": "allocate", "so_ebm": "allocate"}
 PLUGGED |= dict.fromkeys(("mezo", "mrpo", "spp", "subzero"), "training")
 PLUGGED |= dict.fromkeys(("bypass", "goa"), "structure")
 """The room into which each file of ``papers/`` plugs: it stands in that room's layer."""

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import fistapruner as fp
 import tiny
 from fistapruner.cli import build_parser, main
-from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.recipes.loading import shipped_recipes
-from fistapruner.recipes.settings import Recipe
+from fistapruner.measure.inspection import inspect_checkpoint
+from fistapruner.settings.loading import shipped_recipes
+from fistapruner.settings.settings import Recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 200

@@ -15,7 +15,7 @@ from .packed import register_on_import
 
 if TYPE_CHECKING:
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
-    from .evaluation.evaluate import evaluate
+    from .measure.evaluate import evaluate
     from .packed.linear import SparseLinear
     from .packed.load import load
     from .packed.pack import pack, unpack
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from .pipeline.measure_run import bench_run, evaluate_run
     from .pipeline.prune import prune
     from .pipeline.resume import resume
-    from .recipes.align_settings import AlignRecipe
-    from .recipes.recover_settings import RecoverRecipe
-    from .recipes.settings import Recipe
     from .runs.listener import Listener
     from .runs.records import Report
     from .runs.results import Evaluation
+    from .settings.align_settings import AlignRecipe
+    from .settings.recover_settings import RecoverRecipe
+    from .settings.settings import Recipe
     from .solvers import solve
     from .solvers.base import Solution
     from .training.adapters import MergeReport, merge_adapter
@@ -72,14 +72,14 @@ __all__ = [
 
 _MODULES = {
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
-    "evaluation.evaluate": ("evaluate",),
+    "measure.evaluate": ("evaluate",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
     "pipeline.prune": ("prune",),
     "pipeline.resume": ("resume",),
-    "recipes.align_settings": ("AlignRecipe",),
-    "recipes.recover_settings": ("RecoverRecipe",),
-    "recipes.settings": ("Recipe",),
+    "settings.align_settings": ("AlignRecipe",),
+    "settings.recover_settings": ("RecoverRecipe",),
+    "settings.settings": ("Recipe",),
     "runs.listener": ("Listener",),
     "runs.records": ("Report",),
     "runs.results": ("Evaluation",),

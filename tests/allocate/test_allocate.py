@@ -34,7 +34,7 @@ from fistapruner.allocate.measure import (
 )
 from fistapruner.core import NM, Constraint, LayerProblem, Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 
 SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
 FRACTIONS = st.floats(0.05, 0.9)

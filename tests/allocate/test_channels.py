@@ -24,7 +24,7 @@ from fistapruner.allocate.channels import (
     sample_rows,
 )
 from fistapruner.core import NM, Constraint, Unstructured
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.coupling import Link
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint, reorder

@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
-from fistapruner.activations.store import HiddenStates
-from fistapruner.activations.store import scratch_factory as store
 from fistapruner.allocate.curves import predicted_cost
 from fistapruner.allocate.fisher import (
     DensePasses,
@@ -25,6 +23,8 @@ from fistapruner.allocate.measure import decide
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.passes.store import HiddenStates
+from fistapruner.passes.store import scratch_factory as store
 
 WINDOWS, SEQLEN = 3, 12
 PASSES = DensePasses(store(None, torch.float32))

@@ -22,10 +22,10 @@ import tiny
 from fistapruner.cli import VERBS, Styled, build_parser, main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.plan import plan_model
-from fistapruner.recipes.base import MAX_SEED
-from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.identity import text_sha256
 from fistapruner.runs.lock import hold
+from fistapruner.settings.base import MAX_SEED
+from fistapruner.settings.settings import Recipe
 
 PACKAGE = Path(fistapruner.__file__).parent
 

@@ -316,7 +316,7 @@ from fistapruner.solvers import METHODS, solve
 problem = LayerProblem.from_activations(torch.randn(8, 16), torch.randn(100, 16))
 for name, method in METHODS.items():
     solve(problem, "2:4", f"wanda+{name}" if method.refines else name)
-heavy = ["pydantic", "transformers", "yaml", "safetensors", "fistapruner.recipes", "fistapruner.models"]
+heavy = ["pydantic", "transformers", "yaml", "safetensors", "fistapruner.settings", "fistapruner.models"]
 print([name for name in heavy if name in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -26,9 +26,9 @@ from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
 from fistapruner.pipeline.prune import prune
 from fistapruner.pipeline.resume import resume
-from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import worker_devices
+from fistapruner.settings.execution_settings import Execution
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",

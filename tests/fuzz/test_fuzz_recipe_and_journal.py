@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from mutations import EXAMPLES, damaged, damaged_json, damaged_json_text, fuzz, json_values
 
 from fistapruner import FistaPrunerError, Recipe
-from fistapruner.recipes.loading import shipped_recipes
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.snapshots import Snapshots
+from fistapruner.settings.loading import shipped_recipes
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
 TEXTS = [WHOLE.to_yaml(), *shipped_recipes().values()]

@@ -13,12 +13,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.activations.check import check_model
 from fistapruner.models.discovery import discover, expert_modules, linear_modules
 from fistapruner.models.experts import ExpertLinear
 from fistapruner.models.files.checkpoint import Checkpoint, Stack
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.passes.check import check_model
 from fistapruner.training.masked import vectors
 
 FORMS = [True, False]

@@ -16,13 +16,13 @@ from torch import Tensor
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.activations.check import check_model
-from fistapruner.activations.store import HiddenStates
-from fistapruner.activations.stream import Calls, run_layer
-from fistapruner.evaluation.streaming import Passes, score_windows
+from fistapruner.measure.streaming import Passes, score_windows
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.passes.check import check_model
+from fistapruner.passes.store import HiddenStates
+from fistapruner.passes.stream import Calls, run_layer
 
 CPU = torch.device("cpu")
 SMALL = {

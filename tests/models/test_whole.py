@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.generations import generate_side_by_side
+from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.models import whole
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from tiny import GQA, SIZES, WIDE, save, spread, tokenizer
 

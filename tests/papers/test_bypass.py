@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.activations.store import scratch_factory
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
-from fistapruner.recipes.settings import Recipe
-from fistapruner.recipes.structure_settings import Structure
+from fistapruner.passes.store import scratch_factory
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.settings.settings import Recipe
+from fistapruner.settings.structure_settings import Structure
 from fistapruner.structure.units import find_units
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 64}

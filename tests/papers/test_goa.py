@@ -18,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem
-from fistapruner.activations.store import HiddenStates
 from fistapruner.core.linalg import alive_gram
 from fistapruner.models.discovery import discover
 from fistapruner.models.layerwise import LayerwiseModel
@@ -31,14 +30,15 @@ from fistapruner.papers.goa import (
     head_divergence,
     redundant,
 )
+from fistapruner.passes.store import HiddenStates
 from fistapruner.pipeline.new_widths import change_widths
 from fistapruner.pipeline.patterns import allocate
 from fistapruner.planning.footprint import peak_bytes
 from fistapruner.planning.measured_sizes import measure_sizes
 from fistapruner.planning.sizes import Choice
-from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runtime.numerics import DTYPES
+from fistapruner.settings.structure_settings import Structure
 from fistapruner.structure.refit import ChannelStatistics, refitted, remove_channels
 from fistapruner.structure.trial import plan_widths
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import tiny
-from fistapruner.calibration.training_text import TrainingText
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.papers.mezo import EPS, Draw, ForwardOnly, standard_normal
 from fistapruner.papers.subzero import RANK, REFRESH, subspace_normal
+from fistapruner.text.training_text import TrainingText
 from fistapruner.training.loss import TokenLoss
 from fistapruner.training.objective import Objective
 

@@ -17,8 +17,8 @@ import torch
 import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.data import cut_windows
-from fistapruner.evaluation.evaluate import evaluate as run_evaluation
+from fistapruner.measure.data import cut_windows
+from fistapruner.measure.evaluate import evaluate as run_evaluation
 from fistapruner.models.whole import load_whole
 from fistapruner.pipeline import measure
 from fistapruner.pipeline.compare import compare
@@ -26,7 +26,6 @@ from fistapruner.pipeline.compare_jobs import plan_jobs, run_name
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.protocol import Protocol, distinct_seeds
 from fistapruner.pipeline.prune import prune
-from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
@@ -36,6 +35,7 @@ from fistapruner.runs.records import load_run
 from fistapruner.runs.results import Perplexity
 from fistapruner.runtime.files import write_json_atomic, write_sealed_json
 from fistapruner.runtime.formatting import percent
+from fistapruner.settings.settings import Recipe
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 

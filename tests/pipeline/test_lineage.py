@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.record import read_pruning_record
 from fistapruner.models.source import ModelSource
 from fistapruner.pipeline.kept_claims import claimed_zeros, kept_widths

@@ -17,8 +17,8 @@ import tiny
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
 from fistapruner.core import NM
-from fistapruner.evaluation.bench import Speeds, bench, record
-from fistapruner.evaluation.speed import Speed, Variant, compare, load_variant, weight_bytes
+from fistapruner.measure.bench import Speeds, bench, record
+from fistapruner.measure.speed import Speed, Variant, compare, load_variant, weight_bytes
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter, sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
@@ -394,7 +394,7 @@ def test_faults_of_a_packed_model_name_its_folder_and_come_before_it_is_unpacked
     other = tiny.save("llama", tmp_path / "other", vocab_size=tiny.VOCABULARY + 8)
     with pytest.raises(FistaPrunerError, match=f"^{packed} and {other} do not share a vocabulary"):
         fp.evaluate(packed, "python", seqlen=16, against=other)
-    monkeypatch.setattr("fistapruner.evaluation.evaluate.unpack", None)
+    monkeypatch.setattr("fistapruner.measure.evaluate.unpack", None)
     with pytest.raises(FistaPrunerError, match=rf"seqlen 99999 is more than the \d+ tokens {packed} was made for"):
         fp.evaluate(packed, "python", seqlen=99999)
     for file in packed.glob("tokenizer*"):

@@ -19,14 +19,13 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.evaluation import streaming
-from fistapruner.evaluation.bench import record
-from fistapruner.evaluation.zero_shot import Tasks
+from fistapruner.measure import streaming
+from fistapruner.measure.bench import record
+from fistapruner.measure.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
 from fistapruner.pipeline.measure import measure
-from fistapruner.recipes.execution_settings import Execution
 from fistapruner.reporting.quality_rows import task_before
 from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
@@ -37,6 +36,7 @@ from fistapruner.runs.records import Lineage, Report, Stage, is_run, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_records import Recovery
+from fistapruner.settings.execution_settings import Execution
 from speeds import in_this_process
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8

@@ -26,7 +26,7 @@ import tiny
 from fistapruner.allocate.measure import Decision, decide
 from fistapruner.cli import main
 from fistapruner.core import parse_sparsity
-from fistapruner.evaluation.speed import Variant, load_variant
+from fistapruner.measure.speed import Variant, load_variant
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.files.writer import SHARD_RECORD
@@ -39,8 +39,6 @@ from fistapruner.pipeline.begun import (
     say_other_versions,
 )
 from fistapruner.pipeline.find_model import absolute
-from fistapruner.recipes.execution_settings import Execution
-from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.directory import RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
@@ -48,6 +46,8 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.files import sha256_file, write_json_atomic
+from fistapruner.settings.execution_settings import Execution
+from fistapruner.settings.settings import Recipe
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. "
@@ -437,7 +437,7 @@ def test_code_runs_only_where_this_command_allows_it(
     for folder in (out, f"{out}/model", tmp_path / "packed"):  # before anything is packed, unpacked or measured
         with monkeypatch.context() as patch:
             for work in ("pack", "unpack"):
-                patch.delattr(f"fistapruner.evaluation.bench.{work}")
+                patch.delattr(f"fistapruner.measure.bench.{work}")
             assert main(["bench", str(folder)]) == 2
         assert "needs Python code of its own" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers may ask whether to run it

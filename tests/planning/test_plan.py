@@ -36,10 +36,10 @@ from fistapruner.planning.phases import PHASES
 from fistapruner.planning.plan import Fitted, fit, make_plan, written
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
-from fistapruner.recipes.execution_settings import Execution
-from fistapruner.recipes.loading import merge_settings
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
+from fistapruner.settings.execution_settings import Execution
+from fistapruner.settings.loading import merge_settings
 from fistapruner.solvers import parse_method, solve
 
 Model = tuple[LayerwiseModel, Layout, torch.Tensor]

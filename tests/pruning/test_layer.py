@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, Recipe, solve
-from fistapruner.activations.store import HiddenStates, scratch_factory
-from fistapruner.activations.stream import Calls
 from fistapruner.core import LayerProblem, ProblemSums, parse_sparsity
 from fistapruner.core.constraints import stack
 from fistapruner.core.problem import unweighted
@@ -24,6 +22,8 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Layout, Operator
+from fistapruner.passes.store import HiddenStates, scratch_factory
+from fistapruner.passes.stream import Calls
 from fistapruner.pipeline.prune import prune
 from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense_windows, drift_sources

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.activations.routed import RoutedTokens
-from fistapruner.activations.store import HiddenStates
 from fistapruner.core import NM, LayerProblem
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.passes.routed import RoutedTokens
+from fistapruner.passes.store import HiddenStates
 from fistapruner.runs.prune_directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}

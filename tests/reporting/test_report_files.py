@@ -25,7 +25,7 @@ import samples
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.core import parse_sparsity
-from fistapruner.evaluation.scoring import perplexity_of
+from fistapruner.measure.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.comparison import comparison_markdown
 from fistapruner.reporting.evaluation_text import evaluation_text, perplexity_conditions
@@ -347,8 +347,8 @@ def test_patterns_that_were_chosen_by_error_are_called_mixed() -> None:
 
 
 def test_the_allocation_that_advice_gives_is_understood() -> None:
-    from fistapruner.recipes.loading import parse_yaml
-    from fistapruner.recipes.patterns import matches
+    from fistapruner.settings.loading import parse_yaml
+    from fistapruner.settings.patterns import matches
 
     report = samples.report()
     for sparsity in ("50%", "0.3", "12.5%", "1%", "95%"):

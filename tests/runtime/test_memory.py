@@ -12,12 +12,12 @@ import torch
 
 import fistapruner as fp
 import tiny
-from fistapruner.evaluation import speed as variants
-from fistapruner.evaluation.generations import generate_side_by_side
-from fistapruner.evaluation.speed import Variant
 from fistapruner.execution.executors import default_threads
-from fistapruner.recipes.execution_settings import Execution
+from fistapruner.measure import speed as variants
+from fistapruner.measure.generations import generate_side_by_side
+from fistapruner.measure.speed import Variant
 from fistapruner.runtime import devices, memory
+from fistapruner.settings.execution_settings import Execution
 
 V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 

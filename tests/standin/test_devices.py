@@ -15,15 +15,15 @@ import fistapruner
 import tiny
 from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.generations import generate_side_by_side
-from fistapruner.evaluation.speed import prompts, time_generation
 from fistapruner.execution.executors import _pool
 from fistapruner.execution.worker import Worker
+from fistapruner.measure.generations import generate_side_by_side
+from fistapruner.measure.speed import prompts, time_generation
 from fistapruner.models.source import Permissions
 from fistapruner.models.whole import load_whole
-from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked, sent
+from fistapruner.settings.execution_settings import Execution
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}

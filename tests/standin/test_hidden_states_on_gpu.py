@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fistapruner.activations.store import HiddenStates
+from fistapruner.passes.store import HiddenStates
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")

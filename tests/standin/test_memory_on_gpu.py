@@ -15,9 +15,6 @@ import torch
 
 import fistapruner
 import tiny
-from fistapruner.activations.gradients import backward
-from fistapruner.activations.store import scratch_factory
-from fistapruner.activations.stream import forward, forward_variants
 from fistapruner.allocate.fisher import DensePasses, measure_sensitivity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
@@ -28,15 +25,18 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import Permissions
+from fistapruner.passes.gradients import backward
+from fistapruner.passes.store import scratch_factory
+from fistapruner.passes.stream import forward, forward_variants
 from fistapruner.planning.budget import DEVICE_RESERVE
 from fistapruner.planning.footprint import removal_bytes, solve_bytes
-from fistapruner.recipes.loading import load_recipe_settings, merge_settings
-from fistapruner.recipes.settings import Recipe
-from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runtime import transfers
+from fistapruner.settings.loading import load_recipe_settings, merge_settings
+from fistapruner.settings.settings import Recipe
+from fistapruner.settings.structure_settings import Structure
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import fistapruner
 import tiny
-from fistapruner.evaluation.inspection import inspect_checkpoint
-from fistapruner.recipes.loading import load_recipe_settings, merge_settings
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.runs.records import Report
+from fistapruner.settings.loading import load_recipe_settings, merge_settings
 from standin.gpu import StandIn
 from standin.hardware import GPUS
 from standin.hardware import LAST as GPU

@@ -16,13 +16,13 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.core import NM
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.recipes.structure_settings import Remove
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
+from fistapruner.settings.structure_settings import Remove
 from fistapruner.structure.experts import chosen_experts, find_experts
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}

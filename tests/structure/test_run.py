@@ -18,13 +18,13 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.core import NM
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pipeline.plan import plan_model
-from fistapruner.recipes.settings import Recipe
-from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
+from fistapruner.settings.settings import Recipe
+from fistapruner.settings.structure_settings import Structure
 from speeds import in_this_process
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,7 +18,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.runs.records import Report, load_run
 from tiny import tensors
@@ -230,8 +230,8 @@ def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
     align(bench, tmp_path / "out")
     said = tiny.Said()
     with monkeypatch.context() as patched:
-        patched.setattr("fistapruner.evaluation.evaluate.find_tasks", lambda tasks, folder: tasks)
-        patched.setattr("fistapruner.evaluation.evaluate.evaluate_tasks", lambda *arguments, **settings: ())
+        patched.setattr("fistapruner.measure.evaluate.find_tasks", lambda tasks, folder: tasks)
+        patched.setattr("fistapruner.measure.evaluate.evaluate_tasks", lambda *arguments, **settings: ())
         for model, warnings in ((tmp_path / "out" / "model", 1), (bench.pruned() / "model", 0)):
             assert main(["evaluate", str(model), "--tasks", "piqa", "--json"]) == 0
             found = json.loads(capsys.readouterr().out)["warnings"]

@@ -20,7 +20,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.packed.format import pack_operator
 from fistapruner.packed.linear import SparseLinear

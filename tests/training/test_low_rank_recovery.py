@@ -16,14 +16,14 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import Report
+from fistapruner.settings.recover_settings import RecoverRecipe
 from fistapruner.training.masked import Trained
 
 PRUNING: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", "low_rank": 4}

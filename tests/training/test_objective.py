@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.calibration.training_text import TrainingText
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runtime.numerics import Budgets
+from fistapruner.settings.recover_settings import RecoverRecipe
+from fistapruner.text.training_text import TrainingText
 from fistapruner.training.loss import TokenLoss
 from fistapruner.training.masked import Trained
 from fistapruner.training.objective import Objective

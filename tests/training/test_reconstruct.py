@@ -12,14 +12,14 @@ from torch import Tensor
 
 import tiny
 from fistapruner import Recipe
-from fistapruner.activations.store import HiddenStates, scratch_factory
-from fistapruner.activations.stream import Calls
 from fistapruner.allocate.fisher import DensePasses
 from fistapruner.allocate.measure import decide
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.passes.store import HiddenStates, scratch_factory
+from fistapruner.passes.stream import Calls
 from fistapruner.pipeline.prune import prune
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory

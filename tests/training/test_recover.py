@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.layer_errors import mean_error

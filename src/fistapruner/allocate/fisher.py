@@ -6,7 +6,7 @@ An error ``e_t`` in some output of the dense model at token ``t`` changes the pr
 
 where ``g_t`` is the gradient of the log-likelihood of labels *drawn from the model itself* with respect to that
 output: its second moment is the Fisher information. One forward and one backward pass over some calibration windows
-measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations.stream`). The second moment is stored
+measure it, one decoder layer in memory at a time (:mod:`fistapruner.passes.stream`). The second moment is stored
 as
 
 * ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.gradients import backward
-from ..activations.store import HiddenStates, Store
-from ..activations.stream import Visit, Watched, forward
 from ..core.linalg import exact_in_fast_products, fast_products
 from ..core.sums import add_gram, mirror
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
+from ..passes.gradients import backward
+from ..passes.store import HiddenStates, Store
+from ..passes.stream import Visit, Watched, forward
 from ..runtime.numerics import dtype_name
 from ..runtime.progress import Tick, silent
 from ..runtime.transfers import sent

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..calibration.windows import window_tasks
 from ..core import Constraint, ProblemSums
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout, Operator
 from ..papers.owl import InputEnergy, Outliers
 from ..papers.so_ebm import Workload
-from ..recipes.settings import OWN, Recipe
 from ..runs.workload_records import WorkloadFacts
+from ..settings.settings import OWN, Recipe
+from ..text.windows import window_tasks
 from .allocate import choose_patterns, split_budget
 from .channels import Permutations, reordered_rows
 from .curves import patterns_measured, predicted_cost, row_error_curves, sampled_rows

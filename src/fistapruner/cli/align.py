@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..recipes.align_settings import AlignRecipe
+from ..settings.align_settings import AlignRecipe
 from .arguments import (
     add_dense_argument,
     add_evaluation_of_result,

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..errors import FistaPrunerError
-from ..recipes.align_settings import AlignRecipe
-from ..recipes.base import RunRecipe, Settings
-from ..recipes.loading import load_recipe_settings, merge_settings
-from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.settings import Recipe
-from ..recipes.structure_settings import Structure
-from ..recipes.training_settings import TrainingRecipe
+from ..settings.align_settings import AlignRecipe
+from ..settings.base import RunRecipe, Settings
+from ..settings.loading import load_recipe_settings, merge_settings
+from ..settings.recover_settings import RecoverRecipe
+from ..settings.settings import Recipe
+from ..settings.structure_settings import Structure
+from ..settings.training_settings import TrainingRecipe
 
 if TYPE_CHECKING:
     from ..runs.listener import Listener

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..recipes.settings import Recipe
+from ..settings.settings import Recipe
 from .arguments import (
     add_evaluation,
     add_output_arguments,

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..evaluation.evaluate import evaluate
+    from ..measure.evaluate import evaluate
     from ..pipeline.measure_run import evaluate_run
     from ..reporting.evaluation_text import evaluation_text
     from ..runs.records import is_run

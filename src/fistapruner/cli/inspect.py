@@ -21,7 +21,7 @@ from . import Styled
 from .arguments import add_json_argument, add_pickle_argument
 
 if TYPE_CHECKING:
-    from ..evaluation.inspection import Inspection
+    from ..measure.inspection import Inspection
 
 SUMMARY = "sparsity of every operator; whether claimed patterns hold"
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from ..evaluation.inspection import inspect_checkpoint
+    from ..measure.inspection import inspect_checkpoint
 
     console = Console(file=cast(TextIO, Styled(sys.stderr)))
     with console.status("") as status:

@@ -16,8 +16,8 @@ import argparse
 import json
 from collections.abc import Mapping
 
-from ..recipes.settings import Recipe
 from ..runtime.formatting import align_columns, finite, size
+from ..settings.settings import Recipe
 from .arguments import (
     add_json_argument,
     add_recipe_arguments,

@@ -15,7 +15,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ..recipes.settings import Recipe
+from ..settings.settings import Recipe
 from .arguments import (
     add_evaluation,
     add_model_and_run,

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FistaPrunerError
-from ..recipes.recover_settings import RecoverRecipe
 from ..runtime.formatting import finite
+from ..settings.recover_settings import RecoverRecipe
 from .arguments import (
     add_dense_argument,
     add_evaluation_of_result,

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..packed.kernel import ENVIRONMENT, LEVELS
-from ..recipes.align_settings import AlignRecipe
-from ..recipes.base import Settings
-from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.settings import Recipe
+from ..settings.align_settings import AlignRecipe
+from ..settings.base import Settings
+from ..settings.recover_settings import RecoverRecipe
+from ..settings.settings import Recipe
 from ..solvers import METHODS
 from ..solvers.catalogue import CATALOGUE
 from . import VERBS, build_parser

@@ -17,8 +17,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..activations.store import CPU, HiddenStates, scratch_factory
-from ..activations.stream import Calls, embed, run_layer
 from ..allocate.measure import weighs_rows
 from ..core import Constraint
 from ..errors import FistaPrunerError
@@ -27,11 +25,11 @@ from ..models.files.low_rank import A, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..passes.store import CPU, HiddenStates, scratch_factory
+from ..passes.stream import Calls, embed, run_layer
 from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
-from ..recipes.settings import Recipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import Numerics
 from ..runs.identity import fingerprint
 from ..runs.layer_records import LayerEntry
@@ -41,6 +39,8 @@ from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
+from ..settings.settings import Recipe
+from ..settings.training_settings import TrainingRecipe
 from ..structure.experts import fewer_experts
 from ..structure.smaller import Widths, resized
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from ..core import LayerProblem
-from ..recipes.execution_settings import Execution
 from ..runs.listener import Listener
 from ..runtime.devices import (
     available_cores,
@@ -16,6 +15,7 @@ from ..runtime.devices import (
     worker_devices,
 )
 from ..runtime.memory import release_device_memory
+from ..settings.execution_settings import Execution
 from .context import RunContext
 from .layer_parallel import prune_layers_in_parallel
 from .pool import Pool

@@ -18,8 +18,8 @@ from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
-from ..recipes.execution_settings import Execution
 from ..runtime.launcher import module_path
+from ..settings.execution_settings import Execution
 from .context import RunContext
 from .pool import Event, LayerJob
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 
-from ..activations.store import HiddenStates
 from ..core import LayerProblem
+from ..passes.store import HiddenStates
 from ..pruning.context import LayerEvents, LayerStreams
-from ..recipes.settings import Recipe
 from ..runs.listener import Listener
+from ..settings.settings import Recipe
 from .context import RunContext
 
 

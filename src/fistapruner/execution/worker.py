@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from ..activations.store import HiddenStates
-from ..activations.stream import Calls
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
+from ..passes.store import HiddenStates
+from ..passes.stream import Calls
 from ..pruning.context import LayerEvents, LayerStreams
 from ..runtime.devices import first_line
 from ..runtime.numerics import exact_products

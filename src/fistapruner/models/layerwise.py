@@ -10,7 +10,7 @@ replaced:
 
 This is right only where every decoder layer receives the output of the layer before it, and nothing else happens
 between them. :meth:`LayerwiseModel.check` refuses models whose forward pass differs, and
-:func:`fistapruner.activations.check.check_model` compares the logits of one short window with the model's own.
+:func:`fistapruner.passes.check.check_model` compares the logits of one short window with the model's own.
 """
 
 from __future__ import annotations

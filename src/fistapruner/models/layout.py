@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from ..recipes.patterns import matches
+from ..settings.patterns import matches
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import yaml
 from filelock import FileLock
 
 from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text, with_name
-from ..recipes.loading import YAML_FAULTS
 from ..runtime.files import disk_errors, require_utf8
+from ..settings.loading import YAML_FAULTS
 from .files.checkpoint import Checkpoint
 from .files.folder_files import (
     COMPANION_NAMES,

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..activations.store import Store
-from ..activations.stream import Watched, embed, forward_variants, run_layer
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..models.layerwise import LayerwiseModel
+from ..passes.store import Store
+from ..passes.stream import Watched, embed, forward_variants, run_layer
 from ..runs.listener import Listener
 from ..runtime.formatting import duration
 from ..runtime.numerics import seeded

@@ -31,11 +31,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..activations.store import HiddenStates
 from ..core import LayerProblem
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Group
+from ..passes.store import HiddenStates
 from ..structure.choose import best_channels
 from ..structure.refit import ChannelStatistics, refitted
 from ..structure.units import Unit

@@ -42,9 +42,9 @@ from torch import Tensor, nn
 
 from ..allocate.allocate import ZerosBudget
 from ..core import Unstructured
-from ..recipes.base import RunRecipe, Settings
 from ..runs.workload_records import WorkloadFacts, WorkloadTask
 from ..runtime.numerics import seeded
+from ..settings.base import RunRecipe, Settings
 
 EXCESS, DAMAGE, PENALTY = 20.0, 1.0, 0.01  # γ, κ and λ
 DECISIONS, DEPLOYMENTS = 256, 50  # mixes on the lattice, at most, and deployments of a history, at least

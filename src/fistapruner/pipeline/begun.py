@@ -17,9 +17,6 @@ from torch import Tensor
 from ..errors import A_TEXT, FistaPrunerError, path_text
 from ..models.source import Permissions, packed_file
 from ..papers.so_ebm import Workload
-from ..recipes.execution_settings import Execution
-from ..recipes.loading import parse_yaml
-from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord, RunRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, fingerprint, stamps, text_sha256
@@ -30,6 +27,9 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import PARTIAL
 from ..runtime.formatting import shell_line
 from ..runtime.machine import versions
+from ..settings.execution_settings import Execution
+from ..settings.loading import parse_yaml
+from ..settings.settings import Recipe
 from .find_model import absolute, find_source, same_path
 
 SECTIONS = ("data", "calibration", "structure")

@@ -15,12 +15,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ..calibration import SELF
 from ..errors import MissingExtraError, out_path
-from ..evaluation.data import check_data
-from ..evaluation.streaming import KeptStates
 from ..execution.context import open_model
 from ..execution.executors import default_threads
+from ..measure.data import check_data
+from ..measure.streaming import KeptStates
 from ..models.files.low_rank import refuse_low_rank
 from ..models.source import Permissions
 from ..reporting.write import write_page
@@ -29,6 +28,7 @@ from ..runs.listener import Listener
 from ..runtime.devices import choose_device
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import undisturbed
+from ..text import SELF
 from .begun import refuse_overlap
 from .compare_folder import (
     comparing,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..models.source import ModelSource, Permissions
-from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
 from ..runs.comparison_records import DENSE, FIGURES, PAGE, RUNS, STATES, TABLE, CompareRow, Comparison, load_comparison
 from ..runs.decision import PruneRecord
@@ -18,6 +17,7 @@ from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.files import PARTIAL, disk_errors, entries, read_json, write_json_atomic, write_text_atomic
+from ..settings.settings import Recipe
 from .begun import changed_text, interrupted_with, refuse_other_settings
 from .compare_jobs import CompareJob, run_name
 from .find_model import find_source, same_model

@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration import SELF, calibration_length
 from ..errors import FistaPrunerError
-from ..evaluation.data import load_windows
 from ..execution.context import open_model
 from ..execution.executors import default_threads
+from ..measure.data import load_windows
 from ..models.source import ModelSource
-from ..recipes.settings import Recipe
 from ..runs.comparison_records import RUNS
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.numerics import dtype_name
+from ..settings.settings import Recipe
+from ..text import SELF, calibration_length
 from .contenders import Contender
 from .plan import check_sources
 from .prepare import draw_windows, drawing_of

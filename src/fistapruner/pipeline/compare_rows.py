@@ -10,10 +10,9 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..evaluation.evaluate import evaluate as run_evaluation
-from ..evaluation.streaming import KeptStates
+from ..measure.evaluate import evaluate as run_evaluation
+from ..measure.streaming import KeptStates
 from ..models.source import ModelSource
-from ..recipes.settings import Recipe
 from ..runs.comparison_records import DENSE, CompareRow, Comparison
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
@@ -22,6 +21,7 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
 from ..runtime.files import read_json, write_json_atomic
+from ..settings.settings import Recipe
 from .begun import changed_text
 from .compare_jobs import CalibrationWindows, CompareJob
 from .measure import publish

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FistaPrunerError, instead_of
-from ..recipes.loading import load_recipe_settings, merge_settings, parse_value, shipped_recipes
-from ..recipes.settings import Recipe
+from ..settings.loading import load_recipe_settings, merge_settings, parse_value, shipped_recipes
+from ..settings.settings import Recipe
 from ..solvers import METHODS, parse_method
 
 SHARED = {"sparsity": "--sparsity", "seed": "--seeds", "calibration.seed": "--seeds"}

@@ -10,14 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..activations.store import scratch_factory
 from ..allocate.fisher import DensePasses
 from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
 from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
 from ..papers.bypass import SEQUENCES, Bypass
-from ..recipes.settings import Recipe
+from ..passes.store import scratch_factory
 from ..reporting.workload_text import workload_sentence
 from ..runs.decision import PlannedRun
 from ..runs.identity import fingerprint
@@ -27,6 +26,7 @@ from ..runs.workload_records import WorkloadFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
+from ..settings.settings import Recipe
 from .prune_inputs import PruneInputs
 
 T = TypeVar("T")

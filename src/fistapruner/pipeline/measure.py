@@ -12,14 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
-from ..evaluation.data import load_windows
-from ..evaluation.evaluate import evaluate as run_evaluation
-from ..evaluation.generations import generate_side_by_side
+from ..measure.data import load_windows
+from ..measure.evaluate import evaluate as run_evaluation
+from ..measure.generations import generate_side_by_side
 from ..models.source import Permissions
 from ..planning.phases import with_phases
-from ..recipes.execution_settings import Execution
-from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.settings import Recipe
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
@@ -35,6 +32,9 @@ from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import windows_at_once
+from ..settings.execution_settings import Execution
+from ..settings.recover_settings import RecoverRecipe
+from ..settings.settings import Recipe
 from .find_model import absolute
 from .kept_evaluations import add_scores, same_comparison, same_text
 from .prune_inputs import shared_text

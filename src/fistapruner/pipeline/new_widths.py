@@ -18,8 +18,8 @@ from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import Permissions
 from ..papers.goa import attention_probabilities
-from ..recipes.settings import Recipe
 from ..runtime.formatting import count, span
+from ..settings.settings import Recipe
 from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
 from ..structure.trial import plan_widths
 from ..structure.units import EXPERT, GROUPS, layer_weights

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from ..core import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.layout import Layout
-from ..recipes.patterns import matches
-from ..recipes.settings import Recipe
+from ..settings.patterns import matches
+from ..settings.settings import Recipe
 from ..solvers.low_rank import check_rank
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")

@@ -9,28 +9,28 @@ from pathlib import Path
 import torch
 
 from ..allocate.measure import check_allocation
-from ..calibration import calibration_length
-from ..calibration.text import PYTHON
-from ..calibration.windows import check_source
 from ..core import Constraint
 from ..errors import out_path
-from ..evaluation.data import Windows, load_windows
-from ..evaluation.generations import NEW_TOKENS, PROMPTS
 from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..execution.ray_pool import cluster_head
+from ..measure.data import Windows, load_windows
+from ..measure.generations import NEW_TOKENS, PROMPTS
 from ..models.discovery import discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import Permissions
 from ..planning.plan import Plan, make_plan
-from ..recipes.execution_settings import Execution
-from ..recipes.settings import Recipe
 from ..runs.directory import refuse_out
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
+from ..settings.execution_settings import Execution
+from ..settings.settings import Recipe
 from ..structure.smaller import Widths
+from ..text import calibration_length
+from ..text.text import PYTHON
+from ..text.windows import check_source
 from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
 

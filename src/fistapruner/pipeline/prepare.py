@@ -12,14 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ..allocate.measure import needs_measuring
-from ..calibration import SELF, calibration_tokens
-from ..calibration.self_generated import generation_bytes
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
-from ..recipes.calibration_settings import Calibration
-from ..recipes.settings import Recipe
 from ..runs.decision import PlannedRun, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.listener import Listener
@@ -28,6 +24,10 @@ from ..runs.records import CalibrationFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
+from ..settings.calibration_settings import Calibration
+from ..settings.settings import Recipe
+from ..text import SELF, calibration_tokens
+from ..text.self_generated import generation_bytes
 from .begun import changed_text, keep_recipe, say_kept_plan, write_settings
 from .dense_measurements import DenseMeasurements, Measured
 from .find_model import absolute

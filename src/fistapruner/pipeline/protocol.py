@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..evaluation.data import Windows
-from ..recipes.calibration_settings import Calibration
-from ..recipes.settings import Recipe
+from ..measure.data import Windows
 from ..runs.comparison_records import FIGURES, CompareRow
 from ..runs.results import Perplexity
+from ..settings.calibration_settings import Calibration
+from ..settings.settings import Recipe
 from .contenders import has_own_calibration, parse_contenders
 
 NOT_SHARED = {"method", "sparsity", "seed", "calibration", "dtype", "execution"}

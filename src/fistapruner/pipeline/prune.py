@@ -13,12 +13,10 @@ from torch import Tensor
 from ..allocate.measure import check_allocation
 from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
-from ..evaluation.data import check_data
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
+from ..measure.data import check_data
 from ..models.source import ModelSource, Permissions
-from ..recipes.loading import merge_settings
-from ..recipes.settings import Recipe
 from ..runs.arguments import checked_arguments
 from ..runs.decision import PruneRecord
 from ..runs.listener import Listener
@@ -32,6 +30,8 @@ from ..runtime.files import disk_errors
 from ..runtime.formatting import counted, shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..settings.loading import merge_settings
+from ..settings.settings import Recipe
 from .begun import (
     FinishedRun,
     began_on,

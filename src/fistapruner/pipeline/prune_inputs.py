@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.check import check_model
-from ..calibration import calibration_length
-from ..calibration.training_text import document_hash, shared_documents, training_documents
-from ..calibration.windows import source_documents
 from ..core import Constraint
 from ..errors import FistaPrunerError, explain
-from ..evaluation.data import evaluation_documents, load_windows
 from ..execution.context import open_model
 from ..execution.ray_pool import require_ray
+from ..measure.data import evaluation_documents, load_windows
 from ..models.discovery import discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
-from ..recipes.settings import Recipe
+from ..passes.check import check_model
 from ..runs.decision import EvaluationRequest, PruneRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
@@ -34,7 +30,11 @@ from ..runs.records import CalibrationFacts
 from ..runtime.devices import device_title
 from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
+from ..settings.settings import Recipe
 from ..structure.smaller import Widths
+from ..text import calibration_length
+from ..text.training_text import document_hash, shared_documents, training_documents
+from ..text.windows import source_documents
 from .begun import began_on, refuse_other, refuse_overlap, say_other_versions
 from .find_model import find_source
 from .new_widths import change_widths, say_warnings, say_widths

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
-from ..recipes.execution_settings import Execution
-from ..recipes.settings import Recipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import Numerics
 from ..runs.lineage import begin_lineage
 from ..runs.records import ModelFacts
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
+from ..settings.execution_settings import Execution
+from ..settings.settings import Recipe
+from ..settings.training_settings import TrainingRecipe
 from .prune_inputs import PruneInputs, RunRequest
 
 if TYPE_CHECKING:

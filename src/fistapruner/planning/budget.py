@@ -11,11 +11,11 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.whole import other_text
-from ..recipes.settings import Recipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runtime.devices import free_memory_of_gpus, worker_devices
 from ..runtime.formatting import size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
+from ..settings.settings import Recipe
+from ..settings.training_settings import TrainingRecipe
 from .sizes import GENERATING, MEASURING
 
 RESERVE = 0.9

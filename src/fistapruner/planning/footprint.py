@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core import Constraint, LayerProblem
-from ..recipes.structure_settings import Structure
+from ..settings.structure_settings import Structure
 from ..solvers.base import Method
 from ..solvers.low_rank import solve_low_rank
 from ..structure.refit import ChannelStatistics, remove_channels

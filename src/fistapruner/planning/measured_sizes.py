@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.cached_outputs import kept_projections
 from ..allocate.fisher import HEAD_TOKENS, WIDE
 from ..allocate.measure import (
     differentiates,
@@ -18,8 +17,6 @@ from ..allocate.measure import (
     permutes,
     weighs_rows,
 )
-from ..calibration import SELF
-from ..calibration.self_generated import generation_bytes
 from ..core import Constraint
 from ..core.sums import DriftFrom
 from ..models.coupling import named_size
@@ -27,13 +24,16 @@ from ..models.layerwise import Call, LayerwiseModel
 from ..models.layout import Group, Layout
 from ..models.whole import whole_bytes
 from ..papers.bypass import LENGTH, SEQUENCES
+from ..passes.cached_outputs import kept_projections
 from ..pruning.context import fitted_groups, solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
-from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
+from ..settings.settings import Recipe
 from ..structure.smaller import Widths, removed_weights
 from ..structure.units import GROUPS, HEADS, Unit
+from ..text import SELF
+from ..text.self_generated import generation_bytes
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 from .sizes import RETAINED, GroupSizes, Sizes
 

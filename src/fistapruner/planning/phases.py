@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..allocate.measure import differentiates, needs_measuring, windows_measured
-from ..calibration import SELF
-from ..calibration.self_generated import generation_steps
 from ..models.layerwise import LayerwiseModel
-from ..recipes.settings import Recipe
 from ..runs.records import PlanRow
+from ..settings.settings import Recipe
+from ..text import SELF
+from ..text.self_generated import generation_steps
 from .time_probe import Beside
 
 PHASES = {

@@ -19,11 +19,11 @@ from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..papers.bypass import LENGTH, MASKS, SEQUENCES
-from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
 from ..runs.records import PlanRow, Totals
 from ..runtime.files import existing_folder
 from ..runtime.formatting import count, duration, percent, size
+from ..settings.settings import Recipe
 from ..structure.smaller import Widths
 from .budget import DEVICE, DEVICE_RESERVE, DISK, MEMORY, TIME, MemoryBudget, Resources, fewest_windows, room_for
 from .measured_sizes import low_rank_weights, measure_sizes

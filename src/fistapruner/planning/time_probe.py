@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..activations.store import Store, scratch_factory
-from ..activations.stream import Calls, embed
 from ..allocate.curves import patterns_measured, row_error_curves
 from ..allocate.measure import measured_by
 from ..core import Constraint, LayerProblem
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
+from ..passes.store import Store, scratch_factory
+from ..passes.stream import Calls, embed
 from ..pruning.context import LayerContext, LayerEvents, LayerStreams
 from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
-from ..recipes.settings import Recipe
 from ..runs.layer_records import LayerEntry
+from ..settings.settings import Recipe
 from ..solvers import solve
 from ..structure.smaller import Widths
 from ..training.reconstruct import passes

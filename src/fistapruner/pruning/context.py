@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations.store import HiddenStates, Store
-from ..activations.stream import Calls
 from ..core import Constraint, LayerProblem
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Group, Layout
-from ..recipes.settings import Recipe
+from ..passes.store import HiddenStates, Store
+from ..passes.stream import Calls
 from ..runs.layer_records import OperatorEntry, RemovalEntry
+from ..settings.settings import Recipe
 from ..structure.smaller import Widths
 from ..structure.units import Unit
 

@@ -18,10 +18,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..activations.store import HiddenStates, Store
 from ..core.sums import DriftFrom, cheapest_drift
 from ..models.layout import Group, Layout, Operator
-from ..recipes.settings import Recipe
+from ..passes.store import HiddenStates, Store
+from ..settings.settings import Recipe
 from ..structure.units import Unit
 from .context import fitted_groups, narrowed_groups
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.cached_outputs import CachedOutputs, kept_projections
-from ..activations.routed import RoutedTokens
-from ..activations.store import HiddenStates
-from ..activations.stream import Around, Watched, run_layer
 from ..core import LayerProblem, ProblemSums
 from ..models.layout import Group
+from ..passes.cached_outputs import CachedOutputs, kept_projections
+from ..passes.routed import RoutedTokens
+from ..passes.store import HiddenStates
+from ..passes.stream import Around, Watched, run_layer
 from ..runtime.clock import Clock
 from ..structure.refit import ChannelStatistics, ChannelSums
 from ..structure.units import Unit

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..recipes.values import WORKLOAD
 from ..runs.labels import OTHERS_BY_NAME, sparsity_label
 from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
+from ..settings.values import WORKLOAD
 from .alignment_text import pairs_text, preference_rows, preference_sentence
 from .evaluation_text import kl_text, on_text, perplexity_text, task_protocol
 from .lineage_text import DONE, file_name, lineage_lines

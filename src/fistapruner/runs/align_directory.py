@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.pairs import Pairs
-from ..calibration.training_text import TrainingText
+from ..text.pairs import Pairs
+from ..text.training_text import TrainingText
 from .training_directory import TrainingDirectory
 
 

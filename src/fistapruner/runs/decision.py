@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..recipes.values import SparsitySetting
+from ..settings.values import SparsitySetting
 from .records import PlanRow, Report
 
 

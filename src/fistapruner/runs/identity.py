@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..models.files.checkpoint import Checkpoint
 from ..models.source import ModelSource
-from ..recipes.settings import Recipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
+from ..settings.settings import Recipe
+from ..settings.training_settings import TrainingRecipe
 from .decision import Numerics
 
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..recipes.loading import read_share
-from ..recipes.structure_settings import compensation_of
 from ..runtime.formatting import short_count
+from ..settings.loading import read_share
+from ..settings.structure_settings import compensation_of
 
 TRAINED = {"recover": "recovered", "align": "aligned"}
 """What runs that train have done to a model."""

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import tokens_sha256
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, entries, sha256_file
+from ..text import tokens_sha256
 from .decision import PruneRecord
 from .directory import EARLY, RunDirectory
 from .journal import LAYER_FILE, LayerJournal

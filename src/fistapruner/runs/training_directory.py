@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL
+from ..text.training_text import TrainingText
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .snapshots import Snapshots

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.routed import RoutedTokens
 from ..errors import FistaPrunerError
 from ..models.discovery import expert_modules, layer_signature
 from ..models.experts import Experts
 from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
 from ..models.layout import Layout
-from ..recipes.structure_settings import Remove
+from ..passes.routed import RoutedTokens
+from ..settings.structure_settings import Remove
 from .units import EXPERTS, Unit, Units
 
 GROUP_COUNTS, LIMIT = re.compile(r"(n|num)_(expert_)?groups?"), re.compile(r"top_?k_groups?")

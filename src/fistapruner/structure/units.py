@@ -22,7 +22,7 @@ from ..models.experts import Experts
 from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
 from ..models.layout import Layout, Operator
-from ..recipes.structure_settings import Structure
+from ..settings.structure_settings import Structure
 
 MLP, SHARED, EXPERT, GROUPS = "MLP channels", "shared expert channels", "expert channels", "key/value groups"
 """Kinds of units, as reports call them. Shared experts are MLPs in the module that holds a mixture."""

@@ -14,9 +14,6 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from ..activations.check import check_model
-from ..calibration.pairs import Pairs, pair_order
-from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
 from ..execution.context import open_model
 from ..models.discovery import discover
@@ -36,9 +33,7 @@ from ..papers.mrpo import (
     virtual_reference,
 )
 from ..papers.subzero import subspace_normal
-from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
-from ..recipes.execution_settings import Execution
-from ..recipes.training_settings import TrainingRecipe
+from ..passes.check import check_model
 from ..runs.align_directory import AlignDirectory
 from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
@@ -48,6 +43,11 @@ from ..runs.steps import read_steps
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
+from ..settings.align_settings import PREFERENCE_LOSSES, AlignRecipe
+from ..settings.execution_settings import Execution
+from ..settings.training_settings import TrainingRecipe
+from ..text.pairs import Pairs, pair_order
+from ..text.training_text import TrainingText, order
 from .distributed import ShardedSnapshots, World
 from .loop import MAX_NOT_FINITE, Loop, State
 from .loss import TokenLoss

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.preferences import accuracy_error, preference_figures
+from ..measure.preferences import accuracy_error, preference_figures
 from ..models.files.record import read_pruning_record, stack_of
 from ..papers.mezo import ForwardOnly
 from ..papers.mrpo import accuracy, margins_of
@@ -28,7 +28,6 @@ from ..pipeline.result import (
     write_model,
 )
 from ..planning.plan import check_plan
-from ..recipes.align_settings import PREFERENCE_LOSSES
 from ..reporting.advice import length_setting
 from ..reporting.model_card import model_card
 from ..runs.layer_records import LayerEntry, OperatorEntry
@@ -41,6 +40,7 @@ from ..runs.training_records import Alignment
 from ..runtime.machine import now
 from ..runtime.memory import peak_device_memory, peak_memory
 from ..runtime.numerics import mean_and_error
+from ..settings.align_settings import PREFERENCE_LOSSES
 from .context import AlignContext, TrainingContext
 from .loop import State
 from .masked import Trained

@@ -9,14 +9,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ..activations.check import check_model
-from ..calibration.text import PYTHON
-from ..calibration.windows import window_length
 from ..core.constraints import counted_sparsity
 from ..errors import A_MODEL, FistaPrunerError, path_text
-from ..evaluation.data import check_data, load_windows
-from ..evaluation.inspection import inspect_checkpoint
 from ..execution.context import open_model
+from ..measure.data import check_data, load_windows
+from ..measure.inspection import inspect_checkpoint
 from ..models.discovery import discover
 from ..models.files.low_rank import LowRankAdapter, refuse_low_rank
 from ..models.files.record import lost_structure, read_pruning_record
@@ -25,8 +22,8 @@ from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..packed.checkpoint import is_packed
+from ..passes.check import check_model
 from ..pipeline.begun import evaluation_on
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import RunDirectory, checkpoint_of
 from ..runs.identity import changed_files
@@ -36,6 +33,9 @@ from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name, pass_dtype
+from ..settings.training_settings import TrainingRecipe
+from ..text.text import PYTHON
+from ..text.windows import window_length
 from .masked import has_vectors
 
 TRAINING_SEQLEN = 1024

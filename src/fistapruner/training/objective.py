@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.layerwise import Call, LayerwiseModel
 from ..papers.mrpo import Preference, margins_of
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
+from ..text.training_text import TrainingText
 from .loss import TokenLoss
 from .teacher import Teacher
 

@@ -9,24 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..activations.check import check_model
-from ..calibration import SELF
-from ..calibration.packing import PURPOSE
-from ..calibration.pairs import Pair, Pairs, read_pairs, tokenise_pairs
-from ..calibration.self_generated import generation_bytes
-from ..calibration.training_text import MAX_HELD_OUT_WINDOWS, TrainingText, shared_documents, training_text
-from ..calibration.windows import check_source
 from ..errors import FistaPrunerError
-from ..evaluation.data import evaluation_documents
 from ..execution.context import open_model
 from ..execution.executors import default_threads
+from ..measure.data import evaluation_documents
 from ..models.whole import load_whole, require_whole, whole_bytes
 from ..papers.mamf import Mixture
+from ..passes.check import check_model
 from ..pipeline.find_model import absolute
 from ..pipeline.record import common_fields, numerics_of
-from ..recipes.align_settings import AlignRecipe
-from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import TrainingDecision, TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import stamps
@@ -40,6 +31,15 @@ from ..runtime.files import sha256_file
 from ..runtime.formatting import count
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
+from ..settings.align_settings import AlignRecipe
+from ..settings.recover_settings import RecoverRecipe
+from ..settings.training_settings import TrainingRecipe
+from ..text import SELF
+from ..text.packing import PURPOSE
+from ..text.pairs import Pair, Pairs, read_pairs, tokenise_pairs
+from ..text.self_generated import generation_bytes
+from ..text.training_text import MAX_HELD_OUT_WINDOWS, TrainingText, shared_documents, training_text
+from ..text.windows import check_source
 from .context import identity
 from .inputs import TrainingInputs, TrainingRequest, asked, check_training_inputs, find_input, named_dense
 from .plan import Plan, Task, plan_training

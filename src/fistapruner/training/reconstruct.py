@@ -28,12 +28,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..activations.store import HiddenStates
-from ..activations.stream import Calls
 from ..core.linalg import damped_cholesky, exact_in_fast_products, fast_products
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Group
+from ..passes.store import HiddenStates
+from ..passes.stream import Calls
 from ..runtime.numerics import ordered_attention
 from .loop import CHECKS, State, descend
 from .masked import ITSELF, Form, Full, Masters, TrainedLayer, root_mean_square, vectors

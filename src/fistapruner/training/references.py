@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calibration.pairs import Pairs
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..models.layerwise import LayerwiseModel
+from ..text.pairs import Pairs
 from .objective import LIKELIHOOD, AnswerObjective
 
 

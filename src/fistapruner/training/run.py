@@ -21,9 +21,6 @@ from ..pipeline.begun import (
 from ..pipeline.find_model import absolute, same_path
 from ..pipeline.measure import measure
 from ..pipeline.result import refuse_foreign_files, reporting_failure
-from ..recipes.align_settings import AlignRecipe
-from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.training_settings import TrainingRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.arguments import checked_arguments
 from ..runs.decision import TrainingRecord
@@ -40,6 +37,9 @@ from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..settings.align_settings import AlignRecipe
+from ..settings.recover_settings import RecoverRecipe
+from ..settings.training_settings import TrainingRecipe
 from .context import AlignContext, TrainingContext
 from .distributed import World, joined
 from .finish import collect, finish

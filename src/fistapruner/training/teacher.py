@@ -13,11 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..activations.store import scratch_factory
-from ..activations.stream import forward
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..models.layerwise import LayerwiseModel
+from ..passes.store import scratch_factory
+from ..passes.stream import forward
 from ..runtime.files import disk_errors
 from ..runtime.progress import Tick, silent
 

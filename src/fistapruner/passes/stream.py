@@ -1,0 +1,346 @@
+"""The way of the hidden states through a model: embed, then every decoder layer over every batch.
+
+Follow the hidden states of some windows of tokens:
+
+1. :func:`embed` makes of token ids (windows, seqlen) the hidden states that enter decoder layer 0, a
+   :class:`~.store.HiddenStates` (windows, seqlen, width) in memory or in a file. It also records the other arguments of
+   every decoder layer (:class:`Calls`: masks, positions), which are the same for all batches of one size.
+2. :func:`run_layer` runs every batch through one loaded decoder layer: hidden states in, hidden states out. On the way
+   inputs and outputs of operators can be watched (:class:`Watched`).
+3. What leaves one layer enters the next one. Only one decoder layer is in memory at a time, and while a GPU computes
+   the next one, which is being read into main memory.
+4. After the last layer, ``LayerwiseModel.logits`` applies the model's own final norm and head.
+
+:func:`forward` is 1 to 3 in a row, and :func:`~.gradients.backward` takes a gradient the same way back. Evaluation
+(:mod:`fistapruner.measure.streaming`) and sensitivity (:mod:`fistapruner.allocate.fisher`) use them. Pruning
+changes the weights on the way, so it does 2 several times for each layer, for the dense and for the pruned model: read
+:mod:`fistapruner.execution.serial` for the walk from layer to layer and :mod:`fistapruner.pruning.layer` for the passes
+inside one layer. Before any work, :func:`~.check.check_model` makes sure that this way gives the model's own
+predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..models.experts import Experts
+from ..models.layerwise import Call, LayerwiseModel
+from ..models.layout import Group, Operator
+from ..runtime.clock import Clock
+from .store import HiddenStates, Store
+
+Receive = Callable[[int, int, Tensor], None]
+"""Receives (group number, first window of the batch, values (batch, seqlen, n)); of an expert (1, its tokens, n)."""
+
+Around = Callable[[Callable[[], tuple[int, int]]], AbstractContextManager[None]]
+"""Entered around a pass, with a function that returns the windows (start, stop) of the batch at work."""
+
+Progress = Callable[[int, int], None]
+"""Receives (decoder layers done, decoder layers in all)."""
+
+
+def _ignore(number: int, start: int, values: Tensor) -> None:
+    pass
+
+
+def _ignore_routed(name: str, start: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
+    pass
+
+
+class _Reached(Exception):
+    """The last watched operator was reached; the rest of the layer is not needed."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Operators that are watched while batches run through their decoder layer.
+
+    Args:
+        groups: (number, operators) of the groups whose inputs are watched, in execution order.
+        inputs: receives those inputs, once for each group and batch.
+        operators: (group number, operator) of the operators whose outputs are watched. A pass that stops at the last
+            watched group does not reach those that run later.
+        outputs: receives those outputs.
+        mixtures: names of the modules of experts (:class:`~fistapruner.models.experts.Experts`) whose calls are
+            watched.
+        routed: receives them: (name, first window of the batch, (tokens, n) inputs, (tokens, k) chosen experts, their
+            weights).
+    """
+
+    groups: Sequence[tuple[int, Group]] = ()
+    inputs: Receive = _ignore
+    operators: Sequence[tuple[int, Operator]] = ()
+    outputs: Receive = _ignore
+    mixtures: Sequence[str] = ()
+    routed: Callable[[str, int, Tensor, Tensor, Tensor], None] = _ignore_routed
+
+    def attach(self, layer: nn.Module, windows: Callable[[], tuple[int, int]], *, stops: bool) -> list[RemovableHandle]:
+        """Hook a loaded decoder layer, so that its passes hand over what is watched.
+
+        Args:
+            layer: the layer.
+            windows: returns the windows (start, stop) of the batch at work.
+            stops: whether a pass stops at the last watched group: :class:`_Reached` is raised there.
+        """
+
+        def receive_inputs(number: int, routed: bool, last: bool) -> Callable[..., None]:
+            def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
+                start, stop = windows()
+                # Some architectures (OPT) flatten batch and sequence inside the layer.
+                inputs = args[0][None] if routed else args[0].reshape(stop - start, -1, args[0].shape[-1])
+                self.inputs(number, start, inputs)
+                if last and stops:
+                    raise _Reached
+
+            return pre_forward
+
+        def receive_outputs(number: int) -> Callable[..., None]:
+            def after_forward(_: object, __: object, out: Tensor) -> None:
+                start, stop = windows()
+                self.outputs(number, start, out.reshape(stop - start, -1, out.shape[-1]))
+
+            return after_forward
+
+        def receive_routed(name: str, last: bool) -> Callable[..., None]:
+            def pre_forward(module: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.routed(name, windows()[0], *module.routed(*args, **kwargs))
+                if last and stops:
+                    raise _Reached
+
+            return pre_forward
+
+        handles = [
+            layer.get_submodule(group[0].name).register_forward_pre_hook(
+                receive_inputs(number, bool(group[0].experts), number == self.groups[-1][0] and not self.mixtures)
+            )
+            for number, group in self.groups
+        ]
+        handles += [
+            layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number))
+            for number, operator in self.operators
+        ]
+        handles += [
+            layer.get_submodule(name).register_forward_pre_hook(
+                receive_routed(name, not self.groups and name == self.mixtures[-1]), with_kwargs=True
+            )
+            for name in self.mixtures
+        ]
+        return handles
+
+
+NOTHING = Watched()
+"""No operator is watched."""
+
+Visit = Callable[[int, nn.Module], AbstractContextManager[Watched]]
+"""Called with (index, loaded decoder layer) before its batches; left after them, when the layer is freed."""
+
+Values = Callable[[int, nn.Module], Mapping[str, Tensor]]
+"""Gives for (index, loaded decoder layer) the tensors to use in place of parameters, by name inside the layer."""
+
+Variants = Callable[[int, nn.Module], Iterable[Mapping[str, Tensor]]]
+"""Gives several :data:`Values` of a layer, one after the other; each is used before the next one is asked for."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Arguments of the decoder layers beside hidden states, for each batch size that occurs.
+
+    Args:
+        batch_size: windows in a full batch.
+        by_size: the :data:`~fistapruner.models.layerwise.Call` of every layer, for each batch size that occurs.
+    """
+
+    batch_size: int
+    by_size: dict[int, list[Call]]
+
+    @classmethod
+    def of(cls, model: LayerwiseModel, samples: int, seqlen: int, batch_size: int) -> Calls:
+        """Record the calls for the batches of ``samples`` windows, and for a single window.
+
+        Needs the model's :meth:`~LayerwiseModel.embeddings_and_head`.
+        """
+        calls = cls(min(batch_size, samples), {})
+        calls.record(model, samples, seqlen)
+        calls.record(model, 1, seqlen)
+        return calls
+
+    def record(self, model: LayerwiseModel, samples: int, seqlen: int) -> None:
+        """Record what the batches of ``samples`` windows need beyond what is there; as :meth:`of`."""
+        for size in {min(self.batch_size, samples), samples % self.batch_size} - {0, *self.by_size}:
+            self.by_size[size] = model.calls(size, seqlen)
+
+    def batches(self, samples: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of every batch."""
+        for start in range(0, samples, self.batch_size):
+            yield start, min(start + self.batch_size, samples)
+
+
+def embed(
+    model: LayerwiseModel, tokens: Tensor, batch_size: int, output: HiddenStates, calls: Calls | None = None
+) -> Calls:
+    """Embed every window: write the hidden states that enter decoder layer 0.
+
+    Args:
+        model: the model; embeddings are loaded and freed here.
+        tokens: (windows, seqlen) token ids.
+        batch_size: windows in one pass.
+        output: receives the hidden states.
+        calls: of other windows with this seqlen and batch size; what is missing is recorded into it.
+
+    Returns:
+        How decoder layers are called for these windows.
+    """
+    windows, seqlen = tokens.shape
+    with model.embeddings_and_head(head=False):
+        if calls is None:
+            calls = Calls.of(model, windows, seqlen, batch_size)
+        calls.record(model, windows, seqlen)
+        for start, stop in calls.batches(windows):
+            output.write(start, model.embed(tokens[start:stop])[0])
+    return calls
+
+
+def run_layer(
+    model: LayerwiseModel,
+    index: int,
+    inputs: HiddenStates,
+    calls: Calls,
+    *,
+    output: HiddenStates | Receive | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    watched: Watched = NOTHING,
+    around: Sequence[Around] = (),
+    clock: Clock | None = None,
+) -> None:
+    """Run every window through the loaded decoder layer ``index``.
+
+    Args:
+        model: the model, layer ``index`` loaded.
+        index: number of the layer.
+        inputs: hidden states that enter it.
+        calls: how it is called.
+        output: receives the layer's output, as group -1 if it is a function; may be ``inputs``, which is then
+            overwritten.
+            None: not needed, and every pass stops at the last watched group.
+        values: tensors to use in place of parameters, by name inside the layer.
+        watched: the operators to watch.
+        around: entered before the first batch and left after the last.
+        clock: counts the time as ``io`` and ``capture``; functions that receive something count their own.
+    """
+    phase = (lambda _: nullcontext()) if clock is None else clock.phase
+    start = stop = 0
+
+    def windows() -> tuple[int, int]:
+        return start, stop
+
+    with ExitStack() as stack:
+        for handle in watched.attach(model.layers[index], windows, stops=output is None):
+            stack.enter_context(handle)
+        for enter in around:
+            stack.enter_context(enter(windows))
+        for start, stop in calls.batches(inputs.samples):
+            with phase("io"):
+                hidden = inputs.read(start, stop, model.device)
+            with phase("capture"), torch.no_grad():
+                try:
+                    out = model.run(index, hidden, calls.by_size[stop - start][index], values)
+                except _Reached:
+                    continue
+            if isinstance(output, HiddenStates):
+                with phase("io"):
+                    output.write(start, out)
+            elif output is not None:
+                output(-1, start, out)
+    if isinstance(output, HiddenStates):
+        output.flush()
+
+
+def forward(
+    model: LayerwiseModel,
+    tokens: Tensor,
+    batch_size: int,
+    store: Store,
+    *,
+    visit: Visit | None = None,
+    keep: bool = False,
+    values: Values | None = None,
+    calls: Calls | None = None,
+    progress: Progress = lambda done, total: None,
+) -> tuple[list[HiddenStates], Calls]:
+    """Run every window through the whole model, one decoder layer in memory at a time.
+
+    Args:
+        model: the model.
+        tokens: (windows, seqlen) token ids.
+        batch_size: windows in one pass.
+        store: makes the stores of hidden states.
+        visit: called for every decoder layer; says what to watch in it.
+        keep: keep the hidden states between all layers, for :func:`~.gradients.backward`.
+        values: gives the tensors to use in place of a layer's parameters.
+        calls: as for :func:`embed`.
+        progress: receives the number of layers done.
+
+    Returns:
+        With ``keep`` the hidden states that enter each layer and those that leave the last one; without, these alone.
+        The caller closes them. And how decoder layers are called for these windows.
+    """
+    shape = (*tokens.shape, model.width)
+    states = [store("hidden-0", shape)]
+    calls = embed(model, tokens, batch_size, states[0], calls)
+    for index in range(len(model)):
+        entering = states[-1]
+        if keep:
+            states.append(store(f"hidden-{index + 1}", shape))
+        with ExitStack() as visits, model.layer(index) as layer:
+            model.read_ahead(index + 1)
+            watched = NOTHING if visit is None else visits.enter_context(visit(index, layer))
+            used = None if values is None else values(index, layer)
+            run_layer(model, index, entering, calls, output=states[-1], values=used, watched=watched)
+        progress(index + 1, len(model))
+    return states, calls
+
+
+def forward_variants(
+    model: LayerwiseModel,
+    tokens: Tensor,
+    batch_size: int,
+    store: Store,
+    variants: Variants,
+    *,
+    calls: Calls | None = None,
+) -> tuple[list[HiddenStates], Calls]:
+    """Run every window through several variants of the model; each layer is loaded once for all.
+
+    Args:
+        variants: gives the tensors of each variant; for every layer the same number of variants.
+
+    Other arguments as for :func:`forward`.
+
+    Returns:
+        The hidden states that leave the last layer of each variant; the caller closes them. And the calls.
+    """
+    shape = (*tokens.shape, model.width)
+    embedded = store("hidden-0", shape)
+    calls = embed(model, tokens, batch_size, embedded, calls)
+    states: list[HiddenStates] = []
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            model.read_ahead(index + 1)
+            number = 0
+            for number, values in enumerate(variants(index, layer), 1):
+                if index == 0:
+                    states.append(store(f"hidden-{number}", shape))
+                entering, leaving = states[number - 1] if index else embedded, states[number - 1]
+                run_layer(model, index, entering, calls, output=leaving, values=values)
+            if number != len(states):
+                raise ValueError(f"{number} variants of layer {index}, {len(states)} of the layers before it")
+        if index == 0:
+            embedded.close()
+    return states, calls

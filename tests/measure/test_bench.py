@@ -1,0 +1,204 @@
+"""The speed measurement: what it returns, not how fast anything is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fistapruner import FistaPrunerError, pack
+from fistapruner.cli import main
+from fistapruner.measure.bench import Speeds, bench, record, sentence
+from fistapruner.measure.speed import Run, Speed, Variant, compare, time_generation, weight_bytes
+from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
+from packed.pruned import pickle_weights, save_pruned
+from speeds import in_this_process
+from tiny import SIZES, build
+
+DENSE, SMALLER, PACKED = (
+    ["dense float32", "dense bfloat16"],
+    ["smaller float32", "smaller bfloat16"],
+    ["packed", "packed int8"],
+)
+
+
+def speed(name: str, rate: float = 10, spread: float = 0.0) -> Speed:
+    return Speed(name, rate, (rate - spread, rate + spread), 0.1, (0.1, 0.1), 100, 10, 1, 4, 4, 3, 2, "cpu")
+
+
+def named(variants: list[Variant], **_: object) -> list[Speed]:
+    return [speed(variant.name) for variant in variants]
+
+
+def forms(model: Path, **settings: object) -> list[str]:
+    return [one.variant for one in bench(model, measure=named, **settings)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_decoding_is_timed(architecture: str) -> None:
+    run = time_generation(build(architecture), torch.arange(3, 13).view(2, 5), 4)
+    assert run.first_token > 0
+    assert run.tokens_per_second > 0
+
+
+def test_runs_are_summarised_by_median_and_range() -> None:
+    settings = {name: 1 for name in ("peak_memory", "file_size", "batch", "prompt", "tokens", "threads")}
+    found = Speed.of("packed", [Run(1.0, 5.0), Run(2.0, 7.0), Run(9.0, 6.0)], **settings, device="cpu")
+    assert (found.first_token, found.first_token_range) == (2.0, (1.0, 9.0))
+    assert (found.tokens_per_second, found.tokens_per_second_range) == (6.0, (5.0, 7.0))
+    assert found.runs == 3
+
+
+@pytest.mark.parametrize(
+    ("dense", "packed", "said"),
+    [
+        (speed("dense", 10), speed("packed", 20), "decodes 2.00 times faster than the fastest dense one (dense), with"),
+        (speed("dense", 20), speed("packed", 10), "decodes 2.00 times slower than the fastest dense one (dense), with"),
+        (speed("dense", 10, 3), speed("packed", 11, 3), "1.10 times faster than"),
+        (speed("dense", 10, 3), speed("packed", 11, 3), ", within the spread of the runs"),
+        (speed("dense", 10), speed("packed", 10.04), "decodes as fast as the fastest dense one"),
+        (speed("dense", 10), replace(speed("packed", 20), runs=1), ", in one run, whose spread is not known"),
+        (speed("dense", 10), speed("smaller float32", 15), "(smaller float32) decodes 1.50 times faster"),
+        (speed("smaller", 10), speed("smaller float32", 15), "nothing to compare with"),
+    ],
+)
+def test_the_sentence_tells_wins_losses_and_doubt(dense: Speed, packed: Speed, said: str) -> None:
+    assert said in sentence({one.variant: one for one in (dense, packed)})
+
+
+def test_the_table_has_the_setting_and_ranges_from_slowest_to_fastest() -> None:
+    one = replace(speed("packed", 20), tokens_per_second_range=(18, 22), first_token_range=(0.1, 0.3), runs=1)
+    printed = str(Speeds([one]))
+    for said in ("1 interleaved run, 2 threads, kernel", "(18.0 - 22.0)", "(300 - 100)"):
+        assert said in printed
+
+
+def test_every_form_of_a_pruned_model_is_measured(tmp_path: Path) -> None:
+    source = save_pruned(tmp_path / "m")
+    pack(source, tmp_path / "p")
+    legacy = pickle_weights(save_pruned(tmp_path / "legacy"))
+    with pytest.raises(FistaPrunerError, match=r"legacy has only legacy pickle weights .* --allow-pickle"):
+        bench(legacy)
+    assert forms(legacy, allow_pickle=True) == forms(tmp_path / "p") == DENSE + PACKED
+    speeds = bench(source, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    assert [one.variant for one in speeds] == DENSE + PACKED
+    assert record(speeds, source)["sentence"].startswith("On this machine")
+    pack(source, tmp_path / "int8", values="int8")
+    assert forms(tmp_path / "int8") == [*DENSE, "packed int8"]
+
+
+def test_a_smaller_model_is_not_called_the_dense_one(tmp_path: Path) -> None:
+    source = save_pruned(tmp_path / "m")
+    stages = [{"settings": {"structure": {"remove": "mlp=25%"}}}]
+    (source / "fistapruner.json").write_text(json.dumps({"lineage": {"stages": stages}}))
+    pack(source, tmp_path / "p")
+    assert forms(tmp_path / "p") == SMALLER + PACKED
+    assert forms(source) == SMALLER
+    assert forms(source, before=save_pruned(tmp_path / "d")) == DENSE + SMALLER
+    names = [name for name in load_file(source / "model.safetensors") if "_proj" in name]
+    claims = {name: {"sparsity": "50%"} for name in names}
+    (source / "fistapruner.json").write_text(json.dumps({"lineage": {"stages": stages}, "operators": claims}))
+    assert forms(source) == SMALLER + PACKED
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"sparsity": "5%"}, "No operator has a smaller packed form, so there is nothing packed to compare with."),
+        ({"dtype": torch.float64}, "Weights that are not bf16 are packed rounded only"),
+    ],
+)
+def test_a_model_that_is_not_packed_is_measured_as_it_is(tmp_path: Path, settings: dict, why: str) -> None:
+    source = save_pruned(tmp_path / "m", **settings)
+    claims = {name: {"sparsity": "5%"} for name in load_file(source / "model.safetensors") if "_proj" in name}
+    (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    found = bench(source, measure=named)
+    assert [one.variant for one in found] == DENSE
+    assert why in record(found, source)["sentence"]
+
+
+def test_the_command_prints_a_table_or_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(model, **settings):
+        settings.pop("tick")("forms timed", 1, 2)
+        asked.append((model, settings))
+        return [speed("dense float32", 10), speed("packed", 20)]
+
+    importlib.import_module("fistapruner.pipeline.measure_run")  # which would keep the replacement for other tests
+    monkeypatch.setattr("fistapruner.measure.bench.bench", measured)
+    command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "dense float32" in printed
+    assert "2.00 times faster" in printed
+    assert printed.endswith(f"{QUANTISE_FIRST}\n")
+    assert main([*command, "--json"]) == 0
+    assert [row["variant"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["dense float32", "packed"]
+    numbers = {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1}
+    assert asked == 2 * [(str(tmp_path), {**numbers, "gguf": [], "allow_pickle": False})]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch": 0}, "batch 0 is not a whole number of at least 1"),
+        ({"tokens": 1}, "tokens 1 is not a whole number of at least 2"),
+        ({"runs": "8"}, "runs '8' is not a whole number of at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path: Path, settings: dict, said: str) -> None:
+    source = save_pruned(tmp_path / "m")
+    with pytest.raises(FistaPrunerError, match=said):
+        bench(source, measure=named, **settings)
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    config = transformers.OpenAIGPTConfig(**SIZES, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(FistaPrunerError, match="OpenAIGPTLMHeadModel takes no cache"):
+        time_generation(model, torch.ones(1, 2, dtype=torch.long), 2)
+    with pytest.raises(FistaPrunerError, match="none does not exist"):
+        bench(tmp_path / "none")
+    folder = save_pruned(tmp_path / "m", "gpt2")
+    with pytest.raises(FistaPrunerError, match=r"^dense: IndexError: index out of range"):  # it has 128 positions
+        compare([Variant("dense", folder)], prompt=200, tokens=2, threads=1)
+
+
+def test_every_variant_has_a_process_of_its_own(tmp_path: Path) -> None:
+    """The script that measures is not imported there, and needs no main guard; errors come in one line."""
+    pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from fistapruner.measure.speed import Variant, compare\n"
+        "print('begun', flush=True)\n"
+        "(found,) = compare([Variant('packed', Path(sys.argv[1]))], prompt=4, tokens=3, runs=2, threads=1)\n"
+        "print(found.variant, found.runs, found.threads, found.peak_memory > 2**20, found.file_size > 0)\n"
+    )
+    done = subprocess.run([sys.executable, script, tmp_path / "p"], check=True, capture_output=True, text=True)
+    assert done.stdout == "begun\npacked 2 1 True True\n"
+    assert "Loading weights" not in done.stderr
+    (tmp_path / "p" / "packed.json").write_text("{}")
+    with pytest.raises(FistaPrunerError, match=r"packed\.json does not describe"):
+        compare([Variant("packed", tmp_path / "p")], threads=1)
+
+
+def test_weights_that_are_stored_twice_are_counted_once(tmp_path: Path) -> None:
+    folder = save_pruned(tmp_path / "m")
+    size = weight_bytes(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert weight_bytes(folder) == size == (folder / "model.safetensors").stat().st_size
+    assert weight_bytes(pickle_weights(folder)) > 2**10

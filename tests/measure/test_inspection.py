@@ -1,0 +1,363 @@
+"""fistapruner inspect: exact patterns are found, true claims hold, false ones are caught."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner import NM, FistaPrunerError, parse_sparsity
+from fistapruner.cli import main
+from fistapruner.core.constraints import patterns_met
+from fistapruner.measure import inspection
+from fistapruner.measure.inspection import exact_pattern, inspect_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.stored import StoredModel, stored_model
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def save(model: Any, folder: Path, sparsity: str | None, operators: list[str], transposed: bool = False) -> Path:
+    """Save a model with these operators pruned by magnitude, and the record that a pruning run leaves."""
+    claims = {}
+    if sparsity is not None:
+        pattern = parse_sparsity(sparsity)
+        for name in operators:
+            weight = model.get_submodule(name).weight.data
+            view = weight.T if transposed else weight
+            view.mul_(pattern.project(view.abs()))
+            claims[name] = {"sparsity": sparsity, "zeros": int((view == 0).sum()), "shape": list(view.shape)}
+    model.save_pretrained(folder)
+    if sparsity is not None:
+        (folder / "fistapruner.json").write_text(json.dumps({"version": "1", "operators": claims}))
+    return folder
+
+
+def llama(folder: Path, sparsity: str | None = None) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return save(
+        LlamaForCausalLM(config),
+        folder,
+        sparsity,
+        [f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS],
+    )
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern", "shown"),
+    [
+        ("2:4", "2:4", "2:4"),
+        ("1:4", "1:4", "1:4"),
+        ("4:8", "4:8", "4:8"),
+        ("50%", None, "50%"),
+        ("0.416015625", None, "41.6016%"),
+    ],
+)
+def test_true_claims_hold(
+    tmp_path: Path, sparsity: str, pattern: str | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = llama(tmp_path / "model", sparsity)
+    found = inspect_checkpoint(folder)
+    assert len(found.operators) == 14
+    assert {operator.pattern for operator in found.operators} == {pattern}
+    assert found.violations == []
+    assert found.weights == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[-2:] for line in printed.splitlines() if line.startswith("model.")] == [[shown, "holds"]] * 14
+    assert "every claim holds" in printed
+    assert inspect_checkpoint(tmp_path).folder == folder  # a run directory
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("record", [False, True])
+def test_masks_and_a_tied_head_are_no_parameters(tmp_path: Path, architecture: str, record: bool) -> None:
+    """Old checkpoints store causal masks of GPT-2, and some a tied head beside its embedding."""
+    folder = tiny.save(architecture, tmp_path / "model", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())  # may be mapped from the file
+    file = folder / "model.safetensors"
+    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    embedding = next(tensor for name, tensor in stored.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril()} if architecture == "gpt2" else {}
+    save_file({**stored, **mask, "lm_head.weight": embedding.clone()}, file, {"format": "pt"})
+    if record:
+        name = next(name for name in stored if "mlp" in name and name.endswith("weight"))
+        claims = {name: {"sparsity": "0%", "zeros": 0, "shape": list(stored[name].shape)}}
+        (folder / "fistapruner.json").write_text(json.dumps({"version": "1", "operators": claims}))
+    found, opened = inspect_checkpoint(folder), LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    assert found.weights == opened.parameter_count() == model.num_parameters()
+    assert found.zeros == zeros
+    save_file({**stored, "lm_head.weight": embedding + 1.0}, file, {"format": "pt"})  # so it is a parameter of its own
+    assert inspect_checkpoint(folder).weights == model.num_parameters() + embedding.numel()
+
+
+def test_a_single_weight_too_many_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sparsity in ("2:4", "50%"):
+        folder = llama(tmp_path / sparsity.replace(":", ""), sparsity)
+        tensors = load_file(folder / "model.safetensors")
+        weight = tensors["model.layers.1.mlp.up_proj.weight"]
+        weight[tuple((weight == 0).nonzero()[7])] = 1e-6
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        assert main(["inspect", str(folder), "--json"]) == 1
+        result = json.loads(capsys.readouterr().out)
+        assert not result["ok"]
+        assert len(result["violations"]) == 1
+        assert "model.layers.1.mlp.up_proj.weight" in result["violations"][0]
+        assert main(["inspect", str(folder), "--quiet"]) == 1
+        assert "violated: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
+
+
+def test_pattern_of_a_checkpoint_that_claims_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = llama(tmp_path / "dense")
+    assert main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "pruned operators: 0 of 14" in printed
+    assert f"no zeros were checked: {folder} has no fistapruner.json that claims any; copy that of" in printed
+    assert main(["inspect", str(folder), "--pattern", "2:4"]) == 1
+    assert main(["inspect", str(folder), "--pattern", "0:4"]) == 2
+    pruned = llama(tmp_path / "pruned", "2:4")
+    (pruned / "fistapruner.json").unlink()
+    for pattern in ("2:4", "50%", "3:4", "4:8"):
+        assert main(["inspect", str(pruned), "--pattern", pattern]) == 0
+    for pattern in ("1:4", "51%"):
+        assert main(["inspect", str(pruned), "--pattern", pattern]) == 1
+
+
+def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+    names = [
+        f"transformer.h.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    folder = save(model, tmp_path / "gpt2", "2:4", names, transposed=True)
+    found = inspect_checkpoint(folder)
+    assert found.violations == []
+    assert {operator.pattern for operator in found.pruned} == {"2:4"}
+    for _ in range(2):  # the second time without a record, which tells the shapes
+        asked = inspect_checkpoint(folder, "2:4")
+        assert asked.violations == []
+        assert {operator.claim for operator in asked.operators} == {"2:4"}
+        assert {operator.pattern for operator in inspect_checkpoint(folder).pruned} == {"2:4"}
+        (folder / "fistapruner.json").unlink(missing_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["transformer.h.1.attn.c_proj.weight"]  # square: only the model's code tells its inputs
+    weight.copy_(weight.T.clone())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert [fault.split(":")[0] for fault in inspect_checkpoint(folder, "2:4").violations] == [
+        "transformer.h.1.attn.c_proj.weight"
+    ]
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_a_pattern_is_asked_of_every_expert(tmp_path: Path, architecture: str, original: bool) -> None:
+    """Also where one tensor holds the matrices of all experts, in either order of its dimensions."""
+    run, folder = tmp_path / "run", tmp_path / "run" / "model"
+    tiny.save(architecture, tmp_path / "dense", original=original)
+    settings: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
+    report = fp.prune(tmp_path / "dense", run, method="magnitude", sparsity="2:4", calibration=settings)
+    names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
+    claims = json.loads((folder / "fistapruner.json").read_text())["operators"]
+    for _ in range(2):  # with its record, and without
+        found = inspect_checkpoint(folder, "2:4")
+        assert found.violations == []
+        claimed = {operator.name for operator in found.operators if operator.claim is not None}
+        assert claimed == claims.keys()
+        assert len(claimed) == len(names)
+        (folder / "fistapruner.json").unlink(missing_ok=True)
+    assert {operator.pattern for operator in inspect_checkpoint(folder).pruned} == {"2:4"}
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in reversed(claims) if "expert" in name or "linear" in name)
+    stored, _, number = name.rstrip("]").partition("[")
+    weight = tensors[stored][int(number)] if number else tensors[stored]
+    weight[weight == 0] = 1.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert [fault.split(": ")[0] for fault in inspect_checkpoint(folder, "2:4").violations] == [name]
+
+
+def test_a_pattern_is_not_asked_of_the_routers_of_a_packed_model(tmp_path: Path) -> None:
+    tiny.save("qwen3_moe", tmp_path / "dense", original=True, dtype=torch.bfloat16)
+    settings: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
+    fp.prune(tmp_path / "dense", tmp_path / "run", method="magnitude", sparsity="2:4", calibration=settings)
+    fp.pack(tmp_path / "run" / "model", tmp_path / "packed")
+    asked, dense = (inspect_checkpoint(tmp_path / name, "2:4") for name in ("packed", "run"))
+    assert asked.violations == []
+    claims = [{operator.name: operator.claim for operator in found.operators} for found in (asked, dense)]
+    assert claims[0] == claims[1]
+    assert any(name.endswith("mlp.gate.weight") and claim is None for name, claim in claims[0].items())
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    del config["quantization_config"]  # for transformers alone
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    assert inspect_checkpoint(tmp_path / "packed", "2:4") == asked
+
+
+def test_experts_of_a_model_that_cannot_be_built_are_not_said_to_hold(tmp_path: Path) -> None:
+    folder = tiny.save("gpt_oss", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    faults = inspect_checkpoint(folder, "0%").violations
+    assert len(faults) == 4  # two tensors of all experts in each of two layers
+    assert "model.layers.0.mlp.experts.down_proj: cannot be checked" in faults[0]
+
+
+@pytest.mark.parametrize(("architecture", "original"), [("gpt_oss", False), ("qwen3_moe", True)])
+def test_experts_that_the_model_does_not_take_apart_are_no_less_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, original: bool
+) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", original=original)
+
+    def without_experts(checkpoint: Checkpoint) -> StoredModel:
+        found = stored_model(Checkpoint.open(checkpoint.folder))
+        assert found is not None
+        known = {name: operator for name, operator in found.operators.items() if "expert" not in name}
+        return replace(found, operators=known)
+
+    monkeypatch.setattr(inspection, "stored_model", without_experts)
+    faults = "\n".join(inspect_checkpoint(folder, "2:4").violations)
+    assert "model.layers.0.mlp.experts." in faults
+    assert "router" not in faults
+    assert "mlp.gate.weight" not in faults
+
+
+def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> None:
+    folder = llama(tmp_path / "model", "2:4")
+    record = json.loads((folder / "fistapruner.json").read_text())
+    record["operators"]["model.layers.9.mlp.up_proj"] = {"sparsity": "2:4"}
+    record["operators"]["model.layers.0.mlp.up_proj"] = {"sparsity": "nonsense"}
+    (folder / "fistapruner.json").write_text(json.dumps(record))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    violations = "\n".join(inspect_checkpoint(folder).violations)
+    assert "model.layers.9.mlp.up_proj: 2:4 is claimed, but the checkpoint has no such operator" in violations
+    assert "its claim cannot be read" in violations
+    assert "down_proj.weight: has NaN" in violations
+    (folder / "fistapruner.json").write_text('{"operators": [1]}')
+    with pytest.raises(FistaPrunerError, match="no mapping of operators"):
+        inspect_checkpoint(folder)
+
+
+def test_every_tensor_that_is_not_finite_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what is no matrix of a decoder layer."""
+    folder = llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5, 3] = torch.nan
+    tensors["model.layers.1.input_layernorm.weight"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["inspect", str(folder), "--quiet"]) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("violated")]
+    assert said == [
+        "violated: model.embed_tokens.weight: has NaN or infinite weights",
+        "violated: model.layers.1.input_layernorm.weight: has NaN or infinite weights",
+    ]
+
+
+def test_a_run_without_a_finished_checkpoint_is_said_to_go_on_with(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FistaPrunerError, match="has no finished checkpoint: go on with 'fistapruner resume"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_a_gguf_file_is_inspected_as_it_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="needs the extra 'gguf'")
+    from tiny_gguf import write_gguf
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = write_gguf(tmp_path / "tiny.gguf", kind="F16")
+    assert main(["inspect", str(tmp_path / "tiny.gguf"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["operators"]) == 14
+    assert found["model"]["weights"] == sum(parameter.numel() for parameter in model.parameters())
+    assert main(["inspect", str(tmp_path / "tiny.gguf"), "--pattern", "2:4", "--quiet"]) == 1
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(FistaPrunerError, match="neither a folder"):
+        inspect_checkpoint(tmp_path / "model.bin")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 7), st.sampled_from([2, 4, 8, 16]), st.integers(1, 4), st.integers(0, 99))
+def test_exact_pattern_of_a_projected_weight(n: int, m: int, rows: int, seed: int) -> None:
+    if n >= m:
+        return
+    weight = torch.randn(rows, 2 * m, generator=torch.Generator().manual_seed(seed))
+    weight *= NM(n, m).project(weight.abs())
+    found = exact_pattern(weight, int((weight == 0).sum()))
+    assert found is not None
+    assert found.n / found.m <= n / m
+
+
+@pytest.mark.parametrize(("removed", "found"), [(0, "2:4"), (19, "2:4"), (21, None)])
+def test_a_pattern_that_keeps_more_than_5_percent_too_many_is_none(removed: int, found: str | None) -> None:
+    """Of 400 weights, 200 are kept in groups of four, and so in groups of eight and 16; then some go."""
+    weight = torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(100)
+    weight[8 : 8 + 4 * removed : 4] = 0
+    pattern = exact_pattern(weight.view(5, 80), 200 + removed)
+    assert found == (None if pattern is None else str(pattern))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([1, 6, 12, 16, 32, 96]), st.floats(0, 1), st.integers(0, 99))
+def test_patterns_are_those_that_every_group_shows(rows: int, columns: int, density: float, seed: int) -> None:
+    weight = (torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density).float()
+    lengths = [m for m in (2, 4, 8, 16, 32) if columns % m == 0]
+    counts = {m: int(weight.view(rows, -1, m).sum(-1).max()) for m in lengths}
+    found = patterns_met(weight, 32)
+    assert found == [NM(max(1, n), m) for m, n in counts.items() if max(1, n) < m]
+    assert all(pattern.satisfies(weight) for pattern in found)
+    assert not any(NM(pattern.n - 1, pattern.m).satisfies(weight) for pattern in found if pattern.n > 1)
+    if not weight.any():
+        assert exact_pattern(weight, weight.numel()) is None
+
+
+def test_patterns_of_claimed_operators_are_not_searched_where_only_others_are_wanted(tmp_path: Path) -> None:
+    folder, told = llama(tmp_path / "m", "2:4"), []
+    every = inspect_checkpoint(folder)
+    record = json.loads((folder / "fistapruner.json").read_text())
+    record["operators"].pop("model.layers.1.mlp.up_proj")
+    (folder / "fistapruner.json").write_text(json.dumps(record))
+    found = inspect_checkpoint(folder, all_patterns=False, progress=lambda *what: told.append(what))
+    assert [operator.pattern for operator in found.operators if operator.pattern] == ["2:4"]
+    assert [operator.zeros for operator in found.operators] == [operator.zeros for operator in every.operators]
+    assert [(done, total) for _, done, total in told] == [(done, len(told)) for done in range(len(told))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_are_counted(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = llama(tmp_path / "m", "2:4")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(state | {name: state[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    found = next(operator for operator in inspect_checkpoint(folder).operators if operator.name == name)
+    assert (found.pattern, found.fault) == ("2:4", None)

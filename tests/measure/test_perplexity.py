@@ -1,0 +1,381 @@
+"""Streamed perplexity against an independent implementation and against lm-eval, on the same windows."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.measure import streaming
+from fistapruner.measure.data import Windows
+from fistapruner.measure.zero_shot import Tasks, task_result
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.passes.store import HiddenStates
+from fistapruner.runs.records import Report
+from fistapruner.runtime.numerics import BUDGETS
+
+TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def plain_perplexity(folder: Path, text: str, seqlen: int) -> tuple[float, list[float]]:
+    """The textbook loop: the whole model, one window at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"])
+    means = []
+    for window in ids[: len(ids) // seqlen * seqlen].view(-1, seqlen):
+        with torch.no_grad():
+            means.append(float(model(input_ids=window[None], labels=window[None]).loss))
+    return math.exp(sum(means) / len(means)), means
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_equals_the_textbook_loop(tmp_path: Path, text: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    expected, means = plain_perplexity(folder, TEXT, 24)
+    found = fp.evaluate(folder, str(text), seqlen=24, batch_size=5).perplexity
+    assert found is not None
+    assert found.perplexity == pytest.approx(expected, rel=1e-4)
+    assert found.windows == len(means)
+    assert found.tokens == len(means) * 23
+    error = torch.tensor(means, dtype=torch.float64).std().item() / math.sqrt(len(means))
+    assert found.nll_standard_error == pytest.approx(error, rel=1e-3)
+    assert (found.data, found.split, found.seqlen, found.dtype) == ("text.txt", "file", 24, "float32")
+
+
+@pytest.mark.parametrize(("longest", "seqlen"), [(4096, 2048), (64, 64)])
+def test_windows_are_by_default_those_of_the_model_up_to_2048(tmp_path: Path, longest: int, seqlen: int) -> None:
+    folder = tiny.save("llama", tmp_path / "model", max_position_embeddings=longest)
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    found = fp.evaluate(folder, tmp_path / "text.txt", windows=1).perplexity
+    assert found is not None
+    assert found.seqlen == seqlen
+
+
+def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> None:
+    dense = tiny.save("llama", tmp_path / "dense")
+    other = tiny.save("llama", tmp_path / "other", seed=3)
+    result = fp.evaluate(other, str(text), seqlen=16, against=dense)
+    alone = fp.evaluate(dense, str(text), seqlen=16).perplexity
+    assert result.perplexity is not None
+    assert result.reference is not None
+    assert result.divergence is not None
+    assert alone is not None
+    assert result.reference.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+    assert result.reference.text_sha256 == result.perplexity.text_sha256 == alone.text_sha256
+    assert result.divergence.nll_difference == pytest.approx(result.perplexity.nll - result.reference.nll)
+    assert result.divergence.kl > 0
+    assert 0 <= result.divergence.top1_agreement < 1
+    same = fp.evaluate(dense, str(text), seqlen=16, against=dense).divergence
+    assert same is not None
+    assert (same.top1_agreement, same.nll_difference) == (1.0, 0.0)
+    assert same.kl < 1e-6
+
+
+def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wider one, for text and for tasks: the same weights stored in two precisions are the same model."""
+    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: True)
+    module = sys.modules[fp.evaluate.__module__]
+    asked: list[torch.dtype | None] = []
+    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
+    monkeypatch.setattr(module, "evaluate_tasks", lambda _, __, given, **rest: (asked.append(given.dtype), ())[1])
+    half = tiny.save("llama", tmp_path / "half", dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
+    AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / "full")
+    for model, against, expected in ((half, half, "bfloat16"), (half, "full", "float32"), ("full", half, "float32")):
+        found = fp.evaluate(
+            tmp_path / model, str(text), seqlen=16, windows=4, against=tmp_path / against, tasks=["boolq"]
+        )
+        assert found.perplexity == found.reference
+        assert found.perplexity is not None
+        assert found.perplexity.dtype == expected
+        assert found.divergence is not None
+        assert (found.divergence.top1_agreement, found.divergence.nll_difference) == (1.0, 0.0)
+    assert asked == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_blocks_of_windows_change_nothing(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    whole = fp.evaluate(folder, str(text), seqlen=16, batch_size=2).perplexity
+    monkeypatch.setattr(streaming, "free_memory", lambda: 2 * 4 * 16 * 32 * 4)
+    made: list[HiddenStates] = []
+    make = HiddenStates.__init__
+
+    def init(states: HiddenStates, *args: Any) -> None:
+        assert not any(earlier._memory is not None for earlier in made if earlier.samples > 2)  # 2 of the check
+        made.append(states)
+        make(states, *args)
+
+    monkeypatch.setattr(HiddenStates, "__init__", init)
+    small = fp.evaluate(folder, str(text), seqlen=16, batch_size=2).perplexity
+    assert whole == small
+    assert len(made) > 2
+
+
+def test_hidden_states_take_what_the_models_leave_of_a_limit(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what both models share outside the decoder layers is in memory once; no bit of a figure changes."""
+    folder = tiny.save("llama", tmp_path / "model")
+    model, other = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for _ in range(2))
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 10**6)
+    blocks: list[int] = []
+    cut = streaming.slices
+
+    def slices(count: int, each: int, budget: int) -> list[tuple[int, int]]:
+        blocks.append(budget)
+        return cut(count, each, budget)
+
+    monkeypatch.setattr(streaming, "slices", slices)
+    tokens = torch.arange(4 * 16).remainder(model.vocabulary).view(4, 16)
+    free = streaming.score_windows(model, tokens, streaming.Passes(1), other)
+    shared: list[bool] = []
+    load = LayerwiseModel._load
+
+    def watched(self: LayerwiseModel, names: list[str], *rest: Any) -> None:
+        load(self, names, *rest)
+        ours, theirs = (each._held("model.embed_tokens.weight") for each in (model, other))
+        if ours is not None and theirs is not None:
+            shared.append(ours.data_ptr() == theirs.data_ptr())
+
+    monkeypatch.setattr(LayerwiseModel, "_load", watched)
+    limit = 10**6 + BUDGETS.head + 3 * model.checkpoint.nbytes
+    limited = streaming.score_windows(model, tokens, streaming.Passes(1, limit), other)
+    layer = sum(math.prod(model.checkpoint.entry(name).shape) for name in model.layer_parameters(0)) * 4
+    outside = model.checkpoint.nbytes - len(model) * layer
+    assert blocks[1] == 3 * model.checkpoint.nbytes - outside - layer
+    assert set(shared) == {True}
+    assert all(torch.equal(getattr(free, name), getattr(limited, name)) for name in ("nll", "reference_nll", "kl"))
+
+
+def test_a_limit_that_does_not_hold_one_batch_is_refused_or_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work; where it is told, as at the end of a run, a block has one batch and no figure changes."""
+    folder = tiny.save("llama", tmp_path / "model")
+    model, other = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for _ in range(2))
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 10**6)
+    tokens = torch.arange(6 * 16).remainder(model.vocabulary).view(6, 16)
+    passes: list[str] = []
+
+    def tick(what: str, done: int, total: int) -> None:
+        passes.append(what)
+
+    layer = model.pass_bytes(model.layer_sources(0))
+    outside = model.checkpoint.nbytes - len(model) * layer
+    enough = 10**6 + outside + layer + BUDGETS.head + 2 * (2 * 16 * model.width * 4)
+    told: list[str] = []
+    free = streaming.score_windows(model, tokens, streaming.Passes(2, enough, told.append), other)
+    assert not told
+    with pytest.raises(
+        fp.FistaPrunerError, match=r"^--memory-limit 12\d MiB is not enough: .* needs 12\d MiB: raise it"
+    ):
+        streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, tick=tick), other)
+    assert not passes
+    found = streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, told.append, tick), other)
+    assert [line.endswith("MiB, which was taken") for line in told] == [True]
+    assert passes.count(passes[0]) == 2 * 3 * len(model)
+    assert all(torch.equal(getattr(free, name), getattr(found, name)) for name in ("nll", "reference_nll", "kl"))
+
+
+def test_beside_a_gpu_a_limit_counts_the_layer_being_read_as_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: PyTorch rounds page-locked buffers up."""
+    checkpoint = Checkpoint.open(tiny.save("llama", tmp_path / "model"))
+    model = LayerwiseModel(checkpoint, torch.device("cpu"), torch.bfloat16)
+    model.device = torch.device("cuda")
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 10**6)
+    left = streaming._left_for_states([model], streaming.Passes(), 0, 2**30)
+    assert left == 2**30 - 10**6 - 2 * sum(checkpoint.entry(name).nbytes for name in model.layer_sources(0))
+
+
+def test_a_folder_that_is_no_model_is_not_blamed_on_its_tokenizer(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(fp.FistaPrunerError, match=r"config\.json"):
+        fp.evaluate(tmp_path, str(text), seqlen=16)
+
+
+def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:
+    dense = tiny.save("llama", tmp_path / "dense")
+    other = tiny.save("llama", tmp_path / "other", vocab_size=160)
+    with pytest.raises(fp.FistaPrunerError, match="do not share a vocabulary"):
+        fp.evaluate(other, str(text), seqlen=16, against=dense)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": None}, "nothing to evaluate"),
+        ({"data": ""}, "data '' is empty: name a text"),
+        ({"seqlen": 100_000}, "seqlen 100000 is more than"),
+        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"device": "abacus"}, "device 'abacus'"),
+        ({"seqlen": 0}, "seqlen 0 is out of range: a whole number, at least 2"),
+        ({"windows": 0}, "windows 0 is out of range: a whole number, at least 1"),
+        ({"batch_size": 0}, "batch_size 0 is out of range"),
+        ({"batch_size": -1}, "batch_size -1 is out of range"),
+        ({"limit": 0, "tasks": ["piqa"]}, "limit 0 is out of range"),
+        ({"limit": 5}, "limit 5: items of zero-shot tasks, and no tasks are given"),
+        ({"data": None, "tasks": ["piqa"], "seqlen": 16}, "seqlen 16: for windows of text, and no text is measured"),
+        ({"data": None, "tasks": ["piqa"], "windows": 5}, "windows 5: for windows of text, and no text is measured"),
+        ({"data": None, "tasks": ["piqa"], "bos": "text"}, "bos 'text': for windows of text, and no text is measured"),
+        ({"windows": "3"}, "windows '3' is out of range: a whole number"),
+        ({"memory_limit": 0}, "memory_limit: '0' is not a size: write 8GiB"),
+        ({"memory_limit": "much"}, "memory_limit: 'much' is not a size: write 8GiB"),
+        ({"tasks": ["absent"], "tasks_dir": "nowhere"}, "nowhere is not a folder; name one"),
+        ({"tasks_dir": "nowhere"}, "nowhere is not a folder; name one"),
+    ],
+)
+def test_bad_settings_are_named_before_any_work(
+    tmp_path: Path, text: Path, settings: dict[str, Any], message: str
+) -> None:
+    passes: list[str] = []
+    folder = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(fp.FistaPrunerError, match=message):
+        fp.evaluate(folder, **{"data": str(text), **settings}, tick=lambda what, done, total: passes.append(what))
+    assert not passes
+
+
+@pytest.mark.parametrize("setting", [{"seqlen": 8}, {"windows": 1}, {"bos": "window"}])
+def test_settings_of_windows_are_refused_for_windows_that_are_cut(tmp_path: Path, setting: dict[str, Any]) -> None:
+    cut = Windows(torch.ones(2, 16, dtype=torch.int64), "text", "file", "none")
+    with pytest.raises(fp.FistaPrunerError, match="data are windows that are cut already: leave it out"):
+        fp.evaluate(tiny.save("llama", tmp_path / "model"), cut, **setting)
+
+
+def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(fp.FistaPrunerError, match="limit 5: items of zero-shot tasks"):
+        fp.evaluate_run(tmp_path / "no run", "python", limit=5)
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for dtype, advice in (("float32", "'fistapruner inspect .*model' names NaN"), ("bfloat16", "try --dtype float32")):
+        with pytest.raises(fp.FistaPrunerError, match=rf"gives NaN \(dtype torch.{dtype}\); {advice}"):
+            fp.evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
+
+
+def test_the_command_line_prints_what_the_figure_depends_on(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    assert (
+        main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--against", str(folder), "--quiet"]) == 0
+    )
+    printed = capsys.readouterr().out
+    for part in ("perplexity", "dense", "KL", "top-1", "text.txt (file)", "windows of 16 tokens", "float32"):
+        assert part in printed
+    assert main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--windows", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"]["windows"] == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("hub/models--org--small-model/snapshots/" + "0123456789" * 4, "org/small-model"),
+        ("cache/fistapruner/small-q4-0123456789ab", "small-q4"),
+        ("mine/small-0123456789ab", "small-0123456789ab"),
+        ("mine/model", "model"),
+    ],
+)
+def test_progress_calls_a_model_as_its_user_does(tmp_path: Path, folder: str, name: str) -> None:
+    assert streaming.shown_name(tmp_path / folder) == name
+
+
+def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    one = fp.evaluate(folder, str(text), seqlen=16, windows=1, against=folder)
+    found = replace(one, tasks=(task_result("t", "acc", {0: 1.0}, {0: 1.0}), task_result("t", "acc_norm", {0: 1.0})))
+    for written in (found.to_dict(), Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
+        assert written["perplexity"]["standard_error"] is None
+        (back,) = Report.model_validate_json(json.dumps({"evaluations": [written]}, allow_nan=False)).evaluations
+        assert back.perplexity is not None
+        assert back.divergence is not None
+        errors = (
+            back.perplexity.nll_standard_error,
+            back.divergence.kl_standard_error,
+            *(task.standard_error for task in back.tasks),
+        )
+        assert all(math.isnan(error) for error in errors)
+        assert [task.reference for task in back.tasks] == [1.0, None]
+        assert math.isnan(back.tasks[0].reference_standard_error or 0.0)
+        assert back.tasks[1].reference_standard_error is None
+
+
+@pytest.mark.slow
+def test_equals_the_rolling_likelihood_of_lm_eval(tmp_path: Path, text: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    folder = tiny.save("llama", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu")
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    total = count = 0.0
+    for start in range(0, len(ids) // 24 * 24, 24):
+        window = ids[start : start + 24]
+        # Rolling windows of one of our windows: its first token is only context, the others are predicted.
+        rolling = get_rolling_token_windows(window[1:], prefix_token=window[0], max_seq_len=24, context_len=1)
+        requests = [((None, None), *make_disjoint_window(pair)) for pair in rolling]
+        total -= sum(likelihood for likelihood, _ in runner._loglikelihood_tokens(requests, disable_tqdm=True))
+        count += len(window) - 1
+    found = fp.evaluate(folder, str(text), seqlen=24).perplexity
+    assert found is not None
+    assert found.nll == pytest.approx(total / count, rel=1e-4)
+
+
+def test_kept_states_give_the_same_figures_and_their_model_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As reference and alone, in blocks of one window and all at once; other windows are not mixed up with them."""
+    folders = [tiny.save("llama", tmp_path / name, seed=seed) for seed, name in enumerate(("dense", "one", "two"))]
+    dense, one, two = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for folder in folders)
+    tokens = torch.arange(5 * 16).remainder(dense.vocabulary).view(5, 16)
+    run: list[str] = []
+
+    def passes(batch_size: int) -> streaming.Passes:
+        return streaming.Passes(batch_size, tick=lambda what, done, total: run.append(what) if done == total else None)
+
+    expected = [streaming.score_windows(model, tokens, passes(2), dense) for model in (one, two)]
+    run.clear()
+    kept = streaming.KeptStates(folders[0], tmp_path / "states")
+    alone = streaming.score_windows(dense, tokens, passes(2), kept=kept)
+    found = [streaming.score_windows(one, tokens, passes(2), dense, kept)]
+    cut = streaming.slices
+    monkeypatch.setattr(streaming, "slices", lambda count, each, budget: cut(count, each, 2 * each))
+    found.append(streaming.score_windows(two, tokens, passes(2), dense, kept))
+    assert run.count("decoder layers of dense") == 1
+    assert torch.equal(alone.nll, expected[0].reference_nll)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("nll", "reference_nll", "kl"))
+    other = streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense, kept)
+    assert torch.equal(other.kl, streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense).kl)
+    assert (tmp_path / "states").exists()
+    half = LayerwiseModel(Checkpoint.open(folders[0]), torch.device("cpu"), torch.bfloat16)  # of the same folder
+    rounded = streaming.score_windows(half, tokens[:2].flip(1), passes(2), kept=kept)
+    assert torch.equal(rounded.nll, streaming.score_windows(half, tokens[:2].flip(1), passes(2)).nll)
+    kept.close()
+    assert not (tmp_path / "states").exists()

@@ -1,0 +1,472 @@
+"""How recipes are read, and what they settle before a run begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+from unittest.mock import Mock
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import tiny
+from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, prune, recover, solve
+from fistapruner.cli import build_parser, main
+from fistapruner.cli.arguments import recipe_settings
+from fistapruner.core import NM
+from fistapruner.settings.loading import (
+    load_recipe_settings,
+    merge_settings,
+    parse_bytes,
+    parse_count,
+    parse_value,
+    parse_yaml,
+)
+from fistapruner.settings.recover_settings import RecoverRecipe
+from fistapruner.settings.structure_settings import Remove
+from fistapruner.solvers.fista import Fista
+from fistapruner.solvers.scores import Magnitude
+
+PARALLEL = {"execution": {"executor": "process"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("pruned", 0.5, "correct")),
+        ({"method": "proximal+swap"}, ("pruned", 0.5, "correct")),
+        ({"method": "sparsegpt"}, ("pruned", 0.0, "none")),
+        ({"method": "wanda+refit"}, ("pruned", 0.0, "none")),
+        ({"method": "alps"}, ("pruned", 0.0, "none")),
+        ({"method": "sparsegpt+fista+refit"}, ("dense", 1.0, "none")),
+        ({"method": "fista", "propagate": "pruned"}, ("pruned", 1.0, "none")),
+        ({"propagate": "dense"}, ("dense", 1.0, "correct")),
+        ({"propagate": "dense", "dense_target": "pruned"}, ("dense", 0.0, "none")),
+        ({"residual": "none", "dense_target": "dense"}, ("pruned", 1.0, "none")),
+        (PARALLEL, ("dense", 1.0, "correct")),
+        ({"method": "alps", **PARALLEL}, ("dense", 1.0, "none")),
+        ({"propagate": "pruned", **PARALLEL}, ("pruned", 0.5, "correct")),
+    ],
+)
+def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
+    settings: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    recipe = Recipe.build(settings).resolved()
+    assert (recipe.propagate, recipe.dense_share, recipe.residual) == expected
+    assert recipe.resolved() == recipe  # what is resolved stays
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None:
+    class Mine(Magnitude):
+        name = "mine"
+        takes_start = True
+
+    class Other(Magnitude):
+        pass
+
+    assert Recipe.build({"method": Magnitude()}).method == (Magnitude(),)
+    for method, name in ((Mine(), "mine"), (Other(), "magnitude"), (["wanda", Mine()], "mine")):
+        with pytest.raises(
+            FistaPrunerError, match=rf"method '{name}' of the class \w+ is not in solvers/catalogue\.py"
+        ):
+            Recipe.build({"method": method})
+
+
+def test_a_residual_correction_without_effect_is_refused() -> None:
+    alps = Recipe.build({"method": "alps", "residual": "correct"})
+    with pytest.raises(FistaPrunerError, match="residual correct has no effect with method alps, whose dense_target"):
+        alps.resolved()
+    assert Recipe.build({"method": "alps", "residual": "correct", "dense_target": 0.5}).resolved().corrects_drift
+    written = Recipe.build({"dense_target": "pruned"}).resolved()
+    assert written.residual == "none"
+    assert written.resolved() == written
+    for settings, cause in (
+        ({"dense_target": "pruned"}, "with dense_target pruned"),
+        ({"error_correction": False}, "without error correction"),
+    ):
+        assert Recipe.build(settings).resolved().residual == "none"
+        asked = Recipe.build({"residual": "correct", **settings})
+        with pytest.raises(FistaPrunerError, match=f"residual correct has no effect {cause}: .*leave residual out"):
+            asked.resolved()
+        asked.resolved(earlier={"residual": "correct"})  # a run that has begun goes on
+
+
+def test_settings_of_workers_need_an_executor_that_has_workers() -> None:
+    for settings in ({"workers": 4}, {"executor": "process", "address": "auto"}):
+        with pytest.raises(FistaPrunerError, match=r"execution: \w+ \w+ has no effect with the executor \w+: choose "):
+            Recipe.build({"execution": settings})
+    for settings in ({"workers": 1}, {"executor": "process", "workers": 4}, {"executor": "ray", "address": "auto"}):
+        Recipe.build({"execution": settings})
+
+
+def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
+    earlier = Recipe().resolved().model_dump(mode="json")
+    assert Recipe.build(PARALLEL).resolved(earlier=earlier).propagate == "pruned"
+    assert Recipe.build({"dense_target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
+
+
+SETTINGS: dict[str, list[Any]] = {
+    "sparsity": ["0%", "50%", "2:4"],
+    "method": ["wanda+refit", "fista", {"fista": {"warm_start": "auto"}}, "magnitude+swap"],
+    "propagate": ["dense", "pruned"],
+    "dense_target": ["dense", "pruned", 0.3],
+    "residual": ["none", "correct"],
+    "error_correction": [False],
+    "targets": [["re:mlp", "o_proj"]],
+    "allocation": ["owl", "error", {"down_proj": "2:4", "re:mlp": "60%"}],
+    "weighting": ["none", "fisher"],
+    "structure": [
+        "25%",
+        "mlp=20%,heads=1",
+        {"remove": "mlp=10%", "method": "flap"},
+        {"remove": "30%", "compensate": "none"},
+    ],
+    "low_rank": [2],
+    "reconstruct": [3],
+    "calibration": [{"source": "text.jsonl"}, {"tasks": {"chat": "python", "code": "self"}}],
+    "dtype": ["bfloat16"],
+    "seed": [3],
+    "execution": [PARALLEL["execution"], {"memory_limit": "8GiB", "threads": 2}],
+}
+
+
+@hypothesis.settings(deadline=None)
+@given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in SETTINGS.items()}))
+def test_a_run_goes_on_with_the_recipe_that_it_began_with_whatever_settings_meet(settings: dict[str, Any]) -> None:
+    def family() -> str:
+        return "opt"
+
+    try:
+        recipe = Recipe.build(settings).resolved(family=family)
+    except FistaPrunerError:
+        return
+    written = recipe.model_dump(mode="json")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    for read in (Recipe.build(written), Recipe.build(settings), Recipe.build({**settings, **PARALLEL})):
+        assert read.resolved(earlier=written, family=family).identity() == recipe.identity()
+
+
+def test_a_set_of_targets_is_the_same_run_in_every_process() -> None:
+    names = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    for kind in (set, frozenset):
+        recipe = Recipe(targets=kind(names), ignore=kind(names))
+        assert recipe.targets == recipe.ignore == RecoverRecipe(targets=kind(names)).targets == names
+
+
+def test_names_of_an_allocation_in_another_order_are_another_run() -> None:
+    names = {"down_proj": "40%", r"re:layers\.0\.": "30%"}
+    recipe, other = Recipe(allocation=names), Recipe(allocation=dict(reversed(names.items())))
+    assert recipe.fingerprint() != other.fingerprint()
+    assert recipe.identity()["allocation"] == other.identity()["allocation"][::-1]
+    for one in (recipe, other):
+        assert Recipe.build(one.model_dump(mode="json")).fingerprint() == one.fingerprint()
+
+
+FISTA_PRESETS = {
+    "paper": {"llama": ("published", "wanda"), "opt": ("published", "sparsegpt")},
+    "paper-sparsegpt": {"llama": ("published", "sparsegpt"), "opt": ("published", "sparsegpt")},
+    "fista": {"llama": ("relative", "sparsegpt"), "opt": ("relative", "sparsegpt")},
+}
+
+
+@pytest.mark.parametrize("preset", FISTA_PRESETS)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Path, preset: str, family: str) -> None:
+    model, run = tiny.save(family, tmp_path / "model"), tmp_path / "run"
+    settings = load_recipe_settings(preset) | {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+    report = prune(str(model), run, recipe=Recipe.build(settings))
+    written = Recipe.from_yaml((run / "recipe.yaml").read_text())
+    (step,) = written.steps
+    assert isinstance(step, Fista)
+    assert (step.penalty, step.warm_start) == FISTA_PRESETS[preset][family]
+    assert (written.propagate, written.dense_share, written.residual, written.error_correction) == (
+        "dense",
+        1.0,
+        "none",
+        True,
+    )
+    assert Recipe.build(report.recipe) == written
+    started = {record["warm_start"] for operator in report.operators for record in operator.steps}
+    assert started == {FISTA_PRESETS[preset][family][1]}
+    rmtree(model)  # what was chosen stands in the run
+    assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe
+
+
+def test_error_correction_is_a_flag_of_the_command_line(tmp_path: Path) -> None:
+    command = [
+        "prune",
+        str(tiny.save("llama", tmp_path / "model")),
+        "--calibration",
+        "python",
+        "--samples",
+        "2",
+        "--seqlen",
+        "16",
+    ]
+    command += ["--method", "wanda", "--evaluate", "none", "--quiet", "--out"]
+    for flags, expected in (([], True), (["--error-correction"], True), (["--no-error-correction"], False)):
+        run = tmp_path / f"run{len(flags)}{expected}"
+        assert main([*command, str(run), *flags]) == 0
+        assert Recipe.from_yaml((run / "recipe.yaml").read_text()).error_correction == expected
+
+
+def test_a_warm_start_by_family_needs_a_model() -> None:
+    problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(32, 8))
+    with pytest.raises(FistaPrunerError, match="operator: fista's warm_start auto depends on the model's family"):
+        solve(problem, "50%", [{"fista": {"warm_start": "auto"}}])
+
+
+def test_patterns_and_dates_are_words_in_yaml() -> None:
+    assert Recipe.from_yaml("sparsity: 2:4").pattern == NM(2, 4)
+    values = {
+        "2:4": "2:4",
+        "1e-3": 0.001,
+        "-5": -5,
+        "010": 10,
+        "-08": -8,
+        "3.5": 3.5,
+        "1.": 1.0,
+        "2024-13-45": "2024-13-45",
+        "1_000": "1_000",
+        "true": True,
+    }
+    assert {text: parse_value(text, "x") for text in values} == values
+    misfits = ("!!bool maybe", '!!int ""', "!!timestamp x", "!!float [1]", "!!set {[1]: 2}")
+    for text in ("'", "[1", "*a", "!!python/name:os.system x", *misfits):
+        with pytest.raises(FistaPrunerError, match="x is not valid YAML"):
+            parse_value(text, "x")
+
+
+def test_keys_are_words_in_yaml() -> None:
+    """Norwegian is a task like others; as a value the word stays a truth value."""
+    assert parse_yaml("mix: {en: 0.7, no: 0.3}\non: no", "x") == {"mix": {"en": 0.7, "no": 0.3}, "on": False}
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("seed: 1\nstructure:\n  steps: 3\n  lr: 0.1\n  steps: 4\n")
+    with pytest.raises(FistaPrunerError, match=r"own\.yaml is not valid YAML: 'steps' stands twice, again in line 5$"):
+        load_recipe_settings(str(file))
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("sparsity: 2:4")
+    monkeypatch.setattr("fistapruner.settings.loading.shipped_recipes", Mock(return_value={}))
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(FistaPrunerError, match=r"^cannot read .*own\.yaml: Permission denied$"):
+        load_recipe_settings(str(file))
+
+
+def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("beta: 0.2")
+    assert load_recipe_settings(str(file), "align") == {"beta": 0.2}
+    with pytest.raises(FistaPrunerError, match=r"^recipe 'spp' is not a file$"):
+        load_recipe_settings("spp", "align")
+
+
+def test_a_section_that_is_no_mapping_is_refused() -> None:
+    for section, value in (("calibration", "c4"), ("execution", "process")):
+        with pytest.raises(FistaPrunerError, match=f"{section}: a mapping of settings is expected .got '{value}'"):
+            Recipe.build(merge_settings({section: value}, {section: {"device": None}}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("low_rank: yes", "low_rank: a number is expected .got True"),
+        ("reconstruct: no", "reconstruct: a number is expected .got False"),
+        ("seed: yes", "seed: a number is expected"),
+        ("calibration: {samples: true}", "calibration.samples: a number is expected"),
+        ("calibration: {seqlen: true}", "calibration.seqlen: a number is expected"),
+        ("method: {alps: {refit: yes}}", "refit True: a whole number is expected"),
+        ("method: {alps: {damping: true}}", "damping True: a number is expected"),
+        ("method: [wanda, {refit: {iterations: no}}]", "iterations False: a whole number is expected"),
+    ],
+)
+def test_yes_is_no_number(setting: str, message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        Recipe.from_yaml(setting)
+    assert Recipe.from_yaml("error_correction: no").error_correction is False
+
+
+@pytest.mark.parametrize("setting", ["scale", "anchor", "beta", "lr", "clip"])
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
+def test_infinity_is_no_number(setting: str, number: str) -> None:
+    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}: .*number"):
+        AlignRecipe.from_yaml(f"{setting}: {number}")
+
+
+@pytest.mark.parametrize("tokens", ["9" * 400, "9" * 400 + "M", 10**400])
+def test_tokens_beyond_all_numbers_are_refused(tokens: str | int) -> None:
+    with pytest.raises(FistaPrunerError, match=r"^recipe: data.tokens: "):
+        RecoverRecipe.build({"data": {"tokens": tokens}})
+
+
+@given(count=st.integers(0, 2**63 - 1), zeros=st.integers(0, 3))
+def test_a_count_is_read_exactly_as_it_is_written(count: int, zeros: int) -> None:
+    whole, part = divmod(count, 1000**zeros)
+    written = f"{whole}.{part:0{3 * zeros}d}{'kMG'[zeros - 1]}" if zeros else str(whole)
+    assert parse_count(written) == count
+    with pytest.raises(ValueError, match="is not a whole number"):
+        parse_count(f"{whole}.{part:0{3 * zeros}d}1{' kMG'[zeros]}")
+
+
+def test_shipped_recoveries_are_as_long_as_published() -> None:
+    """SPP: 3 epochs of Alpaca's 50,002 training examples in steps of 128, about four in a window of 512 tokens."""
+    spp, *forward_only = (
+        RecoverRecipe.build(load_recipe_settings(name, "recover")) for name in ("spp", "mezo", "subzero")
+    )
+    assert (spp.steps, spp.as_published, spp.data.seqlen) == (None, True, 512)
+    assert spp.data.tokens == 3 * (50_002 // 128) * spp.windows_per_step * 512
+    assert spp.windows_per_step * 4 == 128
+    for recipe in forward_only:
+        assert (recipe.steps, recipe.windows_per_step, recipe.parameters) == (20_000, 16, "full")
+
+
+def test_none_over_a_recipe_replaces_what_it_says() -> None:
+    """As null does in a recipe file; flags that are not given leave the recipe as it is."""
+    base = {"calibration": {"source": "c4", "seqlen": 64}}
+    recipe = Recipe.build(merge_settings(base, {"calibration": {"seqlen": None}}))
+    assert (recipe.calibration.seqlen, recipe.calibration.source) == (None, "c4")
+    flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
+    assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
+
+
+def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("sparsity: 70%")
+    own = Recipe.build({"sparsity": "70%"})
+    assert [Recipe.of(recipe) for recipe in (own, {"sparsity": "70%"}, file, str(file), None)] == [own] * 4 + [Recipe()]
+    assert RecoverRecipe.of("spp") == RecoverRecipe.build(load_recipe_settings("spp", "recover"))
+    other = (
+        "recipe is of the class RecoverRecipe, and Recipe, a mapping of settings or the name of a recipe is expected"
+    )
+    for recipe, message in (
+        (RecoverRecipe(), other),
+        ("nothing", "recipe 'nothing' is neither"),
+        (3, "the class int"),
+        ({"sparsity": "5:4"}, "recipe: sparsity: "),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            Recipe.of(recipe)
+    with pytest.raises(FistaPrunerError, match=other):
+        prune("model", tmp_path / "out", recipe=RecoverRecipe())
+    for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe")):
+        with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name}, a mapping of settings"):
+            function("model", tmp_path / "out", recipe=Recipe())
+
+
+def test_texts_may_be_paths() -> None:
+    file = Path("text.txt")
+    for kind, name in ((Recipe, "calibration"), (RecoverRecipe, "data")):
+        assert getattr(kind.build({name: {"source": file}}), name).source == "text.txt"
+        assert getattr(kind.build({name: {"tasks": {"one": file}}}), name).tasks == {"one": "text.txt"}
+    assert AlignRecipe.build({"data": {"pairs": file}}).data.pairs == "text.txt"
+    with pytest.raises(FistaPrunerError, match=r"calibration\.source: .* \(got an object of the class list\)$"):
+        Recipe.build({"calibration": {"source": ["a", "b"]}})
+
+
+def test_wrong_settings_of_a_recipe_are_one_line() -> None:
+    for kind, settings, message in (
+        (Recipe, {"sparsity": "5:4"}, "Recipe: sparsity: "),
+        (RecoverRecipe, {"parameters": "foo", "rank": 0}, "RecoverRecipe: parameters: .*; rank: "),
+        (AlignRecipe, {"nothing": 1}, "AlignRecipe: unknown setting 'nothing'"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message) as error:
+            kind(**settings)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValidationError):
+            kind.model_validate(settings)
+    assert Recipe(sparsity="2:4") == Recipe.model_validate({"sparsity": "2:4"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"allocation": {"down_proj": "150%"}}, "down_proj: sparsity '?1.5'? is out of range: a share of "),
+        ({"allocation": "{down_proj: 150%}"}, "down_proj: sparsity '?1.5'? is out of range: a share of "),
+        ({"allocation": {0: "30%"}}, r"0: names of operators are expected, such as down_proj or 're:layers\\.0\\.'"),
+        ({"allocation": "{down_proj: }"}, "down_proj: sparsity None is not understood: write "),
+        ({"allocation": {"re:(": "30%"}}, r"'re:\(' is not a regular expression: "),
+        ({"targets": "down_proj"}, r"a list of names is expected, such as \[down_proj\] \(got 'down_proj'\)$"),
+        ({"ignore": None}, r"a list of names is expected, such as \[down_proj\] \(got None\)$"),
+        ({"targets": [0]}, r"Input should be a valid string \(got 0\)$"),
+    ],
+)
+def test_names_of_operators_and_their_sparsities_are_checked_one_by_one(settings: dict[str, Any], message: str) -> None:
+    [setting] = settings
+    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}(\.0)?: {message}") as error:
+        Recipe.build(settings)
+    assert str(error.value).count("allocation") <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": "wanda"}, r"unknown setting 'methods': did you mean 'method'\?$"),
+        ({"seqlen": 64}, r"unknown setting 'seqlen': did you mean 'calibration\.seqlen'\?$"),
+        ({"dtype": torch.float16}, r"dtype: .*'float16' \(got an object of the class dtype\)$"),
+        ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
+        ({"calibration": {"xyz": 4}}, r"unknown setting 'calibration\.xyz': one of .*samples, .* is expected$"),
+        ({"method": {"fista": {"iteration": 4}}}, r"unknown setting 'iteration': did you mean 'iterations'\?"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest_or_all(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        Recipe.build(settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [(Recipe, RecoverRecipe), (RecoverRecipe, Recipe), (Recipe, AlignRecipe), (AlignRecipe, Recipe)]
+)
+def test_a_recipe_of_another_verb_is_answered_briefly(kind: type[Any], other: type[Any]) -> None:
+    settings = other().model_dump(mode="json")
+    with pytest.raises(FistaPrunerError) as error:
+        kind.build(settings, "recipe other.yaml")
+    names = [name for name in settings if name not in kind.model_fields]
+    first = ", ".join(map(repr, names[:4]))
+    expected = f"recipe other.yaml: unknown settings {first} and {len(names) - 4} more: a recipe of another verb, or "
+    assert str(error.value).startswith(expected)
+    assert len(str(error.value)) < 800
+
+
+def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
+    flap = {"structure": {"method": "flap"}}
+    for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):
+        structure = Recipe.build(merge_settings(base, changes)).structure
+        assert (structure.remove, structure.method) == (Remove(share=0.25), "flap")
+    assert merge_settings({"structure": "25%"}, {"structure": {"remove": "50%", **flap["structure"]}}) == {
+        "structure": {"remove": "50%", "method": "flap"}
+    }
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1e9", 10**9), ("1.5k", 1500)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("limit", [0, "0", "0.5", -1, "-1GiB", "much"])
+def test_a_memory_limit_of_less_than_a_byte_is_refused(limit: str | int) -> None:
+    with pytest.raises(FistaPrunerError, match="is not a size: write 8GiB, 500MB or a number of bytes"):
+        Recipe.build({"execution": {"memory_limit": limit}})
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "1e400", "9" * 400, ".", "-1", "1.2.3"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
+
+
+def test_a_structure_that_is_taken_back_leaves_the_default_sparsity() -> None:
+    changed = Recipe(structure="25%").changed({"structure": "none"})
+    assert str(changed.sparsity) == str(Recipe().sparsity)
+    said = Recipe(structure="25%", sparsity="0%").changed({"structure": "none"})
+    assert str(said.sparsity) == "0%"

@@ -1,0 +1,103 @@
+"""Reading documents: every kind of file, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fistapruner import FistaPrunerError, text
+from fistapruner.text.text import PYTHON_EVAL, python_documents, read_documents
+
+
+def test_text_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo ü", "utf-8")
+    assert read_documents(tmp_path / "a.txt") == ["one\n\ntwo ü"]
+    # U+2028 ends a line for str.splitlines, but not in a .jsonl file.
+    lines = [json.dumps({"text": "a\u2028b", "more": 1}, ensure_ascii=False), "", json.dumps({"text": "c"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+    assert read_documents(str(tmp_path / "a.jsonl")) == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one"), ("a.jsonl", '{"text": "one"}\n')])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, "utf-8-sig")
+    assert read_documents(tmp_path / name) == ["one"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra 'data'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "id": [1, 2]}), tmp_path / "a.parquet")
+    assert read_documents(tmp_path / "a.parquet") == ["a", "b"]
+    parquet.write_table(pyarrow.table({"words": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(FistaPrunerError, match="no column 'text', only words"):
+        read_documents(tmp_path / "b.parquet")
+    parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "c.parquet")
+    with pytest.raises(FistaPrunerError, match="holds int, not text"):
+        read_documents(tmp_path / "c.parquet")
+    (tmp_path / "d.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(FistaPrunerError, match="not a whole Parquet file"):
+        read_documents(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8 text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \xff}\n', "line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', "line 3 has no field 'text'"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 has no field 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}', r"line 2: 'text' has half a character \(\\ud83d\)$"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b"nonsense", "line 1 is not JSON"),
+        ("a.csv", b"text\na\n", "suffix '.csv'"),
+    ],
+)
+def test_faults_name_the_place(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FistaPrunerError, match=words) as caught:
+        read_documents(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(FistaPrunerError, match="does not exist"):
+        read_documents(tmp_path / "absent.txt")
+
+
+def test_language_reference_is_split_without_overlap() -> None:
+    paragraphs = [
+        {part.strip() for document in python_documents(kind) for part in document.split("\n\n")}
+        for kind in ("python", PYTHON_EVAL)
+    ]
+    assert not paragraphs[0] & paragraphs[1]
+    sizes = [sum(map(len, python_documents(kind))) for kind in ("python", PYTHON_EVAL)]
+    assert sizes[0] > 200_000
+    assert sizes[1] > 70_000
+
+
+def test_language_reference_is_the_same_in_every_process() -> None:
+    """Whatever order the process has for sets: documents are text of calibration, which a run must find again."""
+    code = (
+        "import hashlib, sys, types; package = types.ModuleType('fistapruner.text'); "
+        "package.__path__ = sys.argv[1:]; sys.modules[package.__name__] = package; "  # without what needs torch
+        "from fistapruner.text.text import python_documents; "
+        "print(hashlib.sha256(repr(python_documents()).encode()).hexdigest())"
+    )
+    hashes = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(Path(text.__file__).parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert len(hashes[0].strip()) == 64
+    assert hashes[0] == hashes[1]
