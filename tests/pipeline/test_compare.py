@@ -25,7 +25,7 @@ from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.compare_jobs import plan_jobs, run_name
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.protocol import Protocol, distinct_seeds
-from fistapruner.pipeline.prune import prune
+from fistapruner.pruning.run import prune
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
@@ -652,7 +652,7 @@ def test_calibration_text_that_is_too_short_is_refused_before_anything_is_measur
 def test_calibration_text_is_generated_once_and_in_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a comparison that goes on."""
     loaded, given = Mock(side_effect=load_whole), Mock(side_effect=prune)
-    monkeypatch.setattr("fistapruner.pipeline.prepare.load_whole", loaded)
+    monkeypatch.setattr("fistapruner.pruning.settle.load_whole", loaded)
     monkeypatch.setattr("fistapruner.pipeline.compare_rows.prune", given)
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     settings = {"calibration": {"samples": 2, "seqlen": 32}}

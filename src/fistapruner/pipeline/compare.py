@@ -22,14 +22,15 @@ from ..measure.data import check_data
 from ..measure.streaming import KeptStates
 from ..models.files.low_rank import refuse_low_rank
 from ..models.source import Permissions
+from ..pruning.settle import describe_model
 from ..reporting.write import write_page
 from ..runs.comparison_records import STATES, Comparison
+from ..runs.continuation import refuse_overlap
 from ..runs.listener import Listener
 from ..runtime.devices import choose_device
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import undisturbed
 from ..text import SELF
-from .begun import refuse_overlap
 from .compare_folder import (
     comparing,
     earlier_comparison,
@@ -48,7 +49,6 @@ from .compare_jobs import (
 )
 from .compare_rows import Shared, measure_dense, run_job
 from .contenders import parse_contenders
-from .record import describe_model
 
 
 @undisturbed()

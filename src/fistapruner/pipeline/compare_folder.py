@@ -10,6 +10,7 @@ from ..errors import FistaPrunerError
 from ..models.source import ModelSource, Permissions
 from ..reporting.comparison import comparison_markdown
 from ..runs.comparison_records import DENSE, FIGURES, PAGE, RUNS, STATES, TABLE, CompareRow, Comparison, load_comparison
+from ..runs.continuation import interrupted_with, refuse_other_settings
 from ..runs.decision import PruneRecord
 from ..runs.directory import refuse_out
 from ..runs.identity import changed_files
@@ -18,9 +19,7 @@ from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.files import PARTIAL, disk_errors, entries, read_json, write_json_atomic, write_text_atomic
 from ..settings.settings import Recipe
-from .begun import changed_text, interrupted_with, refuse_other_settings
 from .compare_jobs import CompareJob, run_name
-from .find_model import find_source, same_model
 from .protocol import Protocol
 
 
@@ -39,7 +38,11 @@ def comparing(folder: Path) -> Iterator[None]:
 def find_source_of_rows(model: str, folder: Path, permissions: Permissions) -> ModelSource:
     """Find the model where the rows that have begun found it, so that all rows are of the same files."""
     record = _begun(folder)
-    return permissions.find(model) if record is None else find_source(model, record, permissions)
+    return (
+        permissions.find(model)
+        if record is None or not record.decision.folder.is_dir()
+        else permissions.at(record.decision.folder)
+    )
 
 
 def _begun(folder: Path) -> PruneRecord | None:
@@ -67,7 +70,7 @@ def earlier_comparison(folder: Path, model: str) -> Comparison:
     # The path in a row's record is absolute; the same relative name may be another model in another folder.
     if begun is not None and Path(begun.decision.model).exists():
         known = begun.decision.model
-    if not same_model(known, model):
+    if known != model:
         raise FistaPrunerError(
             f"--out {folder} holds a comparison of {known!r}, this one is of {model!r}: name another folder"
         )
@@ -120,7 +123,7 @@ def rows_that_stay(
         run = job.run(folder)
         if (record := run.record()) is not None:
             earlier = Recipe.build(record.recipe, str(run.run_file)).identity()
-            refuse_other_settings(run, earlier, job.recipe.identity(), advice="name another folder, or remove it")
+            refuse_other_settings(run, earlier, job.recipe.identity())
     return stay
 
 
@@ -149,8 +152,7 @@ def _changed(run: PruneDirectory, source: ModelSource) -> str | None:
     """Say whether model or calibration text of a run has changed since it began; None where not."""
     with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
         if (record := run.record()) is not None:
-            text = changed_text(record, Recipe.build(record.recipe, str(run.run_file)))
-            return text or changed_files(record.decision.stamps, source)
+            return changed_files(record.decision.stamps, source)
     return None
 
 

@@ -16,6 +16,8 @@ from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..measure.data import load_windows
 from ..models.source import ModelSource
+from ..pruning.inputs import check_sources
+from ..pruning.settle import draw_windows, drawing_of
 from ..runs.comparison_records import RUNS
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
@@ -24,10 +26,8 @@ from ..runtime.numerics import dtype_name
 from ..settings.settings import Recipe
 from ..text import SELF, calibration_length
 from .contenders import Contender
-from .plan import check_sources
-from .prepare import draw_windows, drawing_of
+from .measure import shared_text
 from .protocol import FOLLOWED, Protocol, distinct_seeds
-from .prune_inputs import shared_text
 
 CalibrationWindows = dict[str, tuple[Tensor, dict[str, Any]]]
 """Calibration windows, and how they were drawn, by their settings."""
@@ -150,7 +150,7 @@ def draw(
     model = open_model(source, recipe)
     seqlen, found = calibration_length(calibration, model), None
     if SELF in calibration.sources.values():  # it takes long: rows that are begun or were stopped have left it
-        drawing = drawing_of(calibration, model, seqlen)
+        drawing = drawing_of(recipe, model, seqlen)
         earlier = (PruneDirectory(run).drawn(drawing) for run in sorted((folder / RUNS).glob("*")))
         found = next(filter(None, earlier), None)
     with cpu_threads(default_threads(recipe.execution)):

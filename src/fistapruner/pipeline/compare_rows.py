@@ -13,6 +13,7 @@ from ..errors import FistaPrunerError, explain
 from ..measure.evaluate import evaluate as run_evaluation
 from ..measure.streaming import KeptStates
 from ..models.source import ModelSource
+from ..pruning.run import prune
 from ..runs.comparison_records import DENSE, CompareRow, Comparison
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
@@ -22,11 +23,9 @@ from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
 from ..runtime.files import read_json, write_json_atomic
 from ..settings.settings import Recipe
-from .begun import changed_text
 from .compare_jobs import CalibrationWindows, CompareJob
 from .measure import publish
 from .protocol import Protocol
-from .prune import prune
 from .result import add_warning
 
 _PERPLEXITY = TypeAdapter(Perplexity)
@@ -202,7 +201,7 @@ def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: M
     except FistaPrunerError:  # pruning says so, and makes it again
         return None
     record = run.record()
-    changed = record is not None and (changed_text(record, recipe) or changed_files(record.decision.stamps, source))
+    changed = record is not None and changed_files(record.decision.stamps, source)
     same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint() and not changed
     return report if same and report.status == "finished" and _evaluation(report, protocol) is not None else None
 

@@ -23,7 +23,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..packed.checkpoint import is_packed
 from ..passes.check import check_model
-from ..pipeline.begun import evaluation_on
+from ..runs.continuation import evaluation_on
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import RunDirectory, checkpoint_of
 from ..runs.identity import changed_files

@@ -16,8 +16,8 @@ from ..measure.data import evaluation_documents
 from ..models.whole import load_whole, require_whole, whole_bytes
 from ..papers.mamf import Mixture
 from ..passes.check import check_model
-from ..pipeline.find_model import absolute
-from ..pipeline.record import common_fields, numerics_of
+from ..pruning.settle import common_fields, numerics_of
+from ..runs.continuation import absolute
 from ..runs.decision import TrainingDecision, TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import stamps

@@ -10,19 +10,18 @@ from typing import Any, Generic
 
 from ..errors import FistaPrunerError, OtherRankFailed, out_path
 from ..models.source import UNTRUSTED, Permissions
-from ..pipeline.begun import (
-    execution_here,
-    interrupted_with,
-    keep_recipe,
-    refuse_input,
-    refuse_other_settings,
-    say_other_versions,
-)
-from ..pipeline.find_model import absolute, same_path
 from ..pipeline.measure import measure
 from ..pipeline.result import refuse_foreign_files, reporting_failure
 from ..runs.align_directory import AlignDirectory
 from ..runs.arguments import checked_arguments
+from ..runs.continuation import (
+    absolute,
+    execution_here,
+    interrupted_with,
+    refuse_other_settings,
+    refuse_other_versions,
+    refuse_overlap,
+)
 from ..runs.decision import TrainingRecord
 from ..runs.directory import refuse_out
 from ..runs.listener import Listener
@@ -292,7 +291,7 @@ def _lead(
 ) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
     run.check_place()
-    refuse_input(request.model, run.folder)
+    refuse_overlap(request.model, run.folder)
     listener = Logged(told)
     run.record()  # a run of another verb is refused before its log is written to
     with (
@@ -302,11 +301,8 @@ def _lead(
         log_file(run.log_file),
     ):
         begun = run.record()
-        if begun is not None:
-            if not resumed:
-                _refuse_other(run, begun, request)
-            keep_recipe(run, begun, listener)
-            say_other_versions(begun.versions, listener)
+        if begun is not None and not resumed:
+            _refuse_other(run, begun, request)
         report = _finished(run, begun)
         fault = None if report is None else run.model_fault(report.fingerprint or "")
         if report is None or fault:
@@ -315,6 +311,8 @@ def _lead(
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
+                if begun is not None and report is None:
+                    refuse_other_versions(run, begun)
                 if begun is None:
                     verb.prepare(run, request, listener)
                 listener.tick("opening the run", 0, 1)
@@ -346,13 +344,13 @@ def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Traini
         FistaPrunerError: names what differs.
     """
     refuse_other_settings(run, begun.decision.asked, asked(request.recipe))
-    if not same_path(begun.decision.model, here := absolute(request.model)):
+    if begun.decision.model != (here := absolute(request.model)):
         raise FistaPrunerError(
             f"--out {run.folder} holds a run of {begun.decision.model}, not {here}: name another folder, or remove it"
         )
     if request.dense is not None:
         dense = request.permissions.find(request.dense).folder.absolute()
-        if begun.decision.dense is None or not same_path(begun.decision.dense, dense):
+        if begun.decision.dense != dense:
             raise FistaPrunerError(
                 f"--out {run.folder} holds a run with the dense model {begun.decision.dense or 'none'}, not {dense}: "
                 "name another folder, or remove it"

@@ -13,14 +13,14 @@ import torch
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.papers.bypass import Bypass
-from fistapruner.pipeline import dense_measurements
-from fistapruner.pipeline.prune import prune
+from fistapruner.pruning import settle
+from fistapruner.pruning.run import prune
 
 LEARNED = {"remove": "mlp=25%", "multiple": 4, "method": "bypass", "steps": 2}
 
 MEASUREMENTS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "learn which channels stay": (Bypass, "first", {"structure": LEARNED}, 8),
-    "measure sensitivity": (dense_measurements, "decide", {"allocation": "error"}, 4),
+    "measure sensitivity": (settle, "decide", {"allocation": "error"}, 4),
 }
 """By name: the function that runs out of memory, settings that need it, and the windows in one pass."""
 
