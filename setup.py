@@ -1,7 +1,7 @@
 """The optional compiled kernel; everything else about the package is in pyproject.toml.
 
-The kernel is plain C without Python's headers and is loaded with ctypes: a wheel is for a platform, not for a version of
-Python. Where no compiler is found the build goes on without it, and the package computes in torch alone.
+The kernel is plain C without Python's headers and is loaded with ctypes: a wheel is for a platform, not for a Python.
+Where no compiler is found the build goes on without it, and the package computes in torch alone.
 """
 
 import sys

@@ -27,6 +27,7 @@ from fistapruner.settings.loading import shipped_recipes
 from fistapruner.settings.settings import Recipe
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 200
 
 
@@ -115,7 +116,7 @@ def test_the_page_on_methods(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_python_in_the_documentation_can_be_read() -> None:
     """Of every page; nothing runs."""
-    pages = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
+    pages = [str(page.relative_to(ROOT)) for page in PAGES]
     found = [compile(block, page, "exec") for page in pages for block in blocks("python", page)]
     assert len(found) >= 8
 
@@ -168,7 +169,7 @@ def test_commands_in_the_documentation_are_understood() -> None:
     """Flags and verbs of every page; nothing runs."""
     parser = build_parser()
     found = 0
-    for page in sorted((ROOT / "docs").rglob("*.md")):
+    for page in PAGES:
         for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith("fistapruner "):
@@ -179,6 +180,31 @@ def test_commands_in_the_documentation_are_understood() -> None:
                         raise AssertionError(f"{page.name}: {line}") from refused
                     found += 1
     assert found >= 30
+
+
+def test_flags_in_the_text_exist() -> None:
+    """Also in sentences and tables; those of other programs stand in the set."""
+    verbs = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+    known = {flag for verb in verbs.values() for action in verb._actions for flag in action.option_strings}
+    known |= {
+        "--no-deps",
+        "--standalone",
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--version",
+    }
+    for page in (ROOT / "README.md", *(page for page in PAGES if page.name != "reference.md")):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text("utf-8")))
+        assert named <= known, page.name
+
+
+def test_pages_stay_within_their_budgets() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert len(readme.split()) <= 800
+    assert len(readme.splitlines()) <= 100
+    assert sum(len(page.read_text("utf-8").split()) for page in PAGES if page.name != "reference.md") <= 24_000
 
 
 def test_the_api_page_shows_docstrings_without_sphinx_roles() -> None:
@@ -195,7 +221,7 @@ def test_the_api_page_shows_docstrings_without_sphinx_roles() -> None:
 
 def test_code_in_tables_has_no_escaped_bars() -> None:
     """The site would show the backslash."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    pages = [ROOT / "README.md", *PAGES]
     rows = [line for page in pages for line in page.read_text("utf-8").splitlines() if line.startswith("|")]
     assert len(rows) > 100
     assert [row for row in rows if any("\\|" in code for code in re.findall(r"`[^`]*`", row))] == []
@@ -212,7 +238,7 @@ def anchors(page: Path) -> set[str]:
 def test_links_lead_to_a_page_and_a_heading() -> None:
     """Those between pages; a page has no two headings of one name that a link leads to."""
     dead = []
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for page in (ROOT / "README.md", *PAGES):
         for link in re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text("utf-8")):
             name, _, heading = link.partition("#")
             to = page.parent / name if name else page
