@@ -111,8 +111,8 @@ class Lora(Form):
         return {"A": uniform(rank, weight, generator), "B": weight.new_zeros(len(weight), rank)}
 
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
-        change = masters["B"] @ masters["A"]
-        return torch.addcmul(weight.to(change.dtype), change, (weight != 0).to(change.dtype), value=self.scale)
+        change = masters["B"].to(weight.dtype) @ masters["A"].to(weight.dtype)
+        return torch.addcmul(weight, change, weight.sign().abs_(), value=self.scale)
 
     def rate(self, columns: int) -> float | None:
         return LORA_RATE
@@ -187,22 +187,23 @@ class TrainedLayer(nn.Module):
         """Return a tensor as the layer holds it, (m, n) where it is pruned."""
         return self.matrix(name, whole(self.layer.get_parameter(name).detach()))
 
-    def exact(self, name: str) -> Tensor:
-        """Compute one effective tensor, differentiable, in fp32 and without a fixed low-rank part."""
+    def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Compute one effective tensor, differentiable, from the pruned weight in ``dtype``, without a low-rank part."""
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]
-        weight: Tensor = self.pruned[name][0].weight(self.start(name), masters)
+        weight: Tensor = self.pruned[name][0].weight(self.start(name).to(dtype), masters)
         return self.matrix(name, weight)
 
     def values(self) -> dict[str, Tensor]:
         """Compute all effective tensors as the passes use them, by name inside the layer."""
         found = {}
         for name in self.keys:
-            value = self.exact(name)
+            dtype = self.layer.get_parameter(name).dtype
             if self._added is not None and name in self.pruned:
-                value = self._added(name, value)
-            found[name] = value.to(self.layer.get_parameter(name).dtype)
+                found[name] = self._added(name, self.exact(name)).to(dtype)
+            else:
+                found[name] = self.exact(name, dtype).to(dtype)
         return found
 
     def forward(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
