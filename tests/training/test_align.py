@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,33 +162,10 @@ def test_a_padding_token_that_the_model_does_not_have(bench: Bench, tmp_path: Pa
     assert bool((tokens[:, -1] == tokenizer.eos_token_id).any())
 
 
-@pytest.mark.parametrize(
-    ("loss", "words"),
-    [
-        ("none", "less likely than under the model that went in; try a lower --lr, or fewer --steps"),
-        ("geometric", "the references, as geometric may do; try a lower --lr, a larger --beta, or --anchor 0.1"),
-    ],
-)
-def test_a_warning_about_rewards_advises_by_the_loss(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, words: str
-) -> None:
-    monkeypatch.setattr("fistapruner.training.finish.LOWEST_REWARD", math.inf)
-    (warning,) = align(bench, tmp_path / "out", loss=loss, steps=1).warnings
-    assert warning.endswith(words)
-
-
 def test_a_recovery_of_an_aligned_run_takes_no_pairs_for_text(bench: Bench, tmp_path: Path) -> None:
     align(bench, tmp_path / "aligned", steps=1)
     with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
         fp.recover(tmp_path / "aligned", tmp_path / "out", evaluate=None)
-
-
-def test_training_makes_the_chosen_answer_the_more_likely_one(bench: Bench, tmp_path: Path) -> None:
-    report = align(bench, tmp_path / "out", parameters="full", lr=0.05, epochs=6)
-    assert report.alignment is not None
-    assert report.alignment.test["pruned"].accuracy < 0.5
-    assert report.alignment.test["aligned"].accuracy == 1.0
-    assert report.alignment.test["pruned"].won == report.alignment.test_pairs
 
 
 LOSSES: list[dict[str, Any]] = [
@@ -221,30 +197,6 @@ def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]
     align(bench, tmp_path / "two", **settings)
     one, two = (tiny.weights(tmp_path / name) for name in ("one", "two"))
     assert one == two
-
-
-def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A task that the pairs were made from is not zero-shot, whether the run or its checkpoint is evaluated."""
-    align(bench, tmp_path / "out")
-    said = tiny.Said()
-    with monkeypatch.context() as patched:
-        patched.setattr("fistapruner.measure.evaluate.find_tasks", lambda tasks, folder: tasks)
-        patched.setattr("fistapruner.measure.evaluate.evaluate_tasks", lambda *arguments, **settings: ())
-        for model, warnings in ((tmp_path / "out" / "model", 1), (bench.pruned() / "model", 0)):
-            assert main(["evaluate", str(model), "--tasks", "piqa", "--json"]) == 0
-            found = json.loads(capsys.readouterr().out)["warnings"]
-            assert ["aligned on the pairs of pairs.jsonl" in warning for warning in found] == [True] * warnings
-        assert main(["evaluate", str(tmp_path / "out" / "model"), "--tasks", "piqa"]) == 0
-        assert "warning  the model was aligned on the pairs of pairs.jsonl" in capsys.readouterr().out
-    with suppress(FistaPrunerError):  # without lm-eval
-        fp.evaluate_run(tmp_path / "out", tasks=["piqa"], listener=said)
-    assert said.sentences[0].startswith("the model was aligned on the pairs of pairs.jsonl")
-    said.sentences.clear()
-    with suppress(FistaPrunerError):
-        fp.evaluate_run(bench.pruned(), tasks=["piqa"], listener=said)
-    assert not [sentence for sentence in said.sentences if "aligned" in sentence]
 
 
 def test_a_model_whose_channels_were_removed(bench: Bench, tmp_path: Path) -> None:

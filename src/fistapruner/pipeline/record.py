@@ -18,12 +18,12 @@ from ..settings.training_settings import TrainingRecipe
 from .prune_inputs import PruneInputs, RunRequest
 
 if TYPE_CHECKING:
-    from ..training.inputs import TrainingInputs, TrainingRequest
+    from ..training.settle import Inputs, Request
 
 
 def common_fields(
-    request: RunRequest | TrainingRequest[Any],
-    inputs: PruneInputs | TrainingInputs[Any],
+    request: RunRequest | Request[Any],
+    inputs: PruneInputs | Inputs[Any],
     recipe: Recipe | TrainingRecipe,
     threads: int,
 ) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class TrainedLayer(nn.Module):
         return self.matrix(name, whole(self.layer.get_parameter(name).detach()))
 
     def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Compute one effective tensor, differentiable, from the pruned weight in ``dtype``, without a low-rank part."""
+        """Compute one effective tensor, differentiable, without a fixed low-rank part; lora computes in ``dtype``."""
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]
