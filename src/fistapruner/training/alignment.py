@@ -59,6 +59,7 @@ class Alignment(Training):
     verb: ClassVar[str] = "align"
     settings: ClassVar[type[Any]] = AlignRecipe
     directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
+    window: ClassVar[str] = "max_length"
     run: AlignDirectory
     recipe: AlignRecipe
     text: Pairs
@@ -81,11 +82,6 @@ class Alignment(Training):
             "anchor": recipe.resolved_anchor,
         }
         return recipe.with_absolute_files().model_copy(update=changes)
-
-    @staticmethod
-    def length(recipe: AlignRecipe) -> tuple[int | None, str]:
-        """See :class:`.Training`."""
-        return recipe.data.max_length, "data.max_length"
 
     @staticmethod
     def check(inputs: Inputs[AlignRecipe], request: Request[AlignRecipe], listener: Listener) -> None:
@@ -131,6 +127,7 @@ class Alignment(Training):
         trained, held_out, test = (len(text.windows(side)) // 2 for side in ("trained", "held_out", "test"))
         listener.say(f"{trained} pairs to train on, {held_out} held out, {test} to test")
         inputs.model.check_tokens(text.tokens)
+        text.facts["source"] = Path(str(recipe.data.pairs)).name
         return text, {
             "seqlen": text.tokens.shape[1],
             "steps": recipe.steps or math.ceil(trained * recipe.epochs / recipe.pairs_per_step),
@@ -147,11 +144,6 @@ class Alignment(Training):
         assert text is not None
         run.write_text(text, json.dumps(inputs.recipe.data.model_dump(mode="json")))
         return text
-
-    @staticmethod
-    def source(recipe: AlignRecipe) -> str:
-        """See :class:`.Training`."""
-        return Path(str(recipe.data.pairs)).name
 
     def order(self) -> Tensor:
         """See :class:`.Training`."""

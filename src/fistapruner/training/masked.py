@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,7 @@ LORA_RATE = 2e-3
 
 
 class Form(ABC):
-    """Interface of a form.
-
-    Attributes:
-        names: short names of the masters.
-    """
-
-    names: ClassVar[tuple[str, ...]]
+    """Interface of a form."""
 
     @abstractmethod
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -80,8 +74,6 @@ class Form(ABC):
 class Full(Form):
     """Every surviving weight."""
 
-    names: ClassVar = (ITSELF,)
-
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {ITSELF: weight.clone()}
 
@@ -100,8 +92,6 @@ class Lora(Form):
         rank: r; at most min(m, n) is used.
         scale: c.
     """
-
-    names: ClassVar = ("A", "B")
 
     rank: int
     scale: float
@@ -439,11 +429,6 @@ def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, in the same memory."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
     return part
-
-
-def has_vectors(layers: Iterable[nn.Module], also: tuple[str, ...]) -> bool:
-    """Return whether any decoder layer has :func:`vectors`."""
-    return any(vectors(layer, also) for layer in layers)
 
 
 def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:

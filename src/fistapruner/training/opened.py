@@ -64,6 +64,8 @@ class Training(ABC):
     verb: ClassVar[str]
     settings: ClassVar[type[Any]]
     directory: ClassVar[type[TrainingDirectory]]
+    window: ClassVar[str]
+    """Setting in ``data`` of the tokens in a window."""
 
     run: Any
     recipe: Any
@@ -90,11 +92,6 @@ class Training(ABC):
 
     @staticmethod
     @abstractmethod
-    def length(recipe: Any) -> tuple[int | None, str]:
-        """Return the tokens in a window, None where they are not said, and the setting's name."""
-
-    @staticmethod
-    @abstractmethod
     def check(inputs: Inputs[Any], request: Request[Any], listener: Listener) -> None:
         """Check and resolve what is left, with the models opened."""
 
@@ -107,11 +104,6 @@ class Training(ABC):
     @abstractmethod
     def cut(run: TrainingDirectory, inputs: Inputs[Any], text: TrainingText | None, listener: Listener) -> TrainingText:
         """Store the text in the run directory, and return it."""
-
-    @staticmethod
-    @abstractmethod
-    def source(recipe: Any) -> str:
-        """Name the text for the report."""
 
     # --- of the opened run
 

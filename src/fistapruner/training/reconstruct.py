@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,6 @@ class _SumOfParts(Form):
         operator: its full name; ``source``: of its weight in the checkpoint.
         parts: the sparse part (m, n) and the factors A and B, by short name.
     """
-
-    names: ClassVar = (ITSELF, "A", "B")
 
     operator: str
     source: str

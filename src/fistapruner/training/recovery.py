@@ -40,6 +40,7 @@ class Recovery(Training):
     verb: ClassVar[str] = "recover"
     settings: ClassVar[type[Any]] = RecoverRecipe
     directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
+    window: ClassVar[str] = "seqlen"
     recipe: RecoverRecipe
 
     @staticmethod
@@ -67,11 +68,6 @@ class Recovery(Training):
             recipe = recipe.model_copy(update={"data": data})
             Recovery.check_text(recipe)
         return recipe.with_absolute_files()
-
-    @staticmethod
-    def length(recipe: RecoverRecipe) -> tuple[int | None, str]:
-        """See :class:`.Training`."""
-        return recipe.data.seqlen, "data.seqlen"
 
     @staticmethod
     def check(inputs: Inputs[RecoverRecipe], request: Request[RecoverRecipe], listener: Listener) -> None:
@@ -128,11 +124,6 @@ class Recovery(Training):
         run.write_text(made, drawing)
         release_memory()  # documents
         return made
-
-    @staticmethod
-    def source(recipe: RecoverRecipe) -> str:
-        """See :class:`.Training`."""
-        return recipe.data.source or ", ".join(recipe.data.tasks)
 
     def order(self) -> Tensor:
         """See :class:`.Training`."""

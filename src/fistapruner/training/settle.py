@@ -179,8 +179,7 @@ def check_inputs(kind: type[Training], request: Request[Any], listener: Listener
     dense = None if dense_source is None else _open_dense(dense_source, source, model, recipe)
     tokenizer = source.tokenizer()
     pad_with_known_token(tokenizer, model.embedded_tokens)
-    length, setting = kind.length(recipe)
-    seqlen = window_length(length, model, TRAINING_SEQLEN, setting)
+    seqlen = window_length(getattr(recipe.data, kind.window), model, TRAINING_SEQLEN, f"data.{kind.window}")
     if evaluation is not None:  # a fault in the text shows now
         evaluation = evaluation.model_copy(update={"seqlen": evaluation.seqlen or seqlen})
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
@@ -355,7 +354,7 @@ def _record(
     )
     windows = {"samples": len(text.tokens), "seqlen": text.tokens.shape[1], "tokens": text.tokens.numel()}
     how = "; ".join(dict.fromkeys(task["how"] for task in text.facts["tasks"].values()))
-    facts = {**text.facts, **windows, "source": kind.source(recipe), "how": how}
+    facts = {"source": ", ".join(text.tasks), **text.facts, **windows, "how": how}
     run.write_recipe(recipe.to_yaml())
     run.write_record(
         TrainingRecord(
