@@ -331,11 +331,8 @@ class Trained(Masters):
         for index, layer in enumerate(model.layers):
             if loaded is not None:
                 loaded.enter_context(model.layer(index))
-            pruned = (
-                {f"{operator.name}.weight": (self.form, operator.transposed) for operator in layout.in_layer(index)}
-                if self.form is not None
-                else {}
-            )
+            operators = layout.in_layer(index) if self.form else ()
+            pruned = {f"{each.name}.weight": (self.form, each.transposed) for each in operators if self.form}
             others = sorted(vectors(layer, recipe.also))
             sources = {name: model.source_of(index, name) for name in (*pruned, *others)}
 
@@ -347,21 +344,20 @@ class Trained(Masters):
                 return part.added(model.full_name(index, name), value, transposed=pruned[name][1])
 
             trained = TrainedLayer(layer, pruned, others, generator, None if part is None else added)
-            for name, keys in trained.keys.items():
-                for short, key in keys.items():
-                    full = f"{sources[name]}.{short}" if short else sources[name]
-                    master = trained.masters[key].detach()
-                    columns = trained.start(name).shape[-1] if name in pruned else None
-                    rates[full] = first_rate(recipe, self.form, columns, model.width, master)
-                    self.numbers += int((master != 0).sum()) if name in pruned and not short else master.numel()
+            places = {
+                f"{sources[name]}.{short}" if short else sources[name]: (name, short, key)
+                for name, keys in trained.keys.items()
+                for short, key in keys.items()
+            }
+            for full, (name, short, key) in places.items():
+                master = trained.masters[key].detach()
+                columns = trained.start(name).shape[-1] if name in pruned else None
+                rates[full] = first_rate(recipe, self.form, columns, model.width, master)
+                self.numbers += int((master != 0).sum()) if name in pruned and not short else master.numel()
             if shard is not None:
                 shard(trained)
-            for name, keys in trained.keys.items():
-                for short, key in keys.items():
-                    full = f"{sources[name]}.{short}" if short else sources[name]
-                    parameters[full] = trained.masters[key]
-                    if name in pruned and not short:
-                        masked.append(full)
+            parameters |= {full: trained.masters[key] for full, (_, _, key) in places.items()}
+            masked += [full for full, (name, short, _) in places.items() if name in pruned and not short]
             self.layers.append(trained)
             self._sources.append(sources)
         super().__init__(parameters, rates, masked, descent_of(recipe))
