@@ -175,8 +175,8 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
     def _reshard(self) -> None:
         """Put the shards back into their modules, which after an evaluation may hold whole copies (FSDP2)."""
         for module in self._model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()
 
     def _watch(self, name: str, parameter: Tensor) -> None:
         """Mask a weight's gradients from now on as soon as they are computed."""

@@ -74,7 +74,7 @@ def recover(
         model: run directory of ``fistapruner.prune`` or of this function, or a pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
         recipe: all settings: a RecoverRecipe, a mapping, or the name of a shipped recipe or of a YAML file; None is the
-            default recipe.
+            default recipe. An AlignRecipe aligns, as ``fistapruner.align`` does.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -92,16 +92,16 @@ def recover(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
+    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
     request: Request[Any] = Request(
         path_text("model", model, A_MODEL),
-        (AlignRecipe if isinstance(recipe, AlignRecipe) else RecoverRecipe).of(recipe).changed(settings),
+        kind.settings.of(recipe).changed(settings),
         None if dense is None else path_text("dense", dense, A_MODEL),
         Permissions(allow_pickle, trust_remote_code),
         command,
         evaluate,
         evaluate_windows,
     )
-    kind = ALIGN if isinstance(request.recipe, AlignRecipe) else RECOVER
     return _run(kind, kind.directory(out_path(out)), request, listener or Listener())
 
 
