@@ -178,7 +178,10 @@ class TrainedLayer(nn.Module):
         return self.matrix(name, whole(self.layer.get_parameter(name).detach()))
 
     def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Compute one effective tensor, differentiable, without a fixed low-rank part; lora computes in ``dtype``."""
+        """Compute one effective tensor, differentiable; a fixed low-rank part is left out.
+
+        The pruned weight, and the masked product of lora, are in ``dtype``.
+        """
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]

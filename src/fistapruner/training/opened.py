@@ -1,4 +1,4 @@
-"""A run that trains, opened from its folder: models, text, loss and state; and what a verb does in its own way.
+"""A run that trains, opened from its folder, and what a verb does in its own way.
 
 :class:`~fistapruner.training.recovery.Recovery` and :class:`~fistapruner.training.alignment.Alignment` are the verbs.
 """

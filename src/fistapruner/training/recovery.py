@@ -1,4 +1,4 @@
-"""What ``recover`` does in its own way: text of documents, divergence from the dense model or cross-entropy."""
+"""What ``recover`` does in its own way: text, and divergence from the dense model or cross-entropy."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Request(Generic[R]):
     evaluate_windows: int | None = None
 
     def evaluation(self, decided: TrainingDecision | None) -> EvaluationRequest | None:
-        """Return the text to evaluate on: as asked, else of the begun run, else of the input's run; perhaps None."""
+        """Return the text to evaluate on: as asked, of the begun run, or of the input's run; or None."""
         origin = input_run(self.model)
         record = None if origin is None else origin.record()
         if self.evaluate != "auto":
@@ -224,7 +224,7 @@ def named_dense(model: str, source: ModelSource) -> tuple[str | Path | None, tup
 
 
 def _find_dense(request: Request[Any], recipe: TrainingRecipe, source: ModelSource) -> ModelSource | None:
-    """Find the dense model: as the user says it, else as the input's run or lineage names it; perhaps None.
+    """Find the dense model as the user, or the input's run or lineage, names it; None where none does.
 
     Raises:
         FistaPrunerError: the loss or the text needs it and it is not found, or it has changed since.
