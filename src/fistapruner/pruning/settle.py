@@ -41,7 +41,8 @@ from ..text.self_generated import generation_bytes
 from .inputs import Inputs, Request, check_inputs
 
 if TYPE_CHECKING:
-    from ..training.inputs import TrainingInputs, TrainingRequest
+    from ..training.settle import Inputs as TrainingInputs
+    from ..training.settle import Request as TrainingRequest
 
 T = TypeVar("T")
 
