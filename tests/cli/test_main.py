@@ -191,28 +191,6 @@ def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
     assert done.stderr == ("fistapruner: interrupted\n" if status else "")
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("place", ["del", "weak"])
-def test_an_interruption_where_python_drops_exceptions_comes_again(name: str, status: int, place: str) -> None:
-    program = (
-        "import signal, sys, time, weakref\nfrom fistapruner.cli import main, methods\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have background jobs ignore it
-        "def wait(*_):\n    print('there', flush=True); time.sleep(60)\n"
-        "class Thing: pass\n"
-        f"if {place == 'del'}: Thing.__del__ = wait\n"
-        "def run(_):\n    thing = Thing(); weak = weakref.ref(thing, None if hasattr(thing, '__del__') else wait)\n"
-        "    del thing\n    time.sleep(60); print('worked on'); return 0\n"
-        "methods.run = run\nsys.exit(main(['methods']))"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "there\n"
-        process.send_signal(getattr(signal, name))
-        assert process.communicate(timeout=50) == ("", "fistapruner: interrupted\n")
-    assert process.returncode == status
-
-
 @pytest.mark.parametrize("when", ["atexit.register(interrupt)", "launcher.leads = lambda: not interrupt()"])
 def test_a_second_interruption_while_python_ends_prints_nothing(when: str) -> None:
     """Nor does one while the first is answered."""
@@ -271,28 +249,6 @@ def test_a_rank_that_is_none_of_its_processes_is_refused_at_once(
     monkeypatch.setenv("WORLD_SIZE", size)
     assert main(["recover", "run", "--out", "recovered"]) == 2
     assert f"environment variables RANK and WORLD_SIZE are {own} and {size}: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("cores", "said", "spins"),
-    [
-        (8, {}, "1000"),
-        (9, {}, "None"),  # not measured there
-        (2, {"OMP_WAIT_POLICY": "active"}, "None"),
-        (2, {"GOMP_SPINCOUNT": "5"}, "5"),
-    ],
-)
-def test_waiting_threads_leave_the_cores_to_other_work(cores: int, said: dict[str, str], spins: str) -> None:
-    program = (
-        "import os, sys\nfrom fistapruner.cli import main\n"
-        f"os.cpu_count = lambda: {cores}\nassert 'torch' not in sys.modules  # which reads the variable\n"
-        "main(['methods'])\nprint(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    kept = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    shown = subprocess.run(
-        [sys.executable, "-c", program], env={**kept, **said}, capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.splitlines()[-1] == spins
 
 
 def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

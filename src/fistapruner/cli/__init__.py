@@ -7,7 +7,6 @@ quick.
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import atexit
 import errno
@@ -48,16 +47,6 @@ READ_ONLY = ("inspect", "methods", "plan", "status")
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment variables that hide other libraries' output; importing transformers for it would take seconds."""
-
-SPINS, SPINNING_CORES = 1000, 8
-"""How often a waiting thread of GNU OpenMP looks before it sleeps, and the most cores where it holds.
-
-The number is what OpenMP itself takes where it has more threads than cores. Its default for others is 300 times as
-many: beside another busy program, a thread that spins uses up the time in which the one it waits for could have run.
-"""
-
-AGAIN = 0.01
-"""Seconds after which an interruption that Python has dropped comes again."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -137,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, value in vars(parsed).items():
                 setattr(parsed, name, at_home(value))
             _quieten()
-            _share_cores()
+            # A waiting OpenMP thread that spins takes the time in which another busy program's thread could run.
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's own number where cores are scarce
             _refuse_processes(parsed)
             try:
                 status = int(parsed.run(parsed))
@@ -336,14 +326,10 @@ def _signals() -> Iterator[list[int]]:
     them: there SIGHUP is left alone, and a second SIGTERM, which may come from what has sent the first one to all, does
     not cut short that the run is left in order. Only the main thread can set signals.
 
-    Python drops an interruption that is raised inside of a ``__del__`` or of a callback of a weak reference: it comes
-    again a moment later, until it is outside of them.
-
     Yields:
         A list that is empty until SIGTERM comes.
     """
     came: list[int] = []
-    again: list[threading.Timer] = []
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
 
     def interrupt(number: int, _: object) -> None:
@@ -351,47 +337,18 @@ def _signals() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
-    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
-        if dropped.exc_type is not KeyboardInterrupt or threading.current_thread() is not threading.main_thread():
-            report(dropped)
-            return
-        # A second SIGTERM would end the process, and background jobs of a shell ignore SIGINT.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        again.append(threading.Timer(AGAIN, _interrupt_main_thread))
-        again[-1].start()
-
     actions: dict[str, Any] = {"SIGTERM": interrupt} if elastic else {"SIGTERM": interrupt, "SIGHUP": signal.SIG_IGN}
     before: dict[int, Any] = {}
-    report = sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
         before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
         for name, action in actions.items():
             if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
                 before[number] = signal.signal(number, action)
-        sys.unraisablehook = unraisable
     try:
         yield came
     finally:
-        sys.unraisablehook = report
-        for timer in again:
-            timer.cancel()
         for number, earlier in before.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
-
-
-def _interrupt_main_thread() -> None:
-    """Let SIGINT come to the main thread, and end what it waits for where the system can."""
-    if hasattr(signal, "pthread_kill"):  # Windows has none
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    else:
-        _thread.interrupt_main()
-
-
-def _share_cores() -> None:
-    """Let waiting OpenMP threads sleep soon, unless the user says how; torch reads it when imported."""
-    said = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
-    if not said and (os.cpu_count() or 1) <= SPINNING_CORES:
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def _quieten() -> None:
