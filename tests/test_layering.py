@@ -29,6 +29,7 @@ LAYERS = (
     "measure",
     "reporting",
     "pipeline",
+    "comparison",
     "cli",
 )
 """Rooms from low to high. A room may import itself and the rooms before it."""

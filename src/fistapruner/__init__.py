@@ -14,6 +14,7 @@ from .errors import FistaPrunerError
 from .packed import register_on_import
 
 if TYPE_CHECKING:
+    from .comparison import compare
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
     from .measure.evaluate import evaluate
     from .packed.linear import SparseLinear
@@ -54,6 +55,7 @@ __all__ = [
     "Unstructured",
     "align",
     "bench_run",
+    "compare",
     "evaluate",
     "evaluate_run",
     "export",
@@ -71,6 +73,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "comparison": ("compare",),
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
     "measure.evaluate": ("evaluate",),
     "pipeline.export": ("export",),

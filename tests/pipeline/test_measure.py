@@ -23,7 +23,6 @@ from fistapruner.measure import streaming
 from fistapruner.measure.bench import record
 from fistapruner.measure.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
 from fistapruner.pipeline.measure import measure
 from fistapruner.reporting.quality_rows import task_before
@@ -127,7 +126,7 @@ def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> Non
         )
         for lines in (report.warnings, said.sentences):
             assert any(line.startswith(told) for line in lines) == expected
-    comparison = compare(
+    comparison = fp.compare(
         dense,
         "magnitude",
         ["50%"],
