@@ -429,8 +429,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     runs = list((tmp_path / "out" / "runs").iterdir())
     assert len(runs) == 4
     for run in runs:
-        assert "| perplexity |" in (run / "model" / "README.md").read_text()
-        assert "Perplexity on python" in (run / "report.html").read_text()
+        assert "| Perplexity, python |" in (run / "model" / "README.md").read_text()
+        assert "Perplexity, python" in (run / "report.html").read_text()
     assert main([*common, "--out", str(tmp_path / "out2"), "--methods", "nothing"]) == 2
     assert "'nothing' is not known" in capsys.readouterr().err
     assert main([*common, "--out", str(tmp_path / "out3"), "--methods", "wanda", "--seeds", "a"]) == 2
@@ -480,7 +480,7 @@ def test_checkpoints_are_kept_of_rows_that_were_there(tmp_path: Path) -> None:
     assert not (other / "model").exists()
     assert list(run.glob("layers/*.safetensors"))
     assert (run / "model" / "model.safetensors").is_file()
-    assert "| perplexity |" in (run / "model" / "README.md").read_text()
+    assert "| Perplexity, python |" in (run / "model" / "README.md").read_text()
 
 
 def test_a_damaged_checkpoint_is_none_that_was_kept(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
     assert "| Preference accuracy, % |" in card
     assert str(tmp_path) not in card.partition("Recipe:")[0]
     page = (tmp_path / "again" / "report.html").read_text()
-    assert "before alignment" in page
+    assert "Before alignment" in page
     assert "Gap closed" not in page
     assert load_run(tmp_path / "again").alignment == report.alignment
 
@@ -443,7 +443,7 @@ def test_what_a_part_of_the_pairs_taught_is_told(bench: Bench, tmp_path: Path) -
         assert report.alignment is not None
         tokens[loss] = report.recovery.tokens
         card = (out / "model" / "README.md").read_text()
-        assert f"on 4 of {report.alignment.pairs} preference pairs" in card
+        assert f"4 of {report.alignment.pairs} preference pairs" in card
     assert 0 < tokens["sft"] < tokens["dpo"]
     assert [sentence for sentence in said.sentences if "before alignment, " in sentence]
     assert not [sentence for sentence in said.sentences if "of the gap" in sentence]

@@ -17,7 +17,6 @@ from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
-from ..reporting.workload_text import workload_sentence
 from ..runs.decision import PlannedRun
 from ..runs.identity import fingerprint
 from ..runs.listener import Listener
@@ -125,8 +124,6 @@ class DenseMeasurements:
             digest = self._store(found.metrics or [], found.importance or {}, found.orders, scores)
         if permutes(self.recipe):
             self.listener.say(_say_permuted(found.permuted))
-        if found.workload is not None:
-            self.listener.say(workload_sentence(found.workload))
         return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest)
 
     def _store(
