@@ -1,4 +1,4 @@
-"""Show a comparison, many methods under one protocol: as a table for the terminal, in Markdown, and as a page."""
+"""Show a comparison of many methods: as a table for the terminal, in Markdown, and as a page."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def patterns(found: Sequence[Point]) -> list[str]:
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
-    """Shorten methods to fit into figures: the settings after ``@`` go; methods that this makes alike are numbered."""
+    """Shorten methods for figures: the settings after ``@`` go; methods that become alike are numbered."""
     labels = list(dict.fromkeys(point.method for point in found))
     bases = [label.partition("@")[0] for label in labels]
     return {

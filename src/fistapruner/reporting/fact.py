@@ -38,7 +38,7 @@ class Fact:
 
     @property
     def row(self) -> tuple[str, str]:
-        """Label and line, for the terminal: the label begins in lower case unless it begins with an abbreviation."""
+        """Label, in lower case unless it begins with an abbreviation, and line, for the terminal."""
         label = self.label if self.label[1:2].isupper() else self.label[:1].lower() + self.label[1:]
         return label, self.line
 

@@ -85,6 +85,7 @@ def losses(report: Report) -> Drawing | None:
             label = f"kept: step {found.kept_step}"
             axes.axvline(found.kept_step, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(f"loss ({found.loss})")
         style(axes)
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.4)
@@ -206,6 +207,7 @@ def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         axes.plot(*_columns(means), "o-", color=SERIES[0], markersize=4.5, label="mean of its operators")
         axes.plot(*_columns(list(output.items())), "s-", color=SERIES[1], markersize=4.5, label="output of the layer")
         axes.set_xlabel("decoder layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("relative error, %")
         axes.set_ylim(bottom=0)
         style(axes)
@@ -237,6 +239,7 @@ def layer_sparsity(report: Report) -> Drawing | None:
         axes.bar(*_columns(rows), width=0.72, color=SERIES[0])
         axes.set_ylim(0, 100)
         axes.set_xlabel("decoder layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("zeros, %")
         style(axes)
 

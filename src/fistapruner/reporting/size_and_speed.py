@@ -51,7 +51,7 @@ def size_facts(report: Report) -> list[Fact]:
 
 
 def speed_facts(report: Report) -> list[Fact]:
-    """List decoding speed, memory and size of every form that was measured, against the fastest dense form.
+    """List speed, memory and size of every form that was measured, against the fastest dense form.
 
     A finished run without measurements has one fact that says so.
     """
