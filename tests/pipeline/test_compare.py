@@ -252,7 +252,7 @@ def test_checkpoints_that_a_command_kept_stay(model: str, tmp_path: Path) -> Non
     runs = folders(out)
     assert not (runs["magnitude"] / "model").exists()
     file = runs["wanda"] / "model" / "model.safetensors"
-    assert "| perplexity |" in (file.parent / "README.md").read_text()
+    assert "| Perplexity, python |" in (file.parent / "README.md").read_text()
     whole = file.read_bytes()
     file.write_bytes(whole[:-8])
     [mended] = compared(model, "wanda", out, keep=True).rows
@@ -331,8 +331,8 @@ def test_command_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(runs) == 4
     for run in runs:
         assert re.fullmatch(r"[A-Za-z0-9.+_-]+-seed5-[0-9a-f]{6}", run.name)
-        assert "| perplexity |" in (run / "model" / "README.md").read_text()
-        assert "Perplexity on python" in (run / "report.html").read_text()
+        assert "| Perplexity, python |" in (run / "model" / "README.md").read_text()
+        assert "Perplexity, python" in (run / "report.html").read_text()
     assert main([*common, "nothing"]) == 2
     assert "'nothing' is not known" in capsys.readouterr().err
     assert main([*common, "wanda", "--seeds", "a"]) == 2

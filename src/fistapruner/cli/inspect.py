@@ -70,7 +70,7 @@ def _claim(claim: str | None) -> str:
 
 def _print(found: Inspection, quiet: bool) -> None:
     from ..models.files.folder_files import PRUNING_RECORD
-    from ..reporting.lineage_text import lineage_lines
+    from ..reporting.facts import lineage_lines
 
     rows = [
         (

@@ -18,7 +18,7 @@ from ..measure.generations import generate_side_by_side
 from ..models.source import Permissions
 from ..planning.phases import with_phases
 from ..reporting.model_card import model_card
-from ..reporting.recovery_text import gain_text
+from ..reporting.quality import gain_text
 from ..reporting.write import write_page
 from ..runs.continuation import absolute
 from ..runs.decision import EvaluationRequest

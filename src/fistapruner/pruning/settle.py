@@ -20,7 +20,6 @@ from ..models.whole import load_whole, require_whole, whole_bytes
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..pipeline.plan import plan_run
-from ..reporting.workload_text import workload_sentence
 from ..runs.continuation import absolute
 from ..runs.decision import Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -206,8 +205,6 @@ def _measure(
             f"channels of {len(found.permuted)} operators reordered or rotated: of their weights' importance the "
             f"pattern now loses {1 - after:.1%} instead of {1 - before:.1%}"
         )
-    if found.workload is not None:
-        listener.say(workload_sentence(found.workload))
     return found
 
 
