@@ -25,7 +25,7 @@ import samples
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.core import parse_sparsity
-from fistapruner.measure.scoring import perplexity_of
+from fistapruner.measure.logits import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.comparison import comparison_markdown
 from fistapruner.reporting.evaluation_text import evaluation_text, perplexity_conditions
