@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fistapruner.measure.data import load_windows
-from fistapruner.measure.scoring import perplexity_of
+from fistapruner.measure.logits import perplexity_of
 from fistapruner.measure.streaming import Passes, score_windows
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel

@@ -9,8 +9,7 @@
 3. *Phases*: two random decoder layers of LLaMA's shapes, pruned to 50 % with the default recipe and 2:4 with SparseGPT.
    Seconds of each phase in the second layer, and TFLOP/s of those whose operations are easily counted (:func:`counts`).
 4. *Memory*: peak on the device against the plan.
-5. *Waits*: how often the host waits for the device in the iterations of the default method; and where hidden states in
-   main memory pass through a layer, with copies that block and with copies in the background, with the seconds.
+5. *Waits*: how often the host waits for the device in the iterations of the default method.
 6. *Whole run*: what passes take grows with the windows, what solving takes does not; times the model's layers.
 7. *2:4*: dense against semi-structured products of every operator's shape, decoding and prefill.
 
@@ -33,10 +32,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -49,13 +47,11 @@ import tiny  # noqa: E402
 from fistapruner.core import LayerProblem  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
 from fistapruner.packed.semi_structured import to_semi_structured  # noqa: E402
-from fistapruner.passes.store import HiddenStates  # noqa: E402
 from fistapruner.runs.layer_records import LayerEntry  # noqa: E402
 from fistapruner.runs.listener import Listener  # noqa: E402
 from fistapruner.runs.records import Report  # noqa: E402
 from fistapruner.runtime.files import write_json_atomic  # noqa: E402
 from fistapruner.runtime.machine import describe_machine, versions  # noqa: E402
-from fistapruner.runtime.transfers import ToHost  # noqa: E402
 from fistapruner.solvers import solve  # noqa: E402
 
 SAMPLES = 128
@@ -233,20 +229,10 @@ def phases(name: str, shape: Shape, work: Path, device: torch.device, samples: i
 
 @contextmanager
 def counted_waits(device: torch.device, found: dict[str, Any]) -> Iterator[None]:
-    """Count how often the host waits for the device inside the block, and the seconds that the block takes.
-
-    PyTorch reports all waits but those for an event, by which :class:`ToHost` waits for its copy.
-    """
-    copies: list[ToHost] = []
-    result = ToHost.result
-
-    def counted(copy: ToHost) -> Tensor:
-        copies.append(copy)
-        return result(copy)
-
+    """Count how often the host waits for the device inside the block, and the seconds that the block takes."""
     torch.cuda.synchronize(device)
     begin = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught, mock.patch.object(ToHost, "result", counted):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -254,7 +240,7 @@ def counted_waits(device: torch.device, found: dict[str, Any]) -> Iterator[None]
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize(device)
-    found["waits"] = sum("called a synchronizing" in str(one.message) for one in caught) + len(copies)
+    found["waits"] = sum("called a synchronizing" in str(one.message) for one in caught)
     found["seconds"] = time.perf_counter() - begin
 
 
@@ -268,36 +254,6 @@ def waits(device: torch.device) -> dict[str, Any]:
         with counted_waits(device, found.setdefault(f"{steps} iterations", {})):
             solve(problem, "50%", [{"proximal": {"steps": steps}}])
     return found
-
-
-def copies(shape: Shape, device: torch.device, samples: int, seqlen: int) -> dict[str, Any]:
-    """Pass hidden states in main memory through products of a layer's size, with copies that block and with others.
-
-    Returns:
-        Waits of the host and seconds of each way, and whether their results are the same.
-    """
-    size = (4 * samples, seqlen, shape.width)
-    batch = max(1, min(16384 // seqlen, samples // 2))
-    weights = [torch.randn(n, m, device=device, dtype=torch.bfloat16) / n**0.5 for m, n in shape.groups]
-    stores = {name: HiddenStates(size, torch.bfloat16) for name in ("blocking", "in the background")}
-    found: dict[str, Any] = {}
-    for name, states in stores.items():
-        drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).bfloat16()
-        states.write(0, drawn)
-        for attempt in ("first", name):  # the first one warms up
-            with counted_waits(device, found.setdefault(attempt, {})):
-                for start in range(0, size[0], batch):
-                    stop = min(start + batch, size[0])
-                    blocking = name == "blocking"
-                    hidden = states.read(start, stop).to(device) if blocking else states.read(start, stop, device)
-                    for weight in weights:
-                        inputs = hidden[..., : weight.shape[0]]
-                        hidden[..., 0] += (inputs @ weight[: inputs.shape[-1]]).mean(-1)
-                    states.write(start, hidden.cpu() if blocking else hidden)
-                states.flush()
-        del found["first"]
-    read = [states.read(0, size[0]) for states in stores.values()]
-    return {**found, "same": torch.equal(*read)}
 
 
 def semi_structured(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
@@ -328,7 +284,7 @@ def checks() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Write the results as Markdown."""
     yield f"{result['machine']['device_name']}, torch {result['versions']['torch']}"
-    for name in ("checks", "same bits", "waits", "copies", "left out"):
+    for name in ("checks", "same bits", "waits", "left out"):
         if name in result:
             yield f"{name}: {json.dumps(result[name])}"
     yield ""
@@ -384,7 +340,7 @@ def main() -> None:
             raise SystemExit("PyTorch sees no CUDA GPU on this machine: --rehearse runs on a stand-in")
         work, device = Path(temporary), torch.device(arguments.device)
         machine = describe_machine(device).model_dump(mode="json")
-        result: dict[str, Any] = {"machine": machine, "versions": versions(), "phases": {}, "copies": {}, "2:4": {}}
+        result: dict[str, Any] = {"machine": machine, "versions": versions(), "phases": {}, "2:4": {}}
         with stage(result, "checks", stop, arguments.out) as go:
             if go and not arguments.rehearse:
                 result["checks"] = checks()
@@ -399,9 +355,6 @@ def main() -> None:
             with stage(result, f"phases of {name}", stop, arguments.out) as go:
                 if go:
                     result["phases"][name] = phases(name, shape, work, device, samples, seqlen)
-            with stage(result, f"copies of {name}", stop, arguments.out) as go:
-                if go:
-                    result["copies"][name] = copies(shape, device, samples, seqlen)
             with stage(result, f"2:4 of {name}", stop, arguments.out) as go:
                 if go:
                     result["2:4"][name] = semi_structured(shape, device)

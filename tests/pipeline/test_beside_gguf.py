@@ -88,7 +88,7 @@ def test_quality_stands_beside_size_and_speed(made: Path, run: Path) -> None:
     report = load_run(run)
     assert report.speed is not None
     assert report.speed["speeds"][-1]["kl"] == by_name[FORMS[1]].kl
-    assert "quantise instead" in report.speed["sentence"]
+    assert "quantise, unless speed decides" in report.speed["sentence"]
     assert "llama.cpp dense-Q8" in (run / "report.html").read_text()
     assert [line for line in listener.sentences if line.startswith("evaluating")] == [
         f"evaluating {name} on text.txt" for name in FORMS
@@ -155,13 +155,9 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
     monkeypatch.setattr("fistapruner.measure.bench.pack", None)
     whole = made / "dense-Q8.gguf"
     (tmp_path / "text.gguf").write_text("text")
-    (tmp_path / "other").mkdir()
-    same = shutil.copy(whole, tmp_path / "other" / whole.name)
     for files, settings, said in (
-        ([tmp_path / "none.gguf"], {}, "gguf .*none.gguf is not there: a GGUF file is expected"),
-        ([tmp_path], {}, "gguf .* is not there: a GGUF file is expected"),
-        (tmp_path / "text.gguf", {}, "text.gguf is not a GGUF file"),
-        ([whole, same], {}, "gguf .*: another file has the name dense-Q8, too"),
+        ([tmp_path / "none.gguf"], {}, "none.gguf"),
+        ([tmp_path / "text.gguf"], {}, "text.gguf is not a GGUF file"),
         ([whole], {"batch": 2}, "batch 2: with GGUF files one sequence at once is timed"),
         ([7], {}, "gguf is of the class int, and a GGUF file is expected"),
     ):
@@ -175,14 +171,8 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
 @pytest.mark.parametrize(
     ("kl", "size", "rate", "said"),
     [
-        (
-            0.05,
-            5,
-            40.0,
-            "llama.cpp q is smaller than all of these forms (5 B, packed int8 6 B) and closer to the dense",
-        ),
-        (0.05, 5, 40.0, "(KL 0.050 instead of 0.300 nats a token), and not slower: quantise instead."),
-        (0.05, 5, 10.0, ", but decodes 3.00 times slower than the fastest: quantise, unless speed decides."),
+        (0.05, 5, 40.0, "llama.cpp q is smaller than all of these forms (5 B, not 6 B) and closer to the dense"),
+        (0.05, 5, 10.0, "(KL 0.050 instead of 0.300 nats a token), and decodes 0.33 times as fast: quantise, unless"),
         (0.05, 7, 40.0, "No GGUF file is both smaller than these forms and closer to the dense model."),
         (0.40, 5, 40.0, "No GGUF file is both smaller than these forms and closer to the dense model."),
     ],
@@ -197,7 +187,7 @@ def test_the_sentence_says_when_to_quantise(kl: float, size: int, rate: float, s
         replace(int8, kl=0.31, file_size=6, tokens_per_second=20.0),
         replace(file, kl=kl, file_size=size, tokens_per_second=rate),
     ]
-    assert said in sentence({speed.variant: speed for speed in forms})
+    assert said in sentence(forms)
 
 
 def test_llama_cpp_decodes_in_a_process_of_its_own(made: Path) -> None:

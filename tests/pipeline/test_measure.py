@@ -420,7 +420,7 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
     found = fp.bench_run(run, prompt=4, tokens=3, runs=1, measure=in_this_process)
-    printed = json.loads(json.dumps(record(found, run / "model")))
+    printed = json.loads(json.dumps(record(found)))
     report = load_run(run)
     assert report.speed is not None
     assert {key: report.speed[key] for key in printed} == printed

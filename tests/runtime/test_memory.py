@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -116,12 +118,12 @@ def test_evaluation_and_speed_keep_within_a_quota(tmp_path: Path, monkeypatch: p
 
     counts: list[int] = []
 
-    def start(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> None:
-        counts.append(threads)
+    def start(load: object, variant: Variant, *setting: int) -> None:
+        counts.append(setting[-1])
         raise Started
 
     monkeypatch.setattr(devices, "quotas", lambda: [1])
-    monkeypatch.setattr(variants, "Worker", start)
+    monkeypatch.setattr(variants, "ProcessPoolExecutor", lambda *_: nullcontext(SimpleNamespace(submit=start)))
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     with devices.cpu_threads(2):
         settings = {"seqlen": 16, "windows": 1}

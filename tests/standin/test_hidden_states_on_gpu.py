@@ -1,4 +1,4 @@
-"""Hidden states that wait in main memory or in a file: what is read is what was written, and copies do not block."""
+"""Hidden states that wait in main memory or in a file: what is read is what was written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_batches_are_what_was_written(gpu: StandIn, states: HiddenStates, size: 
 
 
 def test_a_batch_is_read_before_it_is_overwritten_and_after(gpu: StandIn, states: HiddenStates) -> None:
-    """As where a layer's output takes the place of its input; and where a batch that was read ahead is written."""
+    """As where a layer's output takes the place of its input."""
     values = fill(states, 2)
     for start, stop in batches(2):
         states.write(start, states.read(start, stop, CUDA).add_(1.0))
@@ -60,24 +60,8 @@ def test_a_batch_is_read_before_it_is_overwritten_and_after(gpu: StandIn, states
     assert not states.read(2, 4, CUDA).any()
 
 
-def test_the_host_waits_for_nothing_but_written_batches(gpu: StandIn, states: HiddenStates) -> None:
-    """Every batch is copied once each way."""
-    fill(states, 2)
-    states.flush()
-    gpu.waits.clear()
-    gpu.moved.clear()
-    for start, stop in batches(2):
-        states.write(start, states.read(start, stop, CUDA))
-    states.flush()
-    assert {what for what, _ in gpu.waits} == {"event"}
-    assert sum(gpu.waits.values()) == len(batches(2))
-    size = 7 * 3 * 4 * 4
-    assert {what: count for (what, _), count in gpu.moved.items()} == {"to device": size, "to host": size}
-
-
 def test_single_tokens_are_copied_and_no_others(gpu: StandIn, states: HiddenStates) -> None:
     values, rows = fill(states, 2), torch.tensor([0, 4, 8])
-    states.flush()
     gpu.moved.clear()
     assert torch.equal(states.tokens(2, 5, rows, CUDA).cpu(), values[2:5].flatten(0, 1)[rows])
     assert sum(count for (what, _), count in gpu.moved.items() if what == "to device") == 3 * 4 * 4

@@ -18,7 +18,6 @@ the run was evaluated on.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..runtime.formatting import finite
 from .arguments import add_json_argument, add_pickle_argument
@@ -48,21 +47,18 @@ def run(arguments: argparse.Namespace) -> int:
     from ..measure.bench import Speeds, bench, record
     from ..pipeline.measure_run import bench_run
     from ..reporting.size_and_speed import QUANTISE_FIRST
-    from ..runs.directory import RunDirectory
     from ..runs.listener import Listener
     from ..runs.records import is_run
     from .progress import PlainListener
 
     names = ("batch", "prompt", "tokens", "runs", "threads", "gguf", "allow_pickle")
     settings = {name: getattr(arguments, name) for name in names}
-    folder = arguments.model
     listener = Listener() if arguments.json else PlainListener()
-    if is_run(folder):
-        folder = RunDirectory(Path(folder)).model
+    if is_run(arguments.model):
         speeds = bench_run(arguments.model, listener=listener, **settings)
     else:
         speeds = Speeds(bench(arguments.model, tick=listener.tick, **settings))
-    found = record(speeds, folder, allow_pickle=arguments.allow_pickle)
+    found = record(speeds)
     if arguments.json:
         print(json.dumps(finite(found), indent=2))
         return 0

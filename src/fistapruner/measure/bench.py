@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..errors import FistaPrunerError, MissingExtraError, expand_home, path_text
 from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
 from ..models.files.gguf_header import check_gguf
-from ..models.files.record import has_zeros, lost_structure, read_pruning_record, stacked_experts
+from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..packed import kernel
-from ..packed.checkpoint import is_packed, low_rank_part
+from ..packed.checkpoint import is_packed
 from ..packed.pack import NoPackedFormError, pack, unpack
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size
 from ..runtime.progress import Tick, silent
-from .speed import EMBEDDING, SPEED_OF_OWN_CODE, Speed, Variant, compare
+from .speed import SPEED_OF_OWN_CODE, Speed, Variant, compare
 
 DTYPES = ("float32", "bfloat16")
 """Precisions of dense products: which of them is faster depends on the processor."""
@@ -70,13 +69,16 @@ def bench(
     for name, value in setting.items():
         if value is not None and (type(value) is not int or value < LEAST[name]):
             raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {LEAST[name]}")
-    named = [gguf] if isinstance(gguf, (str, Path)) else gguf or ()
-    files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in named]
-    _check_files(files, setting["batch"])
+    files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in gguf]
+    for file in files:
+        check_gguf(file)
+    if files and setting["batch"] != 1:
+        raise FistaPrunerError(f"batch {setting['batch']}: with GGUF files one sequence at once is timed: batch 1")
+    if files and find_spec("xllamacpp") is None:
+        raise MissingExtraError("xllamacpp", "bench", "timing a GGUF file")
     model = Path(model)
     if not (model / "config.json").is_file():
-        reason = "is not a folder with a pruned model" if model.exists() else "does not exist"
-        raise FistaPrunerError(f"{model} {reason}")
+        raise FistaPrunerError(f"{model} is not a folder with a pruned model")
     Checkpoint.open(model, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
     with temporary_folder() as scratch:
@@ -102,103 +104,53 @@ def bench(
         return speeds if quality is None else quality(variants, speeds)
 
 
-def _check_files(files: list[Path], batch: int | None) -> None:
-    """Refuse files that llama.cpp cannot be timed on, before any of them is loaded.
-
-    Raises:
-        FistaPrunerError: a file that is missing or no GGUF file, two of one name, or more than one sequence at once.
-        MissingExtraError: the extra ``bench`` is not installed.
-    """
-    for file in files:
-        if not file.is_file():
-            raise FistaPrunerError(f"gguf {file} is not there: a GGUF file is expected")
-        if [other.stem for other in files].count(file.stem) > 1:
-            raise FistaPrunerError(f"gguf {file}: another file has the name {file.stem}, too: rename one of them")
-        if EMBEDDING not in check_gguf(file):
-            raise FistaPrunerError(f"gguf {file} has no tensor {EMBEDDING!r}: a language model is expected")
-    if files and batch != 1:
-        raise FistaPrunerError(f"batch {batch}: with GGUF files one sequence at once is timed: batch 1")
-    if files and find_spec("xllamacpp") is None:
-        raise MissingExtraError("xllamacpp", "bench", "timing a GGUF file")
-
-
-def record(speeds: Sequence[Speed], model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+def record(speeds: Sequence[Speed]) -> dict[str, Any]:
     """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
-    forms = {speed.variant: speed for speed in speeds}
-    compared, why = any(name.startswith(("packed", "smaller")) for name in forms), ""
-    if not compared and (stacked := stacked_experts(read_pruning_record(Path(model)))):
-        why = f"{stacked} is one tensor of all experts, and only matrices are packed"
-    elif not compared:
-        bf16 = Checkpoint.open(model, allow_pickle).dtype == torch.bfloat16
-        rounded = "Weights that are not bf16 are packed rounded only ('fistapruner pack --values bf16')"
-        why = "No operator has a smaller packed form" if bf16 else rounded
-    said = sentence(forms, why)
-    if compared and (low_rank := low_rank_part(Path(model))) is not None:
-        said += (
-            f" Packed forms compute the sum of the sparse part and the low-rank part of rank {low_rank.rank}; their "
-            f"sizes count both, {size(low_rank.file_bytes)} of the low-rank part."
-        )
-    return {"speeds": [speed.to_json() for speed in speeds], "kernel": kernel_name(), "sentence": said}
+    return {"speeds": [asdict(speed) for speed in speeds], "kernel": kernel_name(), "sentence": sentence(speeds)}
 
 
-def sentence(speeds: Mapping[str, Speed], why: str = "") -> str:
+def sentence(speeds: Sequence[Speed]) -> str:
     """Say in a few words how the fastest packed or smaller form compares with the fastest dense one.
 
-    Args:
-        speeds: by variant; names that start with ``packed`` are sparse products, those with ``smaller`` models that
-            have lost channels or heads, those with ``llama.cpp`` GGUF files, the others dense ones.
-        why: there is no such form, where there is none.
+    Variants whose names start with ``packed`` are sparse products, those with ``smaller`` models that have lost
+    channels or heads, those with ``llama.cpp`` GGUF files, the others dense ones.
     """
-
-    def kind(*words: str) -> list[Speed]:
-        return [speed for name, speed in speeds.items() if name.startswith(words)]
-
-    ours, files = kind("packed", "smaller"), kind(LLAMA_CPP)
-    dense = [speed for speed in speeds.values() if speed not in ours + files]
+    ours = [speed for speed in speeds if speed.variant.startswith(("packed", "smaller"))]
+    files = [speed for speed in speeds if speed.variant.startswith(LLAMA_CPP)]
+    dense = [speed for speed in speeds if speed not in ours + files]
     if not ours:
-        return f"{why}, so there is nothing packed to compare with."
+        return "There is no packed form of this model ('fistapruner pack' says why), and nothing to compare with."
     if not dense:
-        said = "The dense model that this smaller one was is not at hand: nothing to compare with."
-        return " ".join([said, *_beside_files(ours, files)])
-    best, whole = max(ours, key=_rate), max(dense, key=_rate)
-    ratio, memory = _rate(best) / _rate(whole), best.peak_memory / whole.peak_memory
+        return "The dense model that this smaller one was is not at hand: nothing to compare with."
+    best, whole = (max(each, key=lambda speed: speed.tokens_per_second) for each in (ours, dense))
+    ratio = best.tokens_per_second / whole.tokens_per_second
     (low, high), (dense_low, dense_high) = best.tokens_per_second_range, whole.tokens_per_second_range
     doubt = ", within the spread of the runs" if low <= dense_high and dense_low <= high else ""
     doubt = ", in one run, whose spread is not known" if best.runs == 1 else doubt
-    times = f"{max(ratio, 1 / ratio):.2f}"
-    how = "as fast as" if times == "1.00" else f"{times} times {'faster' if ratio > 1 else 'slower'} than"
     said = (
-        f"On this machine the fastest form without the zeros ({best.variant}) decodes {how} the fastest dense one "
-        f"({whole.variant}){doubt}, with {memory:.2f} times its peak memory."
+        f"On this machine the fastest form without the zeros ({best.variant}) decodes {ratio:.2f} times as fast as the "
+        f"fastest dense one ({whole.variant}){doubt}, with {best.peak_memory / whole.peak_memory:.2f} times its peak "
+        "memory."
     )
-    return " ".join([said, *_beside_files(ours, files)])
+    return said + _beside_files(ours, files)
 
 
-def _beside_files(ours: Sequence[Speed], files: Sequence[Speed]) -> list[str]:
-    """Say whether a GGUF file is smaller than all of our forms and closer to the dense model."""
-    if not any(speed.kl is not None for speed in ours) or not any(file.kl is not None for file in files):
-        return []
-    closest, smallest = min(ours, key=_kl), min(ours, key=lambda speed: speed.file_size)
-    best = min((file for file in files if file.file_size <= smallest.file_size), key=_kl, default=closest)
-    if _kl(best) >= _kl(closest):
-        return ["No GGUF file is both smaller than these forms and closer to the dense model."]
-    said = (
-        f"{best.variant} is smaller than all of these forms ({size(best.file_size)}, {smallest.variant} "
-        f"{size(smallest.file_size)}) and closer to the dense model (KL {_kl(best):.3f} instead of {_kl(closest):.3f} "
-        "nats a token)"
+def _beside_files(ours: Sequence[Speed], files: Sequence[Speed]) -> str:
+    """Say whether a GGUF file is smaller than all of our forms and closer to the dense model; empty if not known."""
+    known = [[(speed.kl, speed) for speed in each if speed.kl is not None] for each in (ours, files)]
+    if not all(known):
+        return ""
+    kl, _ = min(known[0], key=itemgetter(0))
+    size_of_ours, fastest = min(one.file_size for one in ours), max(one.tokens_per_second for one in ours)
+    better = [found for found in known[1] if found[0] < kl and found[1].file_size <= size_of_ours]
+    if not better:
+        return " No GGUF file is both smaller than these forms and closer to the dense model."
+    file_kl, file = min(better, key=itemgetter(0))
+    return (
+        f" {file.variant} is smaller than all of these forms ({size(file.file_size)}, not {size(size_of_ours)}) and "
+        f"closer to the dense model (KL {file_kl:.3f} instead of {kl:.3f} nats a token), and decodes "
+        f"{file.tokens_per_second / fastest:.2f} times as fast: quantise, unless speed decides."
     )
-    slower = max(map(_rate, ours)) / _rate(best)
-    if slower <= 1:
-        return [f"{said}, and not slower: quantise instead."]
-    return [f"{said}, but decodes {slower:.2f} times slower than the fastest: quantise, unless speed decides."]
-
-
-def _kl(speed: Speed) -> float:
-    return math.inf if speed.kl is None else speed.kl
-
-
-def _rate(speed: Speed) -> float:
-    return speed.tokens_per_second
 
 
 def packed_bytes(speeds: Sequence[Speed]) -> int | None:
@@ -231,7 +183,7 @@ class Speeds(list[Speed]):
         for speed in self:
             low, high = speed.tokens_per_second_range
             early, late = (1000 * value for value in speed.first_token_range)
-            rate = f"{_rate(speed):.1f} ({low:.1f} - {high:.1f})"
+            rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
             latency = f"{1000 * speed.first_token:.0f} ({late:.0f} - {early:.0f})"
             row = (speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", f"{speed.file_size / 2**20:.1f}")
             quality = (speed.perplexity, 2), (speed.kl, 3)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text, printable
-from ..models.architecture import build_model, max_length
+from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit, whole_bytes
-from ..packed.checkpoint import PackedCheckpoint, is_packed
+from ..packed.checkpoint import is_packed
 from ..packed.pack import unpack
 from ..runs.arguments import checked_arguments
 from ..runs.lineage import lineage_of, trained_on
@@ -30,7 +29,7 @@ from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from ..runtime.progress import Tick, silent
 from ..settings.loading import parse_bytes
 from .data import Windows, check_count, check_data, load_windows
-from .scoring import divergence_of, perplexity_of
+from .logits import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows
 from .zero_shot import TaskSettings, evaluate_tasks, find_tasks
 
@@ -101,13 +100,9 @@ def evaluate(
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
     tick = tick or silent
-    if not callable(keep):
-        raise FistaPrunerError(f"keep is of the class {type(keep).__name__}, and a function is expected")
-    if kept is not None and not isinstance(kept, KeptStates):
-        raise FistaPrunerError(f"kept is of the class {type(kept).__name__}, and a KeptStates is expected")
     data = str(data) if isinstance(data, Path) else data
     against = None if against is None else path_text("against", against, A_MODEL)
-    tasks, memory = check_request(
+    names, memory = check_request(
         data,
         seqlen=seqlen,
         windows=windows,
@@ -121,61 +116,41 @@ def evaluate(
     )
     begin = time.perf_counter()
     place = choose_device(device)
-    known = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
+    known = find_tasks(names, None if tasks_dir is None else Path(tasks_dir)) if names else None
     permissions = Permissions(allow_pickle, trust_remote_code)
-    source = permissions.find(model)
-    dense = permissions.find(against) if against is not None else None
-    if data is not None and is_packed(source.folder):
-        _check_packed(source, data, seqlen, model)
-    if known is not None and memory is not None:
-        for each in (source, *([] if dense is None else [dense])):
-            if is_packed(each.folder):
-                require_tasks_fit(each.folder, _packed_bytes(each.folder, DTYPES.get(dtype), place), memory)
+    sources = [permissions.find(each) for each in (model, against) if each is not None]
     with ExitStack() as scratch:
-        source = scratch.enter_context(_unpacked(source, tick))
-        dense = None if dense is None else scratch.enter_context(_unpacked(dense, tick))
-        models = [source] if dense is None else [source, dense]
-        checkpoints = [each.checkpoint() for each in models]  # transformers would read the weights, whatever they are
+        sources = [_unpacked(each, scratch, tick) for each in sources]
+        checkpoints = [each.checkpoint() for each in sources]  # transformers would read the weights, whatever they are
         passes = DTYPES.get(dtype) or reduce(
             torch.promote_types, (pass_dtype(each.dtype, place) for each in checkpoints)
         )
-        if known is not None and memory is not None:
-            for each, checkpoint in zip(models, checkpoints, strict=True):
-                require_tasks_fit(each.folder, whole_bytes(checkpoint, passes), memory)
-        added = LowRankAdapter.beside(source.folder)
-        warnings: tuple[str | None, ...] = ()
+        found = Evaluation(model=str(model), against=None if against is None else str(against), device=str(place))
+        if (added := LowRankAdapter.beside(sources[0].folder)) is not None:
+            found = replace(found, low_rank=added.weights)
         if known is not None:
-            lineage, fault = lineage_of(source.folder)
-            warnings = fault, trained_on(lineage)
-        found = Evaluation(
-            model=str(model),
-            against=None if against is None else str(against),
-            device=str(place),
-            low_rank=None if added is None else added.weights,
-            warnings=tuple(filter(None, warnings)),
-        )
+            for source, checkpoint in zip(sources, checkpoints, strict=True):
+                if memory is not None:
+                    require_tasks_fit(source.folder, whole_bytes(checkpoint, passes), memory)
+            lineage, fault = lineage_of(sources[0].folder)
+            found = replace(found, warnings=tuple(filter(None, (fault, trained_on(lineage)))))
         if data is not None:
             # Before the tokenizer, which a folder that is no model lacks too.
-            opened = _open(source, checkpoints[0], place, passes)
-            tokenizer = source.tokenizer()
-            length = _window_length(data, seqlen, opened.max_length, model)
-            cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
-            other = None
-            if dense is not None:
-                other = _open(dense, checkpoints[1], place, passes)
-                _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
-            found = _with_text(found, cut, opened, other, Passes(batch_size, memory, warn, tick), kept)
+            opened = [_open(*each, place, passes) for each in zip(sources, checkpoints, strict=True)]
+            tokenizers = [each.tokenizer() for each in sources]
+            if len(opened) == 2:
+                _check_same_tokens(*opened, *tokenizers)
+            length = _window_length(data, seqlen, opened[0].max_length, model)
+            cut = data if isinstance(data, Windows) else load_windows(data, tokenizers[0], length, windows, bos)
+            found = _with_text(found, cut, opened, Passes(batch_size, memory, warn, tick), kept)
         found = replace(found, seconds=time.perf_counter() - begin)
         if known is not None:
             if found.perplexity is not None:
                 keep(found)
             settings = TaskSettings(limit, place, passes, batch_size, trust_remote_code)
-            said: list[str] = []
-            results = evaluate_tasks(
-                source.folder, known, settings, against=dense.folder if dense else None, tick=tick, warn=said.append
-            )
-            said = [*found.warnings, *said]
-            found = replace(found, tasks=results, seconds=time.perf_counter() - begin, warnings=tuple(said))
+            dense = sources[1].folder if against is not None else None
+            results = evaluate_tasks(sources[0].folder, known, settings, against=dense, tick=tick)
+            found = replace(found, tasks=results, seconds=time.perf_counter() - begin)
         return found
 
 
@@ -202,12 +177,6 @@ def check_request(
         FistaPrunerError: nothing to measure, no such text, a setting without effect, or one out of range.
         MissingExtraError: the text needs the extra ``data``.
     """
-    for name, given, what in (
-        ("data", data, "a text, such as wikitext2 or a .txt file"),
-        ("tasks_dir", tasks_dir, "a folder of .jsonl tasks"),
-    ):
-        if given == "":
-            raise FistaPrunerError(f"{name} '' is empty: name {what}, or leave it out")
     if tasks_dir is not None:
         tasks_dir = path_text("tasks_dir", tasks_dir, A_FOLDER)
     tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
@@ -229,74 +198,42 @@ def check_request(
     if dtype != "auto" and not (isinstance(dtype, str) and dtype in DTYPES):
         raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
     check_count("seqlen", seqlen, 2)
-    check_count("windows", windows)
-    check_count("limit", limit)
-    check_count("batch_size", batch_size)
+    for name, count in (("windows", windows), ("limit", limit), ("batch_size", batch_size)):
+        check_count(name, count)
     try:
         return tasks, None if memory_limit is None else parse_bytes(str(memory_limit))
     except ValueError as error:
         raise FistaPrunerError(f"memory_limit: {error}") from None
 
 
-@contextmanager
-def _unpacked(source: ModelSource, tick: Tick) -> Iterator[ModelSource]:
-    """Unpack a packed model into a temporary folder for the block, and yield it; yield others as is.
-
-    Errors in the block name the packed folder.
-    """
+def _unpacked(source: ModelSource, scratch: ExitStack, tick: Tick) -> ModelSource:
+    """Unpack a packed model into a temporary folder that ``scratch`` removes; return others as they are."""
     if not is_packed(source.folder):
-        yield source
-        return
-    with temporary_folder() as scratch:
-        folder = unpack(source.folder, Path(scratch) / "unpacked", progress=tick)
-        try:
-            yield source.permissions.at(folder)
-        except FistaPrunerError as error:
-            error.args = (str(error).replace(str(folder), printable(str(source.folder))),)
-            raise
-
-
-def _check_packed(source: ModelSource, data: str | Windows, seqlen: int | None, model: str | Path) -> None:
-    """Check a packed model's configuration, tokenizer and window length.
-
-    It is opened again when it is unpacked, which takes long.
-
-    Raises:
-        FistaPrunerError: as where the unpacked model is opened.
-    """
-    empty = build_model(source.checkpoint(), shapes={}, trust_remote_code=source.trust_remote_code)
-    source.tokenizer()
-    _window_length(data, seqlen, max_length(empty), model)
-
-
-def _packed_bytes(folder: Path, dtype: torch.dtype | None, place: torch.device) -> int:
-    """Count the bytes of a packed model's unpacked weights in a precision; None is that of its own passes."""
-    entries = [entry for shard in PackedCheckpoint(folder, verify=False).contents().values() for entry in shard]
-    return sum(
-        entry.nbytes // entry.dtype.itemsize * (dtype or pass_dtype(entry.dtype, place)).itemsize
-        for entry in entries
-        if entry.dtype.is_floating_point
-    )
+        return source
+    folder = Path(scratch.enter_context(temporary_folder())) / source.folder.name
+    return source.permissions.at(unpack(source.folder, folder, progress=tick))
 
 
 def _with_text(
-    found: Evaluation,
-    cut: Windows,
-    model: LayerwiseModel,
-    reference: LayerwiseModel | None,
-    passes: Passes,
-    kept: KeptStates | None,
+    found: Evaluation, cut: Windows, models: list[LayerwiseModel], passes: Passes, kept: KeptStates | None
 ) -> Evaluation:
-    """Add perplexity on windows to an evaluation; with a reference its own, and the divergence from it."""
+    """Add perplexity on windows to an evaluation; with a second model its own, and the divergence from it."""
     start = time.perf_counter()
-    sums = score_windows(model, cut.tokens, passes, reference, kept)
-    forward = time.perf_counter() - start
-    perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, model))
-    found = replace(found, perplexity=perplexity, forward_seconds=forward)
-    if reference is None or sums.reference_nll is None:
+    sums = score_windows(models[0], cut.tokens, passes, models[1] if models[1:] else None, kept)
+    about = partial(
+        perplexity_of,
+        length=sums.length,
+        data=cut.data,
+        split=cut.split,
+        seqlen=cut.seqlen,
+        bos=cut.bos,
+        sha256=cut.sha256,
+        dtype=dtype_name(models[0].dtype),
+    )
+    found = replace(found, perplexity=about(sums.nll), forward_seconds=time.perf_counter() - start)
+    if sums.reference_nll is None:
         return found
-    before = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, reference))
-    return replace(found, reference=before, divergence=divergence_of(sums))
+    return replace(found, reference=about(sums.reference_nll), divergence=divergence_of(sums))
 
 
 def _window_length(data: str | Windows, seqlen: int | None, longest: int | None, model: str | Path) -> int:
@@ -335,15 +272,3 @@ def _check_same_tokens(
             f"{model.checkpoint.folder} and {reference.checkpoint.folder} do not share a vocabulary "
             f"({ours} and {theirs} tokens): only a model and what was made of it can be compared"
         )
-
-
-def _protocol(windows: Windows, opened: LayerwiseModel) -> dict[str, Any]:
-    """Return the settings that a perplexity depends on, for its record."""
-    return {
-        "data": windows.data,
-        "split": windows.split,
-        "seqlen": windows.seqlen,
-        "dtype": dtype_name(opened.dtype),
-        "bos": windows.bos,
-        "sha256": windows.sha256,
-    }

@@ -55,10 +55,8 @@ def generate_side_by_side(
     for number, (name, folder) in enumerate(models.items()):
         tick("models that have continued the sample prompts", number, len(models))
         texts[name] = _continue(folder, device, prompts, trust_remote_code)
-    return [
-        Generation.model_validate({"prompt": prompt, **{name: found[place] for name, found in texts.items()}})
-        for place, prompt in enumerate(prompts)
-    ]
+    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    return [Generation(prompt=prompt, **row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], trust_remote_code: bool) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import NM, Constraint, parse_sparsity
 from ..core.constraints import patterns_met
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint, Stack
+from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PRUNING_RECORD, model_inside
 from ..models.files.record import (
     MIN_ZEROS,
@@ -48,8 +48,8 @@ class OperatorInspection:
         name: its tensor in the checkpoint.
         shape: stored shape.
         zeros: weights that are zero; ``weights``: all of them.
-        pattern: the n:m pattern that holds in every group; None if there is none as sparse as the operator, or if it
-            was not searched for.
+        pattern: the n:m pattern that holds in every group: a claimed one, or one that was found where nothing is
+            claimed; None if there is none as sparse as the operator.
         claim: sparsity that the checkpoint's record, or ``--pattern``, claims; None without a claim.
         fault: a violated claim, NaN or infinite weights; None if there is none.
     """
@@ -134,9 +134,6 @@ def inspect_checkpoint(
     pattern: str | Constraint | None = None,
     *,
     allow_pickle: bool = False,
-    stacks: Collection[Stack] = (),
-    all_patterns: bool = True,
-    parameters: Set[str] | None = None,
     progress: Tick = silent,
 ) -> Inspection:
     """Inspect a checkpoint, one tensor in memory at a time.
@@ -147,14 +144,11 @@ def inspect_checkpoint(
         pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
             of ``fistapruner.json``. It holds along the inputs of every matrix, those of single experts among them.
         allow_pickle: read legacy ``.bin`` weights.
-        stacks: tensors of all experts to inspect by expert, beside those of which a record claims something.
-        all_patterns: find the n:m pattern of operators with a claim too, not only of the others.
-        parameters: stored tensors that hold the parameters of a checkpoint that is not packed, where they are known;
-            None finds them.
         progress: called with each tensor's name, how many were inspected before it, and the number of all.
 
     Raises:
-        FistaPrunerError: no checkpoint there, or a damaged one; or the run is not finished.
+        FistaPrunerError: no checkpoint there, or a damaged one; the run is not finished; or a pattern is asked of a
+            model that cannot be built from its configuration, so that its operators are not known.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -162,12 +156,14 @@ def inspect_checkpoint(
     if not (folder / "config.json").exists():
         folder = inner if (inner := model_inside(folder)) != folder else checkpoint_of(folder)
     asked = None if pattern is None else parse_sparsity(pattern)
-    stored = _open(folder, allow_pickle, stacks, parameters, asked=asked is not None)
-    entries, known = stored.entries, stored.operators
+    stored = _open(folder, allow_pickle)
+    entries = stored.entries
     claims, faults = recorded_claims(stored.record, entries, folder)
-    transposed = stores_inputs_first(claims, entries)
+    inputs_first = stores_inputs_first(claims, entries)
     if asked is not None:
-        claims, faults = {}, []
+        if not stored.operators:
+            raise FistaPrunerError(f"{folder}: its config.json does not tell which tensors are to be {asked}")
+        claims, faults = {name: {"sparsity": str(asked)} for name in stored.operators if name in entries}, []
     operators = []
     zeros = weights = 0
     for done, (name, entry) in enumerate(entries.items()):
@@ -181,39 +177,27 @@ def inspect_checkpoint(
         if name in stored.parameters:
             zeros, weights = zeros + zero, weights + tensor.numel()
         if name in claims or _is_operator(entry):
-            claim = claims.get(name)
-            if asked is not None and (known is None or name in known or _is_of_an_expert(name)):
-                claim = {"sparsity": str(asked)}  # not of a router, nor of what is outside the decoder layers
-            inputs_first = known[name].transposed if known is not None and name in known else transposed
-            search = all_patterns or claim is None
-            operators.append(_inspect(entry, tensor, zero, claim, inputs_first, search))
-            continue
-        if not _is_finite(tensor):
+            transposed = stored.operators[name].transposed if name in stored.operators else inputs_first
+            operators.append(_inspect(entry, tensor.T if transposed else tensor, zero, claims.get(name)))
+        elif not bool(torch.isfinite(tensor).all()):
             faults.append(f"{name}: {NOT_FINITE}")
-        if asked is not None and _holds_experts(entry):
-            faults.append(
-                f"{name}: cannot be checked: it holds the matrices of all experts, and no model that can be built from "
-                "config.json tells which of its dimensions are the inputs"
-            )
-    if asked is not None and not operators:
-        faults.append(f"no operator of a decoder layer is there to be {asked}")
     lineage, fault = read_lineage(stored.record, folder)
     faults += [fault] if fault else []
-    widths = () if asked is not None else _widths(stored.record, folder)
-    faults += [
-        f"{layer}: {name} has the shape {list(entries[name].shape)}, {after} {unit} are claimed"
-        for layer, unit, _, after, sizes in widths
-        for name, size in sizes.items()
-        if name in entries and after * size not in entries[name].shape
-    ]
+    widths = []
+    for layer, unit, before, after, sizes in () if asked is not None else _widths(stored.record, folder):
+        widths.append((layer, unit, before, after))
+        faults += [
+            f"{layer}: {name} has the shape {list(entries[name].shape)}, {after} {unit} are claimed"
+            for name, size in sizes.items()
+            if name in entries and after * size not in entries[name].shape
+        ]
     low_rank = None
     try:
         if (adapter := low_rank_part(folder)) is not None:
             low_rank = adapter.weights, adapter.rank
     except FistaPrunerError as error:
         faults.append(str(error))
-    shown = tuple((layer, unit, before, after) for layer, unit, before, after, _ in widths)
-    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), shown, lineage, low_rank)
+    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), tuple(widths), lineage, low_rank)
 
 
 def _widths(record: Mapping[str, Any], folder: Path) -> tuple[tuple[str, str, int, int, dict[str, int]], ...]:
@@ -251,23 +235,19 @@ def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
     return best if best is not None and best.n / best.m <= 1 - zeros / weight.numel() + 0.05 else None
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _inspect(
-    entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool, search: bool
-) -> OperatorInspection:
-    """Inspect one operator, with a ``search`` for its pattern or without."""
-    weight = (tensor.T if transposed else tensor).contiguous()
-    pattern = exact_pattern(weight, zeros) if search and weight.ndim == 2 else None
-    fault = None if _is_finite(tensor) else NOT_FINITE
-    if claim is not None and fault is None:
-        fault = violation_of(weight, zeros, claim)
+def _inspect(entry: TensorEntry, weight: Tensor, zeros: int, claim: Mapping[str, Any] | None) -> OperatorInspection:
+    """Inspect one operator, a (rows, columns) weight."""
+    weight = weight.contiguous()
+    fault = None if bool(torch.isfinite(weight).all()) else NOT_FINITE
     said = None if claim is None else str(claim.get("sparsity"))
-    return OperatorInspection(
-        entry.name, entry.shape, zeros, tensor.numel(), None if pattern is None else str(pattern), said, fault
-    )
+    pattern = None
+    if claim is None and weight.ndim == 2:
+        found = exact_pattern(weight, zeros)
+        pattern = None if found is None else str(found)
+    elif claim is not None and fault is None:
+        fault = violation_of(weight, zeros, claim)
+        pattern = said if fault is None and ":" in str(said) else None
+    return OperatorInspection(entry.name, entry.shape, zeros, weight.numel(), pattern, said, fault)
 
 
 @dataclass(frozen=True)
@@ -275,25 +255,22 @@ class _Stored:
     """A checkpoint as it is read for inspection.
 
     Args:
-        entries: header entries of its dense tensors, by name; experts apart where they are inspected one by one.
+        entries: header entries of its dense tensors, by name; experts one by one.
         read: reads one of them.
         record: the pruning record.
-        operators: those that the model's code names, by tensor; None where the record says enough, unless a pattern is
-            asked of them all, and where the model cannot be built.
+        operators: those that the model's code names, by tensor; empty where the model cannot be built.
         parameters: names of the entries that hold parameters; all where those cannot be told.
     """
 
-    entries: dict[str, TensorEntry]
+    entries: Mapping[str, TensorEntry]
     read: Callable[[str], Tensor]
-    record: dict[str, Any]
-    operators: Mapping[str, Operator] | None
+    record: Mapping[str, Any]
+    operators: Mapping[str, Operator]
     parameters: Collection[str]
 
 
-def _open(
-    folder: Path, allow_pickle: bool, stacks: Collection[Stack], parameters: Set[str] | None, *, asked: bool
-) -> _Stored:
-    """Open a folder, dense or packed; ``asked``: a pattern is asked of all operators."""
+def _open(folder: Path, allow_pickle: bool) -> _Stored:
+    """Open a folder, dense or packed."""
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
 
@@ -303,40 +280,22 @@ def _open(
 
         entries = {entry.name: entry for shard in packed.contents().values() for entry in shard}
         found = stored_model(packed.checkpoint, packed.shapes(), same)
-        known = found.operators if found is not None and asked else None
-        counted = None if found is None else found.parameters
-        return _Stored(entries, packed.tensor, packed.record, known, entries if counted is None else counted)
-    checkpoint = Checkpoint.open(folder, allow_pickle)
-    record, known = read_pruning_record(folder), None
-    needed = asked or not record.get("operators")
-    if needed or parameters is None:  # where it is for the parameters alone, experts stay together
-        found = stored_model(checkpoint if needed else Checkpoint.open(folder, allow_pickle))
-        known = found.operators if found is not None and needed else None
-        parameters = parameters or (None if found is None else found.parameters)
+        operators = {} if found is None else found.operators
+        parameters = entries if found is None or found.parameters is None else found.parameters
+        return _Stored(entries, packed.tensor, packed.record, operators, parameters)
+    checkpoint, record = Checkpoint.open(folder, allow_pickle), read_pruning_record(folder)
+    found = stored_model(checkpoint)
     take_claimed_apart(checkpoint, record)
-    for stack in stacks:
-        checkpoint.take_apart(stack)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
-    counted = {name for name in entries if parameters is None or set(checkpoint.whole(name)) <= parameters}
-    return _Stored(entries, checkpoint.read, record, known, counted)
+    known = None if found is None else found.parameters
+    counted = {name for name in entries if known is None or set(checkpoint.whole(name)) <= known}
+    return _Stored(entries, checkpoint.read, record, {} if found is None else found.operators, counted)
 
 
 def _is_operator(entry: TensorEntry) -> bool:
     """Check for a matrix inside a numbered layer; names of embeddings and heads have no number."""
     return (
         len(entry.shape) == 2
-        and (entry.name.endswith(".weight") or entry.name.endswith("]"))
+        and entry.name.endswith((".weight", "]"))
         and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None
-    )
-
-
-def _is_of_an_expert(name: str) -> bool:
-    """Check by its name for a matrix of a single expert."""
-    return re.search(r"experts?\.\d+\.", name) is not None
-
-
-def _holds_experts(entry: TensorEntry) -> bool:
-    """Check, by name and shape, for a tensor that holds the matrices of all experts of a layer."""
-    return (
-        len(entry.shape) == 3 and min(entry.shape) > 1 and re.search(r"\.\d+\..*(expert|moe)", entry.name) is not None
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..papers.mrpo import accuracy, margins_of
 from ..runs.training_records import PreferenceFigures
 from ..runtime.numerics import mean_and_error
-from .scoring import mcnemar
+from .logits import mcnemar
 
 
 def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str) -> dict[str, PreferenceFigures]:

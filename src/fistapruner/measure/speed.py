@@ -7,18 +7,15 @@ process of its own: other load on the machine slows all of them alike, and the m
 from __future__ import annotations
 
 import inspect
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,6 @@ from ..models.files.gguf_header import check_gguf
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load
 from ..runtime.devices import usable_threads
-from ..runtime.launcher import module_path
 from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
 from ..runtime.progress import Tick, silent
 
@@ -41,9 +37,6 @@ WARM_UP_TOKENS = 4
 
 SPEED_OF_OWN_CODE = "the speed of such models is not measured"
 """Why a model with Python code of its own is refused."""
-
-EMBEDDING = "token_embd.weight"
-"""The tensor of a GGUF file that has a row for every token."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +94,6 @@ class Speed:
         """Return the same speed with its quality."""
         return replace(self, perplexity=perplexity, kl=kl)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a plain dictionary, for a report."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -124,6 +113,11 @@ class Variant:
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file, not a folder."""
         return self.folder.is_file()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its weight files."""
+        return self.folder.stat().st_size if self.is_gguf else weight_bytes(self.folder)
 
 
 def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
@@ -179,129 +173,82 @@ def compare(
     """Measure several variants on the CPU in interleaved rounds (``runs``), each in a process of its own.
 
     If they do not all fit into memory at once, they run one after the other. ``threads`` None takes torch's default, at
-    most the cores that this process may use. ``tick`` is called with (what, steps done, steps in all).
+    most the cores that this process may use. ``tick`` is called with (what, steps done, steps in all). A script that
+    calls this needs ``if __name__ == "__main__":``, as for :mod:`multiprocessing`.
 
     Raises:
         FistaPrunerError: a variant cannot be loaded, or its process was killed.
     """
     threads = threads or usable_threads()
-    sizes = [one.folder.stat().st_size if one.is_gguf else weight_bytes(one.folder) for one in variants]
-    together = 2.5 * sum(sizes) < free_memory()  # fp32 copies double a bf16 file, and loading holds a tensor twice
-    done: dict[str, list[Run]] = {variant.name: [] for variant in variants}
-    peaks: dict[str, int] = {}
-    for group in [list(variants)] if together else [[variant] for variant in variants]:
-        workers = [Worker(variant, batch, prompt, tokens, threads) for variant in group]
-        try:
-            for place, worker in enumerate(workers):
+    together = 2.5 * sum(one.nbytes for one in variants) < free_memory()  # fp32 copies double a bf16 file
+    found: dict[int, list[tuple[Run, int]]] = {number: [] for number in range(len(variants))}
+    for group in [list(found)] if together else [[number] for number in found]:
+        with ExitStack() as stack:
+            workers = {number: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for number in group}
+            for place, (number, worker) in enumerate(workers.items()):
                 tick("forms of the model loaded", place, len(workers))
-                worker.receive()  # loaded and warm
-            for number in range(runs):
-                for place, worker in enumerate(workers):
-                    tick(f"round {number + 1} of {runs}, forms timed", place, len(workers))
-                    run, peaks[worker.name] = worker.run()
-                    done[worker.name].append(run)
-        finally:
-            for worker in workers:
-                worker.close()
-    setting: dict[str, Any] = {"batch": batch, "prompt": prompt, "tokens": tokens, "threads": threads, "device": "cpu"}
+                _answer(variants[number], worker.submit(_load, variants[number], batch, prompt, tokens, threads))
+            for round_number in range(1, runs + 1):
+                for place, (number, worker) in enumerate(workers.items()):
+                    tick(f"round {round_number} of {runs}, forms timed", place, len(workers))
+                    found[number].append(_answer(variants[number], worker.submit(_generate, tokens)))
     return [
-        Speed.of(one.name, done[one.name], peak_memory=peaks[one.name], file_size=size, **setting)
-        for one, size in zip(variants, sizes, strict=True)
+        Speed.of(
+            one.name,
+            [run for run, _ in found[number]],
+            peak_memory=found[number][-1][1],
+            file_size=one.nbytes,
+            batch=batch,
+            prompt=prompt,
+            tokens=tokens,
+            threads=threads,
+            device="cpu",
+        )
+        for number, one in enumerate(variants)
     ]
 
 
-class Worker:
-    """A process that holds one variant and generates on request.
+def _answer(variant: Variant, work: Future[Any]) -> Any:
+    """Wait for the process of a variant.
 
-    It is not a child of :mod:`multiprocessing`, so it does not import the script that measures.
+    Raises:
+        FistaPrunerError: names the variant, and what went wrong.
     """
-
-    def __init__(self, variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> None:
-        self.name = variant.name
-        self._pipe, other = Pipe()
-        with other:
-            # -P: nothing is imported from the current folder, which may be one that was downloaded.
-            program = [sys.executable, "-P", "-c", f"from {__name__} import main; main({other.fileno()})"]
-            # In a group of its own, so that Ctrl-C does not reach it while it imports.
-            self._process = subprocess.Popen(
-                program,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": module_path()},
-                pass_fds=(other.fileno(),),
-                process_group=0,
-            )
-        self._pipe.send((variant, batch, prompt, tokens, threads))
-
-    def run(self) -> tuple[Run, int]:
-        """Generate once; return the times, and the peak memory until then."""
-        with self._alive():
-            self._pipe.send(None)
-        answer: tuple[Run, int] = self.receive()
-        return answer
-
-    def receive(self) -> Any:
-        """Wait for the answer.
-
-        Raises:
-            FistaPrunerError: the process has ended, or says what went wrong.
-        """
-        with self._alive():
-            answer = self._pipe.recv()
-        if isinstance(answer, str):
-            raise FistaPrunerError(f"{self.name}: {answer}")
-        return answer
-
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, OSError):
-            raise FistaPrunerError(
-                f"the process that measures {self.name!r} ended early: there may be too little memory for it"
-            ) from None
-
-    def close(self) -> None:
-        """End the process, also in the midst of a run."""
-        self._pipe.close()
-        self._process.terminate()
-        self._process.wait()
+    try:
+        return work.result()
+    except BrokenProcessPool:
+        raise FistaPrunerError(
+            f"the process that measures {variant.name!r} ended early: there may be too little memory for it"
+        ) from None
+    except Exception as error:  # of a model's code
+        said = str(error) if isinstance(error, FistaPrunerError) else f"{type(error).__name__}: {one_line(error, 300)}"
+        raise FistaPrunerError(f"{variant.name}: {said}") from None
 
 
-def main(pipe: int) -> None:
-    """Serve the variant that comes first through a pipe, as a :class:`Worker`'s process.
+_LOADED: list[Callable[[int], Run]] = []
+"""In the process of a variant: what generates so many tokens with it."""
 
-    Every request is answered by a :class:`Run` and the peak memory; an error by one line. The process ignores Ctrl-C:
-    the one that asks ends it.
 
-    Args:
-        pipe: its file descriptor.
-    """
+def _load(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> None:
+    """Load a variant into this process, and warm it up."""
     from transformers.utils import logging
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of several processes at once, they would be mixed
-    with Connection(pipe) as connection, suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody listens
-        variant, batch, prompt, tokens, threads = connection.recv()
-        torch.set_num_threads(threads)
-        try:
-            if variant.is_gguf:
-                generate = _in_llama_cpp(variant.folder, prompt, tokens, threads)
-            else:
-                model = load_variant(variant)
-                generate = partial(time_generation, model, prompts(model, batch, prompt, seed=0))
-            generate(WARM_UP_TOKENS)
-            reset_peak_memory(torch.device("cpu"))
-            connection.send(None)
-            while True:
-                connection.recv()
-                connection.send((generate(tokens), peak_memory()))
-        except FistaPrunerError as error:
-            connection.send(str(error))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
-        except Exception as error:  # of a model's code
-            connection.send(f"{type(error).__name__}: {one_line(error, 300)}")
+    torch.set_num_threads(threads)
+    if variant.is_gguf:
+        generate = _in_llama_cpp(variant.folder, prompt, tokens, threads)
+    else:
+        model = load_variant(variant)
+        generate = partial(time_generation, model, prompts(model, batch, prompt, seed=0))
+    generate(WARM_UP_TOKENS)
+    reset_peak_memory(torch.device("cpu"))
+    _LOADED.append(generate)
+
+
+def _generate(tokens: int) -> tuple[Run, int]:
+    """Generate with the variant of this process; return the times, and the peak memory until then."""
+    return _LOADED[0](tokens), peak_memory()
 
 
 def load_variant(variant: Variant) -> Any:
@@ -315,9 +262,7 @@ def load_variant(variant: Variant) -> Any:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Count the bytes of the weight files that are loaded, not of the same weights in another form.
-
-    Those of a low-rank part are counted.
+    """Count the bytes of the weight files that are loaded, a low-rank part's among them.
 
     Raises:
         FistaPrunerError: a file is missing or damaged.
@@ -339,7 +284,7 @@ def _in_llama_cpp(file: Path, prompt: int, tokens: int, threads: int) -> Callabl
     settings.n_ctx = prompt + max(tokens, WARM_UP_TOKENS)
     settings.n_parallel, settings.n_gpu_layers, settings.verbosity = 1, 0, -1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    vocabulary = check_gguf(file)[EMBEDDING].shape[0]
+    vocabulary = check_gguf(file)["token_embd.weight"].shape[0]
     ids = torch.randint(0, vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     try:
         server = xllamacpp.Server(settings)

@@ -28,8 +28,7 @@ from ..runtime.formatting import size
 from ..runtime.memory import free_memory, release_failed_memory, resident_memory
 from ..runtime.numerics import BUDGETS, slices, windows_at_once
 from ..runtime.progress import Tick, silent
-from ..runtime.transfers import sent
-from .scoring import WindowSums, compare_tokens, score_tokens
+from .logits import WindowSums, sum_over_tokens
 
 log = logging.getLogger("fistapruner")
 
@@ -73,12 +72,7 @@ class KeptStates:
         self._tokens = torch.empty(0)
 
     def of(self, model: LayerwiseModel, tokens: Tensor, passes: Passes) -> HiddenStates | None:
-        """Return the states of all windows, computed if they are not there; None for another model.
-
-        Args:
-            model: the model.
-            tokens: (windows, seqlen) token ids.
-            passes: settings of the passes.
+        """Return the states of (windows, seqlen) tokens, computed if they are not there; None for another model.
 
         Raises:
             FistaPrunerError: as for :func:`score_windows`, or the disk is full.
@@ -128,21 +122,19 @@ def score_windows(
     models = [model] if reference is None else [model, reference]
     known = [None if kept is None else kept.of(each, tokens, passes) for each in models]
     unknown = [each for each, states in zip(models, known, strict=True) if states is None]
-    rows: list[tuple[float, ...]] = []
+    rows: list[list[float]] = []
     for start, stop, computed in _blocks(unknown, tokens, passes, models):
         found = iter(computed)
         states = [(next(found), 0) if whole is None else (whole, start) for whole in known]
         rows += _reduce(models, states, tokens[start:stop], passes.tick)
     length = tokens.shape[1] - 1
     columns = torch.tensor(rows, dtype=torch.float64).T
-    for position, each_model in enumerate(models):
-        if bool(columns[position].isnan().any()):
-            folder, exact = each_model.checkpoint.folder, each_model.dtype is torch.float32
+    for each, nll in zip(models, columns, strict=False):
+        if bool(nll.isnan().any()):
+            folder, exact = each.checkpoint.folder, each.dtype is torch.float32
             how = f"'fistapruner inspect {folder}' names NaN among its weights" if exact else "try --dtype float32"
-            raise FistaPrunerError(f"{folder}: the forward pass gives NaN (dtype {each_model.dtype}); {how}")
-    if reference is None:
-        return WindowSums(columns[0], length)
-    return WindowSums(columns[0], length, columns[1], columns[2], columns[3])
+            raise FistaPrunerError(f"{folder}: the forward pass gives NaN (dtype {each.dtype}); {how}")
+    return WindowSums(columns[0], length, *columns[1:])
 
 
 def _blocks(
@@ -181,8 +173,8 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
     """Count the bytes that a limit leaves for hidden states, at least those of one forward pass.
 
     Beside them are the process as it is and a decoder layer that is being read for a GPU; or else embeddings, final
-    norms and heads of the models, a decoder layer, and a slice of logits. Tensors outside the decoder layers that the
-    models share are there once; a second one is there too only while it is compared, when no layer is.
+    norms and heads of the models, a decoder layer, and a slice of logits. Tensors outside the decoder layers that two
+    models share are there once.
 
     Args:
         models: one model, or two.
@@ -195,18 +187,15 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
     """
     beside = resident_memory()
     if models[0].device.type == "cpu":
-        layers = [model.pass_bytes(model.layer_sources(index)) for model in models for index in range(len(model))]
-        twins = [0]
-        outside: dict[tuple[str, tuple[int, ...], torch.dtype], int] = {}
+        outside: dict[tuple[str, tuple[int, ...]], int] = {}
+        largest = 0
         for model in models:
-            inside = [model.layer_sources(index) for index in range(len(model))]
-            for name in set(model.checkpoint.names()).difference(*inside):
-                tensor = name, tuple(model.checkpoint.entry(name).shape), model.dtype
-                nbytes = model.pass_bytes([name])
-                if tensor in outside:
-                    twins.append(nbytes)
-                outside[tensor] = nbytes
-        beside += sum(outside.values()) + max(max(layers) + BUDGETS.head, *twins)
+            layers = [model.layer_sources(index) for index in range(len(model))]
+            largest = max(largest, *(model.pass_bytes(names) for names in layers))
+            for name in set(model.checkpoint.names()).difference(*layers):
+                outside[name, tuple(model.checkpoint.entry(name).shape)] = model.pass_bytes([name])
+        compared = max(outside.values()) if models[1:] else 0  # a tensor of the second, beside that of the first
+        beside += sum(outside.values()) + max(largest + BUDGETS.head, compared)
     else:
         beside += max(model.ahead_bytes for model in models)
     if beside + least > limit:
@@ -221,7 +210,7 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
 
 
 def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:
-    """Run (windows, seqlen) tokens through all decoder layers; fewer at a time where memory runs out.
+    """Run (windows, seqlen) tokens through all decoder layers; fewer at a time where a GPU's memory runs out.
 
     Returns:
         The output of the last layer, and the windows that went through at a time.
@@ -243,19 +232,15 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: T
                     f"{tokens.shape[1]} tokens at a time: free some of it, or choose --device cpu"
                 ) from None
         release_failed_memory()
-        before = min(batch_size, len(tokens))
-        batch_size = max(1, before // 2)
+        batch_size = max(1, min(batch_size, len(tokens)) // 2)
         log.warning(
-            "evaluation: the memory of %s ran out with %d windows at a time; it goes on with %d",
-            model.device,
-            before,
-            batch_size,
+            "evaluation: the memory of %s ran out; it goes on with %d windows at a time", model.device, batch_size
         )
 
 
 def _reduce(
     models: Sequence[LayerwiseModel], states: Sequence[tuple[HiddenStates, int]], tokens: Tensor, tick: Tick
-) -> list[tuple[float, ...]]:
+) -> list[list[float]]:
     """Compute sums of every window of a block from the last hidden states of one or two models.
 
     Args:
@@ -264,24 +249,20 @@ def _reduce(
         tokens: (windows, seqlen) token ids of the block.
         tick: receives progress.
     """
-    vocabulary = models[0].vocabulary
-    rows: list[tuple[float, ...]] = []
+    rows: list[list[float]] = []
     with (
         torch.no_grad(),
         models[0].embeddings_and_head(),
-        models[-1].embeddings_and_head(like=models[0]) if len(models) == 2 else nullcontext(),
+        models[1].embeddings_and_head(like=models[0]) if models[1:] else nullcontext(),
     ):
         heads = [model.head for model in models]
         for window in range(len(tokens)):
-            targets = sent(tokens[window, 1:], models[0].device)
-            pairs = zip(states, models, strict=True)
             hidden = [
-                found.read(first + window, first + window + 1, model.device)[0, :-1] for (found, first), model in pairs
+                found.read(first + window, first + window + 1, model.device)[0, :-1]
+                for (found, first), model in zip(states, models, strict=True)
             ]
-            if len(models) == 1:
-                rows.append((score_tokens(hidden[0], targets, heads[0], vocabulary),))
-            else:
-                rows.append(compare_tokens(hidden[0], hidden[1], targets, heads[0], heads[1], vocabulary))
+            targets = tokens[window, 1:].to(models[0].device)
+            rows.append(sum_over_tokens(hidden, targets, heads, models[0].vocabulary))
             tick(f"windows scored with {shown_name(models[0].checkpoint.folder)}", window + 1, len(tokens))
     return rows
 

@@ -6,21 +6,17 @@ A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import math
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.architecture import max_length
@@ -30,20 +26,11 @@ from ..runs.results import TaskResult
 from ..runtime.numerics import dtype_name
 from ..runtime.progress import Tick, silent
 from .local_tasks import local_files, local_task
-from .scoring import mcnemar
+from .logits import mcnemar
 from .streaming import shown_name
-
-log = logging.getLogger("fistapruner")
 
 METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics of single items; ``acc_norm`` divides a choice's log-likelihood by its length."""
-
-Outcomes = dict[tuple[str, str], dict[int, float]]
-"""(task, metric) to item number to its score: 1 (right), 0 (wrong), or what a task gives between them.
-
-A metric of answers that were filtered has the filter's name after a comma, as in ``lm-eval``:
-``exact_match,strict-match``.
-"""
 
 
 @dataclass(frozen=True)
@@ -62,80 +49,40 @@ class Tasks:
 
 
 def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
-    """Find tasks by name and check them, before any model is loaded.
+    """Find tasks by name and read their items, before any model is loaded.
 
     Args:
         tasks: ``lm-eval`` names, or names of ``.jsonl`` files in ``tasks_dir`` without the suffix; ``all`` takes every
             file of ``tasks_dir``.
-        tasks_dir: folder of local tasks; their files are read whole.
+        tasks_dir: folder of local tasks.
 
     Raises:
-        FistaPrunerError: an unknown task, one without a metric of :data:`METRICS`, or a file that is no task.
+        FistaPrunerError: an unknown task, one without a metric of :data:`METRICS`, items that cannot be loaded, or a
+            file that is no task.
         MissingExtraError: the extra ``eval`` is not installed.
     """
     local = None if tasks_dir is None else tuple(local_task(path) for path in local_files(tasks, tasks_dir))
-    _require_lm_eval()
+    if find_spec("lm_eval") is None:
+        raise MissingExtraError("lm-eval", "eval", "a zero-shot task")
     from lm_eval.tasks import TaskManager
 
-    # lm-eval's warnings concern models given by name; here they are loaded.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings concern models given by name
     if local is not None:
-        # Local tasks do not need lm-eval's own tasks, whose table takes seconds to read.
         return Tasks(local, TaskManager(include_defaults=False), "local file")
     manager = TaskManager()
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise FistaPrunerError(
             f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files"
         )
-    for task in tasks:
-        _check_metrics(task, configured_metrics(manager, task))
+    with _failures_explained("read the tasks"):
+        found = manager.load(list(tasks))["tasks"]
+    for name, task in found.items():
+        metrics = [entry["metric"] for entry in task.config.metric_list or () if isinstance(entry["metric"], str)]
+        if metrics and not {*metrics} & {*METRICS}:
+            raise FistaPrunerError(
+                f"task {name!r} has the metrics {', '.join(metrics)}; tasks with {', '.join(METRICS)} can be scored"
+            )
     return Tasks(tuple(tasks), manager, "lm-eval")
-
-
-def configured_metrics(manager: Any, task: str) -> list[str]:
-    """Read the metrics in a task's configuration; empty where it does not say them.
-
-    Args:
-        manager: ``lm-eval``'s ``TaskManager``.
-        task: its name.
-    """
-    entry = getattr(manager, "task_index", {}).get(task)
-    path = entry.get("yaml_path") if isinstance(entry, dict) else getattr(entry, "yaml_path", None)
-    return _metrics_in(Path(path)) if isinstance(path, (str, Path)) else []
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads a task's YAML, and None for the Python functions that it names."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: None)
-
-
-def _metrics_in(path: Path) -> list[str]:
-    try:
-        config = yaml.load(path.read_text("utf-8"), _Loader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    if not isinstance(config, dict):
-        return []
-    if isinstance(listed := config.get("metric_list"), list):
-        names = [entry.get("metric") if isinstance(entry, dict) else None for entry in listed]
-        return [] if None in names else [str(name) for name in names]
-    included = config.get("include") or []
-    files = [included] if isinstance(included, str) else included
-    return next((found for file in files if (found := _metrics_in(path.parent / str(file)))), [])
-
-
-def _check_metrics(task: str, metrics: Sequence[str]) -> None:
-    """Refuse a task that has metrics, none of which is known.
-
-    Raises:
-        FistaPrunerError: names them.
-    """
-    if metrics and not set(metrics) & set(METRICS):
-        raise FistaPrunerError(
-            f"task {task!r} has the metrics {', '.join(metrics)}: only tasks with {', '.join(METRICS)} can be scored"
-        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +111,6 @@ def evaluate_tasks(
     *,
     against: Path | None = None,
     tick: Tick = silent,
-    warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[TaskResult, ...]:
     """Score a model on zero-shot tasks, and a reference model on the same items.
 
@@ -173,254 +119,87 @@ def evaluate_tasks(
         tasks: what :func:`find_tasks` found.
         settings: how the models are run.
         against: the dense model's folder.
-        tick: receives progress: (what, steps done, steps in all).
-        warn: receives what to know of the scores, as a sentence.
+        tick: receives progress: (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
 
     Raises:
-        FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask; or no task has
-            one of :data:`METRICS`.
+        FistaPrunerError: ``lm-eval`` fails, as on items it cannot ask; or no task has one of :data:`METRICS`.
     """
     models = [folder] if against is None else [folder, against]
-    answers: list[Answers] = []
+    found = []
     for done, path in enumerate(models):
-        name = f"zero-shot tasks of {shown_name(path)}"
-        tick(name, done, len(models))
-        with _counted_cuts() as cuts:
-            answers.append(read_answers(_run(path, tasks, settings, partial(tick, f"{name}, requests"))))
-        if cuts:
-            warn(
-                f"tasks on {path}: at least {len(cuts)} requests are longer than the model takes, and were cut at "
-                "their beginning"
-            )
+        tick(f"zero-shot tasks of {shown_name(path)}", done, len(models))
+        found.append(_run(path, tasks, settings))
     tick("zero-shot tasks", len(models), len(models))
-    ours = answers[0]
+    scores = [_scores(each["samples"]) for each in found]
+    if not scores[0]:
+        raise FistaPrunerError(f"no task has one of the metrics {', '.join(METRICS)}: only such tasks can be scored")
     return tuple(
         task_result(
             task,
             metric,
             items,
-            reference=answers[1].outcomes[task, metric] if against is not None else None,
+            scores[1][task, metric] if against is not None else None,
+            shots=int(found[0]["n-shot"].get(task) or 0),
             source=tasks.source,
-            available=ours.available.get(task),
-            shots=ours.shots.get(task, 0),
+            available=int(found[0]["n-samples"][task]["original"]),
             dtype=None if settings.dtype is None else dtype_name(settings.dtype),
-            items_sha256=ours.items_sha256.get(task, ""),
+            items_sha256=_items_sha256(found[0]["samples"][task]),
         )
-        for (task, metric), items in ours.outcomes.items()
+        for (task, metric), items in scores[0].items()
     )
 
 
-@contextmanager
-def _counted_cuts() -> Iterator[list[str]]:
-    """Collect what ``lm-eval`` says of requests that it cuts; its other warnings stay hidden."""
-    cuts: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        if "truncat" in record.getMessage().lower():
-            cuts.append(record.getMessage())
-        return record.levelno >= logging.ERROR
-
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(keep)
-    try:
-        yield cuts
-    finally:
-        logger.removeFilter(keep)
-        logger.setLevel(level)
-
-
-Count = Callable[[int, int], None]
-"""Receives progress: (requests answered, requests in all)."""
-
-
-class _Bar:
-    """Pass the steps of a bar of ``lm-eval`` on; made and moved as one of ``tqdm``."""
-
-    def __init__(self, tick: Count, items: Iterable[Any] = (), total: int = 0, **others: Any) -> None:
-        self.tick, self.items, self.total = tick, items, total
-        self.done = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
-
-    def update(self, count: int = 1) -> None:
-        self.done += count
-        self.tick(self.done, self.total)
-
-    def close(self) -> None:
-        pass
-
-
-@contextmanager
-def _bars_as(tick: Count) -> Iterator[None]:
-    """Show answered requests by ``tick``, not by the bars of ``lm-eval``, and let it not ask git.
-
-    Nothing else turns these off.
-    """
-    unseen = partial(silent, "")  # of what takes no time
-    with ExitStack() as patches:
-        for name, shown in (("models.huggingface", tick), ("api.model", unseen), ("api.task", unseen)):
-            module: Any = sys.modules.get(f"lm_eval.{name}")
-            if hasattr(module, "tqdm"):
-                patches.callback(setattr, module, "tqdm", module.tqdm)
-                module.tqdm = partial(_Bar, shown)
-        evaluator: Any = sys.modules.get("lm_eval.evaluator")
-        if hasattr(evaluator, "get_git_commit_hash"):
-            patches.callback(setattr, evaluator, "get_git_commit_hash", evaluator.get_git_commit_hash)
-            evaluator.get_git_commit_hash = lambda: None
-        yield
-
-
-def task_result(
-    task: str,
-    metric: str,
-    items: Mapping[int, float],
-    reference: Mapping[int, float] | None = None,
-    source: str = "",
-    available: int | None = None,
-    shots: int = 0,
-    dtype: str | None = None,
-    items_sha256: str = "",
-) -> TaskResult:
-    """Compute score, standard error and paired test of a task.
-
-    Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
-
-    Args:
-        task, metric, source, available, shots, dtype, items_sha256: recorded as they are; ``available`` is the number
-            of items the task has, ``shots`` that of the examples in the prompt, ``dtype`` the precision of the passes,
-            ``items_sha256`` a hash of the items.
-        items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
-
-    Raises:
-        FistaPrunerError: the two models answered different items.
-    """
-    alone = TaskResult(
-        task,
-        metric,
-        len(items),
-        *_score(items),
-        shots=shots,
-        source=source,
-        available=available,
-        dtype=dtype,
-        items_sha256=items_sha256,
-    )
-    if reference is None:
-        return alone
-    if items.keys() != reference.keys():
-        raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
-    lost = won = None
-    if {*items.values(), *reference.values()} <= {0.0, 1.0}:
-        lost = sum(reference[item] > right for item, right in items.items())
-        won = sum(reference[item] < right for item, right in items.items())
-    before, before_error = _score(reference)
-    return replace(
-        alone,
-        reference=before,
-        reference_standard_error=before_error,
-        lost=lost,
-        won=won,
-        p_value=None if lost is None or won is None else mcnemar(lost, won),
-    )
-
-
-def _require_lm_eval() -> None:
-    """Refuse tasks where ``lm-eval`` is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise MissingExtraError("lm-eval", "eval", "a zero-shot task")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """How a model did on tasks.
-
-    Args:
-        outcomes: scores of single items.
-        available: number of items that a task has; ``shots``: number of examples in its prompts.
-        items_sha256: of each task, a hash of the items that were asked.
-    """
-
-    outcomes: Outcomes
-    available: dict[str, int]
-    shots: dict[str, int]
-    items_sha256: dict[str, str]
-
-
-def _run(folder: Path, tasks: Tasks, settings: TaskSettings, tick: Count) -> dict[str, Any]:
+def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
     """Run one model on tasks; returns what ``lm-eval`` does."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = load_whole(
-        folder, settings.device or torch.device("cpu"), settings.dtype, trust_remote_code=settings.trust_remote_code
+    device, trust = settings.device or torch.device("cpu"), settings.trust_remote_code
+    model = load_whole(folder, device, settings.dtype, trust_remote_code=trust)
+    runner = HFLM(
+        pretrained=model,
+        tokenizer=load_tokenizer(folder, trust_remote_code=trust),
+        batch_size=settings.batch_size or (4 if device.type == "cpu" else 16),
+        max_length=max_length(model),
     )
-    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
-    batch_size = settings.batch_size or (4 if model.device.type == "cpu" else 16)
-    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length(model))
-    wanted = list(tasks.specifications)
-    try:
-        with _bars_as(tick):
-            found = simple_evaluate(
-                runner,
-                tasks=wanted,
-                limit=settings.limit,
-                bootstrap_iters=0,
-                log_samples=True,
-                task_manager=tasks.manager,
-            )
-    except (OSError, ConnectionError) as error:
-        raise FistaPrunerError(
-            f"task data could not be loaded: {one_line(error)}; --tasks-dir takes local files and needs no network"
-        ) from None
-    except Exception as error:  # every task has its own code for unexpected items
-        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""  # an assertion says nothing
-        if isinstance(error, AssertionError) and "continuation_enc" in said and "max_length" in said:
-            said = f"an answer of a task is longer than the {runner.max_length} tokens that the model takes"
-        reason = " ".join(f"{type(error).__name__}: {said}".split())[:200]
-        raise FistaPrunerError(f"lm-eval could not evaluate the tasks on {folder}: {reason}") from error
-    finally:
-        del runner, model
-        gc.collect()
+    with _failures_explained(f"evaluate the tasks on {folder}"):
+        found = simple_evaluate(
+            runner,
+            tasks=list(tasks.specifications),
+            limit=settings.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=tasks.manager,
+        )
     return dict(found or {})
 
 
-def read_answers(found: Mapping[str, Any]) -> Answers:
-    """Read the scores of single items from what ``lm-eval`` returns.
+@contextmanager
+def _failures_explained(what: str) -> Iterator[None]:
+    """Turn failures of ``lm-eval``, each of whose tasks has code of its own, into errors that say ``what`` failed."""
+    try:
+        yield
+    except OSError as error:  # those of the network too
+        raise FistaPrunerError(
+            f"task data could not be loaded: {one_line(error)}; --tasks-dir takes local files and needs no network"
+        ) from None
+    except Exception as error:
+        raise FistaPrunerError(f"lm-eval could not {what}: {type(error).__name__}: {one_line(error, 200)}") from error
 
-    A task with none of :data:`METRICS`, such as one of a group, is left out with a warning.
 
-    Raises:
-        FistaPrunerError: no task has one of them.
+def _scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str], dict[int, float]]:
+    """Read the score of every item by (task, metric): 1 (right), 0 (wrong), or what a task gives between them.
+
+    A metric of answers that were filtered has the filter's name after a comma, as in ``lm-eval``.
     """
-    outcomes: Outcomes = {}
-    faults = []
-    for task, samples in found["samples"].items():
-        try:
-            _check_metrics(task, list(dict.fromkeys(metric for sample in samples for metric in sample["metrics"])))
-        except FistaPrunerError as error:
-            faults.append(error)
-            continue
-        for sample in samples:
-            through = sample.get("filter", "none")
-            for metric in METRICS:
-                if metric in sample:
-                    name = metric if through == "none" else f"{metric},{through}"
-                    outcomes.setdefault((task, name), {})[sample["doc_id"]] = float(sample[metric])
-    if faults and not outcomes:
-        raise faults[0]
-    for fault in faults:
-        log.warning("left out: %s", fault)
-    return Answers(
-        outcomes,
-        {task: int(count["original"]) for task, count in found.get("n-samples", {}).items()},
-        {task: int(shots or 0) for task, shots in found.get("n-shot", {}).items()},
-        {task: _items_sha256(found["samples"][task]) for task, _ in outcomes},
-    )
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for task, answers in samples.items():
+        for answer in answers:
+            through = answer.get("filter", "none")
+            for metric in [metric for metric in METRICS if metric in answer]:
+                name = metric if through == "none" else f"{metric},{through}"
+                scores.setdefault((task, name), {})[answer["doc_id"]] = float(answer[metric])
+    return scores
 
 
 def _items_sha256(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -429,7 +208,37 @@ def _items_sha256(samples: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256("".join(f"{number} {items[number]}\n" for number in sorted(items)).encode()).hexdigest()
 
 
-def _score(items: Mapping[int, float]) -> tuple[float, float]:
+def task_result(
+    task: str, metric: str, items: Mapping[int, float], reference: Mapping[int, float] | None = None, **about: Any
+) -> TaskResult:
+    """Compute score, standard error and paired test of a task.
+
+    Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
+
+    Args:
+        task: its name.
+        metric: what is scored.
+        items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
+        **about: other fields of :class:`~fistapruner.runs.results.TaskResult`, recorded as they are.
+
+    Raises:
+        FistaPrunerError: the two models answered different items.
+    """
+    alone = TaskResult(task, metric, len(items), *_mean(items), **about)
+    if reference is None:
+        return alone
+    if items.keys() != reference.keys():
+        raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
+    before, before_error = _mean(reference)
+    alone = replace(alone, reference=before, reference_standard_error=before_error)
+    if not {*items.values(), *reference.values()} <= {0.0, 1.0}:
+        return alone
+    lost = sum(reference[item] > right for item, right in items.items())
+    won = sum(reference[item] < right for item, right in items.items())
+    return replace(alone, lost=lost, won=won, p_value=mcnemar(lost, won))
+
+
+def _mean(items: Mapping[int, float]) -> tuple[float, float]:
     """Return the mean and its standard error with the sample variance, as ``lm-eval`` does."""
     count = len(items)
     mean = sum(items.values()) / count

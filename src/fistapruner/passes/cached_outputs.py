@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,104 @@ from torch import Tensor, nn
 from ..models.layout import Group, Layout, OutputProjection
 from .store import HiddenStates, Store
 
+Windows = Callable[[], tuple[int, int]]
+"""Returns the windows (start, stop) of the batch at work."""
+
 
 def kept_projections(layout: Layout, index: int, device: torch.device) -> Mapping[str, OutputProjection]:
     """Return the output projections of decoder layer ``index`` whose inputs are stored on ``device``."""
     return layout.output_projections[index] if device.type == "cpu" else {}
+
+
+class _Values:
+    """Hidden states that one pass stores for all windows; they may be read once all are there."""
+
+    def __init__(self, name: str, like: HiddenStates, store: Store) -> None:
+        self._name, self._like, self._store = name, like, store
+        self._states: HiddenStates | None = None
+        self._windows = 0
+        self._device = torch.device("cpu")
+        self._others: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self._windows == self._like.samples
+
+    def begin(self) -> None:
+        self._windows = 0
+
+    def keep(self, value: Any, windows: tuple[int, int]) -> None:
+        """Store one tensor of hidden states of the windows, alone or before None; anything else is left out."""
+        start, stop = windows
+        value, others = (value[0], value[1:]) if isinstance(value, tuple) else (value, None)
+        if not isinstance(value, Tensor) or any(other is not None for other in others or ()):
+            return
+        if value.shape[:-1] != (stop - start, self._like.seqlen) or value.dtype != self._like.dtype:
+            return
+        if self._states is None:
+            self._states = self._store(self._name, (self._like.samples, self._like.seqlen, value.shape[-1]))
+        self._states.write(start, value)
+        self._windows += stop - start
+        self._device, self._others = value.device, None if others is None else len(others)
+
+    def read(self, windows: tuple[int, int]) -> Any:
+        """Return what was kept, as it was."""
+        assert self._states is not None
+        return _returned(self._states.read(*windows, self._device), self._others)
+
+    def close(self) -> None:
+        if self._states is not None:
+            self._states.close()
+        self._states, self._windows = None, 0
+
+
+def _returned(value: Tensor, others: int | None) -> Any:
+    """Return a value as a module does: alone, or before so many None in a tuple."""
+    return value if others is None else (value, *(None for _ in range(others)))
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A child module of the layer.
+
+    Args:
+        module: the child.
+        last: number of the group after which its operators are final; ``later``: of passes that follow.
+        projection: its output projection, where the inputs of that are stored, and how the child returns its output.
+        entering: those inputs; ``output``: the outputs of the child.
+    """
+
+    module: nn.Module
+    last: int
+    later: int
+    projection: tuple[nn.Module, int | None] | None
+    entering: _Values
+    output: _Values
+
+    def keep_inputs(self, windows: Windows, stack: ExitStack) -> None:
+        """Store the inputs of the output projection in the pass that follows."""
+        if self.projection is not None:
+            self.entering.begin()
+            keep = lambda _, args: self.entering.keep(args[0], windows())  # noqa: E731
+            # Before the other hooks, since the last of them ends the pass.
+            stack.enter_context(self.projection[0].register_forward_pre_hook(keep, prepend=True))
+
+    def skip(self, windows: Windows, stack: ExitStack) -> None:
+        """Compute no more in the pass that follows than is not stored; and store the output for later ones."""
+        if self.output.complete:
+            self._replace(lambda *_, **__: self.output.read(windows()), stack)
+            return
+        if self.projection is not None and self.entering.complete:
+            operator, others = self.projection
+            self._replace(lambda *_, **__: _returned(operator(self.entering.read(windows())), others), stack)
+        if self.later > 1:  # one pass stores the output; another one has to read it
+            self.output.begin()
+            keep = lambda _, __, out: self.output.keep(out, windows())  # noqa: E731
+            stack.enter_context(self.module.register_forward_hook(keep))
+
+    def _replace(self, forward: Callable[..., Any], stack: ExitStack) -> None:
+        self.module.forward = forward
+        stack.callback(delattr, self.module, "forward")
 
 
 class CachedOutputs:
@@ -52,140 +147,46 @@ class CachedOutputs:
         inputs: HiddenStates,
         store: Store,
     ) -> None:
-        self._index = index
-        self._layer = layer
-        self._projections: dict[str, OutputProjection] = {}
-        self._inputs = inputs
-        self._store = store
-        self._entering: dict[str, HiddenStates] = {}
-        self._kept: dict[str, HiddenStates] = {}
-        self._others: dict[str, int | None] = {}
-        self._complete: dict[str, int] = {}
-        self._device = torch.device("cpu")
         self._next = 0
-        self._settled: set[str] = set()
-        self._settled_by: dict[int, list[str]] = {}
-        self._again: dict[str, int] = {}
-        for name, child in layer.named_children():
+        self._final: set[int] = set()
+        self._children: list[_Child] = []
+        for name, module in layer.named_children():
             inside = [
                 number
                 for number, group in enumerate(groups)
                 if any(operator.name.startswith(name + ".") for operator in group)
             ]
-            if inside and any(True for _ in child.children()):
-                self._settled_by.setdefault(inside[-1], []).append(name)
-                self._again[name] = len(groups) - 1 - inside[-1] + passes
-                projection, last = projections.get(name), [operator.name for operator in groups[inside[-1]]]
-                if projection is not None and last == [projection.operator] and self._again[name]:
-                    self._projections[name] = projection
+            if not inside or not any(True for _ in module.children()):
+                continue
+            later = len(groups) - 1 - inside[-1] + passes
+            known, last = projections.get(name), [operator.name for operator in groups[inside[-1]]]
+            projection = None
+            if known is not None and last == [known.operator] and later:
+                projection = layer.get_submodule(known.operator), known.others
+            entering, output = (_Values(f"replay-{index}-{what}-{name}", inputs, store) for what in ("in", "out"))
+            self._children.append(_Child(module, inside[-1], later, projection, entering, output))
 
     def pruned(self, number: int) -> None:
         """Note that the operators of group ``number`` have their final weights."""
-        self._settled.update(self._settled_by.get(number, ()))
+        self._final.add(number)
         self._next = number + 1
 
     @contextmanager
-    def around_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
-        """Store and reuse activations in the pass inside; ``batch`` returns its windows (start, stop)."""
-        hooks, replaced = ExitStack(), []
-        for name in self._settled_by.get(self._next, ()):
-            projection = self._projections.get(name)
-            if projection is not None:
-                self._complete[projection.operator] = 0
-                operator = self._layer.get_submodule(projection.operator)
-                # Before the other hooks, since the last of them ends the pass.
-                keeping = self._keeping_inputs(projection.operator, batch)
-                hooks.enter_context(operator.register_forward_pre_hook(keeping, prepend=True))
-        for name in self._settled:
-            child = self._layer.get_submodule(name)
-            if self._complete.get(name) == self._inputs.samples:
-                child.forward = self._giving(name, batch)
-                replaced.append(child)
-                continue
-            projection = self._projections.get(name)
-            if projection is not None and self._complete.get(projection.operator) == self._inputs.samples:
-                child.forward = self._going_on(projection, batch)
-                replaced.append(child)
-            if self._again[name] > 1:  # one pass stores the output; another one has to read it
-                self._complete[name] = 0
-                hooks.enter_context(child.register_forward_hook(self._keeping(name, batch)))
-        try:
-            with hooks:
-                yield
-        finally:
-            for child in replaced:
-                del child.forward
-        for name in self._settled:
-            if self._complete.get(name) == self._inputs.samples and name in self._projections:
-                self._forget(self._projections[name].operator)
+    def around_pass(self, windows: Windows) -> Iterator[None]:
+        """Store and reuse activations in the pass inside."""
+        with ExitStack() as stack:
+            for child in self._children:
+                if child.last == self._next:
+                    child.keep_inputs(windows, stack)
+                elif child.last in self._final:
+                    child.skip(windows, stack)
+            yield
+        for child in self._children:
+            if child.output.complete:
+                child.entering.close()
 
     def close(self) -> None:
         """Release everything that is stored."""
-        for name in list(self._entering):
-            self._forget(name)
-        for store in self._kept.values():
-            store.close()
-        self._kept.clear()
-
-    def _forget(self, operator: str) -> None:
-        """Release the stored inputs of an output projection."""
-        if operator in self._entering:
-            self._entering.pop(operator).close()
-            self._complete[operator] = 0
-
-    def _keep(self, stores: dict[str, HiddenStates], name: str, value: Tensor, windows: tuple[int, int]) -> bool:
-        """Write a value if it is hidden states of ``windows``, and count them; return whether it was."""
-        start, stop = windows
-        if (
-            value.ndim != 3
-            or value.shape[:2] != (stop - start, self._inputs.seqlen)
-            or value.dtype != self._inputs.dtype
-        ):
-            return False
-        if name not in stores:
-            shape = (self._inputs.samples, self._inputs.seqlen, value.shape[-1])
-            stores[name] = self._store(f"replay-{self._index}-{name}", shape)
-        stores[name].write(start, value)
-        self._complete[name] += stop - start
-        return True
-
-    def _keeping_inputs(self, operator: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
-        """Make the hook that stores the inputs of an output projection."""
-
-        def keep(_: object, args: tuple[Tensor, ...]) -> None:
-            self._keep(self._entering, operator, args[0], batch())
-
-        return keep
-
-    def _going_on(self, projection: OutputProjection, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
-        """Make the forward that computes only the output projection, from its stored inputs."""
-        operator = self._layer.get_submodule(projection.operator)
-
-        def go_on(*_: object, **__: object) -> Any:
-            value = operator(self._entering[projection.operator].read(*batch()))
-            return value if projection.others is None else (value, *(None for _ in range(projection.others)))
-
-        return go_on
-
-    def _keeping(self, name: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
-        """Make the hook that stores the output of a module."""
-
-        def keep(_: object, __: object, output: Any) -> None:
-            value, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
-            if not isinstance(value, Tensor) or any(other is not None for other in others):
-                return
-            if self._keep(self._kept, name, value, batch()):
-                self._others[name] = len(others) if isinstance(output, tuple) else None
-                self._device = value.device
-
-        return keep
-
-    def _giving(self, name: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
-        """Make the forward that reads the stored output of a module."""
-
-        def give(*_: object, **__: object) -> Any:
-            value = self._kept[name].read(*batch(), self._device)
-            others = self._others[name]
-            return value if others is None else (value, *(None for _ in range(others)))
-
-        return give
+        for child in self._children:
+            child.entering.close()
+            child.output.close()

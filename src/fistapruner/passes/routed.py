@@ -36,13 +36,15 @@ class RoutedTokens:
         self._inputs.write(start, inputs.reshape(windows, self._inputs.seqlen, -1))
         self._batches.append((start, start + windows, chosen.to("cpu", torch.int32), weights.to("cpu", torch.float32)))
 
-    def of_expert(self, number: int, device: torch.device) -> Iterator[Tensor]:
-        """Yield the (tokens, n) inputs of expert ``number``, batch by batch, in the order of the tokens."""
-        for inputs, _ in self.weighted(number, device):
-            yield inputs
+    def weighted(self, number: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the (tokens, n) inputs of an expert and their (tokens,) weights, batch by batch, in order."""
+        for start, stop, chosen, weights in self._batches:
+            rows, places = torch.where(chosen == number)
+            if len(rows):
+                yield self._inputs.tokens(start, stop, rows, device), weights[rows, places].to(device)
 
     def by_half(self, number: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """Yield the same with the first window of each batch; it is cut at half of the windows."""
+        """Yield the first window of each batch, which is cut at half of the windows, and the inputs."""
         half = self._inputs.samples // 2
         for start, stop, chosen, _ in self._batches:
             rows, _ = torch.where(chosen == number)
@@ -50,13 +52,6 @@ class RoutedTokens:
             for first, part in ((start, rows[before]), (max(start, half), rows[~before])):
                 if len(part):
                     yield first, self._inputs.tokens(start, stop, part, device)
-
-    def weighted(self, number: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs with the (tokens,) weights that the router gives the expert."""
-        for start, stop, chosen, weights in self._batches:
-            rows, places = torch.where(chosen == number)
-            if len(rows):
-                yield self._inputs.tokens(start, stop, rows, device), weights[rows, places].to(device)
 
     def close(self) -> None:
         """Release the stored inputs."""

@@ -1,9 +1,5 @@
 """Store hidden states of all calibration windows, in memory or in a file.
 
-Where a GPU computes and the states are not in its memory, a store reads ahead: with every batch that is read in order
-it begins to copy the next one, and a batch that is written is copied while the GPU goes on
-(:mod:`~fistapruner.runtime.transfers`).
-
 A file is read and written with system calls and not memory-mapped: its cached pages then do not count as memory of the
 process, so the memory of a run does not grow with the calibration tokens.
 """
@@ -12,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +15,6 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors, write_all
-from ..runtime.transfers import ToDevice, ToHost, page_locked
 
 CPU = torch.device("cpu")
 
@@ -43,10 +37,6 @@ class HiddenStates:
         self.file = file
         self._window = self.seqlen * self.width * dtype.itemsize
         self._memory = torch.empty(shape, dtype=dtype, device=device) if file is None else None
-        self._ahead: tuple[int, int, ToDevice] | None = None
-        """First window, window after the last one, and copy of a batch that is expected to be read next."""
-        self._leaving: tuple[int, int, ToHost] | None = None
-        """The same of the batch that was written last."""
         self._descriptor = -1
         if file is not None:
             with disk_errors(file):
@@ -76,14 +66,30 @@ class HiddenStates:
         Returns:
             (stop - start, seqlen, width).
         """
-        if device is not None and device.type == "cuda" and (self._memory is None or not self._memory.is_cuda):
-            return self._read_ahead(start, stop, device).to(dtype or self.dtype)
-        self._finish_writing(start, stop)
         if self._memory is not None:
             return self._memory[start:stop].to(device or self._memory.device, dtype or self.dtype, copy=True)
         out = torch.empty(stop - start, self.seqlen, self.width, dtype=self.dtype)
         self._read_file([start * self.seqlen], out)
-        return out.to(dtype or self.dtype)
+        return out.to(device or CPU, dtype or self.dtype)
+
+    def tokens(self, start: int, stop: int, rows: Tensor, device: torch.device | None = None) -> Tensor:
+        """Copy single tokens of windows ``start`` to ``stop``.
+
+        Args:
+            start: first window.
+            stop: window after the last one.
+            rows: (tokens,) their places among the tokens of these windows.
+            device: as for :meth:`read`.
+
+        Returns:
+            (tokens, width).
+        """
+        if self._memory is None:
+            out = torch.empty((len(rows), self.width), dtype=self.dtype)
+            self._read_file([start * self.seqlen + row for row in rows.tolist()], out)
+            return out.to(device or CPU)
+        within = self._memory[start:stop].flatten(0, 1)
+        return within[rows.to(within.device)].to(device or within.device)
 
     def _read_file(self, places: Sequence[int], out: Tensor) -> None:
         """Read equal parts of ``out``, one from each of ``places``: numbers of tokens of all windows."""
@@ -101,51 +107,6 @@ class HiddenStates:
                     )
                 done += count
 
-    def _read_ahead(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Copy windows ``start`` to ``stop`` to a GPU, and begin to copy those that follow."""
-        ahead = self._ahead
-        if ahead is not None and ahead[0] == stop:  # the batch that was read last, once more
-            return self._send(start, stop, device).result()
-        self._ahead = None
-        expected = ahead is not None and ahead[:2] == (start, stop)
-        copy = ahead[2] if ahead is not None and expected else self._send(start, stop, device)
-        following = min(2 * stop - start, self.samples)
-        if (expected or start == 0) and following > stop:
-            with suppress(torch.OutOfMemoryError):
-                self._ahead = stop, following, self._send(stop, following, device)
-        return copy.result()
-
-    def _send(self, start: int, stop: int, device: torch.device) -> ToDevice:
-        """Begin to copy windows ``start`` to ``stop`` to a GPU."""
-        self._finish_writing(start, stop)
-        waiting = page_locked((stop - start, self.seqlen, self.width), self.dtype)
-        if self._memory is None:
-            self._read_file([start * self.seqlen], waiting)
-        else:
-            waiting.copy_(self._memory[start:stop])
-        return ToDevice(waiting, device)
-
-    def tokens(self, start: int, stop: int, rows: Tensor, device: torch.device | None = None) -> Tensor:
-        """Copy single tokens of windows ``start`` to ``stop``.
-
-        Args:
-            start: first window.
-            stop: window after the last one.
-            rows: (tokens,) their places among the tokens of these windows.
-            device: as for :meth:`read`.
-
-        Returns:
-            (tokens, width).
-        """
-        self._finish_writing(start, stop)
-        if self._memory is None:
-            on_gpu, shape = device is not None and device.type == "cuda", (len(rows), self.width)
-            out = page_locked(shape, self.dtype) if on_gpu else torch.empty(shape, dtype=self.dtype)
-            self._read_file([start * self.seqlen + row for row in rows.tolist()], out)
-            return out.to(device or CPU, non_blocking=True)
-        within = self._memory[start:stop].flatten(0, 1)
-        return within[rows].to(device or within.device)
-
     def write(self, start: int, values: Tensor) -> None:
         """Store windows from ``start`` on: (count, seqlen, width).
 
@@ -154,48 +115,22 @@ class HiddenStates:
         """
         if values.shape[1:] != (self.seqlen, self.width):
             raise ValueError(f"values are {tuple(values.shape)}, expected (count, {self.seqlen}, {self.width})")
-        self.flush()
-        stop = start + len(values)
-        if self._ahead is not None and start < self._ahead[1] and self._ahead[0] < stop:
-            self._ahead = None
-        if values.is_cuda and (self._memory is None or not self._memory.is_cuda):
-            self._leaving = start, stop, ToHost(values, self.dtype)
-        else:
-            self._put(start, values)
-
-    def flush(self) -> None:
-        """Wait for the batch that was written last: then all that was written is in the memory or the file."""
-        if self._leaving is not None:
-            (start, _, copy), self._leaving = self._leaving, None
-            self._put(start, copy.result())
-
-    def _finish_writing(self, start: int, stop: int) -> None:
-        """Wait for the batch that was written last, if it has some of the windows ``start`` to ``stop``."""
-        if self._leaving is not None and start < self._leaving[1] and self._leaving[0] < stop:
-            self.flush()
-
-    def _put(self, start: int, values: Tensor) -> None:
-        """Write windows from ``start`` on to the memory or the file."""
         if self._memory is not None:
             self._memory[start : start + len(values)] = values
             return
-        values = values.to(self.dtype).contiguous()
-        view = memoryview(values.view(torch.uint8).numpy().data).cast("B")
+        values = values.detach().to(CPU, self.dtype).contiguous()
         assert self.file is not None
         with disk_errors(self.file):
+            view = memoryview(values.view(torch.uint8).numpy().data).cast("B")
             write_all(self._descriptor, view, start * self._window)
 
     def sync(self) -> None:
         """Flush written values to the disk, so that they survive a crash."""
-        self.flush()
         if self._descriptor >= 0:
             os.fsync(self._descriptor)
 
     def close(self, *, keep: bool = False) -> None:
         """Release the memory, and the file unless ``keep``."""
-        if keep:
-            self.flush()
-        self._ahead = self._leaving = None
         self._memory = None
         if self._descriptor >= 0:
             os.close(self._descriptor)

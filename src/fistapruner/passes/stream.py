@@ -7,8 +7,7 @@ Follow the hidden states of some windows of tokens:
    every decoder layer (:class:`Calls`: masks, positions), which are the same for all batches of one size.
 2. :func:`run_layer` runs every batch through one loaded decoder layer: hidden states in, hidden states out. On the way
    inputs and outputs of operators can be watched (:class:`Watched`).
-3. What leaves one layer enters the next one. Only one decoder layer is in memory at a time, and while a GPU computes
-   the next one, which is being read into main memory.
+3. What leaves one layer enters the next one. Only one decoder layer is in memory at a time.
 4. After the last layer, ``LayerwiseModel.logits`` applies the model's own final norm and head.
 
 :func:`forward` is 1 to 3 in a row, and :func:`~.gradients.backward` takes a gradient the same way back. Evaluation
@@ -258,8 +257,6 @@ def run_layer(
                     output.write(start, out)
             elif output is not None:
                 output(-1, start, out)
-    if isinstance(output, HiddenStates):
-        output.flush()
 
 
 def forward(

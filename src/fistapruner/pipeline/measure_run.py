@@ -153,7 +153,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
 
         def keep(found: list[Speed]) -> None:
-            report.speed = {**speed_record(found, run.model), "machine": machine, "measured": now()}
+            report.speed = {**speed_record(found), "machine": machine, "measured": now()}
             report.totals.compressed_bytes = packed_bytes(found)
             publish(run, report, listener)
 

@@ -153,9 +153,6 @@ class LayerPasses:
             output=output,
             around=[] if self._residual is None else [self._residual.around_dense_pass],
         )
-        if streams.dense_out is not None:
-            with self._clock.phase("io"):
-                streams.dense_out.flush()  # another process may read it now
         return True
 
     def make_wanted(self) -> None:
@@ -249,7 +246,7 @@ class LayerPasses:
                 self._sums[number] = self._new_sums(number, group)
                 operator = self._layer.get_submodule(group[0].name)
                 hooks.enter_context(operator.register_forward_pre_hook(add_to(number)))
-            for tokens in self._routed[first.experts].of_expert(first.expert, self._model.device):
+            for tokens, _ in self._routed[first.experts].weighted(first.expert, self._model.device):
                 with self._clock.phase("capture"), torch.no_grad():
                     expert(tokens)
 

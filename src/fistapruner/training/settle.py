@@ -280,9 +280,6 @@ def _operators(
     found = inspect_checkpoint(
         folder,
         allow_pickle=source.allow_pickle,
-        stacks=model.checkpoint.stacks.values(),
-        all_patterns=False,
-        parameters=model.parameter_names,
         progress=lambda _, done, total: listener.tick("tensors whose zeros were checked", done, total),
     )
     if found.violations:

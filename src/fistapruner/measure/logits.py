@@ -9,8 +9,9 @@ computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,71 +67,55 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
     return nll, reference_nll, kl.clamp_min_(0.0), (top_p == top_q).float()
 
 
-def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, budgets: Budgets = BUDGETS) -> float:
-    """Sum the NLL of ``targets``.
+def sum_over_tokens(
+    hidden: Sequence[Tensor], targets: Tensor, heads: Sequence[Head], vocabulary: int, budgets: Budgets = BUDGETS
+) -> list[float]:
+    """Sum what is measured over ``targets``, for one model or two.
 
     Args:
-        hidden: (tokens, width) output of the last decoder layer at the token before each target.
+        hidden: of the model, and of a reference model if there is one: (tokens, width) output of the last decoder layer
+            at the token before each target.
         targets: (tokens,) token ids.
-        head: final norm and language-model head.
+        heads: final norm and language-model head of each.
         vocabulary: width of the logits.
         budgets: bytes of logits at once.
+
+    Returns:
+        The NLL; with a reference also its NLL, KL and top-1 agreements, as :func:`token_divergence`.
     """
     sums = []
-    for start, stop in slices(len(targets), 4 * vocabulary, budgets.head):
-        logits, wanted = head(hidden[start:stop]), targets[start:stop]
-        parts = [token_nll(logits[a:b], wanted[a:b]) for a, b in budgets.cache(logits)]
-        sums.append(torch.cat(parts).double().sum())
-    total = 0.0
-    for value in torch.stack(sums).tolist():  # one after the other: sum() of Python 3.12 gives other last bits
-        total += value
-    return total
-
-
-def compare_tokens(
-    hidden: Tensor,
-    reference_hidden: Tensor,
-    targets: Tensor,
-    head: Head,
-    reference_head: Head,
-    vocabulary: int,
-    budgets: Budgets = BUDGETS,
-) -> tuple[float, float, float, float]:
-    """Sum NLL, reference NLL, KL and top-1 agreements over ``targets`` (see :func:`score_tokens`)."""
-    sums = []
-    for start, stop in slices(len(targets), 4 * vocabulary, budgets.head // 2):
-        p, q, wanted = head(hidden[start:stop]), reference_head(reference_hidden[start:stop]), targets[start:stop]
-        parts = [torch.stack(token_divergence(p[a:b], q[a:b], wanted[a:b])) for a, b in budgets.cache(p)]
+    for start, stop in slices(len(targets), 4 * vocabulary, budgets.head // len(heads)):
+        logits = [head(states[start:stop]) for head, states in zip(heads, hidden, strict=True)]
+        wanted = targets[start:stop]
+        parts = []
+        for a, b in budgets.cache(logits[0]):
+            rows = [each[a:b] for each in logits]
+            found = token_divergence(rows[0], rows[1], wanted[a:b]) if rows[1:] else (token_nll(rows[0], wanted[a:b]),)
+            parts.append(torch.stack(found))
         sums.append(torch.cat(parts, dim=1).double().sum(1))
-    total = torch.zeros(4, dtype=torch.float64)
-    for found in torch.stack(sums).cpu():
-        total += found
-    nll, reference_nll, kl, agree = total.tolist()
-    return nll, reference_nll, kl, agree
+    total = torch.zeros(len(sums[0]), dtype=torch.float64)
+    for values in torch.stack(sums).cpu():
+        total += values
+    return [float(value) for value in total]
 
 
-def perplexity_of(
-    sums: Tensor, length: int, *, data: str, split: str, seqlen: int, dtype: str, bos: str, sha256: str
-) -> Perplexity:
+def perplexity_of(sums: Tensor, length: int, *, sha256: str, **about: Any) -> Perplexity:
     """Make the perplexity record of (windows,) NLL sums of ``length`` tokens each.
 
-    Tokens of a window depend on each other, so windows are the independent observations.
+    Tokens of a window depend on each other, so windows are the independent observations. ``sha256`` is the hash of the
+    windows, ``about`` the other fields of the record that say what was measured.
     """
     means = sums.double() / length
     nll, error = mean_and_error(means)
     value = math.exp(nll) if nll < 700 else math.inf
     return Perplexity(
-        data=data,
-        split=split,
-        seqlen=seqlen,
+        **about,
         windows=sums.numel(),
         tokens=sums.numel() * length,
-        dtype=dtype,
         perplexity=value,
         standard_error=value * error,
         nll=nll,
         nll_standard_error=error,
-        bos=bos,
         text_sha256=sha256,
         window_nlls=tuple(round(value, 6) for value in means.tolist()),
     )

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fistapruner.measure.scoring import (
+from fistapruner.measure.logits import (
     WindowSums,
-    compare_tokens,
     divergence_of,
     perplexity_of,
-    score_tokens,
+    sum_over_tokens,
     token_divergence,
     token_nll,
 )
@@ -86,12 +85,11 @@ def test_slicing_does_not_change_the_sums() -> None:
     weight, other = torch.randn(40, 8), torch.randn(40, 8)
     hidden, targets = torch.randn(33, 8), torch.randint(40, (33,))
 
-    def both(budgets: Budgets) -> tuple[float, ...]:
-        single = score_tokens(hidden, targets, lambda x: x @ weight.T, 40, budgets)
-        return (
-            single,
-            *compare_tokens(hidden, hidden, targets, lambda x: x @ weight.T, lambda x: x @ other.T, 40, budgets),
-        )
+    heads = [lambda x: x @ weight.T, lambda x: x @ other.T]
+
+    def both(budgets: Budgets) -> list[float]:
+        alone = sum_over_tokens([hidden], targets, heads[:1], 40, budgets)
+        return alone + sum_over_tokens([hidden, hidden], targets, heads, 40, budgets)
 
     sums = torch.stack(token_divergence(hidden @ weight.T, hidden @ other.T, targets)).double().sum(1).tolist()
     assert both(Budgets()) == pytest.approx((sums[0], *sums), rel=1e-12)
