@@ -315,8 +315,8 @@ def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: s
         ({"context_options": ["a"], "continuation": None, "gold": 0}, "'continuation' is None, and text"),
         ({"context_options": ["a"], "continuation": "", "gold": 0}, "'continuation' is '', and text that is not empty"),
         ({"context": "a", "continuation": "  "}, "'continuation' is '  ', and text that is not empty"),
-        ({"context": "a\ud800", "continuation": "b"}, "'context' has half a character"),
-        ({"query": "?", "choices": ["no", "\udc00"], "gold": 0}, "'choices' has half a character"),
+        ({"context": "a\ud800", "continuation": "b"}, "a text has half a character"),
+        ({"query": "?", "choices": ["no", "\udc00"], "gold": 0}, "a text has half a character"),
         ({"context": ["a"], "continuation": "b"}, r"'context' is \['a'\], and text"),
     ],
 )

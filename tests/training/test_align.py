@@ -343,7 +343,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"data": {"held_out": 0.4, "test": 0.3}}, "at most half"),
     ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
     ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
-    ({"data": {"prompt_ends": "x"}}, "prompt_ends"),
     ({"execution": {"batch_size": 3}}, "must be even"),
     ({"execution": {"executor": "process"}}, "training has its own way"),
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..text.text import read_lines, whole_text
+from ..text.sources import read_lines
 
 KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
 """Fields that make a line of a local file a task."""
@@ -111,10 +111,8 @@ def _items_of_file(path: Path) -> list[dict[str, Any]]:
         for field in kind:
             if field not in fields:
                 raise FistaPrunerError(f"{where}: {field!r} is not there, and every line has {', '.join(kind)}")
-            if field in TEXTS:
-                if not isinstance(fields[field], str):
-                    raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
-                whole_text(fields[field], field, where)
+            if field in TEXTS and not isinstance(fields[field], str):
+                raise FistaPrunerError(f"{where}: {field!r} is {fields[field]!r:.100}, and text is expected")
         if "continuation" in kind and not fields["continuation"].strip(" "):
             text = fields["continuation"]
             raise FistaPrunerError(f"{where}: 'continuation' is {text!r:.100}, and text that is not empty is expected")
@@ -158,7 +156,6 @@ def _check_options(item: Mapping[str, Any], name: str, where: str) -> None:
     for option in options:
         if not isinstance(option, str) or not option.strip():
             raise FistaPrunerError(f"{where}: {name!r} has {option!r:.100}, and text that is not empty is expected")
-        whole_text(option, name, where)
     if type(gold) is not int or not 0 <= gold < len(options):
         raise FistaPrunerError(
             f"{where}: 'gold' is {gold!r:.100}, and the number of one of the {len(options)} {name} is expected, which "

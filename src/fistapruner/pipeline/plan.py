@@ -29,8 +29,7 @@ from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..structure.smaller import Widths
 from ..text import calibration_length
-from ..text.text import PYTHON
-from ..text.windows import check_source
+from ..text.sources import PYTHON, check_source
 from .new_widths import change_widths, say_warnings, say_widths
 from .patterns import allocate
 

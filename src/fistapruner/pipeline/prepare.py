@@ -27,7 +27,7 @@ from ..runtime.numerics import dtype_name
 from ..settings.calibration_settings import Calibration
 from ..settings.settings import Recipe
 from ..text import SELF, calibration_tokens
-from ..text.self_generated import generation_bytes
+from ..text.generate import generation_bytes
 from .begun import changed_text, keep_recipe, say_kept_plan, write_settings
 from .dense_measurements import DenseMeasurements, Measured
 from .find_model import absolute

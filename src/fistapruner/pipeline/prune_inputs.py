@@ -33,8 +33,8 @@ from ..runtime.numerics import dtype_name
 from ..settings.settings import Recipe
 from ..structure.smaller import Widths
 from ..text import calibration_length
-from ..text.training_text import document_hash, shared_documents, training_documents
-from ..text.windows import source_documents
+from ..text.sources import source_documents
+from ..text.training import document_hash, shared_documents, training_documents
 from .begun import began_on, refuse_other, refuse_overlap, say_other_versions
 from .find_model import find_source
 from .new_widths import change_widths, say_warnings, say_widths

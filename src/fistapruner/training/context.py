@@ -47,7 +47,7 @@ from ..settings.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..settings.execution_settings import Execution
 from ..settings.training_settings import TrainingRecipe
 from ..text.pairs import Pairs, pair_order
-from ..text.training_text import TrainingText, order
+from ..text.training import TrainingText, order
 from .distributed import ShardedSnapshots, World
 from .loop import MAX_NOT_FINITE, Loop, State
 from .loss import TokenLoss

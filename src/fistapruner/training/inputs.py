@@ -34,7 +34,7 @@ from ..runs.training_runs import dense_of, input_run
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name, pass_dtype
 from ..settings.training_settings import TrainingRecipe
-from ..text.text import PYTHON
+from ..text.sources import PYTHON
 from ..text.windows import window_length
 from .masked import has_vectors
 

@@ -35,11 +35,11 @@ from ..settings.align_settings import AlignRecipe
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.training_settings import TrainingRecipe
 from ..text import SELF
+from ..text.generate import generation_bytes
 from ..text.packing import PURPOSE
 from ..text.pairs import Pair, Pairs, read_pairs, tokenise_pairs
-from ..text.self_generated import generation_bytes
-from ..text.training_text import MAX_HELD_OUT_WINDOWS, TrainingText, shared_documents, training_text
-from ..text.windows import check_source
+from ..text.sources import check_source
+from ..text.training import MAX_HELD_OUT_WINDOWS, TrainingText, shared_documents, training_text
 from .context import identity
 from .inputs import TrainingInputs, TrainingRequest, asked, check_training_inputs, find_input, named_dense
 from .plan import Plan, Task, plan_training
@@ -72,10 +72,8 @@ def prepare_alignment(run: TrainingDirectory, request: TrainingRequest[AlignReci
     Raises:
         FistaPrunerError: bad input, named.
     """
-    pairs, says = check_pairs(request.recipe)  # before anything is loaded
+    pairs = check_pairs(request.recipe)  # before anything is loaded
     inputs = check_alignment(run, request, listener)
-    for sentence in says:
-        inputs.warn(listener, sentence)
     recipe, text = inputs.recipe, cut_pairs(inputs, pairs, listener)
     run.write_text(text, json.dumps(recipe.data.model_dump(mode="json")))
     source = Path(str(recipe.data.pairs))
@@ -153,13 +151,13 @@ def known_text(origin: RunDirectory | None) -> dict[str, Any] | None:
 
 
 def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
-    """Refuse too few steps or tokens for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
+    """Refuse too few steps or tokens for the tasks of a mixture, in windows of ``seqlen`` tokens.
 
     Raises:
         FistaPrunerError: names the windows that it needs, and the steps or tokens that make them.
     """
     data = recipe.data
-    if len(data.tasks) > 1 and data.mixture == "uniform":
+    if len(data.tasks) > 1:
         windows = min(recipe.steps_of(seqlen) * recipe.windows_per_step, recipe.windows_of(seqlen))
         mixture = Mixture(len(data.tasks), data.per_round, data.seed)
         steps = -(-mixture.least // recipe.windows_per_step)
@@ -208,15 +206,15 @@ def _cut_text(run: TrainingDirectory, inputs: TrainingInputs[RecoverRecipe], lis
     return text
 
 
-def check_pairs(recipe: AlignRecipe) -> tuple[list[Pair], list[str]]:
-    """Read the file of pairs, and what is to be said of it.
+def check_pairs(recipe: AlignRecipe) -> list[Pair]:
+    """Read the file of pairs.
 
     Raises:
         FistaPrunerError: no file is named, or it has a fault.
     """
     if recipe.data.pairs is None:
         raise FistaPrunerError("say what to train on with --data: a .jsonl file of preference pairs")
-    return read_pairs(recipe.data.pairs, recipe.data.prompt_ends)
+    return read_pairs(recipe.data.pairs)
 
 
 def check_alignment(

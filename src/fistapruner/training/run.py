@@ -179,7 +179,7 @@ def plan_alignment(
     """Predict what aligning a pruned model will need; arguments as for :func:`align`."""
     refuse_out(folder := out_path(out))
     recipe.refuse_idle()
-    pairs, _ = check_pairs(recipe)
+    pairs = check_pairs(recipe)
     request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
     inputs = check_alignment(AlignDirectory(folder / "run"), request, Listener())
     return plan_training(alignment_task(inputs, cut_pairs(inputs, pairs, Listener())))
