@@ -51,7 +51,7 @@ from .settings.loading import load_recipe_settings, merge_settings, shipped_reci
 from .settings.settings import Recipe
 from .solvers import METHODS
 from .text import calibration_length
-from .text.windows import check_source
+from .text.sources import check_source
 
 STATES = "dense-states"
 """File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""

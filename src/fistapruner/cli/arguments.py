@@ -73,7 +73,6 @@ METAVARS = {
     "data.source": "SOURCE|NAME=SOURCE",
     "data.tokens": "TOKENS",
     "data.pairs": "FILE",
-    "data.prompt_ends": "TEXT",
     "references": "NAME,...",
     "shares": "SHARE,...",
     "clip": "none|ETA",

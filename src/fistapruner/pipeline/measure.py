@@ -36,8 +36,8 @@ from ..runtime.numerics import windows_at_once
 from ..settings.execution_settings import Execution
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.settings import Recipe
-from ..text.training_text import document_hash, shared_documents, training_documents
-from ..text.windows import source_documents
+from ..text.sources import source_documents
+from ..text.training import document_hash, shared_documents, training_documents
 from .kept_evaluations import add_scores, same_comparison, same_text
 from .result import add_warning
 

@@ -29,7 +29,7 @@ from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..structure.smaller import Widths
 from ..text import calibration_length
-from ..text.text import PYTHON
+from ..text.sources import PYTHON
 
 
 @undisturbed()

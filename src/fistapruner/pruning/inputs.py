@@ -41,7 +41,7 @@ from ..structure.smaller import Widths, removed_weights, resized
 from ..structure.trial import plan_widths
 from ..structure.units import EXPERT, GROUPS, layer_weights
 from ..text import calibration_length
-from ..text.windows import check_source
+from ..text.sources import check_source
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -36,7 +36,7 @@ from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe
 from ..text import calibration_tokens
-from ..text.self_generated import generation_bytes
+from ..text.generate import generation_bytes
 from .inputs import Inputs, Request, check_inputs
 
 if TYPE_CHECKING:

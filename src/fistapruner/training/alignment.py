@@ -40,7 +40,7 @@ from ..runs.training_records import Alignment as Figures
 from ..runtime.numerics import mean_and_error
 from ..settings.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..text.pairs import Pairs, pair_order, read_pairs, tokenise_pairs
-from ..text.training_text import TrainingText
+from ..text.training import TrainingText
 from .masked import Trained
 from .objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, Objective, PairObjective, PairTerms
 from .opened import Training
@@ -70,7 +70,7 @@ class Alignment(Training):
         recipe.refuse_idle()
         if recipe.data.pairs is None:
             raise FistaPrunerError("say what to train on with --data: a .jsonl file of preference pairs")
-        read_pairs(recipe.data.pairs, recipe.data.prompt_ends)
+        read_pairs(recipe.data.pairs)
 
     @staticmethod
     def resolved(request: Request[AlignRecipe], source: ModelSource) -> AlignRecipe:
@@ -120,9 +120,7 @@ class Alignment(Training):
             listener.say(sentence)
             inputs.warnings.append(sentence)
 
-        pairs, says = read_pairs(str(recipe.data.pairs), recipe.data.prompt_ends)
-        for sentence in says:
-            warn(sentence)
+        pairs = read_pairs(str(recipe.data.pairs))
         text = tokenise_pairs(pairs, recipe.data, inputs.tokenizer, inputs.seqlen, warn)
         trained, held_out, test = (len(text.windows(side)) // 2 for side in ("trained", "held_out", "test"))
         listener.say(f"{trained} pairs to train on, {held_out} held out, {test} to test")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.layerwise import Call, LayerwiseModel
 from ..papers.mrpo import Preference, margins_of
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
-from ..text.training_text import TrainingText
+from ..text.training import TrainingText
 from .loss import TokenLoss
 from .teacher import Teacher
 

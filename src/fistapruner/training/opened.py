@@ -34,7 +34,7 @@ from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..settings.execution_settings import Execution
-from ..text.training_text import TrainingText
+from ..text.training import TrainingText
 from .distributed import ShardedSnapshots, World
 from .loop import MAX_NOT_FINITE, Loop, State
 from .masked import Trained, descent_of

@@ -24,10 +24,10 @@ from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from ..settings.recover_settings import RecoverRecipe
 from ..text import SELF
+from ..text.generate import generation_bytes
 from ..text.packing import PURPOSE
-from ..text.self_generated import generation_bytes
-from ..text.training_text import MAX_HELD_OUT_WINDOWS, TrainingText, order, training_text
-from ..text.windows import check_source
+from ..text.sources import check_source
+from ..text.training import MAX_HELD_OUT_WINDOWS, TrainingText, order, training_text
 from .loss import TokenLoss
 from .objective import Objective
 from .opened import Training
@@ -139,13 +139,13 @@ class Recovery(Training):
 
 
 def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
-    """Refuse too few steps or tokens for the tasks of a uniform mixture, in windows of ``seqlen`` tokens.
+    """Refuse too few steps or tokens for the tasks of a mixture, in windows of ``seqlen`` tokens.
 
     Raises:
         FistaPrunerError: names the windows that it needs, and the steps or tokens that make them.
     """
     data = recipe.data
-    if len(data.tasks) > 1 and data.mixture == "uniform":
+    if len(data.tasks) > 1:
         windows = min(recipe.steps_of(seqlen) * recipe.windows_per_step, recipe.windows_of(seqlen))
         mixture = Mixture(len(data.tasks), data.per_round, data.seed)
         steps = -(-mixture.least // recipe.windows_per_step)

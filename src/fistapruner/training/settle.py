@@ -43,8 +43,8 @@ from ..runtime.files import sha256_file
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name, pass_dtype
 from ..settings.training_settings import TrainingRecipe
-from ..text.text import PYTHON
-from ..text.training_text import TrainingText, shared_documents
+from ..text.sources import PYTHON
+from ..text.training import TrainingText, shared_documents
 from ..text.windows import window_length
 from .masked import vectors
 from .plan import Plan, plan_training
