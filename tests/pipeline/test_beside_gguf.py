@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate=folder / "text.txt",
         evaluate_windows=4,
     )
-    fp.export(folder / "dense", folder / "dense-Q8.gguf", like=folder / "dense.gguf", values="q8_0")
+    fp.export(folder / "dense", folder / "dense-Q8.gguf", values="q8_0")
     return folder
 
 

@@ -207,8 +207,6 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
                     twins.append(nbytes)
                 outside[tensor] = nbytes
         beside += sum(outside.values()) + max(max(layers) + BUDGETS.head, *twins)
-    else:
-        beside += max(model.ahead_bytes for model in models)
     if beside + least > limit:
         sentence = (
             f"--memory-limit {size(limit)} is not enough: to evaluate on one batch of windows needs "
