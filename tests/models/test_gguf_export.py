@@ -23,6 +23,7 @@ from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
 LONG = {"rope_type": "longrope", "long_factor": [1.0, 2.0, 3.0, 4.0] * 2, "short_factor": [1.0, 1.1, 1.2, 1.3] * 2}
+LONGER = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 WIDTH = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 64}
 SPREAD = {"query_pre_attn_scalar": 16}
 EXPERTS = {"moe_intermediate_size": 32, "norm_topk_prob": True}
@@ -45,7 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {}),
     "longrope": (
         "Phi3Config",
-        {"rope_parameters": {**LONG, "rope_theta": 1e4}, "original_max_position_embeddings": 32},
+        {**LONGER, "rope_parameters": {**LONG, "rope_theta": 1e4}},
     ),
     "olmo2": ("Olmo2Config", {}),
 }
@@ -112,7 +113,7 @@ def test_llama_cpp_predicts_what_transformers_does(name: str, values: Any, error
     model = save(name, tmp_path / "model")
     export_gguf(tmp_path / "model", tmp_path / "out.gguf", values)
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(tmp_path / "out.gguf"), 64, 1, False
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(tmp_path / "out.gguf"), 256, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     size = model.config.vocab_size
     asked = {"prompt": PROMPT, "n_predict": 1, "temperature": 0, "n_probs": size, "ignore_eos": False}

@@ -202,8 +202,6 @@ def resolve_model(
     ]
     if trust_remote_code:
         patterns.append("*.py")
-    from huggingface_hub import constants
-
     folder = _snapshot(text, patterns, download)
     if any(folder.glob("*.safetensors")):
         if (folder / PACKED_RECORD).is_file():
@@ -213,11 +211,6 @@ def resolve_model(
         if isinstance(record, dict) and record.get(RECORD) is not None:
             _snapshot(text, list(FILES), download, folders=True)
         return folder
-    if constants.HF_HUB_OFFLINE and not any(file.suffix in (".bin", ".gguf") for file in folder.iterdir()):
-        raise FistaPrunerError(
-            f"only part of {text} is in the hub's cache ({folder}), and the hub is offline (HF_HUB_OFFLINE): download "
-            f"it with 'hf download {text}' where there is a network"
-        )
     if not allow_pickle:
         raise FistaPrunerError(
             f"hub model {text!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "

@@ -46,7 +46,7 @@ def _find_again(
     with suppress(FistaPrunerError):  # it is gone
         if earlier is not None and changed_files(stamps, earlier) is None:
             return earlier
-    return permissions.find(model, versions.get("transformers"))
+    return permissions.find(model)
 
 
 def absolute(name: str) -> str:

@@ -11,17 +11,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, get_args
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from ...errors import FistaPrunerError, MissingExtraError
-from ...runtime.files import PARTIAL, disk_errors, require_space
+from ...runtime.files import disk_errors, existing_folder, require_space
 from ...runtime.progress import Tick, silent
 from ..layerwise_weights import LayerwiseWeights
 from ..tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint
 from .widths import read_widths
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
-"""How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
+"""How matrices are stored."""
 
 VALUES: tuple[str, ...] = get_args(GGUFValues)
 
@@ -42,21 +42,13 @@ BLOCK = 32
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What llama.cpp calls a family, and how its tensors differ from those of ``transformers``.
-
-    Args:
-        name: of the architecture.
-        turned: the rows of queries and keys are in the order of the original rotary embedding.
-        shift: what is added to the weights of norms.
-        period: every layer of this number attends to all tokens and the others to a window; 0 has no such layers.
-    """
+class Family(NamedTuple):
+    """What llama.cpp calls a family, and how its tensors differ from those of ``transformers``."""
 
     name: str
-    turned: bool = False
-    shift: int = 0
-    period: int = 0
+    turned: bool = False  # the rows of queries and keys are in the order of the original rotary embedding
+    shift: int = 0  # what is added to the weights of norms
+    period: int = 0  # of the layers that attend to all tokens, where others have a window
 
 
 FAMILIES = {
@@ -119,14 +111,12 @@ def export_gguf(
     if read_widths(checkpoint.config, folder):
         raise FistaPrunerError(f"{folder}: its decoder layers have several widths, and llama.cpp has one for all")
     family, model = FAMILIES[kind], LayerwiseWeights(checkpoint, torch.device("cpu"))
-    config = model.config
-    sources = _sources(model, family)
-    extra = _positions(config)
+    config, sources = model.config, _sources(model, family)
     with closing(gguf.GGUFWriter(None, family.name)) as writer:
         writer.add_name(out.stem)
         writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[values]))
         _add_sizes(writer, folder, config, family)
-        _add_rotary(writer, config)
+        extra = _add_rotary(writer, folder, config)
         _add_vocabulary(writer, folder, config.vocab_size)
         forms = {}
         for name, parts in sources.items():
@@ -135,8 +125,9 @@ def export_gguf(
             forms[name] = _add_tensor(writer, name, shape, values)
         for name, array in extra.items():
             _add_tensor(writer, name, array.shape, "f32")
-        with _new_file(out, sum(info.nbytes for info in writer.tensors[0].values())) as partial:
-            writer.write_header_to_file(partial)
+        with disk_errors(out), TemporaryDirectory(dir=existing_folder(out), prefix=".gguf-") as scratch:
+            require_space(out, sum(info.nbytes for info in writer.tensors[0].values()))
+            writer.write_header_to_file(Path(scratch) / out.name)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for done, (name, parts) in enumerate(sources.items()):
@@ -146,6 +137,9 @@ def export_gguf(
                 writer.write_tensor_data(_packed(f"{folder}: tensor {parts[0]!r}", array, forms[name]))
             for array in extra.values():
                 writer.write_tensor_data(array)
+            writer.close()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(scratch) / out.name, out)
     return out
 
 
@@ -169,11 +163,7 @@ def _head_width(config: Any) -> int:
 
 
 def _add_sizes(writer: Any, folder: Path, config: Any, family: Family) -> None:
-    """Add the sizes of a model, and what its family has besides.
-
-    Raises:
-        FistaPrunerError: llama.cpp would compute something else.
-    """
+    """Add the sizes of a model; refuse one of which llama.cpp would compute something else."""
     head, heads, layers = _head_width(config), config.num_attention_heads, config.num_hidden_layers
     scale = getattr(config, "query_pre_attn_scalar", None)
     largest = layers in (46, 62) and scale == config.hidden_size // heads  # of Gemma 2 and 3, which llama.cpp knows
@@ -211,62 +201,41 @@ def _add_sizes(writer: Any, folder: Path, config: Any, family: Family) -> None:
             add(getattr(config, name))
 
 
-def _rotary(config: Any) -> tuple[dict[str, Any], str]:
-    """Return the rotary positions of the layers that attend to all tokens, and how they are scaled."""
-    found = config.rope_parameters
-    found = found.get("full_attention", found)
-    kind = found.get("rope_type") or "default"
-    return found, "default" if kind == "dynamic" else kind  # llama.cpp has no scale that depends on the length of text
-
-
-def _add_rotary(writer: Any, config: Any) -> None:
-    """Add rotary positions; :func:`_positions` returns the tensors that belong to them."""
+def _add_rotary(writer: Any, folder: Path, config: Any) -> dict[str, Array]:
+    """Add rotary positions, and return the tensors by which llama.cpp scales those of Llama 3 and Phi-3."""
     import gguf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    found, kind = _rotary(config)
-    writer.add_rope_freq_base(found["rope_theta"])
+    found = config.rope_parameters.get("full_attention", config.rope_parameters)
+    base, kind = found["rope_theta"], found.get("rope_type") or "default"
+    stated = found.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    original = stated or config.max_position_embeddings
+    writer.add_rope_freq_base(base)
     writer.add_rope_dimension_count(int(_head_width(config) * (found.get("partial_rotary_factor") or 1)))
     if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-    original = found.get("original_max_position_embeddings") or config.max_position_embeddings
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(found["factor"])
     if kind in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(original)
-    if kind == "longrope" and (factor := config.max_position_embeddings / original) > 1:
-        own = found.get("attention_factor")
-        writer.add_rope_scaling_attn_factors(own or math.sqrt(1 + math.log(factor) / math.log(original)))
-
-
-def _positions(config: Any) -> dict[str, Array]:
-    """Return the tensors by which llama.cpp scales rotary positions: those of Llama 3 and Phi-3.
-
-    Raises:
-        FistaPrunerError: another way to scale them.
-    """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    found, kind = _rotary(config)
-    if kind in ("default", "linear", "yarn"):
-        return {}
     if kind == "longrope":
+        if (factor := config.max_position_embeddings / original) > 1:
+            own = found.get("attention_factor")
+            writer.add_rope_scaling_attn_factors(own or math.sqrt(1 + math.log(factor) / math.log(original)))
         lists = {f"rope_factors_{each}.weight": found[f"{each}_factor"] for each in ("long", "short")}
         return {name: np.array(factors, dtype=np.float32) for name, factors in lists.items()}
-    if kind != "llama3":
-        raise FistaPrunerError(f"rope_type {kind!r} is not exported; use llama.cpp's convert_hf_to_gguf.py")
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    steps = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
-    return {"rope_freqs.weight": (found["rope_theta"] ** -steps / frequencies.double()).float().numpy()}
+    if kind == "llama3":
+        frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        steps = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
+        return {"rope_freqs.weight": (base**-steps / frequencies.double()).float().numpy()}
+    if kind not in ("default", "dynamic", "linear", "yarn"):  # llama.cpp has no scale by the length of a text
+        raise FistaPrunerError(f"{folder}: rope_type {kind!r} is not exported; use llama.cpp's convert_hf_to_gguf.py")
+    return {}
 
 
 def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
-    """Add the tokens of ``tokenizer.json``, its merges, special tokens and chat template.
-
-    Raises:
-        FistaPrunerError: the vocabulary is neither byte-level BPE nor SentencePiece BPE, or splits text in a way of
-            which no name is known.
-    """
+    """Add the tokens of ``tokenizer.json``, its merges, special tokens and chat template."""
     from gguf import SpecialVocab, TokenType
 
     tokenizer = load_tokenizer(folder)
@@ -322,7 +291,7 @@ def _split_name(folder: Path, state: Mapping[str, Any]) -> str:
 
 
 def _add_tensor(writer: Any, name: str, shape: Sequence[int], values: str) -> Any:
-    """Announce a tensor; return its ``gguf.GGMLQuantizationType``."""
+    """Announce a tensor; return its ``gguf.GGMLQuantizationType``, which for vectors and routers is fp32."""
     import gguf
 
     form = "f32" if len(shape) == 1 or "ffn_gate_inp" in name else values
@@ -345,11 +314,7 @@ def _array(checkpoint: Checkpoint, source: str, name: str, family: Family, confi
 
 
 def _packed(what: str, array: Array, form: Any) -> Array:
-    """Round a tensor to the form that is written.
-
-    Raises:
-        FistaPrunerError: the form cannot hold its values.
-    """
+    """Round a tensor to the form that is written; refuse values that the form cannot hold."""
     import gguf
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -359,17 +324,3 @@ def _packed(what: str, array: Array, form: Any) -> Array:
         most = np.abs(array).max()
         raise FistaPrunerError(f"{what} has values up to {most:g}, which {form.name.lower()} cannot hold: try bf16")
     return packed
-
-
-@contextmanager
-def _new_file(out: Path, nbytes: int) -> Iterator[Path]:
-    """Give the name of a file that becomes ``out`` only when the block ends without an error."""
-    partial = out.with_name(f".{out.name}{PARTIAL}")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        require_space(out, nbytes)
-        try:
-            yield partial
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
