@@ -78,7 +78,7 @@ class WeightFile(Protocol):
 
 
 class PickleFile:
-    """A legacy ``.bin`` file, unpickled as plain tensors only and mapped into memory; as :class:`.SafetensorsFile`."""
+    """A legacy ``.bin`` file, unpickled as plain tensors only and mapped into memory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.metadata = path, {"format": "pt"}

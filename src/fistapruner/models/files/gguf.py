@@ -1,4 +1,4 @@
-"""Make a Hugging Face folder of a GGUF file, once, with the reader of ``transformers``; memory holds the model.
+"""Make a Hugging Face folder of a GGUF file with the reader of ``transformers``; all is in memory.
 
 What that reader does not understand is refused where it would give another model without a word: positions that are
 scaled by a tensor, tensors that the file lacks, and vocabularies that split text in a way that it does not know.
@@ -59,7 +59,7 @@ def open_gguf(path: Path) -> Any:
 
 
 def check_gguf(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of a GGUF file by name, in the shapes of PyTorch and as if they were fp32; errors as above."""
+    """Return the tensors of a GGUF file by name, in PyTorch's shapes, as if they were fp32."""
     found = open_gguf(path).tensors
     return {each.name: TensorEntry.of(each.name, torch.float32, map(int, each.shape[::-1])) for each in found}
 
@@ -112,7 +112,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
 @contextmanager
 def _read_once(reader: Any) -> Iterator[None]:
-    """Give ``transformers`` the header that is read, and one table of names: it makes both again and again."""
+    """Give ``transformers`` the header and one table of names, which it makes again and again."""
     import gguf
 
     before = gguf.GGUFReader, gguf.get_tensor_name_map

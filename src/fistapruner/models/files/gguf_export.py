@@ -31,11 +31,6 @@ from .widths import read_widths
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored."""
 
-VALUES: tuple[str, ...] = get_args(GGUFValues)
-
-FILE_TYPES = {"bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
-"""Names of ``gguf.LlamaFileType``."""
-
 BLOCK = 32
 """Weights in a block of q8_0; matrices whose rows are no multiple of it are stored as f16."""
 
@@ -74,26 +69,10 @@ def export_gguf(
     allow_pickle: bool = False,
     progress: Tick = silent,
 ) -> Path:
-    """Write a checkpoint as a GGUF file.
-
-    Args:
-        folder: a Hugging Face folder, such as ``RUN/model``.
-        out: the file to write; it must not exist.
-        values: how matrices are stored.
-        allow_pickle: read legacy ``.bin`` weights.
-        progress: called with what is being done, how much of it is done, and how much there is.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        FistaPrunerError: ``out`` exists or is not called ``.gguf``, the model is of no family in :data:`FAMILIES` or
-            has something that llama.cpp does not compute, ``values`` cannot hold the weights, or the disk is full.
-        MissingExtraError: the ``gguf`` package is missing.
-    """
+    """Write a checkpoint as a GGUF file; arguments, result and errors as of :func:`fistapruner.export`."""
     folder, out = Path(folder), Path(out)
-    if values not in VALUES:
-        raise FistaPrunerError(f"values {values!r}: one of {', '.join(VALUES)} is expected")
+    if values not in get_args(GGUFValues):
+        raise FistaPrunerError(f"values {values!r}: one of {', '.join(get_args(GGUFValues))} is expected")
     if out.suffix != ".gguf":
         raise FistaPrunerError(f"{out} is the file to write: its name must end in .gguf")
     if out.exists():
@@ -114,7 +93,8 @@ def export_gguf(
     config, sources = model.config, _sources(model, family)
     with closing(gguf.GGUFWriter(None, family.name)) as writer:
         writer.add_name(out.stem)
-        writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[values]))
+        file_type = "ALL_F32" if values == "f32" else f"MOSTLY_{values.upper()}"
+        writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
         _add_sizes(writer, folder, config, family)
         extra = _add_rotary(writer, folder, config)
         _add_vocabulary(writer, folder, config.vocab_size)
@@ -144,7 +124,7 @@ def export_gguf(
 
 
 def _sources(model: LayerwiseWeights, family: Family) -> dict[str, list[str]]:
-    """Map the names of the file's tensors to those of the checkpoint; of an expert's matrices, to one for each."""
+    """Map the names of the file's tensors to the checkpoint's: of an expert's matrices, one for each."""
     import gguf
 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)

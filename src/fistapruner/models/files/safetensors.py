@@ -251,7 +251,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:
-    """Read a header, which the library checks: metadata, entries in its order, and the offset of each tensor."""
+    """Read a header, which the library checks: metadata, entries, and the offset of each tensor."""
     with safe_open(path, framework="numpy") as checked:
         metadata = checked.metadata() or {}
     with open(path, "rb") as file:
