@@ -179,7 +179,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     weights = tiny.tensors(tmp_path / "model")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e38
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FistaPrunerError, match=r"up_proj.weight' has values up to 1e\+38, which f16 cannot hold"):
+    with pytest.raises(FistaPrunerError, match=r"up_proj.weight' has values that f16 cannot hold"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     (tmp_path / "out.gguf").touch()

@@ -1,8 +1,7 @@
-"""Write a checkpoint as a GGUF file, for llama.cpp; memory holds one tensor.
+"""Write a checkpoint of one of :data:`FAMILIES` as a GGUF file, for llama.cpp; memory holds one tensor.
 
-Exported are the families in :data:`FAMILIES`. Names of tensors and keys, and the special tokens, are those of the
-``gguf`` package; tokens, types and merges come from ``tokenizer.json``. Models of which llama.cpp would compute
-something else are refused: scaled attention or positions that it has no key for, layers of several widths.
+Names of tensors and keys, and the special tokens, are those of the ``gguf`` package; all tokens come from
+``tokenizer.json``. Models of which llama.cpp would compute something else are refused.
 """
 
 from __future__ import annotations
@@ -260,14 +259,10 @@ def _split_name(folder: Path, state: Mapping[str, Any]) -> str:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
         return "smollm"
-    whole = bool(state["model"].get("ignore_merges"))
-    for name in ("llama-bpe" if whole else "dbrx", "qwen2", "tekken", "gpt-4o"):
+    for name in ("llama-bpe" if state["model"].get("ignore_merges") else "dbrx", "qwen2", "tekken", "gpt-4o"):
         if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == GGUF_PRE_TOKENIZER_SPLITS[name]:
             return name
-    raise FistaPrunerError(
-        f"{folder}: it is not known by which name llama.cpp splits text as this tokenizer does: use its "
-        "convert_hf_to_gguf.py"
-    )
+    raise FistaPrunerError(f"{folder}: the tokenizer's split has no known name: use llama.cpp's convert_hf_to_gguf.py")
 
 
 def _add_tensor(writer: Any, name: str, shape: Sequence[int], values: str) -> Any:
@@ -301,6 +296,5 @@ def _packed(what: str, array: Array, form: Any) -> Array:
         packed: Array = gguf.quantize(array, form)
         lost = np.isfinite(array).all() and not np.isfinite(gguf.dequantize(packed, form)).all()
     if lost:
-        most = np.abs(array).max()
-        raise FistaPrunerError(f"{what} has values up to {most:g}, which {form.name.lower()} cannot hold: try bf16")
+        raise FistaPrunerError(f"{what} has values that {form.name.lower()} cannot hold: try bf16")
     return packed
