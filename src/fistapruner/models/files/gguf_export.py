@@ -1,4 +1,4 @@
-"""Write a checkpoint of one of :data:`FAMILIES` as a GGUF file, for llama.cpp; memory holds one tensor.
+"""Write a checkpoint of one of :data:`FAMILIES` as a GGUF file; memory holds one tensor.
 
 Names of tensors and keys, and the special tokens, are those of the ``gguf`` package; all tokens come from
 ``tokenizer.json``. Models of which llama.cpp would compute something else are refused.
