@@ -160,7 +160,7 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
     for files, settings, said in (
         ([tmp_path / "none.gguf"], {}, "gguf .*none.gguf is not there: a GGUF file is expected"),
         ([tmp_path], {}, "gguf .* is not there: a GGUF file is expected"),
-        (tmp_path / "text.gguf", {}, "text.gguf is not a GGUF file"),
+        (tmp_path / "text.gguf", {}, "text.gguf is truncated, damaged or not a GGUF file"),
         ([whole, same], {}, "gguf .*: another file has the name dense-Q8, too"),
         ([whole], {"batch": 2}, "batch 2: with GGUF files one sequence at once is timed"),
         ([7], {}, "gguf is of the class int, and a GGUF file is expected"),
