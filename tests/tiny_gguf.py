@@ -9,20 +9,8 @@ import gguf
 import numpy as np
 import torch
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    NemotronConfig,
-    NemotronForCausalLM,
-    StableLmConfig,
-    StableLmForCausalLM,
-    Starcoder2Config,
-    Starcoder2ForCausalLM,
 )
 
 import tiny
@@ -157,106 +145,3 @@ def write_gguf(
         writer.add_tensor(name, array.astype(np.float32))
     _finish(writer)
     return model
-
-
-def write_gpt2(path: Path, settings: Mapping[str, bool | int | float | str] | None = None) -> GPT2LMHeadModel:
-    """A tiny GPT-2, whose matrices the file has the other way round, in fp32; returns the model.
-
-    Args:
-        path: the file.
-        settings: keys of the header beside the sizes.
-    """
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(TOKENS), n_embd=64, n_layer=2, n_head=4, n_positions=32)
-    model = GPT2LMHeadModel(config).eval()
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_block_count(2)
-    writer.add_context_length(32)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(4)
-    writer.add_layer_norm_eps(1e-5)
-    _add_settings(writer, settings or {})
-    _add_tokenizer(writer, TOKENS)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
-    for name, tensor in model.state_dict().items():
-        stem, last = name.rsplit(".", 1)
-        short = names.get_name(stem)
-        if short is None or stem == "lm_head":
-            continue
-        turned = tensor.ndim == 2 and ".h." in stem
-        writer.add_tensor(f"{short}.{last}", np.ascontiguousarray((tensor.T if turned else tensor).numpy()))
-    _finish(writer)
-    return model
-
-
-def write_gemma2(path: Path, layers: int) -> None:
-    """A tiny Gemma 2 of some depth, in fp32."""
-    config = Gemma2Config(
-        vocab_size=len(TOKENS),
-        hidden_size=48,
-        intermediate_size=8,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    writer = gguf.GGUFWriter(path, "gemma2")
-    writer.add_block_count(layers)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(48)
-    writer.add_feed_forward_length(8)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(8)
-    writer.add_value_length(8)
-    writer.add_layer_norm_rms_eps(1e-6)
-    _add_tokenizer(writer, TOKENS)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, layers)
-    for name, tensor in Gemma2ForCausalLM(config).state_dict().items():
-        stem, last = name.rsplit(".", 1)
-        if stem != "lm_head":
-            writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
-    _finish(writer)
-
-
-def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float | str]) -> None:
-    """A tiny model of StarCoder2, StableLM, Nemotron or BLOOM with an output head of its own, in fp32.
-
-    Args:
-        path: the file.
-        architecture: ``starcoder2``, ``stablelm``, ``nemotron`` or ``bloom``.
-        settings: keys of the header beside the sizes.
-    """
-    classes = {
-        "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
-        "stablelm": (StableLmConfig, StableLmForCausalLM),
-        "nemotron": (NemotronConfig, NemotronForCausalLM),
-        "bloom": (BloomConfig, BloomForCausalLM),
-    }
-    turned = {"starcoder2": 24, "stablelm": 6, "nemotron": 12, "bloom": 0}[architecture]
-    make_config, make_model = classes[architecture]
-    config = make_config(
-        vocab_size=len(TOKENS),
-        hidden_size=48,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(1)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(48)
-    writer.add_feed_forward_length(8)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    always = {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": turned}
-    _add_settings(writer, {f"{architecture}.{key}": value for key, value in always.items()} | dict(settings))
-    _add_tokenizer(writer, TOKENS)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 1)
-    for name, tensor in make_model(config).state_dict().items():
-        stem, last = name.removeprefix("transformer.").rsplit(".", 1)
-        writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
-    _finish(writer)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,9 +141,7 @@ def test_a_variant_is_read_after_it_was_renamed_as_the_error_says(
         "a/b.safetensors",
         "..",
         "",
-        "a\\b",
         "x\0.safetensors",
-        "x" * 250 + ".safetensors",
     ],
 )
 def test_index_cannot_leave_the_folder(sharded: Path, single: Path, name: str) -> None:
@@ -152,45 +150,12 @@ def test_index_cannot_leave_the_folder(sharded: Path, single: Path, name: str) -
         Checkpoint.open(sharded)
 
 
-def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "1234"
-    snapshot.mkdir(parents=True)
-    blobs = tmp_path / "models--a--b" / "blobs"
-    blobs.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        os.rename(single / name, blobs / name)
-        (snapshot / name).symlink_to(f"../../blobs/{name}")
-    (snapshot / "additional_chat_templates").mkdir()
-    (blobs / "rag").write_text("template")
-    (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/rag")
-    (tmp_path / "link").symlink_to(snapshot)
-    monkeypatch.chdir(snapshot)
-    for name in (snapshot, Path("."), Path("../1234"), tmp_path / "link"):
-        assert "additional_chat_templates/rag.jinja" in Checkpoint.open(name).companions
-    for name in ("config.json", "model.safetensors"):
-        (single / name).symlink_to(blobs / name)
-    with pytest.raises(FistaPrunerError, match="link out of its folder"):
-        Checkpoint.open(single)
-
-
-def test_weights_that_only_transformers_would_add_or_read_are_refused(single: Path, sharded: Path) -> None:
+def test_an_adapter_beside_the_weights_is_refused(single: Path) -> None:
     (single / "adapter_config.json").write_text("{}")
     with pytest.raises(
         FistaPrunerError, match=r"single has an adapter .* merged already, move adapter_config\.json and adapter"
     ):
         Checkpoint.open(single)
-    config = json.loads((sharded / "config.json").read_text())
-    for name, said in (
-        ("model.safetensors.index.json", None),
-        (None, None),
-        ("other.safetensors", "transformers_weights is 'other.safetensors', and model.safetensors.index.json is there"),
-        ({}, "transformers_weights is '{}'"),
-    ):
-        (sharded / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
-        with pytest.raises(FistaPrunerError, match=said) if said else nullcontext():
-            Checkpoint.open(sharded)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
@@ -212,14 +177,6 @@ def test_index_that_lies_is_refused(sharded: Path) -> None:
         Checkpoint.open(sharded)
     edit_index(sharded, lambda index: index.update(weight_map=[1]))
     with pytest.raises(FistaPrunerError, match="no weight_map"):
-        Checkpoint.open(sharded)
-
-
-def test_tensor_in_two_shards_is_refused(sharded: Path) -> None:
-    first, second = sorted(sharded.glob("*.safetensors"))[:2]
-    tensors = load_file(second)
-    save_file(tensors | load_file(first), second)
-    with pytest.raises(FistaPrunerError, match="both in"):
         Checkpoint.open(sharded)
 
 
@@ -315,25 +272,14 @@ def test_bad_pickles_are_named(tmp_path: Path) -> None:
             return os.system, ("touch pwned",)
 
     torch.save({"a": Evil()}, path)
-    with pytest.raises(FistaPrunerError, match=r"pytorch_model\.bin is not a whole"):
+    with pytest.raises(FistaPrunerError, match=r"pytorch_model\.bin is no whole file"):
         Checkpoint.open(tmp_path, allow_pickle=True)
     assert not Path("pwned").exists()
-    torch.save({"a": torch.zeros(1).expand(2**40)}, path)
-    with pytest.raises(FistaPrunerError, match="not a plain tensor"):
-        Checkpoint.open(tmp_path, allow_pickle=True)
-    torch.save([1], path)
-    with pytest.raises(FistaPrunerError, match="not a mapping"):
-        Checkpoint.open(tmp_path, allow_pickle=True)
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(FistaPrunerError, match="not a whole"):
-        Checkpoint.open(tmp_path, allow_pickle=True)
-    torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(
-        FistaPrunerError, match=r"\.bin has the format of PyTorch before 1\.6, .* anew with torch\.save"
-    ):
-        Checkpoint.open(tmp_path, allow_pickle=True)
-    torch.save(torch.load(path, weights_only=True), path)
+    torch.save({"a": torch.ones(1)}, path)
     assert torch.equal(Checkpoint.open(tmp_path, allow_pickle=True).read("a"), torch.ones(1))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(FistaPrunerError, match="no whole file"):
+        Checkpoint.open(tmp_path, allow_pickle=True)
 
 
 def test_stale_quantization_config_is_dropped(single: Path, tmp_path: Path) -> None:
@@ -444,33 +390,25 @@ def test_config_changes_are_merged(single: Path, tmp_path: Path) -> None:
     }
 
 
-def test_shapes_that_do_not_fit_are_refused_before_anything_is_written(single: Path, tmp_path: Path) -> None:
+def test_shapes_that_do_not_fit_are_refused(single: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(single)
-    for shapes, words in (
-        ({"absent.weight": (1,)}, r"no tensor 'absent\.weight'"),
-        ({"lm_head.weight": (64,)}, r"the new shape \[64\] does not fit a tensor of shape \[64, 32\]"),
-        ({"lm_head.weight": (0, 32)}, r"the new shape \[0, 32\]"),
-    ):
-        with pytest.raises(FistaPrunerError, match=words):
-            write_checkpoint(source, tmp_path / "out", nothing, shapes=shapes)
-        assert not list(tmp_path.glob("out*"))
     with pytest.raises(FistaPrunerError, match=r"lm_head\.weight: a tensor of the new shape \[8, 32\] is needed"):
         write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (8, 32)})
     with pytest.raises(FistaPrunerError, match=r"needs 64\.0 TiB and only .* are free"):
         write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (2**40, 32)})
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: no cleanup code of ours runs on it because files are checked afterwards anyway."""
 
 
-def test_killed_at_any_disk_call_it_goes_on_to_the_same_bytes(
+def test_killed_at_any_disk_call_it_is_written_again_to_the_same_bytes(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Checkpoint.open(sharded)
     whole = tmp_path / "whole"
-    write_checkpoint(source, whole, nothing, identity="a")
+    write_checkpoint(source, whole, nothing)
     expected = {path.name: sha256_file(path) for path in whole.iterdir() if path.is_file()}
     real = {name: getattr(os, name) for name in ("pwrite", "fsync", "replace", "rename")}
     countdown = 0
@@ -491,52 +429,15 @@ def test_killed_at_any_disk_call_it_goes_on_to_the_same_bytes(
         out = tmp_path / f"out{attempt}"
         countdown = attempt
         try:
-            write_checkpoint(source, out, nothing, identity="a")
+            write_checkpoint(source, out, nothing)
         except Killed:
             countdown = 0
             if not out.exists():
-                write_checkpoint(source, out, nothing, identity="a")
+                write_checkpoint(source, out, nothing)
         assert {path.name: sha256_file(path) for path in out.iterdir() if path.is_file()} == expected
         if countdown > 0:
             break
     assert attempt > 50
-
-
-def test_shards_of_a_killed_attempt_are_not_trusted_blindly(sharded: Path, tmp_path: Path) -> None:
-    source = Checkpoint.open(sharded)
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    last = source.names()[-1]
-
-    def die_at_the_end(name: str) -> None:
-        if name == last:
-            raise Killed
-
-    def attempt(identity: str, shapes: dict[str, tuple[int, ...]] | None = None) -> list[str]:
-        seen: list[str] = []
-
-        def replacement(name: str) -> torch.Tensor | None:
-            seen.append(source.file_of(name))
-            die_at_the_end(name)
-            return torch.ones(shapes[name]) if shapes and name in shapes else None
-
-        with pytest.raises(Killed):
-            write_checkpoint(source, out, replacement, shapes=shapes, identity=identity)
-        return sorted(set(seen))
-
-    files = list(source.files)
-    assert attempt("a") == files
-    assert attempt("a") == files[-1:]
-    assert attempt("b") == files  # another recipe
-    damaged = bytearray((partial / files[1]).read_bytes())
-    damaged[-1] ^= 1
-    (partial / files[1]).write_bytes(damaged)
-    assert attempt("b") == [files[1], files[-1]]
-    os.utime(source.files[files[0]].path, ns=(1, 1))  # another source
-    assert attempt("b") == [files[0], files[-1]]
-    first = source.names()[0]
-    for shape in ((8, 32), (9, 32)):  # the same recipe, other widths
-        assert attempt("b", {first: shape}) == [source.file_of(first), files[-1]]
-        assert attempt("b", {first: shape}) == files[-1:]
 
 
 def test_what_a_killed_attempt_left_does_not_count_as_used_space(

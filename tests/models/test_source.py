@@ -184,17 +184,6 @@ def test_pickles_and_code_are_downloaded_only_when_trusted(tmp_path: Path, monke
     assert len(asked) == 1
 
 
-def test_a_part_of_a_model_in_the_cache_of_a_hub_that_is_offline_is_called_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for pickles in (False, True):
-        with pytest.raises(FistaPrunerError, match=r"^only part of a/b is in the hub's cache .*'hf download a/b'"):
-            resolve_model("a/b", allow_pickle=pickles, download=_hub(tmp_path, [], ("config.json", "tokenizer.json")))
-    with pytest.raises(FistaPrunerError, match="no safetensors"):
-        resolve_model("a/b", download=_hub(tmp_path, [], ("pytorch_model.bin",)))
-
-
 def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
     kept = ["config.json", "model.safetensors", "tokenizer.model", "LICENSE", "license", "Licence.md", "COPYING.LESSER"]
     kept += ["USE_POLICY.md", "ACCEPTABLE_USE_POLICY.md", "notice", "README.md", "chat_template.jinja"]

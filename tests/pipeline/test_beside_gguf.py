@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate=folder / "text.txt",
         evaluate_windows=4,
     )
-    fp.export(folder / "dense", folder / "dense-Q8.gguf", like=folder / "dense.gguf", values="q8_0")
+    fp.export(folder / "dense", folder / "dense-Q8.gguf", values="q8_0")
     return folder
 
 
@@ -157,7 +157,7 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
     (tmp_path / "text.gguf").write_text("text")
     for files, settings, said in (
         ([tmp_path / "none.gguf"], {}, "none.gguf"),
-        ([tmp_path / "text.gguf"], {}, "text.gguf is not a GGUF file"),
+        ([tmp_path / "text.gguf"], {}, "text.gguf is truncated, damaged or not a GGUF file"),
         ([whole], {"batch": 2}, "batch 2: with GGUF files one sequence at once is timed"),
         ([7], {}, "gguf is of the class int, and a GGUF file is expected"),
     ):

@@ -346,8 +346,8 @@ def test_code_runs_only_where_this_command_allows_it(
     assert card.count(", trust_remote_code=True)\n") == 2  # model and tokenizer
     assert 'from_pretrained("FOLDER", trust_remote_code=True)' in packed
     assert "fistapruner.load(" not in packed
-    with pytest.raises(fp.FistaPrunerError, match="needs Python code of its own: such models are not exported"):
-        export_gguf(Path(out) / "model", tmp_path / "out.gguf", tmp_path / "like.gguf")
+    with pytest.raises(fp.FistaPrunerError, match="is not exported, only llama, mistral"):
+        export_gguf(Path(out) / "model", tmp_path / "out.gguf")
     assert not trace.exists()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import threading
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,7 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import Permissions
-from fistapruner.passes.gradients import backward
 from fistapruner.passes.store import scratch_factory
-from fistapruner.passes.stream import forward, forward_variants
 from fistapruner.planning.budget import DEVICE_RESERVE
 from fistapruner.planning.footprint import removal_bytes, solve_bytes
 from fistapruner.runs.layer_records import LayerEntry
@@ -245,65 +241,6 @@ def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Pat
     assert waits == {"event"}
     there, here = (tiny.weights(tmp_path / name) for name in ("there", "here"))
     assert there == here
-
-
-def test_the_next_layers_weights_are_read_meanwhile(gpu: StandIn, deep: Path) -> None:
-    """They are copied without a wait."""
-    model = LayerwiseModel(Checkpoint.open(deep), CUDA)
-    with model.layer(1) as layer:
-        expected = {name: value.cpu() for name, value in layer.state_dict().items()}
-    assert "to device" in {what for what, _ in gpu.waits}
-    model.read_ahead(1)
-    gpu.waits.clear()
-    with model.layer(1) as layer:
-        assert "to device" not in {what for what, _ in gpu.waits}
-        assert all(torch.equal(value.cpu(), expected[name]) for name, value in layer.state_dict().items())
-    with model.layer(1):
-        assert "to device" in {what for what, _ in gpu.waits}
-
-
-@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")])
-def test_passes_read_the_next_layer_meanwhile(
-    gpu: StandIn, deep: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    """Each layer is read once on each way, all but the first by another thread; on a CPU by none."""
-    model, store = LayerwiseModel(Checkpoint.open(deep), device), scratch_factory(None, torch.bfloat16, device)
-    read = Checkpoint.read
-    seen: list[tuple[int, bool]] = []
-    layers = {name: index for index in range(len(model)) for name in model.layer_sources(index) if "q_proj" in name}
-
-    def noted(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-        if name in layers:
-            seen.append((layers[name], threading.current_thread() is not threading.main_thread()))
-        return read(checkpoint, name)
-
-    def twice(index: int, layer: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
-        return [dict(layer.named_parameters()), {}]
-
-    monkeypatch.setattr(Checkpoint, "read", noted)
-    ahead = device.type == "cuda"
-    tokens = torch.arange(8)[None]
-    (*states, last), calls = forward(model, tokens, 1, store, keep=True)
-    assert seen == [(0, False), (1, ahead), (2, ahead)]
-    seen.clear()
-    backward(model, states, calls, last)
-    assert seen == [(2, False), (1, ahead), (0, ahead)]
-    seen.clear()
-    forward_variants(model, tokens, 1, store, twice)
-    assert seen == [(0, False), (1, ahead), (2, ahead)]
-    seen.clear()
-    with model.resident():
-        forward(model, tokens, 1, store)
-    assert seen == [(0, False), (1, False), (2, False)]
-
-
-def test_an_error_drops_what_was_read_ahead(gpu: StandIn, deep: Path) -> None:
-    model = LayerwiseModel(Checkpoint.open(deep), CUDA)
-    with suppress(KeyboardInterrupt), model.layer(0):
-        model.read_ahead(1)
-        assert model._ahead
-        raise KeyboardInterrupt
-    assert not model._ahead
 
 
 def test_what_is_measured_on_the_dense_model_is_kept_in_main_memory(gpu: StandIn, deep: Path) -> None:

@@ -1,11 +1,11 @@
 """Write the model of a run as a GGUF file, which llama.cpp runs.
 
-Vocabulary, chat template and architecture are copied from a GGUF file of the dense model: that which the model was made
-from, or --like. A model with fewer channels or heads is faster there; zeros are stored like other weights.
+For Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi-3, Granite, OLMo 2 and Qwen 3 MoE; other models by llama.cpp's own
+convert_hf_to_gguf.py. A model with fewer channels or heads is faster there; zeros are stored like other weights.
 
   fistapruner export runs/small small.gguf
   fistapruner export runs/small small-q8.gguf --values q8_0
-  fistapruner export ./pruned pruned.gguf --like dense-Q8_0.gguf
+  fistapruner export ./pruned pruned.gguf
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ SUMMARY = "write a model as a GGUF file for llama.cpp"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run directory, or folder of a Hugging Face model")
     parser.add_argument("out", metavar="OUT", help="the .gguf file to write")
-    parser.add_argument("--like", metavar="FILE", help="GGUF file of the dense model (default: what it was made from)")
     parser.add_argument(
         "--values",
         choices=["bf16", "f16", "f32", "q8_0"],
@@ -38,6 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.export import export
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
-    out = export(arguments.model, arguments.out, arguments.like, arguments.values, **settings)
+    out = export(arguments.model, arguments.out, arguments.values, **settings)
     print(f"{out}: {size(out.stat().st_size)}")
     return 0

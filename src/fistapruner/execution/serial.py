@@ -47,8 +47,6 @@ def prune_serially(
             context.store(f"dense-{index + 1}", samples=samples) if dense_on else None,
             context.store(f"pruned-{index + 1}") if pruned_on else None,
         )
-        if index + 1 in todo:
-            context.model.read_ahead(index + 1)
         if index in todo:
             events = LayerEvents(operators=partial(listener.operators, index))
             if inspect is not None:

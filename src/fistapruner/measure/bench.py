@@ -14,7 +14,7 @@ from ..errors import FistaPrunerError, MissingExtraError, expand_home, path_text
 from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
-from ..models.files.gguf_header import check_gguf
+from ..models.files.gguf import check_gguf
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..packed import kernel
 from ..packed.checkpoint import is_packed

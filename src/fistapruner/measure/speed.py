@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError, one_line
 from ..models.architecture import auto_class, read_config, refuse_own_code
 from ..models.files.checkpoint import Checkpoint
-from ..models.files.gguf_header import check_gguf
+from ..models.files.gguf import check_gguf
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load
 from ..runtime.devices import usable_threads

@@ -196,8 +196,6 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
                 outside[name, tuple(model.checkpoint.entry(name).shape)] = model.pass_bytes([name])
         compared = max(outside.values()) if models[1:] else 0  # a tensor of the second, beside that of the first
         beside += sum(outside.values()) + max(largest + BUDGETS.head, compared)
-    else:
-        beside += max(model.ahead_bytes for model in models)
     if beside + least > limit:
         sentence = (
             f"--memory-limit {size(limit)} is not enough: to evaluate on one batch of windows needs "

@@ -19,14 +19,11 @@ from ..errors import FistaPrunerError, NoTemporaryFolderError, needs_code, one_l
 from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
 from ..runtime.formatting import shell_line
 from .experts import holds_experts, separate_experts
-from .files.checkpoint import WEIGHT_DTYPES, Checkpoint
+from .files.checkpoint import Checkpoint
 from .files.folder_files import PACKED_KEYS, PACKED_RECORD, read_json_in
 from .files.widths import QUANT_METHOD, read_widths
 from .files.writer import merge_patch
 from .names import stored_names
-
-LAYERS_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What configs call the number of decoder layers."""
 
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 """What configs call the longest text that a model was made for."""
@@ -118,10 +115,6 @@ def build_model(
     from transformers.initialization import no_init_weights
 
     folder = checkpoint.folder
-    for section in (checkpoint.config, checkpoint.config.get("text_config")):  # configs list what each layer is
-        if isinstance(section, Mapping):
-            for name in LAYERS_NAMES:
-                _refuse_layers(checkpoint, section.get(name))
     try:
         config = read_config(folder, trust_remote_code=trust_remote_code)
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -133,7 +126,6 @@ def build_model(
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
         )
-    _refuse_layers(checkpoint, getattr(text, "num_hidden_layers", 0))
     if not hasattr(text, "vocab_size"):
         raise FistaPrunerError(f"{folder}: {config.model_type} has no vocab_size in config.json: it predicts no text")
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
@@ -149,9 +141,6 @@ def build_model(
             )
         settings = config.quantization_config
         method = str(settings.get("quant_method") if isinstance(settings, dict) else settings)[:50]
-        if all(checkpoint.entry(name).dtype in WEIGHT_DTYPES for name in checkpoint.names()):
-            what = "its config asks for quantisation while it runs"
-            raise FistaPrunerError(f"{folder}: {what} ({method}), which is not supported")
         raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({method}); prune the unquantised one")
     auto = auto_class(config)
     known = auto._model_mapping  # a semi-private table
@@ -176,15 +165,6 @@ def build_model(
     if widths:
         set_widths(model, widths, checkpoint.shapes() if shapes is None else shapes)
     return model
-
-
-def _refuse_layers(checkpoint: Checkpoint, layers: object) -> None:
-    """Refuse more decoder layers than the checkpoint has tensors, before each of them is built."""
-    if isinstance(layers, int) and layers > len(checkpoint.names()):
-        raise FistaPrunerError(
-            f"{checkpoint.folder}: config.json asks for {layers} decoder layers and there are "
-            f"{len(checkpoint.names())} tensors"
-        )
 
 
 def refuse_own_code(folder: Path, why: str) -> None:

@@ -22,7 +22,6 @@ from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter
 from .names import checkpoint_names, parameter_names
-from .read_ahead import ReadAhead
 
 
 class LayerwiseWeights:
@@ -60,7 +59,6 @@ class LayerwiseWeights:
         refuse_experts(self.model, self.layers_name, self.layers)
         self.low_rank: LowRankAdapter | None = None
         self._open: set[int] = set()  # numbers of loaded decoder layers
-        self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
         self._sources = checkpoint_names(self.model, checkpoint, experts)
         self._names = {source: name for name, source in self._sources.items()}
         self._parameters = {name for name, _ in self.model.named_parameters()}
@@ -80,6 +78,11 @@ class LayerwiseWeights:
     def source_of(self, index: int, inside: str) -> str:
         """Return the name in the checkpoint of a parameter of decoder layer ``index``."""
         return self.source(self.full_name(index, inside))
+
+    @property
+    def parameters(self) -> Collection[str]:
+        """Return the names in the model of all stored parameters and buffers."""
+        return self._sources.keys()
 
     def sources(self) -> Collection[str]:
         """Return the names in the checkpoint of all of the model's parameters and stored buffers."""
@@ -149,37 +152,13 @@ class LayerwiseWeights:
             yield self.layers[index]
             return
         names = self.layer_parameters(index)
-        ahead = self._ahead.pop(index, None)
         try:
-            self._load(names, {**(ahead.tensors() if ahead is not None else {}), **(replaced or {})})
-            del ahead
+            self._load(names, replaced or {})
             self._open.add(index)
             yield self.layers[index]
-        except BaseException:
-            self._ahead.clear()  # what comes next is not known
-            raise
         finally:
             self._open.discard(index)
             self._free(names)
-
-    def read_ahead(self, index: int) -> None:
-        """Begin to read decoder layer ``index``, which will be loaded soon, while a GPU computes.
-
-        Its bytes are in main memory until it is loaded, or an error ends the block of another layer. Nothing happens on
-        a CPU, where the layer is loaded or being read, or where the model has no such layer.
-        """
-        known = index in self._open or index in self._ahead or not 0 <= index < len(self)
-        if self.device.type == "cuda" and not known:
-            self._ahead[index] = ReadAhead(self.checkpoint, map(self.source, self.layer_parameters(index)))
-
-    @property
-    def ahead_bytes(self) -> int:
-        """Return the bytes of main memory that :meth:`read_ahead` of a decoder layer takes, at most.
-
-        They are in the dtypes of the checkpoint, and PyTorch rounds page-locked buffers up to powers of two.
-        """
-        names = map(self.layer_sources, range(len(self)))
-        return 2 * max(sum(self.checkpoint.entry(name).nbytes for name in layer) for layer in names)
 
     @contextmanager
     def embeddings_and_head(self, *, head: bool = True, like: LayerwiseWeights | None = None) -> Iterator[None]:

@@ -112,7 +112,7 @@ def stored_names(model: Any, stored: Collection[str], skipped: Container[str] = 
     """Find the checkpoint's name of every parameter and persistent buffer of a model.
 
     Base models are saved without the head model's prefix ("h.0.…" for "transformer.h.0.…"), and multi-part models with
-    one more; both are the same name up to a prefix, which is one for all tensors.
+    one more: a prefix may be missing or added, if it is the same one for all tensors.
 
     Args:
         model: transformers model, may be on the meta device.
@@ -134,13 +134,13 @@ def stored_names(model: Any, stored: Collection[str], skipped: Container[str] = 
     lost = [name for name in wanted if name not in names and name not in tied]
     if not lost or any(name.startswith(base) for name in names):
         return names
-    for whole in (True, False):
-        ends = {name: "." + (name if whole else name.removeprefix(base)) for name in wanted}
+    for start in ("", base):
+        ends = {name: "." + name.removeprefix(start) for name in wanted}
         prefixes = {each.removesuffix(ends[lost[0]]) for each in known if each.endswith(ends[lost[0]])}
         fitting = [prefix for prefix in prefixes if all(prefix + ends[name] in known for name in lost)]
         if len(fitting) == 1:
-            found = {name: known.get(fitting[0] + end) for name, end in ends.items() if name not in names}
-            return names | {name: place for name, place in found.items() if place is not None}
+            places = {name: known.get(fitting[0] + end) for name, end in ends.items() if name not in names}
+            return names | {name: place for name, place in places.items() if place is not None}
     return names
 
 

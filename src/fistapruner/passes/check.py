@@ -40,7 +40,6 @@ def check_model(model: LayerwiseModel) -> None:
         largest = 0.0
         for index in range(len(model)):
             with model.layer(index):
-                model.read_ahead(index + 1)
                 entering = states.read(1, 2, model.device)
                 run_layer(model, index, states, calls, output=states)
                 largest = max(largest, _change_with_later(model, index, entering, calls.by_size[1][index]))

@@ -46,7 +46,6 @@ def backward(
         entering = states.pop()
         with ExitStack() as visits:
             with model.layer(index) as layer:
-                model.read_ahead(index - 1)
                 receive = None if visit is None else visits.enter_context(visit(index, layer))
                 visits.enter_context(ordered_attention(model.device))
                 for start, stop in calls.batches(entering.samples):

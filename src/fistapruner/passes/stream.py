@@ -296,7 +296,6 @@ def forward(
         if keep:
             states.append(store(f"hidden-{index + 1}", shape))
         with ExitStack() as visits, model.layer(index) as layer:
-            model.read_ahead(index + 1)
             watched = NOTHING if visit is None else visits.enter_context(visit(index, layer))
             used = None if values is None else values(index, layer)
             run_layer(model, index, entering, calls, output=states[-1], values=used, watched=watched)
@@ -329,7 +328,6 @@ def forward_variants(
     states: list[HiddenStates] = []
     for index in range(len(model)):
         with model.layer(index) as layer:
-            model.read_ahead(index + 1)
             number = 0
             for number, values in enumerate(variants(index, layer), 1):
                 if index == 0:

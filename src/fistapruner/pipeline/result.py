@@ -110,7 +110,6 @@ def write_model(
             shapes=shapes,
             dropped=dropped,
             config_changes=config_changes,
-            identity=fingerprint,
             documents=documents(),
         )
     elif before is None:  # a kill came between the checkpoint and its record

@@ -113,7 +113,7 @@ def _measure_layer(
         - removed_weights(model, widths) * checkpoint.dtype.itemsize,
         pruned=stored * (pruned + more) + sum(renumbered),
         layer=max(map(model.pass_bytes, in_layers)),
-        ahead=model.ahead_bytes,
+        ahead=0,
         stored=stored,
         together=not recipe.error_correction,
         window=seqlen * model.width * itemsize,

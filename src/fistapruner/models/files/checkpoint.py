@@ -1,9 +1,8 @@
 """Read a local Hugging Face folder one tensor at a time.
 
 Weights are ``model.safetensors``, or else shards listed by ``model.safetensors.index.json``, or (only when pickles are
-allowed) the legacy ``pytorch_model.bin`` files. Everything in the folder is untrusted: the index may name plain files
-inside the folder only, every tensor it lists must be in its shard, and a shard that is missing or cut short is named
-when the folder is opened.
+allowed) the legacy ``pytorch_model.bin`` files. Every tensor that an index lists must be in its shard, and a shard that
+is missing or cut short is named when the folder is opened.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import FistaPrunerError
+from ...errors import FistaPrunerError, one_line
+from ...runtime.files import refuse_lfs_pointer
 from ...runtime.formatting import shell_line
 from .folder_files import (
     ADAPTER_CONFIG,
     INDEX,
     INDEX_PICKLE,
-    PACKED_RECORD,
     SINGLE,
     SINGLE_PICKLE,
     find_companions,
@@ -33,7 +32,6 @@ from .folder_files import (
     which_gguf,
     which_variant,
 )
-from .pickle import PickleFile
 from .safetensors import SafetensorsFile, TensorEntry
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -79,6 +77,27 @@ class WeightFile(Protocol):
     def read_part(self, name: str, number: int) -> Tensor: ...
 
 
+class PickleFile:
+    """A legacy ``.bin`` file, unpickled as plain tensors only and mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.metadata = path, {"format": "pt"}
+        try:
+            self._tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.entries = {name: TensorEntry.of(name, held.dtype, held.shape) for name, held in self._tensors.items()}
+        except Exception as error:  # a damaged pickle can make the unpickler raise anything
+            refuse_lfs_pointer(path)
+            raise FistaPrunerError(f"{path} is no whole file of PyTorch weights: {one_line(error)}") from None
+
+    def read(self, name: str) -> Tensor:
+        """Copy one tensor out of the file."""
+        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def read_part(self, name: str, number: int) -> Tensor:
+        """Copy ``tensor[number]`` out of the file."""
+        return self._tensors[name][number].detach().clone(memory_format=torch.contiguous_format)
+
+
 class Checkpoint:
     """An opened checkpoint folder: names and shapes in memory, values on disk.
 
@@ -119,8 +138,7 @@ class Checkpoint:
 
         Raises:
             FistaPrunerError: names the folder or file and what is wrong: not a folder, no config, no weights, pickles
-                that were not allowed, an adapter beside the weights, other weights that ``config.json`` names, an
-                index that points outside the folder, a missing or truncated shard.
+                that were not allowed, an adapter beside the weights, a missing or truncated shard.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -150,13 +168,6 @@ class Checkpoint:
                 f"already, move {ADAPTER_CONFIG} and adapter_model.* away; otherwise merge it into the model that "
                 "it was trained on"
             )
-        if (other := config.get("transformers_weights", found)) not in (None, found) and not (
-            folder / PACKED_RECORD
-        ).exists():
-            raise FistaPrunerError(
-                f"{folder / 'config.json'}: transformers_weights is {str(other)[:100]!r}, and {found} is there too, "
-                f"which is read here: keep one of them, named {found}, and take the entry out"
-            )
         kind: Callable[[Path], WeightFile] = PickleFile if pickled else SafetensorsFile
         if found in (INDEX, INDEX_PICKLE):
             return cls._sharded(folder, config, found, kind)
@@ -169,21 +180,14 @@ class Checkpoint:
         places = read_json_in(folder, index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()) or not places:
             raise FistaPrunerError(f"{folder / index} has no weight_map of tensor names to file names")
-        suffix = index.removesuffix(".index.json").rpartition(".")[2]
-        for shard in sorted(set(places.values())):
+        shards = sorted(set(places.values()))
+        for shard in shards:
             if not inside(folder, shard).is_file():
                 raise FistaPrunerError(f"{folder} is incomplete: shard {shard!r} of its index is missing")
-            if not shard.endswith("." + suffix):
-                raise FistaPrunerError(f"{folder / index} names {shard!r}, which is not a .{suffix} file")
-        files = {shard: kind(inside(folder, shard)) for shard in sorted(set(places.values()))}
+        files = {shard: kind(inside(folder, shard)) for shard in shards}
         for name, shard in places.items():
             if name not in files[shard].entries:
                 raise FistaPrunerError(f"{folder / index} promises tensor {name!r} in {shard}, which does not have it")
-        holders: dict[str, str] = {}
-        for shard, file in files.items():
-            for name in file.entries:
-                if holders.setdefault(name, shard) != shard:
-                    raise FistaPrunerError(f"{folder}: tensor {name!r} is both in {holders[name]} and in {shard}")
         return cls(folder, config, files, index)
 
     def __contains__(self, name: object) -> bool:

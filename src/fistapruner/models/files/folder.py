@@ -40,16 +40,14 @@ def require_new(out: Path, source: Path | None = None) -> None:
 
 
 @contextmanager
-def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> Iterator[Path]:
+def checkpoint_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
     """Make a folder that appears as ``out`` only when the block ends without an error.
 
-    The folder is built as ``OUT.partial``, then fsynced and renamed.
+    The folder is built as ``OUT.partial``, then fsynced and renamed; what a killed attempt has left is removed first.
 
     Args:
         out: the folder to make; it must not exist.
         nbytes: bytes that will be written; the disk's free space is checked first, without what a killed attempt left.
-        resume: start with the files that a killed attempt left, and keep them when the block raises. By default both
-            are deleted.
 
     Yields:
         The temporary folder.
@@ -61,17 +59,15 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
     require_new(out)
     partial = out.with_name(out.name + PARTIAL)
     claim_folder(partial)
-    if not resume:
-        remove_folder(partial, partial / PARTIAL)
+    remove_folder(partial, partial / PARTIAL)
     require_space(out, nbytes)
     claim_folder(partial)
     try:
         yield partial
         publish_folder(partial, out)
     except BaseException:
-        if not resume:
-            with suppress(FistaPrunerError):  # the error that ended the block is reported
-                remove_folder(partial, partial / PARTIAL)
+        with suppress(FistaPrunerError):  # the error that ended the block is reported
+            remove_folder(partial, partial / PARTIAL)
         raise
 
 

@@ -1,12 +1,8 @@
-"""Name and find the files of a model folder, and read its JSON files.
-
-Everything in the folder is untrusted: a listing may name plain files inside the folder only.
-"""
+"""Name and find the files of a model folder, and read its JSON files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +27,6 @@ TOKENIZER = "tokenizer.json"
 READ_BY_TRANSFORMERS = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
 """Beside ``config.json``, what ``transformers`` reads of a model folder that has it."""
 
-MAX_JSON = 256 * 2**20
-
-MAX_NAME = 255
-"""Bytes in the longest file name that file systems take."""
-
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
 COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
 
@@ -49,29 +40,14 @@ NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_REC
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file that an untrusted listing names, if it is inside the folder.
-
-    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``; however the
-    folder itself is named (``.``, ``..``, a link to it).
+    """Return the path of a file that a listing names.
 
     Raises:
-        FistaPrunerError: not a plain file name, or a link that leads elsewhere.
+        FistaPrunerError: not a plain file name.
     """
-    plain = name == Path(name).name and name not in (".", "..") and "\\" not in name and name.isprintable()
-    if not name or not plain or len(name.encode()) > MAX_NAME:
+    if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise FistaPrunerError(f"{folder}: {name[:200]!r} is not the name of a file inside the folder")
-    path = folder / name
-    if not path.is_symlink():
-        return path
-    real = folder.resolve()
-    allowed = [real]
-    for snapshot in (real, real.parent):  # the model's folder, or one in it
-        if snapshot.parent.name == "snapshots":
-            allowed.append((snapshot.parent.parent / "blobs").resolve())
-    target = path.resolve()
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
-    return path
+    return folder / name
 
 
 def model_inside(folder: Path) -> Path:
@@ -109,13 +85,9 @@ def read_json_in(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint folder.
 
     Raises:
-        FistaPrunerError: names the file: missing, too large, not JSON, not an object.
+        FistaPrunerError: names the file: missing, not JSON, not an object.
     """
-    path = inside(folder, name)
-    with suppress(OSError):  # reading says what is wrong
-        if path.stat().st_size > MAX_JSON:
-            raise FistaPrunerError(f"{path} is larger than {MAX_JSON} bytes")
-    return read_json(path)
+    return read_json(inside(folder, name))
 
 
 def find_companions(folder: Path, config: Mapping[str, Any]) -> list[str]:
@@ -139,6 +111,6 @@ def find_companions(folder: Path, config: Mapping[str, Any]) -> list[str]:
         if wanted and path.name not in NOT_COMPANIONS and path.is_file():
             names.append(inside(folder, path.name).name)
     templates = folder / "additional_chat_templates"
-    if templates.is_dir() and not templates.is_symlink():
+    if templates.is_dir():
         names += [f"{templates.name}/{inside(templates, path.name).name}" for path in sorted(templates.glob("*.jinja"))]
     return names

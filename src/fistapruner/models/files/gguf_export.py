@@ -1,370 +1,300 @@
-"""Write a checkpoint as a GGUF file, for llama.cpp.
+"""Write a checkpoint of one of :data:`FAMILIES` as a GGUF file; memory holds one tensor.
 
-What a GGUF holds beside weights (architecture, vocabulary, how text is split, chat template) is copied from the GGUF
-file of the dense model, which llama.cpp's own tools have made. Counts that pruning changed, such as the width of the
-MLPs, are taken from the checkpoint's config.
-
-The layout of a tensor is found, not known: ``transformers``' reader is run on the numbers 0, 1, 2, ... in place of the
-weights, which shows where each of them goes, and the weights are put back the other way round. The result is read
-again through that reader and must be the checkpoint's tensor; then it is rounded to the form that is written, which
-must hold its values.
+Names of tensors and keys, and the special tokens, are those of the ``gguf`` package; all tokens come from
+``tokenizer.json``. Models of which llama.cpp would compute something else are refused.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 
-from ...errors import FistaPrunerError
-from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
+from ...errors import FistaPrunerError, MissingExtraError
+from ...runtime.files import disk_errors, existing_folder, require_space
 from ...runtime.progress import Tick, silent
-from ..architecture import auto_class, read_config, refuse_own_code
+from ..layerwise_weights import LayerwiseWeights
+from ..tokenizer import load_tokenizer
 from .checkpoint import Checkpoint
-from .gguf import transformers_faults
-from .gguf_dense import Array, DenseFile
-from .gguf_header import check_gguf
-from .record import read_pruning_record
+from .widths import read_widths
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
-"""How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
-
-VALUES: tuple[str, ...] = get_args(GGUFValues)
-
-FILE_TYPES = {"bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
-"""Names of ``gguf.LlamaFileType``."""
+"""How matrices are stored."""
 
 BLOCK = 32
 """Weights in a block of q8_0; matrices whose rows are no multiple of it are stored as f16."""
 
-NAME = "general.name"
+Array = np.ndarray[Any, np.dtype[Any]]
 
-OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment", NAME)
-"""Keys that the writer sets by itself."""
 
-QUANTISATION = "general.quantization_version"
-"""Version of the quantised formats, in a file that has one; keys ``quantize.*`` tell how the dense file was made."""
+class Family(NamedTuple):
+    """What llama.cpp calls a family, and how its tensors differ from those of ``transformers``."""
 
-SIZE = "general.size_label"
+    name: str
+    turned: bool = False  # the rows of queries and keys are in the order of the original rotary embedding
+    shift: int = 0  # what is added to the weights of norms
+    period: int = 0  # of the layers that attend to all tokens, where others have a window
+
+
+FAMILIES = {
+    "llama": Family("llama", turned=True),
+    "mistral": Family("llama", turned=True),
+    "granite": Family("granite", turned=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "qwen3_moe": Family("qwen3moe"),
+    "gemma2": Family("gemma2", shift=1, period=2),
+    "gemma3_text": Family("gemma3", shift=1, period=6),
+    "phi3": Family("phi3"),
+    "olmo2": Family("olmo2"),
+}
+"""By ``model_type`` of the config."""
 
 
 def export_gguf(
     folder: str | Path,
     out: str | Path,
-    like: str | Path,
     values: GGUFValues = "bf16",
     *,
     allow_pickle: bool = False,
     progress: Tick = silent,
 ) -> Path:
-    """Write a checkpoint as a GGUF file.
-
-    Memory holds one tensor.
-
-    Args:
-        folder: a Hugging Face folder, such as ``RUN/model``.
-        out: the file to write; it must not exist.
-        like: GGUF file of the dense model.
-        values: how matrices are stored.
-        allow_pickle: read legacy ``.bin`` weights.
-        progress: called with what is being done, how much of it is done, and how much there is.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        FistaPrunerError: ``out`` exists or is not called ``.gguf``, the checkpoint is of a kind that is not exported
-            (:func:`open_exported`), ``like`` is another model's file or has a layout that cannot be turned round,
-            ``values`` cannot hold the weights, or the disk is full.
-        MissingExtraError: the ``gguf`` package is missing.
-    """
-    folder, out, like = Path(folder), Path(out), Path(like)
-    if values not in VALUES:
-        raise FistaPrunerError(f"values {values!r}: one of {', '.join(VALUES)} is expected")
+    """Write a checkpoint as a GGUF file; arguments, result and errors as of :func:`fistapruner.export`."""
+    folder, out = Path(folder), Path(out)
+    if values not in get_args(GGUFValues):
+        raise FistaPrunerError(f"values {values!r}: one of {', '.join(get_args(GGUFValues))} is expected")
     if out.suffix != ".gguf":
         raise FistaPrunerError(f"{out} is the file to write: its name must end in .gguf")
     if out.exists():
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = open_exported(folder, allow_pickle)
-    if any("_exps." in name for name in check_gguf(like)):
-        raise FistaPrunerError(f"{like} is a mixture of experts, which is not exported")
-    with transformers_faults(like):
-        dense = DenseFile(like, checkpoint)
-        tensors, writer = dense.tensors(), _Writer(dense)
-        planned = writer.plan(tensors, values)
-        with _new_file(out, sum(tensor.nbytes for tensor in planned.values())) as partial:
-            writer.write(partial, tensors, planned, values, progress)
-            progress("checking the written file", 0, 1)
-            check_gguf(partial)
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtraError("gguf", "gguf", "writing a GGUF file") from None
+    checkpoint = Checkpoint.open(folder, allow_pickle)
+    kind = str(checkpoint.config.get("model_type"))
+    if kind not in FAMILIES:
+        raise FistaPrunerError(
+            f"{folder}: {kind} is not exported, only {', '.join(FAMILIES)}: use llama.cpp's convert_hf_to_gguf.py"
+        )
+    if read_widths(checkpoint.config, folder):
+        raise FistaPrunerError(f"{folder}: its decoder layers have several widths, and llama.cpp has one for all")
+    family, model = FAMILIES[kind], LayerwiseWeights(checkpoint, torch.device("cpu"))
+    config, sources = model.config, _sources(model, family)
+    with closing(gguf.GGUFWriter(None, family.name)) as writer:
+        writer.add_name(out.stem)
+        file_type = "ALL_F32" if values == "f32" else f"MOSTLY_{values.upper()}"
+        writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
+        _add_sizes(writer, folder, config, family)
+        extra = _add_rotary(writer, folder, config)
+        _add_vocabulary(writer, folder, config.vocab_size)
+        forms = {}
+        for name, parts in sources.items():
+            shape = checkpoint.entry(parts[0]).shape
+            shape = (len(parts), *shape) if "_exps." in name else shape
+            forms[name] = _add_tensor(writer, name, shape, values)
+        for name, array in extra.items():
+            _add_tensor(writer, name, array.shape, "f32")
+        with disk_errors(out), TemporaryDirectory(dir=existing_folder(out), prefix=".gguf-") as scratch:
+            require_space(out, sum(info.nbytes for info in writer.tensors[0].values()))
+            writer.write_header_to_file(Path(scratch) / out.name)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, (name, parts) in enumerate(sources.items()):
+                progress("tensors written", done, len(sources))
+                arrays = [_array(checkpoint, part, name, family, config) for part in parts]
+                array = np.stack(arrays) if "_exps." in name else arrays[0]
+                writer.write_tensor_data(_packed(f"{folder}: tensor {parts[0]!r}", array, forms[name]))
+            for array in extra.values():
+                writer.write_tensor_data(array)
+            writer.close()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(scratch) / out.name, out)
     return out
 
 
-def open_exported(folder: Path, allow_pickle: bool = False) -> Checkpoint:
-    """Open a checkpoint that is to be exported.
+def _sources(model: LayerwiseWeights, family: Family) -> dict[str, list[str]]:
+    """Map the names of the file's tensors to the checkpoint's: of an expert's matrices, one for each."""
+    import gguf
 
-    Args:
-        folder, allow_pickle: as for :func:`export_gguf`.
-
-    Raises:
-        FistaPrunerError: it is of a kind that is not exported, whatever the GGUF file of the dense model is.
-    """
-    from transformers import AutoModelForCausalLM
-
-    checkpoint = Checkpoint.open(folder, allow_pickle)
-    refuse_own_code(folder, "such models are not exported")
-    if any(".experts." in name for name in checkpoint.names()):
-        raise FistaPrunerError(f"{folder} is a mixture of experts, which is not exported")
-    with transformers_faults(folder):
-        config = read_config(folder)
-    if auto_class(config) is not AutoModelForCausalLM:
-        raise FistaPrunerError(
-            f"{folder}: {config.model_type} is a model of images and text, and only models of text are exported: use "
-            "llama.cpp's own converter"
-        )
-    return checkpoint
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    table = gguf.get_tensor_name_map(architecture, len(model))
+    found: dict[str, list[str]] = {}
+    for name in model.parameters:
+        place = table.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", name), (".weight", ".bias"))
+        if place is None:
+            raise FistaPrunerError(f"{model.checkpoint.folder}: llama.cpp has no place for {name!r} of {family.name}")
+        found.setdefault(place, []).append(model.source(name))
+    return found
 
 
-@dataclass(frozen=True)
-class Order:
-    """Where a reader takes the values of a tensor from.
-
-    Args:
-        shape: of the tensor in the file.
-        places: for blocks of values, all of one length and in their order, the number of the block in the file; None
-            where the reader changes nothing.
-        shift: what the reader adds to every number.
-    """
-
-    shape: tuple[int, ...]
-    places: Array | None
-    shift: float
-
-    @classmethod
-    def of(cls, read: Callable[[Array], Array], shape: tuple[int, ...]) -> Self | None:
-        """Find the order of the values that a reader gives.
-
-        Args:
-            read: reorders the entries of an array and adds one number to all.
-            shape: of what it gives.
-
-        Returns:
-            The order; None where the reader does something else.
-        """
-        nothing = np.broadcast_to(np.float32(0), shape)
-        if read(nothing) is nothing:
-            return cls(shape, None, 0)
-        size = math.prod(shape)
-        for stored in dict.fromkeys((shape, shape[::-1])):
-            numbers = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
-            try:
-                places = read(numbers.reshape(stored))
-            except ValueError:  # not the shape that it takes
-                continue
-            shift = places.min()
-            places = places - shift
-            if places.shape == shape and np.array_equal(np.sort(places, None), numbers):
-                places = places.reshape(-1, shape[-1])
-                if np.array_equal(places, places[:, :1] + numbers[: shape[-1]]):  # whole rows, whose numbers are few
-                    return cls(stored, places[:, 0] // shape[-1], float(shift))
-                return cls(stored, places.reshape(-1), float(shift))
-        return None
-
-    def stored(self, values: Array) -> Array:
-        """Return the tensor of the file that is read as ``values`` (fp32)."""
-        if self.places is None:
-            return values
-        blocks = values.reshape(len(self.places), -1)
-        stored = np.empty_like(blocks)
-        stored[self.places] = blocks - np.float32(self.shift)
-        return stored.reshape(self.shape)
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """How a tensor is written.
-
-    Args:
-        shape: of its values.
-        form: name of ``gguf.GGMLQuantizationType``.
-        nbytes: in the file.
-    """
-
-    shape: tuple[int, ...]
-    form: str
-    nbytes: int
-
-
-def _form(shape: Sequence[int], values: GGUFValues) -> str:
-    """Return how a tensor is stored, for matrices that are stored as ``values``."""
-    return "f32" if len(shape) == 1 else "f16" if values == "q8_0" and shape[-1] % BLOCK else values
-
-
-@contextmanager
-def _new_file(out: Path, nbytes: int) -> Iterator[Path]:
-    """Give the name of a file that becomes ``out`` only when the block ends without an error.
-
-    Args:
-        out: the file.
-        nbytes: free bytes that it needs at least, without what an export that was killed has left.
-    """
-    partial = out.with_name(f".{out.name}{PARTIAL}")  # not out.gguf.partial, which programs that download take
-    with disk_errors(out):
-        partial.unlink(missing_ok=True)
-        require_space(out, nbytes)
-        try:
-            partial.touch()  # a folder that cannot be written shows before the weights are converted
-            yield partial
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_folder(out.parent)
+def _add_sizes(writer: Any, folder: Path, config: Any, family: Family) -> None:
+    """Add the sizes of a model; refuse one of which llama.cpp would compute something else."""
+    head, heads, layers = _head_width(config), config.num_attention_heads, config.num_hidden_layers
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    largest = layers in (46, 62) and scale == config.hidden_size // heads  # of Gemma 2 and 3, which llama.cpp knows
+    if scale not in (None, head) and not largest:
+        raise FistaPrunerError(f"{folder}: query_pre_attn_scalar is {scale}, but llama.cpp takes {head}")
+    if config.model_type == "qwen3_moe" and not config.norm_topk_prob:
+        raise FistaPrunerError(f"{folder}: norm_topk_prob is false, and llama.cpp norms the experts' weights always")
+    if family.period:
+        kinds = ["full" if (index + 1) % family.period == 0 else "sliding" for index in range(layers)]
+        if [f"{kind}_attention" for kind in kinds] != list(config.layer_types):
+            raise FistaPrunerError(f"{folder}: llama.cpp takes full attention in every {family.period}th layer only")
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for add, name in (
+        (writer.add_expert_count, "num_experts"),
+        (writer.add_expert_used_count, "num_experts_per_tok"),
+        (writer.add_expert_feed_forward_length, "moe_intermediate_size"),
+        (writer.add_attn_logit_softcapping, "attn_logit_softcapping"),
+        (writer.add_final_logit_softcapping, "final_logit_softcapping"),
+        (writer.add_attention_scale, "attention_multiplier"),
+        (writer.add_embedding_scale, "embedding_multiplier"),
+        (writer.add_residual_scale, "residual_multiplier"),
+        (writer.add_logit_scale, "logits_scaling"),
+        *([(writer.add_sliding_window, "sliding_window")] if family.period or family.name == "phi3" else []),
+    ):
+        if getattr(config, name, None) is not None:
+            add(getattr(config, name))
 
 
-class _Writer:
-    """Write a checkpoint in the layout that the GGUF file of its dense model has.
+def _add_rotary(writer: Any, folder: Path, config: Any) -> dict[str, Array]:
+    """Add rotary positions, and return the tensors by which llama.cpp scales those of Llama 3 and Phi-3."""
+    import gguf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    Args:
-        dense: that file, and the checkpoint.
-    """
+    found = config.rope_parameters.get("full_attention", config.rope_parameters)
+    base, kind = found["rope_theta"], found.get("rope_type") or "default"
+    stated = found.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    original = stated or config.max_position_embeddings
+    writer.add_rope_freq_base(base)
+    writer.add_rope_dimension_count(int(_head_width(config) * (found.get("partial_rotary_factor") or 1)))
+    if "sliding_attention" in config.rope_parameters:
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(found["factor"])
+    if kind in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(original)
+    if kind == "longrope":
+        if (factor := config.max_position_embeddings / original) > 1:
+            own = found.get("attention_factor")
+            writer.add_rope_scaling_attn_factors(own or math.sqrt(1 + math.log(factor) / math.log(original)))
+        lists = {f"rope_factors_{each}.weight": found[f"{each}_factor"] for each in ("long", "short")}
+        return {name: np.array(factors, dtype=np.float32) for name, factors in lists.items()}
+    if kind == "llama3":
+        frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        steps = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
+        return {"rope_freqs.weight": (base**-steps / frequencies.double()).float().numpy()}
+    if kind not in ("default", "dynamic", "linear", "yarn"):  # llama.cpp has no scale by the length of a text
+        raise FistaPrunerError(f"{folder}: rope_type {kind!r} is not exported; use llama.cpp's convert_hf_to_gguf.py")
+    return {}
 
-    def __init__(self, dense: DenseFile) -> None:
-        self.dense = dense
-        self.orders: dict[tuple[str, tuple[int, ...]], Order] = {}
 
-    def _order(self, name: str, shape: tuple[int, ...]) -> Order:
-        """Return where ``transformers`` takes the values of the tensor ``name`` from.
+def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
+    """Add the tokens of ``tokenizer.json``, its merges, special tokens and chat template."""
+    from gguf import SpecialVocab, TokenType
 
-        Tensors of a kind have one order, whatever the decoder layer, so it is looked for once.
+    tokenizer = load_tokenizer(folder)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    pieces = bool(state["model"].get("byte_fallback"))  # SentencePiece
+    tokens, types = [f"[PAD{number}]" for number in range(size)], [TokenType.UNUSED] * size
+    for token, number in state["model"]["vocab"].items() if state["model"]["type"] == "BPE" else ():
+        tokens[number] = token
+        types[number] = TokenType.BYTE if pieces and re.fullmatch("<0x..>", token) else TokenType.NORMAL
+    for added in state["added_tokens"]:
+        if added["id"] < size:
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    special = SpecialVocab(folder, load_merges=not pieces, n_vocab=size)
+    first = tokenizer("a")["input_ids"][0]
+    special.add_special_token = {"bos": first == tokenizer.bos_token_id}
+    if not pieces:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split_name(folder, state))
+    else:
+        writer.add_tokenizer_model("llama")
+        # llama.cpp joins the pair whose token has the highest score first, and tokenizers the pair of the first merge.
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(state["model"]["merges"]):
+            ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
+        writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
+        spaced = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
+        writer.add_add_space_prefix(spaced)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special.add_to_gguf(writer, quiet=True)
 
-        Args:
-            name: in the file.
-            shape: of what ``transformers`` reads.
 
-        Raises:
-            FistaPrunerError: its reader does more than reorder the values and add one number to all.
-        """
-        kind = re.sub(r"\.\d+\.", ".", name), shape
-        if (order := self.orders.get(kind) or Order.of(lambda array: self.dense.read(name, array), shape)) is None:
-            raise self._unknown_order(name)
-        self.orders[kind] = order
-        return order
+def _split_name(folder: Path, state: Mapping[str, Any]) -> str:
+    """Name in llama.cpp's way how a byte-level tokenizer splits text."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    def _unknown_order(self, name: str) -> FistaPrunerError:
-        return FistaPrunerError(f"{self.dense.like}: the order of the values of {name!r} in llama.cpp is not known")
+    found = state["pre_tokenizer"] or {}
+    steps = found.get("pretokenizers", [found])
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+        return "smollm"
+    for name in ("llama-bpe" if state["model"].get("ignore_merges") else "dbrx", "qwen2", "tekken", "gpt-4o"):
+        if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == GGUF_PRE_TOKENIZER_SPLITS[name]:
+            return name
+    raise FistaPrunerError(f"{folder}: the tokenizer's split has no known name: use llama.cpp's convert_hf_to_gguf.py")
 
-    def _stored(self, name: str, values: Array) -> Array:
-        """Return the tensor of the file that ``transformers`` reads as ``values``.
 
-        Raises:
-            FistaPrunerError: it reads others.
-        """
-        stored = self._order(name, values.shape).stored(values)
-        back = self.dense.read(name, stored)
-        if back is not values and not np.allclose(back, values, rtol=1e-6, atol=1e-6):
-            raise self._unknown_order(name)
-        return stored
+def _add_tensor(writer: Any, name: str, shape: Sequence[int], values: str) -> Any:
+    """Announce a tensor; return its ``gguf.GGMLQuantizationType``, which for vectors and routers is fp32."""
+    import gguf
 
-    def plan(self, tensors: Mapping[str, str | None], values: GGUFValues) -> dict[str, _Planned]:
-        """Decide how each tensor is written, in the file's order.
+    form = "f32" if len(shape) == 1 or "ffn_gate_inp" in name else values
+    form = "f16" if form == "q8_0" and shape[-1] % BLOCK else form
+    kind = gguf.GGMLQuantizationType[form.upper()]
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * nbytes, kind)
+    return kind
 
-        Args:
-            tensors: see :meth:`.DenseFile.tensors`.
-            values: how matrices are stored.
 
-        Raises:
-            FistaPrunerError: the order of a tensor's values is not known.
-        """
-        import gguf
+def _array(checkpoint: Checkpoint, source: str, name: str, family: Family, config: Any) -> Array:
+    """Read a tensor of the checkpoint in fp32 and in llama.cpp's order."""
+    array: Array = checkpoint.read(source).float().numpy()
+    if family.shift and name.endswith("norm.weight"):
+        return array + np.float32(family.shift)
+    if family.turned and re.search(r"attn_[qk]\.", name):
+        pairs = array.reshape(-1, 2, _head_width(config) // 2, *array.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(array.shape)
+    return array
 
-        planned = {}
-        for tensor in self.dense.reader.tensors:
-            if tensor.name not in tensors:
-                continue
-            if (source := tensors[tensor.name]) is None:
-                shape = tuple(map(int, tensor.shape[::-1]))
-                planned[tensor.name] = _Planned(shape, tensor.tensor_type.name, int(tensor.n_bytes))
-                continue
-            shape = self._order(tensor.name, self.dense.checkpoint.entry(source).shape).shape
-            form = _form(shape, values).upper()
-            block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[form]]
-            planned[tensor.name] = _Planned(shape, form, math.prod(shape) // block * nbytes)
-        return planned
 
-    def write(
-        self,
-        out: Path,
-        tensors: Mapping[str, str | None],
-        planned: Mapping[str, _Planned],
-        values: GGUFValues,
-        progress: Tick,
-    ) -> None:
-        """Write the file.
+def _packed(what: str, array: Array, form: Any) -> Array:
+    """Round a tensor to the form that is written; refuse values that the form cannot hold."""
+    import gguf
 
-        Args:
-            out: its name.
-            tensors: see :meth:`.DenseFile.tensors`; ``planned``: see :meth:`plan`.
-            values: how matrices are stored.
-            progress: see :func:`export_gguf`.
-        """
-        import gguf
-
-        theirs, ours = f"{self.dense.architecture}.", f"{self.dense.written_as}."
-        changed = {f"{ours}{key}": count for key, count in self.dense.counts.items()}
-        with closing(gguf.GGUFWriter(out, self.dense.written_as)) as writer:
-            for key, field in self.dense.reader.fields.items():
-                skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
-                skipped |= key == SIZE and bool(self.dense.counts)  # the number of the dense model's weights
-                skipped |= field.contents() == []  # the writer takes no empty array
-                named = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
-                if not skipped and named not in (*OWN_KEYS, *changed):
-                    inner = field.types[-1] if len(field.types) > 1 else None
-                    writer.add_key_value(named, field.contents(), field.types[0], inner)
-            for key, count in changed.items():
-                (writer.add_array if isinstance(count, list) else writer.add_uint32)(key, count)
-            name = self.dense.reader.fields.get(NAME)
-            pruned = " (pruned)" if read_pruning_record(self.dense.checkpoint.folder) else ""
-            writer.add_name(f"{(name.contents() if name else self.dense.like.stem).removesuffix(pruned)}{pruned}")
-            writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[values]))
-            for name, tensor in planned.items():
-                form = gguf.GGMLQuantizationType[tensor.form]
-                writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes, form)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            copied = {tensor.name: tensor for tensor in self.dense.reader.tensors}
-            for done, (name, tensor) in enumerate(planned.items()):
-                progress("tensors written", done, len(planned))
-                if (source := tensors[name]) is None:
-                    writer.write_tensor_data(copied[name].data)
-                else:
-                    writer.write_tensor_data(self._packed(name, source, gguf.GGMLQuantizationType[tensor.form]))
-
-    def _packed(self, name: str, source: str, form: Any) -> Array:
-        """Return the tensor ``name`` of the file, rounded to its form, from ``source`` of the checkpoint.
-
-        Raises:
-            FistaPrunerError: the form cannot hold its values, or their order is not known.
-        """
-        import gguf
-
-        stored = self._stored(name, self.dense.values(source))
-        with np.errstate(over="ignore", invalid="ignore"):
-            packed: Array = gguf.quantize(stored, form)
-            lost = np.isfinite(stored).all() and not np.isfinite(gguf.dequantize(packed, form)).all()
-        if lost:
-            raise FistaPrunerError(
-                f"{self.dense.checkpoint.folder}: tensor {source!r} has values up to {np.abs(stored).max():g}, which "
-                f"{form.name.lower()} cannot hold: give --values bf16 or f32"
-            )
-        return packed
+    with np.errstate(over="ignore", invalid="ignore"):
+        packed: Array = gguf.quantize(array, form)
+        lost = np.isfinite(array).all() and not np.isfinite(gguf.dequantize(packed, form)).all()
+    if lost:
+        raise FistaPrunerError(f"{what} has values that {form.name.lower()} cannot hold: try bf16")
+    return packed
