@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .packed.semi_structured import to_semi_structured
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
-    from .pipeline.prune import prune
     from .pipeline.resume import resume
+    from .pruning.run import prune
     from .runs.listener import Listener
     from .runs.records import Report
     from .runs.results import Evaluation
@@ -78,7 +78,7 @@ _MODULES = {
     "measure.evaluate": ("evaluate",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
-    "pipeline.prune": ("prune",),
+    "pruning.run": ("prune",),
     "pipeline.resume": ("resume",),
     "settings.align_settings": ("AlignRecipe",),
     "settings.recover_settings": ("RecoverRecipe",),

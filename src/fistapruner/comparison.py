@@ -28,10 +28,9 @@ from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
-from .pipeline.measure import publish
-from .pipeline.prune import prune
-from .pipeline.prune_inputs import shared_text
+from .pipeline.measure import publish, shared_text
 from .pipeline.result import add_warning
+from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
 from .reporting.write import write_page
 from .runs.arguments import checked_arguments

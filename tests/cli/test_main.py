@@ -421,7 +421,7 @@ def test_a_fault_of_the_program_leaves_its_traceback(
 ) -> None:
     model, run = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "run"
     fault = Mock(side_effect=FileNotFoundError(2, "No such file or directory", "/a/file"))
-    monkeypatch.setattr("fistapruner.pipeline.prune.prepare", fault)
+    monkeypatch.setattr("fistapruner.pruning.run.settle", fault)
     command = ["prune", str(model), "--out", str(run), "--calibration", "python", "--evaluate", "none", "--quiet"]
     assert main(command) == 2
     assert capsys.readouterr().err == "fistapruner: /a/file: No such file or directory\n"

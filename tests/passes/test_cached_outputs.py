@@ -10,8 +10,8 @@ import torch
 
 import tiny
 from fistapruner.passes.cached_outputs import CachedOutputs
-from fistapruner.pipeline.prune import prune
 from fistapruner.pruning import passes
+from fistapruner.pruning.run import prune
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 5, "seqlen": 24}}
 WAYS = {

@@ -16,7 +16,7 @@ from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.record import read_pruning_record
 from fistapruner.models.source import ModelSource
-from fistapruner.pipeline.kept_claims import claimed_zeros, kept_widths
+from fistapruner.pruning.write import claimed_zeros, kept_widths
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
 from fistapruner.runs.training_runs import dense_of

@@ -24,7 +24,7 @@ from fistapruner.settings.recover_settings import RecoverRecipe, TrainingData
 from fistapruner.settings.settings import Recipe
 from fistapruner.text import calibration_tokens
 from fistapruner.text.training_text import TrainingText, order, shared_documents, training_text
-from fistapruner.training.prepare import check_mixture
+from fistapruner.training.recovery import check_mixture
 
 
 def texts(folder: Path, sizes: dict[str, int]) -> dict[str, str]:

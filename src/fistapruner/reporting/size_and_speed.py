@@ -23,7 +23,7 @@ QUANTISE_FIRST = (
     "Where a smaller file is all you want, quantise first: at the same size 4 or 8 bits cost less quality in what was "
     "measured; a model without some of its channels (--structure) can be quantised, too ('fistapruner export')."
 )
-"""Said beside sizes; measured in ``docs/sparsity-pays.md``."""
+"""Said beside sizes; measured in ``docs/smaller.md``."""
 
 
 def speeds(report: Report) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The schema of ``compare.json``; see ``docs/report.md``."""
+"""The schema of ``compare.json``; see ``docs/files.md``."""
 
 from __future__ import annotations
 
