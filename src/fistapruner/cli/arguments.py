@@ -230,7 +230,7 @@ def _description(field: FieldInfo) -> str:
 
 
 def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Recipe) -> dict[str, Any]:
-    """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, flags and then ``--set`` over it.
+    """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, over it flags and ``--set``.
 
     Raises:
         FistaPrunerError: an unknown recipe, several texts without names, or what is no setting.
