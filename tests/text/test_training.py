@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fistapruner.training.prepare import check_mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, text_of, tiny_model
@@ -22,6 +21,7 @@ from fistapruner.papers.mamf import Mixture
 from fistapruner.settings.recover_settings import RecoverRecipe, TrainingData
 from fistapruner.text.packing import pack_documents
 from fistapruner.text.training import TrainingText, order, shared_documents, training_text
+from fistapruner.training.recovery import check_mixture
 
 EOS = "</s>"
 WORDS = st.text(LETTERS, min_size=1, max_size=30)
