@@ -208,7 +208,7 @@ def phases(name: str, shape: Shape, work: Path, device: torch.device, samples: i
         fixed = sum(seconds.values()) - passing
         operations = counts(shape, samples * seqlen, batch * seqlen, seqlen)
         row = next((row for row in report.plan if row.quantity == "peak GPU memory"), None)
-        measuring = (decision["sensitivity_seconds"] or 0.0) / 2 * shape.layers
+        measuring = (decision["seconds"].get("sensitivity", 0.0)) / 2 * shape.layers
         found[recipe] = {
             "seconds": seconds,
             "windows": samples,

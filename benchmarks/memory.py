@@ -114,7 +114,7 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
 
 def paper(folder: Path, arguments: argparse.Namespace) -> None:
     """Peak of LLaMA-70B shapes as a run would plan it."""
-    from fistapruner.planning.sizes import Choice
+    from fistapruner.planning import Choice
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     settings = {"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}
@@ -132,7 +132,7 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
 def gpu(folder: Path, arguments: argparse.Namespace) -> None:
     """Peaks of Llama-3-8B shapes and the default method on a stand-in GPU, as a run would plan them."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from fistapruner.planning.sizes import Choice
+    from fistapruner.planning import Choice
     from standin.gpu import StandIn
 
     # Every layer is alike, so two say what all need but for the disk, which grows with them.
@@ -144,7 +144,7 @@ def gpu(folder: Path, arguments: argparse.Namespace) -> None:
         f"Llama-3-8B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.samples} x {arguments.seqlen} tokens"
     )
     for choice in (Choice(4), Choice(4, on_disk=True)):
-        on_gpu, in_main = (max(found.values()) / GIB for found in (sizes.stages(choice), sizes.host_stages(choice)))
+        on_gpu, in_main = (max(found.values()) / GIB for found in (sizes.stages(choice), sizes.host(choice)))
         disk = (sizes.disk(choice, 1) + layers) / GIB
         print(f"{choice}: {on_gpu:.1f} GiB of GPU memory, {in_main:.1f} GiB of main memory, {disk:.0f} GiB of disk")
 
@@ -156,14 +156,15 @@ def planned(model: Path, device: str, pattern: str, settings: dict[str, Any], ar
     from fistapruner.models.discovery import discover
     from fistapruner.models.files.checkpoint import Checkpoint
     from fistapruner.models.layerwise import LayerwiseModel
-    from fistapruner.planning.measured_sizes import measure_sizes
+    from fistapruner.planning import Bound
 
     skeleton = LayerwiseModel(Checkpoint.open(model), torch.device(device))
     layout = discover(skeleton)
-    recipe = Recipe.build({**settings, "calibration": {"samples": arguments.samples}}).resolved()
+    recipe = Recipe.build(
+        {**settings, "calibration": {"samples": arguments.samples, "seqlen": arguments.seqlen}}
+    ).resolved()
     sparsity = {name: parse_sparsity(pattern) for name, _ in layout.operators()}
-    tokens = torch.zeros(1, arguments.seqlen, dtype=torch.long)
-    return measure_sizes(skeleton, layout, recipe, sparsity, tokens, drawn=True)  # of a text: none is generated
+    return Bound(skeleton, layout, recipe, sparsity)
 
 
 def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = False) -> Path:

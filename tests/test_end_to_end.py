@@ -343,7 +343,7 @@ def test_text_that_a_stopped_attempt_generated_is_not_generated_again(
     sha256 = tokens_sha256(tokens.flip(0))
     marked.write_tokens(tokens.flip(0), drawing, {**how, "sha256": sha256})
     with monkeypatch.context() as patched:  # nor does the plan count what generating takes
-        patched.setattr("fistapruner.planning.measured_sizes.generation_bytes", lambda *_: 2**50)
+        patched.setattr("fistapruner.planning.generation_bytes", lambda *_: 2**50)
         with pytest.raises(fp.FistaPrunerError, match="generating text with the whole model needs"):
             fp.prune(folder, tmp_path / "refused", **settings)
         taken = fp.prune(folder, marked.folder, **settings).calibration

@@ -24,8 +24,8 @@ LAYERS = (
     "structure",
     "pruning",
     "packed",
-    "planning",
     "execution",
+    "planning",
     "measure",
     "reporting",
     "pipeline",
@@ -40,14 +40,17 @@ PLUGGED |= dict.fromkeys(("bypass", "goa"), "structure")
 """The room into which each file of ``papers/`` plugs: it stands in that room's layer."""
 
 
-VERBS = ("adapters", "alignment", "opened", "plan", "recovery", "result", "run", "settle")
-"""Modules of ``training/`` that are pages of the verbs recover and align: they stand in the layer of ``pipeline/``."""
+VERBS = {
+    "training": ("adapters", "alignment", "opened", "plan", "recovery", "result", "run", "settle"),
+    "pruning": ("inputs", "run", "settle", "write"),
+}
+"""Modules that are pages of the verbs prune, recover and align: they stand in the layer of ``pipeline/``."""
 
 
 def layer_of(path: Path) -> str:
     """Layer of a module of the package, by its path inside it."""
     parts = path.with_suffix("").parts
-    if parts[0] == "training" and parts[-1] in VERBS:
+    if parts[-1] in VERBS.get(parts[0], ()):
         return "pipeline"
     return PLUGGED.get(parts[-1], "errors") if parts[0] == "papers" else parts[0]
 

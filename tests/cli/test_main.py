@@ -19,7 +19,7 @@ import fistapruner
 import tiny
 from fistapruner.cli import VERBS, build_parser, main
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline.plan import plan_model
+from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.lock import hold
 from fistapruner.settings.base import MAX_SEED
 from fistapruner.settings.settings import Recipe
@@ -311,7 +311,7 @@ def test_a_plan_refuses_a_file_to_write_into(
     assert main([verb[0], "x", "--out", str(file), *verb[1:]]) == 2
     assert f"--out {file} is a file; name a folder" in capsys.readouterr().err
     with pytest.raises(FistaPrunerError, match="is a file; name a folder"):
-        plan_model("x", Recipe(), file)
+        plan_pruning("x", Recipe(), file)
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,7 @@ from fistapruner.papers.goa import (
     redundant,
 )
 from fistapruner.passes.store import HiddenStates
-from fistapruner.planning.footprint import peak_bytes
-from fistapruner.planning.measured_sizes import measure_sizes
-from fistapruner.planning.sizes import Choice
-from fistapruner.pruning.inputs import change_widths
-from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runtime.numerics import DTYPES
 from fistapruner.settings.structure_settings import Structure
 from fistapruner.structure.refit import ChannelStatistics, refitted, remove_channels
 from fistapruner.structure.trial import plan_widths
@@ -169,27 +163,6 @@ def test_attention_without_probabilities_is_refused_before_any_work(
     with pytest.raises(FistaPrunerError, match=r"model\.layers\.0 does not return attention probabilities"):
         fp.prune(folder, tmp_path / "run", structure={"remove": "heads=2", "method": "goa"}, calibration=SMALL)
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_counts_the_comparison_of_heads(tmp_path: Path, dtype: str) -> None:
-    """One window's attention probabilities and temporaries, however many windows are compared."""
-    folder = tiny.save("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
-    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"), DTYPES[dtype])
-    structure = {"remove": "heads=2", "method": "goa"}
-    recipe = fp.Recipe.build({"method": "magnitude", "sparsity": "0%", "structure": structure}).resolved()
-    layout, widths = change_widths(model, discover(model), recipe, UNTRUSTED)
-    tokens = torch.zeros(6, 256, dtype=torch.long)
-    sizes = measure_sizes(model, layout, recipe, allocate(recipe, layout), tokens, widths)
-    states = HiddenStates((6, 256, model.width), model.dtype)
-    states.write(0, torch.randn(6, 256, model.width, dtype=model.dtype))
-    assert widths is not None
-    (unit,) = widths.units[0]
-    windows = (states.read(window, window + 1, model.device) for window in range(6))
-    with model.layer(0):
-        used = peak_bytes(lambda: head_divergence(attention_probabilities(model, 0, unit, windows)))
-    counted = sizes.stages(Choice(1, on_disk=True))["comparing heads"] - sizes.base - sizes.layer
-    assert used <= counted < 2 * used
 
 
 def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.whole import load_whole
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.pipeline.measure_run import bench_run
-from fistapruner.pipeline.plan import plan_model
+from fistapruner.pruning.run import plan_pruning
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
@@ -480,8 +480,8 @@ def test_what_peft_refuses_of_mamba_is_refused(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "dense")
     recipe = fp.Recipe.build({**SMALL, "low_rank": RANK})
     with pytest.raises(FistaPrunerError, match=r"out_proj is of a mamba model, .* dense with --ignore re:out_proj, or"):
-        plan_model(tmp_path / "dense", recipe, tmp_path / "run")
-    plan_model(tmp_path / "dense", recipe.model_copy(update={"ignore": ["re:out_proj"]}), tmp_path / "run")
+        plan_pruning(tmp_path / "dense", recipe, tmp_path / "run")
+    plan_pruning(tmp_path / "dense", recipe.model_copy(update={"ignore": ["re:out_proj"]}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

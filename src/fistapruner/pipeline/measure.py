@@ -16,7 +16,6 @@ from ..measure.data import evaluation_documents, load_windows
 from ..measure.evaluate import evaluate as run_evaluation
 from ..measure.generations import generate_side_by_side
 from ..models.source import Permissions
-from ..planning.phases import with_phases
 from ..reporting.model_card import model_card
 from ..reporting.quality import gain_text
 from ..reporting.write import write_page
@@ -100,7 +99,6 @@ def measure(
             measurement.evaluate(request)
         with measurement.timed("samples"):
             measurement.generate()
-        report.plan = with_phases(report.plan, report.totals.time_split)
     publish(run, report, listener)
     return report
 

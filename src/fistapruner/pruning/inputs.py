@@ -90,7 +90,6 @@ class Inputs:
         tokenizer: of the model.
         seqlen: tokens in a calibration window.
         warnings: for the report.
-        evaluated: tokens of the text to evaluate on.
     """
 
     source: ModelSource
@@ -102,7 +101,6 @@ class Inputs:
     tokenizer: Any
     seqlen: int
     warnings: tuple[str, ...] = ()
-    evaluated: int = 0
 
 
 def check_tokens(tokens: Any) -> None:
@@ -170,7 +168,7 @@ def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtyp
     sparsity = choose_patterns(recipe, smaller, model.config.model_type)
     warnings: tuple[str, ...] = ()
     if widths is not None:
-        warnings = (*_lost_zeros(model, recipe), *_unaligned(model, widths))
+        warnings = (*lost_zeros(model, recipe), *unaligned(model, widths))
         for sentence in (say_widths(model, widths), *warnings):
             listener.say(sentence)
     elif not any(pattern.fraction for pattern in recipe.patterns):
@@ -181,15 +179,13 @@ def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtyp
             f"tokens has the shape {tuple(request.drawn[0].shape)}, and the recipe's (samples, seqlen) are "
             f"{(recipe.calibration.samples, seqlen)}"
         )
-    evaluated = 0
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
-        evaluated = text.tokens.numel()
         if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
             warnings = (*warnings, shared)
-    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings, evaluated)
+    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
 
 
 def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
@@ -302,7 +298,7 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     )
 
 
-def _lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
+def lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
     """Warn that removing channels of a pruned model does not keep its zeros; empty where it gets new ones."""
     folder = model.checkpoint.folder
     try:
@@ -318,7 +314,7 @@ def _lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def _unaligned(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+def unaligned(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
     """Warn of widths of experts that grouped products, the default of transformers, refuse; empty without."""
     size = model.checkpoint.dtype.itemsize
     found = {unit.after for units in widths.units for unit in units if unit.kind == EXPERT}

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
-from ..execution.context import RunContext
+from ..execution.context import RunContext, open_model
 from ..execution.executors import prune_layers
 from ..measure.data import check_data
+from ..models.discovery import discover
+from ..models.files.low_rank import refuse_low_rank
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..pipeline.measure import measure
 from ..pipeline.result import refuse_foreign_files, reporting_failure
+from ..planning import Plan, make_plan
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
     absolute,
@@ -32,6 +35,7 @@ from ..runs.continuation import (
     refuse_overlap,
 )
 from ..runs.decision import PruneRecord
+from ..runs.directory import refuse_out
 from ..runs.identity import text_sha256
 from ..runs.listener import Listener
 from ..runs.lock import hold
@@ -46,7 +50,16 @@ from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..settings.loading import merge_settings
 from ..settings.settings import Recipe
-from .inputs import Request, check_sources, check_tokens
+from .inputs import (
+    Request,
+    change_widths,
+    check_sources,
+    check_tokens,
+    choose_patterns,
+    lost_zeros,
+    say_widths,
+    unaligned,
+)
 from .settle import settle
 from .write import write
 
@@ -159,6 +172,39 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
         source=permissions.at(decision.folder) if decision.folder.is_dir() else None,
         **permissions.keywords(),
     )
+
+
+@undisturbed()
+def plan_pruning(
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path = ".",
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Bound what a run will need, and time one decoder layer, without starting the run.
+
+    Args:
+        model, allow_pickle, trust_remote_code: as for :func:`prune`.
+        recipe: all settings.
+        out: the run directory to be.
+
+    Raises:
+        FistaPrunerError: bad input, or a run that would not fit.
+    """
+    refuse_out(folder := out_path(out))
+    check_sources(recipe)
+    source = Permissions(allow_pickle, trust_remote_code).find(model)
+    refuse_low_rank(source.folder, "prune")
+    recipe = recipe.resolved(family=source.family)
+    opened = open_model(source, recipe)
+    layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
+    sparsity = choose_patterns(recipe, layout, opened.config.model_type)
+    notes: tuple[str, ...] = ()
+    if widths is not None:
+        notes = (say_widths(opened, widths), *lost_zeros(opened, recipe), *unaligned(opened, widths))
+    return make_plan(opened, layout, recipe, sparsity, folder, widths, timed=True, notes=notes)
 
 
 def _resolved(request: Request, settled: PruneRecord | None) -> Request:

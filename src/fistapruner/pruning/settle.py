@@ -19,7 +19,7 @@ from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
-from ..pipeline.plan import plan_run
+from ..planning import make_plan
 from ..runs.continuation import absolute
 from ..runs.decision import Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -62,12 +62,11 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
     drawing = drawing_of(recipe, inputs.model, inputs.seqlen)
     drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
-    if settled is not None and before is not None:
-        numerics, on_disk, on_device, rows = settled.numerics, settled.on_disk, settled.on_device, before.plan
+    if settled is not None:
+        numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
     else:
         listener.tick("planning", 0, 1)
-        after = (2 * inputs.evaluated, 0)
-        found = plan_run(
+        found = make_plan(
             inputs.model,
             inputs.smaller,
             recipe,
@@ -75,11 +74,10 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
             run.folder,
             inputs.widths,
             drawn=drawn is not None,
-            after=after,
         )
         for sentence in found.says:
             listener.say(sentence)
-        choice, rows = found.choice, list(found.rows)
+        choice = found.choice
         on_disk, on_device = choice.on_disk, choice.on_device
         numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
     with cpu_threads(numerics.threads):
@@ -104,7 +102,6 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         **common_fields(request, inputs, recipe, numerics.threads),
         fingerprint=identity,
         calibration=CalibrationFacts.model_validate({**how, **sizes}),
-        plan=rows,
         permuted=dict(measured.permuted) if measured else {},
         workload=measured.workload if measured else None,
         decision=PruneDecision(

@@ -169,20 +169,6 @@ AFTER = ("evaluation", "samples")
 """Phases of ``time_split`` that come after ``seconds``."""
 
 
-class PlanRow(Record):
-    """One quantity that was predicted before the run and measured after it.
-
-    Args:
-        quantity: in words (``peak memory``, ``time``, ``disk``); ``unit``: ``bytes``, ``seconds`` or ``""``. The plan's
-            disk is the peak, with files of hidden states; the measured one is what is there at the end.
-    """
-
-    quantity: str
-    unit: str = ""
-    planned: float | None = None
-    actual: float | None = None
-
-
 class Generation(Record):
     """The same prompt continued greedily by the dense, the pruned and the recovered model."""
 
@@ -254,7 +240,6 @@ class Report(Record):
         evaluations: what ``fistapruner.evaluate`` measured, one for each data set.
         speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``,
             ``sentence``, ``machine``, ``measured`` (ISO time).
-        plan: predictions beside measurements.
         permuted: operators whose input channels were reordered or rotated for an n:m pattern, with the shares of their
             weights' importance that the pattern keeps before and after.
         workload: how sparsities were allocated for a workload; None where they were not.
@@ -281,7 +266,6 @@ class Report(Record):
     evaluations: list[Evaluation] = []
     speed: dict[str, Any] | None = None
     generations: list[Generation] = []
-    plan: list[PlanRow] = []
     permuted: dict[str, tuple[Number, Number]] = {}
     workload: WorkloadFacts | None = None
     lineage: Lineage | None = None

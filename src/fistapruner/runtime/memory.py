@@ -7,12 +7,16 @@ import gc
 import re
 import resource
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CONTROL_GROUPS = (
     ("memory.max", "memory.current", "(?:in)?active_file"),
@@ -24,6 +28,9 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 MOUNTED_GROUPS = Path("/sys/fs/cgroup")
 """Where Linux mounts control groups."""
+
+WORKSPACES = {"_linalg_eigh": 2, "cholesky_inverse": 1}
+"""Workspace of operations, in matrices of the operand's size, that PyTorch does not see."""
 
 
 def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
@@ -144,3 +151,64 @@ def control_groups(controller: str, own: Path, mounted: Path) -> Iterator[tuple[
             yield folder, 1 if controllers else 2
             if folder == top:
                 break
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Measure the peak bytes of the tensors that ``work`` allocates."""
+    with _LiveBytes() as counter:
+        work()
+    return int(counter.peak)
+
+
+def kept_bytes(work: Callable[[], object]) -> int:
+    """Measure the bytes of tensors that live while the result of ``work`` is held, with its graph."""
+    with _LiveBytes() as counter:
+        result = work()
+        kept = counter.live
+        del result
+    return int(kept)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Count the bytes of live storages that operations inside the block allocate.
+
+    Tensors on the meta device have none: those that a freed decoder layer leaves behind are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        extra = sum(size * args[0].nbytes for key, size in WORKSPACES.items() if key in name)
+        known = {id(tensor.untyped_storage()) for tensor in _tensors((*args, *(kwargs or {}).values()))}
+        for tensor in _tensors((out,)):
+            if not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._known and id(storage) not in known:
+                    self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage), storage.nbytes()))
+                    self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live + extra)
+        return out
+
+    def _gone(self, key: int, size: int) -> Callable[[Any], None]:
+        """Make the callback that subtracts a freed storage."""
+
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        return forget
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results of an operation, also those in lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

@@ -1,0 +1,503 @@
+"""Bound what a pruning run needs before it begins: memory, disk, and the time of one layer.
+
+The bound on memory adds the largest decoder layer, the hidden states between layers, the Gram matrices and what the
+method needs beside them, and a batch of measured forward passes, with a margin. Shapes come from the checkpoint's
+headers; a forward pass of one window and a small solve of every shape are measured. Where memory does not hold all of
+it, hidden states go to files, then fewer windows pass at once; a run that cannot fit is refused before it works.
+
+The time is that of one decoder layer, pruned on one batch of windows, for all layers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .allocate.fisher import HEAD_TOKENS, WIDE
+from .allocate.measure import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
+from .core import Constraint, LayerProblem
+from .errors import FistaPrunerError
+from .execution.executors import default_threads, local_workers
+from .models.coupling import named_size
+from .models.layerwise import Call, LayerwiseModel
+from .models.layout import Layout, Operator
+from .models.whole import require_whole, whole_bytes
+from .papers.bypass import LENGTH, SEQUENCES
+from .passes.store import scratch_factory
+from .passes.stream import embed
+from .pruning.context import LayerContext, LayerStreams, fitted_groups, solved_groups
+from .pruning.drift import dense_windows, drift_sources, kept_width
+from .pruning.layer import prune_layer
+from .runtime.devices import cpu_threads, worker_devices
+from .runtime.files import existing_folder
+from .runtime.formatting import align_columns, counted, duration, size
+from .runtime.memory import free_device_memory, free_memory, peak_bytes, release_device_memory, resident_memory
+from .runtime.numerics import ordered_attention, windows_at_once
+from .settings.settings import Recipe
+from .solvers.base import Method
+from .solvers.low_rank import solve_low_rank
+from .structure.smaller import Widths
+from .structure.units import HEADS
+from .text import SELF, calibration_length
+from .text.generate import generation_bytes
+from .training.reconstruct import passes
+
+RESERVE = 0.9
+"""Share of the free memory that a run without --memory-limit may use."""
+
+DEVICE_RESERVE = 2**29
+"""Bytes of a GPU's free memory that each process leaves to CUDA's context, workspaces and fragments."""
+
+RETAINED = 96 * 2**20
+"""Freed memory that the C library keeps: twice its largest block threshold (32 MiB), and fragments."""
+
+MARGIN = 1 / 12
+"""Share added to the counted bytes, for small temporaries and fragments."""
+
+REMOVAL = 11
+"""Choosing the channels of an (m, n) operator takes at most so many fp32 matrices (n, n + m) (measured)."""
+
+RECONSTRUCTION = 5 * 4 + 1
+"""Bytes of a reconstructed number: fp32 value, gradient, two moments of Adam and best value; its mask."""
+
+PROBE = 256
+"""Inputs of the small solve: enough that terms linear in the size are small against n^2."""
+
+TIMED_STEPS = 4
+"""Steps of block reconstruction that are timed."""
+
+GENERATING, MEASURING = "generating text with the whole model", "measuring the dense model"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that a plan may change to make a run fit.
+
+    Args:
+        batch_size: windows in one forward pass.
+        on_disk: hidden states in files instead of memory; ``on_device``: in the GPU's memory.
+    """
+
+    batch_size: int
+    on_disk: bool = False
+    on_device: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need at most.
+
+    Args:
+        choice: settings that fit.
+        memory: peak bytes of main memory of one process, by stage; ``device_memory``: of a GPU, empty on a CPU.
+        disk: peak bytes of the run directory.
+        workers: processes on this machine.
+        notes: sentences on the model, and on settings that were changed to fit.
+        seconds: to prune all layers with one process; None where it was not timed.
+    """
+
+    choice: Choice
+    memory: Mapping[str, int]
+    device_memory: Mapping[str, int]
+    disk: int
+    workers: int = 1
+    notes: tuple[str, ...] = ()
+    seconds: float | None = None
+
+    @property
+    def says(self) -> list[str]:
+        """Say the plan in sentences."""
+        kinds = {"GPU memory": self.device_memory, "main memory" if self.device_memory else "memory": self.memory}
+        peaks = [f"{size(max(found.values()))} of {kind} ({_worst(found)})" for kind, found in kinds.items() if found]
+        each = " in each worker" if self.workers > 1 else ""
+        said = [*self.notes, f"plan: at most {' and '.join(peaks)}{each}, {size(self.disk)} of disk"]
+        if self.device_memory:
+            place = "files" if self.choice.on_disk else "the GPU's memory" if self.choice.on_device else "main memory"
+            said.append(f"hidden states between decoder layers: in {place}")
+        if self.seconds is not None:
+            said.append(
+                f"about {duration(self.seconds / self.workers)} of pruning; what is done before and after, such as "
+                "measuring the dense model and evaluating, comes on top"
+            )
+        return said
+
+    def __str__(self) -> str:
+        stages = [*self.device_memory.items(), *self.memory.items()]
+        rows = [("", size(nbytes), name) for name, nbytes in sorted(stages, key=lambda stage: -stage[1])]
+        return "\n".join([*self.says, align_columns(rows, right=(1,))])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {**asdict(self), "says": self.says}
+
+
+def make_plan(
+    model: LayerwiseModel,
+    layout: Layout,
+    recipe: Recipe,
+    sparsity: Mapping[str, Constraint],
+    out: Path,
+    widths: Widths | None = None,
+    *,
+    drawn: bool = False,
+    timed: bool = False,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        model: the model.
+        layout: operators to prune, in the shapes that they are to have.
+        recipe: settings; ``execution.memory_limit`` is for all workers together, in main memory. Of a GPU, all free
+            memory may be used.
+        sparsity: pattern of every operator, by full name.
+        out: the run directory; its disk must have the free space.
+        widths: whose channels and experts are removed; None where none are.
+        drawn: the calibration windows are there already, so that the model generates none.
+        timed: prune one layer on one batch of random tokens, for the time.
+        notes: sentences for the plan.
+
+    Raises:
+        FistaPrunerError: no choice fits the memory, or the disk is too small; names what does not fit and the bytes.
+    """
+    execution, device = recipe.execution, model.device
+    workers = 1 if recipe.propagate == "pruned" else min(local_workers(execution), len(model))
+    seconds = None
+    try:
+        with cpu_threads(default_threads(execution)):
+            bound = Bound(model, layout, recipe, sparsity, widths)
+            choice, changed = fit(bound, workers)
+            # The machines of a Ray cluster have their own memory; its workers' files are here.
+            writing = max(workers, min(execution.workers or 1, len(model))) if bound.in_files else 1
+            disk, place = bound.disk(choice, writing), existing_folder(out)
+            if (free := shutil.disk_usage(place).free) < disk:
+                raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
+            if timed:
+                seconds = bound.seconds(choice)
+    except torch.OutOfMemoryError:
+        raise FistaPrunerError(
+            f"the {size(free_device_memory(device))} that are free on {device} are not enough for one window through "
+            "one decoder layer: free some of it, shorten --seqlen, or choose --device cpu"
+        ) from None
+    memory, on_gpu = (bound.host(choice), bound.stages(choice)) if bound.cuda else (bound.stages(choice), {})
+    if SELF in recipe.calibration.sources.values() and not drawn:  # in this process alone
+        whole = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, bound.samples, bound.seqlen)
+        require_whole(whole, device, execution.memory_limit, "--calibration")
+        (on_gpu or memory)[GENERATING] = whole if on_gpu else bound.base + whole
+    return Plan(choice, memory, on_gpu, disk, workers, (*notes, *changed), seconds)
+
+
+def _worst(stages: Mapping[str, int]) -> str:
+    """Return the stage that needs most."""
+    return max(stages, key=stages.__getitem__)
+
+
+class Group(NamedTuple):
+    """Bytes of a group of operators: of its sums (Gram, weight, drift), and of solving it with them."""
+
+    name: str
+    sums: int
+    solving: int
+    routed: bool
+
+
+class Bound:
+    """Bound the bytes of a run where its layers are computed, in main memory beside a GPU, and on disk.
+
+    The largest layer, the largest pass and the largest group count together, wherever each of them is in the model.
+    Arguments as for :func:`make_plan`.
+    """
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        layout: Layout,
+        recipe: Recipe,
+        sparsity: Mapping[str, Constraint],
+        widths: Widths | None = None,
+    ) -> None:
+        self.model, self.layout, self.recipe, self.sparsity, self.widths = model, layout, recipe, sparsity, widths
+        self.samples, self.seqlen = recipe.calibration.samples, calibration_length(recipe.calibration, model)
+        self.cuda, checkpoint, layers = model.device.type == "cuda", model.checkpoint, range(len(model))
+        # The workers of an executor hand hidden states to each other in files, be it to one worker.
+        self.in_files = recipe.execution.executor != "serial" and recipe.propagate == "dense"
+        self.base = resident_memory() + RETAINED + 8 * self.samples * self.seqlen
+        sources = [model.layer_sources(index) for index in layers]
+        self.layer = max(map(model.pass_bytes, sources))
+        self.ends = model.pass_bytes(set(checkpoint.names()).difference(*sources))
+        self.largest = max(entry.nbytes for entry in checkpoint.stored)
+        itemsize, stored = model.dtype.itemsize, checkpoint.dtype.itemsize
+        self.window = self.seqlen * model.width * itemsize
+        weights = [layout.weights(index) for index in layers]  # what a layer's file has, at most
+        if widths is not None:
+            weights = [model.pass_bytes(names) // itemsize for names in sources]
+        low_rank = recipe.low_rank * sum(operator.rows + operator.columns for _, operator in layout.operators())
+        self.done = stored * (max(weights) + low_rank)
+        self.saved = checkpoint.nbytes + checkpoint.companion_bytes + stored * (sum(weights) + 2 * low_rank)
+        self.metric = 4 * model.width ** (2 if model.width <= WIDE else 1) if recipe.reconstruct else 0
+        # Stores of hidden states of all windows inside a layer, of the dense pass's windows, and of both together.
+        self.inside = 1 + bool(recipe.reconstruct and recipe.dense_share < 1)
+        self.dense = 2 * (recipe.propagate == "pruned" and recipe.dense_share > 0) + recipe.corrects_drift
+        self.kept = self.entering = self.inputs = self.together = self.sums = self.forward = self.backward = 0
+        self.groups, self.widest = list[Group](), (0, 0)
+        for index in layers:
+            self._count_layer(index)
+        tokens = torch.randint(model.vocabulary, (1, self.seqlen), generator=torch.Generator().manual_seed(0))
+        with model.embeddings_and_head(head=False):
+            hidden, calls = model.embed(tokens)
+        for index in {self._heaviest(), self.widest[1]}:
+            self._measure_pass(index, hidden, calls[index])
+
+    def _count_layer(self, index: int) -> None:
+        """Count what the groups of a layer need, and the values of a window that are stored inside of it."""
+        recipe, layout, groups = self.recipe, self.layout, self.layout.layers[index]
+        units = () if self.widths is None else self.widths.channels(index)
+        solved = solved_groups(layout, index, self.sparsity, cut=self.widths is not None)
+        told = drift_sources(recipe, layout, index, units, same=recipe.propagate == "dense", solved=solved)
+        cut = [groups[number] for number in fitted_groups(layout, index, units, recipe)]
+        found = [self._cut(group) for group in (*cut, *((unit.consumer,) for unit in units))]
+        found += [self._solve(index, groups[number], told.get(number)) for number in solved]
+        self.groups += found
+        self.sums = max(self.sums, sum(group.sums for group in found))
+        if not recipe.error_correction:  # one pass gathers the sums of all groups
+            self.together = max(self.together, sum(group.sums for group in found if not group.routed))
+        values = self.seqlen * self.model.dtype.itemsize
+        operators = [*layout.in_layer(index), *(unit.consumer for unit in units)]
+        inputs = max((operator.columns for operator in operators), default=0)
+        mixtures = {operator.experts: operator.columns for operator in operators if operator.experts}
+        self.widest = max(self.widest, (inputs, index))
+        self.kept = max(self.kept, values * sum(kept_width(groups[number], told[number]) for number in told))
+        self.entering = max(self.entering, values * (inputs + sum(mixtures.values())))
+        drift = 2 * 4 * self.seqlen * self.model.width * recipe.corrects_drift
+        self.inputs = max(self.inputs, 4 * self.seqlen * inputs * (3 if told else 1) + drift)
+
+    def _cut(self, group: Sequence[Operator]) -> Group:
+        """Count what choosing channels of operators on one input takes, with sums of both halves of the windows."""
+        n, rows, name = group[0].columns, sum(operator.rows for operator in group), group[0].name.rpartition(".")[2]
+        return Group(name, 4 * n * (2 * n + rows), REMOVAL * 4 * n * (n + rows), bool(group[0].experts))
+
+    def _solve(self, index: int, group: Sequence[Operator], drift_from: str | None) -> Group:
+        """Count what solving a group takes; small solves are measured."""
+        n, rows, recipe = group[0].columns, sum(operator.rows for operator in group), self.recipe
+        gram, weight, drifts = 4 * n * n, 4 * rows * n, drift_from is not None
+        sums = gram + weight + {None: 0, "inputs": 2 * gram, "outputs": weight + gram}[drift_from]
+        solving = weight * (1 + drifts) * (1 + weighs_rows(recipe))
+        solving += max(
+            solve_bytes(operator.rows, n, pattern, tuple(recipe.steps), self.model.device.type, drifts, recipe.low_rank)
+            for operator in group
+            for pattern in [self.sparsity[self.layout.full_name(index, operator)]]
+        )
+        name = "+".join(operator.name.rpartition(".")[2] for operator in group)
+        return Group(name, sums, max(solving, sums + weight), bool(group[0].experts))
+
+    def _measure_pass(self, index: int, hidden: Tensor, call: Call) -> None:
+        """Measure one window through a layer: forwards, and back where the recipe asks for it."""
+
+        def there_and_back() -> None:
+            with torch.enable_grad(), ordered_attention(self.model.device):
+                entering = hidden.detach().requires_grad_()
+                torch.autograd.grad(self.model.run(index, entering, call).float().sum(), entering)
+
+        with self.model.layer(index), torch.no_grad():
+            self.forward = max(self.forward, peak_bytes(lambda: self.model.run(index, hidden, call)))
+            if differentiates(self.recipe):
+                self.backward = max(self.backward, peak_bytes(there_and_back))
+
+    def stages(self, choice: Choice) -> dict[str, int]:
+        """Bound the peak bytes of every stage of a run: of main memory on a CPU, or of the GPU."""
+        recipe, batch = self.recipe, min(choice.batch_size, self.samples)
+        base, largest, done = (0, 0, 0) if self.cuda else (self.base, self.largest, self.done)
+        states = self._states(choice, 1) if choice.on_device or not (self.cuda or choice.on_disk) else 0
+        passing = batch * (self.forward + 2 * self.window + self.inputs)
+        if self.cuda and not choice.on_device:
+            passing += batch * self._copied()
+        loaded, logits = self.layer + done + states + self.together, 4 * 4 * min(self.seqlen, HEAD_TOKENS)
+        first = batch * 2 * self.window + (self.samples * self.window if states else 0)
+        ends = max(self.ends, largest) + largest + max(first, logits * self.model.vocabulary)
+        found = {"embeddings and head": ends, "passing a layer": loaded + passing}
+        for name, sums, solving, _ in self.groups:
+            found[f"pruning {name}"] = max(found.get(f"pruning {name}", 0), loaded + max(sums + passing, solving))
+        if recipe.reconstruct:
+            trained = RECONSTRUCTION * self.layout.weights(self._heaviest()) + self.layer + 3 * self.metric
+            found["block reconstruction"] = loaded + trained + self.backward + 4 * self.window
+        if self.widths is not None:  # the smaller layer is proven beside the dense one; bypass learns on longer batches
+            windows = max(batch, -(-SEQUENCES * LENGTH // self.seqlen) * (recipe.structure.method == "bypass"))
+            found["removing structure"] = 4 * self.layer + windows * passing // batch
+            if recipe.structure.method == "goa":  # attention probabilities, three temporaries, two problems
+                heads = named_size(self.model.config.get_text_config(), HEADS) or 1
+                comparing = passing + 4 * 4 * self.seqlen**2 * heads + 2 * self.sums
+                found["removing structure"] = max(found["removing structure"], loaded + comparing, loaded + ends)
+        if needs_measuring(recipe):
+            passed = self.layer + min(batch, 4) * max(self.backward, self.forward + self.inputs)
+            passed += self.sums + 3 * max((group.sums for group in self.groups), default=0) * permutes(recipe)
+            found[MEASURING] = (0 if self.cuda else self._measured(choice)) + max(passed, ends)
+        return {name: base + round((1 + MARGIN) * nbytes) for name, nbytes in found.items()}
+
+    def host(self, choice: Choice) -> dict[str, int]:
+        """Bound the peak bytes of main memory of every stage of a run on GPUs."""
+        states = 0 if choice.on_device or choice.on_disk else self._states(choice, 1)
+        moving = min(choice.batch_size, self.samples) * (2 * self.window + self.inputs + 2 * self._copied())
+        done = self.done * (2 if self.recipe.reconstruct else 1) + self.metric
+        pruning = max(min(2 * self.largest, self.layer), done + moving)
+        found = {"the embeddings (main memory)": 2 * self.largest, "pruning a layer (main memory)": states + pruning}
+        if needs_measuring(self.recipe):
+            read = max(moving, 2 * self.largest)
+            found[f"{MEASURING} (main memory)"] = self._measured(choice) + read
+        return {name: self.base + round((1 + MARGIN) * nbytes) for name, nbytes in found.items()}
+
+    def disk(self, choice: Choice, workers: int) -> int:
+        """Bound the peak bytes of the run directory, where so many workers write hidden states."""
+        files = max(self._states(choice, workers), self._measured_states()) if choice.on_disk else 0
+        return self.saved + self.metric * len(self.model) + files
+
+    def _states(self, choice: Choice, workers: int) -> int:
+        """Count the bytes of the hidden states that so many layers at a time read and write."""
+        batch = min(choice.batch_size, self.samples)
+        beside = dense_windows(self.recipe, self.layout, self.samples, self.seqlen, batch)
+        whole = (1 + workers + self.inside * workers) * self.window + self.entering * workers
+        return whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
+
+    def _copied(self) -> int:
+        """Count the bytes of a window on the way between main memory and a GPU: read ahead, and written last."""
+        return 3 * (2 + bool(self.dense)) * self.window + 2 * self.kept + self.entering
+
+    def _measured_states(self) -> int:
+        """Count the hidden states while the dense model is measured: those of all layers for the way back."""
+        stores = (len(self.model) + 1 if self.backward else 1) if needs_measuring(self.recipe) else 0
+        return stores * windows_measured(self.samples) * self.window
+
+    def _measured(self, choice: Choice) -> int:
+        """Count what measuring the dense model keeps in main memory: hidden states, and metrics of all layers."""
+        metrics = self.metric * len(self.model) * (1 if self.recipe.workload is None else 2)
+        states = 0 if choice.on_disk else self._measured_states()
+        return windows_measured(self.samples) * self.window + states + metrics
+
+    def _heaviest(self) -> int:
+        """Return the layer with the most weights."""
+        return max(range(len(self.model)), key=self.layout.weights)
+
+    def seconds(self, choice: Choice) -> float:
+        """Estimate the seconds to prune all layers: the heaviest is pruned on one batch of random tokens.
+
+        Its passes are scaled to all windows, a few steps of block reconstruction to all, and both to all layers.
+        """
+        model, recipe, steps = self.model, self.recipe, min(self.recipe.reconstruct, TIMED_STEPS)
+        shape = min(choice.batch_size, self.samples), self.seqlen
+        tokens = torch.randint(model.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        store = scratch_factory(None, model.dtype, model.device if choice.on_device else torch.device("cpu"))
+        names = ("dense", "pruned", "dense-out", "pruned-out")
+        dense, pruned, dense_out, pruned_out = (store(name, (*shape, model.width)) for name in names)
+        calls = embed(model, tokens, len(tokens), dense)
+        pruned.write(0, dense.read(0, len(tokens)))
+        streams = LayerStreams(dense, None, dense_out, None)
+        if recipe.propagate == "pruned":
+            streams = LayerStreams(dense, pruned, dense_out, pruned_out)
+            streams = streams if recipe.dense_share else LayerStreams(None, pruned, None, pruned_out)
+        timed = recipe.model_copy(update={"reconstruct": steps})
+        context = LayerContext(model, self.layout, timed, self.sparsity, calls, store, widths=self.widths)
+        seconds = dict(prune_layer(context, self._heaviest(), streams).entry.seconds)
+        passing = sum(seconds.pop(phase, 0.0) for phase in ("capture", "gram")) * self.samples / len(tokens)
+        if steps:
+            seconds["reconstruct"] *= passes(recipe.reconstruct, self.samples) / passes(steps, len(tokens))
+        weights = [self.layout.weights(index) for index in range(len(model))]
+        return passing * len(model) + sum(seconds.values()) * sum(weights) / max(weights)
+
+
+def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
+    """Choose settings of a run that fit into this machine's memory.
+
+    Hidden states stay on a GPU where that costs nothing else; then main memory holds them; then files; then fewer
+    windows pass at once, down to one. Returns the choice, and a sentence on what it changes.
+
+    Args:
+        bound: what the run needs.
+        workers: processes that each need it.
+
+    Raises:
+        FistaPrunerError: no choice fits; names the stage and the bytes.
+    """
+    execution, device = bound.recipe.execution, bound.model.device
+    batch_size = execution.batch_size or windows_at_once(bound.seqlen, device)
+    sizes = [batch_size]
+    while sizes[-1] > 1 and not execution.batch_size:
+        sizes.append(sizes[-1] // 2)
+    places = (True,) if bound.in_files else (False, True)
+    asked = Choice(batch_size, on_disk=bound.in_files)
+    if bound.cuda:  # files save main memory, small batches the GPU's
+        resident = [] if bound.in_files else [Choice(batch_size, on_device=True)]
+        choices = resident + [Choice(count, on_disk=place) for count in sizes for place in places]
+    else:
+        choices = [asked, *(Choice(count, on_disk=True) for count in sizes)]
+    nbytes = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
+    given = f"--memory-limit {size(nbytes)}" if execution.memory_limit else f"the {size(nbytes)} that are free"
+    # Of each memory its name, bytes, processes, what the process that starts them has, and the stages of one.
+    parent = bound.base if bound.in_files else 0
+    limits = [(given, nbytes, workers, parent, bound.host if bound.cuda else bound.stages)]
+    if bound.cuda:
+        release_device_memory()
+        devices = worker_devices(execution.device, workers, execution.threads) if workers > 1 else [device]
+        sharing = max(map(devices.count, devices))
+        free = max(0, free_device_memory(device) - DEVICE_RESERVE * sharing)
+        limits.append((f"the {size(free)} that are free on {device}", free, sharing, 0, bound.stages))
+
+    def short(choice: Choice) -> list[tuple[str, int, dict[str, int]]]:
+        """Return the memory that is not enough, its processes, and their stages."""
+        needs = [(name, limit - parent, sharing, stages(choice)) for name, limit, sharing, parent, stages in limits]
+        return [(name, sharing, found) for name, left, sharing, found in needs if sharing * max(found.values()) > left]
+
+    chosen = next((choice for choice in choices if not short(choice)), None)
+    if chosen is None:
+        given, sharing, stages = short(choices[-1])[0]
+        needs = f"{_worst(stages)} needs {size(max(stages.values()))}"
+        each = f" in each of {sharing} workers (fewer: --workers)" if sharing > 1 else ""
+        raise FistaPrunerError(
+            f"{given} is not enough: {needs}{each}, even with hidden states on disk and "
+            f"{counted(choices[-1].batch_size, 'window')} at a time; give more, lower --batch-size, shorten --seqlen, "
+            "or choose a lighter --method"
+        )
+    changed = ["hidden states go to disk"] if chosen.on_disk and not asked.on_disk else []
+    changed += [f"{chosen.batch_size} windows at a time instead of {batch_size}"] * (chosen.batch_size != batch_size)
+    names = " and ".join(name for name, *_ in short(asked))
+    return chosen, (f"to fit {names}: {', '.join(changed)}",) if changed else ()
+
+
+@lru_cache(maxsize=1024)
+def solve_bytes(
+    rows: int,
+    inputs: int,
+    pattern: Constraint,
+    steps: tuple[Method, ...],
+    device: str = "cpu",
+    drift: bool = False,
+    rank: int = 0,
+) -> int:
+    """Estimate the peak bytes of solving an operator: weight, Gram, drift and all of the method chain.
+
+    All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the
+    same proportions is solved, once in a process for its arguments, and its peak scaled.
+
+    Args:
+        rows: outputs of the operator; ``inputs``: n.
+        pattern: its sparsity; ``steps``: the method chain.
+        device: of the solve; on a GPU some steps are computed differently.
+        drift: the problem has drift.
+        rank: of the low-rank part beside the zeros; 0 is none.
+    """
+    small = min(inputs, PROBE)
+    scale = inputs / small
+    few, ranks = max(1, round(rows / scale)), max(1, round(rank / scale)) if rank else 0
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(2 * small, small, generator=generator)
+    weight = torch.randn(few, small, generator=generator)
+    drifts = (torch.randn(few, small, generator=generator), torch.ones(few)) if drift else (None, None)
+    problem = LayerProblem(weight, activations.T @ activations / len(activations), *drifts).to(torch.device(device))
+    held = 4 * (small * small + few * small * (1 + drift))
+    peak = peak_bytes(lambda: solve_low_rank(problem, pattern, steps, min(ranks, small, few)))
+    return int((held + peak) * scale**2)

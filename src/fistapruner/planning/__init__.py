@@ -1,1 +1,0 @@
-"""Predict memory, disk and time of a run before it begins."""
