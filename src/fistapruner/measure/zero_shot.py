@@ -190,7 +190,8 @@ def _failures_explained(what: str) -> Iterator[None]:
 def _scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str], dict[int, float]]:
     """Read the score of every item by (task, metric).
 
-    It is 1 (right), 0 (wrong), or what a task gives between them. A metric of answers that were filtered has the filter's name after a comma, as in ``lm-eval``.
+    It is 1 (right), 0 (wrong), or what a task gives between them. A metric of answers that were filtered has the
+    filter's name after a comma, as in ``lm-eval``.
     """
     scores: dict[tuple[str, str], dict[int, float]] = {}
     for task, answers in samples.items():
