@@ -25,7 +25,7 @@ from typing import Any
 import real_problems
 
 from fistapruner.cli.progress import choose_listener
-from fistapruner.pipeline.compare import compare
+from fistapruner.comparison import compare
 from fistapruner.runs.comparison_records import Comparison
 
 ALPS = "alps"

@@ -29,6 +29,7 @@ LAYERS = (
     "measure",
     "reporting",
     "pipeline",
+    "comparison",
     "cli",
 )
 """Rooms from low to high. A room may import itself and the rooms before it."""
@@ -39,7 +40,7 @@ PLUGGED |= dict.fromkeys(("bypass", "goa"), "structure")
 """The room into which each file of ``papers/`` plugs: it stands in that room's layer."""
 
 
-VERBS = ("adapters", "context", "finish", "inputs", "plan", "prepare", "run")
+VERBS = ("adapters", "alignment", "opened", "plan", "recovery", "result", "run", "settle")
 """Modules of ``training/`` that are pages of the verbs recover and align: they stand in the layer of ``pipeline/``."""
 
 

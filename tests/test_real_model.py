@@ -104,8 +104,8 @@ def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.Captur
     assert main(arguments) == 0
     printed = capsys.readouterr()
     for words in (
-        "perplexity, dense",
-        "perplexity, pruned",
+        "perplexity, python",
+        "(dense ",
         "50.0000 %",
         "peak memory",
         str(tmp_path / "run" / "model"),

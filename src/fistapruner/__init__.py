@@ -14,6 +14,7 @@ from .errors import FistaPrunerError
 from .packed import register_on_import
 
 if TYPE_CHECKING:
+    from .comparison import compare
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
     from .measure.evaluate import evaluate
     from .packed.linear import SparseLinear
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from .packed.semi_structured import to_semi_structured
     from .pipeline.export import export
     from .pipeline.measure_run import bench_run, evaluate_run
-    from .pipeline.prune import prune
     from .pipeline.resume import resume
+    from .pruning.run import prune
     from .runs.listener import Listener
     from .runs.records import Report
     from .runs.results import Evaluation
@@ -54,6 +55,7 @@ __all__ = [
     "Unstructured",
     "align",
     "bench_run",
+    "compare",
     "evaluate",
     "evaluate_run",
     "export",
@@ -71,11 +73,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "comparison": ("compare",),
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
     "measure.evaluate": ("evaluate",),
     "pipeline.export": ("export",),
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
-    "pipeline.prune": ("prune",),
+    "pruning.run": ("prune",),
     "pipeline.resume": ("resume",),
     "settings.align_settings": ("AlignRecipe",),
     "settings.recover_settings": ("RecoverRecipe",),

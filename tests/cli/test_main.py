@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import json
 import os
 import re
@@ -15,14 +14,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from rich.console import Console
 
 import fistapruner
 import tiny
-from fistapruner.cli import VERBS, Styled, build_parser, main
+from fistapruner.cli import VERBS, build_parser, main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.plan import plan_model
-from fistapruner.runs.identity import text_sha256
 from fistapruner.runs.lock import hold
 from fistapruner.settings.base import MAX_SEED
 from fistapruner.settings.settings import Recipe
@@ -80,55 +77,6 @@ def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: 
     assert (done.returncode, getattr(done, other).splitlines()) == (status, said)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_what_the_terminal_has_no_character_for_is_escaped(encoding: str) -> None:
-    program = (
-        "import sys\nfrom fistapruner.cli import main, methods\n"
-        "methods.run = lambda _: print('3 \\u2192 2') or 0\nsys.exit(main(['methods']))"
-    )
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "3 \\u2192 2\n", "")
-
-
-def test_what_would_steer_the_terminal_is_escaped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A title, the clipboard and a line written over are in reach of control codes; colours of rich are kept."""
-
-    def run(_: object) -> int:
-        print("model \x1b]52;c;Y3VybA==\x07 and\rover\nnext → line")
-        print("\x9b2J\r50 %", file=sys.stderr)
-        Console(file=Styled(sys.stdout), force_terminal=True, color_system="standard").print("[red]x")  # type: ignore[arg-type]
-        return 0
-
-    monkeypatch.setattr("fistapruner.cli.methods.run", run)
-    assert main(["methods"]) == 0
-    said = capsys.readouterr()
-    assert said.out == "model \\x1b]52;c;Y3VybA==\\x07 and\\rover\nnext → line\n\x1b[31mx\x1b[0m\n"
-    assert said.err == "\\x9b2J\r50 %\n"  # progress bars of other libraries return
-
-
-def test_a_file_that_may_not_be_read_is_named_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(_: object) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied", tmp_path / "locked")
-
-    monkeypatch.setattr("fistapruner.cli.methods.run", run)
-    assert main(["methods"]) == 2
-    assert capsys.readouterr().err == f"fistapruner: {tmp_path / 'locked'}: Permission denied\n"
-
-
-def test_a_current_folder_that_was_removed_is_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tmp_path.rmdir()
-    assert main(["plan", "/nowhere", "--out", "run"]) == 2
-    assert capsys.readouterr().err == "fistapruner: the current folder was removed: change to one that exists\n"
-
-
 @pytest.mark.parametrize(
     "error",
     [MemoryError("no memory for the kernel's vectors"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
@@ -158,18 +106,6 @@ def test_a_stream_that_was_closed_before_does_not_stop_the_work(
     assert getattr(sys, stream) is None
 
 
-def test_a_calibration_text_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("once upon a time")
-
-    def refused(path: Path, *mode: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr("fistapruner.runtime.files.open", refused, raising=False)
-    with pytest.raises(FistaPrunerError, match=rf"cannot read {text}: Permission denied"):
-        text_sha256(Recipe.build({"calibration": {"source": str(text)}}))
-
-
 @pytest.mark.parametrize("elastic", [False, True])
 @pytest.mark.parametrize(("name", "status"), [("SIGHUP", 0), ("SIGTERM", 143)])
 def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
@@ -189,56 +125,6 @@ def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
         return
     assert (done.returncode, done.stdout) == (status, "" if status else "worked on\n")
     assert done.stderr == ("fistapruner: interrupted\n" if status else "")
-
-
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("place", ["del", "weak"])
-def test_an_interruption_where_python_drops_exceptions_comes_again(name: str, status: int, place: str) -> None:
-    program = (
-        "import signal, sys, time, weakref\nfrom fistapruner.cli import main, methods\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have background jobs ignore it
-        "def wait(*_):\n    print('there', flush=True); time.sleep(60)\n"
-        "class Thing: pass\n"
-        f"if {place == 'del'}: Thing.__del__ = wait\n"
-        "def run(_):\n    thing = Thing(); weak = weakref.ref(thing, None if hasattr(thing, '__del__') else wait)\n"
-        "    del thing\n    time.sleep(60); print('worked on'); return 0\n"
-        "methods.run = run\nsys.exit(main(['methods']))"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "there\n"
-        process.send_signal(getattr(signal, name))
-        assert process.communicate(timeout=50) == ("", "fistapruner: interrupted\n")
-    assert process.returncode == status
-
-
-@pytest.mark.parametrize("when", ["atexit.register(interrupt)", "launcher.leads = lambda: not interrupt()"])
-def test_a_second_interruption_while_python_ends_prints_nothing(when: str) -> None:
-    """Nor does one while the first is answered."""
-    program = (
-        "import atexit, os, signal, sys\nfrom fistapruner.cli import main, methods\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have background jobs ignore it
-        "from fistapruner.runtime import launcher\n"
-        f"interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n{when}\n"
-        "methods.run = interrupt\nsys.exit(main(['methods']))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "fistapruner: interrupted\n")
-
-
-def test_what_an_interruption_says_outlives_a_second_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(_: object) -> int:
-        try:
-            raise KeyboardInterrupt("interrupted; give the same command again")
-        finally:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("fistapruner.cli.methods.run", run)
-    assert main(["methods"]) == 130
-    assert capsys.readouterr().err == "fistapruner: interrupted; give the same command again\n"
 
 
 @pytest.mark.parametrize("rank", ["1", "gold"])
@@ -273,28 +159,6 @@ def test_a_rank_that_is_none_of_its_processes_is_refused_at_once(
     assert f"environment variables RANK and WORLD_SIZE are {own} and {size}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("cores", "said", "spins"),
-    [
-        (8, {}, "1000"),
-        (9, {}, "None"),  # not measured there
-        (2, {"OMP_WAIT_POLICY": "active"}, "None"),
-        (2, {"GOMP_SPINCOUNT": "5"}, "5"),
-    ],
-)
-def test_waiting_threads_leave_the_cores_to_other_work(cores: int, said: dict[str, str], spins: str) -> None:
-    program = (
-        "import os, sys\nfrom fistapruner.cli import main\n"
-        f"os.cpu_count = lambda: {cores}\nassert 'torch' not in sys.modules  # which reads the variable\n"
-        "main(['methods'])\nprint(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    kept = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    shown = subprocess.run(
-        [sys.executable, "-c", program], env={**kept, **said}, capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.splitlines()[-1] == spins
-
-
 def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.txt").touch()
     with hold(tmp_path):
@@ -326,24 +190,6 @@ def test_status_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out) == {"rows_done": 2, "working": True, "run": str(run)}
 
 
-def test_a_comparison_that_evaluates_its_dense_model_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    (out / "runs").mkdir(parents=True)
-    with hold(out):
-        assert main(["status", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}: comparison, 0 rows done, running\n"
-    (out / "dense-states").write_bytes(b"")
-    (out / "other.partial").write_bytes(b"")
-    assert main(["status", str(out)]) == 0
-    assert main(["report", str(out)]) == 2
-    assert "a comparison that has no row yet" in capsys.readouterr().err
-    for name in ("dense-states", "other.partial"):
-        (out / name).unlink()
-    assert main(["status", str(out)]) == 0
-    (out / "notes.txt").write_text("")
-    assert main(["status", str(out)]) == 2
-
-
 def test_commands_that_messages_advise_are_understood() -> None:
     """Commands in messages, with ``x`` for the values that a message fills in."""
     parser, found = build_parser(), []
@@ -358,17 +204,6 @@ def test_commands_that_messages_advise_are_understood() -> None:
     assert "unpack x DIR" in found
     for command in found:
         parser.parse_args(command.split())
-
-
-def test_a_run_that_does_not_finish_says_so_in_its_exit_status(tmp_path: Path) -> None:
-    model = tiny.save("llama", tmp_path / "model")
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(tmp_path / "run"), *SETTINGS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        process.stderr.close()
-        assert process.wait() == 2
 
 
 @pytest.mark.parametrize(
@@ -403,16 +238,6 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
     assert recipe["allocation"] == {"re:mlp": "60%"}
 
 
-def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny.save("llama", tmp_path / "model")
-    settings = ["--calibration", "python", "--samples", "4", "--seqlen", "32"]
-    assert main(["plan", str(model), *settings]) == 0
-    assert main(["prune", str(model), "--out", str(tmp_path / "run"), *SETTINGS]) == 0
-    said = "".join(capsys.readouterr())
-    assert "KiB of disk" in said
-    assert "0.00 GiB" not in said
-
-
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -423,23 +248,15 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
             "address foo has no effect with the executor process: choose ray",
         ),
         ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
-        ("prune OUT/x --out OUT --workers 1", "out/x' does not exist"),
         ("evaluate x --limit 5", "limit 5: items of zero-shot tasks, and no tasks are given"),
         ("evaluate x --tasks piqa --seqlen 1024", "seqlen 1024: for windows of text, and no text is measured: give"),
-        ("evaluate x --tasks piqa --windows 50", "windows 50: for windows of text, and no text is measured: give"),
-        ("evaluate x --tasks piqa --bos text", "bos 'text': for windows of text, and no text is measured: give data"),
         ("prune x --out=", "out '' is empty: give the path of a folder"),
         ("status ", "RUN '' is empty: give the path of a folder"),
-        ("resume ", "RUN '' is empty: give the path of a folder"),
         ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
-        ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
-        ("align x --out OUT --recipe=", "recipe '' is not a file"),
         ("evaluate x --data=", "data '' is empty"),
         ("evaluate x --tasks=", "--tasks '' names no task"),
-        ("evaluate x --tasks=, --data python", "--tasks ',' names no task"),
         ("evaluate x --tasks-dir=", "tasks_dir '' is empty: name a folder of .jsonl tasks, or leave it out"),
-        ("evaluate x --tasks piqa --tasks-dir=", "tasks_dir '' is empty"),
         ("evaluate x --memory-limit=", "memory_limit: '' is not a size"),
     ],
 )
@@ -472,26 +289,6 @@ def test_a_missing_extra_shows_before_a_model_is_looked_for(
     places = {"MODEL": str(tmp_path / "none"), "OUT": str(tmp_path / "out"), "DATA": "c4"}
     assert main([places.get(word, word) for word in command.split()]) == 2
     assert "the data set 'c4' needs the package 'datasets': pip install" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("prune x --out y --targ 4", "prune: error: unrecognized arguments: --targ: did you mean --targets?"),
-        ("prune x --out y --thread=4", "prune: error: unrecognized arguments: --thread: did you mean --threads?"),
-        ("pack x --out y", "pack: error: unrecognized arguments: --out"),
-        ("status x y", "status: error: unrecognized arguments: y"),
-    ],
-)
-def test_unknown_arguments_are_refused_in_one_line(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A flag is not read as short for another."""
-    with pytest.raises(SystemExit) as ended:
-        main(command.split())
-    verb = command.split(maxsplit=1)[0]
-    assert (ended.value.code, capsys.readouterr().err) == (
-        2,
-        f"fistapruner {said} ('fistapruner {verb} --help' lists all)\n",
-    )
 
 
 @pytest.mark.parametrize("below", ["", "run"])
@@ -557,6 +354,9 @@ def test_a_fault_of_a_recipe_file_names_the_file(
     ("command", "said"),
     [
         ("prunee m", "invalid choice: 'prunee': did you mean prune?"),
+        ("prune m --out o --targ 4", "unrecognized arguments: --targ: did you mean --targets?"),
+        ("pack x --out y", "pack: error: unrecognized arguments: --out"),
+        ("status x y", "status: error: unrecognized arguments: y"),
         ("prune m --output o", "unrecognized arguments: --output: did you mean --out?"),
         ("prune m", "the following arguments are required: --out"),
         ("prune m --out {out} --quality bests", "invalid choice: 'bests': did you mean best?"),
@@ -621,7 +421,7 @@ def test_a_fault_of_the_program_leaves_its_traceback(
 ) -> None:
     model, run = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "run"
     fault = Mock(side_effect=FileNotFoundError(2, "No such file or directory", "/a/file"))
-    monkeypatch.setattr("fistapruner.pipeline.prune.prepare", fault)
+    monkeypatch.setattr("fistapruner.pruning.run.settle", fault)
     command = ["prune", str(model), "--out", str(run), "--calibration", "python", "--evaluate", "none", "--quiet"]
     assert main(command) == 2
     assert capsys.readouterr().err == "fistapruner: /a/file: No such file or directory\n"

@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from fistapruner.cli import progress
-from fistapruner.pipeline.prune import prune
+from fistapruner.pruning.run import prune
 from fistapruner.runs.layer_records import LayerEntry, OperatorEntry
 from fistapruner.runs.listener import Listener
 

@@ -31,7 +31,7 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else status)
     [
         (["--help"], "evaluate"),
         (["--version"], fp.__version__),
-        (["prune", "--help"], "--dense-target"),
+        (["prune", "--help"], "--set"),
         (["methods"], "2408.03728"),
         (["methods", "--json"], "refines"),
         (["status", "RUN"], "1 of 3 decoder layers"),

@@ -62,6 +62,33 @@ def test_a_flag_sets_its_setting(flag: str, value: str, path: str, expected: obj
     assert found == expected
 
 
+def test_every_setting_can_be_set_by_its_name() -> None:
+    """Over the recipe and the flags; a wrong name is answered with the nearest."""
+    words = ["--recipe", "best", "--samples", "9", "--set", "calibration.samples=7", "--set", "targets=[q_proj]"]
+    found = read(*words, "--set", "structure={remove: 25%, multiple: 16}", "--set", "method={alps: {iterations: 3}}")
+    assert (found.reconstruct, found.calibration.samples, found.targets) == (512, 7, ("q_proj",))
+    assert (found.structure.multiple, found.steps[0].iterations) == (16, 3)  # type: ignore[attr-defined]
+    for text, message in (
+        ("low_rnk=2", "unknown setting 'low_rnk': did you mean 'low_rank'"),
+        ("samples=2", "did you mean 'calibration.samples'"),
+        ("low_rank", "'low_rank' is not a setting such as"),
+        ("low_rank=[", "not valid YAML"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            read("--set", text)
+
+
+def test_the_help_of_prune_fits_on_two_screens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["prune", "--help"])
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^  --", said, re.MULTILINE)) <= 20
+    assert said.count("\n") <= 70
+
+
 @pytest.mark.parametrize("recipe", [Recipe, RecoverRecipe, AlignRecipe])
 def test_the_help_of_seed_names_both_seeds_that_it_sets(recipe: type[Settings]) -> None:
     served = [path for path, flag in SAME_FLAG.items() if flag == "seed"]
@@ -73,11 +100,10 @@ def test_a_default_that_the_help_shows_is_one_that_its_flag_takes(capsys: pytest
     with pytest.raises(SystemExit):
         build_parser().parse_args(["recover", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for flag, start in (("--also", "Vectors that are trained"), ("--rank", "Rank of lora")):
-        shown = re.search(rf"{start}[^()]*\(default: ([^)]*)\)", said)
-        assert shown is not None
-        words = ["recover", "x", "--out", "y", flag, shown[1]]
-        assert RecoverRecipe.build(recipe_settings(build_parser().parse_args(words), RecoverRecipe)) == RecoverRecipe()
+    shown = re.search(r"Rank of lora[^()]*\(default: ([^)]*)\)", said)
+    assert shown is not None
+    words = ["recover", "x", "--out", "y", "--rank", shown[1]]
+    assert RecoverRecipe.build(recipe_settings(build_parser().parse_args(words), RecoverRecipe)) == RecoverRecipe()
     assert "(default: (" not in said
 
 

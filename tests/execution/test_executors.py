@@ -24,8 +24,8 @@ from fistapruner.execution.layer_parallel import prune_layers_in_parallel
 from fistapruner.execution.pool import Event, LayerJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
-from fistapruner.pipeline.prune import prune
 from fistapruner.pipeline.resume import resume
+from fistapruner.pruning.run import prune
 from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import worker_devices
 from fistapruner.settings.execution_settings import Execution

@@ -140,7 +140,7 @@ def serve() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import fistapruner.pipeline.prune
+    import fistapruner.pruning.run
     import fistapruner.training.run  # noqa: F401
 
     torch.set_num_threads(1)  # a fork does not bring threads along

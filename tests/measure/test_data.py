@@ -18,7 +18,7 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.measure import data as reading
 from fistapruner.measure.data import cut_windows, load_windows, read_text
-from fistapruner.text.datasets import DATA_SETS, load_documents
+from fistapruner.text.sources import DATA_SETS, load_documents
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 20
 
@@ -121,7 +121,7 @@ def test_no_more_windows_are_taken_than_the_protocol_takes(
 
 
 def test_python_text_is_held_out_from_calibration() -> None:
-    from fistapruner.text.text import PYTHON, python_documents
+    from fistapruner.text.sources import PYTHON, python_documents
 
     text, split, _ = read_text("python")
     assert split == "held out"
@@ -148,7 +148,7 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
 def test_a_text_that_no_tokenizer_reads_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "half.jsonl"
     path.write_text(r'{"text": "half an emoji \ud83d"}')
-    with pytest.raises(FistaPrunerError, match=r"half\.jsonl, line 1: 'text' has half a character \(\\ud83d\)$"):
+    with pytest.raises(FistaPrunerError, match=r"half\.jsonl, line 1: a text has half a character \('\\ud83d'\)$"):
         load_windows(str(path), tiny.tokenizer(), 8)
 
 

@@ -26,9 +26,7 @@ from fistapruner.measure.zero_shot import Tasks, TaskSettings, evaluate_tasks, f
 from fistapruner.models import whole
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import whole_bytes
-from fistapruner.reporting.evaluation_text import task_text
-from fistapruner.reporting.quality_rows import quality_rows
-from fistapruner.runs.results import Evaluation
+from fistapruner.reporting.quality import task_facts
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}
@@ -72,9 +70,9 @@ def test_scores_between_right_and_wrong_have_no_verdict(scores: list[float]) -> 
     assert result.shots == 3
     assert result.standard_error == pytest.approx(stdev(scores) / math.sqrt(len(scores)), abs=1e-9)
     assert (result.lost, result.won, result.p_value, result.difference_error) == (None, None, None, None)
-    text, (row,) = task_text(result), quality_rows([Evaluation("m", "dense", tasks=(result,))])
-    assert "(dense" in text
-    assert not [said for said in (text, row[-1]) if "lost" in said or "noise" in said]
+    (fact,) = task_facts([result])
+    assert fact.dense
+    assert "lost" not in fact.how
 
 
 def test_different_items_cannot_be_compared() -> None:

@@ -31,11 +31,11 @@ from fistapruner.papers.goa import (
     redundant,
 )
 from fistapruner.passes.store import HiddenStates
-from fistapruner.pipeline.new_widths import change_widths
-from fistapruner.pipeline.patterns import allocate
 from fistapruner.planning.footprint import peak_bytes
 from fistapruner.planning.measured_sizes import measure_sizes
 from fistapruner.planning.sizes import Choice
+from fistapruner.pruning.inputs import change_widths
+from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runtime.numerics import DTYPES
 from fistapruner.settings.structure_settings import Structure

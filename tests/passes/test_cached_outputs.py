@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import tiny
 from fistapruner.passes.cached_outputs import CachedOutputs
-from fistapruner.pipeline.prune import prune
+from fistapruner.pruning.run import prune
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 5, "seqlen": 24}}
 WAYS = {

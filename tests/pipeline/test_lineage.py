@@ -16,7 +16,7 @@ from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.record import read_pruning_record
 from fistapruner.models.source import ModelSource
-from fistapruner.pipeline.kept_claims import claimed_zeros, kept_widths
+from fistapruner.pruning.write import claimed_zeros, kept_widths
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
 from fistapruner.runs.training_runs import dense_of
@@ -291,7 +291,7 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
     assert main(["inspect", str(runs / "twice"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lineage"] == stored(runs / "twice")
     card = (runs / "twice" / "model" / "README.md").read_text()
-    assert card.index("1. ") < card.index("2. pruned to 30% with magnitude") < card.index("3. pruned to 50% with wanda")
+    assert card.index("→ pruned to 30% with magnitude") < card.index("→ pruned to 50% with wanda")
     assert str(runs) not in card.split("## Lineage")[1]  # cards are published
 
 

@@ -260,7 +260,7 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
         ["export", str(run), out + ".gguf"],
         ["recover", str(run), "--merge", adapter, "--out", out],
         ["align", str(run), "--data", str(pairs), "--out", out],
-        ["compare", str(run / "model"), "--methods", "wanda", "--out", out],
+        ["compare", str(run / "model"), "--methods", "wanda", "--out", f"{out}-compared"],
         ["prune", str(run / "model"), "--out", out],
         ["plan", str(run / "model")],
     ):

@@ -23,11 +23,9 @@ from fistapruner.measure import streaming
 from fistapruner.measure.bench import record
 from fistapruner.measure.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
 from fistapruner.pipeline.measure import measure
-from fistapruner.reporting.quality_rows import task_before
-from fistapruner.reporting.recovery_text import gain
+from fistapruner.reporting.quality import gain, quality_facts
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
@@ -127,7 +125,7 @@ def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> Non
         )
         for lines in (report.warnings, said.sentences):
             assert any(line.startswith(told) for line in lines) == expected
-    comparison = compare(
+    comparison = fp.compare(
         dense,
         "magnitude",
         ["50%"],
@@ -267,14 +265,13 @@ def test_scores_before_recovery_are_those_that_the_input_s_run_has(
     fp.evaluate_run(run.folder, str(made / "text.txt"), seqlen=16, windows=2, tasks="piqa")
     report = load_run(run.folder)
     assert [one.tasks for one in report.recovery.before] == [(before,), ()]  # type: ignore[union-attr]
-    assert task_before(report, after) == before
-    assert "| 0.3000 ± 0.1000 | 0.4000 ± 0.1000 |" in (run.model / "README.md").read_text()
+    assert "| 30.0 ± 10.0 | 40.0 ± 10.0 |" in (run.model / "README.md").read_text()
     for other in (replace(after, items_sha256="of another file"), replace(after, items=20)):
         scores[run.model] = other
         fp.evaluate_run(run.folder, tasks="piqa")
         report = load_run(run.folder)
         assert report.evaluations[-1].tasks == (other,)
-        assert task_before(report, other) is None
+        assert quality_facts(report)[-1].before == ""
 
 
 def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_path: Path) -> None:
@@ -375,7 +372,7 @@ def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(made: Path, 
     shutil.rmtree(out / "model")
     again = fp.recover(made / "run", out, **settings)
     assert again.recovery.before == before  # type: ignore[union-attr]
-    assert "before recovery" in (out / "model" / "README.md").read_text()
+    assert "| before | recovered |" in (out / "model" / "README.md").read_text()
 
 
 def test_the_failure_of_an_earlier_attempt_is_not_the_state_of_a_run(made: Path, tmp_path: Path) -> None:

@@ -23,10 +23,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Layout
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.new_widths import change_widths
-from fistapruner.pipeline.patterns import allocate
 from fistapruner.pipeline.plan import local_workers, plan_model
-from fistapruner.pipeline.prune import prune
 from fistapruner.planning import budget as budget_module
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.budget import DEVICE_RESERVE, Resources, room_for
@@ -36,6 +33,9 @@ from fistapruner.planning.phases import PHASES
 from fistapruner.planning.plan import Fitted, fit, make_plan, written
 from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.planning.time_probe import Scale, extrapolate, frequent_shapes, measure_time, time_solve
+from fistapruner.pruning.inputs import change_widths
+from fistapruner.pruning.inputs import choose_patterns as allocate
+from fistapruner.pruning.run import prune
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
 from fistapruner.settings.execution_settings import Execution

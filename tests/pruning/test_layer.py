@@ -24,10 +24,10 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Layout, Operator
 from fistapruner.passes.store import HiddenStates, scratch_factory
 from fistapruner.passes.stream import Calls
-from fistapruner.pipeline.prune import prune
 from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer
+from fistapruner.pruning.run import prune
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.solvers.low_rank import solve_low_rank
 

@@ -35,19 +35,9 @@ def layer(index: int, count: int) -> dict[str, Any]:
     operators = []
     for name, shape, group, factor in OPERATORS:
         error = 0.02 * factor * (1 + 0.4 * math.sin(index)) * (4 if index == 1 else 1)
-        rounds = [
-            {
-                "lambda": 1e-4 * 3 ** (k % 4),
-                "e_total": 1 - 0.05 * k + 0.012 * k * k,
-                "e_fista": 0.8,
-                "e_round": 0.2,
-                "steps": 20,
-            }
-            for k in range(6)
-        ]
         steps: list[dict[str, Any]] = [
             {"method": "sparsegpt", "relative_error": 1.2 * error, "seconds": 0.2},
-            {"method": "fista", "relative_error": error, "seconds": 0.9, "rounds": rounds, "e_total": 0.93},
+            {"method": "fista", "relative_error": error, "seconds": 0.9},
         ]
         operators.append(
             {
@@ -150,10 +140,6 @@ def report(layers: int = 12) -> Report:
             },
             "generations": [
                 {"prompt": "The capital of France is", "dense": " Paris.", "pruned": " Paris, the capital."}
-            ],
-            "plan": [
-                {"quantity": "time", "unit": "seconds", "planned": 380, "actual": 412},
-                {"quantity": "peak memory", "unit": "bytes", "planned": 2e9, "actual": 1.9e9},
             ],
             "workload": {
                 "fingerprint": "0123456789abcdef",
@@ -271,7 +257,6 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
                 "source": {**data["model"], "source": "owner/small", "revision": "ab" * 20, "license": "apache-2.0"},
                 "stages": [stage, {"kind": "recover", "settings": settings, "figures": figures}],
             },
-            "plan": [],
             "warnings": [],
         },
         "sample",

@@ -18,24 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import samples
 from browser import Browser, find_chromium, open_browser
 
-from fistapruner.reporting.compare_page import comparison_page
+from fistapruner.reporting.comparison import comparison_page
 from fistapruner.reporting.page import run_page
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
 HERE = Path(__file__).parent
 SCREENSHOTS = Path(os.environ.get("FISTAPRUNER_SCREENSHOTS", "build/screenshots"))
-FIGURES = {
-    "error-map",
-    "layer-errors",
-    "layer-sparsity",
-    "chain-errors",
-    "solver-path",
-    "perplexity",
-    "divergence",
-    "zero-shot",
-    "time-by-layer",
-}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +51,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 768, 1440])
+@pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("name", ["report", "recovery", "compare"])
 def test_page(browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     browser.open(pages[name], width, scheme)
@@ -81,21 +70,14 @@ def test_page(browser: Browser, pages: dict[str, Path], name: str, width: int, s
 
 
 @pytest.mark.slow
-def test_every_figure_is_seen_at_a_readable_size(browser: Browser, pages: dict[str, Path]) -> None:
-    for width in (390, 768, 1440):
-        browser.open(pages["report"], width, "light")
-        seen = browser.evaluate(
-            "[...document.querySelectorAll('figure')].filter(f => [...f.querySelectorAll('svg')].filter(s => "
-            "s.checkVisibility() && s.getBoundingClientRect().width > 200).length === 1).map(f => "
-            "f.id.replace('figure-', ''))"
-        )
-        assert set(seen) == FIGURES
-        # Type in figures is drawn at 9.5 px or more; a figure that is shrunk to fit must not make it unreadable.
-        smallest = browser.evaluate(
-            "Math.min(...[...document.querySelectorAll('svg')].filter(s => s.checkVisibility()).map(s => "
-            "s.getBoundingClientRect().width / s.viewBox.baseVal.width))"
-        )
-        assert smallest > 0.6
+@pytest.mark.parametrize("name", ["report", "recovery", "compare"])
+def test_type_in_figures_is_readable_on_a_phone(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    browser.open(pages[name], 400, "light")
+    smallest = browser.evaluate(
+        "Math.min(...[...document.querySelectorAll('svg text')].map(t => parseFloat(getComputedStyle(t).fontSize) * "
+        "t.ownerSVGElement.getBoundingClientRect().width / t.ownerSVGElement.viewBox.baseVal.width))"
+    )
+    assert smallest > 9
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ import torch
 
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.files.folder_files import PRUNING_RECORD
-from fistapruner.pipeline.compare_folder import refuse_other_things
 from fistapruner.runs import training_directory
 from fistapruner.runs.base import parse
 from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord
@@ -275,11 +274,6 @@ def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name
         assert name not in record.others
         run.remove_model()
         assert not run.model.exists()
-    compared = tmp_path / "compared"
-    (compared / "runs").mkdir(parents=True)
-    for folder in (compared, compared / "runs"):
-        (folder / name).touch()
-    refuse_other_things(compared)
     (partial := tmp_path / "model.partial").mkdir()
     (partial / name).touch()
     claim_folder(partial)

@@ -19,6 +19,7 @@ from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, ali
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.core import NM
+from fistapruner.settings.calibration_settings import Calibration
 from fistapruner.settings.loading import (
     load_recipe_settings,
     merge_settings,
@@ -470,3 +471,31 @@ def test_a_structure_that_is_taken_back_leaves_the_default_sparsity() -> None:
     assert str(changed.sparsity) == str(Recipe().sparsity)
     said = Recipe(structure="25%", sparsity="0%").changed({"structure": "none"})
     assert str(said.sparsity) == "0%"
+
+
+def test_one_calibration_source_or_several_tasks() -> None:
+    def built(**settings_: Any) -> Calibration:
+        return Recipe.build({"calibration": settings_}).calibration
+
+    assert built(tasks={"a": "c4"}).sources == {"a": "c4"}
+    assert built(source=None).source == "self"
+    assert built(source="c4", tasks={}).sources == {"c4": "c4"}
+    mixed = built(tasks={"a": "python", "b": "x.txt"})
+    assert (mixed.name, mixed.source, mixed.files) == ("a, b", None, (Path("x.txt"),))
+    assert mixed.with_absolute_files().tasks == {"a": "python", "b": str(Path("x.txt").absolute())}
+    assert Recipe.from_yaml(Recipe.build({"calibration": mixed.model_dump()}).to_yaml()).calibration == mixed
+    for wrong, words in (
+        ({"source": "c4", "tasks": {"a": "c4"}}, "either one source or tasks"),
+        ({"samples": 1, "tasks": {"a": "c4", "b": "python"}}, "samples is 1, and each of the 2 tasks needs a window"),
+    ):
+        with pytest.raises(FistaPrunerError, match=words):
+            built(**wrong)
+
+
+def test_a_source_replaces_tasks_of_the_recipe_under_it() -> None:
+    base = {"calibration": {"tasks": {"a": "c4"}, "samples": 4}}
+    assert merge_settings(base, {"calibration": {"source": "python"}}) == {
+        "calibration": {"source": "python", "samples": 4}
+    }
+    base = {"calibration": {"source": "c4", "tasks": {}}}
+    assert merge_settings(base, {"calibration": {"tasks": {"a": "b"}}}) == {"calibration": {"tasks": {"a": "b"}}}

@@ -66,13 +66,13 @@ def test_the_best_step_is_kept() -> None:
         seen.append(point.value**2)
         return seen[-1]
 
-    state = descend(point, State(), 12, point.step, held_out)
+    state = descend(point, 12, point.step, held_out)
     assert state.best == min(seen) == point.value**2
     assert state.best < state.before == 1.0
     assert state.rate < 1.0  # it went back
-    worse = descend(Point(1.0), State(), 9, lambda number, factor: (2.0, 1.0), iter(range(1, 99)).__next__)
+    worse = descend(Point(1.0), 9, lambda number, factor: (2.0, 1.0), iter(range(1, 99)).__next__)
     assert (worse.best_step, worse.stopped, worse.step) == (0, True, 4)
-    stuck = descend(point, State(), 9, lambda number, factor: (math.nan, 1.0), held_out)
+    stuck = descend(point, 9, lambda number, factor: (math.nan, 1.0), held_out)
     assert (stuck.step, stuck.stopped) == (1, True)
 
 

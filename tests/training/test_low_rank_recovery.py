@@ -138,15 +138,6 @@ def test_a_run_whose_low_rank_part_was_exchanged_is_refused(llama: Path, tmp_pat
         recover(run, tmp_path / "out")
 
 
-def test_trained_again(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(FistaPrunerError, match="has a low-rank part: mezo trains all weights in place"):
-        recover(llama, tmp_path / "mezo", optimizer="mezo")
-    recover(llama, tmp_path / "first")
-    again = recover(tmp_path / "first", tmp_path / "second")
-    assert again.recovery is not None
-    assert again.recovery.kept_step
-
-
 def test_a_dense_model_with_a_low_rank_part_is_refused(llama: Path, tmp_path: Path) -> None:
     """Its predictions would be those of its sparse part alone."""
     fp.prune(llama.parent / "dense", tmp_path / "run", calibration=TEXT, sparsity="2:4", method="wanda")

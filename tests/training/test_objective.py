@@ -12,13 +12,12 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runtime.numerics import Budgets
 from fistapruner.settings.recover_settings import RecoverRecipe
-from fistapruner.text.training_text import TrainingText
+from fistapruner.text.training import TrainingText
 from fistapruner.training.loss import TokenLoss
 from fistapruner.training.masked import Trained
 from fistapruner.training.objective import Objective
@@ -116,15 +115,6 @@ def test_divergence_from_the_dense_model(tmp_path: Path, share: float, marked: f
         for name, each in trained.parameters.items():
             assert each.grad is not None
             close(each.grad, expected[name])
-
-
-def test_a_dense_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    model = opened(tiny.save("llama", tmp_path / "model"))
-    other = opened(tiny.save("llama", tmp_path / "other", vocab_size=tiny.VOCABULARY + 8))
-    text = make_text()
-    teacher = Teacher(other, text.tokens, tmp_path / "teacher", batch_size=2)
-    with pytest.raises(FistaPrunerError, match="compares predictions of the same tokens"):
-        Objective(model, model.run, text, TokenLoss(1.0), teacher, 2)
 
 
 def test_predictions_are_kept_and_made_again_where_they_are_damaged(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def make_pairs(folder: Path, pairs: list[tuple[str, str, str]]) -> Pairs:
     path = folder / "pairs.jsonl"
     names = ("prompt", "chosen", "rejected")
     path.write_text("".join(json.dumps(dict(zip(names, pair, strict=True))) + "\n" for pair in pairs))
-    read, _ = read_pairs(path)
+    read = read_pairs(path)
     return tokenise_pairs(read, PairData(pairs=str(path)), tiny.tokenizer(), 96, lambda sentence: None)
 
 

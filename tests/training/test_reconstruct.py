@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 
 import tiny
-from fistapruner import Recipe
-from fistapruner.allocate.fisher import DensePasses
-from fistapruner.allocate.measure import decide
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.passes.store import HiddenStates, scratch_factory
+from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.stream import Calls
-from fistapruner.pipeline.prune import prune
+from fistapruner.pruning.run import prune
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.training import reconstruct as block_reconstruction
 from fistapruner.training.reconstruct import Reconstructed, ReconstructionSettings, reconstruct_layer
 from tiny import tensors
@@ -135,32 +131,6 @@ def test_steps_that_were_too_large_become_smaller(tmp_path: Path) -> None:
         assert torch.equal(tensor == 0, before[name] == 0)
 
 
-def test_a_single_window_is_enough(tmp_path: Path) -> None:
-    source = tiny.save("llama", tmp_path / "model")
-    settings = {**SETTINGS, "calibration": {"source": "python", "samples": 1, "seqlen": 24}, "sparsity": "2:4"}
-    report = prune(str(source), tmp_path / "run", **settings, reconstruct=4)
-    assert all(operator.density <= 0.5 for operator in report.operators)
-
-
-def test_the_metric_is_shrunk_and_factored() -> None:
-    rows = torch.randn(3, 8)
-    metric = rows.T @ rows
-    root = block_reconstruction._root(metric, torch.device("cpu"))
-    assert root is not None
-    expected = (
-        1 - block_reconstruction.SHRINKAGE
-    ) * metric + block_reconstruction.SHRINKAGE * metric.diagonal().mean() * torch.eye(8)
-    torch.testing.assert_close(root @ root.T, expected)
-    diagonal = block_reconstruction._root(metric.diagonal(), torch.device("cpu"))
-    assert diagonal is not None
-    torch.testing.assert_close(diagonal.square(), expected.diagonal())
-    indefinite = block_reconstruction._root(torch.tensor([[1.0, 1.2], [1.2, 1.0]]), torch.device("cpu"))
-    assert indefinite is not None
-    torch.testing.assert_close(indefinite @ indefinite.T, torch.tensor([[1.1, 1.08], [1.08, 1.1]]))
-    for zero in (torch.zeros(8, 8), torch.zeros(8)):
-        assert block_reconstruction._root(zero, torch.device("cpu")) is None
-
-
 @pytest.mark.parametrize("kind", ["full", "diagonal", "none"])
 def test_the_loss_is_the_mean_of_weighted_errors_in_the_metric(tmp_path: Path, kind: str) -> None:
     """sum_t w_t d_t^T M d_t / (T limit), with w_t = min(1, limit / energy of what the layer adds to token t)."""
@@ -192,40 +162,3 @@ def test_the_loss_is_the_mean_of_weighted_errors_in_the_metric(tmp_path: Path, k
         assert max(weights) == 1.0
         expected = sum(w * e for w, e in zip(weights, errors, strict=True)) / (tokens * limit)
         assert float(loss(states[2, window : window + 1], window)) == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_metric_of_a_run_is_the_measured_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured: list[ReconstructionSettings] = []
-
-    def reconstruct(*given: Any) -> Reconstructed:
-        captured.extend(each for each in given if isinstance(each, ReconstructionSettings))
-        return reconstruct_layer(*given)
-
-    monkeypatch.setattr("fistapruner.pruning.layer.reconstruct_layer", reconstruct)
-    source = tiny.save("llama", tmp_path / "model")
-    recipe = Recipe.build({**SETTINGS, **WAYS["dense"], "reconstruct": 2, "allocation": "error"})
-    prune(str(source), tmp_path / "run", recipe=recipe)
-    model = LayerwiseModel(Checkpoint.open(source), torch.device("cpu"))
-    tokens = PruneDirectory(tmp_path / "run").tokens()
-    measured = decide(
-        recipe.resolved(), discover(model), model, tokens, {}, DensePasses(scratch_factory(None, model.dtype))
-    ).metrics
-    assert measured is not None
-    assert len(captured) == len(measured) == 3
-    for settings, metric in zip(captured, measured, strict=True):
-        assert settings.metric is not None
-        torch.testing.assert_close(settings.metric, metric)
-    assert not torch.allclose(measured[0], measured[1])
-
-
-def test_windows_are_split_and_ordered() -> None:
-    held, train = block_reconstruction._split(32)
-    assert held == [7, 15, 23, 31]
-    assert sorted(held + train) == list(range(32))
-    assert block_reconstruction._split(1) == ([0], [0])
-    order = block_reconstruction._order(train, 56, torch.Generator().manual_seed(1))
-    assert sorted(order[:28]) == train
-    assert sorted(order[28:]) == train
-    held, train = block_reconstruction._split(129)
-    assert len(held) == 7  # as many as fit evenly, at most MAX_VALIDATION_WINDOWS
-    assert sorted(held + train) == list(range(129))

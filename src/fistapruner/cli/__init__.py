@@ -7,7 +7,6 @@ quick.
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import atexit
 import errno
@@ -48,16 +47,6 @@ READ_ONLY = ("inspect", "methods", "plan", "status")
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment variables that hide other libraries' output; importing transformers for it would take seconds."""
-
-SPINS, SPINNING_CORES = 1000, 8
-"""How often a waiting thread of GNU OpenMP looks before it sleeps, and the most cores where it holds.
-
-The number is what OpenMP itself takes where it has more threads than cores. Its default for others is 300 times as
-many: beside another busy program, a thread that spins uses up the time in which the one it waits for could have run.
-"""
-
-AGAIN = 0.01
-"""Seconds after which an interruption that Python has dropped comes again."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -127,17 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..errors import FistaPrunerError, OtherRankFailed, at_home, out_path
     from ..runtime.launcher import leads
 
-    with _signals() as terminated, _readers_may_leave() as (results, messages):
+    with _signals() as terminated, _readers_may_leave() as results:
         try:
             parsed = build_parser().parse_args(arguments)  # which may colour its help
-            results.passes, messages.passes = "\n", "\n\r"  # progress bars of other libraries return
             for name, called in (("out", "out"), ("run_directory", "RUN")):
                 if (given := getattr(parsed, name, None)) is not None:
                     setattr(parsed, name, str(out_path(given, name=called)))
             for name, value in vars(parsed).items():
                 setattr(parsed, name, at_home(value))
             _quieten()
-            _share_cores()
+            if (os.cpu_count() or 1) <= 8 and "OMP_WAIT_POLICY" not in os.environ:
+                # OpenMP's threads spin 300 times as long, and take the time in which other programs could run.
+                os.environ.setdefault("GOMP_SPINCOUNT", "1000")
             _refuse_processes(parsed)
             try:
                 status = int(parsed.run(parsed))
@@ -168,36 +158,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except OSError as error:
             if error.filename is None:
-                if not _folder_is_gone():
-                    raise
-                print("fistapruner: the current folder was removed: change to one that exists", file=sys.stderr)
-                return 2
+                raise
             print(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
             if leads():  # it says how to go on
-                print(f"fistapruner: {_said(interruption) or 'interrupted'}", file=sys.stderr)
+                print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             return 143 if terminated else 130
-
-
-def _said(interruption: BaseException | None) -> str:
-    """Return what an interruption says, or the one that it has cut short; empty where none does."""
-    while interruption is not None:
-        if isinstance(interruption, KeyboardInterrupt) and str(interruption):
-            return str(interruption)
-        interruption = interruption.__context__
-    return ""
-
-
-def _folder_is_gone() -> bool:
-    """Check whether the current folder was removed; relative paths then lead nowhere."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return True
-    return False
 
 
 def _refuse_processes(arguments: argparse.Namespace) -> None:
@@ -228,25 +197,14 @@ class _Output:
 
     Args:
         stream: the stream; everything but writing is its own.
-
-    Attributes:
-        passes: all control codes but these are written as escapes: those in names and texts of others' files would
-            steer the terminal. None passes all.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._fault = ""
-        self.passes: str | None = None
 
     def write(self, text: str) -> int:
         """Write text, or drop it where that fails."""
-        from ..errors import printable
-
-        return self.write_styled(text if self.passes is None else printable(text, self.passes))
-
-    def write_styled(self, text: str) -> int:
-        """Write text with the control codes that it has, or drop it where that fails."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -284,34 +242,14 @@ class _Output:
         return getattr(self._stream, name)
 
 
-class Styled:
-    """A standard stream for ``rich``, which colours text and moves the cursor with control codes.
-
-    What is printed there must have none from others' files (:func:`~fistapruner.errors.printable`).
-
-    Args:
-        stream: the stream; everything but writing is its own.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write text as it is."""
-        return int(getattr(self._stream, "write_styled", self._stream.write)(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 @contextmanager
-def _readers_may_leave() -> Iterator[tuple[_Output, _Output]]:
+def _readers_may_leave() -> Iterator[_Output]:
     """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``).
 
     What the terminal's encoding does not have is written as an escape.
 
     Yields:
-        Standard output and standard error.
+        Standard output.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
@@ -321,7 +259,7 @@ def _readers_may_leave() -> Iterator[tuple[_Output, _Output]]:
         results, messages = (_Output(stream or null) for stream in before)
         sys.stdout, sys.stderr = cast(TextIO, results), cast(TextIO, messages)
         try:
-            yield results, messages
+            yield results
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
@@ -336,14 +274,10 @@ def _signals() -> Iterator[list[int]]:
     them: there SIGHUP is left alone, and a second SIGTERM, which may come from what has sent the first one to all, does
     not cut short that the run is left in order. Only the main thread can set signals.
 
-    Python drops an interruption that is raised inside of a ``__del__`` or of a callback of a weak reference: it comes
-    again a moment later, until it is outside of them.
-
     Yields:
         A list that is empty until SIGTERM comes.
     """
     came: list[int] = []
-    again: list[threading.Timer] = []
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
 
     def interrupt(number: int, _: object) -> None:
@@ -351,47 +285,18 @@ def _signals() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
-    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
-        if dropped.exc_type is not KeyboardInterrupt or threading.current_thread() is not threading.main_thread():
-            report(dropped)
-            return
-        # A second SIGTERM would end the process, and background jobs of a shell ignore SIGINT.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        again.append(threading.Timer(AGAIN, _interrupt_main_thread))
-        again[-1].start()
-
     actions: dict[str, Any] = {"SIGTERM": interrupt} if elastic else {"SIGTERM": interrupt, "SIGHUP": signal.SIG_IGN}
     before: dict[int, Any] = {}
-    report = sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
         before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
         for name, action in actions.items():
             if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
                 before[number] = signal.signal(number, action)
-        sys.unraisablehook = unraisable
     try:
         yield came
     finally:
-        sys.unraisablehook = report
-        for timer in again:
-            timer.cancel()
         for number, earlier in before.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
-
-
-def _interrupt_main_thread() -> None:
-    """Let SIGINT come to the main thread, and end what it waits for where the system can."""
-    if hasattr(signal, "pthread_kill"):  # Windows has none
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    else:
-        _thread.interrupt_main()
-
-
-def _share_cores() -> None:
-    """Let waiting OpenMP threads sleep soon, unless the user says how; torch reads it when imported."""
-    said = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
-    if not said and (os.cpu_count() or 1) <= SPINNING_CORES:
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def _quieten() -> None:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import FistaPrunerError
 from ..settings.align_settings import AlignRecipe
+from ..settings.assignments import read_assignments
 from ..settings.base import RunRecipe, Settings
 from ..settings.loading import load_recipe_settings, merge_settings
 from ..settings.recover_settings import RecoverRecipe
@@ -72,7 +73,6 @@ METAVARS = {
     "data.source": "SOURCE|NAME=SOURCE",
     "data.tokens": "TOKENS",
     "data.pairs": "FILE",
-    "data.prompt_ends": "TEXT",
     "references": "NAME,...",
     "shares": "SHARE,...",
     "clip": "none|ETA",
@@ -87,6 +87,16 @@ REPEATED = ("targets", "ignore", "calibration.source", "data.source")
 
 PLURAL = ("sparsity", "method", "seed")
 """Settings for which ``compare`` has arguments of its own, each with several values."""
+
+SHOWN = {
+    *("sparsity", "method", "structure.remove", "seed"),
+    *("calibration.source", "calibration.samples", "calibration.seqlen"),
+    *("data.source", "data.tokens", "data.pairs", "parameters", "lr", "loss", "rank", "epochs"),
+    *("execution.device", "execution.memory_limit", "execution.executor"),
+}
+"""Settings whose flags ``--help`` shows: those that most runs need. All others are for ``--set`` and recipes."""
+
+SET_HELP = "any setting of the reference, as in a recipe file: low_rank=4, calibration.samples=64; may be repeated"
 
 DEST = "recipe."
 """Prefix of these arguments in the parsed namespace; their flag follows, without its dashes."""
@@ -133,9 +143,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     source.add_argument(
         "--recipe", metavar="NAME|FILE", help="a shipped recipe (best, fast, fista, paper, ...) or a YAML file"
     )
-    source.add_argument(
-        "--quality", choices=("fast", "default", "best"), help="how much time to spend: one of three shipped recipes"
-    )
+    source.add_argument("--quality", choices=("fast", "default", "best"), help=argparse.SUPPRESS)
+    add_set_argument(group)
     execution = parser.add_argument_group("execution")
     for path, field in settings():
         if path in SAME_FLAG or (path in PLURAL and not single):
@@ -147,10 +156,16 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: type[Trainin
     """Add the settings of a recipe of a verb that trains."""
     group = parser.add_argument_group("recipe (over --recipe)")
     group.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_OF[recipe])
+    add_set_argument(group)
     execution = parser.add_argument_group("execution")
     for path, field in settings(recipe):
         if path not in SAME_FLAG:
             _add_setting(execution if path.startswith("execution.") else group, path, field)
+
+
+def add_set_argument(group: argparse._ArgumentGroup) -> None:
+    """Add settings by name."""
+    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
 
 
 def add_evaluation(parser: argparse.ArgumentParser, help_of_text: str, default: str = "python") -> None:
@@ -192,7 +207,7 @@ def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) ->
     options: dict[str, Any] = {
         "dest": _dest(flag_of(path)),
         "default": None,
-        "help": _description(field) + repeated,
+        "help": _description(field) + repeated if path in SHOWN else argparse.SUPPRESS,
     }
     literal = get_origin(field.annotation) is Literal
     if field.annotation is bool:
@@ -207,17 +222,18 @@ def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) ->
 
 
 def _description(field: FieldInfo) -> str:
-    """Describe a setting for argparse, with its default."""
+    """Describe a setting for argparse, in one sentence, with its default."""
+    said = re.split(r"(?<!\.)\. |; ", f"{field.description} ")[0]
     default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     shown = "" if default in (None, "") or field.annotation is bool else f" (default: {default})"
-    return f"{field.description}{shown}".replace("%", "%%")
+    return f"{said}{shown}".replace("%", "%%")
 
 
 def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Recipe) -> dict[str, Any]:
-    """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
+    """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, flags and then ``--set`` over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe, or several texts without names.
+        FistaPrunerError: an unknown recipe, several texts without names, or what is no setting.
     """
     given = {path: getattr(arguments, _dest(flag_of(SAME_FLAG.get(path, path))), None) for path, _ in settings(recipe)}
     name = _recipe_name(arguments)
@@ -228,7 +244,7 @@ def recipe_settings(arguments: argparse.Namespace, recipe: type[RunRecipe] = Rec
         (changes.setdefault(section, {}) if section else changes)[key] = value
     if (texts := TEXTS.get(recipe)) is not None:
         changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
-    return merge_settings(base, _given(changes))
+    return merge_settings(merge_settings(base, _given(changes)), read_assignments(arguments.set, "--set"))
 
 
 def read_recipe(arguments: argparse.Namespace, recipe: type[AnyRecipe]) -> AnyRecipe:

@@ -13,11 +13,10 @@ import argparse
 import json
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING
 
 from ..errors import printable
 from ..runtime.formatting import align_columns, finite
-from . import Styled
 from .arguments import add_json_argument, add_pickle_argument
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..measure.inspection import inspect_checkpoint
 
-    console = Console(file=cast(TextIO, Styled(sys.stderr)))
+    console = Console(stderr=True)
     with console.status("") as status:
         found = inspect_checkpoint(
             arguments.checkpoint,
@@ -71,7 +70,7 @@ def _claim(claim: str | None) -> str:
 
 def _print(found: Inspection, quiet: bool) -> None:
     from ..models.files.folder_files import PRUNING_RECORD
-    from ..reporting.lineage_text import lineage_lines
+    from ..reporting.facts import lineage_lines
 
     rows = [
         (
@@ -92,7 +91,7 @@ def _print(found: Inspection, quiet: bool) -> None:
         table = Table(*headings, title=printable(str(found.folder)))
         for row in rows:
             table.add_row(*row, style="red" if row[-1] == "VIOLATED" else None)
-        Console(file=cast(TextIO, Styled(sys.stdout)), markup=False).print(table)  # names come from the checkpoint
+        Console(markup=False).print(table)  # names come from the checkpoint
     elif not quiet:
         print(align_columns((headings, *rows)))
         print()

@@ -9,7 +9,6 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -26,7 +25,6 @@ from ..errors import printable
 from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
 from ..runtime.formatting import counted, duration
-from . import Styled
 
 EVERY = 7.0
 """Seconds after which it is said again what is being done."""
@@ -169,7 +167,7 @@ class LiveListener(_WorkListener):
 
     def __init__(self) -> None:
         super().__init__()
-        self._console = Console(file=cast(TextIO, Styled(sys.stderr)))
+        self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("[bold]layers"),
             BarColumn(),

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pipeline.prune import prune
+    from ..pruning.run import prune
 
     recipe = read_recipe(arguments, Recipe)
     report = prune(

@@ -103,7 +103,7 @@ def _refuse_training_flags(arguments: argparse.Namespace) -> None:
     Raises:
         FistaPrunerError: names the first one.
     """
-    given = given_flags(arguments, RecoverRecipe)
+    given = given_flags(arguments, RecoverRecipe) + ["--set"] * bool(arguments.set)
     for name in ("recipe", "dense", "evaluate", "evaluate_windows"):
         if getattr(arguments, name) not in (None, "auto"):
             given.append(f"--{name.replace('_', '-')}")

@@ -25,7 +25,7 @@ from .arguments import DEST, SAME_FLAG, flag_of, settings
 
 HEAD = """# Reference
 
-Made from the program by `make reference`; do not edit. The pages on the verbs show how they are used.
+Made from the program by `make reference`; do not edit. The guides show how they are used.
 """
 
 STATUSES = (

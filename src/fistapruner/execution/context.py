@@ -1,6 +1,6 @@
 """The context of a run: what every process needs to prune layers, opened from the run directory alone.
 
-The process that starts a run decides everything once (:func:`fistapruner.pipeline.prune.prune`) and records it. Then
+The process that starts a run decides everything once (:func:`fistapruner.pruning.run.prune`) and records it. Then
 it, its worker processes and the nodes of a cluster open the same :class:`RunContext`, and agree on every bit.
 """
 

@@ -1,6 +1,6 @@
 """Cut evaluation text into token windows, by the protocol that the pruning papers share.
 
-The rows of the data set are joined to one string (:mod:`fistapruner.text.datasets`), tokenised once (a
+The rows of the data set are joined to one string (:mod:`fistapruner.text.sources`), tokenised once (a
 large one by parts), and cut into non-overlapping windows; what does not fill a window is dropped.
 """
 
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, path_text
-from ..text.datasets import DATA_SETS, check_extra, load_documents
-from ..text.examples import token_ids
-from ..text.text import (
+from ..text.sources import (
+    DATA_SETS,
     LARGE,
     PYTHON,
     PYTHON_EVAL,
-    adds_bos,
+    check_extra,
     check_file,
+    load_documents,
     passages,
     python_documents,
     read_documents,
 )
+from ..text.tokens import adds_bos, token_ids
 
 UNSURE = 64
 """Last tokens of the beginning of a text, which are left out because what follows might change them."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ..errors import FistaPrunerError, explain
-from ..text.text import read_lines
+from ..text.sources import read_lines
 
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 """Text that is not empty."""

@@ -4,7 +4,7 @@ A packed operator is one bit for every weight and the kept values, row by row; 2
 no more bits that way. Values are bf16, bit for bit, or int8 with a scale for each row. With int8 values the embedding
 and the output head are int8 rows as well, without a mask, because they are not pruned.
 
-    format      the operator in memory, and as tensors of a safetensors file (docs/format.md)
+    format      the operator in memory, and as tensors of a safetensors file (docs/files.md)
     kernel      the compiled kernel (csrc/), through ctypes
     linear      modules that hold a packed weight; the kernel as an operator of torch, for torch.compile
     pack        a checkpoint to a packed folder, and back

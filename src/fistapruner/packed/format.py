@@ -1,4 +1,4 @@
-"""Hold an operator without its zeros in memory and in a safetensors file; see docs/format.md.
+"""Hold an operator without its zeros in memory and in a safetensors file; see docs/files.md.
 
 An operator ``NAME`` is stored as ``NAME.values`` and ``NAME.mask``, and ``NAME.scales`` where values are int8; a dense
 one as ``NAME.values`` and ``NAME.scales``. What the tensors mean is an :class:`OperatorSpec` in the file's metadata.

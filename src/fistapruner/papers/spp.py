@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,8 +43,6 @@ class Spp(Form):
         rank: r blocks of consecutive outputs; at most min(m, n) are used.
         scale: c.
     """
-
-    names: ClassVar = ("A", "b")
 
     rank: int
     scale: float

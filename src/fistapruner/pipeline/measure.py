@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
-from ..measure.data import load_windows
+from ..measure.data import evaluation_documents, load_windows
 from ..measure.evaluate import evaluate as run_evaluation
 from ..measure.generations import generate_side_by_side
 from ..models.source import Permissions
 from ..planning.phases import with_phases
 from ..reporting.model_card import model_card
-from ..reporting.recovery_text import gain_text
+from ..reporting.quality import gain_text
 from ..reporting.write import write_page
+from ..runs.continuation import absolute
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory
 from ..runs.lineage import update_stage, write_lineage
@@ -35,9 +36,9 @@ from ..runtime.numerics import windows_at_once
 from ..settings.execution_settings import Execution
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.settings import Recipe
-from .find_model import absolute
+from ..text.sources import source_documents
+from ..text.training import document_hash, shared_documents, training_documents
 from .kept_evaluations import add_scores, same_comparison, same_text
-from .prune_inputs import shared_text
 from .result import add_warning
 
 
@@ -196,6 +197,24 @@ class _Measurement:
             if device.type == "cuda" and (reduced := run.journal.reduced(record.fingerprint or "")) is not None:
                 sizes.append(reduced)
         return min(sizes)
+
+
+def shared_text(sources: Iterable[str], data: str, *, training: bool = False) -> str | None:
+    """Warn that evaluation text has documents of calibration text; None where it has none.
+
+    Known data sets, and Python's language reference, have parts of their own for both, so only files are compared.
+
+    Args:
+        sources: of the calibration text.
+        data: the evaluation text.
+        training: the sources are of training text.
+    """
+    files = [source for source in sources if Path(source).is_file()]
+    if not files or not Path(data).is_file():
+        return None
+    read = training_documents if training else source_documents
+    known = {document_hash(document) for file in files for document in read(file)}
+    return shared_documents(known, evaluation_documents(data), data, "training" if training else "calibration")
 
 
 def compare_texts(report: Report, data: str, listener: Listener, *, trained: bool = True) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from ..measure.streaming import KeptStates
 from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
-from ..reporting.evaluation_text import item_count
+from ..reporting.quality import item_count
 from ..reporting.size_and_speed import INT8
 from ..runs.arguments import checked_arguments
 from ..runs.directory import RunDirectory, finished_run

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..allocate.measure import check_allocation
 from ..core import Constraint
 from ..errors import out_path
 from ..execution.context import open_model
@@ -22,6 +21,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import Permissions
 from ..planning.plan import Plan, make_plan
+from ..pruning.inputs import change_widths, check_sources, choose_patterns, say_widths
 from ..runs.directory import refuse_out
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.numerics import undisturbed, windows_at_once
@@ -29,10 +29,7 @@ from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..structure.smaller import Widths
 from ..text import calibration_length
-from ..text.text import PYTHON
-from ..text.windows import check_source
-from .new_widths import change_widths, say_warnings, say_widths
-from .patterns import allocate
+from ..text.sources import PYTHON
 
 
 @undisturbed()
@@ -58,31 +55,18 @@ def plan_model(
     """
     folder = out_path(out)
     refuse_out(folder)
-    check_allocation(recipe)
     check_sources(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     refuse_low_rank(source.folder, "prune")
     recipe = recipe.resolved(family=source.family)
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
-    sparsity = allocate(recipe, layout, opened.config.model_type)
+    sparsity = choose_patterns(recipe, layout, opened.config.model_type)
     text = load_windows(PYTHON, source.tokenizer(), calibration_length(recipe.calibration, opened))
     plan = plan_run(opened, layout, recipe, sparsity, folder, widths, after=tokens_after(text))
     if widths is None:
         return plan
-    warnings = say_warnings(opened, layout, recipe, sparsity, widths)
-    return replace(plan, says=(say_widths(opened, widths), *warnings, *plan.says))
-
-
-def check_sources(recipe: Recipe) -> None:
-    """Refuse calibration text that is not there or needs a missing extra.
-
-    Raises:
-        FistaPrunerError: names the source.
-        MissingExtraError: names the package and the extra.
-    """
-    for source in recipe.calibration.sources.values():
-        check_source(source)
+    return replace(plan, says=(say_widths(opened, widths), *plan.says))
 
 
 def plan_run(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError, out_path
 from ..models.source import Permissions
+from ..pruning.run import resume_pruning
 from ..runs.arguments import checked_arguments
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
@@ -14,7 +15,6 @@ from ..runs.records import Report
 from ..runs.training_runs import DIRECTORIES
 from ..runtime.launcher import launched
 from ..training.run import ALIGN, RECOVER, resume_training
-from .prune import resume_pruning
 
 
 @checked_arguments

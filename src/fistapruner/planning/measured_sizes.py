@@ -33,7 +33,7 @@ from ..settings.settings import Recipe
 from ..structure.smaller import Widths, removed_weights
 from ..structure.units import GROUPS, HEADS, Unit
 from ..text import SELF
-from ..text.self_generated import generation_bytes
+from ..text.generate import generation_bytes
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 from .sizes import RETAINED, GroupSizes, Sizes
 

@@ -12,7 +12,7 @@ from ..models.layerwise import LayerwiseModel
 from ..runs.records import PlanRow
 from ..settings.settings import Recipe
 from ..text import SELF
-from ..text.self_generated import generation_steps
+from ..text.generate import generation_steps
 from .time_probe import Beside
 
 PHASES = {

@@ -26,10 +26,10 @@ from ..structure.units import Unit
 from .context import fitted_groups, narrowed_groups
 
 DRIFT_NOISE = 1 / 128
-"""Largest noise of drift from measuring it on fewer windows, in inputs / tokens (docs/quality.md)."""
+"""Largest noise of drift from measuring it on fewer windows, in inputs / tokens (docs/results.md)."""
 
 LONGEST = 1.5
-"""Longest corrected drift of a token, in medians over the tokens of a batch with drift (docs/quality.md)."""
+"""Longest corrected drift of a token, in medians over the tokens of a batch with drift (docs/results.md)."""
 
 
 def dense_windows(

@@ -1,4 +1,15 @@
-"""Draw pages and write model cards from the JSON of a run."""
+"""Say what a run did: one list of facts, and three renderers of it.
+
+:func:`~.facts.facts` reads a :class:`Report` and lists what was measured and decided, each fact with its section,
+label, values (dense model, before training, result) and how it was obtained. Terminal text (``summary``), model card
+(``model_card``) and the page (``page``) show the same facts and compute nothing. Differences stand with their standard
+errors and p-values; no sentence says what they mean. Beside the facts the page has at most four figures (``figures``):
+the loss of a training, one heat map of the operators, and errors and sparsities by decoder layer. ``comparison`` does
+the same for many runs under one protocol, ``status_text`` for a run that is not finished.
+
+Everything is made from ``report.json`` or ``compare.json`` alone, and the same file gives the same text. Parts of a
+report may be missing. Names of folders on this machine stand only in commands: cards and pages are published.
+"""
 
 from ..runs.comparison_records import Comparison
 from ..runs.layer_records import LayerEntry, OperatorEntry

@@ -1,13 +1,22 @@
-"""Write a comparison as a table, for the terminal and in Markdown."""
+"""Show a comparison of many methods: as a table for the terminal, in Markdown, and as a page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
 
+from ..core import parse_sparsity
+from ..errors import FistaPrunerError
 from ..runs.comparison_records import CompareRow, Comparison
-from ..runtime.formatting import align_columns, counted, duration, size
-from .rendering import render
+from ..runtime.formatting import align_columns, counted, duration, percent, significant, size, with_error
+from .fact import file_name
+from .facts import base_model_name
+from .figures import INK, SERIES, WIDTH, Drawing, draw, plain_log, style
+from .model_card import markdown_table, plain_markdown
+from .rendering import Section, Table, moment, page
 
 HEADER = (
     "method",
@@ -23,12 +32,6 @@ HEADER = (
 )
 
 
-def by_quality(rows: Sequence[CompareRow]) -> list[CompareRow]:
-    """Sort rows by sparsity, in the order of first appearance, then by gap; failed rows last."""
-    patterns = list(dict.fromkeys(row.sparsity for row in rows))
-    return sorted(rows, key=lambda row: (patterns.index(row.sparsity), math.inf if row.gap is None else row.gap))
-
-
 def comparison_table(comparison: Comparison) -> str:
     """Write the rows in aligned columns, the protocol above them."""
     table = align_columns([HEADER, *map(_cells, by_quality(comparison.rows))])
@@ -38,14 +41,48 @@ def comparison_table(comparison: Comparison) -> str:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Write the comparison as Markdown, ``DIR/compare.md``."""
-    return render(
-        "compare.md.j2",
-        source=comparison.model.source,
-        protocol=comparison_lines(comparison),
-        head=HEADER,
-        rows=list(map(_cells, by_quality(comparison.rows))),
-        failures=failures(comparison),
+    protocol = [f"{plain_markdown(line)}  " for line in comparison_lines(comparison)]
+    table = markdown_table(HEADER, list(map(_cells, by_quality(comparison.rows))))
+    title = f"# {plain_markdown(comparison.model.source or 'Comparison')}: methods compared"
+    return "\n".join([title, "", *protocol, "", table, "", *map(plain_markdown, failures(comparison))]).rstrip() + "\n"
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """Draw the page of a comparison, finished or not, as HTML.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    found = points(comparison.rows)
+    drawings = [quality_against_sparsity(found), *(quality_against_time(found, each) for each in patterns(found)[:3])]
+    machine, versions = comparison.machine, comparison.versions
+    protocol = [
+        *(line.partition(": ")[::2] for line in comparison_lines(comparison)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("processor", machine.cpu if machine.device_name else ""),
+    ]
+    return page(
+        f"Pruning methods on {base_model_name(comparison.model) or 'a model'}",
+        status=comparison.status,
+        about=moment(comparison.finished or comparison.started),
+        warnings=[*comparison.warnings, *(f"failed: {failure}" for failure in failures(comparison))],
+        sections=[
+            Section("Perplexity by method and sparsity", [_overview(comparison, found)], note=OVERVIEW_NOTE),
+            Section("Quality against sparsity and time", figures=[each for each in drawings if each is not None]),
+            Section("Every run", [_results(comparison)]),
+            Section(
+                "Protocol",
+                [Table(("what", "value"), [row for row in protocol if row[1]])],
+                code=[("Command", comparison.command)] if comparison.command else [],
+            ),
+        ],
     )
+
+
+def by_quality(rows: Sequence[CompareRow]) -> list[CompareRow]:
+    """Sort rows by sparsity, in the order of first appearance, then by gap; failed rows last."""
+    seen = list(dict.fromkeys(row.sparsity for row in rows))
+    return sorted(rows, key=lambda row: (seen.index(row.sparsity), math.inf if row.gap is None else row.gap))
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
@@ -57,8 +94,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
             f"{counted(dense.windows, 'window')} of {dense.seqlen} tokens, {dense.dtype}; "
             "gap = ln(perplexity) - ln(dense perplexity)"
         )
-    if (facts := comparison.calibration) is not None:
-        text = f"{facts.source}, {facts.samples} windows of {facts.seqlen} tokens, {facts.how}"
+    if (used := comparison.calibration) is not None:
+        text = f"{file_name(used.source)}, {used.samples} windows of {used.seqlen} tokens, {used.how}"
         lines.append(f"calibration: {text}, seed as in the table")
     machine = comparison.machine
     if machine.cpu or machine.device_name:
@@ -73,16 +110,252 @@ def failures(comparison: Comparison) -> list[str]:
 
 
 def _cells(row: CompareRow) -> tuple[str, ...]:
-    share = row.zeros_share
     return (
         row.name,
         row.sparsity,
         str(row.seed),
         "failed" if row.error else ("–" if row.perplexity is None else f"{row.perplexity.perplexity:.2f}"),
         "–" if row.gap is None else f"{row.gap:z.4f}",
-        "–" if row.relative_error is None else f"{100 * row.relative_error:.2f} %",
+        percent(row.relative_error),
         duration(row.seconds),
         duration(row.time_split.get("solve")),
         size(row.peak_memory),
-        ("–" if share is None else f"{100 * share:.4f} %") + row.beside_zeros,
+        percent(row.zeros_share, 6) + row.beside_zeros,
     )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one sparsity, over its seeds.
+
+    Args:
+        method: its label; ``sparsity``: as written.
+        seeds: how many runs have a finite gap; ``asked``: how many were asked for.
+        gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, None for one.
+        perplexity: exp of the mean NLL; ``windows``: NLL of each window, the mean over seeds, empty where not recorded.
+        seconds: mean wall time, None if not recorded.
+        kept: weights that are not zero and those of low-rank parts, as a share of the operators' weights before
+            structure was removed; None if not recorded.
+    """
+
+    method: str
+    sparsity: str
+    seeds: int
+    asked: int
+    gap: float
+    spread: float | None = None
+    perplexity: float = math.nan
+    windows: tuple[float, ...] = ()
+    seconds: float | None = None
+    kept: float | None = None
+
+
+def points(rows: Sequence[CompareRow]) -> list[Point]:
+    """Gather rows over their seeds, in the order of first appearance; only groups that have a finite gap."""
+    groups: dict[tuple[str, str], list[CompareRow]] = {}
+    for row in rows:
+        groups.setdefault((row.name, row.sparsity), []).append(row)
+    whole = max((row.operator_weights or 0 for row in rows), default=0)
+    made = []
+    for (method, sparsity), members in groups.items():
+        gaps = [row.gap for row in members if row.gap is not None and math.isfinite(row.gap)]
+        if not gaps:
+            continue
+        texts = [row.perplexity for row in members if row.perplexity is not None and math.isfinite(row.perplexity.nll)]
+        windows = [text.window_nlls for text in texts]
+        alike = len(windows) == len(gaps) and len(set(map(len, windows))) == 1
+        seconds = [row.seconds for row in members if row.seconds is not None]
+        shares = [share for row in members if (share := _kept(row, whole)) is not None]
+        made.append(
+            Point(
+                method,
+                sparsity,
+                len(gaps),
+                len(members),
+                mean(gaps),
+                stdev(gaps) if len(gaps) > 1 else None,
+                math.exp(mean(text.nll for text in texts)) if texts else math.nan,
+                tuple(map(mean, zip(*windows, strict=True))) if alike else (),
+                mean(seconds) if seconds else None,
+                mean(shares) if shares else None,
+            )
+        )
+    return made
+
+
+def _kept(row: CompareRow, whole: int) -> float | None:
+    """Return the share of its weights that a row keeps; ``whole``: their number before structure went."""
+    weights, zeros = row.operator_weights, row.operator_zeros
+    if not weights or zeros is None:
+        return None
+    structure = (row.settings.get("structure") or {}).get("remove")
+    return (weights - zeros + (row.low_rank_weights or 0)) / (whole if structure else weights)
+
+
+def patterns(found: Sequence[Point]) -> list[str]:
+    """List the sparsities that occur: shares of zeros from low to high, then n:m patterns."""
+    return sorted(dict.fromkeys(point.sparsity for point in found), key=lambda each: (_is_nm(each), _zeros(each)))
+
+
+def short_labels(found: Sequence[Point]) -> dict[str, str]:
+    """Shorten methods for figures: the settings after ``@`` go; methods that become alike are numbered."""
+    labels = list(dict.fromkeys(point.method for point in found))
+    bases = [label.partition("@")[0] for label in labels]
+    return {
+        label: base if bases.count(base) == 1 else f"{base} ({bases[:place].count(base) + 1})"
+        for place, (label, base) in enumerate(zip(labels, bases, strict=True))
+    }
+
+
+OVERVIEW_NOTE = (
+    "Gap: ln(pruned / dense perplexity), nats a token, ± one standard deviation over seeds. Above the lowest: its "
+    "difference from the lowest gap at the same sparsity, ± one standard error, paired over windows. Compare methods "
+    "that keep as many weights and have as many runs."
+)
+
+
+def _overview(comparison: Comparison, found: Sequence[Point]) -> Table:
+    """Tabulate every method at every sparsity, from the lowest gap to the highest."""
+    rows: list[tuple[str, ...]] = []
+    if found and comparison.dense is not None:
+        rows.append(("dense", "–", "–", f"{comparison.dense.perplexity:.2f}", *"––––"))
+    for pattern in patterns(found):
+        here = sorted((point for point in found if point.sparsity == pattern), key=lambda point: point.gap)
+        for point in here:
+            rows.append(
+                (
+                    point.method,
+                    pattern,
+                    str(point.seeds) if point.seeds == point.asked else f"{point.seeds} of {point.asked}",
+                    f"{point.perplexity:.2f}",
+                    with_error(point.gap, point.spread, 3),
+                    "–" if point is here[0] else with_error(*_above(here[0], point), 3),
+                    percent(point.kept),
+                    duration(point.seconds),
+                )
+            )
+    head = ("method", "sparsity", "runs", "perplexity", "gap", "above the lowest", "weights kept", "time")
+    return Table(head, rows, range(3, len(head)))
+
+
+def _above(first: Point, second: Point) -> tuple[float, float | None]:
+    """Return how much higher the NLL of ``second`` is, and the standard error, paired over windows."""
+    apart = [b - a for a, b in zip(first.windows, second.windows, strict=False)]
+    known = len(apart) > 1 and len(first.windows) == len(second.windows)
+    return second.gap - first.gap, stdev(apart) / math.sqrt(len(apart)) if known else None
+
+
+def _results(comparison: Comparison) -> Table:
+    return Table(HEADER, list(map(_cells, by_quality(comparison.rows))), range(3, len(HEADER)))
+
+
+def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
+    """Draw the gap of every method by sparsity."""
+    order, short = patterns(found), short_labels(found)
+    if len(order) < 2:
+        return None
+
+    def plot(figure: Any) -> None:
+        axes = figure.subplots()
+        for index, method in enumerate(short):
+            for nm in (False, True):  # n:m patterns stand apart
+                mine = [p for each in order for p in found if (p.method, p.sparsity) == (method, each)]
+                mine = [p for p in mine if _is_nm(p.sparsity) is nm]
+                if mine:
+                    axes.errorbar(
+                        [order.index(p.sparsity) for p in mine],
+                        [p.gap for p in mine],
+                        yerr=[p.spread or 0.0 for p in mine],
+                        fmt=_marker(index) + ("" if nm else "-"),
+                        color=SERIES[index % len(SERIES)],
+                        markersize=6,
+                        capsize=2,
+                    )
+        axes.set_xticks(range(len(order)), order)
+        axes.set_xlim(-0.4, len(order) - 0.6)
+        if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
+            axes.set_yscale("log")
+            plain_log(axes.yaxis)
+        axes.set_ylabel("gap, nats a token (lower is better)")
+        axes.set_xlabel("sparsity")
+        style(axes)
+        for index, name in enumerate(short.values()):
+            axes.plot([], [], _marker(index), color=SERIES[index % len(SERIES)], label=name)
+        widest = max(map(len, short.values()))
+        figure.legend(loc="outside upper left", ncols=max(1, WIDTH // (60 + 7 * widest)), handlelength=1.2)
+
+    return draw(
+        "gap-sparsity",
+        "Quality against sparsity",
+        plot,
+        caption="Gap: ln(pruned perplexity / dense perplexity). Bars are one standard deviation over seeds.",
+        description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
+        height=340 + 18 * (len(short) // 4),
+        head=["method", "sparsity", "gap"],
+        rows=[[p.method, p.sparsity, with_error(p.gap, p.spread, 3)] for p in found],
+    )
+
+
+def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None:
+    """Draw the gap of every method at one sparsity against the time of its whole run."""
+    short = short_labels(found)
+    here = sorted((p for p in found if p.sparsity == pattern and p.seconds), key=lambda p: (p.seconds or 0.0, p.gap))
+    if not here:
+        return None
+
+    def plot(figure: Any) -> None:
+        axes = figure.subplots()
+        for order, point in enumerate(here):
+            index = list(short).index(point.method)
+            place, up = (point.seconds, point.gap), order % 2 == 0  # neighbours' labels on opposite sides
+            axes.errorbar(
+                *place,
+                yerr=point.spread or 0.0,
+                fmt=_marker(index),
+                color=SERIES[index % len(SERIES)],
+                markersize=8,
+                capsize=2,
+            )
+            axes.annotate(
+                short[point.method],
+                place,
+                xytext=(0, 8 if up else -8),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if up else "top",
+                color=INK,
+            )
+        axes.set_xscale("log")
+        axes.margins(x=0.2, y=0.2)
+        plain_log(axes.xaxis)
+        axes.set_xlabel("seconds of the whole run")
+        axes.set_ylabel("gap, nats a token")
+        style(axes, grid="both")
+
+    return draw(
+        "gap-time-" + "".join(character if character.isalnum() else "-" for character in pattern),
+        f"Quality against time at {pattern}",
+        plot,
+        caption="Down and to the left is better.",
+        description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
+        head=["method", "seconds", "gap"],
+        rows=[[p.method, significant(p.seconds), with_error(p.gap, p.spread, 3)] for p in here],
+    )
+
+
+def _is_nm(pattern: str) -> bool:
+    try:
+        return not parse_sparsity(pattern).supports_allocation
+    except FistaPrunerError:
+        return False
+
+
+def _zeros(pattern: str) -> float:
+    try:
+        return parse_sparsity(pattern).fraction
+    except FistaPrunerError:
+        return 0.0
+
+
+def _marker(index: int) -> str:
+    return "osD^vPX*"[index % 8]

@@ -1,325 +1,374 @@
-"""Draw figures of a run's decoder layers, solver and time.
+"""Draw figures as inline SVG that follow the page's theme.
 
-Each function returns None when the report lacks what it shows.
+Matplotlib draws with place-holder colours that are then replaced by CSS variables, so one drawing serves the light and
+the dark theme and prints well. It is drawn at one width, :data:`WIDTH`, with type that can be read on a phone, and the
+page scales it. With ``FISTAPRUNER_FIGURES=0`` in the environment nothing is drawn: titles, captions and the numbers
+behind the figures remain.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..runs.labels import PHASES
+from ..errors import MissingExtraError
 from ..runs.layer_records import LayerEntry
 from ..runs.records import Report
-from ..runtime.formatting import duration, significant
-from .drawing import INK, NARROW, SERIES, Drawing, draw, plain_log, style
-from .heat_map import heat_map
-from .layer_errors import hardest, mean_error, short_names
-from .traces import TRACES, Trace
+from ..runtime.formatting import significant
 
-MOST_DOTS = 2000
-"""Dots of a figure, about."""
+WIDTH = 420
+"""Width of drawings in pixels."""
 
-COLOURED_PHASES = ("capture", "gram", "problem", "structure", "solve", "reconstruct", "io")
-"""Phases of a decoder layer that have a color; the others are short."""
+INK, MUTED, GRID, SURFACE = "#010101", "#020202", "#030303", "#040404"
+SERIES = tuple(f"#1100{index:02x}" for index in range(1, 9))
+HEAT = tuple(f"#2200{index:02x}" for index in range(24))
+COLORS = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", SURFACE: "var(--surface)"}
+COLORS |= {color: f"var(--series-{index})" for index, color in enumerate(SERIES, 1)}
+COLORS |= {
+    color: f"color-mix(in srgb, var(--heat) {round(6 + 94 * level / 23)}%, var(--surface))"
+    for level, color in enumerate(HEAT)
+}
 
-
-def layer_figures(report: Report) -> dict[str, Drawing]:
-    """Draw all figures that the report has data for, by key."""
-    drawings = [
-        change_map(report.layers),
-        error_map(report.layers),
-        layer_errors(report.layers),
-        None if report.only_structure else layer_sparsity(report.layers),
-        chain_errors(report.layers),
-        solver_path(report.layers),
-        time_by_layer(report.layers),
-    ]
-    return {drawing.key: drawing for drawing in drawings if drawing is not None}
+MOST_NAMES = 40
+"""Operators of a layer above which the heat map has one column for all experts' operators of a kind."""
 
 
-def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Draw the relative error of every operator: decoder layers by operators."""
-    values = {
-        (layer.index, op.name): 100 * op.relative_error
-        for layer in layers
-        for op in layer.operators
-        if op.relative_error is not None
-    }
-    caption = "Squared error of the outputs as a share of their energy, in %, on calibration tokens; logarithmic scale."
-    if any(operator.dense_error for layer in layers for operator in layer.operators):
-        caption += " Drift of an operator's inputs counts: its dense weights would have part of this error too."
-    return heat_map("error-map", "Relative error of every operator", layers, values, caption, "error")
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page.
+
+    Args:
+        key: short unique name; ``title``: heading above it; ``caption``: how to read it.
+        description: what is seen, for readers who cannot see it.
+        svg: markup, empty where figures are left out.
+        head, rows: the numbers behind it.
+    """
+
+    key: str
+    title: str
+    caption: str
+    description: str
+    svg: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
 
 
-def change_map(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Draw how far recovery moved the weights of every operator: decoder layers by operators."""
-    values = {
-        (layer.index, op.name): 100 * op.change for layer in layers for op in layer.operators if op.change is not None
-    }
-    if not any(values.values()):  # the input's weights were kept
+def run_figures(report: Report) -> list[Drawing]:
+    """Draw the figures of a run that there is data for.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    drawings = [losses(report), operator_map(report), layer_errors(report.layers), layer_sparsity(report)]
+    return [drawing for drawing in drawings if drawing is not None]
+
+
+def losses(report: Report) -> Drawing | None:
+    """Draw the training loss of every step, the held-out loss of every check, and the step that is kept."""
+    found = report.recovery
+    if found is None or not (found.curve or found.checks):
         return None
-    caption = "‖ΔW‖ / ‖W‖ in %: norm of the change of an operator's weights over their norm before; logarithmic scale."
-    return heat_map("change-map", "Change of every operator", layers, values, caption, "change")
+    checks = [(check.step, check.held_out) for check in found.checks if math.isfinite(check.held_out)]
+
+    def plot(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot(*_columns(found.curve), color=SERIES[2], linewidth=1.2, label="training")
+        axes.plot(*_columns(checks), "o-", color=SERIES[0], markersize=6, label="held out")
+        if found.best is not None:
+            label = f"kept: step {found.kept_step}"
+            axes.axvline(found.kept_step, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel(f"loss ({found.loss})")
+        style(axes)
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1.4)
+
+    names = list(found.checks[0].by_task) if found.checks else []
+    return draw(
+        "training",
+        "Training and held-out loss",
+        plot,
+        caption="Means, in nats a token or a pair. The training loss is that of each step, before it. The weights with "
+        "the lowest held-out loss are kept, those before training included.",
+        description=f"Lines over {found.steps} of {found.asked_steps} steps.",
+        head=["step", "held-out loss", *names],
+        rows=[
+            [str(at.step), *(significant(loss, 5) for loss in (at.held_out, *map(at.by_task.get, names)))]
+            for at in found.checks
+        ],
+    )
+
+
+def operator_map(report: Report) -> Drawing | None:
+    """Draw the relative error of every operator, or of a training how far its weights moved."""
+    errors = {
+        (layer.index, op.name): 100 * op.relative_error
+        for layer in report.layers
+        for op in layer.operators
+        if op.relative_error is not None and math.isfinite(op.relative_error)
+    }
+    if errors:
+        caption = "Squared error of the outputs as a share of their energy, in %, on calibration tokens."
+        if any(operator.dense_error for operator in report.operators):
+            caption += " Drift of an operator's inputs counts: its dense weights would have part of this error too."
+        return heat_map("error-map", "Relative error of every operator", report.layers, errors, caption)
+    changes = {(at.index, op.name): 100 * op.change for at in report.layers for op in at.operators if op.change}
+    caption = "‖ΔW‖ / ‖W‖ in %: norm of the change of an operator's weights over their norm before."
+    return heat_map("change-map", "Change of every operator", report.layers, changes, caption)
+
+
+def heat_map(
+    key: str, title: str, layers: Sequence[LayerEntry], values: Mapping[tuple[int, str], float], caption: str
+) -> Drawing | None:
+    """Draw percentages by decoder layer and operator; None without any.
+
+    Of a mixture with many experts, a column is the median over all experts' operators of a kind.
+
+    Args:
+        key, title, caption: see :class:`Drawing`.
+        layers: of the run.
+        values: percentages by number of the layer and name of the operator.
+    """
+    if not values:
+        return None
+    names = short_names(layers)
+    merged = len(names) > MOST_NAMES
+    if merged:
+        names = {name: re.sub(r"\.\d+\.", ".*.", short) for name, short in names.items()}
+        caption += " A column with * is the median of a layer's experts."
+    cells: dict[tuple[int, str], list[float]] = {}
+    for (index, name), value in values.items():
+        cells.setdefault((index, names[name]), []).append(value)
+    shown = {place: median(found) for place, found in cells.items()}
+    columns = list(dict.fromkeys(names[operator.name] for layer in layers for operator in layer.operators))
+    rows = sorted({index for index, _ in shown})
+    positive = sorted(value for value in shown.values() if value > 0) or [1.0]
+    low = positive[len(positive) // 20]  # nearly exact operators do not stretch the scale
+    top = max(positive[-1], 1.01 * low)
+
+    def plot(figure: Any) -> None:
+        from matplotlib.colors import ListedColormap, LogNorm
+
+        axes = figure.subplots()
+        grid = [[shown.get((row, column), math.nan) for column in columns] for row in rows]
+        norm = LogNorm(low, top, clip=True)
+        drawn = axes.pcolormesh(grid, cmap=ListedColormap(HEAT), norm=norm, edgecolor=SURFACE, linewidth=1)
+        axes.invert_yaxis()
+        axes.set_xticks([place + 0.5 for place in range(len(columns))], columns, rotation=90)
+        every = math.ceil(len(rows) / 40)
+        axes.set_yticks([place + 0.5 for place in range(0, len(rows), every)], [str(row) for row in rows[::every]])
+        axes.set_ylabel("decoder layer")
+        style(axes, grid=None)
+        scale = figure.colorbar(drawn, ax=axes, location="top", aspect=40)
+        ticks = [low, math.sqrt(low * top), top]
+        scale.set_ticks(ticks, labels=[f"{significant(value, 2)} %" for value in ticks])
+        scale.ax.minorticks_off()
+        scale.outline.set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+
+    worst = max(values, key=lambda place: values[place])
+    return draw(
+        key,
+        title,
+        plot,
+        caption=f"{caption} Logarithmic scale.",
+        description=f"Heat map of {len(rows)} decoder layers by {len(columns)} operators. The largest value is "
+        f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}.",
+        height=190 + round(len(rows) * max(6, min(16, 640 / len(rows)))),
+        head=["layer", *columns, *(["largest"] if merged else [])],
+        rows=[
+            [
+                str(row),
+                *(significant(shown.get((row, column))) for column in columns),
+                *([significant(max(values[place] for place in values if place[0] == row))] if merged else []),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
     """Draw the error of every decoder layer's output, beside the mean of its operators."""
-    output = [(layer.index, 100 * layer.relative_error) for layer in layers if layer.relative_error is not None]
     means = [(layer.index, 100 * mean) for layer in layers if (mean := mean_error(layer)) is not None]
+    output = {layer.index: 100 * layer.relative_error for layer in layers if layer.relative_error is not None}
     if not means:
         return None
 
-    def plot(figure: Any, width: int) -> None:
+    def plot(figure: Any) -> None:
         axes = figure.subplots()
-        _line(axes, means, SERIES[0], "mean of its operators", "o")
-        if output:
-            _line(axes, output, SERIES[1], "output of the layer", "s")
+        axes.plot(*_columns(means), "o-", color=SERIES[0], markersize=4.5, label="mean of its operators")
+        axes.plot(*_columns(list(output.items())), "s-", color=SERIES[1], markersize=4.5, label="output of the layer")
         axes.set_xlabel("decoder layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("relative error, %")
         axes.set_ylim(bottom=0)
-        _whole_numbers(axes)
         style(axes)
-        if output:
-            figure.legend(loc="outside upper left", ncols=2 if width > NARROW else 1)
+        figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
 
     of = next((layer.relative_error_of for layer in layers if layer.relative_error_of), None)
-    worst = max(means, key=lambda pair: pair[1])
     return draw(
         "layer-errors",
         "Error by decoder layer",
         plot,
         caption="Mean over the operators of a layer" + (f"; and of the layer's output, {of}." if of else "."),
-        description=f"Line plot over {len(means)} layers. Largest mean {significant(worst[1], 2)} %, layer {worst[0]}.",
-        table=(
-            ["layer", "mean of operators, %", "output, %"],
-            [[str(i), significant(value), significant(dict(output).get(i))] for i, value in means],
-        ),
+        description=f"Lines over {len(means)} decoder layers.",
+        head=["layer", "mean of operators, %", "output, %"],
+        rows=[[str(index), significant(value), significant(output.get(index))] for index, value in means],
     )
 
 
-def layer_sparsity(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Draw the share of zeros of every decoder layer: mean and span over its operators."""
+def layer_sparsity(report: Report) -> Drawing | None:
+    """Draw the share of zeros of every decoder layer; None where all layers have the same."""
     rows = []
-    for layer in layers:
-        weights = [math.prod(operator.shape) for operator in layer.operators]
-        if sum(weights):
-            shares = [100 * operator.zeros / size for operator, size in zip(layer.operators, weights, strict=True)]
-            rows.append(
-                (
-                    layer.index,
-                    100 * sum(operator.zeros for operator in layer.operators) / sum(weights),
-                    min(shares),
-                    max(shares),
-                )
-            )
-    if not rows:
+    for layer in report.layers:
+        if weights := sum(math.prod(operator.shape) for operator in layer.operators):
+            rows.append((layer.index, 100 * sum(operator.zeros for operator in layer.operators) / weights))
+    if report.only_structure or len({round(share, 1) for _, share in rows}) < 2:
         return None
 
-    def plot(figure: Any, width: int) -> None:
+    def plot(figure: Any) -> None:
         axes = figure.subplots()
-        axes.bar(
-            [row[0] for row in rows],
-            [row[1] for row in rows],
-            width=0.72,
-            color=SERIES[0],
-            label="all operators of the layer",
-        )
-        for index, _, least, most in rows:
-            if most - least > 0.05:
-                axes.plot([index, index], [least, most], color=INK, linewidth=1.2)
+        axes.bar(*_columns(rows), width=0.72, color=SERIES[0])
         axes.set_ylim(0, 100)
         axes.set_xlabel("decoder layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("zeros, %")
-        _whole_numbers(axes)
         style(axes)
 
-    least, most = (significant(end([row[1] for row in rows])) for end in (min, max))
     return draw(
         "layer-sparsity",
         "Sparsity by decoder layer",
         plot,
-        caption="Exact share of zeros in the operators. A line spans a layer's operators where they differ.",
-        description=f"Bars over {len(rows)} layers, from {least} % to {most} % zeros.",
-        table=(
-            ["layer", "zeros, %", "least", "most"],
-            [[str(row[0]), *(significant(v, 5) for v in row[1:])] for row in rows],
-        ),
+        caption="Exact share of zeros in the operators.",
+        description=f"Bars over {len(rows)} decoder layers.",
+        head=["layer", "zeros, %"],
+        rows=[[str(index), significant(share, 5)] for index, share in rows],
     )
 
 
-def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Draw the error after each step of the method chain, over all operators."""
-    chains = [
-        [(str(s.get("method", "?")), s.get("relative_error")) for s in op.steps]
-        for layer in layers
-        for op in layer.operators
-    ]
-    chains = [chain for chain in chains if chain and all(isinstance(error, (int, float)) for _, error in chain)]
-    if not chains or max(len(chain) for chain in chains) < 2:
-        return None
-    names = [name for name, _ in max(chains, key=len)]
-    columns = [[100 * float(chain[i][1]) for chain in chains if len(chain) > i] for i in range(len(names))]  # type: ignore[arg-type]
-    every = math.ceil(sum(map(len, columns)) / MOST_DOTS)
-
-    def plot(figure: Any, width: int) -> None:
-        axes = figure.subplots()
-        for position, values in enumerate(columns):
-            dots = values if every == 1 else sorted(values)[::-every]
-            spread = [position + 0.4 * ((0.618034 * k) % 1 - 0.5) for k in range(len(dots))]
-            axes.plot(spread, dots, "o", markersize=3.2, alpha=0.45, color=SERIES[0], markeredgewidth=0)
-            axes.plot([position - 0.28, position + 0.28], [median(values)] * 2, color=SERIES[1], linewidth=2.6)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_yscale("log")
-        axes.set_ylabel("relative error, %")
-        plain_log(axes.yaxis)
-        style(axes)
-
-    medians = [median(values) for values in columns]
-    return draw(
-        "chain-errors",
-        "Error after each step",
-        plot,
-        caption="A dot is an operator, the bar their median, after each step of the method chain."
-        + (f" Of {len(columns[0]):,} operators, ordered by error, one in {every} is drawn." if every > 1 else ""),
-        description="Medians: "
-        + ", ".join(f"{name} {significant(value)} %" for name, value in zip(names, medians, strict=True))
-        + ".",
-        table=(
-            ["step", "median error, %", "largest, %"],
-            [[name, significant(median(v)), significant(max(v))] for name, v in zip(names, columns, strict=True)],
-        ),
-    )
+def mean_error(layer: LayerEntry) -> float | None:
+    """Return the mean relative error of a layer's operators, without those that were kept as they were."""
+    errors = [operator.relative_error or 0.0 for operator in layer.judged]
+    return sum(errors) / len(errors) if errors else None
 
 
-def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Draw how the solver converged on the hardest operators: error by round, and the penalty's path."""
-    short = short_names(layers)
-    found = []
-    for layer, operator in hardest(layers, 10_000):
-        path = next((path for step in operator.steps if (path := solver_records(step)) is not None), None)
-        if path is not None:
-            found.append((f"{layer.index} {short[operator.name]}", *path))
-    if not found:
-        return None
-    trace = found[0][1]
-    chosen = [(name, values, penalties) for name, other, values, penalties in found if other == trace][:4]
+def short_names(layers: Sequence[LayerEntry]) -> dict[str, str]:
+    """Shorten names of operators as far as each still names one of a layer.
 
-    def plot(figure: Any, width: int) -> None:
-        above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
-        for color, (name, errors, knob) in zip(SERIES, chosen, strict=False):
-            finite = [value if value is not None and value > 0 else math.nan for value in errors]
-            above.plot(range(1, len(finite) + 1), finite, "o-", color=color, markersize=4, label=name)
-            positive = [value if value is not None and value > 0 else math.nan for value in knob]
-            below.plot(range(1, len(positive) + 1), positive, "o-", color=color, markersize=4)
-        above.set_ylabel(trace.value_label)
-        if not trace.search:
-            above.set_yscale("log")
-            plain_log(above.yaxis, (1.0,))
-        below.set_yscale("log")
-        if _decades(value for _, _, knob in chosen for value in knob) < 2:
-            plain_log(below.yaxis)
-        below.set_ylabel(trace.penalty_label)
-        below.set_xlabel(trace.round_label)
-        _whole_numbers(below)
-        style(above)
-        style(below)
-        above.legend(loc="best", title=None, ncols=2 if width > 500 else 1)
-
-    return draw(
-        "solver-path",
-        "Solver convergence and its penalty",
-        plot,
-        caption=trace.caption,
-        description=trace.caption + " Operators: " + ", ".join(name for name, *_ in chosen) + ".",
-        heights=(360, 360),
-        table=(
-            ["operator", "round", trace.penalty_label, trace.value_label],
-            [
-                [name, str(i + 1), significant(k), significant(e, 4)]
-                for name, errors, knob in chosen
-                for i, (e, k) in enumerate(zip(errors, knob, strict=True))
-            ],
-        ),
-    )
+    ``attn.c_proj`` becomes ``c_proj`` where it is the only one. A short name does not begin with a number: of an
+    expert it is ``experts.17.down_proj``.
+    """
+    endings = {operator.name: _endings(operator.name) for layer in layers for operator in layer.operators}
+    found = Counter(ending for several in endings.values() for ending in several)
+    return {name: next((end for end in several if found[end] == 1), name) for name, several in endings.items()}
 
 
-def solver_records(step: dict[str, Any]) -> tuple[Trace, list[float | None], list[float | None]] | None:
-    """Read (trace, results, penalties) by round of a step's records; None if its solver records no rounds."""
-    trace = TRACES.get(str(step.get("method")))
-    rounds = [] if trace is None else trace.rounds(step)
-    if trace is None or len(rounds) < 2:
-        return None
-    values, penalties = [record[trace.value] for record in rounds], [record[trace.penalty] for record in rounds]
-    if not trace.search:
-        return trace, [_percentage(value) for value in values], [_number(value) for value in penalties]
-    first = next((value for value in values if value), 1.0)
-    return trace, [_number(value / first) for value in values], [_number(value) for value in penalties]
+def _endings(name: str) -> list[str]:
+    """List the last parts of a name that do not begin with a number, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in range(len(parts) - 1, -1, -1) if not parts[place].isdigit()]
 
 
-def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Draw the wall time of every decoder layer by phase."""
-    timed = [layer for layer in layers if layer.seconds]
-    if not timed:
-        return None
-    found = {
-        phase: values for phase in COLOURED_PHASES if any(values := [layer.seconds.get(phase, 0.0) for layer in timed])
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def style(axes: Any, *, grid: str | None = "y") -> None:
+    """Style axes: no box, a light grid behind the data, no tick marks."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(True, axis=grid, which="major", linewidth=0.8)
+    axes.tick_params(length=0, which="both")
+
+
+def plain_log(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers: 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def draw(
+    key: str,
+    title: str,
+    plot: Callable[[Any], None],
+    *,
+    caption: str,
+    description: str,
+    height: int = 300,
+    head: Sequence[str] = (),
+    rows: Sequence[Sequence[str]] = (),
+) -> Drawing:
+    """Draw a figure.
+
+    Args:
+        key, title, caption, description, head, rows: see :class:`Drawing`.
+        plot: draws on a matplotlib ``Figure``.
+        height: in pixels.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    svg = "" if os.environ.get("FISTAPRUNER_FIGURES") == "0" else _svg(key, plot, height)
+    return Drawing(key, title, caption, description, svg, head, rows)
+
+
+def _svg(key: str, plot: Callable[[Any], None], height: int) -> str:
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "report", "drawing a report") from None
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": key,
+        "font.size": 13,
+        "text.color": INK,
+        "text.parse_math": False,  # a name may have two dollar signs
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": GRID,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "savefig.facecolor": "none",
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "grid.color": GRID,
+        "legend.frameon": False,
+        "legend.fontsize": 13,
+        "lines.linewidth": 1.8,
     }
-    found["other"] = [sum(s for phase, s in layer.seconds.items() if phase not in COLOURED_PHASES) for layer in timed]
-
-    def plot(figure: Any, width: int) -> None:
-        axes = figure.subplots()
-        base = [0.0] * len(timed)
-        for color, (phase, values) in zip(SERIES, found.items(), strict=False):
-            name = PHASES.get(phase, phase)
-            axes.bar([layer.index for layer in timed], values, bottom=base, width=0.82, color=color, label=name)
-            base = [b + v for b, v in zip(base, values, strict=True)]
-        axes.set_xlabel("decoder layer")
-        axes.set_ylabel("seconds")
-        axes.set_ylim(0, 1.05 * max(*base, 1e-9))
-        _whole_numbers(axes)
-        style(axes)
-        figure.legend(loc="outside upper left", ncols=2 if width > 500 else 1, handlelength=1.2)
-
-    totals = {phase: sum(values) for phase, values in found.items()}
-    return draw(
-        "time-by-layer",
-        "Time by decoder layer",
-        plot,
-        caption="Wall time by phase.",
-        description="Stacked bars. In all: "
-        + ", ".join(f"{PHASES.get(phase, phase)} {duration(value)}" for phase, value in totals.items())
-        + ".",
-        table=(
-            ["phase", "seconds"],
-            [[PHASES.get(name, name), significant(value)] for name, value in totals.items()],
-        ),
-    )
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
+        plot(figure)
+        out = io.StringIO()
+        # What savefig calls, without its first trial drawing: half the time of a page.
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(out.getvalue(), key)
 
 
-def _percentage(share: Any) -> float | None:
-    number = _number(share)
-    return None if number is None else 100 * number
-
-
-def _decades(values: Iterable[float | None]) -> float:
-    """Return the powers of ten that positive values span."""
-    logs = [math.log10(value) for value in values if value is not None and value > 0]
-    return max(logs, default=0.0) - min(logs, default=0.0)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _line(axes: Any, pairs: Sequence[tuple[int, float]], color: str, label: str, marker: str) -> None:
-    axes.plot([x for x, _ in pairs], [y for _, y in pairs], marker + "-", color=color, markersize=4.5, label=label)
-
-
-def _whole_numbers(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+def _inline(svg: str, key: str) -> str:
+    """Turn an SVG document into an element of a page: no header, unique ids, the page's colours and type."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{key}-", svg).replace("xlink:href=", "href=")
+    svg = re.sub(r'\sxmlns:xlink="[^"]*"', "", svg)
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?)\s{size}="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", '<svg aria-hidden="true"', 1)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"#[0-9a-f]{6}", lambda match: COLORS.get(match[0], match[0]), svg)
+    return re.sub(r"\s*\n\s*", "\n", svg).strip()

@@ -1,17 +1,18 @@
-"""Render the templates of ``templates/``: pages in HTML, cards and tables in Markdown."""
+"""Render the templates of ``templates/``: pages in HTML, the body of model cards in Markdown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
+
+from .figures import Drawing
 
 
 @dataclass(frozen=True)
@@ -19,24 +20,47 @@ class Table:
     """A table of a page, as texts.
 
     Args:
-        label: names the table for readers who cannot see it.
-        head, rows: cells.
-        numeric: columns that are set flush right.
-        stack: whether rows become blocks on a phone; otherwise the table scrolls sideways.
+        head, rows: cells; ``numeric``: columns that are set flush right.
     """
 
-    label: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: Collection[int] = ()
-    stack: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; parts without content are not shown.
+
+    Args:
+        title: heading.
+        tables, figures: what it shows; ``note``: a sentence below them.
+        samples: prompts, each with the continuations of the models by name.
+        code: what is shown as it is, under what it is called; the long ones behind a click.
+    """
+
+    title: str
+    tables: Sequence[Table] = ()
+    figures: Sequence[Drawing] = ()
+    note: str = ""
+    samples: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
+    code: Sequence[tuple[str, str]] = ()
+
+
+def page(title: str, *, status: str, about: str, warnings: Sequence[str], sections: Sequence[Section]) -> str:
+    """Render a page: one file that loads nothing.
+
+    Args:
+        title: of the page; ``status``: of the run or comparison; ``about``: a line below the title.
+        warnings: sentences.
+        sections: in order.
+    """
+    shown = [each for each in sections if any(table.rows for table in each.tables) or each.figures or each.code]
+    return render("page.html.j2", title=title, status=status, about=about, warnings=warnings, sections=shown)
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of ``templates/``.
-
-    Every text is escaped in HTML; Markdown templates escape what comes from users by the filter ``plain``.
-    """
+    """Render a template of ``templates/``; every text is escaped in HTML."""
     return _environment().get_template(template).render(values)
 
 
@@ -48,36 +72,9 @@ def moment(time: str | None) -> str:
         return time or ""
 
 
-def present(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
-    """Drop the pairs without a value."""
-    return [(name, value) for name, value in pairs if value]
-
-
-def versions_text(versions: Mapping[str, str]) -> str:
-    """Write the versions of libraries in one line: ``fistapruner 1.0, torch 2.9``."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def plain_markdown(text: str) -> str:
-    """Escape a user's text for Markdown: no HTML, no link, no table, one line."""
-    return re.sub(r"([\\`*\[\]<>&|~])", r"\\\1", " ".join(text.split()))
-
-
 def breakable(text: str) -> Markup:
     """Escape a text for HTML, and let its lines break after signs that join names."""
-    return Markup(re.sub(r"(?<=[,@+/])(?=\S)", "<wbr>", str(escape(text))))
-
-
-def code_block(text: str, language: str) -> str:
-    """Make a Markdown code block that its text cannot end."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def yaml_text(value: Any) -> str:
-    """Write a value as YAML, keys in their order."""
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-    return text.strip()
+    return Markup(re.sub(r"(?<=[,@+/._])(?=[^\W\d])", "<wbr>", str(escape(text))))
 
 
 @cache
@@ -89,10 +86,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "breakable": breakable,
-        "plain": plain_markdown,
-        "code": code_block,
-        "yaml": yaml_text,
-    }
+    environment.filters["breakable"] = breakable
     return environment

@@ -10,12 +10,10 @@ from ..errors import printable
 from ..runs.records import Report
 from ..runs.training_records import Recovery
 from ..runtime.formatting import align_columns, duration, percent
-from .layer_errors import mean_error
-from .recovery_text import held_out_text
+from .figures import mean_error
 
 RECENT_STEPS = 8
 """Steps whose mean is shown as the training loss: that of one step is noisy."""
-
 
 AGAIN = "running again"
 """Status of a run that a process works on, and whose report is of an attempt that failed."""
@@ -32,17 +30,18 @@ def status_facts(report: Report, now: datetime | None = None, *, alive: bool | N
         alive: whether a process works on it now; None if that is not known.
     """
     now = now or datetime.now(UTC)
-    facts = {
+    progress = _layer_facts(report, now) if report.recovery is None else _step_facts(report, report.recovery, now)
+    return {
         "status": AGAIN if alive and report.status == "failed" else report.status,
         "measured": bool(report.evaluations),
         "error": report.error,
         "model": report.model.source,
         "method": report.method,
         "sparsity": report.sparsity,
+        **progress,
+        "seconds_since_start": _since(report.started, now),
+        "warnings": report.warnings,
     }
-    progress = _layer_facts(report, now) if report.recovery is None else _step_facts(report, report.recovery, now)
-    since = {"seconds_since_start": _since(report.started, now)}
-    return {**facts, **progress, **since, "warnings": report.warnings}
 
 
 def _step_facts(report: Report, found: Recovery, now: datetime) -> dict[str, Any]:
@@ -67,14 +66,13 @@ def _step_facts(report: Report, found: Recovery, now: datetime) -> dict[str, Any
 def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
     done, total = len(report.layers), report.model.layers
     took = _worked(report, now)
-    left = None if report.status != "running" or not took else (total - done) * took / done
     last = [layer.finished for layer in report.layers if layer.finished]
     return {
         "layers_done": done,
         "layers": total,
         "mean_relative_error": report.mean_error,
         "seconds_since_last_layer": _since(max(last), now) if last else None,
-        "seconds_left": left,
+        "seconds_left": None if report.status != "running" or not took else (total - done) * took / done,
     }
 
 
@@ -93,11 +91,7 @@ def _worked(report: Report, now: datetime) -> float:
 
 
 def status_text(
-    report: Report,
-    *,
-    alive: bool | None = None,
-    evaluates: bool = False,
-    now: datetime | None = None,
+    report: Report, *, alive: bool | None = None, evaluates: bool = False, now: datetime | None = None
 ) -> str:
     """Write progress as text, with a line for every finished layer or every check on held-out windows.
 
@@ -108,29 +102,35 @@ def status_text(
         now: time that durations end at; the present by default.
     """
     found = status_facts(report, now, alive=alive)
-    state = str(found["status"])
-    again = state == AGAIN
-    if again:
-        state += f"; the last attempt failed: {report.error}"
-    if state == "running" and alive is not None:
-        state = "running" if alive else "stopped: no process works on it; give the same command again to go on"
-    if state == "finished" and alive is not None and evaluates and not found["measured"]:
+    state, error = str(found["status"]), report.error
+    if state == AGAIN:
+        state, error = f"{state}; the last attempt failed: {error}", None
+    elif state == "running" and alive is False:
+        state = "stopped: no process works on it; give the same command again to go on"
+    elif state == "finished" and alive is not None and evaluates and not found["measured"]:
         state += ", being measured" if alive else ", not measured: give the same command again"
     elif state == "finished" and alive:
         state += "; a process works on it"
-    about = f"{found['model']}: {found['method']}, {found['sparsity']}"
+    about = f"{report.model.source}: {report.method}, {report.sparsity}"
     if report.recovery is not None:
-        about = f"{found['model']}, {found['sparsity']}, {report.training} ({found['method'].partition(': ')[2]})"
-    lines = [printable(f"{about}: {state}")]
-    if report.error and not again:
-        lines.append(printable(f"error: {report.error}"))
+        how = report.method.partition(": ")[2]
+        about = f"{report.model.source}, {report.sparsity}, {report.training} ({how})"
+    lines = [f"{about}: {state}"]
+    lines += [f"error: {error}"] if error else []
     left = f", about {duration(found['seconds_left'])} left" if found["seconds_left"] and alive is not False else ""
     if report.recovery is None:
-        lines += [f"{_bar(found['layers_done'], found['layers'])} decoder layers{left}", *_layer_lines(report, found)]
+        lines.append(f"{_bar(found['layers_done'], found['layers'])} decoder layers{left}")
+        rows = _layer_rows(report)
     else:
-        lines += [f"{_bar(found['steps_done'], found['steps'])} steps{left}", *_step_lines(report.recovery, found)]
-    lines += [printable(f"warning: {warning}") for warning in report.warnings]
-    return "\n".join(lines)
+        lines.append(f"{_bar(found['steps_done'], found['steps'])} steps{left}")
+        if found["training_loss"] is not None:
+            lines.append(f"training loss {found['training_loss']:.4f}")
+        rows = [
+            ("", f"step {check.step}", f"held-out loss {check.held_out:.4f}", "kept" if check.kept else "not better")
+            for check in report.recovery.checks
+        ]
+    lines += align_columns(rows, right=(3,)).splitlines() if rows else []
+    return "\n".join(map(printable, [*lines, *(f"warning: {warning}" for warning in report.warnings)]))
 
 
 def _bar(done: int, total: int) -> str:
@@ -138,34 +138,15 @@ def _bar(done: int, total: int) -> str:
     return ("#" * filled + "-" * (30 - filled) if total else "") + f" {done} of {total}"
 
 
-def _step_lines(found: Recovery, facts: dict[str, Any]) -> list[str]:
-    """Write the training loss, and a line for every check on held-out windows."""
-    lines = [] if facts["training_loss"] is None else [f"training loss {facts['training_loss']:.4f}"]
-    if text := held_out_text(found):
-        lines.append(f"held-out loss {text}")
-    rows = [
-        ("", f"step {check.step}", f"held-out loss {check.held_out:.4f}", "kept" if check.kept else "not better")
-        for check in found.checks
-    ]
-    return lines + ([align_columns(rows)] if rows else [])
-
-
-def _layer_lines(report: Report, found: dict[str, Any]) -> list[str]:
-    """Write the mean and the largest error, and a line for every finished layer."""
-    lines = []
-    if found["mean_relative_error"] is not None:
-        operators = [(layer, operator) for layer in report.layers for operator in layer.judged]
-        layer, operator = max(operators, key=lambda pair: pair[1].relative_error or 0.0)
-        lines.append(
-            f"relative error: mean {percent(found['mean_relative_error'])}, worst {percent(operator.relative_error)} "
-            f"(layer {layer.index}, {printable(operator.name)})"
-        )
-    spent = [duration(sum(layer.seconds.values())) if layer.seconds else "–" for layer in report.layers]
-    rows = [
-        ("", f"layer {layer.index:>3}", f"error {percent(mean_error(layer)):>8}", time)
-        for layer, time in zip(report.layers, spent, strict=True)
-    ]
-    return lines + ([align_columns(rows, right=(3,))] if rows else [])
+def _layer_rows(report: Report) -> list[tuple[str, ...]]:
+    """List error, operator with the largest error and time of every finished layer."""
+    rows: list[tuple[str, ...]] = []
+    for layer in report.layers:
+        worst = max(layer.judged, key=lambda operator: operator.relative_error or 0.0, default=None)
+        largest = "" if worst is None else f"largest {percent(worst.relative_error)} ({worst.name})"
+        took = duration(sum(layer.seconds.values())) if layer.seconds else "–"
+        rows.append(("", f"layer {layer.index:>3}", f"error {percent(mean_error(layer)):>8}", took, largest))
+    return rows
 
 
 def _finite(loss: float) -> float | None:

@@ -9,7 +9,7 @@ from ..runs.comparison_records import PAGE, is_comparison, load_comparison
 from ..runs.directory import RunDirectory
 from ..runs.records import load_run
 from ..runtime.files import write_text_atomic
-from .compare_page import comparison_page
+from .comparison import comparison_page
 from .page import run_page
 
 

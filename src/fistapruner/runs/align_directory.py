@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..text.pairs import Pairs
-from ..text.training_text import TrainingText
+from ..text.training import TrainingText
 from .training_directory import TrainingDirectory
 
 

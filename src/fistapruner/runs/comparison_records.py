@@ -1,4 +1,4 @@
-"""The schema of ``compare.json``; see ``docs/report.md``."""
+"""The schema of ``compare.json``; see ``docs/files.md``."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..errors import FistaPrunerError
-from ..runtime.files import entries, read_json
+from ..runtime.files import read_json
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
 from .base import VERSION, Number, Record, parse
-from .lock import NAME as LOCK
 from .records import CalibrationFacts, ModelFacts, share_of
 from .results import Divergence, Perplexity
+
+FIGURES, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
+"""Files of a comparison: the rows so far, their table, and its page."""
+
+RUNS = "runs"
+"""Folder with the run directories of the rows."""
 
 
 class CompareRow(Record):
     """One method at one sparsity and seed.
 
     Args:
-        method: chain as written on the command line; ``label``: what to print instead; ``sparsity``; ``seed``.
+        method: chain of solver and refinements; ``label``: as the user wrote it; ``settings``: its recipe.
         perplexity, divergence: on the text of the comparison; ``gap``: ln(perplexity) - ln(dense perplexity).
         relative_error: mean over changed operators.
-        seconds: of the run; ``time_split``: by phase; ``peak_memory``: bytes.
+        seconds: of the run, without drawing the calibration windows that rows share; ``time_split``: by phase.
         operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
-        checkpoint_bytes: of the weight files.
-        dense_weights, model_weights: parameters of the whole model before and after structure was removed;
-            ``dense_flops_per_token``, ``flops_per_token``: see :class:`~.records.Totals`. None where none was.
-        kept: its checkpoint was asked to be kept; ``error``: why this row has no figures, when it failed.
+        peak_memory, checkpoint_bytes: bytes, the latter of the weight files.
+        dense_weights, model_weights: parameters of the whole model before and after structure was removed, and
+            ``dense_flops_per_token``, ``flops_per_token`` its work; None where none was.
+        error: why this row has no figures.
     """
 
     method: str
@@ -52,18 +56,12 @@ class CompareRow(Record):
     dense_flops_per_token: int | None = None
     flops_per_token: int | None = None
     settings: dict[str, Any] = {}
-    kept: bool = False
     error: str | None = None
 
     @property
     def name(self) -> str:
         """What to print for the method."""
         return self.label or self.method
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """Identify the row among those of a comparison."""
-        return self.name, self.sparsity, self.seed
 
     @property
     def zeros_share(self) -> float | None:
@@ -85,26 +83,13 @@ class CompareRow(Record):
         return text
 
 
-FIGURES, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
-"""Files of a comparison: the figures so far, their table, and its page."""
-
-RUNS = "runs"
-"""Folder with the run directories of the rows."""
-
-DENSE = "dense.json"
-"""File with the dense model's figures."""
-
-STATES = "dense-states"
-"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
-
-
 class Comparison(Record):
     """``DIR/compare.json``: many methods, one protocol.
 
     Args:
+        fingerprint: what all rows share, by name: model, calibration, evaluation text, settings.
+        kept: run directories in ``DIR/runs`` whose checkpoints this command or an earlier one asked to keep.
         dense: the dense model on the same tokens.
-        asked: keys of the rows that were asked for this time; ``failed``: of those that failed, also where a row has
-            the figures of an earlier command; not in the file.
     """
 
     version: int = VERSION
@@ -116,28 +101,19 @@ class Comparison(Record):
     versions: dict[str, str] = {}
     machine: Machine = Machine()
     model: ModelFacts = Field(default_factory=lambda: ModelFacts(source=""))
+    fingerprint: dict[str, Any] = {}
+    kept: list[str] = []
     calibration: CalibrationFacts | None = None
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
-    asked: set[tuple[str, str, int]] = Field(default_factory=set, exclude=True)
-    failed: set[tuple[str, str, int]] = Field(default_factory=set, exclude=True)
     warnings: list[str] = []
 
 
 def is_comparison(folder: Path) -> bool:
     """Check whether a folder is that of a comparison, which may have no row yet."""
-    if any((folder / name).is_file() for name in (FIGURES, DENSE, STATES)):
-        return True
-    return (folder / RUNS).is_dir() and {entry.name for entry in entries(folder)} <= {RUNS, LOCK}
+    return (folder / FIGURES).is_file()
 
 
 def load_comparison(folder: Path) -> Comparison:
-    """Read ``DIR/compare.json``.
-
-    Raises:
-        FistaPrunerError: it is broken or not there yet.
-    """
-    file = folder / FIGURES
-    if not file.is_file():
-        raise FistaPrunerError(f"{folder} holds a comparison that has no row yet")
-    return parse(Comparison, read_json(file), str(file))
+    """Read ``DIR/compare.json``; a FistaPrunerError says what is wrong with it."""
+    return parse(Comparison, read_json(folder / FIGURES), str(folder / FIGURES))

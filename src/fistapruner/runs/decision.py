@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ..settings.values import SparsitySetting
-from .records import PlanRow, Report
+from .records import Report
 
 
 class Frozen(BaseModel):
@@ -31,21 +31,6 @@ class Numerics(Frozen):
     threads: int
     device: str
     dtype: str
-
-
-class PlannedRun(Frozen):
-    """What is planned before any work, and kept when the run goes on.
-
-    Args:
-        numerics: what decides the last bits.
-        on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
-        rows: the predictions for the report.
-    """
-
-    numerics: Numerics
-    on_disk: bool
-    on_device: bool
-    rows: list[PlanRow]
 
 
 class EvaluationRequest(Frozen):
@@ -88,8 +73,7 @@ class PruneDecision(RunDecision):
         on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
         calibration_sha256: of the calibration text; None where it is not a file.
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
-        sensitivity_seconds: how long all measurements on the dense model took; None where there were none.
-        calibration_seconds: how long drawing or writing the calibration text took.
+        seconds: of drawing calibration text (``calibration``) and measuring the dense model (``sensitivity``).
         structure: record of what is removed (:class:`fistapruner.structure.smaller.Widths`); None where nothing is.
     """
 
@@ -98,8 +82,7 @@ class PruneDecision(RunDecision):
     on_device: bool = False
     calibration_sha256: str | None = None
     metrics_sha256: str | None = None
-    sensitivity_seconds: float | None = None
-    calibration_seconds: float | None = None
+    seconds: dict[str, float] = {}
     structure: dict[str, Any] | None = None
 
 

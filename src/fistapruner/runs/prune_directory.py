@@ -2,7 +2,6 @@
 
 RUN/
     calibration.safetensors    the token ids
-    calibration.begun.safetensors    the texts that the model has written so far, until all are there
     metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
     layers/                    the finished decoder layers (:mod:`fistapruner.runs.journal`)
     bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
@@ -34,9 +33,7 @@ from .journal import LAYER_FILE, LayerJournal
 DRAWING = "drawing"
 """Metadata key of the calibration tokens: it distinguishes them from any other file of that name."""
 
-BEFORE_TOKENS = (
-    rf"{EARLY}|layers|calibration\.(begun\.)?safetensors{re.escape(PARTIAL)}|calibration\.begun\.safetensors"
-)
+BEFORE_TOKENS = rf"{EARLY}|layers|calibration\.safetensors{re.escape(PARTIAL)}"
 """Names that an attempt has left that was stopped before it had drawn calibration tokens."""
 
 BEFORE_RUN_FILE = (
@@ -56,7 +53,6 @@ class PruneDirectory(RunDirectory):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.calibration_file = folder / "calibration.safetensors"
-        self.begun_file = folder / "calibration.begun.safetensors"
         self.metrics_file = folder / "metrics.safetensors"
         self.bypass_file = folder / "bypass.safetensors"
         self.hidden = folder / "hidden"
@@ -70,7 +66,7 @@ class PruneDirectory(RunDirectory):
         return (self.journal.folder, self.model, self.adapter, self.hidden)
 
     def own_files(self) -> tuple[Path, ...]:
-        return (*super().own_files(), self.calibration_file, self.begun_file, self.metrics_file, self.bypass_file)
+        return (*super().own_files(), self.calibration_file, self.metrics_file, self.bypass_file)
 
     def foreign(self) -> list[str]:
         begun, layers = self._has_own_tokens(), self.journal.folder
@@ -113,43 +109,35 @@ class PruneDirectory(RunDirectory):
             drawing: the settings and the model that decide them.
             how: how they were drawn.
         """
-        tensors = {"tokens": tokens.to(torch.int64)}
-        write_tensors(self.calibration_file, tensors, {DRAWING: drawing, "how": json.dumps(how)})
-        self.begun_file.unlink(missing_ok=True)
+        ids = tokens.to(torch.int64)
+        about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
+        write_tensors(self.calibration_file, {"tokens": ids}, about)
 
-    def keep_texts(self, drawing: str, texts: Tensor, random: Tensor) -> None:
-        """Store what the model has written so far, and the state of the random numbers."""
-        write_tensors(self.begun_file, {"texts": texts, "random": random}, {DRAWING: drawing})
+    def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
+        """Read the token ids and how they were drawn; None where they are gone, damaged or drawn otherwise.
 
-    def begun_texts(self, drawing: str) -> tuple[Tensor, Tensor] | None:
-        """Read what :meth:`keep_texts` stored; None unless by the same settings and model."""
-        try:
-            file = SafetensorsFile(self.begun_file)
-            return (file.read("texts"), file.read("random")) if file.metadata.get(DRAWING) == drawing else None
-        except (FistaPrunerError, OSError, KeyError):
-            return None
-
-    def drawn(self, drawing: str) -> tuple[Tensor, dict[str, Any]] | None:
-        """Read stored token ids and how they were drawn; None unless by the same settings and model."""
+        Args:
+            drawing: the settings and the model that must have decided them; None takes any.
+        """
         try:
             file = SafetensorsFile(self.calibration_file)
-            how = json.loads(file.metadata["how"])
-            tokens = file.read("tokens")
+            tokens, how = file.read("tokens"), json.loads(file.metadata["how"])
+            same = drawing in (None, file.metadata[DRAWING]) and file.metadata["sha256"] == tokens_sha256(tokens)
         except (FistaPrunerError, OSError, KeyError, ValueError):
             return None
-        same = file.metadata.get(DRAWING) == drawing and how.get("sha256") == tokens_sha256(tokens)
         return (tokens, how) if same else None
 
     def tokens(self) -> Tensor:
         """Read the (samples, seqlen) calibration token ids."""
         return SafetensorsFile(self.calibration_file).read("tokens")
 
-    def learned(self) -> dict[str, str]:
-        """Return the metadata of the state of learning which channels stay; empty where there is none."""
-        try:
-            return SafetensorsFile(self.bypass_file).metadata
-        except (FistaPrunerError, OSError):
-            return {}
+    def fault(self, settled: PruneRecord) -> str | None:
+        """Say which of the files that the run began with is gone or damaged; None where all are whole."""
+        if self.drawn() is None:
+            return f"{self.calibration_file} is gone or damaged"
+        if (digest := settled.decision.metrics_sha256) and not self.has_metrics(digest):
+            return f"{self.metrics_file} is gone or damaged"
+        return None
 
     def write_metrics(
         self,

@@ -1,4 +1,4 @@
-"""The schema of ``report.json``; see ``docs/report.md``.
+"""The schema of ``report.json``; see ``docs/files.md``.
 
 Readers are tolerant: optional parts may be missing, unknown keys are kept. A change that an old reader would
 misunderstand raises :data:`VERSION`.

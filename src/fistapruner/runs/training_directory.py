@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL
-from ..text.training_text import TrainingText
+from ..text.training import TrainingText
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .snapshots import Snapshots

@@ -33,11 +33,6 @@ class PairData(Settings):
         description="Tokens of prompt and answer; what is longer is cut at its end. Without it 1024, or the model's "
         "maximum length if that is shorter.",
     )
-    prompt_ends: str | None = Field(
-        None,
-        description="For files without prompts: the prompt ends with the last such text that both answers share, "
-        "instead of where they begin to differ. With line ends in it: --prompt-ends $'\\n\\nAssistant:'.",
-    )
     held_out: float = Field(
         0.1,
         gt=0.0,

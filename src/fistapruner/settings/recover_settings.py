@@ -23,7 +23,8 @@ class TrainingData(Settings):
     )
     tasks: Annotated[dict[str, str], PATHS_TOO] = Field(
         {},
-        description="Several texts by name instead of one source: a task mixture.",
+        description="Several texts by name instead of one source: a mixture in the manner of MAMF, drawn in rounds "
+        "that take the same number of tokens from each task.",
     )
     seqlen: int | None = Field(
         None,
@@ -43,15 +44,10 @@ class TrainingData(Settings):
         description="Share of the documents that is held out from training, to choose the step that is kept; at most "
         "what fills 16 windows.",
     )
-    mixture: Literal["uniform", "pooled"] = Field(
-        "uniform",
-        description="How windows of several tasks are drawn: uniform (rounds of per_round tasks, the same number of "
-        "tokens from each, in the manner of MAMF), or pooled (all windows in one heap).",
-    )
     per_round: int | None = Field(
         None,
         ge=1,
-        description="Tasks in a round of the uniform mixture; without it all.",
+        description="Tasks in a round of the mixture; without it all.",
     )
     seed: Seed = Field(
         0,

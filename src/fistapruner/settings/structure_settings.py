@@ -14,7 +14,7 @@ StructureMethod = Literal["auto", "obs", "energy", "flap", "magnitude", "goa", "
 """Ways to choose the channels that are removed."""
 
 FEW = 0.2
-"""Largest share to remove for which ``auto`` is ``energy``; from measurements at 12.5 and 25 % (docs/structure.md)."""
+"""Largest share to remove for which ``auto`` is ``energy``; from measurements at 12.5 and 25 % (docs/results.md)."""
 
 AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none", "bypass": "none"}
 """How published methods make up for removed channels, which is what ``compensate: auto`` does with them."""

@@ -73,7 +73,7 @@ class TrainingRecipe(RunRecipe):
     lr: Rate = Field(
         "auto",
         description="First learning rate: absolute for lora, spp, mezo and subzero, a share of a tensor's root mean "
-        "square for full and norms. auto was measured for lora and full (docs/recovery.md), is the size of the first "
+        "square for full and norms. auto was measured for lora and full (docs/results.md), is the size of the first "
         "step for spp, and MeZO's for mezo and subzero; with adamw an alignment takes a twentieth of it.",
     )
     as_published: bool = Field(

@@ -51,7 +51,7 @@ class Proximal(Method):
         3.0,
         "Additional ridge for the sampling error of the Gram: this times inputs / tokens, at most 0.3, times the "
         "geometric mean of the diagonal. 0 gives a lower error on the calibration tokens and a higher one on other "
-        "text (docs/quality.md). Has no effect if the number of tokens is unknown.",
+        "text (docs/results.md). Has no effect if the number of tokens is unknown.",
         least=0.0,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from ..models.tokenizer import padding_id
 from .examples import Example
-from .text import adds_bos
-from .windows import JOINT, tokenise
+from .tokens import bos_of, token_ids
+from .windows import JOINT
 
 PURPOSE = "training"
 
@@ -54,14 +53,15 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, window
         windows: at most; None cuts all.
         source: name of the text, for messages.
     """
-    bos = _bos(tokenizer)
+    bos, end_of_text = bos_of(tokenizer), tokenizer.eos_token_id
+    joint = token_ids(JOINT, tokenizer, source) if end_of_text is None else [end_of_text]
+    written = bos if bos != joint else []  # where BOS is EOS, what looks like BOS is a joint
     stream = array("i")  # a list of integers has nine times the bytes
     starts: list[int] = []
     read = tokens = first = end = 0
-    joint = _joint(tokenizer)
-    written = bos if bos != joint else []  # where BOS is EOS, what looks like BOS is a joint
-    for ids in tokenise(documents, tokenizer, source, PURPOSE):
-        stream.extend(ids if ids[-1:] == [tokenizer.eos_token_id] else ids + joint)
+    for text in documents:
+        ids = token_ids(text, tokenizer, source)
+        stream.extend(ids if ids[-1:] == [end_of_text] else ids + joint)
         read += 1
         tokens += len(ids)
         while len(starts) != windows:
@@ -76,7 +76,7 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, window
     cut = torch.empty(len(starts), seqlen, dtype=torch.int64)
     cut[:, : len(bos)] = torch.tensor(bos, dtype=torch.int64)
     for row, start, stop in zip(cut, starts, [*starts, end][1:], strict=True):
-        row[seqlen - (stop - start) :] = _tensor(stream[start:stop])
+        row[seqlen - (stop - start) :] = torch.from_numpy(np.asarray(stream[start:stop]))
     return Packed(cut, torch.ones_like(cut, dtype=torch.bool), read, first or read, tokens, cut.numel())
 
 
@@ -92,56 +92,30 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
         seqlen: tokens in a window.
         windows: at most; the first example that needs another one ends the packing. None packs all.
     """
-    packed: list[array[int]] = []
-    marked: list[array[int]] = []
-    roomy: list[list[int]] = [[] for _ in range(seqlen + 1)]  # heaps of windows, by their room
-    none = np.iinfo(np.int64).max
-    lowest = np.full(seqlen + 1, none)  # window of each heap
-    read = tokens = first = too_long = 0
-    bos = _bos(tokenizer)
+    packed: list[tuple[array[int], array[int]]] = []  # token ids and marks
+    room = np.zeros(1024, dtype=np.int64)  # of every window
+    read = tokens = first = too_long = filled = 0
+    bos = bos_of(tokenizer)
     for example in examples:
         ids, marks = example.encode(tokenizer, bos)
-        if not ids or len(ids) > seqlen:
-            read, too_long, tokens = read + 1, too_long + bool(ids), tokens + len(ids)
-            continue
-        room = len(ids) + int(lowest[len(ids) :].argmin())
-        if not roomy[room]:
-            if len(packed) == 1:
-                first = read
-            if len(packed) == windows:
-                break
-            room = seqlen
-            roomy[room].append(len(packed))
-            packed.append(array("i"))
-            marked.append(array("b"))
-        place, left = heappop(roomy[room]), room - len(ids)
-        heappush(roomy[left], place)
-        for changed in (room, left):
-            lowest[changed] = roomy[changed][0] if roomy[changed] else none
-        packed[place].extend(ids)
-        marked[place].extend(marks)
-        read, tokens = read + 1, tokens + len(ids)
-    filled = sum(map(len, packed))
+        if ids and len(ids) <= seqlen:
+            fits = room[: len(packed)] >= len(ids)
+            place = int(fits.argmax()) if fits.any() else len(packed)
+            if place == len(packed):
+                first = read if place == 1 else first
+                if place == windows:
+                    break
+                packed.append((array("i"), array("b")))
+                room = np.append(room, np.zeros_like(room)) if place == len(room) else room
+                room[place] = seqlen
+            packed[place][0].extend(ids)
+            packed[place][1].extend(marks)
+            room[place] -= len(ids)
+            filled += len(ids)
+        read, tokens, too_long = read + 1, tokens + len(ids), too_long + (len(ids) > seqlen)
     cut = torch.full((len(packed), seqlen), padding_id(tokenizer))
     carry = torch.zeros(len(packed), seqlen, dtype=torch.bool)
-    for row, (window, its_marks) in enumerate(zip(packed, marked, strict=True)):
-        cut[row, : len(window)] = _tensor(window)
-        carry[row, : len(window)] = _tensor(its_marks)
+    for row, window in enumerate(packed):
+        for filling, numbers in zip((cut, carry), window, strict=True):
+            filling[row, : len(numbers)] = torch.from_numpy(np.asarray(numbers))
     return Packed(cut, carry, read, first or read, tokens, filled, too_long)
-
-
-def _tensor(numbers: array[int]) -> Tensor:
-    """Return an array as a tensor that shares its memory."""
-    return torch.from_numpy(np.asarray(numbers))
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """Return what begins a text by the tokenizer's own settings."""
-    return [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-
-
-def _joint(tokenizer: Any) -> list[int]:
-    """Return what joins documents: EOS, or the tokens of a blank line where there is none."""
-    if tokenizer.eos_token_id is not None:
-        return [tokenizer.eos_token_id]
-    return list(tokenizer(JOINT, add_special_tokens=False, return_attention_mask=False)["input_ids"])

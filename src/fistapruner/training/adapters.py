@@ -7,7 +7,6 @@ took from it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
-from ..runtime.files import write_text_atomic
+from ..runtime.files import read_json, write_text_atomic
 from ..runtime.formatting import percent
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
@@ -112,7 +111,11 @@ def merge_adapter(
     refuse_low_rank(source.folder, "merge")
     require_new(out, source.folder)
     record = read_pruning_record(source.folder)
-    config = _config(folder_of_adapter)
+    if not (folder_of_adapter / "adapter_config.json").is_file():
+        raise FistaPrunerError(
+            f"{folder_of_adapter} is not the folder of a PEFT adapter: it has no adapter_config.json"
+        )
+    config = read_json(folder_of_adapter / "adapter_config.json")
     base = Path(str(config.get("base_model_name_or_path") or ""))
     if (permuted := permuted_tensors(record)) and base.absolute() != source.folder.absolute():
         raise FistaPrunerError(
@@ -153,18 +156,3 @@ def merge_adapter(
     check_zeros(out, checkpoint, [name for name in before if name in set(checkpoint.names())])
     share = masked / change if change else 0.0
     return MergeReport(source.folder, folder_of_adapter, out, kind, operators, weights, zeros, refilled, share)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's ``adapter_config.json``.
-
-    Raises:
-        FistaPrunerError: it is not there, or damaged.
-    """
-    try:
-        found = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    except OSError:
-        raise FistaPrunerError(f"{folder} is not the folder of a PEFT adapter: it has no adapter_config.json") from None
-    except ValueError as error:
-        raise FistaPrunerError(f"{folder / 'adapter_config.json'} is damaged: {one_line(error)}") from None
-    return dict(found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -139,50 +140,12 @@ def check_due(step: int, steps: int) -> bool:
     return ((step + 1) * CHECKS - 1) // steps > (step * CHECKS - 1) // steps
 
 
-def descend(trained: Trainable, state: State, steps: int, step: TakeStep, held_out: Callable[[], float]) -> State:
-    """Train in memory, without a journal: the loop of block reconstruction and of learnt structure.
-
-    Args:
-        trained: what is trained; the best weights are in it at the end.
-        state: a new one.
-        steps: to take.
-        step: takes one.
-        held_out: computes the loss of what is held out.
-    """
-    state.start(held_out(), trained)
-    while state.step < steps and not state.stopped:
-        loss, size = step(state.step + 1, state.rate * OURS.factor(state.step + 1, steps))
-        state.step += 1
-        if not math.isfinite(loss) or not math.isfinite(size):
-            state.stop(f"the loss is {loss} at step {state.step}")
-        elif check_due(state.step, steps):
-            state.check(held_out(), trained)
-    trained.restore()
-    return state
-
-
-class NoJournal:
-    """The journal of a process that keeps none."""
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def sync(self) -> None:
-        """Do nothing."""
-
-    def __enter__(self) -> NoJournal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-
 @dataclass
 class Loop:
     """One training run, whose steps are journaled and whose states are stored.
 
     Args:
-        states: its snapshots; ``journal``: path of its journal, None without one; ``fingerprint``: its identity.
+        states: its snapshots, ``journal``: path of its journal; None stores nothing. ``fingerprint``: its identity.
         trained: what is trained.
         steps: in all.
         step: takes one.
@@ -196,7 +159,7 @@ class Loop:
         agree: gives all processes of a run the answer of the first to whether a state is due.
     """
 
-    states: Snapshots
+    states: Snapshots | None
     journal: Path | None
     fingerprint: str
     trained: Trainable
@@ -220,39 +183,38 @@ class Loop:
         self.state, self._writing, last = state or State(), 0.0, time.monotonic()
         begun = state is not None
         whole = self.state.step if begun else -1
-        with NoJournal() if self.journal is None else StepJournal(self.journal, whole) as journal:
-            if self.journal is not None:
+        with nullcontext() if self.journal is None else StepJournal(self.journal, whole) as self._journal:
+            if self.states is not None and self._journal is not None:
                 self.states.tidy(whole)
             if begun:
                 self.say(f"going on after step {self.state.step} of {self.steps}")
             else:
-                self._begin(journal)
+                self._begin()
             first, begin = self.state.step, time.monotonic()
             while self.state.step < self.steps and not self.state.stopped:
-                checked = self._step(journal)
+                checked = self._step()
                 if checked is not None:
                     done = self.state.step - first
                     self._say_check(*checked, (time.monotonic() - begin) / done * (self.steps - self.state.step))
                 self.tick(self.state.step, self.steps)
                 late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
                 if checked is not None or self.state.stopped or late:
-                    self._snapshot(journal)
+                    self._snapshot()
                     last = time.monotonic()
         self.trained.restore()
         return self.state
 
-    def _begin(self, journal: StepJournal | NoJournal) -> None:
+    def _begin(self) -> None:
         begin = time.perf_counter()
         self.say("the loss of what is held out, before training")
         loss, by_task = self.held_out()
         self.state.start(loss, self.trained)
-        line = {"step": 0, "held_out": loss, "kept": True, "by_task": by_task}
-        journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
+        self._note({"step": 0, "held_out": loss, "kept": True, "by_task": by_task}, begin)
         self.say(self.state.fault or f"held-out loss {loss:.4f}")
         self.tick(0, self.steps)
-        self._snapshot(journal)
+        self._snapshot()
 
-    def _step(self, journal: StepJournal | NoJournal) -> tuple[float, bool] | None:
+    def _step(self) -> tuple[float, bool] | None:
         """Take one step and journal it; returns the held-out loss and whether it is the best, where due."""
         begin, state = time.perf_counter(), self.state
         number = state.step + 1
@@ -271,8 +233,13 @@ class Loop:
             held_out, by_task = self.held_out()
             checked = held_out, state.check(held_out, self.trained, goes_back=self.descent.goes_back)
             line |= {"held_out": held_out, "kept": checked[1], "by_task": by_task}
-        journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
+        self._note(line, begin)
         return checked
+
+    def _note(self, line: dict[str, Any], begin: float) -> None:
+        """Append a line to the journal, with the seconds since ``begin``."""
+        if self._journal is not None:
+            self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
 
     def _say_check(self, held_out: float, kept: bool, left: float) -> None:
         how = "kept" if kept else "not better"
@@ -283,9 +250,17 @@ class Loop:
         step, before = f"step {self.state.step} of {self.steps}", f"(before {self.state.before:.4f})"
         self.say(f"{step}: held-out loss {held_out:.4f} {before}: {how}")
 
-    def _snapshot(self, journal: StepJournal | NoJournal) -> None:
+    def _snapshot(self) -> None:
+        if self.states is None:
+            return
         begin = time.monotonic()
-        journal.sync()
+        if self._journal is not None:
+            self._journal.sync()
         self.states.write(self.fingerprint, self.state.step, asdict(self.state), self.trained.tensors())
         self._writing = time.monotonic() - begin
         self.after_snapshot()
+
+
+def descend(trained: Trainable, steps: int, step: TakeStep, held_out: Callable[[], float]) -> State:
+    """Train in memory, without a journal, as block reconstruction does; arguments as for :class:`Loop`."""
+    return Loop(None, None, "", trained, steps, step, lambda: (held_out(), {}), lambda number: 0).run(None)

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,7 @@ LORA_RATE = 2e-3
 
 
 class Form(ABC):
-    """Interface of a form.
-
-    Attributes:
-        names: short names of the masters.
-    """
-
-    names: ClassVar[tuple[str, ...]]
+    """Interface of a form."""
 
     @abstractmethod
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -80,8 +74,6 @@ class Form(ABC):
 class Full(Form):
     """Every surviving weight."""
 
-    names: ClassVar = (ITSELF,)
-
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {ITSELF: weight.clone()}
 
@@ -101,8 +93,6 @@ class Lora(Form):
         scale: c.
     """
 
-    names: ClassVar = ("A", "B")
-
     rank: int
     scale: float
 
@@ -111,8 +101,8 @@ class Lora(Form):
         return {"A": uniform(rank, weight, generator), "B": weight.new_zeros(len(weight), rank)}
 
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
-        change = masters["B"] @ masters["A"]
-        return torch.addcmul(weight.to(change.dtype), change, (weight != 0).to(change.dtype), value=self.scale)
+        change = masters["B"].to(weight.dtype) @ masters["A"].to(weight.dtype)
+        return torch.addcmul(weight, change, weight.sign().abs_(), value=self.scale)
 
     def rate(self, columns: int) -> float | None:
         return LORA_RATE
@@ -187,22 +177,26 @@ class TrainedLayer(nn.Module):
         """Return a tensor as the layer holds it, (m, n) where it is pruned."""
         return self.matrix(name, whole(self.layer.get_parameter(name).detach()))
 
-    def exact(self, name: str) -> Tensor:
-        """Compute one effective tensor, differentiable, in fp32 and without a fixed low-rank part."""
+    def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Compute one effective tensor, differentiable; a fixed low-rank part is left out.
+
+        The pruned weight, and the masked product of lora, are in ``dtype``.
+        """
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]
-        weight: Tensor = self.pruned[name][0].weight(self.start(name), masters)
+        weight: Tensor = self.pruned[name][0].weight(self.start(name).to(dtype), masters)
         return self.matrix(name, weight)
 
     def values(self) -> dict[str, Tensor]:
         """Compute all effective tensors as the passes use them, by name inside the layer."""
         found = {}
         for name in self.keys:
-            value = self.exact(name)
+            dtype = self.layer.get_parameter(name).dtype
             if self._added is not None and name in self.pruned:
-                value = self._added(name, value)
-            found[name] = value.to(self.layer.get_parameter(name).dtype)
+                found[name] = self._added(name, self.exact(name)).to(dtype)
+            else:
+                found[name] = self.exact(name, dtype).to(dtype)
         return found
 
     def forward(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -340,11 +334,8 @@ class Trained(Masters):
         for index, layer in enumerate(model.layers):
             if loaded is not None:
                 loaded.enter_context(model.layer(index))
-            pruned = (
-                {f"{operator.name}.weight": (self.form, operator.transposed) for operator in layout.in_layer(index)}
-                if self.form is not None
-                else {}
-            )
+            operators = layout.in_layer(index) if self.form else ()
+            pruned = {f"{each.name}.weight": (self.form, each.transposed) for each in operators if self.form}
             others = sorted(vectors(layer, recipe.also))
             sources = {name: model.source_of(index, name) for name in (*pruned, *others)}
 
@@ -356,21 +347,20 @@ class Trained(Masters):
                 return part.added(model.full_name(index, name), value, transposed=pruned[name][1])
 
             trained = TrainedLayer(layer, pruned, others, generator, None if part is None else added)
-            for name, keys in trained.keys.items():
-                for short, key in keys.items():
-                    full = f"{sources[name]}.{short}" if short else sources[name]
-                    master = trained.masters[key].detach()
-                    columns = trained.start(name).shape[-1] if name in pruned else None
-                    rates[full] = first_rate(recipe, self.form, columns, model.width, master)
-                    self.numbers += int((master != 0).sum()) if name in pruned and not short else master.numel()
+            places = {
+                f"{sources[name]}.{short}" if short else sources[name]: (name, short, key)
+                for name, keys in trained.keys.items()
+                for short, key in keys.items()
+            }
+            for full, (name, short, key) in places.items():
+                master = trained.masters[key].detach()
+                columns = trained.start(name).shape[-1] if name in pruned else None
+                rates[full] = first_rate(recipe, self.form, columns, model.width, master)
+                self.numbers += int((master != 0).sum()) if name in pruned and not short else master.numel()
             if shard is not None:
                 shard(trained)
-            for name, keys in trained.keys.items():
-                for short, key in keys.items():
-                    full = f"{sources[name]}.{short}" if short else sources[name]
-                    parameters[full] = trained.masters[key]
-                    if name in pruned and not short:
-                        masked.append(full)
+            parameters |= {full: trained.masters[key] for full, (_, _, key) in places.items()}
+            masked += [full for full, (name, short, _) in places.items() if name in pruned and not short]
             self.layers.append(trained)
             self._sources.append(sources)
         super().__init__(parameters, rates, masked, descent_of(recipe))
@@ -438,11 +428,6 @@ def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, in the same memory."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
     return part
-
-
-def has_vectors(layers: Iterable[nn.Module], also: tuple[str, ...]) -> bool:
-    """Return whether any decoder layer has :func:`vectors`."""
-    return any(vectors(layer, also) for layer in layers)
 
 
 def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:

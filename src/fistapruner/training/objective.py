@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import FistaPrunerError
 from ..models.layerwise import Call, LayerwiseModel
 from ..papers.mrpo import Preference, margins_of
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
-from ..text.training_text import TrainingText
+from ..text.training import TrainingText
 from .loss import TokenLoss
 from .teacher import Teacher
 
@@ -44,9 +43,6 @@ class Objective:
         batch_size: windows in one pass.
         checkpointing: keep only the inputs of decoder layers for the way back; the bits of the result are the same.
         budgets: bytes of logits at once.
-
-    Raises:
-        FistaPrunerError: the dense model has another vocabulary.
     """
 
     together = 1
@@ -64,14 +60,6 @@ class Objective:
         checkpointing: bool = False,
         budgets: Budgets = BUDGETS,
     ) -> None:
-        if loss.share > 0 and teacher is None:
-            raise ValueError("a divergence needs the dense model")
-        if teacher is not None and teacher.dense.vocabulary != model.vocabulary:
-            raise FistaPrunerError(
-                f"{model.checkpoint.folder} has {model.vocabulary} tokens and the dense model "
-                f"{teacher.dense.checkpoint.folder} has {teacher.dense.vocabulary}: the loss kl compares predictions "
-                "of the same tokens"
-            )
         self.model, self.run, self.text, self.loss, self.teacher = model, run, text, loss, teacher
         self.batch_size, self.checkpointing, self.budgets = batch_size, checkpointing, budgets
 

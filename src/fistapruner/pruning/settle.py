@@ -1,0 +1,287 @@
+"""Settle a pruning run: plan it, draw calibration, measure the dense model, and write all of it to ``run.json``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..allocate.fisher import DensePasses
+from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
+from ..errors import FistaPrunerError
+from ..execution.executors import default_threads
+from ..models.layerwise import LayerwiseModel
+from ..models.source import ModelSource
+from ..models.whole import load_whole, require_whole, whole_bytes
+from ..papers.bypass import SEQUENCES, Bypass
+from ..passes.store import scratch_factory
+from ..pipeline.plan import plan_run
+from ..runs.continuation import absolute
+from ..runs.decision import Numerics, PruneDecision, PruneRecord
+from ..runs.identity import fingerprint, stamps, text_sha256
+from ..runs.lineage import begin_lineage
+from ..runs.listener import Listener
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import CalibrationFacts, ModelFacts
+from ..runtime.devices import cpu_threads
+from ..runtime.files import scratch_folder, sha256_file
+from ..runtime.machine import describe_machine, now, versions
+from ..runtime.memory import release_failed_memory
+from ..runtime.numerics import dtype_name
+from ..settings.execution_settings import Execution
+from ..settings.settings import Recipe
+from ..settings.training_settings import TrainingRecipe
+from ..text import calibration_tokens
+from ..text.generate import generation_bytes
+from .inputs import Inputs, Request, check_inputs
+
+if TYPE_CHECKING:
+    from ..training.settle import Inputs as TrainingInputs
+    from ..training.settle import Request as TrainingRequest
+
+T = TypeVar("T")
+
+
+def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener) -> PruneRecord:
+    """Check the input, decide what all processes of the run will use, and record it.
+
+    Args:
+        run: the run directory, made.
+        request: what to do, its recipe resolved.
+        before: what the run had settled, where its calibration tokens or measurements are damaged: its plan is kept.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: bad input, named, or a run that does not fit.
+    """
+    recipe, settled = request.recipe, before.decision if before else None
+    inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
+    drawing = drawing_of(recipe, inputs.model, inputs.seqlen)
+    drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
+    if settled is not None and before is not None:
+        numerics, on_disk, on_device, rows = settled.numerics, settled.on_disk, settled.on_device, before.plan
+    else:
+        listener.tick("planning", 0, 1)
+        after = (2 * inputs.evaluated, 0)
+        found = plan_run(
+            inputs.model,
+            inputs.smaller,
+            recipe,
+            inputs.sparsity,
+            run.folder,
+            inputs.widths,
+            drawn=drawn is not None,
+            after=after,
+        )
+        for sentence in found.says:
+            listener.say(sentence)
+        choice, rows = found.choice, list(found.rows)
+        on_disk, on_device = choice.on_disk, choice.on_device
+        numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
+    with cpu_threads(numerics.threads):
+        text, begin = text_sha256(recipe), time.perf_counter()
+        settings = recipe.calibration
+        listener.say(f"calibration: {settings.samples} windows of {inputs.seqlen} tokens from {settings.name}")
+        tokens, how = drawn or draw_windows(
+            recipe, inputs.source, inputs.model, inputs.tokenizer, inputs.seqlen, listener
+        )
+        inputs.model.check_tokens(tokens)
+        run.write_tokens(tokens, drawing, how)
+        seconds = {"calibration": time.perf_counter() - begin}
+        identity, begin = fingerprint(recipe, inputs.model.checkpoint, tokens, numerics), time.perf_counter()
+        states = run.hidden / "sensitivity" if on_disk else None
+        with scratch_folder(states):
+            measured = _measure(run, recipe, inputs, tokens, numerics, states, identity, listener)
+        if measured is not None:
+            seconds["sensitivity"] = time.perf_counter() - begin
+    has_metrics = run.metrics_file.is_file()
+    sizes = {"samples": tokens.shape[0], "seqlen": inputs.seqlen, "tokens": tokens.numel()}
+    record = PruneRecord(
+        **common_fields(request, inputs, recipe, numerics.threads),
+        fingerprint=identity,
+        calibration=CalibrationFacts.model_validate({**how, **sizes}),
+        plan=rows,
+        permuted=dict(measured.permuted) if measured else {},
+        workload=measured.workload if measured else None,
+        decision=PruneDecision(
+            model=absolute(request.model),
+            folder=inputs.source.folder.absolute(),
+            stamps=tuple(stamps(inputs.model.checkpoint)),
+            numerics=numerics,
+            evaluation=request.evaluation,
+            sparsity=dict((measured.sparsity if measured else None) or inputs.sparsity),
+            on_disk=on_disk,
+            on_device=on_device,
+            calibration_sha256=text,
+            metrics_sha256=sha256_file(run.metrics_file) if has_metrics else None,
+            seconds=seconds,
+            structure=None if inputs.widths is None else inputs.widths.record(),
+        ),
+    )
+    run.write_recipe(recipe.to_yaml())
+    run.write_record(record)
+    return record
+
+
+def drawing_of(recipe: Recipe, model: LayerwiseModel, seqlen: int) -> str:
+    """Write the settings, the model and the texts that decide calibration windows, as one line."""
+    checkpoint, calibration = model.checkpoint, recipe.calibration
+    place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(checkpoint)]
+    tokenizer = {name: sha256_file(checkpoint.folder / name) for name in checkpoint.companions}
+    return json.dumps([calibration.model_dump(mode="json"), *place, text_sha256(recipe), tokenizer])
+
+
+def draw_windows(
+    recipe: Recipe, source: ModelSource, model: LayerwiseModel, tokenizer: Any, seqlen: int, listener: Listener
+) -> tuple[Tensor, dict[str, Any]]:
+    """Draw calibration windows.
+
+    Args:
+        recipe: all settings.
+        source: the model's folder; it is loaded whole to generate text.
+        model: the same, opened.
+        tokenizer: of the model.
+        seqlen: tokens in a window.
+        listener: receives progress.
+
+    Returns:
+        The (samples, seqlen) windows, and how they were drawn.
+    """
+    settings = recipe.calibration
+
+    def load_model() -> Any:
+        nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, settings.samples, seqlen)
+        require_whole(nbytes, model.device, recipe.execution.memory_limit, "--calibration")
+        return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.trust_remote_code)
+
+    return calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
+
+
+def _measure(
+    run: PruneDirectory,
+    recipe: Recipe,
+    inputs: Inputs,
+    tokens: Tensor,
+    numerics: Numerics,
+    states: Any,
+    identity: str,
+    listener: Listener,
+) -> Decision | None:
+    """Measure on the dense model what the recipe needs, and store it; None where it needs nothing."""
+    run.metrics_file.unlink(missing_ok=True)
+    model, store = inputs.model, scratch_factory(states, inputs.model.dtype)
+    scores: dict[str, Tensor] = {}
+    if recipe.structure.method == "bypass" and inputs.widths is not None:
+        units = inputs.widths.units
+
+        def learn(batch_size: int) -> dict[tuple[int, str], Tensor]:
+            steps, seed = recipe.structure.steps, recipe.seed
+            learning = Bypass(model, units, tokens, steps, seed, store, listener, batch_size)
+            return learning.learn(run.bypass_file, windows_measured(len(tokens)), {"identity": identity})
+
+        learned = _fitting(model, "learn which channels stay", learn, SEQUENCES, listener)
+        scores = {inputs.layout.full_name(index, name): each for (index, name), each in learned.items()}
+    if not needs_measuring(recipe):
+        if not scores:
+            return None
+        run.write_metrics([], {}, {}, scores)
+        return Decision()
+    listener.say("measuring sensitivity on the dense model")
+
+    def decide_all(batch_size: int) -> Decision:
+        passes = DensePasses(store, batch_size, listener.tick)
+        return decide(recipe, inputs.layout, model, tokens, inputs.sparsity, passes, inputs.smaller)
+
+    found = _fitting(model, "measure sensitivity", decide_all, min(4, numerics.batch_size), listener)
+    if found.metrics or found.importance or found.orders or scores:
+        run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
+    if permutes(recipe) and found.permuted:
+        before, after = (sum(shares[i] for shares in found.permuted.values()) / len(found.permuted) for i in (0, 1))
+        listener.say(
+            f"channels of {len(found.permuted)} operators reordered or rotated: of their weights' importance the "
+            f"pattern now loses {1 - after:.1%} instead of {1 - before:.1%}"
+        )
+    return found
+
+
+def _fitting(model: LayerwiseModel, what: str, work: Callable[[int], T], batch_size: int, listener: Listener) -> T:
+    """Work on ``batch_size`` windows at a time; where the GPU's memory runs out, again with one.
+
+    Raises:
+        FistaPrunerError: memory runs out with one window at a time.
+    """
+    for count in dict.fromkeys((batch_size, 1)):
+        try:
+            return work(count)
+        except torch.OutOfMemoryError:
+            listener.say(f"the memory of {model.device} ran out with {count} windows at a time")
+        release_failed_memory()
+    raise FistaPrunerError(
+        f"the memory of {model.device} is not enough to {what}: free some of it, shorten --seqlen, or take "
+        "--allocation uniform --weighting none --structure-method obs, which need no such passes"
+    )
+
+
+def common_fields(
+    request: Request | TrainingRequest[Any],
+    inputs: Inputs | TrainingInputs[Any],
+    recipe: Recipe | TrainingRecipe,
+    threads: int,
+) -> dict[str, Any]:
+    """Collect the fields of a record that runs of all verbs fill in alike.
+
+    Args:
+        request: what a command asks.
+        inputs: checked.
+        recipe: all settings, resolved.
+        threads: CPU threads of each worker.
+    """
+    facts = describe_model(inputs.source, request.model, inputs.model)
+    lineage, warning = begin_lineage(inputs.source.folder, facts)
+    return {
+        "command": request.command,
+        "started": now(),
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": describe_machine(inputs.model.device, threads),
+        "model": facts,
+        "lineage": lineage,
+        "warnings": [*inputs.warnings, *([warning] if warning else [])],
+    }
+
+
+def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> ModelFacts:
+    """Describe the model that a run changes.
+
+    Args:
+        source: its folder.
+        name: as the user named it.
+        model: the opened model.
+    """
+    checkpoint = model.checkpoint
+    return ModelFacts(
+        source=name,
+        revision=source.revision(),
+        architecture=type(model.model).__name__,
+        layers=len(model),
+        hidden_size=model.width,
+        parameters=model.parameter_count(),
+        dtype=dtype_name(checkpoint.dtype),
+        bytes=checkpoint.file_bytes,
+        license=source.license(),
+        own_code=source.own_code(),
+    )
+
+
+def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int) -> Numerics:
+    """Collect what decides the last bits of a run."""
+    return Numerics(
+        batch_size=batch_size,
+        threads=default_threads(execution),
+        device=model.device.type,
+        dtype=dtype_name(model.dtype),
+    )
