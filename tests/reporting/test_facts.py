@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import samples
 
-from fistapruner.measure.scoring import perplexity_of
+from fistapruner.measure.logits import perplexity_of
 from fistapruner.reporting.fact import Fact
 from fistapruner.reporting.facts import facts, lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
