@@ -136,7 +136,7 @@ def sentence(speeds: Sequence[Speed]) -> str:
 
 
 def _beside_files(ours: Sequence[Speed], files: Sequence[Speed]) -> str:
-    """Say whether a GGUF file is smaller than all of our forms and closer to the dense model; empty if not known."""
+    """Say whether a GGUF file is smaller than our forms and closer to the dense model; "" if not known."""
     known = [[(speed.kl, speed) for speed in each if speed.kl is not None] for each in (ours, files)]
     if not all(known):
         return ""

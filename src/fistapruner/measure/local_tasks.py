@@ -109,7 +109,7 @@ def local_task(path: Path) -> dict[str, Any]:
 
 
 def _dataset(items: list[dict[str, Any]]) -> Any:
-    """Make the data set that ``lm-eval`` reads; its own reader of files takes text that is a date for a time."""
+    """Make the data set; ``lm-eval``'s own reader takes text that is a date for a time."""
     from datasets import Dataset, Features, Value
 
     text = Value("string")

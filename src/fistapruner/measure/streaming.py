@@ -72,7 +72,7 @@ class KeptStates:
         self._tokens = torch.empty(0)
 
     def of(self, model: LayerwiseModel, tokens: Tensor, passes: Passes) -> HiddenStates | None:
-        """Return the states of (windows, seqlen) tokens, computed if they are not there; None for another model.
+        """Return the states of (windows, seqlen) tokens, computed if need be; None for another model.
 
         Raises:
             FistaPrunerError: as for :func:`score_windows`, or the disk is full.
@@ -208,7 +208,7 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
 
 
 def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:
-    """Run (windows, seqlen) tokens through all decoder layers; fewer at a time where a GPU's memory runs out.
+    """Run (windows, seqlen) tokens through all layers; fewer at a time where a GPU's memory runs out.
 
     Returns:
         The output of the last layer, and the windows that went through at a time.

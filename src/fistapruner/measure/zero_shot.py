@@ -176,7 +176,7 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
 
 @contextmanager
 def _failures_explained(what: str) -> Iterator[None]:
-    """Turn failures of ``lm-eval``, each of whose tasks has code of its own, into errors that say ``what`` failed."""
+    """Turn failures of ``lm-eval``, each of whose tasks has its own code, into errors."""
     try:
         yield
     except OSError as error:  # those of the network too
@@ -188,9 +188,10 @@ def _failures_explained(what: str) -> Iterator[None]:
 
 
 def _scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str], dict[int, float]]:
-    """Read the score of every item by (task, metric): 1 (right), 0 (wrong), or what a task gives between them.
+    """Read the score of every item by (task, metric).
 
-    A metric of answers that were filtered has the filter's name after a comma, as in ``lm-eval``.
+    It is 1 (right), 0 (wrong), or what a task gives between them. A metric of answers that were filtered has the
+    filter's name after a comma, as in ``lm-eval``.
     """
     scores: dict[tuple[str, str], dict[int, float]] = {}
     for task, answers in samples.items():
