@@ -47,6 +47,7 @@ import tiny  # noqa: E402
 from fistapruner.core import LayerProblem  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
 from fistapruner.packed.semi_structured import to_semi_structured  # noqa: E402
+from fistapruner.pruning.run import plan_pruning  # noqa: E402
 from fistapruner.runs.layer_records import LayerEntry  # noqa: E402
 from fistapruner.runs.listener import Listener  # noqa: E402
 from fistapruner.runs.records import Report  # noqa: E402
@@ -207,8 +208,8 @@ def phases(name: str, shape: Shape, work: Path, device: torch.device, samples: i
         passing = sum(seconds.get(phase, 0.0) for phase in ("io", "capture", "gram"))
         fixed = sum(seconds.values()) - passing
         operations = counts(shape, samples * seqlen, batch * seqlen, seqlen)
-        row = next((row for row in report.plan if row.quantity == "peak GPU memory"), None)
-        measuring = (decision["seconds"].get("sensitivity", 0.0)) / 2 * shape.layers
+        planned = plan_pruning(folder, fistapruner.Recipe.build(report.recipe)).device_memory
+        measuring = decision["seconds"].get("sensitivity", 0.0) / 2 * shape.layers
         found[recipe] = {
             "seconds": seconds,
             "windows": samples,
@@ -220,8 +221,8 @@ def phases(name: str, shape: Shape, work: Path, device: torch.device, samples: i
             },
             "whole run, seconds": (passing * SAMPLES / samples + fixed) * shape.layers + measuring,
             "measuring the dense model, seconds": measuring,
-            "planned": row and row.planned,
-            "peak": row and row.actual,
+            "planned": max(planned.values(), default=None),
+            "peak": report.totals.peak_device_memory,
             "wall": time.perf_counter() - begin,
         }
     return found

@@ -279,7 +279,7 @@ class Bound:
         self.inputs = max(self.inputs, 4 * self.seqlen * inputs * (3 if told else 1) + drift)
 
     def _cut(self, group: Sequence[Operator]) -> Group:
-        """Count what choosing channels of operators on one input takes, with sums of both halves of the windows."""
+        """Count what choosing channels of operators on one input takes, with the sums of both halves."""
         n, rows, name = group[0].columns, sum(operator.rows for operator in group), group[0].name.rpartition(".")[2]
         return Group(name, 4 * n * (2 * n + rows), REMOVAL * 4 * n * (n + rows), bool(group[0].experts))
 

@@ -126,7 +126,7 @@ def check_tokens(tokens: Any) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse calibration text that is not there or needs a missing extra, and an allocation that cannot be.
+    """Refuse calibration text that is not there or needs a missing extra; check the allocation.
 
     Raises:
         FistaPrunerError: names the source.

@@ -243,7 +243,7 @@ def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request)
 
 
 def _finished(run: PruneDirectory, settled: PruneRecord | None) -> tuple[Report | None, str | None]:
-    """Read the report of a finished run, and find what of its files must be made again; None where nothing."""
+    """Read the report of a finished run, and say what of its files must be made again."""
     if settled is None or not run.report_file.exists():
         return None, None
     try:

@@ -1,4 +1,4 @@
-"""Settle a pruning run: plan it, draw calibration, measure the dense model, and write all of it to ``run.json``."""
+"""Settle a pruning run: plan, calibration and measurements, all written to ``run.json``."""
 
 from __future__ import annotations
 
