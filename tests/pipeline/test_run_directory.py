@@ -450,6 +450,8 @@ def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, t
     fp.prune(tmp_path / "alias", run, listener=told, **SETTINGS)
     assert f"{run} holds the finished run of this recipe" in told.sentences
     assert absolute(str(tmp_path / "alias")) == str(tmp_path.resolve() / "alias")  # what a name ends with stays
+    shutil.rmtree(elsewhere)
+    assert fp.resume(run).status == "finished"  # which needs no model any more
 
 
 @pytest.mark.parametrize("damaged", ["calibration", "metrics"])

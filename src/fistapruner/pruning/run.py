@@ -24,7 +24,6 @@ from ..pipeline.result import refuse_foreign_files, reporting_failure
 from ..planning import Plan, make_plan
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
-    absolute,
     evaluation_on,
     execution_here,
     interrupted_with,
@@ -137,9 +136,9 @@ def prune(
             if evaluation is not None:
                 check_data(evaluation.data)
         request = _resolved(request, settled)
-        if settled is not None:
-            _refuse_another(run, settled, request)
         report, fault = _finished(run, settled)
+        if settled is not None:
+            _refuse_another(run, settled, request, finished=report is not None and fault is None)
         if report is None or fault is not None:
             if fault is not None:
                 listener.say(f"made again: {fault}")
@@ -169,7 +168,6 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
         command=settled.command,
         evaluate=decision.evaluation.data if decision.evaluation else None,
         evaluate_windows=decision.evaluation.windows if decision.evaluation else None,
-        source=permissions.at(decision.folder) if decision.folder.is_dir() else None,
         **permissions.keywords(),
     )
 
@@ -211,22 +209,25 @@ def _resolved(request: Request, settled: PruneRecord | None) -> Request:
     """Find the model, and resolve ``auto``; the choices of a run that goes on stay."""
     decided = settled.decision if settled else None
     # A name that is no path may lead to other files by now, such as a later commit on the hub.
-    if request.found is None and decided is not None and decided.model == request.model != absolute(request.model):
+    if decided is not None and decided.model == request.model and not Path(request.model).exists():
         request = replace(request, found=request.permissions.at(decided.folder))
     request = replace(request, found=request.source)
     recipe = request.recipe.resolved(earlier=settled.recipe if settled else None, family=request.source.family)
     return replace(request, recipe=recipe)
 
 
-def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request) -> None:
+def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request, *, finished: bool) -> None:
     """Refuse to go on with a run of other settings, model files, texts or workload.
+
+    A finished run needs its model no more, which may be gone.
 
     Raises:
         FistaPrunerError: names what differs.
     """
     recipe, decided = request.recipe, settled.decision
     refuse_other_settings(run, Recipe.build(settled.recipe, str(run.run_file)).identity(), recipe.identity())
-    refuse_other_model(run, settled, request.source)
+    if not finished or request.source.folder.is_dir():
+        refuse_other_model(run, settled, request.source)
     text, other = text_sha256(recipe), None
     if None not in (text, decided.calibration_sha256) and text != decided.calibration_sha256:
         other = recipe.calibration.name
