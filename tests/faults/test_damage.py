@@ -139,16 +139,19 @@ def test_run_of_another_format_is_refused(runs: Runs, disk: Path) -> None:
     assert "another release of fistapruner" in outcome.stderr
 
 
-def test_other_versions_are_told_and_finished_layers_kept(runs: Runs, disk: Path) -> None:
+def test_other_versions_prune_no_more_layers_of_a_run(runs: Runs, disk: Path) -> None:
+    """What is pruned already is written again as it was."""
     out = disk / "run"
     shutil.copytree(runs.undisturbed, out)
     shutil.rmtree(out / "model")
     rewrite(out, lambda content: content["versions"].update(torch="1.0"))
-    kept = (out / "layers" / "0001.safetensors").stat()
+    assert runs.run(out).status == 0
+    shutil.rmtree(out / "model")
+    (out / "layers" / "0000.json").unlink()
     outcome = runs.run(out)
-    assert outcome.status == 0
-    assert "began with torch 1.0" in (out / "log.txt").read_text()
-    assert (out / "layers" / "0001.safetensors").stat().st_mtime_ns == kept.st_mtime_ns
+    assert outcome.status == 2
+    assert "began with torch 1.0" in outcome.stderr
+    assert (out / "layers" / "0001.safetensors").exists()
 
 
 def test_other_settings_are_refused(runs: Runs, disk: Path) -> None:
@@ -160,4 +163,4 @@ def test_other_settings_are_refused(runs: Runs, disk: Path) -> None:
     ):
         outcome = runs.run(out, *flags)
         assert outcome.status == 2
-        assert f"holds a run with {named}: 'fistapruner resume {out}' goes on with that one" in outcome.stderr
+        assert f"holds a run with {named}: name another folder ('fistapruner resume {out}' goes on" in outcome.stderr

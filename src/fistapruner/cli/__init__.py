@@ -90,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fistapruner",
         description="Prune trained language models, and measure what that costs and gains.",
-        epilog="'fistapruner VERB --help' explains each verb. Exit status: 0 done, 1 a check failed, 2 bad input, "
-        "130 interrupted, 143 ended by SIGTERM.",
+        epilog="'fistapruner VERB --help' explains each verb; --debug prints the traceback of an error. Exit status: "
+        "0 done, 1 a check failed, 2 bad input, 130 interrupted, 143 ended by SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"fistapruner {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Verb)
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.configure(sub)
-        sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
+        sub.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
         sub.set_defaults(run=module.run)
     return parser
 

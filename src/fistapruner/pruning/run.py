@@ -287,6 +287,7 @@ def _prune(
             refuse_other_versions(run, settled)
             run.remove_model(context.model.checkpoint)
             _prune_layers(context, todo, settled, request.recipe, Logged(told, times.note), inspect)
+        context.clear_hidden()  # a killed process may have left them
         alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"
         return write(context, times, listener, earlier, alone=alone)
 
