@@ -295,8 +295,7 @@ def plot(curves: dict[str, Curve], lines: dict[str, int], path: Path) -> None:
 
 
 def describe(report: dict[str, Any]) -> str:
-    planned = next(row["planned"] for row in report["plan"] if row["quantity"] == "peak memory")
-    return f"peak {report['totals']['peak_memory'] / GIB:.3f} GiB (planned {planned / GIB:.3f})"
+    return f"peak {report['totals']['peak_memory'] / GIB:.3f} GiB"
 
 
 def size_of(folder: Path) -> int:

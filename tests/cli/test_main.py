@@ -244,7 +244,7 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
         ("prune x --out OUT --workers 4", "workers 4 has no effect with the executor serial: choose process or ray"),
         ("prune x --out OUT --address foo", "address foo has no effect with the executor serial: choose ray"),
         (
-            "plan x --executor process --workers 4 --address foo",
+            "prune x --out run --plan --executor process --workers 4 --address foo",
             "address foo has no effect with the executor process: choose ray",
         ),
         ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
@@ -278,7 +278,7 @@ def test_a_flag_that_is_empty_or_without_effect_is_refused(
         "recover MODEL --out OUT --data DATA",
         "recover MODEL --out OUT --data python --evaluate DATA",
         "evaluate MODEL --data DATA",
-        "plan MODEL --calibration DATA",
+        "prune MODEL --out OUT --plan --calibration DATA",
         "recover MODEL --plan --out OUT --data DATA",
     ],
 )
@@ -302,7 +302,10 @@ def test_a_folder_behind_a_link_to_nothing_is_refused(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [["plan"], ["recover", "--plan"], ["align", "--plan", "--data", "pairs.jsonl"]])
+VERBS = [["prune", "--plan"], ["recover", "--plan"], ["align", "--plan", "--data", "pairs.jsonl"]]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_plan_refuses_a_file_to_write_into(
     tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,7 +321,7 @@ def test_a_plan_refuses_a_file_to_write_into(
     "command",
     [
         "prune m --out {}",
-        "plan m --out {}",
+        "prune m --out {} --plan",
         "compare m --out {} --methods wanda",
         "pack m {}",
         "recover m --out {}",

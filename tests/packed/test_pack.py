@@ -96,7 +96,7 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 
-@pytest.mark.parametrize("verb", ["prune", "plan", "compare", "recover", "align", "export"])
+@pytest.mark.parametrize("verb", ["prune", "compare", "recover", "align", "export"])
 def test_verbs_that_need_a_checkpoint_say_how_to_make_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:

@@ -262,7 +262,7 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
         ["align", str(run), "--data", str(pairs), "--out", out],
         ["compare", str(run / "model"), "--methods", "wanda", "--out", f"{out}-compared"],
         ["prune", str(run / "model"), "--out", out],
-        ["plan", str(run / "model")],
+        ["prune", str(run / "model"), "--out", out, "--plan"],
     ):
         assert main(command) != 0, command
         said = capsys.readouterr().err
@@ -461,8 +461,9 @@ def test_what_cannot_have_a_low_rank_part_is_refused_before_any_work(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_plan_refuses_what_a_run_does(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(dense), "--low-rank", "17", "--sparsity", "2:4", "--seqlen", "32"]) == 2
+def test_a_plan_refuses_what_a_run_does(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--low-rank", "17", "--sparsity", "2:4", "--plan"]
+    assert main(["prune", str(dense), "--out", str(tmp_path / "run"), *asked]) == 2
     assert "k_proj is 16 x 32: its low-rank part has a rank from 0 to 16, not 17" in capsys.readouterr().err
 
 

@@ -212,7 +212,7 @@ def copied(gpu: StandIn) -> set[tuple[str, str]]:
     """
     lines, first = inspect.getsourcelines(transfers.sent)
     small = {f"runtime/transfers.py:{first + line}" for line in range(len(lines))}
-    places = {(what, place) for what, place in gpu.moved if place.startswith(("activations/", "runtime/transfers"))}
+    places = {(what, place) for what, place in gpu.moved if place.startswith(("passes/", "runtime/transfers"))}
     return {(what, place) for what, place in places if place not in small}
 
 
@@ -235,7 +235,7 @@ def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Pat
     assert not decided(tmp_path / "here")
     assert says.sentences.count("hidden states between decoder layers: in main memory") == 1
     assert {what for what, _ in copied(gpu)} == {"to device", "to host"}
-    waits = {what for what, place in gpu.waits if place.startswith(("activations/", "runtime/transfers"))}
+    waits = {what for what, place in gpu.waits if place.startswith(("passes/", "runtime/transfers"))}
     assert waits == {"event"}
     there, here = (tiny.weights(tmp_path / name) for name in ("there", "here"))
     assert there == here

@@ -153,7 +153,7 @@ def test_calibration_text_of_the_model_itself(gpu: StandIn, shallow: Path, tmp_p
     for samples, most in ((2, 2 * 16 * 2 * 16), (1, 2**20)):
         gpu.moved.clear()
         prune(shallow, tmp_path / f"{samples}", method="magnitude", calibration={"source": "self", "samples": samples})
-        back = [count for key, count in gpu.moved.items() if key[0] == "to host" and "self_generated" in key[1]]
+        back = [count for key, count in gpu.moved.items() if key[0] == "to host" and "text/generate" in key[1]]
         assert sum(back) <= most
     assert not gpu.unordered
 
