@@ -50,8 +50,6 @@ def test_a_listener_that_is_none(call: Callable[..., Any], listener: Any) -> Non
         (lambda: fp.load("m", int8="yes"), "int8 is of the class str, and True or False is expected"),
         (lambda: fp.evaluate("m", "python", dtype=["bf16"]), r"dtype \['bf16'\] is not known: auto, "),
         (lambda: fp.evaluate_run("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
-        (lambda: fp.evaluate("m", "python", keep=3), "keep is of the class int, and a function is expected"),
-        (lambda: fp.evaluate("m", "python", kept=3), "kept is of the class int, and a KeptStates is expected"),
         (lambda: fp.evaluate("m", "python", windows=True), "windows True "),
         (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size True "),
         (lambda: fp.load("m", packed="no"), "packed 'no': True or False is expected"),
