@@ -302,10 +302,10 @@ def test_a_folder_behind_a_link_to_nothing_is_refused(
     assert said in capsys.readouterr().err
 
 
-VERBS = [["prune", "--plan"], ["recover", "--plan"], ["align", "--plan", "--data", "pairs.jsonl"]]
+PLANS = [["prune", "--plan"], ["recover", "--plan"], ["align", "--plan", "--data", "pairs.jsonl"]]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", PLANS)
 def test_a_plan_refuses_a_file_to_write_into(
     tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
