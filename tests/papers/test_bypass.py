@@ -215,10 +215,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
     assert any("45 steps of 2 forward passes take about" in sentence for sentence in stopping.said)
     stopping = Stopping(-1)
-    elsewhere = {"threads": 3, "batch_size": 1}  # a machine with other cores and memory would take others
-    fp.prune(str(folder), tmp_path / "parts", listener=stopping, execution=elsewhere, **settings)
+    fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
     assert "bypass: 20 of 45 steps were taken before" in stopping.said
-    assert any("bypass.safetensors was begun with" in sentence for sentence in stopping.said)
     (found, here), (expected, there) = (state_of(tmp_path / run) for run in ("parts", "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (here["identity"], here["step"]) == (there["identity"], "45")

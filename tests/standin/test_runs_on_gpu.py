@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_the_result_is_the_cpus_but_for_rounding(gpu: StandIn, model: Path, tmp_
     there = prune(model, tmp_path / "there", method=method, dtype="float32")
     assert {layer.device for layer in there.layers} == {GPU}
     assert not gpu.unordered
+    gc.collect()
     assert sum(gpu.live.values()) < 100
     here = prune(model, tmp_path / "here", "cpu", method=method, dtype="float32")
     if method == "proximal":  # fast products round differently on a CPU with bf16 units, so other weights are kept
@@ -103,6 +105,7 @@ def test_best_quality(gpu: StandIn, model: Path, tmp_path: Path, sparsity: str) 
     assert len(report.layers) == 2
     assert not inspect_checkpoint(tmp_path / "run" / "model").violations
     assert not gpu.unordered
+    gc.collect()
     assert sum(gpu.live.values()) < 100
 
 
@@ -117,6 +120,7 @@ def test_other_architectures(gpu: StandIn, tmp_path: Path, architecture: str) ->
 def test_owl_measures_outliers(gpu: StandIn, model: Path, tmp_path: Path) -> None:
     prune(model, tmp_path / "run", method="wanda", allocation="owl")
     assert not gpu.unordered
+    gc.collect()
     assert sum(gpu.live.values()) < 100
 
 
@@ -167,6 +171,7 @@ def test_channels_are_removed(gpu: StandIn, model: Path, tmp_path: Path) -> None
     assert [operator.shape for operator in there.operators] == [operator.shape for operator in here.operators]
     assert errors(there) == pytest.approx(errors(here), rel=0.05)
     assert not gpu.unordered
+    gc.collect()
     assert sum(gpu.live.values()) < 100
 
 
@@ -206,6 +211,7 @@ def test_recovery(gpu: StandIn, pruned: Path, tmp_path: Path, settings: dict[str
         out, execution = tmp_path / device[:3], {"device": device, "threads": 1}
         reports[device] = fistapruner.recover(pruned, out, execution=execution, **base, **settings)
     assert not gpu.unordered
+    gc.collect()
     assert sum(gpu.live.values()) < 100
     before, after = weights(pruned), weights(tmp_path / GPU[:3])
     zeros = [name for name, tensor in before.items() if "_proj" in name]
@@ -230,6 +236,7 @@ def test_alignment(gpu: StandIn, pruned: Path, tmp_path: Path) -> None:
         settings = {**base, "data": {"pairs": str(pairs)}, "execution": {"device": device, "threads": 1}}
         reports.append(fistapruner.align(pruned, tmp_path / device[:3], dtype="float32", **settings))
     assert not gpu.unordered
+    gc.collect()
     assert sum(gpu.live.values()) < 100
     there, here = ([loss for _, loss in report.recovery.curve] for report in reports if report.recovery)
     assert there == pytest.approx(here, rel=0.01)

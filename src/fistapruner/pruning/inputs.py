@@ -258,8 +258,8 @@ def change_widths(
         return layout, None
     if structure.method == "goa" and any(pattern.fraction for pattern in recipe.patterns):
         raise FistaPrunerError(
-            f"structure: goa fits whole operators before it removes channels, and has no zeros beside it (sparsity "
-            f"{recipe.pattern}): take --sparsity 0% without an allocation, and prune its result in a second run"
+            "structure: goa fits whole operators before it removes channels, and has no zeros beside it: "
+            "take --sparsity 0% without an allocation, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, structure, trust_remote_code=permissions.trust_remote_code)
     units = [(index, unit) for index in range(len(model)) for unit in widths.channels(index)]
