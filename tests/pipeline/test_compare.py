@@ -166,7 +166,7 @@ def test_one_protocol_and_going_on(model: str, tmp_path: Path) -> None:
     assert {seed: len(hashes) for seed, hashes in tokens.items()} == {0: 1, 1: 1}
     assert tokens[0] != tokens[1]
     table = (out / "compare.md").read_text()
-    assert table.count("\n| ") == 1 + 12
+    assert table.count("\n| ") == 2 + 12
     assert "cannot be used with 2:4" in table
     same = f"{Path(model).parent}/../{Path(model).parent.name}/{Path(model).name}/"
     assert compared(same, methods, out, "50%,2:4", seeds=(0, 1)).rows == comparison.rows
