@@ -138,7 +138,7 @@ def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> Non
 
 
 def test_text_that_is_measured_or_calibrated_on_later_is_compared_too(tmp_path: Path) -> None:
-    """Where a finished run is evaluated on its calibration text, by itself or its command, or made again with it."""
+    """Where a finished run is evaluated on its calibration text, by itself or its command."""
     dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text(TEXT)
@@ -156,13 +156,6 @@ def test_text_that_is_measured_or_calibrated_on_later_is_compared_too(tmp_path: 
     for name in ("measured", "again"):
         (warning,) = load_run(tmp_path / name).warnings
         assert f"documents of the evaluation text {str(text)!r} are also in the calibration text" in warning
-    fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), **settings)
-    text.write_text(other.read_text())
-    said.sentences.clear()
-    fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), listener=said, **settings)
-    told = ["are also in the calibration text" in line for line in said.sentences]
-    assert told.index(True) < [line.startswith("evaluating") for line in said.sentences].index(True)
-    assert len(load_run(tmp_path / "changed").warnings) == sum(told) == 1
 
 
 def test_text_of_calibration_and_training_is_told_of_a_recovery(
