@@ -388,7 +388,7 @@ def test_a_perplexity_outlives_tasks_that_fail(
 
     for name, content in (
         ("lm_eval", {"simple_evaluate": failing}),
-        ("lm_eval.tasks", {"TaskManager": lambda: SimpleNamespace(all_tasks=["boolq"])}),
+        ("lm_eval.tasks", {"TaskManager": lambda: SimpleNamespace(all_tasks=["boolq"], load=lambda _: {"tasks": {}})}),
         ("lm_eval.models", {}),
         ("lm_eval.models.huggingface", {"HFLM": SimpleNamespace}),
     ):  # a stand-in for lm-eval, installed or not
