@@ -37,7 +37,7 @@ from ..runtime.numerics import dtype_name
 from ..settings.patterns import matches
 from ..settings.settings import Recipe
 from ..solvers.low_rank import check_rank
-from ..structure.smaller import Widths, removed_weights, resized
+from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
 from ..structure.trial import plan_widths
 from ..structure.units import EXPERT, GROUPS, layer_weights
 from ..text import calibration_length
@@ -168,7 +168,7 @@ def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtyp
     sparsity = choose_patterns(recipe, smaller, model.config.model_type)
     warnings: tuple[str, ...] = ()
     if widths is not None:
-        warnings = (*lost_zeros(model, recipe), *unaligned(model, widths))
+        warnings = say_losses(model, recipe, widths)
         for sentence in (say_widths(model, widths), *warnings):
             listener.say(sentence)
     elif not any(pattern.fraction for pattern in recipe.patterns):
@@ -298,7 +298,17 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     )
 
 
-def lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
+def say_losses(model: LayerwiseModel, recipe: Recipe, widths: Widths) -> tuple[str, ...]:
+    """Warn of what a smaller model loses: zeros, layers that its class does not read, grouped products of experts."""
+    unread = unread_tensors(model, widths)
+    left_out = (
+        f"the result leaves out {count(len(unread))} tensors that {type(model.model).__name__} does not read, "
+        f"since the new config would not fit them: {', '.join(unread[:3])}",
+    )
+    return (*_lost_zeros(model, recipe), *(left_out if unread else ()), *_unaligned(model, widths))
+
+
+def _lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
     """Warn that removing channels of a pruned model does not keep its zeros; empty where it gets new ones."""
     folder = model.checkpoint.folder
     try:
@@ -314,7 +324,7 @@ def lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def unaligned(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
+def _unaligned(model: LayerwiseModel, widths: Widths) -> tuple[str, ...]:
     """Warn of widths of experts that grouped products, the default of transformers, refuse; empty without."""
     size = model.checkpoint.dtype.itemsize
     found = {unit.after for units in widths.units for unit in units if unit.kind == EXPERT}

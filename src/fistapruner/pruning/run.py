@@ -55,9 +55,8 @@ from .inputs import (
     check_sources,
     check_tokens,
     choose_patterns,
-    lost_zeros,
+    say_losses,
     say_widths,
-    unaligned,
 )
 from .settle import settle
 from .write import write
@@ -201,7 +200,7 @@ def plan_pruning(
     sparsity = choose_patterns(recipe, layout, opened.config.model_type)
     notes: tuple[str, ...] = ()
     if widths is not None:
-        notes = (say_widths(opened, widths), *lost_zeros(opened, recipe), *unaligned(opened, widths))
+        notes = (say_widths(opened, widths), *say_losses(opened, recipe, widths))
     return make_plan(opened, layout, recipe, sparsity, folder, widths, timed=True, notes=notes)
 
 
