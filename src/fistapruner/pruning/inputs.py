@@ -299,7 +299,7 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
 
 
 def say_losses(model: LayerwiseModel, recipe: Recipe, widths: Widths) -> tuple[str, ...]:
-    """Warn of what a smaller model loses: zeros, layers that its class does not read, grouped products of experts."""
+    """Warn of what a smaller model loses: zeros, unread layers, grouped products of experts."""
     unread = unread_tensors(model, widths)
     left_out = (
         f"the result leaves out {count(len(unread))} tensors that {type(model.model).__name__} does not read, "
