@@ -106,7 +106,7 @@ def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.Captur
     for words in (
         "perplexity, python",
         "(dense ",
-        "50.0000 %",
+        "50.00 %",
         "peak memory",
         str(tmp_path / "run" / "model"),
     ):
