@@ -290,7 +290,7 @@ class Bound:
         sums = gram + weight + {None: 0, "inputs": 2 * gram, "outputs": weight + gram}[drift_from]
         solving = weight * (1 + drifts) * (1 + weighs_rows(recipe))
         solving += max(
-            solve_bytes(operator.rows, n, pattern, tuple(recipe.steps), self.model.device.type, drifts, recipe.low_rank)
+            solve_bytes(operator.rows, n, pattern, tuple(recipe.steps), str(self.model.device), drifts, recipe.low_rank)
             for operator in group
             for pattern in [self.sparsity[self.layout.full_name(index, operator)]]
         )
