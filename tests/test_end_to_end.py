@@ -118,7 +118,7 @@ def test_calibration_text_is_generated_on_the_threads_of_the_run(
         threads.append(torch.get_num_threads())
         return load_whole(*arguments, **keywords)
 
-    monkeypatch.setattr("fistapruner.pruning.settle.load_whole", loaded)
+    monkeypatch.setattr("fistapruner.text.generate.load_whole", loaded)
     before = torch.get_num_threads()
     settings = {"calibration": {**SMALL, "source": "self"}, "execution": {"threads": before + 1}}
     report = fp.prune(tiny.save("llama", tmp_path / "model"), tmp_path / "run", method="magnitude", **settings)

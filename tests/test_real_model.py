@@ -106,7 +106,7 @@ def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.Captur
     for words in (
         "perplexity, python",
         "(dense ",
-        "50.00 %",
+        "50.0000 %",
         "peak memory",
         str(tmp_path / "run" / "model"),
     ):

@@ -35,6 +35,7 @@ from .reporting.comparison import comparison_markdown
 from .reporting.write import write_page
 from .runs.arguments import checked_arguments
 from .runs.comparison_records import FIGURES, RUNS, TABLE, CompareRow, Comparison, load_comparison
+from .runs.continuation import flat_settings, interrupted_with
 from .runs.directory import refuse_out
 from .runs.identity import stamps, text_sha256
 from .runs.listener import Listener
@@ -124,26 +125,27 @@ def compare(
         comparison.warnings.append(warning)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with hold(folder), closing(KeptStates(source.folder, folder / STATES)) as states:
-            if (folder / FIGURES).is_file():
-                _continue(comparison, folder)
-            kept = {*comparison.kept, *(job.name for job in jobs if keep)}
-            comparison.kept = sorted(kept)
-            rows = _Rows(str(model), source, folder, cut, measured_on, keep, kept, states, listener, command)
+    with (
+        interrupted_with(lambda: "interrupted; nothing is lost: give the same command again"),
+        hold(folder),
+        closing(KeptStates(source.folder, folder / STATES)) as states,
+    ):
+        if (folder / FIGURES).is_file():
+            _continue(comparison, folder)
+        kept = {*comparison.kept, *(job.name for job in jobs if keep)}
+        comparison.kept = sorted(kept)
+        rows = _Rows(str(model), source, folder, cut, measured_on, keep, kept, states, listener, command)
+        _write(folder, comparison)
+        for number, job in enumerate(jobs, 1):
+            listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
+            comparison.rows.append(rows.row(job, comparison, shared))
             _write(folder, comparison)
-            for number, job in enumerate(jobs, 1):
-                listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
-                comparison.rows.append(rows.row(job, comparison, shared))
-                _write(folder, comparison)
-            comparison.status, comparison.finished = "finished", now()
-            _write(folder, comparison)
-            try:
-                listener.say(f"page: {write_page(folder)}")
-            except MissingExtraError as error:
-                listener.say(str(error))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; nothing is lost: give the same command again") from None
+        comparison.status, comparison.finished = "finished", now()
+        _write(folder, comparison)
+        try:
+            listener.say(f"page: {write_page(folder)}")
+        except MissingExtraError as error:
+            listener.say(str(error))
     return comparison
 
 
@@ -240,15 +242,9 @@ def _fingerprint(source: ModelSource, shared: Recipe, measured_on: tuple[str, st
     """Return what all rows share, by name."""
     calibration = shared.calibration.with_absolute_files()
     settings = shared.model_copy(update={"calibration": calibration}).identity()
-    flat = {
-        f"{key}.{inner}" if inner else key: each
-        for key, value in settings.items()
-        if key not in ("method", "sparsity", "seed")
-        for inner, each in (value.items() if isinstance(value, dict) else [("", value)])
-    }
-    files = {name: stamp for name, stamp in stamps(source.checkpoint())}
+    shared_by_all = {key: settings[key] for key in settings if key not in ("method", "sparsity", "seed")}
     texts = {"calibration text": text_sha256(shared), "evaluation text": measured_on[0], "precision": measured_on[1]}
-    return {"model": json_sha256(files), **flat, **texts}
+    return {"model": json_sha256(dict(stamps(source.checkpoint()))), **flat_settings(shared_by_all), **texts}
 
 
 def _refuse_other_things(folder: Path) -> None:
@@ -386,8 +382,10 @@ class _Rows:
 
     def _evaluation(self, report: Report) -> Evaluation | None:
         """Find the report's measurement on the windows of the comparison."""
-        measured = (found for found in report.evaluations if found.perplexity and found.reference)
-        return next((found for found in measured if found.perplexity.measured_on == self.measured_on), None)  # type: ignore[union-attr]
+        for found in report.evaluations:
+            if found.perplexity and found.reference and found.perplexity.measured_on == self.measured_on:
+                return found
+        return None
 
 
 def _filled(row: CompareRow, report: Report, measured: Evaluation) -> CompareRow:

@@ -254,9 +254,9 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
         ("status ", "RUN '' is empty: give the path of a folder"),
         ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
         ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
-        ("evaluate x --data=", "data '' is neither a file nor a known data set"),
+        ("evaluate x --data=", "data '' is empty"),
         ("evaluate x --tasks=", "--tasks '' names no task"),
-        ("evaluate x --tasks-dir=", "is not a folder with a .jsonl file for each task"),
+        ("evaluate x --tasks-dir=", "tasks_dir '' is empty: name a folder of .jsonl tasks, or leave it out"),
         ("evaluate x --memory-limit=", "memory_limit: '' is not a size"),
     ],
 )

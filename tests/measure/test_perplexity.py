@@ -211,7 +211,7 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
     ("settings", "message"),
     [
         ({"data": None}, "nothing to evaluate"),
-        ({"data": ""}, "data '' is neither a file nor a known data set"),
+        ({"data": ""}, "data '' is empty: name a text"),
         ({"seqlen": 100_000}, "seqlen 100000 is more than"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"device": "abacus"}, "device 'abacus'"),

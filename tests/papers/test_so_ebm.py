@@ -229,7 +229,7 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def test_a_run_for_a_workload(tmp_path: Path) -> None:
-    """Exact zeros, tasks in the report; repeated with the same bytes."""
+    """Exact zeros, tasks in report, card and page; repeated with the same bytes."""
     model, said = tiny.save("llama", tmp_path / "dense"), {"mix": MIX, "features": [0.5, 1.0], "history": history()}
     asked = recipe(tmp_path, said, texts(tmp_path), method="wanda", weighting="fisher")
     report = prune(model, tmp_path / "run", recipe=asked)
@@ -237,6 +237,9 @@ def test_a_run_for_a_workload(tmp_path: Path) -> None:
     assert report.workload is not None
     assert report.workload.deployments == 60
     assert set(report.workload.tasks) == {"chat", "code"}
+    sentence = "allocated for a workload by SO-EBM from 60 earlier deployments"
+    for file in ("model/README.md", "report.html"):
+        assert sentence in (tmp_path / "run" / file).read_text()
     sparsities = json.loads((tmp_path / "run" / "run.json").read_text())["decision"]["sparsity"]
     assert len(set(sparsities.values())) > 1
     assert prune(model, tmp_path / "again", recipe=asked).workload == report.workload

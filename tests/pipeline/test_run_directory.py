@@ -219,7 +219,7 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
         fp.prune(dense, run, evaluate="python", evaluate_windows=2, **SETTINGS)
     else:
         assert main([verb, str(run)]) == 0
-        assert "made again: " in capsys.readouterr().err
+        assert "the checkpoint is made again: " in capsys.readouterr().err
     assert tiny.weights(run) == before
     assert (run / "model" / "config.json").exists()
     [now] = json.loads((run / "report.json").read_text())["evaluations"]
@@ -256,7 +256,7 @@ def test_a_damaged_report_is_made_again_as_status_says(run: Path, capsys: pytest
     advice = f"report.json is not valid JSON: .*: make it again with 'fistapruner resume {run}'$"
     assert re.search(advice, capsys.readouterr().err.strip())
     assert main(["resume", str(run)]) == 0
-    assert "made again: " in capsys.readouterr().err
+    assert "the report is made again: " in capsys.readouterr().err
     assert main(["status", str(run)]) == 0
 
 
@@ -560,6 +560,29 @@ def test_resume_advises_what_the_command_takes(dense: Path, run: Path, tmp_path:
         for path in stopped.iterdir():  # all that is there when the calibration text has been generated
             if path.name not in ("calibration.safetensors", "log.txt"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_text_that_the_model_writes_is_kept_as_it_is_written(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "calibration": {"source": "self", "samples": 40, "seqlen": 8}}
+    write = PruneDirectory.keep_texts
+
+    def stopped(run: PruneDirectory, *texts: Any) -> None:
+        write(run, *texts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PruneDirectory, "keep_texts", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(dense, tmp_path / "run", **settings)
+    kept = []
+    monkeypatch.setattr(PruneDirectory, "keep_texts", lambda run, drawing, texts, random: kept.append(len(texts)))
+    fp.prune(dense, tmp_path / "run", **settings)
+    assert kept == [40]  # the second batch alone was written
+    assert not (tmp_path / "run" / "calibration.begun.safetensors").exists()
+    fp.prune(dense, tmp_path / "new", **settings)
+    assert torch.equal(PruneDirectory(tmp_path / "new").tokens(), PruneDirectory(tmp_path / "run").tokens())
 
 
 def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     absent = str(tmp_path / "absent")
     for verb, *more in (["status"], ["report"], ["resume"], ["bench"], ["inspect"], ["pack", f"{absent}-packed"]):
         assert main([verb, absent, *more]) == 2
-        assert absent in capsys.readouterr().err
+        assert f"{absent} does not exist" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_read_from_its_layers(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_plan_counts_what_the_device_holds(gpu: StandIn, wide: Path, tmp_pat
     report = prune(wide, tmp_path / "run", **SETTINGS[name])
     planned = max(plan_pruning(wide, Recipe.build(report.recipe)).device_memory.values())
     assert report.totals.peak_device_memory is not None
-    assert report.totals.peak_device_memory <= planned < 3 * report.totals.peak_device_memory
+    assert report.totals.peak_device_memory <= planned < 2.5 * report.totals.peak_device_memory
 
 
 class Shrinking(Listener):

@@ -43,6 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..training.run import align, plan_alignment
+    from ..training.run import align, plan_recovery
 
-    return train_or_plan(arguments, read_recipe(arguments, AlignRecipe), listener, align, plan_alignment)
+    return train_or_plan(arguments, read_recipe(arguments, AlignRecipe), listener, align, plan_recovery)

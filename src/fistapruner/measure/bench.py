@@ -78,7 +78,8 @@ def bench(
         raise MissingExtraError("xllamacpp", "bench", "timing a GGUF file")
     model = Path(model)
     if not (model / "config.json").is_file():
-        raise FistaPrunerError(f"{model} is not a folder with a pruned model")
+        reason = "is not a folder with a pruned model" if model.exists() else "does not exist"
+        raise FistaPrunerError(f"{model} {reason}")
     Checkpoint.open(model, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
     with temporary_folder() as scratch:

@@ -177,6 +177,12 @@ def check_request(
         FistaPrunerError: nothing to measure, no such text, a setting without effect, or one out of range.
         MissingExtraError: the text needs the extra ``data``.
     """
+    for name, given, what in (
+        ("data", data, "a text, such as wikitext2 or a .txt file"),
+        ("tasks_dir", tasks_dir, "a folder of .jsonl tasks"),
+    ):
+        if given == "":
+            raise FistaPrunerError(f"{name} '' is empty: name {what}, or leave it out")
     if tasks_dir is not None:
         tasks_dir = path_text("tasks_dir", tasks_dir, A_FOLDER)
     tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])

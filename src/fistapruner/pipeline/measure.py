@@ -22,6 +22,7 @@ from ..reporting.write import write_page
 from ..runs.continuation import absolute
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory
+from ..runs.labels import DONE
 from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
@@ -152,8 +153,7 @@ class _Measurement:
         found = next(measured, None)
         if found is None:
             both = "dense and the " if compared.dense else ""
-            what = "pruned" if report.kind == "prune" else report.trained
-            self.listener.say(f"evaluating the {both}{what} model on {request.data}")
+            self.listener.say(f"evaluating the {both}{DONE[report.kind]} model on {request.data}")
             found = run_evaluation(run.model, cut, against=compared.dense, **settings)
             report.evaluations.append(found)
             run.write_report(report)

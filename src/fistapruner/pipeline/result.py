@@ -97,7 +97,7 @@ def write_model(
     """
     before = run.model_record()
     if run.model.exists() and run.model_fault(fingerprint):
-        run.remove_model(checkpoint)  # it is damaged, or of a model or calibration text that has changed since
+        run.remove_model(checkpoint)  # it is damaged
     digests = None
     if not run.model.exists():
         with disk_errors(run.model_file):

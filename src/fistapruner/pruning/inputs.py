@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any
 
@@ -78,29 +78,38 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The checked input of a run.
+class Operators:
+    """The opened model and what a run does to its operators.
 
     Args:
-        source: the dense model's folder.
         model: the dense model.
         layout: operators to prune.
         smaller: the same in the shapes that they are to have; ``widths``: whose channels are removed, None where none.
         sparsity: the recipe's pattern of every one of them, by full name.
-        tokenizer: of the model.
-        seqlen: tokens in a calibration window.
-        warnings: for the report.
+        warnings: what a smaller model loses; ``notes``: what is removed, and these.
     """
 
-    source: ModelSource
     model: LayerwiseModel
     layout: Layout
     smaller: Layout
     widths: Widths | None
     sparsity: Mapping[str, Constraint]
-    tokenizer: Any
-    seqlen: int
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inputs(Operators):
+    """The checked input of a run.
+
+    Args:
+        source: the dense model's folder; ``tokenizer``: of the model.
+        seqlen: tokens in a calibration window.
+    """
+
+    source: ModelSource = field(kw_only=True)
+    tokenizer: Any = field(kw_only=True)
+    seqlen: int = field(kw_only=True)
 
 
 def check_tokens(tokens: Any) -> None:
@@ -137,6 +146,27 @@ def check_sources(recipe: Recipe) -> None:
         check_source(source)
 
 
+def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None) -> Operators:
+    """Open a model, and decide patterns and widths of its operators.
+
+    Args:
+        source: the model's folder.
+        recipe: all settings, resolved.
+        dtype: precision of passes that the run has decided on before.
+
+    Raises:
+        FistaPrunerError: a low-rank part, which pruning would leave out, or operators that cannot be pruned so.
+    """
+    refuse_low_rank(source.folder, "prune")
+    model = open_model(source, recipe, dtype=dtype)
+    layout = discover(model).select(recipe)
+    smaller, widths = change_widths(model, layout, recipe, source.permissions)
+    sparsity = choose_patterns(recipe, smaller, model.config.model_type)
+    warnings = () if widths is None else say_losses(model, recipe, widths)
+    notes = () if widths is None else (say_widths(model, widths), *warnings)
+    return Operators(model, layout, smaller, widths, sparsity, warnings, notes)
+
+
 def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtype: str | None = None) -> Inputs:
     """Check everything that can be checked before any long work.
 
@@ -144,7 +174,7 @@ def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtyp
         run: the run directory.
         request: what to do.
         listener: receives progress.
-        dtype: precision of passes that the run has decided on before.
+        dtype: as for :func:`open_operators`.
 
     Raises:
         FistaPrunerError: bad input, named.
@@ -153,25 +183,17 @@ def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtyp
     if recipe.execution.executor == "ray":
         require_ray(recipe.execution.address)
     refuse_overlap(source.folder, run.folder)
-    refuse_low_rank(source.folder, "prune")
-    if request.drawn is None:
-        check_sources(recipe)
     listener.say(f"model {request.model}: {source.folder}")
     listener.tick("opening and checking the model", 0, 1)
-    model = open_model(source, recipe, dtype=dtype)
+    opened = open_operators(source, recipe, dtype)
+    model, warnings = opened.model, opened.warnings
     if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
         stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
         listener.say(f"passes in {used}: this device has no matrix units for the checkpoint's {stored}")
-    layout = discover(model).select(recipe)
     check_model(model)
-    smaller, widths = change_widths(model, layout, recipe, source.permissions)
-    sparsity = choose_patterns(recipe, smaller, model.config.model_type)
-    warnings: tuple[str, ...] = ()
-    if widths is not None:
-        warnings = say_losses(model, recipe, widths)
-        for sentence in (say_widths(model, widths), *warnings):
-            listener.say(sentence)
-    elif not any(pattern.fraction for pattern in recipe.patterns):
+    for sentence in opened.notes:
+        listener.say(sentence)
+    if opened.widths is None and not any(pattern.fraction for pattern in recipe.patterns):
         listener.say("sparsity 0% and no structure: no weight becomes zero")
     tokenizer, seqlen = source.tokenizer(), calibration_length(recipe.calibration, model)
     if request.drawn is not None and request.drawn[0].shape != (recipe.calibration.samples, seqlen):
@@ -185,7 +207,8 @@ def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtyp
         if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
             warnings = (*warnings, shared)
-    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
+    found = {each.name: getattr(opened, each.name) for each in fields(opened)} | {"warnings": warnings}
+    return Inputs(**found, source=source, tokenizer=tokenizer, seqlen=seqlen)
 
 
 def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
@@ -256,10 +279,14 @@ def change_widths(
     structure = recipe.structure
     if structure.remove is None:
         return layout, None
-    if structure.method == "goa" and any(pattern.fraction for pattern in recipe.patterns):
+    zeros = next((pattern for pattern in recipe.patterns if pattern.fraction), None)
+    if structure.method == "goa" and zeros is not None:
+        whose, without = ("sparsity", "take --sparsity 0%")
+        if zeros is not recipe.pattern:
+            whose, without = "allocation", "leave the allocation out"
         raise FistaPrunerError(
-            "structure: goa fits whole operators before it removes channels, and has no zeros beside it: "
-            "take --sparsity 0% without an allocation, and prune its result in a second run"
+            f"structure: goa fits whole operators before it removes channels, and has no zeros beside it ({whose} "
+            f"{zeros}): {without}, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, structure, trust_remote_code=permissions.trust_remote_code)
     units = [(index, unit) for index in range(len(model)) for unit in widths.channels(index)]

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
-from ..execution.context import RunContext, open_model
+from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..measure.data import check_data
-from ..models.discovery import discover
-from ..models.files.low_rank import refuse_low_rank
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..pipeline.measure import measure
@@ -43,21 +41,13 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
 from ..runtime.devices import choose_device, device_title
-from ..runtime.files import PARTIAL, disk_errors
+from ..runtime.files import disk_errors
 from ..runtime.formatting import counted, shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..settings.loading import merge_settings
 from ..settings.settings import Recipe
-from .inputs import (
-    Request,
-    change_widths,
-    check_sources,
-    check_tokens,
-    choose_patterns,
-    say_losses,
-    say_widths,
-)
+from .inputs import Request, check_sources, check_tokens, open_operators
 from .settle import settle
 from .write import write
 
@@ -135,12 +125,13 @@ def prune(
             if evaluation is not None:
                 check_data(evaluation.data)
         request = _resolved(request, settled)
-        report, fault = _finished(run, settled)
+        report, fault = None, None
         if settled is not None:
+            report, fault = run.finished_report(settled.fingerprint)
             _refuse_another(run, settled, request, finished=report is not None and fault is None)
         if report is None or fault is not None:
             if fault is not None:
-                listener.say(f"made again: {fault}")
+                listener.say(fault)
             with spent(out) as times:
                 report = _prune(run, request, settled, report, times, told, inspect)
         else:
@@ -193,15 +184,11 @@ def plan_pruning(
     refuse_out(folder := out_path(out))
     check_sources(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
-    refuse_low_rank(source.folder, "prune")
     recipe = recipe.resolved(family=source.family)
-    opened = open_model(source, recipe)
-    layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
-    sparsity = choose_patterns(recipe, layout, opened.config.model_type)
-    notes: tuple[str, ...] = ()
-    if widths is not None:
-        notes = (say_widths(opened, widths), *say_losses(opened, recipe, widths))
-    return make_plan(opened, layout, recipe, sparsity, folder, widths, timed=True, notes=notes)
+    opened = open_operators(source, recipe)
+    return make_plan(
+        opened.model, opened.smaller, recipe, opened.sparsity, folder, opened.widths, timed=True, notes=opened.notes
+    )
 
 
 def _resolved(request: Request, settled: PruneRecord | None) -> Request:
@@ -242,22 +229,6 @@ def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request,
         )
 
 
-def _finished(run: PruneDirectory, settled: PruneRecord | None) -> tuple[Report | None, str | None]:
-    """Read the report of a finished run, and say what of its files must be made again."""
-    if settled is None or not run.report_file.exists():
-        return None, None
-    try:
-        report = run.read_report()
-    except FistaPrunerError as error:
-        return None, str(error)
-    if report.status != "finished" or report.fingerprint != settled.fingerprint:
-        return None, None
-    fault = run.model_fault(report.fingerprint or "")
-    if fault is None and run.model_record() is None and (run.model / PARTIAL).exists():
-        fault = f"writing {run.model} was interrupted"
-    return report, fault
-
-
 def _prune(
     run: PruneDirectory,
     request: Request,
@@ -268,13 +239,13 @@ def _prune(
     inspect: Inspect | None,
 ) -> Report:
     """Settle the run, prune its missing layers, and write the checkpoint."""
-    listener = Logged(told)
+    listener = Logged(told, times.note)
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
     fault = None if settled is None else run.fault(settled)
     if settled is None or fault is not None:
         if fault is not None:
-            listener.say(f"made again: {fault}")
+            listener.say(f"calibration and measurements are made again: {fault}")
         before, settled = settled, settle(run, request, settled, listener)
         if before is not None and before.fingerprint != settled.fingerprint:
             times.forget()
@@ -286,7 +257,7 @@ def _prune(
         if todo:
             refuse_other_versions(run, settled)
             run.remove_model(context.model.checkpoint)
-            _prune_layers(context, todo, settled, request.recipe, Logged(told, times.note), inspect)
+            _prune_layers(context, todo, settled, request.recipe, listener, inspect)
         context.clear_hidden()  # a killed process may have left them
         alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"
         return write(context, times, listener, earlier, alone=alone)

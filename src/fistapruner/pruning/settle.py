@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,7 +17,6 @@ from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
-from ..models.whole import load_whole, require_whole, whole_bytes
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..planning import make_plan
@@ -36,7 +36,7 @@ from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe
 from ..text import calibration_tokens
-from ..text.generate import generation_bytes
+from ..text.generate import load_writer
 from .inputs import Inputs, Request, check_inputs
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     """
     recipe, settled = request.recipe, before.decision if before else None
     inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
-    drawing = drawing_of(recipe, inputs.model, inputs.seqlen)
+    text = text_sha256(recipe)
+    drawing = _drawing(recipe, inputs.model, inputs.seqlen, text)
     drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
     if settled is not None:
         numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
@@ -81,12 +82,9 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         on_disk, on_device = choice.on_disk, choice.on_device
         numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
     with cpu_threads(numerics.threads):
-        text, begin = text_sha256(recipe), time.perf_counter()
-        settings = recipe.calibration
+        settings, begin = recipe.calibration, time.perf_counter()
         listener.say(f"calibration: {settings.samples} windows of {inputs.seqlen} tokens from {settings.name}")
-        tokens, how = drawn or draw_windows(
-            recipe, inputs.source, inputs.model, inputs.tokenizer, inputs.seqlen, listener
-        )
+        tokens, how = drawn or _draw_windows(run, recipe, inputs, drawing, listener)
         inputs.model.check_tokens(tokens)
         run.write_tokens(tokens, drawing, how)
         seconds = {"calibration": time.perf_counter() - begin}
@@ -124,38 +122,26 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     return record
 
 
-def drawing_of(recipe: Recipe, model: LayerwiseModel, seqlen: int) -> str:
+def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | None) -> str:
     """Write the settings, the model and the texts that decide calibration windows, as one line."""
     checkpoint, calibration = model.checkpoint, recipe.calibration
     place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(checkpoint)]
     tokenizer = {name: sha256_file(checkpoint.folder / name) for name in checkpoint.companions}
-    return json.dumps([calibration.model_dump(mode="json"), *place, text_sha256(recipe), tokenizer])
+    return json.dumps([calibration.model_dump(mode="json"), *place, text, tokenizer])
 
 
-def draw_windows(
-    recipe: Recipe, source: ModelSource, model: LayerwiseModel, tokenizer: Any, seqlen: int, listener: Listener
+def _draw_windows(
+    run: PruneDirectory, recipe: Recipe, inputs: Inputs, drawing: str, listener: Listener
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Draw calibration windows.
+    """Draw (samples, seqlen) calibration windows; returns them, and how they were drawn."""
+    settings, seqlen = recipe.calibration, inputs.seqlen
 
-    Args:
-        recipe: all settings.
-        source: the model's folder; it is loaded whole to generate text.
-        model: the same, opened.
-        tokenizer: of the model.
-        seqlen: tokens in a window.
-        listener: receives progress.
+    def load_model() -> Any:  # whole, to write text
+        limit = recipe.execution.memory_limit
+        return load_writer(inputs.source, inputs.model, settings.samples, seqlen, limit, "--calibration")
 
-    Returns:
-        The (samples, seqlen) windows, and how they were drawn.
-    """
-    settings = recipe.calibration
-
-    def load_model() -> Any:
-        nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, settings.samples, seqlen)
-        require_whole(nbytes, model.device, recipe.execution.memory_limit, "--calibration")
-        return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.trust_remote_code)
-
-    return calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
+    kept = {"begun": run.begun_texts(drawing), "keep": partial(run.keep_texts, drawing)}
+    return calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say, **kept)
 
 
 def _measure(

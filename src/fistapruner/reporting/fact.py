@@ -7,9 +7,6 @@ from dataclasses import dataclass
 QUALITY, TRAINING, PRUNING = "Quality", "Training", "Pruning"
 SIZE, COST, ORIGIN = "Size and speed", "Time and memory", "Made from"
 
-DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
-"""What a run has done to its model, by the kind of the run."""
-
 
 @dataclass(frozen=True)
 class Fact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import printable
-from ..runs.labels import PHASES, TRAINED, amount_label, methods_label, sets_zeros, training_label
+from ..runs.labels import DONE, PHASES, amount_label, methods_label, sets_zeros, training_label
 from ..runs.records import Lineage, ModelFacts, Report, Stage
 from ..runs.training_records import PreferenceFigures, Recovery, TextSide
 from ..runtime.formatting import (
@@ -19,7 +19,7 @@ from ..runtime.formatting import (
     span,
     with_error,
 )
-from .fact import COST, DONE, ORIGIN, PRUNING, QUALITY, TRAINING, Fact, file_name
+from .fact import COST, ORIGIN, PRUNING, QUALITY, TRAINING, Fact, file_name
 from .quality import perplexity_text, quality_facts
 from .size_and_speed import size_facts, speed_facts
 
@@ -201,7 +201,7 @@ def pruning_facts(report: Report) -> list[Fact]:
             how += (
                 f"; zeros of pruned operators are {percent(totals.model_zeros / totals.model_weights)} of all weights"
             )
-        add("Zeros", percent(totals.zeros_share, 4), how)
+        add("Zeros", percent(totals.zeros_share, 6), how)
     if totals.low_rank_weights:
         how = f"low-rank part of rank {totals.low_rank} beside every pruned operator: a LoRA adapter of "
         how += f"{size(totals.low_rank_bytes)} in a folder of its own; quality and errors are of both parts together"
@@ -212,6 +212,9 @@ def pruning_facts(report: Report) -> list[Fact]:
     if report.permuted:
         how = "hidden channels were reordered or rotated: adapters made for the dense model do not fit this one"
         add("Reordered inputs", f"of {counted(len(report.permuted), 'operator')}", how)
+    if (workload := report.workload) is not None:
+        by = f"SO-EBM from {counted(workload.deployments, 'earlier deployment')}" if workload.deployments else "its mix"
+        add("Sparsities", f"allocated for a workload by {by}")
     for name, task in report.workload.tasks.items() if report.workload else ():
         how = f"nats a token, at uniform sparsity {significant(task.uniform)}; {percent(task.weight)} of the workload"
         add(f"Predicted loss, {name}", significant(task.predicted), how)
@@ -277,7 +280,7 @@ def _stage_line(stage: Stage) -> str:
     """Say what a run did, what it measured, and when."""
     figures, settings = stage.figures, stage.settings
     parts = [DONE[stage.kind]]
-    if stage.kind in TRAINED:
+    if stage.kind in ("recover", "align"):
         parts[0] = training_label(stage.kind, settings, figures.tokens)
         data = settings.get("data") or {}
         if text := data.get("source") or data.get("pairs") or ", ".join(data.get("tasks") or ()):

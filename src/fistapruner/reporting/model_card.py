@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from ..runs.labels import OTHERS_BY_NAME, sparsity_label
+from ..runs.labels import DONE, OTHERS_BY_NAME, sparsity_label
 from ..runs.records import Report
 from ..settings.values import WORKLOAD
-from .fact import DONE, ORIGIN, QUALITY, SIZE, Fact, file_name
+from .fact import ORIGIN, QUALITY, SIZE, Fact, file_name
 from .facts import base_model_name, facts, title_of
 from .rendering import render
 from .size_and_speed import becomes_smaller_packed, speeds

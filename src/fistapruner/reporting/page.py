@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..runs.labels import DONE
 from ..runs.layer_records import RemovalEntry
 from ..runs.records import Report
 from ..runtime.formatting import count, percent
 from .advice import next_steps
-from .fact import COST, DONE, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
+from .fact import COST, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
 from .facts import facts, title_of
 from .figures import run_figures
 from .model_card import fact_table, public_recipe, yaml_text

@@ -39,7 +39,7 @@ def refuse_other_settings(run: RunDirectory, before: Mapping[str, Any], now: Map
     Raises:
         FistaPrunerError: names the first setting that differs, one of a section as ``data.tokens``.
     """
-    before, now = _flat(before), _flat(now)
+    before, now = flat_settings(before), flat_settings(now)
     for key in now:
         if before.get(key) != now[key]:
             raise FistaPrunerError(
@@ -80,7 +80,7 @@ def refuse_other_versions(run: RunDirectory, record: RunRecord) -> None:
         )
 
 
-def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Name the settings of sections as in messages."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():

@@ -249,6 +249,28 @@ class RunDirectory:
         """
         return parse(Report, read_json(self.report_file), str(self.report_file))
 
+    def finished_report(self, fingerprint: str | None) -> tuple[Report | None, str | None]:
+        """Read the report of a finished run, and say what of its files must be made again.
+
+        Args:
+            fingerprint: of the run.
+
+        Returns:
+            The report, None where something is left to do; and a sentence where a file is damaged or gone.
+        """
+        if not self.report_file.exists():
+            return None, None
+        try:
+            report = self.read_report()
+        except FistaPrunerError as error:
+            return None, f"the report is made again: {error}"
+        if report.status != "finished" or report.fingerprint != fingerprint:
+            return None, None
+        fault = self.model_fault(fingerprint or "")
+        if fault is None and self.model_record() is None and (self.model / PARTIAL).exists():
+            fault = f"writing {self.model} was interrupted"
+        return report, None if fault is None else f"the checkpoint is made again: {fault}"
+
     def write_report(self, report: Report) -> None:
         """Replace ``report.json``."""
         write_json_atomic(self.report_file, report.model_dump(mode="json"))

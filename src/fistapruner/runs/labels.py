@@ -10,8 +10,8 @@ from ..runtime.formatting import short_count
 from ..settings.loading import read_share
 from ..settings.structure_settings import compensation_of
 
-TRAINED = {"recover": "recovered", "align": "aligned"}
-"""What runs that train have done to a model."""
+DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
+"""What a run has done to its model, by the kind of the run."""
 
 PHASES = {
     "calibration": "calibration text",
@@ -119,4 +119,4 @@ def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -
         f"{loss} + anchor {anchor:g}" if anchor and loss != "none" else loss,
         f"{short_count(tokens)} tokens with loss" if tokens else None,
     ]
-    return ": ".join(filter(None, (TRAINED[kind], ", ".join(str(part) for part in parts if part))))
+    return ": ".join(filter(None, (DONE[kind], ", ".join(str(part) for part in parts if part))))

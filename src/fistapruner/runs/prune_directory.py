@@ -2,6 +2,7 @@
 
 RUN/
     calibration.safetensors    the token ids
+    calibration.begun.safetensors    the texts that the model has written so far, until all are there
     metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
     layers/                    the finished decoder layers (:mod:`fistapruner.runs.journal`)
     bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
@@ -33,7 +34,9 @@ from .journal import LAYER_FILE, LayerJournal
 DRAWING = "drawing"
 """Metadata key of the calibration tokens: it distinguishes them from any other file of that name."""
 
-BEFORE_TOKENS = rf"{EARLY}|layers|calibration\.safetensors{re.escape(PARTIAL)}"
+BEFORE_TOKENS = (
+    rf"{EARLY}|layers|calibration\.(begun\.)?safetensors{re.escape(PARTIAL)}|calibration\.begun\.safetensors"
+)
 """Names that an attempt has left that was stopped before it had drawn calibration tokens."""
 
 BEFORE_RUN_FILE = (
@@ -53,6 +56,7 @@ class PruneDirectory(RunDirectory):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.calibration_file = folder / "calibration.safetensors"
+        self.begun_file = folder / "calibration.begun.safetensors"
         self.metrics_file = folder / "metrics.safetensors"
         self.bypass_file = folder / "bypass.safetensors"
         self.hidden = folder / "hidden"
@@ -66,7 +70,7 @@ class PruneDirectory(RunDirectory):
         return (self.journal.folder, self.model, self.adapter, self.hidden)
 
     def own_files(self) -> tuple[Path, ...]:
-        return (*super().own_files(), self.calibration_file, self.metrics_file, self.bypass_file)
+        return (*super().own_files(), self.calibration_file, self.begun_file, self.metrics_file, self.bypass_file)
 
     def foreign(self) -> list[str]:
         begun, layers = self._has_own_tokens(), self.journal.folder
@@ -112,6 +116,19 @@ class PruneDirectory(RunDirectory):
         ids = tokens.to(torch.int64)
         about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
         write_tensors(self.calibration_file, {"tokens": ids}, about)
+        self.begun_file.unlink(missing_ok=True)
+
+    def keep_texts(self, drawing: str, texts: Tensor, random: Tensor) -> None:
+        """Store what the model has written so far, and the state of the random numbers."""
+        write_tensors(self.begun_file, {"texts": texts, "random": random}, {DRAWING: drawing})
+
+    def begun_texts(self, drawing: str) -> tuple[Tensor, Tensor] | None:
+        """Read what :meth:`keep_texts` stored; None unless by the same settings and model."""
+        try:
+            file = SafetensorsFile(self.begun_file)
+            return (file.read("texts"), file.read("random")) if file.metadata.get(DRAWING) == drawing else None
+        except (FistaPrunerError, OSError, KeyError):
+            return None
 
     def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
         """Read the token ids and how they were drawn; None where they are gone, damaged or drawn otherwise.

@@ -18,7 +18,7 @@ from ..runtime.files import read_json
 from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import Machine
 from .base import VERSION, Number, Record, parse
-from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
+from .labels import DONE, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry, OperatorEntry
 from .results import Divergence, Evaluation, Perplexity
 from .training_records import Alignment, Recovery, TextSide
@@ -406,12 +406,7 @@ class Report(Record):
     @property
     def trained(self) -> str:
         """What training did to the model: ``recovered`` or ``aligned``."""
-        return TRAINED.get(self.kind, "recovered")
-
-    @property
-    def text_kind(self) -> str:
-        """What the run's text is for it: ``calibration`` or ``training text``."""
-        return "calibration" if self.recovery is None else "training text"
+        return DONE[self.kind]
 
     @property
     def training(self) -> str:

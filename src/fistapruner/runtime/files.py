@@ -85,11 +85,6 @@ def existing_folder(path: Path) -> Path:
     return path
 
 
-def folder_bytes(folder: Path) -> int:
-    """Add up the bytes of the files of a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
 def require_utf8(path: Path) -> None:
     """Refuse a file or folder whose whole path is not UTF-8.
 

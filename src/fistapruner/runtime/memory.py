@@ -160,15 +160,6 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return int(counter.peak)
 
 
-def kept_bytes(work: Callable[[], object]) -> int:
-    """Measure the bytes of tensors that live while the result of ``work`` is held, with its graph."""
-    with _LiveBytes() as counter:
-        result = work()
-        kept = counter.live
-        del result
-    return int(kept)
-
-
 class _LiveBytes(TorchDispatchMode):
     """Count the bytes of live storages that operations inside the block allocate.
 

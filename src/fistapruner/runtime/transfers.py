@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-
-def page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Make a tensor in main memory that a GPU reads and writes by itself, while the host goes on.
-
-    Where the system gives no page-locked memory it is ordinary memory, and the host waits for the copies.
-    """
-    try:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    except RuntimeError:
-        return torch.empty(shape, dtype=dtype)
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:

@@ -117,10 +117,6 @@ class RecoverRecipe(TrainingRecipe):
             return "--data self"
         return "" if self.loss == "auto" else None
 
-    @property
-    def without_dense(self) -> str:
-        return ", or take --loss ce" + (" and another --data" if self.generates_text else "")
-
     def with_absolute_files(self) -> RecoverRecipe:
         data = self.data
         tasks = {name: absolute_file(text) for name, text in data.tasks.items()}

@@ -12,9 +12,6 @@ from .execution_settings import Execution
 from .loading import parse_count
 from .patterns import Patterns
 
-PARAMETERS = ("lora", "full", "spp", "norms")
-"""What is trained: how an operator's effective weight is made from trained tensors."""
-
 
 def _count(value: Any) -> Any:
     return parse_count(value) if isinstance(value, str) else value
@@ -132,11 +129,6 @@ class TrainingRecipe(RunRecipe):
     @abstractmethod
     def dense_for(self) -> str | None:
         """The flag that needs the dense model; empty: used if it is known; None: used if it is given."""
-
-    @property
-    def without_dense(self) -> str:
-        """What else a user may do where the dense model does not fit."""
-        return ""
 
     @abstractmethod
     def with_absolute_files(self) -> Self:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError, one_line
 from ..models.coupling import named_size
+from ..models.layerwise import LayerwiseModel
+from ..models.source import ModelSource
+from ..models.whole import load_whole, require_whole, whole_bytes
 from ..runtime.formatting import duration
 from ..runtime.transfers import sent
 from .tokens import adds_bos
@@ -97,10 +100,23 @@ def counted_windows(
     return progress
 
 
-def generation_steps(model: Any, samples: int, seqlen: int) -> tuple[int, int]:
-    """Return the texts of a batch of :func:`generate_tokens`, and its steps of one token a text."""
-    texts, length, batch, _ = _sizes(model, samples, seqlen)
-    return batch, length * math.ceil(texts / batch)
+def load_writer(
+    source: ModelSource, model: LayerwiseModel, samples: int, seqlen: int, limit: int | None, flag: str
+) -> Any:
+    """Load a whole model to write (samples, seqlen) tokens.
+
+    Args:
+        source: its folder; ``model``: the same, opened.
+        samples: texts; ``seqlen``: tokens of each.
+        limit: bytes of main memory that the run may use; None is what the machine has free.
+        flag: that asks for the text, for the message.
+
+    Raises:
+        FistaPrunerError: memory does not hold the model.
+    """
+    nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, samples, seqlen)
+    require_whole(nbytes, model.device, limit, flag)
+    return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.trust_remote_code)
 
 
 def generation_bytes(model: Any, samples: int, seqlen: int) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
 from ..models.source import ModelSource
-from ..models.whole import load_whole, require_whole, whole_bytes
 from ..papers.mamf import Mixture
 from ..runs.identity import stamps
 from ..runs.listener import Listener
@@ -24,7 +23,7 @@ from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from ..settings.recover_settings import RecoverRecipe
 from ..text import SELF
-from ..text.generate import generation_bytes
+from ..text.generate import load_writer
 from ..text.packing import PURPOSE
 from ..text.sources import check_source
 from ..text.training import MAX_HELD_OUT_WINDOWS, TrainingText, order, training_text
@@ -109,12 +108,9 @@ class Recovery(Training):
             return known
 
         def load_model() -> Any:
-            nbytes = whole_bytes(generator.checkpoint, generator.dtype)
-            nbytes += generation_bytes(generator, windows + MAX_HELD_OUT_WINDOWS, inputs.seqlen)
-            require_whole(nbytes, generator.device, recipe.execution.memory_limit, "--data")
-            source = inputs.dense_source or inputs.source
-            trusted = source.trust_remote_code
-            return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)
+            source, samples = inputs.dense_source or inputs.source, windows + MAX_HELD_OUT_WINDOWS
+            limit = recipe.execution.memory_limit
+            return load_writer(source, generator, samples, inputs.seqlen, limit, "--data")
 
         tokens, texts = min(data.tokens, windows * inputs.seqlen), ", ".join(data.texts)
         listener.say(f"training text: {count(tokens)} tokens in windows of {inputs.seqlen} from {texts}")

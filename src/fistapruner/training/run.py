@@ -144,9 +144,6 @@ def plan_recovery(
     return plan_of(kind, check_inputs(kind, request, Listener()), folder, Listener())[1]
 
 
-plan_alignment = plan_recovery
-
-
 def resume_training(kind: type[Training], folder: Path, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run as it was begun.
 
@@ -225,13 +222,13 @@ def _lead(kind: type[Training], run: TrainingDirectory, request: Request[Any], t
         log_file(run.log_file),
     ):
         listener = Logged(told)
+        report, fault = None, None
         if (begun := run.record()) is not None:
             _refuse_other(run, begun, request)
-        report = _finished(run, begun)
-        fault = None if report is None else run.model_fault(report.fingerprint or "")
+            report, fault = run.finished_report(begun.fingerprint)
         if report is None or fault:
             if fault:
-                listener.say(f"the checkpoint is made again: {fault}")
+                listener.say(fault)
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
@@ -270,17 +267,6 @@ def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Reques
             raise FistaPrunerError(
                 f"--out {run.folder} holds a run with the {what} {before}, not {here}: name another folder"
             )
-
-
-def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report | None:
-    """Read the report of a finished run; None where something is left to do."""
-    if record is None or not run.report_file.exists():
-        return None
-    with suppress(FistaPrunerError):  # a damaged report is made again
-        report = run.read_report()
-        if report.status == "finished" and report.fingerprint == record.fingerprint:
-            return report
-    return None
 
 
 def _how_to_continue(run: TrainingDirectory) -> str:
