@@ -344,7 +344,7 @@ def test_text_that_a_stopped_attempt_generated_is_not_generated_again(
     marked.write_tokens(tokens.flip(0), drawing, {**how, "sha256": sha256})
     with monkeypatch.context() as patched:  # nor does the plan count what generating takes
         patched.setattr("fistapruner.planning.generation_bytes", lambda *_: 2**50)
-        with pytest.raises(fp.FistaPrunerError, match="generating text with the whole model needs"):
+        with pytest.raises(fp.FistaPrunerError, match="--calibration self needs the whole model on cpu, 1,024 TiB"):
             fp.prune(folder, tmp_path / "refused", **settings)
         taken = fp.prune(folder, marked.folder, **settings).calibration
     assert taken is not None

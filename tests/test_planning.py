@@ -142,7 +142,7 @@ def test_more_windows_need_disk_and_no_memory(folder: Path) -> None:
 
 def test_a_run_that_cannot_fit_is_refused_before_it_works(folder: Path, tmp_path: Path) -> None:
     settings = {**WANDA, "execution": {"memory_limit": "1MiB", "batch_size": 4}}
-    refusal = r"^--memory-limit 1\.00 MiB is not enough: .* needs .* MiB, even with .* 4 windows at a time; give more"
+    refusal = r"^--memory-limit 1\.00 MiB is not enough: .* needs .*iB, even with .* 4 windows at a time; give more"
     with pytest.raises(FistaPrunerError, match=refusal):
         plan_pruning(folder, Recipe.build(settings), tmp_path / "run")
     with pytest.raises(FistaPrunerError, match=refusal):

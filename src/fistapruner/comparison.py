@@ -105,7 +105,8 @@ def compare(
     listener, folder, permissions = listener or Listener(), out_path(out), Permissions(allow_pickle, trust_remote_code)
     jobs = _plan(methods, sparsities, seeds, settings or {})
     check_data(data)
-    for text in {text for job in jobs for text in job.recipe.calibration.sources.values()}:
+    texts = dict.fromkeys(text for job in jobs for text in job.recipe.calibration.sources.values())
+    for text in texts:
         check_source(text)
     _refuse_other_things(folder)
     source, shared = permissions.find(model), _recipe({"method": "magnitude"}, settings or {}, "50%", 0)
@@ -119,7 +120,6 @@ def compare(
         model=ModelFacts(source=str(model)),
         fingerprint=_fingerprint(source, shared, measured_on),
     )
-    texts = dict.fromkeys(text for job in jobs for text in job.recipe.calibration.sources.values())
     if warning := shared_text(texts, data):
         listener.say(warning)
         comparison.warnings.append(warning)
