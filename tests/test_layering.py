@@ -24,7 +24,6 @@ LAYERS = (
     "structure",
     "pruning",
     "packed",
-    "execution",
     "planning",
     "measure",
     "reporting",

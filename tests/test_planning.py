@@ -17,7 +17,6 @@ from fistapruner import Recipe
 from fistapruner.cli import main
 from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.execution.executors import local_workers
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -26,6 +25,7 @@ from fistapruner.planning import Bound, Choice, Plan, make_plan, solve_bytes
 from fistapruner.pruning.inputs import change_widths
 from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.pruning.run import plan_pruning, prune
+from fistapruner.pruning.workers import local_workers
 from fistapruner.runtime.formatting import size
 from fistapruner.runtime.memory import peak_bytes
 from fistapruner.settings.execution_settings import Execution
@@ -149,7 +149,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_works(folder: Path, tmp_path
         prune(folder, tmp_path / "run", **settings)
     assert not (tmp_path / "run" / "run.json").exists()
     workers = {"executor": "process", "workers": 64, "threads": 1, "memory_limit": "1MiB"}
-    with pytest.raises(FistaPrunerError, match=r"in each of 3 workers \(fewer: --workers\)"):  # of three layers
+    with pytest.raises(FistaPrunerError, match=r"in each of 4 processes \(fewer: --workers\)"):  # of three layers
         plan_of(folder, **{**WANDA, "execution": workers})
     many = {**WANDA, "calibration": {"source": "python", "samples": 2**31 - 1}}
     with pytest.raises(FistaPrunerError, match=r"is not enough: .* needs "):  # no tokens are made

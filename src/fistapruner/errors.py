@@ -37,10 +37,6 @@ class FistaPrunerError(Exception):
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
-class OtherRankFailed(FistaPrunerError):
-    """Another process of the same run has failed, and says why; this one has nothing to add."""
-
-
 class NoTemporaryFolderError(FistaPrunerError):
     """No temporary folder can be made or written, which is no fault of the model that it was for."""
 

@@ -24,7 +24,6 @@ from .allocate.fisher import HEAD_TOKENS, WIDE
 from .allocate.measure import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
 from .core import Constraint, LayerProblem
 from .errors import FistaPrunerError
-from .execution.executors import default_threads, local_workers
 from .models.coupling import named_size
 from .models.layerwise import Call, LayerwiseModel
 from .models.layout import Layout, Operator
@@ -35,6 +34,7 @@ from .passes.stream import embed
 from .pruning.context import LayerContext, LayerStreams, fitted_groups, solved_groups
 from .pruning.drift import dense_windows, drift_sources, kept_width
 from .pruning.layer import prune_layer
+from .pruning.workers import default_threads, local_workers
 from .runtime.devices import cpu_threads, worker_devices
 from .runtime.files import existing_folder
 from .runtime.formatting import align_columns, counted, duration, size
@@ -437,26 +437,27 @@ def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
         choices = [asked, *(Choice(count, on_disk=True) for count in sizes)]
     nbytes = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
     given = f"--memory-limit {size(nbytes)}" if execution.memory_limit else f"the {size(nbytes)} that are free"
-    # Of each memory its name, bytes, processes, what the process that starts them has, and the stages of one.
-    parent = bound.base if bound.in_files else 0
-    limits = [(given, nbytes, workers, parent, bound.host if bound.cuda else bound.stages)]
+    # Of each memory its name, bytes, the processes that share it (this one beside workers), and the stages of one.
+    limits = [(given, nbytes, workers + bound.in_files, bound.host if bound.cuda else bound.stages)]
     if bound.cuda:
         release_device_memory()
-        devices = worker_devices(execution.device, workers, execution.threads) if workers > 1 else [device]
-        sharing = max(map(devices.count, devices))
+        apart = worker_devices(execution.device, workers, execution.threads) if bound.in_files else []
+        sharing = 1 + apart.count(device)
         free = max(0, free_device_memory(device) - DEVICE_RESERVE * sharing)
-        limits.append((f"the {size(free)} that are free on {device}", free, sharing, 0, bound.stages))
+        limits.append((f"the {size(free)} that are free on {device}", free, sharing, bound.stages))
 
     def short(choice: Choice) -> list[tuple[str, int, dict[str, int]]]:
         """Return the memory that is not enough, its processes, and their stages."""
-        needs = [(name, limit - parent, sharing, stages(choice)) for name, limit, sharing, parent, stages in limits]
-        return [(name, sharing, found) for name, left, sharing, found in needs if sharing * max(found.values()) > left]
+        needs = [(name, limit, sharing, stages(choice)) for name, limit, sharing, stages in limits]
+        return [
+            (name, sharing, found) for name, limit, sharing, found in needs if sharing * max(found.values()) > limit
+        ]
 
     chosen = next((choice for choice in choices if not short(choice)), None)
     if chosen is None:
         given, sharing, stages = short(choices[-1])[0]
         needs = f"{_worst(stages)} needs {size(max(stages.values()))}"
-        each = f" in each of {sharing} workers (fewer: --workers)" if sharing > 1 else ""
+        each = f" in each of {sharing} processes (fewer: --workers)" if sharing > 1 else ""
         raise FistaPrunerError(
             f"{given} is not enough: {needs}{each}, even with hidden states on disk and "
             f"{counted(choices[-1].batch_size, 'window')} at a time; give more, lower --batch-size, shorten --seqlen, "

@@ -17,7 +17,6 @@ from fistapruner import FistaPrunerError, Recipe, solve
 from fistapruner.core import LayerProblem, ProblemSums, parse_sparsity
 from fistapruner.core.constraints import stack
 from fistapruner.core.problem import unweighted
-from fistapruner.execution.context import RunContext
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -27,6 +26,7 @@ from fistapruner.passes.stream import Calls
 from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer
+from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.solvers.low_rank import solve_low_rank

@@ -14,10 +14,10 @@ import torch
 
 import fistapruner as fp
 import tiny
-from fistapruner.execution.executors import default_threads
 from fistapruner.measure import speed as variants
 from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import Variant
+from fistapruner.pruning.workers import default_threads
 from fistapruner.runtime import devices, memory
 from fistapruner.settings.execution_settings import Execution
 

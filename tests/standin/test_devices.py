@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,15 +14,13 @@ import fistapruner
 import tiny
 from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.errors import FistaPrunerError
-from fistapruner.execution.executors import _pool
-from fistapruner.execution.worker import Worker
 from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import prompts, time_generation
 from fistapruner.models.source import Permissions
 from fistapruner.models.whole import load_whole
+from fistapruner.pruning.workers import prune_one
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.transfers import sent
-from fistapruner.settings.execution_settings import Execution
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -44,8 +41,9 @@ def test_a_gpu_that_another_process_has_for_itself_is_not_taken(
             free_memory_of_gpus(1)
     finally:
         free_memory_of_gpus.cache_clear()
-    with pytest.raises(FistaPrunerError, match=r"^a worker cannot use device cuda:0: CUDA error: .* unavailable$"):
-        Worker(tmp_path, "cuda:0", Permissions())
+    (tmp_path / "run.json").touch()
+    fault = prune_one(0, tmp_path, "cuda:0", Permissions(), tmp_path)
+    assert re.search(r"^a worker cannot use device cuda:0: CUDA error: .* unavailable$", fault or "")
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +72,9 @@ def test_the_gpu_with_most_free_memory(taken: StandIn) -> None:
 
 
 def test_workers_take_gpus_of_one_model(taken: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.execution.executors.ProcessPool", lambda context, devices: devices)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"model {torch.device(device).index}")
-    context: Any = SimpleNamespace(numerics=SimpleNamespace(threads=1))
-    said = tiny.Said()
     assert worker_devices("auto", 2, 1) == [torch.device("cuda", 1)] * 2
     assert worker_devices("cuda:0", 1, 1) == [torch.device("cuda", 0)]
-    _pool(context, Execution(executor="process", workers=2), 2, said)
-    assert "2 worker processes of 1 threads on cuda:1" in said.sentences
-    assert "no worker on cuda:0 (model 0): their last bits may differ from those of cuda:1 (model 1)" in said.sentences
 
 
 def test_a_run_on_one_gpu_touches_no_other(gpu: StandIn, tmp_path: Path) -> None:

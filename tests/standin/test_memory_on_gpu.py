@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,9 @@ import fistapruner
 import tiny
 from fistapruner.allocate.fisher import DensePasses, measure_sensitivity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.execution.context import RunContext
-from fistapruner.execution.layer_parallel import prune_layers_in_parallel
-from fistapruner.execution.pool import Event, LayerJob
-from fistapruner.execution.worker import Worker
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.source import Permissions
 from fistapruner.passes.store import scratch_factory
 from fistapruner.planning import DEVICE_RESERVE, solve_bytes
 from fistapruner.pruning.run import plan_pruning
@@ -154,45 +148,6 @@ def test_too_little_memory_is_one_line(gpu: StandIn, deep: Path, tmp_path: Path)
 def test_freed_memory_is_given_back_before_the_plan(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
     tiny.begin(deep, tmp_path / "run", **BASE, method="magnitude")
     assert gpu.emptied >= 1
-
-
-class OneWorker:
-    """A pool whose worker is this process; it notes how often a cache of freed memory was emptied at each event."""
-
-    size = 1
-
-    def __init__(self, gpu: StandIn, worker: Worker) -> None:
-        self.gpu, self.worker = gpu, worker
-        self.emptied: list[int] = []
-        self._events: list[Event] = []
-
-    def _tell(self, event: Event) -> None:
-        self.emptied.append(self.gpu.emptied)
-        self._events.append(event)
-
-    def start(self, worker: int, job: LayerJob) -> None:
-        self.emptied.append(self.gpu.emptied)
-        self.worker.run(asdict(job), self._tell)
-
-    def wait(self) -> list[tuple[int, Event]]:
-        events, self._events = self._events, []
-        return [(0, event) for event in events]
-
-    def revive(self, worker: int) -> None:
-        """Nothing dies."""
-
-    def close(self) -> None:
-        """Nothing runs."""
-
-
-def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    tiny.begin(deep, tmp_path / "run", **BASE, method="magnitude", propagate="dense")
-    context = RunContext.open(tmp_path / "run")
-    context.hidden.mkdir(parents=True, exist_ok=True)
-    pool = OneWorker(gpu, Worker(tmp_path / "run", "cuda:0", Permissions()))
-    before = gpu.emptied
-    prune_layers_in_parallel(context, {1}, pool, Listener())
-    assert pool.emptied[0] > before
 
 
 STATES: dict[str, Any] = {

@@ -124,18 +124,18 @@ def test_a_process_that_dies_ends_the_others_with_one_sentence(bench: tiny.Bench
     assert said[0].splitlines()[-1] == "fistapruner: another process of this run has ended: its own message says why"
 
 
-def test_what_cannot_be_divided_is_refused_once(bench: tiny.Bench, tmp_path: Path) -> None:
+def test_what_cannot_be_divided_is_refused(bench: tiny.Bench, tmp_path: Path) -> None:
     for more, words in (
         (("--windows-per-step", "3"), "windows_per_step is 3: 2 processes need a multiple of 2"),
         (("--optimizer", "mezo"), "optimizer mezo trains in one process: leave torchrun out"),
         (("--targets", "nowhere"), "'nowhere' matches no operator"),
     ):
         process = launch(command(bench, "recover", tmp_path / "out", *more))
-        assert process.communicate(timeout=300)[1].count(words) == 1
+        assert words in process.communicate(timeout=300)[1]
         assert process.returncode
 
 
 def test_python_is_refused_where_a_launcher_runs_it_for_another_verb(tmp_path: Path) -> None:
     process = launch(["pack", "nothing", str(tmp_path / "out")])
-    assert process.communicate(timeout=300)[1].count("pack is done by one") == 1
+    assert "pack is done by one" in process.communicate(timeout=300)[1]
     assert fp.__version__

@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
-    from ..errors import FistaPrunerError, OtherRankFailed, at_home, out_path
+    from ..errors import FistaPrunerError, at_home, out_path
     from ..runtime.launcher import leads
 
     with _signals() as terminated, _readers_may_leave() as results:
@@ -136,8 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             results.complete()
             return status
-        except OtherRankFailed:  # it says why
-            return 2
         except FistaPrunerError as error:
             print(f"fistapruner: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
@@ -172,18 +170,16 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     """Refuse several processes of a launcher for what one process does.
 
     Raises:
-        FistaPrunerError: names the verb; of the processes of ``torchrun`` in the first one.
+        FistaPrunerError: names the verb.
     """
-    from ..errors import FistaPrunerError, OtherRankFailed
-    from ..runtime.launcher import launched, leads
+    from ..errors import FistaPrunerError
+    from ..runtime.launcher import launched
 
     if arguments.verb in READ_ONLY:
         return
     count = launched()
     alone = " --merge" if getattr(arguments, "merge", None) else ""
     if count > 1 and (alone or arguments.verb not in ("recover", "align", "resume")):
-        if not leads() and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise OtherRankFailed("the first process says why")  # elsewhere this may be the only one
         what = arguments.verb + alone
         raise FistaPrunerError(
             f"WORLD_SIZE is {count}, so torchrun or another launcher has started {count} processes, and {what} is done "

@@ -13,7 +13,7 @@ Follow the hidden states of some windows of tokens:
 :func:`forward` is 1 to 3 in a row, and :func:`~.gradients.backward` takes a gradient the same way back. Evaluation
 (:mod:`fistapruner.measure.streaming`) and sensitivity (:mod:`fistapruner.allocate.fisher`) use them. Pruning
 changes the weights on the way, so it does 2 several times for each layer, for the dense and for the pruned model: read
-:mod:`fistapruner.execution.serial` for the walk from layer to layer and :mod:`fistapruner.pruning.layer` for the passes
+:mod:`fistapruner.pruning.workers` for the walk from layer to layer and :mod:`fistapruner.pruning.layer` for the passes
 inside one layer. Before any work, :func:`~.check.check_model` makes sure that this way gives the model's own
 predictions.
 """

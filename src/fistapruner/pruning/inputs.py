@@ -14,8 +14,6 @@ from torch import Tensor
 from ..allocate.measure import check_allocation, measured_by
 from ..core import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
-from ..execution.context import open_model
-from ..execution.ray_pool import require_ray
 from ..measure.data import load_windows
 from ..models.discovery import discover
 from ..models.experts import GROUPED_BYTES
@@ -42,6 +40,8 @@ from ..structure.trial import plan_widths
 from ..structure.units import EXPERT, GROUPS, layer_weights
 from ..text import calibration_length
 from ..text.sources import check_source
+from .opened import open_model
+from .workers import require_ray
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
-from ..execution.context import RunContext
-from ..execution.executors import prune_layers
 from ..measure.data import check_data
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
@@ -48,7 +46,9 @@ from ..runtime.numerics import undisturbed
 from ..settings.loading import merge_settings
 from ..settings.settings import Recipe
 from .inputs import Request, check_sources, check_tokens, open_operators
+from .opened import RunContext
 from .settle import settle
+from .workers import prune_layers
 from .write import write
 
 Inspect = Callable[[int, int, LayerProblem], None]

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..allocate.fisher import DensePasses
 from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
 from ..errors import FistaPrunerError
-from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
@@ -38,6 +37,7 @@ from ..settings.training_settings import TrainingRecipe
 from ..text import calibration_tokens
 from ..text.generate import load_writer
 from .inputs import Inputs, Request, check_inputs
+from .workers import default_threads
 
 if TYPE_CHECKING:
     from ..training.settle import Inputs as TrainingInputs

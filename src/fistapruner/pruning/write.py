@@ -14,7 +14,6 @@ from torch import Tensor
 from ..core import parse_sparsity
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..execution.context import RunContext
 from ..models.discovery import expert_modules
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import journaled_factors
@@ -41,6 +40,7 @@ from ..runtime.machine import now
 from ..runtime.memory import peak_device_memory, peak_memory
 from ..structure.experts import chosen_experts
 from ..structure.smaller import changed_config, dropped_tensors, unread_tensors
+from .opened import RunContext
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.context import open_model
 from ..measure.preferences import accuracy_error, preference_figures
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
@@ -31,6 +30,7 @@ from ..papers.mrpo import (
 )
 from ..passes.check import check_model
 from ..pipeline.result import add_warning
+from ..pruning.opened import open_model
 from ..runs.align_directory import AlignDirectory
 from ..runs.identity import stamps
 from ..runs.listener import Listener

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.context import open_model
 from ..models.discovery import discover
 from ..models.files.low_rank import LowRankAdapter
 from ..models.files.safetensors import LazyTensors
@@ -25,6 +24,7 @@ from ..models.source import ModelSource, Permissions
 from ..papers.mezo import RATE, ForwardOnly, standard_normal
 from ..papers.subzero import subspace_normal
 from ..passes.check import check_model
+from ..pruning.opened import open_model
 from ..runs.decision import TrainingDecision
 from ..runs.identity import stamps
 from ..runs.listener import Listener

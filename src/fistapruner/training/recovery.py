@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.executors import default_threads
 from ..models.source import ModelSource
 from ..papers.mamf import Mixture
+from ..pruning.workers import default_threads
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory

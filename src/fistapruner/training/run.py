@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import A_MODEL, FistaPrunerError, OtherRankFailed, out_path, path_text
+from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..models.source import UNTRUSTED, Permissions
 from ..pipeline.measure import measure
 from ..pipeline.result import refuse_foreign_files, reporting_failure
@@ -168,7 +168,7 @@ def _run(kind: type[Training], run: TrainingDirectory, request: Request[Any], to
         if world.size == 1:
             return _lead(kind, run, request, told, world)
         if fault := _not_divided(request.recipe, world.size):
-            raise (OtherRankFailed if world.rank else FistaPrunerError)(fault)
+            raise FistaPrunerError(fault)
         execution = execution.model_copy(update={"device": str(world.device)})
         request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
         if world.rank:
@@ -205,7 +205,7 @@ def _follow(kind: type[Training], run: TrainingDirectory, request: Request[Any],
         with training.trained(Listener(), lambda: None) as (trained, _):
             collect(training, trained, Listener())
     elif said != DONE:
-        raise OtherRankFailed(said)
+        raise FistaPrunerError(said)
     world.tell()
     return run.read_report()
 

@@ -14,8 +14,6 @@ import torch
 
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..execution.context import open_model
-from ..execution.executors import default_threads
 from ..measure.data import check_data, evaluation_documents, load_windows
 from ..measure.inspection import inspect_checkpoint
 from ..models.discovery import discover
@@ -27,7 +25,9 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..packed.checkpoint import is_packed
 from ..passes.check import check_model
+from ..pruning.opened import open_model
 from ..pruning.settle import common_fields, numerics_of
+from ..pruning.workers import default_threads
 from ..runs.continuation import absolute, evaluation_on
 from ..runs.decision import EvaluationRequest, TrainingDecision, TrainingRecord
 from ..runs.directory import checkpoint_of

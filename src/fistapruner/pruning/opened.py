@@ -27,9 +27,6 @@ from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..passes.store import CPU, HiddenStates, scratch_factory
 from ..passes.stream import Calls, embed, run_layer
-from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams
-from ..pruning.drift import dense_windows
-from ..pruning.layer import prune_layer
 from ..runs.decision import Numerics
 from ..runs.identity import fingerprint
 from ..runs.layer_records import LayerEntry
@@ -43,6 +40,9 @@ from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe
 from ..structure.experts import fewer_experts
 from ..structure.smaller import Widths, resized
+from .context import LayerContext, LayerEvents, LayerMeasures, LayerStreams
+from .drift import dense_windows
+from .layer import prune_layer
 
 log = logging.getLogger("fistapruner")
 

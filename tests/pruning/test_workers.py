@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import multiprocessing
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -19,15 +19,18 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.execution.context import RunContext
-from fistapruner.execution.layer_parallel import prune_layers_in_parallel
-from fistapruner.execution.pool import Event, LayerJob
-from fistapruner.execution.process_pool import ProcessPool
-from fistapruner.execution.ray_pool import RayPool, cluster_head, require_ray, room_for_workers
 from fistapruner.pipeline.resume import resume
+from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
+from fistapruner.pruning.workers import (
+    ProcessPool,
+    RayPool,
+    cluster_head,
+    prune_in_parallel,
+    require_ray,
+    room_for_workers,
+)
 from fistapruner.runs.listener import Listener
-from fistapruner.runtime.devices import worker_devices
 from fistapruner.settings.execution_settings import Execution
 
 SETTINGS: dict[str, Any] = {
@@ -61,32 +64,20 @@ def prune_command(model: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
 
 
-PARENT = """
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
-child.stdout.readline()
-print(child.pid, flush=True)
-sys.stdin.read()
-"""
-ELSEWHERE = """
-import sys, time
-from fistapruner.execution import worker
-sys.platform = "darwin"
-worker.die_with_parent()
-print("ready", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_worker_ends_with_its_parent_where_the_kernel_does_not_end_it() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, ELSEWHERE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout is not None
-    child = psutil.Process(int(parent.stdout.readline()))
-    parent.kill()
-    parent.communicate()
-    child.wait(timeout=20)
+def test_workers_end_with_the_run(model: Path, tmp_path: Path) -> None:
+    """Also where it is killed and can end nothing."""
+    command = prune_command(model, tmp_path / "run")
+    command += ["--executor", "process", "--workers", "2", "--propagate", "dense"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        children: list[psutil.Process] = []
+        while len(children) < 2:
+            assert run.poll() is None
+            found = psutil.Process(run.pid).children()
+            children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+            time.sleep(0.01)
+        run.kill()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
 
 
 def test_two_processes(
@@ -124,54 +115,49 @@ def test_two_processes_remove_the_same_channels_and_heads(tmp_path: Path) -> Non
 
 
 class Deadly(ProcessPool):
-    """Kills workers: as often as said when they start a layer, and at the first event of a kind that is named."""
+    """Kills the workers when they are given some layers, as often as said."""
 
-    def __init__(self, *arguments: Any, at_start: dict[int, int], at_event: list[str]) -> None:
-        self.at_start, self.at_event = at_start, at_event
+    def __init__(self, *arguments: Any, deaths: dict[int, int]) -> None:
+        self.deaths = deaths
         super().__init__(*arguments)
 
-    def start(self, worker: int, job: LayerJob) -> None:
-        super().start(worker, job)
-        if self.at_start.get(job.index):
-            self.at_start[job.index] -= 1
-            os.kill(self._processes[worker].pid, signal.SIGKILL)
+    def submit(self, index: int) -> Future[str | None]:
+        future = super().submit(index)
+        if self.deaths.get(index):
+            self.deaths[index] -= 1
+            for child in multiprocessing.active_children():
+                child.kill()
+        return future
 
-    def wait(self) -> list[tuple[int, Event]]:
-        events = super().wait()
-        for worker, event in events:
-            if event["event"] in self.at_event:
-                self.at_event.remove(event["event"])
-                os.kill(self._processes[worker].pid, signal.SIGKILL)
-        return events
+
+def begun(model: Path, out: Path, **how: Any) -> RunContext:
+    tiny.begin(str(model), out, **{**SETTINGS, "propagate": "dense"}, execution={"threads": 1}, **how)
+    context = RunContext.open(out)
+    context.hidden.mkdir(parents=True, exist_ok=True)
+    return context
 
 
 def test_workers_that_die_are_replaced(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """One dies as it begins a layer, one after it passed the hidden states on; then the run is resumed and finished."""
+    """Their layers are done again; then the run is resumed and finished."""
     out = tmp_path / "run"
-    tiny.begin(str(model), out, **{**SETTINGS, "propagate": "dense"}, execution={"threads": 1})
-    context = RunContext.open(out)
-    context.hidden.mkdir(parents=True, exist_ok=True)
-    pool = Deadly(context, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
+    context = begun(model, out)
+    pool = Deadly(context, Execution(executor="process", device="cpu", workers=2), 3, deaths={1: 1, 3: 1})
     try:
-        assert os.getpgid(pool._processes[0].pid) != os.getpgid(0)  # Ctrl-C stops this process, which ends them
-        prune_layers_in_parallel(context, {1, 2, 3}, pool, Listener())
+        prune_in_parallel(context, {1, 2, 3}, pool, Listener())
     finally:
         pool.close()
-    assert pool.at_event == []
-    assert pool.at_start == {2: 0}
+    assert not any(pool.deaths.values())
+    assert not list(context.hidden.iterdir())
     resume(out)
     assert tiny.weights(out) == expected
 
 
-def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    tiny.begin(str(model), out, layers=4, **{**SETTINGS, "propagate": "dense"}, execution={"threads": 1})
-    context = RunContext.open(out)
-    context.hidden.mkdir(parents=True, exist_ok=True)
-    pool = Deadly(context, worker_devices("cpu", 1, 1), at_start={4: 3}, at_event=[])
+def test_layer_that_kills_every_worker_stops_the_run(model: Path, tmp_path: Path) -> None:
+    context = begun(model, tmp_path / "run", layers=4)
+    pool = Deadly(context, Execution(executor="process", device="cpu", workers=1), 1, deaths={4: 3})
     try:
         with pytest.raises(FistaPrunerError, match=r"layer 4: its worker died 3 times.* again with fewer --workers"):
-            prune_layers_in_parallel(context, {4}, pool, Listener())
+            prune_in_parallel(context, {4}, pool, Listener())
     finally:
         pool.close()
 
@@ -277,13 +263,12 @@ def test_ray_worker_and_head_killed(tmp_path: Path) -> None:
             return process.wait()
 
     out = tmp_path / "run"
-    assert cut_short(out, 2, "ray::Actor") == 0
-    assert "a worker died" in (out / "log.txt").read_text()
+    assert cut_short(out, 2, "ray::prune_one") == 0
     assert tiny.weights(out) == expected
 
     out = tmp_path / "headless"
     # The worker, too: it and the run go on without the rest of the cluster, for as long as many of these layers take.
-    assert cut_short(out, 1, "gcs_server", "raylet", "ray::Actor") != 0
+    assert cut_short(out, 1, "gcs_server", "raylet", "ray::prune_one") != 0
     assert len(list((out / "layers").glob("*.json"))) < layers
     prune(str(model), out, **SETTINGS, execution={"threads": 1})
     assert tiny.weights(out) == expected

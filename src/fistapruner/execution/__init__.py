@@ -1,1 +1,0 @@
-"""Distribute the decoder layers over this process, worker processes or a cluster."""
