@@ -114,7 +114,7 @@ def test_speeds_are_kept_before_quality_is_measured(made: Path, run: Path, monke
     def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fistapruner.pipeline.measure_run.run_evaluation", stopped)
+    monkeypatch.setattr("fistapruner.measure.run.run_evaluation", stopped)
     with pytest.raises(KeyboardInterrupt):
         fp.bench_run(run, gguf=[made / "dense-Q8.gguf"], measure=timed)
     report = load_run(run)

@@ -21,10 +21,9 @@ from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.measure import streaming
 from fistapruner.measure.bench import record
+from fistapruner.measure.run import add_scores, measure, put_in_place, same_comparison
 from fistapruner.measure.zero_shot import Tasks
 from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
-from fistapruner.pipeline.measure import measure
 from fistapruner.reporting.quality import gain, quality_facts
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
@@ -311,11 +310,9 @@ def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, 
 def test_a_dense_model_that_has_changed_is_not_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused where it is the default, and left out where speed is measured; another can be named."""
     measured: list[Path | None] = []
-    monkeypatch.setattr("fistapruner.pipeline.measure_run.lost_structure", lambda record: True)
-    monkeypatch.setattr(
-        "fistapruner.pipeline.measure_run.bench", lambda *_, before, **__: measured.append(before) or []
-    )
-    monkeypatch.setattr("fistapruner.pipeline.measure_run.publish", Mock())
+    monkeypatch.setattr("fistapruner.measure.run.lost_structure", lambda record: True)
+    monkeypatch.setattr("fistapruner.measure.run.bench", lambda *_, before, **__: measured.append(before) or [])
+    monkeypatch.setattr("fistapruner.measure.run.publish", Mock())
     dense, run, text = tmp_path / "dense", tmp_path / "run", tmp_path / "text.txt"
     text.write_text(TEXT)
     tiny.save("llama", dense, num_hidden_layers=1)

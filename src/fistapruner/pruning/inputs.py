@@ -15,6 +15,7 @@ from ..allocate.measure import check_allocation, measured_by
 from ..core import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..measure.data import load_windows
+from ..measure.run import shared_text
 from ..models.discovery import discover
 from ..models.experts import GROUPED_BYTES
 from ..models.files.low_rank import refuse_low_rank
@@ -24,7 +25,6 @@ from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model
-from ..pipeline.measure import shared_text
 from ..runs.continuation import refuse_overlap
 from ..runs.decision import EvaluationRequest
 from ..runs.listener import Listener

@@ -74,8 +74,7 @@ def prune_layer(
         with clock.phase("io"):
             loaded.enter_context(model.layer(index))
         passes = LayerPasses(context, index, streams, clock)
-        if passes.dense_pass():
-            events.passed()
+        passes.dense_pass()
         passed_after = sum(clock.seconds.values())
         passes.make_wanted()
         for number, group in passes.groups:
