@@ -131,7 +131,10 @@ def _evaluate(
     permissions: Permissions,
     listener: Listener,
 ) -> None:
-    """Measure perplexity and divergence, and keep them with the report at once. Arguments as for :func:`measure`."""
+    """Measure perplexity and divergence, and keep them with the report at once.
+
+    Arguments as for :func:`measure`.
+    """
     assert report.calibration is not None
     begin = time.perf_counter()
     compare_texts(report, request.data, listener, trained=False)

@@ -272,9 +272,9 @@ class RunContext:
         return tensors
 
     def _fitting(self, what: str, work: Callable[[], T], streams: LayerStreams, warnings: list[str] | None = None) -> T:
-        """Work; where the GPU's memory runs out, work again with hidden states in main memory and half the batch size.
+        """Work; where the GPU's memory runs out, work again with less.
 
-        The batch size divides the one before, so that batches end at the same windows.
+        Hidden states are then in main memory, and the batch size is halved. The batch size divides the one before, so that batches end at the same windows.
 
         Args:
             what: names the work, in messages.
