@@ -302,7 +302,7 @@ def _of_input(report: Report, before: Path) -> list[Evaluation]:
 
 
 def put_in_place(earlier: Iterable[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Put an evaluation in the place of the earlier one on its text, or last; what it measures again is left out."""
+    """Put an evaluation in the place of the earlier one on its text; scores that it measures again go."""
     again = {(task.task, task.metric) for task in found.tasks}
     kept: list[Evaluation] = []
     place = None

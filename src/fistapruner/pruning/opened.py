@@ -274,7 +274,8 @@ class RunContext:
     def _fitting(self, what: str, work: Callable[[], T], streams: LayerStreams, warnings: list[str] | None = None) -> T:
         """Work; where the GPU's memory runs out, work again with less.
 
-        Hidden states are then in main memory, and the batch size is halved. The batch size divides the one before, so that batches end at the same windows.
+        Hidden states are then in main memory, and the batch size is halved.
+        It divides the one before, so that batches end at the same windows.
 
         Args:
             what: names the work, in messages.
