@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OTHERS = ["papers", "structure", "packed", "reporting", "training", "measure", "models", "text", "runtime", "settings"]
 TESTS = {  # room or file of the package: the tests that cover it
-    **{
-        room: room for room in "papers structure packed reporting training measure models text runtime settings".split()
-    },
+    **{room: room for room in OTHERS},
     **{"core": "core solvers", "solvers": "solvers core", "allocate": "allocate papers", "passes": "passes pruning"},
     **{
         "pruning": "pruning pipeline",
@@ -97,16 +96,16 @@ def draw(rooms: list[str], number: int, seed: int) -> Iterator[tuple[str, Mutant
     places = {}
     for room in rooms:
         files = sorted((source / room).rglob("*.py")) if (source / room).is_dir() else [source / room]
-        found = [Mutant(str(file.relative_to(source)), *pair) for file in files for pair in others(_parse(file))]
+        found = [
+            Mutant(str(file.relative_to(source)), *pair)
+            for file in files
+            for pair in others(ast.parse(file.read_text()))
+        ]
         places[room] = chosen.sample(found, min(len(found), -(-number // len(rooms))))
     for turn in range(number):
         room = rooms[turn % len(rooms)]
         if turn // len(rooms) < len(places[room]):
             yield room, places[room][turn // len(rooms)]
-
-
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
 
 
 def check(mutant: Mutant, tests: list[str], python: list[str], timeout: float) -> tuple[str, str]:
