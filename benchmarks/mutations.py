@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OTHERS = ["papers", "structure", "packed", "reporting", "training", "measure", "models", "text", "runtime", "settings"]
@@ -46,7 +47,6 @@ COMPARED: dict[type, type] = {
 }
 COMPUTED: dict[type, type] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
-    **{ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr},
 }
 
 
@@ -74,7 +74,7 @@ def others(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
         other = copy.copy(node)
         other.ops = [COMPARED[type(node.ops[0])]()]
         yield node, other
-    elif isinstance(node, ast.BinOp) and type(node.op) in COMPUTED and not isinstance(node.left, ast.JoinedStr):
+    elif isinstance(node, ast.BinOp) and type(node.op) in COMPUTED:
         yield node, ast.BinOp(node.left, COMPUTED[type(node.op)](), node.right)
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
         yield node, ast.Constant(not node.value if isinstance(node.value, bool) else node.value * 2 + 1)
@@ -92,15 +92,11 @@ def others(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 def draw(rooms: list[str], number: int, seed: int) -> Iterator[tuple[str, Mutant]]:
     """Draw mutants of each room in turn."""
-    source, chosen = REPOSITORY / "src" / "fistapruner", random.Random(seed)
-    places = {}
+    source, chosen, places = REPOSITORY / "src" / "fistapruner", random.Random(seed), {}
     for room in rooms:
         files = sorted((source / room).rglob("*.py")) if (source / room).is_dir() else [source / room]
-        found = [
-            Mutant(str(file.relative_to(source)), *pair)
-            for file in files
-            for pair in others(ast.parse(file.read_text()))
-        ]
+        pairs = ((file, pair) for file in files for pair in others(ast.parse(file.read_text())))
+        found = [Mutant(str(file.relative_to(source)), *pair) for file, pair in pairs]
         places[room] = chosen.sample(found, min(len(found), -(-number // len(rooms))))
     for turn in range(number):
         room = rooms[turn % len(rooms)]
@@ -117,19 +113,16 @@ def check(mutant: Mutant, tests: list[str], python: list[str], timeout: float) -
         file.write_text(mutant.apply(file.read_text()))
         command = [*python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
         environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
-        with subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ) as run:  # fmt: skip
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes) as run:
             try:
                 said, _ = run.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
                 return "timeout", ""
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-        return ("missed" if run.returncode == 0 else "timeout" if run.returncode == 124 else "caught"), (
-            failed[1] if failed else "" if run.returncode == 0 else said[-300:]
-        )
+        became = {0: "missed", 124: "timeout"}.get(run.returncode, "caught")
+        return became, failed[1] if failed else said[-300:] if run.returncode else ""
 
 
 def main() -> None:
@@ -141,12 +134,14 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="the command that runs Python")
     parser.add_argument("--out", type=Path, default=Path("mutations.json"))
     arguments, rows = parser.parse_args(), []
+    if unknown := set(arguments.rooms.split(",")) - set(TESTS):
+        parser.error(f"--rooms: {', '.join(sorted(unknown))} is none of {', '.join(TESTS)}")
     for room, mutant in draw(arguments.rooms.split(","), arguments.number, arguments.seed):
         began, tests = time.monotonic(), [f"tests/{each}" for each in TESTS[room].split()]
-        became, by = check(mutant, tests, shlex.split(arguments.python), arguments.timeout)
         row = {"file": mutant.path, "line": mutant.node.lineno, "was": ast.unparse(mutant.node)}
-        row |= {"is": ast.unparse(mutant.instead), "became": became, "by": by}
-        rows.append({**row, "seconds": round(time.monotonic() - began, 1)})
+        row |= {"is": ast.unparse(mutant.instead)}
+        became, by = check(mutant, tests, shlex.split(arguments.python), arguments.timeout)
+        rows.append({**row, "became": became, "by": by, "seconds": round(time.monotonic() - began, 1)})
         print(f"{became:8} {row['file']}:{row['line']}  {row['was']}  ->  {row['is']}  {by}", flush=True)
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
 
