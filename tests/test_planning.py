@@ -26,8 +26,8 @@ from fistapruner.pruning.inputs import change_widths
 from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.pruning.run import plan_pruning, prune
 from fistapruner.pruning.workers import local_workers
-from fistapruner.runtime.formatting import size
-from fistapruner.runtime.memory import peak_bytes
+from fistapruner.runtime.devices import peak_bytes
+from fistapruner.runtime.show import size
 from fistapruner.settings.execution_settings import Execution
 from fistapruner.solvers import parse_method, solve
 

@@ -23,7 +23,7 @@ from fistapruner.reporting.page import run_page
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.comparison_records import Comparison
 from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
-from fistapruner.runtime.formatting import significant
+from fistapruner.runtime.show import significant
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 

@@ -26,7 +26,7 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal
-from fistapruner.runtime.formatting import (
+from fistapruner.runtime.show import (
     align_columns,
     duration,
     p_value,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
-from fistapruner.runtime import transfers
 from fistapruner.settings.loading import load_recipe_settings, merge_settings
 from fistapruner.settings.settings import Recipe
 from standin.gpu import StandIn
@@ -161,14 +159,8 @@ STATES: dict[str, Any] = {
 
 
 def copied(gpu: StandIn) -> set[tuple[str, str]]:
-    """Copies of hidden states between main memory and a device: their direction and their place.
-
-    What ``sent`` copies is small: token ids and the like.
-    """
-    lines, first = inspect.getsourcelines(transfers.sent)
-    small = {f"runtime/transfers.py:{first + line}" for line in range(len(lines))}
-    places = {(what, place) for what, place in gpu.moved if place.startswith(("passes/", "runtime/transfers"))}
-    return {(what, place) for what, place in places if place not in small}
+    """Copies of hidden states between main memory and a device: their direction and their place."""
+    return {(what, place) for what, place in gpu.moved if place.startswith("passes/")}
 
 
 def decided(run: Path) -> bool:

@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.settings.recover_settings import TrainingData
-from fistapruner.text.examples import Example, read_training_file
-from fistapruner.text.packing import pack_examples
-from fistapruner.text.training import training_text
+from fistapruner.text.chat import Example, read_training_file
+from fistapruner.text.training import pack_examples, training_text
 
 CHAT = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -200,21 +199,21 @@ ANSWER = {"role": "assistant", "content": "b"}
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
-        ({"prompt": "a"}, "none of the fields messages, instruction and output, prompt and completion, text"),
+        ({"prompt": "a", "completion": " \n"}, "an answer to learn is expected"),
+        ({"prompt": "a"}, "one of the fields: messages, instruction and output, prompt and completion, text"),
         ({"prompt": None, "completion": "b"}, "no field 'prompt' with a string"),
         ({"prompt": [ASK], "completion": "b"}, "no field 'prompt' with a string"),
-        ({"prompt": [ASK], "completion": [ASK]}, "no message of the role 'assistant' that carries loss"),
-        ([1], "none of the fields"),
+        ({"prompt": [ASK], "completion": [ASK]}, "an answer to learn is expected"),
+        ([1], "one of the fields"),
         ({"text": None}, "no field 'text' with a string"),
-        ({"messages": []}, "not a list of messages"),
-        ({"messages": "a"}, "not a list of messages"),
-        ({"messages": [ASK, "b"]}, "message 2 has no field 'role'"),
-        ({"messages": [ASK, {"role": "assistant", "content": None}]}, "message 2 has no field 'content'"),
-        ({"messages": [ASK, {"role": "assistant", "content": " "}]}, "message 2 is an empty answer"),
-        ({"messages": [ASK, {**ANSWER, "content": "\ude00"}]}, "has half a character"),
-        ({"messages": [ASK]}, "no message of the role 'assistant'"),
-        ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "no message of the role 'assistant' that carries loss"),
+        ({"messages": []}, "an answer to learn is expected"),
+        ({"messages": "a"}, "no field 'messages' with a list"),
+        ({"messages": [ASK, "b"]}, "message 2 of 'messages' has no field 'content'"),
+        ({"messages": [ASK, {"role": "assistant", "content": None}]}, "message 2 of 'messages' has no field 'content'"),
+        ({"messages": [ASK, {"role": "assistant", "content": " "}]}, "it is missing or empty"),
+        ({"messages": [ASK, {**ANSWER, "content": "\ude00"}]}, "is not JSON in UTF-8"),
+        ({"messages": [ASK]}, "messages of the role 'assistant'"),
+        ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "an answer to learn is expected"),
         ({"messages": [ASK, ANSWER], "tools": "a"}, "'tools' is no list"),
         ({"messages": [ASK, ANSWER], "chat_template_kwargs": [1]}, "'chat_template_kwargs' no mapping"),
     ],
@@ -228,7 +227,9 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, words: str) -> None:
 
 def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD, {"text": "a"}])
-    with pytest.raises(FistaPrunerError, match="line 2 has text, and the lines before it have prompt: one kind a file"):
+    with pytest.raises(
+        FistaPrunerError, match="line 2 does not have the same fields as the line before it: prompt and completion"
+    ):
         read_training_file(path)
 
 
@@ -236,8 +237,12 @@ def test_chats_that_the_template_cannot_write_are_refused(tmp_path: Path) -> Non
     source = write(tmp_path / "a.jsonl", [{"messages": [ASK, ANSWER]}, {"messages": [ASK, ANSWER, ASK, ANSWER]}])
     tools = write(tmp_path / "b.jsonl", [{"messages": [{"role": "tool", "content": "a"}, ANSWER]}])
     for path, template, words in (
-        (source, None, r"line \d has messages, and the tokenizer has no chat template"),
-        (tools, CHAT, "line 1: the tokenizer's chat template refuses the messages: no tools"),
+        (
+            source,
+            None,
+            r"line \d has messages that the tokenizer's chat template cannot write .*chat_template is not set",
+        ),
+        (tools, CHAT, r"line 1 has messages that the tokenizer's chat template cannot write \(no tools\): give texts"),
         (source, FORGETFUL, r"line \d: the tokenizer's chat template changes earlier messages at message [24]"),
     ):
         with pytest.raises(FistaPrunerError, match=words):

@@ -66,10 +66,10 @@ def test_an_interruption_loses_no_finished_text() -> None:
     model, tokenizer, kept = tiny_model(), letters_tokenizer(), []
     whole = generate_tokens(model, tokenizer, 70, 8, keep=lambda *at: kept.append(at))
     assert [len(texts) for texts, _ in kept] == [32, 64, 70]
-    steps: list[int] = []
-    again = generate_tokens(model, tokenizer, 70, 8, begun=kept[1], progress=lambda done, _: steps.append(done))
+    said: list[str] = []
+    again = generate_tokens(model, tokenizer, 70, 8, begun=kept[1], say=said.append)
     assert torch.equal(again, whole)
-    assert steps[0] > 64 * 8
+    assert said[0].startswith("generating calibration text: 64.")
 
 
 def test_generation_says_how_far_it_is() -> None:

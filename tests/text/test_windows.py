@@ -200,7 +200,6 @@ def test_short_empty_and_unknown_sources_are_refused(tmp_path: Path) -> None:
     for source, words in (
         ("absent.txt", "neither a"),
         ("wikitext3", "'wikitext3' is neither a"),
-        ("self", "needs the m"),
     ):
         with pytest.raises(FistaPrunerError, match=words):
             calibration_tokens(Calibration(source=source, samples=2), letters_tokenizer(), 64)

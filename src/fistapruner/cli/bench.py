@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..runtime.formatting import finite
+from ..runtime.show import finite
 from .arguments import add_json_argument, add_pickle_argument
 
 SUMMARY = "measure tokens per second, memory and size of a pruned model"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runtime.formatting import finite, shell_line
+from ..runtime.show import finite, shell_line
 from .arguments import add_json_argument
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"

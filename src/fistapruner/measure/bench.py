@@ -20,8 +20,7 @@ from ..packed import kernel
 from ..packed.checkpoint import is_packed
 from ..packed.pack import NoPackedFormError, pack, unpack
 from ..runtime.files import temporary_folder
-from ..runtime.formatting import align_columns, counted, size
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, align_columns, counted, silent, size
 from .speed import SPEED_OF_OWN_CODE, Speed, Variant, compare
 
 DTYPES = ("float32", "bfloat16")

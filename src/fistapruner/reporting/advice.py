@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..runs.records import Report
-from ..runtime.formatting import shell_line
+from ..runtime.show import shell_line
 from .size_and_speed import becomes_smaller_packed, speeds
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..core import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.comparison_records import CompareRow, Comparison
-from ..runtime.formatting import align_columns, counted, duration, percent, significant, size, with_error
+from ..runtime.show import align_columns, counted, duration, percent, significant, size, with_error
 from .fact import file_name
 from .facts import base_model_name
 from .figures import INK, SERIES, WIDTH, Drawing, draw, plain_log, style

@@ -6,7 +6,7 @@ from ..errors import printable
 from ..runs.labels import DONE, PHASES, amount_label, methods_label, sets_zeros, training_label
 from ..runs.records import Lineage, ModelFacts, Report, Stage
 from ..runs.training_records import PreferenceFigures, Recovery, TextSide
-from ..runtime.formatting import (
+from ..runtime.show import (
     count,
     counted,
     duration,

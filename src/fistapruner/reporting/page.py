@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..runs.labels import DONE
 from ..runs.layer_records import RemovalEntry
 from ..runs.records import Report
-from ..runtime.formatting import count, percent
+from ..runtime.show import count, percent
 from .advice import next_steps
 from .fact import COST, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
 from .facts import facts, title_of

@@ -9,7 +9,7 @@ from statistics import stdev
 
 from ..runs.records import Report
 from ..runs.results import Divergence, Evaluation, Perplexity, TaskResult
-from ..runtime.formatting import align_columns, counted, duration, p_value, percent_with_error, significant, with_error
+from ..runtime.show import align_columns, counted, duration, p_value, percent_with_error, significant, with_error
 from .fact import QUALITY, Fact
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..runs.records import Report
-from ..runtime.formatting import counted, duration, significant, size
+from ..runtime.show import counted, duration, significant, size
 from .fact import SIZE, Fact
 
 NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import printable
 from ..runs.records import Report
 from ..runs.training_records import Recovery
-from ..runtime.formatting import align_columns, duration, percent
+from ..runtime.show import align_columns, duration, percent
 from .figures import mean_error
 
 RECENT_STEPS = 8

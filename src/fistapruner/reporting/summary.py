@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import printable
 from ..runs.records import Report
-from ..runtime.formatting import align_columns
+from ..runtime.show import align_columns
 from .advice import next_steps
 from .fact import ORIGIN
 from .facts import facts

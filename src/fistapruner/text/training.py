@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class TrainingText:
     tasks: tuple[str, ...]
     facts: dict[str, Any]
     documents: frozenset[str] = frozenset()
-    test: Tensor = torch.zeros(0, dtype=torch.bool)
+    test: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @cached_property
     def loss_tokens(self) -> Tensor:
@@ -233,7 +233,7 @@ def training_text(
     data: TrainingData,
     tokenizer: Any,
     seqlen: int,
-    load_model: Callable[[], Any],
+    load_model: Callable[[], Any] | None = None,
     say: Callable[[str], None] = lambda _: None,
     windows: int | None = None,
 ) -> TrainingText:
@@ -241,7 +241,7 @@ def training_text(
 
     Args:
         data, tokenizer, seqlen: what is drawn, a ``transformers`` tokenizer, and tokens in a window.
-        load_model: loads the model that generates text; called for the source ``self`` only.
+        load_model: loads the model that generates text; needed for the source ``self`` only.
         say: receives the progress of text generation, and what is left out, as sentences.
         windows: to train on, at most; None is as many as the asked tokens need.
 
@@ -262,6 +262,7 @@ def training_text(
     for number in sorted(range(len(sources)), key=lambda number: sources[number].source == SELF):
         source, (held, rest) = sources[number], splits[number]
         if source.source == SELF:
+            assert load_model is not None
             # However few windows are trained on: few would choose the step by chance.
             out = max(1, min(most, round(data.held_out * _windows_of_tasks(data, len(sources), asked)[number])))
             count, how = shares[number] + out, {"seed": data.seed, "say": say, "purpose": PURPOSE}
@@ -291,9 +292,7 @@ def training_text(
     )
 
 
-def _check_sides(
-    source: _Source, trained: Packed, held_out: Packed, seqlen: int, say: Callable[[str], None]
-) -> None:
+def _check_sides(source: _Source, trained: Packed, held_out: Packed, seqlen: int, say: Callable[[str], None]) -> None:
     """Refuse a source without a token that carries loss on either side, and say which examples are left out."""
     if not all(bool(side.marks[:, 1:].any()) for side in (trained, held_out)):
         fitting = f"examples of at most {seqlen} tokens" if source.examples else "tokens"

@@ -60,7 +60,7 @@ def calibration_tokens(
     settings: Calibration,
     tokenizer: Any,
     seqlen: int,
-    load_model: Callable[[], Any],
+    load_model: Callable[[], Any] | None = None,
     say: Callable[[str], None] = lambda _: None,
     **kept: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -71,7 +71,7 @@ def calibration_tokens(
 
     Args:
         settings, tokenizer, seqlen: what is drawn, a ``transformers`` tokenizer, and tokens in a window.
-        load_model: loads the model that generates text; called for the source ``self`` only.
+        load_model: loads the model that generates text; needed for the source ``self`` only.
         say: receives the progress of text generation, as sentences.
         **kept: ``begun`` and ``keep`` of :func:`generate_tokens`, where the model writes the one source.
 
@@ -92,6 +92,7 @@ def calibration_tokens(
     for number, (name, source) in enumerate(settings.sources.items()):
         samples, documents = int((drawn == number).sum()), None
         if source == SELF:
+            assert load_model is not None
             kept, how = {} if settings.tasks else kept, GENERATED
             own = generate_tokens(load_model(), tokenizer, samples, seqlen, seed=seed, say=say, **kept)
         else:

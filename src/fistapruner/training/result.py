@@ -30,8 +30,8 @@ from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals
 from ..runs.times import Times
+from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_device_memory, peak_memory
 from .loop import State
 from .masked import Trained
 from .opened import Training
