@@ -228,7 +228,7 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, words: str) -> None:
 def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD, {"text": "a"}])
     with pytest.raises(
-        FistaPrunerError, match="line 2 does not have the same fields as the line before it: prompt and completion"
+        FistaPrunerError, match="line 2 does not have the same fields as the line before it: prompt"
     ):
         read_training_file(path)
 
@@ -240,7 +240,7 @@ def test_chats_that_the_template_cannot_write_are_refused(tmp_path: Path) -> Non
         (
             source,
             None,
-            r"line \d has messages that the tokenizer's chat template cannot write .*chat_template is not set",
+            r"line \d has messages that the .* chat template cannot write .*chat_template is not set",
         ),
         (tools, CHAT, r"line 1 has messages that the tokenizer's chat template cannot write \(no tools\): give texts"),
         (source, FORGETFUL, r"line \d: the tokenizer's chat template changes earlier messages at message [24]"),
