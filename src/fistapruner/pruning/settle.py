@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener) -> PruneRecord:
+def settle(
+    run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener
+) -> tuple[PruneRecord, LayerwiseModel]:
     """Check the input, decide what all processes of the run will use, and record it.
 
     Args:
@@ -54,6 +56,9 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         request: what to do, its recipe resolved.
         before: what the run had settled, where its calibration tokens or measurements are damaged: its plan is kept.
         listener: receives progress.
+
+    Returns:
+        The record, and the opened model.
 
     Raises:
         FistaPrunerError: bad input, named, or a run that does not fit.
@@ -119,7 +124,7 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     )
     run.write_recipe(recipe.to_yaml())
     run.write_record(record)
-    return record
+    return record, inputs.model
 
 
 def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | None) -> str:
