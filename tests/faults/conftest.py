@@ -191,10 +191,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         process.stdin.close()
 
 
-@pytest.fixture(scope="session", params=["adamw", pytest.param("mezo", marks=pytest.mark.slow)])
-def recoveries(runs: Runs, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    """Recoveries of the pruned model, by backpropagation and by forward passes only."""
-    return recovery(runs, tmp_path_factory.mktemp("recoveries"), request.param)
+@pytest.fixture(scope="session")
+def recoveries(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Recoveries of the pruned model by backpropagation."""
+    return recovery(runs, tmp_path_factory.mktemp("recoveries"), "adamw")
 
 
 @pytest.fixture(scope="session")
@@ -221,3 +221,16 @@ def recovery(runs: Runs, folder: Path, optimizer: str) -> Runs:
     made = Runs(runs.process, begin, folder / "undisturbed")
     made.measure()
     return made
+
+
+@pytest.fixture(scope="session", params=["adamw", "mezo", "align", pytest.param("subzero", marks=pytest.mark.slow)])
+def trainings(
+    runs: Runs,
+    alignments: Runs,
+    recoveries: Runs,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Runs:
+    """Recoveries by backpropagation and by forward passes only, and alignments."""
+    made = {"adamw": recoveries, "align": alignments}.get(request.param)
+    return made or recovery(runs, tmp_path_factory.mktemp("trainings"), request.param)
