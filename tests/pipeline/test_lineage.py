@@ -218,28 +218,21 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
 def test_experts_that_stay_keep_their_claims(tmp_path: Path, architecture: str) -> None:
     """Under the numbers that they have now."""
     folder = tiny.save(architecture, tmp_path / "model")
-    ignore = [rf"re:layers\.{layer}\.mlp\.experts\.{expert}\." for layer, expert in ((0, 1), (1, 2))]
-    settings: dict[str, Any] = {"sparsity": "2:4", "permutation": "channels", "ignore": ignore}
-    fp.prune(folder, tmp_path / "a", method="magnitude", **settings, calibration=CALIBRATION)
+    settings: dict[str, Any] = {"sparsity": "2:4", "permutation": "channels", "calibration": CALIBRATION}
+    fp.prune(folder, tmp_path / "a", method="magnitude", **settings)
     report = fp.prune(tmp_path / "a" / "model", tmp_path / "b", structure="experts=1", calibration=CALIBRATION)
-    kept = [layer.removals[0].kept for layer in report.layers]
-    assert any(numbers != [0, 1, 2] for numbers in kept)  # some have moved
+    assert any(layer.removals[0].kept != [0, 1, 2] for layer in report.layers)  # some have moved
     found = inspect_checkpoint(tmp_path / "b")
     assert found.violations == []
     experts = [operator for operator in found.operators if "expert" in operator.name]
     assert len(experts) == 2 * 3 * (2 if architecture == "gpt_oss" else 3)
-    assert {operator.claim for operator in experts} == {"2:4", None}
-    assert all((operator.claim == "2:4") == (operator.zeros > 0) for operator in experts)
+    assert {operator.claim for operator in experts} == {"2:4"}
     before, after = (set(read_pruning_record(tmp_path / run / "model")["permuted"]) for run in "ab")
     assert any(".experts." in name for name in before) == (architecture == "qwen3_moe")
-    assert not any(".experts.3." in name for name in after)  # three stay
+    assert after == {name for name in before if ".experts.3." not in name}  # three stay
     if architecture == "qwen3_moe":
         claims = read_pruning_record(tmp_path / "b" / "model")["operators"]
         assert all(claim["operator"] == name.removesuffix(".weight") for name, claim in claims.items())
-    for layer, numbers in enumerate(kept):
-        for now, number in enumerate(numbers):
-            name = f"model.layers.{layer}.mlp.experts.{{}}.down_proj.weight"
-            assert (name.format(now) in after) == (name.format(number) in before)
 
 
 def test_claims_of_weights_that_are_stored_inputs_first_stay(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.measure import streaming
 from fistapruner.measure.bench import record
-from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
+from fistapruner.measure.run import add_scores, put_in_place, same_comparison
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import is_run, load_run

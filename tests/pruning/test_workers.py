@@ -17,7 +17,6 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline.resume import resume
 from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
 from fistapruner.pruning.workers import (
@@ -25,6 +24,7 @@ from fistapruner.pruning.workers import (
     prune_in_parallel,
     room_for_workers,
 )
+from fistapruner.resuming import resume
 from fistapruner.runs.listener import Listener
 from fistapruner.settings.execution_settings import Execution
 
