@@ -29,8 +29,7 @@ SOME = ("gpt2", "llama", "opt", "phi3")
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.ARCHITECTURES],
+    "architecture", [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.ARCHITECTURES]
 )
 def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)

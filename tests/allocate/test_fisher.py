@@ -11,11 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
-from fistapruner.allocate.fisher import (
-    DensePasses,
-    draw_labels,
-    measure_sensitivity,
-)
+from fistapruner.allocate.fisher import DensePasses, draw_labels, measure_sensitivity
 from fistapruner.allocate.measure import decide
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint

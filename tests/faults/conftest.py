@@ -207,9 +207,7 @@ def alignments(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = Runs(
-        runs.process,
-        ("align", str(runs.undisturbed), "--data", str(pairs), *ALIGNMENT),
-        folder / "undisturbed",
+        runs.process, ("align", str(runs.undisturbed), "--data", str(pairs), *ALIGNMENT), folder / "undisturbed"
     )
     made.measure()
     return made

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -88,47 +85,3 @@ def test_damage_is_made_good(runs: Runs, disk: Path, damage: Callable[[Path], No
     log = (out / "log.txt").read_text()
     if damage not in (DAMAGES["damaged report"], DAMAGES["damaged log"]):
         assert "again" in log
-
-
-@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-def test_a_folder_in_the_place_of_a_layer_is_named(runs: Runs, disk: Path, suffix: str) -> None:
-    out = disk / "run"
-    shutil.copytree(runs.undisturbed, out)
-    shutil.rmtree(out / "model")
-    place = out / "layers" / f"0001{suffix}"
-    place.unlink()
-    place.mkdir()
-    outcome = runs.run(out)
-    assert outcome.status == 2
-    said = f"fistapruner: cannot write {place}: a folder is in its place: move the folder away"
-    assert outcome.stderr.splitlines()[-1] == said
-    place.rmdir()
-    runs.check_resumed(out)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda content: content["decision"]["numerics"].update(batch_size=77), "run.json is damaged"),
-        (lambda content: rewrite(content, "format"), "another release of fistapruner"),
-    ],
-)
-def test_decisions_that_cannot_be_read_are_refused(
-    runs: Runs, disk: Path, change: Callable[[dict[str, Any]], object], said: str
-) -> None:
-    """What a run decided cannot be guessed again."""
-    out = disk / "run"
-    shutil.copytree(runs.undisturbed, out)
-    shutil.rmtree(out / "model")
-    content = json.loads((out / "run.json").read_text())
-    change(content)
-    (out / "run.json").write_text(json.dumps(content))
-    outcome = runs.run(out)
-    assert outcome.status == 2
-    assert said in outcome.stderr
-
-
-def rewrite(content: dict[str, Any], without: str) -> None:
-    """Take an entry out of a run's decisions as if they had been written so, checksum and all."""
-    del content["sha256"], content[without]
-    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -149,11 +149,7 @@ def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("architecture", "remove", "corrected"),
-    [
-        ("llama", "mlp=25%,heads=1", True),
-        ("llama", "mlp=25%,heads=1", False),
-        ("opt", "mlp=25%", True),
-    ],
+    [("llama", "mlp=25%,heads=1", True), ("llama", "mlp=25%,heads=1", False), ("opt", "mlp=25%", True)],
 )
 def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     tmp_path: Path, architecture: str, remove: str, corrected: bool

@@ -19,11 +19,7 @@ import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
-from fistapruner.pruning.workers import (
-    ProcessPool,
-    prune_in_parallel,
-    room_for_workers,
-)
+from fistapruner.pruning.workers import ProcessPool, prune_in_parallel, room_for_workers
 from fistapruner.resuming import resume
 from fistapruner.runs.listener import Listener
 from fistapruner.settings.execution_settings import Execution

@@ -340,11 +340,7 @@ def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
     folder = tiny.save("deepseek_v3", tmp_path / "model", n_shared_experts=2)
     structure = {"remove": "mlp=36%", "multiple": 4}
     report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL)
-    assert report.widths == {
-        "MLP channels": (48, 32),
-        "expert channels": (16, 12),
-        "shared expert channels": (32, 24),
-    }
+    assert report.widths == {"MLP channels": (48, 32), "expert channels": (16, 12), "shared expert channels": (32, 24)}
     assert loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
 
 

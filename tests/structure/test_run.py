@@ -26,7 +26,6 @@ from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
 from fistapruner.settings.settings import Recipe
 from fistapruner.settings.structure_settings import Structure
-from speeds import in_this_process
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 LESS: dict[str, Any] = {"structure": {"remove": "mlp=25%", "multiple": 4}, "calibration": SMALL}
@@ -361,15 +360,6 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
     assert any(
         "model.layers.1: model.layers.1.mlp" in fault and "20 MLP channels" in fault for fault in found.violations
     )
-
-
-def test_the_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path) -> None:
-    folder, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=2), tmp_path / "run"
-    fp.prune(folder, out, sparsity="50%", method="wanda", structure="mlp=36", calibration=SMALL)
-    found = fp.bench_run(out, prompt=4, tokens=3, runs=1, measure=in_this_process)
-    names = [speed.variant for speed in found]
-    assert names == ["dense float32", "dense bfloat16", "smaller float32", "smaller bfloat16"]
-    assert "Decoding, smaller float32, tokens/s" in (out / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("architecture", "method"), [("gpt2", "obs"), ("opt", "flap")])
