@@ -11,7 +11,6 @@ from torch import nn
 
 import fistapruner
 import tiny
-from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.errors import FistaPrunerError
 from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import prompts, time_generation
@@ -40,18 +39,6 @@ def test_the_first_gpu_is_taken_unless_another_is_named(gpu: StandIn) -> None:
     assert not gpu.touched
 
 
-def test_workers_take_gpus_of_one_model(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"model {torch.device(device).index}")
-    assert worker_devices("auto", 2, 1) == [torch.device("cuda", 0)] * 2
-    assert worker_devices("cuda:1", 1, 1) == [torch.device("cuda", 1)]
-
-
-def test_a_run_on_one_gpu_touches_no_other(gpu: StandIn, tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, execution={"device": "cuda:1"})
-    assert gpu.touched == {torch.device("cuda", 1)}
-
-
 def test_another_gpu_is_said_on_resume(gpu: StandIn, tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     execution = {"device": "cuda:0"}
@@ -68,13 +55,6 @@ def test_gpus_before_ampere_take_fp32_for_bf16(tmp_path: Path) -> None:
     with StandIn(capability=(7, 5)):
         fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, listener=said)
     assert "passes in float32: this device has no matrix units for the checkpoint's bfloat16" in said.sentences
-
-
-def test_grams_of_fp16_on_tensor_cores() -> None:
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    found = [exact_in_fast_products(dtype, cuda) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
-    assert found == [True, True, False]
-    assert not exact_in_fast_products(torch.float16, cpu)
 
 
 def test_products_outside_of_iterations_are_fp32(gpu: StandIn, tmp_path: Path) -> None:

@@ -227,9 +227,7 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, words: str) -> None:
 
 def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD, {"text": "a"}])
-    with pytest.raises(
-        FistaPrunerError, match="line 2 does not have the same fields as the line before it: prompt"
-    ):
+    with pytest.raises(FistaPrunerError, match="line 2 does not have the same fields as the line before it: prompt"):
         read_training_file(path)
 
 
