@@ -69,7 +69,7 @@ def test_an_interruption_loses_no_finished_text() -> None:
     said: list[str] = []
     again = generate_tokens(model, tokenizer, 70, 8, begun=kept[1], say=said.append)
     assert torch.equal(again, whole)
-    assert said[0].startswith("generating calibration text: 64.")
+    assert said[0].startswith("generating calibration text: 65.5 of 70 windows")  # of the last batch alone
 
 
 def test_generation_says_how_far_it_is() -> None:

@@ -130,7 +130,7 @@ def control_groups(controller: str, own: Path, mounted: Path) -> Iterator[tuple[
 
 
 def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
-    """Measure the bytes that this process can still allocate: on the machine, in its control groups and ``ulimit``."""
+    """Measure the bytes that this process can still allocate, within control groups and ``ulimit``."""
     return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted), *left_by_limits()]))
 
 
@@ -182,7 +182,7 @@ def peak_device_memory(device: torch.device) -> int | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peaks of main memory (where the system cannot, it counts from the process's start) and of a GPU."""
+    """Reset the peaks of main memory, where the system can, and of a GPU."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
@@ -219,7 +219,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of live storages that operations inside the block allocate, but for the meta device's."""
+    """Count the bytes of live storages that operations allocate, but for those on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -145,7 +145,7 @@ def publish_folder(partial: Path, out: Path) -> None:
 
 
 def remove_folder(folder: Path, *last: Path) -> None:
-    """Remove a folder; ``last`` are files in it or beside it that tell whose it is, and go last, in this order.
+    """Remove a folder; ``last`` are files in it or beside it that tell whose it is, and go last.
 
     So a removal that was killed can be done again.
     """

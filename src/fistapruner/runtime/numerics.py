@@ -116,7 +116,7 @@ class Budgets:
     rows: int = 2 * 2**20
 
     def cache(self, logits: Tensor) -> list[tuple[int, int]]:
-        """Cut (tokens, vocabulary) rows for reduction: slices of a core's cache on a CPU, all at once on a GPU."""
+        """Cut (tokens, vocabulary) rows into slices of a core's cache on a CPU; none on a GPU."""
         tokens, vocabulary = logits.shape
         return slices(tokens, 4 * vocabulary, self.rows) if logits.device.type == "cpu" else [(0, tokens)]
 

@@ -1,4 +1,4 @@
-"""Show people what is done: sizes, times and counts as text, tables, the progress of long work, and time by phase."""
+"""Show people what is done: numbers and tables as text, progress, and time by phase."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def p_value(value: float | None) -> str:
 
 
 def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
-    """Align the cells of a text table: a line for each row, two spaces between columns, some ``right`` flush right."""
+    """Align the cells of a text table, two spaces between columns, those in ``right`` flush right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

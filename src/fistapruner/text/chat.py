@@ -167,7 +167,7 @@ def says_something(message: Message) -> bool:
 
 
 def template_options(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Read ``tools``, a list or one written as JSON as TRL reads it, and ``chat_template_kwargs`` of a line."""
+    """Read ``tools``, a list or JSON of one as TRL reads it, and ``chat_template_kwargs`` of a line."""
     tools = record.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -181,7 +181,7 @@ def template_options(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 def write_chat(
     messages: Sequence[Message], tokenizer: Any, where: str, options: Mapping[str, Any], *, prompt: bool = False
 ) -> str:
-    """Write messages by the tokenizer's chat template; ``prompt`` begins an answer of the assistant behind them."""
+    """Write messages by the tokenizer's chat template; ``prompt`` begins an answer behind them."""
     if not messages:  # which templates refuse
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Read texts as lists of documents (data sets, local files, Python's own language reference), and tokenise them.
+"""Read texts as lists of documents: data sets, files, Python's language reference; tokenise them.
 
 The rows of a data set and the string that joins them follow the protocol of the pruning papers: a blank line for
 WikiText-2, a space for Penn Treebank and C4. C4 has no small test split, so the papers use its first 1,100 validation
@@ -62,7 +62,7 @@ class DataSet(NamedTuple):
 
 
 def _ptb(split: str) -> Split:
-    """Return a split of Penn Treebank; its main revision is a script, which ``datasets`` from 4.0 on refuses."""
+    """Return a split of Penn Treebank; ``datasets`` from 4.0 on refuses the script of its main revision."""
     files = {split: f"penn_treebank/{split}/*.parquet"}
     options = {"data_files": files, "revision": "refs/convert/parquet"}
     return Split("ptb-text-only/ptb_text_only", split, "sentence", " ", options)
@@ -115,7 +115,7 @@ def check_file(path: Path) -> None:
 
 
 def source_documents(source: str, purpose: str = "calibration") -> list[str]:
-    """Read the documents of a source, any but ``self``, that are not blank; arguments as for :func:`check_source`."""
+    """Read the documents of a source that are not blank; arguments as for :func:`check_source`."""
     check_source(source, purpose)
     if Path(source).is_file():
         documents = read_documents(source)
@@ -133,7 +133,7 @@ def not_blank(documents: Sequence[Text], source: str, purpose: str) -> list[Text
 
 
 def load_documents(name: str, *, held_out: bool = False) -> list[str]:
-    """Load the documents of a data set through ``datasets``: of the split for calibration, or for evaluation."""
+    """Load the documents of a data set through ``datasets``; ``held_out``: those for evaluation."""
     split = DATA_SETS[name].held_out if held_out else DATA_SETS[name].training
     check_extra(name)
     try:
@@ -200,7 +200,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def field_of(record: dict[str, Any], field: str, where: str, kind: type = str) -> Any:
-    """Return a field of a ``.jsonl`` line, or refuse the line, named by ``where``, if it has none of that kind."""
+    """Return a field of a ``.jsonl`` line, or refuse the line, ``where``, without one of that kind."""
     if not isinstance(value := record.get(field), kind):
         raise FistaPrunerError(f"{where} has no field {field!r} with a {'string' if kind is str else 'list'} in it")
     return value

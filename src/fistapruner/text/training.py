@@ -293,7 +293,7 @@ def training_text(
 
 
 def _check_sides(source: _Source, trained: Packed, held_out: Packed, seqlen: int, say: Callable[[str], None]) -> None:
-    """Refuse a source without a token that carries loss on either side, and say which examples are left out."""
+    """Refuse a source without loss on either side, and say how many examples are left out."""
     if not all(bool(side.marks[:, 1:].any()) for side in (trained, held_out)):
         fitting = f"examples of at most {seqlen} tokens" if source.examples else "tokens"
         raise FistaPrunerError(
@@ -336,7 +336,7 @@ def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingD
 
 
 def shared_documents(known: Collection[str], documents: Sequence[str], name: str, purpose: str = PURPOSE) -> str | None:
-    """Warn that documents of the evaluation text ``name`` are among those of another text, ``known`` by hashes."""
+    """Warn that documents of the evaluation text ``name`` are in another text, ``known`` by hashes."""
     shared = [document for document in documents if document_hash(document) in known]
     if not shared:
         return None

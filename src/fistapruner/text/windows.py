@@ -112,7 +112,7 @@ def window_tasks(settings: Calibration) -> Tensor:
 
 
 def text_facts(mixed: object, tasks: Mapping[str, Mapping[str, Any]], seed: int, tokens: Tensor) -> dict[str, Any]:
-    """Return what reports say of all texts together, from what is known of each; ``mixed``: tasks were named."""
+    """Return what reports say of all texts together; ``mixed``: tasks were named."""
     each = [
         f"{name}: {task['samples']} windows of {Path(task['source']).name}, {task['how']}"
         for name, task in tasks.items()
