@@ -20,7 +20,7 @@ import samples
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.reporting.status_text import status_facts, status_text
+from fistapruner.reporting.terminal import status_facts, status_text
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lock import hold

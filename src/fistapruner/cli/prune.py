@@ -75,7 +75,7 @@ def show(report: Report, out: str, *, as_json: bool) -> int:
         out: the run directory.
         as_json: print the whole report.
     """
-    from ..reporting.summary import summary
+    from ..reporting.terminal import summary
     from ..runtime.machine import leads
 
     if leads():

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..reporting.status_text import status_facts, status_text
+    from ..reporting.terminal import status_facts, status_text
     from ..runs.comparison_records import is_comparison
     from ..runs.lock import holder
     from ..runs.records import is_run, load_run

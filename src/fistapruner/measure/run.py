@@ -16,10 +16,9 @@ from ..errors import A_MODEL, A_TEXT, FistaPrunerError, MissingExtraError, one_l
 from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
+from ..reporting.measured import INT8, gain_text
 from ..reporting.model_card import model_card
-from ..reporting.quality import gain_text
-from ..reporting.size_and_speed import INT8
-from ..reporting.write import write_page
+from ..reporting.page import write_page
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import absolute
 from ..runs.decision import EvaluationRequest

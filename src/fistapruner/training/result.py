@@ -23,7 +23,7 @@ from ..pruning.result import (
     write_low_rank,
     write_model,
 )
-from ..reporting.advice import length_setting
+from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.lineage import add_stage, update_stage
