@@ -240,6 +240,8 @@ def test_few_prompts_are_held_out_of_many(tmp_path: Path, monkeypatch: pytest.Mo
 def test_three_prompts_are_enough_and_two_are_not(tmp_path: Path) -> None:
     pairs, _ = tokenised(many(3), tmp_path)
     assert [len(pairs.windows(name)) for name in ("trained", "held_out", "test")] == [2, 2, 2]
+    assert pairs.counts.tolist() == [1, 0] * 3
+    assert json.dumps(pairs.facts)
     with pytest.raises(FistaPrunerError, match="at least 3"):
         tokenised(many(2), tmp_path)
 
@@ -252,9 +254,3 @@ def test_order_takes_all_pairs_before_one_comes_again(tmp_path: Path) -> None:
     assert torch.equal(drawn[:, ::2] + 1, drawn[:, 1::2])
     assert sorted(drawn.flatten()[: len(trained)].tolist()) == sorted(trained)
     assert not torch.equal(drawn, pair_order(pairs, len(trained), 2, 1))
-
-
-def test_counts_are_one_a_pair(tmp_path: Path) -> None:
-    pairs, _ = tokenised(many(3), tmp_path)
-    assert pairs.counts.tolist() == [1, 0] * 3
-    assert json.dumps(pairs.facts)
