@@ -1,6 +1,6 @@
 """Write docs/walk.md: the own files that one prune and one recover enter, in order, and what each is for.
 
-    PYTHONPATH=tests python tests/walk.py > docs/walk.md
+PYTHONPATH=tests python tests/walk.py > docs/walk.md
 """
 
 from __future__ import annotations
