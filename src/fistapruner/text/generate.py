@@ -41,7 +41,6 @@ def generate_tokens(
     *,
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
-    purpose: str = "calibration",
     begun: tuple[Tensor, Tensor] | None = None,
     keep: Callable[[Tensor, Tensor], None] = lambda *_: None,
 ) -> Tensor:
@@ -50,7 +49,7 @@ def generate_tokens(
     Args:
         model, tokenizer: of transformers.
         samples, seqlen, seed: windows, tokens in each, and of the random numbers, which are drawn on the CPU.
-        say: is told how many windows for the ``purpose`` are done, at each tenth.
+        say: is told how many windows are done, at each tenth.
         begun: what ``keep`` received last in an attempt that was stopped.
         keep: receives the (texts, length) texts so far and the state of the random numbers after every batch.
 
@@ -70,7 +69,7 @@ def generate_tokens(
         done = start * length + count * step
         if tenth < done * 10 // total < 10:
             tenth, left = done * 10 // total, duration((time.monotonic() - begin) * (total - done) / done)
-            say(f"generating {purpose} text: {done * samples / total:.1f} of {samples} windows, about {left} left")
+            say(f"generating text: {done * samples / total:.1f} of {samples} windows, about {left} left")
 
     # As the model's own too: what the one leaves open, such as the token that stops, is taken from the other.
     model.generation_config = GenerationConfig(max_new_tokens=length - 1, do_sample=False, pad_token_id=0)

@@ -265,8 +265,8 @@ def training_text(
             assert load_model is not None
             # However few windows are trained on: few would choose the step by chance.
             out = max(1, min(most, round(data.held_out * _windows_of_tasks(data, len(sources), asked)[number])))
-            count, how = shares[number] + out, {"seed": data.seed, "say": say, "purpose": PURPOSE}
-            made = generate_tokens(load_model(), tokenizer, count, seqlen, **how)
+            count = shares[number] + out
+            made = generate_tokens(load_model(), tokenizer, count, seqlen, seed=data.seed, say=say)
             held_out, trained = (Packed(part, part >= 0, filled=part.numel()) for part in (made[:out], made[out:]))
         else:
             rest = [text for text in rest if text not in elsewhere]
