@@ -1,4 +1,4 @@
-"""List what was measured on a result, quality, size and speed, as facts; what was not measured is said to be so."""
+"""List the quality, size and speed of a result as facts; what was not measured is said to be so."""
 
 from __future__ import annotations
 

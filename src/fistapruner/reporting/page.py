@@ -1,4 +1,4 @@
-"""Draw ``report.html`` or ``compare.html``: one file that loads nothing, made from its folder's JSON alone."""
+"""Draw ``report.html`` or ``compare.html``, which load nothing, from the JSON of a folder alone."""
 
 from __future__ import annotations
 

@@ -145,10 +145,7 @@ def publish_folder(partial: Path, out: Path) -> None:
 
 
 def remove_folder(folder: Path, *last: Path) -> None:
-    """Remove a folder; ``last`` are files in it or beside it that tell whose it is, and go last.
-
-    So a removal that was killed can be done again.
-    """
+    """Remove a folder; files that tell whose it is go ``last``, so that a killed removal can be done again."""
     refuse_link(folder)
     with disk_errors(folder):
         for path in folder.iterdir():
@@ -188,8 +185,7 @@ def atomic_file(path: Path) -> Iterator[int]:
     """Open a file for writing that replaces ``path`` only when the block ends without an error.
 
     Yields:
-        An open file descriptor (``os.write``, ``os.pwrite``). When the block raises, the temporary file is removed and
-        the file under ``path`` is unchanged.
+        An open file descriptor. When the block raises, the file under ``path`` is unchanged.
     """
     temporary = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
@@ -251,8 +247,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """Read what :func:`write_sealed_json` has written, without its checksum.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no JSON object, or its checksum is wrong.
+        OSError, ValueError: the file cannot be read, or is no JSON object with the right checksum.
     """
     try:
         content = json.loads(path.read_text("utf-8"))

@@ -24,8 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def windows_at_once(seqlen: int, device: torch.device) -> int:
     """Return the default batch size in windows: about 2,048 tokens on a CPU, 16,384 on a GPU.
 
-    On a CPU activations of 2,048 tokens fit the caches: measured with twice as many, SmolLM2's layers take 10 %
-    longer, sums over their inputs 40 %. A GPU needs the larger batch to be busy.
+    On a CPU activations of 2,048 tokens fit the caches (sums over twice as many take 40 % longer); a GPU needs the
+    larger batch to be busy.
     """
     return max(1, (2048 if device.type == "cpu" else 16384) // seqlen)
 

@@ -42,10 +42,8 @@ class Example:
     """One line of a file.
 
     Args:
-        kind: ``prompt``, ``messages`` or ``alpaca``.
-        content: (prompt, completion), or the messages.
-        where: file and line, for messages.
-        options: what the chat template is given besides the messages.
+        kind: ``prompt``, ``messages`` or ``alpaca``; ``content``: (prompt, completion), or the messages.
+        where: file and line, for errors; ``options``: what the chat template is given besides the messages.
     """
 
     kind: str
@@ -94,7 +92,7 @@ def read_training_file(path: str | Path) -> list[str | Example]:
     """Read a ``.jsonl`` file: documents where its lines have ``text``, else examples.
 
     Raises:
-        FistaPrunerError: a broken line, a missing or empty field, lines of several kinds; file and line are named.
+        FistaPrunerError: a broken line, which is named.
     """
     found: list[str | Example] = []
     first = None

@@ -156,7 +156,6 @@ def read_documents(path: str | Path) -> list[str]:
 
     Raises:
         FistaPrunerError: no such file, another suffix, not UTF-8, a broken line (its number is given), no ``text``.
-        MissingExtraError: Parquet without ``pyarrow``.
     """
     path = Path(path)
     check_file(path)

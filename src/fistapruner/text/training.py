@@ -42,15 +42,12 @@ class TrainingText:
     """Windows to train on and windows held out from training.
 
     Args:
-        tokens: (windows, seqlen) int64 token ids.
-        marks: (windows, seqlen) bool: tokens that carry loss when they are predicted.
-        held_out: (windows,) bool: windows for validation only.
-        task: (windows,) int64 index into ``tasks``.
-        tasks: names of the texts; the source where there is one.
+        tokens, marks: (windows, seqlen) int64 token ids, and which of them carry loss when they are predicted.
+        held_out, test: (windows,) bool, for validation, and of pairs to measure the result on.
+        task: (windows,) int64 index into ``tasks``, the names of the texts; the source where there is one.
         facts: ``how`` windows were made, ``documents`` read, ``seed``, ``sha256`` of the tokens, and ``tasks``, for
             each the same and the windows, documents, tokens and tokens with loss of either side.
         documents: hashes of the documents read, for :func:`shared_documents`.
-        test: (windows,) bool: windows that the result is measured on; only pairs have any.
     """
 
     tokens: Tensor
@@ -84,18 +81,14 @@ class Packed:
     """Windows of one side of one text.
 
     Args:
-        windows: (windows, seqlen) int64 token ids.
-        marks: (windows, seqlen) bool: tokens that carry loss when they are predicted.
+        windows, marks: (windows, seqlen) token ids, and which of them carry loss when they are predicted.
         documents: number of documents, from the first, that were read.
-        first: of these, how many the first window needed; of examples, how many came before a second one began.
-        filled: tokens of the windows, without padding.
-        too_long: examples among them that no window holds.
+        filled: tokens of the windows, without padding; ``too_long``: examples that no window holds.
     """
 
     windows: Tensor
     marks: Tensor
     documents: int = 0
-    first: int = 0
     filled: int = 0
     too_long: int = 0
 
@@ -103,17 +96,15 @@ class Packed:
 def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, windows: int | None, source: str) -> Packed:
     """Join documents by EOS and cut windows that do not overlap; what does not fill a window is dropped.
 
-    Documents that end with EOS by themselves get no second one, nor windows that begin with BOS.
-
-    No more documents are tokenised than the windows need. Where the tokenizer begins a text with BOS, every window
-    begins with BOS.
+    Documents that end with EOS by themselves get no second one, nor windows that begin with BOS. No more documents are
+    tokenised than the ``windows`` need, None are all. Where the tokenizer begins a text with BOS, every window does.
     """
     bos, end_of_text = bos_of(tokenizer), tokenizer.eos_token_id
     joint = token_ids(JOINT, tokenizer, source) if end_of_text is None else [end_of_text]
     written = bos if bos != joint else []  # where BOS is EOS, what looks like BOS is a joint
     stream = array("i")  # a list of integers has nine times the bytes
     starts: list[int] = []
-    read = first = end = 0
+    read = end = 0
     for text in documents:
         ids = token_ids(text, tokenizer, source)
         stream.extend(ids if ids[-1:] == [end_of_text] else ids + joint)
@@ -124,14 +115,13 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, window
                 break
             starts.append(end)
             end += seqlen - own
-        first = first or (read if starts else 0)
         if len(starts) == windows:
             break
     cut = torch.empty(len(starts), seqlen, dtype=torch.int64)
     cut[:, : len(bos)] = torch.tensor(bos, dtype=torch.int64)
     for row, start, stop in zip(cut, starts, [*starts, end][1:], strict=True):
         row[seqlen - (stop - start) :] = torch.from_numpy(np.asarray(stream[start:stop]))
-    return Packed(cut, torch.ones_like(cut, dtype=torch.bool), read, first or read, cut.numel())
+    return Packed(cut, torch.ones_like(cut, dtype=torch.bool), read, cut.numel())
 
 
 def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, windows: int | None) -> Packed:
@@ -142,7 +132,7 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
     """
     packed: list[tuple[array[int], array[int]]] = []  # token ids and marks
     room = np.zeros(1024, dtype=np.int64)  # of every window
-    read = first = too_long = filled = 0
+    read = too_long = filled = 0
     bos = bos_of(tokenizer)
     for example in examples:
         ids, marks = example.encode(tokenizer, bos)
@@ -150,7 +140,6 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
             fits = room[: len(packed)] >= len(ids)
             place = int(fits.argmax()) if fits.any() else len(packed)
             if place == len(packed):
-                first = read if place == 1 else first
                 if place == windows:
                     break
                 packed.append((array("i"), array("b")))
@@ -166,7 +155,7 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
     for row, window in enumerate(packed):
         for filling, numbers in zip((cut, carry), window, strict=True):
             filling[row, : len(numbers)] = torch.from_numpy(np.asarray(numbers))
-    return Packed(cut, carry, read, first or read, filled, too_long)
+    return Packed(cut, carry, read, filled, too_long)
 
 
 class _Source:
@@ -201,7 +190,7 @@ class _Source:
         hashes = sorted(by_hash)
         ordered = [by_hash[digest] for digest in hashes]
         below = sum(int(digest[:16], 16) < data.held_out * 2**64 for digest in hashes)
-        first = self.pack(ordered, tokenizer, seqlen, 1).first
+        first = self.pack(ordered, tokenizer, seqlen, 1).documents
         held = max(1, below, min(first, len(ordered) // 2) if self.examples else first)
         held = min(held, max(1, len(ordered) - 1))
         return ordered[:held], ordered[held:]
@@ -246,8 +235,7 @@ def training_text(
         windows: to train on, at most; None is as many as the asked tokens need.
 
     Raises:
-        FistaPrunerError: an unknown, unreadable or empty source, a text too short for one window on either side or
-            without a token there that carries loss, or fewer windows than the mixture needs.
+        FistaPrunerError: an unreadable source, one too short for either side, or fewer windows than the mixture needs.
     """
     named = data.tasks or {str(data.source): str(data.source)}
     sources = [_Source(source, seqlen) for source in named.values()]
@@ -319,9 +307,6 @@ def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingD
 
     Returns:
         (steps, windows_per_step) int64 numbers of windows.
-
-    Raises:
-        FistaPrunerError: fewer windows than the mixture needs.
     """
     numbers, count = (~text.held_out).nonzero().flatten(), steps * windows_per_step
     if len(text.tasks) == 1:

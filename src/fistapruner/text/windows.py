@@ -24,11 +24,8 @@ from .generate import GENERATED, generate_tokens
 from .sources import LARGE, SELF, bos_of, check_source, passages, source_documents, token_ids, tokens_sha256
 
 JOINT = "\n\n"
-CALIBRATION_SEQLEN = 2048
-"""Longest calibration window by default: what the papers use for OPT and LLaMA-1."""
-
-WRITTEN_SEQLEN = 1024
-"""The same of text that the model writes on a CPU, where that takes minutes."""
+CALIBRATION_SEQLEN, WRITTEN_SEQLEN = 2048, 1024
+"""Longest windows by default: the papers' for OPT and LLaMA-1, and those that a CPU writes, which takes minutes."""
 
 ENOUGH = 16
 """The concatenation of a large source stops at this multiple of the tokens needed."""
@@ -79,10 +76,6 @@ def calibration_tokens(
         (samples, seqlen) int64 token ids, and the facts: ``source``, ``how`` (how windows were drawn), ``documents``
         (read; None for ``self``), ``seed``, ``sha256`` of the token ids, and for tasks ``tasks``: of each its source,
         how, documents and samples.
-
-    Raises:
-        FistaPrunerError: unknown source, unreadable, empty or too short text, a tokenizer that gives no tokens, a model
-            that cannot generate.
     """
     for source in settings.sources.values():
         check_source(source)
