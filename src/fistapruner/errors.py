@@ -96,14 +96,6 @@ def at_home(value: Any) -> Any:
     return re.sub(r"(^|[=:])~(?=/)", lambda found: found[1] + home, value) if isinstance(value, str) else value
 
 
-def expand_home(path: str, instead: str = "give the whole path") -> Path:
-    """Put the home folder in place of ``~`` or ``~user``; without one say what to do ``instead``."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
-
-
 def with_name(path: Path) -> Path:
     """Resolve a path that ends in no name, such as ``.`` or ``..``; return others as they are."""
     return path.resolve() if path.name in ("", "..") else path
@@ -117,7 +109,7 @@ def out_path(out: object, expected: str = A_FOLDER, name: str = "out") -> Path:
     """
     if not (text := path_text(name, out, expected)):
         raise FistaPrunerError(f"{name} '' is empty: give {expected}")
-    return expand_home(text)
+    return Path(text)
 
 
 def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:

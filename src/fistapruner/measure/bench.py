@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError, MissingExtraError, expand_home, path_text
+from ..errors import FistaPrunerError, MissingExtraError, path_text
 from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
@@ -68,7 +68,7 @@ def bench(
     for name, value in setting.items():
         if value is not None and (type(value) is not int or value < LEAST[name]):
             raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {LEAST[name]}")
-    files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in gguf]
+    files = [Path(path_text("gguf", file, "a GGUF file")) for file in gguf]
     for file in files:
         check_gguf(file)
     if files and setting["batch"] != 1:

@@ -145,7 +145,7 @@ def publish_folder(partial: Path, out: Path) -> None:
 
 
 def remove_folder(folder: Path, *last: Path) -> None:
-    """Remove a folder; files that tell whose it is go ``last``, so that a killed removal can be done again."""
+    """Remove a folder; what tells whose it is goes ``last``, so that a killed removal can be repeated."""
     refuse_link(folder)
     with disk_errors(folder):
         for path in folder.iterdir():
