@@ -17,8 +17,7 @@ import tiny
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
 from fistapruner.core import NM
-from fistapruner.measure.bench import Speeds, bench
-from fistapruner.measure.speed import Speed, Variant, compare, load_variant, weight_bytes
+from fistapruner.measure.speed import Speed, Speeds, Variant, bench, compare, load_variant, weight_bytes
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter, sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile

@@ -20,8 +20,8 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.measure import streaming
-from fistapruner.measure.bench import record
-from fistapruner.measure.zero_shot import Tasks
+from fistapruner.measure.speed import record
+from fistapruner.measure.tasks import Tasks
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
 from fistapruner.pipeline.measure import measure

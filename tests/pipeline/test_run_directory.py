@@ -335,8 +335,8 @@ def test_code_runs_only_where_this_command_allows_it(
     fp.pack(Path(out) / "model", tmp_path / "packed", values="bf16")
     for folder in (out, f"{out}/model", tmp_path / "packed"):  # before anything is packed, unpacked or measured
         with monkeypatch.context() as patch:
-            for work in ("pack", "unpack"):
-                patch.delattr(f"fistapruner.measure.bench.{work}")
+            for work in ("pack", "unpacked"):
+                patch.delattr(f"fistapruner.measure.speed.{work}")
             assert main(["bench", str(folder)]) == 2
         assert "needs Python code of its own" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers may ask whether to run it

@@ -1,9 +1,8 @@
 """Run forward passes for evaluation layer by layer; the model is never whole in memory.
 
-All windows of a block go through one decoder layer before the next layer is read. So a checkpoint larger than memory
-can be evaluated, and each layer is read once for a block. Only hidden states are stored, ``seqlen * width`` numbers
-for each window. If those of all windows do not fit, the windows are cut into blocks, and the checkpoint is read once
-for each block.
+All windows of a block go through one decoder layer before the next layer is read. Only hidden states are stored,
+``seqlen * width`` numbers for each window. If those of all windows do not fit, the windows are cut into blocks, and the
+checkpoint is read once for each block.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class Passes:
         batch_size: windows in one forward pass; None takes as many as make about 2,048 tokens on a CPU, 16,384 on a
             GPU.
         memory_limit: bytes of main memory that the process may use; None takes half of what is free for hidden states.
-        warn: receives what a limit that is too small does not hold, as a sentence, and the limit is exceeded; None
-            refuses it.
+        warn: receives the sentence about a limit that does not hold one batch, and the limit is exceeded; None refuses
+            such a limit.
         tick: receives progress: (what, steps done, steps in all).
     """
 
@@ -51,15 +50,9 @@ class Passes:
     warn: Callable[[str], None] | None = None
     tick: Tick = silent
 
-    def batch(self, seqlen: int, device: torch.device) -> int:
-        """Return the number of windows in one forward pass."""
-        return self.batch_size or windows_at_once(seqlen, device)
-
 
 class KeptStates:
-    """Keep the last hidden states of a model in a file, for other evaluations of the same windows.
-
-    So the dense model that many models are compared with runs once.
+    """Keep the last hidden states of a model in a file, so that it runs once for all that are compared with it.
 
     Args:
         model: folder of the model.
@@ -79,17 +72,14 @@ class KeptStates:
         """
         if model.checkpoint.folder != self._model:
             return None
-        if self._states is not None and self._states.dtype == model.dtype and torch.equal(self._tokens, tokens):
-            return self._states
-        self.close()
-        self._tokens, self._states = tokens, HiddenStates((*tokens.shape, model.width), model.dtype, self._file)
-        try:
+        if self._states is None or self._states.dtype != model.dtype or not torch.equal(self._tokens, tokens):
+            self.close()
+            self._states = HiddenStates((*tokens.shape, model.width), model.dtype, self._file)
+            self._tokens = torch.empty(0)  # until all windows are there
             for start, stop, (block,) in _blocks([model], tokens, passes, [model]):
                 for window in range(stop - start):
                     self._states.write(start + window, block.read(window, window + 1))
-        except BaseException:
-            self.close()
-            raise
+            self._tokens = tokens
         return self._states
 
     def close(self) -> None:
@@ -127,14 +117,13 @@ def score_windows(
         found = iter(computed)
         states = [(next(found), 0) if whole is None else (whole, start) for whole in known]
         rows += _reduce(models, states, tokens[start:stop], passes.tick)
-    length = tokens.shape[1] - 1
     columns = torch.tensor(rows, dtype=torch.float64).T
     for each, nll in zip(models, columns, strict=False):
         if bool(nll.isnan().any()):
             folder, exact = each.checkpoint.folder, each.dtype is torch.float32
             how = f"'fistapruner inspect {folder}' names NaN among its weights" if exact else "try --dtype float32"
             raise FistaPrunerError(f"{folder}: the forward pass gives NaN (dtype {each.dtype}); {how}")
-    return WindowSums(columns[0], length, *columns[1:])
+    return WindowSums(columns[0], tokens.shape[1] - 1, *columns[1:])
 
 
 def _blocks(
@@ -153,7 +142,7 @@ def _blocks(
         are closed before the next block: memory holds those of one.
     """
     windows, seqlen = tokens.shape
-    batch_size = passes.batch(seqlen, models[0].device)
+    batch_size = passes.batch_size or windows_at_once(seqlen, models[0].device)
     each = sum(seqlen * model.width * model.dtype.itemsize for model in unknown)
     if passes.memory_limit is None:
         budget = free_memory() // 2
@@ -170,45 +159,34 @@ def _blocks(
 
 
 def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: int, limit: int) -> int:
-    """Count the bytes that a limit leaves for hidden states, at least those of one forward pass.
+    """Count the bytes that a limit leaves for hidden states, but ``least``, those of one batch, in any case.
 
-    Beside them are the process as it is and a decoder layer that is being read for a GPU; or else embeddings, final
-    norms and heads of the models, a decoder layer, and a slice of logits. Tensors outside the decoder layers that two
-    models share are there once.
-
-    Args:
-        models: one model, or two.
-        passes: settings of the passes.
-        least: bytes of the hidden states of one forward pass.
-        limit: bytes of main memory that the process may use.
+    Beside them are the process as it is, and on a CPU what is outside the decoder layers (tensors that two models share
+    are there once), the largest tensor or layer that is being read, and a slice of logits.
 
     Raises:
-        FistaPrunerError: the limit does not hold that, and ``passes`` do not warn of it.
+        FistaPrunerError: the limit does not hold one batch, and ``passes`` do not warn of it.
     """
     beside = resident_memory()
     if models[0].device.type == "cpu":
         outside: dict[tuple[str, tuple[int, ...]], int] = {}
-        largest = 0
+        layers = []
         for model in models:
-            layers = [model.layer_sources(index) for index in range(len(model))]
-            largest = max(largest, *(model.pass_bytes(names) for names in layers))
-            for name in set(model.checkpoint.names()).difference(*layers):
+            names = [model.layer_sources(index) for index in range(len(model))]
+            layers += [model.pass_bytes(each) for each in names]
+            for name in set(model.checkpoint.names()).difference(*names):
                 outside[name, tuple(model.checkpoint.entry(name).shape)] = model.pass_bytes([name])
-        compared = max(outside.values()) if models[1:] else 0  # a tensor of the second, beside that of the first
-        beside += sum(outside.values()) + max(largest + BUDGETS.head, compared)
+        beside += sum(outside.values()) + max(*layers, *outside.values()) + BUDGETS.head
     if beside + least > limit:
-        sentence = (
-            f"--memory-limit {size(limit)} is not enough: to evaluate on one batch of windows needs "
-            f"{size(beside + least)}"
-        )
+        said = f"--memory-limit {size(limit)} is not enough: to evaluate one batch needs {size(beside + least)}"
         if passes.warn is None:
-            raise FistaPrunerError(f"{sentence}: raise it, or lower --batch-size")
-        passes.warn(f"{sentence}, which was taken")
+            raise FistaPrunerError(f"{said}: raise it, or lower --batch-size")
+        passes.warn(f"{said}, which was taken")
     return max(least, limit - beside)
 
 
 def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:
-    """Run (windows, seqlen) tokens through all layers; fewer at a time where a GPU's memory runs out.
+    """Run (windows, seqlen) tokens through all layers, half as many at a time whenever a GPU's memory runs out.
 
     Returns:
         The output of the last layer, and the windows that went through at a time.

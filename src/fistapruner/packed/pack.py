@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,11 +29,11 @@ from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
-from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.files import sha256_file, temporary_folder, write_json_atomic, write_text_atomic
 from ..runtime.formatting import size
 from ..runtime.numerics import dtype_name, undisturbed
 from ..runtime.progress import Tick, silent
-from .checkpoint import PackedCheckpoint
+from .checkpoint import PackedCheckpoint, is_packed
 from .format import FLOATS, METADATA, VERSION, OperatorSpec, encode, pack_operator
 
 MIN_ZEROS_TO_PACK = 0.25
@@ -194,6 +194,16 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
             text = "# A pruned model\n\nUnpacked from a packed folder with `fistapruner unpack`.\n"
             write_text_atomic(partial / "README.md", _card_metadata(origin) + text)
     return out
+
+
+@contextmanager
+def unpacked(folder: Path, progress: Tick | None = None) -> Iterator[Path]:
+    """Yield a model folder as it is, or unpacked into a temporary folder where it is packed."""
+    if not is_packed(folder):
+        yield folder
+        return
+    with temporary_folder() as scratch:
+        yield unpack(folder, Path(scratch) / folder.name, progress=progress)
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tick) -> dict[str, _Planned]:

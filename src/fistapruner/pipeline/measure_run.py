@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import A_MODEL, A_TEXT, FistaPrunerError, path_text
-from ..measure.bench import Speeds, bench, packed_bytes
-from ..measure.bench import record as speed_record
 from ..measure.data import Windows, load_windows
 from ..measure.evaluate import check_request
 from ..measure.evaluate import evaluate as run_evaluation
-from ..measure.speed import Speed, Variant
+from ..measure.speed import Speed, Speeds, Variant, bench, packed_bytes
+from ..measure.speed import record as speed_record
 from ..measure.streaming import KeptStates
 from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
