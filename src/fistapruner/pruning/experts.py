@@ -99,7 +99,7 @@ def remove_experts(
     def stored(name: str) -> str:
         return model.source_of(index, name)
 
-    routed = passes.store_to(unit.name)
+    routed = passes.routed_to(unit.name)
     experts = layer.get_submodule(unit.name)
     assert isinstance(experts, Experts)
     with clock.phase("structure"):
