@@ -218,7 +218,10 @@ def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", r"odd\.jsonl has the fields none: a task has query, choices, gold; or context_options, continuation, gold; "),
+        (
+            "",
+            r"odd\.jsonl has the fields none: a task has query, choices, gold; or context_options, continuation, gold; ",
+        ),
         ('{"question": "?"}', "odd.jsonl, line 1 has the fields question: a task has"),
         ("[]", "line 1 has the fields none: a task has"),
         ("{", "line 1 is not JSON"),
