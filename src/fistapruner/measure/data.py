@@ -32,18 +32,12 @@ from ..text.tokens import adds_bos, token_ids
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of one text.
+    """Token windows of one text."""
 
-    Args:
-        tokens: (windows, seqlen) int64 token ids.
-        data: name of the data set or file; ``split``: of it, ``file`` for a local one.
-        bos: ``none``, ``text`` or ``window``: where BOS tokens stand.
-    """
-
-    tokens: Tensor
-    data: str
-    split: str
-    bos: str
+    tokens: Tensor  # (windows, seqlen) int64
+    data: str  # name of the data set or file
+    split: str  # of it; file for a local one
+    bos: str  # where BOS tokens stand: none, text or window
 
     @property
     def seqlen(self) -> int:
@@ -89,7 +83,7 @@ def cut_windows(
     data: str = "text",
     split: str = "text",
 ) -> Windows:
-    """Tokenise ``text``, by parts cut at blank lines where it is large, and cut it; see :func:`load_windows`."""
+    """Tokenise a text, a large one by parts, and cut it; see :func:`load_windows`."""
     if bos == "auto":
         bos = "window" if adds_bos(tokenizer) else "none"
     if bos != "none" and tokenizer.bos_token_id is None:

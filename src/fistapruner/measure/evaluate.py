@@ -57,7 +57,6 @@ def evaluate(
     trust_remote_code: bool = False,
     tick: Tick | None = None,
     keep: Callable[[Evaluation], None] = lambda found: None,
-    warn: Callable[[str], None] | None = None,
     kept: KeptStates | None = None,
 ) -> Evaluation:
     """Measure a model, alone or against the dense one on the same tokens.
@@ -67,9 +66,8 @@ def evaluate(
 
     Args:
         model: hub id, local folder, GGUF file, or ``smollm2``; a packed one is unpacked into a temporary folder.
-        data: text for perplexity: ``wikitext2``, ``ptb``, ``c4``, ``python`` or a local ``.txt``, ``.raw``,
-            ``.md``, ``.jsonl`` or ``.parquet`` file; or windows that were cut before, by the models' tokenizer. None
-            measures tasks only.
+        data: text for perplexity, as for :func:`~.data.load_windows`, or windows that were cut before, by the models'
+            tokenizer; None measures tasks only.
         seqlen: tokens in a window; default is the model's maximum, at most 2048. A perplexity depends on it.
         windows: take only this many, from the start.
         against: the dense model; adds its perplexity, KL divergence, top-1 agreement and paired tests.
@@ -80,15 +78,13 @@ def evaluate(
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units
             for it; of two models the wider one, for both.
         batch_size: windows in one forward pass.
-        memory_limit: main memory that the process may use, in bytes or as ``8GiB``; hidden states take what the models
-            leave of it, by default half of what is free. Tasks are refused on a model that it does not hold.
+        memory_limit: main memory to use, in bytes or as ``8GiB``, by default what is free: hidden states that take more
+            than half of it are stored in a temporary file. Tasks are refused on a model that it does not hold.
         bos: where BOS tokens stand, as for :func:`~.data.load_windows`: ``auto``, ``none``, ``text`` or ``window``.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with a checkpoint.
         tick: called with progress: (what, steps done, steps in all).
         keep: called with what is measured before the tasks begin, so that it is not lost if they fail.
-        warn: called with a sentence where ``memory_limit`` does not hold one batch of windows, and it is exceeded; None
-            refuses such a limit.
         kept: hidden states of one of the models on this text, from earlier evaluations.
 
     Raises:
@@ -116,9 +112,9 @@ def evaluate(
         if low_rank[0] is not None:
             found = replace(found, low_rank=low_rank[0].weights)
         if known is not None:
-            for source, checkpoint in zip(sources, checkpoints, strict=True):
+            for checkpoint in checkpoints:
                 if memory is not None:
-                    require_tasks_fit(source.folder, whole_bytes(checkpoint, passes), memory)
+                    require_tasks_fit(checkpoint.folder, whole_bytes(checkpoint, passes), memory)
             lineage, fault = lineage_of(sources[0].folder)
             found = replace(found, warnings=tuple(filter(None, (fault, trained_on(lineage)))))
         if data is not None:
@@ -134,7 +130,7 @@ def evaluate(
             if longest is not None and length > longest:
                 raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
             cut = data if isinstance(data, Windows) else load_windows(data, tokenizers[0], length, windows, bos)
-            found = _with_text(found, cut, opened, Passes(batch_size, memory, warn, tick), kept)
+            found = _with_text(found, cut, opened, Passes(batch_size, memory, tick), kept)
         found = replace(found, seconds=time.perf_counter() - begin)
         if known is not None:
             if found.perplexity is not None:
@@ -191,10 +187,10 @@ def check_request(
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
         )
-    text = data is not None and not isinstance(data, Windows)
-    if text:
-        check_data(data)
-    needed = {"seqlen": ("text to cut", text), "windows": ("text to cut", text), "limit": ("task", bool(asked.tasks))}
+    text = None if isinstance(data, Windows) else data
+    if text is not None:
+        check_data(text)
+    needed = {"seqlen": ("text to cut", text), "windows": ("text to cut", text), "limit": ("task", asked.tasks)}
     for name, (what, there) in needed.items():
         if (value := getattr(asked, name)) is not None and not there:
             raise FistaPrunerError(f"{name} {value} has no effect, because no {what} is given: leave it out")

@@ -44,23 +44,17 @@ NOT_FINITE = "has NaN or infinite weights"
 class OperatorInspection:
     """One linear operator as it is stored.
 
-    Args:
-        name: its tensor in the checkpoint.
-        shape: stored shape.
-        zeros: weights that are zero; ``weights``: all of them.
-        pattern: the n:m pattern that holds in every group: a claimed one, or one that was found where nothing is
-            claimed; None if there is none as sparse as the operator.
-        claim: sparsity that the checkpoint's record, or ``--pattern``, claims; None without a claim.
-        fault: a violated claim, NaN or infinite weights; None if there is none.
+    ``pattern`` is the n:m pattern that holds in every group: the claimed one, or one that was found where nothing is
+    claimed; None if there is none as sparse as the operator.
     """
 
-    name: str
+    name: str  # its tensor in the checkpoint
     shape: tuple[int, ...]
     zeros: int
     weights: int
     pattern: str | None
-    claim: str | None
-    fault: str | None
+    claim: str | None  # sparsity that the checkpoint's record, or --pattern, claims
+    fault: str | None  # a violated claim, NaN or infinite weights
 
     @property
     def sparsity(self) -> float:
@@ -72,27 +66,18 @@ class OperatorInspection:
 class Inspection:
     """The result of inspecting a checkpoint.
 
-    Args:
-        folder: the checkpoint's folder.
-        operators: the linear operators of its decoder layers, in order.
-        zeros: zeros of the whole model; ``weights``: all of its parameters, each shared one once (all floating-point
-            tensors where the model cannot be built from ``config.json``).
-        faults: claims about operators that the checkpoint does not have, or that have another shape; other tensors that
-            have NaN or infinite weights.
-        widths: what the record tells of removed structure: decoder layer, what was removed, number before and after.
-        lineage: how the model was made, None where its record does not say.
-        low_rank: additional weights of the low-rank part beside the checkpoint, which is inspected without it, and its
-            rank; None without one.
+    ``zeros`` and ``weights`` count the parameters of the whole model, each shared one once (all floating-point tensors
+    where the model cannot be built from ``config.json``), without the low-rank part beside it.
     """
 
     folder: Path
-    operators: tuple[OperatorInspection, ...]
+    operators: tuple[OperatorInspection, ...]  # of its decoder layers, in order
     zeros: int
     weights: int
-    faults: tuple[str, ...] = ()
-    widths: tuple[tuple[str, str, int, int], ...] = ()
-    lineage: Lineage | None = None
-    low_rank: tuple[int, int] | None = None
+    faults: tuple[str, ...] = ()  # of the record, and of tensors that are no operators
+    widths: tuple[tuple[str, str, int, int], ...] = ()  # decoder layer, what was removed, number before and after
+    lineage: Lineage | None = None  # how the model was made
+    low_rank: tuple[int, int] | None = None  # weights of the low-rank part, and its rank
 
     @property
     def pruned(self) -> tuple[OperatorInspection, ...]:
@@ -133,8 +118,8 @@ def inspect_checkpoint(
     """Inspect a checkpoint, one tensor in memory at a time.
 
     Args:
-        folder: a local Hugging Face folder, dense or packed, a GGUF file (inspected as it is converted for pruning), or
-            a run directory (its finished model is taken).
+        folder: a local Hugging Face folder (a packed one is unpacked into a temporary folder), a GGUF file (inspected
+            as it is converted for pruning), or a run directory (its finished model is taken).
         pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
             of ``fistapruner.json``. It holds along the inputs of every matrix, those of single experts among them.
         allow_pickle: read legacy ``.bin`` weights.

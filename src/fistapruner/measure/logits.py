@@ -26,19 +26,13 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass
 class WindowSums:
-    """Sums over the predicted tokens of each window, in fp64.
-
-    Args:
-        nll: (windows,) negative log-likelihoods of the model; ``reference_nll``: of the reference model.
-        kl: (windows,) KL(reference || model); ``agree``: (windows,) tokens with the same most likely next token.
-        length: predicted tokens in a window.
-    """
+    """Sums over the ``length`` predicted tokens of each window, (windows,) fp64 each."""
 
     nll: Tensor
     length: int
     reference_nll: Tensor | None = None
-    kl: Tensor | None = None
-    agree: Tensor | None = None
+    kl: Tensor | None = None  # KL(reference || model)
+    agree: Tensor | None = None  # tokens with the same most likely next token
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -71,18 +65,14 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
 def sum_over_tokens(
     hidden: Sequence[Tensor], targets: Tensor, heads: Sequence[Head], vocabulary: int, budgets: Budgets = BUDGETS
 ) -> list[float]:
-    """Sum what is measured over ``targets``, for one model or two.
+    """Sum the NLL over ``targets``; with a second model, the reference, all of :func:`token_divergence`.
 
     Args:
-        hidden: of the model, and of a reference model if there is one: (tokens, width) output of the last decoder layer
-            at the token before each target.
+        hidden: (tokens, width) output of each model's last decoder layer at the token before each target.
         targets: (tokens,) token ids.
         heads: final norm and language-model head of each.
         vocabulary: width of the logits.
         budgets: bytes of logits at once.
-
-    Returns:
-        The NLL; with a reference also its NLL, KL and top-1 agreements, as :func:`token_divergence`.
     """
     sums = []
     for start, stop in slices(len(targets), 4 * vocabulary, budgets.head // len(heads)):

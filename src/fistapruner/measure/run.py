@@ -144,8 +144,6 @@ def _evaluate(
         "dtype": report.recipe.get("dtype", "auto"),
         "batch_size": execution.batch_size,
         "memory_limit": execution.memory_limit,
-        # What the run has made is not lost for a warning.
-        "warn": lambda sentence: add_warning(report, sentence, listener),
         "tick": listener.tick,
         **permissions.keywords(),
     }

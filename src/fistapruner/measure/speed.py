@@ -37,7 +37,7 @@ from ..packed.load import load
 from ..packed.pack import NoPackedFormError, pack, unpacked
 from ..runtime.devices import usable_threads
 from ..runtime.files import temporary_folder
-from ..runtime.formatting import align_columns, counted, size
+from ..runtime.formatting import align_columns, counted
 from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
 from ..runtime.progress import Tick, silent
 
@@ -47,14 +47,8 @@ WARM_UP_TOKENS = 4
 DTYPES = ("float32", "bfloat16")
 """Precisions of dense products: which of them is faster depends on the processor."""
 
-LLAMA_CPP = "llama.cpp"
-"""First word of the variants that are GGUF files."""
-
 SPEED_OF_OWN_CODE = "the speed of such models is not measured"
 """Why a model with Python code of its own is refused."""
-
-DEFAULTS = {"batch": 1, "prompt": 128, "tokens": 128, "runs": 3, "threads": None}
-"""Settings: sequences at once, tokens of a prompt and new ones, rounds, and threads (None: torch's default)."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +61,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one form of a model: medians over runs, and ranges.
+    """Measured speed of one form of a model: medians over runs, and ranges, in bytes and seconds.
 
-    Sizes are bytes, times are seconds. ``perplexity`` and ``kl``, the divergence from the dense model in nats a token,
-    are of the text that its run was evaluated on; None where they were not measured.
+    ``perplexity`` and ``kl`` (nats a token) are of the text that its run was evaluated on; None: not measured.
     """
 
     variant: str
@@ -110,17 +103,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of a model, for :func:`compare`.
-
-    Args:
-        name: what to call it.
-        folder: packed or ordinary model folder, or a GGUF file, which llama.cpp runs.
-        dtype: precision, as torch calls it; None takes the checkpoint's.
-    """
+    """One form of a model, for :func:`compare`."""
 
     name: str
-    folder: Path
-    dtype: str | None = None
+    folder: Path  # packed or ordinary, or a GGUF file, which llama.cpp runs
+    dtype: str | None = None  # None takes the checkpoint's
 
     @property
     def is_gguf(self) -> bool:
@@ -137,30 +124,27 @@ def bench(
     quality: Callable[[list[Variant], list[Speed]], list[Speed]] = lambda variants, speeds: speeds,
     tick: Tick = silent,
     allow_pickle: bool = False,
-    **setting: int | None,
+    **setting: Any,
 ) -> list[Speed]:
     """Measure dense, packed and packed int8 forms of a pruned model on the CPU.
 
     The dense forms are the checkpoint with its zeros: the speed of a dense product does not depend on its numbers. A
-    model that has lost channels or heads is measured as ``smaller``, beside the dense model that it was. Where no
-    packed form is possible, there is none. Of a model with a low-rank part the packed forms are the sum of both parts.
+    model that has lost channels or heads is ``smaller``. Where no packed form is possible, there is none.
 
     Args:
         model: folder of a pruned model, ordinary or packed.
         measure: how the variants are measured, with the arguments of :func:`compare`, which is the default.
-        before: folder of the dense model that a model without some of its channels was; None does not measure it.
+        before: folder of the dense model that a smaller model was; None does not measure it.
         gguf: GGUF files to measure beside the model, in llama.cpp: the dense model, quantised.
         quality: adds the quality of the variants to their speeds; called while their folders are there.
         tick: called with progress: (what, steps done, steps in all).
         allow_pickle: read legacy ``.bin`` weights.
-        **setting: any of :data:`DEFAULTS`.
+        **setting: ``batch``, ``prompt``, ``tokens``, ``runs`` and ``threads``, as for :func:`compare`.
 
     Raises:
-        FistaPrunerError: a number that is too small, no pruned model, a form that cannot be loaded or run, or a file
-            that is no GGUF file.
+        FistaPrunerError: a number that is too small, no model, a form that cannot be run, or a file that is no GGUF.
         MissingExtraError: GGUF files need the extra ``bench``.
     """
-    setting = DEFAULTS | setting
     for name, value in setting.items():
         least = 2 if name == "tokens" else 1
         if value is not None and (type(value) is not int or value < least):
@@ -168,8 +152,8 @@ def bench(
     files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in gguf]
     for file in files:
         check_gguf(file)
-    if files and setting["batch"] != 1:
-        raise FistaPrunerError(f"batch {setting['batch']}: with GGUF files one sequence at once is timed: batch 1")
+    if files and (batch := setting.get("batch", 1)) != 1:
+        raise FistaPrunerError(f"batch {batch}: with GGUF files one sequence at once is timed: batch 1")
     if files and find_spec("xllamacpp") is None:
         raise MissingExtraError("xllamacpp", "bench", "timing a GGUF file")
     model = Path(model)
@@ -191,7 +175,7 @@ def bench(
                     pack(dense, int8, values="int8", allow_pickle=allow_pickle)
                     variants.append(Variant("packed", packed, "bfloat16"))
                 variants.append(Variant("packed int8", int8, "bfloat16"))
-        variants += [Variant(f"{LLAMA_CPP} {file.stem}", file) for file in files]
+        variants += [Variant(f"llama.cpp {file.stem}", file) for file in files]
         return quality(variants, (measure or compare)(variants, **setting, tick=tick))
 
 
@@ -208,11 +192,7 @@ def compare(
     """Measure several variants on the CPU in interleaved rounds (``runs``), each in a process of its own.
 
     If they do not all fit into memory at once, they run one after the other. ``threads`` None takes torch's default, at
-    most the cores that this process may use. ``tick`` is called with (what, steps done, steps in all). A script that
-    calls this needs ``if __name__ == "__main__":``, as for :mod:`multiprocessing`.
-
-    Raises:
-        FistaPrunerError: a variant cannot be loaded, or its process was killed.
+    most the cores that this process may use. A script that calls this needs ``if __name__ == "__main__":``.
     """
     setting = {"batch": batch, "prompt": prompt, "tokens": tokens, "threads": threads or usable_threads()}
     sizes = [weight_bytes(one.folder) for one in variants]
@@ -267,7 +247,7 @@ def _load(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) 
 
 
 def _generate(tokens: int) -> tuple[Run, int]:
-    """Generate with the variant of this process; return the times, and the peak memory until then."""
+    """Generate with the variant of this process: times, and peak memory until then."""
     return _LOADED[0](tokens), peak_memory()
 
 
@@ -282,11 +262,7 @@ def load_variant(variant: Variant) -> Any:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Count the bytes of the weight files that are loaded, a low-rank part's among them; of a GGUF file its own.
-
-    Raises:
-        FistaPrunerError: a file is missing or damaged.
-    """
+    """Count the bytes of the weight files that are loaded, a low-rank part's among them, or of a GGUF file."""
     if folder.is_file():
         return folder.stat().st_size
     low_rank = low_rank_part(folder)
@@ -300,13 +276,7 @@ def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
 
 
 def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
-    """Decode greedily and time it.
-
-    Args:
-        model: causal language model in evaluation mode.
-        prompt: (batch, seqlen) token ids.
-        tokens: new tokens, at least 2.
-    """
+    """Decode at least two new tokens greedily after a prompt, (batch, seqlen) token ids, and time it."""
 
     def now() -> float:
         if prompt.device.type == "cuda":
@@ -375,14 +345,9 @@ def kernel_name() -> str:
 
 
 def sentence(speeds: Sequence[Speed]) -> str:
-    """Say in a few words how the fastest packed or smaller form compares with the fastest dense one.
-
-    Variants whose names start with ``packed`` are sparse products, those with ``smaller`` models that have lost
-    channels or heads, those with ``llama.cpp`` GGUF files, the others dense ones.
-    """
+    """Say in a few words how the fastest packed or smaller form compares with the fastest dense one."""
     ours = [speed for speed in speeds if speed.variant.startswith(("packed", "smaller"))]
-    files = [speed for speed in speeds if speed.variant.startswith(LLAMA_CPP)]
-    dense = [speed for speed in speeds if speed not in ours + files]
+    dense = [speed for speed in speeds if speed.variant.startswith("dense")]
     if not ours:
         return "There is no packed form of this model ('fistapruner pack' says why), and nothing to compare with."
     if not dense:
@@ -391,23 +356,10 @@ def sentence(speeds: Sequence[Speed]) -> str:
     (low, high), (dense_low, dense_high) = best.tokens_per_second_range, whole.tokens_per_second_range
     doubt = ", within the spread of the runs" if low <= dense_high and dense_low <= high else ""
     doubt = ", in one run, whose spread is not known" if best.runs == 1 else doubt
-    said = (
+    return (
         f"On this machine the fastest form without the zeros ({best.variant}) decodes "
         f"{best.tokens_per_second / whole.tokens_per_second:.2f} times as fast as the fastest dense one "
         f"({whole.variant}){doubt}, with {best.peak_memory / whole.peak_memory:.2f} times its peak memory."
-    )
-    known, measured = ([speed for speed in each if speed.kl is not None] for each in (ours, files))
-    if not known or not measured:
-        return said
-    kl, smallest = min(speed.kl for speed in known), min(speed.file_size for speed in ours)
-    better = [speed for speed in measured if speed.kl < kl and speed.file_size <= smallest]
-    if not better:
-        return f"{said} No GGUF file is both smaller than these forms and closer to the dense model."
-    file = min(better, key=attrgetter("kl"))
-    return (
-        f"{said} {file.variant} is smaller than all of these forms ({size(file.file_size)}, not {size(smallest)}) and "
-        f"closer to the dense model (KL {file.kl:.3f} instead of {kl:.3f} nats a token), and decodes "
-        f"{file.tokens_per_second / best.tokens_per_second:.2f} times as fast: quantise, unless speed decides."
     )
 
 

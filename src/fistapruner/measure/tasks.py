@@ -92,17 +92,11 @@ def local_task(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that :func:`find_tasks` found.
+    """Tasks that :func:`find_tasks` found."""
 
-    Args:
-        specifications: names or configurations, as ``lm-eval`` takes them.
-        manager: ``lm-eval``'s ``TaskManager`` that knows them.
-        source: source of their items, for the report.
-    """
-
-    specifications: tuple[Any, ...]
-    manager: Any
-    source: str
+    specifications: tuple[Any, ...]  # names or configurations, as lm-eval takes them
+    manager: Any  # lm-eval's TaskManager that knows them
+    source: str  # of their items, for the report
 
 
 def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
@@ -168,14 +162,9 @@ def evaluate_tasks(
     against: Path | None = None,
     tick: Tick = silent,
 ) -> tuple[TaskResult, ...]:
-    """Score a model on zero-shot tasks, and a reference model on the same items.
+    """Score the model in ``folder`` on zero-shot tasks, and the dense one in ``against`` on the same items.
 
-    Args:
-        folder: the model's Hugging Face folder.
-        tasks: what :func:`find_tasks` found.
-        settings: how the models are run.
-        against: the dense model's folder.
-        tick: receives progress: (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
+    ``tick`` is called with (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
 
     Raises:
         FistaPrunerError: ``lm-eval`` fails, as on items it cannot ask.
@@ -266,22 +255,12 @@ def task_result(
 ) -> TaskResult:
     """Compute score, standard error and paired test of a task.
 
-    Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
-
-    Args:
-        task: its name.
-        metric: what is scored.
-        items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
-        **about: other fields of :class:`~fistapruner.runs.results.TaskResult`, recorded as they are.
-
-    Raises:
-        FistaPrunerError: the two models answered different items.
+    ``items`` and ``reference``, those of the dense model, are right (1) or wrong (0) by item number, or scores between
+    (a share of probability, such as that of ``truthfulqa_mc2``), which have no such test.
     """
     alone = TaskResult(task, metric, len(items), *_mean(items), **about)
     if reference is None:
         return alone
-    if items.keys() != reference.keys():
-        raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
     before, before_error = _mean(reference)
     alone = replace(alone, reference=before, reference_standard_error=before_error)
     if not {*items.values(), *reference.values()} <= {0.0, 1.0}:
