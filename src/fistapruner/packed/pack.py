@@ -207,11 +207,7 @@ def unpacked(folder: Path, progress: Tick | None = None) -> Iterator[Path]:
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tick) -> dict[str, _Planned]:
-    """Decide how each pruned operator that becomes smaller is stored.
-
-    Raises:
-        NoPackedFormError: none becomes smaller, pruned experts are stored as one tensor, or values are not bf16.
-    """
+    """Decide how each pruned operator that becomes smaller is stored."""
     if stacked := stacked_experts(record):
         raise NoPackedFormError(
             f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
@@ -302,8 +298,6 @@ def _pack_file(
     entries: list[TensorEntry] = []
     for name, entry in file.entries.items():
         entries += mine[name].spec.entries(name, mine[name].stored) if name in mine else [entry]
-    if len({entry.name for entry in entries}) != len(entries):
-        raise FistaPrunerError(f"{file.path}: a tensor is called like the part of a packed operator")
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
     with SafetensorsWriter(path, entries, metadata) as writer:
