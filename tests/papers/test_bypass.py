@@ -80,29 +80,6 @@ def test_it_finds_the_best_units_of_a_separable_loss() -> None:
     assert set(keep.topk(3).indices.tolist()) == {1, 3, 5}
 
 
-def test_two_steps_by_hand() -> None:
-    """In plain Python: the baseline takes in the losses before it is used."""
-    masks = [[[1, 0, 0, 0], [0, 1, 1, 1]], [[1, 1, 0, 0], [0, 0, 1, 1]]]
-    losses = [[2.0, 1.0], [2.4, 1.4]]
-    keep, baselines = [0.4, 0.5, 0.6, 0.5], [1.5, 0.8 * 1.5 + 0.2 * 1.9]
-    found, baseline = torch.tensor(keep, dtype=torch.float64), math.nan
-    for step, rate in enumerate((0.1, 0.05)):
-        drawn = [torch.tensor(mask, dtype=torch.float64) for mask in masks[step]]
-        found, baseline = descend(found, baseline, drawn, losses[step], rate, [(slice(0, 2), 2), (slice(2, 4), 1)])
-        assert baseline == pytest.approx(baselines[step])
-        for unit, s in enumerate(keep):
-            gradient = sum(
-                (loss - baselines[step]) * (mask[unit] - s) / math.sqrt(s * (1 - s))
-                for mask, loss in zip(masks[step], losses[step], strict=True)
-            )
-            keep[unit] = s - rate * gradient
-        assert all(0 < s < 1 for s in keep)
-        over = keep[2] + keep[3] - 1  # the first two have room for both
-        assert over > 0
-        keep[2:] = [s - over / 2 for s in keep[2:]]
-        assert found.tolist() == pytest.approx(keep, abs=1e-5)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("architecture", "remove"), [("llama", "mlp=25%,heads=1"), ("gpt2", "mlp=25%")])
 def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, architecture: str, remove: str) -> None:
@@ -229,3 +206,26 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         name = f"{layer.name}.mlp.down_proj"
         keep = metrics.read(f"scores.{name}").argsort(descending=True, stable=True)[:36].sort().values
         assert torch.equal(small.get_parameter(f"{name}.weight"), dense.get_parameter(f"{name}.weight")[:, keep])
+
+
+def test_two_steps_by_hand() -> None:
+    """In plain Python: the baseline takes in the losses before it is used."""
+    masks = [[[1, 0, 0, 0], [0, 1, 1, 1]], [[1, 1, 0, 0], [0, 0, 1, 1]]]
+    losses = [[2.0, 1.0], [2.4, 1.4]]
+    keep, baselines = [0.4, 0.5, 0.6, 0.5], [1.5, 0.8 * 1.5 + 0.2 * 1.9]
+    found, baseline = torch.tensor(keep, dtype=torch.float64), math.nan
+    for step, rate in enumerate((0.1, 0.05)):
+        drawn = [torch.tensor(mask, dtype=torch.float64) for mask in masks[step]]
+        found, baseline = descend(found, baseline, drawn, losses[step], rate, [(slice(0, 2), 2), (slice(2, 4), 1)])
+        assert baseline == pytest.approx(baselines[step])
+        for unit, s in enumerate(keep):
+            gradient = sum(
+                (loss - baselines[step]) * (mask[unit] - s) / math.sqrt(s * (1 - s))
+                for mask, loss in zip(masks[step], losses[step], strict=True)
+            )
+            keep[unit] = s - rate * gradient
+        assert all(0 < s < 1 for s in keep)
+        over = keep[2] + keep[3] - 1  # the first two have room for both
+        assert over > 0
+        keep[2:] = [s - over / 2 for s in keep[2:]]
+        assert found.tolist() == pytest.approx(keep, abs=1e-5)
