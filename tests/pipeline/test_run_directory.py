@@ -183,9 +183,7 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     assert after.keys() == before.keys()
     for name in (name for name in before if name.endswith(".json")):
         assert json.loads(after[name]).keys() == json.loads(before[name]).keys()
-    [now] = load_run(run).evaluations
-    assert now.perplexity == measured.perplexity
-    assert (now == measured) == (damage != "cut_without_a_record")  # without a record of its weights: measured again
+    assert load_run(run).evaluations == [measured]
 
 
 def test_the_command_of_a_damaged_run_makes_its_checkpoint_and_report_again(
