@@ -17,6 +17,7 @@ from fistapruner.core import NM, LayerProblem
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.passes.store import HiddenStates, RoutedTokens
 from fistapruner.runs.prune_directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}
@@ -207,3 +208,23 @@ def test_experts_that_no_measured_token_reaches_get_what_was_asked_for(tmp_path:
         found = {entry.name: entry.sparsity for entry in report.operators}
         assert {pattern for name, pattern in found.items() if ".experts.2." in name} == {sparsity}
         assert len(set(found.values())) > 1
+
+
+def test_tokens_of_an_expert_are_the_same_from_memory_and_from_a_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weights = torch.randn(6, 4, 8, generator=generator), torch.rand(24, 2, generator=generator)
+    chosen = torch.rand(24, 5, generator=generator).topk(2).indices
+    stores = [RoutedTokens(HiddenStates((6, 4, 8), torch.float32, file)) for file in (None, tmp_path / "inputs")]
+    for store in stores:
+        for start, stop in ((0, 4), (4, 6)):
+            rows = slice(4 * start, 4 * stop)
+            store.keep(start, inputs[start:stop].reshape(-1, 8), chosen[rows], weights[rows])
+    for expert in range(5):
+        expected = inputs.reshape(-1, 8)[(chosen == expert).any(1)]
+        for store in stores:
+            found = list(store.weighted(expert, torch.device("cpu")))
+            assert torch.equal(torch.cat([tokens for tokens, _ in found]), expected)
+            assert torch.equal(torch.cat([given for _, given in found]), weights[chosen == expert])
+    for store in stores:
+        store.close()
+    assert not (tmp_path / "inputs").exists()
