@@ -93,18 +93,6 @@ def test_quality_stands_beside_size_and_speed(made: Path, run: Path) -> None:
     assert fp.bench_run(run, measure=timed)[-1].kl == by_name["packed int8"].kl  # without files, too
 
 
-@pytest.mark.parametrize(("dtype", "known"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_forms_that_round_the_weights_lack_their_figures(dtype: torch.dtype, known: bool, tmp_path: Path) -> None:
-    dense = tiny.save("llama", tmp_path / "dense", dtype=dtype)
-    (tmp_path / "text.txt").write_text(TEXT)
-    settings = {"calibration": {"source": "python", "samples": 2, "seqlen": 16}, "evaluate_windows": 4}
-    fp.prune(dense, tmp_path / "run", method="magnitude", evaluate=tmp_path / "text.txt", **settings)
-    found = fp.bench_run(tmp_path / "run", measure=timed)
-    judged = {speed.variant for speed in found if speed.kl is not None} - {"packed int8"}
-    narrow = {"dense bfloat16", "packed"}
-    assert judged == {"dense float32"} | (narrow if known else set())
-
-
 def test_speeds_are_kept_before_quality_is_measured(made: Path, run: Path) -> None:
     class Stops(tiny.Said):
         def say(self, sentence: str) -> None:
