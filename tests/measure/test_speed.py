@@ -26,7 +26,7 @@ from fistapruner.measure.speed import (
     time_generation,
     weight_bytes,
 )
-from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
+from fistapruner.reporting.measured import QUANTISE_FIRST
 from packed.pruned import pickle_weights, save_pruned
 from speeds import in_this_process
 from tiny import build

@@ -20,14 +20,15 @@ from ..text.sources import (
     LARGE,
     PYTHON,
     PYTHON_EVAL,
+    bos_of,
     check_extra,
     check_file,
     load_documents,
     passages,
     python_documents,
     read_documents,
+    token_ids,
 )
-from ..text.tokens import adds_bos, token_ids
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def cut_windows(
 ) -> Windows:
     """Tokenise a text, a large one by parts, and cut it; see :func:`load_windows`."""
     if bos == "auto":
-        bos = "window" if adds_bos(tokenizer) else "none"
+        bos = "window" if bos_of(tokenizer) else "none"
     if bos != "none" and tokenizer.bos_token_id is None:
         raise FistaPrunerError(f"bos {bos!r} cannot be done: this tokenizer has no BOS token")
     room = seqlen - 1 if bos == "window" else seqlen

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError, MissingExtraError, expand_home, one_line, path_text
+from ..errors import FistaPrunerError, MissingExtraError, one_line, path_text
 from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
@@ -36,11 +36,9 @@ from ..packed import kernel
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load
 from ..packed.pack import NoPackedFormError, pack, unpacked
-from ..runtime.devices import usable_threads
+from ..runtime.devices import free_memory, peak_memory, reset_peak_memory, usable_threads
 from ..runtime.files import temporary_folder
-from ..runtime.formatting import align_columns, counted
-from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, align_columns, counted, silent
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""
@@ -150,7 +148,7 @@ def bench(
         least = 2 if name == "tokens" else 1
         if value is not None and (type(value) is not int or value < least):
             raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {least}")
-    files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in gguf]
+    files = [Path(path_text("gguf", file, "a GGUF file")) for file in gguf]
     for file in files:
         check_gguf(file)
     if files and (batch := setting.get("batch", 1)) != 1:

@@ -23,10 +23,10 @@ from ..passes.check import check_model
 from ..passes.store import HiddenStates
 from ..passes.stream import forward
 from ..runs.records import is_run
+from ..runtime.devices import free_memory, release_failed_memory, resident_memory
 from ..runtime.files import temporary_folder
-from ..runtime.memory import free_memory, release_failed_memory, resident_memory
 from ..runtime.numerics import windows_at_once
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 from .logits import WindowSums, sum_over_tokens
 
 log = logging.getLogger("fistapruner")

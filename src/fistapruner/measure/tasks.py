@@ -29,7 +29,7 @@ from ..models.whole import load_whole
 from ..passes.store import CPU
 from ..runs.results import TaskResult
 from ..runtime.numerics import dtype_name, mean_and_error
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 from ..text.sources import read_lines
 from .logits import mcnemar
 from .streaming import shown_name
