@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.measure.speed import Run, Speed, Variant, bench, compare, sentence
+from fistapruner.measure.speed import Run, Speed, Variant, bench, compare
 from fistapruner.runs.records import load_run
 
 pytest.importorskip("gguf", reason="needs the extra 'gguf'")
@@ -149,24 +148,6 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
     monkeypatch.setattr("fistapruner.measure.speed.find_spec", lambda package: None)
     with pytest.raises(FistaPrunerError, match=r"needs the package 'xllamacpp': pip install 'fistapruner\[bench\]'"):
         bench(run / "model", gguf=[whole])
-
-
-@pytest.mark.parametrize(
-    ("kl", "size", "rate", "said"),
-    [
-        (0.05, 5, 40.0, "llama.cpp q is smaller than all of these forms (5 B, not 6 B) and closer to the dense"),
-        (0.05, 5, 10.0, "and decodes 0.33 times as fast: quantise, unless"),
-        (0.05, 7, 40.0, "No GGUF file is both smaller"),
-        (0.40, 5, 40.0, "No GGUF file is both smaller"),
-    ],
-)
-def test_the_sentence_says_when_to_quantise(kl: float, size: int, rate: float, said: str) -> None:
-    dense, packed, int8, file = timed(
-        [Variant(name, Path()) for name in ("dense", "packed", "packed int8", "llama.cpp q")]
-    )
-    packed = replace(packed, kl=0.3, file_size=8, tokens_per_second=30.0)
-    int8 = replace(int8, kl=0.31, file_size=6, tokens_per_second=20.0)
-    assert said in sentence([dense, packed, int8, replace(file, kl=kl, file_size=size, tokens_per_second=rate)])
 
 
 def test_llama_cpp_decodes_in_a_process_of_its_own(made: Path) -> None:
