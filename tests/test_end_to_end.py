@@ -23,8 +23,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.whole import load_whole
+from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.text import tokens_sha256
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}

@@ -13,8 +13,8 @@ import pytest
 import tiny
 from fistapruner.cli import progress
 from fistapruner.pruning.run import prune
-from fistapruner.runs.layer_records import LayerEntry, OperatorEntry
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import LayerEntry, OperatorEntry
 
 
 def test_every_long_pass_is_told(tmp_path: Path) -> None:

@@ -26,14 +26,12 @@ from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
 from fistapruner.pipeline.measure import measure
 from fistapruner.reporting.quality import gain, quality_facts
-from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
+from fistapruner.runs.directory import PruneDirectory, RecoverDirectory
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
-from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import Lineage, Report, Stage, is_run, load_run
+from fistapruner.runs.records import Lineage, Recovery, Report, Stage, is_run, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
-from fistapruner.runs.training_directory import RecoverDirectory
-from fistapruner.runs.training_records import Recovery
+from fistapruner.runs.settled import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.settings.execution_settings import Execution
 from speeds import in_this_process
 

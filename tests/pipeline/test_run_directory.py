@@ -20,12 +20,10 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.measure.speed import Variant, load_variant
 from fistapruner.models.files.gguf_export import export_gguf
-from fistapruner.runs.continuation import absolute, evaluation_on, refuse_overlap
-from fistapruner.runs.directory import RunDirectory, checkpoint_of
+from fistapruner.runs.directory import PruneDirectory, RecoverDirectory, RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runs.settled import absolute, evaluation_on, refuse_overlap
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. "

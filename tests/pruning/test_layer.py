@@ -28,7 +28,7 @@ from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense
 from fistapruner.pruning.layer import prune_layer
 from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 from fistapruner.solvers.low_rank import solve_low_rank
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2

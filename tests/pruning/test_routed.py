@@ -19,7 +19,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.passes.routed import RoutedTokens
 from fistapruner.passes.store import HiddenStates
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import Comparison
-from fistapruner.runs.records import Report
+from fistapruner.runs.records import Report, parse
 from fistapruner.runs.results import Divergence, Evaluation, Perplexity, TaskResult
 
 OPERATORS = (

@@ -34,12 +34,19 @@ from fistapruner.reporting.quality import (
 )
 from fistapruner.reporting.size_and_speed import NOT_MEASURED, QUANTISE_FIRST
 from fistapruner.reporting.summary import summary
-from fistapruner.runs.base import parse
-from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.lineage import stage_of
-from fistapruner.runs.records import Lineage, ModelFacts, Report, Stage, StageFigures
+from fistapruner.runs.records import (
+    Alignment,
+    Lineage,
+    ModelFacts,
+    PreferenceFigures,
+    RemovalEntry,
+    Report,
+    Stage,
+    StageFigures,
+    parse,
+)
 from fistapruner.runs.results import Divergence, Evaluation, TaskResult
-from fistapruner.runs.training_records import Alignment, PreferenceFigures
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 

@@ -21,11 +21,9 @@ import samples
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.reporting.status_text import status_facts, status_text
-from fistapruner.runs.base import VERSION, parse
-from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lock import hold
-from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.steps import StepJournal
+from fistapruner.runs.records import VERSION, LayerEntry, Report, load_run, parse
+from fistapruner.runs.store import StepJournal
 from fistapruner.runtime.formatting import (
     align_columns,
     duration,

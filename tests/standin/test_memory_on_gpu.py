@@ -20,9 +20,8 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.passes.store import scratch_factory
 from fistapruner.planning import DEVICE_RESERVE, solve_bytes
 from fistapruner.pruning.run import plan_pruning
-from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.records import Report
+from fistapruner.runs.records import LayerEntry, Report
 from fistapruner.runtime import transfers
 from fistapruner.settings.loading import load_recipe_settings, merge_settings
 from fistapruner.settings.settings import Recipe

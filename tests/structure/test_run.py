@@ -21,7 +21,7 @@ from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pruning.run import plan_pruning
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.settings.settings import Recipe
 from fistapruner.settings.structure_settings import Structure

@@ -25,9 +25,9 @@ from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.facts import lineage_lines, training_facts
 from fistapruner.reporting.figures import mean_error
 from fistapruner.reporting.summary import summary
+from fistapruner.runs.directory import RecoverDirectory
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.training_directory import RecoverDirectory
 from tiny import tensors
 
 SEQLEN = 16

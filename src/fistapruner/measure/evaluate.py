@@ -20,7 +20,6 @@ from ..models.source import ModelSource, Permissions
 from ..models.whole import require_tasks_fit, whole_bytes
 from ..packed.checkpoint import is_packed
 from ..packed.pack import unpack
-from ..runs.arguments import checked_arguments
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
@@ -37,7 +36,6 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
-@checked_arguments
 @undisturbed()
 @threads_within_quota()
 def evaluate(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..papers.mrpo import accuracy, margins_of
-from ..runs.training_records import PreferenceFigures
+from ..runs.records import PreferenceFigures
 from ..runtime.numerics import mean_and_error
 from .logits import mcnemar
 

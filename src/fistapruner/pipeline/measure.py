@@ -19,16 +19,13 @@ from ..models.source import Permissions
 from ..reporting.model_card import model_card
 from ..reporting.quality import gain_text
 from ..reporting.write import write_page
-from ..runs.continuation import absolute
-from ..runs.decision import EvaluationRequest
-from ..runs.directory import CARD, RunDirectory
+from ..runs.directory import CARD, PruneDirectory, RunDirectory
 from ..runs.labels import DONE
-from ..runs.lineage import update_stage, write_lineage
+from ..runs.lineage import dense_of, input_run, update_stage, write_lineage
 from ..runs.listener import Listener
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.results import Evaluation
-from ..runs.training_runs import dense_of, input_run
+from ..runs.settled import EvaluationRequest, absolute
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.formatting import shell_line

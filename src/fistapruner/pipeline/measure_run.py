@@ -24,15 +24,13 @@ from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..reporting.quality import item_count
 from ..reporting.size_and_speed import INT8
-from ..runs.arguments import checked_arguments
 from ..runs.directory import RunDirectory, finished_run
-from ..runs.identity import changed_files, stamps
-from ..runs.lineage import trained_on
+from ..runs.lineage import Dense, dense_of, trained_on
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, is_run
 from ..runs.results import Evaluation, Perplexity
-from ..runs.training_runs import Dense, dense_of
+from ..runs.settled import changed_files, stamps
 from ..runtime.files import temporary_folder
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
@@ -40,7 +38,6 @@ from .kept_evaluations import fuller_scores, put_in_place
 from .measure import Compared, compare_texts, evaluate_input, publish
 
 
-@checked_arguments
 def evaluate_run(
     folder: str | Path,
     data: str | Path | None = None,
@@ -120,7 +117,6 @@ def evaluate_run(
     return warned(found)
 
 
-@checked_arguments
 @undisturbed()
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.

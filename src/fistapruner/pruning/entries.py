@@ -6,7 +6,7 @@ import torch
 
 from ..core import LayerProblem
 from ..models.layout import Operator
-from ..runs.layer_records import OperatorEntry
+from ..runs.records import OperatorEntry
 from ..solvers.base import Solution
 
 

@@ -25,11 +25,10 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model
 from ..pipeline.measure import shared_text
-from ..runs.continuation import refuse_overlap
-from ..runs.decision import EvaluationRequest
+from ..runs.directory import PruneDirectory
 from ..runs.listener import Listener
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts
+from ..runs.settled import EvaluationRequest, refuse_overlap
 from ..runtime.formatting import count, span
 from ..runtime.numerics import dtype_name
 from ..settings.patterns import matches

@@ -14,7 +14,7 @@ from ..core.problem import unweighted
 from ..errors import FistaPrunerError
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layout import Group, Operator
-from ..runs.layer_records import LayerEntry
+from ..runs.records import LayerEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name

@@ -19,13 +19,11 @@ from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..planning import make_plan
-from ..runs.continuation import absolute
-from ..runs.decision import Numerics, PruneDecision, PruneRecord
-from ..runs.identity import fingerprint, stamps, text_sha256
+from ..runs.directory import PruneDirectory
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, ModelFacts
+from ..runs.settled import Numerics, PruneDecision, PruneRecord, absolute, fingerprint, stamps, text_sha256
 from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions

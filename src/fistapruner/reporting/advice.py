@@ -24,7 +24,7 @@ def next_steps(report: Report, folder: str | Path = "RUN") -> list[tuple[str, st
         found.append((shell_line("recover", folder, "--out", "NEW"), f"trains what is left{kept}"))
     if not report.evaluations:
         found.append((shell_line("evaluate", folder), "measures quality and adds it to the report"))
-    if report.packable and not speeds(report):
+    if not report.stacked_experts and not speeds(report):
         found.append((shell_line("bench", folder), "measures speed and adds it to the report"))
     if becomes_smaller_packed(report):
         found.append((shell_line("pack", folder, "NEW"), "writes the file without its zeros"))

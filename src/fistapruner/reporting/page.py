@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ..runs.labels import DONE
-from ..runs.layer_records import RemovalEntry
-from ..runs.records import Report
+from ..runs.records import RemovalEntry, Report
 from ..runtime.formatting import count, percent
 from .advice import next_steps
 from .fact import COST, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
@@ -102,7 +101,7 @@ def _mean(values: Sequence[float | None]) -> str:
 def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     """List prompts, each with the continuations of the models by name."""
     trained = report.recovery is not None
-    names = ("Dense", f"Before {report.training}" if trained else "Pruned", report.trained.capitalize())
+    names = ("Dense", f"Before {report.training}" if trained else "Pruned", DONE[report.kind].capitalize())
     return [
         (
             sample.prompt,

@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import printable
-from ..runs.records import Report
-from ..runs.training_records import Recovery
+from ..runs.records import Recovery, Report
 from ..runtime.formatting import align_columns, duration, percent
 from .figures import mean_error
 

@@ -10,8 +10,7 @@ from pydantic import Field
 from ..runtime.files import read_json
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
-from .base import VERSION, Number, Record, parse
-from .records import CalibrationFacts, ModelFacts, share_of
+from .records import VERSION, CalibrationFacts, ModelFacts, Number, Record, ZeroCounts, parse, share_of
 from .results import Divergence, Perplexity
 
 FIGURES, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
@@ -21,7 +20,7 @@ RUNS = "runs"
 """Folder with the run directories of the rows."""
 
 
-class CompareRow(Record):
+class CompareRow(ZeroCounts):
     """One method at one sparsity and seed.
 
     Args:
@@ -47,8 +46,6 @@ class CompareRow(Record):
     seconds: float | None = None
     time_split: dict[str, Number] = {}
     peak_memory: int | None = None
-    operator_weights: int | None = None
-    operator_zeros: int | None = None
     low_rank_weights: int | None = None
     checkpoint_bytes: int | None = None
     dense_weights: int | None = None
@@ -62,11 +59,6 @@ class CompareRow(Record):
     def name(self) -> str:
         """What to print for the method."""
         return self.label or self.method
-
-    @property
-    def zeros_share(self) -> float | None:
-        """Share of zeros in the operators; None where it is not known."""
-        return share_of(self.operator_zeros, self.operator_weights)
 
     @property
     def beside_zeros(self) -> str:

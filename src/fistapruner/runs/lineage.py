@@ -6,16 +6,18 @@ It is kept in ``fistapruner.json`` of the model's folder, and in the report of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import FistaPrunerError, explain
+from ..errors import FistaPrunerError, explain, with_name
 from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import read_pruning_record
+from ..models.source import SMALL_MODEL, resolve_model
 from ..runtime.files import write_json_atomic
+from .directory import DIRECTORIES, RunDirectory
 from .records import Lineage, ModelFacts, Report, Stage, StageFigures
 from .results import Perplexity
 
@@ -144,3 +146,61 @@ def write_lineage(model: Path, lineage: Lineage | None) -> None:
     record = read_pruning_record(model)
     if lineage is not None and record:
         write_json_atomic(model / PRUNING_RECORD, {**record, "lineage": lineage.model_dump(mode="json")})
+
+
+# --- the runs behind a run
+
+
+def input_run(model: str) -> RunDirectory | None:
+    """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
+    path = with_name(Path(model))  # "." inside of the folder
+    for folder in (path, path.parent if path.name == "model" else None):
+        if folder is not None and (folder / "run.json").is_file():
+            return RunDirectory(folder)
+    return None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model that a run's result goes back to.
+
+    Args:
+        folder: where it was, which may be gone.
+        stamps: checksums of its config and weight files then; empty where no run has noted them.
+    """
+
+    folder: Path
+    stamps: tuple[tuple[str, str], ...] = ()
+
+
+def dense_of(run: RunDirectory) -> Dense | None:
+    """Find the dense model that a run's result goes back to; None where that is not known.
+
+    It is the model before the first run of the lineage: a run of what another run made goes back to that run's own. Of
+    a pruning run whose input is no run's any more, such as a copy, the lineage names it.
+    """
+    if (record := run.record()) is None:
+        return None
+    if record.kind == "prune":
+        decision = record.decision
+        if record.lineage is None or not record.lineage.stages:
+            return Dense(decision.folder, decision.stamps)
+        origin = input_run(str(decision.folder))
+        return (None if origin is None else dense_of(origin)) or _named(record.lineage)
+    trained = DIRECTORIES[record.kind](run.folder).record()
+    assert trained is not None
+    if trained.decision.dense is not None:
+        return Dense(trained.decision.dense, trained.decision.dense_stamps)
+    origin = input_run(trained.decision.model)  # the loss did not need the dense model
+    return None if origin is None else dense_of(origin)
+
+
+def _named(lineage: Lineage | None) -> Dense | None:
+    """Find the dense model that a lineage names, where it is on this machine; nothing is downloaded."""
+    name = dense_name(lineage)
+    if name is None or not (name == SMALL_MODEL or Path(name).exists()):
+        return None
+    try:
+        return Dense(resolve_model(name).absolute())
+    except FistaPrunerError:
+        return None

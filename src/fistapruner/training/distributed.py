@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..runs.snapshots import Snapshots
+from ..runs.store import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, sha256_file, write_sealed_json
 from ..runtime.launcher import launched
 from .masked import Masters, TrainedLayer
@@ -150,7 +150,7 @@ class ShardedSnapshots(Snapshots):
         self.world = world
 
     def write(self, fingerprint: str, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See :class:`~fistapruner.runs.snapshots.Snapshots`; called by all processes."""
+        """See :class:`~fistapruner.runs.store.Snapshots`; called by all processes."""
         from torch.distributed.checkpoint.state_dict_saver import save
 
         folder, record = self.folder / f"{step:08d}", self.folder / f"{step:08d}.json"
@@ -169,7 +169,7 @@ class ShardedSnapshots(Snapshots):
         self.world.tell()
 
     def tidy(self, step: int) -> None:
-        """See :class:`~fistapruner.runs.snapshots.Snapshots`; the tensors of a state are a folder."""
+        """See :class:`~fistapruner.runs.store.Snapshots`; the tensors of a state are a folder."""
         super().tidy(step)
         kept = {f"{other:08d}" for other in self.steps()}
         for path in self.folder.glob("[0-9]" * 8):

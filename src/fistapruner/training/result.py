@@ -25,10 +25,9 @@ from ..pipeline.result import (
 )
 from ..reporting.advice import length_setting
 from ..reporting.model_card import model_card
-from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
-from ..runs.records import Report, Totals
+from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runs.times import Times
 from ..runtime.machine import now
 from ..runtime.memory import peak_device_memory, peak_memory
