@@ -197,20 +197,20 @@ class RunDirectory(Generic[R_co]):
         """
         if not self.run_file.exists():
             return None
+        content, fault = {}, ""
         try:
             content = read_sealed_json(self.run_file)
         except OSError as error:
             raise unreadable(self.run_file, error) from None
         except ValueError as error:
-            raise self._unusable(f"{self.run_file} is damaged ({error}): remove {self.folder}") from None
-        if content.pop("format", 0) != FORMAT:
+            fault = f"{self.run_file} is damaged ({error})"
+        if not fault and content.pop("format", 0) != FORMAT:
             by = (content.get("versions") or {}).get("fistapruner", "unknown")
-            raise self._unusable(
-                f"{self.run_file} was written by another release of fistapruner ({by}) in a format that this one does "
-                "not read: go on with that release"
-            )
-        if self.verb not in (None, found := content.get("kind", "prune")):
-            raise self._unusable(f"{self.folder} holds a run of 'fistapruner {found}', not of {self.verb}")
+            fault = f"{self.run_file} was written by another release of fistapruner ({by}), in another format"
+        elif not fault and self.verb not in (None, found := content.get("kind", "prune")):
+            fault = f"{self.folder} holds a run of 'fistapruner {found}', not of {self.verb}"
+        if fault:
+            raise FistaPrunerError(f"{fault}: name another folder")
         return cast("R_co", parse(self.schema, content, str(self.run_file)))
 
     def begun_record(self) -> R_co:
@@ -220,11 +220,8 @@ class RunDirectory(Generic[R_co]):
             FistaPrunerError: as for :meth:`record`, or there is none.
         """
         if (record := self.record()) is None:
-            raise self._unusable(f"{self.folder} is not a run that was begun (it has no run.json)")
+            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
         return record
-
-    def _unusable(self, fault: str) -> FistaPrunerError:
-        return FistaPrunerError(f"{fault}, or name another folder" if ":" in fault else f"{fault}: name another folder")
 
     def write_record(self, record: RunRecord) -> None:
         """Replace ``run.json``; its format and a checksum of its content go with it."""
@@ -248,13 +245,9 @@ class RunDirectory(Generic[R_co]):
         write_json_atomic(self.report_file, report.model_dump(mode="json"))
 
     def finished_report(self, fingerprint: str | None) -> tuple[Report | None, str | None]:
-        """Read the report of a finished run, and say what of its files must be made again.
+        """Read the report of a finished run; None where something is left to do.
 
-        Args:
-            fingerprint: of the run.
-
-        Returns:
-            The report, None where something is left to do; and a sentence where a file is damaged or gone.
+        With it comes a sentence where a file is damaged or gone.
         """
         if not self.report_file.exists():
             return None, None
@@ -270,12 +263,7 @@ class RunDirectory(Generic[R_co]):
     # --- the finished checkpoint
 
     def write_model_record(self, fingerprint: str, digests: Mapping[str, str]) -> None:
-        """Record the files of the finished checkpoint, so that damage is found later.
-
-        Args:
-            fingerprint: of the run.
-            digests: SHA-256 of every weight file, by name.
-        """
+        """Record the files of the finished checkpoint, weight files with their SHA-256, so that damage is found."""
         files = {
             name: FileClaim(sha256=digest, sampled=sampled_sha256(self.model / name))
             for name, digest in digests.items()
@@ -293,12 +281,8 @@ class RunDirectory(Generic[R_co]):
     def model_fault(self, fingerprint: str) -> str | None:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
-        Weight files are compared by samples of their bytes (:func:`~fistapruner.runtime.files.sampled_sha256`);
-        configurations, index, tokenizer and the files of a low-rank part must be readable. The checkpoint must name
-        this run in its own record. Where ``model.json`` is missing, its shards must be whole.
-
-        Args:
-            fingerprint: of the run.
+        Weight files are compared by samples of their bytes; configurations, index, tokenizer and the files of a
+        low-rank part must be readable. Where ``model.json`` is missing, shards must be whole.
         """
         record = self.model_record()
         if not self.model.is_dir():
@@ -326,11 +310,7 @@ class RunDirectory(Generic[R_co]):
         return None
 
     def check_model(self, source: Checkpoint | None = None) -> None:
-        """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`.
-
-        Raises:
-            FistaPrunerError: names the first of them.
-        """
+        """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`."""
         record, names, own = self.model_record(), self._model_names(), set[str]()
         if record is not None:
             own = {*record.files, *record.others}
@@ -349,11 +329,10 @@ class RunDirectory(Generic[R_co]):
         ``model.json`` stays: it tells whether a checkpoint that is made again is the one that was measured.
 
         Args:
-            source: the model that the run changes; where ``model.json`` is gone, it tells the names of the files that
-                the run writes. None knows those of every checkpoint only.
+            source: the model that the run changes, which tells the names of the files where ``model.json`` is gone.
 
         Raises:
-            FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
+            FistaPrunerError: the folder holds other files. Nothing is removed then.
         """
         self.check_model(source)
         remove_unfinished(self.model)
@@ -361,11 +340,7 @@ class RunDirectory(Generic[R_co]):
             remove_folder(self.model, self.model / PRUNING_RECORD)
 
     def remove_weights(self) -> None:
-        """Remove what is as large as the model, and the times that were spent on it; the records stay.
-
-        Raises:
-            FistaPrunerError: a folder holds files that the run did not write.
-        """
+        """Remove what is as large as the model, and the times that were spent on it; the records stay."""
         self.remove_model()
         remove_adapter(self.adapter)
         (self.folder / TIMES).unlink(missing_ok=True)
@@ -379,23 +354,13 @@ class LayerJournal(Store):
     """The finished decoder layers of a run: each is stored when it is finished, so a kill loses one at most."""
 
     def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
-        """Store a finished layer.
-
-        Args:
-            fingerprint: of the run.
-            weights: pruned tensors by their name in the checkpoint.
-            entry: the layer's part of the report.
-        """
+        """Store a finished layer: its pruned tensors by name, and its part of the report."""
         self.put(entry.index, fingerprint, weights, entry.model_dump(mode="json"))
 
     def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
         """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
         content = self.get(index, fingerprint)
         return None if content is None else LayerEntry.model_validate(content)
-
-    def weights(self, index: int) -> SafetensorsFile:
-        """Open the pruned tensors of a finished layer."""
-        return self.tensors(index)
 
     def reduced(self, fingerprint: str) -> int | None:
         """Read the smallest batch size, in windows, that layers came down to; None where no layer had to."""
@@ -410,11 +375,7 @@ class LayerJournal(Store):
 
 
 class PruneDirectory(RunDirectory[PruneRecord]):
-    """Paths and records of one pruning run.
-
-    Args:
-        folder: the run directory.
-    """
+    """Paths and records of one pruning run."""
 
     verb = "prune"
     schema = PruneRecord
@@ -437,13 +398,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         self.metrics_file.unlink(missing_ok=True)
 
     def write_tokens(self, tokens: Tensor, drawing: str, how: Mapping[str, Any]) -> None:
-        """Store the (samples, seqlen) calibration token ids.
-
-        Args:
-            tokens: the ids.
-            drawing: the settings and the model that decide them.
-            how: how they were drawn.
-        """
+        """Store the (samples, seqlen) token ids, the ``drawing`` (settings and model) that decides them, and how."""
         ids = tokens.to(torch.int64)
         about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
         write_tensors(self.calibration_file, {"tokens": ids}, about)
@@ -462,11 +417,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         return None
 
     def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
-        """Read the token ids and how they were drawn; None where they are gone, damaged or drawn otherwise.
-
-        Args:
-            drawing: the settings and the model that must have decided them; None takes any.
-        """
+        """Read the token ids and how they were drawn; None where they are gone, damaged or of another ``drawing``."""
         with suppress(*UNREADABLE):
             file = SafetensorsFile(self.calibration_file)
             tokens, how = file.read("tokens"), json.loads(file.metadata["how"])
@@ -497,9 +448,8 @@ class PruneDirectory(RunDirectory[PruneRecord]):
 
         Args:
             metrics: of every decoder layer, the weight of errors of its output.
-            importance: of every operator, by full name, the weights of its rows.
-            orders: of every tensor whose channels are reordered, by name, the dimension and the old places.
-            scores: by full name of the operator that reads them, scores of channels.
+            importance: weights of rows; ``scores``: of the channels that are read; both by full name of the operator.
+            orders: by name of the tensor whose channels are reordered, the dimension and the old places.
         """
         tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
         tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
@@ -533,11 +483,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
 
 
 class TrainingDirectory(RunDirectory[TrainingRecord]):
-    """Paths and records of one run that trains.
-
-    Args:
-        folder: the run directory.
-    """
+    """Paths and records of one run that trains."""
 
     schema = TrainingRecord
 
@@ -555,42 +501,24 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
-        """Store the training text, or the pairs.
-
-        Args:
-            text: its windows.
-            drawing: the settings and the model that decide them.
-        """
+        """Store the training text, or the pairs, and the ``drawing`` (settings and model) that decides them."""
         tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
         if isinstance(text, Pairs):
             tensors["test"] = text.test
-        if text.documents:
-            hashes = bytearray.fromhex("".join(sorted(text.documents)))
-            tensors["documents"] = torch.frombuffer(hashes, dtype=torch.uint8).view(len(text.documents), -1)
-        about = {"tasks": list(text.tasks), "facts": text.facts}
+        about = {"tasks": text.tasks, "facts": text.facts, "documents": sorted(text.documents)}
         write_tensors(self.windows_file, tensors, {DRAWING: drawing, "about": json.dumps(about)})
 
     def text(self, drawing: str | None = None) -> TrainingText | None:
-        """Read the training text, or the pairs; None where there is none, or it was cut by other settings.
-
-        Args:
-            drawing: what must have decided it; None takes any.
-        """
+        """Read the training text, or the pairs; None where they are gone, damaged or of another ``drawing``."""
         with suppress(*UNREADABLE):
             file = SafetensorsFile(self.windows_file)
             about: dict[str, Any] = json.loads(file.metadata["about"])
-            if drawing not in (None, file.metadata[DRAWING]):
-                return None
-            tensors = {name: file.read(name) for name in file.entries}
-            documents = tensors.pop("documents", torch.empty(0)).numpy()
-            bits = ("marks", "held_out", "test")
-            fields: dict[str, Any] = {name: t.to(torch.bool) if name in bits else t for name, t in tensors.items()}
-            return (Pairs if "test" in tensors else TrainingText)(
-                **fields,
-                tasks=tuple(about["tasks"]),
-                facts=about["facts"],
-                documents=frozenset(row.tobytes().hex() for row in documents),
-            )
+            if drawing in (None, file.metadata[DRAWING]):
+                flags = ("marks", "held_out", "test")
+                tensors = {name: file.read(name) for name in file.entries}
+                fields: dict[str, Any] = {name: t.bool() if name in flags else t for name, t in tensors.items()}
+                about |= {"tasks": tuple(about["tasks"]), "documents": frozenset(about["documents"])}
+                return (Pairs if "test" in tensors else TrainingText)(**fields, **about)
         return None
 
 
@@ -616,14 +544,12 @@ def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
     Raises:
         FistaPrunerError: it is not finished, or its checkpoint is damaged.
     """
-    run, report, again = RunDirectory(folder), load_run(folder), f"'{shell_line('resume', folder)}'"
-    fault = None if report.status != "finished" else run.model_fault(report.fingerprint or "")
-    if report.status != "finished" or not run.model.is_dir():
-        fault = f"{folder} has no finished checkpoint: go on with {again}"
-    elif fault is not None:
-        fault += f": make the checkpoint again with {again}"
-    if fault is not None:
-        raise FistaPrunerError(fault)
+    run, report = RunDirectory(folder), load_run(folder)
+    fault, to_do = f"{folder} has no finished checkpoint", "go on"
+    if report.status == "finished" and run.model.is_dir():
+        fault, to_do = run.model_fault(report.fingerprint or "") or "", "make the checkpoint again"
+    if fault:
+        raise FistaPrunerError(f"{fault}: {to_do} with '{shell_line('resume', folder)}'")
     return run, report
 
 

@@ -15,11 +15,9 @@ from pydantic import ValidationError
 from ..errors import FistaPrunerError, explain, with_name
 from ..models.files.folder_files import PRUNING_RECORD
 from ..models.files.record import read_pruning_record
-from ..models.source import SMALL_MODEL, resolve_model
 from ..runtime.files import write_json_atomic
-from .directory import DIRECTORIES, RunDirectory
+from .directory import RunDirectory
 from .records import Lineage, ModelFacts, Report, Stage, StageFigures
-from .results import Perplexity
 
 
 def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | None, str | None]:
@@ -32,46 +30,35 @@ def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | Non
     Returns:
         The lineage, None where there is none; and a sentence where it cannot be read.
     """
-    if (found := record.get("lineage")) is None:
-        return None, None
     try:
-        return Lineage.model_validate(found), None
+        return (Lineage.model_validate(found) if (found := record.get("lineage")) else None), None
     except ValidationError as error:
         return None, f"{origin / PRUNING_RECORD} has a lineage that cannot be read ({explain(error)})"
 
 
 def lineage_of(folder: Path) -> tuple[Lineage | None, str | None]:
     """Read the lineage of the model in a folder, as :func:`read_lineage` does."""
-    return read_lineage(read_pruning_record(folder), folder)
+    try:
+        return read_lineage(read_pruning_record(folder), folder)
+    except FistaPrunerError as error:
+        return None, str(error)
 
 
 def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]:
-    """Begin the lineage of a run's result with that of its input.
-
-    Args:
-        folder: of the input.
-        model: describes the input; the lineage begins with it where the folder has none of its own.
-
-    Returns:
-        The lineage, and a sentence where the folder's own cannot be read.
-    """
-    try:
-        found, fault = lineage_of(folder)
-    except FistaPrunerError as error:
-        found, fault = None, str(error)
+    """Return the lineage of a run's input, which begins with ``model`` where its folder has none; see above."""
+    found, fault = lineage_of(folder)
     return found or Lineage(source=model), fault
 
 
 def dense_name(lineage: Lineage | None) -> str | None:
     """Name the dense model of a lineage; None where its first run began with a model pruned elsewhere.
 
-    None also where the name is a relative path here: it was one of the folder where that run began, which is not known.
+    None also for a relative path: it was one of the folder where that run began, which is not known.
     """
     if lineage is None or not lineage.stages or lineage.stages[0].kind != "prune":
         return None
     name = lineage.source.source
-    relative = Path(name).exists() and not Path(name).is_absolute()
-    return None if relative else name or None
+    return None if Path(name).exists() and not Path(name).is_absolute() else name or None
 
 
 def trained_on(lineage: Lineage | None) -> str | None:
@@ -99,8 +86,10 @@ def update_stage(report: Report) -> None:
 
 
 def stage_of(report: Report) -> Stage:
-    """Describe a run as a stage of its model's making."""
+    """Describe a run as a stage of its model's making, without figures of single windows."""
     measured = next((found for found in report.evaluations if found.perplexity is not None), None)
+    texts = (measured.perplexity, measured.reference) if measured else (None, None)
+    perplexity, reference = (None if text is None else replace(text, window_nlls=()) for text in texts)
     return Stage(
         kind=report.kind,
         command=report.command,
@@ -115,23 +104,15 @@ def stage_of(report: Report) -> Stage:
             relative_error=report.mean_error,
             seconds=report.totals.seconds,
             tokens=report.recovery.tokens if report.recovery else None,
-            perplexity=_short(measured.perplexity if measured else None),
-            reference=_short(measured.reference if measured else None),
+            perplexity=perplexity,
+            reference=reference,
             divergence=measured and measured.divergence,
         ),
     )
 
 
-def _short(found: Perplexity | None) -> Perplexity | None:
-    """Leave out the figures of single windows: a lineage is copied from model to model."""
-    return None if found is None else replace(found, window_nlls=())
-
-
 def record_with_stage(record: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """Return a model's record with one more stage in its lineage, whose operators and zeros stay the same.
-
-    A record without a lineage stays as it is.
-    """
+    """Return a model's record with one more stage, which keeps operators and zeros; as it is without a lineage."""
     lineage, _ = read_lineage(record, Path())
     if lineage is None:
         return record
@@ -174,33 +155,13 @@ class Dense:
 
 
 def dense_of(run: RunDirectory) -> Dense | None:
-    """Find the dense model that a run's result goes back to; None where that is not known.
-
-    It is the model before the first run of the lineage: a run of what another run made goes back to that run's own. Of
-    a pruning run whose input is no run's any more, such as a copy, the lineage names it.
-    """
+    """Find the dense model that a run's result goes back to, through the runs before it; None where it is not known."""
     if (record := run.record()) is None:
         return None
-    if record.kind == "prune":
-        decision = record.decision
-        if record.lineage is None or not record.lineage.stages:
-            return Dense(decision.folder, decision.stamps)
-        origin = input_run(str(decision.folder))
-        return (None if origin is None else dense_of(origin)) or _named(record.lineage)
-    trained = DIRECTORIES[record.kind](run.folder).record()
-    assert trained is not None
-    if trained.decision.dense is not None:
-        return Dense(trained.decision.dense, trained.decision.dense_stamps)
-    origin = input_run(trained.decision.model)  # the loss did not need the dense model
+    decision = record.decision
+    if decision.dense is not None:
+        return Dense(decision.dense, decision.dense_stamps)
+    if record.kind == "prune" and not (record.lineage and record.lineage.stages):
+        return Dense(decision.folder, decision.stamps)
+    origin = input_run(str(decision.folder))
     return None if origin is None else dense_of(origin)
-
-
-def _named(lineage: Lineage | None) -> Dense | None:
-    """Find the dense model that a lineage names, where it is on this machine; nothing is downloaded."""
-    name = dense_name(lineage)
-    if name is None or not (name == SMALL_MODEL or Path(name).exists()):
-        return None
-    try:
-        return Dense(resolve_model(name).absolute())
-    except FistaPrunerError:
-        return None

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from ..errors import A_FOLDER, FistaPrunerError, explain, path_text
 from ..runtime.files import read_json
@@ -56,15 +56,12 @@ def parse(schema: type[R], data: dict[str, Any], origin: str) -> R:
     Raises:
         FistaPrunerError: it is of a newer version, or does not have the schema.
     """
-    version, fault = data.get("version", VERSION), ""
-    if not isinstance(version, int) or version > VERSION:
-        fault = f" has version {version!r}: this program reads up to {VERSION}, update it"
-    else:
-        try:
-            return schema.model_validate(data)
-        except ValidationError as error:
-            fault = f": {explain(error)}"
-    raise FistaPrunerError(origin + fault)
+    try:
+        if (version := data.get("version", VERSION)) != VERSION:
+            raise ValueError(f"it has version {version!r}: this program reads {VERSION}, update it")
+        return schema.model_validate(data)
+    except ValueError as error:
+        raise FistaPrunerError(f"{origin}: {explain(error)}") from None
 
 
 def share_of(part: int | None, whole: int | None) -> float | None:
@@ -117,10 +114,9 @@ class RemovalEntry(Record):
         producers, consumer: the operators that write and read the channels.
         compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
         dense_error: relative error of the consumer's outputs with all channels, from drift alone; ``dropped_error``:
-            without the removed ones, the others' weights as they were; ``relative_error``: with the new weights;
-            ``validated_error``: that on tokens that were not fitted, where shrinkage was chosen by them.
+            without the removed ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
         permuted: shares of importance that an n:m pattern keeps in the old and the new order of remaining channels.
-        tokens: calibration tokens that were routed to the expert whose channels were removed; None of others.
+        tokens: calibration tokens that were routed to its expert; None of others.
     """
 
     unit: str
@@ -389,8 +385,7 @@ class PreferenceFigures(Record):
     Args:
         accuracy: share of pairs whose chosen answer is more likely; ties count one half.
         normalised: the same with log-probabilities divided by tokens.
-        p_value: exact McNemar test of ``accuracy`` against that of the run's result; ``lost``, ``won``: pairs that only
-            this model, or only the result, gets right.
+        p_value: exact McNemar test against the run's result; ``lost``, ``won``: pairs that only one of them gets right.
     """
 
     accuracy: Number
@@ -405,12 +400,11 @@ class PreferenceFigures(Record):
 class Alignment(Record):
     """What an alignment run trained on, and what its result prefers.
 
-    Rewards are relative to the references of the loss, combined as the loss does (the mean of them for multi-dpo), or
-    to the model that went in where the loss has none.
+    Rewards are relative to the references of the loss, combined as the loss does, or to the model that went in.
 
     Args:
         pairs, held_out_pairs, test_pairs: of the three sides; ``left_out``: pairs that did not fit.
-        references: their weights by name, the mean over the pairs of the steps where they differ; empty without any.
+        references: their weights by name, the mean over the pairs of the steps where they differ.
         test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
         reward_accuracy: share of test pairs whose margin is above the references'; ties count one half.
         margin: ``beta (h - m)``; ``chosen_reward``, ``rejected_reward``: ``beta (p - r)`` of either answer; means.
@@ -433,13 +427,7 @@ class Alignment(Record):
 
 
 class StageFigures(ZeroCounts):
-    """What a stage of a model's making measured.
-
-    Args:
-        parameters: of its result; None where it has as many as its input.
-        relative_error: mean over changed operators; ``tokens``: passed in training.
-        perplexity: of its result; ``reference``: of its input on the same tokens; ``divergence``: from its input.
-    """
+    """What a stage measured of its result; ``reference``: of its input."""
 
     parameters: int | None = None
     relative_error: float | None = None
@@ -477,15 +465,13 @@ class Report(Record):
     Args:
         error: why it failed; ``command``: shell line that reproduces it; ``started``, ``finished``: ISO times.
         recipe: every setting; ``fingerprint``: of what decides the weights.
-        layers: in order of index; for an unfinished run those that are done.
-        evaluations: one for each data set.
-        speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``,
-            ``sentence``, ``machine``, ``measured`` (ISO time).
+        layers: in order; for an unfinished run those that are done.
+        evaluations: one for each data set; ``speed``: what ``fistapruner bench RUN`` measured.
         permuted: operators whose input channels were reordered or rotated for an n:m pattern, with the shares of their
             weights' importance that the pattern keeps before and after.
         lineage: how the model was made, this run included once it is finished.
-        recovery: what a recovery or alignment run trained; ``alignment``: on which pairs, and what it prefers now.
-        stacked_experts: whether pruned experts are stored as one tensor of all, which ``pack`` does not take.
+        recovery: what a recovery or alignment run trained; ``alignment``: on which pairs.
+        stacked_experts: pruned experts are stored as one tensor of all, which ``pack`` does not take.
     """
 
     version: int = VERSION
@@ -575,10 +561,7 @@ class Report(Record):
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Numbers before and after of what was removed, by what it is called; empty where nothing was.
-
-        Where layers have widths of their own, those of the last one.
-        """
+        """Numbers before and after of what was removed, by its name; those of the last layer where layers differ."""
         return {removal.unit: (removal.before, removal.after) for layer in self.layers for removal in layer.removals}
 
     @property
@@ -610,10 +593,7 @@ class Report(Record):
 
     @property
     def method(self) -> str:
-        """Method chain as the command line writes it; of a recovery run what was trained.
-
-        With structure it has that of its removal, too.
-        """
+        """Method chain as the command line writes it, that of a removal too; of a recovery run what was trained."""
         if self.recovery is None:
             return methods_label(self.settings)
         found = self.recovery
@@ -637,10 +617,8 @@ def is_run(folder: str | Path) -> bool:
 def load_run(folder: Path) -> Report:
     """Read the report of a run directory, finished or not.
 
-    A finished run is read from ``report.json``. Otherwise ``run.json`` is read and the layers that are done are added
-    from ``layers/NNNN.json``; a layer file that cannot be read is left out, with a warning, and one of another
-    fingerprint, which the run has yet to make again, without. The steps of a recovery run that is not finished are read
-    from ``steps.jsonl``.
+    Of an unfinished run the layers that are done come from ``layers/NNNN.json``, but those of another fingerprint, and
+    steps from ``steps.jsonl``.
 
     Raises:
         FistaPrunerError: ``folder`` holds neither file, or they are broken.

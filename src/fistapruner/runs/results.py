@@ -28,14 +28,12 @@ class Perplexity:
         data: name of the data set or file; ``split``: its split, for a local file ``file``.
         windows: number of non-overlapping windows; ``seqlen``: tokens in one; ``tokens``: predicted tokens behind the
             mean, ``windows * (seqlen - 1)``.
-        bos: where the tokenizer's BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (the first
-            of the ``seqlen`` tokens of every window).
+        bos: where the BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (first of every one).
         dtype: precision of the forward pass.
         perplexity: exp of the mean token NLL; ``standard_error``: of it, over windows (delta method).
         nll: mean negative log-likelihood of a token, in nats; ``nll_standard_error``: of it, over windows.
-        text_sha256: hash of the windows' token ids, so that two figures can be known to be of the same windows.
-        window_nlls: mean token NLL of each window, in order, to six decimals: figures of the same windows are compared
-            pair by pair. Empty where it was not recorded.
+        text_sha256: hash of the windows' token ids; ``window_nlls``: mean token NLL of each, to six decimals. With
+            them figures of the same windows are compared pair by pair.
     """
 
     data: str
@@ -87,10 +85,9 @@ class TaskResult:
         value: the model's score; ``standard_error``: of it, over items.
         reference, reference_standard_error: those of the reference model on the same items, or None.
         lost: items that only the reference model gets right; ``won``: that only this model gets right.
-        p_value: two-sided exact McNemar test of ``lost`` against ``won``: the chance to see so uneven a split when
-            both models were equally good. None, with ``lost`` and ``won``, where items are not just right or wrong.
-        source: where the items came from; ``items_sha256``: hash of the items themselves, so that two scores can be
-            known to be of the same ones.
+        p_value: two-sided exact McNemar test of ``lost`` against ``won``; None, with these, where items are not just
+            right or wrong.
+        source: where the items came from; ``items_sha256``: hash of the items themselves.
         available: items that the task has, where ``items`` are only its first so many.
         dtype: precision of weights and passes; None where it was not recorded.
     """

@@ -46,14 +46,7 @@ class Frozen(BaseModel):
 
 
 class Numerics(Frozen):
-    """Settings that decide the order of sums, and so the last bits; part of the run's identity.
-
-    Args:
-        batch_size: windows in one forward pass.
-        threads: CPU threads of each worker.
-        device: kind of device, ``cpu`` or ``cuda``.
-        dtype: precision of forward passes, such as ``bfloat16``.
-    """
+    """What decides the order of sums, and so the last bits: windows in a pass, CPU threads, device, precision."""
 
     batch_size: int
     threads: int
@@ -81,8 +74,8 @@ class RunDecision(Frozen):
     Args:
         model: the model as the user named it; a path is absolute, so that the run can go on from another folder.
         folder: the folder of its weights; ``stamps``: names and hashes of its config and weight files.
-        numerics: what decides the last bits.
         evaluation: the text to evaluate on; None evaluates nothing.
+        dense, dense_stamps: those of the dense model beside it, where a run that trains knows it.
     """
 
     model: str
@@ -90,6 +83,8 @@ class RunDecision(Frozen):
     stamps: tuple[tuple[str, str], ...] = ()
     numerics: Numerics
     evaluation: EvaluationRequest | None = None
+    dense: Path | None = None
+    dense_stamps: tuple[tuple[str, str], ...] = ()
 
 
 class PruneDecision(RunDecision):
@@ -97,11 +92,11 @@ class PruneDecision(RunDecision):
 
     Args:
         sparsity: pattern of every operator, by full name.
-        on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
+        on_disk, on_device: hidden states are kept in files, or in the GPU's memory; main memory otherwise.
         calibration_sha256: of the calibration text; None where it is not a file.
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
         seconds: of drawing calibration text (``calibration``) and measuring the dense model (``sensitivity``).
-        structure: record of what is removed (:class:`fistapruner.structure.smaller.Widths`); None where nothing is.
+        structure: record of what is removed (:class:`fistapruner.structure.smaller.Widths`).
     """
 
     sparsity: dict[str, SparsitySetting]
@@ -118,19 +113,14 @@ class TrainingDecision(RunDecision):
 
     Args:
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
-        dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its files.
-        checkpointing: decoder layers run twice for a gradient, which needs less memory. It is no part of the run's
-            identity, as it changes no bit.
+        checkpointing: decoder layers run twice for a gradient, which needs less memory and changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input; None where that was not noted.
         low_rank: checksum of the low-rank part that belongs to the input; None where it has none.
-        windows_sha256: of ``windows.safetensors``.
-        steps: optimizer steps to take.
+        steps: optimizer steps to take; ``windows_sha256``: of ``windows.safetensors``.
     """
 
     asked: dict[str, Any] = {}
-    dense: Path | None = None
-    dense_stamps: tuple[tuple[str, str], ...] = ()
     checkpointing: bool = False
     operators: dict[str, str] = {}
     zeros: int | None = None
@@ -167,15 +157,7 @@ class TrainingRecord(RunRecord):
 def fingerprint(
     recipe: Recipe | TrainingRecipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Numerics, *more: Any
 ) -> str:
-    """Hash a run's settings, model files and tokens, and what decides the last bits.
-
-    Args:
-        recipe: all settings.
-        checkpoint: the model that the run changes.
-        tokens: (samples, seqlen) token ids of calibration or training.
-        numerics: what decides the last bits.
-        *more: what else decides the result, as JSON values.
-    """
+    """Hash what decides a run's result: settings, files of its model, its (samples, seqlen) tokens, JSON values."""
     identity = [recipe.fingerprint(), stamps(checkpoint), numerics.model_dump(), *more]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(tokens.to(torch.int64).contiguous().flatten().numpy().data)
@@ -189,12 +171,7 @@ def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def changed_files(before: Iterable[tuple[str, str]], source: ModelSource) -> str | None:
-    """Say which file of a model is not what it was; None where all are.
-
-    Args:
-        before: its :func:`stamps` then.
-        source: the model; one that cannot be opened is an error.
-    """
+    """Say which file of a model is not what its :func:`stamps` were before; None where all are."""
     old, new = dict(before), dict(stamps(source.checkpoint()))
     for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
@@ -225,13 +202,7 @@ def refuse_another(folder: Path, difference: str, advice: str = "") -> None:
 
 
 def refuse_other_settings(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run of other settings; names the first that differs, one of a section as ``data.tokens``.
-
-    Args:
-        run: its directory.
-        before: its settings, by name; there may be more of them.
-        now: those that are asked for and must be the same.
-    """
+    """Refuse to go on where a setting that is asked for ``now`` differs from what the run had ``before``."""
     before, now = flat_settings(before), flat_settings(now)
     for key in now:
         if before.get(key) != now[key]:

@@ -76,13 +76,7 @@ class Store:
         write_sealed_json(record, {**content, "file": seal})
 
     def get(self, number: int, fingerprint: str, *, tensors: bool = True) -> dict[str, Any] | None:
-        """Read the JSON of a part; None, with the reason in the log, where it does not count.
-
-        Args:
-            number: of the part.
-            fingerprint: of the run.
-            tensors: check them too.
-        """
+        """Read the JSON of a part; None, with the reason in the log, where it (or its tensors) does not count."""
         file, record = self.files(number)
         if not record.exists():
             return None
@@ -98,7 +92,7 @@ class Store:
             log.warning("%s does not count: %s", record, error)
             return None
 
-    def tensors(self, number: int) -> SafetensorsFile:
+    def weights(self, number: int) -> SafetensorsFile:
         """Open the tensors of a part."""
         return SafetensorsFile(self.files(number)[0])
 
@@ -108,13 +102,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored training state.
-
-    Args:
-        step: optimizer steps that were taken.
-        values: its plain values.
-        tensors: its tensors, on disk until they are read.
-    """
+    """A stored training state: steps that were taken, plain values, and tensors, on disk until they are read."""
 
     step: int
     values: dict[str, Any]
@@ -132,44 +120,24 @@ class Snapshots(Store):
         super().__init__(folder, 8)
 
     def write(self, fingerprint: str, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Store a state, and remove those that it replaces (:meth:`tidy`).
-
-        Args:
-            fingerprint: of the run.
-            step: optimizer steps that were taken.
-            values: plain values, as JSON takes them.
-            tensors: tensors by name.
-        """
+        """Store the state after a step, plain values and tensors, and remove those that it replaces."""
         self.put(step, fingerprint, tensors, {"values": dict(values)})
         self.tidy(step)
 
     def tidy(self, step: int) -> None:
-        """Remove all but the newest :data:`KEPT`, what an attempt has left that was killed, and later states.
-
-        Args:
-            step: that the run is at; what was stored of later ones is void.
-        """
-        kept = [other for other in self.steps() if other <= step][-KEPT:]
+        """Remove all but the newest :data:`KEPT` up to a step, and what a killed attempt has left."""
+        kept = [other for other in self.numbers() if other <= step][-KEPT:]
         with disk_errors(self.folder):
             for path in self._own():  # the JSON comes first: without it the tensors do not count
                 if int(path.name.partition(".")[0]) not in kept or path.name.endswith(PARTIAL):
                     path.unlink(missing_ok=True)
 
     def newest(self, fingerprint: str, last: int | None = None) -> Snapshot | None:
-        """Find the newest snapshot of this run that is whole; None where there is none.
-
-        Args:
-            fingerprint: of the run.
-            last: newest step that counts; None takes any.
-        """
-        for step in reversed(self.steps()):
+        """Find the newest snapshot of this run that is whole, of a step up to ``last``; None where there is none."""
+        for step in reversed(self.numbers()):
             if (last is None or step <= last) and (content := self.get(step, fingerprint)) is not None:
-                return Snapshot(step, content["values"], self.tensors(step))
+                return Snapshot(step, content["values"], self.weights(step))
         return None
-
-    def steps(self) -> list[int]:
-        """List the steps of all snapshots, in order, unchecked."""
-        return self.numbers()
 
 
 def snapshot_interval(seconds: float) -> float:

@@ -171,14 +171,14 @@ class ShardedSnapshots(Snapshots):
     def tidy(self, step: int) -> None:
         """See :class:`~fistapruner.runs.store.Snapshots`; the tensors of a state are a folder."""
         super().tidy(step)
-        kept = {f"{other:08d}" for other in self.steps()}
+        kept = {f"{other:08d}" for other in self.numbers()}
         for path in self.folder.glob("[0-9]" * 8):
             if path.is_dir() and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def whole(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
         """Find the newest whole state up to a step: its step and plain values."""
-        for step in reversed([step for step in self.steps() if step <= last]):
+        for step in reversed([step for step in self.numbers() if step <= last]):
             folder = self.folder / f"{step:08d}"
             try:
                 content = read_sealed_json(folder.with_suffix(".json"))
