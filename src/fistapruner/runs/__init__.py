@@ -1,4 +1,4 @@
-"""The run directory: the one thing that the processes of a run share, and all that a later process trusts.
+"""The run directory: all that the processes of a run share, and that a later process trusts.
 
 Contract:
 

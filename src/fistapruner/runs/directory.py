@@ -89,7 +89,7 @@ R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
 class FileClaim(Record):
-    """Hold what ``model.json`` says of a weight file: checksums of all its bytes, and of its size and samples."""
+    """Hold what ``model.json`` says of a weight file: checksums of all its bytes, and of samples."""
 
     sha256: str
     sampled: str
@@ -170,7 +170,7 @@ class RunDirectory(Generic[R_co]):
 
     @contextmanager
     def created(self) -> Iterator[None]:
-        """Make the folder; it, its log and its times go again where the block is refused and has made nothing else."""
+        """Make the folder; it, log and times go again where the block is refused and has made nothing else."""
         existed = self.folder.is_dir()
         before = set(self.folder.iterdir()) if existed else set()
         try:
@@ -263,7 +263,7 @@ class RunDirectory(Generic[R_co]):
     # --- the finished checkpoint
 
     def write_model_record(self, fingerprint: str, digests: Mapping[str, str]) -> None:
-        """Record the files of the finished checkpoint, weight files with their SHA-256, so that damage is found."""
+        """Record the files of the finished checkpoint, and the SHA-256 of those with weights."""
         files = {
             name: FileClaim(sha256=digest, sampled=sampled_sha256(self.model / name))
             for name, digest in digests.items()
@@ -351,7 +351,7 @@ class RunDirectory(Generic[R_co]):
 
 
 class LayerJournal(Store):
-    """The finished decoder layers of a run: each is stored when it is finished, so a kill loses one at most."""
+    """The decoder layers of a run: each is stored when it is finished, so a kill loses one at most."""
 
     def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
         """Store a finished layer: its pruned tensors by name, and its part of the report."""
@@ -398,7 +398,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         self.metrics_file.unlink(missing_ok=True)
 
     def write_tokens(self, tokens: Tensor, drawing: str, how: Mapping[str, Any]) -> None:
-        """Store the (samples, seqlen) token ids, the ``drawing`` (settings and model) that decides them, and how."""
+        """Store the (samples, seqlen) token ids, how they were drawn, and the settings that decide them."""
         ids = tokens.to(torch.int64)
         about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
         write_tensors(self.calibration_file, {"tokens": ids}, about)
@@ -417,7 +417,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         return None
 
     def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
-        """Read the token ids and how they were drawn; None where they are gone, damaged or of another ``drawing``."""
+        """Read the token ids and how they were drawn; None where gone, damaged or of another ``drawing``."""
         with suppress(*UNREADABLE):
             file = SafetensorsFile(self.calibration_file)
             tokens, how = file.read("tokens"), json.loads(file.metadata["how"])

@@ -66,7 +66,7 @@ def sparsity_label(recipe: Mapping[str, Any]) -> str:
 
 
 def amount_label(recipe: Mapping[str, Any]) -> str:
-    """Say what a recipe removes or adds: ``2:4``, ``structure 25%``, ``structure 25% and 2:4``, ``2:4 + rank 16``."""
+    """Say what a recipe removes or adds: ``2:4``, ``structure 25% and 2:4``, ``2:4 + rank 16``."""
     removed, sparsity = (recipe.get("structure") or {}).get("remove"), sparsity_label(recipe)
     if not removed:
         return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
@@ -74,7 +74,7 @@ def amount_label(recipe: Mapping[str, Any]) -> str:
 
 
 def methods_label(recipe: Mapping[str, Any]) -> str:
-    """Write how a recipe prunes: the choice of structure and the method chain, such as ``obs+refit, wanda+refit``."""
+    """Write how a recipe prunes, the choice of structure first: ``obs+refit, wanda+refit``."""
     steps, structure = recipe.get("method") or "", recipe.get("structure") or {}
     steps = [steps] if isinstance(steps, str) else steps  # of a mapping, its one key is the name
     chain = "+".join(step if isinstance(step, str) else next(iter(step)) for step in steps)
@@ -91,7 +91,7 @@ def methods_label(recipe: Mapping[str, Any]) -> str:
 
 
 def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
-    """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``, ``aligned: lora, dpo + anchor 0.1``.
+    """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``, ``aligned: lora, dpo``.
 
     Args:
         kind: of the run.

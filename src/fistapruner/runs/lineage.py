@@ -45,7 +45,7 @@ def lineage_of(folder: Path) -> tuple[Lineage | None, str | None]:
 
 
 def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]:
-    """Return the lineage of a run's input, which begins with ``model`` where its folder has none; see above."""
+    """Return the lineage of a run's input, or a new one that begins with ``model``, and any fault."""
     found, fault = lineage_of(folder)
     return found or Lineage(source=model), fault
 
@@ -112,7 +112,7 @@ def stage_of(report: Report) -> Stage:
 
 
 def record_with_stage(record: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """Return a model's record with one more stage, which keeps operators and zeros; as it is without a lineage."""
+    """Return a model's record with one more stage in its lineage, which keeps operators and zeros."""
     lineage, _ = read_lineage(record, Path())
     if lineage is None:
         return record
@@ -155,7 +155,7 @@ class Dense:
 
 
 def dense_of(run: RunDirectory) -> Dense | None:
-    """Find the dense model that a run's result goes back to, through the runs before it; None where it is not known."""
+    """Find the dense model behind a run and the runs before it; None where it is not known."""
     if (record := run.record()) is None:
         return None
     decision = record.decision

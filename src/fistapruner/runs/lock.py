@@ -77,7 +77,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """Lock an open file without waiting, where its file system has locks; False where another process has it."""
+    """Lock an open file without waiting; False where another process has it locked."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

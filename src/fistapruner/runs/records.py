@@ -233,7 +233,7 @@ class CalibrationFacts(Record):
 
 
 class WorkloadTask(Record):
-    """A task's weight in a workload; predicted losses, in nats a token, at uniform and at the chosen sparsities."""
+    """A task's weight in a workload; predicted losses, nats a token, at uniform and at chosen sparsities."""
 
     weight: Number
     uniform: Number
@@ -241,7 +241,7 @@ class WorkloadTask(Record):
 
 
 class WorkloadFacts(Record):
-    """How sparsities were allocated for a workload: hash of its file, deployments in its history, tasks by name."""
+    """An allocation for a workload: hash of its file, deployments in its history, tasks by name."""
 
     fingerprint: str
     deployments: int = 0
@@ -310,7 +310,7 @@ class Generation(Record):
 
 
 class Check(Record):
-    """A check on held-out windows after a step: loss per token, whether it is the best so far, loss by task."""
+    """A check on held-out windows after a step: loss per token, whether it is the best, loss by task."""
 
     step: int
     held_out: Loss
@@ -561,7 +561,7 @@ class Report(Record):
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Numbers before and after of what was removed, by its name; those of the last layer where layers differ."""
+        """Numbers before and after of what was removed, by its name; of the last layer where they differ."""
         return {removal.unit: (removal.before, removal.after) for layer in self.layers for removal in layer.removals}
 
     @property
@@ -593,7 +593,7 @@ class Report(Record):
 
     @property
     def method(self) -> str:
-        """Method chain as the command line writes it, that of a removal too; of a recovery run what was trained."""
+        """Method chain as the command line writes it, with a removal's; of a recovery run what was trained."""
         if self.recovery is None:
             return methods_label(self.settings)
         found = self.recovery

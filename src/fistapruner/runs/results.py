@@ -1,4 +1,4 @@
-"""What an evaluation returns: numbers, each in one record with the data set, window length and precision it needs.
+"""What an evaluation returns: numbers, each beside the text, window length and precision it needs.
 
 ``Evaluation.to_dict`` gives JSON, and ``report.json`` stores exactly that.
 """

@@ -1,4 +1,4 @@
-"""What a run has decided before its long work, for all of its processes: all of ``run.json``, and the rule of going on.
+"""What a run decides before its long work: all of ``run.json``, and the rule of going on.
 
 The same settings, model files, texts and versions go on where they stopped, and end with the same bytes. Anything else
 is another run, and is refused.
@@ -46,7 +46,7 @@ class Frozen(BaseModel):
 
 
 class Numerics(Frozen):
-    """What decides the order of sums, and so the last bits: windows in a pass, CPU threads, device, precision."""
+    """What decides the order of sums, and so the last bits: windows in a pass, threads, device, precision."""
 
     batch_size: int
     threads: int
@@ -157,7 +157,7 @@ class TrainingRecord(RunRecord):
 def fingerprint(
     recipe: Recipe | TrainingRecipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Numerics, *more: Any
 ) -> str:
-    """Hash what decides a run's result: settings, files of its model, its (samples, seqlen) tokens, JSON values."""
+    """Hash what decides a run's result: settings, model files, (samples, seqlen) tokens, JSON values."""
     identity = [recipe.fingerprint(), stamps(checkpoint), numerics.model_dump(), *more]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(tokens.to(torch.int64).contiguous().flatten().numpy().data)

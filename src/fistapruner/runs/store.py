@@ -1,4 +1,4 @@
-"""What a run keeps of finished work: numbered parts of tensors with a sealed record, and the curve of its steps.
+"""What a run keeps of finished work: numbered tensors with a sealed record, and its training steps.
 
 A part is NNNN.safetensors and NNNN.json. The JSON is written last, and has the run's fingerprint and the checksum of
 the tensors. A part counts if it is whole and of this run; any other is made again.
@@ -102,7 +102,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored training state: steps that were taken, plain values, and tensors, on disk until they are read."""
+    """A stored training state: steps taken, plain values, and tensors, on disk until they are read."""
 
     step: int
     values: dict[str, Any]
@@ -133,7 +133,7 @@ class Snapshots(Store):
                     path.unlink(missing_ok=True)
 
     def newest(self, fingerprint: str, last: int | None = None) -> Snapshot | None:
-        """Find the newest snapshot of this run that is whole, of a step up to ``last``; None where there is none."""
+        """Find the newest whole snapshot of this run, of a step up to ``last``; None where there is none."""
         for step in reversed(self.numbers()):
             if (last is None or step <= last) and (content := self.get(step, fingerprint)) is not None:
                 return Snapshot(step, content["values"], self.weights(step))

@@ -1,4 +1,4 @@
-"""Total wall time of a run across interruptions, kept in ``RUN/times.json``: the seconds of each process."""
+"""Total wall time of a run across interruptions, kept in ``RUN/times.json``."""
 
 from __future__ import annotations
 
