@@ -25,14 +25,13 @@ from torch import Tensor
 from .errors import FistaPrunerError, MissingExtraError, out_path
 from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
+from .measure.run import publish, shared_text
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
-from .pipeline.measure import publish, shared_text
-from .pipeline.result import add_warning
 from .pruning.opened import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
-from .reporting.write import write_page
+from .reporting.page import write_page
 from .runs.comparison_records import FIGURES, RUNS, TABLE, CompareRow, Comparison, load_comparison
 from .runs.directory import PruneDirectory, refuse_out
 from .runs.listener import Listener
@@ -48,6 +47,7 @@ from .settings.assignments import read_assignments
 from .settings.loading import load_recipe_settings, merge_settings, shipped_recipes
 from .settings.settings import Recipe
 from .solvers import METHODS
+from .solvers.own import own_method
 from .text import calibration_length
 from .text.sources import check_source
 
@@ -229,7 +229,8 @@ def _read_method(name: str, given: Sequence[str]) -> tuple[str, dict[str, Any]]:
         recipe = load_recipe_settings(name)
         base = {key: recipe[key] for key in recipe if key not in ("sparsity", "calibration", "seed", "execution")}
     else:
-        inner = set(settings) & set(METHODS[name].descriptions()) - set(Recipe.model_fields) if name in METHODS else ()
+        known = METHODS.get(name) or own_method(name)
+        inner = set(settings) & set(known.descriptions()) - set(Recipe.model_fields) if known else ()
         base = {"method": {name: {key: settings.pop(key) for key in sorted(inner)}} if inner else name}
     return label, merge_settings(base, settings)
 
@@ -356,7 +357,6 @@ class _Rows:
                 device=recipe.execution.device,
                 dtype=recipe.dtype,
                 memory_limit=recipe.execution.memory_limit,
-                warn=lambda sentence: add_warning(report, sentence, self.listener),
                 tick=self.listener.tick,
                 kept=self.states,
                 **self.source.permissions.keywords(),

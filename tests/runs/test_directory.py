@@ -27,7 +27,7 @@ from fistapruner.runs.store import Snapshots, StepJournal
 from fistapruner.runs.times import spent
 from fistapruner.runtime.files import PARTIAL, claim_folder, write_sealed_json, write_text_atomic
 
-NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
+NUMERICS = Numerics(batch_size=2, threads=1, device="cpu", dtype="float32")
 
 
 def begin(folder: Path) -> RecoverDirectory:
@@ -303,14 +303,6 @@ def test_the_kind_of_a_report_is_a_verb() -> None:
         parse(Report, {"kind": "bake"}, "report.json")
 
 
-def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
-    journal = LayerJournal(tmp_path)
-    for index, batch_size in enumerate([None, 2, 1, 4]):
-        journal.write("run", {}, LayerEntry(index=index, batch_size=batch_size))
-    assert journal.reduced("run") == 1
-    assert journal.reduced("another run") is None
-
-
 def test_a_journaled_layer_counts_only_as_it_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = LayerJournal(tmp_path)
     journal.write("run", {"a": torch.arange(4.0)}, LayerEntry(index=0))
@@ -340,14 +332,13 @@ def test_a_journaled_layer_under_another_number_is_done_again(tmp_path: Path) ->
 @pytest.mark.parametrize("content", ["null", "7", '"text"', "[]", "{}", "[" * 100_000, "\xff"])
 def test_a_record_that_is_no_sealed_object_counts_as_damaged(tmp_path: Path, content: str) -> None:
     journal, snapshots = LayerJournal(tmp_path / "layers"), Snapshots(tmp_path / "states")
-    journal.write("run", {}, LayerEntry(index=0, batch_size=2, by_operator=False))
+    journal.write("run", {}, LayerEntry(index=0))
     snapshots.write("run", 1, {}, {"weight": torch.ones(1)})
     assert journal.finished(0, "run")
     assert snapshots.newest("run")
     for record in (journal.files(0)[1], snapshots.files(1)[1]):
         record.write_text(content, "latin-1")
     assert journal.finished(0, "run") is None
-    assert journal.reduced("run") is None
     assert snapshots.newest("run") is None
 
 

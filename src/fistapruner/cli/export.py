@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..runtime.formatting import size
+from ..runtime.show import size
 from .arguments import add_pickle_argument
 
 SUMMARY = "write a model as a GGUF file for llama.cpp"
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pipeline.export import export
+    from ..packed.export import export
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
     out = export(arguments.model, arguments.out, arguments.values, **settings)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from ..core import LayerProblem, ProblemSums
 from ..models.layout import Group
 from ..passes.cached_outputs import CachedOutputs, kept_projections
-from ..passes.routed import RoutedTokens
-from ..passes.store import HiddenStates
+from ..passes.store import HiddenStates, RoutedTokens
 from ..passes.stream import Around, Watched, run_layer
-from ..runtime.clock import Clock
+from ..runtime.show import Clock
 from ..structure.refit import ChannelStatistics, ChannelSums
 from ..structure.units import Unit
 from .context import LayerContext, LayerStreams, fitted_groups
@@ -101,15 +100,15 @@ class LayerPasses:
         if recipe.reconstruct and groups:
             self.wanted = streams.dense_out or self._store("wanted")
 
-    def dense_pass(self) -> bool:
-        """Run the dense layer once, if the dense model is needed; return whether it was.
+    def dense_pass(self) -> None:
+        """Run the dense layer once, if the dense model is needed.
 
         The pass gathers the sums of the groups whose inputs are the same in the pruned layer, keeps the dense inputs or
         outputs of the others, and writes the dense hidden states for the next layer.
         """
         streams = self._streams
         if streams.dense is None or not (self.groups or streams.dense_out is not None):
-            return False
+            return
         activations = self._activations
         assert activations is not None
         if streams.pruned is None:
@@ -153,7 +152,6 @@ class LayerPasses:
             output=output,
             around=[] if self._residual is None else [self._residual.around_dense_pass],
         )
-        return True
 
     def make_wanted(self) -> None:
         """Complete the outputs that block reconstruction trains towards, while nothing is pruned yet.

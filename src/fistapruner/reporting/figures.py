@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import MissingExtraError
 from ..runs.records import LayerEntry, Report
-from ..runtime.formatting import significant
+from ..runtime.show import significant
 
 WIDTH = 420
 """Width of drawings in pixels."""

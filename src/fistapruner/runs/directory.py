@@ -60,7 +60,7 @@ from ..runtime.files import (
     write_sealed_json,
     write_text_atomic,
 )
-from ..runtime.formatting import shell_line
+from ..runtime.show import shell_line
 from ..text import tokens_sha256
 from ..text.pairs import Pairs
 from ..text.training import TrainingText
@@ -361,11 +361,6 @@ class LayerJournal(Store):
         """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
         content = self.get(index, fingerprint)
         return None if content is None else LayerEntry.model_validate(content)
-
-    def reduced(self, fingerprint: str) -> int | None:
-        """Read the smallest batch size, in windows, that layers came down to; None where no layer had to."""
-        found = (self.get(index, fingerprint, tensors=False) or {} for index in self.numbers())
-        return min((each["batch_size"] for each in found if each.get("batch_size")), default=None)
 
     def remove_weights(self) -> None:
         """Remove the tensors of all layers, which are as large as the model; their records stay."""

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from ..errors import A_FOLDER, FistaPrunerError, explain, path_text
 from ..runtime.files import read_json
-from ..runtime.formatting import finite, percent, shell_line
 from ..runtime.machine import Machine
+from ..runtime.show import finite, percent, shell_line
 from .labels import amount_label, methods_label, sets_zeros, training_label
 from .results import Divergence, Evaluation, Loss, Perplexity, StandardError
 from .store import read_steps
@@ -145,7 +145,6 @@ class LayerEntry(Record):
         relative_error: of the layer's output hidden states against the dense layer's, as a share of the energy of what
             the dense layer adds to its input, or whatever ``relative_error_of`` says.
         operators: in execution order; ``removals``: the channels that were removed.
-        batch_size: windows in one forward pass, where the GPU's memory ran out and the run went on with fewer.
     """
 
     index: int
@@ -159,7 +158,6 @@ class LayerEntry(Record):
     device: str | None = None
     peak_memory: int | None = None
     warnings: list[str] = []
-    batch_size: int | None = None
 
     @property
     def judged(self) -> list[OperatorEntry]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from ..runtime.formatting import finite
+from ..runtime.show import finite
 
 Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 """Infinite where a model gives a token of the text no chance at all, which is null in JSON."""

@@ -23,8 +23,8 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.source import ModelSource
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
-from ..runtime.formatting import shell_line
 from ..runtime.machine import versions
+from ..runtime.show import shell_line
 from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe

@@ -24,7 +24,7 @@ from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import (
     PARTIAL,
     disk_errors,
-    files_named,
+    entries,
     open_file,
     read_sealed_json,
     sha256_file,
@@ -97,7 +97,7 @@ class Store:
         return SafetensorsFile(self.files(number)[0])
 
     def _own(self) -> list[Path]:
-        return files_named(self.folder, PART_FILE)
+        return entries(self.folder, PART_FILE)
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import permuted_tensors, read_pruning_record
 from ..models.source import Permissions
 from ..models.whole import load_whole
-from ..pipeline.result import check_zeros, model_documents
+from ..pruning.result import check_zeros, model_documents
 from ..reporting.model_card import plain_card
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.files import read_json, write_text_atomic
-from ..runtime.formatting import percent
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
+from ..runtime.show import percent
 from .hold_mask import held_weights
 
 

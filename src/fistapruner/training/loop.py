@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from ..runs.store import Snapshots, StepJournal, snapshot_interval
-from ..runtime.formatting import duration
+from ..runtime.show import duration
 
 CHECKS = 8
 """Checks on what is held out, at equal distances."""

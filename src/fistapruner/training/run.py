@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
+from ..measure.run import measure
 from ..models.source import UNTRUSTED, Permissions
-from ..pipeline.measure import measure
-from ..pipeline.result import refuse_foreign_files, reporting_failure
+from ..pruning.result import refuse_foreign_files, reporting_failure
 from ..runs.directory import TrainingDirectory, refuse_out
 from ..runs.lineage import input_run
 from ..runs.listener import Listener
@@ -29,10 +29,9 @@ from ..runs.settled import (
 )
 from ..runs.store import read_steps
 from ..runs.times import spent
-from ..runtime.devices import choose_device, cpu_threads
-from ..runtime.formatting import shell_line
-from ..runtime.memory import reset_peak_memory
+from ..runtime.devices import choose_device, cpu_threads, reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..runtime.show import shell_line
 from ..settings.align_settings import AlignRecipe
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.training_settings import TrainingRecipe

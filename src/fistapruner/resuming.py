@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import FistaPrunerError, out_path
-from ..models.source import Permissions
-from ..pruning.run import resume_pruning
-from ..runs.directory import DIRECTORIES, PruneDirectory, RunDirectory
-from ..runs.listener import Listener
-from ..runs.records import Report
-from ..runtime.launcher import launched
-from ..training.run import ALIGN, RECOVER, resume_training
+from .errors import FistaPrunerError, out_path
+from .models.source import Permissions
+from .pruning.run import resume_pruning
+from .runs.directory import DIRECTORIES, PruneDirectory, RunDirectory
+from .runs.listener import Listener
+from .runs.records import Report
+from .runtime.machine import launched
+from .training.run import ALIGN, RECOVER, resume_training
 
 
 def resume(
