@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import tiny
-from fistapruner.runs.store import read_steps
+from fistapruner.runs.steps import read_steps
 
 SETTINGS = ["--method", "sparsegpt", "--dense-target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
 SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]

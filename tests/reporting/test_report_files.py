@@ -23,7 +23,7 @@ from fistapruner.cli import main
 from fistapruner.reporting.terminal import status_facts, status_text
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import VERSION, LayerEntry, Report, load_run, parse
-from fistapruner.runs.store import StepJournal
+from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.show import (
     align_columns,
     duration,

@@ -23,7 +23,8 @@ from fistapruner.runs.lock import hold
 from fistapruner.runs.log import Logged, log_file
 from fistapruner.runs.records import LayerEntry, ModelFacts, Report, load_run, parse
 from fistapruner.runs.settled import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
-from fistapruner.runs.store import Snapshots, StepJournal
+from fistapruner.runs.steps import StepJournal
+from fistapruner.runs.store import Snapshots
 from fistapruner.runs.times import spent
 from fistapruner.runtime.files import PARTIAL, claim_folder, write_sealed_json, write_text_atomic
 

@@ -16,7 +16,7 @@ import pytest
 import fistapruner as fp
 import tiny
 from fistapruner.runs.records import load_run
-from fistapruner.runs.store import read_steps
+from fistapruner.runs.steps import read_steps
 
 COMMON = ("--evaluate", "none", "--threads", "1", "--rank", "4", "--quiet")
 RECOVERY = ("--seqlen", "16", "--tokens", "300", "--steps", "12", "--windows-per-step", "4")

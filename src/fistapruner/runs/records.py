@@ -20,7 +20,7 @@ from ..runtime.machine import Machine
 from ..runtime.show import finite, percent, shell_line
 from .labels import amount_label, methods_label, sets_zeros, training_label
 from .results import Divergence, Evaluation, Loss, Perplexity, StandardError
-from .store import read_steps
+from .steps import read_steps
 
 VERSION = 1
 
@@ -363,7 +363,7 @@ class Recovery(Record):
         return next((check for check in self.checks if check.step == self.kept_step), None)
 
     def read_journal(self, path: Path) -> None:
-        """Take steps, losses and times from a journal of steps (:mod:`fistapruner.runs.store`)."""
+        """Take steps, losses and times from a journal of steps (:mod:`fistapruner.runs.steps`)."""
         if not (lines := read_steps(path)):
             return
         losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]

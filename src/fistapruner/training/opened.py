@@ -29,7 +29,7 @@ from ..runs.directory import TrainingDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
 from ..runs.settled import TrainingDecision, stamps
-from ..runs.store import read_steps
+from ..runs.steps import read_steps
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..settings.execution_settings import Execution

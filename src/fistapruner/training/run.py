@@ -27,7 +27,7 @@ from ..runs.settled import (
     refuse_other_versions,
     refuse_overlap,
 )
-from ..runs.store import read_steps
+from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runtime.devices import choose_device, cpu_threads, reset_peak_memory
 from ..runtime.numerics import undisturbed
