@@ -29,7 +29,7 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint, reorder
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.layout import Operator
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 16}
 RUN = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}

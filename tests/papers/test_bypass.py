@@ -21,8 +21,8 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
 from fistapruner.passes.store import scratch_factory
+from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.settings.settings import Recipe
 from fistapruner.settings.structure_settings import Structure
 from fistapruner.structure.units import find_units

@@ -29,7 +29,7 @@ from fistapruner.papers.goa import (
     redundant,
 )
 from fistapruner.passes.store import HiddenStates
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 from fistapruner.settings.structure_settings import Structure
 from fistapruner.structure.refit import ChannelStatistics, remove_channels
 from fistapruner.structure.trial import plan_widths

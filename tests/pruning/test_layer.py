@@ -27,7 +27,7 @@ from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, 
 from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer
 from fistapruner.pruning.run import prune
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 

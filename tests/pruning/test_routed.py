@@ -18,7 +18,7 @@ from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.passes.store import HiddenStates, RoutedTokens
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}
 

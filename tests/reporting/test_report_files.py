@@ -21,10 +21,8 @@ import samples
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.reporting.terminal import status_facts, status_text
-from fistapruner.runs.base import VERSION, parse
-from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lock import hold
-from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.records import VERSION, LayerEntry, Report, load_run, parse
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.show import (
     align_columns,

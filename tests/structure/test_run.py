@@ -21,9 +21,8 @@ from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pruning.run import plan_pruning
-from fistapruner.runs.layer_records import LayerEntry
-from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import load_run
+from fistapruner.runs.directory import PruneDirectory
+from fistapruner.runs.records import LayerEntry, load_run
 from fistapruner.settings.settings import Recipe
 from fistapruner.settings.structure_settings import Structure
 

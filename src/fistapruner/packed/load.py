@@ -16,7 +16,6 @@ from ..models.architecture import build_model, find_decoder_layers, loaded_dtype
 from ..models.experts import ExpertLinear, Experts, run_unaligned_experts, separate_experts
 from ..models.files.widths import widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
-from ..runs.arguments import checked_arguments
 from ..runtime.numerics import undisturbed
 from . import kernel
 from .checkpoint import PackedCheckpoint
@@ -24,7 +23,6 @@ from .format import PackedOperator, damaged, pack_operator
 from .linear import DenseLinear, Int8Embedding, SparseLinear
 
 
-@checked_arguments
 @undisturbed()
 def load(
     folder: str | Path, *, packed: bool = True, dtype: torch.dtype | str | None = None, verify: bool = True
