@@ -64,11 +64,7 @@ def load(
 
 
 def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
-    """Build the model with its tensors.
-
-    Raises:
-        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing.
-    """
+    """Build the model with its tensors."""
     model = build_model(source.checkpoint, shapes=source.shapes(), dtype=dtype)
     stored = source.names()
     experts = expert_sources(model, stored)
