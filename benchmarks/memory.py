@@ -103,7 +103,7 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
         f"{report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
     )
     if arguments.plot:
-        from fistapruner.settings.loading import parse_bytes
+        from fistapruner.settings.parse import parse_bytes
 
         lines = {
             f"checkpoint, {size_of(model) / GIB:.2f} GiB": size_of(model),

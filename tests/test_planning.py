@@ -28,7 +28,7 @@ from fistapruner.pruning.run import plan_pruning, prune
 from fistapruner.pruning.workers import local_workers
 from fistapruner.runtime.formatting import size
 from fistapruner.runtime.memory import peak_bytes
-from fistapruner.settings.execution_settings import Execution
+from fistapruner.settings.execution import Execution
 from fistapruner.solvers import parse_method, solve
 
 CALIBRATION = {"source": "python", "samples": 8, "seqlen": 32}

@@ -23,8 +23,8 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import build_parser, main
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.settings.loading import shipped_recipes
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.parse import shipped_recipes
+from fistapruner.settings.prune import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from .runs.listener import Listener
     from .runs.records import Report
     from .runs.results import Evaluation
-    from .settings.align_settings import AlignRecipe
-    from .settings.recover_settings import RecoverRecipe
-    from .settings.settings import Recipe
+    from .settings.align import AlignRecipe
+    from .settings.train import RecoverRecipe
+    from .settings.prune import Recipe
     from .solvers import solve
     from .solvers.base import Solution
     from .training.adapters import MergeReport, merge_adapter
@@ -80,9 +80,9 @@ _MODULES = {
     "pipeline.measure_run": ("bench_run", "evaluate_run"),
     "pruning.run": ("prune",),
     "pipeline.resume": ("resume",),
-    "settings.align_settings": ("AlignRecipe",),
-    "settings.recover_settings": ("RecoverRecipe",),
-    "settings.settings": ("Recipe",),
+    "settings.align": ("AlignRecipe",),
+    "settings.train": ("RecoverRecipe",),
+    "settings.prune": ("Recipe",),
     "runs.listener": ("Listener",),
     "runs.records": ("Report",),
     "runs.results": ("Evaluation",),

@@ -47,9 +47,9 @@ from .runs.results import Evaluation
 from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic
 from .runtime.machine import now, versions
 from .runtime.numerics import dtype_name, undisturbed
-from .settings.assignments import read_assignments
-from .settings.loading import load_recipe_settings, merge_settings, shipped_recipes
-from .settings.settings import Recipe
+from .settings.parse import read_assignments
+from .settings.parse import load_recipe_settings, merge_settings, shipped_recipes
+from .settings.prune import Recipe
 from .solvers import METHODS
 from .text import calibration_length
 from .text.sources import check_source
@@ -198,7 +198,7 @@ def _recipe(
     own: Mapping[str, Any], shared: Mapping[str, Any], sparsity: str, seed: int, label: str = "settings"
 ) -> Recipe:
     """Build the recipe of a row: its ``own`` settings over those that all rows share."""
-    said = merge_settings(dict(shared), {"seed": seed, "calibration": {"seed": seed}})
+    said = merge_settings(dict(shared), {"seed": seed})
     return Recipe.build(merge_settings(merge_settings(said, dict(own)), {"sparsity": sparsity}), label)
 
 
@@ -236,6 +236,11 @@ def _read_method(name: str, given: Sequence[str]) -> tuple[str, dict[str, Any]]:
         inner = set(settings) & set(METHODS[name].descriptions()) - set(Recipe.model_fields) if name in METHODS else ()
         base = {"method": {name: {key: settings.pop(key) for key in sorted(inner)}} if inner else name}
     return label, merge_settings(base, settings)
+
+
+def _drawing(recipe: Recipe) -> str:
+    """Return the settings that decide the calibration windows, as text."""
+    return f"{recipe.calibration.model_dump_json()} {recipe.seed}"
 
 
 def _fingerprint(source: ModelSource, shared: Recipe, measured_on: tuple[str, str]) -> dict[str, Any]:
@@ -328,7 +333,7 @@ class _Rows:
         assert measured is not None
         comparison.model, comparison.machine, comparison.dense = report.model, report.machine, measured.reference
         if report.calibration is not None:
-            self.drawn[job.recipe.calibration.model_dump_json()] = (
+            self.drawn[_drawing(job.recipe)] = (
                 run.tokens(),
                 report.calibration.model_dump(mode="json"),
             )
@@ -347,7 +352,7 @@ class _Rows:
             recipe=recipe,
             listener=self.listener,
             command=self.command,
-            tokens=self.drawn.get(recipe.calibration.model_dump_json()),
+            tokens=self.drawn.get(_drawing(recipe)),
             source=self.source,
             **self.source.permissions.keywords(),
         )

@@ -22,7 +22,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.lock import hold
 from fistapruner.settings.base import MAX_SEED
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.prune import Recipe
 
 PACKAGE = Path(fistapruner.__file__).parent
 

@@ -13,10 +13,10 @@ from fistapruner import FistaPrunerError
 from fistapruner.cli import VERBS, build_parser
 from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, settings
 from fistapruner.cli.reference import reference
-from fistapruner.settings.align_settings import AlignRecipe
+from fistapruner.settings.align import AlignRecipe
 from fistapruner.settings.base import Settings
-from fistapruner.settings.recover_settings import RecoverRecipe
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.train import RecoverRecipe
+from fistapruner.settings.prune import Recipe
 from fistapruner.solvers import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"

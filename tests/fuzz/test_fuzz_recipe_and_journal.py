@@ -19,7 +19,7 @@ from fistapruner import FistaPrunerError, Recipe
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.snapshots import Snapshots
-from fistapruner.settings.loading import shipped_recipes
+from fistapruner.settings.parse import shipped_recipes
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
 TEXTS = [WHOLE.to_yaml(), *shipped_recipes().values()]

@@ -34,7 +34,7 @@ from fistapruner.runs.records import Lineage, Report, Stage, is_run, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runs.training_records import Recovery
-from fistapruner.settings.execution_settings import Execution
+from fistapruner.settings.execution import Execution
 from speeds import in_this_process
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8

@@ -31,7 +31,7 @@ from fistapruner.pruning.workers import (
     room_for_workers,
 )
 from fistapruner.runs.listener import Listener
-from fistapruner.settings.execution_settings import Execution
+from fistapruner.settings.execution import Execution
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",

@@ -19,8 +19,8 @@ from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, ali
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.core import NM
-from fistapruner.settings.calibration_settings import Calibration
-from fistapruner.settings.loading import (
+from fistapruner.settings.prune import Calibration
+from fistapruner.settings.parse import (
     load_recipe_settings,
     merge_settings,
     parse_bytes,
@@ -28,8 +28,8 @@ from fistapruner.settings.loading import (
     parse_value,
     parse_yaml,
 )
-from fistapruner.settings.recover_settings import RecoverRecipe
-from fistapruner.settings.structure_settings import Remove
+from fistapruner.settings.train import RecoverRecipe
+from fistapruner.settings.structure import Remove
 from fistapruner.solvers.fista import Fista
 from fistapruner.solvers.scores import Magnitude
 
@@ -259,7 +259,7 @@ def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 2:4")
-    monkeypatch.setattr("fistapruner.settings.loading.shipped_recipes", Mock(return_value={}))
+    monkeypatch.setattr("fistapruner.settings.parse.shipped_recipes", Mock(return_value={}))
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(FistaPrunerError, match=r"^cannot read .*own\.yaml: Permission denied$"):
         load_recipe_settings(str(file))

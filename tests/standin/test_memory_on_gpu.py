@@ -24,8 +24,8 @@ from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runtime import transfers
-from fistapruner.settings.loading import load_recipe_settings, merge_settings
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.parse import load_recipe_settings, merge_settings
+from fistapruner.settings.prune import Recipe
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")

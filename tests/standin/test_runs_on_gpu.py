@@ -15,7 +15,7 @@ import fistapruner
 import tiny
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.runs.records import Report
-from fistapruner.settings.loading import load_recipe_settings, merge_settings
+from fistapruner.settings.parse import load_recipe_settings, merge_settings
 from standin.gpu import StandIn
 from standin.hardware import GPUS
 from standin.hardware import LAST as GPU

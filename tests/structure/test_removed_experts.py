@@ -22,7 +22,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
-from fistapruner.settings.structure_settings import Remove
+from fistapruner.settings.structure import Remove
 from fistapruner.structure.experts import chosen_experts, find_experts
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}

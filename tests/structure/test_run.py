@@ -23,8 +23,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
-from fistapruner.settings.settings import Recipe
-from fistapruner.settings.structure_settings import Structure
+from fistapruner.settings.prune import Recipe
+from fistapruner.settings.structure import Structure
 from speeds import in_this_process
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}

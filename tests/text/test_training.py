@@ -18,7 +18,7 @@ from test_windows import LETTERS, letters_tokenizer, text_of, tiny_model
 from fistapruner import FistaPrunerError
 from fistapruner.measure.data import evaluation_documents
 from fistapruner.papers.mamf import Mixture
-from fistapruner.settings.recover_settings import RecoverRecipe, TrainingData
+from fistapruner.settings.train import RecoverRecipe, TrainingData
 from fistapruner.text.packing import pack_documents
 from fistapruner.text.training import TrainingText, order, shared_documents, training_text
 from fistapruner.training.recovery import check_mixture

@@ -23,7 +23,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.papers.mamf import Mixture
-from fistapruner.settings.calibration_settings import Calibration
+from fistapruner.settings.prune import Calibration
 from fistapruner.text import calibration_length, calibration_tokens, tokens_sha256
 from fistapruner.text import windows as drawing
 from fistapruner.text.windows import draw_from_documents, window_length

@@ -132,7 +132,7 @@ def score_windows(
     for each, nll in zip(models, columns, strict=False):
         if bool(nll.isnan().any()):
             folder, exact = each.checkpoint.folder, each.dtype is torch.float32
-            how = f"'fistapruner inspect {folder}' names NaN among its weights" if exact else "try --dtype float32"
+            how = f"'fistapruner inspect {folder}' names NaN among its weights" if exact else "try dtype float32"
             raise FistaPrunerError(f"{folder}: the forward pass gives NaN (dtype {each.dtype}); {how}")
     return WindowSums(columns[0], length, *columns[1:])
 
@@ -198,11 +198,11 @@ def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: in
         beside += sum(outside.values()) + max(largest + BUDGETS.head, compared)
     if beside + least > limit:
         sentence = (
-            f"--memory-limit {size(limit)} is not enough: to evaluate on one batch of windows needs "
+            f"memory_limit {size(limit)} is not enough: to evaluate on one batch of windows needs "
             f"{size(beside + least)}"
         )
         if passes.warn is None:
-            raise FistaPrunerError(f"{sentence}: raise it, or lower --batch-size")
+            raise FistaPrunerError(f"{sentence}: raise it, or lower batch_size")
         passes.warn(f"{sentence}, which was taken")
     return max(least, limit - beside)
 

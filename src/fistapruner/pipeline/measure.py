@@ -33,9 +33,9 @@ from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.formatting import shell_line
 from ..runtime.numerics import windows_at_once
-from ..settings.execution_settings import Execution
-from ..settings.recover_settings import RecoverRecipe
-from ..settings.settings import Recipe
+from ..settings.execution import Execution
+from ..settings.train import RecoverRecipe
+from ..settings.prune import Recipe
 from ..text.sources import source_documents
 from ..text.training import document_hash, shared_documents, training_documents
 from .kept_evaluations import add_scores, same_comparison, same_text

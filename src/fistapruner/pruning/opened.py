@@ -36,8 +36,8 @@ from ..runtime.formatting import shell_line
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
-from ..settings.settings import Recipe
-from ..settings.training_settings import TrainingRecipe
+from ..settings.prune import Recipe
+from ..settings.train import TrainingRecipe
 from ..structure.experts import fewer_experts
 from ..structure.smaller import Widths, resized
 from .context import LayerContext, LayerEvents, LayerMeasures, LayerStreams

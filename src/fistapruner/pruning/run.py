@@ -43,8 +43,8 @@ from ..runtime.files import disk_errors
 from ..runtime.formatting import counted, shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
-from ..settings.loading import merge_settings
-from ..settings.settings import Recipe
+from ..settings.parse import merge_settings
+from ..settings.prune import Recipe
 from .inputs import Request, check_sources, check_tokens, open_operators
 from .opened import RunContext
 from .settle import settle

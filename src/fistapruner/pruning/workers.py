@@ -39,7 +39,7 @@ from ..runtime.devices import available_cores, cpu_threads, first_line, usable_t
 from ..runtime.launcher import module_path
 from ..runtime.memory import release_device_memory
 from ..runtime.numerics import exact_products
-from ..settings.execution_settings import Execution
+from ..settings.execution import Execution
 from .context import LayerEvents, LayerStreams
 from .opened import RunContext
 
@@ -219,7 +219,7 @@ def _collect(
             if count >= ATTEMPTS:
                 raise FistaPrunerError(
                     f"layer {worst}: its worker died {ATTEMPTS} times: if memory ran out, give the same prune command "
-                    "again with fewer --workers"
+                    "again with fewer workers"
                 ) from None
             pool.revive()
             running |= {pool.submit(index): index for index in lost}
@@ -378,7 +378,7 @@ class RayPool:
             self.close()
             raise FistaPrunerError(
                 f"the Ray cluster has {resources.get('CPU', 0):g} cores, and no node has the {threads} that a worker "
-                f"needs{' beside its GPU' if cuda else ''}: set --threads"
+                f"needs{' beside its GPU' if cuda else ''}: set threads"
             )
         self.size = min(execution.workers or room, room, most)
         variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": module_path()}
@@ -399,7 +399,7 @@ class RayPool:
 
 
 def require_ray(address: str | None) -> None:
-    """Refuse ``--executor ray`` where Ray is not installed or a cluster cannot be reached.
+    """Refuse ``executor ray`` where Ray is not installed or a cluster cannot be reached.
 
     Ray itself would wait for minutes, and a signal would not end it.
 
@@ -414,7 +414,7 @@ def require_ray(address: str | None) -> None:
     if head := cluster_head(address):
         host, _, port = head.rpartition(":")
         if not host or "/" in host or not port.isdigit():
-            name = "--address" if address != "auto" else "RAY_ADDRESS"
+            name = "address" if address != "auto" else "RAY_ADDRESS"
             raise FistaPrunerError(
                 f"{name} {head!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto"
             )
@@ -423,7 +423,7 @@ def require_ray(address: str | None) -> None:
         except (OSError, OverflowError) as error:
             raise FistaPrunerError(f"Ray cluster {head!r} cannot be reached: {error}") from None
     if find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray", "--executor ray")
+        raise MissingExtraError("ray", "ray", "executor ray")
 
 
 def cluster_head(address: str | None) -> str | None:

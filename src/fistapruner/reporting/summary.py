@@ -12,21 +12,17 @@ from .fact import ORIGIN
 from .facts import facts
 
 
-def summary(report: Report, folder: str | Path) -> str:
-    """Write the table that is printed at the end of a run.
-
-    Args:
-        report: the finished run.
-        folder: the run directory.
-    """
+def summary(report: Report) -> str:
+    """Write the table that is printed at the end of a run."""
+    folder = Path(report.folder or "RUN")
     rows = [
         fact.row
         for fact in facts(report)
         if fact.after not in ("", "–") and (fact.section != ORIGIN or fact.label in ("Model", "Lineage"))
     ]
     rows += [("warning", printable(warning)) for warning in report.warnings]
-    rows.append(("checkpoint", str(Path(folder) / "model")))
+    rows.append(("checkpoint", str(folder / "model")))
     if report.totals.low_rank_weights:
-        rows.append(("adapter", str(Path(folder) / "adapter")))
+        rows.append(("adapter", str(folder / "adapter")))
     rows += [("next", f"{command}  {what}") for command, what in next_steps(report, folder)]
     return align_columns(rows)

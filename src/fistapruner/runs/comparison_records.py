@@ -11,6 +11,7 @@ from ..runtime.files import read_json
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
 from .base import VERSION, Number, Record, parse
+from .labels import removed_label
 from .records import CalibrationFacts, ModelFacts, share_of
 from .results import Divergence, Perplexity
 
@@ -79,7 +80,7 @@ class CompareRow(Record):
                 (share_of(self.flops_per_token, self.dense_flops_per_token), "FLOP a token"),
             )
             less = ", ".join(f"−{percent(1 - share)} {what}" for share, what in kept if share is not None)
-            text += f" (structure {removed} removed{less and f': {less}'})"
+            text += f" (structure {removed_label(removed)} removed{less and f': {less}'})"
         return text
 
 

@@ -18,7 +18,7 @@ from ..models.source import ModelSource
 from ..runtime.devices import choose_device, device_title
 from ..runtime.formatting import shell_line
 from ..runtime.machine import versions
-from ..settings.execution_settings import Execution
+from ..settings.execution import Execution
 from .decision import EvaluationRequest, RunRecord
 from .directory import RunDirectory
 from .identity import changed_files

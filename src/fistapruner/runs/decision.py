@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..settings.values import SparsitySetting
+from ..settings.prune import SparsitySetting
 from .records import Report
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..models.files.checkpoint import Checkpoint
 from ..models.source import ModelSource
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
-from ..settings.settings import Recipe
-from ..settings.training_settings import TrainingRecipe
+from ..settings.prune import Recipe
+from ..settings.train import TrainingRecipe
 from .decision import Numerics
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.formatting import short_count
-from ..settings.loading import read_share
-from ..settings.structure_settings import compensation_of
+from ..settings.parse import read_share
+from ..settings.structure import Remove, compensation_of
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
 """What a run has done to its model, by the kind of the run."""
@@ -86,7 +86,12 @@ def amount_label(recipe: dict[str, Any]) -> str:
     removed, sparsity = (recipe.get("structure") or {}).get("remove"), sparsity_label(recipe)
     if not removed:
         return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
-    return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
+    return f"structure {removed_label(removed)}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
+
+
+def removed_label(remove: Any) -> str:
+    """Write how much is removed, as on the command line: ``25%`` or ``mlp=20%,heads=1``."""
+    return str(Remove.model_validate(remove))
 
 
 def methods_label(recipe: dict[str, Any]) -> str:
@@ -94,7 +99,7 @@ def methods_label(recipe: dict[str, Any]) -> str:
     chain, structure = method_label(recipe.get("method", "")), recipe.get("structure") or {}
     if not structure.get("remove"):
         return chain
-    units = [part.partition("=")[0] for part in str(structure["remove"]).split(",")]
+    units = list(Remove.model_validate(structure["remove"]).model_dump())
     how = structure.get("compensate", "auto")
     how = compensation_of(structure["method"], how) if "method" in structure else how
     channels = [f"{structure.get('method')}{'' if how == 'none' else f'+{how}'}"] if units != ["experts"] else []

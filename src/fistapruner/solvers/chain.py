@@ -33,7 +33,7 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
 
     Args:
         value: a name (``"fista"``), names joined by ``+`` (``"alps+swap"``), or a list of names, of one-entry
-            dictionaries with settings (``[sparsegpt, {fista: {iterations: 50}}, refit]``) or of method objects.
+            dictionaries with settings (``[sparsegpt, {fista: {warm_start: wanda}}, refit]``) or of method objects.
 
     Raises:
         FistaPrunerError: an unknown name or setting, a refinement with nothing before it, or a solver after another
@@ -67,14 +67,15 @@ def _parse_step(step: object) -> Method:
     if isinstance(step, dict) and len(step) == 1:
         ((step, settings),) = step.items()
     if not isinstance(step, str) or not isinstance(settings or {}, dict):
-        raise FistaPrunerError(f"method step {step!r} is not a name, or one with settings: {{fista: {{xi: 0.2}}}}")
+        raise FistaPrunerError(f"method step {step!r} is not a name, or one with settings: {{fista: {{warm_start: wanda}}}}")
     name = step.strip()
     if name not in METHODS:
         raise FistaPrunerError(f"method {name!r} is not known{instead_of(name, METHODS)}")
     known = METHODS[name].descriptions()
     for key in settings or {}:  # type: ignore[attr-defined]
         if key not in known:
-            raise FistaPrunerError(f"method {name}: unknown setting {key!r}{instead_of(str(key), known)}")
+            right = instead_of(str(key), known) if known else ": it has none"
+            raise FistaPrunerError(f"method {name}: unknown setting {key!r}{right}")
     return METHODS[name](**(settings or {}))  # type: ignore[arg-type]
 
 
@@ -138,8 +139,8 @@ def _run_in_fp32(problem: LayerProblem, constraint: Constraint, steps: Sequence[
         seconds = time.perf_counter() - begin
         if not bool(solution.weight.isfinite().all()):
             raise FistaPrunerError(
-                f"{problem.name}: {step.name} with {step.settings()} ended in NaN or infinite weights: take settings "
-                "nearer to the defaults"
+                f"{problem.name}: {step} ended in NaN or infinite weights: take arguments nearer to the defaults, or "
+                "check the weights and the text"
             )
         extra = solution.stats[0] if solution.stats else {}
         error = problem.relative_error(solution.weight)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..papers.mamf import Mixture, shuffled
-from ..settings.recover_settings import TrainingData
+from ..settings.train import TrainingData
 from .examples import Example, read_training_file
 from .generate import GENERATED, counted_windows, generate_tokens
 from .packing import PURPOSE, Packed, pack_documents, pack_examples
@@ -144,7 +144,7 @@ def training_text(
         FistaPrunerError: no source, an unknown, unreadable or empty one, a text too short for one window on either
             side or without a token there that carries loss, or fewer windows than the mixture needs.
     """
-    named = data.tasks or ({} if data.source is None else {data.source: data.source})
+    named = data.sources
     if not named:
         raise FistaPrunerError("there is no training text: give one with --data")
     sources = [_Source(source, seqlen) for source in named.values()]

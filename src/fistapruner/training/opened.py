@@ -33,7 +33,7 @@ from ..runs.steps import read_steps
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
-from ..settings.execution_settings import Execution
+from ..settings.execution import Execution
 from ..text.training import TrainingText
 from .distributed import ShardedSnapshots, World
 from .loop import MAX_NOT_FINITE, Loop, State

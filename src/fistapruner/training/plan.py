@@ -28,7 +28,7 @@ from ..runtime.files import existing_folder
 from ..runtime.formatting import counted, duration, size
 from ..runtime.memory import free_device_memory, free_memory, release_memory, resident_memory
 from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
-from ..settings.training_settings import TrainingRecipe
+from ..settings.train import TrainingRecipe
 from .loop import CHECKS
 from .loss import TokenLoss
 from .masked import TrainedLayer, form_of, vectors

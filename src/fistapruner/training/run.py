@@ -35,9 +35,9 @@ from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
-from ..settings.align_settings import AlignRecipe
-from ..settings.recover_settings import RecoverRecipe
-from ..settings.training_settings import TrainingRecipe
+from ..settings.align import AlignRecipe
+from ..settings.train import RecoverRecipe
+from ..settings.train import TrainingRecipe
 from .alignment import Alignment
 from .distributed import World, joined
 from .opened import Training
