@@ -25,10 +25,9 @@ from torch import Tensor
 from .errors import FistaPrunerError, MissingExtraError, out_path
 from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
+from .measure.run import add_warning, publish, shared_text
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
-from .pipeline.measure import publish, shared_text
-from .pipeline.result import add_warning
 from .pruning.opened import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
@@ -47,8 +46,7 @@ from .runs.results import Evaluation
 from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic
 from .runtime.machine import now, versions
 from .runtime.numerics import dtype_name, undisturbed
-from .settings.parse import read_assignments
-from .settings.parse import load_recipe_settings, merge_settings, shipped_recipes
+from .settings.parse import load_recipe_settings, merge_settings, read_assignments, shipped_recipes
 from .settings.prune import Recipe
 from .solvers import METHODS
 from .text import calibration_length

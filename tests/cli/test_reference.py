@@ -15,8 +15,8 @@ from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_se
 from fistapruner.cli.reference import reference
 from fistapruner.settings.align import AlignRecipe
 from fistapruner.settings.base import Settings
-from fistapruner.settings.train import RecoverRecipe
 from fistapruner.settings.prune import Recipe
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.solvers import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"

@@ -244,7 +244,7 @@ def test_settings_of_windows_are_refused_for_windows_that_are_cut(tmp_path: Path
 
 def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match="limit 5: items of zero-shot tasks"):
-        fp.evaluate_run(tmp_path / "no run", "python", limit=5)
+        fp.evaluate(tmp_path / "no run", "python", limit=5)
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
@@ -289,7 +289,7 @@ def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     one = fp.evaluate(folder, str(text), seqlen=16, windows=1, against=folder)
     found = replace(one, tasks=(task_result("t", "acc", {0: 1.0}, {0: 1.0}), task_result("t", "acc_norm", {0: 1.0})))
-    for written in (found.to_dict(), Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
+    for written in (found.to_json(), Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
         assert written["perplexity"]["standard_error"] is None
         (back,) = Report.model_validate_json(json.dumps({"evaluations": [written]}, allow_nan=False)).evaluations
         assert back.perplexity is not None

@@ -133,7 +133,7 @@ def report(layers: int = 12) -> Report:
                 "forward_tokens_per_second": 9100.0,
                 "checkpoint_bytes": 269_000_000,
             },
-            "evaluations": [evaluation.to_dict() for evaluation in evaluations],
+            "evaluations": [evaluation.to_json() for evaluation in evaluations],
             "speed": {
                 "speeds": [speed("dense bfloat16", 20.0), speed("packed", 26.0)],
                 "sentence": "Packed decodes 1.30 times faster.",
@@ -237,12 +237,12 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
                 "changed": 0.998,
                 "change": 0.03,
                 "seconds": 300.0,
-                "before": [pruned.evaluations[0].to_dict()],
+                "before": [pruned.evaluations[0].to_json()],
             },
             "evaluations": [
                 Evaluation(
                     "run/model", "small", after, dense, Divergence(0.3, 0.01, 0.75, 0.004, 0.231, 0.01)
-                ).to_dict()
+                ).to_json()
             ],
             "generations": [
                 {

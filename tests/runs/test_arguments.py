@@ -24,8 +24,8 @@ from fistapruner.errors import MissingExtraError
         lambda **given: fp.recover("m", "out", **given),
         lambda **given: fp.align("m", "out", **given),
         lambda **given: fp.resume("out", **given),
-        lambda **given: fp.evaluate_run("out", "python", **given),
-        lambda **given: fp.bench_run("out", **given),
+        lambda **given: fp.evaluate("out", "python", **given),
+        lambda **given: fp.bench("out", **given),
     ],
 )
 @pytest.mark.parametrize("listener", [print, 3, fp.FistaPrunerError])
@@ -49,7 +49,7 @@ def test_a_listener_that_is_none(call: Callable[..., Any], listener: Any) -> Non
         (lambda: fp.evaluate("m", tasks=["a", 3]), r"tasks \['a', 3\]: a name, or a list of names"),
         (lambda: fp.load("m", int8="yes"), "int8 is of the class str, and True or False is expected"),
         (lambda: fp.evaluate("m", "python", dtype=["bf16"]), r"dtype \['bf16'\] is not known: auto, "),
-        (lambda: fp.evaluate_run("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
+        (lambda: fp.evaluate("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
         (lambda: fp.evaluate("m", "python", windows=True), "windows True "),
         (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size True "),
         (lambda: fp.load("m", packed="no"), "packed 'no': True or False is expected"),

@@ -19,7 +19,6 @@ from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, ali
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.core import NM
-from fistapruner.settings.prune import Calibration
 from fistapruner.settings.parse import (
     load_recipe_settings,
     merge_settings,
@@ -28,8 +27,9 @@ from fistapruner.settings.parse import (
     parse_value,
     parse_yaml,
 )
-from fistapruner.settings.train import RecoverRecipe
+from fistapruner.settings.prune import Calibration
 from fistapruner.settings.structure import Remove
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.solvers.fista import Fista
 from fistapruner.solvers.scores import Magnitude
 

@@ -426,7 +426,7 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
     folder = tiny.save(architecture, tmp_path / "model")
     out = tmp_path / "run"
     fp.prune(str(folder), out, sparsity=sparsity, method="wanda", structure=remove, calibration=SMALL)
-    found = fp.bench_run(out, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    found = fp.bench(out, prompt=4, tokens=3, runs=1, measure=in_this_process)
     names = [speed.variant for speed in found]
     assert names == ["dense float32", "dense bfloat16", "smaller float32", "smaller bfloat16"]
     card, page = (out / "model" / "README.md").read_text(), (out / "report.html").read_text()

@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RuntimeError, MemoryError) as error:
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which --help does not import
                 said = (
-                    "the GPU's memory ran out: free some of it, lower execution.batch_size or --seqlen, or choose --device cpu"
+                    "the GPU's memory ran out: free some, lower execution.batch_size or --seqlen, or take --device cpu"
                 )
             elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's, on the host
                 said = (

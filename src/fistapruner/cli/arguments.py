@@ -20,7 +20,6 @@ from ..errors import FistaPrunerError
 from ..runtime.formatting import finite
 from ..settings.base import RunRecipe, Settings
 from ..settings.parse import load_recipe_settings, merge_settings, read_assignments
-from ..settings.prune import Recipe
 
 if TYPE_CHECKING:
     from ..runs.listener import Listener

@@ -82,7 +82,7 @@ def export(arguments: argparse.Namespace) -> int:
       fistapruner export ./pruned pruned.gguf
     """
     listener = choose_listener(arguments)
-    from ..pipeline.export import export as run_export
+    from ..packed.export import export as run_export
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
     print(run_export(arguments.model, arguments.out, arguments.values, **settings))

@@ -15,8 +15,8 @@ def configure_status(parser: argparse.ArgumentParser) -> None:
 def status(arguments: argparse.Namespace) -> int:
     """Show the progress of a run, from another terminal or after it stopped.
 
-      fistapruner status runs/first
-      fistapruner status runs/first --json
+    fistapruner status runs/first
+    fistapruner status runs/first --json
     """
     from ..reporting.status_text import status as run_status
 

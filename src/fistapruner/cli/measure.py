@@ -45,7 +45,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
       fistapruner evaluate pruned-folder --against smollm2 --data wikitext2
     """
     listener = choose_listener(arguments)
-    from ..pipeline.measure_run import evaluate as run_evaluate
+    from ..measure.run import evaluate as run_evaluate
 
     tasks = None if arguments.tasks is None else [task.strip() for task in arguments.tasks.split(",")]
     names = ("against", "seqlen", "windows", "bos", "tasks_dir", "limit", "device", "dtype", "batch_size")
@@ -101,7 +101,7 @@ def bench(arguments: argparse.Namespace) -> int:
       fistapruner bench packed-folder --batch 4 --json
     """
     listener = choose_listener(arguments)
-    from ..pipeline.measure_run import bench as run_bench
+    from ..measure.run import bench as run_bench
 
     names = ("batch", "prompt", "tokens", "runs", "threads", "gguf", "allow_pickle")
     show(run_bench(arguments.model, listener=listener, **{name: getattr(arguments, name) for name in names}), arguments)

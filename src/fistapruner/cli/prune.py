@@ -54,7 +54,9 @@ def prune(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         show(plan_pruning(arguments.model, recipe, arguments.out, **trust(arguments)), arguments)
         return 0
-    return finish(run_prune(arguments.model, arguments.out, recipe=recipe, **run_options(arguments, listener)), arguments)
+    return finish(
+        run_prune(arguments.model, arguments.out, recipe=recipe, **run_options(arguments, listener)), arguments
+    )
 
 
 def finish(report: object, arguments: argparse.Namespace) -> int:
@@ -79,7 +81,7 @@ def resume(arguments: argparse.Namespace) -> int:
       fistapruner resume runs/first
     """
     listener = choose_listener(arguments)
-    from ..pipeline.resume import resume as run_resume
+    from ..resuming import resume as run_resume
 
     return finish(run_resume(arguments.run_directory, listener=listener, **trust(arguments)), arguments)
 

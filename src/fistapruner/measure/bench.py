@@ -22,6 +22,7 @@ from ..packed.pack import NoPackedFormError, pack, unpack
 from ..runtime.files import temporary_folder
 from ..runtime.formatting import align_columns, counted, size
 from ..runtime.progress import Tick, silent
+from . import QUANTISE_FIRST
 from .speed import SPEED_OF_OWN_CODE, Speed, Variant, compare
 
 DTYPES = ("float32", "bfloat16")
@@ -166,7 +167,11 @@ def kernel_name() -> str:
 
 
 class Speeds(list[Speed]):
-    """Speeds that are printed as a table, with the setting."""
+    """Speeds that are printed as a table, with the setting and what they come to."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the measurements as JSON values."""
+        return record(self)
 
     def __str__(self) -> str:
         first = self[0]
@@ -189,4 +194,5 @@ class Speeds(list[Speed]):
             row = (speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", f"{speed.file_size / 2**20:.1f}")
             quality = (speed.perplexity, 2), (speed.kl, 3)
             rows.append(row + tuple("-" if x is None else f"{x:.{digits}f}" for x, digits in quality * judged))
-        return f"{', '.join(parts)}\n{align_columns(rows, right=tuple(range(1, len(rows[0]))))}"
+        table = align_columns(rows, right=tuple(range(1, len(rows[0]))))
+        return f"{', '.join(parts)}\n{table}\n\n{sentence(self)}\n{QUANTISE_FIRST}"

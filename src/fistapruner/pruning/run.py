@@ -13,10 +13,9 @@ from torch import Tensor
 from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.data import check_data
+from ..measure.run import measure
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
-from ..pipeline.measure import measure
-from ..pipeline.result import refuse_foreign_files, reporting_failure
 from ..planning import Plan, make_plan
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
@@ -47,6 +46,7 @@ from ..settings.parse import merge_settings
 from ..settings.prune import Recipe
 from .inputs import Request, check_sources, check_tokens, open_operators
 from .opened import RunContext
+from .result import refuse_foreign_files, reporting_failure
 from .settle import settle
 from .workers import prune_layers
 from .write import write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..measure import QUANTISE_FIRST
 from ..runs.labels import DONE
 from ..runs.layer_records import RemovalEntry
 from ..runs.records import Report
@@ -15,7 +16,6 @@ from .facts import facts, title_of
 from .figures import run_figures
 from .model_card import fact_table, public_recipe, yaml_text
 from .rendering import Section, Table, moment, page
-from .size_and_speed import QUANTISE_FIRST
 
 MOST_WARNINGS = 20
 """Warnings that a page shows."""

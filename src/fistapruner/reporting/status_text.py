@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from ..errors import printable
-from ..runs.records import Report
+from ..errors import FistaPrunerError, out_path, printable
+from ..runs.comparison_records import FIGURES, RUNS, is_comparison, load_comparison
+from ..runs.lock import holder
+from ..runs.records import Report, is_run, load_run
 from ..runs.training_records import Recovery
-from ..runtime.formatting import align_columns, duration, percent
+from ..runtime.files import read_json
+from ..runtime.formatting import align_columns, duration, percent, shell_line
 from .figures import mean_error
 
 RECENT_STEPS = 8
@@ -17,6 +23,70 @@ RECENT_STEPS = 8
 
 AGAIN = "running again"
 """Status of a run that a process works on, and whose report is of an attempt that failed."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run or a comparison stands; printed as ``fistapruner status`` prints it.
+
+    Args:
+        text: for the terminal.
+        facts: JSON values.
+    """
+
+    text: str
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts."""
+        return self.facts
+
+
+def status(folder: str | Path) -> Status:
+    """Say how far a run or a comparison is, from another process or after it stopped.
+
+    Args:
+        folder: the run directory, or the folder of a comparison.
+
+    Raises:
+        FistaPrunerError: the folder holds neither, or its files are broken.
+    """
+    folder = out_path(folder, name="run")
+    if is_comparison(folder):
+        return _comparison(folder)
+    if (folder / "log.txt").is_file() and not is_run(folder):
+        at_work, said = holder(folder), "stopped before anything was decided; give its command again"
+        if at_work is not None:
+            said = f"being prepared by process {at_work['pid']} on {at_work['host']}"
+        return Status(f"{folder}: {said}", {"status": "preparing", "working": bool(at_work)})
+    report, working = load_run(folder), holder(folder) is not None
+    text = status_text(report, alive=working, evaluates=_evaluates(folder))
+    return Status(text, {**status_facts(report, alive=working), "working": working})
+
+
+def _comparison(folder: Path) -> Status:
+    """Say which rows a comparison has done, and how far the run is that is at work."""
+    rows = len(load_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
+    runs = sorted((folder / RUNS).glob("*"))
+    at_work = next((run for run in runs if holder(run) is not None), None)
+    working = holder(folder) is not None or at_work is not None
+    text = f"{folder}: comparison, {rows} rows done, " + ("running" if working else "no process works on it")
+    if at_work is not None:
+        text += f"\n{status(at_work)}"
+    elif runs:
+        text += f"\nfor one of its {len(runs)} runs: {shell_line('status', folder / RUNS / '...')}"
+    return Status(text, {"rows_done": rows, "working": working, "run": at_work and str(at_work)})
+
+
+def _evaluates(folder: Path) -> bool:
+    """Check that a run was asked to evaluate its result."""
+    with suppress(FistaPrunerError):
+        decision = read_json(folder / "run.json").get("decision")
+        return isinstance(decision, dict) and decision.get("evaluation") is not None
+    return False
 
 
 def status_facts(report: Report, now: datetime | None = None, *, alive: bool | None = None) -> dict[str, Any]:

@@ -36,3 +36,7 @@ def write_page(folder: str | Path) -> Path:
         text, out = run_page(load_run(folder)), RunDirectory(folder).page_file
     write_text_atomic(out, text)
     return out
+
+
+report = write_page
+"""The public name: ``fistapruner.report``, as the verb is called."""

@@ -1,7 +1,7 @@
 """What an evaluation returns: plain records of numbers, each beside what is needed to read it.
 
 A perplexity without its data set, window length and precision means nothing, so these are fields of the same record.
-All records are frozen standard dataclasses; ``Evaluation.to_dict`` gives JSON, and ``report.json`` stores exactly that.
+All records are frozen standard dataclasses; ``Evaluation.to_json`` gives JSON, and ``report.json`` stores exactly that.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Evaluation:
     low_rank: int | None = None
     warnings: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
         values: dict[str, Any] = TypeAdapter(Evaluation).dump_python(self, mode="json")
         return values

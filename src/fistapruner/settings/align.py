@@ -25,7 +25,7 @@ class PairData(Settings):
 
     pairs: Annotated[str | None, PATHS_TOO] = Field(
         None,
-        description="Preference pairs: a .jsonl file as TRL reads it, with chosen, rejected and perhaps prompt, each a "
+        description="Preference pairs: a .jsonl file as TRL reads it; with chosen, rejected and perhaps prompt, each a "
         "text or a list of messages.",
     )
     max_length: int | None = Field(
@@ -52,10 +52,10 @@ class AlignRecipe(TrainingRecipe):
 
     loss: Literal["dpo", "multi-dpo", "harmonic", "geometric", "sft", "accuracy", "none"] = Field(
         "dpo",
-        description="dpo (one reference), multi-dpo (the mean of dpo over references), harmonic (dpo with the harmonic "
-        "mean of the references; MRPO), geometric (with their geometric mean), sft (cross-entropy of the chosen "
-        "answers), accuracy (the share of pairs whose rejected answer is as likely; mezo and subzero only, as it has "
-        "no gradient), or none (the anchor alone: distillation).",
+        description="dpo, multi-dpo, harmonic, geometric, sft, accuracy or none; dpo has one reference, multi-dpo is "
+        "the mean of dpo over references, harmonic and geometric are dpo with a mean of the references (MRPO), sft the "
+        "cross-entropy of the chosen answers, accuracy the share of pairs whose rejected answer is as likely, which "
+        "has no gradient, and none leaves the anchor alone: distillation.",
     )
     references: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
         (),

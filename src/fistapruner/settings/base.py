@@ -166,11 +166,11 @@ class RunRecipe(Settings):
         for name, values, other, needed in TOGETHER:
             value, default = self._setting(name)
             found, without = self._setting(other)
-            if (value in values if values else value != default) and (
-                found not in needed if needed else found == without
-            ):
+            asked = value in values if values else value != default
+            if asked and (found not in needed if needed else found == without):
                 right = " or ".join("none" if each is None else str(each) for each in needed)
-                raise ValueError(f"{name} {value} needs {f'{other} {right}'.strip()}, and that is {'none' if found is None else found}")
+                is_now = "none" if found is None else found
+                raise ValueError(f"{name} {value} needs {f'{other} {right}'.strip()}, and that is {is_now}")
         return self
 
     def _setting(self, path: str) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ def _bytes(value: Any) -> Any:
 class Execution(Settings):
     """Set how the work is carried out. Never part of a run's identity."""
 
-    device: str = Field("auto", description="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a CUDA GPU if there is one.")
     batch_size: int | None = Field(
         None,
         ge=1,

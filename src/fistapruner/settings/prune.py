@@ -125,7 +125,7 @@ class Calibration(Texts):
 
     source: Annotated[str | dict[str, str], PATHS_TOO] = Field(
         "self",
-        description="Calibration text: self, python, c4, wikitext2, ptb or a file; self is text that the model "
+        description="Text: self, python, c4, wikitext2, ptb or a file; self is text that the model "
         "generates, python the language reference that comes with every Python, the next three need the extra "
         "'data', and a file is .txt, .raw, .md, .jsonl or .parquet. Several by name, {chat: a.jsonl, code: b.jsonl}, "
         "give the same number of windows each.",
@@ -168,15 +168,14 @@ class Recipe(RunRecipe):
 
     sparsity: SparsitySetting = Field(
         "50%",
-        description="Sparsity of the pruned operators: 50%, 0.5, 2:4, 4:8, ... A share is that of all of them "
-        "together, which allocation distributes; a pattern is that of each, unless allocation gives them others. Where "
-        "allocation is a mapping of names, it is that of each operator that no name matches. With "
+        description="Sparsity of the pruned operators: 50%, 0.5, 2:4 or 4:8. A share is that of all of "
+        "them together, which allocation distributes; a pattern is that of each, unless allocation gives them others. "
+        "Where allocation is a mapping of names, it is that of each operator that no name matches. With "
         "structure the default is 0%: the result is then a smaller model without zeros.",
     )
     method: MethodSetting = Field(
         "proximal",
-        description="A solver, or a chain of a solver and refinements such as wanda+refit; 'fistapruner methods' "
-        "lists them.",
+        description="A solver, or a chain such as wanda+refit; 'fistapruner methods' lists solvers and refinements.",
     )
     propagate: Literal["auto", "dense", "pruned"] = Field(
         "auto",
@@ -233,7 +232,7 @@ class Recipe(RunRecipe):
         "computes the same, but adapters of the dense model no longer fit). auto is channels for proximal and none "
         "for published methods.",
     )
-    structure: Structure = Field(Structure(), description="What is removed whole.")
+    structure: Structure = Field(Structure(), description="Amount to remove: 25%, or mlp=20%,heads=1,experts=25%.")
     low_rank: int = Field(
         0,
         ge=0,
@@ -253,7 +252,7 @@ class Recipe(RunRecipe):
         description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without "
         "matrix units for it.",
     )
-    seed: Seed = Field(0, description="Seed of everything random, calibration windows included.")
+    seed: Seed = Field(0, description="Seed of everything random, such as the calibration windows.")
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
 
     @model_validator(mode="after")
@@ -307,9 +306,7 @@ class Recipe(RunRecipe):
         """Name of the chain as on the command line: ``wanda+refit``."""
         return "+".join(step.name for step in self.steps)
 
-    def resolved(
-        self, *, earlier: Mapping[str, Any] | None = None, family: Callable[[], str] | None = None
-    ) -> Recipe:
+    def resolved(self, *, earlier: Mapping[str, Any] | None = None, family: Callable[[], str] | None = None) -> Recipe:
         """Return this recipe with ``auto`` of passes, targets and the choice of channels resolved.
 
         Paths of calibration and workload files become absolute, so that a run can be continued from another folder.

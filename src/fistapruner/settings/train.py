@@ -53,7 +53,7 @@ class TrainingRecipe(RunRecipe):
     scale: float = Field(2.0, gt=0.0, description="Factor of the low-rank change of lora and spp.")
     lr: Rate = Field(
         "auto",
-        description="First learning rate: absolute for lora, spp, mezo and subzero, a share of a tensor's root mean "
+        description="First learning rate; absolute for lora, spp, mezo and subzero, a share of a tensor's root mean "
         "square for full and norms. auto was measured for lora and full (docs/results.md), is the size of the first "
         "step for spp, and MeZO's for mezo and subzero; with adamw an alignment takes a twentieth of it.",
     )
@@ -73,7 +73,7 @@ class TrainingRecipe(RunRecipe):
         description="Precision of the forward and backward passes; auto is the checkpoint's own (of float16 "
         "bfloat16), or float32 on devices without matrix units for it.",
     )
-    seed: Seed = Field(0, description="Seed of everything random, the choice and order of the data included.")
+    seed: Seed = Field(0, description="Seed of everything random, such as the order of the data.")
     execution: TrainExecution = Field(
         TrainExecution(), description="How the work is carried out; not part of a run's identity."
     )
@@ -116,7 +116,7 @@ class TrainingData(Texts):
 
     source: Annotated[str | dict[str, str] | None, PATHS_TOO] = Field(
         None,
-        description="Training text: self, python, c4, wikitext2, ptb or a file; a .jsonl file has lines with text, "
+        description="Text: self, python, c4, wikitext2, ptb or a file; a .jsonl file has lines with text, "
         "prompt and completion, messages, or instruction, input and output (Alpaca). Several by name, "
         "{sql: a.jsonl, chat: b.jsonl}, are a mixture in the manner of MAMF, drawn in rounds that take the same number "
         "of tokens from each. Without it the calibration text of the run that pruned the model.",
@@ -155,8 +155,8 @@ class RecoverRecipe(TrainingRecipe):
 
     loss: Literal["auto", "kl", "ce", "mix"] = Field(
         "auto",
-        description="kl (divergence from the dense model's predictions), ce (cross-entropy of the text), or mix (half "
-        "of each). auto is kl where the dense model is known, else ce.",
+        description="auto, kl, ce or mix; kl is the divergence from the dense model's predictions, ce the "
+        "cross-entropy of the text, mix half of each. auto is kl where the dense model is known, else ce.",
     )
     data: TrainingData = Field(TrainingData(), description="Training text.")
     steps: int | None = Field(

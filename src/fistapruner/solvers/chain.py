@@ -67,7 +67,9 @@ def _parse_step(step: object) -> Method:
     if isinstance(step, dict) and len(step) == 1:
         ((step, settings),) = step.items()
     if not isinstance(step, str) or not isinstance(settings or {}, dict):
-        raise FistaPrunerError(f"method step {step!r} is not a name, or one with settings: {{fista: {{warm_start: wanda}}}}")
+        raise FistaPrunerError(
+            f"method step {step!r} is not a name, or one with settings: {{fista: {{warm_start: wanda}}}}"
+        )
     name = step.strip()
     if name not in METHODS:
         raise FistaPrunerError(f"method {name!r} is not known{instead_of(name, METHODS)}")

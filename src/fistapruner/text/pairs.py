@@ -30,7 +30,7 @@ TASK = "pairs"
 """Name of the one text of an alignment."""
 
 TEST = 0.1
-"""Share of the prompts that the result is measured on, and nothing else: enough for a standard error, and most pairs are trained on."""
+"""Share of the prompts that the result is measured on, and nothing else; most are trained on."""
 
 MAX_HELD_OUT_PROMPTS = 512
 """Prompts that are held out: more would take time at every check and hardly change the choice of the step."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
+from ..measure.run import measure
 from ..models.source import UNTRUSTED, Permissions
-from ..pipeline.measure import measure
-from ..pipeline.result import refuse_foreign_files, reporting_failure
+from ..pruning.result import refuse_foreign_files, reporting_failure
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
     absolute,
@@ -36,8 +36,7 @@ from ..runtime.formatting import shell_line
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..settings.align import AlignRecipe
-from ..settings.train import RecoverRecipe
-from ..settings.train import TrainingRecipe
+from ..settings.train import RecoverRecipe, TrainingRecipe
 from .alignment import Alignment
 from .distributed import World, joined
 from .opened import Training
