@@ -69,7 +69,7 @@ def small(arguments: list[str]) -> list[str]:
         ]
         out += ["--evaluate", "text.txt", "--evaluate-windows", "2"]
     if "--structure" in out:
-        out += ["--structure-multiple", "8"]
+        out += ["--set", "structure.multiple=8"]
     return out
 
 

@@ -209,9 +209,12 @@ def test_commands_that_messages_advise_are_understood() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dense-target", "2"], ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2"]),
-        (["--dense-target", "dnese"], ["target", "dense, pruned, auto", "dnese"]),
-        (["--allocation", "unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
+        (
+            ["--set", "dense_target=2"],
+            ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2"],
+        ),
+        (["--set", "dense_target=dnese"], ["target", "dense, pruned, auto", "dnese"]),
+        (["--set", "allocation=unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
         (["--seed", str(2**64)], ["seed", f"from 0 to {MAX_SEED}", str(2**64)]),
         (["--seed", "-1"], ["seed", f"from 0 to {MAX_SEED}", "-1"]),
     ],
@@ -231,9 +234,9 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(FistaPrunerError, match="dense_target"):
         Recipe.build({"dense_target": True})
     model = tiny.save("llama", tmp_path / "model")
-    command = ["prune", str(model), *SETTINGS, "--quiet", "--seed", str(MAX_SEED), "--allocation", "re:mlp: 60%"]
+    command = ["prune", str(model), *SETTINGS, "--quiet", "--seed", str(MAX_SEED), "--set", "allocation=re:mlp: 60%"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
-    assert main([*command[:-2], "--reconstruct", "2", "--out", str(tmp_path / "matched")]) == 0
+    assert main([*command[:-2], "--set", "reconstruct=2", "--out", str(tmp_path / "matched")]) == 0
     recipe = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
     assert recipe["allocation"] == {"re:mlp": "60%"}
 
@@ -241,13 +244,19 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("prune x --out OUT --workers 4", "workers 4 has no effect with the executor serial: choose process or ray"),
-        ("prune x --out OUT --address foo", "address foo has no effect with the executor serial: choose ray"),
         (
-            "prune x --out run --plan --executor process --workers 4 --address foo",
+            "prune x --out OUT --set execution.workers=4",
+            "workers 4 has no effect with the executor serial: choose process or ray",
+        ),
+        (
+            "prune x --out OUT --set execution.address=foo",
+            "address foo has no effect with the executor serial: choose ray",
+        ),
+        (
+            "prune x --out run --plan --executor process --set execution.workers=4 --set execution.address=foo",
             "address foo has no effect with the executor process: choose ray",
         ),
-        ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
+        ("prune OUT/x --out OUT --set execution.executor=process --set execution.workers=4", "out/x' does not exist"),
         ("evaluate x --limit 5", "limit 5: items of zero-shot tasks, and no tasks are given"),
         ("evaluate x --tasks piqa --seqlen 1024", "seqlen 1024: for windows of text, and no text is measured: give"),
         ("prune x --out=", "out '' is empty: give the path of a folder"),

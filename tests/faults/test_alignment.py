@@ -63,7 +63,7 @@ def test_damage_in_the_middle(alignments: Runs, disk: Path, damage: Callable[[Pa
 def test_other_settings_are_refused_and_changed_pairs_are_not_read(alignments: Runs, disk: Path) -> None:
     out = disk / "run"
     assert alignments.run(out, at=alignments.calls // 2, then="kill").status == -9
-    outcome = alignments.run(out, "--beta", "0.2")
+    outcome = alignments.run(out, "--set", "beta=0.2")
     assert outcome.status == 2
     assert "holds a run with beta = 0.1, this one has 0.2" in outcome.stderr
     pairs = Path(json.loads((out / "run.json").read_text())["recipe"]["data"]["pairs"])

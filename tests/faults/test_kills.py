@@ -30,7 +30,7 @@ def test_kill_at_a_disk_call(runs: Runs, disk: Path, first: int) -> None:
 
 def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
     """Tensors in new shapes, and a changed config: killed at every sixtieth disk call."""
-    structure = ("--structure", "mlp=25%,heads=1", "--structure-multiple", "4")
+    structure = ("--structure", "mlp=25%,heads=1", "--set", "structure.multiple=4")
     smaller = Runs(runs.process, (*runs.begin, *structure), disk / "undisturbed")
     smaller.measure()
     for at in range(1, smaller.calls + 1, 60):
@@ -39,7 +39,7 @@ def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
 
 def test_kills_of_a_run_with_low_rank_parts(runs: Runs, disk: Path) -> None:
     """A checkpoint and an adapter, of which each names the other: killed at every sixtieth disk call."""
-    summed = Runs(runs.process, (*runs.begin, "--low-rank", "2"), disk / "undisturbed")
+    summed = Runs(runs.process, (*runs.begin, "--set", "low_rank=2"), disk / "undisturbed")
     summed.measure()
     adapter = [path.read_bytes() for path in sorted((disk / "undisturbed" / "adapter").iterdir())]
     for at in range(1, summed.calls + 1, 60):

@@ -372,7 +372,7 @@ def test_widths_that_transformers_refuses_by_default_are_named(
     fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, listener=listener)
     warning = "no multiple of 8, do not run in transformers"
     assert any(warning in sentence for sentence in listener.sentences) == said
-    asked = ["--structure", "mlp=30%", "--structure-multiple", str(multiple), "--plan"]
+    asked = ["--structure", "mlp=30%", "--set", f"structure.multiple={str(multiple)}", "--plan"]
     assert main(["prune", str(folder), "--out", str(tmp_path / "planned"), *asked]) == 0
     assert (warning in " ".join(capsys.readouterr().out.split())) == said
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").eval()
@@ -384,7 +384,7 @@ def test_widths_that_transformers_refuses_by_default_are_named(
 
 def test_a_share_of_the_parameters_is_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.save("gemma4", tmp_path / "model")
-    asked = ["--structure", "15%", "--structure-multiple", "1", "--calibration", "python", "--samples", "4"]
+    asked = ["--structure", "15%", "--set", "structure.multiple=1", "--calibration", "python", "--samples", "4"]
     assert main(["prune", str(folder), "--out", str(tmp_path / "run"), *asked, "--seqlen", "32", "--plan"]) == 0
     said = capsys.readouterr().out
     assert "MLP channels" in said

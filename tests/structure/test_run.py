@@ -372,7 +372,7 @@ def test_flap_adds_to_the_bias_where_there_is_one(tmp_path: Path, architecture: 
 def test_the_rooms_speak_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     out = tmp_path / "run"
-    flags = ["--structure", "mlp=25%", "--structure-multiple", "4", "--calibration", "python"]
+    flags = ["--structure", "mlp=25%", "--set", "structure.multiple=4", "--calibration", "python"]
     small = [*flags, "--samples", "4", "--seqlen", "32"]
     assert main(["prune", str(folder), "--out", str(out), *small, "--plan"]) == 0
     said = capsys.readouterr().out
@@ -524,12 +524,21 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(
         (["--structure", "25%"], "25% leaves 0 of the 48 MLP channels, in multiples of 64"),
         (["--structure", "many"], "structure.remove: a share such as 25%"),
         (["--structure", "layers=1"], "unknown setting 'structure.remove.layers'"),
-        (["--structure-method", "goa"], "method is goa, but nothing is removed: give --structure"),
-        (["--structure", "experts=25%", "--structure-method", "goa"], "method is goa, but only experts are removed"),
-        (["--structure", "25%", "--structure-steps", "60"], "steps is 60, but that is for --structure-method bypass"),
-        (["--structure", "mlp=24", "--allocation", "error"], "it distributes zeros"),
+        (["--set", "structure.method=goa"], "method is goa, but nothing is removed: give --structure"),
+        (
+            ["--structure", "experts=25%", "--set", "structure.method=goa"],
+            "method is goa, but only experts are removed",
+        ),
+        (
+            ["--structure", "25%", "--set", "structure.steps=60"],
+            "steps is 60, but that is for --set structure.method=bypass",
+        ),
+        (["--structure", "mlp=24", "--set", "allocation=error"], "it distributes zeros"),
         (["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
-        (["--structure", "mlp=32", "--sparsity", "16:32", "--allocation", "error"], "its 48 inputs are not a multiple"),
+        (
+            ["--structure", "mlp=32", "--sparsity", "16:32", "--set", "allocation=error"],
+            "its 48 inputs are not a multiple",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_work(

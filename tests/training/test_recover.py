@@ -345,7 +345,7 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["recover", str(bench.pruned()), "--out", str(tmp_path / "out"), "--evaluate", "none", "--quiet"]
-    command += ["--steps", "4", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
+    command += ["--steps", "4", "--seqlen", str(SEQLEN), "--tokens", "300", "--set", "windows_per_step=2"]
     assert main([*command, "--lr", "1e30"]) == 0
     assert tiny.weights(tmp_path / "out") == tiny.weights(bench.pruned())
     report = load_run(tmp_path / "out")
@@ -364,7 +364,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
 ) -> None:
     """The same command says it again and does nothing. A report is JSON, which has no NaN."""
     command = ["recover", str(bench.pruned()), "--evaluate", "none", "--quiet", "--lr", "1e30"]
-    command += ["--steps", "20", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
+    command += ["--steps", "20", "--seqlen", str(SEQLEN), "--tokens", "300", "--set", "windows_per_step=2"]
     out = tmp_path / "out"
     for _ in range(2):
         assert main([*command, "--out", str(out)]) == 1
