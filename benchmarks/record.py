@@ -111,7 +111,7 @@ def run(name: str, command: list[str], data: Path, runs: Path) -> dict[str, Any]
         size = ["--calibration", calibration, "--samples", "16", "--seqlen", "1024"]
         options = ["smollm2", *size, "--seed", "0", *options, *text]
     elif verb == "recover":
-        options = [str(pruned), "--data", calibration, "--seqlen", "512", "--seed", "0", *options, *text]
+        options = [str(pruned), "--data", calibration, "--set", "data.seqlen=512", "--seed", "0", *options, *text]
     else:
         options = [str(pruned), "--data", str(pairs_file(runs, Path(calibration))), "--seed", "0", *options, *text]
     begin = time.perf_counter()

@@ -309,12 +309,12 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
         ({"tokens": ([[1, 2], [3, 4]], {})}, "tokens is of the class tuple, and two are expected"),
         ({"tokens": (torch.ones(2, 16).int(), {})}, "tokens, how they were drawn: source: Field required"),
         ({"tokens": (torch.ones(2, 16).int(), {"source": "x", "by": 1j})}, "tokens, how they were drawn: "),
-        ({"execution": {"memory_limit": "1MiB"}}, "--memory-limit 1.00 MiB is not enough"),
+        ({"execution": {"memory_limit": "1MiB"}}, "memory_limit 1.00 MiB is not enough"),
         ({"allocation": {"re:[": "40%"}}, "is not a regular expression"),
         ({"calibration": {"source": "self", "seqlen": 4096}}, "seqlen 4096 is more than"),
     ]
     if find_spec("ray") is None:
-        refused.append(({"execution": {"executor": "ray"}}, "--executor ray needs the package 'ray'"))
+        refused.append(({"execution": {"executor": "ray"}}, "executor ray needs the package 'ray'"))
     for settings, message in refused:
         with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
             fp.prune(folder, tmp_path / "run", listener=NoLongWork(), **settings)

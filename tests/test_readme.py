@@ -126,7 +126,7 @@ def recovered(place: Path) -> None:
     """The pruned run and the recovery that the examples for other trainers name."""
     small = {"calibration": {"source": "text.txt", "samples": 2, "seqlen": 32}, "method": "magnitude"}
     fp.prune("my-model", "runs/first", **small)
-    settings = {"parameters": "spp", "also": "none", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
+    settings = {"parameters": "spp", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
     fp.recover("runs/first", "runs/recovered", **settings)
 
 

@@ -79,8 +79,8 @@ def compare(
     Args:
         model: hub id, local folder, GGUF file, or ``smollm2``.
         methods: method chains, names of shipped recipes, or YAML recipe files, as a list or separated by commas. Each
-            may have settings of its own after an ``@``: ``wanda,alps@iterations=30,calibration.samples=64,best``. Of a
-            recipe sparsity, calibration, seed and execution are left out: all rows use those of the comparison.
+            may have settings of its own after an ``@``: ``wanda,fista@warm_start=wanda,calibration.samples=64,best``. Of
+            a recipe sparsity, calibration, seed and execution are left out: all rows use those of the comparison.
         sparsities: patterns, as a list or separated by commas: ``"50%,2:4"``.
         out: folder of the comparison. The same command goes on; rows that are there are not made again.
         seeds: each draws its own calibration windows; every method sees the same ones.

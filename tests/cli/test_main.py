@@ -64,9 +64,9 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
 def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: int) -> None:
     """Messages are dropped; where results cannot be written, the exit status and one line say so."""
     program = (
-        "import sys\nfrom fistapruner.cli import main, methods\n"
+        "import sys\nfrom fistapruner.cli import look, main\n"
         "def run(_):\n    print('said', file=sys.stderr)\n    print('result')\n    return 0\n"
-        "methods.run = run\nsys.exit(main(['methods']))"
+        "look.methods = run\nsys.exit(main(['methods']))"
     )
     other = "stdout" if stream == "stderr" else "stderr"
     with open("/dev/full", "w") as full:
@@ -84,11 +84,11 @@ def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: 
 def test_memory_that_ran_out_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    monkeypatch.setattr("fistapruner.cli.methods.run", Mock(side_effect=error))
+    monkeypatch.setattr("fistapruner.cli.look.methods", Mock(side_effect=error, __doc__="Fail."))
     assert main(["methods"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fistapruner: main memory ran out: ")
-    monkeypatch.setattr("fistapruner.cli.methods.run", Mock(side_effect=RuntimeError("a defect")))
+    monkeypatch.setattr("fistapruner.cli.look.methods", Mock(side_effect=RuntimeError("a defect"), __doc__="Fail."))
     with pytest.raises(RuntimeError, match="a defect"):
         main(["methods"])
 
@@ -116,8 +116,8 @@ def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     work = f"os.kill(os.getpid(), signal.{name}); print('worked on'); return 0"
     program = (
-        "import os, signal, sys\nfrom fistapruner.cli import main, methods\n"
-        f"def run(_):\n    {work}\nmethods.run = run\nsys.exit(main(['methods']))"
+        "import os, signal, sys\nfrom fistapruner.cli import look, main\n"
+        f"def run(_):\n    {work}\nlook.methods = run\nsys.exit(main(['methods']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if elastic and name == "SIGHUP":
@@ -246,15 +246,11 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
     [
         (
             "prune x --out OUT --set execution.workers=4",
-            "workers 4 has no effect with the executor serial: choose process or ray",
+            "execution.workers 4 needs execution.executor process or ray, and that is serial",
         ),
         (
-            "prune x --out OUT --set execution.address=foo",
-            "address foo has no effect with the executor serial: choose ray",
-        ),
-        (
-            "prune x --out run --plan --executor process --set execution.workers=4 --set execution.address=foo",
-            "address foo has no effect with the executor process: choose ray",
+            "prune x --out run --plan --set execution.executor=process --set execution.address=foo",
+            "execution.address foo needs execution.executor ray, and that is process",
         ),
         ("prune OUT/x --out OUT --set execution.executor=process --set execution.workers=4", "out/x' does not exist"),
         ("evaluate x --limit 5", "limit 5: items of zero-shot tasks, and no tasks are given"),
@@ -366,12 +362,11 @@ def test_a_fault_of_a_recipe_file_names_the_file(
     ("command", "said"),
     [
         ("prunee m", "invalid choice: 'prunee': did you mean prune?"),
-        ("prune m --out o --targ 4", "unrecognized arguments: --targ: did you mean --targets?"),
+        ("prune m --out o --sampels 4", "unrecognized arguments: --sampels: did you mean --samples?"),
         ("pack x --out y", "pack: error: unrecognized arguments: --out"),
         ("status x y", "status: error: unrecognized arguments: y"),
         ("prune m --output o", "unrecognized arguments: --output: did you mean --out?"),
         ("prune m", "the following arguments are required: --out"),
-        ("prune m --out {out} --quality bests", "invalid choice: 'bests': did you mean best?"),
         ("prune smollm --out {out}", "model 'smollm' does not exist: did you mean 'smollm2'?"),
         ("prune runs/absent --out {out}", "the folder runs has no 'absent' in it"),
     ],
@@ -406,7 +401,7 @@ def test_verbs_that_only_read_work_under_a_launcher(
 def test_the_home_folder_is_found_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shells leave the ~ of --like=~/file and NAME=~/text; in a recipe and a call nobody else would replace it."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = Recipe.build({"calibration": {"source": None, "tasks": {"one": "~/one.txt"}}, "ignore": ["~"]})
+    recipe = Recipe.build({"calibration": {"source": {"one": "~/one.txt"}}, "ignore": ["~"]})
     assert recipe.calibration.tasks == {"one": str(tmp_path / "one.txt")}
     assert recipe.ignore == ("~",)
     for command in (
@@ -421,9 +416,9 @@ def seen(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the arguments that a verb gets."""
     found: dict[str, Any] = {}
     with monkeypatch.context() as patched:
-        patched.setattr(
-            f"fistapruner.cli.{command.split(maxsplit=1)[0]}.run", lambda given: found.update(vars(given)) or 0
-        )
+        verb = command.split(maxsplit=1)[0]
+        run = Mock(side_effect=lambda given: found.update(vars(given)) or 0, __doc__="Look.")
+        patched.setattr(f"fistapruner.cli.{VERBS[verb]}.{verb}", run)
         assert main(command.split()) == 0
     return found
 

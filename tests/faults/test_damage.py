@@ -159,7 +159,7 @@ def test_other_settings_are_refused(runs: Runs, disk: Path) -> None:
     shutil.copytree(runs.undisturbed, out)
     for flags, named in (
         (("--sparsity", "60%"), 'sparsity = "2:4", this one has "60%"'),
-        (("--seed", "7"), "calibration.seed = 0, this one has 7"),
+        (("--seed", "7"), "seed = 0, this one has 7"),
     ):
         outcome = runs.run(out, *flags)
         assert outcome.status == 2

@@ -184,9 +184,7 @@ def test_a_limit_that_does_not_hold_one_batch_is_refused_or_told(
     told: list[str] = []
     free = streaming.score_windows(model, tokens, streaming.Passes(2, enough, told.append), other)
     assert not told
-    with pytest.raises(
-        fp.FistaPrunerError, match=r"^--memory-limit 12\d MiB is not enough: .* needs 12\d MiB: raise it"
-    ):
+    with pytest.raises(fp.FistaPrunerError, match=r"^memory_limit 12\d MiB is not enough: .* needs 12\d MiB: raise it"):
         streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, tick=tick), other)
     assert not passes
     found = streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, told.append, tick), other)
@@ -253,7 +251,7 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
         model.lm_head.weight[0, 0] = math.nan
     model.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    for dtype, advice in (("float32", "'fistapruner inspect .*model' names NaN"), ("bfloat16", "try --dtype float32")):
+    for dtype, advice in (("float32", "'fistapruner inspect .*model' names NaN"), ("bfloat16", "try dtype float32")):
         with pytest.raises(fp.FistaPrunerError, match=rf"gives NaN \(dtype torch.{dtype}\); {advice}"):
             fp.evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
 

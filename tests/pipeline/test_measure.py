@@ -80,7 +80,7 @@ def test_a_limit_reaches_every_evaluation(
     settings = ["--data", text, "--seqlen", "16", "--windows", "2", "--memory-limit", "1GiB", "--quiet"]
     for target in (made / "run", made / "dense"):
         assert main(["evaluate", str(target), *settings]) == 2
-        assert "--memory-limit 1.00 GiB is not enough: " in capsys.readouterr().err
+        assert "memory_limit 1.00 GiB is not enough: " in capsys.readouterr().err
     assert load_run(made / "run").evaluations == before
 
 

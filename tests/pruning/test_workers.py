@@ -58,7 +58,10 @@ def expected(model: Path) -> dict[str, bytes]:
 
 def prune_command(model: Path, out: Path) -> list[str]:
     """A run with the same settings in a process of its own."""
-    settings = "--method sparsegpt --set residual=correct --calibration python --samples 6 --seqlen 24 --set execution.threads=1 --evaluate none"
+    settings = (
+        "--method sparsegpt --set residual=correct --calibration python --samples 6 --seqlen 24 "
+        "--set execution.threads=1 --evaluate none"
+    )
     return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
 
 
@@ -154,7 +157,7 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, tmp_path: Path
     context = begun(model, tmp_path / "run", layers=4)
     pool = Deadly(context, Execution(executor="process", device="cpu", workers=1), 1, deaths={4: 3})
     try:
-        with pytest.raises(FistaPrunerError, match=r"layer 4: its worker died 3 times.* again with fewer --workers"):
+        with pytest.raises(FistaPrunerError, match=r"layer 4: its worker died 3 times.* again with fewer workers"):
             prune_in_parallel(context, {4}, pool, Listener())
     finally:
         pool.close()
@@ -246,7 +249,7 @@ def test_ray_worker_and_head_killed(tmp_path: Path) -> None:
 
     def cut_short(out: Path, workers: int, *names: str) -> int:
         """Kill the first process of each of these names when a layer is done; the exit status of the run."""
-        ray = ("--set", "execution.executor=ray", "--set", f"execution.workers={str(workers)}")
+        ray = ("--set", "execution.executor=ray", "--set", f"execution.workers={workers!s}")
         with subprocess.Popen([*prune_command(model, out), *ray]) as process:
             victims: dict[str, psutil.Process] = {}  # found before: a search takes as long as several layers
             while len(victims) < len(names) or not list((out / "layers").glob("*.json")):

@@ -23,11 +23,9 @@ from standin.hardware import LAST as GPU
 pytestmark = pytest.mark.usefixtures("few_operators")
 
 METHODS: dict[str, Any] = {
-    **{name: name for name in ("admm", "wanda+refit")},
-    "alps+swap": [{"alps": {"iterations": 9}}, {"swap": {"swaps": 2}}],
-    "fista": {"fista": {"iterations": 3}},
+    **{name: name for name in ("admm", "wanda+refit", "alps+swap", "fista")},
 }
-"""Method chains; iterations are cut where there are many, since every operator is slow on the stand-in.
+"""Method chains.
 
 Those that other runs below have, compared with the CPU or not, are not among them.
 """

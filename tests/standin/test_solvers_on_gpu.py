@@ -16,6 +16,8 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.experts import routed_problem
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import solve_low_rank
+from fistapruner.solvers.proximal import Proximal
+from fistapruner.solvers.swap import Swap
 from fistapruner.structure.choose import eliminate
 from fistapruner.structure.units import MLP, Cut, Unit
 from standin.gpu import StandIn
@@ -125,7 +127,7 @@ def test_exchanges_wait_for_nothing_but_whether_there_are_more(gpu: StandIn) -> 
     waits = []
     for swaps in (1, 2):
         gpu.waits.clear()
-        solve(problem(LAST), "50%", ["wanda", {"swap": {"swaps": swaps}}])
+        solve(problem(LAST), "50%", ["wanda", Swap(swaps=swaps)])
         waits.append(Counter(what for what, place in gpu.waits.elements() if place.startswith("solvers/swap.py")))
     assert set(waits[1] - waits[0]) == {"_local_scalar_dense"}
 
@@ -137,7 +139,7 @@ def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str)
     waits = []
     for steps in (2, 5):
         gpu.waits.clear()
-        solve(problem("cuda:0"), sparsity, [{"proximal": {"steps": steps}}])
+        solve(problem("cuda:0"), sparsity, Proximal(steps=steps))
         waits.append(Counter(gpu.waits))
     assert waits[0] == waits[1]
 

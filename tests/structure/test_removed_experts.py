@@ -372,7 +372,7 @@ def test_widths_that_transformers_refuses_by_default_are_named(
     fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, listener=listener)
     warning = "no multiple of 8, do not run in transformers"
     assert any(warning in sentence for sentence in listener.sentences) == said
-    asked = ["--structure", "mlp=30%", "--set", f"structure.multiple={str(multiple)}", "--plan"]
+    asked = ["--structure", "mlp=30%", "--set", f"structure.multiple={multiple!s}", "--plan"]
     assert main(["prune", str(folder), "--out", str(tmp_path / "planned"), *asked]) == 0
     assert (warning in " ".join(capsys.readouterr().out.split())) == said
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").eval()
@@ -409,8 +409,8 @@ def test_a_share_of_the_parameters_is_met(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("architecture", "settings", "message"),
     [
-        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
-        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "--weighting none"),
+        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "allocation uniform"),
+        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "weighting none"),
         ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
         ("mixtral", {"structure": {**QUARTER, "method": "bypass"}}, "bypass does not rate channels of experts"),
         ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),

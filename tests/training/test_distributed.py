@@ -19,7 +19,7 @@ from fistapruner.runs.records import load_run
 from fistapruner.runs.steps import read_steps
 
 COMMON = ("--evaluate", "none", "--set", "execution.threads=1", "--set", "rank=4", "--quiet")
-RECOVERY = ("--seqlen", "16", "--tokens", "300", "--steps", "12", "--set", "windows_per_step=4")
+RECOVERY = ("--set", "data.seqlen=16", "--tokens", "300", "--steps", "12", "--set", "windows_per_step=4")
 ALIGNMENT = ("--steps", "4", "--set", "pairs_per_step=4", "--lr", "1e-3", "--loss", "geometric", "--set", "anchor=0.1")
 
 

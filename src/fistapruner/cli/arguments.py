@@ -29,7 +29,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 FLAGS = {
     "sparsity": ("--sparsity", "PATTERN"),
     "method": ("--method", "METHOD"),
-    "structure": ("--structure", "AMOUNT"),
+    "structure.remove": ("--structure", "AMOUNT"),
     "calibration.source": ("--calibration", "TEXT"),
     "calibration.samples": ("--samples", "N"),
     "calibration.seqlen": ("--seqlen", "N"),
@@ -72,7 +72,7 @@ def add_recipe(parser: argparse.ArgumentParser, recipe: type[RunRecipe], *, sing
     """
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe, or a YAML file")
-    known = {**dict(settings(recipe)), **{name: field for name, field in recipe.model_fields.items()}}
+    known = dict(settings(recipe))
     for path, (flag, metavar) in FLAGS.items():
         if path in known and (single or path not in PLURAL):
             group.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..errors import FistaPrunerError
 from .arguments import add_common, show, trust
 from .progress import choose_listener
 
@@ -47,18 +48,20 @@ def evaluate(arguments: argparse.Namespace) -> int:
     listener = choose_listener(arguments)
     from ..measure.run import evaluate as run_evaluate
 
-    tasks = None if arguments.tasks is None else [task.strip() for task in arguments.tasks.split(",")]
+    tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]
+    if arguments.tasks is not None and not tasks:
+        raise FistaPrunerError(f"--tasks {arguments.tasks!r} names no task: write names separated by commas")
     names = ("against", "seqlen", "windows", "bos", "tasks_dir", "limit", "device", "dtype", "batch_size")
     settings = {name: getattr(arguments, name) for name in (*names, "memory_limit")}
     data = arguments.data
-    if data is None and tasks is None and arguments.tasks_dir is None:
+    if data is None and not tasks and arguments.tasks_dir is None:
         data = "python"
     kept: list[Any] = []  # where tasks fail, what was measured before them
     try:
         found = run_evaluate(
             arguments.model,
             data,
-            tasks=tasks or (),
+            tasks=tasks,
             **settings,
             **trust(arguments),
             listener=listener,

@@ -99,12 +99,16 @@ def _recipes() -> Iterable[str]:
             rows.append((f"`{path}`" + (f" (`{flag}`)" if flag else ""), *_describe(field)))
         yield from _table(("setting", "default", "meaning"), rows)
     yield "### Which settings go together\n"
-    rows = []
-    for name, values, other, needed in TOGETHER:
-        found = " or ".join(f"`{value}`" for value in values) or "given"
-        right = " or ".join("none" if value is None else f"`{value}`" for value in needed) or "given"
-        rows.append((f"`{name}`", found, f"`{other}`", right))
-    yield from _table(("setting", "where it is", "needs", "at"), rows)
+    yield from _table(("setting", "where it is", "needs", "at"), map(_together, TOGETHER))
+
+
+def _together(row: tuple[str, tuple[Any, ...], str, tuple[Any, ...]]) -> tuple[str, ...]:
+    """Write a row of the settings that go together."""
+    name, values, other, needed = row
+    found, right = (
+        " or ".join("none" if each is None else f"`{each}`" for each in part) or "given" for part in (values, needed)
+    )
+    return f"`{name}`", found, f"`{other}`", right
 
 
 def _methods() -> Iterable[str]:
@@ -121,14 +125,17 @@ def _methods() -> Iterable[str]:
 def _describe(field: FieldInfo) -> tuple[str, str]:
     """Return a setting's default and its meaning."""
     default = field.default if isinstance(field.default, str) else json.dumps(field.default)
-    return f"`{default}`", f"{_values(field.annotation)}{field.description}"
+    values, said = _values(field.annotation), str(field.description)
+    return f"`{default}`", said if any(said.startswith(f"{word},") for word in values) else f"{_code(values)}{said}"
 
 
-def _values(annotation: Any) -> str:
-    """Return the values of a choice, as the beginning of its description."""
-    if get_origin(annotation) is not Literal:
-        return ""
-    return ", ".join(f"`{value}`" for value in get_args(annotation)) + ". "
+def _values(annotation: Any) -> tuple[str, ...]:
+    """Return the values of a choice; of other settings none."""
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _code(values: tuple[str, ...]) -> str:
+    return ", ".join(f"`{value}`" for value in values) + ". " * bool(values)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterable[str]:

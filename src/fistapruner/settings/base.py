@@ -126,7 +126,7 @@ class Texts(Settings):
     @property
     def sources(self) -> dict[str, str]:
         """The texts by name; one is called as it is, and none is there where it is not said."""
-        return self.tasks or ({str(self.source): str(self.source)} if self.source else {})
+        return self.tasks or ({} if self.source is None else {str(self.source): str(self.source)})
 
     def with_absolute_files(self) -> Self:
         """Return these settings with the absolute path of every file."""

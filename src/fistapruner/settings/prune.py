@@ -232,7 +232,7 @@ class Recipe(RunRecipe):
         "computes the same, but adapters of the dense model no longer fit). auto is channels for proximal and none "
         "for published methods.",
     )
-    structure: Structure = Field(Structure(), description="Amount to remove: 25%, or mlp=20%,heads=1,experts=25%.")
+    structure: Structure = Field(Structure(), description="What is removed whole.")
     low_rank: int = Field(
         0,
         ge=0,

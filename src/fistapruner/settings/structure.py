@@ -51,14 +51,19 @@ Amount = Annotated[float | int | None, BeforeValidator(_amount)]
 
 
 class Remove(Settings):
-    """Say how much is removed; ``25%`` or ``mlp=20%,heads=1`` are read, too."""
+    """Say how much is removed; ``25%`` or ``mlp=20%,heads=1`` are read, too.
 
-    share: Annotated[float | None, BeforeValidator(_share)] = Field(
-        None, description="Share of the decoder layers' parameters to remove as MLP channels, of experts too."
-    )
-    mlp: Amount = Field(None, description="Share of the MLP channels, or the number of them to keep.")
-    heads: int | None = Field(None, ge=1, description="Key/value groups of attention heads, in every decoder layer.")
-    experts: Amount = Field(None, description="Share or number of the experts of every mixture, removed whole.")
+    Args:
+        share: of the decoder layers' parameters, as MLP channels.
+        mlp: share of the MLP channels (float), or their number to keep (int).
+        heads: key/value groups to remove from every decoder layer.
+        experts: share (float) or number (int) of the experts of every mixture.
+    """
+
+    share: Annotated[float | None, BeforeValidator(_share)] = None
+    mlp: Amount = None
+    heads: Annotated[int | None, Field(ge=1)] = None
+    experts: Amount = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,8 +94,10 @@ class Structure(Settings):
 
     remove: Annotated[Remove | None, BeforeValidator(lambda value: None if value in ("none", {}) else value)] = Field(
         None,
-        description="Share of the parameters to remove: 25%, or mlp=20%,heads=1. The result is an ordinary smaller "
-        "model; without it nothing is removed.",
+        description="Amount to remove: 25%, or mlp=20%,heads=1,experts=25%; in a recipe also a mapping. share is of "
+        "the decoder layers' parameters, as MLP channels, of experts too; mlp a share of the MLP channels, or their "
+        "number to keep; heads a number of key/value groups of every attention; experts a share or number of the "
+        "experts of every mixture. The result is an ordinary smaller model; without it nothing is removed.",
     )
     method: StructureMethod = Field(
         "auto",
@@ -125,10 +132,10 @@ class Structure(Settings):
     @property
     def resolved(self) -> Structure:
         """These settings with ``auto`` of the method resolved."""
-        if self.method != "auto":
+        if self.method != "auto" or self.remove is None:
             return self
-        share = None if self.remove is None else self.remove.share or self.remove.mlp
-        few = self.remove is not None and isinstance(share, float) and share <= FEW and self.remove.heads is None
+        share = self.remove.share or self.remove.mlp
+        few = isinstance(share, float) and share <= FEW and self.remove.heads is None
         return self.model_copy(update={"method": "energy" if few else "obs"})
 
     @property
