@@ -49,6 +49,7 @@ from .runtime.numerics import dtype_name, undisturbed
 from .settings.parse import load_recipe_settings, merge_settings, read_assignments, shipped_recipes
 from .settings.prune import Recipe
 from .solvers import METHODS
+from .solvers.own import own_method
 from .text import calibration_length
 from .text.sources import check_source
 
@@ -79,8 +80,8 @@ def compare(
     Args:
         model: hub id, local folder, GGUF file, or ``smollm2``.
         methods: method chains, names of shipped recipes, or YAML recipe files, as a list or separated by commas. Each
-            may have settings of its own after an ``@``: ``wanda,fista@warm_start=wanda,calibration.samples=64,best``. Of
-            a recipe sparsity, calibration, seed and execution are left out: all rows use those of the comparison.
+            may have settings of its own after an ``@``: ``wanda,wanda@calibration.samples=64,best``. Of a
+            recipe sparsity, calibration, seed and execution are left out: all rows use those of the comparison.
         sparsities: patterns, as a list or separated by commas: ``"50%,2:4"``.
         out: folder of the comparison. The same command goes on; rows that are there are not made again.
         seeds: each draws its own calibration windows; every method sees the same ones.
@@ -231,7 +232,8 @@ def _read_method(name: str, given: Sequence[str]) -> tuple[str, dict[str, Any]]:
         recipe = load_recipe_settings(name)
         base = {key: recipe[key] for key in recipe if key not in ("sparsity", "calibration", "seed", "execution")}
     else:
-        inner = set(settings) & set(METHODS[name].descriptions()) - set(Recipe.model_fields) if name in METHODS else ()
+        known = METHODS.get(name) or own_method(name)
+        inner = set(settings) & set(known.descriptions()) - set(Recipe.model_fields) if known else ()
         base = {"method": {name: {key: settings.pop(key) for key in sorted(inner)}} if inner else name}
     return label, merge_settings(base, settings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..runs.lineage import trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, is_run, load_run
-from ..runs.results import Evaluation, Perplexity
+from ..runs.results import Evaluation, Perplexity, TaskResult
 from ..runs.training_runs import Dense, dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import temporary_folder, write_text_atomic
@@ -303,8 +303,13 @@ def _of_input(report: Report, before: Path) -> list[Evaluation]:
     return made.evaluations if made.fingerprint == stages[-2].fingerprint else []
 
 
-def put_in_place(earlier: Iterable[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Put an evaluation in the place of the earlier one on its text; scores that it measures again go."""
+def put_in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
+    """Put an evaluation in the place of the earlier one on its text, or last.
+
+    What it measures again is left out of the others; a score on fewer items than an earlier one, of the new one.
+    """
+    scores = {(task.task, task.metric): task for one in earlier for task in one.tasks}
+    found = replace(found, tasks=tuple(t for t in found.tasks if not _fuller(scores.get((t.task, t.metric)), t)))
     again = {(task.task, task.metric) for task in found.tasks}
     kept: list[Evaluation] = []
     place = None
@@ -315,8 +320,15 @@ def put_in_place(earlier: Iterable[Evaluation], found: Evaluation) -> list[Evalu
             place = len(kept)
         if rest.perplexity is not None or rest.tasks:
             kept.append(rest)
-    kept.insert(len(kept) if place is None else place, found)
+    if found.perplexity is not None or found.tasks:
+        kept.insert(len(kept) if place is None else place, found)
     return kept
+
+
+def _fuller(old: TaskResult | None, new: TaskResult) -> bool:
+    """Check that an earlier score is of more items than a new one, which is not of all items."""
+    short = new.items != new.available
+    return old is not None and new.items < old.items and (short or new.source != old.source)
 
 
 def add_scores(before: list[Evaluation], evaluations: Iterable[Evaluation], others: Iterable[Evaluation]) -> bool:

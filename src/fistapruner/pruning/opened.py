@@ -32,7 +32,7 @@ from ..runs.identity import fingerprint
 from ..runs.layer_records import LayerEntry
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import choose_device
-from ..runtime.formatting import counted, shell_line
+from ..runtime.formatting import counted
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
@@ -90,6 +90,7 @@ class RunContext:
         device: torch.device | None = None,
         permissions: Permissions = UNTRUSTED,
         model: Path | None = None,
+        opened: LayerwiseModel | None = None,
     ) -> RunContext:
         """Open a run that has been prepared.
 
@@ -98,6 +99,7 @@ class RunContext:
             device: where to compute; None is the recipe's device.
             permissions: what the model's files may do.
             model: the dense model's folder, as this process sees it; None is the one in ``run.json``.
+            opened: the dense model, where this process has opened it before.
 
         Raises:
             FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
@@ -105,14 +107,9 @@ class RunContext:
         run = PruneDirectory(folder)
         record = run.begun_record()
         decision = record.decision
-        if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
-            raise FistaPrunerError(
-                f"{run.metrics_file} is gone or damaged: "
-                f"'{shell_line('resume', folder)}' measures the dense model again"
-            )
         recipe = Recipe.build(record.recipe, str(run.run_file))
-        source = permissions.at(model or decision.folder)
-        opened = open_model(source, recipe, device, dtype=decision.numerics.dtype)
+        if opened is None:
+            opened = open_model(permissions.at(model or decision.folder), recipe, device, dtype=decision.numerics.dtype)
         if decision.metrics_sha256:
             opened.checkpoint.orders = run.orders()
         tokens = run.tokens()

@@ -242,15 +242,16 @@ def _prune(
     listener = Logged(told, times.note)
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
-    fault = None if settled is None else run.fault(settled)
+    fault, model = None if settled is None else run.fault(settled), None
     if settled is None or fault is not None:
         if fault is not None:
             listener.say(f"calibration and measurements are made again: {fault}")
-        before, settled = settled, settle(run, request, settled, listener)
+        before = settled
+        settled, model = settle(run, request, settled, listener)
         if before is not None and before.fingerprint != settled.fingerprint:
             times.forget()
     listener.tick("opening the run", 0, 1)
-    context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute())
+    context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute(), model)
     with nullcontext() if earlier is not None else reporting_failure(run, times):
         refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}

@@ -18,7 +18,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
-from ..planning import make_plan
+from ..planning import Choice, make_plan
 from ..runs.continuation import absolute
 from ..runs.decision import Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener) -> PruneRecord:
+def settle(
+    run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener
+) -> tuple[PruneRecord, LayerwiseModel]:
     """Check the input, decide what all processes of the run will use, and record it.
 
     Args:
@@ -54,6 +56,9 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         request: what to do, its recipe resolved.
         before: what the run had settled, where its calibration tokens or measurements are damaged: its plan is kept.
         listener: receives progress.
+
+    Returns:
+        The record, and the opened model.
 
     Raises:
         FistaPrunerError: bad input, named, or a run that does not fit.
@@ -66,21 +71,9 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     if settled is not None:
         numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
     else:
-        listener.tick("planning", 0, 1)
-        found = make_plan(
-            inputs.model,
-            inputs.smaller,
-            recipe,
-            inputs.sparsity,
-            run.folder,
-            inputs.widths,
-            drawn=drawn is not None,
-        )
-        for sentence in found.says:
-            listener.say(sentence)
-        choice = found.choice
-        on_disk, on_device = choice.on_disk, choice.on_device
+        choice = _plan(run, recipe, inputs, listener, drawn=drawn is not None)
         numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
+        on_disk, on_device = choice.on_disk, choice.on_device
     with cpu_threads(numerics.threads):
         settings, begin = recipe.calibration, time.perf_counter()
         listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
@@ -119,7 +112,16 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     )
     run.write_recipe(recipe.to_yaml())
     run.write_record(record)
-    return record
+    return record, inputs.model
+
+
+def _plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs, listener: Listener, *, drawn: bool) -> Choice:
+    """Choose settings that fit this machine, and say the plan."""
+    listener.tick("planning", 0, 1)
+    found = make_plan(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
+    for sentence in found.says:
+        listener.say(sentence)
+    return found.choice
 
 
 def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | None) -> str:
