@@ -79,7 +79,7 @@ def test_a_limit_reaches_every_evaluation(
 ) -> None:
     text, before = str(made / "text.txt"), load_run(made / "run").evaluations
     monkeypatch.setattr(streaming, "resident_memory", lambda: 2**30)
-    settings = ["--data", text, "--seqlen", "16", "--windows", "2", "--set", "execution.memory_limit=1GiB", "--quiet"]
+    settings = ["--data", text, "--seqlen", "16", "--windows", "2", "--memory-limit", "1GiB", "--quiet"]
     for target in (made / "run", made / "dense"):
         assert main(["evaluate", str(target), *settings]) == 2
         assert "memory_limit 1.00 GiB is not enough: " in capsys.readouterr().err

@@ -80,7 +80,10 @@ class _Verb(_Parser):
         for flag in flags:
             if flag not in self._option_string_actions:
                 near = get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
-                self.error(f"unrecognized arguments: {flag}" + (f": did you mean {near[0]}?" if near else ""))
+                hint = ": settings without a flag are given by --set KEY=VALUE" * (
+                    "--set" in self._option_string_actions
+                )
+                self.error(f"unrecognized arguments: {flag}" + (f": did you mean {near[0]}?" if near else hint))
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
