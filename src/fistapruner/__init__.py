@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .pruning.run import prune
     from .reporting import Report
     from .reporting.inspection import inspect
-    from .reporting.status_text import status
-    from .reporting.write import report
+    from .reporting.page import report
+    from .reporting.terminal import status
     from .resuming import resume
     from .runs.listener import Listener
     from .runs.results import Evaluation
@@ -90,8 +90,8 @@ _MODULES = {
     "pruning.run": ("prune",),
     "reporting": ("Report",),
     "reporting.inspection": ("inspect",),
-    "reporting.status_text": ("status",),
-    "reporting.write": ("report",),
+    "reporting.terminal": ("status",),
+    "reporting.page": ("report",),
     "resuming": ("resume",),
     "runs.listener": ("Listener",),
     "runs.results": ("Evaluation",),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic.fields import FieldInfo
 
 from ..errors import FistaPrunerError
-from ..runtime.formatting import finite
+from ..runtime.show import finite
 from ..settings.base import RunRecipe, Settings
 from ..settings.parse import load_recipe_settings, merge_settings, read_assignments
 

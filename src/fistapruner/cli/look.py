@@ -18,7 +18,7 @@ def status(arguments: argparse.Namespace) -> int:
     fistapruner status runs/first
     fistapruner status runs/first --json
     """
-    from ..reporting.status_text import status as run_status
+    from ..reporting.terminal import status as run_status
 
     show(run_status(arguments.run_directory), arguments)
     return 0
@@ -35,7 +35,7 @@ def report(arguments: argparse.Namespace) -> int:
 
       fistapruner report runs/first
     """
-    from ..reporting.write import write_page
+    from ..reporting.page import write_page
 
     print(write_page(arguments.run_directory))
     return 0

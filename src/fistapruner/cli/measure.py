@@ -26,7 +26,7 @@ def configure_evaluate(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N (default: auto)")
     work.add_argument("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16")
     work.add_argument("--batch-size", type=int, metavar="N", help="windows in one pass (default: by device)")
-    work.add_argument("--memory-limit", metavar="SIZE", help="main memory that may be used, such as 8GiB")
+    work.add_argument("--memory-limit", metavar="SIZE", help="main memory to use, such as 8GiB (default: what is free)")
     add_common(parser)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import FistaPrunerError
-from ..runtime.launcher import leads
+from ..runtime.machine import leads
 from ..settings.prune import Recipe
 from .arguments import (
     add_common,

@@ -16,10 +16,9 @@ from ..errors import A_MODEL, A_TEXT, FistaPrunerError, MissingExtraError, one_l
 from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
+from ..reporting.measured import INT8, gain_text
 from ..reporting.model_card import model_card
-from ..reporting.quality import gain_text
-from ..reporting.size_and_speed import INT8
-from ..reporting.write import write_page
+from ..reporting.page import write_page
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import absolute
 from ..runs.decision import EvaluationRequest
@@ -34,22 +33,21 @@ from ..runs.results import Evaluation, Perplexity, TaskResult
 from ..runs.training_runs import Dense, dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import temporary_folder, write_text_atomic
-from ..runtime.formatting import shell_line
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
+from ..runtime.show import shell_line
 from ..settings.execution import Execution
 from ..settings.prune import Recipe
 from ..settings.train import RecoverRecipe
-from ..text.sources import source_documents
-from ..text.training import document_hash, shared_documents, training_documents
-from .bench import Speeds, packed_bytes
-from .bench import bench as bench_forms
-from .bench import record as speed_record
+from ..text.sources import document_hash, source_documents
+from ..text.training import shared_documents, training_documents
 from .data import Windows, evaluation_documents, load_windows
 from .evaluate import check_request
 from .evaluate import evaluate as run_evaluation
 from .generations import generate_side_by_side
-from .speed import Speed, Variant
+from .speed import Speed, Speeds, Variant, packed_bytes
+from .speed import bench as bench_forms
+from .speed import record as speed_record
 from .streaming import KeptStates
 
 
@@ -146,8 +144,6 @@ def _evaluate(
         "dtype": report.recipe.get("dtype", "auto"),
         "batch_size": execution.batch_size,
         "memory_limit": execution.memory_limit,
-        # What the run has made is not lost for a warning.
-        "warn": lambda sentence: add_warning(report, sentence, listener),
         "tick": listener.tick,
         **permissions.keywords(),
     }
@@ -397,7 +393,7 @@ def evaluate(
 def bench(model: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
     """Measure speed, memory and sizes of a pruned model, or of a finished run, whose figures are kept with the run.
 
-    Arguments, result and errors are those of :func:`bench_run` and :func:`fistapruner.measure.bench.bench`.
+    Arguments, result and errors are those of :func:`bench_run` and :func:`fistapruner.measure.speed.bench`.
     """
     if isinstance(model, (str, Path)) and is_run(model):
         return bench_run(model, listener=listener, **settings)

@@ -19,8 +19,8 @@ from ..runs.records import Report, load_run
 from ..runs.results import Evaluation
 
 # Results print as their verb prints them: print(fistapruner.prune(...)).
-Report.__str__ = lambda report: import_module(".summary", __name__).summary(report)  # type: ignore[method-assign]
+Report.__str__ = lambda report: import_module(".terminal", __name__).summary(report)  # type: ignore[method-assign]
 Comparison.__str__ = lambda found: import_module(".comparison", __name__).comparison_table(found)  # type: ignore[method-assign]
-Evaluation.__str__ = lambda found: import_module(".quality", __name__).evaluation_text(found)  # type: ignore[method-assign]
+Evaluation.__str__ = lambda found: import_module(".measured", __name__).evaluation_text(found)  # type: ignore[method-assign]
 
 __all__ = ["Comparison", "LayerEntry", "OperatorEntry", "Report", "load_run"]

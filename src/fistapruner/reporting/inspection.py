@@ -8,7 +8,7 @@ from ..errors import printable
 from ..measure.inspection import Inspection
 from ..measure.inspection import inspect_checkpoint as inspect
 from ..models.files.folder_files import PRUNING_RECORD
-from ..runtime.formatting import align_columns
+from ..runtime.show import align_columns
 from .facts import lineage_lines
 
 __all__ = ["inspect", "inspection_text"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..runtime.formatting import short_count
+from ..runtime.show import short_count
 from ..settings.parse import read_share
 from ..settings.structure import Remove, compensation_of
 

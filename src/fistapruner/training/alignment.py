@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..measure.preferences import accuracy_error, preference_figures
+from ..measure.logits import accuracy_error, preference_figures
 from ..measure.run import add_warning
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource

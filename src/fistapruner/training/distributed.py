@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..runs.snapshots import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, sha256_file, write_sealed_json
-from ..runtime.launcher import launched
+from ..runtime.machine import launched
 from .masked import Masters, TrainedLayer
 
 WAIT = timedelta(hours=6)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..runs.snapshots import Snapshots, snapshot_interval
 from ..runs.steps import StepJournal
-from ..runtime.formatting import duration
+from ..runtime.show import duration
 
 CHECKS = 8
 """Checks on what is held out, at equal distances."""

@@ -23,15 +23,15 @@ from ..pruning.result import (
     write_low_rank,
     write_model,
 )
-from ..reporting.advice import length_setting
+from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals
 from ..runs.times import Times
+from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_device_memory, peak_memory
 from .loop import State
 from .masked import Trained
 from .opened import Training

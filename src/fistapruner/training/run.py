@@ -31,10 +31,9 @@ from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import input_run
-from ..runtime.devices import choose_device, cpu_threads
-from ..runtime.formatting import shell_line
-from ..runtime.memory import reset_peak_memory
+from ..runtime.devices import choose_device, cpu_threads, reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..runtime.show import shell_line
 from ..settings.align import AlignRecipe
 from ..settings.train import RecoverRecipe, TrainingRecipe
 from .alignment import Alignment
