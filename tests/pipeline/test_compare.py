@@ -62,16 +62,16 @@ def test_methods_chains_recipes_and_their_settings(model: str, tmp_path: Path) -
     file.write_text("{method: magnitude, dense_target: 0.5, sparsity: 70%, seed: 5, calibration: {samples: 9}}")
     methods = [
         "wanda",
-        "fista@warm_start=wanda,propagate=dense,calibration={samples: 2, seqlen: 8}",
+        "alps@propagate=dense,calibration={samples: 2, seqlen: 8}",
         "wanda+refit@targets=[q_proj, v_proj],allocation=owl",
         str(file),
     ]
     found = compared(model, methods, tmp_path / "out")
     assert [row.label for row in found.rows] == methods
     assert [row.error for row in found.rows] == [None] * 4
-    assert [row.method for row in found.rows] == ["wanda", "fista", "wanda+refit", "magnitude"]
+    assert [row.method for row in found.rows] == ["wanda", "alps", "wanda+refit", "magnitude"]
     one, two, three, four = (row.settings for row in found.rows)
-    assert (two["method"][0]["fista"]["warm_start"], two["propagate"]) == ("wanda", "dense")
+    assert (two["method"], two["propagate"]) == ([{"alps": {}}], "dense")
     assert (two["calibration"]["samples"], two["calibration"]["seqlen"]) == (2, 8)
     assert (three["targets"], three["allocation"]) == (["q_proj", "v_proj"], "owl")
     assert (four["dense_target"], four["sparsity"], four["seed"], four["calibration"]) == (
