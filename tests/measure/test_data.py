@@ -142,13 +142,6 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
         load_windows(settings.pop("data"), Runs(), **settings)
 
 
-def test_a_text_that_no_tokenizer_reads_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "half.jsonl"
-    path.write_text(r'{"text": "half an emoji \ud83d"}')
-    with pytest.raises(FistaPrunerError, match=r"half\.jsonl, line 1 is not JSON in UTF-8: .*\\ud83d"):
-        load_windows(str(path), tiny.tokenizer(), 8)
-
-
 def test_known_data_sets_are_joined_as_in_the_papers() -> None:
     held_out = {name: known.held_out for name, known in DATA_SETS.items()}
     assert {name: split.joint for name, split in held_out.items()} == {"wikitext2": "\n\n", "ptb": " ", "c4": " "}

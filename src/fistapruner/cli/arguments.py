@@ -197,5 +197,8 @@ def show(result: Any, arguments: argparse.Namespace) -> None:
     if not getattr(arguments, "json", False):
         print(result)
         return
-    values = result.model_dump(mode="json") if hasattr(result, "model_dump") else result.to_json()
+    if hasattr(result, "model_dump"):
+        values = result.model_dump(mode="json")
+    else:
+        values = result.to_dict() if hasattr(result, "to_dict") else result.to_json()
     print(json.dumps(finite(values), indent=2))

@@ -19,7 +19,6 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import Permissions
 from ..models.whole import require_tasks_fit, whole_bytes
 from ..packed.pack import unpacked
-from ..runs.arguments import checked_arguments
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
@@ -35,7 +34,6 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
-@checked_arguments
 @undisturbed()
 @threads_within_quota()
 def evaluate(

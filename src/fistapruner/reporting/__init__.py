@@ -14,8 +14,7 @@ report may be missing. Names of folders on this machine stand only in commands: 
 from importlib import import_module
 
 from ..runs.comparison_records import Comparison
-from ..runs.layer_records import LayerEntry, OperatorEntry
-from ..runs.records import Report, load_run
+from ..runs.records import LayerEntry, OperatorEntry, Report, load_run
 from ..runs.results import Evaluation
 
 # Results print as their verb prints them: print(fistapruner.prune(...)).

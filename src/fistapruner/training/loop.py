@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from ..runs.snapshots import Snapshots, snapshot_interval
 from ..runs.steps import StepJournal
+from ..runs.store import Snapshots, snapshot_interval
 from ..runtime.show import duration
 
 CHECKS = 8

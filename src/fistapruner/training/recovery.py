@@ -12,10 +12,10 @@ from ..errors import FistaPrunerError
 from ..models.source import ModelSource
 from ..papers.mamf import Mixture
 from ..pruning.workers import default_threads
-from ..runs.identity import stamps
+from ..runs.directory import RecoverDirectory, TrainingDirectory
+from ..runs.lineage import input_run
 from ..runs.listener import Listener
-from ..runs.training_directory import RecoverDirectory, TrainingDirectory
-from ..runs.training_runs import input_run
+from ..runs.settled import stamps
 from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
