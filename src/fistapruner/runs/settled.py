@@ -264,7 +264,7 @@ def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationReques
     text, fault = None if evaluate is None else path_text("evaluate", evaluate, A_TEXT), ""
     if windows is not None and text is None:
         fault = f"evaluate_windows {windows} has no effect: evaluate names no text"
-    elif windows is not None and type(windows) is not int:
+    elif windows is not None and (type(windows) is not int or windows < 1):
         fault = f"evaluate_windows {windows!r}: a whole number from 1 is expected"
     elif text == "none" and not Path(text).is_file():  # as the command has it
         fault = "evaluate 'none' is no text: give None to evaluate nothing"
