@@ -40,7 +40,7 @@ PLUGGED |= dict.fromkeys(("bypass", "goa"), "structure")
 
 
 VERBS = {
-    "training": ("adapters", "alignment", "opened", "plan", "recovery", "result", "run", "settle"),
+    "training": ("adapters", "alignment", "plan", "recovery", "run", "settle"),
     "pruning": ("inputs", "run", "settle", "write"),
 }
 """Modules that are pages of the verbs prune, recover and align: they stand in the layer of ``pipeline/``."""

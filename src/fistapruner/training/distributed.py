@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..runs.snapshots import Snapshots
-from ..runtime.files import disk_errors, read_sealed_json, sha256_file, write_sealed_json
+from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
 from ..runtime.launcher import launched
 from .masked import Masters, TrainedLayer
 
@@ -31,6 +31,9 @@ WAIT = timedelta(hours=6)
 
 
 CPU = torch.device("cpu")
+
+DONE, READY = "", "ready"
+"""What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
 
 
 @dataclass
@@ -51,6 +54,35 @@ class World:
     device: torch.device = CPU
     offload: bool = False
     told: bool = False
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Do the work of process 0 in the block; where it does not come to :meth:`ready`, the others hear why."""
+        try:
+            yield
+        except FistaPrunerError as error:
+            if not self.told:
+                self.tell(f"{error}")
+            raise
+        if not self.told:
+            self.tell(DONE)
+        self.tell()
+
+    def ready(self) -> None:
+        """Let the other processes train along."""
+        self.tell(READY)
+
+    @contextmanager
+    def following(self) -> Iterator[bool]:
+        """Wait for process 0 before and after the block, which trains along where True is yielded.
+
+        Raises:
+            FistaPrunerError: process 0 has failed before training.
+        """
+        if (said := self.tell()) not in (READY, DONE):
+            raise FistaPrunerError(said)
+        yield said == READY
+        self.tell()
 
     def part(self, windows: Sequence[int], together: int = 1) -> list[int]:
         """Return this process's windows; those of one unit of ``together`` stay together.
@@ -89,12 +121,7 @@ class World:
         return said[0]
 
     def shard(self, layer: TrainedLayer, dtype: torch.dtype) -> None:
-        """Divide a loaded layer and its masters among the processes.
-
-        Args:
-            layer: the layer.
-            dtype: of the passes.
-        """
+        """Divide a loaded layer and its masters among the processes; passes are in ``dtype``."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -106,15 +133,7 @@ class World:
 
 @contextmanager
 def joined(device: str, offload: bool) -> Iterator[World]:
-    """Join the processes of torchrun for the block; alone where there is one.
-
-    Args:
-        device: as the recipe says it; with CUDA every process takes the GPU of its local rank.
-        offload: see :class:`World`.
-
-    Raises:
-        FistaPrunerError: another process has ended.
-    """
+    """Join the processes of torchrun for the block, each with its own GPU; alone where there is one."""
     if (size := launched()) == 1:
         yield World()
         return
@@ -140,6 +159,8 @@ def joined(device: str, offload: bool) -> Iterator[World]:
 class ShardedSnapshots(Snapshots):
     """Snapshots that all processes write together: folders of torch's distributed checkpoint.
 
+    The record of a state is written last: a folder without one does not count.
+
     Args:
         folder: where they are.
         world: the processes.
@@ -161,36 +182,28 @@ class ShardedSnapshots(Snapshots):
         self.world.tell()
         save(dict(tensors), checkpoint_id=folder)
         if self.world.rank == 0:
-            files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-            write_sealed_json(
-                record, {"fingerprint": fingerprint, "step": step, "values": dict(values), "files": files}
-            )
+            write_sealed_json(record, {"fingerprint": fingerprint, "step": step, "values": dict(values)})
             self.tidy(step)
         self.world.tell()
 
     def tidy(self, step: int) -> None:
         """See :class:`~fistapruner.runs.snapshots.Snapshots`; the tensors of a state are a folder."""
         super().tidy(step)
-        kept = {f"{other:08d}" for other in self.steps()}
         for path in self.folder.glob("[0-9]" * 8):
-            if path.is_dir() and path.name not in kept:
+            if not path.with_suffix(".json").exists():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def whole(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
-        """Find the newest whole state up to a step: its step and plain values."""
+    def _values(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
+        """Find the newest state of a run up to a step: its step and plain values."""
         for step in reversed([step for step in self.steps() if step <= last]):
-            folder = self.folder / f"{step:08d}"
-            try:
-                content = read_sealed_json(folder.with_suffix(".json"))
-                files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-                if content["fingerprint"] == fingerprint and content["files"] == files:
+            with suppress(OSError, ValueError, KeyError, FistaPrunerError):
+                content = read_sealed_json(self.folder / f"{step:08d}.json")
+                if content["fingerprint"] == fingerprint:
                     return step, dict(content["values"])
-            except (OSError, ValueError, KeyError, FistaPrunerError):
-                continue
         return None
 
     def restore(self, fingerprint: str, last: int, trained: Masters) -> dict[str, Any] | None:
-        """Load the newest whole state up to a step into what is trained.
+        """Load the newest state of a run up to a step into what is trained.
 
         Returns:
             Its plain values; None where there is no such state.
@@ -198,7 +211,7 @@ class ShardedSnapshots(Snapshots):
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        found = self.world.tell(self.whole(fingerprint, last) if self.world.rank == 0 else None)
+        found = self.world.tell(self._values(fingerprint, last) if self.world.rank == 0 else None)
         if found is None:
             return None
         step, values = found

@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FistaPrunerError
 from ..models.discovery import linear_modules, router_check
 from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel, hidden_of
@@ -142,24 +140,28 @@ class TrainedLayer(nn.Module):
     Args:
         layer: the layer, its parameters frozen.
         pruned: form of each pruned weight by its name inside the layer, and whether the layer holds it as (n, m).
-        others: names inside the layer of tensors that are trained as they are.
+        also: vectors that are trained as they are (:func:`vectors`).
         generator: makes the generator of a tensor's random start values from its name.
         added: adds a fixed low-rank part to an effective weight, by its name inside the layer; None adds nothing.
+
+    Attributes:
+        masters: by key; ``keys``: of each tensor's masters, by its name inside the layer and their short names.
+        masked: keys of those whose zeros are kept by masking gradients.
     """
 
     def __init__(
         self,
         layer: nn.Module,
         pruned: Mapping[str, tuple[Form, bool]],
-        others: Iterable[str],
-        generator: Callable[[str], torch.Generator],
+        also: tuple[str, ...],
+        generator: Callable[[str], torch.Generator] = lambda name: torch.Generator(),
         added: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.pruned, self._added = layer, dict(pruned), added
         self.masters = nn.ParameterDict()
         self.keys: dict[str, dict[str, str]] = {}
-        for name in (*self.pruned, *others):
+        for name in (*self.pruned, *sorted(vectors(layer, also))):
             exact = layer.get_parameter(name).detach().float()
             if name in self.pruned:
                 started = self.pruned[name][0].start(self.matrix(name, exact), generator(name))
@@ -168,14 +170,11 @@ class TrainedLayer(nn.Module):
             self.keys[name] = {short: f"{name}/{short}".replace(".", "/") for short in started}
             for short, value in started.items():
                 self.masters[self.keys[name][short]] = nn.Parameter(value.contiguous())
+        self.masked = {self.keys[name][ITSELF] for name in self.pruned if ITSELF in self.keys[name]}
 
     def matrix(self, name: str, tensor: Tensor) -> Tensor:
         """Turn a pruned weight as the layer holds it into (m, n), and back."""
         return tensor.T if name in self.pruned and self.pruned[name][1] else tensor
-
-    def start(self, name: str) -> Tensor:
-        """Return a tensor as the layer holds it, (m, n) where it is pruned."""
-        return self.matrix(name, whole(self.layer.get_parameter(name).detach()))
 
     def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Compute one effective tensor, differentiable; a fixed low-rank part is left out.
@@ -185,8 +184,8 @@ class TrainedLayer(nn.Module):
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]
-        weight: Tensor = self.pruned[name][0].weight(self.start(name).to(dtype), masters)
-        return self.matrix(name, weight)
+        start = self.matrix(name, whole(self.layer.get_parameter(name).detach()))
+        return self.matrix(name, self.pruned[name][0].weight(start.to(dtype), masters))
 
     def values(self) -> dict[str, Tensor]:
         """Compute all effective tensors as the passes use them, by name inside the layer."""
@@ -231,10 +230,10 @@ class Masters:
             {"params": [each], "name": name, "weight_decay": self.descent.decay if each.ndim > 1 else 0.0}
             for name, each in self.parameters.items()
         ]
-        self.optimizer = torch.optim.AdamW(groups, betas=self.descent.betas, fused=True) if groups else None
+        self.optimizer = torch.optim.AdamW(groups, betas=self.descent.betas, fused=True)
 
-    def step(self, factor: float, scale: float = 1.0) -> float:
-        """Take one step at ``factor`` times the first learning rates; gradients, ``scale`` times, are used up.
+    def step(self, factor: float) -> float:
+        """Take one step at ``factor`` times the first learning rates; gradients are used up.
 
         Returns:
             The norm of the gradient. Where it is not finite, no step is taken.
@@ -243,16 +242,12 @@ class Masters:
             if (gradient := self.parameters[name].grad) is not None:
                 local(gradient).mul_(mask)
         gradients = [each.grad for each in self.parameters.values() if each.grad is not None]
-        for gradient in gradients if scale != 1.0 else ():
-            gradient.div_(scale)
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if self.optimizer is not None:
-            if math.isfinite(size):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.rates[group["name"]] * factor
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+        size = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        if math.isfinite(size):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rates[group["name"]] * factor
+            self.optimizer.step()
+        self.optimizer.zero_grad()
         return size
 
     @torch.no_grad()
@@ -272,42 +267,33 @@ class Masters:
         found = {f"trained/{name}": each.detach() for name, each in self.parameters.items()}
         found |= {f"best/{name}": value for name, value in self._best.items()}
         for name, each in self.parameters.items():
-            state = self.optimizer.state.get(each, {}) if self.optimizer is not None else {}
-            found |= {f"{key}/{name}": value for key, value in state.items()}
+            found |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(each, {}).items()}
         return found
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` returned.
-
-        Raises:
-            FistaPrunerError: a tensor that is not trained here.
-        """
+        """Take over what :meth:`tensors` returned."""
         self._new_moments()
         for full in tensors:
             kind, _, name = full.partition("/")
-            if name not in self.parameters:
-                raise FistaPrunerError(f"the snapshot's tensor {full!r} is not trained by this recipe")
             parameter = self.parameters[name]
             if kind == "trained":
                 parameter.copy_(tensors[full])
             elif kind == "best":
                 self._best[name] = tensors[full].to(parameter.device, copy=True)
-            elif self.optimizer is not None:
-                value = tensors[full].clone()
-                self.optimizer.state[parameter][kind] = value.to(parameter.device)
+            else:
+                self.optimizer.state[parameter][kind] = tensors[full].clone().to(parameter.device)
 
 
 class Trained(Masters):
     """The masters of all decoder layers of a resident pruned model.
 
     Args:
-        model: the pruned model, resident (:meth:`~fistapruner.models.layerwise_weights.LayerwiseWeights.resident`), or
-            its decoder layers still to be loaded.
+        model: the pruned model, its decoder layers loaded.
         layout: operators to train; others stay as they are.
         recipe: form, rates, seed.
         low_rank: the low-rank part that belongs to the model, which stays as it is.
-        loaded: keeps the decoder layers loaded that are not yet.
+        prepare: called with the number of each decoder layer first, to load it.
         shard: divides each layer among several processes; None leaves it as it is.
 
     Attributes:
@@ -320,49 +306,31 @@ class Trained(Masters):
         layout: Layout,
         recipe: TrainingRecipe,
         low_rank: LowRankAdapter | None = None,
-        loaded: ExitStack | None = None,
+        prepare: Callable[[int], Any] = lambda index: None,
         shard: Callable[[TrainedLayer], None] | None = None,
     ) -> None:
-        self.model, self.form = model, form_of(recipe)
-        part = None if low_rank is None else low_rank.loaded(model.device)
+        self.model = model
         self.layers: list[TrainedLayer] = []
-        parameters: dict[str, nn.Parameter] = {}
+        part, form = None if low_rank is None else low_rank.loaded(model.device), form_of(recipe)
+        places: dict[str, tuple[TrainedLayer, str]] = {}
         rates: dict[str, float] = {}
-        masked: list[str] = []
         self.numbers = 0
-        self._sources: list[dict[str, str]] = []
-        for index, layer in enumerate(model.layers):
-            if loaded is not None:
-                loaded.enter_context(model.layer(index))
-            operators = layout.in_layer(index) if self.form else ()
-            pruned = {f"{each.name}.weight": (self.form, each.transposed) for each in operators if self.form}
-            others = sorted(vectors(layer, recipe.also))
-            sources = {name: model.source_of(index, name) for name in (*pruned, *others)}
-
-            def generator(name: str, sources: Mapping[str, str] = sources) -> torch.Generator:
-                return seeded(recipe.seed, "start", sources[name])
-
-            def added(name: str, value: Tensor, index: int = index, pruned: Mapping[str, Any] = pruned) -> Tensor:
-                assert part is not None
-                return part.added(model.full_name(index, name), value, transposed=pruned[name][1])
-
-            trained = TrainedLayer(layer, pruned, others, generator, None if part is None else added)
-            places = {
-                f"{sources[name]}.{short}" if short else sources[name]: (name, short, key)
-                for name, keys in trained.keys.items()
-                for short, key in keys.items()
-            }
-            for full, (name, short, key) in places.items():
-                master = trained.masters[key].detach()
-                columns = trained.start(name).shape[-1] if name in pruned else None
-                rates[full] = first_rate(recipe, self.form, columns, model.width, master)
-                self.numbers += int((master != 0).sum()) if name in pruned and not short else master.numel()
+        for index in range(len(model)):
+            prepare(index)
+            layer = trained_layer(model, layout, index, recipe, part)
+            for name, keys in layer.keys.items():
+                columns = layer.matrix(name, layer.layer.get_parameter(name)).shape[-1]
+                for short, key in keys.items():
+                    full = ".".join(filter(None, (model.source_of(index, name), short)))
+                    master, places[full] = layer.masters[key].detach(), (layer, key)
+                    own = form if name in layer.pruned else None
+                    rates[full] = first_rate(recipe, own, columns, form and form.rate(model.width), master)
+                    self.numbers += int((master != 0).sum()) if key in layer.masked else master.numel()
             if shard is not None:
-                shard(trained)
-            parameters |= {full: trained.masters[key] for full, (_, _, key) in places.items()}
-            masked += [full for full, (name, short, _) in places.items() if name in pruned and not short]
-            self.layers.append(trained)
-            self._sources.append(sources)
+                shard(layer)
+            self.layers.append(layer)
+        parameters = {full: layer.masters[key] for full, (layer, key) in places.items()}
+        masked = [full for full, (layer, key) in places.items() if key in layer.masked]
         super().__init__(parameters, rates, masked, descent_of(recipe))
 
     def run(self, index: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
@@ -371,45 +339,68 @@ class Trained(Masters):
         return found
 
     @torch.no_grad()
-    def result(self, index: int) -> dict[str, Tensor]:
-        """Return the changed tensors of a layer by checkpoint name, on the CPU.
+    def result(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the changed tensors by checkpoint name, on the CPU.
 
         They are rounded as the checkpoint stores them. Zeros are those of the file that was read, and ``+0.0``; a
         weight that would be rounded to 0 stays as it was.
         """
-        found, layer = {}, self.layers[index]
-        for name, source in self._sources[index].items():
-            before = self.model.checkpoint.read(source)
-            after = self.model.result(source, layer.exact(name).contiguous()).to(before.dtype)
-            if name in layer.pruned:
-                after = torch.where((before == 0) | (after == 0), before + 0.0, after)
-            if not torch.equal(after, before):
-                found[source] = after
-        return found
+        for index, layer in enumerate(self.layers):
+            for name in layer.keys:
+                source = self.model.source_of(index, name)
+                before = self.model.checkpoint.read(source)
+                after = self.model.result(source, layer.exact(name).contiguous()).to(before.dtype)
+                if name in layer.pruned:
+                    after = torch.where((before == 0) | (after == 0), before + 0.0, after)
+                if not torch.equal(after, before):
+                    yield source, after
 
 
-def first_rate(recipe: TrainingRecipe, form: Form | None, columns: int | None, width: int, master: Tensor) -> float:
+def trained_layer(
+    model: LayerwiseModel, layout: Layout, index: int, recipe: TrainingRecipe, low_rank: LowRankAdapter | None = None
+) -> TrainedLayer:
+    """Make the masters of a decoder layer; without values where the layer has no weights.
+
+    Args:
+        model: the pruned model.
+        layout: operators to train.
+        index: number of the layer.
+        recipe: form, seed.
+        low_rank: the low-rank part that belongs to the model, on its device.
+    """
+    form = form_of(recipe)
+    pruned = {f"{each.name}.weight": (form, each.transposed) for each in layout.in_layer(index)} if form else {}
+
+    def generator(name: str) -> torch.Generator:
+        return seeded(recipe.seed, "start", model.source_of(index, name))
+
+    def added(name: str, value: Tensor) -> Tensor:
+        assert low_rank is not None
+        return low_rank.added(model.full_name(index, name), value, transposed=pruned[name][1])
+
+    return TrainedLayer(model.layers[index], pruned, recipe.also, generator, None if low_rank is None else added)
+
+
+def first_rate(recipe: TrainingRecipe, form: Form | None, columns: int, typical: float | None, master: Tensor) -> float:
     """Compute the first learning rate of a master.
 
     ``lr: auto`` is the form's own rate, or :data:`SHARE` of the root mean square of what is trained; an alignment takes
     :attr:`~fistapruner.settings.training_settings.TrainingRecipe.rate_share` of it. A given ``lr`` is absolute for
     low-rank masters and a share for all others; norms and biases beside low-rank masters take the share that stands to
-    :data:`SHARE` as ``lr`` to the form's own rate.
+    :data:`SHARE` as ``lr`` to the rate of the form.
 
     Args:
         recipe: settings.
-        form: of the operators.
-        columns: n of a pruned operator; None for norms and biases.
-        width: n of a typical operator.
+        form: of the operator; None for norms and biases.
+        columns: n of the operator.
+        typical: the own rate of the recipe's form for a typical operator; None where it has none.
         master: start values.
     """
-    own = None if form is None or columns is None else form.rate(columns)
-    size = root_mean_square(master)
+    own, size = None if form is None else form.rate(columns), root_mean_square(master)
     if recipe.lr == "auto":
         return recipe.rate_share * (SHARE * size if own is None else own)
     if own is not None:
         return recipe.lr
-    typical = None if form is None else form.rate(width)
     return recipe.lr * size if typical is None else recipe.lr / typical * SHARE * size
 
 

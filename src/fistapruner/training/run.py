@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
+from ..models.files.record import read_pruning_record, stack_of
 from ..models.source import UNTRUSTED, Permissions
+from ..papers.mezo import ForwardOnly
 from ..pipeline.measure import measure
-from ..pipeline.result import refuse_foreign_files, reporting_failure
+from ..pipeline.result import (
+    check_zeros,
+    checkpoint_record,
+    close_report,
+    model_documents,
+    operator_claims,
+    refuse_foreign_files,
+    reporting_failure,
+    stored_weights,
+    write_low_rank,
+    write_model,
+)
+from ..reporting.advice import length_setting
+from ..reporting.model_card import model_card
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
     absolute,
@@ -23,31 +43,34 @@ from ..runs.continuation import (
 )
 from ..runs.decision import TrainingRecord
 from ..runs.directory import refuse_out
+from ..runs.layer_records import LayerEntry, OperatorEntry
+from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.log import Logged, log_file
-from ..runs.records import Report
+from ..runs.records import Report, Totals
 from ..runs.steps import read_steps
-from ..runs.times import spent
+from ..runs.times import Times, spent
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import input_run
-from ..runtime.devices import choose_device, cpu_threads
+from ..runtime.devices import choose_device
 from ..runtime.formatting import shell_line
-from ..runtime.memory import reset_peak_memory
+from ..runtime.machine import now
+from ..runtime.memory import peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..settings.align_settings import AlignRecipe
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.training_settings import TrainingRecipe
 from .alignment import Alignment
 from .distributed import World, joined
-from .opened import Training
+from .loop import State
+from .masked import Trained
 from .plan import Plan
 from .recovery import Recovery
-from .result import collect, write
-from .settle import Request, asked, check_inputs, plan_of, settle
+from .settle import Request, asked, check_inputs, settle
 
-RECOVER: type[Training] = Recovery
-ALIGN: type[Training] = Alignment
+RECOVER: type[Recovery] = Recovery
+ALIGN: type[Recovery] = Alignment
 
 STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""
@@ -137,14 +160,14 @@ def plan_recovery(
 ) -> Plan:
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    kind, origin = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER, input_run(str(model))
-    if isinstance(recipe, RecoverRecipe) and not recipe.data.texts and origin is None:
+    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
+    if isinstance(recipe, RecoverRecipe) and not recipe.data.texts and input_run(str(model)) is None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
     request = Request(str(model), recipe, None if dense is None else str(dense), permissions, evaluate=None)
-    return plan_of(kind, check_inputs(kind, request, Listener()), folder, Listener())[1]
+    return check_inputs(kind, request, folder, Listener())[1]
 
 
-def resume_training(kind: type[Training], folder: Path, permissions: Permissions, listener: Listener) -> Report:
+def resume_training(kind: type[Recovery], folder: Path, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run as it was begun.
 
     Args:
@@ -161,56 +184,43 @@ def resume_training(kind: type[Training], folder: Path, permissions: Permissions
     return _run(kind, run, Request(record.decision.model, recipe, None, permissions, record.command), listener)
 
 
-def _run(kind: type[Training], run: TrainingDirectory, request: Request[Any], told: Listener) -> Report:
+def _run(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], told: Listener) -> Report:
     """Do what is left of a run, alone or as one of the processes of torchrun."""
     execution = request.recipe.execution
     with undisturbed(), joined(execution.device, execution.offload) as world:
-        if world.size == 1:
-            return _lead(kind, run, request, told, world)
-        if fault := _not_divided(request.recipe, world.size):
-            raise FistaPrunerError(fault)
-        execution = execution.model_copy(update={"device": str(world.device)})
-        request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
+        if world.size > 1:
+            _refuse_undivided(request.recipe, world.size)
+            execution = execution.model_copy(update={"device": str(world.device)})
+            request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
         if world.rank:
             return _follow(kind, run, request, world)
-        try:
-            report = _lead(kind, run, request, told, world)
-        except FistaPrunerError as error:
-            if not world.told:
-                world.tell(f"{error}")
-            raise
-        if not world.told:
-            world.tell(DONE)
-        world.tell()
-        return report
+        with world.leading():
+            return _lead(kind, run, request, told, world)
 
 
-def _not_divided(recipe: TrainingRecipe, processes: int) -> str | None:
-    """Say why several processes cannot share a run; None where they can."""
-    if recipe.zeroth_order:
-        return f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
+def _refuse_undivided(recipe: TrainingRecipe, processes: int) -> None:
+    """Refuse a run that several processes cannot share."""
     unit = "pairs_per_step" if isinstance(recipe, AlignRecipe) else "windows_per_step"
-    size = getattr(recipe, unit)
-    return f"{unit} is {size}: {processes} processes need a multiple of {processes}" if size % processes else None
+    fault, size = None, getattr(recipe, unit)
+    if recipe.zeroth_order:
+        fault = f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
+    elif size % processes:
+        fault = f"{unit} is {size}: {processes} processes need a multiple of {processes}"
+    if fault:
+        raise FistaPrunerError(fault)
 
 
-DONE, READY = "", "ready"
-"""What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
-
-
-def _follow(kind: type[Training], run: TrainingDirectory, request: Request[Any], world: World) -> Report:
-    """Train along with process 0."""
-    if (said := world.tell()) == READY:
-        training = kind.open(run, request.recipe.execution, request.permissions, world)
-        with training.trained(Listener(), lambda: None) as (trained, _):
-            collect(training, trained, Listener())
-    elif said != DONE:
-        raise FistaPrunerError(said)
-    world.tell()
+def _follow(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], world: World) -> Report:
+    """Train along with process 0, which settles and writes."""
+    with world.following() as train:
+        if train:
+            training = kind.open(run, request.recipe.execution, request.permissions, world)
+            with training.trained(Listener(), lambda: None) as (trained, _):
+                _collect(training, trained, Listener())
     return run.read_report()
 
 
-def _lead(kind: type[Training], run: TrainingDirectory, request: Request[Any], told: Listener, world: World) -> Report:
+def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], told: Listener, world: World) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
     run.check_place()
     refuse_overlap(request.model, run.folder)
@@ -232,41 +242,32 @@ def _lead(kind: type[Training], run: TrainingDirectory, request: Request[Any], t
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
-                if begun is not None and report is None:
-                    refuse_other_versions(run, begun)
                 if begun is None:
                     settle(kind, run, request, listener)
+                elif report is None:
+                    refuse_other_versions(run, begun)
                 listener.tick("opening the run", 0, 1)
                 training = kind.open(run, request.recipe.execution, request.permissions, world)
                 refuse_foreign_files(run, training.model.checkpoint, training.fingerprint)
-                world.tell(READY)
-                with (
-                    training.trained(listener, times.note) as (trained, state),
-                    cpu_threads(training.decision.numerics.threads),  # whatever those of this process are
-                ):
-                    report = write(training, collect(training, trained, listener), state, times, listener, report)
+                world.ready()
+                with training.trained(listener, times.note) as (trained, state):
+                    collected = _collect(training, trained, listener)
+                    report = _write(training, collected, state, times, listener, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        evaluation = request.evaluation(run.begun_record().decision)
+        decision = run.begun_record().decision
+        evaluation = request.evaluation(decision)
         return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
 
 
 def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Request[Any]) -> None:
-    """Refuse a command for a run directory that holds another run.
-
-    Raises:
-        FistaPrunerError: names what differs.
-    """
-    refuse_other_settings(run, begun.decision.asked, asked(request.recipe))
-    dense = None if request.dense is None else request.permissions.find(request.dense).folder.absolute()
-    for what, before, here in (
-        ("model", begun.decision.model, absolute(request.model)),
-        ("dense model", begun.decision.dense or "none", dense),
-    ):
-        if here is not None and str(before) != str(here):
-            raise FistaPrunerError(
-                f"--out {run.folder} holds a run with the {what} {before}, not {here}: name another folder"
-            )
+    """Refuse a command for a run directory that holds another run."""
+    decision = begun.decision
+    here = {"model": absolute(request.model), **asked(request.recipe)}
+    if request.dense is not None:
+        here["dense"] = str(request.permissions.find(request.dense).folder.absolute())
+    before = {"model": decision.model, "dense": decision.dense and str(decision.dense), **decision.asked}
+    refuse_other_settings(run, before, here)
 
 
 def _how_to_continue(run: TrainingDirectory) -> str:
@@ -278,3 +279,131 @@ def _how_to_continue(run: TrainingDirectory) -> str:
             if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
                 where = f"after step {lines[-1]['step']} of {record.decision.steps}"
     return f"interrupted {where}; {how}"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What is taken from a trained model, by all of its processes.
+
+    Args:
+        changed: tensors by checkpoint name, as the checkpoint stores them.
+        measured: what the verb has measured of it.
+        count: how many numbers were trained; ``rates``: the first learning rates.
+    """
+
+    changed: dict[str, Tensor]
+    measured: Any
+    count: int
+    rates: list[float]
+
+
+def _collect(training: Recovery, trained: Trained | ForwardOnly, listener: Listener) -> Collected:
+    """Take the results from a trained model, which is loaded; called by all of its processes."""
+    measured = training.measured(trained, listener)
+    listener.tick("comparing the trained weights with the input's", 0, 1)
+    if isinstance(trained, ForwardOnly):
+        return Collected(dict(trained.result()), measured, trained.count(), [trained.rate])
+    return Collected(dict(trained.result()), measured, trained.numbers, list(trained.rates.values()))
+
+
+def _write(
+    training: Recovery, collected: Collected, state: State, times: Times, listener: Listener, earlier: Report | None
+) -> Report:
+    """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
+
+    Args:
+        training: the opened run, its model loaded.
+        collected: what was taken from it, with the best weights.
+        state: where training ended.
+        times: wall time of the run so far.
+        listener: receives progress.
+        earlier: report of the finished run whose checkpoint is written again.
+    """
+    run, model, changed = training.run, training.model, collected.changed
+    report: Report = run.begun_record().report()
+    training.describe(collected.measured, report, listener)
+    report.layers = [_layer(training, changed, index) for index in range(len(model))]
+    _describe(training, collected, state, report)
+    report.totals = Totals(
+        operator_weights=report.operator_weights,
+        operator_zeros=report.operator_zeros,
+        model_weights=model.parameter_count(),
+        model_zeros=training.decision.zeros,
+        seconds=times.total(),
+        peak_memory=peak_memory(),
+        peak_device_memory=peak_device_memory(model.device),
+    )
+    content = read_pruning_record(training.decision.folder)
+    claims = operator_claims(report, model) | (content.get("operators") or {})
+    report.stacked_experts = any(stack_of(name) for name in claims)
+    report.finished = now()
+    add_stage(report)
+    begin = time.perf_counter()
+    if (part := training.low_rank) is not None:
+        content |= write_low_rank(run, part.factors, part.rank, training.layout, report.totals)
+
+    def documents() -> dict[str, str]:
+        return model_documents(model_card(report), {**content, **checkpoint_record(report, claims)})
+
+    write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
+    check_zeros(run.model, model.checkpoint, stored_weights(model, training.layout))
+    if report.recovery is not None:
+        report.totals.time_split["train"] = report.recovery.seconds
+    close_report(run, report, earlier, times, begin)
+    update_stage(report)
+    # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
+    shutil.rmtree(run.teacher, ignore_errors=True)
+    run.write_report(report)
+    return report
+
+
+def _layer(training: Recovery, changed: Mapping[str, Tensor], index: int) -> LayerEntry:
+    """Describe one decoder layer."""
+    model, entry = training.model, LayerEntry(index=index)
+    entry.name = f"{training.layout.layers_name}.{index}"
+    for operator in training.layout.in_layer(index):
+        name = training.layout.full_name(index, operator)
+        source = model.source(f"{name}.weight")
+        before = model.checkpoint.read(source).float()
+        after = changed[source].float() if source in changed else before
+        zeros = before.numel() - int(torch.count_nonzero(before))
+        entry.operators.append(
+            OperatorEntry(
+                name=operator.name,
+                shape=(operator.rows, operator.columns),
+                sparsity=training.decision.operators[name],
+                zeros=zeros,
+                density=1 - zeros / before.numel(),
+                change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
+                changed=int((after != before).sum()),
+            )
+        )
+    return entry
+
+
+def _describe(training: Recovery, collected: Collected, state: State, report: Report) -> None:
+    """Say in the report what was trained, and whether it has failed or has not helped."""
+    operators, survivors = report.operators, report.operator_weights - report.operator_zeros
+    found, rates, words = report.recovery, collected.rates, ""
+    assert found is not None
+    found.read_journal(training.run.steps_file)
+    if rates:
+        found.lr = {"lowest": min(rates), "highest": max(rates)}
+        words = f"learning rates {min(rates):.2g} to {max(rates):.2g}: "
+    found.trained, found.steps, found.kept_step = collected.count, state.step, state.best_step
+    found.operators = 0 if found.parameters == "norms" else len(operators)
+    found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
+    found.change = max((operator.change or 0.0 for operator in operators), default=None)
+    if state.fault and state.step == 0:
+        why = "The predictions of the model that goes in, or of the dense model, are not finite"
+        report.warnings.append(f"training stopped: {state.fault}; the weights are those of the input. {why}")
+    elif state.fault:
+        report.warnings.append(
+            f"training stopped: {state.fault}; the weights of step {state.best_step} are kept ({words}try a lower --lr)"
+        )
+    elif state.best_step == 0:
+        report.warnings.append(
+            "no step was better than the start on what is held out, so the weights are those of the input "
+            f"({words}try a lower --lr; a higher one where the loss has hardly changed, or more "
+            f"{length_setting(report)})"
+        )
