@@ -19,7 +19,6 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline.resume import resume
 from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
 from fistapruner.pruning.workers import (
@@ -30,6 +29,7 @@ from fistapruner.pruning.workers import (
     require_ray,
     room_for_workers,
 )
+from fistapruner.resuming import resume
 from fistapruner.runs.listener import Listener
 from fistapruner.settings.execution_settings import Execution
 

@@ -34,7 +34,7 @@ from ..runtime.numerics import dtype_name
 from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe
-from ..text import calibration_tokens
+from ..text import calibration_length, calibration_tokens
 from ..text.generate import load_writer
 from .inputs import Inputs, Request, check_inputs
 from .workers import default_threads
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener) -> PruneRecord:
+def settle(
+    run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener
+) -> tuple[PruneRecord, LayerwiseModel]:
     """Check the input, decide what all processes of the run will use, and record it.
 
     Args:
@@ -55,13 +57,16 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         before: what the run had settled, where its calibration tokens or measurements are damaged: its plan is kept.
         listener: receives progress.
 
+    Returns:
+        The record, and the opened model.
+
     Raises:
         FistaPrunerError: bad input, named, or a run that does not fit.
     """
     recipe, settled = request.recipe, before.decision if before else None
     inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
-    text = text_sha256(recipe)
-    drawing = _drawing(recipe, inputs.model, inputs.seqlen, text)
+    text, seqlen = text_sha256(recipe), calibration_length(recipe.calibration, inputs.model)
+    drawing = _drawing(recipe, inputs.model, seqlen, text)
     drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
     if settled is not None:
         numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
@@ -83,8 +88,8 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
     with cpu_threads(numerics.threads):
         settings, begin = recipe.calibration, time.perf_counter()
-        listener.say(f"calibration: {settings.samples} windows of {inputs.seqlen} tokens from {settings.name}")
-        tokens, how = drawn or _draw_windows(run, recipe, inputs, drawing, listener)
+        listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
+        tokens, how = drawn or _draw_windows(run, recipe, inputs, seqlen, drawing, listener)
         inputs.model.check_tokens(tokens)
         run.write_tokens(tokens, drawing, how)
         seconds = {"calibration": time.perf_counter() - begin}
@@ -95,7 +100,7 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         if measured is not None:
             seconds["sensitivity"] = time.perf_counter() - begin
     has_metrics = run.metrics_file.is_file()
-    sizes = {"samples": tokens.shape[0], "seqlen": inputs.seqlen, "tokens": tokens.numel()}
+    sizes = {"samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}
     record = PruneRecord(
         **common_fields(request, inputs, recipe, numerics.threads),
         fingerprint=identity,
@@ -119,7 +124,7 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     )
     run.write_recipe(recipe.to_yaml())
     run.write_record(record)
-    return record
+    return record, inputs.model
 
 
 def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | None) -> str:
@@ -131,17 +136,17 @@ def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | Non
 
 
 def _draw_windows(
-    run: PruneDirectory, recipe: Recipe, inputs: Inputs, drawing: str, listener: Listener
+    run: PruneDirectory, recipe: Recipe, inputs: Inputs, seqlen: int, drawing: str, listener: Listener
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw (samples, seqlen) calibration windows; returns them, and how they were drawn."""
-    settings, seqlen = recipe.calibration, inputs.seqlen
+    settings = recipe.calibration
 
     def load_model() -> Any:  # whole, to write text
         limit = recipe.execution.memory_limit
         return load_writer(inputs.source, inputs.model, settings.samples, seqlen, limit, "--calibration")
 
     kept = {"begun": run.begun_texts(drawing), "keep": partial(run.keep_texts, drawing)}
-    return calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say, **kept)
+    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say, **kept)
 
 
 def _measure(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
+from ..measure.run import measure
 from ..models.files.record import read_pruning_record, stack_of
 from ..models.source import UNTRUSTED, Permissions
 from ..papers.mezo import ForwardOnly
-from ..pipeline.measure import measure
-from ..pipeline.result import (
+from ..pruning.result import (
     check_zeros,
     checkpoint_record,
     close_report,
