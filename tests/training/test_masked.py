@@ -111,18 +111,17 @@ def test_a_step_is_torchs_adamw_on_survivors() -> None:
 
 def test_learning_rates() -> None:
     lora, vector = Lora(16, 2.0), torch.tensor([3.0, 0.0, 4.0])
-    size, typical = (25 / 2) ** 0.5, lora.rate(64)
+    size, rate = (25 / 2) ** 0.5, lora.rate(64)
     auto = RecoverRecipe.build({})
-    assert first_rate(auto, lora, 64, typical, matrix(2, 2)) == 2e-3
-    assert first_rate(auto, None, 64, typical, vector) == pytest.approx(SHARE * size)
-    assert first_rate(AlignRecipe.build({}), lora, 64, typical, vector) == pytest.approx(1e-4)
+    assert first_rate(auto, rate, rate, matrix(2, 2)) == 2e-3
+    assert first_rate(auto, None, rate, vector) == pytest.approx(SHARE * size)
+    assert first_rate(AlignRecipe.build({}), rate, rate, vector) == pytest.approx(1e-4)
     given_rate = RecoverRecipe.build({"lr": 4e-3})
-    assert first_rate(given_rate, lora, 64, typical, vector) == 4e-3
-    assert first_rate(given_rate, None, 64, typical, vector) == pytest.approx(2 * SHARE * size)
+    assert first_rate(given_rate, rate, rate, vector) == 4e-3
+    assert first_rate(given_rate, None, rate, vector) == pytest.approx(2 * SHARE * size)
     share = RecoverRecipe.build({"parameters": "full", "lr": 0.01})
-    assert first_rate(share, Full(), 64, None, vector) == pytest.approx(0.01 * size)
-    spp = Spp(16, 2.0)
-    assert first_rate(auto, spp, 576, spp.rate(576), vector) == pytest.approx(4e-4 * 24)
+    assert first_rate(share, Full().rate(64), None, vector) == pytest.approx(0.01 * size)
+    assert Spp(16, 2.0).rate(576) == pytest.approx(4e-4 * 24)
 
 
 def test_training_in_bf16_lowers_the_loss(tmp_path: Path) -> None:

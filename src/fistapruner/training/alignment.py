@@ -68,13 +68,13 @@ class Alignment(Recovery):
         read_pairs(recipe.data.pairs)
 
     @staticmethod
-    def resolved(request: Request[AlignRecipe]) -> AlignRecipe:
+    def resolved(request: Request) -> AlignRecipe:
         """See :class:`.Recovery`."""
         names = ("references", "shares", "anchor")
         return request.recipe.model_copy(update={name: getattr(request.recipe, f"resolved_{name}") for name in names})
 
     @staticmethod
-    def check(inputs: Inputs[AlignRecipe], request: Request[AlignRecipe], listener: Listener) -> dict[str, int]:
+    def check(inputs: Inputs, request: Request, listener: Listener) -> dict[str, int]:
         """Find the other reference models, tokenise and split the pairs.
 
         Raises:

@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.files.safetensors import LazyTensors
 from ..runs.snapshots import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
 from ..runtime.launcher import launched
-from .masked import Masters, TrainedLayer
+from .masked import TrainedLayer
 
 WAIT = timedelta(hours=6)
 """How long a process waits for process 0, which may cut text or compute the dense model's predictions."""
@@ -38,12 +39,7 @@ DONE, READY = "", "ready"
 
 @dataclass
 class World:
-    """The processes of a run.
-
-    Args:
-        rank: of this one; ``size``: how many there are.
-        device: of this process.
-        offload: keep what is sharded in main memory while it is not needed.
+    """The processes of a run; with ``offload`` shards rest in main memory.
 
     Attributes:
         told: process 0 has told the others something.
@@ -55,34 +51,10 @@ class World:
     offload: bool = False
     told: bool = False
 
-    @contextmanager
-    def leading(self) -> Iterator[None]:
-        """Do the work of process 0 in the block; where it does not come to :meth:`ready`, the others hear why."""
-        try:
-            yield
-        except FistaPrunerError as error:
-            if not self.told:
-                self.tell(f"{error}")
-            raise
+    def announce(self, message: str) -> None:
+        """Tell the other processes how process 0 goes on, once."""
         if not self.told:
-            self.tell(DONE)
-        self.tell()
-
-    def ready(self) -> None:
-        """Let the other processes train along."""
-        self.tell(READY)
-
-    @contextmanager
-    def following(self) -> Iterator[bool]:
-        """Wait for process 0 before and after the block, which trains along where True is yielded.
-
-        Raises:
-            FistaPrunerError: process 0 has failed before training.
-        """
-        if (said := self.tell()) not in (READY, DONE):
-            raise FistaPrunerError(said)
-        yield said == READY
-        self.tell()
+            self.tell(message)
 
     def part(self, windows: Sequence[int], together: int = 1) -> list[int]:
         """Return this process's windows; those of one unit of ``together`` stay together.
@@ -121,7 +93,9 @@ class World:
         return said[0]
 
     def shard(self, layer: TrainedLayer, dtype: torch.dtype) -> None:
-        """Divide a loaded layer and its masters among the processes; passes are in ``dtype``."""
+        """Divide a loaded layer and its masters among several processes; passes are in ``dtype``."""
+        if self.size == 1:
+            return
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -193,7 +167,7 @@ class ShardedSnapshots(Snapshots):
             if not path.with_suffix(".json").exists():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _values(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
+    def values(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
         """Find the newest state of a run up to a step: its step and plain values."""
         for step in reversed([step for step in self.steps() if step <= last]):
             with suppress(OSError, ValueError, KeyError, FistaPrunerError):
@@ -202,25 +176,30 @@ class ShardedSnapshots(Snapshots):
                     return step, dict(content["values"])
         return None
 
-    def restore(self, fingerprint: str, last: int, trained: Masters) -> dict[str, Any] | None:
-        """Load the newest state of a run up to a step into what is trained.
 
-        Returns:
-            Its plain values; None where there is no such state.
-        """
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.state_dict_loader import load
+def restored(states: Snapshots, fingerprint: str, last: int, trained: Any) -> dict[str, Any] | None:
+    """Load the newest whole state of a run up to a step into what is trained.
 
-        found = self.world.tell(self._values(fingerprint, last) if self.world.rank == 0 else None)
-        if found is None:
+    Returns:
+        Its plain values; None where there is no such state.
+    """
+    if not isinstance(states, ShardedSnapshots):
+        if (snapshot := states.newest(fingerprint, last)) is None:
             return None
-        step, values = found
-        reader = FileSystemReader(self.folder / f"{step:08d}")
-        tensors: dict[str, Tensor] = {}
-        for full in reader.read_metadata().state_dict_metadata:
-            kind, _, name = full.partition("/")
-            parameter = trained.parameters[name].detach()
-            tensors[full] = torch.zeros(()) if kind == "step" else torch.empty_like(parameter)
-        load(tensors, storage_reader=reader)
-        trained.load(tensors)
-        return dict(values)
+        trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
+        return snapshot.values
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    found = states.world.tell(states.values(fingerprint, last) if states.world.rank == 0 else None)
+    if found is None:
+        return None
+    step, values = found
+    reader = FileSystemReader(states.folder / f"{step:08d}")
+    tensors: dict[str, Tensor] = {}
+    for full in reader.read_metadata().state_dict_metadata:
+        kind, _, name = full.partition("/")
+        tensors[full] = torch.zeros(()) if kind == "step" else torch.empty_like(trained.parameters[name].detach())
+    load(tensors, storage_reader=reader)
+    trained.load(tensors)
+    return dict(values)

@@ -24,11 +24,8 @@ from ..runtime.formatting import duration
 CHECKS = 8
 """Checks on what is held out, at equal distances."""
 
-BACK_OFF = 0.3
-"""Learning-rate factor after a check that is not better."""
-
-SMALLEST = 0.02
-"""Share of the first learning rate below which training stops."""
+BACK_OFF, SMALLEST = 0.3, 0.02
+"""Learning-rate factor after a check that is not better, and share of the first rate below which training stops."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,10 @@ class State:
 
     Args:
         step: steps taken.
-        before: held-out loss of the start.
-        best: lowest held-out loss so far; ``best_step``: the step that it was measured after, 0 is the start.
+        before: held-out loss of the start; ``best``: the lowest so far, after step ``best_step``, 0 is the start.
         rate: factor of the learning rate, before the schedule.
-        stopped: no further steps are taken.
+        stopped: no further steps are taken; ``fault``: why training stopped early, a sentence.
         not_finite: steps in a row whose loss was not finite.
-        fault: why training stopped early, a sentence.
     """
 
     step: int = 0
@@ -126,11 +121,7 @@ class Loop:
     agree: Callable[[bool], bool] = lambda due: due
 
     def run(self, state: State | None = None) -> State:
-        """Take the steps that are left; the best weights are restored at the end.
-
-        Args:
-            state: where training goes on, whose tensors ``trained`` holds; None is the start.
-        """
+        """Take the steps after ``state``, whose tensors are loaded; then restore the best weights."""
         whole = -1 if state is None else state.step
         self.state, self._writing = state or State(), 0.0
         with nullcontext() if self.journal is None else StepJournal(self.journal, whole) as self._journal:
@@ -144,12 +135,12 @@ class Loop:
             last = begin
             while self.state.step < self.steps and not self.state.stopped:
                 checked = self._step()
-                if checked is not None:
-                    left = (time.monotonic() - begin) / (self.state.step - first) * (self.steps - self.state.step)
-                    self._say_check(*checked, left)
+                done, ahead = self.state.step - first, self.steps - self.state.step
+                if checked:
+                    self._say_check(*checked, (time.monotonic() - begin) / done * ahead)
                 self.listener.tick(self.what, self.state.step, self.steps)
                 late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
-                if checked is not None or self.state.stopped or late:
+                if checked or self.state.stopped or late:
                     self._snapshot()
                     last = time.monotonic()
         self.trained.restore()
@@ -182,8 +173,7 @@ class Loop:
         if state.not_finite >= self.patient:
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
             state.stopped = True
-            state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
-            line["fault"] = state.fault
+            line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
             self.listener.say(state.fault)
         elif check_due(number, self.steps):
             held_out, by_task = self.held_out()
@@ -211,13 +201,13 @@ class Loop:
             self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
 
     def _say_check(self, held_out: float, kept: bool, left: float) -> None:
-        how = "kept" if kept else "not better"
-        if self.state.stopped:
+        state, how = self.state, "kept" if kept else "not better"
+        if state.stopped:
             how += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
-        elif self.state.step < self.steps:
+        elif state.step < self.steps:
             how += f", about {duration(left)} left"
-        step, before = f"step {self.state.step} of {self.steps}", f"(before {self.state.before:.4f})"
-        self.listener.say(f"{step}: held-out loss {held_out:.4f} {before}: {how}")
+        losses = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
+        self.listener.say(f"step {state.step} of {self.steps}: {losses}: {how}")
 
     def _snapshot(self) -> None:
         if self.states is None:

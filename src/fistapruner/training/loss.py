@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from ..models.layerwise import Call, LayerwiseModel
 from ..papers.mrpo import Preference, margins_of
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
-from ..text.training import TrainingText
 from .teacher import Teacher
 
 LENGTHS = 32
@@ -57,8 +56,7 @@ class TokenLoss:
         """Compute the loss of every token, in blocks of rows that fit a core's cache.
 
         Args:
-            logits: (tokens, vocabulary) of the model.
-            targets: (tokens,) the tokens that follow.
+            logits: (tokens, vocabulary) of the model; ``targets``: (tokens,) the tokens that follow.
             dense: (tokens, vocabulary) logits of the dense model; not needed for cross-entropy alone.
             factor: of the gradient; None computes none.
             budgets: bytes of logits at once.
@@ -138,7 +136,7 @@ class Objective:
         model: the pruned model, resident. Its embeddings, final norm and head are used as they are.
         run: runs a decoder layer of it.
         text: the windows, and which of their tokens carry loss.
-        loss: what is computed of each token.
+        loss: of each token, a :class:`TokenLoss`; of pairs :class:`PairTerms`.
         teacher: the dense model's predictions; needed where the loss has a divergence.
         batch_size: windows in one pass.
         checkpointing: keep only the inputs of decoder layers for the way back; the bits of the result are the same.
@@ -152,7 +150,7 @@ class Objective:
         self,
         model: LayerwiseModel,
         run: Run,
-        text: TrainingText,
+        text: Any,
         loss: Any,
         teacher: Teacher | None,
         batch_size: int,
@@ -166,8 +164,7 @@ class Objective:
     def resident(self, *, shared: bool = True) -> AbstractContextManager[None]:
         """Keep the final norm and head of the dense model loaded for the block.
 
-        Args:
-            shared: use the trained model's own tensors where they are the same; not where these change in place.
+        They are the trained model's own, if ``shared``, where they are the same: not where these change in place.
         """
         if self.teacher is None:
             return nullcontext()
@@ -183,21 +180,11 @@ class Objective:
 
     @torch.no_grad()
     def losses(self, windows: Sequence[int], run: Run | None = None) -> Tensor:
-        """Compute the (windows,) fp64 losses of windows, sums over what :meth:`counts` counts.
-
-        Args:
-            windows: their numbers.
-            run: runs decoder layers in place of :attr:`run`.
-        """
+        """Compute the (windows,) fp64 losses, sums over what is counted; ``run`` replaces the own."""
         return self._each(windows, self._reduce, run or self.run)
 
     def backward(self, windows: Sequence[int], count: float | None = None) -> float:
-        """Compute the mean loss over what :meth:`counts` counts, and add its gradient to the masters'.
-
-        Args:
-            windows: their numbers.
-            count: what the sum is divided by; None is the count of these windows.
-        """
+        """Compute the mean loss over ``count`` or :meth:`counts`, and add its gradient to the masters'."""
         count = count or max(1.0, float(self.counts(windows).sum()))
         total = 0.0
         with ordered_attention(self.model.device):
@@ -292,7 +279,7 @@ class PairObjective(Objective):
 
     def _length(self, windows: Sequence[int]) -> int:
         """See :class:`Objective`; what is left out is padding."""
-        longest = int(self.text.lengths[list(windows)].max())  # type: ignore[attr-defined]
+        longest = int(self.text.lengths[list(windows)].max())
         return min(-(-longest // LENGTHS) * LENGTHS, self.text.tokens.shape[1])
 
     @torch.no_grad()

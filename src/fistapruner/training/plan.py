@@ -41,14 +41,10 @@ MASTER_BYTES = 4 + 4 + 8 + 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run that trains will need.
+    """What a run that trains will need: bytes, windows in one pass, and seconds.
 
-    Args:
-        parameters: what is trained.
-        batch_size: windows in one pass; ``checkpointing``: decoder layers run twice.
-        memory: bytes at the peak, by part; ``kind``: of memory; ``limit``: bytes that the run may use.
-        disk: bytes of the run directory; ``free``: of its disk.
-        steps: of training; ``step_seconds``: of one; ``seconds``: of all steps and checks.
+    ``memory`` is the peak by part, of the ``kind`` of which the run may use ``limit``; with ``checkpointing`` decoder
+    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything.
     """
 
     parameters: str
@@ -104,13 +100,10 @@ def plan_training(
     """Plan a run that trains; the plan says where it does not fit.
 
     Args:
-        model: the pruned model; ``layout``: its operators to train.
-        recipe: all settings, resolved.
+        model: the pruned model; ``layout``: its operators to train; ``recipe``: all settings, resolved.
         out: the run directory; its disk must have the space.
-        seqlen: tokens in a window.
-        steps: optimizer steps.
-        stored: windows whose predictions by the dense model are stored.
-        held_out: windows held out.
+        seqlen: tokens in a window; ``steps``: of the optimizer.
+        stored: windows whose predictions by the dense model are stored; ``held_out``: windows held out.
         together: windows that no pass may part.
     """
     device, zeroth, layers = model.device, recipe.zeroth_order, len(model)

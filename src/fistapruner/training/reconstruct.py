@@ -101,9 +101,6 @@ class _SumOfParts(Form):
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
         return masters[ITSELF] + masters["B"] @ masters["A"]
 
-    def rate(self, columns: int) -> float | None:
-        return None
-
 
 def reconstruct_layer(
     model: LayerwiseModel,
@@ -130,7 +127,7 @@ def reconstruct_layer(
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
-        layer = TrainedLayer(model.layers[index], _forms(model, index, groups, parts or {}), ("norms", "biases"))
+        layer = TrainedLayer(model, index, _forms(model, index, groups, parts or {}))
         rates = {key: settings.rate * root_mean_square(each.detach()) for key, each in layer.masters.items()}
         masters = Masters(dict(layer.masters.items()), rates, layer.masked)
         loss = BlockLoss(inputs, wanted, settings.metric, model.device)

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.discovery import discover
 from ..models.files.low_rank import LowRankAdapter
-from ..models.files.safetensors import LazyTensors
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
 from ..models.source import Permissions
@@ -30,6 +29,7 @@ from ..runs.decision import TrainingDecision
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.records import Report
+from ..runs.snapshots import Snapshots
 from ..runs.steps import read_steps
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runs.training_runs import input_run
@@ -43,7 +43,7 @@ from ..text.generate import load_writer
 from ..text.packing import PURPOSE
 from ..text.sources import check_source
 from ..text.training import MAX_HELD_OUT_WINDOWS, TrainingText, order, training_text
-from .distributed import ShardedSnapshots, World
+from .distributed import ShardedSnapshots, World, restored
 from .loop import Loop, State
 from .loss import Objective, TokenLoss
 from .masked import Trained, descent_of
@@ -59,11 +59,9 @@ class Recovery:
     """An opened run of ``recover``.
 
     Args:
-        run: its directory.
+        run: its directory; ``fingerprint``: its identity.
         recipe: all settings, resolved; ``decision``: what the run has decided beside them.
-        fingerprint: its identity.
-        model: the pruned model that goes in; ``layout``: the operators that are trained.
-        text: the training text.
+        model: the pruned model that goes in; ``layout``: the operators that are trained; ``text``: the training text.
         permissions: what the models' files may do.
         low_rank: the low-rank part that belongs to the model; None where it has none.
         world: the processes that train together.
@@ -96,7 +94,7 @@ class Recovery:
             check_source(text, PURPOSE)
 
     @staticmethod
-    def resolved(request: Request[Any]) -> Any:
+    def resolved(request: Request) -> Any:
         """Return the recipe with its text named: that of the input's run where the user names none.
 
         Raises:
@@ -116,7 +114,7 @@ class Recovery:
         return recipe
 
     @staticmethod
-    def check(inputs: Inputs[Any], request: Request[Any], listener: Listener) -> dict[str, int]:
+    def check(inputs: Inputs, request: Request, listener: Listener) -> dict[str, int]:
         """Check and resolve what is left, with the models opened.
 
         Returns:
@@ -136,7 +134,7 @@ class Recovery:
         return {"seqlen": seqlen, "steps": recipe.steps_of(seqlen), "stored": stored, "held_out": held_out}
 
     @staticmethod
-    def cut(inputs: Inputs[Any], listener: Listener) -> TrainingText:
+    def cut(inputs: Inputs, listener: Listener) -> TrainingText:
         """Read or generate the text, hold documents out, and cut windows; it may take long."""
         recipe, data, generator = inputs.recipe, inputs.recipe.data, inputs.dense or inputs.model
         windows = recipe.windows_of(inputs.seqlen)
@@ -177,13 +175,7 @@ class Recovery:
 
     @classmethod
     def open(cls, run: TrainingDirectory, execution: Execution, permissions: Permissions, world: World) -> Self:
-        """Open a run that was settled.
-
-        Args:
-            run: its directory.
-            execution: how the work is carried out now.
-            permissions: what the models' files may do.
-            world: the processes that train together.
+        """Open a run that was settled; ``execution`` says how the work is carried out now.
 
         Raises:
             FistaPrunerError: its models or windows are gone or have changed.
@@ -205,13 +197,9 @@ class Recovery:
     def trained(self, listener: Listener, after_snapshot: Callable[[], None]) -> Iterator[tuple[Any, State]]:
         """Train, or go on training, and keep the model loaded for the block.
 
-        Args:
-            listener: receives progress.
-            after_snapshot: called when a state is on the disk.
-
         Yields:
             What holds the best weights (:class:`.Trained` or :class:`~fistapruner.papers.mezo.ForwardOnly`), and where
-            training ended.
+            training ended; ``after_snapshot`` is called when a state is on the disk.
         """
         check_model(self.model)
         with cpu_threads(self.decision.numerics.threads), ExitStack() as loaded:
@@ -220,11 +208,14 @@ class Recovery:
                 self.model.low_rank = self.low_rank.without(operators)
             loaded.enter_context(self.model.resident(layers=False))
             trained = self._trainable(loaded)
-            state = self._newest(trained)
-            if state is None or not (state.stopped or state.step == self.decision.steps):
-                state = self._train(trained, state, listener, after_snapshot)
-            else:
+            states = self.run.states if self.world.size == 1 else ShardedSnapshots(self.run.states.folder, self.world)
+            lines = read_steps(self.run.steps_file)
+            values = restored(states, self.fingerprint, lines[-1]["step"] if lines else -1, trained)
+            state = None if values is None else State(**values)
+            if state is not None and (state.stopped or state.step == self.decision.steps):
                 trained.restore()
+            else:
+                state = self._train(trained, states, state, listener, after_snapshot)
             yield trained, state
 
     def _trainable(self, loaded: ExitStack) -> Trained | ForwardOnly:
@@ -234,33 +225,21 @@ class Recovery:
         def load(index: int) -> None:
             loaded.enter_context(self.model.layer(index))
 
-        if recipe.zeroth_order:
-            for index in range(len(self.model)):
-                load(index)
-            draw = (subspace_normal if recipe.optimizer == "subzero" else standard_normal)(recipe.seed)
-            rate, best = RATE if recipe.lr == "auto" else recipe.lr, self.run.states.folder / "best.safetensors"
-            return ForwardOnly(self.model, self.layout, draw, best, rate, recipe.seed)
-        shard = None if self.world.size == 1 else partial(self.world.shard, dtype=self.model.dtype)
-        return Trained(self.model, self.layout, recipe, self.low_rank, load, shard)
-
-    def _newest(self, trained: Any) -> State | None:
-        """Load the newest state of the run up to which the journal is whole; None where there is none."""
-        lines = read_steps(self.run.steps_file)
-        last = lines[-1]["step"] if lines else -1
-        if self.world.size > 1:
-            values = ShardedSnapshots(self.run.states.folder, self.world).restore(self.fingerprint, last, trained)
-            return None if values is None else State(**values)
-        if (snapshot := self.run.states.newest(self.fingerprint, last)) is None:
-            return None
-        trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
-        return State(**snapshot.values)
+        if not recipe.zeroth_order:
+            shard = partial(self.world.shard, dtype=self.model.dtype)
+            return Trained(self.model, self.layout, recipe, self.low_rank, load, shard)
+        for index in range(len(self.model)):
+            load(index)
+        draw = (subspace_normal if recipe.optimizer == "subzero" else standard_normal)(recipe.seed)
+        rate, best = RATE if recipe.lr == "auto" else recipe.lr, self.run.states.folder / "best.safetensors"
+        return ForwardOnly(self.model, self.layout, draw, best, rate, recipe.seed)
 
     def _train(
-        self, trained: Any, state: State | None, listener: Listener, after_snapshot: Callable[[], None]
+        self, trained: Any, states: Snapshots, state: State | None, listener: Listener, after: Callable[[], None]
     ) -> State:
-        windows, world, zeroth = self.order(), self.world, self.recipe.zeroth_order
-        objective = self.objective(self.runner(trained), windows, listener)
-        held_out = self.text.held_out.nonzero().flatten().tolist()
+        """Take the steps that are left."""
+        windows, world, text, zeroth = self.order(), self.world, self.text, self.recipe.zeroth_order
+        objective, held_out = self.objective(self.runner(trained), windows, listener), text.windows("held_out")
 
         def step(number: int, factor: float) -> tuple[float, float]:
             chosen = windows[number - 1].tolist()
@@ -271,11 +250,13 @@ class Recovery:
             return world.mean(loss), trained.step(factor)
 
         def check() -> tuple[float, dict[str, float]]:
+            """Return the mean loss per token or pair over tasks, and that of each of several tasks."""
             own = world.part(held_out, objective.together)
-            losses = world.together(held_out, own, objective.losses(own))
-            return by_task(self.text, held_out, losses, objective.counts(held_out))
+            sums, counts = world.together(held_out, own, objective.losses(own)), objective.counts(held_out)
+            places = {name: text.task[held_out] == number for number, name in enumerate(text.tasks)}
+            found = {n: float(sums[at].sum() / counts[at].sum()) for n, at in places.items() if bool(at.any())}
+            return sum(found.values()) / len(found), found if len(found) > 1 else {}
 
-        states = self.run.states
         loop = Loop(
             trained=trained,
             steps=len(windows),
@@ -284,12 +265,12 @@ class Recovery:
             tokens=lambda number: int(objective.loss_tokens(windows[number - 1].tolist())),
             descent=descent_of(self.recipe),
             patient=MAX_NOT_FINITE if zeroth else 1,
-            states=states if world.size == 1 else ShardedSnapshots(states.folder, world),
+            states=states,
             journal=self.run.steps_file if world.rank == 0 else None,
             fingerprint=self.fingerprint,
             listener=listener,
             what=self.progress,
-            after_snapshot=after_snapshot,
+            after_snapshot=after,
             agree=world.tell,
         )
         with objective.resident(shared=not zeroth):
@@ -306,28 +287,17 @@ class Recovery:
 
     def teacher(self, windows: Sequence[int], listener: Listener) -> Teacher:
         """Return the dense model's predictions of some windows, cached."""
-        batch_size, dense = self.decision.numerics.batch_size, self.open_dense()
+        batch_size, dense, tokens = self.decision.numerics.batch_size, self.open_dense(), self.text.tokens
         check_model(dense)
-        teacher = Teacher(
-            dense,
-            self.text.tokens,
-            self.run.teacher,
-            batch_size=batch_size,
-            identity=self.fingerprint,
-            windows=windows,
-            tick=listener.tick,
-        )
+        how = {"batch_size": batch_size, "identity": self.fingerprint, "windows": windows, "tick": listener.tick}
+        teacher = Teacher(dense, tokens, self.run.teacher, **how)
         if self.world.rank == 0:
             teacher.prepare()
         self.world.tell()
         return teacher
 
     def open_dense(self) -> LayerwiseModel:
-        """Open the dense model.
-
-        Raises:
-            FistaPrunerError: it is gone, or not the one that the run began with.
-        """
+        """Open the dense model, which must be the one that the run began with."""
         folder = self.decision.dense
         assert folder is not None
         require_same(self.run, folder, folder.is_dir())
@@ -346,17 +316,6 @@ def require_same(run: TrainingDirectory, what: Any, same: Any) -> None:
         raise FistaPrunerError(
             f"{what} is gone or damaged, or not what the run in {run.folder} began with: name another --out"
         )
-
-
-def by_task(text: TrainingText, windows: Sequence[int], sums: Tensor, counts: Tensor) -> tuple[float, dict[str, float]]:
-    """Return the mean loss per token or pair over tasks, and that of each of several tasks."""
-    tasks = text.task[list(windows)]
-    found = {
-        name: float(sums[tasks == number].sum() / counts[tasks == number].sum())
-        for number, name in enumerate(text.tasks)
-        if bool((tasks == number).any())
-    }
-    return sum(found.values()) / len(found), found if len(found) > 1 else {}
 
 
 def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:

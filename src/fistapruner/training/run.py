@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ from ..settings.align_settings import AlignRecipe
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.training_settings import TrainingRecipe
 from .alignment import Alignment
-from .distributed import World, joined
+from .distributed import DONE, READY, World, joined
 from .loop import State
 from .masked import Trained
 from .plan import Plan
@@ -116,7 +116,7 @@ def recover(
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
     kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
-    request: Request[Any] = Request(
+    request = Request(
         path_text("model", model, A_MODEL),
         kind.settings.of(recipe).changed(settings),
         None if dense is None else path_text("dense", dense, A_MODEL),
@@ -184,7 +184,7 @@ def resume_training(kind: type[Recovery], folder: Path, permissions: Permissions
     return _run(kind, run, Request(record.decision.model, recipe, None, permissions, record.command), listener)
 
 
-def _run(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], told: Listener) -> Report:
+def _run(kind: type[Recovery], run: TrainingDirectory, request: Request, told: Listener) -> Report:
     """Do what is left of a run, alone or as one of the processes of torchrun."""
     execution = request.recipe.execution
     with undisturbed(), joined(execution.device, execution.offload) as world:
@@ -194,8 +194,14 @@ def _run(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], to
             request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
         if world.rank:
             return _follow(kind, run, request, world)
-        with world.leading():
-            return _lead(kind, run, request, told, world)
+        try:
+            report = _lead(kind, run, request, told, world)
+        except FistaPrunerError as error:
+            world.announce(str(error))
+            raise
+        world.announce(DONE)
+        world.tell()
+        return report
 
 
 def _refuse_undivided(recipe: TrainingRecipe, processes: int) -> None:
@@ -210,17 +216,19 @@ def _refuse_undivided(recipe: TrainingRecipe, processes: int) -> None:
         raise FistaPrunerError(fault)
 
 
-def _follow(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], world: World) -> Report:
+def _follow(kind: type[Recovery], run: TrainingDirectory, request: Request, world: World) -> Report:
     """Train along with process 0, which settles and writes."""
-    with world.following() as train:
-        if train:
-            training = kind.open(run, request.recipe.execution, request.permissions, world)
-            with training.trained(Listener(), lambda: None) as (trained, _):
-                _collect(training, trained, Listener())
+    if (said := world.tell()) == READY:
+        training = kind.open(run, request.recipe.execution, request.permissions, world)
+        with training.trained(Listener(), lambda: None) as (trained, _):
+            _results(training, trained, Listener())
+    elif said != DONE:
+        raise FistaPrunerError(said)
+    world.tell()
     return run.read_report()
 
 
-def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], told: Listener, world: World) -> Report:
+def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request, told: Listener, world: World) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
     run.check_place()
     refuse_overlap(request.model, run.folder)
@@ -249,18 +257,16 @@ def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], t
                 listener.tick("opening the run", 0, 1)
                 training = kind.open(run, request.recipe.execution, request.permissions, world)
                 refuse_foreign_files(run, training.model.checkpoint, training.fingerprint)
-                world.ready()
+                world.announce(READY)
                 with training.trained(listener, times.note) as (trained, state):
-                    collected = _collect(training, trained, listener)
-                    report = _write(training, collected, state, times, listener, report)
+                    report = _write(training, trained, state, times, listener, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        decision = run.begun_record().decision
-        evaluation = request.evaluation(decision)
+        evaluation = request.evaluation(run.begun_record().decision)
         return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
 
 
-def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Request[Any]) -> None:
+def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Request) -> None:
     """Refuse a command for a run directory that holds another run."""
     decision = begun.decision
     here = {"model": absolute(request.model), **asked(request.recipe)}
@@ -281,49 +287,35 @@ def _how_to_continue(run: TrainingDirectory) -> str:
     return f"interrupted {where}; {how}"
 
 
-@dataclass(frozen=True)
-class Collected:
-    """What is taken from a trained model, by all of its processes.
-
-    Args:
-        changed: tensors by checkpoint name, as the checkpoint stores them.
-        measured: what the verb has measured of it.
-        count: how many numbers were trained; ``rates``: the first learning rates.
-    """
-
-    changed: dict[str, Tensor]
-    measured: Any
-    count: int
-    rates: list[float]
-
-
-def _collect(training: Recovery, trained: Trained | ForwardOnly, listener: Listener) -> Collected:
-    """Take the results from a trained model, which is loaded; called by all of its processes."""
+def _results(training: Recovery, trained: Trained | ForwardOnly, listener: Listener) -> tuple[Any, dict[str, Tensor]]:
+    """Measure a trained model and take its changed tensors, by checkpoint name; called by all processes."""
     measured = training.measured(trained, listener)
     listener.tick("comparing the trained weights with the input's", 0, 1)
-    if isinstance(trained, ForwardOnly):
-        return Collected(dict(trained.result()), measured, trained.count(), [trained.rate])
-    return Collected(dict(trained.result()), measured, trained.numbers, list(trained.rates.values()))
+    return measured, dict(trained.result())
 
 
 def _write(
-    training: Recovery, collected: Collected, state: State, times: Times, listener: Listener, earlier: Report | None
+    training: Recovery,
+    trained: Trained | ForwardOnly,
+    state: State,
+    times: Times,
+    listener: Listener,
+    earlier: Report | None,
 ) -> Report:
     """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
 
     Args:
-        training: the opened run, its model loaded.
-        collected: what was taken from it, with the best weights.
-        state: where training ended.
+        training: the opened run; ``trained``: its loaded model with the best weights; ``state``: where training ended.
         times: wall time of the run so far.
         listener: receives progress.
         earlier: report of the finished run whose checkpoint is written again.
     """
-    run, model, changed = training.run, training.model, collected.changed
+    run, model = training.run, training.model
+    measured, changed = _results(training, trained, listener)
     report: Report = run.begun_record().report()
-    training.describe(collected.measured, report, listener)
+    training.describe(measured, report, listener)
     report.layers = [_layer(training, changed, index) for index in range(len(model))]
-    _describe(training, collected, state, report)
+    _describe(training, trained, state, report)
     report.totals = Totals(
         operator_weights=report.operator_weights,
         operator_zeros=report.operator_zeros,
@@ -381,29 +373,28 @@ def _layer(training: Recovery, changed: Mapping[str, Tensor], index: int) -> Lay
     return entry
 
 
-def _describe(training: Recovery, collected: Collected, state: State, report: Report) -> None:
+def _describe(training: Recovery, trained: Trained | ForwardOnly, state: State, report: Report) -> None:
     """Say in the report what was trained, and whether it has failed or has not helped."""
     operators, survivors = report.operators, report.operator_weights - report.operator_zeros
-    found, rates, words = report.recovery, collected.rates, ""
+    found, forward = report.recovery, isinstance(trained, ForwardOnly)
     assert found is not None
     found.read_journal(training.run.steps_file)
-    if rates:
-        found.lr = {"lowest": min(rates), "highest": max(rates)}
-        words = f"learning rates {min(rates):.2g} to {max(rates):.2g}: "
-    found.trained, found.steps, found.kept_step = collected.count, state.step, state.best_step
+    rates = [trained.rate] if forward else list(trained.rates.values())
+    found.lr = {"lowest": min(rates), "highest": max(rates)}
+    found.trained = trained.count() if forward else trained.numbers
+    found.steps, found.kept_step = state.step, state.best_step
     found.operators = 0 if found.parameters == "norms" else len(operators)
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)
-    if state.fault and state.step == 0:
-        why = "The predictions of the model that goes in, or of the dense model, are not finite"
-        report.warnings.append(f"training stopped: {state.fault}; the weights are those of the input. {why}")
-    elif state.fault:
-        report.warnings.append(
-            f"training stopped: {state.fault}; the weights of step {state.best_step} are kept ({words}try a lower --lr)"
-        )
+    tried = f"learning rates {min(rates):.2g} to {max(rates):.2g}: try a lower --lr"
+    why = None if state.fault is None else f"training stopped: {state.fault}; the weights"
+    if why and state.step == 0:
+        why += " are those of the input; its predictions, or those of the dense model, are not finite"
+    elif why:
+        why += f" of step {state.best_step} are kept ({tried})"
     elif state.best_step == 0:
-        report.warnings.append(
-            "no step was better than the start on what is held out, so the weights are those of the input "
-            f"({words}try a lower --lr; a higher one where the loss has hardly changed, or more "
-            f"{length_setting(report)})"
+        why = (
+            f"no step was better than the start on what is held out, so the weights are those of the input ({tried}; a "
+            f"higher one where the loss has hardly changed, or more {length_setting(report)})"
         )
+    report.warnings += [why] if why else []

@@ -6,10 +6,10 @@ checksum.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,7 +47,6 @@ from ..settings.training_settings import TrainingRecipe
 from ..text.sources import PYTHON
 from ..text.training import TrainingText, shared_documents
 from ..text.windows import window_length
-from .masked import vectors
 from .plan import Plan, plan_training
 
 if TYPE_CHECKING:
@@ -56,15 +55,13 @@ if TYPE_CHECKING:
 TRAINING_SEQLEN = 1024
 """Longest training window by default."""
 
-R = TypeVar("R", bound=TrainingRecipe)
-
 
 @dataclass(frozen=True)
-class Request(Generic[R]):
+class Request:
     """What a command asks of a run that trains; its fields are arguments of :func:`fistapruner.recover`."""
 
     model: str
-    recipe: R
+    recipe: Any
     dense: str | None = None
     permissions: Permissions = UNTRUSTED
     command: str | None = None
@@ -89,7 +86,7 @@ class Request(Generic[R]):
 
 
 @dataclass
-class Inputs(Generic[R]):
+class Inputs:
     """The checked input of a run that trains, and its plan.
 
     Args:
@@ -111,7 +108,7 @@ class Inputs(Generic[R]):
     zeros: int
     dense_source: ModelSource | None
     dense: LayerwiseModel | None
-    recipe: R
+    recipe: Any
     tokenizer: Any
     seqlen: int
     evaluation: EvaluationRequest | None
@@ -119,14 +116,8 @@ class Inputs(Generic[R]):
     text: TrainingText | None = None
 
 
-def settle(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], listener: Listener) -> None:
+def settle(kind: type[Recovery], run: TrainingDirectory, request: Request, listener: Listener) -> None:
     """Check the input, plan, cut the text, and write ``recipe.yaml`` and ``run.json``.
-
-    Args:
-        kind: what the verb does in its own way.
-        run: the run directory.
-        request: what to do.
-        listener: receives progress.
 
     Raises:
         FistaPrunerError: bad input, named; or the run does not fit.
@@ -145,9 +136,7 @@ def settle(kind: type[Recovery], run: TrainingDirectory, request: Request[Any], 
     _record(run, request, inputs, text, plan)
 
 
-def check_inputs(
-    kind: type[Recovery], request: Request[Any], out: Path, listener: Listener
-) -> tuple[Inputs[Any], Plan]:
+def check_inputs(kind: type[Recovery], request: Request, out: Path, listener: Listener) -> tuple[Inputs, Plan]:
     """Check everything that can be checked before any long work, and plan.
 
     Raises:
@@ -167,8 +156,7 @@ def check_inputs(
         model = open_model(source, recipe, dtype=dtype_name(pass_dtype(torch.bfloat16, model.device)))
     layout, claims, zeros = _operators(source, model, recipe, listener)
     check_model(model)
-    dense_source = _find_dense(request, recipe, source)
-    dense = None if dense_source is None else _open_dense(dense_source, source, model, recipe)
+    dense_source, dense = _dense(request, recipe, source, model)
     tokenizer = source.tokenizer()
     pad_with_known_token(tokenizer, model.embedded_tokens)
     seqlen = window_length(getattr(recipe.data, kind.window), model, TRAINING_SEQLEN, f"data.{kind.window}")
@@ -176,9 +164,7 @@ def check_inputs(
         evaluation = evaluation.model_copy(update={"seqlen": evaluation.seqlen or seqlen})
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
         model.check_tokens(cut.tokens)
-    inputs: Inputs[Any] = Inputs(
-        source, model, layout, claims, zeros, dense_source, dense, recipe, tokenizer, seqlen, evaluation
-    )
+    inputs = Inputs(source, model, layout, claims, zeros, dense_source, dense, recipe, tokenizer, seqlen, evaluation)
     sizes = kind.check(inputs, request, listener)
     listener.tick("planning", 0, 1)
     with cpu_threads(default_threads(recipe.execution)):
@@ -208,36 +194,35 @@ def named_dense(model: str, source: ModelSource) -> tuple[str | Path | None, tup
     return (dense_name(lineage_of(source.folder)[0]), ()) if known is None else (known.folder, known.stamps)
 
 
-def _find_dense(request: Request[Any], recipe: TrainingRecipe, source: ModelSource) -> ModelSource | None:
-    """Find the dense model that the user, the input's run or its lineage names, where it is needed."""
-    if request.dense is not None:
-        return request.permissions.find(request.dense)
-    if (need := recipe.dense_for) is None:
-        return None
-    named, noted = named_dense(request.model, source)
-    found = None
-    with suppress(FistaPrunerError):
-        found = None if named is None else request.permissions.find(named)
-    if found is None and need:
-        where = "does not name" if named is None else f"names as {named}, where it is not"
-        raise FistaPrunerError(f"{need} needs the dense model, which {source.folder} {where}: give --dense MODEL")
-    if found is not None and noted and (why := changed_files(noted, found)) is not None:
-        raise FistaPrunerError(f"{why}; name the right one with --dense")
-    return found
+def _dense(
+    request: Request, recipe: TrainingRecipe, source: ModelSource, model: LayerwiseModel
+) -> tuple[ModelSource | None, LayerwiseModel | None]:
+    """Find and open the dense model that the user, the input's run or its lineage names.
 
-
-def _open_dense(
-    found: ModelSource, source: ModelSource, model: LayerwiseModel, recipe: TrainingRecipe
-) -> LayerwiseModel:
-    """Open the dense model; it must not be the model that is trained, and have the same vocabulary."""
+    Raises:
+        FistaPrunerError: it is needed and not found; it has changed, has a low-rank part or another vocabulary, or is
+            the model that is trained.
+    """
+    need, found = recipe.dense_for, None
+    named, noted = named_dense(request.model, source) if request.dense is None else (request.dense, ())
+    with suppress(FistaPrunerError) if request.dense is None else nullcontext():
+        found = request.permissions.find(named) if named and (need is not None or request.dense) else None
+    if found is None:
+        if need:
+            where = "does not name" if named is None else f"names as {named}, where it is not"
+            raise FistaPrunerError(f"{need} needs the dense model, which {source.folder} {where}: give --dense MODEL")
+        return None, None
     refuse_low_rank(found.folder, "--dense")
     dense = open_model(found, recipe, dtype=dtype_name(model.dtype))
-    same = found.folder.resolve() == source.folder.resolve()
-    if same or dense.vocabulary != model.vocabulary:
-        why = "is the model that is trained" if same else f"predicts {dense.vocabulary} tokens, not {model.vocabulary}"
-        raise FistaPrunerError(f"--dense {found.folder} {why}: name the model that was pruned with --dense")
+    fault = changed_files(noted, found) if noted else None
+    if found.folder.resolve() == source.folder.resolve():
+        fault = f"{found.folder} is the model that is trained"
+    elif dense.vocabulary != model.vocabulary:
+        fault = f"{found.folder} predicts {dense.vocabulary} tokens, {source.folder} {model.vocabulary}"
+    if fault:
+        raise FistaPrunerError(f"the dense model {fault}: name the model that was pruned with --dense")
     check_model(dense)
-    return dense
+    return found, dense
 
 
 def _operators(
@@ -258,27 +243,22 @@ def _operators(
             f"{folder} is not what its record claims: {found.violations[0]}; "
             f"'{shell_line('inspect', folder)}' shows all"
         )
-    inspected = {operator.name: operator for operator in found.operators}
-    pruned = {operator.name for operator in found.pruned}
+    pruned = {operator.name: operator for operator in found.pruned}
     layout, smaller, claims = discover(model), lost_structure(read_pruning_record(folder)), {}
     for name, _ in layout.operators():
-        operator = inspected.get(model.source(f"{name}.weight"))
-        if operator is not None and operator.name in pruned:
+        if (operator := pruned.get(model.source(f"{name}.weight"))) is not None:
             claims[name] = operator.claim or operator.pattern or counted_sparsity(operator.zeros, operator.weights)
         elif smaller:
             claims[name] = "0%"
-    missing = None if claims else "no operator has zeros to keep; prune it first"
-    if recipe.parameters == "norms" and not any(vectors(layer, recipe.also) for layer in model.layers):
-        missing = f"its decoder layers have no {' and no '.join(recipe.also)}, and parameters norms trains nothing else"
-    if missing:
-        raise FistaPrunerError(f"there is nothing to train in {folder}: {missing}")
+    if not claims:
+        raise FistaPrunerError(f"{folder}: no operator has zeros to keep; prune it first")
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}
     zeros = sum(operator.zeros for operator in found.pruned)
     return layout, {name: claim for name, claim in claims.items() if name in names}, zeros
 
 
-def _record(run: TrainingDirectory, request: Request[Any], inputs: Inputs[Any], text: TrainingText, plan: Plan) -> None:
+def _record(run: TrainingDirectory, request: Request, inputs: Inputs, text: TrainingText, plan: Plan) -> None:
     """Write ``recipe.yaml`` and ``run.json``."""
     recipe: TrainingRecipe = inputs.recipe
     numerics = numerics_of(inputs.model, recipe.execution, plan.batch_size)

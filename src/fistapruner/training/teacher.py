@@ -79,14 +79,9 @@ class Teacher:
             if file.metadata.get("made_from") == made_from:
                 return file
         what = f"predictions of the dense model, block {number + 1} of {len(self.blocks)}"
-        (last,), _ = forward(
-            self.dense,
-            self.tokens[windows],
-            self.batch_size,
-            scratch_factory(None, self.dense.dtype),
-            progress=lambda done, total: self.tick(what, done, total),
-        )
-        tensors = {str(window): last.read(at, at + 1, self.dense.device)[0].cpu() for at, window in enumerate(windows)}
+        states, count, dense = scratch_factory(None, self.dense.dtype), self.batch_size, self.dense
+        (last,), _ = forward(dense, self.tokens[windows], count, states, progress=lambda *at: self.tick(what, *at))
+        tensors = {str(window): last.read(at, at + 1, dense.device)[0].cpu() for at, window in enumerate(windows)}
         last.close()
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
