@@ -18,7 +18,7 @@ from pruned import save_pruned
 from fistapruner import FistaPrunerError, SparseLinear, pack
 from fistapruner.packed.checkpoint import PackedCheckpoint
 
-MUTATIONS = int(os.environ.get("FISTAPRUNER_FUZZ", "600"))
+MUTATIONS = int(os.environ.get("FISTAPRUNER_FUZZ", "300"))
 
 
 def read_everything(folder):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pruned import save_pruned
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
@@ -99,15 +99,6 @@ def test_a_kernel_that_is_slower_than_torch_is_told(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"FISTAPRUNER_KERNEL forbids .*: load with packed=False") as told:
         fistapruner.load(tmp_path / "p")
     assert told[0].filename == __file__
-
-
-def test_what_is_not_packed_is_refused_with_what_packs_it(tmp_path):
-    (tmp_path / "run").mkdir()  # such as the folder of a run
-    for folder in (tmp_path / "run", save_pruned(tmp_path / "m"), tmp_path / "absent"):
-        with pytest.raises(
-            FistaPrunerError, match=r"is not a packed checkpoint, .*: it has no packed\.json\. 'fistapr"
-        ):
-            fistapruner.load(folder)
 
 
 @pytest.mark.parametrize("head", ["other", "alone"])
@@ -336,13 +327,3 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "p" / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
     with pytest.raises(FistaPrunerError, match="not part of"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "p")
-
-
-def test_packed_operators_that_the_model_ignores_are_skipped(tmp_path, monkeypatch):
-    """Some models leave layers of their checkpoints unused, such as those that predict further tokens."""
-    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    config = (tmp_path / "p" / "config.json").read_text()
-    (tmp_path / "p" / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
-    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\."])
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto"))
-    assert torch.equal(found, logits(fistapruner.load(tmp_path / "p", packed=False)))

@@ -263,13 +263,7 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
     assert str(runs) not in card.split("## Lineage")[1]  # cards are published
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        '{"lineage": [',
-        '{"lineage": {"stages": [3]}, "operators": 3}',
-    ],
-)
+@pytest.mark.parametrize("record", ['{"lineage": [', '{"lineage": {"stages": [3]}, "operators": 3}'])
 def test_a_lineage_that_cannot_be_read_is_named_and_left_out(runs: Path, record: str, tmp_path: Path) -> None:
     dense = next((runs / "models--a--b" / "snapshots").iterdir())
     folder = Path(shutil.copytree(dense, tmp_path / "dense"))

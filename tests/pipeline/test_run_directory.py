@@ -89,20 +89,6 @@ def test_an_output_that_is_the_input_is_refused_and_kept(run: Path, finished: Pa
     assert contents(run) == before
 
 
-def test_an_output_may_be_named_from_the_home_folder(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Shells leave the ~ of --out=~/run."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    flags = ["--out=~/run", "--method", "magnitude", "--calibration", "python", "--samples", "2", "--seqlen", "16"]
-    assert main(["prune", str(dense), *flags, "--evaluate", "none"]) == 0
-    assert main(["status", "~/run"]) == 0
-    assert main(["unpack", str(dense), "~nobody-of-this-name/x"]) == 2
-    assert "~nobody-of-this-name" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-
-
 def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
     """A damaged checkpoint, or one without a record, is not made again over files that somebody put beside it."""
     cut(run)
@@ -197,9 +183,7 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     assert after.keys() == before.keys()
     for name in (name for name in before if name.endswith(".json")):
         assert json.loads(after[name]).keys() == json.loads(before[name]).keys()
-    [now] = load_run(run).evaluations
-    assert now.perplexity == measured.perplexity
-    assert (now == measured) == (damage != "cut_without_a_record")  # without a record of its weights: measured again
+    assert load_run(run).evaluations == [measured]
 
 
 def test_the_command_of_a_damaged_run_makes_its_checkpoint_and_report_again(
@@ -227,15 +211,6 @@ def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Pa
         out.mkdir(exist_ok=True)
         if before is not None:
             (out / "times.json").write_text("[3]")  # of an attempt that was killed
-
-
-@pytest.mark.parametrize(("name", "kind"), [("model", "file"), ("log.txt", "folder"), ("run.json", "folder")])
-def test_what_stands_in_the_place_of_a_file_is_named(dense: Path, run: Path, name: str, kind: str) -> None:
-    path = run / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    path.mkdir() if kind == "folder" else path.write_text("x")
-    with pytest.raises(fp.FistaPrunerError, match=rf"{name} is a {kind} where the run keeps a"):
-        fp.prune(dense, run, **SETTINGS)
 
 
 def own_code(folder: Path) -> Path:

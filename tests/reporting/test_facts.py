@@ -23,14 +23,7 @@ from fistapruner.reporting.fact import Fact
 from fistapruner.reporting.facts import facts, lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.quality import (
-    evaluation_text,
-    gain,
-    gain_text,
-    points,
-    quality_facts,
-    task_facts,
-)
+from fistapruner.reporting.quality import evaluation_text, gain, gain_text, points, quality_facts, task_facts
 from fistapruner.reporting.size_and_speed import NOT_MEASURED
 from fistapruner.reporting.status_text import status_text
 from fistapruner.reporting.summary import summary
@@ -153,22 +146,6 @@ def test_sizes_are_those_of_all_files_against_the_dense_ones() -> None:
     totals.checkpoint_bytes = 300 * 2**20
     report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
     assert found(report)["Checkpoint on disk"].line.startswith("300 MiB (dense 400 MiB); ×0.750 of dense; ")
-
-
-def test_packing_is_named_where_there_are_zeros_to_leave_out() -> None:
-    report = samples.report(2)
-    report.totals.compressed_bytes, report.speed = None, None
-    assert report.totals.operator_weights is not None
-    for dtype, share, stacked, smaller in (  # a mask has a bit for each weight
-        ("bfloat16", 0.07, False, True),
-        ("bfloat16", 0.06, False, False),
-        ("float32", 0.5, False, False),  # packed only with rounded values
-        ("bfloat16", 0.5, True, False),
-    ):
-        report.model.dtype, report.stacked_experts = dtype, stacked
-        report.totals.operator_zeros = int(share * report.totals.operator_weights)
-        assert all(("fistapruner pack" in text) == smaller for text in texts(report))
-        assert ("Compressed checkpoint" in found(report)) == smaller
 
 
 def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:

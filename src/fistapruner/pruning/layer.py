@@ -76,25 +76,7 @@ def prune_layer(
         passes.dense_pass()
         passed_after = sum(clock.seconds.values())
         passes.make_wanted()
-        for number, group in passes.groups:
-            for unit in passes.mixtures_before(number):
-                tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
-                record.weights |= tensors
-                record.removals.append(removal)
-            if consumers := passes.cut_before(number):
-                remove_units(context, index, consumers, passes, clock, measures, events.operators, record)
-                release_memory()
-            if number not in passes.solved:
-                passes.pruned(number)
-                continue
-            names = "+".join(operator.name.rpartition(".")[2] for operator in group)
-            names = f"expert {group[0].expert} {names}" if group[0].experts else names
-            events.operators(names, None)
-            worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
-            release_memory()
-            record.weights |= _weights(context, index, group) | record.parts
-            passes.pruned(number)
-            events.operators(names, worst)
+        _prune_groups(context, index, passes, clock, measures, events, record, loaded)
         _reconstruct(context, index, streams, passes, clock, measures, record)
         error = passes.output_pass()
     name = f"{context.layout.layers_name}.{index}"
@@ -114,6 +96,38 @@ def prune_layer(
         **record.extra,
     )
     return LayerResult(record.weights, entry)
+
+
+def _prune_groups(
+    context: LayerContext,
+    index: int,
+    passes: LayerPasses,
+    clock: Clock,
+    measures: LayerMeasures,
+    events: LayerEvents,
+    record: LayerRecord,
+    loaded: ExitStack,
+) -> None:
+    """Remove channels and experts, and prune the operators, of one group after another."""
+    for number, group in passes.groups:
+        for unit in passes.mixtures_before(number):
+            tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
+            record.weights |= tensors
+            record.removals.append(removal)
+        if consumers := passes.cut_before(number):
+            remove_units(context, index, consumers, passes, clock, measures, events.operators, record)
+            release_memory()
+        if number not in passes.solved:
+            passes.pruned(number)
+            continue
+        names = "+".join(operator.name.rpartition(".")[2] for operator in group)
+        names = f"expert {group[0].expert} {names}" if group[0].experts else names
+        events.operators(names, None)
+        worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
+        release_memory()
+        record.weights |= _weights(context, index, group) | record.parts
+        passes.pruned(number)
+        events.operators(names, worst)
 
 
 def _prune_group(

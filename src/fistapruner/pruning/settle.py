@@ -18,7 +18,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
-from ..planning import make_plan
+from ..planning import Choice, make_plan
 from ..runs.continuation import absolute
 from ..runs.decision import Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -71,21 +71,9 @@ def settle(
     if settled is not None:
         numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
     else:
-        listener.tick("planning", 0, 1)
-        found = make_plan(
-            inputs.model,
-            inputs.smaller,
-            recipe,
-            inputs.sparsity,
-            run.folder,
-            inputs.widths,
-            drawn=drawn is not None,
-        )
-        for sentence in found.says:
-            listener.say(sentence)
-        choice = found.choice
-        on_disk, on_device = choice.on_disk, choice.on_device
+        choice = _plan(run, recipe, inputs, listener, drawn=drawn is not None)
         numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
+        on_disk, on_device = choice.on_disk, choice.on_device
     with cpu_threads(numerics.threads):
         settings, begin = recipe.calibration, time.perf_counter()
         listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
@@ -125,6 +113,15 @@ def settle(
     run.write_recipe(recipe.to_yaml())
     run.write_record(record)
     return record, inputs.model
+
+
+def _plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs, listener: Listener, *, drawn: bool) -> Choice:
+    """Choose settings that fit this machine, and say the plan."""
+    listener.tick("planning", 0, 1)
+    found = make_plan(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
+    for sentence in found.says:
+        listener.say(sentence)
+    return found.choice
 
 
 def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | None) -> str:
