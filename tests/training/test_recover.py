@@ -463,7 +463,7 @@ def out_is_the_input(bench: Bench, folder: Path) -> dict[str, Any]:
 CHANGED = r"has changed: its checksum was [0-9a-f]{12} and is [0-9a-f]{12}"
 
 BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
-    "no zeros": (without_zeros, r"no operator has zeros to keep; prune it first"),
+    "no zeros": (without_zeros, r"has no operator with zeros to keep; prune it first"),
     "claim violated": (
         claim_violated,
         r"q_proj\.weight: has \d+ zeros, 512 are claimed; 'fistapruner inspect .*plain'",

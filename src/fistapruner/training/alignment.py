@@ -68,7 +68,7 @@ class Alignment(Recovery):
         read_pairs(recipe.data.pairs)
 
     @staticmethod
-    def resolved(request: Request) -> AlignRecipe:
+    def resolved(request: Request) -> Any:
         """See :class:`.Recovery`."""
         names = ("references", "shares", "anchor")
         return request.recipe.model_copy(update={name: getattr(request.recipe, f"resolved_{name}") for name in names})
@@ -210,7 +210,8 @@ class Alignment(Recovery):
         names, stacked, weights = self._weighed(references)
         kind = cast(PreferenceLoss, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
         mixed = virtual_reference(kind, stacked, weights, self._clip)
-        models = {name: references[name][places] for name in ("dense", "pruned") if name in references}
+        names_of_models: tuple[str, ...] = ("dense", "pruned")
+        models = {name: references[name][places] for name in names_of_models if name in references}
         rewards = recipe.beta * (own - mixed[places])
         margins = margins_of(rewards)
         trained = sorted({window // 2 for window in self.order().flatten().tolist()})

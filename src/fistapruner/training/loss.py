@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.layerwise import Call, LayerwiseModel
 from ..papers.mrpo import Preference, margins_of
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
+from ..text.training import TrainingText
 from .teacher import Teacher
 
 LENGTHS = 32
@@ -69,7 +70,7 @@ class TokenLoss:
             own = logits[start:stop].detach().float().log_softmax(-1)
             value, target = self._target(own, targets[start:stop], None if dense is None else dense[start:stop])
             losses.append(value)
-            if gradient is not None:
+            if gradient is not None and factor is not None:
                 # The derivative of log_softmax: softmax times the sum of the target, less the target.
                 gradient[start:stop] = (own.exp_() * target.sum(-1, keepdim=True)).sub_(target).mul_(factor)
         return torch.cat(losses), gradient
@@ -120,10 +121,10 @@ class HeadLoss(torch.autograd.Function):
             if above is not None:
                 (below[start:stop],) = torch.autograd.grad(logits, part, above)
         ctx.save_for_backward(below)
-        return torch.cat(losses) * factor
+        return torch.cat(losses).mul_(factor)
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, above: Tensor) -> Any:
         """Multiply the gradient of each row, rounded once."""
         (below,) = ctx.saved_tensors
         return (below.float() * above.float()[:, None]).to(below.dtype), *[None] * 6
@@ -150,7 +151,7 @@ class Objective:
         self,
         model: LayerwiseModel,
         run: Run,
-        text: Any,
+        text: TrainingText,
         loss: Any,
         teacher: Teacher | None,
         batch_size: int,
@@ -279,7 +280,7 @@ class PairObjective(Objective):
 
     def _length(self, windows: Sequence[int]) -> int:
         """See :class:`Objective`; what is left out is padding."""
-        longest = int(self.text.lengths[list(windows)].max())
+        longest = int(self.text.lengths[list(windows)].max())  # type: ignore[attr-defined]
         return min(-(-longest // LENGTHS) * LENGTHS, self.text.tokens.shape[1])
 
     @torch.no_grad()

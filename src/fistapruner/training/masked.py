@@ -301,6 +301,7 @@ class Trained(Masters):
     ) -> None:
         self.model, self.layers, self.numbers = model, list[TrainedLayer](), 0
         part, form = None if low_rank is None else low_rank.loaded(model.device), form_of(recipe)
+        typical = form.rate(model.width) if form else None
         places: dict[str, tuple[TrainedLayer, str]] = {}
         rates: dict[str, float] = {}
         for index in range(len(model)):
@@ -312,7 +313,7 @@ class Trained(Masters):
                 for short, key in keys.items():
                     full = ".".join(filter(None, (model.source_of(index, name), short)))
                     master, places[full] = layer.masters[key].detach(), (layer, key)
-                    rates[full] = first_rate(recipe, own, form and form.rate(model.width), master)
+                    rates[full] = first_rate(recipe, own, typical, master)
                     self.numbers += int((master != 0).sum()) if key in layer.masked else master.numel()
             shard(layer)
             self.layers.append(layer)

@@ -191,7 +191,7 @@ class Recovery:
         same = decision.low_rank == (None if low_rank is None else low_rank.sampled)
         require_same(run, decision.folder, same and record.fingerprint == identity(recipe, model, text, decision))
         layout = discover(model).only(decision.operators)
-        return cls(run, recipe, decision, record.fingerprint, model, layout, text, permissions, low_rank, world)
+        return cls(run, recipe, decision, str(record.fingerprint), model, layout, text, permissions, low_rank, world)
 
     @contextmanager
     def trained(self, listener: Listener, after_snapshot: Callable[[], None]) -> Iterator[tuple[Any, State]]:
@@ -244,7 +244,8 @@ class Recovery:
         def step(number: int, factor: float) -> tuple[float, float]:
             chosen = windows[number - 1].tolist()
             if zeroth:
-                return trained.step(objective, chosen, number, factor)
+                found: tuple[float, float] = trained.step(objective, chosen, number, factor)
+                return found
             count = max(1.0, float(objective.counts(chosen).sum())) / world.size
             loss = objective.backward(world.part(chosen, objective.together), count)
             return world.mean(loss), trained.step(factor)
@@ -289,7 +290,12 @@ class Recovery:
         """Return the dense model's predictions of some windows, cached."""
         batch_size, dense, tokens = self.decision.numerics.batch_size, self.open_dense(), self.text.tokens
         check_model(dense)
-        how = {"batch_size": batch_size, "identity": self.fingerprint, "windows": windows, "tick": listener.tick}
+        how: dict[str, Any] = {
+            "batch_size": batch_size,
+            "identity": self.fingerprint,
+            "windows": windows,
+            "tick": listener.tick,
+        }
         teacher = Teacher(dense, tokens, self.run.teacher, **how)
         if self.world.rank == 0:
             teacher.prepare()

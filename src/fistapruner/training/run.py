@@ -376,12 +376,12 @@ def _layer(training: Recovery, changed: Mapping[str, Tensor], index: int) -> Lay
 def _describe(training: Recovery, trained: Trained | ForwardOnly, state: State, report: Report) -> None:
     """Say in the report what was trained, and whether it has failed or has not helped."""
     operators, survivors = report.operators, report.operator_weights - report.operator_zeros
-    found, forward = report.recovery, isinstance(trained, ForwardOnly)
+    found = report.recovery
     assert found is not None
     found.read_journal(training.run.steps_file)
-    rates = [trained.rate] if forward else list(trained.rates.values())
+    rates = [trained.rate] if isinstance(trained, ForwardOnly) else list(trained.rates.values())
     found.lr = {"lowest": min(rates), "highest": max(rates)}
-    found.trained = trained.count() if forward else trained.numbers
+    found.trained = trained.count() if isinstance(trained, ForwardOnly) else trained.numbers
     found.steps, found.kept_step = state.step, state.best_step
     found.operators = 0 if found.parameters == "norms" else len(operators)
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)

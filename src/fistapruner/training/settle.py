@@ -80,8 +80,9 @@ class Request:
             found = decided.evaluation if decided is not None else found
         if found is None:
             return None
-        seqlen = found.seqlen or (before and before.seqlen)  # as the input was evaluated, or calibrated
-        seqlen = seqlen or (record and record.calibration and record.calibration.seqlen)
+        seqlen = found.seqlen or (before.seqlen if before else None)  # as the input was evaluated, or calibrated
+        if seqlen is None and record is not None and record.calibration is not None:
+            seqlen = record.calibration.seqlen
         return found.model_copy(update={"windows": self.evaluate_windows or found.windows, "seqlen": seqlen})
 
 
@@ -238,11 +239,9 @@ def _operators(
         allow_pickle=source.allow_pickle,
         progress=lambda _, done, total: listener.tick("tensors whose zeros were checked", done, total),
     )
+    fault = None
     if found.violations:
-        raise FistaPrunerError(
-            f"{folder} is not what its record claims: {found.violations[0]}; "
-            f"'{shell_line('inspect', folder)}' shows all"
-        )
+        fault = f"is not what its record claims: {found.violations[0]}; '{shell_line('inspect', folder)}' shows all"
     pruned = {operator.name: operator for operator in found.pruned}
     layout, smaller, claims = discover(model), lost_structure(read_pruning_record(folder)), {}
     for name, _ in layout.operators():
@@ -250,8 +249,10 @@ def _operators(
             claims[name] = operator.claim or operator.pattern or counted_sparsity(operator.zeros, operator.weights)
         elif smaller:
             claims[name] = "0%"
-    if not claims:
-        raise FistaPrunerError(f"{folder}: no operator has zeros to keep; prune it first")
+    if fault is None and not claims:
+        fault = "has no operator with zeros to keep; prune it first"
+    if fault is not None:
+        raise FistaPrunerError(f"{folder} {fault}")
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}
     zeros = sum(operator.zeros for operator in found.pruned)
