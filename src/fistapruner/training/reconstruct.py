@@ -41,11 +41,8 @@ from .masked import ITSELF, Form, Full, Masters, TrainedLayer, root_mean_square
 RATE = 0.01
 """First step size of AdamW, as a share of a tensor's root mean square over surviving weights."""
 
-VALIDATE_EVERY = 8
-"""Every 8th calibration window is a validation window,"""
-
-MAX_VALIDATION_WINDOWS = 8
-"""but at most 8 of them: more would not change the choice, and take time."""
+VALIDATE_EVERY = MAX_VALIDATION_WINDOWS = 8
+"""Every 8th calibration window is for validation, but at most 8: more would not change the choice, and take time."""
 
 SHRINKAGE = 0.1
 """Share of the metric that is replaced by its mean eigenvalue, since it was measured on few tokens."""
@@ -56,11 +53,9 @@ class ReconstructionSettings:
     """Settings of block reconstruction.
 
     Args:
-        steps: AdamW steps of one window each. In the same time, many small steps lower the loss further than few large
-            ones.
+        steps: AdamW steps of one window each: many small steps lower the loss further than few large ones.
         seed: draws the windows.
-        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the
-            identity.
+        metric: (width, width) positive semi-definite weight of output errors, (width,) its diagonal, or the identity.
         rate: first step size, see :data:`RATE`.
     """
 
@@ -76,7 +71,7 @@ class Reconstructed:
 
     Args:
         weights: changed tensors by checkpoint name, rounded as the checkpoint will hold them, on the CPU.
-        record: steps taken, the step that was kept, validation loss before and after, number of validation windows.
+        record: steps, the step that was kept, validation windows and their loss before and after.
     """
 
     weights: dict[str, Tensor]
@@ -85,12 +80,7 @@ class Reconstructed:
 
 @dataclass(frozen=True)
 class _SumOfParts(Form):
-    """A sparse and a low-rank part of one operator, both trained.
-
-    Args:
-        operator: its full name.
-        parts: the sparse part (m, n) and the factors A and B, by short name.
-    """
+    """A sparse and a low-rank part of one operator, both trained: (m, n), A and B, by short name."""
 
     operator: str
     parts: Mapping[str, Tensor]
@@ -116,10 +106,8 @@ def reconstruct_layer(
 
     Args:
         model: the model, layer ``index`` loaded.
-        index: number of the layer.
-        groups: its pruned operators; weights of other operators are left alone.
-        inputs: hidden states that enter the layer.
-        wanted: output hidden states to match.
+        index: number of the layer; ``groups``: its pruned operators, weights of others are left alone.
+        inputs: hidden states that enter the layer; ``wanted``: output hidden states to match.
         calls: arguments of the decoder layers.
         settings: steps, seed, metric.
         parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
@@ -205,11 +193,7 @@ def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str
 class BlockLoss:
     """The loss of one window: a weighted mean over tokens, in units of what is added to a typical token.
 
-    Args:
-        source: hidden states that enter the layer.
-        wanted: output hidden states to match.
-        metric: see :class:`ReconstructionSettings`.
-        device: of the layer.
+    ``source`` are hidden states that enter the layer, ``wanted`` its outputs to match.
     """
 
     def __init__(self, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None, device: torch.device) -> None:
