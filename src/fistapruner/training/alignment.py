@@ -210,8 +210,7 @@ class Alignment(Recovery):
         names, stacked, weights = self._weighed(references)
         kind = cast(PreferenceLoss, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
         mixed = virtual_reference(kind, stacked, weights, self._clip)
-        names_of_models: tuple[str, ...] = ("dense", "pruned")
-        models = {name: references[name][places] for name in names_of_models if name in references}
+        models: dict[str, Tensor] = {n: references[n][places] for n in ("dense", "pruned") if n in references}
         rewards = recipe.beta * (own - mixed[places])
         margins = margins_of(rewards)
         trained = sorted({window // 2 for window in self.order().flatten().tolist()})
