@@ -31,7 +31,7 @@ from .models.source import ModelSource, Permissions
 from .pruning.opened import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
-from .reporting.write import write_page
+from .reporting.page import write_page
 from .runs.arguments import checked_arguments
 from .runs.comparison_records import FIGURES, RUNS, TABLE, CompareRow, Comparison, load_comparison
 from .runs.continuation import flat_settings, interrupted_with

@@ -13,7 +13,7 @@ from .runs.listener import Listener
 from .runs.prune_directory import PruneDirectory
 from .runs.records import Report
 from .runs.training_runs import DIRECTORIES
-from .runtime.launcher import launched
+from .runtime.machine import launched
 from .training.run import ALIGN, RECOVER, resume_training
 
 

@@ -17,7 +17,7 @@ from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
 from fistapruner.measure.bench import Speeds, bench, record, sentence
 from fistapruner.measure.speed import Run, Speed, Variant, compare, time_generation, weight_bytes
-from fistapruner.reporting.size_and_speed import QUANTISE_FIRST
+from fistapruner.reporting.measured import QUANTISE_FIRST
 from packed.pruned import pickle_weights, save_pruned
 from speeds import in_this_process
 from tiny import SIZES, build

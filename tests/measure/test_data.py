@@ -148,7 +148,7 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
 def test_a_text_that_no_tokenizer_reads_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "half.jsonl"
     path.write_text(r'{"text": "half an emoji \ud83d"}')
-    with pytest.raises(FistaPrunerError, match=r"half\.jsonl, line 1: a text has half a character \('\\ud83d'\)$"):
+    with pytest.raises(FistaPrunerError, match=r"half\.jsonl, line 1 is not JSON in UTF-8: .*\\ud83d"):
         load_windows(str(path), tiny.tokenizer(), 8)
 
 

@@ -26,7 +26,7 @@ from fistapruner.measure.zero_shot import Tasks, TaskSettings, evaluate_tasks, f
 from fistapruner.models import whole
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import whole_bytes
-from fistapruner.reporting.quality import task_facts
+from fistapruner.reporting.measured import task_facts
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}

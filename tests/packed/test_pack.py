@@ -24,7 +24,7 @@ from fistapruner.models.source import ModelSource
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.pack import NoPackedFormError
 from fistapruner.runtime.files import sha256_file
-from fistapruner.runtime.formatting import size
+from fistapruner.runtime.show import size
 from tiny import VOCABULARY
 
 

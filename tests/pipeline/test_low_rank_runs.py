@@ -26,7 +26,7 @@ from fistapruner.models.files.low_rank import LowRankAdapter
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.whole import load_whole
 from fistapruner.packed.checkpoint import PackedCheckpoint
-from fistapruner.reporting.summary import summary
+from fistapruner.reporting.terminal import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
 

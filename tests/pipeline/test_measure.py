@@ -22,7 +22,7 @@ from fistapruner.measure import streaming
 from fistapruner.measure.bench import record
 from fistapruner.measure.run import add_scores, put_in_place, same_comparison
 from fistapruner.measure.zero_shot import Tasks
-from fistapruner.reporting.quality import quality_facts
+from fistapruner.reporting.measured import quality_facts
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import is_run, load_run

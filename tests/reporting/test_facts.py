@@ -19,14 +19,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import samples
 
 from fistapruner.measure.logits import perplexity_of
-from fistapruner.reporting.fact import Fact
 from fistapruner.reporting.facts import facts, lineage_lines
+from fistapruner.reporting.measured import (
+    NOT_MEASURED,
+    Fact,
+    evaluation_text,
+    gain,
+    gain_text,
+    points,
+    quality_facts,
+    task_facts,
+)
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.quality import evaluation_text, gain, gain_text, points, quality_facts, task_facts
-from fistapruner.reporting.size_and_speed import NOT_MEASURED
-from fistapruner.reporting.status_text import status_text
-from fistapruner.reporting.summary import summary
+from fistapruner.reporting.terminal import status_text, summary
 from fistapruner.runs.base import parse
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.lineage import stage_of

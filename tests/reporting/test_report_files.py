@@ -20,13 +20,13 @@ import samples
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.reporting.status_text import status_facts, status_text
+from fistapruner.reporting.terminal import status_facts, status_text
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal
-from fistapruner.runtime.formatting import (
+from fistapruner.runtime.show import (
     align_columns,
     duration,
     p_value,

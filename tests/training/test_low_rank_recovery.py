@@ -21,7 +21,7 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.reporting.summary import summary
+from fistapruner.reporting.terminal import summary
 from fistapruner.runs.records import Report
 from fistapruner.settings.recover_settings import RecoverRecipe
 from fistapruner.training.masked import Trained

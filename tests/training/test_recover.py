@@ -24,7 +24,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.facts import lineage_lines, training_facts
 from fistapruner.reporting.figures import mean_error
-from fistapruner.reporting.summary import summary
+from fistapruner.reporting.terminal import summary
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory

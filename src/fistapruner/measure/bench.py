@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError, MissingExtraError, expand_home, path_text
+from ..errors import FistaPrunerError, MissingExtraError, path_text
 from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
@@ -20,8 +20,7 @@ from ..packed import kernel
 from ..packed.checkpoint import is_packed
 from ..packed.pack import NoPackedFormError, pack, unpack
 from ..runtime.files import temporary_folder
-from ..runtime.formatting import align_columns, counted, size
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, align_columns, counted, silent, size
 from .speed import SPEED_OF_OWN_CODE, Speed, Variant, compare
 
 DTYPES = ("float32", "bfloat16")
@@ -69,7 +68,7 @@ def bench(
     for name, value in setting.items():
         if value is not None and (type(value) is not int or value < LEAST[name]):
             raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {LEAST[name]}")
-    files = [expand_home(path_text("gguf", file, "a GGUF file")) for file in gguf]
+    files = [Path(path_text("gguf", file, "a GGUF file")) for file in gguf]
     for file in files:
         check_gguf(file)
     if files and setting["batch"] != 1:

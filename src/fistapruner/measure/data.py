@@ -22,14 +22,15 @@ from ..text.sources import (
     LARGE,
     PYTHON,
     PYTHON_EVAL,
+    bos_of,
     check_extra,
     check_file,
     load_documents,
     passages,
     python_documents,
     read_documents,
+    token_ids,
 )
-from ..text.tokens import adds_bos, token_ids
 
 UNSURE = 64
 """Last tokens of the beginning of a text, which are left out because what follows might change them."""
@@ -108,7 +109,7 @@ def cut_windows(
     if bos not in ("auto", "none", "text", "window"):
         raise FistaPrunerError(f"bos {bos!r} is not known: auto, none, text or window")
     if bos == "auto":
-        bos = "window" if adds_bos(tokenizer) else "none"
+        bos = "window" if bos_of(tokenizer) else "none"
     if bos != "none" and tokenizer.bos_token_id is None:
         raise FistaPrunerError(f"bos {bos!r} cannot be done: this tokenizer has no BOS token")
     room = seqlen - 1 if bos == "window" else seqlen

@@ -26,7 +26,7 @@ from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import temporary_folder
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 from ..settings.loading import parse_bytes
 from .data import Windows, check_count, check_data, load_windows
 from .logits import divergence_of, perplexity_of

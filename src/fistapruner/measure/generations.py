@@ -12,7 +12,7 @@ from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, whole_fits
 from ..runs.records import Generation
 from ..runtime.devices import threads_within_quota
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 
 PROMPTS = (
     "The capital of France is",

@@ -32,7 +32,7 @@ from ..packed.checkpoint import PackedCheckpoint, is_packed, low_rank_part
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 
 LONGEST_GROUP = 32
 """Weights in the longest groups that are searched for an n:m pattern."""

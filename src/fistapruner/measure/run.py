@@ -16,10 +16,9 @@ from ..errors import A_MODEL, A_TEXT, FistaPrunerError, MissingExtraError, one_l
 from ..models.files.gguf import convert_gguf
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
+from ..reporting.measured import INT8, gain_text
 from ..reporting.model_card import model_card
-from ..reporting.quality import gain_text
-from ..reporting.size_and_speed import INT8
-from ..reporting.write import write_page
+from ..reporting.page import write_page
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import absolute
 from ..runs.decision import EvaluationRequest
@@ -34,14 +33,14 @@ from ..runs.results import Evaluation, Perplexity, TaskResult
 from ..runs.training_runs import Dense, dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import temporary_folder, write_text_atomic
-from ..runtime.formatting import shell_line
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
+from ..runtime.show import shell_line
 from ..settings.execution_settings import Execution
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.settings import Recipe
-from ..text.sources import source_documents
-from ..text.training import document_hash, shared_documents, training_documents
+from ..text.sources import document_hash, source_documents
+from ..text.training import shared_documents, training_documents
 from .bench import Speeds, bench, packed_bytes
 from .bench import record as speed_record
 from .data import Windows, evaluation_documents, load_windows

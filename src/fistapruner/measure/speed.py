@@ -28,9 +28,8 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.files.gguf import check_gguf
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load
-from ..runtime.devices import usable_threads
-from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
-from ..runtime.progress import Tick, silent
+from ..runtime.devices import free_memory, peak_memory, reset_peak_memory, usable_threads
+from ..runtime.show import Tick, silent
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""

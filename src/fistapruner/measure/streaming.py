@@ -24,10 +24,9 @@ from ..passes.check import check_model
 from ..passes.store import HiddenStates, scratch_factory
 from ..passes.stream import forward
 from ..runs.records import is_run
-from ..runtime.formatting import size
-from ..runtime.memory import free_memory, release_failed_memory, resident_memory
+from ..runtime.devices import free_memory, release_failed_memory, resident_memory
 from ..runtime.numerics import BUDGETS, slices, windows_at_once
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent, size
 from .logits import WindowSums, sum_over_tokens
 
 log = logging.getLogger("fistapruner")

@@ -24,7 +24,7 @@ from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from ..runs.results import TaskResult
 from ..runtime.numerics import dtype_name
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 from .local_tasks import local_files, local_task
 from .logits import mcnemar
 from .streaming import shown_name

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, NoTemporaryFolderError, needs_code, one_line
 from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
-from ..runtime.formatting import shell_line
+from ..runtime.show import shell_line
 from .experts import holds_experts, separate_experts
 from .files.checkpoint import Checkpoint
 from .files.folder_files import PACKED_KEYS, PACKED_RECORD, read_json_in

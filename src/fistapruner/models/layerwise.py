@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, one_line
-from ..runtime.transfers import sent
 from .architecture import max_length, unsupported
 from .layerwise_weights import LayerwiseWeights
 
@@ -356,7 +355,7 @@ class LayerwiseModel(LayerwiseWeights):
             layer.forward = replacement(index)
         try:
             with torch.set_grad_enabled(gradients):
-                return self.model(input_ids=sent(tokens, self.device), use_cache=False)
+                return self.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Stop:
             return None
         finally:

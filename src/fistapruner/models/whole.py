@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, needs_code, one_line
-from ..runtime.formatting import size
-from ..runtime.memory import free_device_memory, free_memory, resident_memory
+from ..runtime.devices import free_device_memory, free_memory, resident_memory
 from ..runtime.numerics import pass_dtype
+from ..runtime.show import size
 from .architecture import auto_class, read_config
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter

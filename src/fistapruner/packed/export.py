@@ -9,9 +9,8 @@ from ..models.files.gguf_export import GGUFValues, export_gguf
 from ..models.files.low_rank import refuse_low_rank
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
-from ..runtime.formatting import shell_line
 from ..runtime.numerics import undisturbed
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, shell_line, silent
 from .checkpoint import is_packed
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import threading
 from contextlib import suppress
 from functools import cache
@@ -20,7 +21,8 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from .format import PackedOperator
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ARM = platform.machine() in ("aarch64", "arm64")
+LEVELS = ("portable", "neon") if ARM else ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction-set levels, slowest first; a processor that runs one runs those before it."""
 
 ENVIRONMENT = "FISTAPRUNER_KERNEL"
@@ -31,11 +33,11 @@ VALUES = {torch.bfloat16: 0, torch.int8: 1}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 SLOW = (
     f"no kernel that is faster than torch runs here: {ENVIRONMENT} forbids it, or none was compiled (by gcc or clang "
-    ">= 10, for x86-64 with AVX2), so packed operators run slower than dense ones: load with packed=False"
+    ">= 10, for x86-64 with AVX2 or 64-bit ARM), so packed operators run slower than dense ones: load with packed=False"
 )
 """Warning where :func:`best_level` finds no fast kernel."""
 
-DENSE_LEVEL = LEVELS.index("avx512_bf16")
+DENSE_LEVEL = LEVELS.index("avx512_bf16") if "avx512_bf16" in LEVELS else len(LEVELS)
 """From this level on the kernel has a product for dense bf16 operators too."""
 
 TILE = 4
@@ -90,9 +92,12 @@ def library() -> ctypes.CDLL | None:
     loaded.fistapruner_many_bytes.restype = long
     loaded.fistapruner_multiply_many.argtypes = (*vectors, integer, integer, pointer)
     loaded.fistapruner_multiply_many.restype = None
-    with suppress(OSError, AttributeError):  # without it, the kernel runs on one thread
-        runtime = ctypes.CDLL(None).GOMP_parallel  # of the OpenMP runtime that torch has loaded
-        loaded.fistapruner_threads(ctypes.cast(runtime, pointer).value)
+    # Of the OpenMP runtime that torch has loaded, on macOS from its own folder; without it, one thread does the work.
+    for place in (None, Path(torch.__file__).parent / "lib" / "libomp.dylib"):
+        with suppress(OSError, AttributeError):
+            runtime = ctypes.CDLL(None if place is None else str(place)).GOMP_parallel
+            loaded.fistapruner_threads(ctypes.cast(runtime, pointer).value)
+            break
     return loaded
 
 

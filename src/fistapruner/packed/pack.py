@@ -30,9 +30,8 @@ from ..models.source import ModelSource
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
-from ..runtime.formatting import size
 from ..runtime.numerics import dtype_name, undisturbed
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent, size
 from .checkpoint import PackedCheckpoint
 from .format import FLOATS, METADATA, VERSION, OperatorSpec, encode, pack_operator
 

@@ -20,7 +20,7 @@ from ..models.architecture import set_widths
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.names import expert_sources, stored_names
-from ..runtime.formatting import shell_line
+from ..runtime.show import shell_line
 from .checkpoint import PackedCheckpoint, is_packed
 
 

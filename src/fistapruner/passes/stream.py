@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.experts import Experts
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.layout import Group, Operator
-from ..runtime.clock import Clock
+from ..runtime.show import Clock
 from .store import HiddenStates, Store
 
 Receive = Callable[[int, int, Tensor], None]

@@ -30,8 +30,8 @@ from ..runs.decision import EvaluationRequest
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts
-from ..runtime.formatting import count, span
 from ..runtime.numerics import dtype_name
+from ..runtime.show import count, span
 from ..settings.patterns import matches
 from ..settings.settings import Recipe
 from ..solvers.low_rank import check_rank

@@ -15,9 +15,9 @@ from ..errors import FistaPrunerError
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layout import Group, Operator
 from ..runs.layer_records import LayerEntry, OperatorEntry
-from ..runtime.clock import Clock
-from ..runtime.memory import release_memory
+from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name
+from ..runtime.show import Clock
 from ..solvers import parse_method
 from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank

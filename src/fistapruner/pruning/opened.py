@@ -31,11 +31,10 @@ from ..runs.decision import Numerics
 from ..runs.identity import fingerprint
 from ..runs.layer_records import LayerEntry
 from ..runs.prune_directory import PruneDirectory
-from ..runtime.devices import choose_device
-from ..runtime.formatting import counted
+from ..runtime.devices import choose_device, peak_memory, release_failed_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
+from ..runtime.show import counted
 from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe
 from ..structure.experts import fewer_experts

@@ -18,7 +18,7 @@ from ..allocate.measure import permutes
 from ..core import NM
 from ..papers.goa import fit_and_choose
 from ..runs.layer_records import OperatorEntry, RemovalEntry
-from ..runtime.clock import Clock
+from ..runtime.show import Clock
 from ..structure.choose import best_channels
 from ..structure.refit import Removal, removal_error, remove_channels
 from ..structure.units import Unit

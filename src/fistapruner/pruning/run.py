@@ -37,11 +37,10 @@ from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
-from ..runtime.devices import choose_device, device_title
+from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
-from ..runtime.formatting import counted, shell_line
-from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..runtime.show import counted, shell_line
 from ..settings.loading import merge_settings
 from ..settings.settings import Recipe
 from .inputs import Request, check_sources, check_tokens, open_operators

@@ -26,10 +26,9 @@ from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, ModelFacts
-from ..runtime.devices import cpu_threads
+from ..runtime.devices import cpu_threads, release_failed_memory
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.memory import release_failed_memory
 from ..runtime.numerics import dtype_name
 from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe

@@ -35,9 +35,8 @@ from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
 from ..passes.store import HiddenStates
 from ..runs.listener import Listener
-from ..runtime.devices import available_cores, cpu_threads, first_line, usable_threads, worker_devices
-from ..runtime.launcher import module_path
-from ..runtime.memory import release_device_memory
+from ..runtime.devices import available_cores, cpu_threads, release_device_memory, usable_threads, worker_devices
+from ..runtime.machine import module_path
 from ..runtime.numerics import exact_products
 from ..settings.execution_settings import Execution
 from .context import LayerEvents, LayerStreams
@@ -253,7 +252,7 @@ def _opened(folder: Path, device: str, permissions: Permissions, model: Path) ->
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:  # such as a GPU that the run's own process has for itself
-        raise FistaPrunerError(f"a worker cannot use device {device}: {first_line(error)}") from None
+        raise FistaPrunerError(f"a worker cannot use device {device}: {str(error).splitlines()[0]}") from None
     return RunContext.open(folder, torch.device(device), permissions, model)
 
 

@@ -27,8 +27,8 @@ from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals
 from ..runs.times import Times
+from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_device_memory, peak_memory
 from ..structure.experts import chosen_experts
 from ..structure.smaller import changed_config, dropped_tensors, unread_tensors
 from .opened import RunContext

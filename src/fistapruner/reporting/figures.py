@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import MissingExtraError
 from ..runs.layer_records import LayerEntry
 from ..runs.records import Report
-from ..runtime.formatting import significant
+from ..runtime.show import significant
 
 WIDTH = 420
 """Width of drawings in pixels."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializerFunctionW
 from pydantic import model_serializer as serializer
 
 from ..errors import FistaPrunerError, explain
-from ..runtime.formatting import finite
+from ..runtime.show import finite
 
 VERSION = 1
 

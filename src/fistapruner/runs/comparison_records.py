@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..runtime.files import read_json
-from ..runtime.formatting import percent
 from ..runtime.machine import Machine
+from ..runtime.show import percent
 from .base import VERSION, Number, Record, parse
 from .records import CalibrationFacts, ModelFacts, share_of
 from .results import Divergence, Perplexity

@@ -16,8 +16,8 @@ from typing import Any
 from ..errors import A_TEXT, FistaPrunerError, path_text, with_name
 from ..models.source import ModelSource
 from ..runtime.devices import choose_device, device_title
-from ..runtime.formatting import shell_line
 from ..runtime.machine import versions
+from ..runtime.show import shell_line
 from ..settings.execution_settings import Execution
 from .decision import EvaluationRequest, RunRecord
 from .directory import RunDirectory

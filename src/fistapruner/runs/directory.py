@@ -44,7 +44,7 @@ from ..runtime.files import (
     write_sealed_json,
     write_text_atomic,
 )
-from ..runtime.formatting import shell_line
+from ..runtime.show import shell_line
 from .base import VERSION, Record, parse
 from .decision import RunRecord
 from .lock import NAME as LOCK

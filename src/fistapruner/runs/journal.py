@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import PARTIAL, disk_errors, files_named, read_sealed_json, sha256_file, write_sealed_json
+from ..runtime.files import PARTIAL, disk_errors, entries, read_sealed_json, sha256_file, write_sealed_json
 from .layer_records import LayerEntry
 
 log = logging.getLogger("fistapruner")
@@ -93,6 +93,6 @@ class LayerJournal:
 
     def remove_weights(self) -> None:
         """Remove the tensors of all layers, which are as large as the model; their records stay."""
-        for path in files_named(self.folder, LAYER_FILE.pattern):
+        for path in entries(self.folder, LAYER_FILE.pattern):
             if path.suffix != ".json":
                 path.unlink()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..runtime.formatting import short_count
+from ..runtime.show import short_count
 from ..settings.loading import read_share
 from ..settings.structure_settings import compensation_of
 

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..runtime.files import read_json
-from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import Machine
+from ..runtime.show import percent, shell_line
 from .base import VERSION, Number, Record, parse
 from .labels import DONE, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry, OperatorEntry

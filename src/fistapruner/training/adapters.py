@@ -30,9 +30,9 @@ from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.files import read_json, write_text_atomic
-from ..runtime.formatting import percent
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
+from ..runtime.show import percent
 from .hold_mask import held_weights
 
 

@@ -24,7 +24,7 @@ from ..errors import FistaPrunerError
 from ..models.files.safetensors import LazyTensors
 from ..runs.snapshots import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
-from ..runtime.launcher import launched
+from ..runtime.machine import launched
 from .masked import TrainedLayer
 
 WAIT = timedelta(hours=6)

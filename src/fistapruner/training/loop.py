@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ..runs.listener import Listener
 from ..runs.snapshots import Snapshots, snapshot_interval
 from ..runs.steps import StepJournal
-from ..runtime.formatting import duration
+from ..runtime.show import duration
 
 CHECKS = 8
 """Checks on what is held out, at equal distances."""

@@ -33,16 +33,14 @@ from ..runs.snapshots import Snapshots
 from ..runs.steps import read_steps
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runs.training_runs import input_run
-from ..runtime.devices import cpu_threads
+from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
-from ..runtime.formatting import count
-from ..runtime.memory import release_memory
+from ..runtime.show import count
 from ..settings.execution_settings import Execution
 from ..settings.recover_settings import RecoverRecipe
 from ..text.generate import load_writer
-from ..text.packing import PURPOSE
 from ..text.sources import check_source
-from ..text.training import MAX_HELD_OUT_WINDOWS, TrainingText, order, training_text
+from ..text.training import MAX_HELD_OUT_WINDOWS, PURPOSE, TrainingText, order, training_text
 from .distributed import ShardedSnapshots, World, restored
 from .loop import Loop, State
 from .loss import Objective, TokenLoss

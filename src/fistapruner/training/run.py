@@ -30,7 +30,7 @@ from ..pruning.result import (
     write_low_rank,
     write_model,
 )
-from ..reporting.advice import length_setting
+from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
@@ -53,11 +53,10 @@ from ..runs.steps import read_steps
 from ..runs.times import Times, spent
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import input_run
-from ..runtime.devices import choose_device
-from ..runtime.formatting import shell_line
+from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..runtime.show import shell_line
 from ..settings.align_settings import AlignRecipe
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.training_settings import TrainingRecipe

@@ -41,8 +41,8 @@ from ..runs.training_records import Recovery as RecoveryFacts
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
-from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name, pass_dtype
+from ..runtime.show import shell_line
 from ..settings.training_settings import TrainingRecipe
 from ..text.sources import PYTHON
 from ..text.training import TrainingText, shared_documents

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import FistaPrunerError, one_line
 from ...runtime.files import refuse_lfs_pointer
-from ...runtime.formatting import shell_line
+from ...runtime.show import shell_line
 from .folder_files import (
     ADAPTER_CONFIG,
     INDEX,
