@@ -25,7 +25,7 @@ from torch import Tensor
 from .errors import FistaPrunerError, MissingExtraError, out_path
 from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
-from .measure.run import add_warning, publish, shared_text
+from .measure.run import publish, shared_text
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
 from .pruning.opened import open_model
@@ -361,7 +361,6 @@ class _Rows:
                 device=recipe.execution.device,
                 dtype=recipe.dtype,
                 memory_limit=recipe.execution.memory_limit,
-                warn=lambda sentence: add_warning(report, sentence, self.listener),
                 tick=self.listener.tick,
                 kept=self.states,
                 **self.source.permissions.keywords(),

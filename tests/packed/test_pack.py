@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
-from fistapruner.measure.bench import bench, record
 from fistapruner.measure.inspection import inspect_checkpoint
+from fistapruner.measure.speed import bench, record
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.source import ModelSource
 from fistapruner.packed.checkpoint import PackedCheckpoint

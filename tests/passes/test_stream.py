@@ -15,9 +15,8 @@ import tiny
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.passes.gradients import backward
 from fistapruner.passes.store import scratch_factory
-from fistapruner.passes.stream import Watched, forward
+from fistapruner.passes.stream import Watched, backward, forward
 
 WINDOWS, SEQLEN = 5, 12
 ARCHITECTURES = ["llama", "gpt2", "opt", "gpt_neox", "gemma2", "falcon"]

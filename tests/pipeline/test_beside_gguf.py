@@ -14,8 +14,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.measure.bench import bench, sentence
-from fistapruner.measure.speed import Run, Speed, Variant, compare
+from fistapruner.measure.speed import Run, Speed, Variant, bench, compare, sentence
 from fistapruner.runs.records import load_run
 
 pytest.importorskip("gguf", reason="needs the extra 'gguf'")
@@ -50,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run; the package that brings llama.cpp seems to be there."""
-    monkeypatch.setattr("fistapruner.measure.bench.find_spec", lambda package: object())
+    monkeypatch.setattr("fistapruner.measure.speed.find_spec", lambda package: object())
     return Path(shutil.copytree(made / "run", tmp_path / "run"))
 
 
@@ -159,7 +158,7 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
     ):
         with pytest.raises(FistaPrunerError, match=said):
             bench(run / "model", gguf=files, **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr("fistapruner.measure.bench.find_spec", lambda package: None)
+    monkeypatch.setattr("fistapruner.measure.speed.find_spec", lambda package: None)
     with pytest.raises(FistaPrunerError, match=r"needs the package 'xllamacpp': pip install 'fistapruner\[bench\]'"):
         bench(run / "model", gguf=[whole])
 

@@ -19,8 +19,7 @@ import tiny
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
 from fistapruner.core import NM
-from fistapruner.measure.bench import bench
-from fistapruner.measure.speed import Speed, Variant, load_variant, weight_bytes
+from fistapruner.measure.speed import Speed, Variant, bench, load_variant, weight_bytes
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.low_rank import LowRankAdapter
 from fistapruner.models.files.safetensors import SafetensorsFile

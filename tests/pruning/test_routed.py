@@ -17,8 +17,7 @@ from fistapruner.core import NM, LayerProblem
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.passes.routed import RoutedTokens
-from fistapruner.passes.store import HiddenStates
+from fistapruner.passes.store import HiddenStates, RoutedTokens
 from fistapruner.runs.prune_directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}

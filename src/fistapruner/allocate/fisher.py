@@ -34,9 +34,8 @@ from ..core.sums import add_gram, mirror
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..passes.gradients import backward
 from ..passes.store import HiddenStates, Store
-from ..passes.stream import Visit, Watched, forward
+from ..passes.stream import Visit, Watched, backward, forward
 from ..runtime.numerics import dtype_name
 from ..runtime.show import Tick, silent
 

@@ -44,8 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from ..measure.bench import Speeds, bench, record
     from ..measure.run import bench_run
+    from ..measure.speed import Speeds, bench, record
     from ..reporting.measured import QUANTISE_FIRST
     from ..runs.listener import Listener
     from ..runs.records import is_run

@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        help="main memory that may be used (default: hidden states take half of what is free)",
+        help="main memory to use; hidden states that take more than half of it go to a file (default: what is free)",
     )
     add_trust_arguments(parser)
     add_output_arguments(parser)

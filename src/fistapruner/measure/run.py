@@ -41,13 +41,12 @@ from ..settings.recover_settings import RecoverRecipe
 from ..settings.settings import Recipe
 from ..text.sources import document_hash, source_documents
 from ..text.training import shared_documents, training_documents
-from .bench import Speeds, bench, packed_bytes
-from .bench import record as speed_record
 from .data import Windows, evaluation_documents, load_windows
 from .evaluate import check_request
 from .evaluate import evaluate as run_evaluation
 from .generations import generate_side_by_side
-from .speed import Speed, Variant
+from .speed import Speed, Speeds, Variant, bench, packed_bytes
+from .speed import record as speed_record
 from .streaming import KeptStates
 
 
@@ -144,8 +143,6 @@ def _evaluate(
         "dtype": report.recipe.get("dtype", "auto"),
         "batch_size": execution.batch_size,
         "memory_limit": execution.memory_limit,
-        # What the run has made is not lost for a warning.
-        "warn": lambda sentence: add_warning(report, sentence, listener),
         "tick": listener.tick,
         **permissions.keywords(),
     }

@@ -119,18 +119,10 @@ def best_level() -> int:
 
 
 def level_index(name: str) -> int:
-    """Return the index of a level, which must be one that runs here.
-
-    Raises:
-        FistaPrunerError: no such level, no kernel, or a processor that does not have it.
-    """
-    if name not in LEVELS:
-        raise FistaPrunerError(f"kernel level {name!r} is not known: torch, {', '.join(LEVELS)}")
-    available = available_levels()
-    if name not in available:
-        raise FistaPrunerError(
-            f"kernel level {name!r} cannot run here; what can: torch{''.join(', ' + level for level in available)}"
-        )
+    """Return the index of a level, which must be one that was built and that this processor has."""
+    if name not in (available := available_levels()):
+        known = ", ".join(("torch", *available))
+        raise FistaPrunerError(f"kernel level {name!r} does not run here; what does: {known}")
     return LEVELS.index(name)
 
 
@@ -158,7 +150,8 @@ def takes_many(operator: PackedOperator, level: int) -> bool:
 
 def unpack(operator: PackedOperator, first: int, last: int, out: Tensor, level: int) -> None:
     """Unpack rows ``first`` to ``last`` into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
-    loaded, threads = _loaded(), torch.get_num_threads()
+    loaded, threads = library(), torch.get_num_threads()
+    assert loaded is not None
     loaded.fistapruner_unpack(_address(operator), first, last, out.data_ptr(), TYPES[out.dtype], threads, level)
 
 
@@ -179,7 +172,8 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
     Raises:
         FistaPrunerError: the bias is not on the CPU.
     """
-    loaded, rows, batch = _loaded(), operator.shape[0], x.numel() // operator.shape[1]
+    loaded, rows, batch = library(), operator.shape[0], x.numel() // operator.shape[1]
+    assert loaded is not None
     if bias is not None:
         if not bias.is_cpu:
             raise FistaPrunerError(f"the bias is on {bias.device}, the kernel and its input on the CPU: move it there")
@@ -197,12 +191,6 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
     ):
         raise MemoryError("no memory for the kernel's vectors")
     return out
-
-
-def _loaded() -> ctypes.CDLL:
-    if (found := library()) is None:
-        raise FistaPrunerError("the compiled kernel is not installed")
-    return found
 
 
 def _address(operator: PackedOperator) -> int:

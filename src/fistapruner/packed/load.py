@@ -20,7 +20,7 @@ from ..runs.arguments import checked_arguments
 from ..runtime.numerics import undisturbed
 from . import kernel
 from .checkpoint import PackedCheckpoint
-from .format import PackedOperator, pack_operator
+from .format import PackedOperator, damaged, pack_operator
 from .linear import DenseLinear, Int8Embedding, SparseLinear
 
 
@@ -49,8 +49,6 @@ def load(
     """
     from transformers import GenerationConfig
 
-    if not isinstance(packed, bool):  # unpack has an argument of this name, which is a folder
-        raise FistaPrunerError(f"packed {packed!r}: True or False is expected")
     found = getattr(torch, dtype, False) if isinstance(dtype, str) and dtype != "auto" else dtype
     if found not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise FistaPrunerError(
@@ -59,8 +57,6 @@ def load(
     source = PackedCheckpoint(folder, verify=verify)
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
-    if "model_type" not in source.config():
-        raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     if packed and kernel.best_level() <= 0:
         warnings.warn(kernel.SLOW, stacklevel=4)  # of the caller, past both decorators
     model = _build(source, found if isinstance(found, torch.dtype) else _main_dtype(source), packed)
@@ -131,7 +127,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
     if source.widths:
         model.config.quantization_config = widths_section(source.widths)
     if missing := _missing(model):
-        raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
+        raise damaged(source.folder, f"tensor {missing[0]!r} of {type(model).__name__} is not in it")
     # Parameters keep requires_grad, as from_pretrained leaves them: torch is slow at multiplying a strided input by a
     # weight without gradient.
     return model

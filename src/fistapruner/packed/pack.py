@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,10 +29,10 @@ from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
-from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.files import sha256_file, temporary_folder, write_json_atomic, write_text_atomic
 from ..runtime.numerics import dtype_name, undisturbed
 from ..runtime.show import Tick, silent, size
-from .checkpoint import PackedCheckpoint
+from .checkpoint import PackedCheckpoint, is_packed
 from .format import FLOATS, METADATA, VERSION, OperatorSpec, encode, pack_operator
 
 MIN_ZEROS_TO_PACK = 0.25
@@ -195,12 +195,18 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
     return out
 
 
-def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tick) -> dict[str, _Planned]:
-    """Decide how each pruned operator that becomes smaller is stored.
+@contextmanager
+def unpacked(folder: Path, progress: Tick | None = None) -> Iterator[Path]:
+    """Yield a model folder as it is, or unpacked into a temporary folder where it is packed."""
+    if not is_packed(folder):
+        yield folder
+        return
+    with temporary_folder() as scratch:
+        yield unpack(folder, Path(scratch) / folder.name, progress=progress)
 
-    Raises:
-        NoPackedFormError: none becomes smaller, pruned experts are stored as one tensor, or values are not bf16.
-    """
+
+def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tick) -> dict[str, _Planned]:
+    """Decide how each pruned operator that becomes smaller is stored."""
     if stacked := stacked_experts(record):
         raise NoPackedFormError(
             f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
@@ -291,8 +297,6 @@ def _pack_file(
     entries: list[TensorEntry] = []
     for name, entry in file.entries.items():
         entries += mine[name].spec.entries(name, mine[name].stored) if name in mine else [entry]
-    if len({entry.name for entry in entries}) != len(entries):
-        raise FistaPrunerError(f"{file.path}: a tensor is called like the part of a packed operator")
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
     with SafetensorsWriter(path, entries, metadata) as writer:

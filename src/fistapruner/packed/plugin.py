@@ -22,6 +22,7 @@ from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.names import expert_sources, stored_names
 from ..runtime.show import shell_line
 from .checkpoint import PackedCheckpoint, is_packed
+from .format import damaged
 
 
 def register() -> None:
@@ -166,5 +167,5 @@ def _pending(model: Any, source: PackedCheckpoint) -> dict[str, str | list[list[
         if name in found and name not in inside:
             experts[found[name]] = name
         elif name not in inside and not any(re.search(pattern, name) for pattern in unused):
-            raise FistaPrunerError(f"packed operator {name!r} is not part of {type(model).__name__}")
+            raise damaged(source.folder, f"packed operator {name!r} is not part of {type(model).__name__}")
     return experts

@@ -59,18 +59,9 @@ def check_model(model: LayerwiseModel) -> None:
 
 
 def _change_with_later(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> float:
-    """Measure how far a decoder layer's output of the first token changes with the sign of later tokens.
+    """Measure the relative change of a decoder layer's output of the first token with the sign of later tokens.
 
     What enters of the first token is made small, so that it does not hide in its rounding what the layer adds to it.
-
-    Args:
-        model: the model, layer ``index`` loaded.
-        index: number of the layer.
-        hidden: (1, seqlen, width) hidden states that enter it.
-        call: its other arguments.
-
-    Returns:
-        The norm of the change, relative to that of the output.
     """
     first = hidden.clone()
     first[:, 0] /= 64

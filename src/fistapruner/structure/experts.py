@@ -28,7 +28,7 @@ from ..models.experts import Experts
 from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
 from ..models.layout import Layout
-from ..passes.routed import RoutedTokens
+from ..passes.store import RoutedTokens
 from ..settings.structure_settings import Remove
 from .units import EXPERTS, Unit, Units
 

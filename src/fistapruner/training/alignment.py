@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..measure.preferences import accuracy_error, preference_figures
+from ..measure.logits import accuracy_error, preference_figures
 from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..papers.mezo import ForwardOnly
 from ..papers.mrpo import (

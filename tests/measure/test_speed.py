@@ -15,8 +15,18 @@ from safetensors.torch import load_file
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
-from fistapruner.measure.bench import Speeds, bench, record, sentence
-from fistapruner.measure.speed import Run, Speed, Variant, compare, time_generation, weight_bytes
+from fistapruner.measure.speed import (
+    Run,
+    Speed,
+    Speeds,
+    Variant,
+    bench,
+    compare,
+    record,
+    sentence,
+    time_generation,
+    weight_bytes,
+)
 from fistapruner.reporting.measured import QUANTISE_FIRST
 from packed.pruned import pickle_weights, save_pruned
 from speeds import in_this_process
@@ -127,7 +137,7 @@ def test_the_command_prints_a_table_or_json(
         return [speed("dense float32", 10), speed("packed", 20)]
 
     importlib.import_module("fistapruner.measure.run")  # which would keep the replacement for other tests
-    monkeypatch.setattr("fistapruner.measure.bench.bench", measured)
+    monkeypatch.setattr("fistapruner.measure.speed.bench", measured)
     command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
     assert main(command) == 0
     printed = capsys.readouterr().out
