@@ -32,17 +32,14 @@ from .pruning.opened import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
 from .reporting.page import write_page
-from .runs.arguments import checked_arguments
 from .runs.comparison_records import FIGURES, RUNS, TABLE, CompareRow, Comparison, load_comparison
-from .runs.continuation import flat_settings, interrupted_with
-from .runs.directory import refuse_out
-from .runs.identity import stamps, text_sha256
+from .runs.directory import PruneDirectory, refuse_out
 from .runs.listener import Listener
 from .runs.lock import NAME as LOCK
 from .runs.lock import hold
-from .runs.prune_directory import PruneDirectory
 from .runs.records import ModelFacts, Report
 from .runs.results import Evaluation
+from .runs.settled import flat_settings, interrupted_with, stamps, text_sha256
 from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic
 from .runtime.machine import now, versions
 from .runtime.numerics import dtype_name, undisturbed
@@ -58,7 +55,6 @@ STATES = "dense-states"
 """File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
 
 
-@checked_arguments
 @undisturbed()
 def compare(
     model: str | Path,

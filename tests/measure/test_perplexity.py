@@ -24,6 +24,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.records import Report
 
+evaluate: Any = fp.evaluate
+
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
 
@@ -49,8 +51,7 @@ def plain_perplexity(folder: Path, text: str, seqlen: int) -> tuple[float, list[
 def test_equals_the_textbook_loop(tmp_path: Path, text: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     expected, means = plain_perplexity(folder, TEXT, 24)
-    found = fp.evaluate(folder, str(text), seqlen=24, batch_size=5).perplexity
-    assert found is not None
+    found = evaluate(folder, str(text), seqlen=24, batch_size=5).perplexity
     assert found.perplexity == pytest.approx(expected, rel=1e-4)
     assert found.windows == len(means)
     assert found.tokens == len(means) * 23
@@ -63,27 +64,21 @@ def test_equals_the_textbook_loop(tmp_path: Path, text: Path, architecture: str)
 def test_windows_are_by_default_those_of_the_model_up_to_2048(tmp_path: Path, longest: int, seqlen: int) -> None:
     folder = tiny.save("llama", tmp_path / "model", max_position_embeddings=longest)
     (tmp_path / "text.txt").write_text(TEXT * 20)
-    found = fp.evaluate(folder, tmp_path / "text.txt", windows=1).perplexity
-    assert found is not None
+    found = evaluate(folder, tmp_path / "text.txt", windows=1).perplexity
     assert found.seqlen == seqlen
 
 
 def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> None:
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", seed=3)
-    result = fp.evaluate(other, str(text), seqlen=16, against=dense)
-    alone = fp.evaluate(dense, str(text), seqlen=16).perplexity
-    assert result.perplexity is not None
-    assert result.reference is not None
-    assert result.divergence is not None
-    assert alone is not None
+    result = evaluate(other, str(text), seqlen=16, against=dense)
+    alone = evaluate(dense, str(text), seqlen=16).perplexity
     assert result.reference.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
     assert result.reference.text_sha256 == result.perplexity.text_sha256 == alone.text_sha256
     assert result.divergence.nll_difference == pytest.approx(result.perplexity.nll - result.reference.nll)
     assert result.divergence.kl > 0
     assert 0 <= result.divergence.top1_agreement < 1
-    same = fp.evaluate(dense, str(text), seqlen=16, against=dense).divergence
-    assert same is not None
+    same = evaluate(dense, str(text), seqlen=16, against=dense).divergence
     assert (same.top1_agreement, same.nll_difference) == (1.0, 0.0)
     assert same.kl < 1e-6
 
@@ -99,13 +94,9 @@ def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
     AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / "full")
     for model, against, expected in ((half, half, "bfloat16"), (half, "full", "float32"), ("full", half, "float32")):
-        found = fp.evaluate(
-            tmp_path / model, str(text), seqlen=16, windows=4, against=tmp_path / against, tasks=["boolq"]
-        )
+        found = evaluate(tmp_path / model, str(text), seqlen=16, windows=4, against=tmp_path / against, tasks=["boolq"])
         assert found.perplexity == found.reference
-        assert found.perplexity is not None
         assert found.perplexity.dtype == expected
-        assert found.divergence is not None
         assert (found.divergence.top1_agreement, found.divergence.nll_difference) == (1.0, 0.0)
     assert asked == [torch.bfloat16, torch.float32, torch.float32]
 
@@ -124,9 +115,9 @@ def test_hidden_states_that_memory_does_not_hold_are_in_a_file(
         files.append(len(list((tmp_path / "scratch").glob("*/states"))))
 
     settings: dict[str, Any] = {"seqlen": 16, "against": other, "tick": tick}
-    free = fp.evaluate(folder, text, **settings)
+    free = evaluate(folder, text, **settings)
     assert not any(files)
-    limited = fp.evaluate(folder, text, memory_limit="1MiB", **settings)
+    limited = evaluate(folder, text, memory_limit="1MiB", **settings)
     assert max(files) == 2
     assert not list((tmp_path / "scratch").iterdir())
     assert (limited.perplexity, limited.reference) == (free.perplexity, free.reference)
@@ -135,14 +126,14 @@ def test_hidden_states_that_memory_does_not_hold_are_in_a_file(
 
 def test_a_folder_that_is_no_model_is_not_blamed_on_its_tokenizer(tmp_path: Path, text: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"config\.json"):
-        fp.evaluate(tmp_path, str(text), seqlen=16)
+        evaluate(tmp_path, str(text), seqlen=16)
 
 
 def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", vocab_size=160)
     with pytest.raises(fp.FistaPrunerError, match="do not share a vocabulary"):
-        fp.evaluate(other, str(text), seqlen=16, against=dense)
+        evaluate(other, str(text), seqlen=16, against=dense)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +164,7 @@ def test_bad_settings_are_named_before_any_work(
     passes: list[str] = []
     folder = tiny.save("llama", tmp_path / "model")
     with pytest.raises(fp.FistaPrunerError, match=message):
-        fp.evaluate(folder, **{"data": str(text), **settings}, tick=lambda what, done, total: passes.append(what))
+        evaluate(folder, **{"data": str(text), **settings}, tick=lambda what, done, total: passes.append(what))
     assert not passes
 
 
@@ -181,7 +172,7 @@ def test_bad_settings_are_named_before_any_work(
 def test_settings_of_windows_are_refused_for_windows_that_are_cut(tmp_path: Path, setting: dict[str, Any]) -> None:
     cut = Windows(torch.ones(2, 16, dtype=torch.int64), "text", "file", "none")
     with pytest.raises(fp.FistaPrunerError, match="no text to cut is given: leave it out"):
-        fp.evaluate(tiny.save("llama", tmp_path / "model"), cut, **setting)
+        evaluate(tiny.save("llama", tmp_path / "model"), cut, **setting)
 
 
 def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:
@@ -197,7 +188,7 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     for dtype, advice in (("float32", "'fistapruner inspect .*model' names NaN"), ("bfloat16", "try --dtype float32")):
         with pytest.raises(fp.FistaPrunerError, match=rf"gives NaN \(dtype torch.{dtype}\); {advice}"):
-            fp.evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
+            evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
 
 
 def test_the_command_line_prints_what_the_figure_depends_on(
@@ -229,13 +220,11 @@ def test_progress_calls_a_model_as_its_user_does(tmp_path: Path, folder: str, na
 
 def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    one = fp.evaluate(folder, str(text), seqlen=16, windows=1, against=folder)
+    one = evaluate(folder, str(text), seqlen=16, windows=1, against=folder)
     found = replace(one, tasks=(task_result("t", "acc", {0: 1.0}, {0: 1.0}), task_result("t", "acc_norm", {0: 1.0})))
     for written in (found.to_dict(), Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
         assert written["perplexity"]["standard_error"] is None
         (back,) = Report.model_validate_json(json.dumps({"evaluations": [written]}, allow_nan=False)).evaluations
-        assert back.perplexity is not None
-        assert back.divergence is not None
         errors = (
             back.perplexity.nll_standard_error,
             back.divergence.kl_standard_error,
@@ -266,8 +255,7 @@ def test_equals_the_rolling_likelihood_of_lm_eval(tmp_path: Path, text: Path) ->
         requests = [((None, None), *make_disjoint_window(pair)) for pair in rolling]
         total -= sum(likelihood for likelihood, _ in runner._loglikelihood_tokens(requests, disable_tqdm=True))
         count += len(window) - 1
-    found = fp.evaluate(folder, str(text), seqlen=24).perplexity
-    assert found is not None
+    found = evaluate(folder, str(text), seqlen=24).perplexity
     assert found.nll == pytest.approx(total / count, rel=1e-4)
 
 

@@ -18,11 +18,9 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.measure.speed import Variant, load_variant
-from fistapruner.runs.directory import RunDirectory, checkpoint_of
+from fistapruner.runs.directory import PruneDirectory, RecoverDirectory, RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
-from fistapruner.runs.training_directory import RecoverDirectory
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 MEASURED: dict[str, Any] = {**SETTINGS, "evaluate": "python", "evaluate_windows": 2}

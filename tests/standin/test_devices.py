@@ -57,26 +57,6 @@ def test_gpus_before_ampere_take_fp32_for_bf16(tmp_path: Path) -> None:
     assert "passes in float32: this device has no matrix units for the checkpoint's bfloat16" in said.sentences
 
 
-def test_products_outside_of_iterations_are_fp32(gpu: StandIn, tmp_path: Path) -> None:
-    """Whatever the program that calls prune has set."""
-    matmul = torch.backends.cuda.matmul
-    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    seen = set()
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"  # type: ignore[attr-defined]
-    try:
-        fistapruner.prune(
-            str(folder),
-            tmp_path / "run",
-            **SETTINGS,
-            execution={"device": "cuda:0"},
-            inspect=lambda *_: seen.add(matmul.fp32_precision),  # type: ignore[attr-defined]
-        )
-        assert matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    finally:
-        matmul.fp32_precision = before  # type: ignore[attr-defined]
-    assert seen == {"ieee"}
-
-
 def test_a_packed_operator_warns_on_a_gpu(gpu: StandIn) -> None:
     dense = nn.Linear(32, 8).bfloat16()
     x = torch.randn(3, 32).bfloat16()

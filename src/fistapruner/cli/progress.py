@@ -22,8 +22,8 @@ from rich.progress import (
 )
 
 from ..errors import printable
-from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
+from ..runs.records import LayerEntry
 from ..runtime.show import counted, duration
 
 EVERY = 7.0

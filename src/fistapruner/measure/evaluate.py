@@ -19,7 +19,6 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import Permissions
 from ..models.whole import require_tasks_fit, whole_bytes
 from ..packed.pack import unpacked
-from ..runs.arguments import checked_arguments
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
@@ -35,7 +34,6 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
-@checked_arguments
 @undisturbed()
 @threads_within_quota()
 def evaluate(
@@ -201,7 +199,6 @@ def _with_text(
     found: Evaluation, cut: Windows, models: list[LayerwiseModel], passes: Passes, kept: KeptStates | None
 ) -> Evaluation:
     """Add perplexity on windows to an evaluation; with a second model its own, and the divergence from it."""
-    start = time.perf_counter()
     sums = score_windows(models[0], cut.tokens, passes, models[1] if models[1:] else None, kept)
     about = partial(
         perplexity_of,
@@ -213,7 +210,7 @@ def _with_text(
         sha256=cut.sha256,
         dtype=dtype_name(models[0].dtype),
     )
-    found = replace(found, perplexity=about(sums.nll), forward_seconds=time.perf_counter() - start)
+    found = replace(found, perplexity=about(sums.nll))
     if sums.reference_nll is None:
         return found
     return replace(found, reference=about(sums.reference_nll), divergence=divergence_of(sums))

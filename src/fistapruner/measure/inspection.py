@@ -190,11 +190,9 @@ def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, p
 
 
 def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
-    """Find the n:m pattern that holds in every group of every row of a (rows, columns) weight.
+    """Find the n:m pattern of every group of a (rows, columns) weight: the sparsest one, with the shortest groups.
 
-    Of several patterns, the one that keeps the fewest weights is taken, then the one with the shortest groups. A
-    pattern that keeps many more weights than are nonzero describes only a few full rows, so its share may exceed
-    theirs by at most 5% of all weights; else the result is None.
+    A pattern that keeps more weights than are nonzero by over 5 % of all describes only a few full rows: then None.
     """
     if zeros == weight.numel():
         return None

@@ -19,18 +19,14 @@ from ..models.source import Permissions
 from ..reporting.measured import INT8, gain_text
 from ..reporting.model_card import model_card
 from ..reporting.page import write_page
-from ..runs.arguments import checked_arguments
-from ..runs.continuation import absolute
-from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory, finished_run
-from ..runs.identity import changed_files, stamps
 from ..runs.labels import DONE
-from ..runs.lineage import trained_on, update_stage, write_lineage
+from ..runs.lineage import Dense, dense_of, input_run, trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, is_run, load_run
 from ..runs.results import Evaluation, Perplexity, TaskResult
-from ..runs.training_runs import Dense, dense_of, input_run
+from ..runs.settled import EvaluationRequest, absolute, changed_files, stamps
 from ..runtime.devices import choose_device
 from ..runtime.files import temporary_folder, write_text_atomic
 from ..runtime.machine import describe_machine, now
@@ -356,7 +352,6 @@ def _same_text(a: Evaluation, b: Evaluation) -> bool:
     return a.perplexity.measured_on == b.perplexity.measured_on
 
 
-@checked_arguments
 def evaluate_run(
     folder: str | Path,
     data: str | Path | None = None,
@@ -423,7 +418,6 @@ def evaluate_run(
     return replace(found, warnings=(*shared, *found.warnings))
 
 
-@checked_arguments
 @undisturbed()
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.

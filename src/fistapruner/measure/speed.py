@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line, path_text
-from ..models.architecture import auto_class, read_config, refuse_own_code
+from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PACKED_RECORD, read_json_in
 from ..models.files.gguf import check_gguf
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
+from ..models.whole import load_whole
 from ..packed import kernel
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load
@@ -254,9 +255,7 @@ def load_variant(variant: Variant) -> Any:
     refuse_own_code(variant.folder, SPEED_OF_OWN_CODE)
     if is_packed(variant.folder):
         return load(variant.folder, dtype=variant.dtype)
-    settings = {"local_files_only": True, "trust_remote_code": False, "dtype": variant.dtype or "auto"}
-    config = read_config(variant.folder)
-    return auto_class(config).from_pretrained(str(variant.folder), config=config, **settings).eval()
+    return load_whole(variant.folder, torch.device("cpu"), getattr(torch, variant.dtype or "", None))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -282,11 +281,7 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
         return time.perf_counter()
 
     names = inspect.signature(model.forward).parameters
-    key = next((name for name in ("cache", "past_key_values") if name in names), None)  # renamed in transformers 5
-    if key is None:
-        raise FistaPrunerError(
-            f"{type(model).__name__} takes no cache of keys and values: its decoding is not measured"
-        )
+    key = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5
     # Logits of the last token only, as in generate().
     last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
     with torch.inference_mode():

@@ -136,11 +136,7 @@ class OperatorSpec:
 
     @classmethod
     def from_json(cls, claim: Any, fault: Callable[[str], FistaPrunerError]) -> OperatorSpec:
-        """Read and check what :meth:`to_json` wrote.
-
-        Raises:
-            FistaPrunerError: anything is missing, unknown or out of range.
-        """
+        """Read and check what :meth:`to_json` wrote."""
         shape = claim.get("shape") if isinstance(claim, dict) else None
         if isinstance(shape, list) and len(shape) == 2 and all(type(x) is int and 0 < x < 2**31 for x in shape):
             size = shape[0], shape[1]

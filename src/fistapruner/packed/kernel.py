@@ -168,9 +168,6 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
 
     Returns:
         (…, rows).
-
-    Raises:
-        FistaPrunerError: the bias is not on the CPU.
     """
     loaded, rows, batch = library(), operator.shape[0], x.numel() // operator.shape[1]
     assert loaded is not None

@@ -16,7 +16,6 @@ from ..models.architecture import build_model, find_decoder_layers, loaded_dtype
 from ..models.experts import ExpertLinear, Experts, run_unaligned_experts, separate_experts
 from ..models.files.widths import widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
-from ..runs.arguments import checked_arguments
 from ..runtime.numerics import undisturbed
 from . import kernel
 from .checkpoint import PackedCheckpoint
@@ -24,7 +23,6 @@ from .format import PackedOperator, damaged, pack_operator
 from .linear import DenseLinear, Int8Embedding, SparseLinear
 
 
-@checked_arguments
 @undisturbed()
 def load(
     folder: str | Path, *, packed: bool = True, dtype: torch.dtype | str | None = None, verify: bool = True
@@ -66,11 +64,7 @@ def load(
 
 
 def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
-    """Build the model with its tensors.
-
-    Raises:
-        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing.
-    """
+    """Build the model with its tensors."""
     model = build_model(source.checkpoint, shapes=source.shapes(), dtype=dtype)
     stored = source.names()
     experts = expert_sources(model, stored)

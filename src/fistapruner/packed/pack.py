@@ -27,7 +27,6 @@ from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
 from ..models.files.writer import safetensors_name
 from ..models.source import ModelSource
-from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runtime.files import sha256_file, temporary_folder, write_json_atomic, write_text_atomic
 from ..runtime.numerics import dtype_name, undisturbed
@@ -89,7 +88,6 @@ class _Planned:
         return sum(part.nbytes for part in self.spec.entries(name, self.stored))
 
 
-@checked_arguments
 @undisturbed()
 def pack(
     checkpoint: str | Path,
@@ -152,7 +150,6 @@ def pack(
     return report
 
 
-@checked_arguments
 @undisturbed()
 def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None) -> Path:
     """Write a packed checkpoint densely; bf16 values come back bit for bit, -0.0 as 0.

@@ -42,14 +42,13 @@ class _Child:
 
 
 class CachedOutputs:
-    """Cached inputs of the output projections of one decoder layer.
+    """Cached inputs of the output projections of the loaded decoder layer ``index``.
 
     Args:
-        index: number of the decoder layer; it is part of the stores' names.
-        layer: the loaded decoder layer; ``groups``: its pruned operators in execution order.
+        index, layer, groups: number, module and pruned operators of the layer, in execution order.
         projections: by child module, the output projections whose inputs are stored (:func:`kept_projections`).
         passes: number of passes after the last group is pruned.
-        inputs: hidden states that enter the layer; their number, length and dtype.
+        inputs: hidden states that enter the layer.
         store: makes the stores.
     """
 

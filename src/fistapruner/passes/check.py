@@ -19,10 +19,9 @@ _COMPARED: set[str] = set()
 def check_model(model: LayerwiseModel) -> None:
     """Compare the logits of one short window, run layer by layer, with the model's own.
 
-    Loads every decoder layer twice, one at a time; in each process once for all models with this config. Other hidden
-    states go through every layer before and after those that are compared: so what a layer keeps from pass to pass
-    shows, and what it leaves for later layers, which the last ones overwrite. In no layer may the output of the first
-    token depend on later tokens.
+    In each process once for all models with this config. Other hidden states go through every layer before those that
+    are compared: so what a layer keeps from pass to pass shows, and what it leaves for later layers. In no layer may
+    the output of the first token depend on later tokens.
 
     Raises:
         FistaPrunerError: the architecture is not supported; says why.

@@ -20,14 +20,7 @@ CPU = torch.device("cpu")
 
 
 class HiddenStates:
-    """A store of (samples, seqlen, width) activations.
-
-    Args:
-        shape: samples, seqlen, width.
-        dtype: of the activations.
-        file: file that holds them; None keeps them in memory.
-        device: whose memory that is.
-    """
+    """A store of (samples, seqlen, width) activations, in a file, or in the memory of a device where that is None."""
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None, device: torch.device = CPU

@@ -154,14 +154,10 @@ class Calls:
 def embed(
     model: LayerwiseModel, tokens: Tensor, batch_size: int, output: HiddenStates, calls: Calls | None = None
 ) -> Calls:
-    """Embed every window: write the hidden states that enter decoder layer 0.
+    """Embed (windows, seqlen) tokens: write the hidden states that enter decoder layer 0.
 
-    Args:
-        model: the model; embeddings are loaded and freed here.
-        tokens: (windows, seqlen) token ids.
-        batch_size: windows in one pass.
-        output: receives the hidden states.
-        calls: of other windows with this seqlen and batch size; what is missing is recorded into it, and returned.
+    ``calls`` are those of other windows with this seqlen and batch size; what is missing is recorded into them, and
+    they are returned.
     """
     windows, seqlen = tokens.shape
     with model.embeddings_and_head(head=False):
@@ -189,9 +185,7 @@ def run_layer(
 
     Args:
         model: the model, layer ``index`` loaded.
-        index: number of the layer.
-        inputs: hidden states that enter it.
-        calls: how it is called.
+        inputs: hidden states that enter the layer; ``calls``: how it is called.
         output: receives the layer's output, as group -1 if it is a function; may be ``inputs``, which is then
             overwritten. None: not needed, and every pass stops at the last watched group.
         values: tensors to use in place of parameters, by name inside the layer.
@@ -240,9 +234,7 @@ def forward(
     """Run every window through the whole model, one decoder layer in memory at a time.
 
     Args:
-        model: the model.
-        tokens: (windows, seqlen) token ids.
-        batch_size: windows in one pass.
+        model: the model; ``tokens``: (windows, seqlen) token ids; ``batch_size``: windows in one pass.
         store: makes the stores of hidden states.
         visit: called for every decoder layer; says what to watch in it.
         keep: keep the hidden states between all layers, for :func:`backward`.
@@ -280,10 +272,8 @@ def forward_variants(
 ) -> tuple[list[HiddenStates], Calls]:
     """Run every window through several variants of the model; each layer is loaded once for all.
 
-    Args:
-        variants: gives the tensors of each variant; for every layer the same number of variants.
-
-    Other arguments as for :func:`forward`.
+    ``variants`` gives for every layer the tensors of the same number of variants; other arguments as for
+    :func:`forward`.
 
     Returns:
         The hidden states that leave the last layer of each variant; the caller closes them. And the calls.
@@ -319,9 +309,8 @@ def backward(
 
     Args:
         model: the model.
-        states: hidden states that enter each layer (:func:`forward` with ``keep``, less the last ones). They are closed
-            one after the other.
-        calls: how decoder layers are called.
+        states: hidden states that enter each layer (:func:`forward` with ``keep``, less the last ones), which are
+            closed; ``calls``: how decoder layers are called.
         gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the
             first.
         visit: called for every decoder layer; its hooks may watch the gradients inside.

@@ -25,11 +25,10 @@ from ..models.layout import Layout
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model
-from ..runs.continuation import refuse_overlap
-from ..runs.decision import EvaluationRequest
+from ..runs.directory import PruneDirectory
 from ..runs.listener import Listener
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts
+from ..runs.settled import EvaluationRequest, refuse_overlap
 from ..runtime.numerics import dtype_name
 from ..runtime.show import count, span
 from ..settings.patterns import matches

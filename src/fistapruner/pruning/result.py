@@ -21,10 +21,9 @@ from ..models.files.safetensors import LazyTensors
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Layout
-from ..runs.base import VERSION
 from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener
-from ..runs.records import Report, Totals, load_run
+from ..runs.records import VERSION, Report, Totals, load_run
 from ..runs.times import Times
 from ..runtime.files import disk_errors
 from ..runtime.machine import now

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ..errors import printable
 from ..runs.labels import DONE, PHASES, amount_label, methods_label, sets_zeros, training_label
-from ..runs.records import Lineage, ModelFacts, Report, Stage
-from ..runs.training_records import PreferenceFigures, Recovery, TextSide
+from ..runs.records import Lineage, ModelFacts, PreferenceFigures, Recovery, Report, Stage, TextSide
 from ..runtime.show import (
     count,
     counted,
@@ -210,8 +209,9 @@ def pruning_facts(report: Report) -> list[Fact]:
             if dense and after:
                 add(label, count(after), f"{100 * (after / dense - 1):+.1f} %{what}", count(dense))
     if totals.zeros_share is not None and not report.only_structure:
-        how = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the {report.counted} are"
-        how += " zero"
+        whole = "" if any(operator.sparsity == "0%" for operator in report.operators) else "pruned "
+        zeros, weights = count(totals.operator_zeros), count(totals.operator_weights)
+        how = f"{zeros} of {weights} weights of the {whole}operators are zero"
         if totals.model_weights and totals.model_zeros is not None:
             how += (
                 f"; zeros of pruned operators are {percent(totals.model_zeros / totals.model_weights)} of all weights"
@@ -326,7 +326,7 @@ def title_of(report: Report) -> str:
     """Name the dense model and what was done to it: ``owner/name, 50% sparse, recovered``."""
     name = base_model_name(report.origin) or "Model"
     amount = report.sparsity if report.structured else f"{report.sparsity or 'unknown'} sparse"
-    return f"{name}, {amount}" + ("" if report.recovery is None else f", {report.trained}")
+    return f"{name}, {amount}" + ("" if report.recovery is None else f", {DONE[report.kind]}")
 
 
 def next_steps(report: Report, folder: str | Path = "RUN") -> list[tuple[str, str]]:
@@ -344,7 +344,7 @@ def next_steps(report: Report, folder: str | Path = "RUN") -> list[tuple[str, st
         found.append((shell_line("recover", folder, "--out", "NEW"), f"trains what is left{kept}"))
     if not report.evaluations:
         found.append((shell_line("evaluate", folder), "measures quality and adds it to the report"))
-    if report.packable and not speeds(report):
+    if not report.stacked_experts and not speeds(report):
         found.append((shell_line("bench", folder), "measures speed and adds it to the report"))
     if becomes_smaller_packed(report):
         found.append((shell_line("pack", folder, "NEW"), "writes the file without its zeros"))

@@ -19,8 +19,7 @@ from statistics import median
 from typing import Any
 
 from ..errors import MissingExtraError
-from ..runs.layer_records import LayerEntry
-from ..runs.records import Report
+from ..runs.records import LayerEntry, Report
 from ..runtime.show import significant
 
 WIDTH = 420

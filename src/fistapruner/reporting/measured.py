@@ -297,7 +297,8 @@ QUANTISE_FIRST = (
 def becomes_smaller_packed(report: Report) -> bool:
     """Check whether ``pack`` takes the model as it is, and leaves out more zeros than a mask has bits."""
     bits = 16 if report.model.dtype == "bfloat16" else 0
-    return report.packable and bits * (report.totals.operator_zeros or 0) > (report.totals.operator_weights or math.inf)
+    zeros, weights = report.totals.operator_zeros or 0, report.totals.operator_weights or math.inf
+    return not report.stacked_experts and bits * zeros > weights
 
 
 def size_facts(report: Report) -> list[Fact]:
@@ -330,7 +331,7 @@ def speed_facts(report: Report) -> list[Fact]:
     """
     rows = [row for row in speeds(report) if row.get("tokens_per_second")]
     if not rows:
-        measurable = report.status == "finished" and report.packable and not speeds(report)
+        measurable = report.status == "finished" and not report.stacked_experts and not speeds(report)
         return [Fact(SIZE, "Decoding speed, tokens/s", "–", how=NOT_MEASURED)] if measurable else []
     best = max((row for row in rows if _form(row) == "dense"), key=_rate, default=None)
     facts = []

@@ -10,8 +10,7 @@ from ..errors import FistaPrunerError
 from ..runs.comparison_records import PAGE, is_comparison, load_comparison
 from ..runs.directory import RunDirectory
 from ..runs.labels import DONE
-from ..runs.layer_records import RemovalEntry
-from ..runs.records import Report, load_run
+from ..runs.records import RemovalEntry, Report, load_run
 from ..runtime.files import write_text_atomic
 from ..runtime.show import count, percent
 from .comparison import comparison_page
@@ -106,7 +105,7 @@ def _mean(values: Sequence[float | None]) -> str:
 def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     """List prompts, each with the continuations of the models by name."""
     trained = report.recovery is not None
-    names = ("Dense", f"Before {report.training}" if trained else "Pruned", report.trained.capitalize())
+    names = ("Dense", f"Before {report.training}" if trained else "Pruned", DONE[report.kind].capitalize())
     return [
         (
             sample.prompt,

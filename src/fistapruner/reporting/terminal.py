@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import printable
-from ..runs.records import Report
-from ..runs.training_records import Recovery
+from ..runs.records import Recovery, Report
 from ..runtime.show import align_columns, duration, finite, percent
 from .facts import facts, next_steps
 from .figures import mean_error

@@ -25,7 +25,6 @@ from ..models.source import Permissions
 from ..models.whole import load_whole
 from ..pruning.result import check_zeros, model_documents
 from ..reporting.model_card import plain_card
-from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
@@ -72,7 +71,6 @@ class MergeReport:
         )
 
 
-@checked_arguments
 @undisturbed()
 def merge_adapter(
     folder: str | Path,

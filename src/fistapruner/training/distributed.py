@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import LazyTensors
-from ..runs.snapshots import Snapshots
+from ..runs.store import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
 from ..runtime.machine import launched
 from .masked import TrainedLayer
@@ -145,7 +145,7 @@ class ShardedSnapshots(Snapshots):
         self.world = world
 
     def write(self, fingerprint: str, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See :class:`~fistapruner.runs.snapshots.Snapshots`; called by all processes."""
+        """See :class:`~fistapruner.runs.store.Snapshots`; called by all processes."""
         from torch.distributed.checkpoint.state_dict_saver import save
 
         folder, record = self.folder / f"{step:08d}", self.folder / f"{step:08d}.json"
@@ -161,7 +161,7 @@ class ShardedSnapshots(Snapshots):
         self.world.tell()
 
     def tidy(self, step: int) -> None:
-        """See :class:`~fistapruner.runs.snapshots.Snapshots`; the tensors of a state are a folder."""
+        """See :class:`~fistapruner.runs.store.Snapshots`; the tensors of a state are a folder."""
         super().tidy(step)
         for path in self.folder.glob("[0-9]" * 8):
             if not path.with_suffix(".json").exists():
@@ -169,7 +169,7 @@ class ShardedSnapshots(Snapshots):
 
     def values(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
         """Find the newest state of a run up to a step: its step and plain values."""
-        for step in reversed([step for step in self.steps() if step <= last]):
+        for step in reversed([step for step in self.numbers() if step <= last]):
             with suppress(OSError, ValueError, KeyError, FistaPrunerError):
                 content = read_sealed_json(self.folder / f"{step:08d}.json")
                 if content["fingerprint"] == fingerprint:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..runs.listener import Listener
-from ..runs.snapshots import Snapshots, snapshot_interval
 from ..runs.steps import StepJournal
+from ..runs.store import Snapshots, snapshot_interval
 from ..runtime.show import duration
 
 CHECKS = 8

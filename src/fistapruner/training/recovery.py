@@ -25,14 +25,13 @@ from ..papers.subzero import subspace_normal
 from ..passes.check import check_model
 from ..pruning.opened import open_model
 from ..pruning.workers import default_threads
-from ..runs.decision import TrainingDecision
-from ..runs.identity import stamps
+from ..runs.directory import RecoverDirectory, TrainingDirectory
+from ..runs.lineage import input_run
 from ..runs.listener import Listener
 from ..runs.records import Report
-from ..runs.snapshots import Snapshots
+from ..runs.settled import TrainingDecision, stamps
 from ..runs.steps import read_steps
-from ..runs.training_directory import RecoverDirectory, TrainingDirectory
-from ..runs.training_runs import input_run
+from ..runs.store import Snapshots
 from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
 from ..runtime.show import count

@@ -32,8 +32,14 @@ from ..pruning.result import (
 )
 from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
-from ..runs.arguments import checked_arguments
-from ..runs.continuation import (
+from ..runs.directory import TrainingDirectory, refuse_out
+from ..runs.lineage import add_stage, input_run, update_stage
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.log import Logged, log_file
+from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
+from ..runs.settled import (
+    TrainingRecord,
     absolute,
     execution_here,
     interrupted_with,
@@ -41,18 +47,8 @@ from ..runs.continuation import (
     refuse_other_versions,
     refuse_overlap,
 )
-from ..runs.decision import TrainingRecord
-from ..runs.directory import refuse_out
-from ..runs.layer_records import LayerEntry, OperatorEntry
-from ..runs.lineage import add_stage, update_stage
-from ..runs.listener import Listener
-from ..runs.lock import hold
-from ..runs.log import Logged, log_file
-from ..runs.records import Report, Totals
 from ..runs.steps import read_steps
 from ..runs.times import Times, spent
-from ..runs.training_directory import TrainingDirectory
-from ..runs.training_runs import input_run
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
@@ -75,7 +71,6 @@ STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""
 
 
-@checked_arguments
 def recover(
     model: str | Path,
     out: str | Path,
