@@ -303,7 +303,7 @@ def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path
     path.write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
-    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
+    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected have to be two different answers"):
         fp.align(tmp_path / "no model", tmp_path / "out", **SETTINGS, data={"pairs": str(path)})
     with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
         fp.align(bench.pruned(), tmp_path / "out", **SETTINGS)

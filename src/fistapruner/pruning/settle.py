@@ -209,8 +209,8 @@ def _fitting(model: LayerwiseModel, what: str, work: Callable[[int], T], batch_s
 
 
 def common_fields(
-    request: Request | TrainingRequest[Any],
-    inputs: Inputs | TrainingInputs[Any],
+    request: Request | TrainingRequest,
+    inputs: Inputs | TrainingInputs,
     recipe: Recipe | TrainingRecipe,
     threads: int,
 ) -> dict[str, Any]:
