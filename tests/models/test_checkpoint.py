@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.folder import checkpoint_folder
-from fistapruner.models.files.safetensors import SafetensorsWriter
-from fistapruner.models.files.writer import write_checkpoint
+from fistapruner.models.files.safetensors import safetensors_writer
+from fistapruner.models.files.writer import checkpoint_folder, write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runtime.files import sha256_file
 
@@ -104,33 +102,18 @@ def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(FistaPrunerError, match="no weights"):
         Checkpoint.open(tmp_path / "empty")
-    (tmp_path / "empty" / "config.json").write_text("[")
+    whole = (sharded / "config.json").read_text()
+    (sharded / "config.json").write_text("[")
     with pytest.raises(FistaPrunerError, match=r"config\.json is not valid JSON"):
-        Checkpoint.open(tmp_path / "empty")
+        Checkpoint.open(sharded)
+    (sharded / "config.json").write_text(whole)
     shard = sorted(sharded.glob("*.safetensors"))[1]
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-3])
+    shard.write_bytes(shard.read_bytes()[:-3])
     with pytest.raises(FistaPrunerError, match=f"{shard.name} is truncated"):
         Checkpoint.open(sharded)
     shard.unlink()
     with pytest.raises(FistaPrunerError, match=f"shard '{shard.name}' of its index is missing"):
         Checkpoint.open(sharded)
-
-
-@pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}], ids=["single", "sharded"])
-def test_a_variant_is_read_after_it_was_renamed_as_the_error_says(
-    single: Path, tmp_path: Path, how: dict[str, str]
-) -> None:
-    folder = tmp_path / "variant"
-    AutoModelForCausalLM.from_pretrained(single).save_pretrained(folder, variant="fp16", **how)
-    with pytest.raises(FistaPrunerError, match=r"a variant of them, .*fp16") as refused:
-        Checkpoint.open(folder)
-    asked = re.search(r"variant of them, (\S+): rename that to (\S+)$", str(refused.value))
-    assert asked is not None
-    (folder / asked[1]).rename(folder / asked[2])
-    renamed, dense = Checkpoint.open(folder), Checkpoint.open(single)
-    assert (len(renamed.files) > 1) == bool(how)
-    assert all(torch.equal(renamed.read(name), dense.read(name)) for name in dense.names())
 
 
 @pytest.mark.parametrize(
@@ -210,7 +193,8 @@ def test_written_checkpoint_mirrors_its_source(kind: str, tmp_path: Path, reques
     if kind == "sharded":
         assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
         index = "model.safetensors.index.json"
-        assert json.loads((tmp_path / "out" / index).read_text()) == json.loads((folder / index).read_text())
+        written, listed = (json.loads((where / index).read_text()) for where in (tmp_path / "out", folder))
+        assert written == listed | {"metadata": {"total_size": source.nbytes}}
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -282,23 +266,6 @@ def test_bad_pickles_are_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path, allow_pickle=True)
 
 
-def test_stale_quantization_config_is_dropped(single: Path, tmp_path: Path) -> None:
-    config = json.loads((single / "config.json").read_text())
-    (single / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
-    write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing)
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_the_quantization_config_of_quantised_weights_is_kept(single: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = load_file(single / "model.safetensors")
-    save_file({**tensors, "other": torch.ones(2, 2).to(dtype)}, single / "model.safetensors", {"format": "pt"})
-    config = json.loads((single / "config.json").read_text()) | {"quantization_config": {"bits": 8}}
-    (single / "config.json").write_text(json.dumps(config))
-    write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing)
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
-
-
 def test_bad_replacements_leave_no_checkpoint(single: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(single)
     with pytest.raises(FistaPrunerError, match="the new tensor is"):
@@ -355,8 +322,7 @@ def test_a_narrower_model_loads_in_transformers_and_is_the_model_cut_by_hand(
     assert out.names() == source.names()
     if kind == "sharded":
         metadata = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]
-        assert metadata["total_parameters"] == loaded.num_parameters()
-        assert metadata["total_size"] == out.nbytes == source.nbytes - 3 * 3 * 16 * 32 * 2
+        assert metadata == {"total_size": out.nbytes} == {"total_size": source.nbytes - 3 * 3 * 16 * 32 * 2}
     run = LayerwiseModel(out, torch.device("cpu"))
     with run.layer(1) as layer:
         assert torch.equal(layer.mlp.down_proj.weight.to(torch.bfloat16), model.model.layers[1].mlp.down_proj.weight)
@@ -386,13 +352,13 @@ def test_config_changes_are_merged(single: Path, tmp_path: Path) -> None:
     assert written == config | {
         "text_config": {"a": 3, "b": 2},
         "new": [1],
-        "quantization_config": {"quant_method": "x"},
+        "quantization_config": {"bits": 4, "quant_method": "x"},
     }
 
 
 def test_shapes_that_do_not_fit_are_refused(single: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(single)
-    with pytest.raises(FistaPrunerError, match=r"lm_head\.weight: a tensor of the new shape \[8, 32\] is needed"):
+    with pytest.raises(FistaPrunerError, match=r"lm_head\.weight: the new tensor is missing, \[8, 32\] is expected"):
         write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (8, 32)})
     with pytest.raises(FistaPrunerError, match=r"needs 64\.0 TiB and only .* are free"):
         write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (2**40, 32)})
@@ -463,9 +429,9 @@ def test_what_a_killed_attempt_left_does_not_count_as_used_space(
     leave(tmp_path / "new.partial")
     write_checkpoint(source, tmp_path / "new", nothing)
     (tmp_path / "new" / "model.safetensors").rename(tmp_path / "file.partial")
-    with SafetensorsWriter(tmp_path / "file", source.stored) as writer:
+    with safetensors_writer(tmp_path / "file", source.stored) as write:
         for name in source.names():
-            writer.write(name, source.read(name))
+            write(name, source.read(name))
     with (
         pytest.raises(FistaPrunerError, match=rf"{tmp_path / 'more'} needs .* free"),
         checkpoint_folder(tmp_path / "more", size),

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.models.coupling import _watch, find_links, reordered
+from fistapruner.models.coupling import find_links, links_inside, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import ROTATED, Checkpoint, reorder
 from fistapruner.models.layerwise import LayerwiseModel
@@ -135,7 +135,7 @@ def test_what_a_nonlinearity_reads_is_not_rotated(between: Callable[[Tensor], Te
     layer, hidden = Heads(between), torch.randn(3, 16, 8)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     with torch.no_grad():
-        (link,) = _watch(layer, {4}, lambda values: functional_call(layer, values, (hidden,)))
+        (link,) = links_inside(layer, {4}, lambda values: functional_call(layer, values, (hidden,)))
     assert (link.producers, link.blocks, link.rotates) == (("v_proj",), 2, rotates)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core import NM, Constraint, parse_sparsity
 from ..core.constraints import patterns_met
 from ..errors import FistaPrunerError
+from ..models.discovery import stored_model
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.folder_files import PRUNING_RECORD, model_inside
 from ..models.files.record import (
@@ -27,7 +28,6 @@ from ..models.files.record import (
 from ..models.files.safetensors import TensorEntry
 from ..models.layout import Operator
 from ..models.source import resolve_model
-from ..models.stored import stored_model
 from ..packed.checkpoint import PackedCheckpoint, is_packed, low_rank_part
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import read_lineage

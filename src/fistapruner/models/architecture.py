@@ -15,15 +15,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import FistaPrunerError, NoTemporaryFolderError, needs_code, one_line
-from ..runtime.files import copy_atomic, temporary_folder, write_json_atomic
+from ..errors import FistaPrunerError, needs_code, one_line
 from ..runtime.formatting import shell_line
-from .experts import holds_experts, separate_experts
+from .experts import holds_experts
 from .files.checkpoint import Checkpoint
-from .files.folder_files import PACKED_KEYS, PACKED_RECORD, read_json_in
-from .files.widths import QUANT_METHOD, read_widths
+from .files.folder_files import PACKED_KEYS, QUANT_METHOD, read_json_in
 from .files.writer import merge_patch
-from .names import stored_names
 
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 """What configs call the longest text that a model was made for."""
@@ -47,25 +44,28 @@ def auto_class(config: Any) -> Any:
 
 def auto_class_name(architecture: str) -> str:
     """Return the name of :func:`auto_class` for a model class, by its name in ``transformers``."""
-    from transformers.models.auto import modeling_auto
-
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    wrapper = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    causal, wrapper = (table.values() for table in _known_types())
     only_wrapper = architecture in wrapper and architecture not in causal
     return "AutoModelForImageTextToText" if only_wrapper else "AutoModelForCausalLM"
 
 
+def _known_types() -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Return the names of the model classes of text, and of images and text, by ``model_type``."""
+    from transformers.models.auto import modeling_auto as known
+
+    return known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def needs_own_code(config: Mapping[str, Any]) -> bool:
     """Check whether a language model is built only with Python code that its config names."""
-    from transformers.models.auto import modeling_auto
+    kind = str(config.get("model_type"))
+    return isinstance(config.get("auto_map"), Mapping) and not any(kind in table for table in _known_types())
 
-    known = (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-    return isinstance(config.get("auto_map"), Mapping) and not any(
-        str(config.get("model_type")) in table for table in known
-    )
+
+def refuse_own_code(folder: Path, why: str) -> None:
+    """Refuse a model that needs Python code of its own; ``why`` says what cannot be done with it."""
+    if needs_own_code(read_json_in(folder, "config.json")):
+        raise FistaPrunerError(f"{folder} needs Python code of its own: {why}")
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -96,16 +96,18 @@ def build_model(
     checkpoint: Checkpoint,
     *,
     trust_remote_code: bool = False,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    packed: bool = False,
     dtype: torch.dtype | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build a checkpoint's language model, with its vision tower, without weights on the meta device.
 
     Args:
         checkpoint: the checkpoint.
         trust_remote_code: run Python code that comes with it.
-        shapes: of a packed checkpoint's tensors, as they are when it is unpacked; None refuses a packed one.
+        packed: build the model of a packed checkpoint, which is refused otherwise.
         dtype: of its parameters; None takes the config's.
+        changes: of ``config.json``, as a JSON merge patch.
 
     Raises:
         FistaPrunerError: ``config.json`` describes no decoder-only model with plain weights, or needs code that was
@@ -114,138 +116,48 @@ def build_model(
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    folder = checkpoint.folder
+    folder, said = checkpoint.folder, "config.json is not understood"
     try:
         config = read_config(folder, trust_remote_code=trust_remote_code)
+        if changes:
+            config = type(config).from_dict(merge_patch(checkpoint.config, changes), name_or_path=str(folder))
+            _leave_out(config)
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         text = config if encoder_decoder else config.get_text_config()  # an encoder-decoder may have several
-    except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
-        fault = FistaPrunerError(f"{folder}: config.json is not understood: {one_line(error, 300)}")
-        raise needs_code(folder, error) or fault from None
-    if encoder_decoder:
-        raise FistaPrunerError(
-            f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
-        )
-    if not hasattr(text, "vocab_size"):
-        raise FistaPrunerError(f"{folder}: {config.model_type} has no vocab_size in config.json: it predicts no text")
-    own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
-    free = shapes is not None or (own_widths and not (folder / PACKED_RECORD).exists())
-    widths = read_widths(checkpoint.config, folder) if free else {}
-    for key in PACKED_KEYS if free else ():
-        vars(config).pop(key, None)
-    if getattr(config, "quantization_config", None):
-        if QUANT_METHOD in str(config.quantization_config):
-            raise FistaPrunerError(
-                f"{folder} is a packed checkpoint: make it an ordinary one first with "
-                f"'{shell_line('unpack', folder, 'DIR')}'"
-            )
-        settings = config.quantization_config
-        method = str(settings.get("quant_method") if isinstance(settings, dict) else settings)[:50]
-        raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({method}); prune the unquantised one")
-    auto = auto_class(config)
-    known = auto._model_mapping  # a semi-private table
-    if text is not config and type(config) not in known and "auto_map" not in checkpoint.config:
-        advice = (
-            f": save its language model ({text.model_type}) as a checkpoint of its own" if type(text) in known else ""
-        )
-        raise FistaPrunerError(
-            f"{folder}: {config.model_type} is a model of more than text, and transformers builds no causal language "
-            f"model and no image-text model of it{advice}"
-        )
-    try:
+        for key in PACKED_KEYS if packed else ():
+            vars(config).pop(key, None)
+        if fault := _fault(config, text, checkpoint):
+            raise FistaPrunerError(f"{folder}: {fault}")
+        said = f"no {config.model_type} language model can be built from config.json"
         with no_init_weights(), init_empty_weights(include_buffers=False):
             precision = {} if dtype is None else {"dtype": dtype}
-            model = auto.from_config(config, trust_remote_code=trust_remote_code, **precision)
-    except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
-        reason = one_line(error) or type(error).__name__
-        fault = FistaPrunerError(
-            f"{folder}: no {config.model_type} language model can be built from config.json: {reason}"
-        )
-        raise needs_code(folder, error) or fault from None
-    if widths:
-        set_widths(model, widths, checkpoint.shapes() if shapes is None else shapes)
-    return model
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **precision)
+    except FistaPrunerError:
+        raise
+    except Exception as error:  # an untrusted config makes every check of every architecture fail in its own way
+        reason = one_line(error, 300) or type(error).__name__
+        raise needs_code(folder, error) or FistaPrunerError(f"{folder}: {said}: {reason}") from None
 
 
-def refuse_own_code(folder: Path, why: str) -> None:
-    """Refuse a model that needs Python code of its own.
-
-    Args:
-        folder: of the model.
-        why: what cannot be done with it, for the message.
-
-    Raises:
-        FistaPrunerError: names the folder.
-    """
-    if needs_own_code(read_json_in(folder, "config.json")):
-        raise FistaPrunerError(f"{folder} needs Python code of its own: {why}")
-
-
-def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give tensors of decoder layers the shapes that they are stored in, which may be their own.
-
-    The forward passes of the models that :mod:`fistapruner.structure.trial` lets pass follow these shapes.
-
-    Args:
-        model: transformers model, its tensors on the meta device.
-        widths: by decoder layer, its sizes (:func:`~fistapruner.models.files.widths.read_widths`).
-        shapes: of the stored tensors, by name.
-
-    Raises:
-        FistaPrunerError: a layer that the model does not have, or a tensor of another shape than its widths say.
-    """
-    if not widths:
-        return
-    layers_name, layers = find_decoder_layers(model)
-    names = stored_names(model, shapes)
-    for index, sizes in widths.items():
-        if index >= len(layers):
-            raise FistaPrunerError(
-                f"config.json: widths of decoder layer {index} of {len(layers)} cannot be (the first one is 0)"
-            )
-        for name, parameter in list(layers[index].named_parameters()):
-            full = f"{layers_name}.{index}.{name}"
-            before, after = tuple(parameter.shape), shapes.get(names.get(full, ""))
-            if after is None or after == before:
-                continue
-            changed = [(old, new) for old, new in zip(before, after, strict=False) if old != new]
-            expected = len(after) == len(before) and len(changed) == 1 and changed[0][1] < changed[0][0]
-            if not expected or not any(changed[0][1] % size == 0 for size in sizes.values()):
-                raise FistaPrunerError(f"tensor {full!r} is {after}, the widths of its layer are {dict(sizes)}")
-            parent, _, key = name.rpartition(".")
-            module: Any = layers[index].get_submodule(parent)
-            module._parameters[key] = nn.Parameter(parameter.new_empty(after), requires_grad=parameter.requires_grad)
-            if isinstance(module, nn.Linear):
-                module.out_features, module.in_features = module.weight.shape
-            elif isinstance(module, Conv1D) and key == "weight":
-                module.nx, module.nf = after
-
-
-def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """Build a checkpoint's model without weights, with a changed config and experts that are separate.
-
-    Args:
-        checkpoint: the checkpoint.
-        changes: of ``config.json``, as a JSON merge patch.
-        trust_remote_code: run the checkpoint's own Python code.
-
-    Raises:
-        NoTemporaryFolderError: there is no place for the config and code.
-        FistaPrunerError: the changed config describes no model.
-    """
-    config = merge_patch(checkpoint.config, changes)
-    with temporary_folder() as name:
-        folder = Path(name)
-        try:
-            write_json_atomic(folder / "config.json", config)
-            for code in (file for file in checkpoint.companions if file.endswith(".py")):
-                copy_atomic(checkpoint.folder / code, folder / code)
-        except FistaPrunerError as error:
-            raise NoTemporaryFolderError(str(error)) from error
-        changed = Checkpoint(folder, config, checkpoint.files, checkpoint.index)
-        model = build_model(changed, trust_remote_code=trust_remote_code)
-        separate_experts(model, *find_decoder_layers(model), changed, fewer=True)
-        return model
+def _fault(config: Any, text: Any, checkpoint: Checkpoint) -> str | None:
+    """Say why a model is not built: what it is, or how its weights are stored; None where nothing speaks against it."""
+    kind, stored = config.model_type, getattr(config, "quantization_config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{kind} is an encoder-decoder; only decoder-only language models are pruned"
+    if not hasattr(text, "vocab_size"):
+        return f"{kind} has no vocab_size in config.json: it predicts no text"
+    if stored and QUANT_METHOD in str(stored):
+        unpack = shell_line("unpack", checkpoint.folder, "DIR")
+        return f"it is a packed checkpoint: make it an ordinary one first with '{unpack}'"
+    if stored:
+        method = str(stored.get("quant_method") if isinstance(stored, dict) else stored)[:50]
+        return f"the checkpoint is quantised ({method}); prune the unquantised one"
+    if text is config or type(config) in auto_class(config)._model_mapping or "auto_map" in checkpoint.config:
+        return None
+    return (
+        f"{kind} is a model of more than text, and transformers builds no language model of it: save its language "
+        f"model ({text.model_type}) as a checkpoint of its own"
+    )
 
 
 def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
@@ -294,12 +206,9 @@ def max_length(model: Any) -> int | None:
 
 
 def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
-    """Refuse decoder layers whose experts are in one tensor in a form that is not understood.
+    """Refuse decoder layers whose experts are in one tensor in a form that is not understood, by its name and shape.
 
     Other weights of three dimensions, such as convolutions and gates of recurrences, are no operators: they stay dense.
-
-    Raises:
-        FistaPrunerError: names the weight and its shape.
     """
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():

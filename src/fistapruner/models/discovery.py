@@ -7,9 +7,9 @@ which is the order of intra-layer error correction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from .experts import Experts
+from .architecture import build_model, find_decoder_layers
+from .experts import Experts, separate_experts
+from .files.checkpoint import Checkpoint
 from .layerwise import Call, LayerwiseModel
 from .layout import Group, Layout, Operator, OutputProjection
+from .names import checkpoint_names, parameter_names, stored_names
 
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
 """Attributes of modules that hold the number of their decoder layer."""
@@ -42,10 +45,7 @@ def discover(model: LayerwiseModel) -> Layout:
     """
     model.check()
     hidden, calls = model.probe()
-    known: dict[
-        tuple[tuple[str, tuple[int, ...]], ...],
-        tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]],
-    ] = {}
+    known: dict[Any, Any] = {}
     found = []
     for index, layer in enumerate(model.layers):
         signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
@@ -53,8 +53,7 @@ def discover(model: LayerwiseModel) -> Layout:
             with model.failures_explained():
                 known[signature] = _watch(model, index, hidden, calls[index])
         found.append(known[signature])
-    layers, writers, projections = zip(*found, strict=True)
-    return Layout(model.layers_name, layers, writers, projections)
+    return Layout(model.layers_name, *zip(*found, strict=True))
 
 
 def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
@@ -187,19 +186,22 @@ def _watch(
             for name, module in operators
             if name not in fired and _is_read(module, lambda: model.run(index, hidden.clone(), call))
         }
-    prefix = f"{model.layers_name}.{index}"
     for name, _ in operators:
         if fired.count(name) != 1 and name not in dense:
             cause = next((cause for part, cause in UNUSED.items() if part in name.lower()), "")
-            raise FistaPrunerError(
-                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of "
-                f"{type(model.model).__name__}{cause}, and not once: this architecture is not supported"
-            )
-    modules, mixtures = dict(operators), expert_modules(layer)
+            times = f"ran {fired.count(name)} times in one forward pass{cause}, and not once"
+            raise model.unsupported(f"{model.layers_name}.{index}.{name} {times}")
+    return _groups(layer, seen), writers, projections
+
+
+def _groups(layer: nn.Module, seen: list[tuple[str, Tensor]]) -> tuple[Group, ...]:
+    """Group operators by the tensors that they read; ``seen`` are their names and inputs, in execution order."""
+    mixtures = expert_modules(layer)
     groups: list[tuple[Tensor, list[Operator]]] = []
     for name, tensor in seen:
         within = next((mixture for mixture in mixtures if name.startswith(mixture + ".")), "")
-        operator = replace(Operator.of(name, modules[name]), experts=within)
+        module: Any = layer.get_submodule(name)
+        operator = replace(Operator.of(name, module), experts=within)
         for other, members in groups:
             # Both tensors are alive, so equal addresses and shapes mean the same values. Those of experts without
             # tokens have no address.
@@ -208,7 +210,7 @@ def _watch(
                 break
         else:
             groups.append((tensor, [operator]))
-    return tuple(tuple(members) for _, members in groups), writers, projections
+    return tuple(tuple(members) for _, members in groups)
 
 
 def _is_read(module: nn.Module, run: Callable[[], Tensor]) -> bool:
@@ -234,22 +236,19 @@ def _residual_writers(
     returned.
 
     Args:
-        hidden: input of the layer.
+        layer: the layer; ``run`` runs it again.
+        hidden: its input; ``out``: its output.
         answers: output of each operator, in execution order.
-        out: output of the layer.
-        run: runs the layer again.
     """
     found = []
     names = list(answers)
+    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    noise *= out.float().square().mean().sqrt().to(out)
     for place, name in enumerate(names):
         if answers[name].numel() != out.numel() or answers[name].shape[-1] != out.shape[-1]:
             continue
-        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(
-            out
-        ) * out.float().square().mean().sqrt().to(out)
-        more = {name: answers[name] + noise.reshape(answers[name].shape)} | {
-            later: answers[later] for later in names[place + 1 :]
-        }
+        more = {name: answers[name] + noise.reshape(answers[name].shape)}
+        more |= {later: answers[later] for later in names[place + 1 :]}
         with ExitStack() as hooks, torch.no_grad():
             for key, value in more.items():
                 module = layer.get_submodule(key)
@@ -259,3 +258,61 @@ def _residual_writers(
             found.append(name)
     total = hidden.float() + sum(answers[name].reshape(out.shape).float() for name in found)
     return tuple(found) if alike(out, total) else ()
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What the code of a model says of the tensors of its checkpoint.
+
+    Args:
+        operators: those of the decoder layers, by the names of their stored weights.
+        parameters: names of the stored tensors that hold parameters, shared ones once; None where one is not found.
+    """
+
+    operators: dict[str, Operator]
+    parameters: set[str] | None
+
+
+def stored_model(
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    same: Callable[[str, str], bool] | None = None,
+) -> StoredModel | None:
+    """Find the operators of the decoder layers, and the parameters, by the names of the stored tensors.
+
+    Tensors that hold the matrices of all experts are taken apart, and those matrices are among the operators. No weight
+    is read, but a tied head that is stored beside its embedding; and no code of the checkpoint runs.
+
+    Args:
+        checkpoint: the checkpoint.
+        shapes: of a packed checkpoint's tensors, as they are when it is unpacked; None for one that is not packed.
+        same: compares two tensors of a packed checkpoint.
+
+    Returns:
+        None where the model cannot be built, or its tensors are not those of the checkpoint.
+    """
+    try:
+        model = build_model(checkpoint, packed=shapes is not None)
+        prefix, layers = find_decoder_layers(model)
+        found = stored_names(model, checkpoint.names() if shapes is None else list(shapes))
+        names = separate_experts(model, prefix, layers, checkpoint, found)
+        if shapes is None:
+            names = checkpoint_names(model, checkpoint, names, found.joined)
+        operators = operators_by_weight(prefix, layers, names.__getitem__)
+        parameters = parameter_names(model, names, checkpoint, same or checkpoint.same)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        complete = all(name in names or name in tied for name, _ in model.named_parameters())
+        return StoredModel(operators, parameters if complete else None)
+    except (FistaPrunerError, KeyError):  # a weight without a stored name
+        return None
+
+
+def operators_by_weight(
+    layers_name: str, layers: Iterable[nn.Module], stored: Callable[[str], str]
+) -> dict[str, Operator]:
+    """Return the operators of decoder layers, with full names, by the names of their weights in the checkpoint."""
+    return {
+        stored(f"{name}.weight"): Operator.of(name, module)
+        for index, layer in enumerate(layers)
+        for name, module in ((f"{layers_name}.{index}.{name}", module) for name, module in linear_modules(layer))
+    }

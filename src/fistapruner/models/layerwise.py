@@ -1,7 +1,8 @@
 """Run a causal language model with one decoder layer in memory at a time.
 
-No architecture is listed by name. Instead, the model's own ``forward`` runs with every decoder layer's ``forward``
-replaced:
+The architecture is built on the meta device, without weights; decoder layers are read from the checkpoint when they are
+needed and freed afterwards. No architecture is listed by name. Instead, the model's own ``forward`` runs with every
+decoder layer's ``forward`` replaced:
 
 * by a recorder, which gives the input of the first layer and the exact arguments of every layer
   (:meth:`LayerwiseModel.embed`);
@@ -16,18 +17,25 @@ between them. :meth:`LayerwiseModel.check` refuses models whose forward pass dif
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, one_line
+from ..runtime.numerics import pass_dtype
 from ..runtime.transfers import sent
-from .architecture import max_length, unsupported
-from .layerwise_weights import LayerwiseWeights
+from .architecture import build_model, find_decoder_layers, loaded_dtype, max_length, refuse_experts, unsupported
+from .experts import separate_experts
+from .files.checkpoint import Checkpoint
+from .files.low_rank import LowRankAdapter
+from .names import checkpoint_names, parameter_names, stored_names
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a decoder layer, without its hidden states."""
@@ -40,12 +48,203 @@ class _Stop(Exception):
     """End a forward pass early."""
 
 
-class LayerwiseModel(LayerwiseWeights):
-    """A model that runs with one decoder layer in memory. Arguments as for :class:`.LayerwiseWeights`."""
+class LayerwiseModel:
+    """A model that runs with one decoder layer in memory.
+
+    Args:
+        checkpoint: the model's weights.
+        device: device of the passes.
+        dtype: precision of the passes; None is the checkpoint's own, or fp32 where the device has no matrix units for
+            it (CPUs for fp16, most CPUs for bf16) and would be several times slower.
+        trust_remote_code: run the checkpoint's own Python code.
+
+    Attributes:
+        low_rank: what is added to the weights of operators as they are loaded; None adds nothing.
+
+    Raises:
+        FistaPrunerError: the architecture is not a plain decoder-only language model, or a tensor is missing.
+    """
 
     _checked = False
     _container: tuple[type[tuple[Any, ...]] | type[list[Any]], int] | None = None
     """Type in which layers return hidden states, and the number of other things in it; None for a tensor alone."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype or pass_dtype(checkpoint.dtype, device)
+        self.model = build_model(checkpoint, trust_remote_code=trust_remote_code).eval()
+        self.config = self.model.config
+        self.layers_name, self.layers = find_decoder_layers(self.model)
+        found = stored_names(self.model, [entry.name for entry in checkpoint.stored])
+        names = separate_experts(self.model, self.layers_name, self.layers, checkpoint, found)
+        refuse_experts(self.model, self.layers_name, self.layers)
+        self.low_rank: LowRankAdapter | None = None
+        self._open: set[int] = set()  # numbers of loaded decoder layers
+        self._sources = checkpoint_names(self.model, checkpoint, names, found.joined)
+        self._names = {source: name for name, source in self._sources.items()}
+        self._parameters = {name for name, _ in self.model.named_parameters()}
+        buffers_to(self.model, device)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def source(self, parameter: str) -> str:
+        """Return the name in the checkpoint of one of the model's parameters."""
+        return self._sources[parameter]
+
+    def full_name(self, index: int, inside: str) -> str:
+        """Return the name in the model of what is called ``inside`` in decoder layer ``index``."""
+        return f"{self.layers_name}.{index}.{inside}"
+
+    def source_of(self, index: int, inside: str) -> str:
+        """Return the name in the checkpoint of a parameter of decoder layer ``index``."""
+        return self.source(self.full_name(index, inside))
+
+    @property
+    def parameters(self) -> Collection[str]:
+        """Return the names in the model of all stored parameters and buffers."""
+        return self._sources.keys()
+
+    def sources(self) -> Collection[str]:
+        """Return the names in the checkpoint of all of the model's parameters and stored buffers."""
+        return self._names.keys()
+
+    def parameter_count(
+        self, shapes: Mapping[str, tuple[int, ...]] | None = None, dropped: Collection[str] = ()
+    ) -> int:
+        """Count the parameters of the model, with other ``shapes`` of some stored tensors, and without ``dropped``."""
+        names = parameter_names(self.model, self._sources, self.checkpoint, self.checkpoint.same).difference(dropped)
+        sizes = {entry.name: entry.shape for entry in self.checkpoint.stored} | dict(shapes or {})
+        return sum(math.prod(sizes[name]) for name in names)
+
+    def layer_parameters(self, index: int) -> list[str]:
+        """Return the names in the model of the parameters of decoder layer ``index``."""
+        prefix = f"{self.layers_name}.{index}."
+        return [name for name in self._sources if name.startswith(prefix)]
+
+    def layer_sources(self, index: int) -> set[str]:
+        """Return the names in the checkpoint of the parameters of decoder layer ``index``."""
+        return {self.source(name) for name in self.layer_parameters(index)}
+
+    def pass_bytes(self, names: Iterable[str]) -> int:
+        """Count the bytes of tensors, by their names in the checkpoint, in the precision of the passes."""
+        return sum(math.prod(self.checkpoint.entry(name).shape) for name in names) * self.dtype.itemsize
+
+    def rounded(self, source: str, tensor: Tensor) -> Tensor:
+        """Round ``tensor`` to the narrower of the stored dtype of ``source`` and its dtype in the passes."""
+        stored = self.checkpoint.entry(source).dtype
+        tensor = tensor.to(stored)
+        if stored.itemsize <= self.dtype.itemsize:  # no tensor has fewer bits in passes; training asks often
+            return tensor
+        loaded = loaded_dtype(self.model, self._names[source], self.dtype)
+        return tensor if stored.itemsize <= loaded.itemsize else tensor.to(loaded)
+
+    def result(self, source: str, tensor: Tensor) -> Tensor:
+        """Copy ``tensor`` to main memory, :meth:`rounded`."""
+        rounded = self.rounded(source, tensor).cpu()
+        return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
+
+    @contextmanager
+    def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Load decoder layer ``index`` for the block, and free its weights afterwards.
+
+        Inside another block that holds the layer nothing is loaded or freed, and nothing may be ``replaced``: tensors
+        that replace the checkpoint's, by name in the checkpoint (pruned weights).
+        """
+        if index in self._open:
+            if replaced:
+                raise ValueError(f"layer {index} is loaded with other weights")
+            yield self.layers[index]
+            return
+        names = self.layer_parameters(index)
+        try:
+            self._load(names, replaced or {})
+            self._open.add(index)
+            yield self.layers[index]
+        finally:
+            self._open.discard(index)
+            self._free(names)
+
+    @contextmanager
+    def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
+        """Load everything outside the decoder layers for the block: embeddings, final norm, head.
+
+        What another block around this one holds is neither loaded nor freed.
+
+        Args:
+            head: False leaves out the output head.
+            like: another model; its loaded tensors of the same name and value are used too, and not loaded twice.
+        """
+        prefix, tensors = self.layers_name + ".", self.model.state_dict(keep_vars=True)
+        output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        names = [name for name in self._sources if not name.startswith(prefix) and tensors[name].is_meta]
+        if output is not None and not head:
+            names = [name for name in names if tensors[name] is not output.weight]
+        headless = output is not None and output.weight.is_meta
+        try:
+            self._load(names, {}, like)
+            if head and output is not None and output.weight.is_meta:
+                output.weight = embedding.weight
+            yield
+        finally:
+            self._free(names)
+            if headless and not output.weight.is_meta:
+                output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
+
+    @contextmanager
+    def resident(self, *, layers: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
+        """Keep weights loaded for the block; inside it nothing of them is loaded or freed again.
+
+        Without ``layers`` these are embeddings, final norm and head only. For ``like`` see :meth:`embeddings_and_head`.
+        """
+        with ExitStack() as loaded:
+            loaded.enter_context(self.embeddings_and_head(like=like))
+            for index in range(len(self) if layers else 0):
+                loaded.enter_context(self.layer(index))
+            yield
+
+    def _load(self, names: list[str], replaced: Mapping[str, Tensor], like: LayerwiseModel | None = None) -> None:
+        """Load parameters and buffers to the device, in the dtypes of transformers (:func:`.loaded_dtype`)."""
+        for name in names:
+            source = self._sources[name]
+            tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
+            if self.low_rank is not None:
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                tensor = self.low_rank.added(name, tensor, transposed=isinstance(module, Conv1D))
+            if tensor.is_floating_point():
+                # Weights of operators are checked where they are pruned; here norms and biases, which are small.
+                if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):
+                    raise FistaPrunerError(f"{self.checkpoint.folder}: {source} contains NaN or infinite values")
+                tensor = tensor.to(loaded_dtype(self.model, name, self.dtype))
+            tensor = tensor.to(self.device, non_blocking=True)
+            twin = None if like is None else like._held(name)
+            same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device
+            assign(self.model, name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)
+
+    def _held(self, name: str) -> Tensor | None:
+        """Return a loaded parameter or buffer; None where it is not there or not loaded."""
+        parent, _, key = name.rpartition(".")
+        try:
+            module = self.model.get_submodule(parent)
+        except AttributeError:
+            return None
+        held = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
+        return None if held is None or held.is_meta else held.detach()
+
+    def _free(self, names: list[str]) -> None:
+        """Move parameters and buffers to the meta device, in the shapes of the checkpoint."""
+        for name in names:
+            if (held := self._held(name)) is not None:
+                shape = self.checkpoint.entry(self._sources[name]).shape
+                assign(self.model, name, held.new_empty(shape, device="meta"))
 
     @property
     def width(self) -> int:
@@ -75,25 +274,14 @@ class LayerwiseModel(LayerwiseWeights):
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Record the input of the first decoder layer and the arguments of every decoder layer.
 
-        Needs :meth:`embeddings_and_head`, and :meth:`check` before it.
-
-        Args:
-            tokens: (batch, seqlen) token ids.
-
-        Returns:
-            (batch, seqlen, width) hidden states and one :data:`Call` for each layer.
-
-        Raises:
-            FistaPrunerError: ids beyond the vocabulary; a layer does not receive the output of the layer before it.
+        Needs :meth:`embeddings_and_head`, and :meth:`check` before it. Token ids are (batch, seqlen), the hidden states
+        (batch, seqlen, width). Ids beyond the vocabulary, and a layer that does not receive the output of the layer
+        before it, are refused.
         """
         return self._watch(tokens, torch.Tensor.detach)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Refuse token ids outside the model's vocabulary.
-
-        Raises:
-            FistaPrunerError: names the id and the size of the vocabulary.
-        """
+        """Refuse token ids outside the model's vocabulary."""
         size = self.embedded_tokens
         worst = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
         if not 0 <= worst < size:
@@ -103,14 +291,10 @@ class LayerwiseModel(LayerwiseWeights):
             )
 
     def check(self) -> None:
-        """Check that the model can be run layer by layer; done once.
+        """Refuse a model that cannot be run layer by layer; loads the embeddings, then the first decoder layer, once.
 
-        Loads the embeddings, then the first decoder layer.
         Every decoder layer must run once, in order. It must receive the output of the layer before it, and no other
         argument that depends on the token ids.
-
-        Raises:
-            FistaPrunerError: the architecture is not supported; gives the reason.
         """
         if not self._checked:
             with self.failures_explained():
@@ -129,23 +313,16 @@ class LayerwiseModel(LayerwiseWeights):
             return self.embed(self.check_window(16))
 
     def calls(self, batch: int, seqlen: int) -> list[Call]:
-        """Record the arguments of every decoder layer for a batch of full windows (of any ids: :meth:`check`).
-
-        Needs :meth:`embeddings_and_head`.
-        """
+        """Record the arguments of every decoder layer for full windows. Needs :meth:`embeddings_and_head`."""
         return self.embed(torch.zeros(batch, seqlen, dtype=torch.long))[1]
 
     def run(self, index: int, hidden: Tensor, call: Call, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Run loaded decoder layer ``index``.
+        """Run loaded decoder layer ``index`` on (batch, seqlen, width) hidden states; return its output.
 
         Args:
             index: number of the layer.
-            hidden: (batch, seqlen, width) hidden states that enter it.
-            call: its other arguments.
+            hidden: what enters it; ``call``: its other arguments.
             values: tensors to use in place of parameters, by name inside the layer.
-
-        Returns:
-            (batch, seqlen, width) output.
         """
         args, kwargs = call
         layer = self.layers[index]
@@ -156,36 +333,22 @@ class LayerwiseModel(LayerwiseWeights):
     def head(self, rows: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute the logits (tokens, vocabulary) of single tokens, whatever their ids: final norm and head.
 
-        Needs :meth:`embeddings_and_head`.
-
-        Args:
-            rows: (tokens, width) output of the last decoder layer, at most :attr:`max_head_rows` tokens.
-            gradients: as for :meth:`logits`.
+        Needs :meth:`embeddings_and_head`. ``rows`` (tokens, width) are outputs of the last decoder layer, at most
+        :attr:`max_head_rows`; ``gradients`` are as for :meth:`logits`.
         """
         ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
         with torch.set_grad_enabled(gradients):
             return self.logits(rows[None], ids, gradients=gradients)[0]
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
-        """Compute logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.
+        """Compute logits (batch, seqlen, vocabulary). Needs :meth:`embeddings_and_head`.
 
         Args:
             hidden: (batch, seqlen, width) output of the last decoder layer.
             tokens: (batch, seqlen) token ids that ``hidden`` was computed from.
             gradients: record operations, so that logits can be differentiated with respect to ``hidden``.
-
-        Returns:
-            (batch, seqlen, vocabulary).
         """
-        ran: list[int] = []
-
-        def give(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._in_order(index, len(ran))
-            ran.append(index)
-            return self._returned(hidden)
-
-        out = self._forward(tokens, give, gradients=gradients)
-        logits: Tensor = out.logits
+        logits: Tensor = self._forward(tokens, lambda *_: self._returned(hidden), gradients=gradients).logits
         return logits
 
     def _returned(self, hidden: Tensor) -> Any:
@@ -200,7 +363,6 @@ class LayerwiseModel(LayerwiseWeights):
         first: list[Call] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._in_order(index, 0)
             first.append((args, kwargs))
             raise _Stop
 
@@ -223,43 +385,34 @@ class LayerwiseModel(LayerwiseWeights):
         """
         first, second = (self._watch(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
         for index, (call, other) in enumerate(zip(first, second, strict=True)):
-            for name, value, again in [
-                *zip(range(len(call[0])), call[0], other[0], strict=True),
-                *((k, call[1][k], other[1][k]) for k in call[1]),
-            ]:
-                if not _same(value, again):
-                    what = f"argument {name + 2}" if isinstance(name, int) else repr(name)
-                    raise self.unsupported(
-                        f"decoder layer {index} is given {what}, which depends on the token ids or on other layers"
-                    )
+            values = {f"argument {number}": pair for number, pair in enumerate(zip(call[0], other[0], strict=True), 2)}
+            values |= {repr(name): (value, other[1][name]) for name, value in call[1].items()}
+            if what := next((what for what, pair in values.items() if not _same(*pair)), None):
+                depends = "which depends on the token ids or on other layers"
+                raise self.unsupported(f"decoder layer {index} is given {what}, {depends}")
 
     def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
-        """Record what :meth:`embed` returns.
-
-        Args:
-            tokens: (batch, seqlen) token ids.
-            stand_in: makes a stand-in for a layer's output from its input.
-        """
+        """Record what :meth:`embed` returns; ``stand_in`` makes one for a layer's output from its input."""
         self.check_tokens(tokens)
         calls: list[Call] = []
         first: list[Tensor] = []
         given: list[tuple[Tensor, int]] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._in_order(index, len(calls))
-            hidden, rest, named = self._split_hidden(index, args, kwargs)
+            named = dict(kwargs)
+            hidden, *rest = args or (named.pop("hidden_states", None),)
+            if not isinstance(hidden, Tensor):
+                raise self.unsupported(f"{self.layers_name}.{index} is not given hidden states as its first argument")
             if index == 0:
                 first.append(hidden)
             else:
                 returned, version = given.pop()
-                changed = returned._version != version  # in place: overwritten hidden states cannot be compared
-                if changed or not (
-                    hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))
-                ):
+                same = hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))
+                if returned._version != version or not same:  # overwritten hidden states cannot be compared
                     raise self.unsupported(
                         f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned"
                     )
-            calls.append((rest, named))
+            calls.append((tuple(rest), named))
             if index == len(self.layers) - 1:
                 raise _Stop
             output = stand_in(hidden)
@@ -272,27 +425,15 @@ class LayerwiseModel(LayerwiseWeights):
                 f"{len(calls)} of the {len(self.layers)} modules in {self.layers_name} run in a forward pass"
             )
         if first[0].shape != (*tokens.shape, self.width):
-            expected = (*tokens.shape, self.width)
-            raise self.unsupported(
-                f"{self.layers_name}.0 is given {tuple(first[0].shape)} and not {expected} hidden states"
-            )
+            given_shape, expected = tuple(first[0].shape), (*tokens.shape, self.width)
+            raise self.unsupported(f"{self.layers_name}.0 is given {given_shape} and not {expected} hidden states")
         return first[0], calls
 
     def own_logits(self, tokens: Tensor) -> Tensor:
-        """Compute the logits of the model's own forward pass, with one decoder layer in memory at a time.
-
-        Args:
-            tokens: (batch, seqlen) token ids.
-
-        Returns:
-            (batch, seqlen, vocabulary).
-        """
-        ran: list[int] = []
+        """Compute the model's own logits (batch, seqlen, vocabulary), with one decoder layer in memory at a time."""
         with ExitStack() as outside:  # embeddings before the first layer, norm and head after the last one
 
             def load_and_run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                self._in_order(index, len(ran))
-                ran.append(index)
                 if index == 0:
                     outside.close()
                 with self.layer(index) as layer:
@@ -307,16 +448,9 @@ class LayerwiseModel(LayerwiseWeights):
             logits: Tensor = self._forward(tokens, load_and_run).logits
         return logits
 
-    def _in_order(self, index: int, done: int) -> None:
-        """Check that layer ``index`` is the next one to run after ``done`` layers."""
-        if index != done:
-            before = f"after {self.layers_name}.{done - 1}" if done else "first"
-            raise self.unsupported(f"{self.layers_name}.{index} runs {before}: layers have to run once each, in order")
-
     def architecture(self) -> str:
         """Describe everything that layer-by-layer passes depend on: class, config, dtype, kind of device."""
-        config = {key: value for key, value in self.config.to_dict().items() if key != "_name_or_path"}
-        settings = json.dumps(config, sort_keys=True, default=str)
+        settings = json.dumps(self.config.to_dict() | {"_name_or_path": None}, sort_keys=True, default=str)
         return f"{type(self.model).__qualname__} {self.dtype} {self.device.type} {settings}"
 
     def unsupported(self, reason: str) -> FistaPrunerError:
@@ -334,23 +468,21 @@ class LayerwiseModel(LayerwiseWeights):
             reason = f"{type(error).__name__}: {one_line(error, 150)}"
             raise self.unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
 
-    def _split_hidden(
-        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """Separate the hidden states, which come first or by name, from the other arguments of a layer."""
-        named = dict(kwargs)
-        hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states", None), ())
-        if not isinstance(hidden, Tensor):
-            raise self.unsupported(f"{self.layers_name}.{index} is not given hidden states as its first argument")
-        return hidden, rest, named
-
     def _forward(
         self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False
     ) -> Any:
-        """Run the model's own forward pass with every decoder layer's forward replaced."""
+        """Run the model's own forward pass with every decoder layer's forward replaced; each runs once, in order."""
+        done = count()
 
         def replacement(index: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: instead(index, args, kwargs)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if (number := next(done)) != index:
+                    before = f"after {self.layers_name}.{number - 1}" if number else "first"
+                    order = f"runs {before}: layers have to run once each, in order"
+                    raise self.unsupported(f"{self.layers_name}.{index} {order}")
+                return instead(index, args, kwargs)
+
+            return forward
 
         for index, layer in enumerate(self.layers):
             layer.forward = replacement(index)
@@ -381,3 +513,23 @@ def hidden_of(out: Any) -> Tensor:
     """Return the hidden states of a decoder layer's output: alone, or first in a tuple or list."""
     hidden: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     return hidden
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer of a module by its name; the tensor may have another shape."""
+    parent, _, key = name.rpartition(".")
+    module = module.get_submodule(parent)
+    if key in module._parameters:
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[key] = tensor
+    if isinstance(module, Conv1D):
+        module.nf = module.weight.shape[1]  # its forward pass makes the output in this shape
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module and of all inside it to a device, but for those on the meta device."""
+    for part in module.modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[key] = buffer.to(device)

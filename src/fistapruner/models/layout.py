@@ -1,4 +1,4 @@
-"""Hold the linear operators of decoder layers, their groups and their execution order."""
+"""Describe the linear operators of decoder layers, their groups and their execution order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class Operator:
 
     Args:
         name: name inside the decoder layer, such as ``self_attn.q_proj``.
-        rows: outputs m.
-        columns: inputs n.
+        rows: outputs m; ``columns``: inputs n.
         transposed: stored as (n, m), as in GPT-2's ``Conv1D``.
         experts: of an expert's operator, the name of the module of all experts, such as ``mlp.experts``: the operator
             reads the tokens that are routed to its expert, and no others. Empty for all other operators.
@@ -125,34 +124,25 @@ class Layout:
         return sum(operator.rows * operator.columns for operator in self.in_layer(index))
 
     def select(self, recipe: Selection, purpose: str = "prune") -> Layout:
-        """Select operators by the recipe's ``targets`` and ``ignore``.
-
-        Args:
-            recipe: names them.
-            purpose: what is done with them, for messages.
+        """Select operators by the recipe's ``targets`` and ``ignore``; ``purpose`` is what is done with them.
 
         Raises:
             FistaPrunerError: a pattern matches no operator, or nothing is left to prune.
         """
         names = [name for name, _ in self.operators()]
-        if not names:
-            raise FistaPrunerError(f"{self.layers_name} has no operator to {purpose}")
+        matched: dict[str, set[str]] = {"targets": set(), "ignore": set()}
+        fault = None if names else f"{self.layers_name} has no operator to {purpose}"
         for key, patterns in (("targets", recipe.targets), ("ignore", recipe.ignore)):
-            for pattern in patterns:
-                if not any(matches(name, pattern) for name in names):
-                    raise FistaPrunerError(
-                        f"{key}: {pattern!r} matches no operator; the first one is called {names[0]!r}"
-                    )
-
-        def chosen(name: str) -> bool:
-            wanted = not recipe.targets or any(matches(name, pattern) for pattern in recipe.targets)
-            return wanted and not any(matches(name, pattern) for pattern in recipe.ignore)
-
-        left_out = tuple(name for name in names if not chosen(name))
-        selected = replace(self.only(set(names).difference(left_out)), left_out=left_out)
-        if not any(selected.layers):
-            raise FistaPrunerError(f"targets and ignore leave no operator to {purpose}")
-        return selected
+            for pattern in patterns if names else ():
+                if not (found := {name for name in names if matches(name, pattern)}):
+                    fault = fault or f"{key}: {pattern!r} matches no operator; the first one is called {names[0]!r}"
+                matched[key] |= found
+        kept = (matched["targets"] if recipe.targets else set(names)) - matched["ignore"]
+        if fault is None and not kept:
+            fault = f"targets and ignore leave no operator to {purpose}"
+        if fault:
+            raise FistaPrunerError(fault)
+        return replace(self.only(kept), left_out=tuple(name for name in names if name not in kept))
 
     def only(self, names: Collection[str]) -> Layout:
         """Return the layout with the named operators only."""

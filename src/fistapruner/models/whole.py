@@ -30,16 +30,7 @@ def whole_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
 
 def require_tasks_fit(folder: Path, nbytes: int, limit: int) -> None:
-    """Refuse zero-shot tasks on a whole model that a limit of main memory does not hold.
-
-    Args:
-        folder: the model, for the message.
-        nbytes: of its weights in the precision of the passes.
-        limit: bytes of main memory that the process may use.
-
-    Raises:
-        FistaPrunerError: names the limit and the bytes that are needed.
-    """
+    """Refuse zero-shot tasks on a whole model whose weights a limit of main memory does not hold."""
     needed = resident_memory() + int(nbytes / ROOM)
     if needed > limit:
         raise FistaPrunerError(
@@ -56,20 +47,12 @@ def require_whole(nbytes: int, device: torch.device, limit: int | None, option: 
         device: where it would run.
         limit: bytes of main memory that the process may use; None is what is free.
         option: names the text, for the message: ``--calibration`` or ``--data``.
-
-    Raises:
-        FistaPrunerError: names the option, the bytes and what to do instead.
     """
     if nbytes > (left := _left(device, limit)):
         raise FistaPrunerError(
             f"{option} self needs the whole model on {device}, {size(nbytes)}, and {size(left)} are left there: "
-            f"{other_text(option)}"
+            f"take text instead, such as {option} c4, python or a file"
         )
-
-
-def other_text(option: str) -> str:
-    """Advise on text that needs no whole model; arguments as for :func:`require_whole`."""
-    return f"take text instead, such as {option} c4, python or a file"
 
 
 def _left(device: torch.device, limit: int | None) -> int:

@@ -19,13 +19,11 @@ import yaml
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.files.checkpoint import Checkpoint, WeightFile
-from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
-from ..models.files.folder_files import PACKED_RECORD, PRUNING_RECORD, SINGLE
+from ..models.files.folder_files import PACKED_RECORD, PRUNING_RECORD, QUANT_METHOD, SINGLE
 from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.files.record import read_pruning_record, recorded_claims, stacked_experts
-from ..models.files.safetensors import SafetensorsWriter, TensorEntry
-from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
-from ..models.files.writer import safetensors_name
+from ..models.files.safetensors import TensorEntry, safetensors_writer
+from ..models.files.writer import checkpoint_folder, copy_companions, require_new, safetensors_name, write_index
 from ..models.source import ModelSource
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
@@ -141,8 +139,7 @@ def pack(
             low_rank.copy_into(partial)
             files |= {name: _claim(partial / name) for name in FILES}
         copy_companions(source, partial)
-        widths = read_widths(source.config, source.folder)
-        section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD, "version": VERSION}
+        section = {"quant_method": QUANT_METHOD, "version": VERSION}
         config = {**source.config, "quantization_config": section, "transformers_weights": NEEDS_PACKAGE}
         write_json_atomic(partial / "config.json", config)
         if set(contents) != {SINGLE}:
@@ -178,9 +175,9 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
     with checkpoint_folder(out, nbytes + (0 if source.low_rank is None else source.low_rank.nbytes)) as partial:
         for shard, entries in contents.items():
             metadata = {key: value for key, value in source.checkpoint.files[shard].metadata.items() if key != METADATA}
-            with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
+            with safetensors_writer(partial / shard, entries, metadata or {"format": "pt"}) as write:
                 for entry in entries:
-                    writer.write(entry.name, source.tensor(entry.name))
+                    write(entry.name, source.tensor(entry.name))
                     tick("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.low_rank is not None:
@@ -255,7 +252,7 @@ def _plan_tables(source: Checkpoint, plan: Mapping[str, _Planned]) -> dict[str, 
     tables = dict[str, _Planned]()
     with suppress(FistaPrunerError):
         model = build_model(source)
-        places = stored_names(model, source.names())
+        places = stored_names(model, source.names()).whole
         modules = (model.get_input_embeddings(), model.get_output_embeddings())
         weights = {id(getattr(module, "weight", None)) for module in modules}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -296,10 +293,10 @@ def _pack_file(
         raise FistaPrunerError(f"{file.path}: a tensor is called like the part of a packed operator")
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
-    with SafetensorsWriter(path, entries, metadata) as writer:
+    with safetensors_writer(path, entries, metadata) as write:
         for name in file.entries:
             if name not in mine:
-                writer.write(name, file.read(name))
+                write(name, file.read(name))
                 continue
             spec = mine[name].spec
             try:
@@ -307,7 +304,7 @@ def _pack_file(
             except FistaPrunerError as error:
                 raise FistaPrunerError(f"{file.path}: {name}: {error}") from None
             for part, tensor in encode(name, operator).items():
-                writer.write(part, tensor)
+                write(part, tensor)
             packed()
     return entries
 

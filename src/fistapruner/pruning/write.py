@@ -14,14 +14,13 @@ from torch import Tensor
 from ..core import parse_sparsity
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..models.discovery import expert_modules
+from ..models.discovery import expert_modules, operators_by_weight
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.low_rank import journaled_factors
 from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims, stack_of
 from ..models.files.safetensors import SafetensorsFile
 from ..models.layerwise import LayerwiseModel
 from ..models.layout import Operator
-from ..models.stored import operators_by_weight
 from ..pipeline.result import (
     checkpoint_record,
     close_report,

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from ..errors import FistaPrunerError
 from ..models.discovery import expert_modules, layer_signature
 from ..models.experts import Experts
-from ..models.layerwise import LayerwiseModel
-from ..models.layerwise_weights import assign
+from ..models.layerwise import LayerwiseModel, assign
 from ..models.layout import Layout
 from ..passes.routed import RoutedTokens
 from ..settings.structure_settings import Remove

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -21,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import FistaPrunerError, NoTemporaryFolderError
-from ..models.architecture import build_changed, find_decoder_layers
+from ..errors import FistaPrunerError
+from ..models.architecture import build_model, find_decoder_layers
 from ..models.discovery import layer_signature
+from ..models.experts import separate_experts
 from ..models.files.writer import merge_patch
-from ..models.layerwise import Call, LayerwiseModel, hidden_of
-from ..models.layerwise_weights import assign, buffers_to
+from ..models.layerwise import Call, LayerwiseModel, assign, buffers_to, hidden_of
 from ..models.layout import Layout
+from ..models.names import stored_names
 from ..settings.structure_settings import Structure
 from .experts import fewer_experts, find_experts, kept_experts
 from .smaller import Widths, in_section, stored_text_config
@@ -62,7 +62,14 @@ def plan_widths(
     """
     remove = settings.remove
     assert remove is not None
-    build: Build = partial(build_changed, model.checkpoint, trust_remote_code=trust_remote_code)
+    stored = [entry.name for entry in model.checkpoint.stored]
+
+    def build(changes: Mapping[str, Any]) -> Any:
+        smaller = build_model(model.checkpoint, trust_remote_code=trust_remote_code, changes=changes)
+        found = stored_names(smaller, stored)
+        separate_experts(smaller, *find_decoder_layers(smaller), model.checkpoint, found, fewer=True)
+        return smaller
+
     units, config = find_units(model, layout, settings), dict[str, Any]()
     channels = tuple(tuple(unit for unit in layer if unit.kind != GROUPS) for layer in units)
     if any(channels):
@@ -164,8 +171,6 @@ def _tried(
         both = merge_patch(config, in_section(model, {**change, **more}))
         try:
             smaller = build(both)
-        except NoTemporaryFolderError:
-            raise
         except FistaPrunerError:
             continue
         yield both, smaller

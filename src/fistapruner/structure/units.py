@@ -19,8 +19,7 @@ from ..errors import FistaPrunerError
 from ..models.coupling import Link, find_links, named_size
 from ..models.discovery import expert_modules, linear_modules
 from ..models.experts import Experts
-from ..models.layerwise import LayerwiseModel
-from ..models.layerwise_weights import assign
+from ..models.layerwise import LayerwiseModel, assign
 from ..models.layout import Layout, Operator
 from ..settings.structure_settings import Structure
 

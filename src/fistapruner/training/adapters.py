@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import A_FOLDER, FistaPrunerError, one_line, out_path, path_text
-from ..models.files.folder import require_new
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import permuted_tensors, read_pruning_record
+from ..models.files.writer import require_new
 from ..models.source import Permissions
 from ..models.whole import load_whole
 from ..pipeline.result import check_zeros, model_documents

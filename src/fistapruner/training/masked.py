@@ -302,7 +302,7 @@ class Trained(Masters):
     """The masters of all decoder layers of a resident pruned model.
 
     Args:
-        model: the pruned model, resident (:meth:`~fistapruner.models.layerwise_weights.LayerwiseWeights.resident`), or
+        model: the pruned model, resident (:meth:`~fistapruner.models.layerwise.LayerwiseModel.resident`), or
             its decoder layers still to be loaded.
         layout: operators to train; others stay as they are.
         recipe: form, rates, seed.

@@ -30,7 +30,6 @@ from .folder_files import (
     model_inside,
     read_json_in,
     which_gguf,
-    which_variant,
 )
 from .safetensors import SafetensorsFile, TensorEntry
 
@@ -72,9 +71,7 @@ class WeightFile(Protocol):
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
 
-    def read(self, name: str) -> Tensor: ...
-
-    def read_part(self, name: str, number: int) -> Tensor: ...
+    def read(self, name: str, number: int | None = None) -> Tensor: ...
 
 
 class PickleFile:
@@ -89,19 +86,17 @@ class PickleFile:
             refuse_lfs_pointer(path)
             raise FistaPrunerError(f"{path} is no whole file of PyTorch weights: {one_line(error)}") from None
 
-    def read(self, name: str) -> Tensor:
-        """Copy one tensor out of the file."""
-        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
-
-    def read_part(self, name: str, number: int) -> Tensor:
-        """Copy ``tensor[number]`` out of the file."""
-        return self._tensors[name][number].detach().clone(memory_format=torch.contiguous_format)
+    def read(self, name: str, number: int | None = None) -> Tensor:
+        """Copy a tensor, or its matrix ``tensor[number]``, out of the file."""
+        held = self._tensors[name] if number is None else self._tensors[name][number]
+        return held.detach().clone(memory_format=torch.contiguous_format)
 
 
 class Checkpoint:
     """An opened checkpoint folder: names and shapes in memory, values on disk.
 
-    Use :meth:`open`.
+    Tensors are read by the names that the files give them. Two kinds of names are made: :meth:`take_apart` names the
+    matrices of a tensor of all experts, :meth:`join` several tensors that a model holds as one.
 
     Attributes:
         folder: the folder.
@@ -110,16 +105,13 @@ class Checkpoint:
         index: the index file's name, None for a single file.
         orders: tensors that :meth:`read` returns with the channels of a dimension reordered or rotated (see
             :mod:`fistapruner.models.coupling`); empty at first.
-        stacks: by name, the stored tensors that are read as the matrices of single experts (:meth:`take_apart`).
+        stacks: by name, the stored tensors that are read as the matrices of single experts.
         companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
             Python code that ``auto_map`` in a config names. Not ``config.json``.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:
-        self.folder = folder
-        self.config = config
-        self.files = files
-        self.index = index
+        self.folder, self.config, self.files, self.index = folder, config, files, index
         self.companions = find_companions(folder, config)
         self.orders: Orders = {}
         self.stacks: dict[str, Stack] = {}
@@ -141,63 +133,39 @@ class Checkpoint:
                 that were not allowed, an adapter beside the weights, a missing or truncated shard.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            reason = "is not a folder with a Hugging Face model" if folder.exists() else "does not exist"
-            raise FistaPrunerError(f"{folder} {reason}")
-        if not (folder / "config.json").exists():
-            inner, resume = model_inside(folder), f": go on with its run: '{shell_line('resume', folder)}'"
-            hint = f": give {inner}" if inner != folder else which_gguf(folder)
-            hint = hint or (resume if (folder / "run.json").is_file() else "")
-            raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
-        config = read_json_in(folder, "config.json")
-        # The single file first, as transformers does: an index beside it is of an earlier save.
-        names = (SINGLE, INDEX, SINGLE_PICKLE, INDEX_PICKLE)
-        found = next((name for name in names if (folder / name).exists()), None)
-        if found is None:
-            others = which_variant(folder) or which_gguf(folder)
-            raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}{others}")
+        names = (SINGLE, INDEX, SINGLE_PICKLE, INDEX_PICKLE)  # the single file first, as transformers does
+        found = next((name for name in names if (folder / name).exists()), "")
         pickled = found in (SINGLE_PICKLE, INDEX_PICKLE)
-        if pickled and not allow_pickle:
-            raise FistaPrunerError(
-                f"{folder} has only legacy pickle weights ({found}), which can carry code: "
+        if not folder.is_dir():
+            fault = "is not a folder with a Hugging Face model" if folder.exists() else "does not exist"
+        elif not (folder / "config.json").exists():
+            fault = f"has no config.json, so it is not a Hugging Face model folder{_other_model(folder)}"
+        elif not found:
+            fault = f"has no weights: neither {SINGLE} nor {INDEX}{which_gguf(folder)}"
+        elif pickled and not allow_pickle:
+            fault = (
+                f"has only legacy pickle weights ({found}), which can carry code: "
                 "convert them to safetensors, or trust them with --allow-pickle"
             )
-        if (folder / ADAPTER_CONFIG).exists():
-            raise FistaPrunerError(
-                f"{folder} has an adapter ({ADAPTER_CONFIG}) beside its weights: if the weights have it merged "
-                f"already, move {ADAPTER_CONFIG} and adapter_model.* away; otherwise merge it into the model that "
-                "it was trained on"
+        elif (folder / ADAPTER_CONFIG).exists():
+            fault = (
+                f"has an adapter ({ADAPTER_CONFIG}) beside its weights: if the weights have it merged already, move "
+                f"{ADAPTER_CONFIG} and adapter_model.* away; otherwise merge it into the model that it was trained on"
             )
-        kind: Callable[[Path], WeightFile] = PickleFile if pickled else SafetensorsFile
-        if found in (INDEX, INDEX_PICKLE):
-            return cls._sharded(folder, config, found, kind)
-        return cls(folder, config, {found: kind(inside(folder, found))}, None)
-
-    @classmethod
-    def _sharded(
-        cls, folder: Path, config: dict[str, Any], index: str, kind: Callable[[Path], WeightFile]
-    ) -> Checkpoint:
-        places = read_json_in(folder, index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()) or not places:
-            raise FistaPrunerError(f"{folder / index} has no weight_map of tensor names to file names")
-        shards = sorted(set(places.values()))
-        for shard in shards:
-            if not inside(folder, shard).is_file():
-                raise FistaPrunerError(f"{folder} is incomplete: shard {shard!r} of its index is missing")
-        files = {shard: kind(inside(folder, shard)) for shard in shards}
-        for name, shard in places.items():
-            if name not in files[shard].entries:
-                raise FistaPrunerError(f"{folder / index} promises tensor {name!r} in {shard}, which does not have it")
-        return cls(folder, config, files, index)
+        else:
+            config, kind = read_json_in(folder, "config.json"), PickleFile if pickled else SafetensorsFile
+            if found in (SINGLE, SINGLE_PICKLE):
+                return cls(folder, config, {found: kind(folder / found)}, None)
+            return cls(folder, config, _shards(folder, found, kind), found)
+        raise FistaPrunerError(f"{folder} {fault}")
 
     def __contains__(self, name: object) -> bool:
         return name in self._places or name in self._parts
 
     def take_apart(self, stack: Stack) -> list[str]:
         """Read a stored tensor from now on as the matrices of single experts, and return their names."""
-        count = self.entry(stack.name).shape[0]
         self.stacks[stack.name] = stack
-        self._parts |= {stack.part(number): (stack, number) for number in range(count)}
+        self._parts |= {part: (stack, number) for number, part in enumerate(self.parts(stack.name))}
         return self.parts(stack.name)
 
     def join(self, names: Sequence[str]) -> str:
@@ -266,26 +234,20 @@ class Checkpoint:
         if name in self._joins:
             return torch.cat([self.read(part) for part in self._joins[name]])
         file = self.files[self.file_of(name)]
-        if name in self._parts:
-            stack, number = self._parts[name]
-            part = file.read_part(stack.name, number)
-            tensor = part.T.contiguous() if stack.transposed else part
-        else:
-            tensor = file.read(name)
-        if name in self.orders:
-            return reorder(tensor, *self.orders[name])
-        return tensor
+        stack, number = self._parts.get(name, (None, None))
+        tensor = file.read(name if stack is None else stack.name, number)
+        if stack is not None and stack.transposed:
+            tensor = tensor.T.contiguous()
+        return reorder(tensor, *self.orders[name]) if name in self.orders else tensor
 
     def same(self, name: str, other: str) -> bool:
         """Compare two tensors: names, or else dtypes, shapes and values. The answer is remembered."""
-        if name == other:
-            return True
         key = (name, other)
-        if key not in self._same:
+        if key not in self._same and name != other:
             entry, against = self.entry(name), self.entry(other)
             alike = (entry.dtype, entry.shape) == (against.dtype, against.shape)
             self._same[key] = alike and torch.equal(self.read(name), self.read(other))
-        return self._same[key]
+        return name == other or self._same[key]
 
     @property
     def stored(self) -> list[TensorEntry]:
@@ -315,13 +277,34 @@ class Checkpoint:
             FistaPrunerError: no tensor is floating-point.
         """
         counts: Counter[torch.dtype] = Counter()
-        for name in self.names():
-            entry = self.entry(name)
+        for entry in self.stored:
             if entry.dtype.is_floating_point:
                 counts[entry.dtype] += entry.nbytes // entry.dtype.itemsize
         if not counts:
             raise FistaPrunerError(f"{self.folder} has no floating-point weights")
         return counts.most_common(1)[0][0]
+
+
+def _other_model(folder: Path) -> str:
+    """Say at the end of an error where a folder without ``config.json`` has a model."""
+    if (inner := model_inside(folder)) != folder:
+        return f": give {inner}"
+    resume = f": go on with its run: '{shell_line('resume', folder)}'"
+    return which_gguf(folder) or (resume if (folder / "run.json").is_file() else "")
+
+
+def _shards(folder: Path, index: str, kind: Callable[[Path], WeightFile]) -> dict[str, WeightFile]:
+    """Open the weight files that an index lists."""
+    places = read_json_in(folder, index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()) or not places:
+        raise FistaPrunerError(f"{folder / index} has no weight_map of tensor names to file names")
+    shards = {shard: inside(folder, shard) for shard in sorted(set(places.values()))}
+    if lost := next((shard for shard, path in shards.items() if not path.is_file()), None):
+        raise FistaPrunerError(f"{folder} is incomplete: shard {lost!r} of its index is missing")
+    files = {shard: kind(path) for shard, path in shards.items()}
+    if lost := next((name for name, shard in places.items() if name not in files[shard].entries), None):
+        raise FistaPrunerError(f"{folder / index} promises tensor {lost!r} in {places[lost]}, which does not have it")
+    return files
 
 
 def reorder(tensor: Tensor, dim: int, order: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ PRUNING_RECORD = "fistapruner.json"
 PACKED_RECORD = "packed.json"
 """What makes a folder a packed checkpoint."""
 
+QUANT_METHOD = "fistapruner"
+"""``quant_method`` in ``config.json`` of a packed checkpoint."""
+
 PACKED_KEYS = ("quantization_config", "transformers_weights")
 """What packing adds to ``config.json``: which loader to take, and a name of weights that no other loader accepts."""
 
@@ -40,11 +43,7 @@ NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_REC
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file that a listing names.
-
-    Raises:
-        FistaPrunerError: not a plain file name.
-    """
+    """Return the path of a file that a listing names; refuse what is no plain file name."""
     if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise FistaPrunerError(f"{folder}: {name[:200]!r} is not the name of a file inside the folder")
     return folder / name
@@ -71,33 +70,15 @@ def which_gguf(folder: Path) -> str:
     return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf" if names else ""
 
 
-def which_variant(folder: Path) -> str:
-    """Name weights that were saved with ``variant=`` at the end of an error; empty where there are none."""
-    for expected in (INDEX, SINGLE):  # shards keep their names
-        stem, _, end = expected.rpartition(".")
-        for found in sorted(folder.glob(f"{stem}.*.{end}")):
-            if "-of-" not in found.name:
-                return f"; it holds a variant of them, {found.name}: rename that to {expected}"
-    return ""
-
-
 def read_json_in(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint folder.
-
-    Raises:
-        FistaPrunerError: names the file: missing, not JSON, not an object.
-    """
+    """Read a JSON object of a checkpoint folder; an error names the file: missing, not JSON, not an object."""
     return read_json(inside(folder, name))
 
 
 def find_companions(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """List the files that belong to the weights; Python files only where a config names some.
+    """List the files beside the weights and their ``config.json``; Python files only where a config names some.
 
     A model card is not among them: it describes the model before pruning.
-
-    Args:
-        folder: of the model.
-        config: its ``config.json``.
     """
     others = (read_json_in(folder, name) for name in OTHER_CONFIGS if (folder / name).is_file())
     code = any("auto_map" in each for each in (config, *others))

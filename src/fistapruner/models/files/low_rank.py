@@ -33,10 +33,10 @@ from ...runtime.files import (
     write_json_atomic,
 )
 from ...runtime.numerics import exact_products
-from .folder import checkpoint_folder, remove_unfinished
-from .folder_files import ADAPTER_CONFIG, PRUNING_RECORD
+from .folder_files import ADAPTER_CONFIG
 from .record import read_pruning_record
-from .safetensors import LazyTensors, SafetensorsFile, SafetensorsWriter, TensorEntry
+from .safetensors import LazyTensors, SafetensorsFile, TensorEntry, write_tensors
+from .writer import checkpoint_folder, remove_unfinished
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 """Files of a PEFT adapter."""
@@ -45,10 +45,8 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's modules."""
 
 FOLDER = "adapter"
-"""Folder of the low-rank part: beside that of a run's checkpoint, inside that of a packed or unpacked one."""
-
 FILES = (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}")
-"""Files of the low-rank part inside a packed or unpacked checkpoint."""
+"""The low-rank part beside a run's checkpoint, or inside a packed or unpacked one."""
 
 RECORD = "low_rank"
 """Key of the checkpoint's record that describes the adapter."""
@@ -63,7 +61,7 @@ def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *
     The result has the same bits while a layer is pruned, when it is read from the journal, and in an evaluation.
 
     Args:
-        sparse: (m, n), or (n, m) where the checkpoint stores it so.
+        sparse: (m, n), or transposed (n, m) as the checkpoint stores it.
         factors: tensors in main memory by name, with the two of the operator.
         operator: its name in the model.
         transposed: the sparse part is (n, m).
@@ -78,23 +76,16 @@ def plus_product(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> T
     return sparse.float() + (product.T if transposed else product)
 
 
-def is_factor(name: str) -> bool:
-    """Whether a tensor of a decoder layer's journal is a factor of a low-rank part."""
-    return name.endswith((A, B))
-
-
 def journaled_factors(layers: Iterable[SafetensorsFile]) -> LazyTensors:
     """Return the factors in the journal of a run, by name."""
-    places = {name: file for file in layers for name in file.entries if is_factor(name)}
+    places = {name: file for file in layers for name in file.entries if name.endswith((A, B))}
     return LazyTensors(
         {name: file.entries[name] for name, file in places.items()}, lambda name: places[name].read(name)
     )
 
 
 def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: bool) -> dict[str, Any]:
-    """Write the low-rank parts of all operators as a LoRA adapter with the factor 1.
-
-    An adapter that the run has written before is replaced.
+    """Write the low-rank parts of all operators as a LoRA adapter with the factor 1, in place of an earlier one.
 
     Args:
         folder: ``RUN/adapter``.
@@ -109,7 +100,11 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
         FistaPrunerError: the folder holds other files, or the disk is full.
     """
     remove_adapter(folder)
-    entries = [TensorEntry.of(PREFIX + name, entry.dtype, entry.shape) for name, entry in factors.entries.items()]
+    named = {PREFIX + name: entry for name, entry in factors.entries.items()}
+    tensors = LazyTensors(
+        {name: TensorEntry.of(name, entry.dtype, entry.shape) for name, entry in named.items()},
+        lambda name: factors[name.removeprefix(PREFIX)],
+    )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -122,14 +117,12 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
         "fan_in_fan_out": transposed,
         "target_modules": sorted(name.removesuffix(A) for name in factors if name.endswith(A)),
     }
-    with checkpoint_folder(folder, sum(entry.nbytes for entry in entries)) as partial:
-        with SafetensorsWriter(partial / WEIGHTS, entries, {"format": "pt"}) as writer:
-            for name, factor in factors.items():
-                writer.write(PREFIX + name, factor)
+    with checkpoint_folder(folder, sum(entry.nbytes for entry in named.values())) as partial:
+        write_tensors(partial / WEIGHTS, tensors, {"format": "pt"})
         write_json_atomic(partial / CONFIG, config)
     return {
         "rank": rank,
-        "weights": sum(math.prod(entry.shape) for entry in entries),
+        "weights": sum(math.prod(entry.shape) for entry in named.values()),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "sampled": sampled_sha256(folder / WEIGHTS),
     }
@@ -167,13 +160,13 @@ class LowRankAdapter:
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:
         self.folder, path = folder, folder / WEIGHTS
         self._left_out: Container[str] = ()
-        if lost := next((file for file in (path, folder / CONFIG) if not file.is_file()), None):
-            raise FistaPrunerError(
-                f"the low-rank part of the model, {lost}, is gone: its checkpoint is the sparse part only"
-            )
-        self.sampled = sampled_sha256(path)
-        if self.sampled != claim.get("sampled"):
-            raise FistaPrunerError(f"{path} is damaged, or is the low-rank part of another model")
+        fault = f"{path} is damaged, or is the low-rank part of another model"
+        lost = next((file for file in (path, folder / CONFIG) if not file.is_file()), None)
+        if lost is not None:
+            fault = f"the low-rank part of the model, {lost}, is gone: its checkpoint is the sparse part only"
+        if lost is not None or (sampled := sampled_sha256(path)) != claim.get("sampled"):
+            raise FistaPrunerError(fault)
+        self.sampled = sampled
         read_json(folder / CONFIG)  # PEFT needs it
         file = SafetensorsFile(path)
         entries = {name.removeprefix(PREFIX): entry for name, entry in file.entries.items()}
@@ -186,23 +179,13 @@ class LowRankAdapter:
     @classmethod
     def beside(cls, checkpoint: Path) -> LowRankAdapter | None:
         """Open the low-rank part that belongs to a checkpoint, which is not packed; None where it has none."""
-        return cls.recorded(read_pruning_record(checkpoint), checkpoint / PRUNING_RECORD, adapter_folder(checkpoint))
+        return cls.recorded(read_pruning_record(checkpoint), adapter_folder(checkpoint))
 
     @classmethod
-    def recorded(cls, record: Mapping[str, Any], origin: Path, folder: Path) -> LowRankAdapter | None:
-        """Open the low-rank part that a record names; None where it names none.
-
-        Args:
-            record: of a checkpoint.
-            origin: the record's file, for errors.
-            folder: of the adapter.
-        """
+    def recorded(cls, record: Mapping[str, Any], folder: Path) -> LowRankAdapter | None:
+        """Open the low-rank part, in ``folder``, that a record names; None where it names none."""
         claim = record.get(RECORD)
-        if claim is None:
-            return None
-        if not isinstance(claim, dict):
-            raise FistaPrunerError(f"{origin}: {RECORD} is not a mapping")
-        return cls(folder, claim)
+        return None if claim is None else cls(folder, claim if isinstance(claim, dict) else {})
 
     @property
     def file_bytes(self) -> int:
@@ -210,11 +193,7 @@ class LowRankAdapter:
         return sum((self.folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
 
     def copy_into(self, checkpoint: Path) -> None:
-        """Copy the adapter's files into the folder of a packed or unpacked checkpoint.
-
-        Raises:
-            FistaPrunerError: a file is gone, or the disk is full or refuses the write.
-        """
+        """Copy the adapter's files into the folder of a packed or unpacked checkpoint."""
         with disk_errors(checkpoint / FOLDER):
             (checkpoint / FOLDER).mkdir()
         for name in (CONFIG, WEIGHTS):
@@ -230,12 +209,8 @@ class LowRankAdapter:
     def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
         """Add the low-rank part of an operator to its weight; a parameter that has none is returned as it is.
 
-        The sum is fp32, on the weight's device.
-
-        Args:
-            parameter: its name in the model, ``NAME.weight``.
-            weight: the sparse part, as the checkpoint stores it.
-            transposed: it is (inputs, outputs).
+        The sum is fp32, on the weight's device. The weight is as the checkpoint stores it: ``transposed`` (inputs,
+        outputs) or not.
         """
         if (factors := self.of(parameter)) is None:
             return weight
@@ -243,16 +218,10 @@ class LowRankAdapter:
         return plus_product(weight, a, b, transposed=transposed)
 
     def require_fit(self, model: nn.Module) -> dict[str, Any]:
-        """Refuse a model that lacks one of the operators, or has it in another shape.
-
-        Args:
-            model: the language model, or its base model alone (``AutoModel``), whose names lack a prefix.
-
-        Returns:
-            The model's modules by operator.
+        """Return the modules of a model, or of its base model, by operator.
 
         Raises:
-            FistaPrunerError: names the adapter's file and the operator.
+            FistaPrunerError: it lacks one, or has it in another shape: names the adapter's file and the operator.
         """
         modules, base = dict(model.named_modules()), f"{getattr(model, 'base_model_prefix', '')}."
         found = {name: modules.get(name, modules.get(name.removeprefix(base))) for name in self.operators}
@@ -269,11 +238,7 @@ class LowRankAdapter:
         return found
 
     def add_to(self, model: nn.Module) -> None:
-        """Add the low-rank parts to the operators of a whole model that holds the sparse part, in place.
-
-        Raises:
-            FistaPrunerError: the model does not have these operators.
-        """
+        """Add the low-rank parts to the operators of a whole model that holds the sparse part, in place."""
         with torch.no_grad():
             for name, module in self.require_fit(model).items():
                 transposed = isinstance(module, Conv1D)
@@ -299,11 +264,7 @@ def adapter_folder(checkpoint: Path) -> Path:
 
 
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
-    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added.
-
-    Raises:
-        FistaPrunerError: says what the checkpoint is and what to do.
-    """
+    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added."""
     record: dict[str, Any] = {}
     with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
         record = read_pruning_record(checkpoint)

@@ -1,13 +1,13 @@
-"""Write a checkpoint like its source, with some tensors replaced, one tensor in memory at a time.
+"""Write checkpoint folders, one tensor in memory at a time; a folder appears whole or not at all.
 
-Replaced tensors may have new shapes, and ``config.json`` may be changed with them. The folder is built as
-``OUT.partial`` and renamed when everything is in it; what a killed attempt has left is removed.
+It is built as ``OUT.partial`` and renamed when everything is in it; what a killed attempt has left is removed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 from ...errors import FistaPrunerError
-from ...runtime.files import copy_atomic, sha256_file, write_json_atomic, write_text_atomic
+from ...runtime.files import (
+    PARTIAL,
+    claim_folder,
+    copy_atomic,
+    disk_errors,
+    publish_folder,
+    remove_folder,
+    require_space,
+    require_utf8,
+    sha256_file,
+    write_json_atomic,
+    write_text_atomic,
+)
 from .checkpoint import Checkpoint
-from .folder import checkpoint_folder, copy_companions, write_index
-from .folder_files import read_json_in
-from .safetensors import SafetensorsWriter, TensorEntry
-from .widths import read_widths
+from .folder_files import INDEX
+from .safetensors import TensorEntry, safetensors_writer
 
 
 def write_checkpoint(
@@ -47,8 +57,7 @@ def write_checkpoint(
         shapes: by tensor name, the shape that a tensor has in ``out`` where it is not the source's. ``replacement``
             must return these tensors. Whether the new config expresses the new shapes is the caller's to know.
         dropped: names of tensors that are left out; files without others are left out, too.
-        config_changes: changes of ``config.json`` as a JSON merge patch (RFC 7396): nested objects are merged, None
-            removes a key.
+        config_changes: changes of ``config.json`` as a JSON merge patch.
         documents: more text files by name, such as a model card; they replace the source's.
 
     Returns:
@@ -58,67 +67,48 @@ def write_checkpoint(
         FistaPrunerError: ``out`` exists, the disk is full, a replacement is missing, has another shape or leaves the
             range of the stored dtype, or the source is damaged.
     """
-    new = dict(shapes or {})
-    shards = {
-        safetensors_name(name): [
-            TensorEntry.of(key, entry.dtype, new.get(key, entry.shape))
-            for key, entry in file.entries.items()
-            if key not in dropped
-        ]
-        for name, file in source.files.items()
-    }
-    shards = {name: entries for name, entries in shards.items() if entries}
-    metadata = {safetensors_name(name): file.metadata for name, file in source.files.items()}
+    shards: dict[str, list[TensorEntry]] = {}
+    for stored, file in source.files.items():
+        kept = [entry for name, entry in file.entries.items() if name not in dropped]
+        new = [TensorEntry.of(each.name, each.dtype, (shapes or {}).get(each.name, each.shape)) for each in kept]
+        shards |= {stored: new} if new else {}
+    written = {}
     with checkpoint_folder(out, sum(entry.nbytes for entries in shards.values() for entry in entries)) as partial:
-        written = {}
-        for name, entries in shards.items():
-            with SafetensorsWriter(partial / name, entries, metadata[name] or {"format": "pt"}) as writer:
+        for stored, entries in shards.items():
+            name, metadata = safetensors_name(stored), source.files[stored].metadata
+            with safetensors_writer(partial / name, entries, metadata or {"format": "pt"}) as write:
                 for entry in entries:
-                    writer.write(entry.name, _tensor(source, entry, replacement))
+                    write(entry.name, _tensor(source, entry, replacement))
             written[name] = sha256_file(partial / name)
         copy_companions(source, partial)
-        _write_config(source, partial, config_changes or {})
+        config = merge_patch(source.config, config_changes or {})
+        if config == source.config:
+            copy_atomic(source.folder / "config.json", partial / "config.json")
+        else:
+            write_json_atomic(partial / "config.json", config)
         for name, text in (documents or {}).items():
             write_text_atomic(partial / name, text)
         if source.index is not None:
-            write_index(partial, shards, _index_metadata(source, shards))
+            write_index(partial, {safetensors_name(stored): entries for stored, entries in shards.items()})
     return written
 
 
 def _tensor(source: Checkpoint, entry: TensorEntry, replacement: Callable[[str], Tensor | None]) -> Tensor:
     """Return a tensor to store: the replaced one, the matrices of all experts joined, or the source's own."""
-    stored = source.files[source.file_of(entry.name)].entries[entry.name].shape
-    if entry.name in source.stacks:
+    file, stack = source.files[source.file_of(entry.name)], source.stacks.get(entry.name)
+    changed = entry.shape != file.entries[entry.name].shape
+    if stack is None:
+        tensor = replacement(entry.name)
+    else:
         parts = {part: replacement(part) for part in source.parts(entry.name)[: entry.shape[0]]}
         tensor = None
-        if entry.shape != stored or any(part is not None for part in parts.values()):
-            own = [source.read(name) if part is None else part for name, part in parts.items()]
-            tensor = source.stacks[entry.name].joined(own)
-    else:
-        tensor = replacement(entry.name)
-    if tensor is not None:
-        return _as_stored(tensor, entry)
-    if stored != entry.shape:
-        wanted = f"a tensor of the new shape {list(entry.shape)} is needed, the checkpoint's is {list(stored)}"
-        raise FistaPrunerError(f"{entry.name}: {wanted}")
-    return source.files[source.file_of(entry.name)].read(entry.name)
-
-
-def _index_metadata(source: Checkpoint, shards: Mapping[str, list[TensorEntry]]) -> dict[str, Any]:
-    """Copy the metadata of the source's index; the number of parameters follows the new shapes."""
-    metadata = read_json_in(source.folder, str(source.index)).get("metadata")
-    if not isinstance(metadata, dict):
-        return {}
-    if type(metadata.get("total_parameters")) is int:
-        stored = sum(math.prod(entry.shape) for entry in source.stored)
-        written = sum(math.prod(entry.shape) for entries in shards.values() for entry in entries)
-        metadata["total_parameters"] += written - stored
-    return metadata
-
-
-def _as_stored(tensor: Tensor, entry: TensorEntry) -> Tensor:
-    if tuple(tensor.shape) != entry.shape:
-        raise FistaPrunerError(f"{entry.name}: the new tensor is {list(tensor.shape)}, {list(entry.shape)} is expected")
+        if changed or any(part is not None for part in parts.values()):
+            tensor = stack.joined([source.read(name) if part is None else part for name, part in parts.items()])
+    if tensor is None and not changed:
+        return file.read(entry.name)
+    if tensor is None or tuple(tensor.shape) != entry.shape:
+        found = "missing" if tensor is None else list(tensor.shape)
+        raise FistaPrunerError(f"{entry.name}: the new tensor is {found}, {list(entry.shape)} is expected")
     stored = tensor.to(entry.dtype)
     if not stored.dtype.is_floating_point:
         return stored
@@ -129,24 +119,7 @@ def _as_stored(tensor: Tensor, entry: TensorEntry) -> Tensor:
 
 def safetensors_name(shard: str) -> str:
     """Turn ``pytorch_model-00001-of-00002.bin`` into ``model-00001-of-00002.safetensors``."""
-    if not shard.endswith(".bin"):
-        return shard
-    return shard.removesuffix(".bin").removeprefix("pytorch_") + ".safetensors"
-
-
-def _write_config(source: Checkpoint, folder: Path, changes: Mapping[str, Any]) -> None:
-    """Copy ``config.json`` or write it changed; plain weights need no ``quantization_config``."""
-    config = dict(source.config)
-    plain = all(
-        entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry in map(source.entry, source.names())
-    )
-    if plain and not read_widths(config, source.folder):
-        config.pop("quantization_config", None)
-    config = merge_patch(config, changes)
-    if config == source.config:
-        copy_atomic(source.folder / "config.json", folder / "config.json")
-    else:
-        write_json_atomic(folder / "config.json", config)
+    return shard.removesuffix(".bin").removeprefix("pytorch_") + ".safetensors" if shard.endswith(".bin") else shard
 
 
 def merge_patch(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,3 +134,76 @@ def merge_patch(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
         else:
             merged[key] = change
     return merged
+
+
+def require_new(out: Path, source: Path | None = None) -> None:
+    """Refuse an output folder that exists already, lies inside its source, or whose path is not UTF-8.
+
+    Raises:
+        FistaPrunerError: names the folder and what is wrong with it.
+    """
+    require_utf8(out)
+    with disk_errors(out):
+        if out.exists() or out.is_symlink():
+            raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
+        if source is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
+            raise FistaPrunerError(f"{out} is inside {source}, which it is made from: write to another folder")
+
+
+@contextmanager
+def checkpoint_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
+    """Make a folder that appears as ``out`` only when the block ends without an error.
+
+    The folder is built as ``OUT.partial``, then fsynced and renamed; what a killed attempt has left is removed first.
+
+    Args:
+        out: the folder to make; it must not exist.
+        nbytes: bytes that will be written; the disk's free space is checked first, without what a killed attempt left.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        FistaPrunerError: ``out`` exists, the temporary folder holds files of others, or the disk is full or refuses the
+            write.
+    """
+    require_new(out)
+    partial = out.with_name(out.name + PARTIAL)
+    claim_folder(partial)
+    remove_folder(partial, partial / PARTIAL)
+    require_space(out, nbytes)
+    claim_folder(partial)
+    try:
+        yield partial
+        publish_folder(partial, out)
+    except BaseException:
+        with suppress(FistaPrunerError):  # the error that ended the block is reported
+            remove_folder(partial, partial / PARTIAL)
+        raise
+
+
+def remove_unfinished(out: Path) -> None:
+    """Remove what a killed attempt at the folder ``out`` has left (``OUT.partial``).
+
+    Raises:
+        FistaPrunerError: it is a link, or holds files of others, or the disk refuses.
+    """
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.is_dir():
+        claim_folder(partial)
+        remove_folder(partial, partial / PARTIAL)
+
+
+def write_index(folder: Path, files: Mapping[str, Iterable[TensorEntry]]) -> None:
+    """Write ``model.safetensors.index.json``: the file of every tensor, by file name, and the bytes of all."""
+    places = {entry.name: name for name, entries in files.items() for entry in entries}
+    total = sum(entry.nbytes for entries in files.values() for entry in entries)
+    write_json_atomic(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def copy_companions(source: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer, generation settings, templates and licence into ``folder``."""
+    for name in source.companions:
+        with disk_errors(folder / name):
+            (folder / name).parent.mkdir(exist_ok=True)
+        copy_atomic(source.folder / name, folder / name)
