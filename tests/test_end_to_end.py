@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.core import NM
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.safetensors import SafetensorsFile
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.whole import load_whole
+from fistapruner.models.build import load_whole
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
+from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.text import tokens_sha256

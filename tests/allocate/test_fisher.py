@@ -20,9 +20,9 @@ from fistapruner.allocate.fisher import (
     row_importance,
 )
 from fistapruner.allocate.measure import decide
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.store import scratch_factory as store
 

@@ -19,8 +19,8 @@ from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
 from fistapruner.core.constraints import patterns_met
 from fistapruner.measure.inspection import exact_pattern, inspect_checkpoint
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 
 PROJECTIONS = (
     "self_attn.q_proj",

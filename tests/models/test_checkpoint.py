@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.safetensors import safetensors_writer
-from fistapruner.models.files.writer import checkpoint_folder, write_checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.safetensors import safetensors_writer
+from fistapruner.models.write import checkpoint_folder, write_checkpoint
 from fistapruner.runtime.files import sha256_file
 
 

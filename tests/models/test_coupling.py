@@ -14,10 +14,10 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.models.coupling import find_links, links_inside, reordered
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import ROTATED, Checkpoint, reorder
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import ROTATED, Checkpoint, reorder
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.links import find_links, links_inside, reordered
+from fistapruner.models.operators import discover
 
 MLP = {
     "opt": (("fc1",), "fc2"),

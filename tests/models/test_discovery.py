@@ -9,11 +9,10 @@ import torch
 
 import tiny
 from fistapruner import prune
-from fistapruner.models.coupling import find_links
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.layout import OutputProjection
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.links import find_links
+from fistapruner.models.operators import OutputProjection, discover
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

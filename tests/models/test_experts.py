@@ -13,11 +13,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.models.discovery import discover, expert_modules, linear_modules
+from fistapruner.models.checkpoint import Checkpoint, Stack
 from fistapruner.models.experts import ExpertLinear
-from fistapruner.models.files.checkpoint import Checkpoint, Stack
-from fistapruner.models.files.writer import write_checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover, expert_modules, linear_modules
+from fistapruner.models.write import write_checkpoint
 from fistapruner.passes.check import check_model
 from fistapruner.training.masked import vectors
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.gguf import check_gguf, convert_gguf
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.gguf import check_gguf, convert_gguf
 from fistapruner.models.source import ModelSource, converted_gguf, resolve_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")

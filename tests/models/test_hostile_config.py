@@ -11,8 +11,8 @@ import torch
 
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 
 CHANGES: dict[str, dict[str, Any]] = {
     "unknown architecture": {"model_type": "nonsense"},

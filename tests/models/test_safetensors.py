@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.checkpoint import PickleFile
-from fistapruner.models.files.gguf import check_gguf
-from fistapruner.models.files.safetensors import DTYPES, SafetensorsFile, TensorEntry, safetensors_writer
+from fistapruner.models.checkpoint import PickleFile
+from fistapruner.models.gguf import check_gguf
+from fistapruner.models.safetensors import DTYPES, SafetensorsFile, TensorEntry, safetensors_writer
 from fistapruner.models.tokenizer import load_tokenizer
 from fistapruner.runtime.files import copy_atomic, require_space, sha256_file, write_json_atomic, write_text_atomic
 

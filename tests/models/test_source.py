@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.folder_files import gguf_files
+from fistapruner.models.checkpoint import gguf_files
 from fistapruner.models.source import UNTRUSTED, ModelSource, default_cache, resolve_model
 from fistapruner.models.tokenizer import load_tokenizer
 

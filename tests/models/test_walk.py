@@ -17,9 +17,9 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.measure.streaming import Passes, score_windows
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.passes.check import check_model
 from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.stream import Calls, run_layer

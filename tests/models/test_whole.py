@@ -11,11 +11,11 @@ import torch
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.measure.generations import generate_side_by_side
-from fistapruner.models import whole
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models import build
+from fistapruner.models.build import load_whole, whole_bytes
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.tokenizer import load_tokenizer
-from fistapruner.models.whole import load_whole, whole_bytes
 from fistapruner.runtime.numerics import pass_dtype
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_a_config_does_not_choose_other_code_for_attention(tmp_path: Path, named
 def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_runs_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole, "resident_memory", lambda: 0)
+    monkeypatch.setattr(build, "resident_memory", lambda: 0)
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     needed = whole_bytes(Checkpoint.open(folder), pass_dtype(torch.bfloat16, CPU))
     assert needed == sum(parameter.nbytes for parameter in load_whole(folder, CPU).parameters())
@@ -84,14 +84,14 @@ def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_
 
 def test_a_limit_is_of_all_that_the_process_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it uses already counts, on the host; the message names the option of the verb."""
-    monkeypatch.setattr(whole, "resident_memory", lambda: 3 * 2**20)
-    whole.require_whole(2**20, CPU, 2**22, "--data")
+    monkeypatch.setattr(build, "resident_memory", lambda: 3 * 2**20)
+    build.require_whole(2**20, CPU, 2**22, "--data")
     with pytest.raises(
         FistaPrunerError,
         match=r"^--data self needs the whole model on cpu, 1\.50 MiB, and 1\.00 MiB are left there: take text instead, "
         r"such as --data c4, python or a file$",
     ):
-        whole.require_whole(3 * 2**19, CPU, 2**22, "--data")
+        build.require_whole(3 * 2**19, CPU, 2**22, "--data")
 
 
 def test_what_transformers_cannot_load_is_said_in_one_line(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.measure.bench import Speeds, bench
 from fistapruner.measure.speed import Speed, Variant, compare, load_variant, weight_bytes
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.low_rank import LowRankAdapter, sum_of_parts
-from fistapruner.models.files.safetensors import SafetensorsFile
-from fistapruner.models.whole import load_whole
+from fistapruner.models.build import load_whole
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.low_rank import LowRankAdapter, sum_of_parts
+from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.pipeline.measure_run import bench_run
 from fistapruner.pruning.run import plan_pruning

@@ -19,7 +19,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.measure.speed import Variant, load_variant
-from fistapruner.models.files.gguf_export import export_gguf
+from fistapruner.models.export import export_gguf
 from fistapruner.runs.continuation import absolute, evaluation_on, refuse_overlap
 from fistapruner.runs.directory import RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener

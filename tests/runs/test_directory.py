@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.files.folder_files import PRUNING_RECORD
+from fistapruner.models.checkpoint import PRUNING_RECORD
 from fistapruner.runs import training_directory
 from fistapruner.runs.base import parse
 from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord

@@ -14,9 +14,9 @@ import fistapruner
 import tiny
 from fistapruner.allocate.fisher import DensePasses, measure_sensitivity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.passes.store import scratch_factory
 from fistapruner.planning import DEVICE_RESERVE, solve_bytes
 from fistapruner.pruning.run import plan_pruning

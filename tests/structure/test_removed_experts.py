@@ -17,9 +17,9 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.settings.structure_settings import Remove

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.discovery import discover
+from fistapruner.models.operators import discover
 from fistapruner.papers.spp import Spp
 from fistapruner.settings.align_settings import AlignRecipe
 from fistapruner.settings.recover_settings import RecoverRecipe

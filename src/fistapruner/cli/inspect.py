@@ -69,7 +69,7 @@ def _claim(claim: str | None) -> str:
 
 
 def _print(found: Inspection, quiet: bool) -> None:
-    from ..models.files.folder_files import PRUNING_RECORD
+    from ..models.checkpoint import PRUNING_RECORD
     from ..reporting.facts import lineage_lines
 
     rows = [

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..models.files.low_rank import FOLDER
+    from ..models.low_rank import FOLDER
     from ..packed.pack import unpack
 
     out = unpack(arguments.packed, arguments.out, progress=listener.tick)

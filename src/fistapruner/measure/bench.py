@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError, expand_home, path_text
-from ..models.architecture import refuse_own_code
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.folder_files import PACKED_RECORD, read_json_in
-from ..models.files.gguf import check_gguf
-from ..models.files.record import has_zeros, lost_structure, read_pruning_record
+from ..models.build import refuse_own_code
+from ..models.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
+from ..models.gguf import check_gguf
+from ..models.record import has_zeros, lost_structure, read_pruning_record
 from ..packed import kernel
 from ..packed.checkpoint import is_packed
 from ..packed.pack import NoPackedFormError, pack, unpack

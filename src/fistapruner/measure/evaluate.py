@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, path_text
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import LayerwiseModel
+from ..models.build import require_tasks_fit, whole_bytes
+from ..models.checkpoint import Checkpoint
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import LowRankAdapter
 from ..models.source import ModelSource, Permissions
-from ..models.whole import require_tasks_fit, whole_bytes
 from ..packed.checkpoint import is_packed
 from ..packed.pack import unpack
 from ..runs.arguments import checked_arguments

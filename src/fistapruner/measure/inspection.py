@@ -14,10 +14,9 @@ from torch import Tensor
 from ..core import NM, Constraint, parse_sparsity
 from ..core.constraints import patterns_met
 from ..errors import FistaPrunerError
-from ..models.discovery import stored_model
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.folder_files import PRUNING_RECORD, model_inside
-from ..models.files.record import (
+from ..models.checkpoint import PRUNING_RECORD, Checkpoint, model_inside
+from ..models.operators import Operator, stored_model
+from ..models.record import (
     MIN_ZEROS,
     read_pruning_record,
     recorded_claims,
@@ -25,8 +24,7 @@ from ..models.files.record import (
     take_claimed_apart,
     violation_of,
 )
-from ..models.files.safetensors import TensorEntry
-from ..models.layout import Operator
+from ..models.safetensors import TensorEntry
 from ..models.source import resolve_model
 from ..packed.checkpoint import PackedCheckpoint, is_packed, low_rank_part
 from ..runs.directory import checkpoint_of

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import auto_class, read_config, refuse_own_code
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.gguf import check_gguf
+from ..models.build import auto_class, read_config, refuse_own_code
+from ..models.checkpoint import Checkpoint
+from ..models.gguf import check_gguf
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load
 from ..runtime.devices import usable_threads

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
-from ..models.architecture import max_length
+from ..models.build import load_whole, max_length
 from ..models.tokenizer import load_tokenizer
-from ..models.whole import load_whole
 from ..runs.results import TaskResult
 from ..runtime.numerics import dtype_name
 from ..runtime.progress import Tick, silent
@@ -92,7 +91,7 @@ class TaskSettings:
     Args:
         limit: items of each task, the first ones; None takes all.
         device: device of the models; None is the CPU.
-        dtype: precision of weights and passes; None as in :func:`~fistapruner.models.whole.load_whole`.
+        dtype: precision of weights and passes; None as in :func:`~fistapruner.models.build.load_whole`.
         batch_size: requests in one forward pass; None is 4 on a CPU, 16 on a GPU.
         trust_remote_code: run Python code that comes with a checkpoint.
     """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .files.checkpoint import Checkpoint, Stack
+from .checkpoint import Checkpoint, Stack
 from .names import StoredNames
 
 PARTS = ("gate_proj", "up_proj")

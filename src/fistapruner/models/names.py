@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import dtype_name
-from .files.checkpoint import WEIGHT_DTYPES, Checkpoint
+from .checkpoint import WEIGHT_DTYPES, Checkpoint
 
 STACKED, JOINED = ["MergeModulelist"], ["MergeModulelist", "Concatenate"]
 """Operations by which transformers makes one tensor of the matrices of all experts, from one list or from several."""

@@ -19,19 +19,19 @@ from filelock import FileLock
 from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text, with_name
 from ..runtime.files import disk_errors, require_utf8
 from ..settings.loading import YAML_FAULTS
-from .files.checkpoint import Checkpoint
-from .files.folder_files import (
+from .checkpoint import (
     COMPANION_NAMES,
     COMPANION_SUFFIXES,
     INDEX_PICKLE,
     PACKED_RECORD,
+    Checkpoint,
     gguf_files,
     model_inside,
     read_json_in,
 )
-from .files.gguf import CONVERSION, convert_gguf
-from .files.low_rank import FILES, RECORD
-from .files.record import read_pruning_record
+from .gguf import CONVERSION, convert_gguf
+from .low_rank import FILES, RECORD
+from .record import read_pruning_record
 from .tokenizer import load_tokenizer
 
 SMALL_MODEL = "smollm2"

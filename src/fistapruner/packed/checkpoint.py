@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
-from ..models.files.checkpoint import Checkpoint, WeightFile
-from ..models.files.folder_files import PACKED_KEYS, PACKED_RECORD, inside, read_json_in
-from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
-from ..models.files.safetensors import TensorEntry
+from ..models.checkpoint import PACKED_KEYS, PACKED_RECORD, Checkpoint, WeightFile, inside, read_json_in
+from ..models.low_rank import FILES, FOLDER, LowRankAdapter
+from ..models.safetensors import TensorEntry
 from ..runtime.files import sha256_file
 from .format import OperatorSpec, PackedOperator, decode, operator_fault, read_specs, require_version
 

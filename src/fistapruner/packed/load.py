@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import build_model, find_decoder_layers, loaded_dtype, refuse_own_code
+from ..models.build import build_model, find_decoder_layers, loaded_dtype, refuse_own_code
 from ..models.experts import ExpertLinear, Experts, run_unaligned_experts, separate_experts
 from ..models.names import StoredNames, stored_names
 from ..runs.arguments import checked_arguments

@@ -18,13 +18,12 @@ import torch
 import yaml
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
-from ..models.files.checkpoint import Checkpoint, WeightFile
-from ..models.files.folder_files import PACKED_RECORD, PRUNING_RECORD, QUANT_METHOD, SINGLE
-from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
-from ..models.files.record import read_pruning_record, recorded_claims, stacked_experts
-from ..models.files.safetensors import TensorEntry, safetensors_writer
-from ..models.files.writer import checkpoint_folder, copy_companions, require_new, safetensors_name, write_index
+from ..models.checkpoint import PACKED_RECORD, PRUNING_RECORD, QUANT_METHOD, SINGLE, Checkpoint, WeightFile
+from ..models.low_rank import FILES, FOLDER, LowRankAdapter
+from ..models.record import read_pruning_record, recorded_claims, stacked_experts
+from ..models.safetensors import TensorEntry, safetensors_writer
 from ..models.source import ModelSource
+from ..models.write import checkpoint_folder, copy_companions, require_new, safetensors_name, write_index
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
@@ -246,7 +245,7 @@ def _plan_tables(source: Checkpoint, plan: Mapping[str, _Planned]) -> dict[str, 
 
     They stay as they are in a model that needs Python code of its own.
     """
-    from ..models.architecture import build_model  # imports transformers; other packing does without
+    from ..models.build import build_model  # imports transformers; other packing does without
     from ..models.names import stored_names
 
     tables = dict[str, _Planned]()
@@ -326,7 +325,7 @@ def _model_card(report: PackReport, values: str, config: Mapping[str, Any], orig
 
     ``origin`` is what the card of the model that was packed says of its licence and dense model.
     """
-    from ..models.architecture import auto_class_name, needs_own_code  # imports transformers; packing does without
+    from ..models.build import auto_class_name, needs_own_code  # imports transformers; packing does without
 
     named, own = config.get("architectures"), needs_own_code(config)
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import FistaPrunerError
-from ..models.files.folder_files import QUANT_METHOD
+from ..models.checkpoint import QUANT_METHOD
 from ..models.names import StoredNames, stored_names
 from ..runtime.formatting import shell_line
 from .checkpoint import PackedCheckpoint

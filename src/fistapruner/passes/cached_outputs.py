@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.layout import Group, Layout, OutputProjection
+from ..models.operators import Group, Layout, OutputProjection
 from .store import HiddenStates, Store
 
 Windows = Callable[[], tuple[int, int]]
@@ -131,7 +131,7 @@ class CachedOutputs:
         layer: the loaded decoder layer.
         groups: its pruned operators in execution order.
         projections: by child module, the output projections whose inputs are stored
-            (:class:`~fistapruner.models.layout.OutputProjection`).
+            (:class:`~fistapruner.models.operators.OutputProjection`).
         passes: number of passes after the last group is pruned.
         inputs: hidden states that enter the layer; their number, length and dtype.
         store: makes the stores.

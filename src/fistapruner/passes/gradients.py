@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
 from ..runtime.numerics import ordered_attention
 from .store import HiddenStates
 from .stream import Calls, Progress

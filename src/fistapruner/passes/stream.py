@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.experts import Experts
-from ..models.layerwise import Call, LayerwiseModel
-from ..models.layout import Group, Operator
+from ..models.layers import Call, LayerwiseModel
+from ..models.operators import Group, Operator
 from ..runtime.clock import Clock
 from .store import HiddenStates, Store
 
@@ -153,7 +153,7 @@ class Calls:
 
     Args:
         batch_size: windows in a full batch.
-        by_size: the :data:`~fistapruner.models.layerwise.Call` of every layer, for each batch size that occurs.
+        by_size: the :data:`~fistapruner.models.layers.Call` of every layer, for each batch size that occurs.
     """
 
     batch_size: int

@@ -19,8 +19,8 @@ from ..measure.evaluate import check_request
 from ..measure.evaluate import evaluate as run_evaluation
 from ..measure.speed import Speed, Variant
 from ..measure.streaming import KeptStates
-from ..models.files.gguf import convert_gguf
-from ..models.files.record import lost_structure, read_pruning_record
+from ..models.gguf import convert_gguf
+from ..models.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..reporting.quality import item_count
 from ..reporting.size_and_speed import INT8

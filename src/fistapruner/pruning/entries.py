@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core import LayerProblem
-from ..models.layout import Operator
+from ..models.operators import Operator
 from ..runs.layer_records import OperatorEntry
 from ..solvers.base import Solution
 

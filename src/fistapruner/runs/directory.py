@@ -25,10 +25,9 @@ from typing import ClassVar, TypeVar
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain, unreadable
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.folder_files import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE
-from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
-from ..models.files.writer import remove_unfinished, safetensors_name
+from ..models.checkpoint import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE, Checkpoint
+from ..models.low_rank import FOLDER, LowRankAdapter, remove_adapter
+from ..models.write import remove_unfinished, safetensors_name
 from ..runtime.files import (
     BYSTANDERS,
     PARTIAL,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.files.checkpoint import Checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.source import ModelSource
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
 from ..settings.settings import Recipe

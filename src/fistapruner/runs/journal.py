@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, write_tensors
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, disk_errors, files_named, read_sealed_json, sha256_file, write_sealed_json
 from .layer_records import LayerEntry
 

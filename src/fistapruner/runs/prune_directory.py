@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Orders
-from ..models.files.safetensors import SafetensorsFile, write_tensors
+from ..models.checkpoint import Orders
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, entries, sha256_file
 from ..text import tokens_sha256
 from .decision import PruneRecord

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, write_tensors
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, disk_errors, read_sealed_json, sha256_file, write_sealed_json
 
 log = logging.getLogger("fistapruner")

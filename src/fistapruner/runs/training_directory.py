@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, write_tensors
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL
 from ..text.training import TrainingText
 from .decision import TrainingRecord

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.discovery import expert_modules, layer_signature
 from ..models.experts import Experts
-from ..models.layerwise import LayerwiseModel, assign
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel, assign
+from ..models.operators import Layout, expert_modules, layer_signature
 from ..passes.routed import RoutedTokens
 from ..settings.structure_settings import Remove
 from .units import EXPERTS, Unit, Units

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import FistaPrunerError
-from ..models.architecture import build_model, find_decoder_layers
-from ..models.discovery import layer_signature
+from ..models.build import build_model, find_decoder_layers
 from ..models.experts import separate_experts
-from ..models.files.writer import merge_patch
-from ..models.layerwise import Call, LayerwiseModel, assign, buffers_to, hidden_of
-from ..models.layout import Layout
+from ..models.layers import Call, LayerwiseModel, assign, buffers_to, hidden_of
 from ..models.names import stored_names
+from ..models.operators import Layout, layer_signature
+from ..models.write import merge_patch
 from ..settings.structure_settings import Structure
 from .experts import fewer_experts, find_experts, kept_experts
 from .smaller import Widths, in_section, stored_text_config

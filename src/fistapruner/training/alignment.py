@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..measure.preferences import accuracy_error, preference_figures
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
 from ..models.source import ModelSource
 from ..papers.mezo import ForwardOnly
 from ..papers.mrpo import (

@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.discovery import linear_modules, router_check
-from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import LayerwiseModel, hidden_of
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel, hidden_of
+from ..models.low_rank import LowRankAdapter
+from ..models.operators import Layout, linear_modules, router_check
 from ..runtime.numerics import seeded
 from ..settings.training_settings import TrainingRecipe
 from .loop import OURS, Descent
@@ -302,7 +301,7 @@ class Trained(Masters):
     """The masters of all decoder layers of a resident pruned model.
 
     Args:
-        model: the pruned model, resident (:meth:`~fistapruner.models.layerwise.LayerwiseModel.resident`), or
+        model: the pruned model, resident (:meth:`~fistapruner.models.layers.LayerwiseModel.resident`), or
             its decoder layers still to be loaded.
         layout: operators to train; others stay as they are.
         recipe: form, rates, seed.

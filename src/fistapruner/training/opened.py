@@ -15,11 +15,10 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.discovery import discover
-from ..models.files.low_rank import LowRankAdapter
-from ..models.files.safetensors import LazyTensors
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import LowRankAdapter
+from ..models.operators import Layout, discover
+from ..models.safetensors import LazyTensors
 from ..models.source import ModelSource, Permissions
 from ..papers.mezo import RATE, ForwardOnly, standard_normal
 from ..papers.subzero import subspace_normal

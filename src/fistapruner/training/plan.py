@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.operators import Layout
 from ..runtime.files import existing_folder
 from ..runtime.formatting import counted, duration, size
 from ..runtime.memory import free_device_memory, free_memory, release_memory, resident_memory

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..text.pairs import Pairs
 from .objective import LIKELIHOOD, AnswerObjective
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.files.record import read_pruning_record, stack_of
+from ..models.record import read_pruning_record, stack_of
 from ..papers.mezo import ForwardOnly
 from ..pipeline.result import (
     check_zeros,

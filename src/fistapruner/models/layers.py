@@ -31,10 +31,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FistaPrunerError, one_line
 from ..runtime.numerics import pass_dtype
 from ..runtime.transfers import sent
-from .architecture import build_model, find_decoder_layers, loaded_dtype, max_length, refuse_experts, unsupported
+from .build import build_model, find_decoder_layers, loaded_dtype, max_length, refuse_experts, unsupported
+from .checkpoint import Checkpoint
 from .experts import separate_experts
-from .files.checkpoint import Checkpoint
-from .files.low_rank import LowRankAdapter
+from .low_rank import LowRankAdapter
 from .names import checkpoint_names, parameter_names, stored_names
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -253,7 +253,7 @@ class LayerwiseModel:
 
     @cached_property
     def max_length(self) -> int | None:
-        """Return the model's maximum sequence length in tokens; see :func:`~.architecture.max_length`."""
+        """Return the model's maximum sequence length in tokens; see :func:`~.build.max_length`."""
         return max_length(self.model)
 
     @property

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import FistaPrunerError, one_line, unreadable
-from ...runtime.files import atomic_file, refuse_lfs_pointer, require_space, write_all
+from ..errors import FistaPrunerError, one_line, unreadable
+from ..runtime.files import atomic_file, refuse_lfs_pointer, require_space, write_all
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..runtime.numerics import exact_products
-from .discovery import alike, expert_modules, layer_signature, linear_modules
-from .files.checkpoint import reorder
-from .layerwise import Call, LayerwiseModel
-from .layout import Layout, Operator
+from .checkpoint import reorder
+from .layers import Call, LayerwiseModel
+from .operators import Layout, Operator, alike, expert_modules, layer_signature, linear_modules
 
 SAME = 1e-8
 """Largest relative squared difference of outputs that are the same; rounding in fp32 makes about 1e-13."""

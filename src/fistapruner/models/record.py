@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core import parse_sparsity
-from ...errors import FistaPrunerError
-from .checkpoint import Checkpoint, Stack
-from .folder_files import PRUNING_RECORD, read_json_in
+from ..core import parse_sparsity
+from ..errors import FistaPrunerError
+from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json_in
 from .safetensors import TensorEntry
 
 MIN_ZEROS = 0.01

@@ -19,12 +19,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from ...errors import FistaPrunerError, MissingExtraError
-from ...runtime.files import disk_errors, existing_folder, require_space
-from ...runtime.progress import Tick, silent
-from ..layerwise import LayerwiseModel
-from ..tokenizer import load_tokenizer
+from ..errors import FistaPrunerError, MissingExtraError
+from ..runtime.files import disk_errors, existing_folder, require_space
+from ..runtime.progress import Tick, silent
 from .checkpoint import Checkpoint
+from .layers import LayerwiseModel
+from .tokenizer import load_tokenizer
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import FistaPrunerError
-from ...runtime.files import (
+from ..errors import FistaPrunerError
+from ..runtime.files import (
     PARTIAL,
     claim_folder,
     copy_atomic,
@@ -28,8 +28,7 @@ from ...runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from .checkpoint import Checkpoint
-from .folder_files import INDEX
+from .checkpoint import INDEX, Checkpoint
 from .safetensors import TensorEntry, safetensors_writer
 
 

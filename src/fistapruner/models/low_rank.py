@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import FistaPrunerError
-from ...runtime.files import (
+from ..errors import FistaPrunerError
+from ..runtime.files import (
     PARTIAL,
     copy_atomic,
     disk_errors,
@@ -32,11 +32,11 @@ from ...runtime.files import (
     sampled_sha256,
     write_json_atomic,
 )
-from ...runtime.numerics import exact_products
-from .folder_files import ADAPTER_CONFIG
+from ..runtime.numerics import exact_products
+from .checkpoint import ADAPTER_CONFIG
 from .record import read_pruning_record
 from .safetensors import LazyTensors, SafetensorsFile, TensorEntry, write_tensors
-from .writer import checkpoint_folder, remove_unfinished
+from .write import checkpoint_folder, remove_unfinished
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 """Files of a PEFT adapter."""

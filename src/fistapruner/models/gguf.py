@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import yaml
 
-from ...errors import FistaPrunerError, MissingExtraError, one_line
-from ...runtime.files import refuse_lfs_pointer, temporary_folder, write_json_atomic, write_text_atomic
-from .folder_files import read_json_in
+from ..errors import FistaPrunerError, MissingExtraError, one_line
+from ..runtime.files import refuse_lfs_pointer, temporary_folder, write_json_atomic, write_text_atomic
+from .checkpoint import read_json_in
 from .safetensors import TensorEntry
-from .writer import checkpoint_folder
+from .write import checkpoint_folder
 
 CONVERSION = 6
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""

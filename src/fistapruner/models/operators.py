@@ -7,23 +7,166 @@ which is the order of intra-layer error correction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from .architecture import build_model, find_decoder_layers
+from ..settings.patterns import matches
+from .build import build_model, find_decoder_layers
+from .checkpoint import Checkpoint
 from .experts import Experts, separate_experts
-from .files.checkpoint import Checkpoint
-from .layerwise import Call, LayerwiseModel
-from .layout import Group, Layout, Operator, OutputProjection
+from .layers import Call, LayerwiseModel
 from .names import checkpoint_names, parameter_names, stored_names
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A linear operator of a decoder layer.
+
+    Args:
+        name: name inside the decoder layer, such as ``self_attn.q_proj``.
+        rows: outputs m; ``columns``: inputs n.
+        transposed: stored as (n, m), as in GPT-2's ``Conv1D``.
+        experts: of an expert's operator, the name of the module of all experts, such as ``mlp.experts``: the operator
+            reads the tokens that are routed to its expert, and no others. Empty for all other operators.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    transposed: bool
+    experts: str = ""
+
+    @classmethod
+    def of(cls, name: str, module: nn.Linear | Conv1D) -> Operator:
+        """Describe a linear module."""
+        transposed = isinstance(module, Conv1D)
+        rows, columns = tuple(module.weight.shape)[:: -1 if transposed else 1]
+        return cls(name, rows, columns, transposed)
+
+    @property
+    def expert(self) -> int:
+        """Return the number of the expert that a routed operator belongs to."""
+        return int(self.name.removeprefix(self.experts + ".").partition(".")[0])
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """Return an (m, n) view of the operator's weight in a loaded decoder layer."""
+        weight = layer.get_submodule(self.name).weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+
+Group = tuple[Operator, ...]
+"""Operators that read the same tensor."""
+
+
+class Selection(Protocol):
+    """Settings that select operators by name or ``re:`` pattern."""
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def ignore(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """The operator whose output a child module of a decoder layer returns: ``o_proj`` of ``self_attn``.
+
+    Args:
+        operator: its name inside the decoder layer.
+        others: number of None after the output in the tuple that the child returns; None where it returns no tuple.
+    """
+
+    operator: str
+    others: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The prunable operators of every decoder layer of a model.
+
+    Args:
+        layers_name: name of the list of decoder layers, such as ``model.layers``.
+        layers: groups of each decoder layer, in execution order.
+        residual_writers: for each decoder layer, in execution order, the operators (selected or not) whose output is
+            only added to the residual stream: ``self_attn.o_proj``, ``mlp.down_proj``. A mixture of experts is one of
+            them as a whole: ``mlp``.
+        output_projections: for each decoder layer, the last operator of its child modules, by the child's name.
+        left_out: full names of the operators that targets and ignore leave out.
+    """
+
+    layers_name: str
+    layers: tuple[tuple[Group, ...], ...]
+    residual_writers: tuple[tuple[str, ...], ...]
+    output_projections: tuple[Mapping[str, OutputProjection], ...]
+    left_out: tuple[str, ...] = ()
+
+    def full_name(self, index: int, inside: Operator | str) -> str:
+        """Return the name in the model: ``model.layers.3.self_attn.q_proj``."""
+        name = inside if isinstance(inside, str) else inside.name
+        return f"{self.layers_name}.{index}.{name}"
+
+    def in_layer(self, index: int) -> tuple[Operator, ...]:
+        """Return the operators of one decoder layer, in order."""
+        return tuple(operator for group in self.layers[index] for operator in group)
+
+    def operators(self) -> list[tuple[str, Operator]]:
+        """Return the full name and the operator of all operators, in order."""
+        return [
+            (self.full_name(index, operator), operator)
+            for index in range(len(self.layers))
+            for operator in self.in_layer(index)
+        ]
+
+    @property
+    def transposed(self) -> bool:
+        """Return whether an operator is stored as (n, m)."""
+        return any(operator.transposed for _, operator in self.operators())
+
+    def weights(self, index: int) -> int:
+        """Count the weights of the operators of one decoder layer."""
+        return sum(operator.rows * operator.columns for operator in self.in_layer(index))
+
+    def select(self, recipe: Selection, purpose: str = "prune") -> Layout:
+        """Select operators by the recipe's ``targets`` and ``ignore``; ``purpose`` is what is done with them.
+
+        Raises:
+            FistaPrunerError: a pattern matches no operator, or nothing is left to prune.
+        """
+        names = [name for name, _ in self.operators()]
+        matched: dict[str, set[str]] = {"targets": set(), "ignore": set()}
+        fault = None if names else f"{self.layers_name} has no operator to {purpose}"
+        for key, patterns in (("targets", recipe.targets), ("ignore", recipe.ignore)):
+            for pattern in patterns if names else ():
+                if not (found := {name for name in names if matches(name, pattern)}):
+                    fault = fault or f"{key}: {pattern!r} matches no operator; the first one is called {names[0]!r}"
+                matched[key] |= found
+        kept = (matched["targets"] if recipe.targets else set(names)) - matched["ignore"]
+        if fault is None and not kept:
+            fault = f"targets and ignore leave no operator to {purpose}"
+        if fault:
+            raise FistaPrunerError(fault)
+        return replace(self.only(kept), left_out=tuple(name for name in names if name not in kept))
+
+    def only(self, names: Collection[str]) -> Layout:
+        """Return the layout with the named operators only."""
+        layers = []
+        for index, groups in enumerate(self.layers):
+            kept = (
+                tuple(operator for operator in group if self.full_name(index, operator) in names) for group in groups
+            )
+            layers.append(tuple(group for group in kept if group))
+        return replace(self, layers=tuple(layers))
+
 
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num")
 """Attributes of modules that hold the number of their decoder layer."""
