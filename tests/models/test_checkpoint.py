@@ -25,15 +25,8 @@ from fistapruner.runtime.files import sha256_file
 
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).bfloat16()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).bfloat16()
 
 
 @pytest.fixture
@@ -66,7 +59,7 @@ def nothing(_: str) -> None:
     return None
 
 
-def test_reads_every_tensor_of_single_and_sharded(single: Path, sharded: Path) -> None:
+def test_reads_every_tensor_of_single_and_sharded(single: Path, sharded: Path, tmp_path: Path) -> None:
     state = tiny_llama().state_dict()
     for folder in (single, sharded):
         checkpoint = Checkpoint.open(folder)
@@ -80,10 +73,7 @@ def test_reads_every_tensor_of_single_and_sharded(single: Path, sharded: Path) -
         with pytest.raises(FistaPrunerError, match="no tensor 'nonsense'"):
             checkpoint.entry("nonsense")
     assert len(checkpoint.files) == 3
-    assert checkpoint.file_of("lm_head.weight") in checkpoint.files
-
-
-def test_the_dtype_is_that_of_most_weights_not_of_most_tensors(tmp_path: Path) -> None:
+    # The dtype is that of most weights, not of most tensors.
     (tmp_path / "config.json").write_text("{}")
     vectors = {f"norm.{number}.weight": torch.ones(4) for number in range(5)}
     save_file({"head.weight": torch.ones(8, 8, dtype=torch.bfloat16), **vectors}, tmp_path / "model.safetensors")
@@ -91,54 +81,38 @@ def test_the_dtype_is_that_of_most_weights_not_of_most_tensors(tmp_path: Path) -
 
 
 def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
-    with pytest.raises(FistaPrunerError, match=r"absent does not exist"):
-        Checkpoint.open(tmp_path / "absent")
+    def refused(folder: Path, match: str) -> None:
+        with pytest.raises(FistaPrunerError, match=match):
+            Checkpoint.open(folder)
+
+    refused(tmp_path / "absent", r"absent does not exist")
     (tmp_path / "file").touch()
-    with pytest.raises(FistaPrunerError, match="file is not a folder"):
-        Checkpoint.open(tmp_path / "file")
+    refused(tmp_path / "file", "file is not a folder")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FistaPrunerError, match=r"no config\.json"):
-        Checkpoint.open(tmp_path / "empty")
+    refused(tmp_path / "empty", r"no config\.json")
     (tmp_path / "empty" / "config.json").write_text("{}")
-    with pytest.raises(FistaPrunerError, match="no weights"):
-        Checkpoint.open(tmp_path / "empty")
+    refused(tmp_path / "empty", "no weights")
     whole = (sharded / "config.json").read_text()
     (sharded / "config.json").write_text("[")
-    with pytest.raises(FistaPrunerError, match=r"config\.json is not valid JSON"):
-        Checkpoint.open(sharded)
+    refused(sharded, r"config\.json is not valid JSON")
     (sharded / "config.json").write_text(whole)
+    (sharded / "adapter_config.json").write_text("{}")
+    refused(sharded, r"sharded has an adapter .* merged already, move adapter_config\.json and adapter")
+    (sharded / "adapter_config.json").unlink()
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-3])
-    with pytest.raises(FistaPrunerError, match=f"{shard.name} is truncated"):
-        Checkpoint.open(sharded)
+    refused(sharded, f"{shard.name} is truncated")
     shard.unlink()
-    with pytest.raises(FistaPrunerError, match=f"shard '{shard.name}' of its index is missing"):
-        Checkpoint.open(sharded)
+    refused(sharded, f"shard '{shard.name}' of its index is missing")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "../single/model.safetensors",
-        "/etc/passwd",
-        "a/b.safetensors",
-        "..",
-        "",
-        "x\0.safetensors",
-    ],
+    "name", ["../single/model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x\0.safetensors"]
 )
 def test_index_cannot_leave_the_folder(sharded: Path, single: Path, name: str) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({"lm_head.weight": name}))
     with pytest.raises(FistaPrunerError, match="not the name of a file inside"):
         Checkpoint.open(sharded)
-
-
-def test_an_adapter_beside_the_weights_is_refused(single: Path) -> None:
-    (single / "adapter_config.json").write_text("{}")
-    with pytest.raises(
-        FistaPrunerError, match=r"single has an adapter .* merged already, move adapter_config\.json and adapter"
-    ):
-        Checkpoint.open(single)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
@@ -182,13 +156,8 @@ def test_written_checkpoint_mirrors_its_source(kind: str, tmp_path: Path, reques
     assert all(torch.equal(out.read(n), source.read(n) / 2 if "mlp" in n else source.read(n)) for n in source.names())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[name], out.read(name)) for name in out.names())
-    expected = {path.name for path in folder.iterdir()} - {
-        "README.md",
-        "modeling_x.py",
-        "training_args.bin",
-        "fistapruner.json",
-        "optimizer.pt",
-    }
+    left = {"README.md", "modeling_x.py", "training_args.bin", "fistapruner.json", "optimizer.pt"}
+    expected = {path.name for path in folder.iterdir()} - left
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     if kind == "sharded":
         assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
@@ -196,12 +165,9 @@ def test_written_checkpoint_mirrors_its_source(kind: str, tmp_path: Path, reques
         written, listed = (json.loads((where / index).read_text()) for where in (tmp_path / "out", folder))
         assert written == listed | {"metadata": {"total_size": source.nbytes}}
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_nothing_replaced_is_the_same_file(single: Path, tmp_path: Path) -> None:
-    write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing)
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (single / name).read_bytes()
+    write_checkpoint(source, tmp_path / "same", nothing)
+    for name in ("config.json", *source.files):
+        assert (tmp_path / "same" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_single_file_hides_the_shards_of_an_earlier_save(sharded: Path, tmp_path: Path) -> None:
@@ -267,15 +233,20 @@ def test_bad_pickles_are_named(tmp_path: Path) -> None:
 
 
 def test_bad_replacements_leave_no_checkpoint(single: Path, tmp_path: Path) -> None:
-    source = Checkpoint.open(single)
-    with pytest.raises(FistaPrunerError, match="the new tensor is"):
-        write_checkpoint(source, tmp_path / "out", lambda _: torch.zeros(1))
-    with pytest.raises(FistaPrunerError, match="cannot hold"):
-        write_checkpoint(source, tmp_path / "out", lambda name: source.read(name).double() * 1e300)
-    assert not (tmp_path / "out").exists()
-    write_checkpoint(source, tmp_path / "out", nothing)
+    source, out = Checkpoint.open(single), tmp_path / "out"
+    cases: list[tuple[str, Any, dict[str, Any]]] = [
+        ("the new tensor is", lambda _: torch.zeros(1), {}),
+        ("cannot hold", lambda name: source.read(name).double() * 1e300, {}),
+        (r"lm_head\.weight: the new tensor is missing, \[8, 32\] is", nothing, {"lm_head.weight": (8, 32)}),
+        (r"needs 64\.0 TiB and only .* are free", nothing, {"lm_head.weight": (2**40, 32)}),
+    ]
+    for said, replacement, shapes in cases:
+        with pytest.raises(FistaPrunerError, match=said):
+            write_checkpoint(source, out, replacement, shapes=shapes)
+        assert not list(tmp_path.glob("out*"))
+    write_checkpoint(source, out, nothing)
     with pytest.raises(FistaPrunerError, match="exists already"):
-        write_checkpoint(source, tmp_path / "out", nothing)
+        write_checkpoint(source, out, nothing)
 
 
 MLP = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
@@ -294,9 +265,8 @@ def narrower(source: Checkpoint, channels: dict[int, int]) -> dict[str, torch.Te
 
 def write_narrower(source: Checkpoint, out: Path, channels: dict[int, int], **settings: Any) -> dict[str, torch.Tensor]:
     tensors = narrower(source, channels)
-    write_checkpoint(
-        source, out, tensors.get, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()}, **settings
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_checkpoint(source, out, tensors.get, shapes=shapes, **settings)
     return tensors
 
 
@@ -354,15 +324,6 @@ def test_config_changes_are_merged(single: Path, tmp_path: Path) -> None:
         "new": [1],
         "quantization_config": {"bits": 4, "quant_method": "x"},
     }
-
-
-def test_shapes_that_do_not_fit_are_refused(single: Path, tmp_path: Path) -> None:
-    source = Checkpoint.open(single)
-    with pytest.raises(FistaPrunerError, match=r"lm_head\.weight: the new tensor is missing, \[8, 32\] is expected"):
-        write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (8, 32)})
-    with pytest.raises(FistaPrunerError, match=r"needs 64\.0 TiB and only .* are free"):
-        write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (2**40, 32)})
-    assert not list(tmp_path.glob("out*"))
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"""Build a checkpoint's architecture without weights, find its decoder layers, or refuse it.
+"""Build a checkpoint's architecture without weights, find its decoder layers, or refuse it; load a whole model.
 
 Nothing is listed by architecture: the model class comes from ``config.json``, and decoder layers are found by their
 number and size.
@@ -27,6 +27,9 @@ from .write import merge_patch
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 """What configs call the longest text that a model was made for."""
 
+ROOM = 0.75
+"""Share of the free memory that a whole model may take where the rest of what it needs is not counted."""
+
 BUILT_IN = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation": ("eager", "batched_mm", "grouped_mm")}
 """What a config may name for attention and experts; anything else is as if it named nothing."""
 
@@ -37,18 +40,17 @@ def auto_class(config: Any) -> Any:
     That is ``AutoModelForImageTextToText`` for a model of images and text that is no causal language model besides,
     and ``AutoModelForCausalLM`` for all others.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
-    causal, wrapper = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping  # semi-private
-    only_wrapper = type(config) in wrapper and type(config) not in causal
-    return AutoModelForImageTextToText if only_wrapper else AutoModelForCausalLM
+    kinds = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    causal, wrapper = (type(config) in kind._model_mapping for kind in kinds)  # semi-private
+    return kinds[wrapper and not causal]
 
 
 def auto_class_name(architecture: str) -> str:
     """Return the name of :func:`auto_class` for a model class, by its name in ``transformers``."""
-    causal, wrapper = (table.values() for table in _known_types())
-    only_wrapper = architecture in wrapper and architecture not in causal
-    return "AutoModelForImageTextToText" if only_wrapper else "AutoModelForCausalLM"
+    causal, wrapper = (architecture in table.values() for table in _known_types())
+    return "AutoModelForImageTextToText" if wrapper and not causal else "AutoModelForCausalLM"
 
 
 def _known_types() -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -174,21 +176,20 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
     """
     config = model.config.get_text_config()
     count = getattr(config, "num_hidden_layers", None)
-    best: tuple[tuple[bool, bool, int], str, list[nn.Module]] = ((False, False, 0), "", [])
+    found: dict[tuple[bool, bool, int], tuple[str, list[nn.Module]]] = {}
     reads_text = {"": True}  # by the name of a module
     for name, module in model.named_modules():
         part = getattr(module, "config", None)
-        own = part is not None and hasattr(part, "model_type")
-        reads_text[name] = (
-            isinstance(part, (type(config), type(model.config))) if own else reads_text[name.rpartition(".")[0]]
-        )
-        if isinstance(module, nn.ModuleList) and len(module):
-            size = (reads_text[name], len(module) == count, sum(parameter.numel() for parameter in module.parameters()))
-            if size > best[0] and (size[1] or len({type(item) for item in module}) == 1):
-                best = (size, name, list(module))
-    if not best[2]:
+        reads_text[name] = reads_text[name.rpartition(".")[0]]
+        if hasattr(part, "model_type"):
+            reads_text[name] = isinstance(part, (type(config), type(model.config)))
+        kinds = {type(item) for item in module} if isinstance(module, nn.ModuleList) else set()
+        if (fits := bool(kinds) and len(module) == count) or len(kinds) == 1:
+            weights = sum(parameter.numel() for parameter in module.parameters())
+            found.setdefault((reads_text[name], fits, weights), (name, list(module)))
+    if not found:
         raise unsupported(model, "no list of decoder layers found")
-    return best[1], best[2]
+    return found[max(found)]
 
 
 def max_length(model: Any) -> int | None:
@@ -218,22 +219,14 @@ def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
             stacked = "expert" in type(module).__name__.lower() and sum(size > 1 for size in parameter.shape) > 1
             plain = isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
             if holds_experts(module, name, parameter) or (stacked and not plain):
-                raise unsupported(
-                    model,
-                    f"{layers_name}.{index}.{name} is a fused mixture of experts with {parameter.ndim} dimensions "
-                    f"{tuple(parameter.shape)}",
-                )
+                what = f"a fused mixture of experts with {parameter.ndim} dimensions {tuple(parameter.shape)}"
+                raise unsupported(model, f"{layers_name}.{index}.{name} is {what}")
 
 
 def loaded_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which transformers loads a floating-point tensor of a model.
+    """Return the dtype in which transformers loads a floating-point tensor where ``dtype`` is asked for.
 
     It keeps some in fp32, such as what routes to experts. Its table of them is semi-private and used here only.
-
-    Args:
-        model: transformers model, may be on the meta device.
-        name: of the tensor in the model.
-        dtype: asked for.
     """
     kept: Mapping[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
     return next((kept[part] for part in kept if re.search(part.replace("*", ".*"), name)), dtype)
@@ -242,10 +235,6 @@ def loaded_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
 def unsupported(model: Any, reason: str) -> FistaPrunerError:
     """Make the error that refuses an architecture, in one sentence."""
     return FistaPrunerError(f"{type(model).__name__}: {reason}: this architecture is not supported")
-
-
-ROOM = 0.75
-"""Share of the free memory that a whole model may take where the rest of what it needs is not counted."""
 
 
 def whole_fits(checkpoint: Checkpoint, device: torch.device, limit: int | None) -> bool:
@@ -275,7 +264,7 @@ def require_whole(nbytes: int, device: torch.device, limit: int | None, option: 
         nbytes: of its weights, and of what generating needs beside them.
         device: where it would run.
         limit: bytes of main memory that the process may use; None is what is free.
-        option: names the text, for the message: ``--calibration`` or ``--data``.
+        option: that asks for the text: ``--calibration`` or ``--data``.
     """
     if nbytes > (left := _left(device, limit)):
         raise FistaPrunerError(
@@ -315,9 +304,8 @@ def load_whole(
         settings = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
         model = auto_class(config).from_pretrained(str(folder), **settings)
     except (OSError, ValueError) as error:
-        reason = one_line(error)
-        fault = FistaPrunerError(f"{folder} cannot be loaded by transformers: {reason}")
-        raise needs_code(folder, error) or fault from None
+        said = f"{folder} cannot be loaded by transformers: {one_line(error)}"
+        raise needs_code(folder, error) or FistaPrunerError(said) from None
     model = model.to(device)
     if (low_rank := LowRankAdapter.beside(folder)) is not None:
         low_rank.add_to(model)

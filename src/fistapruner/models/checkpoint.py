@@ -36,10 +36,7 @@ QUANT_METHOD = "fistapruner"
 PACKED_KEYS = ("quantization_config", "transformers_weights")
 """What packing adds to ``config.json``: which loader to take, and a name of weights that no other loader accepts."""
 
-TOKENIZER = "tokenizer.json"
-"""The tokenizer in the form of the tokenizers library."""
-
-READ_BY_TRANSFORMERS = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
+READ_BY_TRANSFORMERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 """Beside ``config.json``, what ``transformers`` reads of a model folder that has it."""
 
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
@@ -67,19 +64,14 @@ def model_inside(folder: Path) -> Path:
     return inner if (inner / "config.json").is_file() and not (folder / "config.json").exists() else folder
 
 
-def gguf_files(folder: Path) -> list[Path]:
-    """List the GGUF files of a folder without other weights, but for those of image encoders."""
-    files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
-    if any(path.suffix in (".safetensors", ".bin") for path in files):
-        return []
-    return [path for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
-
-
 def which_gguf(folder: Path) -> str:
-    """Name the files of :func:`gguf_files` at the end of an error; empty where there are none."""
-    names = [path.name for path in gguf_files(folder)]
+    """Name the GGUF files of a folder without other weights at the end of an error; empty where there are none."""
+    files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
+    names = [path.name for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
+    if not names or any(path.suffix in (".safetensors", ".bin") for path in files):
+        return ""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf" if names else ""
+    return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf"
 
 
 def read_json_in(folder: Path, name: str) -> dict[str, Any]:
@@ -121,12 +113,7 @@ Orders = Mapping[str, tuple[int, Tensor]]
 
 @dataclass(frozen=True)
 class Stack:
-    """A stored tensor that holds a matrix, or a bias, of each of several experts.
-
-    Args:
-        name: of the tensor.
-        transposed: its matrices are (inputs, outputs).
-    """
+    """A stored tensor with a matrix, (inputs, outputs) if ``transposed``, or a bias of each of several experts."""
 
     name: str
     transposed: bool
@@ -194,15 +181,13 @@ class Checkpoint:
         self._parts: dict[str, tuple[Stack, int]] = {}
         self._joins: dict[str, list[str]] = {}
         self._same: dict[tuple[str, str], bool] = {}
-        self._places = {name: shard for shard, file in files.items() for name in file.entries}
+        self._places = {name: file for file in files.values() for name in file.entries}
 
     @classmethod
     def open(cls, folder: str | Path, allow_pickle: bool = False) -> Checkpoint:
         """Open a folder and check that all of its weights are there.
 
-        Args:
-            folder: a local Hugging Face model folder.
-            allow_pickle: read legacy ``.bin`` files; they are unpickled as plain tensors only, without running code.
+        With ``allow_pickle`` legacy ``.bin`` files are unpickled, as plain tensors only, without running code.
 
         Raises:
             FistaPrunerError: names the folder or file and what is wrong: not a folder, no config, no weights, pickles
@@ -262,59 +247,37 @@ class Checkpoint:
     def parts(self, name: str) -> list[str]:
         """Return the names of the matrices of a tensor that is taken apart; of another tensor its own name."""
         stack = self.stacks.get(name)
-        if stack is None:
-            return [name]
-        return [stack.part(number) for number in range(self.files[self.file_of(name)].entries[name].shape[0])]
+        return [name] if stack is None else [stack.part(number) for number in range(self.entry(name).shape[0])]
 
     def names(self) -> list[str]:
         """List the names of all tensors, file by file, in each file's order; those of :meth:`parts` in place."""
-        return [part for file in self.files.values() for name in file.entries for part in self.parts(name)]
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all tensors by name."""
-        return {name: self.entry(name).shape for name in self.names()}
-
-    def file_of(self, name: str) -> str:
-        """Return the name of the file that holds a tensor.
-
-        Raises:
-            FistaPrunerError: no such tensor.
-        """
-        name = self._parts[name][0].name if name in self._parts else name
-        if name not in self._places:
-            raise FistaPrunerError(f"{self.folder} has no tensor {name!r}")
-        return self._places[name]
+        return [part for entry in self.stored for part in self.parts(entry.name)]
 
     def entry(self, name: str) -> TensorEntry:
-        """Return dtype, shape and bytes of a tensor.
-
-        Raises:
-            FistaPrunerError: no such tensor.
-        """
-        if name in self._joins:
-            parts = [self.entry(part) for part in self._joins[name]]
-            return TensorEntry.of(name, parts[0].dtype, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
-        entries = self.files[self.file_of(name)].entries
-        if name not in self._parts:
-            return entries[name]
-        stack, _ = self._parts[name]
-        whole = entries[stack.name]
-        return TensorEntry.of(name, whole.dtype, whole.shape[1:][:: -1 if stack.transposed else 1])
+        """Return dtype, shape and bytes of a tensor."""
+        stored = [self._file(each).entries[each] for each in self.whole(name)]
+        shape, stack = stored[0].shape, self.stack_of(name)
+        if stack is not None:
+            shape = shape[1:][:: -1 if stack.transposed else 1]
+        elif name in self._joins:
+            shape = (sum(entry.shape[0] for entry in stored), *shape[1:])
+        return TensorEntry.of(name, stored[0].dtype, shape)
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into fresh memory, reordered as :attr:`orders` says.
-
-        Raises:
-            FistaPrunerError: no such tensor, or its file was shortened since it was opened.
-        """
+        """Read one tensor into fresh memory, reordered as :attr:`orders` says."""
         if name in self._joins:
             return torch.cat([self.read(part) for part in self._joins[name]])
-        file = self.files[self.file_of(name)]
         stack, number = self._parts.get(name, (None, None))
-        tensor = file.read(name if stack is None else stack.name, number)
+        stored = name if stack is None else stack.name
+        tensor = self._file(stored).read(stored, number)
         if stack is not None and stack.transposed:
             tensor = tensor.T.contiguous()
         return reorder(tensor, *self.orders[name]) if name in self.orders else tensor
+
+    def _file(self, name: str) -> WeightFile:
+        if name not in self._places:
+            raise FistaPrunerError(f"{self.folder} has no tensor {name!r}")
+        return self._places[name]
 
     def same(self, name: str, other: str) -> bool:
         """Compare two tensors: names, or else dtypes, shapes and values. The answer is remembered."""
@@ -347,11 +310,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype that most of the weights have.
-
-        Raises:
-            FistaPrunerError: no tensor is floating-point.
-        """
+        """The floating-point dtype that most of the weights have."""
         counts: Counter[torch.dtype] = Counter()
         for entry in self.stored:
             if entry.dtype.is_floating_point:
@@ -387,8 +346,7 @@ def reorder(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
     """Return a tensor with the channels of one dimension in another order, or rotated.
 
     Args:
-        tensor: any shape.
-        dim: the dimension.
+        tensor: any shape; ``dim``: the dimension.
         order: for each new place the old index; or (blocks, channels, channels) orthogonal matrices, one for each block
             of channels: the new channel j of a block is the sum over i of its old channel i times ``order[block, i,
             j]``. A dimension that is a multiple of the blocks' channels has each of them so many times in a row.

@@ -64,7 +64,9 @@ class Expert(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the expert's output (tokens, n)."""
         outputs = [self.get_submodule(name)(tokens) for name in self.readers]
-        output: Tensor = self.down_proj(self.channels(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)))
+        output: Tensor = self.get_submodule("down_proj")(
+            self.channels(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1))
+        )
         return output
 
     def channels(self, outputs: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -60,6 +59,10 @@ class LayerwiseModel:
 
     Attributes:
         low_rank: what is added to the weights of operators as they are loaded; None adds nothing.
+        width: of the hidden states between decoder layers; ``vocabulary``: of the logits.
+        embedded_tokens: tokens that have an embedding.
+        max_length: most tokens of a text (:func:`~.build.max_length`).
+        max_head_rows: most tokens that :meth:`head` takes at once.
 
     Raises:
         FistaPrunerError: the architecture is not a plain decoder-only language model, or a tensor is missing.
@@ -86,6 +89,11 @@ class LayerwiseModel:
         found = stored_names(self.model, [entry.name for entry in checkpoint.stored])
         names = separate_experts(self.model, self.layers_name, self.layers, checkpoint, found)
         refuse_experts(self.model, self.layers_name, self.layers)
+        text = self.config.get_text_config()
+        self.width, self.vocabulary = int(getattr(text, "hidden_size", 0)), int(text.vocab_size)
+        self.embedded_tokens = int(self.model.get_input_embeddings().weight.shape[0])
+        self.max_length = max_length(self.model)
+        self.max_head_rows = self.max_length or UNSTATED_LENGTH
         self.low_rank: LowRankAdapter | None = None
         self._open: set[int] = set()  # numbers of loaded decoder layers
         self._sources = checkpoint_names(self.model, checkpoint, names, found.joined)
@@ -246,31 +254,6 @@ class LayerwiseModel:
                 shape = self.checkpoint.entry(self._sources[name]).shape
                 assign(self.model, name, held.new_empty(shape, device="meta"))
 
-    @property
-    def width(self) -> int:
-        """Return the width of the hidden states between decoder layers."""
-        return int(self.config.get_text_config().hidden_size)
-
-    @cached_property
-    def max_length(self) -> int | None:
-        """Return the model's maximum sequence length in tokens; see :func:`~.build.max_length`."""
-        return max_length(self.model)
-
-    @property
-    def max_head_rows(self) -> int:
-        """Return the number of tokens that :meth:`head` takes at once, at most."""
-        return self.max_length or UNSTATED_LENGTH
-
-    @property
-    def vocabulary(self) -> int:
-        """Return the width of the logits."""
-        return int(self.config.get_text_config().vocab_size)
-
-    @property
-    def embedded_tokens(self) -> int:
-        """Return the number of tokens that have an embedding."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
-
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Record the input of the first decoder layer and the arguments of every decoder layer.
 
@@ -285,10 +268,8 @@ class LayerwiseModel:
         size = self.embedded_tokens
         worst = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
         if not 0 <= worst < size:
-            raise FistaPrunerError(
-                f"{self.checkpoint.folder}: token id {worst} is beyond the model's vocabulary of {size}: "
-                "its tokenizer belongs to another model"
-            )
+            beyond = f"token id {worst} is beyond the model's vocabulary of {size}"
+            raise FistaPrunerError(f"{self.checkpoint.folder}: {beyond}: its tokenizer belongs to another model")
 
     def check(self) -> None:
         """Refuse a model that cannot be run layer by layer; loads the embeddings, then the first decoder layer, once.
@@ -299,8 +280,7 @@ class LayerwiseModel:
         if not self._checked:
             with self.failures_explained():
                 self._learn_return_type(self.check_window(16))
-                with self.embeddings_and_head(head=False):
-                    self._check_calls()
+                self._check_calls()
             self._checked = True
 
     def check_window(self, length: int) -> Tensor:
@@ -379,11 +359,9 @@ class LayerwiseModel:
             raise self.unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
 
     def _check_calls(self) -> None:
-        """Check that layers receive the output of the layer before them, and no argument of the token ids.
-
-        Needs :meth:`embeddings_and_head`.
-        """
-        first, second = (self._watch(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
+        """Check that layers receive the output of the layer before them, and no argument of the token ids."""
+        with self.embeddings_and_head(head=False):
+            first, second = (self._watch(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
         for index, (call, other) in enumerate(zip(first, second, strict=True)):
             values = {f"argument {number}": pair for number, pair in enumerate(zip(call[0], other[0], strict=True), 2)}
             values |= {repr(name): (value, other[1][name]) for name, value in call[1].items()}

@@ -58,13 +58,9 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
     """Add an operator's low-rank part to its sparse part: fp32, in main memory.
 
-    The result has the same bits while a layer is pruned, when it is read from the journal, and in an evaluation.
-
-    Args:
-        sparse: (m, n), or transposed (n, m) as the checkpoint stores it.
-        factors: tensors in main memory by name, with the two of the operator.
-        operator: its name in the model.
-        transposed: the sparse part is (n, m).
+    The result has the same bits while a layer is pruned, when it is read from the journal, and in an evaluation. The
+    sparse part is (m, n), or ``transposed`` (n, m) as the checkpoint stores it; ``factors``, by name, hold the
+    operator's two.
     """
     return plus_product(sparse.cpu(), factors[operator + A], factors[operator + B], transposed=transposed)
 
@@ -88,16 +84,12 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
     """Write the low-rank parts of all operators as a LoRA adapter with the factor 1, in place of an earlier one.
 
     Args:
-        folder: ``RUN/adapter``.
-        factors: by name in the model.
-        rank: of every low-rank part.
+        folder: ``RUN/adapter``; other files in it are refused.
+        factors: by name in the model; ``rank``: of all.
         transposed: the model stores operators as (inputs, outputs), as GPT-2 does.
 
     Returns:
         What the checkpoint's record says of it: rank, weights, bytes and checksum.
-
-    Raises:
-        FistaPrunerError: the folder holds other files, or the disk is full.
     """
     remove_adapter(folder)
     named = {PREFIX + name: entry for name, entry in factors.entries.items()}
@@ -129,11 +121,7 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove an adapter that a run has written, with what a kill may have left of it or in it.
-
-    Raises:
-        FistaPrunerError: the folder holds other files, and is not removed then.
-    """
+    """Remove an adapter that a run has written, with what a kill may have left; refuse a folder with other files."""
     remove_unfinished(folder)
     if not folder.is_dir():
         return
@@ -160,13 +148,11 @@ class LowRankAdapter:
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:
         self.folder, path = folder, folder / WEIGHTS
         self._left_out: Container[str] = ()
-        fault = f"{path} is damaged, or is the low-rank part of another model"
         lost = next((file for file in (path, folder / CONFIG) if not file.is_file()), None)
-        if lost is not None:
-            fault = f"the low-rank part of the model, {lost}, is gone: its checkpoint is the sparse part only"
-        if lost is not None or (sampled := sampled_sha256(path)) != claim.get("sampled"):
-            raise FistaPrunerError(fault)
-        self.sampled = sampled
+        self.sampled = sampled_sha256(path) if lost is None else ""
+        if self.sampled != claim.get("sampled"):
+            gone = f"the low-rank part of the model, {lost}, is gone: its checkpoint is the sparse part only"
+            raise FistaPrunerError(f"{path} is damaged, or is the low-rank part of another model" if not lost else gone)
         read_json(folder / CONFIG)  # PEFT needs it
         file = SafetensorsFile(path)
         entries = {name.removeprefix(PREFIX): entry for name, entry in file.entries.items()}

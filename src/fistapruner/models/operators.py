@@ -1,4 +1,4 @@
-"""Find the linear operators of a decoder layer, their groups and their execution order.
+"""Find the linear operators of decoder layers, their groups and their execution order.
 
 No architecture is listed by name: one small batch runs through one decoder layer with hooks on its modules. Operators
 that read the same tensor form a group (q, k, v; gate, up) and are solved together. Groups are in execution order,
@@ -121,11 +121,8 @@ class Layout:
 
     def operators(self) -> list[tuple[str, Operator]]:
         """Return the full name and the operator of all operators, in order."""
-        return [
-            (self.full_name(index, operator), operator)
-            for index in range(len(self.layers))
-            for operator in self.in_layer(index)
-        ]
+        layers = range(len(self.layers))
+        return [(self.full_name(index, each), each) for index in layers for each in self.in_layer(index)]
 
     @property
     def transposed(self) -> bool:
@@ -161,9 +158,7 @@ class Layout:
         """Return the layout with the named operators only."""
         layers = []
         for index, groups in enumerate(self.layers):
-            kept = (
-                tuple(operator for operator in group if self.full_name(index, operator) in names) for group in groups
-            )
+            kept = (tuple(each for each in group if self.full_name(index, each) in names) for group in groups)
             layers.append(tuple(group for group in kept if group))
         return replace(self, layers=tuple(layers))
 
@@ -211,19 +206,13 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
 
 def layer_signature(layer: nn.Module) -> Any:
     """Describe modules, shapes and plain attributes of a decoder layer, but for its number."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple((key, tuple(value.shape)) for key, value in module._parameters.items() if value is not None),
-            tuple(
-                (key, value)
-                for key, value in vars(module).items()
-                if isinstance(value, (bool, int, float, str)) and key not in NUMBERS
-            ),
-        )
-        for name, module in layer.named_modules()
-    )
+    parts = []
+    for name, module in layer.named_modules():
+        shapes = {key: tuple(value.shape) for key, value in module._parameters.items() if value is not None}
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        kept = tuple((key, value) for key, value in plain.items() if key not in NUMBERS)
+        parts.append((name, type(module), tuple(shapes.items()), kept))
+    return tuple(parts)
 
 
 def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
@@ -235,14 +224,11 @@ def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
     """
     mixtures = []
     for name, experts in expert_modules(layer).items():
-        block = name.rpartition(".")[0]
-        mlps = {
-            child
-            for child, module in layer.get_submodule(block).named_children()
-            for part in module.modules()
-            if isinstance(part, (nn.Linear, Conv1D))
-            and (operator := Operator.of(child, part)).rows == experts.width != operator.columns
-        }
+        block, mlps = name.rpartition(".")[0], set()
+        for child, module in layer.get_submodule(block).named_children():
+            parts = [Operator.of(child, part) for part in module.modules() if isinstance(part, (nn.Linear, Conv1D))]
+            if any(part.rows == experts.width != part.columns for part in parts):
+                mlps.add(child)
         mixtures.append((block, mlps, experts.number))
 
     def routes(name: str, outputs: int) -> bool:
@@ -250,9 +236,8 @@ def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
             if block and not name.startswith(f"{block}."):
                 continue
             child, _, _ = name.removeprefix(f"{block}.").partition(".")
-            if not block and "router" in child:
-                return True
-            if child not in mlps and outputs in (1, number) and (block or "gate" in child):
+            gate = child not in mlps and outputs in (1, number) and (block or "gate" in child)
+            if gate or (not block and "router" in child):
                 return True
         return False
 
@@ -262,14 +247,6 @@ def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
 def expert_modules(layer: nn.Module) -> dict[str, Experts]:
     """Return the modules of experts in a decoder layer, by name."""
     return {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
-
-
-def _mixture_blocks(layer: nn.Module) -> list[str]:
-    """Return the names of the modules that hold a mixture whole: router, experts, shared experts.
-
-    Of experts at the root of the layer it is their own module.
-    """
-    return list({name.rpartition(".")[0] or name: None for name in expert_modules(layer)})
 
 
 def alike(a: Tensor, b: Tensor, most: float = ALIKE) -> bool:
@@ -305,10 +282,14 @@ def _watch(
             if same and torch.equal(answers[name], value):
                 projections[child] = OutputProjection(name, others)
 
+    def run() -> Tensor:
+        return model.run(index, hidden.clone(), call)
+
     writers: tuple[str, ...] = ()
     with model.layer(index) as layer:
         operators = linear_modules(layer)
-        blocks = _mixture_blocks(layer)
+        # Modules that hold a mixture whole: router, experts, shared experts; experts at the root are their own.
+        blocks = list({name.rpartition(".")[0] or name: None for name in expert_modules(layer)})
         with ExitStack() as hooks, torch.no_grad():
             for name, module in operators:
                 hooks.enter_context(module.register_forward_pre_hook(partial(entered, name)))
@@ -317,18 +298,14 @@ def _watch(
                 hooks.enter_context(layer.get_submodule(name).register_forward_hook(partial(answered, name)))
             for name, child in layer.named_children():
                 hooks.enter_context(child.register_forward_hook(partial(child_answered, name)))
-            out = model.run(index, hidden.clone(), call)
+            out = run()
         if len({name for name, _ in seen}) == len(seen):
             inside = tuple(block + "." for block in blocks)
             outer = {name: value for name, value in answers.items() if not name.startswith(inside)}
-            writers = _residual_writers(layer, hidden, outer, out, lambda: model.run(index, hidden.clone(), call))
+            writers = _residual_writers(layer, hidden, outer, out, run)
         fired = [name for name, _ in seen]
         # A recurrence may multiply by a module's weight and not call it: then it is no operator, and stays dense.
-        dense = {
-            name
-            for name, module in operators
-            if name not in fired and _is_read(module, lambda: model.run(index, hidden.clone(), call))
-        }
+        dense = {name for name, module in operators if name not in fired and _is_read(module, run)}
     for name, _ in operators:
         if fired.count(name) != 1 and name not in dense:
             cause = next((cause for part, cause in UNUSED.items() if part in name.lower()), "")
@@ -360,12 +337,11 @@ def _is_read(module: nn.Module, run: Callable[[], Tensor]) -> bool:
     """Check whether NaN in a module's weight reach the output of its decoder layer: it is read."""
     weight = module.get_parameter("weight")
     kept = weight.detach().clone()
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        try:
             weight.fill_(float("nan"))
             return bool(run().isnan().any())
-    finally:
-        with torch.no_grad():
+        finally:
             weight.copy_(kept)
 
 

@@ -73,19 +73,14 @@ def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Non
 def recorded_claims(
     record: Mapping[str, Any], entries: Container[str], origin: str | Path
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Read a record's claims about operators.
+    """Read a record's claims about operators, by the names of stored tensors, which may leave out ``.weight``.
 
     Args:
-        record: what a pruning run wrote (``fistapruner.json``): its ``operators`` are claims by the names of stored
-            tensors, which may leave out ``.weight``.
-        entries: names of the checkpoint's tensors.
-        origin: the folder, for errors.
+        record: what a pruning run wrote (``fistapruner.json``); one that is damaged is refused.
+        entries: names of the checkpoint's tensors; ``origin``: its folder.
 
     Returns:
         Claims by tensor name, and one sentence for every claim about a missing tensor.
-
-    Raises:
-        FistaPrunerError: the record is damaged.
     """
     operators = record.get("operators", {})
     if not isinstance(operators, dict) or not all(isinstance(claim, dict) for claim in operators.values()):

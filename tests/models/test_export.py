@@ -44,10 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {**SPREAD, "sliding_window": 4}),
     "gemma3": ("Gemma3TextConfig", {**SPREAD, "sliding_window": 4, "num_hidden_layers": 6}),
     "phi3": ("Phi3Config", {}),
-    "longrope": (
-        "Phi3Config",
-        {**LONGER, "rope_parameters": {**LONG, "rope_theta": 1e4}},
-    ),
+    "longrope": ("Phi3Config", {**LONGER, "rope_parameters": {**LONG, "rope_theta": 1e4}}),
     "olmo2": ("Olmo2Config", {}),
 }
 
