@@ -253,30 +253,16 @@ MLP = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 """Dimension of an MLP operator's weight that runs along its hidden channels."""
 
 
-def narrower(source: Checkpoint, channels: dict[int, int]) -> dict[str, torch.Tensor]:
-    """MLP operators of some layers with the first of their hidden channels only."""
-    return {
-        name: source.read(name).narrow(dim, 0, width)
-        for layer, width in channels.items()
-        for operator, dim in MLP.items()
-        for name in [f"model.layers.{layer}.mlp.{operator}.weight"]
-    }
-
-
-def write_narrower(source: Checkpoint, out: Path, channels: dict[int, int], **settings: Any) -> dict[str, torch.Tensor]:
-    tensors = narrower(source, channels)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    write_checkpoint(source, out, tensors.get, shapes=shapes, **settings)
-    return tensors
-
-
 @pytest.mark.parametrize("kind", ["single", "sharded"])
 def test_a_narrower_model_loads_in_transformers_and_is_the_model_cut_by_hand(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
     source = Checkpoint.open(folder)
-    write_narrower(source, tmp_path / "out", dict.fromkeys(range(3), 32), config_changes={"intermediate_size": 32})
+    places = {f"model.layers.{layer}.mlp.{operator}.weight": dim for layer in range(3) for operator, dim in MLP.items()}
+    tensors = {name: source.read(name).narrow(dim, 0, 32) for name, dim in places.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_checkpoint(source, tmp_path / "out", tensors.get, shapes=shapes, config_changes={"intermediate_size": 32})
     model = AutoModelForCausalLM.from_pretrained(folder)
     for layer in model.model.layers:
         for operator, dim in MLP.items():
@@ -296,18 +282,6 @@ def test_a_narrower_model_loads_in_transformers_and_is_the_model_cut_by_hand(
     run = LayerwiseModel(out, torch.device("cpu"))
     with run.layer(1) as layer:
         assert torch.equal(layer.mlp.down_proj.weight.to(torch.bfloat16), model.model.layers[1].mlp.down_proj.weight)
-
-
-def test_widths_that_the_config_cannot_express_are_written_and_read_back(single: Path, tmp_path: Path) -> None:
-    source = Checkpoint.open(single)
-    tensors = write_narrower(source, tmp_path / "out", {1: 32})
-    out = Checkpoint.open(tmp_path / "out")
-    assert all(torch.equal(out.read(name), tensors.get(name, source.read(name))) for name in source.names())
-    with pytest.raises(
-        FistaPrunerError,
-        match=r"'model\.layers\.1\.mlp\.gate_proj\.weight' is \(32, 32\), the config asks for \(48, 32\)",
-    ):
-        LayerwiseModel(out, torch.device("cpu"))
 
 
 def test_config_changes_are_merged(single: Path, tmp_path: Path) -> None:

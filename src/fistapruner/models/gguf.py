@@ -58,13 +58,10 @@ def check_gguf(path: Path) -> dict[str, TensorEntry]:
 
 
 def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """De-quantise a GGUF file into a Hugging Face folder.
+    """De-quantise the GGUF file of a decoder-only language model into a new Hugging Face folder.
 
-    Args:
-        path: the GGUF file of a decoder-only language model.
-        out: folder to make, with weights, config, tokenizer, chat template, generation config and a model card that
-            states the licence; it must not exist.
-        dtype: precision of all weights in the folder.
+    It gets weights of this dtype, config, tokenizer, chat template, generation config and a model card that states the
+    licence.
 
     Raises:
         FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, or ``transformers`` does not understand

@@ -14,6 +14,7 @@ import math
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from ..runtime.files import (
 from ..runtime.numerics import exact_products
 from .checkpoint import ADAPTER_CONFIG
 from .record import read_pruning_record
-from .safetensors import LazyTensors, SafetensorsFile, TensorEntry, write_tensors
+from .safetensors import LazyTensors, SafetensorsFile, write_tensors
 from .write import checkpoint_folder, remove_unfinished
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
@@ -75,9 +76,8 @@ def plus_product(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> T
 def journaled_factors(layers: Iterable[SafetensorsFile]) -> LazyTensors:
     """Return the factors in the journal of a run, by name."""
     places = {name: file for file in layers for name in file.entries if name.endswith((A, B))}
-    return LazyTensors(
-        {name: file.entries[name] for name, file in places.items()}, lambda name: places[name].read(name)
-    )
+    entries = {name: file.entries[name] for name, file in places.items()}
+    return LazyTensors(entries, lambda name: places[name].read(name))
 
 
 def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: bool) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
         What the checkpoint's record says of it: rank, weights, bytes and checksum.
     """
     remove_adapter(folder)
-    named = {PREFIX + name: entry for name, entry in factors.entries.items()}
+    found = factors.entries.values()
     tensors = LazyTensors(
-        {name: TensorEntry.of(name, entry.dtype, entry.shape) for name, entry in named.items()},
+        {PREFIX + each.name: replace(each, name=PREFIX + each.name) for each in found},
         lambda name: factors[name.removeprefix(PREFIX)],
     )
     config = {
@@ -109,12 +109,12 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
         "fan_in_fan_out": transposed,
         "target_modules": sorted(name.removesuffix(A) for name in factors if name.endswith(A)),
     }
-    with checkpoint_folder(folder, sum(entry.nbytes for entry in named.values())) as partial:
+    with checkpoint_folder(folder, sum(entry.nbytes for entry in found)) as partial:
         write_tensors(partial / WEIGHTS, tensors, {"format": "pt"})
         write_json_atomic(partial / CONFIG, config)
     return {
         "rank": rank,
-        "weights": sum(math.prod(entry.shape) for entry in named.values()),
+        "weights": sum(math.prod(entry.shape) for entry in found),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "sampled": sampled_sha256(folder / WEIGHTS),
     }
@@ -133,16 +133,11 @@ def remove_adapter(folder: Path) -> None:
 class LowRankAdapter:
     """The low-rank part that belongs to a checkpoint; its tensors are on disk until they are read.
 
+    It is refused where it is gone, damaged, or not the one that the checkpoint's record claims.
+
     Attributes:
         factors: A and B of every operator, by :data:`A` and :data:`B` behind its name in the model.
         sampled: checksum of the file.
-
-    Args:
-        folder: of the adapter.
-        claim: what the checkpoint's record says of it.
-
-    Raises:
-        FistaPrunerError: it is gone, damaged or another one.
     """
 
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:

@@ -105,20 +105,17 @@ def _common_prefix(wanted: Collection[str], known: Collection[str], base: str) -
     Any other prefix than ``base``, that of the base model, is one by which all are known, and the only such one.
     """
 
-    def change(name: str, cut: str, prefix: str) -> str:
-        return prefix + name.removeprefix(cut)
-
     def lost(way: tuple[str, str]) -> int:
-        return sum(change(name, *way) not in known for name in wanted)
+        return sum(way[1] + name.removeprefix(way[0]) not in known for name in wanted)
 
     best = min((("", ""), (base, ""), ("", base)), key=lost)
-    for cut in ("", base) if wanted and lost(best) else ():
+    for cut in ("", base) if lost(best) else ():
         end = "." + next(iter(wanted)).removeprefix(cut)
         ways = {(cut, each.removesuffix(end) + ".") for each in known if each.endswith(end)}
         if len(fitting := [way for way in ways if not lost(way)]) == 1:
-            best = fitting[0]
+            (best,) = fitting
             break
-    return lambda name: change(name, *best)
+    return lambda name: best[1] + name.removeprefix(best[0])
 
 
 def _numbered(parts: Mapping[tuple[int, int], str]) -> list[list[str]]:
@@ -135,12 +132,7 @@ def checkpoint_names(
     """Map every parameter and persistent buffer of a model to its name in the checkpoint.
 
     A tied output head has no entry: it is the embedding's. One that is stored with values of its own is not tied, as
-    in transformers, whatever the config says.
-
-    Args:
-        model: the model.
-        checkpoint: the checkpoint.
-        names, joined: stored names that were found, by the model's; see :class:`StoredNames`.
+    in transformers, whatever the config says. Stored ``names`` and ``joined`` are those of :class:`StoredNames`.
 
     Raises:
         FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
@@ -180,9 +172,8 @@ def checkpoint_names(
         sources[name] = found
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FistaPrunerError(
-            f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it"
-        )
+        lost = f"tensor {missing[0]!r}{more} of {type(model).__name__}"
+        raise FistaPrunerError(f"{checkpoint.folder}: {lost} is not in it")
     return sources
 
 
@@ -191,11 +182,7 @@ def parameter_names(
 ) -> set[str]:
     """List the stored tensors that hold parameters of a model: no buffers, and each shared one once.
 
-    Args:
-        model: the model.
-        sources: stored names of its tensors, by the model's name.
-        checkpoint: the checkpoint.
-        same: compares two stored tensors: a tied one may be stored twice.
+    ``sources`` are the stored names by the model's; ``same`` compares two: a tied tensor may be stored twice.
     """
     twins: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     found: set[str] = set()

@@ -63,12 +63,7 @@ class TensorEntry:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each of them made or read when it is asked for.
-
-    Args:
-        entries: what the tensors are, by name.
-        read: gives the tensor of a name.
-    """
+    """Tensors by name, each of them made or read when it is asked for."""
 
     def __init__(self, entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> None:
         self.entries = entries

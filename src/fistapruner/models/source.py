@@ -106,7 +106,7 @@ class ModelSource:
 
     def own_code(self) -> list[str]:
         """List what ``transformers`` loads only with Python code of the model's own: ``model``, ``tokenizer``."""
-        from .architecture import needs_own_code
+        from .build import needs_own_code
 
         if needs_own_code(read_json_in(self.folder, "config.json")):
             return ["model", "tokenizer"]  # AutoTokenizer reads the config too
