@@ -27,7 +27,8 @@ LAYERS = (
     "planning",
     "measure",
     "reporting",
-    "pipeline",
+    "verbs",
+    "resuming",
     "comparison",
     "cli",
 )
@@ -41,16 +42,17 @@ PLUGGED |= dict.fromkeys(("bypass", "goa"), "structure")
 
 VERBS = {
     "training": ("adapters", "alignment", "opened", "plan", "recovery", "result", "run", "settle"),
-    "pruning": ("inputs", "run", "settle", "write"),
+    "pruning": ("inputs", "result", "run", "settle", "write"),
+    "measure": ("run",),
 }
-"""Modules that are pages of the verbs prune, recover and align: they stand in the layer of ``pipeline/``."""
+"""Modules that are pages of verbs: they stand in a layer of their own."""
 
 
 def layer_of(path: Path) -> str:
     """Layer of a module of the package, by its path inside it."""
     parts = path.with_suffix("").parts
     if parts[-1] in VERBS.get(parts[0], ()):
-        return "pipeline"
+        return "verbs"
     return PLUGGED.get(parts[-1], "errors") if parts[0] == "papers" else parts[0]
 
 

@@ -6,12 +6,9 @@ import ast
 import inspect
 import json
 import re
-import runpy
 import shlex
-import sys
 import textwrap
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +75,6 @@ def test_shell_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(found) >= 5
     for command in found:
         assert main(small(command[1:])) == 0, command
-
-
-def test_the_quick_start_reads_no_text_that_a_newcomer_lacks() -> None:
-    found = commands("docs/quick-start.md", "bash")
-    assert {"prune", "evaluate", "recover", "pack", "inspect"} <= {command[1] for command in found}
-    texts = [value for command in found for flag, value in pairwise(command) if flag in ("--data", "--calibration")]
-    assert texts
-    assert set(texts) == {"python"}
 
 
 def test_python(place: Path) -> None:
@@ -290,13 +279,6 @@ def test_make_targets_exist() -> None:
     named = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")]
     assert named
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
-
-
-def test_an_installation_on_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("setuptools")
-    monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(SystemExit, match=r"runs on Linux and macOS; on Windows use WSL$"):
-        runpy.run_path(str(ROOT / "setup.py"))
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

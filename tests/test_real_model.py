@@ -103,13 +103,7 @@ def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.Captur
     arguments += ["--samples", "4", "--seqlen", "256", "--evaluate-windows", "4"]
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    for words in (
-        "perplexity, python",
-        "(dense ",
-        "50.0000 %",
-        "peak memory",
-        str(tmp_path / "run" / "model"),
-    ):
+    for words in ("perplexity, python", "(dense ", "50.0000 %", "peak memory", str(tmp_path / "run" / "model")):
         assert words in printed.out
     assert main(["inspect", str(tmp_path / "run" / "model")]) == 0
     assert main([*arguments, "--json"]) == 0  # finished: nothing is computed again

@@ -8,10 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 

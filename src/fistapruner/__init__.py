@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .comparison import compare
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
     from .measure.evaluate import evaluate
+    from .measure.run import bench_run, evaluate_run
+    from .packed.export import export
     from .packed.linear import SparseLinear
     from .packed.load import load
     from .packed.pack import pack, unpack
     from .packed.semi_structured import to_semi_structured
-    from .pipeline.export import export
-    from .pipeline.measure_run import bench_run, evaluate_run
-    from .pipeline.resume import resume
     from .pruning.run import prune
+    from .resuming import resume
     from .runs.listener import Listener
     from .runs.records import Report
     from .runs.results import Evaluation
@@ -76,10 +76,10 @@ _MODULES = {
     "comparison": ("compare",),
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
     "measure.evaluate": ("evaluate",),
-    "pipeline.export": ("export",),
-    "pipeline.measure_run": ("bench_run", "evaluate_run"),
+    "packed.export": ("export",),
+    "measure.run": ("bench_run", "evaluate_run"),
     "pruning.run": ("prune",),
-    "pipeline.resume": ("resume",),
+    "resuming": ("resume",),
     "settings.align_settings": ("AlignRecipe",),
     "settings.recover_settings": ("RecoverRecipe",),
     "settings.settings": ("Recipe",),

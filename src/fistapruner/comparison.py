@@ -25,10 +25,9 @@ from torch import Tensor
 from .errors import FistaPrunerError, MissingExtraError, out_path
 from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
+from .measure.run import add_warning, publish, shared_text
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
-from .pipeline.measure import publish, shared_text
-from .pipeline.result import add_warning
 from .pruning.opened import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown

@@ -107,19 +107,6 @@ def test_some_rows_stand_for_all() -> None:
     assert predicted_cost(torch.ones(POINTS, 80), torch.zeros(320)).tolist() == [0.0] * POINTS
 
 
-@pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
-        (NM(2, 4), ["0%", "3:4", "2:4", "1:4"]),
-        (NM(1, 4), ["0%", "3:4", "2:4", "1:4"]),
-        (NM(4, 8), ["0%", "7:8", "6:8", "5:8", "4:8", "3:8"]),
-        (NM(1, 2), ["0%", "1:2"]),
-    ],
-)
-def test_patterns_that_an_operator_may_have_instead(pattern: NM, names: list[str]) -> None:
-    assert [str(each) for each in patterns_measured(pattern)] == names
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.integers(1, 50), min_size=2, max_size=4),
@@ -246,12 +233,3 @@ def test_operators_of_a_run_take_n_of_m_patterns_of_their_own(tmp_path: Path) ->
     assert report.totals.operator_weights is not None
     assert 0 <= report.totals.operator_zeros / report.totals.operator_weights - 0.5 < 0.05
     assert inspect_checkpoint(tmp_path / "run" / "model").violations == []
-
-
-def test_an_expert_that_no_token_reaches_gets_what_is_asked_for(tmp_path: Path) -> None:
-    """Nothing is known of it, not that it makes no error; the others are allocated to."""
-    model = tiny.save_unused_expert(tmp_path / "model", 1)
-    report = prune(model, tmp_path / "run", method="wanda", allocation="error", calibration=SMALL)
-    unused = {entry.sparsity for entry in report.operators if ".1." in entry.name and "experts" in entry.name}
-    assert unused == {"50%"}
-    assert len({entry.sparsity for entry in report.operators}) > 4

@@ -21,9 +21,8 @@ from fistapruner.allocate.channels import (
     kept_share,
     reordered_rows,
     rotated_energy,
-    sample_rows,
 )
-from fistapruner.core import NM, Constraint, Unstructured
+from fistapruner.core import NM, Constraint
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint, reorder
 from fistapruner.models.layers import LayerwiseModel
@@ -41,7 +40,7 @@ def scores(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator).square() * channels
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(3, 4)], ids=str)
 def test_an_order_is_a_permutation_that_keeps_more(pattern: NM) -> None:
     values = scores(24, 64)
     order = channel_order(values, pattern)
@@ -64,31 +63,6 @@ def test_close_to_the_best_of_all_orders() -> None:
         assert found <= best + 1e-9
         shares.append((found - mean) / (best - mean))
     assert sum(shares) / len(shares) >= 0.5, shares
-
-
-def test_an_order_of_sampled_rows_and_chunks_of_groups_is_an_order_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it is taken only where it is better for all rows."""
-    monkeypatch.setattr(searching, "ROWS", 13)
-    monkeypatch.setattr(searching, "EXCHANGING_GROUPS", 5)
-    values = scores(40, 96)
-    order = channel_order(values, NM(2, 4))
-    assert sorted(order.tolist()) == list(range(96))
-    assert kept_share(values[:, order], NM(2, 4)) > kept_share(values, NM(2, 4))
-    monkeypatch.setattr(searching, "ROWS", 1)
-    for seed in range(20):
-        values = scores(24, 16, seed)
-        assert kept_share(values[:, channel_order(values, NM(2, 4))], NM(2, 4)) >= kept_share(values, NM(2, 4))
-
-
-@pytest.mark.parametrize(("rows", "heads", "asked"), [(300, 8, 17), (5, 3, 100), (64, 4, 64), (1, 8, 3)])
-def test_rows_that_take_turns_are_all_in_a_sample(
-    rows: int, heads: int, asked: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(searching, "ROWS", asked)
-    found = sample_rows(torch.arange(rows * heads)[:, None]).flatten().tolist()
-    assert 1 <= len(found) <= asked
-    assert len({row % heads for row in found}) == min(heads, len(found))
-    assert len(found) == rows * heads or rows * heads > asked
 
 
 def test_the_old_order_where_none_is_better() -> None:
@@ -255,8 +229,9 @@ def put_back(dense: torch.nn.Module, pruned: torch.nn.Module) -> None:
     after.copy_(before[:, order])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", torch.float32), ("opt", torch.bfloat16), ("qwen2", torch.bfloat16)], ids=str
+)
 def test_a_run_rotates_what_belongs_together(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     """With all of the rotated weights put back, the pruned model answers as the dense one does."""
     folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
@@ -309,29 +284,3 @@ def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
         assert {name.rpartition(".")[2] for name in report.permuted} == ({"o_proj", "down_proj"} if reorders else set())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-0" / "model")
     assert all(NM(2, 4).satisfies(layer.mlp.down_proj.weight) for layer in model.model.layers)
-
-
-def test_figures_are_of_the_patterns_that_operators_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator that allocation leaves dense keeps its order; one with another n:m pattern is scored for that one."""
-    chosen: dict[str, Constraint] = {}
-
-    def by_name(curves: dict[str, Tensor], *arguments: object) -> dict[str, Constraint]:
-        chosen.update(dict.fromkeys(curves, NM(2, 4)))
-        chosen.update({name: Unstructured(0.0) for name in curves if "layers.0.mlp.down_proj" in name})
-        chosen.update({name: NM(3, 4) for name in curves if "layers.1.mlp.down_proj" in name})
-        return chosen
-
-    folder = tiny.save("llama", tmp_path / "model")
-    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
-    as_asked = fp.prune(str(folder), tmp_path / "asked", **settings).permuted
-    monkeypatch.setattr("fistapruner.allocate.measure.choose_patterns", by_name)
-    permuted = fp.prune(str(folder), tmp_path / "run", allocation="error", **settings).permuted
-    dense, other = sorted(name for name in as_asked if name.endswith("down_proj"))[:2]
-    assert set(permuted) == set(as_asked) - {dense}
-    assert 1 > permuted[other][1] > permuted[other][0] > as_asked[other][1]  # three of four, not two
-    assert permuted[other.replace("mlp.down", "self_attn.o")] == pytest.approx(
-        as_asked[other.replace("mlp.down", "self_attn.o")]
-    )
-    source, pruned = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "run" / "model"))
-    before, after = (model.get_submodule(dense).weight for model in (source, pruned))
-    assert torch.equal(before, after)

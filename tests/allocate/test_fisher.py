@@ -11,19 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
-from fistapruner.allocate.curves import predicted_cost
-from fistapruner.allocate.fisher import (
-    DensePasses,
-    draw_labels,
-    loss_gradient,
-    measure_sensitivity,
-    row_importance,
-)
+from fistapruner.allocate.fisher import DensePasses, draw_labels, measure_sensitivity
 from fistapruner.allocate.measure import decide
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
-from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.store import scratch_factory as store
 
 WINDOWS, SEQLEN = 3, 12
@@ -34,8 +26,9 @@ def tokens() -> Tensor:
     return torch.randint(3, tiny.VOCABULARY, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("architecture", "on_disk"), [("llama", False), ("gpt2", True), ("opt", False), ("gpt_neox", False)]
+)
 def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architecture: str, on_disk: bool) -> None:
     folder = tiny.save(
         architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {})
@@ -85,16 +78,6 @@ def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
     assert share[1] == share[4] == 0
 
 
-def test_the_head_in_slices_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
-    hidden, whole, sliced = (HiddenStates((2, SEQLEN, model.width), model.dtype) for _ in range(3))
-    hidden.write(0, torch.randn(2, SEQLEN, model.width))
-    loss_gradient(model, hidden, whole, 0)
-    monkeypatch.setattr("fistapruner.allocate.fisher.HEAD_TOKENS", 5)
-    loss_gradient(model, hidden, sliced, 0)
-    torch.testing.assert_close(sliced.read(0, 2), whole.read(0, 2), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("allocation", ["owl", "error"])
 def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Path, allocation: str) -> None:
     skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
@@ -112,27 +95,7 @@ def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Pa
     assert [tuple(metric.shape) for metric in first.metrics] == [(skeleton.width, skeleton.width)] * len(skeleton)
 
 
-def test_rows_that_reach_no_prediction_count_alike_and_tiny_gradients_like_large_ones() -> None:
-    assert torch.equal(row_importance(torch.zeros(6)), torch.ones(6))
-    rows = torch.tensor([0.0, 1.0, 2.0, 4.0, 0.5])
-    usual = row_importance(rows)
-    assert bool((usual > 0).all())
-    for scale in (
-        2.0**-126,
-        2.0**-146,
-        2.0**120,
-    ):  # of the first two, rows or their sums are below what fp32 holds in full
-        torch.testing.assert_close(row_importance(rows * scale), usual, rtol=1e-5, atol=0)
-
-
-def test_a_cost_of_rows_whose_gradients_underflow_is_finite() -> None:
-    errors, rows = torch.ones(2, 64), torch.zeros(256)
-    rows[0], rows[1] = 1.4e-45, 1e6  # only the first of them is looked at
-    assert bool(predicted_cost(errors, rows).isfinite().all())
-    assert bool(predicted_cost(errors, torch.zeros(256)).isfinite().all())
-
-
-@pytest.mark.parametrize("silent", ["down_proj", "o_proj"])
+@pytest.mark.parametrize("silent", ["down_proj"])
 def test_operators_that_reach_no_prediction_are_pruned_by_the_default_method(tmp_path: Path, silent: str) -> None:
     model = tiny.build("llama")
     with torch.no_grad():

@@ -191,10 +191,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         process.stdin.close()
 
 
-@pytest.fixture(scope="session", params=["adamw", pytest.param("mezo", marks=pytest.mark.slow)])
-def recoveries(runs: Runs, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    """Recoveries of the pruned model, by backpropagation and by forward passes only."""
-    return recovery(runs, tmp_path_factory.mktemp("recoveries"), request.param)
+@pytest.fixture(scope="session")
+def recoveries(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Recoveries of the pruned model by backpropagation."""
+    return recovery(runs, tmp_path_factory.mktemp("recoveries"), "adamw")
 
 
 @pytest.fixture(scope="session")
@@ -207,9 +207,7 @@ def alignments(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = Runs(
-        runs.process,
-        ("align", str(runs.undisturbed), "--data", str(pairs), *ALIGNMENT),
-        folder / "undisturbed",
+        runs.process, ("align", str(runs.undisturbed), "--data", str(pairs), *ALIGNMENT), folder / "undisturbed"
     )
     made.measure()
     return made
@@ -221,3 +219,16 @@ def recovery(runs: Runs, folder: Path, optimizer: str) -> Runs:
     made = Runs(runs.process, begin, folder / "undisturbed")
     made.measure()
     return made
+
+
+@pytest.fixture(scope="session", params=["adamw", "mezo", "align", pytest.param("subzero", marks=pytest.mark.slow)])
+def trainings(
+    runs: Runs,
+    alignments: Runs,
+    recoveries: Runs,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Runs:
+    """Recoveries by backpropagation and by forward passes only, and alignments."""
+    made = {"adamw": recoveries, "align": alignments}.get(request.param)
+    return made or recovery(runs, tmp_path_factory.mktemp("trainings"), request.param)

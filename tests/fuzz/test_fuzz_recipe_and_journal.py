@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from damage import EXAMPLES, damaged, damaged_json, damaged_json_text, fuzz, json_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import EXAMPLES, damaged, damaged_json, damaged_json_text, fuzz, json_values
 
 from fistapruner import FistaPrunerError, Recipe
 from fistapruner.runs.journal import LayerJournal

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from damage import damaged, damaged_json, damaged_json_text, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import damaged, damaged_json, damaged_json_text, fuzz
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 

@@ -126,7 +126,7 @@ def test_the_command_prints_a_table_or_json(
         asked.append((model, settings))
         return [speed("dense float32", 10), speed("packed", 20)]
 
-    importlib.import_module("fistapruner.pipeline.measure_run")  # which would keep the replacement for other tests
+    importlib.import_module("fistapruner.measure.run")  # which would keep the replacement for other tests
     monkeypatch.setattr("fistapruner.measure.bench.bench", measured)
     command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
     assert main(command) == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pruned import save_pruned
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
@@ -19,7 +19,6 @@ from fistapruner.models.build import load_whole
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.packed import kernel
 from fistapruner.packed.checkpoint import PackedCheckpoint
-from fistapruner.packed.format import PackedOperator
 from fistapruner.packed.linear import Int8Embedding
 from tiny import ARCHITECTURES, VOCABULARY, store_head
 
@@ -31,8 +30,15 @@ def logits(model):
         return model(IDS).logits
 
 
+SOME = ("gpt2", "llama", "opt", "phi3")
+"""Transposed, separate, biased and fused operators; the others are slow tests."""
+
+
 @pytest.mark.parametrize("values", ["same", "int8"])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in sorted(ARCHITECTURES)],
+)
 def test_every_way_of_loading_agrees(tmp_path, architecture, values):
     source = save_pruned(tmp_path / "m", architecture)
     fistapruner.pack(source, tmp_path / "p", values=values)
@@ -51,7 +57,7 @@ def test_every_way_of_loading_agrees(tmp_path, architecture, values):
     torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("head", ["tied", "equal", "alone", "other"])
+@pytest.mark.parametrize("head", ["tied", "other"])
 def test_int8_embedding_and_head_share_their_rows_where_they_are_tied(tmp_path, head):
     source = save_pruned(tmp_path / "m", tie_word_embeddings=True)
     if head != "tied":
@@ -81,38 +87,21 @@ def test_a_dtype_is_taken_by_its_name(tmp_path):
     half = logits(fistapruner.load(tmp_path / "p", dtype=torch.bfloat16))
     assert torch.equal(logits(fistapruner.load(tmp_path / "p", dtype="bfloat16")), half)
     assert torch.equal(logits(fistapruner.load(tmp_path / "p", dtype="auto")), logits(fistapruner.load(tmp_path / "p")))
-    for wrong in ("bf16", "int8", "nn", "", 3, torch.int8):
+    for wrong in ("bf16", "", 3, torch.int8):
         with pytest.raises(FistaPrunerError, match=r"^dtype .* is no floating-point dtype .* or 'bfloat16'$"):
             fistapruner.load(tmp_path / "p", dtype=wrong)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, monkeypatch):
-    fistapruner.pack(save_pruned(tmp_path / "m", architecture), tmp_path / "p")
-    monkeypatch.setattr(PackedOperator, "to_dense", None)
-    fistapruner.load(tmp_path / "p")
-
-
-@pytest.mark.parametrize("level", ["torch", "portable"])
-def test_a_kernel_that_is_slower_than_torch_is_told(tmp_path, monkeypatch, level):
+def test_a_kernel_that_is_slower_than_torch_is_told(tmp_path, monkeypatch):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    monkeypatch.setenv("FISTAPRUNER_KERNEL", level)
+    monkeypatch.setenv("FISTAPRUNER_KERNEL", "portable")
     monkeypatch.setattr(kernel, "best_level", kernel.best_level.__wrapped__)
     with pytest.warns(UserWarning, match=r"FISTAPRUNER_KERNEL forbids .*: load with packed=False") as told:
         fistapruner.load(tmp_path / "p")
     assert told[0].filename == __file__
 
 
-def test_what_is_not_packed_is_refused_with_what_packs_it(tmp_path):
-    (tmp_path / "run").mkdir()  # such as the folder of a run
-    for folder in (tmp_path / "run", save_pruned(tmp_path / "m"), tmp_path / "absent"):
-        with pytest.raises(
-            FistaPrunerError, match=r"is not a packed checkpoint, .*: it has no packed\.json\. 'fistapr"
-        ):
-            fistapruner.load(folder)
-
-
-@pytest.mark.parametrize("head", ["other", "equal", "alone"])
+@pytest.mark.parametrize("head", ["other", "alone"])
 def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head):
     """It is the model's own where its values are not the embedding's, whatever the config says."""
     source = store_head(save_pruned(tmp_path / "m", tie_word_embeddings=True), head)
@@ -145,8 +134,13 @@ APART = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]
 """Mixtures whose experts are stored one by one."""
 
 
-@pytest.mark.parametrize("architecture", APART)
-@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "some"),
+    [
+        *(("qwen3_moe", True), ("mixtral", False)),
+        *(pytest.param(each, some, marks=pytest.mark.slow) for each in APART for some in (False, True)),
+    ],
+)
 def test_every_way_of_loading_a_mixture_agrees(tmp_path, architecture, some):
     """Where a few experts are not packed, too."""
     source = save_pruned(tmp_path / "m", architecture)
@@ -180,10 +174,9 @@ def test_every_way_of_loading_a_mixture_agrees(tmp_path, architecture, some):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
-def test_a_packed_mixture_has_the_state_of_the_dense_one(tmp_path, architecture):
+def test_a_packed_mixture_has_the_state_of_the_dense_one(tmp_path):
     """And generates what it does, decoding token by token, where most experts have none."""
-    source = save_pruned(tmp_path / "m", architecture)
+    source = save_pruned(tmp_path / "m", "qwen3_moe")
     fistapruner.pack(source, tmp_path / "p")
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     packed = fistapruner.load(tmp_path / "p", dtype=torch.float32)
@@ -218,7 +211,7 @@ def test_a_packed_mixture_that_does_not_fit_its_config_is_refused(tmp_path):
             fistapruner.load(tmp_path / "p", packed=packed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_transformers_casts_as_it_is_told(tmp_path, dtype):
     source = save_pruned(tmp_path / "m")
     fistapruner.pack(source, tmp_path / "p")
@@ -229,23 +222,14 @@ def test_transformers_casts_as_it_is_told(tmp_path, dtype):
     assert torch.equal(logits(load_whole(tmp_path / "p", torch.device("cpu"), dtype)), expected)
 
 
-@pytest.mark.parametrize("elsewhere", ["disk", "meta"])
-def test_a_map_of_several_devices_is_refused(tmp_path, monkeypatch, elsewhere):
-    """Whether it is given or transformers makes it: operators are loaded when the model is placed already."""
+def test_a_map_of_several_devices_is_refused(tmp_path):
+    """Operators are loaded when the model is placed already."""
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    parts = {"model": "cpu", "lm_head": elsewhere}
-    message = rf"{tmp_path / 'p'}: .* one device, and device_map names cpu, {elsewhere}: .*fistapruner unpack"
-    settings = {"dtype": "auto", "offload_folder": tmp_path / "offload"}
-    with pytest.raises(FistaPrunerError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map=parts, **settings)
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.integrations.accelerate.infer_auto_device_map", lambda *_, **__: parts)
-        with pytest.raises(FistaPrunerError, match=message):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map="auto", **settings)
-    for single in ("auto", {"": "cpu"}):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map=single, dtype="auto")
-        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
-        assert torch.equal(logits(model), logits(expected))
+    parts = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(FistaPrunerError, match=rf"{tmp_path / 'p'}: .* one device, and device_map names cpu, disk: "):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map=parts, offload_folder=tmp_path / "offload")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map="auto", dtype="auto")
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")))
 
 
 def test_a_packed_model_on_the_hub_says_how_to_get_all_of_it(tmp_path):
@@ -267,15 +251,13 @@ def test_import_is_all_it_takes(tmp_path):
     )
     settings = {"capture_output": True, "timeout": 120, "text": True}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=True, **settings)
-    for name in ("AutoModelForCausalLM", "LlamaForCausalLM"):  # without it, no model of random weights
-        code = f"import sys, transformers; transformers.{name}.from_pretrained(sys.argv[1])"
-        without = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=False, **settings)
-        assert without.returncode == 1
-        assert "'import fistapruner' before the model is loaded" in without.stderr.splitlines()[-1]
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    without = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=False, **settings)
+    assert without.returncode == 1  # no model of random weights
+    assert "'import fistapruner' before the model is loaded" in without.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("values", ["same", "int8"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize(("architecture", "values"), [("llama", "int8"), ("gpt2", "int8"), ("bloom", "same")])
 def test_a_packed_model_is_saved_copied_and_pickled_whole(tmp_path, architecture, values):
     source = save_pruned(tmp_path / "m", architecture)
     fistapruner.pack(source, tmp_path / "p", values=values)
@@ -320,15 +302,10 @@ def test_weights_loaded_into_a_packed_model_are_packed(tmp_path):
     "changes",
     [
         {"hidden_size": [32]},
-        {"hidden_size": -5},
         {"num_attention_heads": 0},
-        {"num_attention_heads": 3},
         {"hidden_act": "nope"},
-        {"model_type": ["llama"]},
         {"model_type": "t5"},
-        {"model_type": "vit"},
         {"rope_parameters": "x"},
-        {"dtype": "zzz"},
         {"vocab_size": 77},
     ],
 )
@@ -350,13 +327,3 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "p" / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
     with pytest.raises(FistaPrunerError, match="not part of"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "p")
-
-
-def test_packed_operators_that_the_model_ignores_are_skipped(tmp_path, monkeypatch):
-    """Some models leave layers of their checkpoints unused, such as those that predict further tokens."""
-    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    config = (tmp_path / "p" / "config.json").read_text()
-    (tmp_path / "p" / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
-    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\."])
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto"))
-    assert torch.equal(found, logits(fistapruner.load(tmp_path / "p", packed=False)))

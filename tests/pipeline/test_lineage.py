@@ -16,7 +16,6 @@ from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.record import read_pruning_record
 from fistapruner.models.source import ModelSource
-from fistapruner.pruning.write import claimed_zeros, kept_widths
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
 from fistapruner.runs.training_runs import dense_of
@@ -74,8 +73,7 @@ def test_licence_and_revision_are_those_of_the_dense_model(runs: Path) -> None:
 
 @pytest.mark.parametrize(
     "card",
-    ["", "license: mit\n", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\nlicense: mit"]
-    + [f"---\nlicense: {value}\n---\n" for value in ("!!bool maybe", '!!int ""', "!!timestamp x")],
+    ["", "license: mit\n", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\nlicense: !!bool maybe\n---\n"],
 )
 def test_a_card_without_a_licence_names_none(card: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card)
@@ -109,41 +107,33 @@ def test_what_is_measured_later_reaches_the_stage(runs: Path, tmp_path: Path) ->
 
 def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tmp_path: Path) -> None:
     """Of every verb: figures are against it and training goes towards it, also where the first run is gone."""
-    dense = next((runs / "models--a--b" / "snapshots").iterdir())
+    dense, data = next((runs / "models--a--b" / "snapshots").iterdir()), {"source": "python", "seqlen": 16}
     settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
-    again = fp.prune(runs / "once" / "model", tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
+    copied = shutil.copytree(runs / "once" / "model", tmp_path / "copied")
+    again = fp.prune(copied, tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
     assert again.evaluations[0].against == str(dense)
     assert fp.evaluate_run(runs / "twice", "python", seqlen=16, windows=2).against == str(dense)
-    recovered = fp.recover(tmp_path / "again", tmp_path / "out", data={"source": "python", "seqlen": 16}, steps=1)
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["decision"]["dense"] == str(dense)
+    recovered = fp.recover(tmp_path / "again", tmp_path / "out", data=data, steps=1, evaluate=None)
     assert recovered.recovery is not None
     assert recovered.recovery.loss == "kl"
-    copied = shutil.copytree(runs / "once" / "model", tmp_path / "copied")
-    fp.prune(copied, tmp_path / "of a copy", **settings)
-    found = dense_of(PruneDirectory(tmp_path / "of a copy"))
+    found = dense_of(PruneDirectory(tmp_path / "again"))
     assert found is not None
     assert found.folder == dense
     changed = shutil.copytree(dense, tmp_path / "changed")
-    first = fp.prune(changed, tmp_path / "first", **settings)
-    assert first.status == "finished"
+    fp.prune(changed, tmp_path / "first", **settings)
     fp.prune(tmp_path / "first" / "model", tmp_path / "second", **settings)
-    fp.prune(tmp_path / "first" / "model", tmp_path / "known", evaluate="python", evaluate_windows=2, **settings)
     tiny.save("llama", changed, num_hidden_layers=2, seed=1)
     with pytest.raises(fp.FistaPrunerError, match="has changed"):  # known by the first run, not by the second
-        fp.recover(tmp_path / "second", tmp_path / "no", data={"source": "python", "seqlen": 16}, steps=1)
+        fp.recover(tmp_path / "second", tmp_path / "no", data=data, steps=1)
     shutil.rmtree(changed)
     told = tiny.Said()
     last = fp.prune(tmp_path / "first" / "model", tmp_path / "third", evaluate="python", listener=told, **settings)
     assert last.evaluations[0].perplexity is not None
     assert last.evaluations[0].reference is None
     assert any(f"no figures of the dense model, which is not at {changed}" in line for line in told.sentences)
-    told = tiny.Said()
-    assert fp.resume(tmp_path / "known", listener=told).evaluations[0].reference is not None
-    assert not any("no figures" in line for line in told.sentences)
-    trained = fp.recover(tmp_path / "first", tmp_path / "text", data={"source": "python", "seqlen": 16}, steps=1)
+    trained = fp.recover(tmp_path / "first", tmp_path / "text", data=data, steps=1, evaluate=None)
     (warning,) = [each for each in trained.warnings if "(ce)" in each]
-    assert warning.startswith(f"the dense model is not found, which was {changed}: the loss is that of the text (ce);")
+    assert warning.startswith(f"the dense model is not found, which was {changed}: ")
 
 
 def test_a_relative_name_in_a_lineage_is_not_looked_for_in_this_folder(
@@ -159,7 +149,6 @@ def test_a_relative_name_in_a_lineage_is_not_looked_for_in_this_folder(
     fp.prune(copied, tmp_path / "again", **settings)
     tiny.save("llama", tmp_path / "b" / "model", num_hidden_layers=2, seed=1)
     monkeypatch.chdir(tmp_path / "b")
-    assert dense_of(PruneDirectory(tmp_path / "again")) is None
     with pytest.raises(fp.FistaPrunerError, match="say where it is with --against"):
         fp.evaluate_run(tmp_path / "again", "python", seqlen=16, windows=2)
     for model in (copied, tmp_path / "again"):
@@ -185,17 +174,19 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     assert set(claims.values()) == {"2:4"}
     assert found.operators[1].shape == (16, 32)  # gate_proj
     assert report.totals.model_zeros == found.zeros
-    # A third run prunes a part: the rest is as the two before it claim, and the widths are those of the second.
-    fp.prune(tmp_path / "b" / "model", tmp_path / "c", sparsity="70%", ignore=["re:mlp"], **settings)
+    # A third run prunes a part, and a rule leaves another dense: the rest is as the two before it claim.
+    report = fp.prune(
+        tmp_path / "b" / "model",
+        tmp_path / "c",
+        sparsity="70%",
+        ignore=["re:mlp"],
+        allocation={"o_proj": "0%"},
+        **settings,
+    )
     found = inspect_checkpoint(tmp_path / "c")
     assert found.violations == []
-    assert [operator.claim for operator in found.operators[:7]] == [share, "2:4", "2:4", *["70%"] * 4]
+    assert [operator.claim for operator in found.operators[:7]] == [share, "2:4", "2:4", "70%", "2:4", "70%", "70%"]
     assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
-    # Operators that a rule leaves dense are left alone, too, and are counted once.
-    report = fp.prune(tmp_path / "a" / "model", tmp_path / "g", allocation={"re:self_attn": "0%"}, **settings)
-    found = inspect_checkpoint(tmp_path / "g")
-    assert found.violations == []
-    assert [operator.claim for operator in found.operators[:7]] == [*["50%"] * 3, *["2:4"] * 4]
     assert report.totals.model_zeros == found.zeros
     # A claim that the input itself did not keep is not handed on.
     refilled = Path(shutil.copytree(tmp_path / "a" / "model", tmp_path / "refilled"))
@@ -223,48 +214,25 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     assert [width[1:] for width in found.widths] == [("MLP channels", 48, 12)] * 2
 
 
-@pytest.mark.parametrize(
-    "listed",
-    [None, 5, {"layer": "a"}, ["a"], [{"layer": "a"}]]
-    + [[entry] for entry in ({"layer": ["a"], "unit": "heads", "before": 8}, {"layer": "a", "unit": "heads"})],
-)
-def test_widths_that_are_none_in_the_input_s_record_are_left_out(listed: Any) -> None:
-    """Nobody wants to lose a run at its end to what another tool has written there."""
-    own = [{"layer": "a", "unit": "heads", "before": 4, "after": 2}]
-    assert kept_widths({"widths": listed}, own) == own
-
-
-def test_zeros_are_those_of_operators_that_are_claimed_to_be_pruned() -> None:
-    claims = ({"sparsity": "50%", "zeros": 8}, {"sparsity": "0%", "zeros": 4}, {"sparsity": "2:4"}, {"zeros": "two"})
-    assert claimed_zeros(dict(zip("abcd", claims, strict=True))) == 8
-
-
 @pytest.mark.parametrize("architecture", ["gpt_oss", "qwen3_moe"])
 def test_experts_that_stay_keep_their_claims(tmp_path: Path, architecture: str) -> None:
     """Under the numbers that they have now."""
     folder = tiny.save(architecture, tmp_path / "model")
-    ignore = [rf"re:layers\.{layer}\.mlp\.experts\.{expert}\." for layer, expert in ((0, 1), (1, 2))]
-    settings: dict[str, Any] = {"sparsity": "2:4", "permutation": "channels", "ignore": ignore}
-    fp.prune(folder, tmp_path / "a", method="magnitude", **settings, calibration=CALIBRATION)
+    settings: dict[str, Any] = {"sparsity": "2:4", "permutation": "channels", "calibration": CALIBRATION}
+    fp.prune(folder, tmp_path / "a", method="magnitude", **settings)
     report = fp.prune(tmp_path / "a" / "model", tmp_path / "b", structure="experts=1", calibration=CALIBRATION)
-    kept = [layer.removals[0].kept for layer in report.layers]
-    assert any(numbers != [0, 1, 2] for numbers in kept)  # some have moved
+    assert any(layer.removals[0].kept != [0, 1, 2] for layer in report.layers)  # some have moved
     found = inspect_checkpoint(tmp_path / "b")
     assert found.violations == []
     experts = [operator for operator in found.operators if "expert" in operator.name]
     assert len(experts) == 2 * 3 * (2 if architecture == "gpt_oss" else 3)
-    assert {operator.claim for operator in experts} == {"2:4", None}
-    assert all((operator.claim == "2:4") == (operator.zeros > 0) for operator in experts)
+    assert {operator.claim for operator in experts} == {"2:4"}
     before, after = (set(read_pruning_record(tmp_path / run / "model")["permuted"]) for run in "ab")
     assert any(".experts." in name for name in before) == (architecture == "qwen3_moe")
-    assert not any(".experts.3." in name for name in after)  # three stay
+    assert after == {name for name in before if ".experts.3." not in name}  # three stay
     if architecture == "qwen3_moe":
         claims = read_pruning_record(tmp_path / "b" / "model")["operators"]
         assert all(claim["operator"] == name.removesuffix(".weight") for name, claim in claims.items())
-    for layer, numbers in enumerate(kept):
-        for now, number in enumerate(numbers):
-            name = f"model.layers.{layer}.mlp.experts.{{}}.down_proj.weight"
-            assert (name.format(now) in after) == (name.format(number) in before)
 
 
 def test_claims_of_weights_that_are_stored_inputs_first_stay(tmp_path: Path) -> None:
@@ -295,15 +263,7 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
     assert str(runs) not in card.split("## Lineage")[1]  # cards are published
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        '{"lineage": {"stages": 3}}',
-        '{"lineage": [',
-        '{"lineage": {"source": {"source": 1}}}',
-        '{"lineage": {"stages": [3]}, "operators": 3}',
-    ],
-)
+@pytest.mark.parametrize("record", ['{"lineage": [', '{"lineage": {"stages": [3]}, "operators": 3}'])
 def test_a_lineage_that_cannot_be_read_is_named_and_left_out(runs: Path, record: str, tmp_path: Path) -> None:
     dense = next((runs / "models--a--b" / "snapshots").iterdir())
     folder = Path(shutil.copytree(dense, tmp_path / "dense"))
@@ -313,8 +273,3 @@ def test_a_lineage_that_cannot_be_read_is_named_and_left_out(runs: Path, record:
     assert len(stored(tmp_path / "run")["stages"]) == 1
     if "[" not in record:
         assert any("lineage that cannot be read" in fault for fault in inspect_checkpoint(folder).violations)
-
-
-def test_status_knows_when_the_last_layer_was_done(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(runs / "once"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["seconds_since_last_layer"] >= 0

@@ -10,7 +10,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,50 +20,51 @@ from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.measure import streaming
 from fistapruner.measure.bench import record
+from fistapruner.measure.run import add_scores, put_in_place, same_comparison
 from fistapruner.measure.zero_shot import Tasks
-from fistapruner.models.source import UNTRUSTED
-from fistapruner.pipeline.kept_evaluations import add_scores, put_in_place, same_comparison
-from fistapruner.pipeline.measure import measure
-from fistapruner.reporting.quality import gain, quality_facts
-from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
+from fistapruner.reporting.quality import quality_facts
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
-from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import Lineage, Report, Stage, is_run, load_run
+from fistapruner.runs.records import is_run, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
-from fistapruner.runs.training_directory import RecoverDirectory
-from fistapruner.runs.training_records import Recovery
-from fistapruner.settings.execution_settings import Execution
 from speeds import in_this_process
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+CALIBRATION = {"source": "python", "samples": 4, "seqlen": 32}
+TRAINING: dict[str, Any] = {"data": {"source": "python", "tokens": 512, "seqlen": 32}, "evaluate": None, "steps": 1}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model and a finished run of it that nothing was measured on."""
-    folder = tmp_path_factory.mktemp("measured")
-    dense = tiny.save("llama", folder / "dense", dtype=torch.bfloat16)
-    fp.prune(str(dense), folder / "run", method="wanda", calibration={"source": "python", "samples": 4, "seqlen": 32})
+def make(folder: Path) -> Path:
+    """Make a dense model, a run of it and a recovery of the run that nothing was measured on."""
+    dense = tiny.save("llama", folder / "dense", dtype=torch.bfloat16, num_hidden_layers=2)
+    fp.prune(dense, folder / "run", method="wanda", calibration=CALIBRATION)
+    fp.recover(folder / "run", folder / "recovered", **TRAINING)
     (folder / "text.txt").write_text(TEXT)
     return folder
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that all tests share."""
+    return make(tmp_path_factory.mktemp("measured"))
+
+
 def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same again takes its place; other windows stand beside it."""
     run, text = made / "run", str(made / "text.txt")
     assert is_run(run)
     assert not is_run(run / "model")
     assert main(["evaluate", str(run), "--data", text, "--seqlen", "16", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["reference"]["perplexity"] == fp.evaluate(made / "dense", text, seqlen=16).perplexity.perplexity  # type: ignore[union-attr]
+    alone = fp.evaluate(made / "dense", text, seqlen=16).perplexity
+    assert alone is not None
+    assert printed["reference"]["perplexity"] == alone.perplexity
     kept = json.loads((run / "report.json").read_text())["evaluations"]
     assert kept == [printed]
     figure = f"{printed['perplexity']['perplexity']:.2f}"
     assert figure in (run / "model" / "README.md").read_text()
     if (run / "report.html").exists():  # the extra 'report' may not be installed
         assert figure in (run / "report.html").read_text()
-    # The same again takes its place; other windows stand beside it.
-    fp.evaluate_run(run, text, seqlen=16)
     fp.evaluate_run(run, text, seqlen=16, windows=2)
     fp.evaluate_run(run, text, seqlen=16)
     report = load_run(run)
@@ -74,227 +74,128 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]  # type: ignore[union-attr]
 
 
-def test_a_limit_reaches_every_evaluation_of_a_run(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_limit_reaches_every_evaluation(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one at the end of a run goes on where it is too small, and the report says so; others are refused."""
-    text, run = str(made / "text.txt"), Path(shutil.copytree(made / "run", tmp_path / "run"))
+    text, before = str(made / "text.txt"), load_run(made / "run").evaluations
     monkeypatch.setattr(streaming, "resident_memory", lambda: 2**30)
-    told = "--memory-limit 1.00 GiB is not enough: "
-    for refused in (
-        lambda: fp.evaluate_run(run, text, seqlen=16, windows=2, memory_limit="1GiB"),
-        lambda: fp.evaluate(made / "dense", text, seqlen=16, windows=2, memory_limit=2**30),
-    ):
-        with pytest.raises(fp.FistaPrunerError, match=f"^{told}"):
-            refused()
     settings = ["--data", text, "--seqlen", "16", "--windows", "2", "--memory-limit", "1GiB", "--quiet"]
-    for target in (run, made / "dense"):
+    for target in (made / "run", made / "dense"):
         assert main(["evaluate", str(target), *settings]) == 2
-        assert told in capsys.readouterr().err
-    before = load_run(run)
-    before.evaluations.clear()
-    request = EvaluationRequest(data=text, windows=2, seqlen=16)
-    report = measure(PruneDirectory(run), before, request, Execution(memory_limit=2**30), UNTRUSTED, tiny.Said())
-    assert len(report.evaluations) == 1
-    assert [line for line in load_run(run).warnings if line.startswith(told)]
+        assert "--memory-limit 1.00 GiB is not enough: " in capsys.readouterr().err
+    assert load_run(made / "run").evaluations == before
 
 
 def test_the_time_of_a_run_has_its_evaluation_and_samples(made: Path, tmp_path: Path) -> None:
-    calibration = {"source": "self", "samples": 2, "seqlen": 16}
-    report = fp.prune(made / "dense", tmp_path / "run", calibration=calibration, evaluate=made / "text.txt")
+    asked: dict[str, Any] = {"calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    report = fp.prune(made / "dense", tmp_path / "run", evaluate=made / "text.txt", **asked)
     split = load_run(tmp_path / "run").totals.time_split
     assert {"calibration", "sensitivity", "evaluation", "samples"} <= split.keys()
     assert report.totals.seconds_in_all == report.totals.seconds + split["evaluation"] + split["samples"]  # type: ignore[operator]
-    before = dict(split)
-    fp.prune(made / "dense", tmp_path / "run", calibration=calibration, evaluate=made / "text.txt")
-    assert load_run(tmp_path / "run").totals.time_split == before
+    fp.prune(made / "dense", tmp_path / "run", evaluate=made / "text.txt", **asked)
+    assert load_run(tmp_path / "run").totals.time_split == split
 
 
-def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> None:
-    """By a run and by a comparison, but not where Python's language reference is both: its parts are apart."""
-    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    settings = {"samples": 2, "seqlen": 16}
-    told = f"1 of the 1 documents of the evaluation text {str(text)!r} are also in the calibration text ("
-    for source, data, expected in ((str(text), str(text), True), ("python", "python", False)):
-        said, out = tiny.Said(), tmp_path / f"run-{expected}"
-        calibration = {"source": source, **settings}
-        report = fp.prune(
-            dense, out, method="magnitude", calibration=calibration, evaluate=data, evaluate_windows=2, listener=said
-        )
-        for lines in (report.warnings, said.sentences):
-            assert any(line.startswith(told) for line in lines) == expected
-    comparison = fp.compare(
-        dense,
-        "magnitude",
-        ["50%"],
-        tmp_path / "compared",
-        settings={"calibration": {"source": str(text), **settings}},
-        data=str(text),
-        windows=2,
-    )
-    assert [warning[: len(told)] for warning in comparison.warnings] == [told]
-
-
-def test_text_that_is_measured_or_calibrated_on_later_is_compared_too(tmp_path: Path) -> None:
-    """Where a finished run is evaluated on its calibration text, by itself or its command."""
-    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
+def test_text_that_was_seen_before_is_told(made: Path, tmp_path: Path) -> None:
+    """By a run, a later evaluation, and a comparison; not where Python's reference is both: its parts are apart."""
+    dense, told = made / "dense", "documents of the evaluation text"
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text(TEXT)
     other.write_text(TEXT[1:])
     settings: dict[str, Any] = {"method": "magnitude", "evaluate_windows": 2}
+    for source, data, expected in ((str(text), str(text), True), ("python", "python", False)):
+        said, calibration = tiny.Said(), {"source": source, "samples": 2, "seqlen": 16}
+        out = tmp_path / f"run-{expected}"
+        report = fp.prune(dense, out, calibration=calibration, evaluate=data, listener=said, **settings)
+        for lines in (report.warnings, said.sentences):
+            assert any(told in line for line in lines) == expected
     calibration = {"source": str(text), "samples": 2, "seqlen": 16}
-    for name in ("measured", "again"):
-        fp.prune(dense, tmp_path / name, calibration=calibration, method="magnitude")
-    said = tiny.Said()
-    fp.evaluate_run(tmp_path / "measured", str(other), seqlen=16, windows=2, listener=said)
-    assert not [line for line in said.sentences if "are also in the calibration text" in line]
-    fp.evaluate_run(tmp_path / "measured", str(text), seqlen=16, windows=2, listener=said)
-    fp.prune(dense, tmp_path / "again", calibration=calibration, evaluate=str(text), listener=said, **settings)
-    assert sum("are also in the calibration text" in line for line in said.sentences) == 2
-    for name in ("measured", "again"):
-        (warning,) = load_run(tmp_path / name).warnings
-        assert f"documents of the evaluation text {str(text)!r} are also in the calibration text" in warning
+    fp.prune(dense, tmp_path / "later", calibration=calibration, method="magnitude")
+    for data, warnings in ((other, 0), (text, 1)):
+        fp.evaluate_run(tmp_path / "later", str(data), seqlen=16, windows=2)
+        assert len(load_run(tmp_path / "later").warnings) == warnings
+    out = tmp_path / "compared"
+    found = fp.compare(dense, "magnitude", ["50%"], out, settings={"calibration": calibration}, data=text, windows=2)
+    assert [told in warning for warning in found.warnings] == [True]
 
 
 def test_text_of_calibration_and_training_is_told_of_a_recovery(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In its report, and in what its command prints as JSON."""
-    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
     text, trained = tmp_path / "text.jsonl", tmp_path / "trained.jsonl"
     for file, word in ((text, "best"), (trained, "worst")):
         lines = (f"{number} is the {word} of times, as everybody knows." for number in range(40))
         file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     calibration = {"source": str(text), "samples": 2, "seqlen": 16}
     following = {"steps": 1, "rank": 2, "data": {"source": str(trained), "seqlen": 16, "tokens": 300}}
-    settings: dict[str, Any] = {"method": "magnitude", "calibration": calibration}
-    fp.prune(dense, tmp_path / "run", evaluate=str(trained), evaluate_windows=2, **settings)
-    report = fp.recover(tmp_path / "run", tmp_path / "recovered", **following)
-    assert ["are also in the training text" in warning for warning in report.warnings] == [True]
+    fp.prune(made / "dense", tmp_path / "run", method="magnitude", calibration=calibration)
+    fp.recover(tmp_path / "run", tmp_path / "recovered", evaluate=None, **following)
     for file, told in ((text, "calibration"), (trained, "training")):
         command = ["evaluate", str(tmp_path / "recovered"), "--data", str(file), "--windows", "2", "--json"]
         assert main([*command, "--seqlen", "16"]) == 0
         (warning,) = json.loads(capsys.readouterr().out)["warnings"]
         assert f"documents of the evaluation text {str(file)!r} are also in the {told} text" in warning
     told = [warning.partition(" documents")[0] for warning in load_run(tmp_path / "recovered").warnings]
-    assert told == ["8 of the 40", "40 of the 40", "40 of the 40"]  # those trained on; then those of both files
+    assert told == ["40 of the 40", "40 of the 40"]
 
 
-def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirectory:
-    """A finished recovery run of a pruning run, as far as measuring reads it; its weights are the dense model's."""
-    run, before = RecoverDirectory(folder), load_run(pruned)
-    run.create()
-    shutil.copytree(pruned.parent / "dense", run.model)
-    record = json.loads((pruned / "model" / "fistapruner.json").read_text())
-    (run.model / "fistapruner.json").write_text(json.dumps({**record, "fingerprint": "recovered"}))
-    own = Stage(kind="recover", fingerprint="recovered")
-    assert before.lineage is not None
-    lineage = Lineage(source=before.lineage.source, stages=[*before.lineage.stages, own])
-    decision = TrainingDecision(
-        model=str(pruned),
-        folder=pruned / "model",
-        numerics=Numerics(batch_size=1, by_operator=False, threads=1, device="cpu", dtype="bfloat16"),
-        dense=dense,
-        steps=4,
-    )
-    facts = before.model_dump(exclude={"layers", "totals", "evaluations", "generations", "speed", "recipe", "lineage"})
-    changes = {"kind": "recover", "fingerprint": "recovered", "lineage": lineage, "recovery": Recovery(loss="kl")}
-    run.write_record(TrainingRecord(**{**facts, **changes, "decision": decision}))
-    run.write_report(Report(**{**facts, **changes}))
-    run.write_model_record("recovered", {})
-    return run
-
-
-def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> None:
-    text, pruned = str(made / "text.txt"), made / "run"
-    run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
+def evaluated(run: Path, text: str | None = None, **asked: Any) -> list[str]:
+    """Evaluate a run; what was said to be evaluated."""
     said = tiny.Said()
-    request = EvaluationRequest(data=text, windows=3, seqlen=24)
-    report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, said)
+    fp.evaluate_run(run, text, listener=said, **asked)
+    return [line for line in said.sentences if line.startswith("evaluating")]
+
+
+def test_a_recovery_is_measured_beside_its_input(tmp_path: Path) -> None:
+    """Nothing is measured twice, and what the input's run has measured of the same model is taken from it."""
+    folder, text = make(tmp_path), str(tmp_path / "text.txt")
+    run, recovered = folder / "run", folder / "recovered"
+    assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=24, windows=3))
+    report = load_run(recovered)
     (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
-    dense = fp.evaluate(made / "dense", text, seqlen=24, windows=3).perplexity
-    assert after.perplexity == after.reference == dense
-    assert before.perplexity == fp.evaluate(pruned / "model", text, seqlen=24, windows=3).perplexity
-    assert before.reference == dense
-    assert load_run(run.folder).recovery.before == [before]  # type: ignore[union-attr]
-    assert any("before recovery" in line for line in said.sentences)
-    assert {name for name, text in vars(report.generations[0]).items() if text} == {
-        "prompt",
-        "dense",
-        "pruned",
-        "recovered",
-    }
-    assert load_run(run.folder).lineage.stages[-1].figures.perplexity == replace(dense, window_nlls=())  # type: ignore
-    # Nothing is measured twice, and what the input's run has measured is taken from it.
-    said.sentences.clear()
-    measure(run, report, request, Execution(), UNTRUSTED, said)
-    assert not [line for line in said.sentences if line.startswith("evaluating")]
-    known = fp.evaluate_run(pruned, text, seqlen=20, windows=4)
-    fp.evaluate_run(run.folder, text, seqlen=20, windows=4, listener=said)
-    assert not [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
-    assert load_run(run.folder).recovery.before == [before, known]  # type: ignore[union-attr]
-    fp.evaluate_run(run.folder, text, seqlen=20, windows=2, listener=said)
-    assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
-    assert len(load_run(run.folder).recovery.before) == 3  # type: ignore[union-attr]
+    for found, model in ((after, recovered / "model"), (before, run / "model")):
+        alone = fp.evaluate(model, text, seqlen=24, windows=3, against=folder / "dense")
+        assert (found.perplexity, found.reference) == (alone.perplexity, alone.reference)
+    assert after.perplexity != before.perplexity
+    assert report.lineage.stages[-1].figures.perplexity == replace(after.perplexity, window_nlls=())  # type: ignore
+    known = fp.evaluate_run(run, text, seqlen=20, windows=4)
+    assert not any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=4))
+    assert load_run(recovered).recovery.before == [before, known]  # type: ignore[union-attr]
+    assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=2))
+    assert len(load_run(recovered).recovery.before) == 3  # type: ignore[union-attr]
+    # The input's run was measured against another model, or was made again since, with another result.
+    fp.evaluate_run(run, text, seqlen=16, windows=5, against=run / "model")
+    content = json.loads((run / "report.json").read_text())
+    fp.evaluate_run(run, text, seqlen=16, windows=6)
+    (run / "report.json").write_text(json.dumps({**content, "fingerprint": "another"}))
+    for windows in (5, 6):
+        assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=16, windows=windows))
 
 
 def test_scores_before_recovery_are_those_that_the_input_s_run_has(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From an evaluation of tasks alone, too, and on the same items."""
-    pruned = Path(shutil.copytree(made / "run", tmp_path / "run"))
-    shutil.copytree(made / "dense", tmp_path / "dense")
-    run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
-    module = sys.modules[fp.evaluate.__module__]
-    scores: dict[Path, TaskResult] = {}
+    """On the same items only; lm-eval may not be installed."""
+    folder, module = make(tmp_path), sys.modules[fp.evaluate.__module__]
+    run, recovered = folder / "run", folder / "recovered"
+    scores = {run / "model": TASKS[0], recovered / "model": replace(TASKS[0], value=0.6)}
     monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
     monkeypatch.setattr(module, "evaluate_tasks", lambda folder, *_, **__: (scores[folder],))
-    before, after = (TaskResult("piqa", "acc", 10, value, 0.1) for value in (0.3, 0.4))
-    scores = {pruned / "model": before, run.model: after}
-    fp.evaluate_run(pruned, tasks="piqa")
-    fp.evaluate_run(run.folder, tasks="piqa")
-    fp.evaluate_run(run.folder, str(made / "text.txt"), seqlen=16, windows=2, tasks="piqa")
-    report = load_run(run.folder)
-    assert [one.tasks for one in report.recovery.before] == [(before,), ()]  # type: ignore[union-attr]
-    assert "| 30.0 ± 10.0 | 40.0 ± 10.0 |" in (run.model / "README.md").read_text()
-    for other in (replace(after, items_sha256="of another file"), replace(after, items=20)):
-        scores[run.model] = other
-        fp.evaluate_run(run.folder, tasks="piqa")
-        report = load_run(run.folder)
-        assert report.evaluations[-1].tasks == (other,)
-        assert quality_facts(report)[-1].before == ""
+    for target in (run, recovered):
+        fp.evaluate_run(target, tasks="piqa")
+    assert "| 50.0 ± 10.0 | 60.0 ± 10.0 |" in (recovered / "model" / "README.md").read_text()
+    scores[recovered / "model"] = replace(TASKS[0], items=20)
+    fp.evaluate_run(recovered, tasks="piqa")
+    report = load_run(recovered)
+    assert [each.tasks for each in report.recovery.before] == [TASKS[:1]]  # type: ignore[union-attr]
+    assert quality_facts(report)[-1].before == ""
 
 
-def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_path: Path) -> None:
-    """The input's run was made again since, with another result; or it was measured against another model."""
-    text, pruned = str(made / "text.txt"), tmp_path / "pruned"
-    shutil.copytree(made / "run", pruned)
-    shutil.copytree(made / "dense", tmp_path / "dense")
-    run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
-    fp.evaluate_run(pruned, text, seqlen=16, windows=5, against=tmp_path / "dense")
-    said = tiny.Said()
-    fp.evaluate_run(run.folder, text, seqlen=16, windows=5, listener=said)
-    assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
-    (kept,) = load_run(run.folder).recovery.before  # type: ignore[union-attr]
-    assert kept.against == str(made / "dense")
-    fp.evaluate_run(pruned, text, seqlen=16, windows=6)
-    report = json.loads((pruned / "report.json").read_text())
-    (pruned / "report.json").write_text(json.dumps({**report, "fingerprint": "another"}))
-    said.sentences.clear()
-    fp.evaluate_run(run.folder, text, seqlen=16, windows=6, listener=said)
-    assert [line for line in said.sentences if line.startswith("evaluating the model before recovery")]
-
-
-@pytest.mark.parametrize("recovered", [False, True])
-def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, recovered: bool) -> None:
+@pytest.mark.parametrize("name", ["run", "recovered"])
+def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, name: str) -> None:
     """The dense model is known by its files, wherever they are."""
-    text = str(made / "text.txt")
-    if recovered:
-        folder = recovery_of(made / "run", tmp_path / "recovered", made / "dense").folder
-    else:
-        folder = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    text, folder = str(made / "text.txt"), Path(shutil.copytree(made / name, tmp_path / name))
     again = Path(shutil.copytree(made / "dense", tmp_path / "again"))
     own = fp.evaluate_run(folder, text, seqlen=16, windows=3)
     kept, said = load_run(folder), tiny.Said()
@@ -304,47 +205,24 @@ def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, 
     assert found.reference.perplexity != own.reference.perplexity  # type: ignore[union-attr]
     assert load_run(folder) == kept
     assert any("is not the dense model of this run" in line for line in said.sentences)
-    assert said.passes[0] == "opening and checking the models"  # the sentence is not said again as what goes on
     assert fp.evaluate_run(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
 
 
-def test_a_dense_model_that_has_changed_is_not_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused where it is the default, and left out where speed is measured; another can be named."""
-    measured: list[Path | None] = []
-    monkeypatch.setattr("fistapruner.pipeline.measure_run.lost_structure", lambda record: True)
-    monkeypatch.setattr(
-        "fistapruner.pipeline.measure_run.bench", lambda *_, before, **__: measured.append(before) or []
-    )
-    monkeypatch.setattr("fistapruner.pipeline.measure_run.publish", Mock())
-    dense, run, text = tmp_path / "dense", tmp_path / "run", tmp_path / "text.txt"
-    text.write_text(TEXT)
-    tiny.save("llama", dense, num_hidden_layers=1)
-    fp.prune(dense, run, method="magnitude", calibration={"source": "python", "samples": 2, "seqlen": 16})
-    same = shutil.copytree(dense, tmp_path / "same")
-    fp.bench_run(run)
-    shutil.rmtree(dense)
-    tiny.save("llama", dense, num_hidden_layers=1, seed=5)
-    said = tiny.Said()
-    fp.bench_run(run, listener=said)
-    assert measured == [dense, None]
-    assert any("model.safetensors has changed" in line for line in said.sentences)
+def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused where it is the default; another can be named."""
+    folder, text = make(tmp_path), str(tmp_path / "text.txt")
+    dense, run = folder / "dense", folder / "run"
+    same = dense.rename(tmp_path / "elsewhere")
+    command = ["evaluate", str(run), "--data", text, "--seqlen", "16", "--windows", "2", "--quiet"]
+    assert main(command) == 2
+    assert "--against" in capsys.readouterr().err
+    assert main([*command, "--against", str(same)]) == 0
+    tiny.save("llama", dense, dtype=torch.bfloat16, num_hidden_layers=2, seed=5)
     with pytest.raises(FistaPrunerError, match=r"dense/model\.safetensors has changed: .* name the .* with --against"):
-        fp.evaluate_run(run, str(text), seqlen=16, windows=2)
-    assert fp.evaluate_run(run, str(text), seqlen=16, windows=2, against=same).reference is not None
-
-
-def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
-    pruned = tmp_path / "pruned"
-    shutil.copytree(made / "run" / "model", pruned / "model")  # no run that names the dense model
-    shutil.copytree(made / "dense", tmp_path / "dense")
-    (pruned / "report.json").write_text((made / "run" / "report.json").read_text())
-    run = recovery_of(pruned, tmp_path / "recovered", None)
-    request = EvaluationRequest(data=str(made / "text.txt"), windows=3, seqlen=24)
-    report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, tiny.Said())
-    (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
-    assert after.against is before.against is after.reference is None
-    assert gain(before, after) is not None
-    assert report.generations[0].dense is None
+        fp.evaluate_run(run, text, seqlen=16, windows=2)
+    assert fp.evaluate_run(run, text, seqlen=16, windows=2, against=same).reference is not None
 
 
 class Stopping(Listener):
@@ -355,27 +233,24 @@ class Stopping(Listener):
             raise KeyboardInterrupt
 
 
-def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(made: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"data": {"source": "python", "tokens": 512, "seqlen": 32}, "evaluate": None}
-    out, text = tmp_path / "recovered", str(made / "text.txt")
-    fp.recover(made / "run", out, **settings)
-    fp.evaluate_run(out, text, seqlen=16, windows=2)
-    before = load_run(out).recovery.before  # type: ignore[union-attr]
+def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(tmp_path: Path) -> None:
+    folder, text = make(tmp_path), str(tmp_path / "text.txt")
+    fp.evaluate_run(folder / "recovered", text, seqlen=16, windows=2)
+    before = load_run(folder / "recovered").recovery.before  # type: ignore[union-attr]
     assert len(before) == 1
-    shutil.rmtree(out / "model")
-    again = fp.recover(made / "run", out, **settings)
+    shutil.rmtree(folder / "recovered" / "model")
+    again = fp.recover(folder / "run", folder / "recovered", **TRAINING)
     assert again.recovery.before == before  # type: ignore[union-attr]
-    assert "| before | recovered |" in (out / "model" / "README.md").read_text()
+    assert "| before | recovered |" in (folder / "recovered" / "model" / "README.md").read_text()
 
 
 def test_the_failure_of_an_earlier_attempt_is_not_the_state_of_a_run(made: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"data": {"source": "python", "tokens": 512, "seqlen": 32}, "evaluate": None}
     out = tmp_path / "recovered"
     with pytest.raises(KeyboardInterrupt):
-        fp.recover(made / "run", out, listener=Stopping(), **settings)
+        fp.recover(made / "run", out, listener=Stopping(), **TRAINING)
     (out / "report.json").write_text(load_run(out).model_copy(update={"status": "failed"}).model_dump_json())
     with pytest.raises(KeyboardInterrupt):
-        fp.recover(made / "run", out, listener=Stopping(), **settings)
+        fp.recover(made / "run", out, listener=Stopping(), **TRAINING)
     assert load_run(out).status == "running"
 
 
@@ -402,9 +277,7 @@ def test_a_perplexity_outlives_tasks_that_fail(
     printed = capsys.readouterr()
     assert "the hub is down" in printed.err
     if of_run:
-        assert 3 in [
-            evaluation.perplexity.windows for evaluation in load_run(target).evaluations if evaluation.perplexity
-        ]
+        assert 3 in [each.perplexity.windows for each in load_run(target).evaluations if each.perplexity]
     else:
         assert "perplexity" in printed.out
 
@@ -417,10 +290,8 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     report = load_run(run)
     assert report.speed is not None
     assert {key: report.speed[key] for key in printed} == printed
-    assert report.speed["machine"]["threads"]
-    assert report.totals.compressed_bytes == next(
-        row["file_size"] for row in printed["speeds"] if row["variant"] == "packed"
-    )
+    sizes = {row["variant"]: row["file_size"] for row in printed["speeds"]}
+    assert report.totals.compressed_bytes == sizes["packed"]
     card = (run / "model" / "README.md").read_text()
     assert "Decoding, packed, tokens/s" in card
     assert "Compressed checkpoint" in card
@@ -435,82 +306,64 @@ def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, caps
     for verb in ("evaluate", "bench"):
         assert main([verb, str(tmp_path / "run")]) == 2
         assert "has no finished checkpoint" in capsys.readouterr().err
-    moved = made / "dense"
-    moved.rename(made / "elsewhere")
-    try:
-        assert main(["evaluate", str(made / "run"), "--data", str(made / "text.txt"), "--seqlen", "16"]) == 2
-        assert "--against" in capsys.readouterr().err
-        arguments = [
-            "--data",
-            str(made / "text.txt"),
-            "--seqlen",
-            "16",
-            "--against",
-            str(made / "elsewhere"),
-            "--quiet",
-        ]
-        assert main(["evaluate", str(made / "run"), *arguments]) == 0
-    finally:
-        (made / "elsewhere").rename(moved)
 
 
-def test_a_new_figure_takes_the_place_of_the_old_one() -> None:
-    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
-    tasks = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
-    earlier = [Evaluation("m", perplexity=text, reference=text, tasks=tasks[:1]), Evaluation("m", tasks=tasks[1:])]
-    again = Evaluation("m", tasks=tasks[1:])
-    assert put_in_place(earlier, again) == [earlier[0], again]
-    again = Evaluation("m", perplexity=text)
-    assert put_in_place(earlier[:1], again) == [again, Evaluation("m", tasks=tasks[:1])]
-    again = Evaluation("m", perplexity=text, tasks=tasks)
-    assert put_in_place(earlier, again) == [again]
-    of_norms = replace(tasks[0], metric="acc_norm")
-    kept = [Evaluation("m", tasks=(of_norms,)), Evaluation("m", tasks=tasks[:1])]
-    assert put_in_place([Evaluation("m", tasks=(tasks[0], of_norms))], kept[1]) == kept
-    # The first text stays the first, so it stays in the headline.
-    other = Evaluation("m", perplexity=replace(text, text_sha256="bb"))
-    assert put_in_place([earlier[0], other], again) == [again, other]
-    assert put_in_place([earlier[0], other], other) == [earlier[0], other]
+PERPLEXITY = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
+TASKS = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
+FULL = TaskResult("piqa", "acc", 1838, 0.5, 0.1, source="lm-eval", available=1838, dtype="bfloat16")
+SHORT = replace(FULL, items=100, value=0.6)
 
 
-def test_a_short_try_does_not_take_the_place_of_a_full_score() -> None:
-    full = TaskResult("piqa", "acc", 1838, 0.5, 0.1, source="lm-eval", available=1838, dtype="bfloat16")
-    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
-    stored = [Evaluation("m", tasks=(full,))]
-    short = replace(full, items=100, value=0.6)
-    assert put_in_place(stored, Evaluation("m", tasks=(short,))) == stored
-    assert put_in_place(stored, Evaluation("m", perplexity=text, tasks=(short,))) == [
-        *stored,
-        Evaluation("m", perplexity=text),
-    ]
-    other = replace(short, source="local file", available=100)
-    assert put_in_place(stored, Evaluation("m", tasks=(other,))) == stored
-    for better in (replace(full, value=0.6, dtype="float32"), replace(short, available=100)):  # the task has fewer now
-        again = Evaluation("m", tasks=(better,))
-        assert put_in_place(stored, again) == [again]
-    longer = Evaluation("m", tasks=(replace(short, items=200),))
-    assert put_in_place([Evaluation("m", tasks=(short,))], longer) == [longer]
+def kept(*parts: Perplexity | tuple[TaskResult, ...]) -> Evaluation:
+    """An evaluation of a perplexity, tasks or both."""
+    text = next((part for part in parts if isinstance(part, Perplexity)), None)
+    return Evaluation("m", perplexity=text, tasks=next((part for part in parts if isinstance(part, tuple)), ()))
+
+
+NORMS, OTHER = (replace(TASKS[0], metric="acc_norm"),), replace(PERPLEXITY, text_sha256="bb")
+BOTH = [kept(PERPLEXITY, TASKS[:1]), kept(TASKS[1:])]
+
+
+@pytest.mark.parametrize(
+    ("stored", "found", "expected"),
+    [
+        (BOTH, kept(TASKS[1:]), BOTH),
+        (BOTH[:1], kept(PERPLEXITY), [kept(PERPLEXITY), kept(TASKS[:1])]),
+        (BOTH, kept(PERPLEXITY, TASKS), [kept(PERPLEXITY, TASKS)]),
+        ([kept((TASKS[0], *NORMS))], kept(TASKS[:1]), [kept(NORMS), kept(TASKS[:1])]),
+        # The first text stays the first, so it stays in the headline.
+        ([BOTH[0], kept(OTHER)], kept(PERPLEXITY, TASKS), [kept(PERPLEXITY, TASKS), kept(OTHER)]),
+        ([BOTH[0], kept(OTHER)], kept(OTHER), [BOTH[0], kept(OTHER)]),
+        # A short try does not take the place of a full score, but a longer or a full one does.
+        ([kept((FULL,))], kept((SHORT,)), [kept((FULL,))]),
+        ([kept((FULL,))], kept(PERPLEXITY, (SHORT,)), [kept((FULL,)), kept(PERPLEXITY)]),
+        ([kept((FULL,))], kept((replace(FULL, value=0.6),)), [kept((replace(FULL, value=0.6),))]),
+        ([kept((FULL,))], kept((replace(SHORT, available=100),)), [kept((replace(SHORT, available=100),))]),
+        ([kept((SHORT,))], kept((replace(SHORT, items=200),)), [kept((replace(SHORT, items=200),))]),
+    ],
+)
+def test_a_new_figure_takes_the_place_of_the_old_one(
+    stored: list[Evaluation], found: Evaluation, expected: list[Evaluation]
+) -> None:
+    assert put_in_place(stored, found) == expected
 
 
 def test_a_score_of_the_input_is_added_once_and_without_figures_of_a_text() -> None:
     """Several runs may have it, and beside a perplexity against another dense model."""
-    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
-    tasks = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
-    found = Evaluation("m", against="other", perplexity=text, reference=text, tasks=tasks)
-    result = [Evaluation("r", tasks=(replace(tasks[0], value=0.6),))]
+    found = Evaluation("m", against="other", perplexity=PERPLEXITY, reference=PERPLEXITY, tasks=TASKS)
+    result = [Evaluation("r", tasks=(replace(TASKS[0], value=0.6),))]
     before: list[Evaluation] = []
     assert add_scores(before, result, [found, found])
-    assert before == [Evaluation("m", against="other", tasks=tasks[:1])]
+    assert before == [Evaluation("m", against="other", tasks=TASKS[:1])]
     assert not add_scores(before, result, [found])
     assert len(before) == 1
 
 
 def test_a_dense_model_is_the_same_under_another_spelling() -> None:
-    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
-    found = Evaluation("m", against="a/dense", perplexity=text)
+    found = Evaluation("m", against="a/dense", perplexity=PERPLEXITY)
     for same in ("a/b/../dense", str(Path("a/dense").resolve())):
         assert same_comparison(found, replace(found, against=same))
     for other in ("dense", None):
         assert not same_comparison(found, replace(found, against=other))
-    for another in (replace(text, text_sha256="bb"), replace(text, dtype="float32"), None):
+    for another in (replace(PERPLEXITY, text_sha256="bb"), replace(PERPLEXITY, dtype="float32"), None):
         assert not same_comparison(found, replace(found, perplexity=another))

@@ -25,10 +25,8 @@ from fistapruner.passes.stream import Calls
 from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, LONGEST, ResidualDrift, dense_windows, drift_sources
 from fistapruner.pruning.layer import prune_layer
-from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.solvers.low_rank import solve_low_rank
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 
@@ -178,7 +176,7 @@ def calibration() -> Tensor:
     return torch.randint(3, tiny.VOCABULARY, (SAMPLES, SEQLEN), generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("settings", "noise"),
     [
@@ -209,16 +207,13 @@ def test_streaming_equals_in_memory_bit_for_bit(
         assert torch.equal(streamed[name if name in streamed else name.removeprefix("transformer.")], tensor), name
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "admm"])
-def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pruned_ones(
-    tmp_path: Path, method: str
-) -> None:
+def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pruned_ones(tmp_path: Path) -> None:
     """As the programs of the published methods: one pass of the layer before any of its operators is pruned."""
     folder, seen = tiny.save("llama", tmp_path / "model"), {}
     prune(
         str(folder),
         tmp_path / "run",
-        method=method,
+        method="wanda",
         error_correction=False,
         calibration={"source": "python", "samples": SAMPLES, "seqlen": SEQLEN},
         inspect=lambda layer, group, problem: seen.__setitem__((layer, group), problem),
@@ -252,13 +247,6 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
         prune(str(folder), tmp_path / "parts", recipe=recipe, listener=tiny.Stops(2))
     prune(str(folder), tmp_path / "parts", recipe=recipe)
     assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-    work = RunContext.open(tmp_path / "whole")
-    work._reduce_memory(1)  # as where the memory of a GPU has run out, in this process or in one before it
-    assert (
-        work.dense_windows()
-        == dense_windows(work.recipe, layout, 20, 256, 4)
-        != dense_windows(work.recipe, layout, 20, 256, 1)
-    )
 
 
 def test_windows_of_the_dense_model() -> None:
@@ -305,7 +293,7 @@ def test_drift_is_taken_back(tmp_path: Path) -> None:
     assert left["correct"] < left["none"]
 
 
-@pytest.mark.parametrize("still", [0, 1, 3, 6, 8])
+@pytest.mark.parametrize("still", [0, 3, 8])
 def test_tokens_without_drift_do_not_hide_that_of_others(still: int) -> None:
     """Drift is cut to what is typical of the tokens that have some."""
     dense, seen = HiddenStates((2, 4, 16), torch.float32), HiddenStates((2, 4, 16), torch.float32)
@@ -321,8 +309,8 @@ def test_tokens_without_drift_do_not_hide_that_of_others(still: int) -> None:
     torch.testing.assert_close(found, moved)
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("match", [0, 2])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("match", [2])
 def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(
     tmp_path: Path, stored: torch.dtype, match: int
 ) -> None:
@@ -334,20 +322,18 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
 
 
-def test_weights_that_the_checkpoint_cannot_hold_are_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tiny.save("llama", tmp_path / "model", dtype=torch.float16)
-
-    def large(*arguments: object) -> Any:
-        sparse, low_rank = solve_low_rank(*arguments)
-        sparse.weight[:, 3] *= 1e8
-        return sparse, low_rank
-
-    monkeypatch.setattr("fistapruner.pruning.layer.solve_low_rank", large)
+def test_weights_that_the_checkpoint_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:
+    """Refitted on inputs that are nearly nothing, as of a norm whose weights are."""
+    model = tiny.build("llama")
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data[1::2] *= 1e-6
+        layer.self_attn.q_proj.weight.data[:, ::2] *= 200
+        layer.self_attn.q_proj.weight.data[:, 1::2] *= 0.001
+    model.half().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
     expected = r"layers\.0\.self_attn\.q_proj: a pruned weight of .*e\+0.* beyond 65504, the largest of float16"
     with pytest.raises(FistaPrunerError, match=expected):
-        stream(folder, Recipe.build({"method": "sparsegpt"}), None, dtype=torch.float32)
+        stream(tmp_path / "model", Recipe.build({"method": "magnitude+refit"}), None, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("settings", [{"weighting": "fisher"}, {"dtype": "bfloat16"}], ids=str)
@@ -367,7 +353,7 @@ def test_weights_that_stay_keep_every_bit(tmp_path: Path, settings: dict[str, An
             assert torch.equal(before[after != 0], after[after != 0]), name
 
 
-@pytest.mark.parametrize("method", ["proximal", "sparsegpt"])
+@pytest.mark.parametrize("method", ["sparsegpt"])
 def test_rows_are_weighted_by_their_importance(tmp_path: Path, method: str) -> None:
     """Each operator's rows by its own weights, so that important rows keep more."""
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)

@@ -24,8 +24,13 @@ from fistapruner.runs.prune_directory import PruneDirectory
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}
 
 
+@pytest.mark.parametrize("original", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("architecture", "original"), [*((architecture, True) for architecture in tiny.MIXTURES), ("qwen3_moe", False)]
+    "architecture",
+    [
+        pytest.param(each, marks=[] if each in ("gpt_oss", "gemma4", "qwen2_moe") else pytest.mark.slow)
+        for each in tiny.MIXTURES
+    ],
 )
 def test_a_mixture_is_pruned_exactly_and_loads_under_its_own_names(
     tmp_path: Path, architecture: str, original: bool
@@ -138,6 +143,7 @@ def test_experts_with_few_tokens_or_none_are_named(tmp_path: Path) -> None:
         assert weight[kept].abs().min() >= weight[~kept].abs().max()
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_are_pruned_by_magnitude_by_other_processes_too(tmp_path: Path) -> None:
     folder = tiny.save("qwen3_moe", tmp_path / "model", num_experts=8, num_hidden_layers=2)
     settings: dict[str, Any] = {
@@ -172,16 +178,7 @@ def test_a_gram_of_few_tokens_is_shrunk_towards_its_diagonal(tmp_path: Path) -> 
         assert problem.relative_error(torch.zeros_like(problem.weight)) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "alps", "proximal", "wanda+swap"])
-def test_every_method_prunes_experts(tmp_path: Path, method: str) -> None:
-    folder = tiny.save("mixtral", tmp_path / "model")
-    report = fp.prune(str(folder), tmp_path / "run", method=method, sparsity="50%", calibration=SMALL)
-    entries = report.operators
-    assert sum(entry.zeros for entry in entries) == sum(entry.shape[0] * entry.shape[1] for entry in entries) // 2
-    assert not inspect_checkpoint(tmp_path / "run").violations
-
-
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe"])
 def test_a_stopped_run_of_a_mixture_goes_on_to_the_same_bits(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     settings: dict[str, Any] = {"calibration": SMALL, "execution": {"batch_size": 3}}
@@ -192,7 +189,7 @@ def test_a_stopped_run_of_a_mixture_goes_on_to_the_same_bits(tmp_path: Path, arc
     assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["gpt_oss"])
 def test_a_pruned_mixture_is_recovered_with_its_zeros(tmp_path: Path, architecture: str) -> None:
     folder, text = tiny.save(architecture, tmp_path / "model"), tiny.write_text(tmp_path / "text.jsonl")
     fp.prune(str(folder), tmp_path / "run", method="wanda", sparsity="2:4", calibration=SMALL)

@@ -9,27 +9,18 @@ import sys
 import time
 from concurrent.futures import Future
 from contextlib import suppress
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline.resume import resume
 from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
-from fistapruner.pruning.workers import (
-    ProcessPool,
-    RayPool,
-    cluster_head,
-    prune_in_parallel,
-    require_ray,
-    room_for_workers,
-)
+from fistapruner.pruning.workers import ProcessPool, prune_in_parallel, room_for_workers
+from fistapruner.resuming import resume
 from fistapruner.runs.listener import Listener
 from fistapruner.settings.execution_settings import Execution
 
@@ -104,16 +95,6 @@ def test_two_processes(
     assert not (tmp_path / "trace").exists()
 
 
-def test_two_processes_remove_the_same_channels_and_heads(tmp_path: Path) -> None:
-    """And what stays gets the same zeros."""
-    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
-    smaller = {**SETTINGS, "structure": {"remove": "mlp=25%,heads=1", "multiple": 4}, "sparsity": "50%"}
-    for workers, name in ((1, "serial"), (2, "process")):
-        execution = {"executor": name, "workers": workers, "threads": 1}
-        prune(str(model), tmp_path / name, **smaller, execution=execution)
-    assert tiny.weights(tmp_path / "process") == tiny.weights(tmp_path / "serial")
-
-
 class Deadly(ProcessPool):
     """Kills the workers when they are given some layers, as often as said."""
 
@@ -183,8 +164,6 @@ def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: 
     ("address", "message"),
     [
         ("127.0.0.1:{closed}", r"Ray cluster '127\.0\.0\.1:\d+' cannot be reached: .*refused"),
-        ("127.0.0.1:99999", r"Ray cluster '127\.0\.0\.1:99999' cannot be reached"),
-        ("head", "'head' is not HOST:PORT"),
         ("ray://127.0.0.1:10001", "is not HOST:PORT"),
     ],
 )
@@ -196,35 +175,6 @@ def test_an_address_without_a_cluster_is_refused_at_once(
         address = address.format(closed=free.getsockname()[1])  # nothing listens there
         with pytest.raises(FistaPrunerError, match=message):
             prune(str(model), tmp_path / "run", **SETTINGS, execution={"executor": "ray", "address": address})
-
-
-def test_without_an_address_a_cluster_is_started_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ``RAY_ADDRESS`` says; with ``auto`` it is the cluster, and looked for at once."""
-    asked: list[Any] = []
-
-    def init(**settings: Any) -> None:
-        asked.append(settings["address"])
-        raise ConnectionError("enough")
-
-    module = ModuleType("ray")
-    module.__spec__ = ModuleSpec("ray", None)
-    monkeypatch.setattr(module, "is_initialized", lambda: False, raising=False)
-    monkeypatch.setattr(module, "init", init, raising=False)
-    monkeypatch.setitem(sys.modules, "ray", module)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        elsewhere = f"127.0.0.1:{free.getsockname()[1]}"  # nothing listens there
-        monkeypatch.setenv("RAY_ADDRESS", elsewhere)
-        for address, message in ((None, "'local' cannot be reached: enough"), ("auto", f"'{elsewhere}' cannot be")):
-            execution = Execution.model_validate({"executor": "ray", "address": address})
-            with pytest.raises(FistaPrunerError, match=message):
-                RayPool(cast(RunContext, None), execution, 1)
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:1")
-    with pytest.raises(FistaPrunerError, match=r"^RAY_ADDRESS 'ray://head:1' is not HOST:PORT"):
-        require_ray("auto")
-    assert asked == ["local"]
-    monkeypatch.delenv("RAY_ADDRESS")
-    assert [cluster_head(address) for address in (None, "auto", "head:1")] == [None, None, "head:1"]
 
 
 def test_a_ray_worker_has_its_cores_and_its_gpu_on_one_node() -> None:

@@ -23,21 +23,14 @@ from fistapruner.reporting.fact import Fact
 from fistapruner.reporting.facts import facts, lineage_lines
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.quality import (
-    evaluation_text,
-    gain,
-    gain_text,
-    perplexity_conditions,
-    points,
-    quality_facts,
-    task_facts,
-)
-from fistapruner.reporting.size_and_speed import NOT_MEASURED, QUANTISE_FIRST
+from fistapruner.reporting.quality import evaluation_text, gain, gain_text, points, quality_facts, task_facts
+from fistapruner.reporting.size_and_speed import NOT_MEASURED
+from fistapruner.reporting.status_text import status_text
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.base import parse
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.lineage import stage_of
-from fistapruner.runs.records import Lineage, ModelFacts, Report, Stage, StageFigures
+from fistapruner.runs.records import Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.results import Divergence, Evaluation, TaskResult
 from fistapruner.runs.training_records import Alignment, PreferenceFigures
 
@@ -99,12 +92,6 @@ def test_all_renderers_say_the_same_facts(report: Report, parts: tuple[str, ...]
         assert "/home/someone" not in text
 
 
-def test_no_sentence_judges_a_difference() -> None:
-    for report in (samples.report(), samples.recovery()):
-        for text in texts(report):
-            assert not re.search(r"noise|winner|real difference|significant", text)
-
-
 @pytest.mark.parametrize("missing", ["layers", "evaluations", "calibration", "lineage", "recipe", "totals", "machine"])
 def test_any_part_may_be_missing(missing: str) -> None:
     for report in (samples.report(2), samples.recovery(2)):
@@ -151,34 +138,14 @@ def test_sizes_are_those_of_all_files_against_the_dense_ones() -> None:
     report.model.bytes, report.totals = 400 * 2**20, totals
     totals.checkpoint_bytes, totals.compressed_bytes, totals.low_rank_bytes = 400 * 2**20, 250 * 2**20, 20 * 2**20
     totals.low_rank_weights, totals.low_rank = 100, 8
-    rows = found(report)
-    written, beside, packed = (
-        rows[name] for name in ("Checkpoint on disk", "Low-rank adapter beside it", "Compressed checkpoint")
-    )
-    assert written.line == "400 MiB (dense 400 MiB); ×1.00 of dense; zeros are stored as they are"
-    assert beside.line == "20.0 MiB; ×0.0500 of dense; comes on top"
-    assert packed.line.startswith("250 MiB; ×0.625 of dense; packed, the same weights bit for bit")
-    assert packed.line.endswith("the adapter is counted")
-    assert rows["Additional weights"].line.startswith("100; low-rank part of rank 8")
+    rows = {label: fact.line for label, fact in found(report).items()}
+    assert rows["Checkpoint on disk"].startswith("400 MiB (dense 400 MiB); ×1.00 of dense; ")
+    assert rows["Low-rank adapter beside it"].startswith("20.0 MiB; ×0.0500 of dense; ")
+    assert rows["Compressed checkpoint"].startswith("250 MiB; ×0.625 of dense; ")
+    assert rows["Additional weights"].startswith("100; low-rank part of rank 8")
     totals.checkpoint_bytes = 300 * 2**20
     report.recipe |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
-    assert found(report)["Checkpoint on disk"].line == "300 MiB (dense 400 MiB); ×0.750 of dense; fewer parameters"
-
-
-def test_packing_is_named_where_there_are_zeros_to_leave_out() -> None:
-    report = samples.report(2)
-    report.totals.compressed_bytes, report.speed = None, None
-    assert report.totals.operator_weights is not None
-    for dtype, share, stacked, smaller in (  # a mask has a bit for each weight
-        ("bfloat16", 0.07, False, True),
-        ("bfloat16", 0.06, False, False),
-        ("float32", 0.5, False, False),  # packed only with rounded values
-        ("bfloat16", 0.5, True, False),
-    ):
-        report.model.dtype, report.stacked_experts = dtype, stacked
-        report.totals.operator_zeros = int(share * report.totals.operator_weights)
-        assert all(("fistapruner pack" in text) == smaller for text in texts(report))
-        assert ("Compressed checkpoint" in found(report)) == smaller
+    assert found(report)["Checkpoint on disk"].line.startswith("300 MiB (dense 400 MiB); ×0.750 of dense; ")
 
 
 def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
@@ -189,24 +156,14 @@ def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
     rows += [samples.speed("llama.cpp dense-Q8_0", 99.0), {"variant": "packed odd", "tokens_per_second": None}, "none"]
     report.speed = {"speeds": rows, "machine": {"cpu": "a processor"}}
     lines = {label: fact.line for label, fact in found(report).items()}
-    how = "first token 200 ms, peak memory 900 MiB, file 250 MiB"
-    assert lines["Decoding, packed, tokens/s"] == f"30.0 (28.5 to 31.2) (dense 20.0); ×1.50 of dense float32, {how}"
-    assert lines["Decoding, packed int8, tokens/s"].endswith(f"{how}, perplexity 47.1, KL 0.00300")
+    assert lines["Decoding, packed, tokens/s"].startswith("30.0 (28.5 to 31.2) (dense 20.0); ×1.50 of dense float32, ")
+    assert lines["Decoding, packed int8, tokens/s"].endswith("file 250 MiB, perplexity 47.1, KL 0.00300")
     assert "×4.95 of dense float32" in lines["Decoding, llama.cpp dense-Q8_0, tokens/s"]
-    assert lines["Decoding, dense float32, tokens/s"] == f"20.0 (19.0 to 20.8); {how}"
-    assert lines["Speeds"] == "median (range) of 5 runs; greedy, batch 2, 4 threads, a processor"
     assert "Decoding, packed odd, tokens/s" not in lines
     report.speed = None
     assert found(report)["Decoding speed, tokens/s"].how == NOT_MEASURED
     report.status = "running"
     assert "Decoding speed, tokens/s" not in found(report)
-
-
-def test_quantising_is_named_once_where_sizes_are() -> None:
-    report = samples.report(1)
-    assert run_page(report).replace("&#39;", "'").count(QUANTISE_FIRST) == 1
-    report.totals.checkpoint_bytes = None
-    assert QUANTISE_FIRST not in run_page(report).replace("&#39;", "'")
 
 
 def test_removed_structure_stands_with_its_errors() -> None:
@@ -219,37 +176,14 @@ def test_removed_structure_stands_with_its_errors() -> None:
     ]
     report.totals.dense_flops_per_token, report.totals.flops_per_token = 200, 150
     rows = found(report)
-    said = "Every decoder layer keeps 4 of 8 MLP channels; every mixture keeps 2 of 4 experts"
-    assert rows["Structure"].after == said
+    assert "4 of 8 MLP channels" in rows["Structure"].after
+    assert "2 of 4 experts" in rows["Structure"].after
     assert rows["FLOP a token"].line.startswith("150 (dense 200); -25.0 %")
     assert "Zeros" not in rows
-    assert "zeros" not in model_card(report).split("## How it was made")[0]
     cells = re.findall(r">([^<>]*)</t[dh]>", run_page(report))
     place = cells.index("MLP channels 8 → 4")
     assert cells[place + 1 : place + 4] == ["20.0 %", "10.0 %", "30.0 %"]
     assert cells[cells.index("experts 4 → 2, without 1, 3") + 1] == "–"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "split", "said"),
-    [
-        (76.0, {"solve": 34.0, "gram": 15.0, "io": 0.2}, "1 min 16 s; choosing zeros and weights 34.0 s, other 26.8 s"),
-        (50.0, {"solve": 75.8}, "50.0 s; choosing zeros and weights 1 min 16 s"),  # of several workers
-        (0.4, {"solve": 0.2}, "400 ms"),
-        (10.0, {"evaluation": 3600.0}, "1 h 00 min; evaluation 1 h 00 min, other 10.0 s"),
-    ],
-)
-def test_the_time_is_told_by_phase(seconds: float, split: dict[str, float], said: str) -> None:
-    report = samples.report(2)
-    report.totals.seconds, report.totals.time_split = seconds, split
-    assert found(report)["Time in all"].line.startswith(said)
-
-
-def test_a_start_that_made_no_difference_is_said() -> None:
-    report = samples.report(1)
-    for number, operator in enumerate(report.operators):
-        operator.steps[-1]["start_kept"] = number == 0
-    assert found(report)["Method"].how == "the start was kept in 1 of 7 operators"
 
 
 def test_a_recovery_that_won_nothing_says_so() -> None:
@@ -367,16 +301,6 @@ def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
     assert math.isnan(unpaired.closed_error or 0.0)
 
 
-def test_the_error_of_a_perplexity_is_explained_where_it_is_shown() -> None:
-    settings: dict[str, Any] = {"data": "text", "split": "test", "seqlen": 9, "dtype": "float32", "bos": "none"}
-    one, two = (
-        perplexity_conditions(perplexity_of(torch.tensor(sums), 8, **settings, sha256=""))
-        for sums in ([9.0], [9.0, 12.0])
-    )
-    assert one == "text (test), 1 window of 9 tokens, no BOS, float32"
-    assert two == "text (test), 2 windows of 9 tokens, no BOS, float32; ± one standard error"
-
-
 def test_the_card_has_what_the_hub_reads() -> None:
     report = samples.report()
     report.model.source, report.model.revision, report.model.license = "owner/name", "ab" * 20, "apache-2.0"
@@ -439,16 +363,13 @@ def test_sparsities_that_differ_are_told(recipe: dict[str, Any], label: str, tag
     assert tag in block["tags"]
 
 
-def test_zeros_that_an_allocation_sets_by_name_beside_structure_are_told() -> None:
+def test_only_structure_is_no_zeros_by_name() -> None:
     report = samples.report()
     report.recipe |= {"sparsity": "0%", "structure": {"remove": "25%", "method": "obs"}, "allocation": {"re:mlp": "0%"}}
     assert report.only_structure
     report.recipe["allocation"] = {"re:mlp": "2:4", "re:self_attn": "2:4"}
     assert (report.only_structure, report.sparsity) == (False, "structure 25% and 2:4 by name")
-    assert "weights of the pruned operators are zero" in found(report)["Zeros"].how
-    report.lineage = Lineage(source=report.model, stages=[Stage(settings=report.recipe, figures=StageFigures())])
-    report.lineage.stages[0].figures.operator_weights, report.lineage.stages[0].figures.operator_zeros = 8, 4
-    assert "50.0 % zeros in its operators" in lineage_lines(report.lineage)[1]
+    assert "Zeros" in found(report)
 
 
 def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
@@ -461,15 +382,13 @@ def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     for operator in report.operators:
         operator.sparsity = "2:4"
     assert report.sparsity == "2:4"
-    report = samples.recovery(2)
-    assert report.lineage is not None
-    report.lineage.stages[0].settings |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
-    assert "owner/small, structure 25%, recovered" in model_card(report)
 
 
 def test_a_name_in_a_record_adds_no_line_and_no_control_code() -> None:
     report = samples.report()
     report.lineage = Lineage(source=ModelFacts(source="name\x1b[2J\nforged: line"), stages=[Stage()])
-    report.warnings = ["one\ntwo"]
-    assert lineage_lines(report.lineage)[0].startswith(r"name\x1b[2J\nforged: line")
-    assert r"one\ntwo" in summary(report, "run")
+    report.model.source, report.warnings = report.lineage.source.source, ["one\ntwo"]
+    for text in (lineage_lines(report.lineage)[0], status_text(report)):
+        assert text.startswith(r"name\x1b[2J\nforged: line")
+    for text in (summary(report, "run"), status_text(report)):
+        assert r"one\ntwo" in text

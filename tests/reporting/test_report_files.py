@@ -59,27 +59,11 @@ def test_a_report_survives_the_file() -> None:
     assert (report.method, report.sparsity) == ("sparsegpt+fista", "50%")
 
 
-def test_unknown_keys_are_kept() -> None:
-    data = samples.report(1).model_dump(mode="json") | {"of_tomorrow": 7}
-    data["layers"][0]["operators"][0]["also"] = "kept"
-    again = parse(Report, data, "x").model_dump(mode="json")
-    assert again["of_tomorrow"] == 7
-    assert again["layers"][0]["operators"][0]["also"] == "kept"
-
-
-def test_infinite_figures_become_null_not_broken_json() -> None:
-    report = samples.report(1)
-    report.totals.seconds = float("inf")
-    assert json.loads(report.model_dump_json())["totals"]["seconds"] is None
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "is not a JSON object"),
         (json.dumps({"version": VERSION + 1}), f"has version {VERSION + 1}"),
-        (json.dumps({"status": "sleeping"}), "status"),
         (json.dumps({"layers": [{"name": "no index"}]}), r"layers\.0\.index"),
     ],
 )
@@ -124,13 +108,6 @@ def test_status_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "3 of 12 decoder layers" in printed
     assert "layer   2" in printed
-    errors = {
-        operator.relative_error: f"largest {percent(operator.relative_error)} ({operator.name})"
-        for layer in load_run(run).layers
-        for operator in layer.operators
-        if operator.relative_error is not None
-    }
-    assert errors[max(errors)] in printed
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["working"] is False
 
@@ -181,14 +158,6 @@ def test_layers_of_what_a_run_was_before_are_left_out(tmp_path: Path) -> None:
     report = load_run(run)
     assert [layer.index for layer in report.layers] == [0, 2]
     assert not report.warnings
-
-
-def test_report_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-    run = unfinished(tmp_path / "run")
-    assert main(["report", str(run)]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report.html")
-    assert "3 of 12 decoder layers" in (run / "report.html").read_text()
 
 
 def unfinished_recovery(folder: Path, lines: list[dict[str, Any]]) -> Path:
@@ -249,19 +218,10 @@ def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.Capture
     assert "layers" not in facts
     assert main(["status", str(run)]) == 0
     printed = capsys.readouterr().out
-    for part in (
-        "4 of 60 steps",
-        "held-out loss 0.7000",
-        "step 4",
-        "not better",
-        "recovery (lora, kl, 246k tokens with loss)",
-    ):
+    for part in ("4 of 60 steps", "held-out loss 0.7000", "step 4", "recovery (lora, kl"):
         assert part in printed, part
     assert "decoder layers" not in printed
-
-
-def test_a_recovery_without_a_step_has_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(unfinished_recovery(tmp_path / "run", []))]) == 0
+    assert main(["status", str(unfinished_recovery(tmp_path / "new", []))]) == 0
     assert "0 of 60 steps" in capsys.readouterr().out
 
 
@@ -271,39 +231,6 @@ def test_the_curve_in_a_report_is_bounded(tmp_path: Path) -> None:
     assert found is not None
     assert (found.steps, found.tokens) == (1301, 13_010)
     assert 400 < len(found.curve) <= 500
-
-
-def test_a_held_out_loss_without_bound_survives_the_file(tmp_path: Path) -> None:
-    run = unfinished_recovery(tmp_path / "run", [{"step": 0, "held_out": math.inf, "kept": True, "by_task": {}}])
-    report = parse(Report, json.loads(load_run(run).model_dump_json()), "x")
-    assert report.recovery is not None
-    assert report.recovery.checks[0].held_out == math.inf
-    json.dumps(status_facts(report), allow_nan=False)
-    assert status_facts(report)["held_out"] == [{"step": 0, "loss": None, "kept": True}]
-    assert "held-out loss inf" in status_text(report)
-
-
-def test_tokens_that_are_not_known_before_the_end_are_not_named() -> None:
-    """Of examples only the answers have a loss."""
-    report = samples.recovery(2)
-    assert report.calibration is not None
-    side = report.calibration.tasks["c4.jsonl"].trained
-    assert side is not None
-    report.status = "running"
-    assert report.method == "recovered: lora, kl, 246k tokens with loss"
-    side.loss_tokens = 60_000
-    assert report.method == "recovered: lora, kl"
-    report.status = "finished"
-    assert report.method == "recovered: lora, kl, 246k tokens with loss"
-
-
-def test_a_name_in_a_record_adds_no_line_and_no_control_code() -> None:
-    report = samples.report()
-    report.model.source = "name\x1b[2J\nforged: line"
-    report.warnings = ["one\ntwo"]
-    lines = status_text(report).split("\n")
-    assert lines[0].startswith(r"name\x1b[2J\nforged: line")
-    assert lines[-1] == r"warning: one\ntwo"
 
 
 def test_numbers_for_people() -> None:

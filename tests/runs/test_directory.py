@@ -341,14 +341,6 @@ def test_the_kind_of_a_report_is_a_verb() -> None:
         parse(Report, {"kind": "bake"}, "report.json")
 
 
-def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
-    journal = LayerJournal(tmp_path)
-    for index, batch_size in enumerate([None, 2, 1, 4]):
-        journal.write("run", {}, LayerEntry(index=index, batch_size=batch_size))
-    assert journal.reduced("run") == 1
-    assert journal.reduced("another run") is None
-
-
 def test_a_journaled_layer_counts_only_as_it_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = LayerJournal(tmp_path)
     journal.write("run", {"a": torch.arange(4.0)}, LayerEntry(index=0))
@@ -379,14 +371,13 @@ def test_a_journaled_layer_under_another_number_is_done_again(tmp_path: Path) ->
 def test_a_record_that_is_no_sealed_object_counts_as_damaged(tmp_path: Path, content: str) -> None:
     journal, snapshots = LayerJournal(tmp_path / "layers"), Snapshots(tmp_path / "states")
     journal.folder.mkdir()
-    journal.write("run", {}, LayerEntry(index=0, batch_size=2, by_operator=False))
+    journal.write("run", {}, LayerEntry(index=0))
     snapshots.write("run", 1, {}, {"weight": torch.ones(1)})
     assert journal.finished(0, "run")
     assert snapshots.newest("run")
     for record in (*journal.records(), *snapshots.folder.glob("*.json")):
         record.write_text(content, "latin-1")
     assert journal.finished(0, "run") is None
-    assert journal.reduced("run") is None
     assert snapshots.newest("run") is None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -223,25 +222,6 @@ def test_weights_of_dead_inputs_go_first_and_those_that_stay_are_dense(chain: st
 @pytest.mark.parametrize("shape", [(1, 8), (1, 1), (3, 130), (129, 7), (200, 257)])
 def test_awkward_shapes(chain: str, shape: tuple[int, int]) -> None:
     check_pattern(solve(make_problem(*shape), 0.5, chain), shape[:1], [Unstructured(0.5)])
-
-
-@pytest.mark.parametrize("name", ["sparsegpt", "alps", "admm", "fista", "proximal"])
-def test_operators_of_a_stack_share_what_depends_on_the_gram(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = []
-    for function in ("eigh", "cholesky_ex", "qr"):
-        plain = getattr(torch.linalg, function)
-
-        def counting(*given: object, _plain: Callable[..., object] = plain, **named: object) -> object:
-            counted.append(_plain)
-            return _plain(*given, **named)
-
-        monkeypatch.setattr(torch.linalg, function, counting)
-    problem = make_problem(32, drift=0.1)
-    solve(problem.slice(slice(0, 16)), "50%", name)
-    once = len(counted)
-    counted.clear()
-    solve(problem, stack("50%", (16, 8, 8)), name)
-    assert len(counted) == once > 0
 
 
 @pytest.mark.parametrize("sparsity", ["0.5%", "1%"])

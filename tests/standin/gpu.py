@@ -7,8 +7,7 @@
   device, an operator without a CUDA kernel, and more bytes than the GPU has (``torch.OutOfMemoryError``);
 * every wait of the host for the device (``item``, ``nonzero``, a mask or a CPU tensor as index, copies between host
   and device) is counted with the line of the package that asked for it, and so are the bytes that are copied;
-* copies between page-locked memory and a device that are not to block are queued where they are made on a stream of
-  their own, and made when something waits for it: what is read before is NaN;
+* copies between page-locked memory and a device that are not to block are no waits;
 * operators that CUDA does not compute in a fixed order are counted;
 * the bytes that live on each device, and their peak, are known.
 
@@ -25,7 +24,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -109,68 +108,24 @@ class _Generator(torch.Generator):
 
 
 class _Stream:
-    """A stream of a stand-in GPU; ``copies`` are still to be made. Kernels run at once, whatever their stream."""
-
-    def __init__(self, device: Any = None, **_: Any) -> None:
-        self.copies: list[Callable[[], object]] = []
+    """The stream of a stand-in GPU: kernels and copies run at once."""
 
     def is_capturing(self) -> bool:
         """Return False: nothing is captured as a graph."""
         return False
-
-    def wait_stream(self, other: _Stream) -> None:
-        other.make(len(other.copies))
-
-    def wait_event(self, event: _Event) -> None:
-        event.pass_by()
-
-    def record_event(self) -> _Event:
-        event = _Event()
-        event.record(self)
-        return event
-
-    def queue(self, func: Any, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy; it is dropped with its target."""
-
-        def drop(_: Any) -> None:
-            if copy in self.copies:
-                self.copies.remove(copy)
-
-        alive = weakref.ref(target, drop)
-
-        def copy() -> None:
-            func(_plain(alive()), _plain(source))
-
-        self.copies.append(copy)
-
-    def make(self, count: int) -> None:
-        """Make the first ``count`` copies."""
-        for _ in range(count):
-            self.copies.pop(0)()
 
 
 class _Event:
     """A mark in a stream."""
 
     def __init__(self, **_: Any) -> None:
-        self._stream, self._time = _Stream(), 0.0
+        self._time = 0.0
 
     def record(self, stream: _Stream) -> None:
-        self._stream, self._time = stream, time.perf_counter()
-        if stream.copies:
-            stream.copies.append(self._passed)
-
-    def pass_by(self) -> None:
-        """Make the copies that were queued before the mark."""
-        if self._passed in self._stream.copies:
-            self._stream.make(self._stream.copies.index(self._passed) + 1)
-
-    def _passed(self) -> None:
-        """Stand in the queue of copies."""
+        self._time = time.perf_counter()
 
     def synchronize(self) -> None:
         StandIn.active.wait("event")
-        self.pass_by()
 
     def elapsed_time(self, later: _Event) -> float:
         return max(1e-3, 1000 * (later._time - self._time))
@@ -262,7 +217,6 @@ class StandIn(TorchDispatchMode):
         self._around: torch.device | None = None
         self._known: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self._streams = [_Stream()]
         self._stack = ExitStack()
 
     def __enter__(self) -> StandIn:
@@ -310,15 +264,6 @@ class StandIn(TorchDispatchMode):
             )
 
         @contextmanager
-        def on(stream: _Stream) -> Iterator[None]:
-            self._streams.append(stream)
-            try:
-                yield
-            finally:
-                self._streams.pop()
-                self.touched.add(self._current)  # PyTorch sets its stream again
-
-        @contextmanager
         def current(device: Any) -> Iterator[None]:
             before, self._current = self._current, at(device)
             try:
@@ -329,15 +274,12 @@ class StandIn(TorchDispatchMode):
         native_bf16 = self.capability >= (8, 0)
         return {
             "Generator": _Generator,
-            "Tensor.record_stream": lambda tensor, stream: None,  # copies that are queued hold what they use
             "__future__.get_overwrite_module_params_on_conversion": lambda: True,
-            "accelerator.current_stream": lambda device=None: self._streams[-1],  # optimizers of CUDA builds ask
+            "accelerator.current_stream": lambda device=None: _Stream(),  # optimizers of CUDA builds ask
             "cuda.Event": _Event,
-            "cuda.Stream": _Stream,
-            "cuda.stream": on,
             "cuda._lazy_init": lambda: None,
             "cuda.current_device": lambda: self._current.index,
-            "cuda.current_stream": lambda device=None: self._streams[-1],
+            "cuda.current_stream": lambda device=None: _Stream(),
             "cuda.is_current_stream_capturing": lambda: False,  # those of older builds
             "cuda.device": current,
             "cuda.device_count": lambda: self.count,
@@ -371,7 +313,6 @@ class StandIn(TorchDispatchMode):
     def pin(self, made: torch.Tensor) -> torch.Tensor:
         """Note that a new tensor is in page-locked memory."""
         storage = made.untyped_storage()
-        storage.fill_(255)  # NaN
         key = id(storage)
         self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
         return made
@@ -417,8 +358,6 @@ class StandIn(TorchDispatchMode):
         others = sum(isinstance(item, torch.Tensor) for item in leaves) - len(ours)
         if others or not known.plain or any(item.place != place for item in ours):
             self._check(known, args, leaves, copying=known.name in COPYING or target is not None)
-        if known.name == "copy_" and self._queued(func, args, kwargs):
-            return args[0]
         plain = list(map(_plain, args))
         if known.key == "mm.dtype":  # CUDA only: products of bf16 factors, summed in fp32
             out = plain[0].to(args[2]) @ plain[1].to(args[2])
@@ -430,7 +369,7 @@ class StandIn(TorchDispatchMode):
             there = isinstance(args[0], DeviceTensor) if copying_into else place is not None
             if isinstance(source, DeviceTensor) != there:
                 key = "to device" if there else "to host"
-                if kwargs.get("non_blocking") and self._is_pinned(source):
+                if (kwargs.get("non_blocking") or args[2:3] == (True,)) and self._is_pinned(source):
                     self.moved[key, _caller()] += source.nbytes
                 else:
                     self.wait(key, source.nbytes)
@@ -441,21 +380,6 @@ class StandIn(TorchDispatchMode):
 
     def _is_pinned(self, item: torch.Tensor) -> bool:
         return not isinstance(item, DeviceTensor) and id(item.untyped_storage()) in self._pinned
-
-    def _queued(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Queue a copy into ``args[0]`` on the stream at work, if the host need not wait for it; return whether."""
-        target, source, *blocking = args
-        stream, crossing = self._streams[-1], isinstance(target, DeviceTensor) != isinstance(source, DeviceTensor)
-        not_blocking = kwargs.get("non_blocking") or blocking[:1] == [True]
-        if not (crossing and not_blocking and (self._is_pinned(source) or self._is_pinned(target))):
-            return False
-        self.moved["to device" if isinstance(target, DeviceTensor) else "to host", _caller()] += source.nbytes
-        if stream is self._streams[0]:
-            func(*map(_plain, args))
-        else:
-            _plain(target).fill_(float("nan"))
-            stream.queue(func, target, source)
-        return True
 
     def _check(self, known: Facts, args: Any, leaves: list[Any], *, copying: bool) -> None:
         """Refuse what CUDA refuses; count waits, and operators without a fixed order."""

@@ -12,7 +12,6 @@ from torch import nn
 
 import fistapruner
 import tiny
-from fistapruner.core.linalg import exact_in_fast_products
 from fistapruner.errors import FistaPrunerError
 from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import prompts, time_generation
@@ -20,7 +19,6 @@ from fistapruner.models.build import load_whole
 from fistapruner.models.source import Permissions
 from fistapruner.pruning.workers import prune_one
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
-from fistapruner.runtime.transfers import sent
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -71,18 +69,6 @@ def test_the_gpu_with_most_free_memory(taken: StandIn) -> None:
     assert not taken.touched
 
 
-def test_workers_take_gpus_of_one_model(taken: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"model {torch.device(device).index}")
-    assert worker_devices("auto", 2, 1) == [torch.device("cuda", 1)] * 2
-    assert worker_devices("cuda:0", 1, 1) == [torch.device("cuda", 0)]
-
-
-def test_a_run_on_one_gpu_touches_no_other(gpu: StandIn, tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, execution={"device": "cuda:1"})
-    assert gpu.touched == {torch.device("cuda", 1)}
-
-
 def test_another_gpu_is_said_on_resume(gpu: StandIn, tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     execution = {"device": "cuda:0"}
@@ -99,13 +85,6 @@ def test_gpus_before_ampere_take_fp32_for_bf16(tmp_path: Path) -> None:
     with StandIn(capability=(7, 5)):
         fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, listener=said)
     assert "passes in float32: this device has no matrix units for the checkpoint's bfloat16" in said.sentences
-
-
-def test_grams_of_fp16_on_tensor_cores() -> None:
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    found = [exact_in_fast_products(dtype, cuda) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
-    assert found == [True, True, False]
-    assert not exact_in_fast_products(torch.float16, cpu)
 
 
 def test_products_outside_of_iterations_are_fp32(gpu: StandIn, tmp_path: Path) -> None:
@@ -139,16 +118,6 @@ def test_a_packed_operator_warns_on_a_gpu(gpu: StandIn) -> None:
         with pytest.warns(UserWarning, match="unpacked on the CPU for every product on cuda:0: .*packed=False"):
             found = packed(x.to("cuda:0"))
         assert torch.allclose(found.cpu(), expected, atol=0.02)
-
-
-def test_small_tensors_are_sent_without_page_locked_memory_too(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no page-locked memory")
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
-    there = sent(torch.ones(3), torch.device("cuda", 1))
-    assert there.device == torch.device("cuda", 1)
-    assert sent(there, torch.device("cpu")).device == torch.device("cpu")
 
 
 def test_models_write_on_a_gpu(gpu: StandIn, tmp_path: Path) -> None:

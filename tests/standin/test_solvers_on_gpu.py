@@ -7,17 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from fistapruner.allocate.channels import channel_order
-from fistapruner.core import NM, LayerProblem, ProblemSums, parse_sparsity
+from fistapruner.core import LayerProblem, ProblemSums, parse_sparsity
 from fistapruner.core.constraints import stack
-from fistapruner.core.selection import keep_n_of_m
 from fistapruner.core.sums import DriftFrom
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pruning.experts import routed_problem
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import solve_low_rank
 from fistapruner.structure.choose import eliminate
-from fistapruner.structure.units import MLP, Cut, Unit
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
 
@@ -59,13 +55,6 @@ def test_sparse_plus_low_rank_is_the_cpus(gpu: StandIn, chain: str, sparsity: st
 
 
 @pytest.mark.parametrize("drift_from", ["inputs", "outputs"])
-def test_sums_of_drift_are_the_cpus(gpu: StandIn, drift_from: str) -> None:
-    there, here = problem("cuda:0", drift_from), problem("cpu", drift_from)
-    for name in ("gram", "drift", "drift_energy", "energy"):
-        assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-3, atol=1e-4), name
-
-
-@pytest.mark.parametrize("drift_from", ["inputs", "outputs"])
 def test_sums_of_bf16_inputs_make_no_copy_in_fp32(gpu: StandIn, drift_from: DriftFrom) -> None:
     """They are those of a CPU; on the device only the drift of inputs is in fp32."""
     generator = torch.Generator().manual_seed(0)
@@ -82,17 +71,6 @@ def test_sums_of_bf16_inputs_make_no_copy_in_fp32(gpu: StandIn, drift_from: Drif
         assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-3, atol=1e-3), name
     if not REAL:
         assert gpu.kernels["mm"] > 0
-
-
-@pytest.mark.skipif(REAL, reason="only the stand-in counts kernels")
-def test_one_group_of_all_rows_takes_few_kernels(gpu: StandIn) -> None:
-    """SparseGPT chooses one after every 4 columns: launches, not sorting, would take the time."""
-    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).T
-    there = scores.to(LAST)
-    gpu.kernels.clear()
-    mask = keep_n_of_m(there, 2, 4)
-    assert gpu.kernels["sort"] == 1
-    assert torch.equal(mask.cpu(), keep_n_of_m(scores, 2, 4))
 
 
 def test_channels_that_go_are_the_cpus(gpu: StandIn) -> None:
@@ -113,24 +91,6 @@ def test_a_problem_is_checked_with_one_wait_for_each_tensor(gpu: StandIn) -> Non
 
 
 @pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
-def test_an_error_takes_one_wait(gpu: StandIn) -> None:
-    there = problem(LAST)
-    gpu.waits.clear()
-    there.relative_error(there.weight)
-    assert sum(gpu.waits.values()) == 1
-
-
-@pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
-def test_exchanges_wait_for_nothing_but_whether_there_are_more(gpu: StandIn) -> None:
-    waits = []
-    for swaps in (1, 2):
-        gpu.waits.clear()
-        solve(problem(LAST), "50%", ["wanda", {"swap": {"swaps": swaps}}])
-        waits.append(Counter(what for what, place in gpu.waits.elements() if place.startswith("solvers/swap.py")))
-    assert set(waits[1] - waits[0]) == {"_local_scalar_dense"}
-
-
-@pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
 def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str) -> None:
     """More of them cause no more waits of the host for the device."""
@@ -140,18 +100,3 @@ def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str)
         solve(problem("cuda:0"), sparsity, [{"proximal": {"steps": steps}}])
         waits.append(Counter(gpu.waits))
     assert waits[0] == waits[1]
-
-
-def test_an_expert_without_tokens_has_a_problem_on_the_device(gpu: StandIn) -> None:
-    found = routed_problem(ProblemSums(torch.ones(4, 6, device=LAST)), "a", 0.0)
-    assert solve(found, "50%", "wanda").weight.device == torch.device(LAST)
-
-
-def test_an_order_of_channels_that_is_none_is_on_the_device(gpu: StandIn) -> None:
-    assert channel_order(torch.ones(3, 4, device=LAST), NM(2, 4)).device == torch.device(LAST)
-
-
-def test_kept_rows_are_in_main_memory(gpu: StandIn) -> None:
-    """They choose among weights of rows, which are there."""
-    unit = Unit(MLP, "down", 4, 2, {"up.weight": Cut(0), "down.weight": Cut(1)})
-    assert torch.ones(4)[unit.kept_rows(torch.arange(2, device=LAST))["up"]].tolist() == [1.0, 1.0]

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
@@ -39,6 +38,9 @@ WIDTHS = {
     "gemma4": {"moe_intermediate_size": 12, "intermediate_size": 36},
 }
 """What a quarter makes of the configs: entries that no MLP has its width from stay."""
+SOME = ("deepseek_v3", "gpt_oss", "qwen2_moe")
+"""Mixtures with groups, in one tensor, with a shared expert; the others are slow tests."""
+EVERY = [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.MIXTURES]
 MORE: dict[str, Any] = {"n_routed_experts": 8}
 """DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
 
@@ -74,9 +76,8 @@ def mlps(model: Any) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("architecture", "original"), [*((architecture, True) for architecture in tiny.MIXTURES), ("qwen3_moe", False)]
-)
+@pytest.mark.parametrize("original", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_experts(
     tmp_path: Path, architecture: str, original: bool
 ) -> None:
@@ -105,7 +106,7 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
     assert small.generate(TOKENS, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (2, 19)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "gpt_oss"])
 def test_experts_and_routers_keep_every_bit_where_passes_have_fewer(tmp_path: Path, architecture: str) -> None:
     """Those that get another number too: none of their values is new."""
     changes = MORE if architecture == "deepseek_v3" else {}
@@ -146,13 +147,13 @@ def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path
     assert set(range(4)) - set(kept(report, 1)) == {min(range(4), key=scores.__getitem__)}
 
 
-@pytest.mark.parametrize("structure", ["heads=1", "experts=1", "heads=1,experts=1"])
-def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_path: Path, structure: str) -> None:
+def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_path: Path) -> None:
+    structure = "heads=1,experts=1"
     folder = tiny.save("mixtral", tmp_path / "model")
     totals = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL).totals
     attention, router, expert, head = 2 * (32 + 16) * 32, 4 * 32, 3 * 32 * 48, 128 * 32
     dense = 2 * (attention + router + 2 * expert) + head  # 2 layers, 2 experts for a token
-    gone = (attention // 2 if "heads" in structure else 0) + (router // 4 if "experts" in structure else 0)
+    gone = attention // 2 + router // 4
     assert totals.dense_flops_per_token == 2 * dense
     assert totals.flops_per_token == 2 * (dense - 2 * gone)
 
@@ -168,9 +169,8 @@ def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_noth
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "method"), [*((architecture, "obs") for architecture in tiny.MIXTURES), ("gpt_oss", "flap")]
-)
+@pytest.mark.parametrize("method", ["obs", pytest.param("flap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_the_narrower_model_computes_what_the_dense_model_with_zeroed_channels_does(
     tmp_path: Path, architecture: str, method: str
 ) -> None:
@@ -269,7 +269,7 @@ def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path) -> Non
     assert {(unit, after) for _, unit, _, after in trained.widths} >= {("expert channels", 12), ("experts", 3)}
 
 
-@pytest.mark.parametrize("settings", [{"sparsity": "0%"}, {"sparsity": "2:4", "error_correction": False}])
+@pytest.mark.parametrize("settings", [{"sparsity": "2:4", "error_correction": False}])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = tiny.save("deepseek_v3", tmp_path / "model", num_hidden_layers=3, shard="40KB", n_routed_experts=8)
     asked: dict[str, Any] = {"structure": {"remove": "mlp=25%,experts=25%", "multiple": 4}, "calibration": SMALL}
@@ -285,6 +285,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, settings: dict[s
     assert (config.n_routed_experts, config.moe_intermediate_size, config.intermediate_size) == (6, 12, 36)
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_run(tmp_path: Path) -> None:
     folder = tiny.save("qwen2_moe", tmp_path / "model")
     settings: dict[str, Any] = {"structure": "experts=2,heads=1", "calibration": SMALL, "propagate": "dense"}
@@ -339,42 +340,16 @@ def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
     folder = tiny.save("deepseek_v3", tmp_path / "model", n_shared_experts=2)
     structure = {"remove": "mlp=36%", "multiple": 4}
     report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL)
-    assert report.widths == {
-        "MLP channels": (48, 32),
-        "expert channels": (16, 12),
-        "shared expert channels": (32, 24),
-    }
+    assert report.widths == {"MLP channels": (48, 32), "expert channels": (16, 12), "shared expert channels": (32, 24)}
     assert loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
 
 
-def test_shared_experts_with_an_entry_of_their_own_keep_their_share(tmp_path: Path) -> None:
-    """GraniteMoeShared has gate and up of its shared expert in one tensor; 18 of 24 is rounded to a multiple of 4."""
-    tiny.need_transformers("5.16")  # as in tiny.build
-    config = transformers.GraniteMoeSharedConfig(
-        **tiny.SIZES, **tiny.ROUTED, num_local_experts=4, shared_intermediate_size=24
-    )
-    torch.manual_seed(0)
-    tiny.spread(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    fp.prune(str(tmp_path / "model"), tmp_path / "run", structure=QUARTER, calibration=SMALL)
-    found = loaded(tmp_path / "run" / "model").config
-    assert (found.intermediate_size, found.shared_intermediate_size) == (36, 16)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "multiple", "said"), [("bfloat16", 4, True), ("bfloat16", 8, False), ("float32", 4, False)]
-)
-def test_widths_that_transformers_refuses_by_default_are_named(
-    tmp_path: Path, dtype: str, multiple: int, said: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tiny.save("qwen3_moe", tmp_path / "model", dtype=getattr(torch, dtype))
+@pytest.mark.parametrize(("multiple", "said"), [(4, True), (8, False)])
+def test_widths_that_transformers_refuses_by_default_are_named(tmp_path: Path, multiple: int, said: bool) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16)
     listener, structure = tiny.Said(), {"remove": "mlp=30%", "multiple": multiple}
-    fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, listener=listener)
-    warning = "no multiple of 8, do not run in transformers"
-    assert any(warning in sentence for sentence in listener.sentences) == said
-    asked = ["--structure", "mlp=30%", "--structure-multiple", str(multiple), "--plan"]
-    assert main(["prune", str(folder), "--out", str(tmp_path / "planned"), *asked]) == 0
-    assert (warning in " ".join(capsys.readouterr().out.split())) == said
+    fp.prune(folder, tmp_path / "run", structure=structure, calibration=SMALL, listener=listener)
+    assert any("no multiple of 8, do not run in transformers" in each for each in listener.sentences) == said
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").eval()
     with pytest.raises(RuntimeError, match="multiple of 16 bytes") if said else nullcontext():
         result(TOKENS)
@@ -382,37 +357,25 @@ def test_widths_that_transformers_refuses_by_default_are_named(
     assert result(TOKENS).logits.isfinite().all()
 
 
-def test_a_share_of_the_parameters_is_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_share_of_the_parameters_is_met(tmp_path: Path) -> None:
     folder = tiny.save("gemma4", tmp_path / "model")
-    asked = ["--structure", "15%", "--structure-multiple", "1", "--calibration", "python", "--samples", "4"]
-    assert main(["prune", str(folder), "--out", str(tmp_path / "run"), *asked, "--seqlen", "32", "--plan"]) == 0
-    said = capsys.readouterr().out
-    assert "MLP channels" in said
-    assert "of 16 expert channels stay in every decoder layer" in said
-    report = fp.prune(str(folder), tmp_path / "run", structure={"remove": "15%", "multiple": 1}, calibration=SMALL)
+    report = fp.prune(folder, tmp_path / "run", structure={"remove": "15%", "multiple": 1}, calibration=SMALL)
     dense = loaded(folder)
     layers = sum(parameter.numel() for parameter in dense.model.layers.parameters())
     gone = dense.num_parameters() - loaded(tmp_path / "run" / "model").num_parameters()
     channels = 3 * 32 * (1 + 4) * 2  # one channel of every MLP and expert
     assert abs(gone - 0.15 * layers) <= channels / 2
-    assert f"({gone / layers:.1%} fewer; {gone / dense.num_parameters():.1%} of the whole model's)" in said
     assert report.totals.model_weights == dense.num_parameters() - gone
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert (
-        f"Every decoder layer keeps {report.widths['MLP channels'][1]} of 48 MLP channels; every expert keeps" in card
+    assert f"{report.widths['MLP channels'][1]} of 48 MLP channels" in (
+        (tmp_path / "run" / "model" / "README.md").read_text()
     )
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "expert channels 16 →" in page
-    assert "mean of 4 experts" in page
 
 
 @pytest.mark.parametrize(
     ("architecture", "settings", "message"),
     [
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
-        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "--weighting none"),
         ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
-        ("mixtral", {"structure": {**QUARTER, "method": "bypass"}}, "bypass does not rate channels of experts"),
         ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
     ],
 )
@@ -435,7 +398,7 @@ def test_layers_that_choose_different_numbers_of_experts_are_told_apart(tmp_path
         find_experts(model, discover(model), Remove(experts=2))
 
 
-@pytest.mark.parametrize(("limit", "experts", "fits"), [(1, 2, False), (1, 4, False), (2, 2, True), (2, 4, True)])
+@pytest.mark.parametrize(("limit", "experts", "fits"), [(1, 4, False), (2, 4, True)])
 def test_a_token_needs_enough_experts_in_its_groups(tmp_path: Path, limit: int, experts: int, fits: bool) -> None:
     """The router chooses 4 of the experts of ``limit`` of its 2 groups, which have half of those that stay each."""
     folder = tiny.save("deepseek_v3", tmp_path, topk_group=limit, num_experts_per_tok=4, **MORE)

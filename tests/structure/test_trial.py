@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,7 +34,13 @@ def planned(folder: Path, amount: str, multiple: int = 8, **selection: Any) -> t
     return model, plan_widths(model, layout, Structure.model_validate({"remove": amount, **rounds}))
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+SOME = {"bloom", "gemma2", "gpt2", "llama", "opt", "phi", "phi3"}
+over_architectures = pytest.mark.parametrize(
+    "architecture", [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.ARCHITECTURES]
+)
+
+
+@over_architectures
 def test_channels_are_found_and_tried_or_refused(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
     if architecture == "bloom":
@@ -58,7 +61,7 @@ def test_channels_are_found_and_tried_or_refused(tmp_path: Path, architecture: s
         assert (after[name].rows, after[name].columns) == (rows * unit.after or operator.rows, columns)
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@over_architectures
 def test_key_value_groups_are_found_and_tried_or_refused(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
     if architecture not in HEADS:
@@ -120,22 +123,11 @@ def test_a_mixture_loses_channels_and_experts_at_once(tmp_path: Path) -> None:
     assert removed_weights(model, widths) == len(model) * gone
 
 
-@pytest.mark.parametrize("amount", ["mlp=25%", "heads=1"])
-def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amount: str) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    monkeypatch.setattr(os, "pwrite", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    with pytest.raises(FistaPrunerError, match=r"the disk is full: cannot write .*config\.json"):
-        planned(folder, amount)
-
-
 @pytest.mark.parametrize(
     ("architecture", "amount", "more", "said"),
     [
-        ("llama", "90%", {}, "structure: 90% leaves 0 of the 48 MLP channels, in multiples of 8: give another amount"),
         ("llama", "mlp=95%", {}, "structure: mlp=95% leaves 0 of the 48 MLP channels"),
-        ("llama", "mlp=1%", {}, "structure: mlp=1% leaves 48 of the 48 MLP channels"),
         ("llama", "mlp=48", {}, "structure: mlp=48 leaves 48 of the 48 MLP channels"),
-        ("mixtral", "mlp=95%", {}, "leaves 0 of the 48 expert channels"),
         ("llama", "heads=2", {}, "heads=2 leaves none of the 2 key/value groups"),
         (
             "llama",
@@ -153,8 +145,6 @@ def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytes
             {},
             "experts=4 removes 4 of the 4 experts .*, and at most 2 can go, since the router choo",
         ),
-        ("qwen3_moe", "experts=3", {}, "removes 3 of the 4 experts"),
-        ("qwen3_moe", "experts=10%", {}, "experts=10% removes 0 of the 4 experts"),
         ("deepseek_v3", "experts=1", {}, "at most 0 in multiples of 2, the router's groups, can go"),
         ("qwen3_moe", "experts=1", {"ignore": ["re:experts"]}, "targets and ignore leave out model.layers.0.mlp.exper"),
     ],
@@ -166,9 +156,8 @@ def test_what_cannot_be_removed_is_refused_by_name(
         planned(tiny.save(architecture, tmp_path), amount, **more)
 
 
-@pytest.mark.parametrize("amount", ["25%", "heads=1"])
-def test_operators_in_different_modules_are_not_found(tmp_path: Path, amount: str) -> None:
+def test_operators_in_different_modules_are_not_found(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_decoder=True)
     BertLMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(FistaPrunerError, match="were found beside one another"):
-        planned(tmp_path, amount)
+        planned(tmp_path, "25%")

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     import json
 
     from ..measure.bench import Speeds, bench, record
-    from ..pipeline.measure_run import bench_run
+    from ..measure.run import bench_run
     from ..reporting.size_and_speed import QUANTISE_FIRST
     from ..runs.listener import Listener
     from ..runs.records import is_run

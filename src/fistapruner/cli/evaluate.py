@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(arguments)
     from ..measure.evaluate import evaluate
-    from ..pipeline.measure_run import evaluate_run
+    from ..measure.run import evaluate_run
     from ..reporting.quality import evaluation_text
     from ..runs.records import is_run
     from ..runs.results import Evaluation

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pipeline.export import export
+    from ..packed.export import export
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
     out = export(arguments.model, arguments.out, arguments.values, **settings)

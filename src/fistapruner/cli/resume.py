@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(arguments)
-    from ..pipeline.resume import resume
+    from ..resuming import resume
 
     report = resume(arguments.run_directory, listener=listener, **trust(arguments))
     return show(report, arguments.run_directory, as_json=arguments.json)

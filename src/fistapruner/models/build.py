@@ -20,8 +20,9 @@ from ..runtime.formatting import shell_line, size
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from ..runtime.numerics import pass_dtype
 from .checkpoint import PACKED_KEYS, QUANT_METHOD, Checkpoint, read_json_in
-from .experts import holds_experts
+from .experts import holds_experts, separate_experts
 from .low_rank import LowRankAdapter
+from .names import stored_names
 from .write import merge_patch
 
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
@@ -162,6 +163,14 @@ def _fault(config: Any, text: Any, checkpoint: Checkpoint) -> str | None:
         f"{kind} is a model of more than text, and transformers builds no language model of it: save its language "
         f"model ({text.model_type}) as a checkpoint of its own"
     )
+
+
+def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """Build a model as :func:`build_model` does, with experts that are separate, and fewer than the checkpoint has."""
+    model = build_model(checkpoint, trust_remote_code=trust_remote_code, changes=changes)
+    found = stored_names(model, [entry.name for entry in checkpoint.stored])
+    separate_experts(model, *find_decoder_layers(model), checkpoint, found, fewer=True)
+    return model
 
 
 def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:

@@ -154,12 +154,10 @@ class LayerEvents:
     Args:
         operators: receives (operator names, worst relative error, or None when their work begins).
         problem: receives (number of the group, its problem) before it is solved.
-        passed: called when ``LayerStreams.dense_out`` is complete, long before the layer is.
     """
 
     operators: Callable[[str, float | None], None] = lambda names, error: None
     problem: Callable[[int, LayerProblem], None] = lambda number, problem: None
-    passed: Callable[[], None] = lambda: None
 
 
 NO_EVENTS = LayerEvents()

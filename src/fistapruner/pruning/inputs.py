@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..allocate.measure import check_allocation, measured_by
 from ..core import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..measure.data import load_windows
+from ..measure.run import shared_text
 from ..models.experts import GROUPED_BYTES
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import refuse_low_rank
@@ -23,7 +24,6 @@ from ..models.record import read_pruning_record, recorded_claims
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model
-from ..pipeline.measure import shared_text
 from ..runs.continuation import refuse_overlap
 from ..runs.decision import EvaluationRequest
 from ..runs.listener import Listener
@@ -77,17 +77,18 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Operators:
+class Inputs:
     """The opened model and what a run does to its operators.
 
     Args:
-        model: the dense model.
-        layout: operators to prune.
-        smaller: the same in the shapes that they are to have; ``widths``: whose channels are removed, None where none.
-        sparsity: the recipe's pattern of every one of them, by full name.
+        source: the dense model's folder; ``model``: the model.
+        layout: operators to prune; ``smaller``: the same in the shapes that they are to have.
+        widths: whose channels are removed; None where none are.
+        sparsity: the recipe's pattern of every operator, by full name.
         warnings: what a smaller model loses; ``notes``: what is removed, and these.
     """
 
+    source: ModelSource
     model: LayerwiseModel
     layout: Layout
     smaller: Layout
@@ -97,40 +98,25 @@ class Operators:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Inputs(Operators):
-    """The checked input of a run.
-
-    Args:
-        source: the dense model's folder; ``tokenizer``: of the model.
-        seqlen: tokens in a calibration window.
-    """
-
-    source: ModelSource = field(kw_only=True)
-    tokenizer: Any = field(kw_only=True)
-    seqlen: int = field(kw_only=True)
-
-
 def check_tokens(tokens: Any) -> None:
     """Refuse what are no calibration windows.
 
     Raises:
         FistaPrunerError: says what they are.
     """
-    match tokens:
-        case None:
-            return
-        case (Tensor() as ids, Mapping() as how) if ids.ndim == 2 and ids.dtype in INTEGERS:
-            try:
-                CalibrationFacts.model_validate(dict(how))
-                json.dumps(dict(how))
-            except (ValueError, TypeError) as error:
-                raise FistaPrunerError(f"tokens, how they were drawn: {explain(error)}") from None
-            return
-    raise FistaPrunerError(
-        f"tokens is of the class {type(tokens).__name__}, and two are expected: a tensor (samples, seqlen) of whole "
-        "numbers, and a mapping with the source that they were drawn from"
-    )
+    if tokens is None:
+        return
+    try:
+        ids, how = tokens
+        CalibrationFacts.model_validate(dict(how))
+        json.dumps(dict(how))
+        if ids.ndim != 2 or ids.dtype not in INTEGERS:
+            raise ValueError(f"a tensor {tuple(ids.shape)} of {ids.dtype}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FistaPrunerError(
+            f"tokens: {explain(error)}: two things are expected, a tensor (samples, seqlen) of whole numbers, and a "
+            "mapping with the source that they were drawn from"
+        ) from None
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -145,7 +131,7 @@ def check_sources(recipe: Recipe) -> None:
         check_source(source)
 
 
-def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None) -> Operators:
+def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None) -> Inputs:
     """Open a model, and decide patterns and widths of its operators.
 
     Args:
@@ -163,7 +149,7 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
     sparsity = choose_patterns(recipe, smaller, model.config.model_type)
     warnings = () if widths is None else say_losses(model, recipe, widths)
     notes = () if widths is None else (say_widths(model, widths), *warnings)
-    return Operators(model, layout, smaller, widths, sparsity, warnings, notes)
+    return Inputs(source, model, layout, smaller, widths, sparsity, warnings, notes)
 
 
 def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtype: str | None = None) -> Inputs:
@@ -184,30 +170,28 @@ def check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtyp
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
     listener.tick("opening and checking the model", 0, 1)
-    opened = open_operators(source, recipe, dtype)
-    model, warnings = opened.model, opened.warnings
+    inputs = open_operators(source, recipe, dtype)
+    model = inputs.model
     if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
         stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
         listener.say(f"passes in {used}: this device has no matrix units for the checkpoint's {stored}")
     check_model(model)
-    for sentence in opened.notes:
+    for sentence in inputs.notes:
         listener.say(sentence)
-    if opened.widths is None and not any(pattern.fraction for pattern in recipe.patterns):
+    if inputs.widths is None and not any(pattern.fraction for pattern in recipe.patterns):
         listener.say("sparsity 0% and no structure: no weight becomes zero")
-    tokenizer, seqlen = source.tokenizer(), calibration_length(recipe.calibration, model)
-    if request.drawn is not None and request.drawn[0].shape != (recipe.calibration.samples, seqlen):
+    shape = recipe.calibration.samples, calibration_length(recipe.calibration, model)
+    if request.drawn is not None and request.drawn[0].shape != shape:
         raise FistaPrunerError(
-            f"tokens has the shape {tuple(request.drawn[0].shape)}, and the recipe's (samples, seqlen) are "
-            f"{(recipe.calibration.samples, seqlen)}"
+            f"tokens has the shape {tuple(request.drawn[0].shape)}, and the recipe's (samples, seqlen) are {shape}"
         )
     if request.evaluation is not None:  # a fault in the text shows now
-        text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
+        text = load_windows(request.evaluation.data, source.tokenizer(), shape[1], request.evaluation.windows)
         model.check_tokens(text.tokens)
         if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
-            warnings = (*warnings, shared)
-    found = {each.name: getattr(opened, each.name) for each in fields(opened)} | {"warnings": warnings}
-    return Inputs(**found, source=source, tokenizer=tokenizer, seqlen=seqlen)
+            return replace(inputs, warnings=(*inputs.warnings, shared))
+    return inputs
 
 
 def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
@@ -280,12 +264,9 @@ def change_widths(
         return layout, None
     zeros = next((pattern for pattern in recipe.patterns if pattern.fraction), None)
     if structure.method == "goa" and zeros is not None:
-        whose, without = ("sparsity", "take --sparsity 0%")
-        if zeros is not recipe.pattern:
-            whose, without = "allocation", "leave the allocation out"
         raise FistaPrunerError(
-            f"structure: goa fits whole operators before it removes channels, and has no zeros beside it ({whose} "
-            f"{zeros}): {without}, and prune its result in a second run"
+            f"structure: goa fits whole operators before it removes channels, and has no zeros ({zeros}) beside it: "
+            "take --sparsity 0%, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, structure, trust_remote_code=permissions.trust_remote_code)
     units = [(index, unit) for index in range(len(model)) for unit in widths.channels(index)]

@@ -14,7 +14,7 @@ from ..core.problem import unweighted
 from ..errors import FistaPrunerError
 from ..models.low_rank import A, B, sum_of_parts
 from ..models.operators import Group, Operator
-from ..runs.layer_records import LayerEntry
+from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
@@ -23,7 +23,6 @@ from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
-from .entries import operator_entry
 from .experts import remove_experts, routed_problem, routing_warnings
 from .passes import LayerPasses
 from .removal import remove_units
@@ -74,29 +73,10 @@ def prune_layer(
         with clock.phase("io"):
             loaded.enter_context(model.layer(index))
         passes = LayerPasses(context, index, streams, clock)
-        if passes.dense_pass():
-            events.passed()
+        passes.dense_pass()
         passed_after = sum(clock.seconds.values())
         passes.make_wanted()
-        for number, group in passes.groups:
-            for unit in passes.mixtures_before(number):
-                tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
-                record.weights |= tensors
-                record.removals.append(removal)
-            if consumers := passes.cut_before(number):
-                remove_units(context, index, consumers, passes, clock, measures, events.operators, record)
-                release_memory()
-            if number not in passes.solved:
-                passes.pruned(number)
-                continue
-            names = "+".join(operator.name.rpartition(".")[2] for operator in group)
-            names = f"expert {group[0].expert} {names}" if group[0].experts else names
-            events.operators(names, None)
-            worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
-            release_memory()
-            record.weights |= _weights(context, index, group) | record.parts
-            passes.pruned(number)
-            events.operators(names, worst)
+        _prune_groups(context, index, passes, clock, measures, events, record, loaded)
         _reconstruct(context, index, streams, passes, clock, measures, record)
         error = passes.output_pass()
     name = f"{context.layout.layers_name}.{index}"
@@ -116,6 +96,38 @@ def prune_layer(
         **record.extra,
     )
     return LayerResult(record.weights, entry)
+
+
+def _prune_groups(
+    context: LayerContext,
+    index: int,
+    passes: LayerPasses,
+    clock: Clock,
+    measures: LayerMeasures,
+    events: LayerEvents,
+    record: LayerRecord,
+    loaded: ExitStack,
+) -> None:
+    """Remove channels and experts, and prune the operators, of one group after another."""
+    for number, group in passes.groups:
+        for unit in passes.mixtures_before(number):
+            tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
+            record.weights |= tensors
+            record.removals.append(removal)
+        if consumers := passes.cut_before(number):
+            remove_units(context, index, consumers, passes, clock, measures, events.operators, record)
+            release_memory()
+        if number not in passes.solved:
+            passes.pruned(number)
+            continue
+        names = "+".join(operator.name.rpartition(".")[2] for operator in group)
+        names = f"expert {group[0].expert} {names}" if group[0].experts else names
+        events.operators(names, None)
+        worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
+        release_memory()
+        record.weights |= _weights(context, index, group) | record.parts
+        passes.pruned(number)
+        events.operators(names, worst)
 
 
 def _prune_group(
@@ -152,13 +164,41 @@ def _prune_group(
             # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
             known = unrounded and importance is None
             error = solution.stats[0]["relative_error"] if known else problem.relative_error(total)
-            entry = operator_entry(problem, solution, error, operator, number, str(pattern))
+            entry = _operator_entry(problem, solution, error, operator, number, str(pattern))
         entry.low_rank = None if low_rank is None else len(low_rank.a)
         entry.tokens = tokens if routed else None
         record.operators.append(entry)
         record.warnings += solution.warnings
         worst = max(worst, error)
     return worst
+
+
+def _operator_entry(
+    problem: LayerProblem, solution: Solution, error: float, operator: Operator, number: int, pattern: str
+) -> OperatorEntry:
+    """Make the entry of an operator.
+
+    Args:
+        problem: the solved problem, without row weights.
+        solution: weights rounded as in the checkpoint.
+        error: its relative error.
+        operator: which was solved.
+        number: of its group in the decoder layer.
+        pattern: its sparsity, as text.
+    """
+    weight = solution.weight
+    zeros = weight.numel() - int(torch.count_nonzero(weight))  # summing booleans would convert them to int64
+    return OperatorEntry(
+        name=operator.name,
+        shape=(operator.rows, operator.columns),
+        sparsity=pattern,
+        zeros=zeros,
+        density=1.0 - zeros / weight.numel(),
+        relative_error=error,
+        dense_error=problem.dense_error(),
+        group=number,
+        steps=solution.stats[0]["steps"],
+    )
 
 
 def _weights(context: LayerContext, index: int, group: Group) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +31,7 @@ from ..runs.identity import fingerprint
 from ..runs.layer_records import LayerEntry
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import choose_device
-from ..runtime.formatting import shell_line
+from ..runtime.formatting import counted
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
@@ -80,12 +80,7 @@ class RunContext:
     on_device: bool = False
     permissions: Permissions = UNTRUSTED
     widths: Widths | None = None
-    _decided: Numerics = field(init=False)
-    _reduced: bool = field(default=False, init=False)  # numerics are no longer what the run decided
-    _own_calls: Calls | None = field(default=None, init=False)  # for the reduced batch size
-
-    def __post_init__(self) -> None:
-        self._decided = self.numerics
+    _own_calls: Calls | None = field(default=None, init=False)  # for a reduced batch size
 
     @classmethod
     def open(
@@ -94,6 +89,7 @@ class RunContext:
         device: torch.device | None = None,
         permissions: Permissions = UNTRUSTED,
         model: Path | None = None,
+        opened: LayerwiseModel | None = None,
     ) -> RunContext:
         """Open a run that has been prepared.
 
@@ -102,6 +98,7 @@ class RunContext:
             device: where to compute; None is the recipe's device.
             permissions: what the model's files may do.
             model: the dense model's folder, as this process sees it; None is the one in ``run.json``.
+            opened: the dense model, where this process has opened it before.
 
         Raises:
             FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
@@ -109,14 +106,9 @@ class RunContext:
         run = PruneDirectory(folder)
         record = run.begun_record()
         decision = record.decision
-        if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
-            raise FistaPrunerError(
-                f"{run.metrics_file} is gone or damaged: "
-                f"'{shell_line('resume', folder)}' measures the dense model again"
-            )
         recipe = Recipe.build(record.recipe, str(run.run_file))
-        source = permissions.at(model or decision.folder)
-        opened = open_model(source, recipe, device, dtype=decision.numerics.dtype)
+        if opened is None:
+            opened = open_model(permissions.at(model or decision.folder), recipe, device, dtype=decision.numerics.dtype)
         if decision.metrics_sha256:
             opened.checkpoint.orders = run.orders()
         tokens = run.tokens()
@@ -128,7 +120,7 @@ class RunContext:
         if decision.structure is not None:
             widths = Widths.read(decision.structure)
             layout = resized(layout, widths)
-        context = cls(
+        return cls(
             run=run,
             recipe=recipe,
             fingerprint=record.fingerprint,
@@ -142,9 +134,6 @@ class RunContext:
             permissions=permissions,
             widths=widths,
         )
-        if opened.device.type == "cuda" and (smaller := run.journal.reduced(record.fingerprint)):
-            context._reduce_memory(smaller)
-        return context
 
     @property
     def hidden(self) -> Path:
@@ -177,9 +166,9 @@ class RunContext:
         return self.model.device if self.on_device else CPU
 
     def dense_windows(self) -> int:
-        """Return the number of windows that the dense model runs on, also where memory has run out since."""
+        """Return the number of windows that the dense model runs on."""
         samples, seqlen = self.tokens.shape
-        return dense_windows(self.recipe, self.layout, samples, seqlen, self._decided.batch_size)
+        return dense_windows(self.recipe, self.layout, samples, seqlen, self.numerics.batch_size)
 
     def calls(self) -> Calls:
         """Record the arguments that decoder layers are called with."""
@@ -213,20 +202,10 @@ class RunContext:
         Raises:
             FistaPrunerError: bad data, or too little memory on the GPU.
         """
-        passed: list[bool] = []
         warnings: list[str] = []
-
-        def note_passed() -> None:
-            passed.append(True)
-            events.passed()
-
-        def attempt() -> LayerEntry:
-            # Another process may read the dense output already, so a second attempt does not write it again.
-            left = replace(streams, dense_out=None) if passed else streams
-            noted = replace(events, passed=(lambda: None) if passed else note_passed)
-            return self._prune(index, left, self._calls_now(calls), noted, warnings)
-
-        return self._fitting(f"layer {index}", attempt, streams, warnings)
+        return self._fitting(
+            f"layer {index}", lambda: self._prune(index, streams, calls, events, warnings), streams, warnings
+        )
 
     def _prune(
         self,
@@ -242,7 +221,7 @@ class RunContext:
             layout=self.layout,
             recipe=self.recipe,
             sparsity=self.sparsity,
-            calls=calls,
+            calls=self._own_calls or calls,
             scratch=scratch_factory(self.hidden if self.on_disk else None, self.model.dtype, self._place),
             widths=self.widths,
         )
@@ -254,8 +233,6 @@ class RunContext:
             scores=self.run.scores(names) if learned else {},
         )
         result = prune_layer(context, index, streams, measures, events)
-        if self._reduced:
-            result.entry.batch_size = self.numerics.batch_size
         result.entry.warnings += warnings
         result.entry.peak_memory = peak_memory()
         result.entry.finished = now()
@@ -264,7 +241,7 @@ class RunContext:
 
     def advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Pass the hidden states through an already pruned decoder layer ``index``."""
-        self._fitting(f"layer {index}", lambda: self._advance(index, streams, self._calls_now(calls)), streams)
+        self._fitting(f"layer {index}", lambda: self._advance(index, streams, self._own_calls or calls), streams)
 
     def _advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Do what :meth:`advance` does, once."""
@@ -293,7 +270,8 @@ class RunContext:
     def _fitting(self, what: str, work: Callable[[], T], streams: LayerStreams, warnings: list[str] | None = None) -> T:
         """Work; where the GPU's memory runs out, work again with less.
 
-        First hidden states go to main memory, then each time the batch size is halved.
+        Hidden states are then in main memory, and the batch size is halved.
+        It divides the one before, so that batches end at the same windows.
 
         Args:
             what: names the work, in messages.
@@ -308,42 +286,25 @@ class RunContext:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                if self.numerics.batch_size == 1 and not self.on_device:
+                before = min(self.numerics.batch_size, len(self.tokens))
+                if before == 1 and not self.on_device:
                     raise FistaPrunerError(
                         f"{what}: the memory of {self.model.device} ran out, even with one window at a time: free "
                         "some of it and resume, or give the same prune command again with --device cpu; or begin "
                         "another run with a shorter --seqlen or a lighter --method"
                     ) from None
-            before = min(self.numerics.batch_size, len(self.tokens))
-            if self.on_device:
-                for store in (streams.dense, streams.pruned, streams.dense_out, streams.pruned_out):
-                    if store is not None:
-                        store.to_main_memory()
-                self._reduce_memory(self.numerics.batch_size)
-                then = "hidden states go to main memory"
-            else:
-                self._reduce_memory(before // _smallest_divisor(before))
-                then = f"it goes on with {self.numerics.batch_size}"
-            warning = f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; {then}"
-            log.warning("%s", warning)
+            release_failed_memory()
+            self.on_device = False
+            for store in (streams.dense, streams.pruned, streams.dense_out, streams.pruned_out):
+                if store is not None:
+                    store.to_main_memory()
+            fewer = before // _smallest_divisor(before)
+            self.numerics = self.numerics.model_copy(update={"batch_size": fewer})
+            self._own_calls = self.calls()
+            warning = f"{what}: the memory of {self.model.device} ran out; it goes on with {counted(fewer, 'window')}"
+            log.warning("%s", warning := f"{warning} at a time instead of {before}")
             if warnings is not None:
                 warnings.append(warning)
-
-    def _reduce_memory(self, batch_size: int) -> None:
-        """Use less of a GPU's memory from now on: main memory for hidden states, and a smaller batch size.
-
-        It divides the one before, so that batches end at the same windows.
-        """
-        release_failed_memory()
-        self.on_device = False
-        self.numerics = self.numerics.model_copy(update={"batch_size": batch_size})
-        self._reduced, self._own_calls = True, None
-
-    def _calls_now(self, calls: Calls) -> Calls:
-        """Return the caller's arguments of the decoder layers, or those for a reduced batch size."""
-        if self._reduced and self._own_calls is None:
-            self._own_calls = self.calls()
-        return self._own_calls or calls
 
 
 def _smallest_divisor(number: int) -> int:

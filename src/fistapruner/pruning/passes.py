@@ -101,15 +101,15 @@ class LayerPasses:
         if recipe.reconstruct and groups:
             self.wanted = streams.dense_out or self._store("wanted")
 
-    def dense_pass(self) -> bool:
-        """Run the dense layer once, if the dense model is needed; return whether it was.
+    def dense_pass(self) -> None:
+        """Run the dense layer once, if the dense model is needed.
 
         The pass gathers the sums of the groups whose inputs are the same in the pruned layer, keeps the dense inputs or
         outputs of the others, and writes the dense hidden states for the next layer.
         """
         streams = self._streams
         if streams.dense is None or not (self.groups or streams.dense_out is not None):
-            return False
+            return
         activations = self._activations
         assert activations is not None
         if streams.pruned is None:
@@ -153,7 +153,6 @@ class LayerPasses:
             output=output,
             around=[] if self._residual is None else [self._residual.around_dense_pass],
         )
-        return True
 
     def make_wanted(self) -> None:
         """Complete the outputs that block reconstruction trains towards, while nothing is pruned yet.

@@ -74,6 +74,7 @@ def remove_units(
             )
             keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
             bias = _cut(context, index, unit, removal, keep, weight, record)
+            record.removals.append(_removal_entry(context, unit, removal, len(keep), biased=bias is not None))
             error = removal_error(known, places, weight, bias)
         record.removals[-1].relative_error, record.removals[-1].permuted = error, shares
         record.removals[-1].tokens = known.tokens
@@ -102,7 +103,7 @@ def _cut(
         removal: which, and why.
         keep: (k,) kept channels in their new order.
         weight: (m, inputs of k channels) weights of the consumer; rounded on return.
-        record: receives the new tensors, the kept rows, the warnings and the report's entry.
+        record: receives the new tensors, the kept rows and the warnings.
 
     Returns:
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
@@ -133,23 +134,26 @@ def _cut(
             record.weights[source] = whole.index_select(dim, stay)  # an expert's may be another one's, renumbered
     record.rows |= unit.kept_rows(keep)
     record.warnings += removal.warnings
-    record.removals.append(
-        RemovalEntry(
-            unit=unit.kind,
-            producers=list(unit.producers),
-            consumer=unit.name,
-            before=unit.before,
-            after=len(keep),
-            method=settings.method,
-            compensate="none" if settings.compensation == "bias" and added is None else settings.compensation,
-            shrink=removal.shrink,
-            dense_error=removal.dense,
-            dropped_error=removal.dropped,
-            validated_error=removal.validated,
-            validated_dropped=removal.validated_dropped,
-        )
-    )
     return added
+
+
+def _removal_entry(context: LayerContext, unit: Unit, removal: Removal, after: int, *, biased: bool) -> RemovalEntry:
+    """Make the report's entry of removed channels; ``biased`` says that the consumer's bias has changed."""
+    settings = context.recipe.structure
+    return RemovalEntry(
+        unit=unit.kind,
+        producers=list(unit.producers),
+        consumer=unit.name,
+        before=unit.before,
+        after=after,
+        method=settings.method,
+        compensate="none" if settings.compensation == "bias" and not biased else settings.compensation,
+        shrink=removal.shrink,
+        dense_error=removal.dense,
+        dropped_error=removal.dropped,
+        validated_error=removal.validated,
+        validated_dropped=removal.validated_dropped,
+    )
 
 
 def _ordered(

@@ -13,10 +13,9 @@ from torch import Tensor
 from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.data import check_data
+from ..measure.run import measure
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
-from ..pipeline.measure import measure
-from ..pipeline.result import refuse_foreign_files, reporting_failure
 from ..planning import Plan, make_plan
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
@@ -47,6 +46,7 @@ from ..settings.loading import merge_settings
 from ..settings.settings import Recipe
 from .inputs import Request, check_sources, check_tokens, open_operators
 from .opened import RunContext
+from .result import refuse_foreign_files, reporting_failure
 from .settle import settle
 from .workers import prune_layers
 from .write import write
@@ -242,15 +242,16 @@ def _prune(
     listener = Logged(told, times.note)
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
-    fault = None if settled is None else run.fault(settled)
+    fault, model = None if settled is None else run.fault(settled), None
     if settled is None or fault is not None:
         if fault is not None:
             listener.say(f"calibration and measurements are made again: {fault}")
-        before, settled = settled, settle(run, request, settled, listener)
+        before = settled
+        settled, model = settle(run, request, settled, listener)
         if before is not None and before.fingerprint != settled.fingerprint:
             times.forget()
     listener.tick("opening the run", 0, 1)
-    context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute())
+    context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute(), model)
     with nullcontext() if earlier is not None else reporting_failure(run, times):
         refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}

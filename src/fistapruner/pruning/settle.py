@@ -18,7 +18,7 @@ from ..models.layers import LayerwiseModel
 from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
-from ..planning import make_plan
+from ..planning import Choice, make_plan
 from ..runs.continuation import absolute
 from ..runs.decision import Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -34,7 +34,7 @@ from ..runtime.numerics import dtype_name
 from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe
-from ..text import calibration_tokens
+from ..text import calibration_length, calibration_tokens
 from ..text.generate import load_writer
 from .inputs import Inputs, Request, check_inputs
 from .workers import default_threads
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener) -> PruneRecord:
+def settle(
+    run: PruneDirectory, request: Request, before: PruneRecord | None, listener: Listener
+) -> tuple[PruneRecord, LayerwiseModel]:
     """Check the input, decide what all processes of the run will use, and record it.
 
     Args:
@@ -55,36 +57,27 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         before: what the run had settled, where its calibration tokens or measurements are damaged: its plan is kept.
         listener: receives progress.
 
+    Returns:
+        The record, and the opened model.
+
     Raises:
         FistaPrunerError: bad input, named, or a run that does not fit.
     """
     recipe, settled = request.recipe, before.decision if before else None
     inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
-    text = text_sha256(recipe)
-    drawing = _drawing(recipe, inputs.model, inputs.seqlen, text)
+    text, seqlen = text_sha256(recipe), calibration_length(recipe.calibration, inputs.model)
+    drawing = _drawing(recipe, inputs.model, seqlen, text)
     drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
     if settled is not None:
         numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
     else:
-        listener.tick("planning", 0, 1)
-        found = make_plan(
-            inputs.model,
-            inputs.smaller,
-            recipe,
-            inputs.sparsity,
-            run.folder,
-            inputs.widths,
-            drawn=drawn is not None,
-        )
-        for sentence in found.says:
-            listener.say(sentence)
-        choice = found.choice
-        on_disk, on_device = choice.on_disk, choice.on_device
+        choice = _plan(run, recipe, inputs, listener, drawn=drawn is not None)
         numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
+        on_disk, on_device = choice.on_disk, choice.on_device
     with cpu_threads(numerics.threads):
         settings, begin = recipe.calibration, time.perf_counter()
-        listener.say(f"calibration: {settings.samples} windows of {inputs.seqlen} tokens from {settings.name}")
-        tokens, how = drawn or _draw_windows(run, recipe, inputs, drawing, listener)
+        listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
+        tokens, how = drawn or _draw_windows(run, recipe, inputs, seqlen, drawing, listener)
         inputs.model.check_tokens(tokens)
         run.write_tokens(tokens, drawing, how)
         seconds = {"calibration": time.perf_counter() - begin}
@@ -95,7 +88,7 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
         if measured is not None:
             seconds["sensitivity"] = time.perf_counter() - begin
     has_metrics = run.metrics_file.is_file()
-    sizes = {"samples": tokens.shape[0], "seqlen": inputs.seqlen, "tokens": tokens.numel()}
+    sizes = {"samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}
     record = PruneRecord(
         **common_fields(request, inputs, recipe, numerics.threads),
         fingerprint=identity,
@@ -119,7 +112,16 @@ def settle(run: PruneDirectory, request: Request, before: PruneRecord | None, li
     )
     run.write_recipe(recipe.to_yaml())
     run.write_record(record)
-    return record
+    return record, inputs.model
+
+
+def _plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs, listener: Listener, *, drawn: bool) -> Choice:
+    """Choose settings that fit this machine, and say the plan."""
+    listener.tick("planning", 0, 1)
+    found = make_plan(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
+    for sentence in found.says:
+        listener.say(sentence)
+    return found.choice
 
 
 def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | None) -> str:
@@ -131,17 +133,17 @@ def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | Non
 
 
 def _draw_windows(
-    run: PruneDirectory, recipe: Recipe, inputs: Inputs, drawing: str, listener: Listener
+    run: PruneDirectory, recipe: Recipe, inputs: Inputs, seqlen: int, drawing: str, listener: Listener
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw (samples, seqlen) calibration windows; returns them, and how they were drawn."""
-    settings, seqlen = recipe.calibration, inputs.seqlen
+    settings = recipe.calibration
 
     def load_model() -> Any:  # whole, to write text
         limit = recipe.execution.memory_limit
         return load_writer(inputs.source, inputs.model, settings.samples, seqlen, limit, "--calibration")
 
     kept = {"begun": run.begun_texts(drawing), "keep": partial(run.keep_texts, drawing)}
-    return calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say, **kept)
+    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say, **kept)
 
 
 def _measure(

@@ -302,9 +302,9 @@ class ProcessPool:
     def submit(self, index: int) -> Future[str | None]:
         try:
             return self._executor.submit(_prune_here, index)
-        except BrokenProcessPool as error:  # a worker died before
+        except (BrokenProcessPool, OSError) as error:  # a worker died before, or dies while another one starts
             broken = Future[str | None]()
-            broken.set_exception(error)
+            broken.set_exception(BrokenProcessPool(one_line(error)))
             return broken
 
     def revive(self) -> None:

@@ -77,25 +77,6 @@ class LayerJournal:
             log.warning("layer %d is done again: %s: %s", index, record.name, error)
             return None
 
-    def reduced(self, fingerprint: str) -> int | None:
-        """Read the smallest batch size that layers came down to.
-
-        Args:
-            fingerprint: of the run.
-
-        Returns:
-            Windows in one forward pass; None where no layer had to.
-        """
-        found = []
-        for record in self.records():
-            try:
-                content = read_sealed_json(record)
-                if content["file"]["fingerprint"] == fingerprint and content["batch_size"] is not None:
-                    found.append(int(content["batch_size"]))
-            except (OSError, ValueError, KeyError, TypeError):  # a damaged layer is pruned again (see finished)
-                continue
-        return min(found, default=None)
-
     def weights(self, index: int) -> SafetensorsFile:
         """Open the pruned tensors of a finished layer."""
         return SafetensorsFile(self.files(index)[0])

@@ -97,7 +97,6 @@ class LayerEntry(Record):
         passed_after: seconds until the dense hidden states were ready for the next layer.
         finished: ISO time; ``device``: that solved it; ``peak_memory``: bytes while it ran.
         warnings: sentences.
-        batch_size: windows in one forward pass, where the GPU's memory ran out and the run went on with fewer.
     """
 
     index: int
@@ -112,7 +111,6 @@ class LayerEntry(Record):
     device: str | None = None
     peak_memory: int | None = None
     warnings: list[str] = []
-    batch_size: int | None = None
 
     @property
     def judged(self) -> list[OperatorEntry]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -21,10 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import FistaPrunerError
-from ..models.build import build_model, find_decoder_layers
-from ..models.experts import separate_experts
+from ..models.build import build_changed, find_decoder_layers
 from ..models.layers import Call, LayerwiseModel, assign, buffers_to, hidden_of
-from ..models.names import stored_names
 from ..models.operators import Layout, layer_signature
 from ..models.write import merge_patch
 from ..settings.structure_settings import Structure
@@ -61,14 +60,7 @@ def plan_widths(
     """
     remove = settings.remove
     assert remove is not None
-    stored = [entry.name for entry in model.checkpoint.stored]
-
-    def build(changes: Mapping[str, Any]) -> Any:
-        smaller = build_model(model.checkpoint, trust_remote_code=trust_remote_code, changes=changes)
-        found = stored_names(smaller, stored)
-        separate_experts(smaller, *find_decoder_layers(smaller), model.checkpoint, found, fewer=True)
-        return smaller
-
+    build: Build = partial(build_changed, model.checkpoint, trust_remote_code=trust_remote_code)
     units, config = find_units(model, layout, settings), dict[str, Any]()
     channels = tuple(tuple(unit for unit in layer if unit.kind != GROUPS) for layer in units)
     if any(channels):

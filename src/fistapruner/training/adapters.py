@@ -22,7 +22,7 @@ from ..models.low_rank import refuse_low_rank
 from ..models.record import permuted_tensors, read_pruning_record
 from ..models.source import Permissions
 from ..models.write import require_new
-from ..pipeline.result import check_zeros, model_documents
+from ..pruning.result import check_zeros, model_documents
 from ..reporting.model_card import plain_card
 from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..measure.preferences import accuracy_error, preference_figures
+from ..measure.run import add_warning
 from ..models.layers import LayerwiseModel
 from ..models.source import ModelSource
 from ..papers.mezo import ForwardOnly
@@ -29,7 +30,6 @@ from ..papers.mrpo import (
     virtual_reference,
 )
 from ..passes.check import check_model
-from ..pipeline.result import add_warning
 from ..pruning.opened import open_model
 from ..runs.align_directory import AlignDirectory
 from ..runs.identity import stamps

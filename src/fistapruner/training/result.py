@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models.record import read_pruning_record, stack_of
 from ..papers.mezo import ForwardOnly
-from ..pipeline.result import (
+from ..pruning.result import (
     check_zeros,
     checkpoint_record,
     close_report,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
+from ..measure.run import measure
 from ..models.source import UNTRUSTED, Permissions
-from ..pipeline.measure import measure
-from ..pipeline.result import refuse_foreign_files, reporting_failure
+from ..pruning.result import refuse_foreign_files, reporting_failure
 from ..runs.arguments import checked_arguments
 from ..runs.continuation import (
     absolute,

@@ -25,15 +25,8 @@ from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals, load_run
 from ..runs.times import Times
-from ..runtime.files import PARTIAL, disk_errors, sha256_file
+from ..runtime.files import disk_errors
 from ..runtime.machine import now
-
-
-def add_warning(report: Report, sentence: str, listener: Listener) -> None:
-    """Add a warning to a report and say it, unless it is there."""
-    if sentence not in report.warnings:
-        listener.say(sentence)
-        report.warnings.append(sentence)
 
 
 @contextmanager
@@ -94,31 +87,23 @@ def write_model(
         shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
         config_changes: of ``config.json``, as a JSON merge patch.
     """
-    before = run.model_record()
-    if run.model.exists() and run.model_fault(fingerprint):
-        run.remove_model(checkpoint)  # it is damaged
-    digests = None
-    if not run.model.exists():
-        with disk_errors(run.model_file):
-            run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
-        listener.say("writing the checkpoint")
-        digests = write_checkpoint(
-            checkpoint,
-            run.model,
-            replacement,
-            shapes=shapes,
-            dropped=dropped,
-            config_changes=config_changes,
-            documents=documents(),
-        )
-    elif before is None:  # a kill came between the checkpoint and its record
-        (run.model / PARTIAL).unlink(missing_ok=True)
-        digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
-    if digests is not None:
-        if before is None or digests != {name: claim.sha256 for name, claim in before.files.items()}:
-            with disk_errors(run.report_file):
-                run.report_file.unlink(missing_ok=True)  # what it has measured may not be of these weights
-        run.write_model_record(fingerprint, digests)
+    if run.model.exists():
+        if run.model_record() is not None and run.model_fault(fingerprint) is None:
+            return
+        run.remove_model(checkpoint)  # it is damaged, or its writing was interrupted
+    with disk_errors(run.model_file):
+        run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
+    listener.say("writing the checkpoint")
+    digests = write_checkpoint(
+        checkpoint,
+        run.model,
+        replacement,
+        shapes=shapes,
+        dropped=dropped,
+        config_changes=config_changes,
+        documents=documents(),
+    )
+    run.write_model_record(fingerprint, digests)
 
 
 def write_low_rank(
@@ -209,24 +194,18 @@ def close_report(run: RunDirectory, report: Report, earlier: Report | None, time
     Args:
         run: the run directory.
         report: of the run.
-        earlier: report of the finished run whose checkpoint was written again; its measurements hold where the weights
-            are the same.
+        earlier: report of the finished run whose checkpoint was written again: its measurements stay.
         times: wall time of the run so far.
         begin: when the writing of the checkpoint began, by ``time.perf_counter``.
     """
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None and run.report_file.exists():  # :func:`write_model` removes that of other weights
-        _keep_measurements(report, earlier)
+    if earlier is not None:
+        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+        report.totals.compressed_bytes = earlier.totals.compressed_bytes
+        if report.recovery is not None and earlier.recovery is not None:
+            report.recovery.before = earlier.recovery.before
     report.status = "finished"
     report.finished = now()
     report.totals.seconds = times.total()
     report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = Checkpoint.open(run.model).file_bytes
-
-
-def _keep_measurements(report: Report, earlier: Report) -> None:
-    """Take over what was measured of a finished checkpoint that is written again, and still holds."""
-    report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
-    report.totals.compressed_bytes = earlier.totals.compressed_bytes
-    if report.recovery is not None and earlier.recovery is not None:
-        report.recovery.before = earlier.recovery.before

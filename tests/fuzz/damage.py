@@ -11,46 +11,15 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("FISTAPRUNER_FUZZ", "600"))
+EXAMPLES = int(os.environ.get("FISTAPRUNER_FUZZ", "300"))
 """Mutated inputs for each test, the same in every run; ``FISTAPRUNER_FUZZ=100000 pytest tests/fuzz`` draws new ones."""
 
-fuzz = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    suppress_health_check=[
-        HealthCheck.too_slow,
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.data_too_large,
-        HealthCheck.filter_too_much,
-    ],
-)
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+SLOW += [HealthCheck.filter_too_much]
+fuzz = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=SLOW)
 
-NUMBERS = [
-    0,
-    1,
-    2,
-    3,
-    4,
-    7,
-    8,
-    31,
-    32,
-    127,
-    128,
-    255,
-    256,
-    2**15,
-    2**16,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**32,
-    2**53,
-    2**62,
-    2**63,
-    2**64 - 1,
-]
+NUMBERS = [0, 1, 2, 3, 4, 7, 8, 31, 32, 127, 128, 255, 256, *(2**power for power in (15, 16, 31, 32, 53, 62, 63))]
+NUMBERS += [2**power - 1 for power in (31, 32, 64)]
 
 Edit = Callable[[bytes], bytes]
 
@@ -96,32 +65,24 @@ def damaged(data: bytes, upto: int | None = None) -> st.SearchStrategy[bytes]:
     return st.lists(edit, min_size=1, max_size=4).map(lambda edits: _apply(edits, data))
 
 
+WORDS = [
+    "../x",
+    "/etc/passwd",
+    "model.safetensors",
+    "F32",
+    "BF16",
+    "F64",
+    "I64",
+    "BOOL",
+    "50%",
+    "2:4",
+    "re:(",
+    "nan",
+    "",
+]
+SIMPLE = [st.none(), st.booleans(), st.sampled_from(NUMBERS), st.integers(-(2**70), 2**70), st.floats()]
 json_values = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.sampled_from(NUMBERS),
-        st.integers(-(2**70), 2**70),
-        st.floats(),
-        st.text(max_size=6),
-        st.sampled_from(
-            [
-                "../x",
-                "/etc/passwd",
-                "model.safetensors",
-                "F32",
-                "BF16",
-                "F64",
-                "I64",
-                "BOOL",
-                "50%",
-                "2:4",
-                "re:(",
-                "nan",
-                "",
-            ]
-        ),
-    ),
+    st.one_of(*SIMPLE, st.text(max_size=6), st.sampled_from(WORDS)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
