@@ -100,7 +100,7 @@ class PackedCheckpoint:
         return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
 
     def experts(self, matrices: Sequence[Sequence[str]]) -> Tensor:
-        """Join the matrices of experts, as :class:`~fistapruner.models.names.StoredNames` names them, to one tensor (experts, m, n)."""
+        """Join the matrices of experts to one tensor (experts, m, n)."""
         return torch.stack([torch.cat([self.tensor(name) for name in own]) for own in zip(*matrices, strict=True)])
 
     def names(self) -> list[str]:
