@@ -21,6 +21,13 @@ from fistapruner.runtime.numerics import pass_dtype
 
 CPU = torch.device("cpu")
 
+
+def change(folder: Path, **entries: Any) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries), "utf-8")
+    return folder
+
+
 AUDIO = {"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2", **tiny.SIZES}}
 PARTS = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -42,11 +49,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_config_is_refused_by_name(tmp_path: Path, wrong: str) -> None:
     """One line that names it, before any work."""
-    change, said = WRONG[wrong]
+    entries, said = WRONG[wrong]
     tiny.build("llama").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    whole = wrong in ("sound and text", "encoder and decoder")
-    (tmp_path / "config.json").write_text(json.dumps(change if whole else config | change), "utf-8")
+    if wrong in ("sound and text", "encoder and decoder"):
+        (tmp_path / "config.json").write_text("{}")
+    change(tmp_path, **entries)
     with pytest.raises(FistaPrunerError, match=said) as caught:
         LayerwiseModel(Checkpoint.open(tmp_path), CPU)
     assert str(tmp_path) in str(caught.value)
@@ -54,32 +61,22 @@ def test_a_wrong_config_is_refused_by_name(tmp_path: Path, wrong: str) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype) -> None:
-    for units in (False, True):
-        assert pass_dtype(stored, CPU, units) == (
-            torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32
-        )
-    assert pass_dtype(stored, torch.device("cuda"), True) == stored
-    without = pass_dtype(stored, torch.device("cuda"), False)  # a GPU before Ampere
-    assert without == (torch.float32 if stored == torch.bfloat16 else stored)
-    folder = tiny.save("llama", tmp_path / "model", dtype=stored)
-    model = load_whole(folder, CPU)
-    assert model.dtype == LayerwiseModel(Checkpoint.open(folder), CPU).dtype == pass_dtype(stored, CPU)
-    assert not model.training
-    assert load_whole(folder, CPU, stored).dtype == stored
-
-
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("units", [False, True])
 def test_the_precision_is_that_of_the_weights_whatever_the_config_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, units: bool
 ) -> None:
+    bf16 = stored == torch.bfloat16
+    assert pass_dtype(stored, CPU, units) == (torch.bfloat16 if units and bf16 else torch.float32)
+    assert pass_dtype(stored, torch.device("cuda"), True) == stored
+    before_ampere = pass_dtype(stored, torch.device("cuda"), False)
+    assert before_ampere == (torch.float32 if bf16 else stored)
     monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: units)
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    other = "float32" if stored == torch.bfloat16 else "bfloat16"
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": other}), "utf-8")
+    change(folder, dtype="float32" if bf16 else "bfloat16")
     checkpoint, model = Checkpoint.open(folder), load_whole(folder, CPU)
+    assert model.dtype == LayerwiseModel(checkpoint, CPU).dtype == pass_dtype(stored, CPU)
+    assert not model.training
+    assert load_whole(folder, CPU, stored).dtype == stored
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
     assert nbytes == whole_bytes(checkpoint, pass_dtype(stored, CPU))
     for name, parameter in model.named_parameters():
@@ -92,9 +89,7 @@ def test_the_precision_is_that_of_the_weights_whatever_the_config_says(
 )
 def test_a_config_does_not_choose_other_code_for_attention(tmp_path: Path, named: str, taken: str) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    named_too = {"_attn_implementation": named, "_experts_implementation": "deepgemm"}
-    (folder / "config.json").write_text(json.dumps({**config, **named_too}), "utf-8")
+    change(folder, _attn_implementation=named, _experts_implementation="deepgemm")
     for model in (load_whole(folder, CPU), LayerwiseModel(Checkpoint.open(folder), CPU).model):
         assert model.config._attn_implementation == taken
         assert model.config._experts_implementation != "deepgemm"
