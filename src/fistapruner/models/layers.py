@@ -59,8 +59,7 @@ class LayerwiseModel:
 
     Attributes:
         low_rank: what is added to the weights of operators as they are loaded; None adds nothing.
-        width: of the hidden states between decoder layers; ``vocabulary``: of the logits.
-        embedded_tokens: tokens that have an embedding.
+        vocabulary: width of the logits; ``embedded_tokens``: tokens that have an embedding.
         max_length: most tokens of a text (:func:`~.build.max_length`).
         max_head_rows: most tokens that :meth:`head` takes at once.
 
@@ -89,8 +88,7 @@ class LayerwiseModel:
         found = stored_names(self.model, [entry.name for entry in checkpoint.stored])
         names = separate_experts(self.model, self.layers_name, self.layers, checkpoint, found)
         refuse_experts(self.model, self.layers_name, self.layers)
-        text = self.config.get_text_config()
-        self.width, self.vocabulary = int(getattr(text, "hidden_size", 0)), int(text.vocab_size)
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
         self.embedded_tokens = int(self.model.get_input_embeddings().weight.shape[0])
         self.max_length = max_length(self.model)
         self.max_head_rows = self.max_length or UNSTATED_LENGTH
@@ -103,6 +101,11 @@ class LayerwiseModel:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """Return the width of the hidden states between decoder layers."""
+        return int(self.config.get_text_config().hidden_size)
 
     def source(self, parameter: str) -> str:
         """Return the name in the checkpoint of one of the model's parameters."""
