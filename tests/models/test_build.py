@@ -32,12 +32,12 @@ AUDIO = {"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2", **t
 PARTS = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown architecture": ({"model_type": "nonsense"}, "nonsense"),
-    "no heads": ({"num_attention_heads": 0}, ""),
-    "negative width": ({"hidden_size": -32}, ""),
-    "text for a number": ({"hidden_size": "x"}, ""),
+    "no heads": ({"num_attention_heads": 0}, "llama|config"),
+    "negative width": ({"hidden_size": -32}, "llama|config"),
+    "text for a number": ({"hidden_size": "x"}, "llama|config"),
     "other width": ({"hidden_size": 64}, "the config asks for"),
     "unknown activation": ({"hidden_act": "nonsense"}, "no llama language model can be built .*nonsense"),
-    "more layers than stored": ({"num_hidden_layers": 5}, r"tensor 'model\.layers\.2\..* is not in it"),
+    "more layers than stored": ({"num_hidden_layers": 5}, r"tensor 'model\.layers\.3\..* is not in it"),
     "other vocabulary": ({"vocab_size": 64}, "the config asks for"),
     "quantised": ({"quantization_config": {"quant_method": "bitnet"}}, r"is quantised \(bitnet\); prune the unquanti"),
     "sound and text": (AUDIO, r"qwen2_audio is a model of more than text, .*: save its language model \(qwen2\) as"),

@@ -49,7 +49,7 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
             resolve_model(path)
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
     with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is truncated"):
-        resolve_model(tmp_path / "link")
+        resolve_model(tmp_path / "link" / "m.gguf")
 
 
 def test_a_folder_of_gguf_files_says_which_may_be_given(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Build a checkpoint's architecture without weights, find its decoder layers, or refuse it; load a whole model.
+"""Build an architecture without weights, find its decoder layers, or refuse it; load a whole model.
 
 Nothing is listed by architecture: the model class comes from ``config.json``, and decoder layers are found by their
 number and size.
@@ -145,7 +145,7 @@ def build_model(
 
 
 def _fault(config: Any, text: Any, checkpoint: Checkpoint) -> str | None:
-    """Say why a model is not built: what it is, or how its weights are stored; None where nothing speaks against it."""
+    """Say why a model is not built: what it is, or how its weights are stored; None if it is."""
     kind, stored = config.model_type, getattr(config, "quantization_config", None)
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder; only decoder-only language models are pruned"
@@ -166,7 +166,7 @@ def _fault(config: Any, text: Any, checkpoint: Checkpoint) -> str | None:
 
 
 def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """Build a model as :func:`build_model` does, with experts that are separate, and fewer than the checkpoint has."""
+    """Build a model with a changed config and separate experts, of which the checkpoint may have more."""
     model = build_model(checkpoint, trust_remote_code=trust_remote_code, changes=changes)
     found = stored_names(model, [entry.name for entry in checkpoint.stored])
     separate_experts(model, *find_decoder_layers(model), checkpoint, found, fewer=True)
@@ -218,7 +218,7 @@ def max_length(model: Any) -> int | None:
 
 
 def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
-    """Refuse decoder layers whose experts are in one tensor in a form that is not understood, by its name and shape.
+    """Refuse decoder layers with experts in one tensor whose form is not understood, by its name.
 
     Other weights of three dimensions, such as convolutions and gates of recurrences, are no operators: they stay dense.
     """

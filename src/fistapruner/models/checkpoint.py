@@ -65,7 +65,7 @@ def model_inside(folder: Path) -> Path:
 
 
 def which_gguf(folder: Path) -> str:
-    """Name the GGUF files of a folder without other weights at the end of an error; empty where there are none."""
+    """Name the GGUF files of a folder without other weights, for the end of an error."""
     files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
     names = [path.name for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
     if not names or any(path.suffix in (".safetensors", ".bin") for path in files):
@@ -75,12 +75,12 @@ def which_gguf(folder: Path) -> str:
 
 
 def read_json_in(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint folder; an error names the file: missing, not JSON, not an object."""
+    """Read a JSON object of a checkpoint folder; an error names the file."""
     return read_json(inside(folder, name))
 
 
 def find_companions(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """List the files beside the weights and their ``config.json``; Python files only where a config names some.
+    """List the files beside weights and ``config.json``; Python files only where a config names some.
 
     A model card is not among them: it describes the model before pruning.
     """
@@ -113,7 +113,7 @@ Orders = Mapping[str, tuple[int, Tensor]]
 
 @dataclass(frozen=True)
 class Stack:
-    """A stored tensor with a matrix, (inputs, outputs) if ``transposed``, or a bias of each of several experts."""
+    """A stored tensor with a matrix, (inputs, outputs) if ``transposed``, or a bias of every expert."""
 
     name: str
     transposed: bool

@@ -70,7 +70,7 @@ class Expert(nn.Module):
         return output
 
     def channels(self, outputs: Tensor) -> Tensor:
-        """Compute the inputs of ``down_proj`` from the outputs (tokens, rows) of all readers, beside one another."""
+        """Compute the inputs of ``down_proj`` from the outputs (tokens, rows) of all readers."""
         (fused,) = self._fused
         channels: Tensor = fused._apply_gate(outputs) if fused.has_gate else fused.act_fn(outputs)
         return channels
@@ -216,7 +216,7 @@ def _stored_matrices(
 
 
 def holds_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Check that a parameter of a module, by its shape and its names, holds a matrix of each of several experts."""
+    """Check that a parameter, by its shape and its names, holds a matrix of each of several experts."""
     return sum(size > 1 for size in parameter.shape) > 2 and "expert" in f"{type(module).__name__}.{name}".lower()
 
 

@@ -33,7 +33,7 @@ SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshe
 
 
 def open_gguf(path: Path) -> Any:
-    """Read the header of a GGUF file with the ``gguf`` package; refuse one that is damaged, or a part of several."""
+    """Read the header of a GGUF file; refuse one that is damaged, or a part of several."""
     try:
         from gguf import GGUFReader
     except ImportError:

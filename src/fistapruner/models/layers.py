@@ -131,7 +131,7 @@ class LayerwiseModel:
     def parameter_count(
         self, shapes: Mapping[str, tuple[int, ...]] | None = None, dropped: Collection[str] = ()
     ) -> int:
-        """Count the parameters of the model, with other ``shapes`` of some stored tensors, and without ``dropped``."""
+        """Count the parameters, with other ``shapes`` of some stored tensors, and without ``dropped``."""
         names = parameter_names(self.model, self._sources, self.checkpoint, self.checkpoint.same).difference(dropped)
         sizes = {entry.name: entry.shape for entry in self.checkpoint.stored} | dict(shapes or {})
         return sum(math.prod(sizes[name]) for name in names)
@@ -275,7 +275,7 @@ class LayerwiseModel:
             raise FistaPrunerError(f"{self.checkpoint.folder}: {beyond}: its tokenizer belongs to another model")
 
     def check(self) -> None:
-        """Refuse a model that cannot be run layer by layer; loads the embeddings, then the first decoder layer, once.
+        """Refuse a model that cannot be run layer by layer; loads embeddings, then the first layer, once.
 
         Every decoder layer must run once, in order. It must receive the output of the layer before it, and no other
         argument that depends on the token ids.
@@ -411,7 +411,7 @@ class LayerwiseModel:
         return first[0], calls
 
     def own_logits(self, tokens: Tensor) -> Tensor:
-        """Compute the model's own logits (batch, seqlen, vocabulary), with one decoder layer in memory at a time."""
+        """Compute the model's own logits (batch, seqlen, vocabulary), one decoder layer in memory."""
         with ExitStack() as outside:  # embeddings before the first layer, norm and head after the last one
 
             def load_and_run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -452,7 +452,7 @@ class LayerwiseModel:
     def _forward(
         self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False
     ) -> Any:
-        """Run the model's own forward pass with every decoder layer's forward replaced; each runs once, in order."""
+        """Run the model's own forward with that of every decoder layer replaced; each runs once, in order."""
         done = count()
 
         def replacement(index: int) -> Callable[..., Any]:

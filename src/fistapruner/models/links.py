@@ -106,7 +106,7 @@ def _run(model: LayerwiseModel, index: int, hidden: Tensor, call: Call, values: 
 
 
 def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
-    """Return how the stored tensors of a link are reordered or rotated; ``order`` as for :meth:`Link.places`."""
+    """Return how the stored tensors of a link change; ``order`` is as for :meth:`Link.places`."""
     changes = link_tensors(model.layers[index], link, order)
     return {model.source_of(index, name): change for name, change in changes.items()}
 

@@ -81,7 +81,7 @@ def journaled_factors(layers: Iterable[SafetensorsFile]) -> LazyTensors:
 
 
 def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: bool) -> dict[str, Any]:
-    """Write the low-rank parts of all operators as a LoRA adapter with the factor 1, in place of an earlier one.
+    """Write the low-rank parts of all operators as a LoRA adapter, in place of an earlier one.
 
     Args:
         folder: ``RUN/adapter``; other files in it are refused.
@@ -121,7 +121,7 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove an adapter that a run has written, with what a kill may have left; refuse a folder with other files."""
+    """Remove an adapter that a run has written, or what a kill has left; refuse other files."""
     remove_unfinished(folder)
     if not folder.is_dir():
         return

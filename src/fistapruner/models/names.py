@@ -75,7 +75,7 @@ def stored_names(model: Any, stored: Collection[str]) -> StoredNames:
 
 
 def _as_loaded(model: Any, stored: Collection[str]) -> Iterator[tuple[str, str, list[str] | None, int]]:
-    """Yield of every stored tensor its name, that of the model's tensor, and how it is a part of that, if it is one.
+    """Yield of every stored tensor its name, that of the model's tensor, and how it is a part of that.
 
     A part has the operations that join the parts, and its place among them. If transformers has no such table, nothing
     is yielded, and an error names the tensors that are not found.

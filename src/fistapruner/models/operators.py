@@ -315,7 +315,7 @@ def _watch(
 
 
 def _groups(layer: nn.Module, seen: list[tuple[str, Tensor]]) -> tuple[Group, ...]:
-    """Group operators by the tensors that they read; ``seen`` are their names and inputs, in execution order."""
+    """Group operators by what they read; ``seen`` are their names and inputs, in execution order."""
     mixtures = expert_modules(layer)
     groups: list[tuple[Tensor, list[Operator]]] = []
     for name, tensor in seen:
@@ -429,7 +429,7 @@ def stored_model(
 def operators_by_weight(
     layers_name: str, layers: Iterable[nn.Module], stored: Callable[[str], str]
 ) -> dict[str, Operator]:
-    """Return the operators of decoder layers, with full names, by the names of their weights in the checkpoint."""
+    """Return the operators of decoder layers, with full names, by the names of their stored weights."""
     return {
         stored(f"{name}.weight"): Operator.of(name, module)
         for index, layer in enumerate(layers)

