@@ -50,6 +50,7 @@ from .settings.assignments import read_assignments
 from .settings.loading import load_recipe_settings, merge_settings, shipped_recipes
 from .settings.settings import Recipe
 from .solvers import METHODS
+from .solvers.own import own_method
 from .text import calibration_length
 from .text.sources import check_source
 
@@ -232,7 +233,8 @@ def _read_method(name: str, given: Sequence[str]) -> tuple[str, dict[str, Any]]:
         recipe = load_recipe_settings(name)
         base = {key: recipe[key] for key in recipe if key not in ("sparsity", "calibration", "seed", "execution")}
     else:
-        inner = set(settings) & set(METHODS[name].descriptions()) - set(Recipe.model_fields) if name in METHODS else ()
+        known = METHODS.get(name) or own_method(name)
+        inner = set(settings) & set(known.descriptions()) - set(Recipe.model_fields) if known else ()
         base = {"method": {name: {key: settings.pop(key) for key in sorted(inner)}} if inner else name}
     return label, merge_settings(base, settings)
 

@@ -64,7 +64,8 @@ def test_workers_end_with_the_run(model: Path, tmp_path: Path) -> None:
         while len(children) < 2:
             assert run.poll() is None
             found = psutil.Process(run.pid).children()
-            children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+            with suppress(psutil.Error):  # one that has just ended
+                children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
             time.sleep(0.01)
         run.kill()
         _, alive = psutil.wait_procs(children, timeout=30)

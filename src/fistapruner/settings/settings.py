@@ -28,7 +28,6 @@ from .values import (
     MethodSetting,
     SparsitySetting,
     StructureSetting,
-    read_method,
 )
 
 if TYPE_CHECKING:
@@ -252,7 +251,9 @@ class Recipe(RunRecipe):
         if chosen["residual"] == "auto":
             chosen["residual"] = "none" if idle or solver != OWN or goa else "correct"
         if family is not None:
-            before = read_method(earlier["method"]) if earlier else ()  # a run that goes on need not find its model
+            from ..solvers import parse_method
+
+            before = parse_method(earlier["method"]) if earlier else ()  # a run that goes on need not find its model
             settled = next((start for step in before if (start := getattr(step, "warm_start", "auto")) != "auto"), None)
             chosen["method"] = tuple(
                 replace(step, warm_start=settled or ("sparsegpt" if family() == "opt" else "wanda"))  # type: ignore[call-arg]

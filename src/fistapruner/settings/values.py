@@ -42,10 +42,10 @@ def read_method(value: Any) -> tuple[Method, ...]:
     except FistaPrunerError as error:
         raise ValueError(str(error)) from None
     for step in steps:
-        if METHODS.get(step.name) is not type(step):
+        if not step.reference and METHODS.get(step.name) is not type(step):
             raise ValueError(
-                f"method {step.name!r} of the class {type(step).__name__} is not in solvers/catalogue.py, where worker "
-                "processes and a resumed run find it; fp.solve takes it as it is"
+                f"method {step.name!r} of the class {type(step).__name__} is not known by its name to worker "
+                "processes and a resumed run: give FILE.py:CLASS; fp.solve takes the object as it is"
             )
     return steps
 
@@ -81,7 +81,7 @@ def _sparsities(named: Mapping[Any, Any]) -> dict[str, Constraint]:
 
 
 def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
-    return [{step.name: step.settings()} for step in steps]
+    return [{step.reference or step.name: step.settings()} for step in steps]
 
 
 def _structure(value: Any) -> Any:

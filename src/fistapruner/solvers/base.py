@@ -64,6 +64,8 @@ class Method(ABC):
     name: ClassVar[str]
     refines: ClassVar[bool] = False
     """Whether it is a refinement, which needs the solution of a previous step."""
+    reference: ClassVar[str] = ""
+    """Of a user's own method, where its class is and a hash of its source, as runs record it."""
     takes_start: ClassVar[bool] = True
     """Whether a solver starts from the solution of a step before it; else it stands first in a chain."""
 

@@ -15,6 +15,7 @@ from ..core.linalg import dead_inputs
 from ..errors import FistaPrunerError, instead_of
 from .base import Method, Solution, Stats
 from .catalogue import CATALOGUE
+from .own import check_solution, own_method
 
 METHODS: dict[str, type[Method]] = {
     entry.name: getattr(import_module(f".{entry.place.split('.')[0]}", __package__), entry.place.split(".")[1])
@@ -32,8 +33,9 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
     """Read a method as users write it.
 
     Args:
-        value: a name (``"fista"``), names joined by ``+`` (``"alps+swap"``), or a list of names, of one-entry
-            dictionaries with settings (``[sparsegpt, {fista: {iterations: 50}}, refit]``) or of method objects.
+        value: a name (``"fista"``), a user's own class (``"./mine.py:MyMethod"``), names joined by ``+``
+            (``"alps+swap"``), or a list of names, of one-entry dictionaries with settings
+            (``[sparsegpt, {fista: {iterations: 50}}, refit]``) or of method objects.
 
     Raises:
         FistaPrunerError: an unknown name or setting, a refinement with nothing before it, or a solver after another
@@ -69,13 +71,14 @@ def _parse_step(step: object) -> Method:
     if not isinstance(step, str) or not isinstance(settings or {}, dict):
         raise FistaPrunerError(f"method step {step!r} is not a name, or one with settings: {{fista: {{xi: 0.2}}}}")
     name = step.strip()
-    if name not in METHODS:
+    found = METHODS.get(name) or own_method(name)
+    if found is None:
         raise FistaPrunerError(f"method {name!r} is not known{instead_of(name, METHODS)}")
-    known = METHODS[name].descriptions()
+    known = found.descriptions()
     for key in settings or {}:  # type: ignore[attr-defined]
         if key not in known:
             raise FistaPrunerError(f"method {name}: unknown setting {key!r}{instead_of(str(key), known)}")
-    return METHODS[name](**(settings or {}))  # type: ignore[arg-type]
+    return found(**(settings or {}))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -136,6 +139,8 @@ def _run_in_fp32(problem: LayerProblem, constraint: Constraint, steps: Sequence[
         else:
             solution = step.solve(problem if step.name == "magnitude" else rated, constraint, solution)
         seconds = time.perf_counter() - begin
+        if step.reference:
+            check_solution(step, problem, constraint, solution)
         if not bool(solution.weight.isfinite().all()):
             raise FistaPrunerError(
                 f"{problem.name}: {step.name} with {step.settings()} ended in NaN or infinite weights: take settings "
