@@ -41,8 +41,8 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
 	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'real and not slow'
 
-# What takes minutes each (Chromium at every width, lm-eval, Ray, the real model killed three times and resumed), and
-# what runs beside packages that are not installed for the other tests.
+# What takes minutes each (all architectures, kills at random instants and at every disk call, runs on the stand-in GPU,
+# Chromium, lm-eval, Ray, the real model killed three times), and what runs beside packages that the others lack.
 test-slow: .venv/others
 	$(BIN)/python -m pytest -m slow --timeout 3000
 	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $$(grep -rlE $(OTHERS) tests)

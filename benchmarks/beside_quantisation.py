@@ -30,8 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner
-from fistapruner.measure.bench import bench
-from fistapruner.measure.speed import WARM_UP_TOKENS, prompts, time_generation
+from fistapruner.measure.speed import WARM_UP_TOKENS, bench, prompts, time_generation
 from fistapruner.models.source import resolve_model
 from fistapruner.packed.pack import pack, unpack
 from fistapruner.runtime.files import write_json_atomic

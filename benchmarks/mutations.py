@@ -111,7 +111,7 @@ def check(mutant: Mutant, tests: list[str], python: list[str], timeout: float) -
         shutil.copytree(REPOSITORY / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         file = source / "fistapruner" / mutant.path
         file.write_text(mutant.apply(file.read_text()))
-        command = [*python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+        command = [*python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not real", *tests]
         environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes) as run:

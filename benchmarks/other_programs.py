@@ -50,7 +50,7 @@ def main() -> None:
     import real_problems  # not above: the interpreter of the other program may not have this package
 
     import fistapruner as fp
-    from fistapruner.runs.prune_directory import PruneDirectory
+    from fistapruner.runs.directory import PruneDirectory
 
     calibration = {
         "source": str(real_problems.calibration_files(arguments.data)[0]),

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from workload_allocation import mean_with_error
 
 from fistapruner.papers.so_ebm import energy_loss, train
-from fistapruner.runtime.formatting import counted
 from fistapruner.runtime.numerics import seeded
+from fistapruner.runtime.show import counted
 
 HOURS = 24
 MISSING, SURPLUS = 50.0, 0.5

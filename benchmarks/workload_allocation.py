@@ -25,8 +25,8 @@ from torch import Tensor
 from fistapruner.allocate.allocate import ZerosBudget
 from fistapruner.allocate.curves import sparsity_grid
 from fistapruner.papers.so_ebm import Costs, decisions, learn
-from fistapruner.runtime.formatting import counted
 from fistapruner.runtime.numerics import seeded
+from fistapruner.runtime.show import counted
 
 BLOCKS, TASKS, FEATURES = 12, 3, 4
 LEARN, TEST = 50, 400

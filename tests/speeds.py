@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fistapruner.measure.speed import Speed, Variant, load_variant, prompts, time_generation, weight_bytes
-from fistapruner.runtime.memory import peak_memory
+from fistapruner.runtime.devices import peak_memory
 
 
 def in_this_process(

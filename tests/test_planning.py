@@ -24,8 +24,8 @@ from fistapruner.planning import Bound, Choice, Plan, make_plan, solve_bytes
 from fistapruner.pruning.inputs import change_widths
 from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.pruning.run import plan_pruning, prune
-from fistapruner.runtime.formatting import size
-from fistapruner.runtime.memory import peak_bytes
+from fistapruner.runtime.devices import peak_bytes
+from fistapruner.runtime.show import size
 from fistapruner.solvers import parse_method, solve
 
 CALIBRATION = {"source": "python", "samples": 8, "seqlen": 32}

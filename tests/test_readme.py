@@ -243,15 +243,6 @@ def test_pages_that_the_source_names_exist() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_files_of_published_systems_exist() -> None:
-    rows = re.findall(r"^\|.*\| (`\w+/[^|]*) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
-    assert len(rows) >= 10
-    for row in rows:
-        first, *others = re.findall(r"`([^`]*)`", row)
-        folder = (ROOT / "src" / "fistapruner" / first).parent
-        assert all((folder / name).exists() for name in (Path(first).name, *others)), row
-
-
 def figures(page: str) -> Iterator[tuple[str, str, str, str]]:
     """Yield table of the study, row, column and cell of every table that names one."""
     for name, table in re.findall(r"<!-- study: (.*?) -->\s*((?:\|.*\n)+)", (ROOT / page).read_text("utf-8")):

@@ -13,9 +13,8 @@ from packaging.version import Version
 
 import fistapruner as fp
 from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.records import load_run
+from fistapruner.runs.records import LayerEntry, load_run
 
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

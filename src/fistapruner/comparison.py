@@ -25,24 +25,21 @@ from torch import Tensor
 from .errors import FistaPrunerError, MissingExtraError, out_path
 from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
-from .measure.run import add_warning, publish, shared_text
+from .measure.run import publish, shared_text
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
 from .pruning.opened import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
-from .reporting.write import write_page
-from .runs.arguments import checked_arguments
+from .reporting.page import write_page
 from .runs.comparison_records import FIGURES, RUNS, TABLE, CompareRow, Comparison, load_comparison
-from .runs.continuation import flat_settings, interrupted_with
-from .runs.directory import refuse_out
-from .runs.identity import stamps, text_sha256
+from .runs.directory import PruneDirectory, refuse_out
 from .runs.listener import Listener
 from .runs.lock import NAME as LOCK
 from .runs.lock import hold
-from .runs.prune_directory import PruneDirectory
 from .runs.records import ModelFacts, Report
 from .runs.results import Evaluation
+from .runs.settled import flat_settings, interrupted_with, stamps, text_sha256
 from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic
 from .runtime.machine import now, versions
 from .runtime.numerics import dtype_name, undisturbed
@@ -58,7 +55,6 @@ STATES = "dense-states"
 """File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
 
 
-@checked_arguments
 @undisturbed()
 def compare(
     model: str | Path,
@@ -361,7 +357,6 @@ class _Rows:
                 device=recipe.execution.device,
                 dtype=recipe.dtype,
                 memory_limit=recipe.execution.memory_limit,
-                warn=lambda sentence: add_warning(report, sentence, self.listener),
                 tick=self.listener.tick,
                 kept=self.states,
                 **self.source.permissions.keywords(),

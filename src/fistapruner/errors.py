@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import errno
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -24,9 +23,8 @@ def printable(text: str, also: str = "") -> str:
 class FistaPrunerError(Exception):
     """An error of the input, the machine or the settings, not of the program.
 
-    The message is one line that names the thing, its value and what would be right. The command line prints it and
-    exits with status 2; nothing that was already computed is lost. Line breaks, control codes and half characters,
-    which a name in somebody's file may hold, are written as escapes.
+    The message is one line that names the thing, its value and what would be right; what a name in somebody's file may
+    hold, such as line breaks, is escaped. The command line prints it and exits with status 2.
     """
 
     def __init__(self, message: str) -> None:
@@ -61,37 +59,32 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
 MANY_UNKNOWN = 4
 """Unknown settings that are answered one by one; more of them are no slips of the pen."""
 
+NAME_MAX = 255
+"""Longest name of a file."""
+
 A_MODEL = "a folder, a file or a hub id"
 A_FOLDER = "the path of a folder"
 A_TEXT = "a file or the name of a data set"
 
 
 def path_text(name: str, value: object, expected: str) -> str:
-    """Return what names a file, a folder or a data set as text, the home folder in place of ``~/``.
-
-    Args:
-        name: of the argument, for the error.
-        value: of the argument.
-        expected: what it may be.
+    """Return what the argument ``name`` gives, a file, folder or data set, as text; ``~/`` is put in full.
 
     Raises:
         FistaPrunerError: it is neither text nor a ``Path``, or too long for the name of a file.
     """
-    if not isinstance(value, (str, Path)):
-        found = "None" if value is None else f"of the class {type(value).__name__}"
-        advice = ": save_pretrained writes a model to a folder" if hasattr(value, "save_pretrained") else ""
-        raise FistaPrunerError(f"{name} is {found}, and {expected} is expected{advice}")
-    text = str(at_home(str(value)))
-    try:
-        os.stat(text)
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            raise FistaPrunerError(f"{name} has {len(text)} characters, and {expected} is expected") from None
-    return text
+    advice = ": save_pretrained writes a model to a folder" if hasattr(value, "save_pretrained") else ""
+    wrong = "is None" if value is None else f"is of the class {type(value).__name__}"
+    text = at_home(str(value))
+    if isinstance(value, (str, Path)):
+        wrong = f"has {len(text)} characters" if any(len(part) > NAME_MAX for part in text.split("/")) else ""
+    if wrong:
+        raise FistaPrunerError(f"{name} {wrong}, and {expected} is expected{advice}")
+    return str(text)
 
 
 def at_home(value: Any) -> Any:
-    """Put the home folder in place of ``~/`` in names of files, also in ``NAME=~/file`` and lists.
+    """Put the home folder in place of ``~/`` in texts, also in ``NAME=~/file``, lists and mappings.
 
     Shells leave it there in ``--out=~/run`` and in recipes.
     """
@@ -103,18 +96,6 @@ def at_home(value: Any) -> Any:
     return re.sub(r"(^|[=:])~(?=/)", lambda found: found[1] + home, value) if isinstance(value, str) else value
 
 
-def expand_home(path: str, instead: str = "give the whole path") -> Path:
-    """Put the home folder in place of a path's ``~`` or ``~user``.
-
-    Raises:
-        FistaPrunerError: names the path, which has no such home folder, and what to do ``instead``.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise FistaPrunerError(f"{path}: there is no such home folder: {instead}") from None
-
-
 def with_name(path: Path) -> Path:
     """Resolve a path that ends in no name, such as ``.`` or ``..``; return others as they are."""
     return path.resolve() if path.name in ("", "..") else path
@@ -124,21 +105,17 @@ def out_path(out: object, expected: str = A_FOLDER, name: str = "out") -> Path:
     """Return the path of an output or a run, with the home folder in place of ``~``.
 
     Raises:
-        FistaPrunerError: it is no path, or empty (Python takes that for the current folder), or there is no such home
-            folder.
+        FistaPrunerError: it is no path, or empty, which Python takes for the current folder.
     """
     if not (text := path_text(name, out, expected)):
         raise FistaPrunerError(f"{name} '' is empty: give {expected}")
-    return expand_home(text)
+    return Path(text)
 
 
 def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     """Refuse yes and no for a setting whose type is a number; Python takes them for 1 and 0.
 
     A pydantic validator of all fields: ``field_validator("*", mode="before")(classmethod(refuse_yes_no))``.
-
-    Raises:
-        ValueError: pydantic collects it.
     """
     if isinstance(value, bool) and info.field_name is not None:
         kind = settings.model_fields[info.field_name].annotation
@@ -158,33 +135,29 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
 
     if not isinstance(error, ValidationError):
         return str(error)
-    parts, found = [], error.errors()
+    parts = []
+    found = error.errors()
     unknown = [str(item["loc"][-1]) for item in found if item["type"] == "extra_forbidden"]
     if settings is not None and len(unknown) > MANY_UNKNOWN:
         shown, more = ", ".join(map(repr, unknown[:MANY_UNKNOWN])), len(unknown) - MANY_UNKNOWN
-        parts = [f"unknown settings {shown} and {more} more: a recipe of another verb, or another kind of file?"]
+        parts.append(f"unknown settings {shown} and {more} more: a recipe of another verb, or another kind of file?")
         found = [item for item in found if item["type"] != "extra_forbidden"]
     for item in found:
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
+        where, value, kind = ".".join(map(str, item["loc"])), item.get("input"), item["type"]
+        if kind == "extra_forbidden":
             parts.append(f"unknown setting {where!r}{_known_settings(settings, item['loc'])}")
-        else:
-            value = item.get("input")
-            shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool, type(None))) else ""
-            if not shown and (item["type"].endswith("_type") or item["type"] == "literal_error"):
-                shown = f" (got an object of the class {type(value).__name__})"
-            message = str(item["ctx"]["error"]) if item["type"] == "value_error" and "ctx" in item else item["msg"]
-            if item["type"] == "model_type":
-                message = "a mapping of settings is expected"
-            parts.append(f"{where}: {message}{shown}" if where else message)
+            continue
+        shown = f" (got {value!r})" if isinstance(value, (str, int, float, NoneType)) else ""
+        if not shown and (kind.endswith("_type") or kind == "literal_error"):
+            shown = f" (got an object of the class {type(value).__name__})"
+        message = str(item["ctx"]["error"]) if kind == "value_error" and "ctx" in item else item["msg"]
+        message = "a mapping of settings is expected" if kind == "model_type" else message
+        parts.append(f"{where}: {message}{shown}" if where else message)
     return "; ".join(parts)
 
 
 def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]) -> str:
-    """Name the setting nearest to one that is unknown, in a section too, or all that its section has.
-
-    Empty where the section is not known.
-    """
+    """Name the setting nearest to an unknown one, in a section too, or all of its section."""
     *sections, name = map(str, place)
     for section in sections:
         settings = None if settings is None else _section(settings, section)
@@ -197,11 +170,8 @@ def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]
 
 def _section(settings: type[BaseModel], name: str) -> type[BaseModel] | None:
     """Return the settings of a section; None where a setting is none."""
-    kind = None if (field := settings.model_fields.get(name)) is None else field.annotation
-    from pydantic import BaseModel
-
-    sections = (each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel))
-    return next(sections, None)
+    kind = settings.model_fields[name].annotation if name in settings.model_fields else None
+    return next((each for each in (kind, *get_args(kind)) if hasattr(each, "model_fields")), None)
 
 
 def instead_of(name: str, known: Collection[str]) -> str:

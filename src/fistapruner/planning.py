@@ -35,11 +35,18 @@ from .pruning.context import LayerContext, LayerStreams, fitted_groups, solved_g
 from .pruning.drift import dense_windows, drift_sources, kept_width
 from .pruning.layer import prune_layer
 from .pruning.workers import default_threads, local_workers
-from .runtime.devices import cpu_threads, worker_devices
+from .runtime.devices import (
+    cpu_threads,
+    free_device_memory,
+    free_memory,
+    peak_bytes,
+    release_device_memory,
+    resident_memory,
+    worker_devices,
+)
 from .runtime.files import existing_folder
-from .runtime.formatting import align_columns, counted, duration, size
-from .runtime.memory import free_device_memory, free_memory, peak_bytes, release_device_memory, resident_memory
 from .runtime.numerics import ordered_attention, windows_at_once
+from .runtime.show import align_columns, counted, duration, size
 from .settings.settings import Recipe
 from .solvers.base import Method
 from .solvers.low_rank import solve_low_rank

@@ -7,17 +7,13 @@ from pathlib import Path
 from .errors import FistaPrunerError, out_path
 from .models.source import Permissions
 from .pruning.run import resume_pruning
-from .runs.arguments import checked_arguments
-from .runs.directory import RunDirectory
+from .runs.directory import DIRECTORIES, PruneDirectory, RunDirectory
 from .runs.listener import Listener
-from .runs.prune_directory import PruneDirectory
 from .runs.records import Report
-from .runs.training_runs import DIRECTORIES
-from .runtime.launcher import launched
+from .runtime.machine import launched
 from .training.run import ALIGN, RECOVER, resume_training
 
 
-@checked_arguments
 def resume(
     out: str | Path,
     *,

@@ -28,7 +28,7 @@ from fistapruner.models.checkpoint import Checkpoint, reorder
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.links import Link
 from fistapruner.models.operators import Operator, discover
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 16}
 RUN = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
@@ -89,7 +89,7 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
     """Inputs of a head are correlated, as those of attention are."""
     pattern, blocks, channels = NM(2, 4), 2, 8
     link = Link(("v_proj",), reads(blocks * repeats * channels), blocks, repeats, rotates=True)
-    for seed in range(2):
+    for seed in range(1):
         torch.manual_seed(seed)
         mixing = torch.randn(channels, channels) * torch.logspace(0, -1, channels)
         inputs = (torch.randn(400, blocks * repeats, channels) @ mixing.T).flatten(1)
@@ -274,7 +274,7 @@ def test_rows_that_keep_their_zeros_are_not_rotated(tmp_path: Path, monkeypatch:
 
 
 def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     for number, (settings, reorders) in enumerate(
         [({}, True), ({"method": "wanda"}, False), ({"permutation": "none"}, False), ({"sparsity": "50%"}, False)]
     ):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
-from fistapruner.allocate.fisher import DensePasses, draw_labels, measure_sensitivity
+from fistapruner.allocate.fisher import DensePasses, draw_labels, measure_sensitivity, row_importance
 from fistapruner.allocate.measure import decide
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
@@ -146,3 +146,16 @@ def test_rows_are_weighed_where_they_compete(tmp_path: Path, settings: dict[str,
         assert found.importance[name].shape == (operator.rows,)
         assert bool((found.importance[name] > 0).all())
         assert float(found.importance[name].mean()) == pytest.approx(1.0)
+
+
+def test_rows_that_reach_no_prediction_count_alike_and_tiny_gradients_like_large_ones() -> None:
+    assert torch.equal(row_importance(torch.zeros(6)), torch.ones(6))
+    rows = torch.tensor([0.0, 1.0, 2.0, 4.0, 0.5])
+    usual = row_importance(rows)
+    assert bool((usual > 0).all())
+    for scale in (
+        2.0**-126,
+        2.0**-146,
+        2.0**120,
+    ):  # of the first two, rows or their sums are below what fp32 holds in full
+        torch.testing.assert_close(row_importance(rows * scale), usual, rtol=1e-5, atol=0)

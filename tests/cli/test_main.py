@@ -139,13 +139,14 @@ def test_a_rank_without_a_number_of_processes_is_none(
     said = capsys.readouterr()
     assert "checkpoint" in said.out
     assert "1 decoder layer\n" in said.err
-    for name, value in (("RANK", "gold"), ("WORLD_SIZE", "2.0"), ("MASTER_PORT", "x")):
+    for name, value in (("RANK", "gold"), ("WORLD_SIZE", "2.0")):
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv(name, value)
         assert main(["recover", str(tmp_path / "run"), "--out", str(tmp_path / "recovered")]) == 2
         said = capsys.readouterr()
-        assert said.err.startswith(f"fistapruner: environment variable {name} is {value!r}: ")
+        assert said.err.startswith("fistapruner: environment variables RANK and WORLD_SIZE are ")
+        assert value in said.err
         assert said.err.count("\n") == 1
 
 

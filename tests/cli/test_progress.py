@@ -13,8 +13,8 @@ import pytest
 import tiny
 from fistapruner.cli import progress
 from fistapruner.pruning.run import prune
-from fistapruner.runs.layer_records import LayerEntry, OperatorEntry
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import LayerEntry, OperatorEntry
 
 
 def test_every_long_pass_is_told(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_each_run_has_a_bar_and_errors_of_its_own() -> None:
     for error in (0.5, 0.25):
         listener.begin(1, 0)
         assert [task.description for task in listener._bar.tasks] == [""]
-        operator = OperatorEntry(name="q", shape=(1, 1), sparsity="50%", zeros=0, density=1.0, relative_error=error)
+        operator = OperatorEntry(name="q", shape=(1, 1), sparsity="50%", zeros=0, relative_error=error)
         listener.layer(LayerEntry(index=0, name="layers.0", seconds={}, operators=[operator]))
         listener.operators(0, "q", None)
         assert listener._bar.tasks[0].description == f"0.q, error so far {100 * error:.2f} %"

@@ -165,17 +165,6 @@ def test_comparison_networks_keep_the_n_largest(m: int, groups: int, rows: int, 
     assert torch.equal(out.view(rows, m, groups).transpose(1, 2).reshape(rows, -1), expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (40, 60), (600, 700)])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_sampled_thresholds_settle_near_the_wanted_share(shape: tuple[int, int], share: float) -> None:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 1, shape[1])
-    threshold, out = SampledThreshold(round(share * math.prod(shape)), *shape), torch.empty(shape)
-    for correct in (True, True, True, True, False):
-        threshold(values, out, correct=correct)
-    wanted = round((1 - share) * values.numel())
-    assert int((out != 0).sum()) == pytest.approx(wanted, abs=max(1, 0.002 * values.numel()))
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 12),
@@ -253,3 +242,14 @@ def test_the_sparsest_pattern_for_each_length_is_found() -> None:
     weight = torch.tensor([[1.0, 0, 0, 2, 0, 0, 0, 3], [0, 1, 0, 0, 0, 1, 0, 0]])
     assert patterns_met(weight, 8) == [NM(1, 2), NM(2, 4), NM(3, 8)]
     assert patterns_met(torch.ones(2, 8), 8) == []
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (40, 60), (600, 700)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_sampled_thresholds_settle_near_the_wanted_share(shape: tuple[int, int], share: float) -> None:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 1, shape[1])
+    threshold, out = SampledThreshold(round(share * math.prod(shape)), *shape), torch.empty(shape)
+    for correct in (True, True, True, True, False):
+        threshold(values, out, correct=correct)
+    wanted = round((1 - share) * values.numel())
+    assert int((out != 0).sum()) == pytest.approx(wanted, abs=max(1, 0.002 * values.numel()))

@@ -308,3 +308,11 @@ def test_what_depends_on_the_gram_alone_is_computed_once() -> None:
     assert counted == ["computed"]
     assert problem.regularised(Ridge(mean=0.1)).gram is problem.slice(slice(0, 8)).regularised(Ridge(mean=0.1)).gram
     assert problem.restricted(torch.arange(4)).cache is None
+
+
+def test_an_error_of_an_operator_without_outputs_is_one() -> None:
+    """Its target is the drift of the hidden states alone, which is no share of nothing."""
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    problem = LayerProblem.from_activations(torch.zeros(2, 4), inputs, inputs, torch.ones(8, 2), target=0.5)
+    assert problem.dense_error() == solve(problem, "50%", "wanda").stats[0]["relative_error"] == 1.0
+    assert LayerProblem.from_activations(torch.zeros(2, 4), inputs).relative_error(torch.zeros(2, 4)) == 0.0

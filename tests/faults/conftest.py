@@ -221,7 +221,7 @@ def recovery(runs: Runs, folder: Path, optimizer: str) -> Runs:
     return made
 
 
-@pytest.fixture(scope="session", params=["adamw", "mezo", "align", pytest.param("subzero", marks=pytest.mark.slow)])
+@pytest.fixture(scope="session", params=["adamw", "mezo", "subzero", "align"])
 def trainings(
     runs: Runs,
     alignments: Runs,

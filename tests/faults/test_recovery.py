@@ -14,10 +14,9 @@ from faults.test_damage import flip
 from fistapruner.cli import main
 
 slow = pytest.mark.slow
-EVERY = [("power", 199), ("tear", 241), ("full", 331)]
-EVERY += [
-    pytest.param(then, every, marks=slow) for then, every in (("power", 3), ("kill", 2), ("tear", 3), ("full", 5))
-]
+QUICK = [("adamw", "power", 199), ("adamw", "tear", 241), ("adamw", "full", 331)]
+QUICK += [("mezo", "power", 211), ("align", "power", 233)]
+RARE = [(name, then, 5) for name in ("adamw", "mezo", "subzero", "align") for then in ("power", "tear", "full", "kill")]
 
 
 @pytest.mark.slow
@@ -25,7 +24,11 @@ def test_random_kills(trainings: Runs, disk: Path) -> None:
     trainings.check_random_kills(disk, 50)
 
 
-@pytest.mark.parametrize(("then", "every"), EVERY)
+@pytest.mark.parametrize(
+    ("trainings", "then", "every"),
+    [*QUICK, *(pytest.param(*calls, marks=slow) for calls in RARE)],
+    indirect=["trainings"],
+)
 def test_death_at_disk_calls(trainings: Runs, disk: Path, then: str, every: int) -> None:
     """Die before a call; lose what no fsync had made safe as well; die in a write; have no room on the disk."""
     calls = trainings.writes if then == "tear" else range(1, trainings.calls + 1)
@@ -99,14 +102,14 @@ def drop(name: str) -> Callable[[Path], None]:
     return damage
 
 
-QUICK: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], None]] = {
     "flipped bit in a line": flip("steps.jsonl", 0.4),
     "zeros in the journal": write_zeros,
     "flipped bit in the newest state": newest(".safetensors", 0.9),
     "all states": damage_all_states,
     "foreign state": foreign_state,
 }
-RARE: dict[str, Callable[[Path], None]] = {
+OTHERS: dict[str, Callable[[Path], None]] = {
     "journal gone": drop("steps.jsonl"),
     "flipped bit in the newest state's record": newest(".json", 0.5),
     "newest state gone": drop_newest,
@@ -117,7 +120,10 @@ RARE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize(
     "damage",
-    [pytest.param(damage, id=name, marks=slow if name in RARE else ()) for name, damage in (QUICK | RARE).items()],
+    [
+        pytest.param(damage, id=name, marks=slow if name in OTHERS else ())
+        for name, damage in (DAMAGES | OTHERS).items()
+    ],
 )
 def test_damage_is_made_good(recoveries: Runs, disk: Path, damage: Callable[[Path], None]) -> None:
     """In a run whose checkpoint is still to be written."""

@@ -18,7 +18,7 @@ from fistapruner.runs.lock import hold, holder
 def test_second_run_is_refused_with_host_and_process(runs: Runs, disk: Path) -> None:
     """Others see the holder without a lock of their own."""
     out = disk / "run"
-    (out / "layers").mkdir(parents=True)
+    out.mkdir()
     assert holder(out) is None
     with hold(out):
         assert holder(out) == holder(out) == {"host": platform.node(), "pid": os.getpid()}

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError, Recipe
-from fistapruner.runs.journal import LayerJournal
-from fistapruner.runs.layer_records import LayerEntry
-from fistapruner.runs.snapshots import Snapshots
+from fistapruner.runs.directory import LayerJournal
+from fistapruner.runs.records import LayerEntry
+from fistapruner.runs.store import Snapshots
 from fistapruner.settings.loading import shipped_recipes
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})

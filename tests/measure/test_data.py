@@ -55,16 +55,16 @@ def test_bos_stands_where_the_tokenizer_says() -> None:
 
 
 class Runs:
-    """A tokenizer that cuts as GPT-2's does, and notes the longest text it was given."""
+    """A tokenizer that cuts as GPT-2's does, and notes the longest text it was given, and the sum of all."""
 
     bos_token_id = None
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
-        self.longest = 0
+        self.longest = self.read = 0
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        self.longest = max(self.longest, len(text))
+        self.longest, self.read = max(self.longest, len(text)), self.read + len(text)
         found = re.findall(r" ?\S+|\s+(?!\S)|\s+", text)
         self.tokens += set(found).difference(self.tokens)
         return {"input_ids": [self.tokens.index(token) for token in found]}
@@ -85,12 +85,11 @@ def test_a_large_text_is_tokenised_by_parts_and_no_further_than_asked(monkeypatc
     assert text.startswith(joined)
     assert len(text) - len(joined) < 16 * 6
     assert not by_parts[: len(whole)].equal(whole[: len(by_parts)])  # where it is cut, five line ends are two tokens
-    for windows in (1, 20, 50, 300):
-        tokenizer.longest = 0
+    for windows in (1, 50, 300):
+        tokenizer.read = 0
         asked = cut_windows(text, tokenizer, 16, windows).tokens
         assert asked.equal(by_parts[:windows])
-        assert windows == 300 or asked.equal(whole[:windows])
-        assert tokenizer.longest <= max(8 * (16 * windows + 64), 8000 * (windows > 50))
+        assert tokenizer.read <= 8000 * (1 + windows // 50)
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
@@ -133,23 +132,14 @@ def test_python_text_is_held_out_from_calibration() -> None:
     ("arguments", "message"),
     [
         ({"data": "nothing-here"}, "neither a file nor a known data set"),
-        ({"seqlen": 1}, "seqlen 1"),
-        ({"windows": 0}, "windows 0"),
-        ({"bos": "maybe"}, "bos 'maybe'"),
+        ({"bos": "window"}, "bos 'window' cannot be done: this tokenizer has no BOS token"),
         ({"seqlen": 10_000_000}, "do not fill one window"),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"data": "python", "seqlen": 8, **arguments}
     with pytest.raises(FistaPrunerError, match=message):
-        load_windows(settings.pop("data"), tiny.tokenizer(), **settings)
-
-
-def test_a_text_that_no_tokenizer_reads_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "half.jsonl"
-    path.write_text(r'{"text": "half an emoji \ud83d"}')
-    with pytest.raises(FistaPrunerError, match=r"half\.jsonl, line 1: a text has half a character \('\\ud83d'\)$"):
-        load_windows(str(path), tiny.tokenizer(), 8)
+        load_windows(settings.pop("data"), Runs(), **settings)
 
 
 def test_known_data_sets_are_joined_as_in_the_papers() -> None:
@@ -168,7 +158,7 @@ def test_penn_treebank_is_read_without_its_script(monkeypatch: pytest.MonkeyPatc
     assert load_documents("ptb", held_out=held_out) == ["a b"]
     files = {split: f"penn_treebank/{split}/*.parquet"}
     how = {"split": split, "data_files": files, "revision": "refs/convert/parquet"}
-    assert asked == [(("ptb-text-only/ptb_text_only", None), how)]
+    assert asked == [(("ptb-text-only/ptb_text_only",), how)]
 
 
 @pytest.mark.real
@@ -195,5 +185,5 @@ def test_a_file_that_is_no_text_is_refused_before_the_model_is_looked_for(verb: 
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     given = {"data": file} if verb in (fp.evaluate, fp.evaluate_run) else {"out": tmp_path / "out", "evaluate": file}
-    with pytest.raises(FistaPrunerError, match=r"model\.gguf' has the suffix '\.gguf'; known are \.txt, "):
+    with pytest.raises(FistaPrunerError, match=r"model\.gguf' is none of \.txt, "):
         verb(tmp_path / "no model", **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +12,34 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner import NM, FistaPrunerError, parse_sparsity
+from fistapruner import NM, FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.core.constraints import patterns_met
 from fistapruner.measure.inspection import exact_pattern, inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
-
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+from packed.pruned import save_pruned
 
 
-def save(model: Any, folder: Path, sparsity: str | None, operators: list[str], transposed: bool = False) -> Path:
-    """Save a model with these operators pruned by magnitude, and the record that a pruning run leaves."""
-    claims = {}
-    if sparsity is not None:
-        pattern = parse_sparsity(sparsity)
-        for name in operators:
-            weight = model.get_submodule(name).weight.data
-            view = weight.T if transposed else weight
-            view.mul_(pattern.project(view.abs()))
-            claims[name] = {"sparsity": sparsity, "zeros": int((view == 0).sum()), "shape": list(view.shape)}
-    model.save_pretrained(folder)
+def pruned(folder: Path, sparsity: str | None = None, architecture: str = "llama") -> Path:
+    """Save a model whose operators are pruned by magnitude, with the record that a pruning run leaves."""
+    save_pruned(folder, architecture, sparsity=sparsity or "0%", num_hidden_layers=2)
+    claims = {
+        name.removesuffix(".weight"): {
+            "sparsity": sparsity,
+            "zeros": int((weight == 0).sum()),
+            "shape": list(weight.T.shape if architecture == "gpt2" else weight.shape),
+        }
+        for name, weight in load_file(folder / "model.safetensors").items()
+        if weight.ndim == 2 and re.search(r"\.\d+\.", name)
+    }
     if sparsity is not None:
         (folder / "fistapruner.json").write_text(json.dumps({"version": "1", "operators": claims}))
     return folder
-
-
-def llama(folder: Path, sparsity: str | None = None) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return save(
-        LlamaForCausalLM(config),
-        folder,
-        sparsity,
-        [f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS],
-    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +55,7 @@ def llama(folder: Path, sparsity: str | None = None) -> Path:
 def test_true_claims_hold(
     tmp_path: Path, sparsity: str, pattern: str | None, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = llama(tmp_path / "model", sparsity)
+    folder = pruned(tmp_path / "model", sparsity)
     found = inspect_checkpoint(folder)
     assert len(found.operators) == 14
     assert {operator.pattern for operator in found.operators} == {pattern}
@@ -118,7 +93,7 @@ def test_masks_and_a_tied_head_are_no_parameters(tmp_path: Path, architecture: s
 
 def test_a_single_weight_too_many_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for sparsity in ("2:4", "50%"):
-        folder = llama(tmp_path / sparsity.replace(":", ""), sparsity)
+        folder = pruned(tmp_path / sparsity.replace(":", ""), sparsity)
         tensors = load_file(folder / "model.safetensors")
         weight = tensors["model.layers.1.mlp.up_proj.weight"]
         weight[tuple((weight == 0).nonzero()[7])] = 1e-6
@@ -133,30 +108,23 @@ def test_a_single_weight_too_many_is_caught(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_pattern_of_a_checkpoint_that_claims_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = llama(tmp_path / "dense")
+    folder = pruned(tmp_path / "dense")
     assert main(["inspect", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "pruned operators: 0 of 14" in printed
     assert f"no zeros were checked: {folder} has no fistapruner.json that claims any; copy that of" in printed
     assert main(["inspect", str(folder), "--pattern", "2:4"]) == 1
     assert main(["inspect", str(folder), "--pattern", "0:4"]) == 2
-    pruned = llama(tmp_path / "pruned", "2:4")
-    (pruned / "fistapruner.json").unlink()
+    half = pruned(tmp_path / "pruned", "2:4")
+    (half / "fistapruner.json").unlink()
     for pattern in ("2:4", "50%", "3:4", "4:8"):
-        assert main(["inspect", str(pruned), "--pattern", pattern]) == 0
+        assert main(["inspect", str(half), "--pattern", pattern]) == 0
     for pattern in ("1:4", "51%"):
-        assert main(["inspect", str(pruned), "--pattern", pattern]) == 1
+        assert main(["inspect", str(half), "--pattern", pattern]) == 1
 
 
 def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2))
-    names = [
-        f"transformer.h.{i}.{name}"
-        for i in range(2)
-        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    ]
-    folder = save(model, tmp_path / "gpt2", "2:4", names, transposed=True)
+    folder = pruned(tmp_path / "gpt2", "2:4", "gpt2")
     found = inspect_checkpoint(folder)
     assert found.violations == []
     assert {operator.pattern for operator in found.pruned} == {"2:4"}
@@ -228,7 +196,7 @@ def test_a_pattern_is_not_asked_of_a_model_that_cannot_be_built(tmp_path: Path) 
 
 
 def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> None:
-    folder = llama(tmp_path / "model", "2:4")
+    folder = pruned(tmp_path / "model", "2:4")
     record = json.loads((folder / "fistapruner.json").read_text())
     record["operators"]["model.layers.9.mlp.up_proj"] = {"sparsity": "2:4"}
     record["operators"]["model.layers.0.mlp.up_proj"] = {"sparsity": "nonsense"}
@@ -296,7 +264,7 @@ def test_patterns_are_those_that_every_group_shows(rows: int, columns: int, dens
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_8_bit_floats_are_counted(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = llama(tmp_path / "m", "2:4")
+    folder = pruned(tmp_path / "m", "2:4")
     state = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file(state | {name: state[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -90,16 +89,6 @@ def test_what_names_no_file_is_refused_in_one_line(
     with pytest.raises(FistaPrunerError, match=message):
         call(tiny.build("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_home_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FistaPrunerError, match=r"~nosuchuser/model: there is no such home folder: give the whole path"):
-        resolve_model("~nosuchuser/model")
-    for name in ("XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))  # as of a container's user without an entry
-    with pytest.raises(FistaPrunerError, match="there is no such home folder: set XDG_CACHE_HOME"):
-        default_cache()
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:

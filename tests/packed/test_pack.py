@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
-from fistapruner.measure.bench import bench, record
 from fistapruner.measure.inspection import inspect_checkpoint
+from fistapruner.measure.speed import bench, record
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.source import ModelSource
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.pack import NoPackedFormError
 from fistapruner.runtime.files import sha256_file
-from fistapruner.runtime.formatting import size
+from fistapruner.runtime.show import size
 from tiny import VOCABULARY
 
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fistapruner.papers.mrpo import (
+    accuracy,
     clipped,
     fixed_weights,
+    geometric_mean,
     harmonic_mean,
     held_out_weights,
     margins_of,
@@ -193,3 +195,13 @@ def test_per_pair_weights_do_not_lower_the_loss_where_references_know_nothing(ki
     )
     assert bool((by_pair >= by_half - 1e-12).all())
     assert float(by_pair.mean()) > float(by_half.mean())
+
+
+def test_geometric_weights_mix_margins() -> None:
+    _, references, weights = drawn(3, 3, 4)
+    mixed = margins_of(geometric_mean(references, weights))
+    assert torch.allclose(mixed, (weights * margins_of(references)).sum(0), atol=1e-10)
+
+
+def test_ties_count_one_half() -> None:
+    assert float(accuracy(torch.tensor([1.0, 0.0, -1.0, 2.0]))) == 0.625

@@ -15,9 +15,8 @@ import tiny
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
-from fistapruner.passes.gradients import backward
 from fistapruner.passes.store import scratch_factory
-from fistapruner.passes.stream import Watched, forward
+from fistapruner.passes.stream import Watched, backward, forward
 
 WINDOWS, SEQLEN = 5, 12
 ARCHITECTURES = ["llama", "gpt2", "opt", "gpt_neox", "gemma2", "falcon"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.measure.bench import bench, sentence
-from fistapruner.measure.speed import Run, Speed, Variant, compare
+from fistapruner.measure.speed import Run, Speed, Variant, bench, compare
 from fistapruner.runs.records import load_run
 
 pytest.importorskip("gguf", reason="needs the extra 'gguf'")
@@ -50,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run; the package that brings llama.cpp seems to be there."""
-    monkeypatch.setattr("fistapruner.measure.bench.find_spec", lambda package: object())
+    monkeypatch.setattr("fistapruner.measure.speed.find_spec", lambda package: object())
     return Path(shutil.copytree(made / "run", tmp_path / "run"))
 
 
@@ -92,18 +90,6 @@ def test_quality_stands_beside_size_and_speed(made: Path, run: Path) -> None:
         f"evaluating {name} on text.txt" for name in FORMS
     ]
     assert fp.bench_run(run, measure=timed)[-1].kl == by_name["packed int8"].kl  # without files, too
-
-
-@pytest.mark.parametrize(("dtype", "known"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_forms_that_round_the_weights_lack_their_figures(dtype: torch.dtype, known: bool, tmp_path: Path) -> None:
-    dense = tiny.save("llama", tmp_path / "dense", dtype=dtype)
-    (tmp_path / "text.txt").write_text(TEXT)
-    settings = {"calibration": {"source": "python", "samples": 2, "seqlen": 16}, "evaluate_windows": 4}
-    fp.prune(dense, tmp_path / "run", method="magnitude", evaluate=tmp_path / "text.txt", **settings)
-    found = fp.bench_run(tmp_path / "run", measure=timed)
-    judged = {speed.variant for speed in found if speed.kl is not None} - {"packed int8"}
-    narrow = {"dense bfloat16", "packed"}
-    assert judged == {"dense float32"} | (narrow if known else set())
 
 
 def test_speeds_are_kept_before_quality_is_measured(made: Path, run: Path) -> None:
@@ -159,27 +145,9 @@ def test_files_that_cannot_be_timed_are_refused_before_packing(
     ):
         with pytest.raises(FistaPrunerError, match=said):
             bench(run / "model", gguf=files, **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr("fistapruner.measure.bench.find_spec", lambda package: None)
+    monkeypatch.setattr("fistapruner.measure.speed.find_spec", lambda package: None)
     with pytest.raises(FistaPrunerError, match=r"needs the package 'xllamacpp': pip install 'fistapruner\[bench\]'"):
         bench(run / "model", gguf=[whole])
-
-
-@pytest.mark.parametrize(
-    ("kl", "size", "rate", "said"),
-    [
-        (0.05, 5, 40.0, "llama.cpp q is smaller than all of these forms (5 B, not 6 B) and closer to the dense"),
-        (0.05, 5, 10.0, "and decodes 0.33 times as fast: quantise, unless"),
-        (0.05, 7, 40.0, "No GGUF file is both smaller"),
-        (0.40, 5, 40.0, "No GGUF file is both smaller"),
-    ],
-)
-def test_the_sentence_says_when_to_quantise(kl: float, size: int, rate: float, said: str) -> None:
-    dense, packed, int8, file = timed(
-        [Variant(name, Path()) for name in ("dense", "packed", "packed int8", "llama.cpp q")]
-    )
-    packed = replace(packed, kl=0.3, file_size=8, tokens_per_second=30.0)
-    int8 = replace(int8, kl=0.31, file_size=6, tokens_per_second=20.0)
-    assert said in sentence([dense, packed, int8, replace(file, kl=kl, file_size=size, tokens_per_second=rate)])
 
 
 def test_llama_cpp_decodes_in_a_process_of_its_own(made: Path) -> None:

@@ -16,9 +16,9 @@ from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.record import read_pruning_record
 from fistapruner.models.source import ModelSource
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
+from fistapruner.runs.lineage import dense_of
 from fistapruner.runs.records import load_run
-from fistapruner.runs.training_runs import dense_of
 
 CALIBRATION: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
 CARD = "---\nlicense: apache-2.0\ntags: [a]\n---\n\n# The dense model\n"

@@ -19,14 +19,13 @@ import tiny
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
 from fistapruner.core import NM
-from fistapruner.measure.bench import bench
-from fistapruner.measure.speed import Speed, Variant, load_variant, weight_bytes
+from fistapruner.measure.speed import Speed, Variant, bench, load_variant, weight_bytes
 from fistapruner.models.build import load_whole
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.low_rank import LowRankAdapter
 from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import PackedCheckpoint
-from fistapruner.reporting.summary import summary
+from fistapruner.reporting.terminal import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
 
@@ -155,7 +154,7 @@ def test_a_layer_sees_what_the_sum_of_the_layers_before_it_makes(dense: Path, ru
     assert results(run) == expected
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["gpt2"])
 def test_block_reconstruction_trains_both_parts(tmp_path: Path, architecture: str) -> None:
     """In bf16, where the parts are added in fp32: continued from the journal, the bits are the same."""
     folder = tiny.save(architecture, tmp_path / "dense", num_hidden_layers=2, dtype=torch.bfloat16)

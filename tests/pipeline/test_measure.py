@@ -18,11 +18,10 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.measure import streaming
-from fistapruner.measure.bench import record
 from fistapruner.measure.run import add_scores, put_in_place, same_comparison
-from fistapruner.measure.zero_shot import Tasks
-from fistapruner.reporting.quality import quality_facts
+from fistapruner.measure.speed import record
+from fistapruner.measure.tasks import Tasks
+from fistapruner.reporting.measured import quality_facts
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import is_run, load_run
@@ -72,18 +71,6 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     assert windows == [printed["perplexity"]["windows"], 2]
     assert report.lineage is not None
     assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]  # type: ignore[union-attr]
-
-
-def test_a_limit_reaches_every_evaluation(
-    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text, before = str(made / "text.txt"), load_run(made / "run").evaluations
-    monkeypatch.setattr(streaming, "resident_memory", lambda: 2**30)
-    settings = ["--data", text, "--seqlen", "16", "--windows", "2", "--memory-limit", "1GiB", "--quiet"]
-    for target in (made / "run", made / "dense"):
-        assert main(["evaluate", str(target), *settings]) == 2
-        assert "--memory-limit 1.00 GiB is not enough: " in capsys.readouterr().err
-    assert load_run(made / "run").evaluations == before
 
 
 def test_the_time_of_a_run_has_its_evaluation_and_samples(made: Path, tmp_path: Path) -> None:

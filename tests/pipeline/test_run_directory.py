@@ -18,11 +18,9 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.measure.speed import Variant, load_variant
-from fistapruner.runs.directory import RunDirectory, checkpoint_of
+from fistapruner.runs.directory import PruneDirectory, RecoverDirectory, RunDirectory, checkpoint_of
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
-from fistapruner.runs.training_directory import RecoverDirectory
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 MEASURED: dict[str, Any] = {**SETTINGS, "evaluate": "python", "evaluate_windows": 2}
@@ -421,7 +419,7 @@ class StopsAt(Listener):
         self.shares: list[float] = []
 
     def say(self, sentence: str) -> None:
-        if found := re.match(r"generating calibration text: ([\d.]+) of", sentence):
+        if found := re.match(r"generating text: ([\d.]+) of", sentence):
             self.shares.append(float(found[1]))
         if sentence.startswith(self.words):
             raise KeyboardInterrupt
@@ -430,7 +428,7 @@ class StopsAt(Listener):
 def test_text_that_the_model_writes_is_kept_as_it_is_written(dense: Path, tmp_path: Path) -> None:
     """Batch by batch, and as a whole where a run is stopped before its first layer: to the same tokens and weights."""
     settings = {**SETTINGS, "weighting": "fisher", "calibration": {"source": "self", "samples": 40, "seqlen": 8}}
-    for words in ("generating calibration text: 36", "measuring"):  # in the second batch, of 32 and 8 texts
+    for words in ("generating text: 36", "measuring"):  # in the second batch, of 32 and 8 texts
         stops = StopsAt(words)
         with pytest.raises(KeyboardInterrupt, match=r"^interrupted before the first decoder layer; give the same com"):
             fp.prune(dense, tmp_path / "run", listener=stops, **settings)

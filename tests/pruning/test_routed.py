@@ -17,9 +17,8 @@ from fistapruner.core import NM, LayerProblem
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
-from fistapruner.passes.routed import RoutedTokens
-from fistapruner.passes.store import HiddenStates
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.passes.store import HiddenStates, RoutedTokens
+from fistapruner.runs.directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}
 
@@ -200,6 +199,17 @@ def test_a_pruned_mixture_is_recovered_with_its_zeros(tmp_path: Path, architectu
     AutoModelForCausalLM.from_pretrained(tmp_path / "recovered" / "model")
 
 
+def test_experts_that_no_measured_token_reaches_get_what_was_asked_for(tmp_path: Path) -> None:
+    """Nothing is known of their errors, which is not that they make none."""
+    folder = tiny.save_unused_expert(tmp_path / "model", 2)
+    for sparsity, allocation in (("50%", "auto"), ("2:4", "error")):
+        run = tmp_path / sparsity.replace(":", "-")
+        report = fp.prune(str(folder), run, sparsity=sparsity, allocation=allocation, calibration=SMALL)
+        found = {entry.name: entry.sparsity for entry in report.operators}
+        assert {pattern for name, pattern in found.items() if ".experts.2." in name} == {sparsity}
+        assert len(set(found.values())) > 1
+
+
 def test_tokens_of_an_expert_are_the_same_from_memory_and_from_a_file(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, weights = torch.randn(6, 4, 8, generator=generator), torch.rand(24, 2, generator=generator)
@@ -218,14 +228,3 @@ def test_tokens_of_an_expert_are_the_same_from_memory_and_from_a_file(tmp_path: 
     for store in stores:
         store.close()
     assert not (tmp_path / "inputs").exists()
-
-
-def test_experts_that_no_measured_token_reaches_get_what_was_asked_for(tmp_path: Path) -> None:
-    """Nothing is known of their errors, which is not that they make none."""
-    folder = tiny.save_unused_expert(tmp_path / "model", 2)
-    for sparsity, allocation in (("50%", "auto"), ("2:4", "error")):
-        run = tmp_path / sparsity.replace(":", "-")
-        report = fp.prune(str(folder), run, sparsity=sparsity, allocation=allocation, calibration=SMALL)
-        found = {entry.name: entry.sparsity for entry in report.operators}
-        assert {pattern for name, pattern in found.items() if ".experts.2." in name} == {sparsity}
-        assert len(set(found.values())) > 1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fistapruner.runs.base import parse
 from fistapruner.runs.comparison_records import Comparison
-from fistapruner.runs.records import Report
+from fistapruner.runs.records import Report, parse
 from fistapruner.runs.results import Divergence, Evaluation, Perplexity, TaskResult
 
 OPERATORS = (
@@ -33,7 +32,7 @@ def perplexity(value: float, data: str = "wikitext2") -> Perplexity:
 def layer(index: int, count: int) -> dict[str, Any]:
     """A layer entry; layer 1 stands out."""
     operators = []
-    for name, shape, group, factor in OPERATORS:
+    for name, shape, _, factor in OPERATORS:
         error = 0.02 * factor * (1 + 0.4 * math.sin(index)) * (4 if index == 1 else 1)
         steps: list[dict[str, Any]] = [
             {"method": "sparsegpt", "relative_error": 1.2 * error, "seconds": 0.2},
@@ -45,9 +44,7 @@ def layer(index: int, count: int) -> dict[str, Any]:
                 "shape": shape,
                 "sparsity": "50%",
                 "zeros": math.prod(shape) // 2,
-                "density": 0.5,
                 "relative_error": error,
-                "group": group,
                 "steps": steps,
             }
         )
@@ -83,7 +80,7 @@ def report(layers: int = 12) -> Report:
     )
     damage = Divergence(0.71, 0.02, 0.62, 0.004, 0.608, 0.01)
     evaluations = [
-        Evaluation("run/model", "small", perplexity(46.53), perplexity(25.32), damage, tasks, 100.0, 90.0),
+        Evaluation("run/model", "small", perplexity(46.53), perplexity(25.32), damage, tasks, 100.0),
         Evaluation("run/model", "small", perplexity(17.4, "python"), perplexity(12.3, "python"), damage),
     ]
     weights = layers * sum(math.prod(shape) for _, shape, _, _ in OPERATORS)
@@ -129,8 +126,6 @@ def report(layers: int = 12) -> Report:
                 "seconds": 412.0,
                 "time_split": {"capture": 75.0, "gram": 20.0, "solve": 105.0, "io": 4.0},
                 "peak_memory": 1900 * 2**20,
-                "capture_tokens_per_second": 5230.0,
-                "forward_tokens_per_second": 9100.0,
                 "checkpoint_bytes": 269_000_000,
             },
             "evaluations": [evaluation.to_dict() for evaluation in evaluations],
@@ -161,7 +156,7 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
     data = pruned.model_dump(mode="json")
     for layer in data["layers"]:
         for place, operator in enumerate(layer["operators"]):
-            kept = {key: operator[key] for key in ("name", "shape", "sparsity", "zeros", "density")}
+            kept = {key: operator[key] for key in ("name", "shape", "sparsity", "zeros")}
             change = 0.004 * (1 + place) * (1 + 0.3 * math.sin(layer["index"]))
             layer["operators"][place] = {**kept, "change": change, "changed": math.prod(operator["shape"]) // 2}
         for key in ("seconds", "relative_error", "relative_error_of"):

@@ -19,20 +19,32 @@ sys.path.insert(0, str(Path(__file__).parent))
 import samples
 
 from fistapruner.measure.logits import perplexity_of
-from fistapruner.reporting.fact import Fact
 from fistapruner.reporting.facts import facts, lineage_lines
+from fistapruner.reporting.measured import (
+    NOT_MEASURED,
+    Fact,
+    evaluation_text,
+    gain,
+    gain_text,
+    points,
+    quality_facts,
+    task_facts,
+)
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.quality import evaluation_text, gain, gain_text, points, quality_facts, task_facts
-from fistapruner.reporting.size_and_speed import NOT_MEASURED
-from fistapruner.reporting.status_text import status_text
-from fistapruner.reporting.summary import summary
-from fistapruner.runs.base import parse
-from fistapruner.runs.layer_records import RemovalEntry
+from fistapruner.reporting.terminal import status_text, summary
 from fistapruner.runs.lineage import stage_of
-from fistapruner.runs.records import Lineage, ModelFacts, Report, Stage
+from fistapruner.runs.records import (
+    Alignment,
+    Lineage,
+    ModelFacts,
+    PreferenceFigures,
+    RemovalEntry,
+    Report,
+    Stage,
+    parse,
+)
 from fistapruner.runs.results import Divergence, Evaluation, TaskResult
-from fistapruner.runs.training_records import Alignment, PreferenceFigures
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -102,7 +114,7 @@ def test_any_part_may_be_missing(missing: str) -> None:
 
 def test_a_run_that_has_just_begun_has_a_page() -> None:
     assert "0 of 0 decoder layers are done" in run_page(Report())
-    operator = {"name": "mlp.up", "shape": [4, 4], "sparsity": "50%", "zeros": 8, "density": 0.5}
+    operator = {"name": "mlp.up", "shape": [4, 4], "sparsity": "50%", "zeros": 8}
     layers = [{"index": 0, "operators": [operator]}, {"index": 1}]
     text = run_page(parse(Report, {"status": "failed", "error": "the disk is full", "layers": layers}, "sample"))
     assert "Stopped: the disk is full" in text

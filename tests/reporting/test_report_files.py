@@ -20,13 +20,11 @@ import samples
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.reporting.status_text import status_facts, status_text
-from fistapruner.runs.base import VERSION, parse
-from fistapruner.runs.layer_records import LayerEntry
+from fistapruner.reporting.terminal import status_facts, status_text
 from fistapruner.runs.lock import hold
-from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.records import VERSION, LayerEntry, Report, load_run, parse
 from fistapruner.runs.steps import StepJournal
-from fistapruner.runtime.formatting import (
+from fistapruner.runtime.show import (
     align_columns,
     duration,
     p_value,
@@ -134,7 +132,7 @@ def test_a_run_at_work_again_does_not_have_the_status_of_its_last_attempt(
     assert json.loads(capsys.readouterr().out)["status"] == report.status
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 10**5))
 def test_seconds_left_are_those_of_all_workers(workers: int, rounds: int, pause: int) -> None:
     """Each of them prunes a layer in 60 s; a pause between two commands counts nothing."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import StepJournal, read_steps
+from fistapruner.runs.store import Snapshots
 
 
 def write(path: Path, count: int) -> list[dict[str, object]]:

@@ -18,7 +18,7 @@ from fistapruner.measure import speed as variants
 from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import Variant
 from fistapruner.pruning.workers import default_threads
-from fistapruner.runtime import devices, memory
+from fistapruner.runtime import devices
 from fistapruner.settings.execution_settings import Execution
 
 V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
@@ -27,7 +27,7 @@ V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 def group(folder: Path, version: int, limit: str, used: int, cache: int) -> None:
     """A control group's files as the kernel writes them; a third of the cache was read more than once."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = memory.CONTROL_GROUPS[version == 1]
+    names = devices.MEMORY_FILES[version]
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
     once, more = cache - cache // 3, cache // 3
@@ -46,7 +46,7 @@ def test_every_group_above_the_process_limits_it(tmp_path: Path, version: int) -
     group(top / "slurm", version, "4000", 1500, 100)  # of the whole node
     group(top / "slurm/job_7", version, "2000", 1200, 300)
     group(top / "slurm/job_7/step_0", version, unlimited, 1200, 300)
-    left = list(memory.left_in_groups(own, tmp_path))
+    left = list(devices.left_in_groups(own, tmp_path))
     assert sorted(left)[:2] == [1100, 2600]
     assert len(left) == (3 if version == 1 else 2)
 
@@ -56,18 +56,18 @@ def test_inside_a_container_its_group_is_the_topmost_one(tmp_path: Path, path: s
     own = tmp_path / "cgroup"
     own.write_text(V2.format(path))
     group(tmp_path / "mounted", 2, "1000", 900, 50)
-    assert list(memory.left_in_groups(own, tmp_path / "mounted")) == [150]
+    assert list(devices.left_in_groups(own, tmp_path / "mounted")) == [150]
 
 
 def test_free_memory_is_the_least_of_the_machine_and_the_control_groups(tmp_path: Path) -> None:
     own = tmp_path / "cgroup"
-    assert list(memory.left_in_groups(own, tmp_path)) == []
-    assert 0 < memory.free_memory(own, tmp_path) <= psutil.virtual_memory().total
+    assert list(devices.left_in_groups(own, tmp_path)) == []
+    assert 0 < devices.free_memory(own, tmp_path) <= psutil.virtual_memory().total
     own.write_text(V2.format("job"))
     group(tmp_path / "job", 2, str(4 * 2**20), 2**20, 0)
-    assert memory.free_memory(own, tmp_path) == 3 * 2**20
+    assert devices.free_memory(own, tmp_path) == 3 * 2**20
     group(tmp_path / "job", 2, str(4 * 2**20), 4 * 2**20 + 1, 0)
-    assert memory.free_memory(own, tmp_path) == 0
+    assert devices.free_memory(own, tmp_path) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS ignores these limits")
@@ -79,7 +79,7 @@ def test_free_memory_keeps_within_the_limits_of_the_process(
     most = used + 64 * 2**20
     limits = {getattr(resource, name): (most, resource.RLIM_INFINITY)}
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits.get(which, (resource.RLIM_INFINITY,) * 2))
-    assert 32 * 2**20 < memory.free_memory() < 96 * 2**20  # what the process holds may change meanwhile
+    assert 32 * 2**20 < devices.free_memory() < 96 * 2**20  # what the process holds may change meanwhile
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -105,11 +105,11 @@ def test_a_quota_is_the_number_of_cores_and_of_a_serial_runs_threads(monkeypatch
 
 
 def test_the_peak_holds_what_was_held() -> None:
-    memory.reset_peak_memory(torch.device("cpu"))
-    before = memory.resident_memory()
+    devices.reset_peak_memory(torch.device("cpu"))
+    before = devices.resident_memory()
     block = torch.ones(2**24)  # 64 MiB
     del block
-    assert memory.peak_memory() >= before + 2**25
+    assert devices.peak_memory() >= before + 2**25
 
 
 def test_evaluation_and_speed_keep_within_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,11 +67,10 @@ def test_resolvents_scales_and_orders_are_what_they_say() -> None:
     assert torch.equal(natural_order(values[:, strided_order(12, 4, values.device)], 4), values)
 
 
-@pytest.mark.parametrize("sparsity", ["50%", "70%", "2:4", "4:8"])
-@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 1.0)])
-def test_proximal_beats_the_other_solvers(sparsity: str, drift: float, target: float) -> None:
+@pytest.mark.parametrize(("sparsity", "drift"), [("50%", 0.0), ("70%", 0.3), ("2:4", 0.3), ("4:8", 0.0)])
+def test_proximal_beats_the_other_solvers(sparsity: str, drift: float) -> None:
     """On the mean of a few problems; single small ones are a lottery for every heuristic."""
-    problem = make_problem(192, 64, drift=drift, target=target)
+    problem = make_problem(192, 64, drift=drift)
 
     def mean(method: str | Proximal) -> float:
         parts = (problem.slice(slice(start, start + 32)) for start in range(0, 192, 32))
@@ -96,7 +95,7 @@ def solved(problem: LayerProblem, rank: int, sparsity: str, method: str) -> tupl
 
 @over_methods
 @pytest.mark.parametrize("sparsity", PATTERNS)
-@pytest.mark.parametrize(("drift", "target"), DRIFTS)
+@pytest.mark.parametrize(("drift", "target"), DRIFTS[::2])
 def test_a_low_rank_part_lowers_the_error(method: str, sparsity: str, drift: float, target: float) -> None:
     problem = make_problem(24, 32, drift=drift, target=target)
     plain = solve(problem, sparsity, method)

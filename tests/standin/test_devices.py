@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,55 +17,26 @@ from fistapruner.measure.speed import prompts, time_generation
 from fistapruner.models.build import load_whole
 from fistapruner.models.source import Permissions
 from fistapruner.pruning.workers import prune_one
-from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
+from fistapruner.runtime.devices import choose_device, worker_devices
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 
 
-def test_a_gpu_that_another_process_has_for_itself_is_not_taken(
-    gpu: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_gpu_that_another_process_has_for_itself_is_named(gpu: StandIn, tmp_path: Path) -> None:
     gpu.taken[0] = -1
-    monkeypatch.setenv("STAND_IN_GPUS", "-1,1000")
-    free_memory_of_gpus.cache_clear()
-    try:
-        assert choose_device("auto") == torch.device("cuda", 1)
-        assert free_memory_of_gpus(2)[0] == 0
-        with pytest.raises(FistaPrunerError, match=r"the free memory of 3 GPUs cannot be measured"):
-            free_memory_of_gpus(3)
-        with pytest.raises(FistaPrunerError, match=r"^device cuda:0 cannot be used: CUDA error: .* unavailable$"):
-            free_memory_of_gpus(1)
-    finally:
-        free_memory_of_gpus.cache_clear()
     (tmp_path / "run.json").touch()
     fault = prune_one(0, tmp_path, "cuda:0", Permissions(), tmp_path)
     assert re.search(r"^a worker cannot use device cuda:0: CUDA error: .* unavailable$", fault or "")
 
 
-@pytest.fixture(scope="module")
-def asked_once() -> Iterator[None]:
-    """The process that is asked for the free memory of GPUs is started for the first test alone."""
-    free_memory_of_gpus.cache_clear()
-    yield
-    free_memory_of_gpus.cache_clear()
-
-
-@pytest.fixture
-def taken(gpu: StandIn, asked_once: None, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """GPUs of which other programs hold a part of the first."""
-    monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
-    return gpu
-
-
-def test_the_gpu_with_most_free_memory(taken: StandIn) -> None:
-    """Asked in another process: this one makes no context on a GPU that it does not use."""
-    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", 1)
-    assert worker_devices("auto", 3, 1) == [torch.device("cuda", index) for index in (1, 0, 1)]
-    assert choose_device("cuda:0") == torch.device("cuda", 0)
-    with pytest.raises(FistaPrunerError, match="device 'cuda:256': this machine has 2 CUDA GPUs"):
+def test_the_first_gpu_is_taken_unless_another_is_named(gpu: StandIn) -> None:
+    assert choose_device("cuda") == choose_device("auto") == choose_device("cuda:0") == torch.device("cuda", 0)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert worker_devices("auto", 3, 1) == [torch.device("cuda", index) for index in (0, 1, 0)]
+    with pytest.raises(FistaPrunerError, match=r"device 'cuda:256': .* PyTorch sees 2 CUDA GPUs"):
         choose_device("cuda:256")  # which torch takes for the first one
-    assert not taken.touched
+    assert not gpu.touched
 
 
 def test_another_gpu_is_said_on_resume(gpu: StandIn, tmp_path: Path) -> None:
@@ -85,26 +55,6 @@ def test_gpus_before_ampere_take_fp32_for_bf16(tmp_path: Path) -> None:
     with StandIn(capability=(7, 5)):
         fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, listener=said)
     assert "passes in float32: this device has no matrix units for the checkpoint's bfloat16" in said.sentences
-
-
-def test_products_outside_of_iterations_are_fp32(gpu: StandIn, tmp_path: Path) -> None:
-    """Whatever the program that calls prune has set."""
-    matmul = torch.backends.cuda.matmul
-    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    seen = set()
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"  # type: ignore[attr-defined]
-    try:
-        fistapruner.prune(
-            str(folder),
-            tmp_path / "run",
-            **SETTINGS,
-            execution={"device": "cuda:0"},
-            inspect=lambda *_: seen.add(matmul.fp32_precision),  # type: ignore[attr-defined]
-        )
-        assert matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    finally:
-        matmul.fp32_precision = before  # type: ignore[attr-defined]
-    assert seen == {"ieee"}
 
 
 def test_a_packed_operator_warns_on_a_gpu(gpu: StandIn) -> None:

@@ -14,9 +14,8 @@ import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.planning import DEVICE_RESERVE
 from fistapruner.pruning.run import plan_pruning
-from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.records import Report
+from fistapruner.runs.records import LayerEntry, Report
 from fistapruner.settings.loading import load_recipe_settings, merge_settings
 from fistapruner.settings.settings import Recipe
 from standin.gpu import StandIn

@@ -19,7 +19,7 @@ from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
-from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.settings.structure_settings import Remove
 from fistapruner.structure.experts import chosen_experts, find_experts

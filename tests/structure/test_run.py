@@ -21,9 +21,8 @@ from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.pruning.run import plan_pruning
-from fistapruner.runs.layer_records import LayerEntry
-from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import load_run
+from fistapruner.runs.directory import PruneDirectory
+from fistapruner.runs.records import LayerEntry, load_run
 from fistapruner.settings.settings import Recipe
 from fistapruner.settings.structure_settings import Structure
 
@@ -75,7 +74,7 @@ SOME = ("gpt2", "gpt_neox", "llama", "opt", "phi3")
     ],
 )
 def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_path: Path, architecture: str) -> None:
-    folder = tiny.save(architecture, tmp_path / "model")
+    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2)
     report = fp.prune(str(folder), tmp_path / "run", **LESS)
     out = tmp_path / "run" / "model"
     small = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -246,7 +245,7 @@ def test_flap_adds_to_the_bias_where_there_is_one(tmp_path: Path, architecture: 
 )
 def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount: str) -> None:
     """The result computes what the dense model with the group's columns zero does, also when it generates."""
-    folder = tiny.save(architecture, tmp_path / "model")
+    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2)
     report = fp.prune(
         str(folder),
         tmp_path / "run",
@@ -297,7 +296,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 
 def test_structure_and_sparsity_in_one_run(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=2)
     for run, settings in {
         "share": {"sparsity": "50%"},
         "attention": {"sparsity": "50%", "allocation": {"re:.": "0%", "re:self_attn": "50%"}},

@@ -66,14 +66,14 @@ def test_an_interruption_loses_no_finished_text() -> None:
     model, tokenizer, kept = tiny_model(), letters_tokenizer(), []
     whole = generate_tokens(model, tokenizer, 70, 8, keep=lambda *at: kept.append(at))
     assert [len(texts) for texts, _ in kept] == [32, 64, 70]
-    steps: list[int] = []
-    again = generate_tokens(model, tokenizer, 70, 8, begun=kept[1], progress=lambda done, _: steps.append(done))
+    said: list[str] = []
+    again = generate_tokens(model, tokenizer, 70, 8, begun=kept[1], say=said.append)
     assert torch.equal(again, whole)
-    assert steps[0] > 64 * 8
+    assert said[0].startswith("generating text: 65.5 of 70 windows")  # of the last batch alone
 
 
 def test_generation_says_how_far_it_is() -> None:
     said: list[str] = []
     calibration_tokens(Calibration(source="self", samples=2), letters_tokenizer(), 32, tiny_model, said.append)
     assert len(said) == 9
-    assert said[-1].startswith("generating calibration text: 1.8 of 2 windows, about ")
+    assert said[-1].startswith("generating text: 1.8 of 2 windows, about ")

@@ -54,20 +54,20 @@ BAD = [
     ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
     ({**GOOD, "chosen": 3}, "no field 'chosen'"),
     ({**GOOD, "prompt": None}, "no field 'prompt'"),
-    ({**GOOD, "chosen": " green."}, "chosen and rejected are equal"),
-    ({**GOOD, "rejected": " \n"}, "the answer rejected is empty"),
-    ({"chosen": "ab", "rejected": "abc"}, "the answer chosen is empty"),
-    ({"chosen": "Yes", "rejected": "No"}, "chosen and rejected share no beginning, which is the prompt"),
-    ({"chosen": " Yes", "rejected": " No"}, "chosen and rejected share no beginning, which is the prompt"),
-    ({"chosen": says("a"), "rejected": says("b")}, "chosen and rejected share no beginning, which is the prompt"),
-    ({"chosen": user("a"), "rejected": user("a") + says("b")}, "the answer chosen is empty"),
-    ({**CHAT, "prompt": "text"}, "'prompt' is not a list of messages"),
-    ({**CHAT, "chosen": "text"}, "no field 'prompt' with a string"),
-    ({**CHAT, "chosen": []}, "'chosen' is not a list of messages"),
-    ({**CHAT, "chosen": says(" ")}, "message 1 is an empty answer"),
-    ({**CHAT, "chosen": user("x")}, "chosen begins with a message of the role 'user'"),
+    ({**GOOD, "chosen": " green."}, "two different answers"),
+    ({**GOOD, "rejected": " \n"}, "neither of them empty"),
+    ({"chosen": "ab", "rejected": "abc"}, "neither of them empty"),
+    ({"chosen": "Yes", "rejected": "No"}, "to the field prompt or to what both begin with"),
+    ({"chosen": " Yes", "rejected": " No"}, "to the field prompt or to what both begin with"),
+    ({"chosen": says("a"), "rejected": says("b")}, "to the field prompt or to what both begin with"),
+    ({"chosen": user("a"), "rejected": user("a") + says("b")}, "neither of them empty"),
+    ({**CHAT, "prompt": "text"}, "no field 'prompt' with a list"),
+    ({**CHAT, "chosen": "text"}, "no field 'rejected' with a string"),
+    ({**CHAT, "chosen": []}, "answers of the assistant"),
+    ({**CHAT, "chosen": says(" ")}, "neither of them empty"),
+    ({**CHAT, "chosen": user("x")}, "answers of the assistant"),
     ("a list", "no field 'chosen'"),
-    ({**GOOD, "rejected": "\ud83d"}, r"has half a character ('\ud83d')"),
+    ({**GOOD, "rejected": "\ud83d"}, "is not JSON in UTF-8"),
 ]
 
 
@@ -82,8 +82,8 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, why: str) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FistaPrunerError, match=r"not a \.jsonl file that exists"):
         read_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(FistaPrunerError, match="is empty"):
-        read_pairs(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(FistaPrunerError, match="pairs of 0 different prompts"):
+        tokenised([], tmp_path)
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": ')
     with pytest.raises(FistaPrunerError, match="line 2 is not JSON"):
         read_pairs(tmp_path / "torn.jsonl")
@@ -146,7 +146,7 @@ def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
     pairs, _ = tokenised(records, tmp_path, tokenizer)
     assert text_of(tokenizer, pairs.tokens[0]) == "u\na</s>\na\ncd</s>\n"
     assert text_of(tokenizer, pairs.tokens[0][pairs.marks[0]]) == "cd</s>\n"
-    with pytest.raises(FistaPrunerError, match="line 1 has messages, and the tokenizer has no chat template"):
+    with pytest.raises(FistaPrunerError, match="line 1 has messages that the tokenizer's chat template cannot write"):
         tokenised(records, tmp_path, chat_tokenizer(None))
 
 
@@ -240,6 +240,8 @@ def test_few_prompts_are_held_out_of_many(tmp_path: Path, monkeypatch: pytest.Mo
 def test_three_prompts_are_enough_and_two_are_not(tmp_path: Path) -> None:
     pairs, _ = tokenised(many(3), tmp_path)
     assert [len(pairs.windows(name)) for name in ("trained", "held_out", "test")] == [2, 2, 2]
+    assert pairs.counts.tolist() == [1, 0] * 3
+    assert json.dumps(pairs.facts)
     with pytest.raises(FistaPrunerError, match="at least 3"):
         tokenised(many(2), tmp_path)
 
@@ -252,9 +254,3 @@ def test_order_takes_all_pairs_before_one_comes_again(tmp_path: Path) -> None:
     assert torch.equal(drawn[:, ::2] + 1, drawn[:, 1::2])
     assert sorted(drawn.flatten()[: len(trained)].tolist()) == sorted(trained)
     assert not torch.equal(drawn, pair_order(pairs, len(trained), 2, 1))
-
-
-def test_counts_are_one_a_pair(tmp_path: Path) -> None:
-    pairs, _ = tokenised(many(3), tmp_path)
-    assert pairs.counts.tolist() == [1, 0] * 3
-    assert json.dumps(pairs.facts)

@@ -19,17 +19,16 @@ from fistapruner import FistaPrunerError
 from fistapruner.measure.data import evaluation_documents
 from fistapruner.papers.mamf import Mixture
 from fistapruner.settings.recover_settings import RecoverRecipe, TrainingData
-from fistapruner.text.packing import pack_documents
-from fistapruner.text.training import TrainingText, order, shared_documents, training_text
+from fistapruner.text.training import TrainingText, order, pack_documents, shared_documents, training_text
 from fistapruner.training.recovery import check_mixture
 
 EOS = "</s>"
 WORDS = st.text(LETTERS, min_size=1, max_size=30)
 
 
-def lines(path: Path, documents: list[str]) -> str:
-    """Write a .jsonl file of documents; return its path."""
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+def lines(path: Path, documents: list[str], field: str = "text") -> str:
+    """Write a .jsonl file of documents, or of completions; return its path."""
+    path.write_text("".join(json.dumps({"prompt": "", field: document}) + "\n" for document in documents))
     return str(path)
 
 
@@ -61,7 +60,6 @@ def test_windows_are_the_joined_documents(documents: list[str], seqlen: int, win
     whole = pack_documents(documents, tokenizer, seqlen, None, "text")
     assert torch.equal(cut.windows, whole.windows[:windows])
     assert whole.documents == len(documents)
-    assert whole.tokens == sum(map(len, documents))
     if bos:  # where one token begins and ends documents, what joins two of them is not taken for a window's first one
         cut = pack_documents(documents, letters_tokenizer(bos, eos="<s>"), seqlen, windows, "text")
         got = "".join(text_of(tokenizer, window[1:]) for window in cut.windows)
@@ -144,8 +142,6 @@ def test_generated_windows_are_held_out_whole() -> None:
     assert [int((text.held_out == side).sum()) for side in (False, True)] == [11, 2]
     fewer = training_text(data, letters_tokenizer(), 32, tiny_model, windows=3)
     assert [int((fewer.held_out == side).sum()) for side in (False, True)] == [3, 2]
-    with pytest.raises(FistaPrunerError, match="needs the model"):
-        training_text(data, letters_tokenizer(), 32)
 
 
 def test_a_document_is_left_to_train_on_whatever_share_is_held_out(tmp_path: Path) -> None:
@@ -158,12 +154,16 @@ def test_a_document_is_left_to_train_on_whatever_share_is_held_out(tmp_path: Pat
 
 def test_absent_empty_and_short_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
+    short = ["b", "b" * 40, "b"]
     for source, words in (
-        (None, "give one with --data"),
         (str(tmp_path / "absent.txt"), "training source .* is neither"),
         (str(tmp_path / "empty.txt"), "training text .* is empty"),
         (lines(tmp_path / "a.jsonl", ["abcdef"]), r"a\.jsonl' is too short: its tokens do not fill one window of 32"),
         (lines(tmp_path / "b.jsonl", ["abcdef" * 8] * 9), "what is repeated, or held out by another task, does not c"),
+        (
+            lines(tmp_path / "c.jsonl", short, "completion"),
+            "too short: its examples of at most 32 tokens do not fill one",
+        ),
     ):
         with pytest.raises(FistaPrunerError, match=words):
             training_text(TrainingData(source=source), letters_tokenizer(), 32)
@@ -269,9 +269,7 @@ def test_a_document_that_one_task_holds_out_is_trained_on_by_none(documents: lis
     with tempfile.TemporaryDirectory() as folder:
         sources = {}
         for name, half in zip("ab", halves, strict=True):
-            sources[name] = f"{folder}/{name}.jsonl"
-            records = ({"prompt": "", "completion": document} for document in half)
-            Path(sources[name]).write_text("".join(json.dumps(record) + "\n" for record in records))
+            sources[name] = lines(Path(folder) / f"{name}.jsonl", half, "completion")
         try:
             text = training_text(TrainingData(tasks=sources, tokens=10**4), letters_tokenizer(), 24)
         except FistaPrunerError as error:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fistapruner.papers.mezo import PUBLISHED as MEZO
 from fistapruner.papers.spp import PUBLISHED as SPP
-from fistapruner.runs.snapshots import Snapshots
 from fistapruner.runs.steps import read_steps
+from fistapruner.runs.store import Snapshots
 from fistapruner.training.loop import OURS, Loop, State, check_due, descend
 
 

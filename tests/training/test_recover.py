@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -24,10 +25,10 @@ from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.facts import lineage_lines, training_facts
 from fistapruner.reporting.figures import mean_error
-from fistapruner.reporting.summary import summary
+from fistapruner.reporting.terminal import summary
+from fistapruner.runs.directory import RecoverDirectory
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.training_directory import RecoverDirectory
 from tiny import tensors
 
 SEQLEN = 16
@@ -190,8 +191,8 @@ def test_operators_that_were_left_dense_are_not_trained(
     assert report.recovery is not None
     assert report.recovery.operators == 8
     assert report.recovery.trained == 6144 - 3584 + 4 * 32  # survivors, and two norms of every layer
-    assert {(entry.name[-6:], entry.sparsity, entry.density) for entry in report.operators} == {
-        ("q_proj", "1:4", 0.25),
+    assert {(entry.name[-6:], entry.sparsity, entry.zeros / math.prod(entry.shape)) for entry in report.operators} == {
+        ("q_proj", "1:4", 0.75),
         *((f"{name}_proj", "2:4", 0.5) for name in "kvo"),
     }
     before, after = (tensors(run / "model") for run in (pruned, out))

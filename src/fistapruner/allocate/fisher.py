@@ -34,12 +34,10 @@ from ..core.sums import add_gram, mirror
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
-from ..passes.gradients import backward
 from ..passes.store import HiddenStates, Store
-from ..passes.stream import Visit, Watched, forward
+from ..passes.stream import Visit, Watched, backward, forward
 from ..runtime.numerics import dtype_name
-from ..runtime.progress import Tick, silent
-from ..runtime.transfers import sent
+from ..runtime.show import Tick, silent
 
 HEAD_TOKENS = 512
 """Tokens whose logits are computed at once."""
@@ -278,5 +276,5 @@ def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
         generator: of the CPU, so that labels do not depend on the device but for rounding.
     """
     sums = probabilities.cumsum(-1)
-    uniform = sent(torch.rand(len(sums), 1, generator=generator), sums.device)
+    uniform = torch.rand(len(sums), 1, generator=generator).to(sums.device)
     return torch.searchsorted(sums, uniform * sums[:, -1:])

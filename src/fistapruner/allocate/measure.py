@@ -18,7 +18,7 @@ from ..models.layers import LayerwiseModel
 from ..models.operators import Layout, Operator
 from ..papers.owl import InputEnergy, Outliers
 from ..papers.so_ebm import Workload
-from ..runs.workload_records import WorkloadFacts
+from ..runs.records import WorkloadFacts
 from ..settings.settings import OWN, Recipe
 from ..text.windows import window_tasks
 from .allocate import choose_patterns, split_budget

@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError, at_home, out_path
-    from ..runtime.launcher import leads
+    from ..runtime.machine import leads
 
     with _signals() as terminated, _readers_may_leave() as results:
         try:
@@ -173,7 +173,7 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
         FistaPrunerError: names the verb.
     """
     from ..errors import FistaPrunerError
-    from ..runtime.launcher import launched
+    from ..runtime.machine import launched
 
     if arguments.verb in READ_ONLY:
         return

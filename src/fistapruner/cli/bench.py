@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..runtime.formatting import finite
+from ..runtime.show import finite
 from .arguments import add_json_argument, add_pickle_argument
 
 SUMMARY = "measure tokens per second, memory and size of a pruned model"
@@ -44,9 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from ..measure.bench import Speeds, bench, record
     from ..measure.run import bench_run
-    from ..reporting.size_and_speed import QUANTISE_FIRST
+    from ..measure.speed import Speeds, bench, record
+    from ..reporting.measured import QUANTISE_FIRST
     from ..runs.listener import Listener
     from ..runs.records import is_run
     from .progress import PlainListener

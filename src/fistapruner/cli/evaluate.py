@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        help="main memory that may be used (default: hidden states take half of what is free)",
+        help="main memory to use; hidden states that take more than half of it go to a file (default: what is free)",
     )
     add_trust_arguments(parser)
     add_output_arguments(parser)
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     listener = choose_listener(arguments)
     from ..measure.evaluate import evaluate
     from ..measure.run import evaluate_run
-    from ..reporting.quality import evaluation_text
+    from ..reporting.measured import evaluation_text
     from ..runs.records import is_run
     from ..runs.results import Evaluation
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..runtime.formatting import size
+from ..runtime.show import size
 from .arguments import add_pickle_argument
 
 SUMMARY = "write a model as a GGUF file for llama.cpp"

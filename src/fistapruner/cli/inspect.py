@@ -16,7 +16,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..errors import printable
-from ..runtime.formatting import align_columns, finite
+from ..runtime.show import align_columns, finite
 from .arguments import add_json_argument, add_pickle_argument
 
 if TYPE_CHECKING:

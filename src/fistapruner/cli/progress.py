@@ -22,9 +22,9 @@ from rich.progress import (
 )
 
 from ..errors import printable
-from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
-from ..runtime.formatting import counted, duration
+from ..runs.records import LayerEntry
+from ..runtime.show import counted, duration
 
 EVERY = 7.0
 """Seconds after which it is said again what is being done."""

@@ -15,7 +15,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ..runtime.formatting import finite
+from ..runtime.show import finite
 from ..settings.settings import Recipe
 from .arguments import (
     add_evaluation,
@@ -75,8 +75,8 @@ def show(report: Report, out: str, *, as_json: bool) -> int:
         out: the run directory.
         as_json: print the whole report.
     """
-    from ..reporting.summary import summary
-    from ..runtime.launcher import leads
+    from ..reporting.terminal import summary
+    from ..runtime.machine import leads
 
     if leads():
         print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))

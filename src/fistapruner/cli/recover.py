@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FistaPrunerError
-from ..runtime.formatting import finite
+from ..runtime.show import finite
 from ..settings.recover_settings import RecoverRecipe
 from .arguments import (
     add_dense_argument,

@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..reporting.write import write_page
+    from ..reporting.page import write_page
 
     print(write_page(arguments.run_directory))
     return 0

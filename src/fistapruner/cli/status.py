@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runtime.formatting import finite, shell_line
+from ..runtime.show import finite, shell_line
 from .arguments import add_json_argument
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..reporting.status_text import status_facts, status_text
+    from ..reporting.terminal import status_facts, status_text
     from ..runs.comparison_records import is_comparison
     from ..runs.lock import holder
     from ..runs.records import is_run, load_run

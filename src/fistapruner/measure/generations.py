@@ -12,7 +12,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.tokenizer import load_tokenizer
 from ..runs.records import Generation
 from ..runtime.devices import threads_within_quota
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 
 PROMPTS = (
     "The capital of France is",
@@ -35,10 +35,9 @@ def generate_side_by_side(
     trust_remote_code: bool = False,
     tick: Tick = silent,
 ) -> list[Generation]:
-    """Continue prompts greedily with every model.
+    """Continue prompts greedily with every model, each loaded whole, one after the other.
 
-    They are loaded whole, one after the other. Nothing is generated where one of them would not fit into three quarters
-    of the free memory.
+    Nothing is generated where one of them would not fit into three quarters of the free memory.
 
     Args:
         models: Hugging Face folders, by the field of :class:`Generation` that they fill.
@@ -51,24 +50,18 @@ def generate_side_by_side(
     """
     if not all(whole_fits(Checkpoint.open(folder, allow_pickle), device, memory_limit) for folder in models.values()):
         return []
-    texts = {}
+    found = [Generation(prompt=prompt) for prompt in prompts]
     for number, (name, folder) in enumerate(models.items()):
         tick("models that have continued the sample prompts", number, len(models))
-        texts[name] = _continue(folder, device, prompts, trust_remote_code)
-    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
-    return [Generation(prompt=prompt, **row) for prompt, row in zip(prompts, rows, strict=True)]
-
-
-def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], trust_remote_code: bool) -> list[str]:
-    """Continue prompts greedily with one model."""
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    model = load_whole(folder, device, trust_remote_code=trust_remote_code)
-    texts = []
-    for prompt in prompts:
-        found = tokenizer(prompt, return_tensors="pt", return_attention_mask=True).to(device)
-        # A tokenizer may return more, such as token_type_ids, which generate() refuses.
-        ids = {name: found[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            out = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        texts.append(str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))
-    return texts
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        model = load_whole(folder, device, trust_remote_code=trust_remote_code)
+        for each in found:
+            ids = tokenizer(each.prompt, return_tensors="pt", return_attention_mask=True).to(device)
+            # A tokenizer may return more, such as token_type_ids, which generate() refuses.
+            given = {key: ids[key] for key in ("input_ids", "attention_mask")}
+            end = tokenizer.eos_token_id
+            with torch.no_grad():
+                out = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=end)
+            text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+            setattr(each, name, str(text))
+    return found

@@ -1,21 +1,22 @@
-"""Reduce logits to token NLL, KL divergence, top-1 agreement, with standard errors and paired tests.
+"""Reduce logits to token NLL, KL divergence and top-1 agreement, with standard errors and paired tests.
 
-With a vocabulary of 128,000 entries, logits are the largest tensor of an evaluation: half a megabyte for each token
-in fp32, 1 GB for a window of 2,048. So hidden states go through the head in slices of some hundred tokens. Each slice
-is reduced to a few numbers for each token, in blocks of rows that fit the processor's cache, before the next slice is
-computed.
+Logits of a whole window would be the largest tensor of an evaluation: 1 GB for 2,048 tokens and 128,000 entries. So
+hidden states go through the head in slices of some hundred tokens, and each slice is reduced to a few numbers for each
+token, in blocks of rows that fit the processor's cache, before the next slice is computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..papers.mrpo import accuracy, margins_of
+from ..runs.records import PreferenceFigures
 from ..runs.results import Divergence, Perplexity
 from ..runtime.numerics import BUDGETS, Budgets, mean_and_error, slices
 
@@ -25,19 +26,13 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass
 class WindowSums:
-    """Sums over the predicted tokens of each window, in fp64.
-
-    Args:
-        nll: (windows,) negative log-likelihoods of the model; ``reference_nll``: of the reference model.
-        kl: (windows,) KL(reference || model); ``agree``: (windows,) tokens with the same most likely next token.
-        length: predicted tokens in a window.
-    """
+    """Sums over the ``length`` predicted tokens of each window, (windows,) fp64 each."""
 
     nll: Tensor
     length: int
     reference_nll: Tensor | None = None
-    kl: Tensor | None = None
-    agree: Tensor | None = None
+    kl: Tensor | None = None  # KL(reference || model)
+    agree: Tensor | None = None  # tokens with the same most likely next token
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -70,18 +65,14 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
 def sum_over_tokens(
     hidden: Sequence[Tensor], targets: Tensor, heads: Sequence[Head], vocabulary: int, budgets: Budgets = BUDGETS
 ) -> list[float]:
-    """Sum what is measured over ``targets``, for one model or two.
+    """Sum the NLL over ``targets``; with a second model, the reference, all of :func:`token_divergence`.
 
     Args:
-        hidden: of the model, and of a reference model if there is one: (tokens, width) output of the last decoder layer
-            at the token before each target.
+        hidden: (tokens, width) output of each model's last decoder layer at the token before each target.
         targets: (tokens,) token ids.
         heads: final norm and language-model head of each.
         vocabulary: width of the logits.
         budgets: bytes of logits at once.
-
-    Returns:
-        The NLL; with a reference also its NLL, KL and top-1 agreements, as :func:`token_divergence`.
     """
     sums = []
     for start, stop in slices(len(targets), 4 * vocabulary, budgets.head // len(heads)):
@@ -100,10 +91,9 @@ def sum_over_tokens(
 
 
 def perplexity_of(sums: Tensor, length: int, *, sha256: str, **about: Any) -> Perplexity:
-    """Make the perplexity record of (windows,) NLL sums of ``length`` tokens each.
+    """Make the record of (windows,) NLL sums of ``length`` tokens each; ``about`` gives the fields beside the numbers.
 
-    Tokens of a window depend on each other, so windows are the independent observations. ``sha256`` is the hash of the
-    windows, ``about`` the other fields of the record that say what was measured.
+    Tokens of a window depend on each other, so windows are the independent observations.
     """
     means = sums.double() / length
     nll, error = mean_and_error(means)
@@ -123,8 +113,9 @@ def perplexity_of(sums: Tensor, length: int, *, sha256: str, **about: Any) -> Pe
 
 def divergence_of(sums: WindowSums) -> Divergence:
     """Make the divergence record of sums that have a reference."""
-    if sums.reference_nll is None or sums.kl is None or sums.agree is None:
-        raise ValueError("these sums have no reference model")
+    assert sums.reference_nll is not None
+    assert sums.kl is not None
+    assert sums.agree is not None
     kl, kl_error = mean_and_error(sums.kl.double() / sums.length)
     agree, agree_error = mean_and_error(sums.agree.double() / sums.length)
     difference, difference_error = mean_and_error((sums.nll - sums.reference_nll).double() / sums.length)
@@ -132,10 +123,38 @@ def divergence_of(sums: WindowSums) -> Divergence:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Return the p-value of the two-sided exact McNemar test of ``lost`` against ``won`` items.
-
-    McNemar 1947. Items that both models get right, or both wrong, do not enter.
-    """
+    """Return the p-value of the two-sided exact McNemar test (1947) of ``lost`` against ``won`` items."""
     from scipy.stats import binomtest
 
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+
+
+def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str) -> dict[str, PreferenceFigures]:
+    """Measure which answers of the same preference pairs models prefer.
+
+    Args:
+        models: (pairs, 2) summed log-probabilities of the chosen and rejected answers, by the model's name.
+        tokens: (pairs, 2) tokens of the answers.
+        result: the model that the others are tested against.
+    """
+    right = {name: margins_of(values) > 0 for name, values in models.items()}
+    found = {}
+    for name, values in models.items():
+        margins, by_token = margins_of(values), margins_of(values / tokens)
+        figures = PreferenceFigures(
+            accuracy=float(accuracy(margins)),
+            accuracy_error=accuracy_error(margins),
+            normalised=float(accuracy(by_token)),
+            normalised_error=accuracy_error(by_token),
+        )
+        if name != result:
+            lost = int((right[name] & ~right[result]).sum())
+            won = int((right[result] & ~right[name]).sum())
+            figures.lost, figures.won, figures.p_value = lost, won, mcnemar(lost, won)
+        found[name] = figures
+    return found
+
+
+def accuracy_error(margins: Tensor) -> float:
+    """Return the standard error of an accuracy of (pairs,) margins."""
+    return mean_and_error((margins > 0).double() + (margins == 0).double() / 2)[1]

@@ -16,39 +16,33 @@ from ..errors import A_MODEL, A_TEXT, FistaPrunerError, MissingExtraError, one_l
 from ..models.gguf import convert_gguf
 from ..models.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
+from ..reporting.measured import INT8, gain_text
 from ..reporting.model_card import model_card
-from ..reporting.quality import gain_text
-from ..reporting.size_and_speed import INT8
-from ..reporting.write import write_page
-from ..runs.arguments import checked_arguments
-from ..runs.continuation import absolute
-from ..runs.decision import EvaluationRequest
+from ..reporting.page import write_page
 from ..runs.directory import CARD, RunDirectory, finished_run
-from ..runs.identity import changed_files, stamps
 from ..runs.labels import DONE
-from ..runs.lineage import trained_on, update_stage, write_lineage
+from ..runs.lineage import Dense, dense_of, input_run, trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, is_run, load_run
 from ..runs.results import Evaluation, Perplexity, TaskResult
-from ..runs.training_runs import Dense, dense_of, input_run
+from ..runs.settled import EvaluationRequest, absolute, changed_files, stamps
 from ..runtime.devices import choose_device
 from ..runtime.files import temporary_folder, write_text_atomic
-from ..runtime.formatting import shell_line
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
+from ..runtime.show import shell_line
 from ..settings.execution_settings import Execution
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.settings import Recipe
-from ..text.sources import source_documents
-from ..text.training import document_hash, shared_documents, training_documents
-from .bench import Speeds, bench, packed_bytes
-from .bench import record as speed_record
+from ..text.sources import document_hash, source_documents
+from ..text.training import shared_documents, training_documents
 from .data import Windows, evaluation_documents, load_windows
 from .evaluate import check_request
 from .evaluate import evaluate as run_evaluation
 from .generations import generate_side_by_side
-from .speed import Speed, Variant
+from .speed import Speed, Speeds, Variant, bench, packed_bytes
+from .speed import record as speed_record
 from .streaming import KeptStates
 
 
@@ -145,8 +139,6 @@ def _evaluate(
         "dtype": report.recipe.get("dtype", "auto"),
         "batch_size": execution.batch_size,
         "memory_limit": execution.memory_limit,
-        # What the run has made is not lost for a warning.
-        "warn": lambda sentence: add_warning(report, sentence, listener),
         "tick": listener.tick,
         **permissions.keywords(),
     }
@@ -360,7 +352,6 @@ def _same_text(a: Evaluation, b: Evaluation) -> bool:
     return a.perplexity.measured_on == b.perplexity.measured_on
 
 
-@checked_arguments
 def evaluate_run(
     folder: str | Path,
     data: str | Path | None = None,
@@ -427,7 +418,6 @@ def evaluate_run(
     return replace(found, warnings=(*shared, *found.warnings))
 
 
-@checked_arguments
 @undisturbed()
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.

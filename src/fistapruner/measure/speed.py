@@ -1,7 +1,8 @@
-"""Measure decoding speed, time to the first token and peak memory of forms of a model.
+"""Measure how fast forms of a model decode: dense, smaller and packed ones, and GGUF files beside them.
 
-Greedy decoding with a cache, one token at a time, as in a chat. Forms are measured in interleaved rounds, each in a
-process of its own: other load on the machine slows all of them alike, and the memory of each is its own.
+What is measured is greedy decoding with a cache, one token at a time, as in a chat: speed, time to the first token and
+peak memory. Forms are measured in interleaved rounds, each in a process of its own: other load on the machine slows all
+of them alike, and the memory of each is its own.
 """
 
 from __future__ import annotations
@@ -12,28 +13,36 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError, one_line
-from ..models.build import auto_class, read_config, refuse_own_code
-from ..models.checkpoint import Checkpoint
+from ..errors import FistaPrunerError, MissingExtraError, one_line, path_text
+from ..models.build import load_whole, refuse_own_code
+from ..models.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
 from ..models.gguf import check_gguf
+from ..models.record import has_zeros, lost_structure, read_pruning_record
+from ..packed import kernel
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load
-from ..runtime.devices import usable_threads
-from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
-from ..runtime.progress import Tick, silent
+from ..packed.pack import NoPackedFormError, pack, unpacked
+from ..runtime.devices import free_memory, peak_memory, reset_peak_memory, usable_threads
+from ..runtime.files import temporary_folder
+from ..runtime.show import Tick, align_columns, counted, silent
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""
+
+DTYPES = ("float32", "bfloat16")
+"""Precisions of dense products: which of them is faster depends on the processor."""
 
 SPEED_OF_OWN_CODE = "the speed of such models is not measured"
 """Why a model with Python code of its own is refused."""
@@ -41,12 +50,7 @@ SPEED_OF_OWN_CODE = "the speed of such models is not measured"
 
 @dataclass(frozen=True)
 class Run:
-    """One timed generation.
-
-    Args:
-        first_token: seconds from the prompt to the first token.
-        tokens_per_second: new tokens of the whole batch per second, without the first one.
-    """
+    """One timed generation: seconds to the first token, and then new tokens of the whole batch per second."""
 
     first_token: float
     tokens_per_second: float
@@ -54,10 +58,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one form of a model: medians over runs, and ranges.
+    """Measured speed of one form of a model: medians over runs, and ranges, in bytes and seconds.
 
-    Sizes are bytes, times are seconds. ``perplexity`` and ``kl``, the divergence from the dense model in nats a token,
-    are of the text that its run was evaluated on; None where they were not measured.
+    ``perplexity`` and ``kl`` (nats a token) are of the text that its run was evaluated on; None: not measured.
     """
 
     variant: str
@@ -97,67 +100,80 @@ class Speed:
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of a model, for :func:`compare`.
-
-    Args:
-        name: what to call it.
-        folder: packed or ordinary model folder, or a GGUF file, which llama.cpp runs.
-        dtype: precision, as torch calls it; None takes the checkpoint's.
-    """
+    """One form of a model, for :func:`compare`."""
 
     name: str
-    folder: Path
-    dtype: str | None = None
+    folder: Path  # packed or ordinary, or a GGUF file, which llama.cpp runs
+    dtype: str | None = None  # None takes the checkpoint's
 
     @property
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file, not a folder."""
         return self.folder.is_file()
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of its weight files."""
-        return self.folder.stat().st_size if self.is_gguf else weight_bytes(self.folder)
 
+def bench(
+    model: str | Path,
+    *,
+    measure: Callable[..., list[Speed]] | None = None,
+    before: str | Path | None = None,
+    gguf: Sequence[str | Path] = (),
+    quality: Callable[[list[Variant], list[Speed]], list[Speed]] = lambda variants, speeds: speeds,
+    tick: Tick = silent,
+    allow_pickle: bool = False,
+    **setting: Any,
+) -> list[Speed]:
+    """Measure dense, packed and packed int8 forms of a pruned model on the CPU.
 
-def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
-    """Decode greedily and time it.
+    The dense forms are the checkpoint with its zeros: the speed of a dense product does not depend on its numbers. A
+    model that has lost channels or heads is ``smaller``. Where no packed form is possible, there is none.
 
     Args:
-        model: causal language model in evaluation mode.
-        prompt: (batch, seqlen) token ids.
-        tokens: new tokens, at least 2.
+        model: folder of a pruned model, ordinary or packed.
+        measure: how the variants are measured, with the arguments of :func:`compare`, which is the default.
+        before: folder of the dense model that a smaller model was; None does not measure it.
+        gguf: GGUF files to measure beside the model, in llama.cpp: the dense model, quantised.
+        quality: adds the quality of the variants to their speeds; called while their folders are there.
+        tick: called with progress: (what, steps done, steps in all).
+        allow_pickle: read legacy ``.bin`` weights.
+        **setting: ``batch``, ``prompt``, ``tokens``, ``runs`` and ``threads``, as for :func:`compare`.
+
+    Raises:
+        FistaPrunerError: a number that is too small, no model, a form that cannot be run, or a file that is no GGUF.
+        MissingExtraError: GGUF files need the extra ``bench``.
     """
-
-    def now() -> float:
-        if prompt.device.type == "cuda":
-            torch.cuda.synchronize(prompt.device)
-        return time.perf_counter()
-
-    names = inspect.signature(model.forward).parameters
-    key = next((name for name in ("cache", "past_key_values") if name in names), None)  # renamed in transformers 5
-    if key is None:
-        raise FistaPrunerError(
-            f"{type(model).__name__} takes no cache of keys and values: its decoding is not measured"
-        )
-    # Logits of the last token only, as in generate().
-    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-    with torch.inference_mode():
-        begin = now()
-        out = model(input_ids=prompt, use_cache=True, **last)
-        token = out.logits[:, -1:].argmax(-1)
-        first = now()
-        for _ in range(tokens - 1):
-            out = model(input_ids=token, use_cache=True, **{key: getattr(out, key)})
-            token = out.logits[:, -1:].argmax(-1)
-        end = now()
-    return Run(first - begin, prompt.shape[0] * (tokens - 1) / (end - first))
-
-
-def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
-    """Draw (batch, length) random token ids from a model's vocabulary."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    for name, value in setting.items():
+        least = 2 if name == "tokens" else 1
+        if value is not None and (type(value) is not int or value < least):
+            raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {least}")
+    files = [Path(path_text("gguf", file, "a GGUF file")) for file in gguf]
+    for file in files:
+        check_gguf(file)
+    if files and (batch := setting.get("batch", 1)) != 1:
+        raise FistaPrunerError(f"batch {batch}: with GGUF files one sequence at once is timed: batch 1")
+    if files and find_spec("xllamacpp") is None:
+        raise MissingExtraError("xllamacpp", "bench", "timing a GGUF file")
+    model = Path(model)
+    Checkpoint.open(model, allow_pickle)
+    refuse_own_code(model, SPEED_OF_OWN_CODE)
+    with temporary_folder() as scratch, unpacked(model) as dense:
+        packed, int8 = model if is_packed(model) else Path(scratch) / "packed", Path(scratch) / "int8"
+        about = read_pruning_record(dense)
+        forms = [("dense", Path(before))] if before is not None else []
+        forms.append(("smaller" if lost_structure(about) else "dense", dense))
+        variants = [Variant(f"{name} {dtype}", folder, dtype) for name, folder in forms for dtype in DTYPES]
+        if is_packed(model) or has_zeros(about):
+            with suppress(NoPackedFormError):
+                if not is_packed(model):
+                    pack(model, packed, allow_pickle=allow_pickle)
+                if read_json_in(packed, PACKED_RECORD).get("values") == "int8":
+                    int8 = packed
+                else:
+                    pack(dense, int8, values="int8", allow_pickle=allow_pickle)
+                    variants.append(Variant("packed", packed, "bfloat16"))
+                variants.append(Variant("packed int8", int8, "bfloat16"))
+        variants += [Variant(f"llama.cpp {file.stem}", file) for file in files]
+        return quality(variants, (measure or compare)(variants, **setting, tick=tick))
 
 
 def compare(
@@ -173,55 +189,36 @@ def compare(
     """Measure several variants on the CPU in interleaved rounds (``runs``), each in a process of its own.
 
     If they do not all fit into memory at once, they run one after the other. ``threads`` None takes torch's default, at
-    most the cores that this process may use. ``tick`` is called with (what, steps done, steps in all). A script that
-    calls this needs ``if __name__ == "__main__":``, as for :mod:`multiprocessing`.
-
-    Raises:
-        FistaPrunerError: a variant cannot be loaded, or its process was killed.
+    most the cores that this process may use. A script that calls this needs ``if __name__ == "__main__":``.
     """
-    threads = threads or usable_threads()
-    together = 2.5 * sum(one.nbytes for one in variants) < free_memory()  # fp32 copies double a bf16 file
-    found: dict[int, list[tuple[Run, int]]] = {number: [] for number in range(len(variants))}
-    for group in [list(found)] if together else [[number] for number in found]:
+    setting = {"batch": batch, "prompt": prompt, "tokens": tokens, "threads": threads or usable_threads()}
+    sizes = [weight_bytes(one.folder) for one in variants]
+    together = 2.5 * sum(sizes) < free_memory()  # fp32 copies double a bf16 file
+    found: list[list[tuple[Run, int]]] = [[] for _ in variants]
+    for group in [range(len(variants))] if together else [[number] for number in range(len(variants))]:
         with ExitStack() as stack:
-            workers = {number: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for number in group}
-            for place, (number, worker) in enumerate(workers.items()):
+            workers = [(number, stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))) for number in group]
+            for place, (number, worker) in enumerate(workers):
                 tick("forms of the model loaded", place, len(workers))
-                _answer(variants[number], worker.submit(_load, variants[number], batch, prompt, tokens, threads))
+                _answer(variants[number], worker.submit(_load, variants[number], **setting))
             for round_number in range(1, runs + 1):
-                for place, (number, worker) in enumerate(workers.items()):
+                for place, (number, worker) in enumerate(workers):
                     tick(f"round {round_number} of {runs}, forms timed", place, len(workers))
                     found[number].append(_answer(variants[number], worker.submit(_generate, tokens)))
     return [
-        Speed.of(
-            one.name,
-            [run for run, _ in found[number]],
-            peak_memory=found[number][-1][1],
-            file_size=one.nbytes,
-            batch=batch,
-            prompt=prompt,
-            tokens=tokens,
-            threads=threads,
-            device="cpu",
-        )
-        for number, one in enumerate(variants)
+        Speed.of(one.name, [run for run, _ in own], peak_memory=own[-1][1], file_size=nbytes, device="cpu", **setting)
+        for one, own, nbytes in zip(variants, found, sizes, strict=True)
     ]
 
 
 def _answer(variant: Variant, work: Future[Any]) -> Any:
-    """Wait for the process of a variant.
-
-    Raises:
-        FistaPrunerError: names the variant, and what went wrong.
-    """
+    """Wait for the process of a variant; an error names the variant."""
     try:
         return work.result()
-    except BrokenProcessPool:
-        raise FistaPrunerError(
-            f"the process that measures {variant.name!r} ended early: there may be too little memory for it"
-        ) from None
     except Exception as error:  # of a model's code
         said = str(error) if isinstance(error, FistaPrunerError) else f"{type(error).__name__}: {one_line(error, 300)}"
+        if isinstance(error, BrokenProcessPool):
+            said = "the process that measures it ended early: there may be too little memory for it"
         raise FistaPrunerError(f"{variant.name}: {said}") from None
 
 
@@ -247,7 +244,7 @@ def _load(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) 
 
 
 def _generate(tokens: int) -> tuple[Run, int]:
-    """Generate with the variant of this process; return the times, and the peak memory until then."""
+    """Generate with the variant of this process: times, and peak memory until then."""
     return _LOADED[0](tokens), peak_memory()
 
 
@@ -256,27 +253,49 @@ def load_variant(variant: Variant) -> Any:
     refuse_own_code(variant.folder, SPEED_OF_OWN_CODE)
     if is_packed(variant.folder):
         return load(variant.folder, dtype=variant.dtype)
-    settings = {"local_files_only": True, "trust_remote_code": False, "dtype": variant.dtype or "auto"}
-    config = read_config(variant.folder)
-    return auto_class(config).from_pretrained(str(variant.folder), config=config, **settings).eval()
+    return load_whole(variant.folder, torch.device("cpu"), getattr(torch, variant.dtype or "", None))
 
 
 def weight_bytes(folder: Path) -> int:
-    """Count the bytes of the weight files that are loaded, a low-rank part's among them.
-
-    Raises:
-        FistaPrunerError: a file is missing or damaged.
-    """
+    """Count the bytes of the weight files that are loaded, a low-rank part's among them, or of a GGUF file."""
+    if folder.is_file():
+        return folder.stat().st_size
     low_rank = low_rank_part(folder)
     return Checkpoint.open(folder, allow_pickle=True).file_bytes + (0 if low_rank is None else low_rank.file_bytes)
 
 
-def _in_llama_cpp(file: Path, prompt: int, tokens: int, threads: int) -> Callable[[int], Run]:
-    """Load a GGUF file in llama.cpp; returns what decodes greedily and gives llama.cpp's own times.
+def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
+    """Draw (batch, length) random token ids from a model's vocabulary."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
-    Raises:
-        FistaPrunerError: llama.cpp cannot load the file, or refuses to write.
-    """
+
+def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
+    """Decode at least two new tokens greedily after a prompt, (batch, seqlen) token ids, and time it."""
+
+    def now() -> float:
+        if prompt.device.type == "cuda":
+            torch.cuda.synchronize(prompt.device)
+        return time.perf_counter()
+
+    names = inspect.signature(model.forward).parameters
+    key = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5
+    # Logits of the last token only, as in generate().
+    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+    with torch.inference_mode():
+        begin = now()
+        out = model(input_ids=prompt, use_cache=True, **last)
+        token = out.logits[:, -1:].argmax(-1)
+        first = now()
+        for _ in range(tokens - 1):
+            out = model(input_ids=token, use_cache=True, **{key: getattr(out, key)})
+            token = out.logits[:, -1:].argmax(-1)
+        end = now()
+    return Run(first - begin, prompt.shape[0] * (tokens - 1) / (end - first))
+
+
+def _in_llama_cpp(file: Path, prompt: int, tokens: int, threads: int) -> Callable[[int], Run]:
+    """Load a GGUF file in llama.cpp; returns what decodes greedily and gives llama.cpp's own times."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -286,10 +305,7 @@ def _in_llama_cpp(file: Path, prompt: int, tokens: int, threads: int) -> Callabl
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     vocabulary = check_gguf(file)["token_embd.weight"].shape[0]
     ids = torch.randint(0, vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    try:
-        server = xllamacpp.Server(settings)
-    except RuntimeError as error:
-        raise FistaPrunerError(f"llama.cpp cannot load {file}: {one_line(error)}") from None
+    server = xllamacpp.Server(settings)
 
     def generate(count: int) -> Run:
         request = {"prompt": ids, "n_predict": count, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
@@ -301,3 +317,65 @@ def _in_llama_cpp(file: Path, prompt: int, tokens: int, threads: int) -> Callabl
         return Run(timings["prompt_ms"] / 1000, 1000 * (timings["predicted_n"] - 1) / timings["predicted_ms"])
 
     return generate
+
+
+def record(speeds: Sequence[Speed]) -> dict[str, Any]:
+    """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
+    return {"speeds": [asdict(speed) for speed in speeds], "kernel": kernel_name(), "sentence": sentence(speeds)}
+
+
+def packed_bytes(speeds: Sequence[Speed]) -> int | None:
+    """Return the bytes of the losslessly packed weights; None if that form was not measured."""
+    return next((speed.file_size for speed in speeds if speed.variant == "packed" and speed.file_size), None)
+
+
+def kernel_name() -> str:
+    """Name the kernel that packed operators use on this machine."""
+    level = kernel.best_level()
+    return kernel.LEVELS[level] if level >= 0 else "none (torch)"
+
+
+def sentence(speeds: Sequence[Speed]) -> str:
+    """Say in a few words how the fastest packed or smaller form compares with the fastest dense one."""
+    ours = [speed for speed in speeds if speed.variant.startswith(("packed", "smaller"))]
+    dense = [speed for speed in speeds if speed.variant.startswith("dense")]
+    if not ours:
+        return "There is no packed form of this model ('fistapruner pack' says why), and nothing to compare with."
+    if not dense:
+        return "The dense model that this smaller one was is not at hand: nothing to compare with."
+    best, whole = (max(each, key=attrgetter("tokens_per_second")) for each in (ours, dense))
+    (low, high), (dense_low, dense_high) = best.tokens_per_second_range, whole.tokens_per_second_range
+    doubt = ", within the spread of the runs" if low <= dense_high and dense_low <= high else ""
+    doubt = ", in one run, whose spread is not known" if best.runs == 1 else doubt
+    return (
+        f"On this machine the fastest form without the zeros ({best.variant}) decodes "
+        f"{best.tokens_per_second / whole.tokens_per_second:.2f} times as fast as the fastest dense one "
+        f"({whole.variant}){doubt}, with {best.peak_memory / whole.peak_memory:.2f} times its peak memory."
+    )
+
+
+class Speeds(list[Speed]):
+    """Speeds that are printed as a table, with the setting."""
+
+    def __str__(self) -> str:
+        first = self[0]
+        parts = [
+            f"batch {first.batch}",
+            counted(first.prompt, "prompt token"),
+            counted(first.tokens, "new token"),
+            counted(first.runs, "interleaved run"),
+            counted(first.threads, "thread"),
+            f"kernel: {kernel_name()}; median (slowest - fastest)",
+        ]
+        judged = any(speed.perplexity is not None for speed in self)
+        rows: list[tuple[str, ...]] = [("", "tokens/s", "first token, ms", "peak memory, MiB", "file, MiB")]
+        rows[0] += ("perplexity", "KL, nats") if judged else ()
+        for speed in self:
+            low, high = speed.tokens_per_second_range
+            early, late = (1000 * value for value in speed.first_token_range)
+            rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
+            latency = f"{1000 * speed.first_token:.0f} ({late:.0f} - {early:.0f})"
+            row = (speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", f"{speed.file_size / 2**20:.1f}")
+            quality = (speed.perplexity, 2), (speed.kl, 3)
+            rows.append(row + tuple("-" if x is None else f"{x:.{digits}f}" for x, digits in quality * judged))
+        return f"{', '.join(parts)}\n{align_columns(rows, right=tuple(range(1, len(rows[0]))))}"

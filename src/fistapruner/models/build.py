@@ -16,9 +16,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, needs_code, one_line
-from ..runtime.formatting import shell_line, size
-from ..runtime.memory import free_device_memory, free_memory, resident_memory
+from ..runtime.devices import free_device_memory, free_memory, resident_memory
 from ..runtime.numerics import pass_dtype
+from ..runtime.show import shell_line, size
 from .checkpoint import PACKED_KEYS, QUANT_METHOD, Checkpoint, read_json_in
 from .experts import holds_experts, separate_experts
 from .low_rank import LowRankAdapter

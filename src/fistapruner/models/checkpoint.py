@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError, one_line
 from ..runtime.files import read_json, refuse_lfs_pointer
-from ..runtime.formatting import shell_line
+from ..runtime.show import shell_line
 from .safetensors import SafetensorsFile, TensorEntry
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..runtime.files import disk_errors, existing_folder, require_space
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 from .checkpoint import Checkpoint
 from .layers import LayerwiseModel
 from .tokenizer import load_tokenizer

@@ -29,7 +29,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, one_line
 from ..runtime.numerics import pass_dtype
-from ..runtime.transfers import sent
 from .build import build_model, find_decoder_layers, loaded_dtype, max_length, refuse_experts, unsupported
 from .checkpoint import Checkpoint
 from .experts import separate_experts
@@ -469,7 +468,7 @@ class LayerwiseModel:
             layer.forward = replacement(index)
         try:
             with torch.set_grad_enabled(gradients):
-                return self.model(input_ids=sent(tokens, self.device), use_cache=False)
+                return self.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Stop:
             return None
         finally:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from ..errors import A_MODEL, FistaPrunerError, expand_home, one_line, path_text, with_name
+from ..errors import A_MODEL, FistaPrunerError, one_line, path_text, with_name
 from ..runtime.files import disk_errors, require_utf8
 from ..settings.loading import YAML_FAULTS
 from .checkpoint import (
@@ -131,7 +131,7 @@ class ModelSource:
 
 def default_cache() -> Path:
     """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``."""
-    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "set XDG_CACHE_HOME") / CACHE
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
 
 
 def resolve_model(
@@ -160,7 +160,7 @@ def resolve_model(
             may be read, a damaged GGUF file.
     """
     text = path_text("model", model, A_MODEL)
-    path = expand_home(text)
+    path = Path(text)
     if path.exists():
         require_utf8(path)
     packed = path.suffix.lower() == ".gguf" and path.is_file()

@@ -11,10 +11,8 @@ and the output head are int8 rows as well, without a mask, because they are not 
     checkpoint  a packed folder, opened and checked
     load        a packed folder as a model whose operators stay packed
     plugin      a packed folder as a dense model, by transformers' ``from_pretrained``
-    semi_structured, speed, bench   2:4 on a GPU; how fast a model decodes; the verb ``bench``
-
-What other rooms use: ``pack``, ``unpack``, ``load``, ``SparseLinear``, ``to_semi_structured``, ``PackedCheckpoint``,
-``is_packed``, ``low_rank_part`` and ``bench``.
+    semi_structured   2:4 on a GPU, with torch's own tensors
+    export      a GGUF file
 """
 
 from __future__ import annotations

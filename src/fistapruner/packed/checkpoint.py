@@ -14,7 +14,7 @@ from ..models.checkpoint import PACKED_KEYS, PACKED_RECORD, Checkpoint, WeightFi
 from ..models.low_rank import FILES, FOLDER, LowRankAdapter
 from ..models.safetensors import TensorEntry
 from ..runtime.files import sha256_file
-from .format import OperatorSpec, PackedOperator, decode, operator_fault, read_specs, require_version
+from .format import OperatorSpec, PackedOperator, damaged, decode, operator_fault, read_specs, require_version
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -23,11 +23,7 @@ def is_packed(folder: str | Path) -> bool:
 
 
 def low_rank_part(folder: Path) -> LowRankAdapter | None:
-    """Open the low-rank part of a model folder, packed or ordinary; None where it has none.
-
-    Raises:
-        FistaPrunerError: it is gone or damaged, or the packed folder is.
-    """
+    """Open the low-rank part of a model folder, packed or ordinary; None where it has none."""
     return PackedCheckpoint(folder, verify=False).low_rank if is_packed(folder) else LowRankAdapter.beside(folder)
 
 
@@ -58,7 +54,7 @@ class PackedCheckpoint:
             )
         about = read_json_in(self.folder, PACKED_RECORD)
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
-            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
+            raise damaged(self.folder / PACKED_RECORD, "it does not describe a packed checkpoint")
         require_version(about["version"], str(self.folder))
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
@@ -69,7 +65,7 @@ class PackedCheckpoint:
         for file in self.checkpoint.files.values():
             for name, spec in read_specs(file.metadata, file.entries, str(file.path)).items():
                 if name in self.specs or name in self.checkpoint:
-                    raise FistaPrunerError(f"{self.folder}: operator {name[:200]!r} is there twice")
+                    raise damaged(self.folder, f"operator {name[:200]!r} is there twice")
                 self.specs[name], self._holders[name] = spec, file
         self._parts = {entry.name for name, spec in self.specs.items() for entry in spec.entries(name, 0)}
 
@@ -78,20 +74,16 @@ class PackedCheckpoint:
         if self.low_rank is not None:
             there |= {name: inside(self.low_rank.folder, Path(name).name) for name in FILES}
         if not isinstance(files, dict) or set(files) != set(there):
-            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
+            raise damaged(self.folder / PACKED_RECORD, "it lists other files than the checkpoint has")
         for name, claim in files.items():
             path, size = there[name], there[name].stat().st_size if there[name].is_file() else "no"
             if not isinstance(claim, dict) or claim.get("bytes") != size:
-                raise FistaPrunerError(f"{path} is damaged: it has {size} bytes, {PACKED_RECORD} says otherwise")
+                raise damaged(path, f"it has {size} bytes, {PACKED_RECORD} says otherwise")
             if verify and claim.get("sha256") != sha256_file(path):
-                raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
+                raise damaged(path, f"its checksum is not what {PACKED_RECORD} says")
 
     def operator(self, name: str) -> PackedOperator:
-        """Read one packed operator.
-
-        Raises:
-            FistaPrunerError: its tensors do not fit each other.
-        """
+        """Read one packed operator."""
         file = self._holders[name]
         return decode(name, self.specs[name], file.read, operator_fault(str(file.path), name))
 

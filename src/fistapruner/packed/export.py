@@ -7,15 +7,12 @@ from pathlib import Path
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.export import GGUFValues, export_gguf
 from ..models.low_rank import refuse_low_rank
-from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
-from ..runtime.formatting import shell_line
 from ..runtime.numerics import undisturbed
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, shell_line, silent
 from .checkpoint import is_packed
 
 
-@checked_arguments
 @undisturbed()
 def export(
     model: str | Path,

@@ -96,13 +96,9 @@ def pack_operator(weight: Tensor, *, int8: bool = False, dense: bool = False) ->
     Raises:
         FistaPrunerError: not a matrix of such a dtype, or a value that is to become int8 is not finite.
     """
-    if weight.ndim != 2 or weight.dtype not in FLOATS:
-        found = f"a {weight.dtype} tensor of shape {list(weight.shape)}"
-        raise FistaPrunerError(f"{found} is no operator: expected a matrix of bf16, fp16 or fp32")
-    if weight.dtype != torch.bfloat16 and not int8:
-        raise FistaPrunerError(
-            f"the weight is {dtype_name(weight.dtype)}, and packed values are bf16: convert it first"
-        )
+    if weight.ndim != 2 or weight.dtype not in (FLOATS if int8 else (torch.bfloat16,)):
+        found = f"a {dtype_name(weight.dtype)} tensor of shape {list(weight.shape)}"
+        raise FistaPrunerError(f"{found} is not packed: expected is a bf16 matrix, or fp16 or fp32 for int8 values")
     weight = weight.detach().cpu()
     shape, mask, start, scales, sums = (weight.shape[0], weight.shape[1]), None, None, None, None
     kept, values = weight != 0, weight
@@ -140,11 +136,7 @@ class OperatorSpec:
 
     @classmethod
     def from_json(cls, claim: Any, fault: Callable[[str], FistaPrunerError]) -> OperatorSpec:
-        """Read and check what :meth:`to_json` wrote.
-
-        Raises:
-            FistaPrunerError: anything is missing, unknown or out of range.
-        """
+        """Read and check what :meth:`to_json` wrote."""
         shape = claim.get("shape") if isinstance(claim, dict) else None
         if isinstance(shape, list) and len(shape) == 2 and all(type(x) is int and 0 < x < 2**31 for x in shape):
             size = shape[0], shape[1]
@@ -187,9 +179,6 @@ def decode(
 
     ``read`` returns a tensor by name; dtype and shape are those of :meth:`OperatorSpec.entries`, checked before.
     ``fault`` makes the error of what is wrong.
-
-    Raises:
-        FistaPrunerError: mask, values and scales do not fit each other.
     """
     rows, columns = spec.shape
     values = read(f"{name}.values")
@@ -216,11 +205,7 @@ def decode(
 
 
 def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], origin: str) -> dict[str, OperatorSpec]:
-    """Read the descriptions of a file's packed operators and check them against its tensors.
-
-    Raises:
-        FistaPrunerError: not a packed file, an unknown version, or tensors that are missing or of another shape.
-    """
+    """Read the descriptions of a file's packed operators and check them against its tensors."""
     try:
         claim = json.loads(metadata.get(METADATA, ""))
     except (ValueError, RecursionError):
@@ -230,7 +215,7 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
         or not isinstance(claim.get("operators"), dict)
         or set(claim) != {"version", "operators"}
     ):
-        raise FistaPrunerError(f"{origin} is damaged: its metadata {METADATA!r} must hold a version and operators")
+        raise damaged(origin, f"its metadata {METADATA!r} must hold a version and operators")
     require_version(claim["version"], origin)
     specs: dict[str, OperatorSpec] = {}
     owned: set[str] = set()
@@ -253,11 +238,7 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
 
 
 def require_version(version: object, origin: str) -> None:
-    """Refuse what another version of the format is.
-
-    Raises:
-        FistaPrunerError: names file or folder, and its version.
-    """
+    """Refuse what another version of the format is."""
     if type(version) is not int or version != VERSION:
         raise FistaPrunerError(
             f"{origin} has format version {str(version)[:20]}, and this program reads version {VERSION}: pack the "
@@ -265,9 +246,14 @@ def require_version(version: object, origin: str) -> None:
         )
 
 
+def damaged(origin: object, what: str) -> FistaPrunerError:
+    """Make the error of a file that is not as it was written."""
+    return FistaPrunerError(f"{origin} is damaged: {what}")
+
+
 def operator_fault(origin: str, name: str) -> Callable[[str], FistaPrunerError]:
     """Return a function that makes the errors of one operator of one file."""
-    return lambda what: FistaPrunerError(f"{origin} is damaged: operator {name[:200]!r} {what}")
+    return lambda what: damaged(origin, f"operator {name[:200]!r} {what}")
 
 
 def _mask_bytes(kept: Tensor) -> Tensor:

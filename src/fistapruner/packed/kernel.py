@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import threading
 from contextlib import suppress
 from functools import cache
@@ -20,7 +21,8 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from .format import PackedOperator
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ARM = platform.machine() in ("aarch64", "arm64")
+LEVELS = ("portable", "neon") if ARM else ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction-set levels, slowest first; a processor that runs one runs those before it."""
 
 ENVIRONMENT = "FISTAPRUNER_KERNEL"
@@ -31,11 +33,11 @@ VALUES = {torch.bfloat16: 0, torch.int8: 1}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 SLOW = (
     f"no kernel that is faster than torch runs here: {ENVIRONMENT} forbids it, or none was compiled (by gcc or clang "
-    ">= 10, for x86-64 with AVX2), so packed operators run slower than dense ones: load with packed=False"
+    ">= 10, for x86-64 with AVX2 or 64-bit ARM), so packed operators run slower than dense ones: load with packed=False"
 )
 """Warning where :func:`best_level` finds no fast kernel."""
 
-DENSE_LEVEL = LEVELS.index("avx512_bf16")
+DENSE_LEVEL = LEVELS.index("avx512_bf16") if "avx512_bf16" in LEVELS else len(LEVELS)
 """From this level on the kernel has a product for dense bf16 operators too."""
 
 TILE = 4
@@ -90,9 +92,12 @@ def library() -> ctypes.CDLL | None:
     loaded.fistapruner_many_bytes.restype = long
     loaded.fistapruner_multiply_many.argtypes = (*vectors, integer, integer, pointer)
     loaded.fistapruner_multiply_many.restype = None
-    with suppress(OSError, AttributeError):  # without it, the kernel runs on one thread
-        runtime = ctypes.CDLL(None).GOMP_parallel  # of the OpenMP runtime that torch has loaded
-        loaded.fistapruner_threads(ctypes.cast(runtime, pointer).value)
+    # Of the OpenMP runtime that torch has loaded, on macOS from its own folder; without it, one thread does the work.
+    for place in (None, Path(torch.__file__).parent / "lib" / "libomp.dylib"):
+        with suppress(OSError, AttributeError):
+            runtime = ctypes.CDLL(None if place is None else str(place)).GOMP_parallel
+            loaded.fistapruner_threads(ctypes.cast(runtime, pointer).value)
+            break
     return loaded
 
 
@@ -114,18 +119,10 @@ def best_level() -> int:
 
 
 def level_index(name: str) -> int:
-    """Return the index of a level, which must be one that runs here.
-
-    Raises:
-        FistaPrunerError: no such level, no kernel, or a processor that does not have it.
-    """
-    if name not in LEVELS:
-        raise FistaPrunerError(f"kernel level {name!r} is not known: torch, {', '.join(LEVELS)}")
-    available = available_levels()
-    if name not in available:
-        raise FistaPrunerError(
-            f"kernel level {name!r} cannot run here; what can: torch{''.join(', ' + level for level in available)}"
-        )
+    """Return the index of a level, which must be one that was built and that this processor has."""
+    if name not in (available := available_levels()):
+        known = ", ".join(("torch", *available))
+        raise FistaPrunerError(f"kernel level {name!r} does not run here; what does: {known}")
     return LEVELS.index(name)
 
 
@@ -153,7 +150,8 @@ def takes_many(operator: PackedOperator, level: int) -> bool:
 
 def unpack(operator: PackedOperator, first: int, last: int, out: Tensor, level: int) -> None:
     """Unpack rows ``first`` to ``last`` into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
-    loaded, threads = _loaded(), torch.get_num_threads()
+    loaded, threads = library(), torch.get_num_threads()
+    assert loaded is not None
     loaded.fistapruner_unpack(_address(operator), first, last, out.data_ptr(), TYPES[out.dtype], threads, level)
 
 
@@ -170,11 +168,9 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
 
     Returns:
         (…, rows).
-
-    Raises:
-        FistaPrunerError: the bias is not on the CPU.
     """
-    loaded, rows, batch = _loaded(), operator.shape[0], x.numel() // operator.shape[1]
+    loaded, rows, batch = library(), operator.shape[0], x.numel() // operator.shape[1]
+    assert loaded is not None
     if bias is not None:
         if not bias.is_cpu:
             raise FistaPrunerError(f"the bias is on {bias.device}, the kernel and its input on the CPU: move it there")
@@ -192,12 +188,6 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
     ):
         raise MemoryError("no memory for the kernel's vectors")
     return out
-
-
-def _loaded() -> ctypes.CDLL:
-    if (found := library()) is None:
-        raise FistaPrunerError("the compiled kernel is not installed")
-    return found
 
 
 def _address(operator: PackedOperator) -> int:

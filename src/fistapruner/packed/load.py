@@ -15,15 +15,13 @@ from ..errors import FistaPrunerError, one_line
 from ..models.build import build_model, find_decoder_layers, loaded_dtype, refuse_own_code
 from ..models.experts import ExpertLinear, Experts, run_unaligned_experts, separate_experts
 from ..models.names import StoredNames, stored_names
-from ..runs.arguments import checked_arguments
 from ..runtime.numerics import undisturbed
 from . import kernel
 from .checkpoint import PackedCheckpoint
-from .format import PackedOperator, pack_operator
+from .format import PackedOperator, damaged, pack_operator
 from .linear import DenseLinear, Int8Embedding, SparseLinear
 
 
-@checked_arguments
 @undisturbed()
 def load(
     folder: str | Path, *, packed: bool = True, dtype: torch.dtype | str | None = None, verify: bool = True
@@ -48,8 +46,6 @@ def load(
     """
     from transformers import GenerationConfig
 
-    if not isinstance(packed, bool):  # unpack has an argument of this name, which is a folder
-        raise FistaPrunerError(f"packed {packed!r}: True or False is expected")
     found = getattr(torch, dtype, False) if isinstance(dtype, str) and dtype != "auto" else dtype
     if found not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise FistaPrunerError(
@@ -58,8 +54,6 @@ def load(
     source = PackedCheckpoint(folder, verify=verify)
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
-    if "model_type" not in source.config():
-        raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     if packed and kernel.best_level() <= 0:
         warnings.warn(kernel.SLOW, stacklevel=4)  # of the caller, past both decorators
     model = _build(source, found if isinstance(found, torch.dtype) else _main_dtype(source), packed)
@@ -69,11 +63,7 @@ def load(
 
 
 def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
-    """Build the model with its tensors.
-
-    Raises:
-        FistaPrunerError: the config describes no such model; a tensor does not fit it, or is missing.
-    """
+    """Build the model with its tensors."""
     model = build_model(source.checkpoint, packed=True, dtype=dtype)
     found = stored_names(model, source.names())
     names = found.whole
@@ -123,7 +113,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
     run_unaligned_experts(model)
     model.tie_weights(missing_keys=set(_missing(model)), recompute_mapping=False)
     if missing := _missing(model):
-        raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
+        raise damaged(source.folder, f"tensor {missing[0]!r} of {type(model).__name__} is not in it")
     # Parameters keep requires_grad, as from_pretrained leaves them: torch is slow at multiplying a strided input by a
     # weight without gradient.
     return model

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,13 +24,11 @@ from ..models.record import read_pruning_record, recorded_claims, stacked_expert
 from ..models.safetensors import TensorEntry, safetensors_writer
 from ..models.source import ModelSource
 from ..models.write import checkpoint_folder, copy_companions, require_new, safetensors_name, write_index
-from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
-from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
-from ..runtime.formatting import size
+from ..runtime.files import sha256_file, temporary_folder, write_json_atomic, write_text_atomic
 from ..runtime.numerics import dtype_name, undisturbed
-from ..runtime.progress import Tick, silent
-from .checkpoint import PackedCheckpoint
+from ..runtime.show import Tick, silent, size
+from .checkpoint import PackedCheckpoint, is_packed
 from .format import FLOATS, METADATA, VERSION, OperatorSpec, encode, pack_operator
 
 MIN_ZEROS_TO_PACK = 0.25
@@ -87,7 +85,6 @@ class _Planned:
         return sum(part.nbytes for part in self.spec.entries(name, self.stored))
 
 
-@checked_arguments
 @undisturbed()
 def pack(
     checkpoint: str | Path,
@@ -149,7 +146,6 @@ def pack(
     return report
 
 
-@checked_arguments
 @undisturbed()
 def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None) -> Path:
     """Write a packed checkpoint densely; bf16 values come back bit for bit, -0.0 as 0.
@@ -192,12 +188,18 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
     return out
 
 
-def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tick) -> dict[str, _Planned]:
-    """Decide how each pruned operator that becomes smaller is stored.
+@contextmanager
+def unpacked(folder: Path, progress: Tick | None = None) -> Iterator[Path]:
+    """Yield a model folder as it is, or unpacked into a temporary folder where it is packed."""
+    if not is_packed(folder):
+        yield folder
+        return
+    with temporary_folder() as scratch:
+        yield unpack(folder, Path(scratch) / folder.name, progress=progress)
 
-    Raises:
-        NoPackedFormError: none becomes smaller, pruned experts are stored as one tensor, or values are not bf16.
-    """
+
+def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tick) -> dict[str, _Planned]:
+    """Decide how each pruned operator that becomes smaller is stored."""
     if stacked := stacked_experts(record):
         raise NoPackedFormError(
             f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
@@ -288,8 +290,6 @@ def _pack_file(
     entries: list[TensorEntry] = []
     for name, entry in file.entries.items():
         entries += mine[name].spec.entries(name, mine[name].stored) if name in mine else [entry]
-    if len({entry.name for entry in entries}) != len(entries):
-        raise FistaPrunerError(f"{file.path}: a tensor is called like the part of a packed operator")
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
     with safetensors_writer(path, entries, metadata) as write:

@@ -18,8 +18,9 @@ from torch import nn
 from ..errors import FistaPrunerError
 from ..models.checkpoint import QUANT_METHOD
 from ..models.names import StoredNames, stored_names
-from ..runtime.formatting import shell_line
+from ..runtime.show import shell_line
 from .checkpoint import PackedCheckpoint
+from .format import damaged
 
 
 def register() -> None:
@@ -153,5 +154,5 @@ def _pending(model: Any, source: PackedCheckpoint, stored: StoredNames) -> dict[
         if name in found and name not in inside:
             experts[found[name]] = name
         elif name not in inside and not any(re.search(pattern, name) for pattern in unused):
-            raise FistaPrunerError(f"packed operator {name!r} is not part of {type(model).__name__}")
+            raise damaged(source.folder, f"packed operator {name!r} is not part of {type(model).__name__}")
     return experts

@@ -9,13 +9,11 @@ from torch.utils.benchmark import Timer
 
 from ..core import NM
 from ..errors import FistaPrunerError, one_line
-from ..runs.arguments import checked_arguments
 
 MARGIN = 1.05
 """Speed-up from which the sparse product is used; less is within the noise of a measurement."""
 
 
-@checked_arguments
 def to_semi_structured(model: nn.Module, *, tokens: int = 1) -> dict[str, str]:
     """Convert 2:4 linear operators to semi-structured ones, in place, where that is faster.
 

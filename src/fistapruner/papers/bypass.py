@@ -39,8 +39,8 @@ from ..models.safetensors import SafetensorsFile, write_tensors
 from ..passes.store import Store
 from ..passes.stream import Watched, embed, forward_variants, run_layer
 from ..runs.listener import Listener
-from ..runtime.formatting import duration
 from ..runtime.numerics import seeded
+from ..runtime.show import duration
 from ..structure.units import Units
 
 SEQUENCES, LENGTH, MASKS = 8, 128, 2  # of a step: sequences, their tokens, masks K

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from ..allocate.allocate import ZerosBudget
 from ..core import Unstructured
-from ..runs.workload_records import WorkloadFacts, WorkloadTask
+from ..runs.records import WorkloadFacts, WorkloadTask
 from ..runtime.numerics import seeded
 from ..settings.base import RunRecipe, Settings
 

@@ -1,11 +1,9 @@
-"""Cache outputs of sub-modules whose weights are final, so later passes through a layer skip them.
+"""Cache the inputs of output projections whose module is final, so later passes skip the rest of the module.
 
-Every group of operators needs a pass of the calibration windows with the groups before it pruned. Once all operators
-of a child module (the attention), and all that run before it, have their final weights, the module's output is the
-same in every later pass: the first of these passes stores it, the others read it. The first one need not compute the
-whole module either, where the module ends with the operators pruned last (``o_proj``, ``down_proj``): the pass that
-gathered their inputs has stored them. On a GPU computing again is faster than moving so much data; there inputs are
-not stored.
+Every group of operators needs a pass of the calibration windows with the groups before it pruned. Once the groups
+inside a child module (the attention, the MLP) that run before its output projection have their final weights, what
+enters the projection is the same in every later pass. The pass that gathers these inputs stores them; the later ones
+compute the projection alone. On a GPU computing again is faster than moving so much data: there nothing is stored.
 """
 
 from __future__ import annotations
@@ -30,110 +28,27 @@ def kept_projections(layout: Layout, index: int, device: torch.device) -> Mappin
     return layout.output_projections[index] if device.type == "cpu" else {}
 
 
-class _Values:
-    """Hidden states that one pass stores for all windows; they may be read once all are there."""
-
-    def __init__(self, name: str, like: HiddenStates, store: Store) -> None:
-        self._name, self._like, self._store = name, like, store
-        self._states: HiddenStates | None = None
-        self._windows = 0
-        self._device = torch.device("cpu")
-        self._others: int | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self._windows == self._like.samples
-
-    def begin(self) -> None:
-        self._windows = 0
-
-    def keep(self, value: Any, windows: tuple[int, int]) -> None:
-        """Store one tensor of hidden states of the windows, alone or before None; anything else is left out."""
-        start, stop = windows
-        value, others = (value[0], value[1:]) if isinstance(value, tuple) else (value, None)
-        if not isinstance(value, Tensor) or any(other is not None for other in others or ()):
-            return
-        if value.shape[:-1] != (stop - start, self._like.seqlen) or value.dtype != self._like.dtype:
-            return
-        if self._states is None:
-            self._states = self._store(self._name, (self._like.samples, self._like.seqlen, value.shape[-1]))
-        self._states.write(start, value)
-        self._windows += stop - start
-        self._device, self._others = value.device, None if others is None else len(others)
-
-    def read(self, windows: tuple[int, int]) -> Any:
-        """Return what was kept, as it was."""
-        assert self._states is not None
-        return _returned(self._states.read(*windows, self._device), self._others)
-
-    def close(self) -> None:
-        if self._states is not None:
-            self._states.close()
-        self._states, self._windows = None, 0
-
-
-def _returned(value: Tensor, others: int | None) -> Any:
-    """Return a value as a module does: alone, or before so many None in a tuple."""
-    return value if others is None else (value, *(None for _ in range(others)))
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Child:
-    """A child module of the layer.
-
-    Args:
-        module: the child.
-        last: number of the group after which its operators are final; ``later``: of passes that follow.
-        projection: its output projection, where the inputs of that are stored, and how the child returns its output.
-        entering: those inputs; ``output``: the outputs of the child.
-    """
+    """A child module whose output projection's inputs are stored."""
 
     module: nn.Module
-    last: int
-    later: int
-    projection: tuple[nn.Module, int | None] | None
-    entering: _Values
-    output: _Values
-
-    def keep_inputs(self, windows: Windows, stack: ExitStack) -> None:
-        """Store the inputs of the output projection in the pass that follows."""
-        if self.projection is not None:
-            self.entering.begin()
-            keep = lambda _, args: self.entering.keep(args[0], windows())  # noqa: E731
-            # Before the other hooks, since the last of them ends the pass.
-            stack.enter_context(self.projection[0].register_forward_pre_hook(keep, prepend=True))
-
-    def skip(self, windows: Windows, stack: ExitStack) -> None:
-        """Compute no more in the pass that follows than is not stored; and store the output for later ones."""
-        if self.output.complete:
-            self._replace(lambda *_, **__: self.output.read(windows()), stack)
-            return
-        if self.projection is not None and self.entering.complete:
-            operator, others = self.projection
-            self._replace(lambda *_, **__: _returned(operator(self.entering.read(windows())), others), stack)
-        if self.later > 1:  # one pass stores the output; another one has to read it
-            self.output.begin()
-            keep = lambda _, __, out: self.output.keep(out, windows())  # noqa: E731
-            stack.enter_context(self.module.register_forward_hook(keep))
-
-    def _replace(self, forward: Callable[..., Any], stack: ExitStack) -> None:
-        self.module.forward = forward
-        stack.callback(delattr, self.module, "forward")
+    projection: nn.Module
+    others: int | None  # as in OutputProjection
+    last: int  # number of the group that the projection is
+    name: str  # of the store
+    entering: HiddenStates | None = None
+    windows: int = 0  # that are stored
 
 
 class CachedOutputs:
-    """Cached inputs and outputs of final sub-modules of one decoder layer.
-
-    Modules whose output is not one tensor of hidden states (alone, or followed by None) are computed in every pass.
+    """Cached inputs of the output projections of the loaded decoder layer ``index``.
 
     Args:
-        index: number of the decoder layer; it is part of the stores' names.
-        layer: the loaded decoder layer.
-        groups: its pruned operators in execution order.
-        projections: by child module, the output projections whose inputs are stored
-            (:class:`~fistapruner.models.operators.OutputProjection`).
+        index, layer, groups: number, module and pruned operators of the layer, in execution order.
+        projections: by child module, the output projections whose inputs are stored (:func:`kept_projections`).
         passes: number of passes after the last group is pruned.
-        inputs: hidden states that enter the layer; their number, length and dtype.
+        inputs: hidden states that enter the layer.
         store: makes the stores.
     """
 
@@ -147,46 +62,63 @@ class CachedOutputs:
         inputs: HiddenStates,
         store: Store,
     ) -> None:
-        self._next = 0
-        self._final: set[int] = set()
+        self._inputs, self._store, self._done = inputs, store, -1
         self._children: list[_Child] = []
-        for name, module in layer.named_children():
+        for name, known in projections.items():
             inside = [
                 number
                 for number, group in enumerate(groups)
                 if any(operator.name.startswith(name + ".") for operator in group)
             ]
-            if not inside or not any(True for _ in module.children()):
-                continue
-            later = len(groups) - 1 - inside[-1] + passes
-            known, last = projections.get(name), [operator.name for operator in groups[inside[-1]]]
-            projection = None
-            if known is not None and last == [known.operator] and later:
-                projection = layer.get_submodule(known.operator), known.others
-            entering, output = (_Values(f"replay-{index}-{what}-{name}", inputs, store) for what in ("in", "out"))
-            self._children.append(_Child(module, inside[-1], later, projection, entering, output))
+            alone = inside and [operator.name for operator in groups[inside[-1]]] == [known.operator]
+            if alone and len(groups) - 1 - inside[-1] + passes:  # later passes
+                modules = layer.get_submodule(name), layer.get_submodule(known.operator)
+                self._children.append(_Child(*modules, known.others, inside[-1], f"replay-{index}-{name}"))
 
     def pruned(self, number: int) -> None:
         """Note that the operators of group ``number`` have their final weights."""
-        self._final.add(number)
-        self._next = number + 1
+        self._done = number
 
     @contextmanager
     def around_pass(self, windows: Windows) -> Iterator[None]:
         """Store and reuse activations in the pass inside."""
         with ExitStack() as stack:
             for child in self._children:
-                if child.last == self._next:
-                    child.keep_inputs(windows, stack)
-                elif child.last in self._final:
-                    child.skip(windows, stack)
+                if child.last == self._done + 1:
+                    child.windows = 0
+                    # Before the other hooks, since the last of them ends the pass.
+                    hook = self._keeper(child, windows)
+                    stack.enter_context(child.projection.register_forward_pre_hook(hook, prepend=True))
+                elif child.last <= self._done and child.windows == self._inputs.samples:
+                    child.module.forward = self._reader(child, windows)
+                    stack.callback(delattr, child.module, "forward")
             yield
-        for child in self._children:
-            if child.output.complete:
-                child.entering.close()
+
+    def _keeper(self, child: _Child, windows: Windows) -> Callable[..., None]:
+        def keep(_: object, args: tuple[Tensor, ...]) -> None:
+            (start, stop), value = windows(), args[0]
+            if value.shape[:-1] != (stop - start, self._inputs.seqlen) or value.dtype != self._inputs.dtype:
+                return  # such as tokens that are routed
+            if child.entering is None:
+                shape = (self._inputs.samples, self._inputs.seqlen, value.shape[-1])
+                child.entering = self._store(child.name, shape)
+            child.entering.write(start, value)
+            child.windows += stop - start
+
+        return keep
+
+    @staticmethod
+    def _reader(child: _Child, windows: Windows) -> Callable[..., Any]:
+        def forward(*_: Any, **__: Any) -> Any:
+            assert child.entering is not None
+            out = child.projection(child.entering.read(*windows()))
+            return out if child.others is None else (out, *(None for _ in range(child.others)))
+
+        return forward
 
     def close(self) -> None:
         """Release everything that is stored."""
         for child in self._children:
-            child.entering.close()
-            child.output.close()
+            if child.entering is not None:
+                child.entering.close()
+            child.entering, child.windows = None, 0

@@ -19,10 +19,9 @@ _COMPARED: set[str] = set()
 def check_model(model: LayerwiseModel) -> None:
     """Compare the logits of one short window, run layer by layer, with the model's own.
 
-    Loads every decoder layer twice, one at a time; in each process once for all models with this config. Other hidden
-    states go through every layer before and after those that are compared: so what a layer keeps from pass to pass
-    shows, and what it leaves for later layers, which the last ones overwrite. In no layer may the output of the first
-    token depend on later tokens.
+    In each process once for all models with this config. Other hidden states go through every layer before those that
+    are compared: so what a layer keeps from pass to pass shows, and what it leaves for later layers. In no layer may
+    the output of the first token depend on later tokens.
 
     Raises:
         FistaPrunerError: the architecture is not supported; says why.
@@ -59,18 +58,9 @@ def check_model(model: LayerwiseModel) -> None:
 
 
 def _change_with_later(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> float:
-    """Measure how far a decoder layer's output of the first token changes with the sign of later tokens.
+    """Measure the relative change of a decoder layer's output of the first token with the sign of later tokens.
 
     What enters of the first token is made small, so that it does not hide in its rounding what the layer adds to it.
-
-    Args:
-        model: the model, layer ``index`` loaded.
-        index: number of the layer.
-        hidden: (1, seqlen, width) hidden states that enter it.
-        call: its other arguments.
-
-    Returns:
-        The norm of the change, relative to that of the output.
     """
     first = hidden.clone()
     first[:, 0] /= 64

@@ -1,4 +1,4 @@
-"""Store hidden states of all calibration windows, in memory or in a file.
+"""Store hidden states of all calibration windows, and what enters experts, in memory or in a file.
 
 A file is read and written with system calls and not memory-mapped: its cached pages then do not count as memory of the
 process, so the memory of a run does not grow with the calibration tokens.
@@ -7,7 +7,7 @@ process, so the memory of a run does not grow with the calibration tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,14 +20,7 @@ CPU = torch.device("cpu")
 
 
 class HiddenStates:
-    """A store of (samples, seqlen, width) activations.
-
-    Args:
-        shape: samples, seqlen, width.
-        dtype: of the activations.
-        file: file that holds them; None keeps them in memory.
-        device: whose memory that is.
-    """
+    """A store of (samples, seqlen, width) activations, in a file, or in the memory of a device where that is None."""
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None, device: torch.device = CPU
@@ -55,16 +48,9 @@ class HiddenStates:
     def read(
         self, start: int, stop: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Copy windows ``start`` to ``stop`` into new memory, which decoder layers may overwrite.
+        """Copy windows ``start`` to ``stop``, (stop - start, seqlen, width), which decoder layers may overwrite.
 
-        Args:
-            start: first window.
-            stop: window after the last one.
-            device: device of the copy; None is where they are stored, the CPU for a file.
-            dtype: of the copy; None is the stored one.
-
-        Returns:
-            (stop - start, seqlen, width).
+        ``device`` and ``dtype`` are those of the copy; None is where and as they are stored, the CPU for a file.
         """
         if self._memory is not None:
             return self._memory[start:stop].to(device or self._memory.device, dtype or self.dtype, copy=True)
@@ -73,17 +59,7 @@ class HiddenStates:
         return out.to(device or CPU, dtype or self.dtype)
 
     def tokens(self, start: int, stop: int, rows: Tensor, device: torch.device | None = None) -> Tensor:
-        """Copy single tokens of windows ``start`` to ``stop``.
-
-        Args:
-            start: first window.
-            stop: window after the last one.
-            rows: (tokens,) their places among the tokens of these windows.
-            device: as for :meth:`read`.
-
-        Returns:
-            (tokens, width).
-        """
+        """Copy single tokens, (tokens, width): ``rows`` are their places in windows ``start`` to ``stop``."""
         if self._memory is None:
             out = torch.empty((len(rows), self.width), dtype=self.dtype)
             self._read_file([start * self.seqlen + row for row in rows.tolist()], out)
@@ -108,11 +84,7 @@ class HiddenStates:
                 done += count
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store windows from ``start`` on: (count, seqlen, width).
-
-        Raises:
-            ValueError: the values have another shape.
-        """
+        """Store windows from ``start`` on, (count, seqlen, width); another shape is a ``ValueError``."""
         if values.shape[1:] != (self.seqlen, self.width):
             raise ValueError(f"values are {tuple(values.shape)}, expected (count, {self.seqlen}, {self.width})")
         if self._memory is not None:
@@ -137,6 +109,45 @@ class HiddenStates:
             self._descriptor = -1
             if not keep and self.file is not None:
                 self.file.unlink(missing_ok=True)
+
+
+class RoutedTokens:
+    """Inputs of the experts of one mixture, and where each token was routed, which stays in memory.
+
+    Args:
+        inputs: stores the inputs once, whatever the number of experts; it is closed with this object.
+    """
+
+    def __init__(self, inputs: HiddenStates) -> None:
+        self._inputs = inputs
+        self._batches: list[tuple[int, int, Tensor, Tensor]] = []
+
+    def keep(self, start: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
+        """Keep a batch of windows from ``start`` on: (tokens, n) inputs, (tokens, k) experts and their weights."""
+        windows = len(inputs) // self._inputs.seqlen
+        self._inputs.write(start, inputs.reshape(windows, self._inputs.seqlen, -1))
+        self._batches.append((start, start + windows, chosen.to("cpu", torch.int32), weights.to("cpu", torch.float32)))
+
+    def weighted(self, number: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the (tokens, n) inputs of an expert and their (tokens,) weights, batch by batch, in order."""
+        for start, stop, chosen, weights in self._batches:
+            rows, places = torch.where(chosen == number)
+            if len(rows):
+                yield self._inputs.tokens(start, stop, rows, device), weights[rows, places].to(device)
+
+    def by_half(self, number: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first window of each batch, which is cut at half of the windows, and the inputs."""
+        half = self._inputs.samples // 2
+        for start, stop, chosen, _ in self._batches:
+            rows, _ = torch.where(chosen == number)
+            before = rows < (half - start) * self._inputs.seqlen
+            for first, part in ((start, rows[before]), (max(start, half), rows[~before])):
+                if len(part):
+                    yield first, self._inputs.tokens(start, stop, part, device)
+
+    def close(self) -> None:
+        """Release the stored inputs."""
+        self._inputs.close()
 
 
 Store = Callable[[str, tuple[int, int, int]], HiddenStates]

@@ -1,7 +1,5 @@
 """The way of the hidden states through a model: embed, then every decoder layer over every batch.
 
-Follow the hidden states of some windows of tokens:
-
 1. :func:`embed` makes of token ids (windows, seqlen) the hidden states that enter decoder layer 0, a
    :class:`~.store.HiddenStates` (windows, seqlen, width) in memory or in a file. It also records the other arguments of
    every decoder layer (:class:`Calls`: masks, positions), which are the same for all batches of one size.
@@ -10,12 +8,9 @@ Follow the hidden states of some windows of tokens:
 3. What leaves one layer enters the next one. Only one decoder layer is in memory at a time.
 4. After the last layer, ``LayerwiseModel.logits`` applies the model's own final norm and head.
 
-:func:`forward` is 1 to 3 in a row, and :func:`~.gradients.backward` takes a gradient the same way back. Evaluation
-(:mod:`fistapruner.measure.streaming`) and sensitivity (:mod:`fistapruner.allocate.fisher`) use them. Pruning
-changes the weights on the way, so it does 2 several times for each layer, for the dense and for the pruned model: read
-:mod:`fistapruner.pruning.workers` for the walk from layer to layer and :mod:`fistapruner.pruning.layer` for the passes
-inside one layer. Before any work, :func:`~.check.check_model` makes sure that this way gives the model's own
-predictions.
+:func:`forward` is 1 to 3 in a row, and :func:`backward` takes a gradient the same way back. Pruning changes the weights
+on the way, so it does 2 several times for each layer (:mod:`fistapruner.pruning.layer`). Before any work,
+:func:`~.check.check_model` makes sure that this way gives the model's own predictions.
 """
 
 from __future__ import annotations
@@ -32,7 +27,8 @@ from torch.utils.hooks import RemovableHandle
 from ..models.experts import Experts
 from ..models.layers import Call, LayerwiseModel
 from ..models.operators import Group, Operator
-from ..runtime.clock import Clock
+from ..runtime.numerics import ordered_attention
+from ..runtime.show import Clock
 from .store import HiddenStates, Store
 
 Receive = Callable[[int, int, Tensor], None]
@@ -45,12 +41,7 @@ Progress = Callable[[int, int], None]
 """Receives (decoder layers done, decoder layers in all)."""
 
 
-def _ignore(number: int, start: int, values: Tensor) -> None:
-    pass
-
-
-def _ignore_routed(name: str, start: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
-    pass
+def _ignore(*_: Any) -> None: ...
 
 
 class _Reached(Exception):
@@ -62,15 +53,12 @@ class Watched:
     """Operators that are watched while batches run through their decoder layer.
 
     Args:
-        groups: (number, operators) of the groups whose inputs are watched, in execution order.
-        inputs: receives those inputs, once for each group and batch.
-        operators: (group number, operator) of the operators whose outputs are watched. A pass that stops at the last
-            watched group does not reach those that run later.
-        outputs: receives those outputs.
-        mixtures: names of the modules of experts (:class:`~fistapruner.models.experts.Experts`) whose calls are
-            watched.
-        routed: receives them: (name, first window of the batch, (tokens, n) inputs, (tokens, k) chosen experts, their
-            weights).
+        groups: (number, operators) of the groups whose inputs are watched, in execution order; ``inputs`` receives
+            them, once for each group and batch.
+        operators: (group number, operator) of the operators whose outputs are watched, which ``outputs`` receives. A
+            pass that stops at the last watched group does not reach those that run later.
+        mixtures: names of the watched modules of experts (:class:`~fistapruner.models.experts.Experts`); ``routed``
+            receives (name, first window of the batch, (tokens, n) inputs, (tokens, k) chosen experts, their weights).
     """
 
     groups: Sequence[tuple[int, Group]] = ()
@@ -78,34 +66,30 @@ class Watched:
     operators: Sequence[tuple[int, Operator]] = ()
     outputs: Receive = _ignore
     mixtures: Sequence[str] = ()
-    routed: Callable[[str, int, Tensor, Tensor, Tensor], None] = _ignore_routed
+    routed: Callable[[str, int, Tensor, Tensor, Tensor], None] = _ignore
 
     def attach(self, layer: nn.Module, windows: Callable[[], tuple[int, int]], *, stops: bool) -> list[RemovableHandle]:
         """Hook a loaded decoder layer, so that its passes hand over what is watched.
 
-        Args:
-            layer: the layer.
-            windows: returns the windows (start, stop) of the batch at work.
-            stops: whether a pass stops at the last watched group: :class:`_Reached` is raised there.
+        ``windows`` returns the windows (start, stop) of the batch at work. If it ``stops``, a pass raises
+        :class:`_Reached` at the last watched group.
         """
+
+        def by_window(values: Tensor) -> Tensor:
+            """Some architectures (OPT) flatten batch and sequence inside the layer."""
+            start, stop = windows()
+            return values.reshape(stop - start, -1, values.shape[-1])
 
         def receive_inputs(number: int, routed: bool, last: bool) -> Callable[..., None]:
             def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
-                start, stop = windows()
-                # Some architectures (OPT) flatten batch and sequence inside the layer.
-                inputs = args[0][None] if routed else args[0].reshape(stop - start, -1, args[0].shape[-1])
-                self.inputs(number, start, inputs)
+                self.inputs(number, windows()[0], args[0][None] if routed else by_window(args[0]))
                 if last and stops:
                     raise _Reached
 
             return pre_forward
 
         def receive_outputs(number: int) -> Callable[..., None]:
-            def after_forward(_: object, __: object, out: Tensor) -> None:
-                start, stop = windows()
-                self.outputs(number, start, out.reshape(stop - start, -1, out.shape[-1]))
-
-            return after_forward
+            return lambda _, __, out: self.outputs(number, windows()[0], by_window(out))
 
         def receive_routed(name: str, last: bool) -> Callable[..., None]:
             def pre_forward(module: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -115,30 +99,24 @@ class Watched:
 
             return pre_forward
 
-        handles = [
-            layer.get_submodule(group[0].name).register_forward_pre_hook(
-                receive_inputs(number, bool(group[0].experts), number == self.groups[-1][0] and not self.mixtures)
-            )
-            for number, group in self.groups
-        ]
-        handles += [
-            layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number))
-            for number, operator in self.operators
-        ]
-        handles += [
-            layer.get_submodule(name).register_forward_pre_hook(
-                receive_routed(name, not self.groups and name == self.mixtures[-1]), with_kwargs=True
-            )
-            for name in self.mixtures
-        ]
+        handles = []
+        for number, group in self.groups:
+            last = number == self.groups[-1][0] and not self.mixtures
+            hook = receive_inputs(number, bool(group[0].experts), last)
+            handles.append(layer.get_submodule(group[0].name).register_forward_pre_hook(hook))
+        for number, operator in self.operators:
+            handles.append(layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number)))
+        for name in self.mixtures:
+            hook = receive_routed(name, not self.groups and name == self.mixtures[-1])
+            handles.append(layer.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
         return handles
 
 
-NOTHING = Watched()
-"""No operator is watched."""
-
 Visit = Callable[[int, nn.Module], AbstractContextManager[Watched]]
 """Called with (index, loaded decoder layer) before its batches; left after them, when the layer is freed."""
+
+VisitBack = Callable[[int, nn.Module], AbstractContextManager[Callable[[Tensor], None]]]
+"""As :data:`Visit`; receives of each batch the gradient (batch, seqlen, width) at the layer's output."""
 
 Values = Callable[[int, nn.Module], Mapping[str, Tensor]]
 """Gives for (index, loaded decoder layer) the tensors to use in place of parameters, by name inside the layer."""
@@ -149,22 +127,14 @@ Variants = Callable[[int, nn.Module], Iterable[Mapping[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Calls:
-    """Arguments of the decoder layers beside hidden states, for each batch size that occurs.
-
-    Args:
-        batch_size: windows in a full batch.
-        by_size: the :data:`~fistapruner.models.layers.Call` of every layer, for each batch size that occurs.
-    """
+    """Arguments of every decoder layer beside hidden states, for each batch size that occurs."""
 
     batch_size: int
     by_size: dict[int, list[Call]]
 
     @classmethod
     def of(cls, model: LayerwiseModel, samples: int, seqlen: int, batch_size: int) -> Calls:
-        """Record the calls for the batches of ``samples`` windows, and for a single window.
-
-        Needs the model's :meth:`~LayerwiseModel.embeddings_and_head`.
-        """
+        """Record the calls for batches of ``samples`` windows, and for one window; the embeddings are loaded."""
         calls = cls(min(batch_size, samples), {})
         calls.record(model, samples, seqlen)
         calls.record(model, 1, seqlen)
@@ -184,17 +154,10 @@ class Calls:
 def embed(
     model: LayerwiseModel, tokens: Tensor, batch_size: int, output: HiddenStates, calls: Calls | None = None
 ) -> Calls:
-    """Embed every window: write the hidden states that enter decoder layer 0.
+    """Embed (windows, seqlen) tokens: write the hidden states that enter decoder layer 0.
 
-    Args:
-        model: the model; embeddings are loaded and freed here.
-        tokens: (windows, seqlen) token ids.
-        batch_size: windows in one pass.
-        output: receives the hidden states.
-        calls: of other windows with this seqlen and batch size; what is missing is recorded into it.
-
-    Returns:
-        How decoder layers are called for these windows.
+    ``calls`` are those of other windows with this seqlen and batch size; what is missing is recorded into them, and
+    they are returned.
     """
     windows, seqlen = tokens.shape
     with model.embeddings_and_head(head=False):
@@ -214,7 +177,7 @@ def run_layer(
     *,
     output: HiddenStates | Receive | None = None,
     values: Mapping[str, Tensor] | None = None,
-    watched: Watched = NOTHING,
+    watched: Watched = Watched(),
     around: Sequence[Around] = (),
     clock: Clock | None = None,
 ) -> None:
@@ -222,16 +185,13 @@ def run_layer(
 
     Args:
         model: the model, layer ``index`` loaded.
-        index: number of the layer.
-        inputs: hidden states that enter it.
-        calls: how it is called.
+        inputs: hidden states that enter the layer; ``calls``: how it is called.
         output: receives the layer's output, as group -1 if it is a function; may be ``inputs``, which is then
-            overwritten.
-            None: not needed, and every pass stops at the last watched group.
+            overwritten. None: not needed, and every pass stops at the last watched group.
         values: tensors to use in place of parameters, by name inside the layer.
         watched: the operators to watch.
         around: entered before the first batch and left after the last.
-        clock: counts the time as ``io`` and ``capture``; functions that receive something count their own.
+        clock: counts the time as ``io`` and ``capture``; what receives something counts its own.
     """
     phase = (lambda _: nullcontext()) if clock is None else clock.phase
     start = stop = 0
@@ -274,12 +234,10 @@ def forward(
     """Run every window through the whole model, one decoder layer in memory at a time.
 
     Args:
-        model: the model.
-        tokens: (windows, seqlen) token ids.
-        batch_size: windows in one pass.
+        model: the model; ``tokens``: (windows, seqlen) token ids; ``batch_size``: windows in one pass.
         store: makes the stores of hidden states.
         visit: called for every decoder layer; says what to watch in it.
-        keep: keep the hidden states between all layers, for :func:`~.gradients.backward`.
+        keep: keep the hidden states between all layers, for :func:`backward`.
         values: gives the tensors to use in place of a layer's parameters.
         calls: as for :func:`embed`.
         progress: receives the number of layers done.
@@ -296,7 +254,7 @@ def forward(
         if keep:
             states.append(store(f"hidden-{index + 1}", shape))
         with ExitStack() as visits, model.layer(index) as layer:
-            watched = NOTHING if visit is None else visits.enter_context(visit(index, layer))
+            watched = Watched() if visit is None else visits.enter_context(visit(index, layer))
             used = None if values is None else values(index, layer)
             run_layer(model, index, entering, calls, output=states[-1], values=used, watched=watched)
         progress(index + 1, len(model))
@@ -314,10 +272,8 @@ def forward_variants(
 ) -> tuple[list[HiddenStates], Calls]:
     """Run every window through several variants of the model; each layer is loaded once for all.
 
-    Args:
-        variants: gives the tensors of each variant; for every layer the same number of variants.
-
-    Other arguments as for :func:`forward`.
+    ``variants`` gives for every layer the tensors of the same number of variants; other arguments as for
+    :func:`forward`.
 
     Returns:
         The hidden states that leave the last layer of each variant; the caller closes them. And the calls.
@@ -339,3 +295,42 @@ def forward_variants(
         if index == 0:
             embedded.close()
     return states, calls
+
+
+def backward(
+    model: LayerwiseModel,
+    states: list[HiddenStates],
+    calls: Calls,
+    gradient: HiddenStates,
+    visit: VisitBack | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Take a gradient back through the whole model: each decoder layer, from the last one on, runs again.
+
+    Args:
+        model: the model.
+        states: hidden states that enter each layer (:func:`forward` with ``keep``, less the last ones), which are
+            closed; ``calls``: how decoder layers are called.
+        gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the
+            first.
+        visit: called for every decoder layer; its hooks may watch the gradients inside.
+        progress: receives the number of layers done.
+    """
+    for index in reversed(range(len(model))):
+        entering = states.pop()
+        with ExitStack() as visits:
+            with model.layer(index) as layer:
+                receive = None if visit is None else visits.enter_context(visit(index, layer))
+                visits.enter_context(ordered_attention(model.device))
+                for start, stop in calls.batches(entering.samples):
+                    hidden = entering.read(start, stop, model.device)
+                    above = gradient.read(start, stop, model.device)
+                    if receive is not None:
+                        receive(above)
+                    wanted = hidden.requires_grad_()
+                    with torch.enable_grad():
+                        out = model.run(index, hidden, calls.by_size[stop - start][index])
+                    gradient.write(start, torch.autograd.grad(out, wanted, above)[0])
+                    del out
+            entering.close()
+        progress(len(model) - index, len(model))

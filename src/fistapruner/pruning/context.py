@@ -14,7 +14,7 @@ from ..models.layers import LayerwiseModel
 from ..models.operators import Group, Layout
 from ..passes.store import HiddenStates, Store
 from ..passes.stream import Calls
-from ..runs.layer_records import OperatorEntry, RemovalEntry
+from ..runs.records import OperatorEntry, RemovalEntry
 from ..settings.settings import Recipe
 from ..structure.smaller import Widths
 from ..structure.units import Unit

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core import LayerProblem, ProblemSums
 from ..models.experts import Experts
-from ..runs.layer_records import OperatorEntry, RemovalEntry
-from ..runtime.clock import Clock
+from ..runs.records import OperatorEntry, RemovalEntry
+from ..runtime.show import Clock
 from ..structure.experts import fewer_experts, kept_experts, reap_scores
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..structure.units import EXPERTS, Unit

@@ -24,13 +24,12 @@ from ..models.record import read_pruning_record, recorded_claims
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model
-from ..runs.continuation import refuse_overlap
-from ..runs.decision import EvaluationRequest
+from ..runs.directory import PruneDirectory
 from ..runs.listener import Listener
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts
-from ..runtime.formatting import count, span
+from ..runs.settled import EvaluationRequest, refuse_overlap
 from ..runtime.numerics import dtype_name
+from ..runtime.show import count, span
 from ..settings.patterns import matches
 from ..settings.settings import Recipe
 from ..solvers.low_rank import check_rank

@@ -14,10 +14,10 @@ from ..core.problem import unweighted
 from ..errors import FistaPrunerError
 from ..models.low_rank import A, B, sum_of_parts
 from ..models.operators import Group, Operator
-from ..runs.layer_records import LayerEntry, OperatorEntry
-from ..runtime.clock import Clock
-from ..runtime.memory import release_memory
+from ..runs.records import LayerEntry, OperatorEntry
+from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name
+from ..runtime.show import Clock
 from ..solvers import parse_method
 from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank
@@ -74,7 +74,6 @@ def prune_layer(
             loaded.enter_context(model.layer(index))
         passes = LayerPasses(context, index, streams, clock)
         passes.dense_pass()
-        passed_after = sum(clock.seconds.values())
         passes.make_wanted()
         _prune_groups(context, index, passes, clock, measures, events, record, loaded)
         _reconstruct(context, index, streams, passes, clock, measures, record)
@@ -92,7 +91,6 @@ def prune_layer(
         removals=record.removals,
         device=str(model.device),
         warnings=record.warnings,
-        passed_after=passed_after,
         **record.extra,
     )
     return LayerResult(record.weights, entry)
@@ -164,7 +162,7 @@ def _prune_group(
             # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
             known = unrounded and importance is None
             error = solution.stats[0]["relative_error"] if known else problem.relative_error(total)
-            entry = _operator_entry(problem, solution, error, operator, number, str(pattern))
+            entry = _operator_entry(problem, solution, error, operator, str(pattern))
         entry.low_rank = None if low_rank is None else len(low_rank.a)
         entry.tokens = tokens if routed else None
         record.operators.append(entry)
@@ -174,7 +172,7 @@ def _prune_group(
 
 
 def _operator_entry(
-    problem: LayerProblem, solution: Solution, error: float, operator: Operator, number: int, pattern: str
+    problem: LayerProblem, solution: Solution, error: float, operator: Operator, pattern: str
 ) -> OperatorEntry:
     """Make the entry of an operator.
 
@@ -183,7 +181,6 @@ def _operator_entry(
         solution: weights rounded as in the checkpoint.
         error: its relative error.
         operator: which was solved.
-        number: of its group in the decoder layer.
         pattern: its sparsity, as text.
     """
     weight = solution.weight
@@ -193,10 +190,8 @@ def _operator_entry(
         shape=(operator.rows, operator.columns),
         sparsity=pattern,
         zeros=zeros,
-        density=1.0 - zeros / weight.numel(),
         relative_error=error,
         dense_error=problem.dense_error(),
-        group=number,
         steps=solution.stats[0]["steps"],
     )
 

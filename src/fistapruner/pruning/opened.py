@@ -26,15 +26,13 @@ from ..models.operators import Layout, discover
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..passes.store import CPU, HiddenStates, scratch_factory
 from ..passes.stream import Calls, embed, run_layer
-from ..runs.decision import Numerics
-from ..runs.identity import fingerprint
-from ..runs.layer_records import LayerEntry
-from ..runs.prune_directory import PruneDirectory
-from ..runtime.devices import choose_device
-from ..runtime.formatting import counted
+from ..runs.directory import PruneDirectory
+from ..runs.records import LayerEntry
+from ..runs.settled import Numerics, fingerprint
+from ..runtime.devices import choose_device, peak_memory, release_failed_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
+from ..runtime.show import counted
 from ..settings.settings import Recipe
 from ..settings.training_settings import TrainingRecipe
 from ..structure.experts import fewer_experts

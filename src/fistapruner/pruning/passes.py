@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from ..core import LayerProblem, ProblemSums
 from ..models.operators import Group
 from ..passes.cached_outputs import CachedOutputs, kept_projections
-from ..passes.routed import RoutedTokens
-from ..passes.store import HiddenStates
+from ..passes.store import HiddenStates, RoutedTokens
 from ..passes.stream import Around, Watched, run_layer
-from ..runtime.clock import Clock
+from ..runtime.show import Clock
 from ..structure.refit import ChannelStatistics, ChannelSums
 from ..structure.units import Unit
 from .context import LayerContext, LayerStreams, fitted_groups

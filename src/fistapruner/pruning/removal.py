@@ -17,8 +17,8 @@ from ..allocate.channels import channel_order, raised_shares
 from ..allocate.measure import permutes
 from ..core import NM
 from ..papers.goa import fit_and_choose
-from ..runs.layer_records import OperatorEntry, RemovalEntry
-from ..runtime.clock import Clock
+from ..runs.records import OperatorEntry, RemovalEntry
+from ..runtime.show import Clock
 from ..structure.choose import best_channels
 from ..structure.refit import Removal, removal_error, remove_channels
 from ..structure.units import Unit
@@ -79,7 +79,7 @@ def remove_units(
         record.removals[-1].relative_error, record.removals[-1].permuted = error, shares
         record.removals[-1].tokens = known.tokens
         if number not in passes.solved:
-            record.operators.append(_entry(context, unit, number, removal, weight, error, known.tokens))
+            record.operators.append(_entry(context, unit, removal, weight, error, known.tokens))
         progress(short, error)
 
 
@@ -152,7 +152,6 @@ def _removal_entry(context: LayerContext, unit: Unit, removal: Removal, after: i
         dense_error=removal.dense,
         dropped_error=removal.dropped,
         validated_error=removal.validated,
-        validated_dropped=removal.validated_dropped,
     )
 
 
@@ -180,7 +179,6 @@ def _ordered(
 def _entry(
     context: LayerContext,
     unit: Unit,
-    number: int,
     removal: Removal,
     weight: Tensor,
     error: float,
@@ -197,10 +195,8 @@ def _entry(
         shape=(weight.shape[0], weight.shape[1]),
         sparsity="0%",
         zeros=zeros,
-        density=1.0 - zeros / weight.numel(),
         relative_error=error,
         dense_error=removal.dense,
-        group=number,
         steps=steps,
         tokens=tokens,
     )

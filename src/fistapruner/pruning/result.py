@@ -20,10 +20,9 @@ from ..models.low_rank import write_adapter
 from ..models.operators import Layout
 from ..models.safetensors import LazyTensors
 from ..models.write import write_checkpoint
-from ..runs.base import VERSION
 from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener
-from ..runs.records import Report, Totals, load_run
+from ..runs.records import VERSION, Report, Totals, load_run
 from ..runs.times import Times
 from ..runtime.files import disk_errors
 from ..runtime.machine import now

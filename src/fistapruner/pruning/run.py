@@ -17,8 +17,13 @@ from ..measure.run import measure
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
-from ..runs.arguments import checked_arguments
-from ..runs.continuation import (
+from ..runs.directory import PruneDirectory, refuse_out
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.log import Logged, log_file
+from ..runs.records import Report, load_run
+from ..runs.settled import (
+    PruneRecord,
     evaluation_on,
     execution_here,
     interrupted_with,
@@ -27,21 +32,13 @@ from ..runs.continuation import (
     refuse_other_settings,
     refuse_other_versions,
     refuse_overlap,
+    text_sha256,
 )
-from ..runs.decision import PruneRecord
-from ..runs.directory import refuse_out
-from ..runs.identity import text_sha256
-from ..runs.listener import Listener
-from ..runs.lock import hold
-from ..runs.log import Logged, log_file
-from ..runs.prune_directory import PruneDirectory
-from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
-from ..runtime.devices import choose_device, device_title
+from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
-from ..runtime.formatting import counted, shell_line
-from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..runtime.show import counted, shell_line
 from ..settings.loading import merge_settings
 from ..settings.settings import Recipe
 from .inputs import Request, check_sources, check_tokens, open_operators
@@ -55,7 +52,6 @@ Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 
-@checked_arguments
 @undisturbed()
 def prune(
     model: str | Path,

@@ -19,17 +19,14 @@ from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..planning import Choice, make_plan
-from ..runs.continuation import absolute
-from ..runs.decision import Numerics, PruneDecision, PruneRecord
-from ..runs.identity import fingerprint, stamps, text_sha256
+from ..runs.directory import PruneDirectory
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, ModelFacts
-from ..runtime.devices import cpu_threads
+from ..runs.settled import Numerics, PruneDecision, PruneRecord, absolute, fingerprint, stamps, text_sha256
+from ..runtime.devices import cpu_threads, release_failed_memory
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.memory import release_failed_memory
 from ..runtime.numerics import dtype_name
 from ..settings.execution_settings import Execution
 from ..settings.settings import Recipe
@@ -253,7 +250,6 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         revision=source.revision(),
         architecture=type(model.model).__name__,
         layers=len(model),
-        hidden_size=model.width,
         parameters=model.parameter_count(),
         dtype=dtype_name(checkpoint.dtype),
         bytes=checkpoint.file_bytes,

@@ -26,7 +26,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -35,9 +35,8 @@ from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
 from ..passes.store import HiddenStates
 from ..runs.listener import Listener
-from ..runtime.devices import available_cores, cpu_threads, first_line, usable_threads, worker_devices
-from ..runtime.launcher import module_path
-from ..runtime.memory import release_device_memory
+from ..runtime.devices import available_cores, cpu_threads, release_device_memory, usable_threads, worker_devices
+from ..runtime.machine import module_path
 from ..runtime.numerics import exact_products
 from ..settings.execution_settings import Execution
 from .context import LayerEvents, LayerStreams
@@ -152,23 +151,9 @@ def prune_serially(
         dense, pruned = streams.dense_out, streams.pruned_out
 
 
-class Pool(Protocol):
-    """Workers that prune layers."""
-
-    size: int
-    kind: str
-
-    def submit(self, index: int) -> Future[str | None]:
-        """Let a worker do :func:`prune_one` of a layer."""
-
-    def revive(self) -> None:
-        """Start the workers again after some have died."""
-
-    def close(self) -> None:
-        """End all workers at once; journaled layers stay."""
-
-
-def prune_in_parallel(context: RunContext, todo: Collection[int], pool: Pool, listener: Listener) -> None:
+def prune_in_parallel(
+    context: RunContext, todo: Collection[int], pool: ProcessPool | RayPool, listener: Listener
+) -> None:
     """Prune layers on the workers of ``pool``, while this process passes the dense hidden states on.
 
     At most ``pool.size + 2`` files of hidden states exist at a time.
@@ -202,7 +187,11 @@ def prune_in_parallel(context: RunContext, todo: Collection[int], pool: Pool, li
 
 
 def _collect(
-    context: RunContext, pool: Pool, running: dict[Future[str | None], int], deaths: Counter[int], listener: Listener
+    context: RunContext,
+    pool: ProcessPool | RayPool,
+    running: dict[Future[str | None], int],
+    deaths: Counter[int],
+    listener: Listener,
 ) -> None:
     """Wait for the next layers; those of dead workers are done again."""
     done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -253,7 +242,7 @@ def _opened(folder: Path, device: str, permissions: Permissions, model: Path) ->
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:  # such as a GPU that the run's own process has for itself
-        raise FistaPrunerError(f"a worker cannot use device {device}: {first_line(error)}") from None
+        raise FistaPrunerError(f"a worker cannot use device {device}: {str(error).splitlines()[0]}") from None
     return RunContext.open(folder, torch.device(device), permissions, model)
 
 
@@ -300,6 +289,7 @@ class ProcessPool:
         self.revive()
 
     def submit(self, index: int) -> Future[str | None]:
+        """Let a worker do :func:`prune_one` of a layer."""
         try:
             return self._executor.submit(_prune_here, index)
         except (BrokenProcessPool, OSError) as error:  # a worker died before, or dies while another one starts
@@ -308,6 +298,7 @@ class ProcessPool:
             return broken
 
     def revive(self) -> None:
+        """Start the workers, also again after some have died."""
         spawned = multiprocessing.get_context("spawn")  # a fork would share this process's threads and GPU
         places = spawned.SimpleQueue()
         for device in self._devices:
@@ -315,6 +306,7 @@ class ProcessPool:
         self._executor = ProcessPoolExecutor(self.size, spawned, _begin, (places,))
 
     def close(self) -> None:
+        """End all workers at once; journaled layers stay."""
         for process in list((self._executor._processes or {}).values()):
             process.kill()
         self._executor.shutdown(cancel_futures=True)

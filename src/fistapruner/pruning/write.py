@@ -25,8 +25,8 @@ from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals
 from ..runs.times import Times
+from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_device_memory, peak_memory
 from ..structure.experts import chosen_experts
 from ..structure.smaller import changed_config, dropped_tensors, unread_tensors
 from .opened import RunContext
@@ -155,14 +155,11 @@ def write(
 
 def _totals(report: Report, context: RunContext, changed: ChangedTensors) -> Totals:
     """Add up weights, times and memory of the layers, and count the work for a token."""
-    model, tokens, layers = context.model, context.tokens, report.layers
+    model, layers = context.model, report.layers
     split: dict[str, float] = {}
     for layer in layers:
         for phase, value in layer.seconds.items():
             split[phase] = split.get(phase, 0.0) + value
-    # Every layer timed one pass of its first batch without hooks: together, a plain forward pass of these windows.
-    plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
-    windows = min(context.numerics.batch_size, tokens.shape[0])
     totals = Totals(
         operator_weights=report.operator_weights,
         operator_zeros=report.operator_zeros,
@@ -170,10 +167,6 @@ def _totals(report: Report, context: RunContext, changed: ChangedTensors) -> Tot
         time_split=split,
         peak_memory=max(peak_memory(), *(layer.peak_memory or 0 for layer in layers)),
     )
-    if split.get("capture"):
-        totals.capture_tokens_per_second = tokens.numel() / split["capture"]
-    if len(plain) == len(layers) and sum(plain) > 0:
-        totals.forward_tokens_per_second = windows * tokens.shape[1] / sum(plain)
     if context.widths is not None:
         trusted = context.permissions.trust_remote_code
         smaller = build_changed(model.checkpoint, context.widths.config, trust_remote_code=trusted)

@@ -12,7 +12,6 @@ report may be missing. Names of folders on this machine stand only in commands: 
 """
 
 from ..runs.comparison_records import Comparison
-from ..runs.layer_records import LayerEntry, OperatorEntry
-from ..runs.records import Report, load_run
+from ..runs.records import LayerEntry, OperatorEntry, Report, load_run
 
 __all__ = ["Comparison", "LayerEntry", "OperatorEntry", "Report", "load_run"]

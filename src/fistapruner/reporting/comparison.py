@@ -11,10 +11,10 @@ from typing import Any
 from ..core import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.comparison_records import CompareRow, Comparison
-from ..runtime.formatting import align_columns, counted, duration, percent, significant, size, with_error
-from .fact import file_name
+from ..runtime.show import align_columns, counted, duration, percent, significant, size, with_error
 from .facts import base_model_name
 from .figures import INK, SERIES, WIDTH, Drawing, draw, plain_log, style
+from .measured import file_name
 from .model_card import markdown_table, plain_markdown
 from .rendering import Section, Table, moment, page
 
@@ -53,7 +53,7 @@ def comparison_page(comparison: Comparison) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    found = points(comparison.rows)
+    found, rows = points(comparison.rows), list(map(_cells, by_quality(comparison.rows)))
     drawings = [quality_against_sparsity(found), *(quality_against_time(found, each) for each in patterns(found)[:3])]
     machine, versions = comparison.machine, comparison.versions
     protocol = [
@@ -69,7 +69,7 @@ def comparison_page(comparison: Comparison) -> str:
         sections=[
             Section("Perplexity by method and sparsity", [_overview(comparison, found)], note=OVERVIEW_NOTE),
             Section("Quality against sparsity and time", figures=[each for each in drawings if each is not None]),
-            Section("Every run", [_results(comparison)]),
+            Section("Every run", [Table(HEADER, rows, range(3, len(HEADER)))]),
             Section(
                 "Protocol",
                 [Table(("what", "value"), [row for row in protocol if row[1]])],
@@ -194,7 +194,7 @@ def _kept(row: CompareRow, whole: int) -> float | None:
 
 def patterns(found: Sequence[Point]) -> list[str]:
     """List the sparsities that occur: shares of zeros from low to high, then n:m patterns."""
-    return sorted(dict.fromkeys(point.sparsity for point in found), key=lambda each: (_is_nm(each), _zeros(each)))
+    return sorted(dict.fromkeys(point.sparsity for point in found), key=_kind)
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
@@ -245,10 +245,6 @@ def _above(first: Point, second: Point) -> tuple[float, float | None]:
     return second.gap - first.gap, stdev(apart) / math.sqrt(len(apart)) if known else None
 
 
-def _results(comparison: Comparison) -> Table:
-    return Table(HEADER, list(map(_cells, by_quality(comparison.rows))), range(3, len(HEADER)))
-
-
 def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
     """Draw the gap of every method by sparsity."""
     order, short = patterns(found), short_labels(found)
@@ -260,7 +256,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         for index, method in enumerate(short):
             for nm in (False, True):  # n:m patterns stand apart
                 mine = [p for each in order for p in found if (p.method, p.sparsity) == (method, each)]
-                mine = [p for p in mine if _is_nm(p.sparsity) is nm]
+                mine = [p for p in mine if _kind(p.sparsity)[0] is nm]
                 if mine:
                     axes.errorbar(
                         [order.index(p.sparsity) for p in mine],
@@ -343,18 +339,13 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
     )
 
 
-def _is_nm(pattern: str) -> bool:
+def _kind(pattern: str) -> tuple[bool, float]:
+    """Return whether a sparsity is an n:m pattern, and its share of zeros."""
     try:
-        return not parse_sparsity(pattern).supports_allocation
-    except FistaPrunerError:
-        return False
-
-
-def _zeros(pattern: str) -> float:
-    try:
-        return parse_sparsity(pattern).fraction
-    except FistaPrunerError:
-        return 0.0
+        found = parse_sparsity(pattern)
+    except FistaPrunerError:  # of another version
+        return False, 0.0
+    return not found.supports_allocation, found.fraction
 
 
 def _marker(index: int) -> str:

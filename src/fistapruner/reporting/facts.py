@@ -1,27 +1,41 @@
-"""List what there is to say of a run."""
+"""List what there is to say of a run, and the commands to go on with."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..errors import printable
 from ..runs.labels import DONE, PHASES, amount_label, methods_label, sets_zeros, training_label
-from ..runs.records import Lineage, ModelFacts, Report, Stage
-from ..runs.training_records import PreferenceFigures, Recovery, TextSide
-from ..runtime.formatting import (
+from ..runs.records import Lineage, ModelFacts, PreferenceFigures, Recovery, Report, Stage, TextSide
+from ..runtime.show import (
     count,
     counted,
     duration,
     p_value,
     percent,
     percent_with_error,
+    shell_line,
     short_count,
     significant,
     size,
     span,
     with_error,
 )
-from .fact import COST, ORIGIN, PRUNING, QUALITY, TRAINING, Fact, file_name
-from .quality import perplexity_text, quality_facts
-from .size_and_speed import size_facts, speed_facts
+from .measured import (
+    COST,
+    ORIGIN,
+    PRUNING,
+    QUALITY,
+    TRAINING,
+    Fact,
+    becomes_smaller_packed,
+    file_name,
+    perplexity_text,
+    quality_facts,
+    size_facts,
+    speed_facts,
+    speeds,
+)
 
 PLACES = {"experts": "mixture", "expert channels": "expert", "shared expert channels": "shared expert"}
 """Where so many of a unit are; in decoder layers without an entry."""
@@ -195,8 +209,9 @@ def pruning_facts(report: Report) -> list[Fact]:
             if dense and after:
                 add(label, count(after), f"{100 * (after / dense - 1):+.1f} %{what}", count(dense))
     if totals.zeros_share is not None and not report.only_structure:
-        how = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the {report.counted} are"
-        how += " zero"
+        whole = "" if any(operator.sparsity == "0%" for operator in report.operators) else "pruned "
+        zeros, weights = count(totals.operator_zeros), count(totals.operator_weights)
+        how = f"{zeros} of {weights} weights of the {whole}operators are zero"
         if totals.model_weights and totals.model_zeros is not None:
             how += (
                 f"; zeros of pruned operators are {percent(totals.model_zeros / totals.model_weights)} of all weights"
@@ -311,4 +326,33 @@ def title_of(report: Report) -> str:
     """Name the dense model and what was done to it: ``owner/name, 50% sparse, recovered``."""
     name = base_model_name(report.origin) or "Model"
     amount = report.sparsity if report.structured else f"{report.sparsity or 'unknown'} sparse"
-    return f"{name}, {amount}" + ("" if report.recovery is None else f", {report.trained}")
+    return f"{name}, {amount}" + ("" if report.recovery is None else f", {DONE[report.kind]}")
+
+
+def next_steps(report: Report, folder: str | Path = "RUN") -> list[tuple[str, str]]:
+    """List commands that go on from a finished run, and what each does.
+
+    Args:
+        report: of the run.
+        folder: the run directory.
+    """
+    if report.status != "finished":
+        return []
+    found = []
+    if report.recovery is None:
+        kept = "" if report.only_structure else ", every zero kept"
+        found.append((shell_line("recover", folder, "--out", "NEW"), f"trains what is left{kept}"))
+    if not report.evaluations:
+        found.append((shell_line("evaluate", folder), "measures quality and adds it to the report"))
+    if not report.stacked_experts and not speeds(report):
+        found.append((shell_line("bench", folder), "measures speed and adds it to the report"))
+    if becomes_smaller_packed(report):
+        found.append((shell_line("pack", folder, "NEW"), "writes the file without its zeros"))
+    return found
+
+
+def length_setting(report: Report) -> str:
+    """Name the setting that makes a training longer: steps, where they are given, override the others."""
+    if report.recipe.get("steps") is not None:
+        return "--steps"
+    return "--epochs" if report.kind == "align" else "--tokens"

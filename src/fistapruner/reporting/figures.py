@@ -19,9 +19,8 @@ from statistics import median
 from typing import Any
 
 from ..errors import MissingExtraError
-from ..runs.layer_records import LayerEntry
-from ..runs.records import Report
-from ..runtime.formatting import significant
+from ..runs.records import LayerEntry, Report
+from ..runtime.show import significant
 
 WIDTH = 420
 """Width of drawings in pixels."""

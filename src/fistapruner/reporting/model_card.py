@@ -11,10 +11,9 @@ import yaml
 from ..runs.labels import DONE, OTHERS_BY_NAME, sparsity_label
 from ..runs.records import Report
 from ..settings.values import WORKLOAD
-from .fact import ORIGIN, QUALITY, SIZE, Fact, file_name
 from .facts import base_model_name, facts, title_of
+from .measured import ORIGIN, QUALITY, SIZE, Fact, becomes_smaller_packed, file_name, speeds
 from .rendering import render
-from .size_and_speed import becomes_smaller_packed, speeds
 
 TAGS = ["pruning", "sparsity", "fistapruner"]
 

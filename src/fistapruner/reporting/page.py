@@ -1,21 +1,24 @@
-"""Draw ``report.html`` of a run: one file that loads nothing, made from the report alone."""
+"""Draw ``report.html`` or ``compare.html``, which load nothing, from the JSON of a folder alone."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from ..errors import FistaPrunerError
+from ..runs.comparison_records import PAGE, is_comparison, load_comparison
+from ..runs.directory import RunDirectory
 from ..runs.labels import DONE
-from ..runs.layer_records import RemovalEntry
-from ..runs.records import Report
-from ..runtime.formatting import count, percent
-from .advice import next_steps
-from .fact import COST, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
-from .facts import facts, title_of
+from ..runs.records import RemovalEntry, Report, load_run
+from ..runtime.files import write_text_atomic
+from ..runtime.show import count, percent
+from .comparison import comparison_page
+from .facts import facts, next_steps, title_of
 from .figures import run_figures
+from .measured import COST, ORIGIN, PRUNING, QUALITY, QUANTISE_FIRST, SIZE, TRAINING
 from .model_card import fact_table, public_recipe, yaml_text
 from .rendering import Section, Table, moment, page
-from .size_and_speed import QUANTISE_FIRST
 
 MOST_WARNINGS = 20
 """Warnings that a page shows."""
@@ -102,7 +105,7 @@ def _mean(values: Sequence[float | None]) -> str:
 def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     """List prompts, each with the continuations of the models by name."""
     trained = report.recovery is not None
-    names = ("Dense", f"Before {report.training}" if trained else "Pruned", report.trained.capitalize())
+    names = ("Dense", f"Before {report.training}" if trained else "Pruned", DONE[report.kind].capitalize())
     return [
         (
             sample.prompt,
@@ -121,3 +124,28 @@ def _warnings(report: Report) -> list[str]:
     lines = ([f"Stopped: {report.error}"] if report.error else []) + list(dict.fromkeys(report.warnings))
     more = len(lines) - MOST_WARNINGS
     return lines[:MOST_WARNINGS] + ([f"and {more} more in report.json"] if more > 0 else [])
+
+
+def write_page(folder: str | Path) -> Path:
+    """Draw ``report.html`` of a run (finished or not), or ``compare.html`` of a comparison.
+
+    Args:
+        folder: the run directory, or the folder of a comparison.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        FistaPrunerError: the folder holds neither or a comparison of alignments, or its JSON is broken.
+        MissingExtraError: the extra ``report`` is not installed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        reason = "is not a folder" if folder.exists() else "does not exist"
+        raise FistaPrunerError(f"{folder} {reason}: give a run directory or the folder of a comparison")
+    if is_comparison(folder):
+        text, out = comparison_page(load_comparison(folder)), folder / PAGE
+    else:
+        text, out = run_page(load_run(folder)), RunDirectory(folder).page_file
+    write_text_atomic(out, text)
+    return out

@@ -8,10 +8,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..runtime.files import read_json
-from ..runtime.formatting import percent
 from ..runtime.machine import Machine
-from .base import VERSION, Number, Record, parse
-from .records import CalibrationFacts, ModelFacts, share_of
+from ..runtime.show import percent
+from .records import VERSION, CalibrationFacts, ModelFacts, Number, Record, ZeroCounts, parse, share_of
 from .results import Divergence, Perplexity
 
 FIGURES, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
@@ -21,18 +20,15 @@ RUNS = "runs"
 """Folder with the run directories of the rows."""
 
 
-class CompareRow(Record):
+class CompareRow(ZeroCounts):
     """One method at one sparsity and seed.
 
     Args:
         method: chain of solver and refinements; ``label``: as the user wrote it; ``settings``: its recipe.
-        perplexity, divergence: on the text of the comparison; ``gap``: ln(perplexity) - ln(dense perplexity).
-        relative_error: mean over changed operators.
+        gap: ln(perplexity) - ln(dense perplexity); ``relative_error``: mean over changed operators.
         seconds: of the run, without drawing the calibration windows that rows share; ``time_split``: by phase.
-        operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
-        peak_memory, checkpoint_bytes: bytes, the latter of the weight files.
-        dense_weights, model_weights: parameters of the whole model before and after structure was removed, and
-            ``dense_flops_per_token``, ``flops_per_token`` its work; None where none was.
+        dense_weights, model_weights, dense_flops_per_token, flops_per_token: of the model before and after structure
+            was removed; None where none was.
         error: why this row has no figures.
     """
 
@@ -47,8 +43,6 @@ class CompareRow(Record):
     seconds: float | None = None
     time_split: dict[str, Number] = {}
     peak_memory: int | None = None
-    operator_weights: int | None = None
-    operator_zeros: int | None = None
     low_rank_weights: int | None = None
     checkpoint_bytes: int | None = None
     dense_weights: int | None = None
@@ -64,22 +58,16 @@ class CompareRow(Record):
         return self.label or self.method
 
     @property
-    def zeros_share(self) -> float | None:
-        """Share of zeros in the operators; None where it is not known."""
-        return share_of(self.operator_zeros, self.operator_weights)
-
-    @property
     def beside_zeros(self) -> str:
         """Say what low-rank parts add and what structure went, behind the share of zeros; else nothing."""
-        more, weights = self.low_rank_weights, self.operator_weights
-        text = f" and {percent(more / weights)} more weights" if more and weights else ""
+        more = share_of(self.low_rank_weights, self.operator_weights)
+        text = f" and {percent(more)} more weights" if more else ""
         if removed := (self.settings.get("structure") or {}).get("remove"):
-            kept = (
-                (share_of(self.model_weights, self.dense_weights), "parameters"),
-                (share_of(self.flops_per_token, self.dense_flops_per_token), "FLOP a token"),
-            )
-            less = ", ".join(f"−{percent(1 - share)} {what}" for share, what in kept if share is not None)
-            text += f" (structure {removed} removed{less and f': {less}'})"
+            parameters = share_of(self.model_weights, self.dense_weights)
+            flops = share_of(self.flops_per_token, self.dense_flops_per_token)
+            less = {"parameters": parameters, "FLOP a token": flops}
+            how = ", ".join(f"−{percent(1 - share)} {what}" for what, share in less.items() if share is not None)
+            text += f" (structure {removed} removed{how and f': {how}'})"
         return text
 
 

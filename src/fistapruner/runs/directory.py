@@ -1,32 +1,47 @@
-"""The run directory of every verb: the files of a run, and what a second process finds in them.
+"""The run directories: the files of a run, and what a later process finds in them.
 
     RUN/
         recipe.yaml                every setting
         run.json                   model, machine, the decisions before the long work, and a checksum
-        lock                       host and process that works here (:mod:`fistapruner.runs.lock`)
-        times.json                 seconds of every process that worked here (:mod:`fistapruner.runs.times`)
-        log.txt                    what happened, with times
+        lock  log.txt  times.json  who works here, what happened, seconds of every process
         report.json  report.html   the report
-        model/                     the finished checkpoint
-        model.json                 sizes and checksums of its weight files, names of its other files
+        model/  model.json         the finished checkpoint; checksums of its weight files, names of its other files
+        adapter/                   low-rank parts of the operators, where the recipe asks for them
 
-A verb adds files of its own: see :mod:`fistapruner.runs.prune_directory`. Every file is whole or absent
-(:mod:`fistapruner.runtime.files`).
+Of a pruning run:
+
+        calibration.safetensors    the token ids; calibration.begun.safetensors: what the model has written so far
+        metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
+        layers/                    the finished decoder layers (:class:`LayerJournal`)
+        bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
+        hidden/                    hidden states that are still needed, where memory does not hold them
+
+Of a run that trains:
+
+        windows.safetensors        training text or pairs: token ids, which carry loss, which are held out or tested
+        teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.teacher`)
+        references.safetensors     log-probabilities of answers (:mod:`fistapruner.training.references`)
+        steps.jsonl  states/       one line a step (:mod:`.steps`); the newest training states (:mod:`.store`)
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, cast
 
-from pydantic import ValidationError
+import torch
+from torch import Tensor
+from typing_extensions import TypeVar
 
-from ..errors import FistaPrunerError, explain, unreadable
-from ..models.checkpoint import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE, Checkpoint
+from ..errors import FistaPrunerError, unreadable
+from ..models.checkpoint import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE, Checkpoint, Orders
 from ..models.low_rank import FOLDER, LowRankAdapter, remove_adapter
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..models.write import remove_unfinished, safetensors_name
 from ..runtime.files import (
     BYSTANDERS,
@@ -38,16 +53,19 @@ from ..runtime.files import (
     remove_folder,
     require_utf8,
     sampled_sha256,
+    sha256_file,
     write_json_atomic,
     write_sealed_json,
     write_text_atomic,
 )
-from ..runtime.formatting import shell_line
-from .base import VERSION, Record, parse
-from .decision import RunRecord
+from ..runtime.show import shell_line
+from ..text import tokens_sha256
+from ..text.pairs import Pairs
+from ..text.training import TrainingText
 from .lock import NAME as LOCK
-from .lock import holder
-from .records import Report, is_run, load_run
+from .records import LayerEntry, Record, Report, is_run, load_run, parse
+from .settled import PruneRecord, RunRecord, TrainingRecord
+from .store import Snapshots, Store
 from .times import TIMES
 
 CARD = "README.md"
@@ -56,16 +74,21 @@ CARD = "README.md"
 FORMAT = 3
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
-EARLY = rf"log\.txt|{LOCK}|{re.escape(TIMES)}({re.escape(PARTIAL)})?"
+DRAWING = "drawing"
+"""Metadata key of a run's text: the settings and the model that decide it. No file of others has it."""
+
+EARLY = rf"log\.txt|{re.escape(TIMES)}({re.escape(PARTIAL)})?"
 """Names of files that an attempt has left that was stopped before its first result."""
 
-R = TypeVar("R", bound=RunRecord)
+UNREADABLE = (FistaPrunerError, OSError, KeyError, ValueError, TypeError)
+"""What reading a damaged file raises."""
+
+R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
 class FileClaim(Record):
-    """Hold what ``model.json`` says of a weight file; ``sampled`` is a checksum of samples of its bytes."""
+    """Hold what ``model.json`` says of a weight file: checksums of all its bytes, and of samples."""
 
-    bytes: int
     sha256: str
     sampled: str
 
@@ -79,33 +102,33 @@ class ModelRecord(Record):
 
 
 def refuse_out(out: Path) -> None:
-    """Refuse an output folder that is a file or below a link to nothing, or whose path is not UTF-8.
+    """Refuse an output folder that is a file, or whose path is not UTF-8.
 
     Raises:
         FistaPrunerError: names it.
     """
     require_utf8(out)
-    for path in (out, *out.parents):
-        if path.is_symlink() and not path.exists():
-            target = path.parent / path.readlink()
-            raise FistaPrunerError(
-                f"--out {out}: {path} is a link to {target}, which does not exist: make it, or name another folder"
-            )
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
 
-class RunDirectory:
+class RunDirectory(Generic[R_co]):
     """Paths and records of one run, whichever verb made it.
 
     Args:
         folder: the run directory.
 
     Attributes:
-        early: pattern of the names that an attempt has left that was stopped before ``run.json`` was written.
+        verb: whose runs they are; None takes those of all.
+        schema: of ``run.json``.
+        text_name: stem of the file with the run's text, which is the first that is written.
+        early: pattern of what is written after the text and before ``run.json``.
     """
 
-    early: ClassVar[str] = EARLY
+    verb: ClassVar[str | None] = None
+    schema: ClassVar[type[RunRecord]] = RunRecord
+    text_name: ClassVar[str] = "windows"
+    early: ClassVar[str] = "recipe.yaml"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -114,126 +137,94 @@ class RunDirectory:
         self.report_file = folder / "report.json"
         self.page_file = folder / "report.html"
         self.log_file = folder / "log.txt"
+        self.text_file = folder / f"{self.text_name}.safetensors"
         self.model = folder / "model"
         self.model_file = folder / "model.json"
         self.adapter = folder / FOLDER
 
-    def create(self) -> None:
-        """Make the folders."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def own_folders(self) -> tuple[Path, ...]:
-        """Folders that the run keeps."""
-        return (self.model,)
-
-    def own_files(self) -> tuple[Path, ...]:
-        """Files that the run keeps."""
-        return (self.recipe_file, self.run_file, self.report_file, self.log_file, self.model_file)
-
-    def foreign(self) -> list[str]:
-        """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
-        return [path.name for path in entries(self.folder) if not re.fullmatch(self.early, path.name)]
+    # --- the place
 
     def check_place(self) -> None:
-        """Refuse a folder that is neither new, nor empty, nor a run, or that has others' files in it.
+        """Refuse a place that is neither new, nor empty, nor a run, or that has others' files in it.
 
         Raises:
             FistaPrunerError: names what is in the way.
         """
         refuse_out(self.folder)
-        if not self.folder.is_dir():
-            return
-        if not self.run_file.exists() and (others := self.foreign()):
+        if self.folder.is_dir() and not self.run_file.exists() and (others := self.foreign()):
             shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
             raise FistaPrunerError(
                 f"--out {self.folder} is a folder with other things in it ({shown}); name a new folder"
             )
-        for path in self.own_folders():
-            if path.is_symlink() or (path.exists() and not path.is_dir()):
-                what = "a link" if path.is_symlink() else "a file"
-                raise FistaPrunerError(
-                    f"{path} is {what} where the run keeps a folder: move it away, or choose another --out"
-                )
-        for path in self.own_files():
-            if path.is_symlink() or path.is_dir():
-                what = "a link" if path.is_symlink() else "a folder"
-                raise FistaPrunerError(
-                    f"{path} is {what} where the run keeps a file: move it away, or choose another --out"
-                )
+
+    def foreign(self) -> list[str]:
+        """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
+        text = self.text_name
+        names = rf"{EARLY}|{LOCK}|{text}(\.begun)?\.safetensors{re.escape(PARTIAL)}|{text}\.begun\.safetensors"
+        with suppress(*UNREADABLE):
+            if DRAWING in SafetensorsFile(self.text_file).metadata:
+                names += rf"|{text}\.safetensors|({self.early}|run\.json)({re.escape(PARTIAL)})?"
+        return [path.name for path in entries(self.folder) if not re.fullmatch(names, path.name)]
 
     @contextmanager
     def created(self) -> Iterator[None]:
-        """Make the folders; they, log and times go again where the block is refused and has made nothing else."""
+        """Make the folder; it, log and times go again where the block is refused and has made nothing else."""
         existed = self.folder.is_dir()
         before = set(self.folder.iterdir()) if existed else set()
         try:
             with disk_errors(self.folder):
-                self.create()
+                self.folder.mkdir(parents=True, exist_ok=True)
             yield
         except FistaPrunerError:
             with suppress(OSError):
                 made = set(self.folder.iterdir()) - before
-                files = [path for path in made if re.fullmatch(EARLY, path.name)]
-                empty = [path for path in made if path in self.own_folders() and not any(path.iterdir())]
-                only_these = len(files) + len(empty) == len(made) and not self.run_file.exists()
-                if only_these and holder(self.folder) is None:  # else others work here
-                    for path in files:
+                if all(re.fullmatch(EARLY, path.name) for path in made):  # a lock is that of another process
+                    for path in made:
                         path.unlink()
-                    for path in empty:
-                        path.rmdir()
                     if not existed:
                         self.folder.rmdir()
             raise
 
-    def record(self) -> RunRecord | None:
-        """Read ``run.json``, as far as all verbs have it; None where there is none yet.
+    # --- what was decided, and the report
+
+    def record(self) -> R_co | None:
+        """Read ``run.json``; None where there is none yet.
 
         Raises:
-            FistaPrunerError: the file is not what a run writes, or what a run of another release wrote.
-        """
-        return self.read_record(RunRecord)
-
-    def read_record(self, schema: type[R], verb: str | None = None) -> R | None:
-        """Read ``run.json`` as the record of one verb; None where there is none yet.
-
-        Args:
-            schema: of the record.
-            verb: whose runs have it; None takes those of all.
-
-        Raises:
-            FistaPrunerError: it is a run of another verb, the file is damaged or cannot be read, or a run of another
-                release wrote it.
+            FistaPrunerError: it is of a run of another verb or of another release, damaged, or cannot be read.
         """
         if not self.run_file.exists():
             return None
-        hint = f"remove {self.folder} or choose another --out"
+        content, fault = {}, ""
         try:
             content = read_sealed_json(self.run_file)
         except OSError as error:
             raise unreadable(self.run_file, error) from None
         except ValueError as error:
-            raise FistaPrunerError(f"{self.run_file} is damaged ({error}): {hint}") from None
-        if content.pop("format", 0) != FORMAT or content.get("version", VERSION) not in range(VERSION + 1):
-            versions = content.get("versions")
-            by = versions.get("fistapruner", "unknown") if isinstance(versions, Mapping) else "unknown"
-            raise FistaPrunerError(
-                f"{self.run_file} was written by another release of fistapruner ({by}) in a format that this one does "
-                "not read: go on with that release, or choose another --out"
-            )
-        if verb not in (None, found := content.get("kind", "prune")):
-            raise FistaPrunerError(
-                f"{self.folder} holds a run of 'fistapruner {found}', not of {verb}: name another folder"
-            )
-        try:
-            return schema.model_validate(content)
-        except ValidationError as error:
-            raise FistaPrunerError(f"{self.run_file} is damaged ({explain(error)}): {hint}") from None
+            fault = f"{self.run_file} is damaged ({error})"
+        if not fault and content.pop("format", 0) != FORMAT:
+            by = (content.get("versions") or {}).get("fistapruner", "unknown")
+            fault = f"{self.run_file} was written by another release of fistapruner ({by}), in another format"
+        elif not fault and self.verb not in (None, found := content.get("kind", "prune")):
+            fault = f"{self.folder} holds a run of 'fistapruner {found}', not of {self.verb}"
+        if fault:
+            raise FistaPrunerError(f"{fault}: name another folder")
+        return cast("R_co", parse(self.schema, content, str(self.run_file)))
+
+    def begun_record(self) -> R_co:
+        """Read ``run.json`` of a run that was begun.
+
+        Raises:
+            FistaPrunerError: as for :meth:`record`, or there is none.
+        """
+        if (record := self.record()) is None:
+            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
+        return record
 
     def write_record(self, record: RunRecord) -> None:
         """Replace ``run.json``; its format and a checksum of its content go with it."""
         results = {"layers", "totals", "evaluations", "speed", "generations"}
-        content = {**record.model_dump(mode="json", exclude=results), "format": FORMAT}
-        write_sealed_json(self.run_file, content)
+        write_sealed_json(self.run_file, {**record.model_dump(mode="json", exclude=results), "format": FORMAT})
 
     def write_recipe(self, text: str) -> None:
         """Replace ``recipe.yaml``."""
@@ -247,14 +238,14 @@ class RunDirectory:
         """
         return parse(Report, read_json(self.report_file), str(self.report_file))
 
+    def write_report(self, report: Report) -> None:
+        """Replace ``report.json``."""
+        write_json_atomic(self.report_file, report.model_dump(mode="json"))
+
     def finished_report(self, fingerprint: str | None) -> tuple[Report | None, str | None]:
-        """Read the report of a finished run, and say what of its files must be made again.
+        """Read the report of a finished run; None where something is left to do.
 
-        Args:
-            fingerprint: of the run.
-
-        Returns:
-            The report, None where something is left to do; and a sentence where a file is damaged or gone.
+        With it comes a sentence where a file is damaged or gone.
         """
         if not self.report_file.exists():
             return None, None
@@ -265,31 +256,18 @@ class RunDirectory:
         if report.status != "finished" or report.fingerprint != fingerprint:
             return None, None
         fault = self.model_fault(fingerprint or "")
-        if fault is None and self.model_record() is None and (self.model / PARTIAL).exists():
-            fault = f"writing {self.model} was interrupted"
-        return report, None if fault is None else f"the checkpoint is made again: {fault}"
+        return report, fault and f"the checkpoint is made again: {fault}"
 
-    def write_report(self, report: Report) -> None:
-        """Replace ``report.json``."""
-        write_json_atomic(self.report_file, report.model_dump(mode="json"))
+    # --- the finished checkpoint
 
     def write_model_record(self, fingerprint: str, digests: Mapping[str, str]) -> None:
-        """Record the files of the finished checkpoint, so that damage is found later.
-
-        Args:
-            fingerprint: of the run.
-            digests: SHA-256 of every weight file, by name.
-        """
-        shards = {
-            name: {
-                "bytes": (self.model / name).stat().st_size,
-                "sha256": digest,
-                "sampled": sampled_sha256(self.model / name),
-            }
+        """Record the files of the finished checkpoint, and the SHA-256 of those with weights."""
+        files = {
+            name: FileClaim(sha256=digest, sampled=sampled_sha256(self.model / name))
             for name, digest in digests.items()
         }
-        others = sorted(name for name in self._model_names() if name not in shards)
-        write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": shards, "others": others})
+        record = ModelRecord(fingerprint=fingerprint, files=files, others=sorted(self._model_names() - {*files}))
+        write_sealed_json(self.model_file, record.model_dump(mode="json"))
 
     def model_record(self) -> ModelRecord | None:
         """Read ``model.json``; None where it is missing or damaged."""
@@ -301,32 +279,24 @@ class RunDirectory:
     def model_fault(self, fingerprint: str) -> str | None:
         """Find what is wrong with the finished checkpoint; None where nothing is.
 
-        Weight files are compared by their size and by samples of their bytes
-        (:func:`~fistapruner.runtime.files.sampled_sha256`); configurations, index, tokenizer and the files of a
-        low-rank part must be readable. The checkpoint must name this run in its own record. Where ``model.json`` is
-        missing, its shards must be whole.
-
-        Args:
-            fingerprint: of the run.
+        Weight files are compared by samples of their bytes; configurations, index, tokenizer and the files of a
+        low-rank part must be readable. Where ``model.json`` is missing, shards must be whole.
         """
+        record = self.model_record()
         if not self.model.is_dir():
             return f"{self.model} is gone"
-        record = self.model_record()
-        if record is not None and record.fingerprint != fingerprint:
-            return f"{self.model} is of another model or calibration text"
-        for name in record.others if record else ():
-            if name != CARD and not (self.model / name).is_file():
-                return f"{self.model / name} is gone"
-        for name, claim in record.files.items() if record else ():
-            path = self.model / name
+        if (self.model / PARTIAL).exists():
+            return f"writing {self.model} was interrupted"
+        names = () if record is None else (*record.files, *(name for name in record.others if name != CARD))
+        for path in (self.model / name for name in names):
             if not path.is_file():
                 return f"{path} is gone"
-            if path.stat().st_size != claim.bytes:
-                return f"{path} has {path.stat().st_size} bytes instead of {claim.bytes}"
-            if sampled_sha256(path) != claim.sampled:
-                return f"{path} is damaged: its checksum is not the one it was written with"
+        for name, claim in record.files.items() if record else ():
+            if sampled_sha256(self.model / name) != claim.sampled:
+                return f"{self.model / name} is damaged: its checksum is not the one it was written with"
         try:
-            if read_json(self.model / PRUNING_RECORD).get("fingerprint") != fingerprint:
+            found = read_json(self.model / PRUNING_RECORD).get("fingerprint")
+            if found != fingerprint or (record is not None and record.fingerprint != fingerprint):
                 return f"{self.model} is not of this run, or is damaged"
             Checkpoint.open(self.model)
             for path in (self.model / name for name in READ_BY_TRANSFORMERS):
@@ -337,13 +307,18 @@ class RunDirectory:
             return str(error)
         return None
 
-    def model_fingerprint(self) -> str | None:
-        """Read the fingerprint of the run that wrote the checkpoint; None where its record has none."""
-        try:
-            fingerprint = read_json(self.model / PRUNING_RECORD).get("fingerprint")
-        except FistaPrunerError:
-            return None
-        return fingerprint if isinstance(fingerprint, str) else None
+    def check_model(self, source: Checkpoint | None = None) -> None:
+        """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`."""
+        record, names, own = self.model_record(), self._model_names(), set[str]()
+        if record is not None:
+            own = {*record.files, *record.others}
+        elif PRUNING_RECORD in names:
+            own = {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD}
+            own |= {*map(safetensors_name, source.files), *source.companions} if source is not None else set()
+        if others := sorted(names - own):
+            raise FistaPrunerError(
+                f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
+            )
 
     def remove_model(self, source: Checkpoint | None = None) -> None:
         """Remove the checkpoint, or what a killed attempt has left of it: the files that the run wrote.
@@ -352,50 +327,208 @@ class RunDirectory:
         ``model.json`` stays: it tells whether a checkpoint that is made again is the one that was measured.
 
         Args:
-            source: the model that the run changes; where ``model.json`` is gone, it tells the names of the files that
-                the run writes. None knows those of every checkpoint only.
+            source: the model that the run changes, which tells the names of the files where ``model.json`` is gone.
 
         Raises:
-            FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
+            FistaPrunerError: the folder holds other files. Nothing is removed then.
         """
         self.check_model(source)
         remove_unfinished(self.model)
         if self.model.is_dir():
             remove_folder(self.model, self.model / PRUNING_RECORD)
 
-    def check_model(self, source: Checkpoint | None = None) -> None:
-        """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`.
-
-        Raises:
-            FistaPrunerError: names the first of them.
-        """
-        record, names = self.model_record(), self._model_names()
-        if names and record is None and self.model_fingerprint() is None:
-            raise FistaPrunerError(
-                f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away"
-            )
-        own = set() if record is None else {*record.files, *record.others}
-        if record is None or self.model_fingerprint() not in (None, record.fingerprint):  # it is of an earlier one
-            own |= {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD, PARTIAL}
-            own |= {*map(safetensors_name, source.files), *source.companions} if source is not None else set()
-        if others := sorted(names - own):
-            raise FistaPrunerError(
-                f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
-            )
-
     def remove_weights(self) -> None:
-        """Remove what is as large as the model, and the times that were spent on it; the records stay.
-
-        Raises:
-            FistaPrunerError: a folder holds files that the run did not write.
-        """
+        """Remove what is as large as the model, and the times that were spent on it; the records stay."""
         self.remove_model()
         remove_adapter(self.adapter)
         (self.folder / TIMES).unlink(missing_ok=True)
 
     def _model_names(self) -> set[str]:
-        files = (path for path in self.model.rglob("*") if not path.is_dir())
+        files = (path for path in self.model.rglob("*") if not path.is_dir() and path.name != PARTIAL)
         return {str(path.relative_to(self.model)) for path in files if not BYSTANDERS.fullmatch(path.name)}
+
+
+class LayerJournal(Store):
+    """The decoder layers of a run: each is stored when it is finished, so a kill loses one at most."""
+
+    def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
+        """Store a finished layer: its pruned tensors by name, and its part of the report."""
+        self.put(entry.index, fingerprint, weights, entry.model_dump(mode="json"))
+
+    def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
+        """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
+        content = self.get(index, fingerprint)
+        return None if content is None else LayerEntry.model_validate(content)
+
+    def remove_weights(self) -> None:
+        """Remove the tensors of all layers, which are as large as the model; their records stay."""
+        for path in self._own():
+            if path.suffix != ".json":
+                path.unlink()
+
+
+class PruneDirectory(RunDirectory[PruneRecord]):
+    """Paths and records of one pruning run."""
+
+    verb = "prune"
+    schema = PruneRecord
+    text_name = "calibration"
+    early = r"recipe\.yaml|(metrics|bypass)\.safetensors|hidden"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.calibration_file = self.text_file
+        self.begun_file = folder / "calibration.begun.safetensors"
+        self.metrics_file = folder / "metrics.safetensors"
+        self.bypass_file = folder / "bypass.safetensors"
+        self.hidden = folder / "hidden"
+        self.journal = LayerJournal(folder / "layers")
+
+    def remove_weights(self) -> None:
+        super().remove_weights()
+        self.journal.remove_weights()
+        shutil.rmtree(self.hidden, ignore_errors=True)
+        self.metrics_file.unlink(missing_ok=True)
+
+    def write_tokens(self, tokens: Tensor, drawing: str, how: Mapping[str, Any]) -> None:
+        """Store the (samples, seqlen) token ids, how they were drawn, and the settings that decide them."""
+        ids = tokens.to(torch.int64)
+        about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
+        write_tensors(self.calibration_file, {"tokens": ids}, about)
+        self.begun_file.unlink(missing_ok=True)
+
+    def keep_texts(self, drawing: str, texts: Tensor, random: Tensor) -> None:
+        """Store what the model has written so far, and the state of the random numbers."""
+        write_tensors(self.begun_file, {"texts": texts, "random": random}, {DRAWING: drawing})
+
+    def begun_texts(self, drawing: str) -> tuple[Tensor, Tensor] | None:
+        """Read what :meth:`keep_texts` stored; None unless by the same settings and model."""
+        with suppress(*UNREADABLE):
+            file = SafetensorsFile(self.begun_file)
+            if file.metadata[DRAWING] == drawing:
+                return file.read("texts"), file.read("random")
+        return None
+
+    def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
+        """Read the token ids and how they were drawn; None where gone, damaged or of another ``drawing``."""
+        with suppress(*UNREADABLE):
+            file = SafetensorsFile(self.calibration_file)
+            tokens, how = file.read("tokens"), json.loads(file.metadata["how"])
+            if drawing in (None, file.metadata[DRAWING]) and file.metadata["sha256"] == tokens_sha256(tokens):
+                return tokens, how
+        return None
+
+    def tokens(self) -> Tensor:
+        """Read the (samples, seqlen) calibration token ids."""
+        return SafetensorsFile(self.calibration_file).read("tokens")
+
+    def fault(self, settled: PruneRecord) -> str | None:
+        """Say which of the files that the run began with is gone or damaged; None where all are whole."""
+        if self.drawn() is None:
+            return f"{self.calibration_file} is gone or damaged"
+        if (digest := settled.decision.metrics_sha256) and not self.has_metrics(digest):
+            return f"{self.metrics_file} is gone or damaged"
+        return None
+
+    def write_metrics(
+        self,
+        metrics: Sequence[Tensor],
+        importance: Mapping[str, Tensor],
+        orders: Orders,
+        scores: Mapping[str, Tensor],
+    ) -> None:
+        """Store what was measured on the dense model, as far as the recipe needs it.
+
+        Args:
+            metrics: of every decoder layer, the weight of errors of its output.
+            importance: weights of rows; ``scores``: of the channels that are read; both by full name of the operator.
+            orders: by name of the tensor whose channels are reordered, the dimension and the old places.
+        """
+        tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
+        tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
+        tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
+        tensors |= {f"scores.{name}": values for name, values in scores.items()}
+        write_tensors(self.metrics_file, tensors)
+
+    def has_metrics(self, sha256: str) -> bool:
+        """Check that what was measured on the dense model is there and has this checksum."""
+        return self.metrics_file.is_file() and sha256_file(self.metrics_file) == sha256
+
+    def metric(self, index: int) -> Tensor:
+        """Read the weight of errors of decoder layer ``index``'s output."""
+        return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
+
+    def importance(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read the weights of the rows of some operators, by full name."""
+        file = SafetensorsFile(self.metrics_file)
+        return {name: file.read(f"rows.{name}") for name in names}
+
+    def scores(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read the scores of channels that some operators read, by full name; those without are left out."""
+        file = SafetensorsFile(self.metrics_file)
+        return {name: file.read(f"scores.{name}") for name in names if f"scores.{name}" in file.entries}
+
+    def orders(self) -> Orders:
+        """Read the new order of channels, by tensor."""
+        file = SafetensorsFile(self.metrics_file)
+        named = [name.split(".", 2) for name in file.entries if name.startswith("order.")]
+        return {tensor: (int(dim), file.read(f"order.{dim}.{tensor}")) for _, dim, tensor in named}
+
+
+class TrainingDirectory(RunDirectory[TrainingRecord]):
+    """Paths and records of one run that trains."""
+
+    schema = TrainingRecord
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.windows_file = self.text_file
+        self.references_file = folder / "references.safetensors"
+        self.steps_file = folder / "steps.jsonl"
+        self.teacher = folder / "teacher"
+        self.states = Snapshots(folder / "states")
+
+    def remove_weights(self) -> None:
+        super().remove_weights()
+        for folder in (self.states.folder, self.teacher):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write_text(self, text: TrainingText, drawing: str) -> None:
+        """Store the training text, or the pairs, and the ``drawing`` (settings and model) that decides them."""
+        tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
+        if isinstance(text, Pairs):
+            tensors["test"] = text.test
+        about = {"tasks": text.tasks, "facts": text.facts, "documents": sorted(text.documents)}
+        write_tensors(self.windows_file, tensors, {DRAWING: drawing, "about": json.dumps(about)})
+
+    def text(self, drawing: str | None = None) -> TrainingText | None:
+        """Read the training text, or the pairs; None where they are gone, damaged or of another ``drawing``."""
+        with suppress(*UNREADABLE):
+            file = SafetensorsFile(self.windows_file)
+            about: dict[str, Any] = json.loads(file.metadata["about"])
+            if drawing in (None, file.metadata[DRAWING]):
+                flags = ("marks", "held_out", "test")
+                tensors = {name: file.read(name) for name in file.entries}
+                fields: dict[str, Any] = {name: t.bool() if name in flags else t for name, t in tensors.items()}
+                about |= {"tasks": tuple(about["tasks"]), "documents": frozenset(about["documents"])}
+                return (Pairs if "test" in tensors else TrainingText)(**fields, **about)
+        return None
+
+
+class RecoverDirectory(TrainingDirectory):
+    """Paths and records of one recovery run."""
+
+    verb = "recover"
+
+
+class AlignDirectory(TrainingDirectory):
+    """Paths and records of one alignment run."""
+
+    verb = "align"
+
+
+DIRECTORIES: dict[str, type[TrainingDirectory]] = {"recover": RecoverDirectory, "align": AlignDirectory}
+"""Run directories of the verbs that train, by the verb."""
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
@@ -405,10 +538,11 @@ def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
         FistaPrunerError: it is not finished, or its checkpoint is damaged.
     """
     run, report = RunDirectory(folder), load_run(folder)
-    if report.status != "finished" or not run.model.is_dir():
-        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
-    if (fault := run.model_fault(report.fingerprint or "")) is not None:
-        raise FistaPrunerError(f"{fault}: make the checkpoint again with '{shell_line('resume', folder)}'")
+    fault, to_do = f"{folder} has no finished checkpoint", "go on"
+    if report.status == "finished" and run.model.is_dir():
+        fault, to_do = run.model_fault(report.fingerprint or "") or "", "make the checkpoint again"
+    if fault:
+        raise FistaPrunerError(f"{fault}: {to_do} with '{shell_line('resume', folder)}'")
     return run, report
 
 

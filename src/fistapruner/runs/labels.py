@@ -1,4 +1,4 @@
-"""Write recipes shortly: method, amount, and training."""
+"""Write recipes, as records hold them, shortly: method, amount, and training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..runtime.formatting import short_count
+from ..runtime.show import short_count
 from ..settings.loading import read_share
 from ..settings.structure_settings import compensation_of
 
@@ -36,17 +36,6 @@ OTHERS_BY_NAME = ", others by name"
 """Follows the sparsity of a recipe whose allocation gives operators that it names another one."""
 
 
-def method_label(method: Any) -> str:
-    """Write a method chain as on the command line, such as ``wanda+refit``.
-
-    Args:
-        method: as recipes store it: a name, or a list of names and one-entry mappings.
-    """
-    if isinstance(method, str):
-        return method
-    return "+".join(next(iter(step)) if isinstance(step, dict) and step else str(step) for step in method or ())
-
-
 def sets_zeros(recipe: Mapping[str, Any]) -> bool:
     """Check whether a recipe sets weights to zero, in all operators or in some that its allocation names."""
     return recipe.get("sparsity") != "0%" or bool(_named_patterns(recipe))
@@ -65,47 +54,44 @@ def sparsity_label(recipe: Mapping[str, Any]) -> str:
     Where only some operators have zeros, whose names its allocation has: ``2:4 by name``; where these have others than
     the rest: ``2:4, others by name``.
     """
-    sparsity, allocation = str(recipe.get("sparsity", "")), str(recipe.get("allocation", ""))
-    n_of_m = re.fullmatch(r"(\d+):(\d+)", sparsity)
-    if n_of_m is not None and allocation == "error":
+    sparsity, allocation = str(recipe.get("sparsity", "")), recipe.get("allocation")
+    if allocation == "error" and (n_of_m := re.fullmatch(r"(\d+):(\d+)", sparsity)):
         n, m = map(int, n_of_m.groups())
         return f"mixed n:{m} ({100 * (m - n) / m:g}%)"
-    if sparsity == "0%" and (named := _named_patterns(recipe)):
-        return f"{', '.join(named)} by name"
-    by_name = recipe.get("allocation")
-    if sparsity != "0%" and isinstance(by_name, Mapping) and any(str(other) != sparsity for other in by_name.values()):
-        return sparsity + OTHERS_BY_NAME
-    return sparsity
+    if sparsity == "0%":
+        named = _named_patterns(recipe)
+        return f"{', '.join(named)} by name" if named else sparsity
+    others = isinstance(allocation, Mapping) and any(str(other) != sparsity for other in allocation.values())
+    return sparsity + OTHERS_BY_NAME if others else sparsity
 
 
-def amount_label(recipe: dict[str, Any]) -> str:
-    """Say what a recipe removes: ``2:4``, ``structure 25%``, or both: ``structure 25% and 2:4``.
-
-    What it adds is said too: ``2:4 + rank 16``.
-    """
+def amount_label(recipe: Mapping[str, Any]) -> str:
+    """Say what a recipe removes or adds: ``2:4``, ``structure 25% and 2:4``, ``2:4 + rank 16``."""
     removed, sparsity = (recipe.get("structure") or {}).get("remove"), sparsity_label(recipe)
     if not removed:
         return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
     return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
 
 
-def methods_label(recipe: dict[str, Any]) -> str:
-    """Write how a recipe prunes: the choice of structure and the method chain, where they have work."""
-    chain, structure = method_label(recipe.get("method", "")), recipe.get("structure") or {}
-    if not structure.get("remove"):
+def methods_label(recipe: Mapping[str, Any]) -> str:
+    """Write how a recipe prunes, the choice of structure first: ``obs+refit, wanda+refit``."""
+    steps, structure = recipe.get("method") or "", recipe.get("structure") or {}
+    steps = [steps] if isinstance(steps, str) else steps  # of a mapping, its one key is the name
+    chain = "+".join(step if isinstance(step, str) else next(iter(step)) for step in steps)
+    remove = structure.get("remove")
+    if not remove:
         return chain
-    units = [part.partition("=")[0] for part in str(structure["remove"]).split(",")]
-    how = structure.get("compensate", "auto")
-    how = compensation_of(structure["method"], how) if "method" in structure else how
-    channels = [f"{structure.get('method')}{'' if how == 'none' else f'+{how}'}"] if units != ["experts"] else []
-    own = ", ".join([*channels, *(["reap"] if "experts" in units else [])])
-    return f"{own}, {chain}" if sets_zeros(recipe) else own
+    units = [part.partition("=")[0] for part in str(remove).split(",")]
+    own = ["reap"] if "experts" in units else []
+    if units != ["experts"]:
+        method = structure.get("method", "obs")
+        how = compensation_of(method, structure.get("compensate", "auto"))
+        own.insert(0, method + ("" if how == "none" else f"+{how}"))
+    return ", ".join([*own, *([chain] if sets_zeros(recipe) else [])])
 
 
 def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
-    """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``.
-
-    An anchor is said, too: ``aligned: lora, dpo + anchor 0.1``.
+    """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``, ``aligned: lora, dpo``.
 
     Args:
         kind: of the run.
@@ -113,10 +99,7 @@ def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -
         tokens: with loss, passed in training; None where that is not known.
     """
     optimizer, loss, anchor = (settings.get(key) for key in ("optimizer", "loss", "anchor"))
-    parts = [
-        settings.get("parameters"),
-        None if optimizer == "adamw" else optimizer,
-        f"{loss} + anchor {anchor:g}" if anchor and loss != "none" else loss,
-        f"{short_count(tokens)} tokens with loss" if tokens else None,
-    ]
+    parts = [settings.get("parameters"), None if optimizer == "adamw" else optimizer]
+    parts += [f"{loss} + anchor {anchor:g}" if anchor and loss != "none" else loss]
+    parts += [f"{short_count(tokens)} tokens with loss" if tokens else None]
     return ": ".join(filter(None, (DONE[kind], ", ".join(str(part) for part in parts if part))))

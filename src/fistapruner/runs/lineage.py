@@ -6,18 +6,18 @@ It is kept in ``fistapruner.json`` of the model's folder, and in the report of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import FistaPrunerError, explain
+from ..errors import FistaPrunerError, explain, with_name
 from ..models.checkpoint import PRUNING_RECORD
 from ..models.record import read_pruning_record
 from ..runtime.files import write_json_atomic
+from .directory import RunDirectory
 from .records import Lineage, ModelFacts, Report, Stage, StageFigures
-from .results import Perplexity
 
 
 def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | None, str | None]:
@@ -30,46 +30,35 @@ def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | Non
     Returns:
         The lineage, None where there is none; and a sentence where it cannot be read.
     """
-    if (found := record.get("lineage")) is None:
-        return None, None
     try:
-        return Lineage.model_validate(found), None
+        return (Lineage.model_validate(found) if (found := record.get("lineage")) else None), None
     except ValidationError as error:
         return None, f"{origin / PRUNING_RECORD} has a lineage that cannot be read ({explain(error)})"
 
 
 def lineage_of(folder: Path) -> tuple[Lineage | None, str | None]:
     """Read the lineage of the model in a folder, as :func:`read_lineage` does."""
-    return read_lineage(read_pruning_record(folder), folder)
+    try:
+        return read_lineage(read_pruning_record(folder), folder)
+    except FistaPrunerError as error:
+        return None, str(error)
 
 
 def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]:
-    """Begin the lineage of a run's result with that of its input.
-
-    Args:
-        folder: of the input.
-        model: describes the input; the lineage begins with it where the folder has none of its own.
-
-    Returns:
-        The lineage, and a sentence where the folder's own cannot be read.
-    """
-    try:
-        found, fault = lineage_of(folder)
-    except FistaPrunerError as error:
-        found, fault = None, str(error)
+    """Return the lineage of a run's input, or a new one that begins with ``model``, and any fault."""
+    found, fault = lineage_of(folder)
     return found or Lineage(source=model), fault
 
 
 def dense_name(lineage: Lineage | None) -> str | None:
     """Name the dense model of a lineage; None where its first run began with a model pruned elsewhere.
 
-    None also where the name is a relative path here: it was one of the folder where that run began, which is not known.
+    None also for a relative path: it was one of the folder where that run began, which is not known.
     """
     if lineage is None or not lineage.stages or lineage.stages[0].kind != "prune":
         return None
     name = lineage.source.source
-    relative = Path(name).exists() and not Path(name).is_absolute()
-    return None if relative else name or None
+    return None if Path(name).exists() and not Path(name).is_absolute() else name or None
 
 
 def trained_on(lineage: Lineage | None) -> str | None:
@@ -97,8 +86,10 @@ def update_stage(report: Report) -> None:
 
 
 def stage_of(report: Report) -> Stage:
-    """Describe a run as a stage of its model's making."""
+    """Describe a run as a stage of its model's making, without figures of single windows."""
     measured = next((found for found in report.evaluations if found.perplexity is not None), None)
+    texts = (measured.perplexity, measured.reference) if measured else (None, None)
+    perplexity, reference = (None if text is None else replace(text, window_nlls=()) for text in texts)
     return Stage(
         kind=report.kind,
         command=report.command,
@@ -113,23 +104,15 @@ def stage_of(report: Report) -> Stage:
             relative_error=report.mean_error,
             seconds=report.totals.seconds,
             tokens=report.recovery.tokens if report.recovery else None,
-            perplexity=_short(measured.perplexity if measured else None),
-            reference=_short(measured.reference if measured else None),
+            perplexity=perplexity,
+            reference=reference,
             divergence=measured and measured.divergence,
         ),
     )
 
 
-def _short(found: Perplexity | None) -> Perplexity | None:
-    """Leave out the figures of single windows: a lineage is copied from model to model."""
-    return None if found is None else replace(found, window_nlls=())
-
-
 def record_with_stage(record: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """Return a model's record with one more stage in its lineage, whose operators and zeros stay the same.
-
-    A record without a lineage stays as it is.
-    """
+    """Return a model's record with one more stage in its lineage, which keeps operators and zeros."""
     lineage, _ = read_lineage(record, Path())
     if lineage is None:
         return record
@@ -144,3 +127,41 @@ def write_lineage(model: Path, lineage: Lineage | None) -> None:
     record = read_pruning_record(model)
     if lineage is not None and record:
         write_json_atomic(model / PRUNING_RECORD, {**record, "lineage": lineage.model_dump(mode="json")})
+
+
+# --- the runs behind a run
+
+
+def input_run(model: str) -> RunDirectory | None:
+    """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
+    path = with_name(Path(model))  # "." inside of the folder
+    for folder in (path, path.parent if path.name == "model" else None):
+        if folder is not None and (folder / "run.json").is_file():
+            return RunDirectory(folder)
+    return None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model that a run's result goes back to.
+
+    Args:
+        folder: where it was, which may be gone.
+        stamps: checksums of its config and weight files then; empty where no run has noted them.
+    """
+
+    folder: Path
+    stamps: tuple[tuple[str, str], ...] = ()
+
+
+def dense_of(run: RunDirectory) -> Dense | None:
+    """Find the dense model behind a run and the runs before it; None where it is not known."""
+    if (record := run.record()) is None:
+        return None
+    decision = record.decision
+    if decision.dense is not None:
+        return Dense(decision.dense, decision.dense_stamps)
+    if record.kind == "prune" and not (record.lineage and record.lineage.stages):
+        return Dense(decision.folder, decision.stamps)
+    origin = input_run(str(decision.folder))
+    return None if origin is None else dense_of(origin)

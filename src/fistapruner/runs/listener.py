@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layer_records import LayerEntry
+from .records import LayerEntry
 
 
 class Listener:

@@ -2,7 +2,8 @@
 
 The holder keeps the file ``RUN/lock`` locked (``flock``), and writes its host and process id into it for messages. The
 kernel drops the lock when the holder dies, whatever kills it, so a file that nobody keeps locked is stale and is taken
-over, whatever name stands in it. File systems without locks cannot refuse a second process.
+over. File systems without locks cannot refuse a second process. The package ``filelock`` does not serve here: some of
+its releases empty the file before they have the lock, and it cannot look at a lock without write permission.
 """
 
 from __future__ import annotations
@@ -41,84 +42,56 @@ def hold(folder: Path) -> Iterator[None]:
     descriptor = _take(path)
     try:
         with disk_errors(path):
-            # Padded, so that a shorter record replaces a longer one in a single write.
-            os.pwrite(descriptor, json.dumps({"host": platform.node(), "pid": os.getpid()}).ljust(512).encode(), 0)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode(), 0)
         yield
     finally:
         with suppress(OSError):
-            if _same_file(path, descriptor):
-                path.unlink()
-        with suppress(OSError):
-            os.close(descriptor)
+            path.unlink()
+        os.close(descriptor)
+
+
+def _take(path: Path) -> int:
+    """Lock the file and return its descriptor."""
+    for _ in range(TRIES):
+        descriptor = open_file(path)
+        with disk_errors(path), suppress(FileNotFoundError):  # its last holder removes it
+            if _lock(descriptor, fcntl.LOCK_EX) and os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)
+        time.sleep(PAUSE)
+    found = _read(path)
+    by = f"process {found['pid']} on the host {found['host']}" if found else "another process that is just starting"
+    raise FistaPrunerError(f"{path.parent} is in use by {by}: wait for it, or end it and try again")
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
     """Return the record (``host``, ``pid``) of the process that works on a run; None where none does."""
     try:
         with open(folder / NAME, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return {"host": "an unknown host", "pid": "unknown", **_read(folder / NAME)}
-    except OSError:  # there is none, or the file system has no locks
-        pass
-    return None
+            if _lock(file.fileno(), fcntl.LOCK_SH):
+                return None
+    except OSError:
+        return None
+    return _read(folder / NAME) or {"host": "an unknown host", "pid": "unknown"}
 
 
-def _take(path: Path) -> int:
-    """Lock a file that no other process keeps locked; its descriptor."""
-    for left in reversed(range(TRIES)):
-        descriptor = open_file(path)
-        try:
-            _lock(path, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same_file(path, descriptor):  # else its last holder removed it between our open and our lock
-                return descriptor
-        except BlockingIOError:
-            if not left:
-                os.close(descriptor)
-                raise _refusal(path) from None
-            time.sleep(PAUSE)
-        except FistaPrunerError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    raise _refusal(path)
-
-
-def _lock(path: Path, descriptor: int, operation: int) -> None:
-    """Lock an open file, and go on where the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        FistaPrunerError: any other fault.
-    """
+def _lock(descriptor: int, kind: int) -> bool:
+    """Lock an open file without waiting; False where another process has it locked."""
     try:
-        fcntl.flock(descriptor, operation)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise
+        return False
     except OSError as error:
         if error.errno not in UNSUPPORTED:
-            raise FistaPrunerError(f"cannot lock {path}: {error.strerror or error}") from error
-
-
-def _refusal(path: Path) -> FistaPrunerError:
-    found = _read(path)
-    if not found:  # it has locked the file and not yet written its record
-        return FistaPrunerError(f"{path.parent} is in use by another process that is just starting: wait for it")
-    where = f"process {found.get('pid')} on the host {found.get('host')}"
-    return FistaPrunerError(f"{path.parent} is in use by {where}: wait for it, or end it and try again")
+            raise
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read the record in a lock file; empty where a holder died before it wrote one."""
+    """Read the record in a lock file; empty where its holder has not written it yet."""
     try:
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return {name: record[name] for name in ("host", "pid")}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _same_file(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
-        return False

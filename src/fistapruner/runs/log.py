@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors, refuse_link
-from .layer_records import LayerEntry
 from .listener import Listener
+from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")
 

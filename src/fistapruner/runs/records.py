@@ -1,4 +1,4 @@
-"""The schema of ``report.json``; see ``docs/files.md``.
+"""The schema of ``report.json`` and of a decoder layer's ``layers/NNNN.json``; see ``docs/files.md``.
 
 Readers are tolerant: optional parts may be missing, unknown keys are kept. A change that an old reader would
 misunderstand raises :data:`VERSION`.
@@ -8,24 +8,165 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from ..errors import A_FOLDER, FistaPrunerError, path_text
+from ..errors import A_FOLDER, FistaPrunerError, explain, path_text
 from ..runtime.files import read_json
-from ..runtime.formatting import percent, shell_line
 from ..runtime.machine import Machine
-from .base import VERSION, Number, Record, parse
-from .labels import DONE, amount_label, methods_label, sets_zeros, training_label
-from .layer_records import LayerEntry, OperatorEntry
-from .results import Divergence, Evaluation, Perplexity
-from .training_records import Alignment, Recovery, TextSide
-from .workload_records import WorkloadFacts
+from ..runtime.show import finite, percent, shell_line
+from .labels import amount_label, methods_label, sets_zeros, training_label
+from .results import Divergence, Evaluation, Loss, Perplexity, StandardError
+from .steps import read_steps
+
+VERSION = 1
+
+CURVE_POINTS = 500
+"""Most points of a training curve in a report."""
+
+AFTER = ("evaluation", "samples")
+"""Phases of ``time_split`` that come after ``seconds``."""
 
 Kind = Literal["prune", "recover", "align", "merge"]
 """The verb that a run belongs to; ``merge`` is that of an adapter."""
+
+Number = StandardError
+"""A number that is null in JSON where it is NaN or infinite, and NaN when it is read again."""
+
+R = TypeVar("R", bound="Record")
+
+
+class Record(BaseModel):
+    """Base of all records; unknown keys are kept, so an older reader loses no newer figures."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _written(self, write: SerializerFunctionWrapHandler) -> Any:
+        """JSON has neither NaN nor infinity: null is written for them."""
+        return finite(write(self))
+
+
+def parse(schema: type[R], data: dict[str, Any], origin: str) -> R:
+    """Validate ``data``.
+
+    Raises:
+        FistaPrunerError: it is of a newer version, or does not have the schema.
+    """
+    try:
+        if (version := data.get("version", VERSION)) != VERSION:
+            raise ValueError(f"it has version {version!r}: this program reads {VERSION}, update it")
+        return schema.model_validate(data)
+    except ValueError as error:
+        raise FistaPrunerError(f"{origin}: {explain(error)}") from None
+
+
+def share_of(part: int | None, whole: int | None) -> float | None:
+    """Divide two counts; None where they are not known."""
+    return part / whole if whole and part is not None else None
+
+
+# --- a decoder layer
+
+
+class OperatorEntry(Record):
+    """One pruned operator.
+
+    Args:
+        name: inside the decoder layer (``self_attn.q_proj``); ``shape``: [outputs, inputs].
+        sparsity: pattern asked for; ``zeros``: their exact number.
+        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: the same of its
+            dense weights on the same inputs and target, None where these had not drifted.
+        steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
+            keys, such as ``rounds`` of a lambda search and the ``path`` of ADMM.
+        tokens: calibration tokens that were routed to its expert; None of operators that read all tokens.
+        low_rank: rank of the low-rank part beside it; ``relative_error`` is then that of the sum.
+        change: of a recovery run: norm of the weight's change over its norm; ``changed``: weights that changed.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: str
+    zeros: int
+    relative_error: float | None = None
+    dense_error: float | None = None
+    steps: list[dict[str, Any]] = []
+    tokens: int | None = None
+    low_rank: int | None = None
+    change: float | None = None
+    changed: int | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The error that pruning adds to that of the dense weights; 0 where it removes some of that."""
+        return None if self.relative_error is None else max(0.0, self.relative_error - (self.dense_error or 0.0))
+
+
+class RemovalEntry(Record):
+    """Channels or experts that were removed from a decoder layer.
+
+    Args:
+        unit: what was removed (``MLP channels``); ``before``, ``after``: their number.
+        kept: of experts, the numbers in the dense model of those that stay.
+        producers, consumer: the operators that write and read the channels.
+        compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
+        dense_error: relative error of the consumer's outputs with all channels, from drift alone; ``dropped_error``:
+            without the removed ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
+        permuted: shares of importance that an n:m pattern keeps in the old and the new order of remaining channels.
+        tokens: calibration tokens that were routed to its expert; None of others.
+    """
+
+    unit: str
+    before: int
+    after: int
+    kept: list[int] | None = None
+    producers: list[str] = []
+    consumer: str = ""
+    method: str = ""
+    compensate: str = ""
+    shrink: float | None = None
+    dense_error: float | None = None
+    dropped_error: float | None = None
+    relative_error: float | None = None
+    validated_error: float | None = None
+    permuted: tuple[float, float] | None = None
+    tokens: int | None = None
+
+
+class LayerEntry(Record):
+    """One pruned decoder layer; also the content of ``RUN/layers/NNNN.json``.
+
+    Args:
+        index: from 0; ``name``: in the checkpoint (``model.layers.0``).
+        seconds: wall seconds by phase; ``finished``: ISO time; ``peak_memory``: bytes.
+        relative_error: of the layer's output hidden states against the dense layer's, as a share of the energy of what
+            the dense layer adds to its input, or whatever ``relative_error_of`` says.
+        operators: in execution order; ``removals``: the channels that were removed.
+    """
+
+    index: int
+    name: str = ""
+    seconds: dict[str, Number] = {}
+    relative_error: float | None = None
+    relative_error_of: str | None = None
+    operators: list[OperatorEntry] = []
+    removals: list[RemovalEntry] = []
+    finished: str | None = None
+    device: str | None = None
+    peak_memory: int | None = None
+    warnings: list[str] = []
+
+    @property
+    def judged(self) -> list[OperatorEntry]:
+        """Operators whose errors are known, without those that an allocation kept as they were."""
+        known = [operator for operator in self.operators if operator.relative_error is not None]
+        return [operator for operator in known if operator.sparsity != "0%" or self.removals]
+
+
+# --- what goes into a run
 
 
 class ModelFacts(Record):
@@ -33,9 +174,7 @@ class ModelFacts(Record):
 
     Args:
         source: hub id, folder or file as the user named it; ``revision``: of the hub.
-        architecture: class name in ``transformers``.
-        layers: number of decoder layers; ``hidden_size``: their width; ``parameters``: of the whole model,
-            each shared one once.
+        architecture: class name in ``transformers``; ``layers``: decoder layers; ``parameters``: each shared one once.
         dtype: of the checkpoint; ``bytes``: of its weight files; ``license``: if its card states one.
         own_code: what is loaded only with Python code of the model's own: ``model``, ``tokenizer``.
     """
@@ -44,30 +183,29 @@ class ModelFacts(Record):
     revision: str | None = None
     architecture: str = ""
     layers: int = 0
-    hidden_size: int | None = None
     parameters: int | None = None
     dtype: str = ""
     bytes: int | None = None
     license: str | None = None
-    own_code: list[str] = Field(default_factory=list)
+    own_code: list[str] = []
+
+
+class TextSide(Record):
+    """One side of a training text: documents, windows, tokens without padding, tokens that carry loss."""
+
+    documents: int | None = None
+    windows: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
 
 
 class CalibrationTask(Record):
-    """One text of a mixture, or a training text.
-
-    Args:
-        source: as in the recipe; ``how`` windows were drawn; ``samples``: windows; ``documents``: read.
-        duplicates: of a training text, documents left out since they are equal to others.
-        too_long: of a training text, examples left out since no window holds them.
-        trained: of a training text, the part that is trained on; ``held_out``: the part to validate on.
-    """
+    """One text of a mixture, or a training text with the sides to train on and to validate on."""
 
     source: str
     how: str = ""
     samples: int = 0
     documents: int | None = None
-    duplicates: int | None = None
-    too_long: int | None = None
     trained: TextSide | None = None
     held_out: TextSide | None = None
 
@@ -76,10 +214,8 @@ class CalibrationFacts(Record):
     """The calibration tokens that were really used.
 
     Args:
-        source: as in the recipe, or the names of the tasks; ``how``: how windows were drawn (``one window of each long
-            document``, ``windows over the concatenation``, ``generated by the model``).
-        samples: windows; ``seqlen``: tokens in one; ``tokens``: in all; ``sha256``: of the token ids; ``seed``.
-        documents: documents read.
+        source: as in the recipe, or the names of the tasks; ``how`` windows were drawn, in words.
+        samples: windows; ``seqlen``: tokens in one; ``tokens``: in all; ``sha256``: of the token ids.
         tasks: of a mixture, the text of each task; of a recovery run, every training text.
     """
 
@@ -93,21 +229,24 @@ class CalibrationFacts(Record):
     documents: int | None = None
     tasks: dict[str, CalibrationTask] = {}
 
-    @property
-    def description(self) -> str:
-        """Say which windows they are: ``c4: 128 windows of 1024 tokens, one window of each long document``."""
-        return f"{self.source}: {self.samples} windows of {self.seqlen} tokens" + (f", {self.how}" if self.how else "")
 
-    @property
-    def has_examples(self) -> bool:
-        """Whether only a part of some training text has a loss, as the answers of examples do."""
-        sides = [task.trained for task in self.tasks.values() if task.trained is not None]
-        return any(side.loss_tokens < side.tokens - side.windows for side in sides)
+class WorkloadTask(Record):
+    """A task's weight in a workload; predicted losses, nats a token, at uniform and at chosen sparsities."""
+
+    weight: Number
+    uniform: Number
+    predicted: Number
 
 
-def share_of(part: int | None, whole: int | None) -> float | None:
-    """Divide two counts; None where they are not known."""
-    return part / whole if whole and part is not None else None
+class WorkloadFacts(Record):
+    """An allocation for a workload: hash of its file, deployments in its history, tasks by name."""
+
+    fingerprint: str
+    deployments: int = 0
+    tasks: dict[str, WorkloadTask] = {}
+
+
+# --- what comes out of it
 
 
 class ZeroCounts(Record):
@@ -126,21 +265,17 @@ class Totals(ZeroCounts):
     """Sums over the run.
 
     Args:
-        operator_weights, operator_zeros: in the operators of this run: those that it was asked to prune, also where an
-            allocation kept them dense, or those that a recovery may train. ``model_weights``: of the whole model;
-            ``model_zeros``: in all its pruned operators, also those of earlier runs, and in no other tensor.
-        dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
-            the head for a token, before and after channels were removed; None where none were.
-        seconds: wall time across interruptions until the checkpoint is written, without evaluation; ``time_split``: by
-            phase, evaluation and sample prompts after it among them (:attr:`seconds_in_all`).
-        peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU, where one
-            process pruned all layers.
-        capture_tokens_per_second: calibration tokens a second through capture, all layers;
-            ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
-        checkpoint_bytes: of the weight files in ``RUN/model``; ``compressed_bytes``: of the packed ones, and of
-            the adapter beside them, if they were measured.
+        operator_weights, operator_zeros: in the operators that the run was asked to prune, also where an allocation
+            kept them dense, or that a recovery may train. ``model_weights``: of the whole model; ``model_zeros``: in
+            all its pruned operators, also those of earlier runs.
+        dense_flops_per_token, flops_per_token: of the matrices of decoder layers and head, before and after channels
+            were removed; None where none were.
+        seconds: wall time across interruptions until the checkpoint is written; ``time_split``: by phase, with those
+            of :data:`AFTER`.
+        peak_memory: bytes, resident set; ``peak_device_memory``: on the GPU, where one process pruned all layers.
+        checkpoint_bytes: of the weight files; ``compressed_bytes``: of the packed ones and the adapter, if measured.
         low_rank: rank of the low-rank parts; ``low_rank_weights``: additional weights of them, counted in no other
-            number; ``low_rank_bytes``: of ``RUN/adapter``, which holds them; None where there are none.
+            number; ``low_rank_bytes``: of ``RUN/adapter``.
     """
 
     model_weights: int | None = None
@@ -151,8 +286,6 @@ class Totals(ZeroCounts):
     time_split: dict[str, Number] = {}
     peak_memory: int | None = None
     peak_device_memory: int | None = None
-    capture_tokens_per_second: float | None = None
-    forward_tokens_per_second: float | None = None
     checkpoint_bytes: int | None = None
     compressed_bytes: int | None = None
     low_rank: int | None = None
@@ -165,10 +298,6 @@ class Totals(ZeroCounts):
         return None if self.seconds is None else self.seconds + sum(self.time_split.get(phase, 0.0) for phase in AFTER)
 
 
-AFTER = ("evaluation", "samples")
-"""Phases of ``time_split`` that come after ``seconds``."""
-
-
 class Generation(Record):
     """The same prompt continued greedily by the dense, the pruned and the recovered model."""
 
@@ -178,18 +307,125 @@ class Generation(Record):
     recovered: str | None = None
 
 
-class StageFigures(ZeroCounts):
-    """What a stage of a model's making measured.
+class Check(Record):
+    """A check on held-out windows after a step: loss per token, whether it is the best, loss by task."""
+
+    step: int
+    held_out: Loss
+    kept: bool = False
+    by_task: dict[str, Loss] = {}
+
+
+class Recovery(Record):
+    """What a run trained, on what, and what that changed.
 
     Args:
-        operator_weights, operator_zeros: in its operators, exact.
-        parameters: of its result; None where it has as many as its input.
-        relative_error: mean over changed operators of their outputs' error.
-        seconds: wall time.
-        tokens: passed in training.
-        perplexity: of the stage's result; ``reference``: of its input on the same tokens; ``divergence``: of the
-            result from its input. None where nothing was measured.
+        parameters, optimizer, loss: as resolved; ``lr``: the lowest and the highest first learning rate.
+        trained: numbers that were trained; ``operators``: operators among them; ``tokens``: with loss that were passed.
+        kept_step: the step whose weights were written; 0 is the input's own.
+        checks: in order, that of step 0 first; ``curve``: (step, training loss).
+        seconds: of steps and checks, all processes; ``last_step``: ISO time.
+        changed: share of the operators' surviving weights that changed; ``change``: largest norm of an operator's
+            change over its norm.
+        before: the input on the texts that the result was evaluated on, against the same dense model.
     """
+
+    parameters: str = ""
+    optimizer: str = ""
+    loss: str = ""
+    lr: dict[str, Number] = {}
+    trained: int = 0
+    operators: int = 0
+    steps: int = 0
+    asked_steps: int = 0
+    kept_step: int = 0
+    tokens: int = 0
+    windows: int = 0
+    held_out_windows: int = 0
+    documents: int | None = None
+    held_out_documents: int | None = None
+    checks: list[Check] = []
+    curve: list[tuple[int, Number]] = []
+    changed: float | None = None
+    change: float | None = None
+    seconds: float = 0.0
+    last_step: str | None = None
+    before: list[Evaluation] = []
+
+    @property
+    def start(self) -> Check | None:
+        """The check before the first step."""
+        return next((check for check in self.checks if check.step == 0), None)
+
+    @property
+    def best(self) -> Check | None:
+        """The check of the step that is kept."""
+        return next((check for check in self.checks if check.step == self.kept_step), None)
+
+    def read_journal(self, path: Path) -> None:
+        """Take steps, losses and times from a journal of steps (:mod:`fistapruner.runs.steps`)."""
+        if not (lines := read_steps(path)):
+            return
+        losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+        self.steps = lines[-1]["step"]
+        self.tokens = sum(line.get("tokens", 0) for line in lines)
+        self.seconds = sum(line.get("seconds", 0.0) for line in lines)
+        self.last_step = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
+        self.curve = losses[:: -(-len(losses) // CURVE_POINTS) or 1]
+        checks = [line for line in lines if line.get("held_out") is not None]
+        self.checks = [Check.model_validate({key: line.get(key) for key in Check.model_fields}) for line in checks]
+        self.kept_step = next((check.step for check in reversed(self.checks) if check.kept), 0)
+
+
+class PreferenceFigures(Record):
+    """What a model prefers on the test pairs of an alignment run.
+
+    Args:
+        accuracy: share of pairs whose chosen answer is more likely; ties count one half.
+        normalised: the same with log-probabilities divided by tokens.
+        p_value: exact McNemar test against the run's result; ``lost``, ``won``: pairs that only one of them gets right.
+    """
+
+    accuracy: Number
+    accuracy_error: StandardError
+    normalised: Number
+    normalised_error: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    p_value: float | None = None
+
+
+class Alignment(Record):
+    """What an alignment run trained on, and what its result prefers.
+
+    Rewards are relative to the references of the loss, combined as the loss does, or to the model that went in.
+
+    Args:
+        pairs, held_out_pairs, test_pairs: of the three sides; ``left_out``: pairs that did not fit.
+        references: their weights by name, the mean over the pairs of the steps where they differ.
+        test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
+        reward_accuracy: share of test pairs whose margin is above the references'; ties count one half.
+        margin: ``beta (h - m)``; ``chosen_reward``, ``rejected_reward``: ``beta (p - r)`` of either answer; means.
+    """
+
+    pairs: int = 0
+    held_out_pairs: int = 0
+    test_pairs: int = 0
+    left_out: int = 0
+    references: dict[str, Number] = {}
+    test: dict[str, PreferenceFigures] = {}
+    reward_accuracy: float | None = None
+    reward_accuracy_error: float | None = None
+    margin: float | None = None
+    margin_error: float | None = None
+    chosen_reward: float | None = None
+    chosen_reward_error: float | None = None
+    rejected_reward: float | None = None
+    rejected_reward_error: float | None = None
+
+
+class StageFigures(ZeroCounts):
+    """What a stage measured of its result; ``reference``: of its input."""
 
     parameters: int | None = None
     relative_error: float | None = None
@@ -201,13 +437,7 @@ class StageFigures(ZeroCounts):
 
 
 class Stage(Record):
-    """One run in the making of a model.
-
-    Args:
-        kind: verb of the run; ``command``: shell line that reproduces it.
-        finished: ISO time; ``fingerprint``: of the settings that decide its result.
-        settings: its recipe; ``versions``: of the libraries; ``figures``: what was measured.
-    """
+    """One run in the making of a model."""
 
     kind: Kind = "prune"
     command: str | None = None
@@ -231,21 +461,15 @@ class Report(Record):
     Its ``repr``, which a notebook prints, has the main figures only.
 
     Args:
-        version: of this schema.
-        status: ``running``, ``finished`` or ``failed``; ``error``: why it failed.
-        command: shell line that reproduces the run.
-        started, finished: ISO times.
-        recipe: every setting; ``fingerprint``: of the settings that decide the weights.
-        layers: in order of index; for an unfinished run those that are done.
-        evaluations: what ``fistapruner.evaluate`` measured, one for each data set.
-        speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``,
-            ``sentence``, ``machine``, ``measured`` (ISO time).
+        error: why it failed; ``command``: shell line that reproduces it; ``started``, ``finished``: ISO times.
+        recipe: every setting; ``fingerprint``: of what decides the weights.
+        layers: in order; for an unfinished run those that are done.
+        evaluations: one for each data set; ``speed``: what ``fistapruner bench RUN`` measured.
         permuted: operators whose input channels were reordered or rotated for an n:m pattern, with the shares of their
             weights' importance that the pattern keeps before and after.
-        workload: how sparsities were allocated for a workload; None where they were not.
         lineage: how the model was made, this run included once it is finished.
-        recovery: what a recovery or alignment run trained; ``alignment``: on which pairs, and what it prefers now.
-        stacked_experts: whether pruned experts are stored as one tensor of all.
+        recovery: what a recovery or alignment run trained; ``alignment``: on which pairs.
+        stacked_experts: pruned experts are stored as one tensor of all, which ``pack`` does not take.
     """
 
     version: int = VERSION
@@ -276,19 +500,17 @@ class Report(Record):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what ``repr`` shows: the whole would be tens of thousands of characters."""
+        totals = self.totals
         measured = {found.data: found.perplexity for each in self.evaluations if (found := each.perplexity)}
         dense = {found.data: found.perplexity for each in self.evaluations if (found := each.reference)}
-        figures = {
+        figures: dict[str, Any] = {
             "kind": self.kind,
             "status": self.status,
             "error": self.error,
             "model": self.model.source,
-            "operator_weights": self.totals.operator_weights,
-            "operator_zeros": self.totals.operator_zeros,
-            "seconds": self.totals.seconds,
-            "perplexity": measured or None,
-            "dense_perplexity": dense or None,
         }
+        figures |= {"operator_weights": totals.operator_weights, "operator_zeros": totals.operator_zeros}
+        figures |= {"seconds": totals.seconds, "perplexity": measured or None, "dense_perplexity": dense or None}
         return [(name, value) for name, value in figures.items() if value is not None]
 
     @property
@@ -307,27 +529,15 @@ class Report(Record):
         return sum(operator.zeros for operator in self.operators)
 
     @property
-    def counted(self) -> str:
-        """What to call the operators whose zeros are counted: an allocation may have kept some dense."""
-        return "operators" if any(operator.sparsity == "0%" for operator in self.operators) else "pruned operators"
-
-    @property
     def sparsity(self) -> str:
         """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it.
 
-        Of a recovery run it is the pattern that its operators claim. Where they claim several, or are some of those
-        that have zeros, it is what the model was pruned to, or else the share of zeros.
+        Of a run that trains it is that of the last pruning run, or else what its operators claim, or their zeros.
         """
-        if self.kind == "prune" or self.structured:
+        claims = {operator.sparsity for operator in self.operators}
+        if self.pruning or not claims:
             return amount_label(self.pruning)
-        operators = self.operators
-        claims = {operator.sparsity for operator in operators}
-        part = bool(self.pruning) and any(self.recipe.get(choice) for choice in ("targets", "ignore"))
-        if len(claims) == 1 and not part:
-            return claims.pop()
-        if not operators or self.pruning:
-            return amount_label(self.pruning)
-        return percent(self.operator_zeros / self.operator_weights)
+        return claims.pop() if len(claims) == 1 else percent(self.operator_zeros / self.operator_weights)
 
     @property
     def pruning(self) -> dict[str, Any]:
@@ -348,16 +558,8 @@ class Report(Record):
         return self.structured and not sets_zeros(self.pruning)
 
     @property
-    def packable(self) -> bool:
-        """Whether ``pack`` takes the model: pruned experts are single matrices."""
-        return not self.stacked_experts
-
-    @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Numbers before and after of what was removed, by what it is called; empty where nothing was.
-
-        Where layers have widths of their own, those of the last one.
-        """
+        """Numbers before and after of what was removed, by its name; of the last layer where they differ."""
         return {removal.unit: (removal.before, removal.after) for layer in self.layers for removal in layer.removals}
 
     @property
@@ -389,24 +591,12 @@ class Report(Record):
 
     @property
     def method(self) -> str:
-        """Method chain as the command line writes it; of a recovery run what was trained.
-
-        With structure it has that of its removal, too.
-        """
+        """Method chain as the command line writes it, with a removal's; of a recovery run what was trained."""
         if self.recovery is None:
             return methods_label(self.settings)
-        found, text, tokens = self.recovery, self.calibration, None
-        if self.status == "finished":
-            tokens = found.tokens
-        elif text is not None and not text.has_examples:  # the first token of a window has no loss
-            tokens = found.asked_steps * self.recipe.get("windows_per_step", 0) * (text.seqlen - 1)
+        found = self.recovery
         settings = {**self.recipe, "parameters": found.parameters, "loss": found.loss}
-        return training_label(self.kind, settings, tokens)
-
-    @property
-    def trained(self) -> str:
-        """What training did to the model: ``recovered`` or ``aligned``."""
-        return DONE[self.kind]
+        return training_label(self.kind, settings, found.tokens if self.status == "finished" else None)
 
     @property
     def training(self) -> str:
@@ -425,18 +615,14 @@ def is_run(folder: str | Path) -> bool:
 def load_run(folder: Path) -> Report:
     """Read the report of a run directory, finished or not.
 
-    A finished run is read from ``report.json``. Otherwise ``run.json`` is read and the layers that are done are added
-    from ``layers/NNNN.json``; a layer file that cannot be read is left out, with a warning, and one of another
-    fingerprint, which the run has yet to make again, without. The steps of a recovery run
-    that is not finished are read from ``steps.jsonl``.
+    Of an unfinished run the layers that are done come from ``layers/NNNN.json``, but those of another fingerprint, and
+    steps from ``steps.jsonl``.
 
     Raises:
         FistaPrunerError: ``folder`` holds neither file, or they are broken.
     """
-    for name in ("report.json", "run.json"):
-        if (folder / name).is_file():
-            break
-    else:
+    name = next((name for name in ("report.json", "run.json") if (folder / name).is_file()), None)
+    if name is None:
         reason = "is not a run: it has neither report.json nor run.json" if folder.exists() else "does not exist"
         raise FistaPrunerError(f"{folder} {reason}")
     try:
@@ -449,12 +635,10 @@ def load_run(folder: Path) -> Report:
     report = parse(Report, data, str(folder / name))
     if report.recovery is not None and report.status != "finished":
         report.recovery.read_journal(folder / "steps.jsonl")
-    if report.layers or not (folder / "layers").is_dir():
-        return report
-    for path in sorted((folder / "layers").glob("*.json")):
+    for path in sorted((folder / "layers").glob("*.json")) if not report.layers else ():
         try:
             content = read_json(path)
-            file = content.get("file")
+            file = content.pop("file", None)
             if not isinstance(file, dict) or file.get("fingerprint") == report.fingerprint:
                 report.layers.append(parse(LayerEntry, content, str(path)))
         except FistaPrunerError as error:

@@ -1,7 +1,6 @@
-"""What an evaluation returns: plain records of numbers, each beside what is needed to read it.
+"""What an evaluation returns: numbers, each beside the text, window length and precision it needs.
 
-A perplexity without its data set, window length and precision means nothing, so these are fields of the same record.
-All records are frozen standard dataclasses; ``Evaluation.to_dict`` gives JSON, and ``report.json`` stores exactly that.
+``Evaluation.to_dict`` gives JSON, and ``report.json`` stores exactly that.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 
-Written = PlainSerializer(lambda value: value if value is not None and math.isfinite(value) else None, when_used="json")
-"""JSON has neither NaN nor infinity: null is written for them."""
+from ..runtime.show import finite
 
-Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value), Written]
+Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 """Infinite where a model gives a token of the text no chance at all, which is null in JSON."""
 
-StandardError = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), Written]
+StandardError = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """NaN where a single observation leaves it undefined, which is null in JSON."""
 
 
@@ -27,21 +25,15 @@ class Perplexity:
     """Perplexity of one model on one text.
 
     Args:
-        data: name of the data set or file.
-        split: its split; for a local file ``file``.
-        seqlen: tokens in a window.
-        windows: number of non-overlapping windows.
-        tokens: number of predicted tokens behind the mean, ``windows * (seqlen - 1)``.
-        bos: where the tokenizer's BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (the first
-            of the ``seqlen`` tokens of every window).
+        data: name of the data set or file; ``split``: its split, for a local file ``file``.
+        windows: number of non-overlapping windows; ``seqlen``: tokens in one; ``tokens``: predicted tokens behind the
+            mean, ``windows * (seqlen - 1)``.
+        bos: where the BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (first of every one).
         dtype: precision of the forward pass.
-        perplexity: exp of the mean token NLL.
-        standard_error: of the perplexity, over windows (delta method).
-        nll: mean negative log-likelihood of a token, in nats.
-        nll_standard_error: of ``nll``, over windows.
-        text_sha256: hash of the windows' token ids, so that two figures can be known to be of the same windows.
-        window_nlls: mean token NLL of each window, in order, to six decimals: figures of the same windows are compared
-            pair by pair. Empty where it was not recorded.
+        perplexity: exp of the mean token NLL; ``standard_error``: of it, over windows (delta method).
+        nll: mean negative log-likelihood of a token, in nats; ``nll_standard_error``: of it, over windows.
+        text_sha256: hash of the windows' token ids; ``window_nlls``: mean token NLL of each, to six decimals. With
+            them figures of the same windows are compared pair by pair.
     """
 
     data: str
@@ -70,11 +62,9 @@ class Divergence:
 
     Args:
         kl: mean over tokens of KL(reference || model), in nats.
-        kl_standard_error: of ``kl``, over windows.
         top1_agreement: share of tokens where both models' most likely next token is the same.
-        top1_standard_error: of ``top1_agreement``, over windows.
         nll_difference: mean NLL of the model minus that of the reference: ln of the ratio of perplexities.
-        nll_difference_standard_error: paired, over windows; smaller than the two single errors suggest.
+        kl_standard_error, top1_standard_error, nll_difference_standard_error: over windows, the last one paired.
     """
 
     kl: Loss
@@ -90,22 +80,16 @@ class TaskResult:
     """Score of a zero-shot task, alone or beside a reference model on the same items.
 
     Args:
-        task: name of the task.
+        task: its name; ``items``: number of questions; ``shots``: examples in the prompt.
         metric: what ``value`` is: ``acc``, ``acc_norm``, ``exact_match``; after a comma how answers were filtered.
-        items: number of questions.
-        value: the model's score.
-        standard_error: of ``value``, over items.
-        reference: the reference model's score on the same items, or None.
-        reference_standard_error: of ``reference``.
-        lost: items that only the reference model gets right.
-        won: items that only this model gets right.
-        p_value: two-sided exact McNemar test of ``lost`` against ``won``: the chance to see so uneven a split when
-            both models were equally good. None, with ``lost`` and ``won``, where items are not just right or wrong.
-        shots: examples in the prompt.
-        source: where the items came from.
+        value: the model's score; ``standard_error``: of it, over items.
+        reference, reference_standard_error: those of the reference model on the same items, or None.
+        lost: items that only the reference model gets right; ``won``: that only this model gets right.
+        p_value: two-sided exact McNemar test of ``lost`` against ``won``; None, with these, where items are not just
+            right or wrong.
+        source: where the items came from; ``items_sha256``: hash of the items themselves.
         available: items that the task has, where ``items`` are only its first so many.
         dtype: precision of weights and passes; None where it was not recorded.
-        items_sha256: hash of the items themselves, so that two scores can be known to be of the same ones.
     """
 
     task: str
@@ -114,7 +98,7 @@ class TaskResult:
     value: float
     standard_error: StandardError
     reference: float | None = None
-    reference_standard_error: Annotated[float | None, Written] = None
+    reference_standard_error: float | None = None
     lost: int | None = None
     won: int | None = None
     p_value: float | None = None
@@ -123,10 +107,6 @@ class TaskResult:
     available: int | None = None
     dtype: str | None = None
     items_sha256: str = ""
-
-    def __post_init__(self) -> None:
-        if self.reference is not None and self.reference_standard_error is None:
-            object.__setattr__(self, "reference_standard_error", math.nan)  # read from JSON
 
     @property
     def measured_on(self) -> tuple[str, str, int, str, int, str, str | None]:
@@ -147,15 +127,11 @@ class Evaluation:
     """Everything one call of ``fistapruner.evaluate`` measured.
 
     Args:
-        model: what was evaluated, as the user named it.
-        against: the reference (dense) model, or None.
-        perplexity: of ``model``; None when only tasks were asked for.
-        reference: perplexity of ``against`` on the same tokens.
-        divergence: of ``model`` from ``against`` on the same tokens.
+        model: what was evaluated, as the user named it; ``against``: the reference (dense) model, or None.
+        perplexity: of ``model``; None when only tasks were asked for. ``reference``: that of ``against`` on the same
+            tokens; ``divergence``: of ``model`` from ``against`` on them.
         tasks: zero-shot results.
-        seconds: wall time of the call.
-        forward_seconds: wall time of the forward passes in it.
-        device: device that ran it.
+        seconds: wall time of the call; ``device``: that ran it.
         low_rank: additional weights of the low-rank part that belongs to ``model`` and was added to it; None without
             one.
         warnings: what to know of the figures.
@@ -168,12 +144,11 @@ class Evaluation:
     divergence: Divergence | None = None
     tasks: tuple[TaskResult, ...] = field(default=())
     seconds: float = 0.0
-    forward_seconds: float = 0.0
     device: str = "cpu"
     low_rank: int | None = None
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
-        values: dict[str, Any] = TypeAdapter(Evaluation).dump_python(self, mode="json")
+        values: dict[str, Any] = finite(TypeAdapter(Evaluation).dump_python(self, mode="json"))
         return values

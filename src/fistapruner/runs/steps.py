@@ -1,8 +1,7 @@
-"""The journal of training steps: ``RUN/steps.jsonl``, one line a step, appended.
+"""The journal of training steps, ``RUN/steps.jsonl``.
 
-A line is a JSON object with the key ``step`` (from 1; the line of step 0 has the validation before training), and a tab
-and the CRC-32 of the object's text behind it. Floats are written with the digits that read back as the same bits. A
-torn or damaged line ends the journal: it and all lines after it are made again.
+A line is a JSON object with the key ``step`` (from 1; the line of step 0 has the check before training), a tab and the
+CRC-32 of the object's text. A torn or damaged line ends the journal: its step and all later ones are taken again.
 """
 
 from __future__ import annotations
@@ -15,20 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import unreadable
 from ..runtime.files import disk_errors, open_file, write_all
-
-SYNC_EVERY = 16
-"""Lines after which the file is flushed to the disk."""
-
-
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a journal, up to the first that is torn or damaged.
-
-    Raises:
-        FistaPrunerError: the file cannot be read.
-    """
-    return _read(path)[0]
 
 
 class StepJournal:
@@ -41,10 +27,7 @@ class StepJournal:
 
     def __init__(self, path: Path, last: int) -> None:
         self.path = path
-        lines, ends = _read(path)
-        kept = sum(1 for line in lines if line["step"] <= last)
-        self._end = ends[kept - 1] if kept else 0
-        self._unsynced = 0
+        self._end = max((end for line, end in _lines(path) if line["step"] <= last), default=0)
         self._descriptor = open_file(path)
 
     def __enter__(self) -> Self:
@@ -54,21 +37,17 @@ class StepJournal:
         return self
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Append a line; it is on the disk after :data:`SYNC_EVERY` lines or :meth:`sync`."""
-        text = json.dumps(line, separators=(",", ":"))
-        data = f"{text}\t{zlib.crc32(text.encode()):08x}\n".encode()
+        """Append a line; it is on the disk after :meth:`sync`."""
+        text = json.dumps(line, separators=(",", ":")).encode()
+        data = text + b"\t%08x\n" % zlib.crc32(text)
         with disk_errors(self.path):
             write_all(self._descriptor, data, self._end)
         self._end += len(data)
-        self._unsynced += 1
-        if self._unsynced >= SYNC_EVERY:
-            self.sync()
 
     def sync(self) -> None:
         """Flush the lines to the disk."""
         with disk_errors(self.path):
             os.fsync(self._descriptor)
-        self._unsynced = 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -80,34 +59,19 @@ class StepJournal:
             os.close(self._descriptor)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Read the whole lines and the offset behind each; steps must follow each other."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        raise unreadable(path, error) from None
-    lines: list[dict[str, Any]] = []
-    ends: list[int] = []
-    start = 0
-    while (end := data.find(b"\n", start)) >= 0:
-        line = _line(data[start:end])
-        if line is None or line["step"] != (lines[-1]["step"] + 1 if lines else line["step"]):
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Read the whole lines of a journal of steps, up to the first that is torn or damaged."""
+    return [line for line, _ in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Read the whole lines of a journal, each with the offset behind it."""
+    found: list[tuple[dict[str, Any], int]] = []
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        text, _, check = line.rpartition(b"\t")
+        if not text or check != b"%08x\n" % zlib.crc32(text):
             break
-        lines.append(line)
-        ends.append(end + 1)
-        start = end + 1
-    return lines, ends
-
-
-def _line(data: bytes) -> dict[str, Any] | None:
-    """Parse one line; None where it is damaged."""
-    text, _, crc = data.rpartition(b"\t")
-    try:
-        if f"{zlib.crc32(text):08x}".encode() != crc:
-            return None
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+        end += len(line)
+        found.append((json.loads(text), end))
+    return found

@@ -1,47 +1,49 @@
-"""Total wall time of a run across interruptions, kept in the run directory."""
+"""Total wall time of a run across interruptions, kept in ``RUN/times.json``."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from pydantic import NonNegativeFloat, TypeAdapter
 
 from ..errors import FistaPrunerError
 from ..runtime.files import write_json_atomic
 
 TIMES = "times.json"
 
+SECONDS = TypeAdapter(list[NonNegativeFloat])
+
 
 class Times:
     """Sum the seconds of this process and of those before it.
 
-    ``RUN/times.json`` is a list with the seconds of each process. It is written after every decoder layer, so a process
-    that is killed loses the time of its unfinished layers. A damaged file counts as empty: no result depends on it.
+    The file is written after every decoder layer, so a process that is killed loses the time of its unfinished layers.
+    A damaged file counts as empty: no result depends on it.
 
     Args:
         folder: the run directory.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / TIMES
-        self._before = _read(self._file)
-        self._begin = time.perf_counter()
+        self._file, self._before, self._begin = folder / TIMES, 0.0, time.perf_counter()
+        with suppress(OSError, ValueError):
+            self._before = sum(SECONDS.validate_json(self._file.read_bytes()))
 
     def note(self) -> None:
-        """Record the seconds of this process so far."""
-        write_json_atomic(self._file, [*self._before, time.perf_counter() - self._begin])
+        """Record the seconds of the run so far."""
+        write_json_atomic(self._file, [self.total()])
 
     def forget(self) -> None:
         """Forget the seconds of processes before this one: the run is made again."""
-        self._before = []
+        self._before = 0.0
         self._file.unlink(missing_ok=True)
 
     def total(self) -> float:
         """Return the seconds of all processes of the run, of this one up to now."""
-        return sum(self._before) + time.perf_counter() - self._begin
+        return self._before + time.perf_counter() - self._begin
 
 
 @contextmanager
@@ -54,11 +56,3 @@ def spent(folder: Path) -> Iterator[Times]:
         with suppress(FistaPrunerError):  # a full disk; the error that ended the block is reported
             times.note()
         raise
-
-
-def _read(path: Path) -> list[float]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        return [float(value) for value in values if math.isfinite(value) and value >= 0]
-    except (OSError, ValueError, TypeError, RecursionError):
-        return []

@@ -1,41 +1,51 @@
-"""Choose the device to compute on, and the number of CPU threads."""
+"""Choose the device to compute on and the number of CPU threads, and measure their memory."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import os
 import re
-import subprocess
+import resource
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import FistaPrunerError
-from .memory import MOUNTED_GROUPS, OWN_GROUPS, control_groups
+
+OWN_GROUPS, MOUNTED_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Control groups of this process (a container's, Slurm's), and where Linux mounts them."""
+
+MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_(?:in)?active_file (\d+)$"),
+    2: ("memory.max", "memory.current", r"^(?:in)?active_file (\d+)$"),
+}
+"""Files of a group's limit and use, and its cache in ``memory.stat``, by version of control groups."""
+
+WORKSPACES = {"_linalg_eigh": 2, "cholesky_inverse": 1}
+"""Workspace of operations, in matrices of the operand's size, that PyTorch does not see."""
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that a recipe names; ``auto`` is the GPU with most free memory, or the CPU.
-
-    ``cuda`` is that GPU too. It is chosen once in a process.
-
-    Raises:
-        FistaPrunerError: this machine has no such device.
-    """
-    if name == "auto":
-        return _by_free_memory()[0] if torch.cuda.is_available() else torch.device("cpu")
-    found = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", name) if isinstance(name, str) else None
-    if found is None:
-        raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
-    if found[1] and int(found[1]) >= torch.cuda.device_count():  # torch takes numbers from 256 on for smaller ones
-        raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return _by_free_memory()[0] if name == "cuda" else torch.device(name)
+    """Return the device that a recipe names: ``cuda`` is the first GPU, ``auto`` that or the CPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    found = re.fullmatch(r"auto|cuda(?::(0|[1-9][0-9]*))?", name) if isinstance(name, str) else None
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found is None or int(found[1] or 0) >= there:  # torch takes numbers from 256 on for smaller ones
+        raise FistaPrunerError(
+            f"device {name!r}: auto, cpu, cuda or cuda:N is expected, and PyTorch sees {there} CUDA GPUs"
+        )
+    return torch.device("cuda", int(found[1] or 0))
 
 
 def device_title(device: torch.device) -> str:
@@ -43,10 +53,22 @@ def device_title(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def gpus_of_other_models(gpu: torch.device) -> dict[torch.device, str]:
-    """Find the GPUs of other models than ``gpu``, whose last bits differ, and their titles."""
-    titles = {other: device_title(other) for other in _gpus()}
-    return {other: title for other, title in titles.items() if title != device_title(gpu)}
+def worker_devices(name: str, workers: int | None, threads: int | None) -> list[torch.device]:
+    """Choose the device of every worker.
+
+    Args:
+        name: as in the recipe: ``auto`` and ``cuda`` are all GPUs of the first one's model; ``cuda:1`` is one.
+        workers: number of workers; None is one for each GPU, or one for every ``threads`` cores of the CPU.
+        threads: CPU threads of each worker; None is eight, or fewer for at least two workers.
+    """
+    first = choose_device(name)
+    if first.type == "cuda":
+        gpus = [first] if ":" in name else [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
+        devices = [gpu for gpu in gpus if device_title(gpu) == device_title(first)]  # the last bits of others differ
+        return [devices[number % len(devices)] for number in range(workers or len(devices))]
+    cores = available_cores()
+    groups = workers or (max(1, cores // threads) if threads else min(cores, max(2, cores // 8)))
+    return [first] * groups
 
 
 @contextmanager
@@ -72,25 +94,6 @@ def threads_within_quota() -> Iterator[None]:
         yield
 
 
-def worker_devices(name: str, workers: int | None, threads: int | None) -> list[torch.device]:
-    """Choose the device of every worker.
-
-    Args:
-        name: as in the recipe: ``auto`` and ``cuda`` are the GPU of :func:`choose_device` and all others of its model,
-            those with most free memory first; ``cuda:1`` is one.
-        workers: number of workers; None is one for each GPU, or one for every ``threads`` cores of the CPU.
-        threads: CPU threads of each worker; None is eight, or fewer for at least two workers.
-    """
-    if name != "cpu" and torch.cuda.is_available():
-        devices = [torch.device(name)] if ":" in name else _by_free_memory()
-        apart = gpus_of_other_models(choose_device(name))
-        devices = [device for device in devices if device not in apart]
-        return [devices[number % len(devices)] for number in range(workers or len(devices))]
-    cores = available_cores()
-    groups = workers or (max(1, cores // threads) if threads else min(cores, max(2, cores // 8)))
-    return [torch.device("cpu")] * groups
-
-
 def available_cores() -> int:
     """Count the CPU cores that this process may use, within the quota of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,10 +101,7 @@ def available_cores() -> int:
 
 
 def quotas(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
-    """Yield the cores, rounded up, of each control group of this process and each above it.
-
-    Arguments as for :func:`~.memory.control_groups`.
-    """
+    """Yield the cores, rounded up, of each control group of this process and each above it."""
     for folder, version in control_groups("cpu", own, mounted):
         names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         with suppress(OSError, ValueError, ZeroDivisionError):  # not visible inside a container, or "max": no quota
@@ -110,57 +110,149 @@ def quotas(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[i
                 yield math.ceil(quota / period)
 
 
-def _by_free_memory() -> list[torch.device]:
-    """Return all GPUs, those with most free memory first."""
-    gpus = _gpus()
-    free = free_memory_of_gpus(len(gpus))
-    return sorted(gpus, key=lambda gpu: (-free[gpu.index], gpu.index))
-
-
-def _gpus() -> list[torch.device]:
-    """Return all GPUs that this process sees."""
-    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-
-
-@lru_cache
-def free_memory_of_gpus(count: int) -> tuple[int, ...]:
-    """Measure the free bytes of all GPUs, once in a process.
-
-    A process that asks CUDA for a GPU's free memory makes a context there, which takes hundreds of megabytes until it
-    ends. So where there are several GPUs a short-lived process asks. A GPU that cannot be asked, such as one that
-    another process has for itself, has none.
+def control_groups(controller: str, own: Path, mounted: Path) -> Iterator[tuple[Path, int]]:
+    """Yield folder and version of each control group of this process, and of each above it.
 
     Args:
-        count: number of GPUs.
-
-    Raises:
-        FistaPrunerError: no GPU can be asked.
+        controller: what the groups of version 1 control: ``memory`` or ``cpu``.
+        own: file with the control groups of this process.
+        mounted: folder where control groups are mounted.
     """
-    if count == 1:
-        try:
-            return (torch.cuda.mem_get_info(0)[0],)
-        except RuntimeError as error:
-            raise FistaPrunerError(f"device cuda:0 cannot be used: {first_line(error)}") from None
-    # -P: nothing is imported from the current folder, which may be one that was downloaded
-    done = subprocess.run([sys.executable, "-P", "-c", _ASK], capture_output=True, text=True, check=False)
-    free = tuple(map(int, done.stdout.split())) if done.returncode == 0 else ()
-    if len(free) != count:
-        fault = done.stderr.strip().rpartition("\n")[2][:200] or f"exit status {done.returncode}"
-        raise FistaPrunerError(f"the free memory of {count} GPUs cannot be measured ({fault}): name one as cuda:N")
-    return free
+    for line in own.read_text().splitlines() if own.is_file() else ():  # only Linux has it
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            top = mounted / controller if controllers else mounted
+            group = top / path.lstrip("/")
+            for folder in (group, *group.parents):
+                yield folder, 1 if controllers else 2
+                if folder == top:
+                    break
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error; advice on debugging follows it in those of CUDA."""
-    return str(error).partition("\n")[0][:200]
+def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
+    """Measure the bytes that this process can still allocate, within control groups and ``ulimit``."""
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted), *left_by_limits()]))
 
 
-_ASK = """
-import torch
-for gpu in range(torch.cuda.device_count()):
-    try:
-        print(torch.cuda.mem_get_info(gpu)[0])
-    except RuntimeError:
-        print(0)
-"""
-"""Program that prints the free bytes of each GPU."""
+def left_in_groups(own: Path, mounted: Path) -> Iterator[int]:
+    """Yield the bytes that each control group of this process, and each above it, still allows.
+
+    File cache counts as free, whether it was read once or more often: the kernel reclaims both.
+    """
+    for folder, version in control_groups("memory", own, mounted):
+        limit, used, cache = MEMORY_FILES[version]
+        with suppress(OSError, ValueError):  # not visible inside a container, or "max": no limit
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            held = re.findall(cache, (folder / "memory.stat").read_text(), re.MULTILINE)
+            yield left + sum(map(int, held))
+
+
+def left_by_limits() -> Iterator[int]:
+    """Yield the bytes that the limits of this process (``ulimit``) still allow: address space, data."""
+    if sys.platform == "linux":  # macOS ignores them
+        held = psutil.Process().memory_info()
+        for limit, used in ((resource.RLIMIT_AS, held.vms), (resource.RLIMIT_DATA, held.data)):
+            if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+                yield most - used
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Measure the bytes that this process can still allocate on a GPU, with unused reserved ones."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def resident_memory() -> int:
+    """Measure the bytes of main memory that this process uses now (resident set)."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """Measure the peak bytes of main memory of this process since :func:`reset_peak_memory`."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory(device: torch.device) -> int | None:
+    """Measure the peak bytes that PyTorch has allocated on a GPU since the last reset; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peaks of main memory, where the system can, and of a GPU."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.init()  # before it, PyTorch does not know the device
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def release_memory() -> None:
+    """Return freed memory to the system; glibc itself keeps blocks below 32 MiB."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def release_device_memory() -> None:
+    """Return memory that this process has freed to its GPUs, for other processes and for larger blocks."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def release_failed_memory() -> None:
+    """Return what work has held that ran out of a GPU's memory.
+
+    Call it behind the ``except`` block of the error: only then are the tensors free that its frames held.
+    """
+    gc.collect()
+    release_device_memory()
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Measure the peak bytes of the tensors that ``work`` allocates."""
+    with _LiveBytes() as counter:
+        work()
+    return int(counter.peak)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Count the bytes of live storages that operations allocate, but for those on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        extra = sum(size * args[0].nbytes for key, size in WORKSPACES.items() if key in name)
+        known = {id(tensor.untyped_storage()) for tensor in _tensors((*args, *(kwargs or {}).values()))}
+        for tensor in _tensors((out,)):
+            storage = tensor.untyped_storage()
+            if not tensor.is_meta and id(storage) not in self._known and id(storage) not in known:
+                self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage), storage.nbytes()))
+                self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live + extra)
+        return out
+
+    def _gone(self, key: int, size: int) -> Callable[[Any], None]:
+        """Make the callback that subtracts a freed storage."""
+
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        return forget
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results of an operation, also those in lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

@@ -1,7 +1,8 @@
 """Write files atomically: under a temporary name, fsynced, renamed, the folder fsynced.
 
 Readers never see a part of a file under its final name, even if the writer is killed. The temporary name is fixed
-(``NAME.partial``), so a second attempt replaces the file of a killed one.
+(``NAME.partial``), so a second attempt replaces the file of a killed one. What the disk or the system refuses is a
+:class:`FistaPrunerError` with the path.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line, unreadable
-from .formatting import size
+from .show import size
 
 PARTIAL = ".partial"
 
@@ -35,62 +36,29 @@ NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, er
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of a disk (full, over quota, read-only, forbidden) into one line with the path.
-
-    Raises:
-        FistaPrunerError: names the path and the error.
-    """
+    """Turn errors of a disk (full, over quota, read-only, forbidden) into one line with the path."""
     try:
         yield
     except OSError as error:
+        said = f"cannot write {path}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FistaPrunerError(
-                f"the disk is full: cannot write {path}; free some space and run the same command again"
-            ) from error
-        if error.errno == errno.ELOOP:  # O_NOFOLLOW
-            raise FistaPrunerError(f"cannot write {path}: a link is in its place: move the link away") from error
-        if error.errno == errno.EISDIR:
+            said = f"the disk is full: cannot write {path}; free some space and run the same command again"
+        elif error.errno == errno.ELOOP:  # O_NOFOLLOW
+            said = f"cannot write {path}: a link is in its place: move the link away"
+        elif error.errno == errno.EISDIR:
             place = os.fsdecode(error.filename2 or error.filename or path)  # of a rename, where it leads
-            raise FistaPrunerError(f"cannot write {place}: a folder is in its place: move the folder away") from error
-        raise FistaPrunerError(f"cannot write {path}: {error.strerror or error}") from error
+            said = f"cannot write {place}: a folder is in its place: move the folder away"
+        raise FistaPrunerError(said) from error
 
 
-def open_file(path: Path) -> int:
-    """Open a file for reading and writing, made if it is missing; return its descriptor.
-
-    Raises:
-        FistaPrunerError: the disk refuses, or a link is in its place.
-    """
-    with disk_errors(path):
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-
-
-def refuse_lfs_pointer(path: Path) -> None:
-    """Refuse the few lines that stand for a file of git-lfs where git has cloned without it.
-
-    Raises:
-        FistaPrunerError: names the file, and how to get what it stands for.
-    """
-    with suppress(OSError), open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            what = "is not the file itself but a pointer of git-lfs to it"
-            raise FistaPrunerError(f"{path} {what}: install git-lfs, and call 'git lfs pull' in {path.parent}")
-
-
-def existing_folder(path: Path) -> Path:
-    """Return the nearest folder of ``path`` that exists."""
-    path = path.absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path
+def refuse_link(path: Path) -> None:
+    """Refuse a link where a file or folder is to be written or removed: it may lead to anybody's."""
+    if path.is_symlink():
+        raise FistaPrunerError(f"{path} is a link where a run keeps a file or folder of its own: move the link away")
 
 
 def require_utf8(path: Path) -> None:
-    """Refuse a file or folder whose whole path is not UTF-8.
-
-    Raises:
-        FistaPrunerError: names the path.
-    """
+    """Refuse a file or folder whose whole path is not UTF-8, which the tokenizer library cannot open."""
     whole = os.path.abspath(path)
     try:
         whole.encode()
@@ -99,36 +67,16 @@ def require_utf8(path: Path) -> None:
         raise FistaPrunerError(f"{whole} {what}") from None
 
 
-def files_named(folder: Path, names: str) -> list[Path]:
-    """List what a folder holds whose whole name matches a regular expression; none without a folder."""
-    return sorted(path for path in folder.glob("*") if re.fullmatch(names, path.name))
-
-
-def entries(folder: Path) -> list[Path]:
-    """List what a folder holds, but for files that macOS and NFS leave in any folder."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() or not BYSTANDERS.fullmatch(path.name))
-
-
-def refuse_link(path: Path) -> None:
-    """Refuse a link where a file or folder is to be written or removed: it may lead to anybody's.
-
-    Raises:
-        FistaPrunerError: names the link.
-    """
-    if path.is_symlink():
-        raise FistaPrunerError(f"{path} is a link where a run keeps a file or folder of its own: move the link away")
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse the few lines that stand for a file of git-lfs where git has cloned without it."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            what = "is not the file itself but a pointer of git-lfs to it"
+            raise FistaPrunerError(f"{path} {what}: install git-lfs, and call 'git lfs pull' in {path.parent}")
 
 
 def require_space(path: Path, nbytes: int) -> None:
-    """Refuse a file or folder that does not fit on its disk.
-
-    Args:
-        path: the file or folder; free space is that of the nearest existing folder.
-        nbytes: bytes needed.
-
-    Raises:
-        FistaPrunerError: names the path, the bytes needed, those free and those missing.
-    """
+    """Refuse a file or folder that needs more bytes than are free on its disk."""
     free = shutil.disk_usage(existing_folder(path)).free
     if free < nbytes:
         raise FistaPrunerError(
@@ -137,11 +85,26 @@ def require_space(path: Path, nbytes: int) -> None:
         )
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk, so that renames inside it survive a power loss, where it can be flushed.
+def open_file(path: Path) -> int:
+    """Open a file for reading and writing, made if it is missing and no link; return its descriptor."""
+    with disk_errors(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
-    By then the files are in place and flushed themselves.
-    """
+
+def existing_folder(path: Path) -> Path:
+    """Return the nearest folder of ``path`` that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def entries(folder: Path, names: str = ".*") -> list[Path]:
+    """List what a folder holds, by regular expression of the whole name, but for :data:`BYSTANDERS`."""
+    found = (path for path in folder.glob("*") if path.is_dir() or not BYSTANDERS.fullmatch(path.name))
+    return sorted(path for path in found if re.fullmatch(names, path.name))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder to the disk, where it can be flushed, so that renames inside it survive a power loss."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -157,29 +120,21 @@ def claim_folder(folder: Path) -> None:
     """Make a folder for an unfinished output, or take over the folder of a killed attempt.
 
     The file :data:`PARTIAL` inside marks it as written by fistapruner, until :func:`publish_folder` removes it.
-
-    Raises:
-        FistaPrunerError: the folder is a link, or holds files and has no mark, or the disk refuses.
     """
-    marker = folder / PARTIAL
     refuse_link(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not marker.exists():
-            if entries(folder):
-                raise FistaPrunerError(
-                    f"{folder} holds files that fistapruner did not write: move it away, or name another output"
-                )
-            os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        if not (folder / PARTIAL).exists() and entries(folder):
+            raise FistaPrunerError(
+                f"{folder} holds files that fistapruner did not write: move it away, or name another output"
+            )
+    os.close(open_file(folder / PARTIAL))
 
 
 def publish_folder(partial: Path, out: Path) -> None:
     """Rename a folder of :func:`claim_folder` to its final name.
 
     A process killed between the two steps leaves the empty file :data:`PARTIAL` in a complete folder.
-
-    Raises:
-        FistaPrunerError: the disk refuses.
     """
     with disk_errors(out):
         sync_folder(partial)
@@ -190,17 +145,7 @@ def publish_folder(partial: Path, out: Path) -> None:
 
 
 def remove_folder(folder: Path, *last: Path) -> None:
-    """Remove a folder; what tells whose it is goes last.
-
-    So a removal that was killed can be done again.
-
-    Args:
-        folder: the folder.
-        last: files in it or beside it that are removed after everything else, in this order; they may be absent.
-
-    Raises:
-        FistaPrunerError: the folder is a link, or the disk refuses.
-    """
+    """Remove a folder; what tells whose it is goes ``last``, so that a killed removal can be repeated."""
     refuse_link(folder)
     with disk_errors(folder):
         for path in folder.iterdir():
@@ -214,11 +159,7 @@ def remove_folder(folder: Path, *last: Path) -> None:
 
 
 def temporary_folder() -> TemporaryDirectory[str]:
-    """Make a folder in the system's place for temporary ones; as a context manager it removes it.
-
-    Raises:
-        NoTemporaryFolderError: no such folder can be made.
-    """
+    """Make a folder in the system's place for temporary ones; as a context manager it removes it."""
     try:
         return TemporaryDirectory(prefix="fistapruner-")
     except OSError as error:
@@ -227,16 +168,12 @@ def temporary_folder() -> TemporaryDirectory[str]:
 
 @contextmanager
 def scratch_folder(folder: Path | None) -> Iterator[None]:
-    """Make an empty folder for the block, and remove it after it; None makes none.
-
-    Raises:
-        FistaPrunerError: the disk refuses.
-    """
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        with disk_errors(folder):
-            folder.mkdir(parents=True)
+    """Make an empty folder for the block, and remove it after it; None makes none."""
     try:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            with disk_errors(folder):
+                folder.mkdir(parents=True)
         yield
     finally:
         if folder is not None:
@@ -248,11 +185,7 @@ def atomic_file(path: Path) -> Iterator[int]:
     """Open a file for writing that replaces ``path`` only when the block ends without an error.
 
     Yields:
-        An open file descriptor (``os.write``, ``os.pwrite``). When the block raises, the temporary file is removed and
-        the file under ``path`` is unchanged.
-
-    Raises:
-        FistaPrunerError: the disk is full or refuses the write.
+        An open file descriptor. When the block raises, the file under ``path`` is unchanged.
     """
     temporary = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
@@ -282,59 +215,39 @@ def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 text so that ``path`` holds either the old or the new text, never a part.
-
-    Raises:
-        FistaPrunerError: the disk is full or refuses the write.
-    """
+    """Write UTF-8 text so that ``path`` holds either the old or the new text, never a part."""
     with atomic_file(path) as descriptor:
         write_all(descriptor, text.encode(), 0)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically.
-
-    Raises:
-        FistaPrunerError: the disk is full or refuses the write.
-    """
+    """Write ``value`` as indented JSON, atomically."""
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FistaPrunerError: names the file: it cannot be read, is not JSON, or not an object.
-    """
+    """Read a JSON object."""
     try:
         value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("an object is expected")
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
-    if not isinstance(value, dict):
-        raise FistaPrunerError(f"{path} is not a JSON object")
     return value
 
 
 def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` and a checksum of it as indented JSON, atomically.
-
-    Raises:
-        FistaPrunerError: the disk is full or refuses the write.
-    """
+    """Write ``content`` and a checksum of it as indented JSON, atomically."""
     write_json_atomic(path, {**content, "sha256": json_sha256(content)})
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_sealed_json` has written.
-
-    Returns:
-        The content, without its checksum.
+    """Read what :func:`write_sealed_json` has written, without its checksum.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no JSON object, or its checksum is wrong.
+        OSError, ValueError: the file cannot be read, or is no JSON object with the right checksum.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -346,26 +259,23 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 
 def copy_atomic(source: Path, target: Path) -> None:
-    """Copy a file's bytes, atomically.
-
-    Raises:
-        FistaPrunerError: the source cannot be read, or the disk is full or refuses the write.
-    """
-    with atomic_file(target) as descriptor:
+    """Copy a file's bytes, atomically."""
+    with atomic_file(target) as descriptor, _reading(source) as file:
         offset = 0
-        for piece in _pieces(source):
+        while piece := file.read(2**24):
             write_all(descriptor, piece, offset)
             offset += len(piece)
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    """Read a file in pieces of 16 MiB."""
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a file whose bytes are read."""
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(2**24):
-                yield piece
+        file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise unreadable(path, error) from error
+    with file:
+        yield file
 
 
 def sampled_sha256(path: Path) -> str:
@@ -373,18 +283,12 @@ def sampled_sha256(path: Path) -> str:
 
     It reads 3 MiB of a file of many GB. Weights that were trained further or converted differ in every block; a
     change outside the blocks is not detected. Files up to 4 MiB are read whole.
-
-    Returns:
-        Hexadecimal digest.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
-        if size <= 4 * 2**20:
-            places = [(0, size)]
-        else:
-            places = [(0, 2**20), *((size * number // 256, 4096) for number in range(256)), (size - 2**20, 2**20)]
-        for place, length in places:
+        places = [(0, 2**20), *((size * number // 256, 4096) for number in range(256)), (size - 2**20, 2**20)]
+        for place, length in places if size > 4 * 2**20 else [(0, size)]:
             file.seek(place)
             digest.update(file.read(length))
     return digest.hexdigest()
@@ -396,12 +300,6 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hash a file's bytes with SHA-256, in hexadecimal; the file is read in small pieces.
-
-    Raises:
-        FistaPrunerError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for piece in _pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
+    """Hash a file's bytes with SHA-256, in hexadecimal."""
+    with _reading(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

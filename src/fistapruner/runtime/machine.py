@@ -1,9 +1,11 @@
-"""Describe this machine."""
+"""Describe this machine and the processes of a run; imports no torch by itself."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 from pydantic import BaseModel, ConfigDict
+
+from ..errors import FistaPrunerError
 
 if TYPE_CHECKING:
     import torch
@@ -44,34 +48,21 @@ class Machine(BaseModel):
 
 
 def describe_machine(device: torch.device, threads: int | None = None) -> Machine:
-    """Describe processor, memory and device, for the report.
+    """Describe processor, memory and device, for the report; ``threads`` None are those of this process."""
+    import torch
 
-    Args:
-        device: where is computed.
-        threads: of the CPU that are used; None is those of this process.
-    """
-    import torch  # imported here, so that reading a report does not import torch
-
-    name, flags = platform.processor(), set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() == "flags":
-                flags = set(value.split())
-                break
-    cuda = device.type == "cuda"
+    about = Path("/proc/cpuinfo").read_text("utf-8", "replace") if Path("/proc/cpuinfo").exists() else ""
+    name, flags = (re.search(rf"^{key}\s*: (.*)", about, re.MULTILINE) for key in ("model name", "flags"))
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return Machine(
-        cpu=name,
-        instructions=[flag for flag in INSTRUCTIONS if flag in flags],
+        cpu=name[1].strip() if name else platform.processor(),
+        instructions=[each for each in INSTRUCTIONS if flags and each in flags[1].split()],
         cores=os.cpu_count(),
         threads=threads or torch.get_num_threads(),
         memory=psutil.virtual_memory().total,
         device=device.type,
-        device_name=torch.cuda.get_device_name(device) if cuda else None,
-        device_memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        device_name=torch.cuda.get_device_name(device) if gpu else None,
+        device_memory=gpu.total_memory if gpu else None,
         system=f"{platform.system()} {platform.release()}",
         host=platform.node(),
     )
@@ -81,13 +72,40 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in ("fistapruner", "torch", "transformers", "safetensors", "tokenizers"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def now() -> str:
     """Return the time, in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def launched() -> int:
+    """Count the processes that ``torchrun`` or another launcher has started for this run; 1 without one."""
+    return _launch()[1]
+
+
+def leads() -> bool:
+    """Check that this is the first of the processes that a launcher has started, or the only one."""
+    return _launch()[0] == 0
+
+
+def _launch() -> tuple[int, int]:
+    """Return the number of this process and how many there are, as a launcher says in the environment."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if not rank or not size:
+        return 0, 1
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise FistaPrunerError(
+            f"environment variables RANK and WORLD_SIZE are {rank} and {size}: a launcher sets WORLD_SIZE to a number "
+            "of processes, and RANK to a number from 0 to WORLD_SIZE - 1; without one, unset both"
+        )
+    return int(rank), int(size)
+
+
+def module_path() -> str:
+    """Return the ``PYTHONPATH`` with which a new process imports this package."""
+    package = str(Path(__file__).parents[2])
+    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))

@@ -24,8 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def windows_at_once(seqlen: int, device: torch.device) -> int:
     """Return the default batch size in windows: about 2,048 tokens on a CPU, 16,384 on a GPU.
 
-    On a CPU activations of 2,048 tokens fit the caches: measured with twice as many, SmolLM2's layers take 10 %
-    longer, sums over their inputs 40 %. A GPU needs the larger batch to be busy.
+    On a CPU activations of 2,048 tokens fit the caches (sums over twice as many take 40 % longer); a GPU needs the
+    larger batch to be busy.
     """
     return max(1, (2048 if device.type == "cpu" else 16384) // seqlen)
 
@@ -82,9 +82,6 @@ def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
     On CUDA, the backward passes of the fused attention kernels add with atomics, so that two runs differ in their last
     bits. Inside the block attention is two plain products and a softmax, which needs memory for (heads, seqlen, seqlen)
     values of each window. Nothing changes on a CPU.
-
-    Args:
-        device: of the passes.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
@@ -92,13 +89,8 @@ def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
 def seeded(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Make a random generator from a seed and what it is for.
 
-    Generators for different purposes are independent of each other, of torch's global generator, and of the order in
-    which they are used.
-
-    Args:
-        seed: of the run.
-        purpose: names and numbers, such as ``"order", 3``.
-        device: where it draws. Other kinds of devices draw other numbers.
+    Generators for different purposes, such as ``"order", 3``, are independent of each other, of torch's global
+    generator, and of the order in which they are used. Other kinds of devices draw other numbers.
     """
     digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) % 2**63)
@@ -124,10 +116,7 @@ class Budgets:
     rows: int = 2 * 2**20
 
     def cache(self, logits: Tensor) -> list[tuple[int, int]]:
-        """Cut (tokens, vocabulary) rows for reduction.
-
-        Slices of a core's cache on a CPU, all at once on a GPU.
-        """
+        """Cut (tokens, vocabulary) rows into slices of a core's cache on a CPU; none on a GPU."""
         tokens, vocabulary = logits.shape
         return slices(tokens, 4 * vocabulary, self.rows) if logits.device.type == "cpu" else [(0, tokens)]
 
@@ -138,13 +127,8 @@ BUDGETS = Budgets()
 def pass_dtype(stored: torch.dtype, device: torch.device, bf16_units: bool | None = None) -> torch.dtype:
     """Choose the default precision of passes: the stored one, or fp32 on a device without units for it.
 
-    On a CPU these are units for bf16. A GPU has some for fp16; those before Ampere have none for bf16, and would
-    emulate it. (In fp16 hidden states of bf16 models may overflow.)
-
-    Args:
-        stored: dtype of the checkpoint's weights.
-        device: device of the passes.
-        bf16_units: whether the device has matrix units for bf16; None is :func:`has_bf16_units`.
+    On a CPU these are units for bf16 (``bf16_units`` None asks the device). A GPU has some for fp16; those before
+    Ampere have none for bf16, and would emulate it. (In fp16 hidden states of bf16 models may overflow.)
     """
     if stored != torch.bfloat16:
         return stored if device.type != "cpu" else torch.float32

@@ -26,7 +26,7 @@ from ..errors import FistaPrunerError
 from ..models.experts import Experts
 from ..models.layers import LayerwiseModel, assign
 from ..models.operators import Layout, expert_modules, layer_signature
-from ..passes.routed import RoutedTokens
+from ..passes.store import RoutedTokens
 from ..settings.structure_settings import Remove
 from .units import EXPERTS, Unit, Units
 

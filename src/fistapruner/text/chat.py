@@ -1,50 +1,157 @@
-"""Read messages, and write them by the tokenizer's chat template."""
+"""Read messages and examples with an answer, and write messages by the tokenizer's chat template.
+
+An example is a ``.jsonl`` line with a prompt, with messages, or of Alpaca. Only answers carry loss: completions with
+the end-of-text token behind them, or the turns of the assistant as the chat template writes them. Of Alpaca's lines
+all tokens do, in its published template, as in the program of SPP (``train_on_inputs``).
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, one_line
+from .sources import field_of, read_lines, token_ids
 
 Message = dict[str, Any]
 """A message as chat templates read it: ``role``, ``content``, and perhaps ``tool_calls`` and others."""
 
+KINDS = {
+    "messages": ("messages",),
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Kinds of lines, and the fields that they are known by."""
 
-def read_messages(value: Any, field: str, where: str) -> tuple[Message, ...]:
-    """Read a list of messages; those with ``tool_calls`` need no content, and empty extras are left out.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n",
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n",
+)
+"""Alpaca's templates, without and with an input."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of a file.
 
     Args:
-        value: the list.
-        field: that holds it; ``where``: file and line, for messages.
+        kind: ``prompt``, ``messages`` or ``alpaca``; ``content``: (prompt, completion), or the messages.
+        where: file and line, for errors; ``options``: what the chat template is given besides the messages.
+    """
+
+    kind: str
+    content: tuple[Any, ...]
+    where: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The content as one string: equal examples have equal strings."""
+        content = key_of(self.content) if self.kind == "messages" else self.content
+        return json.dumps([self.kind, content, *([self.options] if self.options else [])])
+
+    def encode(self, tokenizer: Any, bos: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
+        """Tokenise the example, so that no token reaches from a prompt into its answer.
+
+        A prompt begins with ``bos``, once; a chat template writes its own.
+
+        Returns:
+            Token ids, and which of them carry loss.
+        """
+        if self.kind == "messages":
+            pieces = write_turns(self.content, tokenizer, self.where, self.options)
+        else:
+            prompt, completion = self.content
+            pieces = [(prompt + completion, True)] if self.kind == "alpaca" else [(prompt, False), (completion, True)]
+        text = ""
+        ids: list[int] = []
+        marks: list[bool] = []
+        for piece, carries in pieces:
+            text += piece
+            whole = token_ids(text, tokenizer, self.where)
+            added = whole[len(ids) :] if whole[: len(ids)] == ids else token_ids(piece, tokenizer, self.where)
+            ids += added
+            marks += [carries] * len(added)
+        if self.kind != "messages":
+            if ids[:1] != [*bos]:
+                ids, marks = [*bos, *ids], [False] * len(bos) + marks
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
+        # The first token has nothing before it in its own example.
+        return ids, [False, *marks[1:]] if ids else []
+
+
+def read_training_file(path: str | Path) -> list[str | Example]:
+    """Read a ``.jsonl`` file: documents where its lines have ``text``, else examples.
 
     Raises:
-        FistaPrunerError: not such a list, or an empty answer of the assistant.
+        FistaPrunerError: a broken line, which is named.
     """
-    if not isinstance(value, list) or not value:
-        raise FistaPrunerError(f"{where}: {field!r} is not a list of messages with role and content")
+    found: list[str | Example] = []
+    first = None
+    for where, record in read_lines(path):
+        kind = next((kind for kind, fields in KINDS.items() if all(name in record for name in fields)), None)
+        if kind is None or first not in (None, kind):
+            known = ", ".join(" and ".join(fields) for fields in ([KINDS[first]] if first else KINDS.values()))
+            what = "the same fields as the line before it" if first else "one of the fields"
+            raise FistaPrunerError(f"{where} does not have {what}: {known}")
+        first = kind
+        found.append(field_of(record, "text", where) if kind == "text" else _example(kind, record, where))
+    return found
+
+
+def _example(kind: str, record: dict[str, Any], where: str) -> Example:
+    """Read the example of a line."""
+    content: tuple[Any, ...]
+    if kind == "messages" or isinstance(record.get("completion"), list):
+        if kind == "messages":
+            content = read_messages(record, "messages", where)
+        else:  # only the completion is learnt
+            content = tuple({**message, "weight": 0} for message in read_messages(record, "prompt", where))
+            content += read_messages(record, "completion", where)
+        learnt = [message for message in content if carries_loss(message)]
+        example = Example("messages", content, where, template_options(record, where))
+        answers = all(map(says_something, learnt)) and bool(learnt)
+    else:
+        prompt, answer = (field_of(record, name, where) for name in KINDS[kind])
+        if kind == "alpaca":
+            more = field_of({"input": "", **record}, "input", where)
+            prompt = ALPACA[bool(more)].format(instruction=prompt, input=more)
+        example, answers = Example(kind, (prompt, answer), where), kind == "alpaca" or bool(answer.strip())
+    if not answers:
+        raise FistaPrunerError(
+            f"{where}: an answer to learn is expected (a completion, or messages of the role 'assistant' that have "
+            "content or tool_calls), and it is missing or empty"
+        )
+    return example
+
+
+def read_messages(record: dict[str, Any], field: str, where: str) -> tuple[Message, ...]:
+    """Read a list of messages; those with ``tool_calls`` need no content, and empty extras are left out."""
     messages = []
-    for number, found in enumerate(value, 1):
-        message = found if isinstance(found, dict) else {}
-        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-        for key, text in (("role", role), ("content", "" if content is None and calls else content)):
-            if not isinstance(text, str):
-                raise FistaPrunerError(f"{where}: message {number} has no field {key!r} with a string in it")
-        if role == "assistant" and not (content or "").strip() and not calls:
-            raise FistaPrunerError(f"{where}: message {number} is an empty answer of the assistant")
+    for number, found in enumerate(field_of(record, field, where, list), 1):
+        message, place = found if isinstance(found, dict) else {}, f"{where}: message {number} of {field!r}"
+        calls_only = message.get("content") is None and message.get("tool_calls")
+        content = None if calls_only else field_of(message, "content", place)
         others = {key: given for key, given in message.items() if given not in (None, "", [], {})}
-        messages.append({**others, "role": role, "content": content})
+        messages.append({**others, "role": field_of(message, "role", place), "content": content})
     return tuple(messages)
 
 
 def key_of(messages: Sequence[Message]) -> list[Any]:
     """Return what is compared of messages: role, content, and the rest where there is any."""
-    extras = [{key: given for key, given in each.items() if key not in ("role", "content")} for each in messages]
-    return [
-        [message["role"], message["content"], *([extra] if extra else [])]
-        for message, extra in zip(messages, extras, strict=True)
-    ]
+    keys = []
+    for message in messages:
+        extra = {key: given for key, given in message.items() if key not in ("role", "content")}
+        keys.append([message["role"], message["content"], *([extra] if extra else [])])
+    return keys
 
 
 def carries_loss(message: Message) -> bool:
@@ -52,12 +159,13 @@ def carries_loss(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def template_options(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Read what a line gives the chat template besides messages: ``tools`` and ``chat_template_kwargs``.
+def says_something(message: Message) -> bool:
+    """Check whether a message has content or calls tools."""
+    return bool((message["content"] or "").strip() or message.get("tool_calls"))
 
-    Raises:
-        FistaPrunerError: they are no list (which may be written as JSON, as TRL reads it) and no mapping.
-    """
+
+def template_options(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read ``tools``, a list or JSON of one as TRL reads it, and ``chat_template_kwargs`` of a line."""
     tools = record.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -71,30 +179,16 @@ def template_options(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 def write_chat(
     messages: Sequence[Message], tokenizer: Any, where: str, options: Mapping[str, Any], *, prompt: bool = False
 ) -> str:
-    """Write messages by the tokenizer's chat template.
-
-    Args:
-        messages: none are no text, as templates refuse them.
-        tokenizer: a ``transformers`` tokenizer.
-        where: file and line, for messages.
-        options: what the template is given besides the messages.
-        prompt: begin an answer of the assistant behind them.
-
-    Raises:
-        FistaPrunerError: there is no template, or it refuses the messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise FistaPrunerError(
-            f"{where} has messages, and the tokenizer has no chat template: write prompt and completion instead"
-        )
-    if not messages:
+    """Write messages by the tokenizer's chat template; ``prompt`` begins an answer behind them."""
+    if not messages:  # which templates refuse
         return ""
     try:
-        written = tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=prompt, **options)
+        return str(tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=prompt, **options))
     except Exception as error:  # templates raise errors of their own
-        reason = one_line(error)
-        raise FistaPrunerError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
-    return str(written)
+        raise FistaPrunerError(
+            f"{where} has messages that the tokenizer's chat template cannot write ({one_line(error)}): give texts "
+            "instead, with prompt and completion"
+        ) from None
 
 
 def write_turns(
@@ -103,9 +197,6 @@ def write_turns(
     """Write messages by the chat template, as pieces of text that are the assistant's to learn or not.
 
     What follows the last of its turns that carries loss is left out.
-
-    Raises:
-        FistaPrunerError: as :func:`write_chat`, or the template writes earlier messages anew.
     """
     pieces: list[tuple[str, bool]] = []
     done = ""

@@ -21,10 +21,10 @@ from ..errors import FistaPrunerError
 from ..models.tokenizer import padding_id
 from ..papers.mamf import shuffled
 from ..settings.align_settings import PairData
-from .chat import Message, key_of, read_messages, template_options, write_chat
-from .sources import read_lines, string_of
-from .tokens import bos_of, token_ids, tokens_sha256
-from .training import TrainingText, document_hash
+from .chat import Message, key_of, read_messages, says_something, template_options, write_chat
+from .sources import bos_of, document_hash, field_of, read_lines, token_ids
+from .training import TrainingText, side_facts
+from .windows import text_facts
 
 TASK = "pairs"
 """Name of the one text of an alignment."""
@@ -37,13 +37,7 @@ SIDES = ("trained", "held_out", "test")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt.
-
-    Args:
-        prompt, chosen, rejected: texts, or messages.
-        where: file and line, for messages.
-        options: what the chat template is given besides the messages.
-    """
+    """Two answers to one prompt, as texts or messages; ``where`` and ``options`` as of :class:`.Example`."""
 
     prompt: str | tuple[Message, ...]
     chosen: str | tuple[Message, ...]
@@ -61,9 +55,6 @@ class Pair:
 
         Texts begin with BOS where the tokenizer begins texts with it, and get the end-of-text token behind the answers,
         neither of them twice; of messages the chat template writes both.
-
-        Raises:
-            FistaPrunerError: the tokenizer has no chat template, or refuses the text.
         """
         bos: list[int] = []
         texts: list[str] = []
@@ -82,80 +73,53 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs(TrainingText):
-    """Tokenised pairs: windows 2 i and 2 i + 1 are the chosen and the rejected answer of pair i.
-
-    Args:
-        test: (windows,) bool: windows of the test pairs.
-    """
-
-    test: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """Tokenised pairs: windows 2 i and 2 i + 1 are the chosen and the rejected answer of pair i."""
 
     @cached_property
     def counts(self) -> Tensor:
         """See :class:`TrainingText`: the loss of a pair stands at its chosen answer."""
         return torch.tensor([1, 0]).repeat(len(self.tokens) // 2)
 
-    def amount(self, held_out: Sequence[int]) -> str:
-        return f"{len(held_out) // 2} held-out pairs"
-
     @property
     def lengths(self) -> Tensor:
         """(windows,) tokens up to the last of the answer."""
-        places = torch.arange(1, self.tokens.shape[1] + 1)
-        return (self.marks * places).amax(1)
-
-    def windows(self, side: str) -> list[int]:
-        where = {"held_out": self.held_out, "test": self.test, "trained": ~(self.held_out | self.test)}[side]
-        return [int(number) for number in where.nonzero().flatten()]
+        return last_places(self.marks)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
     """Read a file of preference pairs; without a prompt it is what both answers begin with.
 
     Raises:
-        FistaPrunerError: no such file, a broken line, a missing or empty field, texts beside messages, equal answers;
-            file and line are named.
+        FistaPrunerError: no such file, or a broken line, which is named.
     """
     path = Path(path)
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         raise FistaPrunerError(f"pairs {str(path)!r} is not a .jsonl file that exists")
-    pairs = [_pair(record, where) for where, record in read_lines(path)]
-    if not pairs:
-        raise FistaPrunerError(f"pairs {str(path)!r} is empty")
-    return pairs
+    return [_pair(record, where) for where, record in read_lines(path)]
 
 
 def _pair(record: dict[str, Any], where: str) -> Pair:
     """Read the pair of a line."""
-    chosen: Any
-    rejected: Any
-    fields = [name for name in ("prompt", "chosen", "rejected") if name != "prompt" or name in record]
     chat = isinstance(record.get("chosen"), list)
-    given: list[Any]
-    if chat:
-        *given, chosen, rejected = (read_messages(record.get(name), name, where) for name in fields)
-    else:
-        *given, chosen, rejected = (string_of(record, name, where) for name in fields)
+    read: Any = read_messages if chat else field_of
+    chosen, rejected = (read(record, name, where) for name in ("chosen", "rejected"))
     compared = [key_of(answer) if chat else answer for answer in (chosen, rejected)]
-    if compared[0] == compared[1]:
-        raise FistaPrunerError(f"{where}: chosen and rejected are equal, so that there is nothing to prefer")
-    if given:
-        prompt = given[0]
+    if "prompt" in record:
+        prompt, found = read(record, "prompt", where), True
     else:  # as TRL does
         both = enumerate(zip(*compared, strict=False))
         same = next((place for place, (a, b) in both if a != b), min(map(len, compared)))
         same -= not chat and chosen[same - 1 : same] == " "
-        if same < 1:
-            raise FistaPrunerError(f"{where}: chosen and rejected share no beginning, which is the prompt")
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer or (not chat and not str(answer).strip()):
-            raise FistaPrunerError(f"{where}: the answer {name} is empty")
-        if chat and answer[0]["role"] != "assistant":
-            raise FistaPrunerError(
-                f"{where}: {name} begins with a message of the role {answer[0]['role']!r}, and an "
-                "answer of the assistant is expected"
-            )
+        prompt, chosen, rejected, found = chosen[:same], chosen[same:], rejected[same:], same > 0
+    if chat:
+        found &= all(a and a[0]["role"] == "assistant" and says_something(a[0]) for a in (chosen, rejected))
+    elif not (chosen.strip() and rejected.strip()):
+        found = False
+    if not found or compared[0] == compared[1]:
+        raise FistaPrunerError(
+            f"{where}: chosen and rejected have to be two different answers of the assistant, neither of them empty, "
+            f"to the field prompt or to what both begin with: chosen {chosen!r:.60}, rejected {rejected!r:.60}"
+        )
     return Pair(prompt, chosen, rejected, where, template_options(record, where) if chat else {})
 
 
@@ -167,15 +131,7 @@ def tokenise_pairs(
     Pairs whose prompt fills ``max_length`` are left out, and so are those whose answers add nothing to it or are equal
     up to there; longer answers are cut at their end.
 
-    Args:
-        pairs: as read.
-        data: shares of the sides, and the file's name.
-        tokenizer: a ``transformers`` tokenizer.
-        max_length: tokens of a window, at most.
-        say: receives how many pairs are left out or cut.
-
-    Raises:
-        FistaPrunerError: the tokenizer refuses a text, or too few prompts are left for three sides.
+    ``say`` receives how many pairs are left out or cut.
     """
     kept: list[tuple[Pair, int, list[int], list[int]]] = []
     too_long = alike = cut = broken = 0
@@ -217,31 +173,27 @@ def tokenise_pairs(
     }
     for number, name in enumerate(SIDES):
         where = side == number
-        facts[name] = {
-            "documents": int(where.sum()) // 2,
-            "windows": int(where.sum()),
-            "tokens": int((marks[where] * torch.arange(1, longest + 1)).amax(1).sum()),
-            "loss_tokens": int(marks[where].sum()),
-        }
-    shown = {"how": facts["how"], "documents": len(pairs), "seed": data.seed, "sha256": tokens_sha256(tokens)}
+        facts[name] = side_facts(int(where.sum()) // 2, marks[where], int(last_places(marks[where]).sum()))
     return Pairs(
         tokens=tokens,
         marks=marks,
         held_out=side == SIDES.index("held_out"),
         task=torch.zeros(len(tokens), dtype=torch.int64),
         tasks=(TASK,),
-        facts={**shown, "tasks": {TASK: facts}},
+        facts={**text_facts(False, {TASK: facts}, data.seed, tokens), "tasks": {TASK: facts}},
         test=side == SIDES.index("test"),
     )
+
+
+def last_places(marks: Tensor) -> Tensor:
+    """Return the (windows,) tokens up to the last one that is marked."""
+    return (marks * torch.arange(1, marks.shape[1] + 1)).amax(1)
 
 
 def _sides(prompts: Sequence[str], data: PairData, left_out: int) -> list[int]:
     """Return the side of every pair, an index into :data:`SIDES`; each has at least one prompt.
 
     Where the share to hold out has more than :data:`MAX_HELD_OUT_PROMPTS` prompts, the others are trained on.
-
-    Raises:
-        FistaPrunerError: fewer than three different prompts.
     """
     hashes = sorted({document_hash(prompt) for prompt in prompts})
     if len(hashes) < len(SIDES):

@@ -1,4 +1,4 @@
-"""Read texts as lists of documents: data sets, local files, and Python's own language reference.
+"""Read texts as lists of documents: data sets, files, Python's language reference; tokenise them.
 
 The rows of a data set and the string that joins them follow the protocol of the pruning papers: a blank line for
 WikiText-2, a space for Penn Treebank and C4. C4 has no small test split, so the papers use its first 1,100 validation
@@ -8,12 +8,15 @@ documents, and of these the first 256 windows.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, MissingExtraError, one_line, path_text, unreadable
 
@@ -26,159 +29,125 @@ PYTHON_EVAL_TOPICS = ("compound", "debugger", "formatstrings")
 
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 
+Text = TypeVar("Text")
+
 LARGE = 2**24
 """Longest document that is tokenised at once, in characters: a fast tokenizer takes about 150 bytes for each."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set.
+    """One split of a data set on the hub.
 
     Args:
-        name: as ``datasets.load_dataset`` takes it.
-        joint: string that joins rows; None keeps every row as a document.
-        files: files of the split in the repository; None is the data set's own list.
+        path, name: of the data set and its split; ``options``: what else ``datasets.load_dataset`` is given.
+        column: of the text; ``joint``: string that joins rows, None keeps every row as a document.
         rows, windows: at most; None takes all.
     """
 
+    path: str
     name: str
+    column: str
     joint: str | None
-    files: str | None = None
+    options: dict[str, Any]
     rows: int | None = None
     windows: int | None = None
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """A data set on the hub, its text column, and its splits for calibration and evaluation."""
+class DataSet(NamedTuple):
+    """The splits of a data set for calibration and evaluation."""
 
-    path: str
-    configuration: str | None
-    column: str
     training: Split
     held_out: Split
-    revision: str | None = None
 
 
-DATA_SETS: dict[str, DataSet] = {
-    "wikitext2": DataSet(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "text", Split("train", "\n\n"), Split("test", "\n\n")
-    ),
-    "ptb": DataSet(
-        "ptb-text-only/ptb_text_only",
-        None,
-        "sentence",
-        Split("train", " ", "penn_treebank/train/*.parquet"),
-        Split("test", " ", "penn_treebank/test/*.parquet"),
-        revision="refs/convert/parquet",  # the main one is a script, which datasets from 4.0 on refuses
-    ),
+def _ptb(split: str) -> Split:
+    """Return a split of Penn Treebank; ``datasets`` from 4.0 on refuses the script of its main revision."""
+    files = {split: f"penn_treebank/{split}/*.parquet"}
+    options = {"data_files": files, "revision": "refs/convert/parquet"}
+    return Split("ptb-text-only/ptb_text_only", split, "sentence", " ", options)
+
+
+def _c4(split: str, file: str, joint: str | None, **most: int) -> Split:
+    return Split("allenai/c4", split, "text", joint, {"data_files": {split: f"en/c4-{file}.json.gz"}}, **most)
+
+
+def _wikitext(split: str) -> Split:
+    return Split("Salesforce/wikitext", split, "text", "\n\n", {"name": "wikitext-2-raw-v1"})
+
+
+DATA_SETS = {
+    "wikitext2": DataSet(_wikitext("train"), _wikitext("test")),
+    "ptb": DataSet(_ptb("train"), _ptb("test")),
     "c4": DataSet(
-        "allenai/c4",
-        None,
-        "text",
-        Split("train", None, "en/c4-train.00000-of-01024.json.gz"),
-        Split("validation", " ", "en/c4-validation.00000-of-00008.json.gz", rows=1100, windows=256),
+        _c4("train", "train.00000-of-01024", None),
+        _c4("validation", "validation.00000-of-00008", " ", rows=1100, windows=256),
     ),
 }
 
 
 def check_source(source: str, purpose: str = "calibration") -> None:
-    """Refuse a source that is neither a known name nor a file of a known kind, or needs a missing extra.
-
-    Raises:
-        FistaPrunerError: names the source and the known ones.
-        MissingExtraError: a data set or a Parquet file needs the extra ``data``.
-    """
+    """Refuse a source that is neither a known name nor a text file; ``purpose`` says what the text is for."""
     path_text(f"{purpose} source", source, A_TEXT)
-    known, path = source in (SELF, PYTHON, PYTHON_EVAL, *DATA_SETS), Path(source)
-    if not known and (not path.is_file() or path.suffix.lower() not in SUFFIXES):
-        names = ", ".join((SELF, PYTHON, *DATA_SETS))
+    known, path = (SELF, PYTHON, *DATA_SETS), Path(source)
+    if source not in (*known, PYTHON_EVAL) and not (path.is_file() and path.suffix.lower() in SUFFIXES):
+        kinds = "/".join(SUFFIXES)
         raise FistaPrunerError(
-            f"{purpose} source {source!r} is neither a {'/'.join(SUFFIXES)} file that exists nor one of: {names}"
+            f"{purpose} source {source!r} is neither a {kinds} file that exists nor one of: {', '.join(known)}"
         )
     check_extra(source)
 
 
 def check_extra(source: str | Path) -> None:
-    """Refuse a known data set, or a Parquet file, whose reader is not installed.
-
-    Raises:
-        MissingExtraError: names the package and the extra.
-    """
-    if Path(source).suffix.lower() == ".parquet":
-        package, purpose = "pyarrow", f"reading {source}"
-    elif source in DATA_SETS and not Path(source).is_file():
-        package, purpose = "datasets", f"the data set {source!r}"
-    else:
-        return
-    if find_spec(package) is None:
-        raise MissingExtraError(package, "data", purpose)
+    """Refuse a known data set, or a Parquet file, whose reader is not installed."""
+    parquet = Path(source).suffix.lower() == ".parquet"
+    if parquet or (source in DATA_SETS and not Path(source).is_file()):
+        package, purpose = ("pyarrow", f"reading {source}") if parquet else ("datasets", f"the data set {source!r}")
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "data", purpose)
 
 
 def check_file(path: Path) -> None:
-    """Refuse a text file that does not exist or is of no known kind.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
-    if not path.is_file():
-        raise FistaPrunerError(f"text file {str(path)!r} does not exist")
-    if (suffix := path.suffix.lower()) not in SUFFIXES:
-        raise FistaPrunerError(f"text file {str(path)!r} has the suffix {suffix!r}; known are {', '.join(SUFFIXES)}")
+    """Refuse a text file that does not exist or is of no known kind."""
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        reason = f"is none of {', '.join(SUFFIXES)}" if path.is_file() else "does not exist"
+        raise FistaPrunerError(f"text file {str(path)!r} {reason}")
 
 
 def source_documents(source: str, purpose: str = "calibration") -> list[str]:
-    """Read the documents of a source (any but ``self``) that are not blank.
-
-    Args:
-        source: name or path.
-        purpose: what the text is for, in messages.
-
-    Raises:
-        FistaPrunerError: unknown, unreadable, or empty.
-    """
+    """Read the documents of a source that are not blank; arguments as for :func:`check_source`."""
     check_source(source, purpose)
     if Path(source).is_file():
         documents = read_documents(source)
-    elif source in DATA_SETS:
-        documents = load_documents(source)
     else:
-        documents = python_documents(source)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
+        documents = load_documents(source) if source in DATA_SETS else python_documents(source)
+    return not_blank(documents, source, purpose)
+
+
+def not_blank(documents: Sequence[Text], source: str, purpose: str) -> list[Text]:
+    """Leave out the documents that are blank, and refuse a source that has no others."""
+    found = [document for document in documents if not isinstance(document, str) or document.strip()]
+    if not found:
         raise FistaPrunerError(f"{purpose} text {source!r} is empty")
-    return documents
+    return found
 
 
 def load_documents(name: str, *, held_out: bool = False) -> list[str]:
-    """Load the documents of one split of a known data set through the ``datasets`` package.
-
-    Args:
-        name: key of :data:`DATA_SETS`.
-        held_out: the split for evaluation instead of the one for calibration.
-
-    Raises:
-        FistaPrunerError: the data set cannot be loaded (no network, not in the cache).
-        MissingExtraError: ``datasets`` is missing.
-    """
-    known = DATA_SETS[name]
-    split = known.held_out if held_out else known.training
+    """Load the documents of a data set through ``datasets``; ``held_out``: those for evaluation."""
+    split = DATA_SETS[name].held_out if held_out else DATA_SETS[name].training
     check_extra(name)
     try:
         import datasets
 
-        files = {split.name: split.files} if split.files else None
-        rows = datasets.load_dataset(
-            known.path, known.configuration, split=split.name, data_files=files, revision=known.revision
-        )
+        rows = datasets.load_dataset(split.path, split=split.name, **split.options)
     except Exception as error:  # the hub, the network and the loader have their own errors
         reason = one_line(error)
         raise FistaPrunerError(
-            f"data set {name!r} ({known.path}) could not be loaded: {reason}; a local file works without network"
+            f"data set {name!r} ({split.path}) could not be loaded: {reason}; a local file works without network"
         ) from None
     if split.rows is not None:
         rows = rows.select(range(min(split.rows, len(rows))))
-    texts = [str(text) for text in rows[known.column]]
+    texts = [str(text) for text in rows[split.column]]
     return texts if split.joint is None else [split.joint.join(texts)]
 
 
@@ -187,7 +156,6 @@ def read_documents(path: str | Path) -> list[str]:
 
     Raises:
         FistaPrunerError: no such file, another suffix, not UTF-8, a broken line (its number is given), no ``text``.
-        MissingExtraError: Parquet without ``pyarrow``.
     """
     path = Path(path)
     check_file(path)
@@ -196,7 +164,7 @@ def read_documents(path: str | Path) -> list[str]:
         if suffix == ".parquet":
             return _parquet_documents(path)
         if suffix == ".jsonl":
-            return [string_of(record, "text", where) for where, record in read_lines(path)]
+            return [field_of(record, "text", where) for where, record in read_lines(path)]
         return [path.read_text("utf-8-sig")]
     except UnicodeDecodeError as error:
         raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
@@ -210,8 +178,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     A byte order mark before the first line is skipped. A line that is not a mapping is a record without fields.
 
     Raises:
-        FistaPrunerError: a line that is not UTF-8 or not JSON, or with half of a surrogate pair, which no tokenizer
-            reads; an unreadable file.
+        FistaPrunerError: a line that is not JSON in UTF-8, or with half of a surrogate pair; an unreadable file.
     """
     try:
         with open(path, "rb") as lines:
@@ -223,28 +190,18 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     record = json.loads(content.decode("utf-8"))
                     if b"\\u" in content:
-                        json.dumps(record, ensure_ascii=False).encode()
-                except UnicodeDecodeError:
-                    raise FistaPrunerError(f"{where} is not UTF-8 text") from None
-                except UnicodeEncodeError as error:
-                    raise FistaPrunerError(
-                        f"{where}: a text has half a character ({error.object[error.start]!r})"
-                    ) from None
+                        json.dumps(record, ensure_ascii=False).encode()  # no tokenizer reads half of a surrogate pair
                 except (ValueError, RecursionError) as error:
-                    raise FistaPrunerError(f"{where} is not JSON: {str(error)[:100]}") from None
+                    raise FistaPrunerError(f"{where} is not JSON in UTF-8: {one_line(error)}") from None
                 yield where, record if isinstance(record, dict) else {}
     except OSError as error:
         raise unreadable(path, error) from None
 
 
-def string_of(record: dict[str, Any], field: str, where: str) -> str:
-    """Return a field of a ``.jsonl`` line that is text.
-
-    Raises:
-        FistaPrunerError: it is not there or no text; ``where`` names the line.
-    """
-    if not isinstance(value := record.get(field), str):
-        raise FistaPrunerError(f"{where} has no field {field!r} with a string in it")
+def field_of(record: dict[str, Any], field: str, where: str, kind: type = str) -> Any:
+    """Return a field of a ``.jsonl`` line, or refuse the line, ``where``, without one of that kind."""
+    if not isinstance(value := record.get(field), kind):
+        raise FistaPrunerError(f"{where} has no field {field!r} with a {'string' if kind is str else 'list'} in it")
     return value
 
 
@@ -256,15 +213,12 @@ def _parquet_documents(path: Path) -> list[str]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                names = ", ".join(map(str, file.schema_arrow.names))
-                raise FistaPrunerError(f"{path} has no column 'text', only {names}")
-            found = [value for batch in file.iter_batches(columns=["text"]) for value in batch.column(0).to_pylist()]
-    except pyarrow.ArrowException as error:
-        raise FistaPrunerError(f"{path} is not a whole Parquet file: {one_line(error)}") from None
-    if wrong := [type(value).__name__ for value in found if not isinstance(value, str)]:
-        raise FistaPrunerError(f"{path}: column 'text' holds {wrong[0]}, not text")
-    return found
+            texts = file.read(columns=["text"]).column("text").to_pylist()
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("its rows are not all text")
+    except (pyarrow.ArrowException, KeyError, TypeError) as error:
+        raise FistaPrunerError(f"{path} is no whole Parquet file with a column 'text': {one_line(error)}") from None
+    return list(texts)
 
 
 def python_documents(part: str = PYTHON) -> list[str]:
@@ -272,25 +226,15 @@ def python_documents(part: str = PYTHON) -> list[str]:
 
     Repeated paragraphs are taken once. Paragraphs of :data:`PYTHON_EVAL_TOPICS` are in the part ``python-eval`` only,
     all others in the part ``python`` only.
-
-    Args:
-        part: ``python`` (calibration) or ``python-eval`` (evaluation).
-
-    Raises:
-        FistaPrunerError: this Python has no ``pydoc_data``.
     """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise FistaPrunerError(f"text {part!r}: this Python comes without the module pydoc_data.topics") from None
+    from pydoc_data.topics import topics
+
     # Large topics first: they are whole chapters; small topics repeat parts of them.
     order = sorted(topics, key=lambda name: (name not in PYTHON_EVAL_TOPICS, -len(topics[name]), name))
     seen: set[str] = set()
     documents = []
     for name in order:
-        fresh = [
-            paragraph for paragraph in topics[name].split("\n\n") if paragraph.strip() not in seen and paragraph.strip()
-        ]
+        fresh = [text for text in topics[name].split("\n\n") if text.strip() and text.strip() not in seen]
         seen.update(paragraph.strip() for paragraph in fresh)
         if fresh and (name in PYTHON_EVAL_TOPICS) == (part == PYTHON_EVAL):
             documents.append("\n\n".join(fresh))
@@ -313,3 +257,28 @@ def passages(text: str, characters: int) -> Iterator[str]:
                     break
         yield text[start:end]
         start = end
+
+
+def document_hash(text: str, seed: int | None = None) -> str:
+    """Hash the text of a document, with a seed to decide on which side of a split it belongs."""
+    prefix = "" if seed is None else f"{seed}\0"
+    return hashlib.sha256((prefix + text).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def bos_of(tokenizer: Any) -> list[int]:
+    """Return what begins a text by the tokenizer's own settings: BOS, or nothing."""
+    ids = [] if tokenizer.bos_token_id is None else tokenizer("a", return_attention_mask=False)["input_ids"]
+    return ids[:1] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
+
+
+def token_ids(text: str, tokenizer: Any, where: str) -> list[int]:
+    """Tokenise a text without special tokens; ``where`` names it in the error of one that cannot be read."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    except Exception as error:  # tokenizers have their own exceptions
+        raise FistaPrunerError(f"{where}: the tokenizer cannot read the text: {one_line(error)}") from None
+
+
+def tokens_sha256(tokens: Tensor) -> str:
+    """Hash token ids with SHA-256."""
+    return hashlib.sha256(tokens.contiguous().flatten().numpy().data).hexdigest()

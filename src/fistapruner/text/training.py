@@ -2,30 +2,33 @@
 
 Documents are held out before anything is cut, by a hash of their text: the two sides share no document, and
 documents that are added to a source move none from one side to the other. Windows of the two sides are cut apart.
+Plain documents are joined and cut; examples are never split.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
+from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.tokenizer import padding_id
 from ..papers.mamf import Mixture, shuffled
 from ..settings.recover_settings import TrainingData
-from .examples import Example, read_training_file
-from .generate import GENERATED, counted_windows, generate_tokens
-from .packing import PURPOSE, Packed, pack_documents, pack_examples
-from .sources import SELF, check_source, passages, source_documents
-from .tokens import tokens_sha256
-from .windows import describe_tasks
+from .chat import Example, read_training_file
+from .generate import GENERATED, generate_tokens
+from .sources import SELF, bos_of, document_hash, not_blank, passages, source_documents, token_ids
+from .windows import JOINT, text_facts
+
+PURPOSE = "training"
 
 MAX_HELD_OUT_WINDOWS = 16
 """Held-out windows of all tasks: more would take time at every check and hardly change the choice."""
@@ -39,11 +42,9 @@ class TrainingText:
     """Windows to train on and windows held out from training.
 
     Args:
-        tokens: (windows, seqlen) int64 token ids.
-        marks: (windows, seqlen) bool: tokens that carry loss when they are predicted.
-        held_out: (windows,) bool: windows for validation only.
-        task: (windows,) int64 index into ``tasks``.
-        tasks: names of the texts; the source where there is one.
+        tokens, marks: (windows, seqlen) int64 token ids, and which of them carry loss when they are predicted.
+        held_out, test: (windows,) bool, for validation, and of pairs to measure the result on.
+        task: (windows,) int64 index into ``tasks``, the names of the texts; the source where there is one.
         facts: ``how`` windows were made, ``documents`` read, ``seed``, ``sha256`` of the tokens, and ``tasks``, for
             each the same and the windows, documents, tokens and tokens with loss of either side.
         documents: hashes of the documents read, for :func:`shared_documents`.
@@ -56,6 +57,7 @@ class TrainingText:
     tasks: tuple[str, ...]
     facts: dict[str, Any]
     documents: frozenset[str] = frozenset()
+    test: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @cached_property
     def loss_tokens(self) -> Tensor:
@@ -67,36 +69,110 @@ class TrainingText:
         """(windows,) numbers that the loss of each window is a sum over: tokens that carry loss."""
         return self.loss_tokens
 
-    def amount(self, held_out: Sequence[int]) -> str:
-        """Say how much is held out."""
-        return f"{len(held_out)} held-out windows"
-
     def windows(self, side: str) -> list[int]:
         """Return the window numbers of a side: ``trained`` or ``held_out``; of pairs also ``test``."""
-        where = {"held_out": self.held_out, "trained": ~self.held_out}[side]
+        test = self.test if len(self.test) else torch.zeros_like(self.held_out)
+        where = {"held_out": self.held_out, "test": test, "trained": ~(self.held_out | test)}[side]
         return [int(number) for number in where.nonzero().flatten()]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Windows of one side of one text.
+
+    Args:
+        windows, marks: (windows, seqlen) token ids, and which of them carry loss when they are predicted.
+        documents: number of documents, from the first, that were read.
+        filled: tokens of the windows, without padding; ``too_long``: examples that no window holds.
+    """
+
+    windows: Tensor
+    marks: Tensor
+    documents: int = 0
+    filled: int = 0
+    too_long: int = 0
+
+
+def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, windows: int | None, source: str) -> Packed:
+    """Join documents by EOS and cut windows that do not overlap; what does not fill a window is dropped.
+
+    Documents that end with EOS by themselves get no second one, nor windows that begin with BOS. No more documents are
+    tokenised than the ``windows`` need, None are all. Where the tokenizer begins a text with BOS, every window does.
+    """
+    bos, end_of_text = bos_of(tokenizer), tokenizer.eos_token_id
+    joint = token_ids(JOINT, tokenizer, source) if end_of_text is None else [end_of_text]
+    written = bos if bos != joint else []  # where BOS is EOS, what looks like BOS is a joint
+    stream = array("i")  # a list of integers has nine times the bytes
+    starts: list[int] = []
+    read = end = 0
+    for text in documents:
+        ids = token_ids(text, tokenizer, source)
+        stream.extend(ids if ids[-1:] == [end_of_text] else ids + joint)
+        read += 1
+        while len(starts) != windows:
+            own = 0 if stream[end : end + 1].tolist() == written else len(bos)
+            if len(stream) < end + seqlen - own:
+                break
+            starts.append(end)
+            end += seqlen - own
+        if len(starts) == windows:
+            break
+    cut = torch.empty(len(starts), seqlen, dtype=torch.int64)
+    cut[:, : len(bos)] = torch.tensor(bos, dtype=torch.int64)
+    for row, start, stop in zip(cut, starts, [*starts, end][1:], strict=True):
+        row[seqlen - (stop - start) :] = torch.from_numpy(np.asarray(stream[start:stop]))
+    return Packed(cut, torch.ones_like(cut, dtype=torch.bool), read, cut.numel())
+
+
+def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, windows: int | None) -> Packed:
+    """Pack examples whole: each goes into the first window that has room for it, else it begins a new one.
+
+    Windows are padded at their end; padding carries no loss. Examples without tokens, and of more than ``seqlen``, are
+    left out. The first example that needs one window more than ``windows`` ends the packing.
+    """
+    packed: list[tuple[array[int], array[int]]] = []  # token ids and marks
+    room = np.zeros(1024, dtype=np.int64)  # of every window
+    read = too_long = filled = 0
+    bos = bos_of(tokenizer)
+    for example in examples:
+        ids, marks = example.encode(tokenizer, bos)
+        if ids and len(ids) <= seqlen:
+            fits = room[: len(packed)] >= len(ids)
+            place = int(fits.argmax()) if fits.any() else len(packed)
+            if place == len(packed):
+                if place == windows:
+                    break
+                packed.append((array("i"), array("b")))
+                room = np.append(room, np.zeros_like(room)) if place == len(room) else room
+                room[place] = seqlen
+            packed[place][0].extend(ids)
+            packed[place][1].extend(marks)
+            room[place] -= len(ids)
+            filled += len(ids)
+        read, too_long = read + 1, too_long + (len(ids) > seqlen)
+    cut = torch.full((len(packed), seqlen), padding_id(tokenizer))
+    carry = torch.zeros(len(packed), seqlen, dtype=torch.bool)
+    for row, window in enumerate(packed):
+        for filling, numbers in zip((cut, carry), window, strict=True):
+            filling[row, : len(numbers)] = torch.from_numpy(np.asarray(numbers))
+    return Packed(cut, carry, read, filled, too_long)
 
 
 class _Source:
     """One text source, read: documents or the passages of one, examples, or nothing for generated text."""
 
     def __init__(self, source: str, seqlen: int) -> None:
-        self.source, self.how, self.whole = (
-            source,
-            "documents joined by end-of-text tokens, windows that do not overlap",
-            "",
-        )
         found = [] if source == SELF else _read(source)
+        self.source, self.read = source, len(found) or None
         self.examples = {item.text: item for item in found if isinstance(item, Example)}
         self.documents = [item.text if isinstance(item, Example) else item for item in found]
-        self.read = len(found)
-        if self.examples:
-            self.how = "whole examples, loss on the answers only"
-        elif len(found) == 1:
-            self.whole = self.documents[0]
-            cut = (part.rstrip() for part in passages(self.whole, CHARACTERS_PER_TOKEN * seqlen))
+        self.whole = self.documents if self.read == 1 and not self.examples else []
+        joined = "documents joined by end-of-text tokens, windows that do not overlap"
+        if self.whole:
+            cut = (part.rstrip() for part in passages(self.whole[0], CHARACTERS_PER_TOKEN * seqlen))
             self.documents = [part for part in cut if part]
-            self.how = f"one document, cut into {len(self.documents)} passages; {self.how}"
+            joined = f"one document, cut into {len(self.documents)} passages; {joined}"
+        self.how = "whole examples, loss on the answers only" if self.examples else joined if found else GENERATED
 
     def pack(self, documents: Sequence[str], tokenizer: Any, seqlen: int, windows: int) -> Packed:
         """Pack documents of this source into at most that many windows."""
@@ -110,16 +186,36 @@ class _Source:
         A document is held out if its hash, a number from 0 to 1, is below the share, and more are until they fill a
         window. Equal documents are taken once.
         """
-        if not self.documents:
-            return [], []
         by_hash = {document_hash(document, data.seed): document for document in self.documents}
         hashes = sorted(by_hash)
         ordered = [by_hash[digest] for digest in hashes]
         below = sum(int(digest[:16], 16) < data.held_out * 2**64 for digest in hashes)
-        first = self.pack(ordered, tokenizer, seqlen, 1).first
+        first = self.pack(ordered, tokenizer, seqlen, 1).documents
         held = max(1, below, min(first, len(ordered) // 2) if self.examples else first)
         held = min(held, max(1, len(ordered) - 1))
         return ordered[:held], ordered[held:]
+
+    def facts(self, trained: Packed, held_out: Packed) -> dict[str, Any]:
+        """Describe what was made of this source; generated text has no documents."""
+        sides = {"trained": trained, "held_out": held_out}
+        return {
+            "source": self.source,
+            "how": self.how,
+            "documents": self.read,
+            "duplicates": len(self.documents) - len(set(self.documents)),
+            "too_long": trained.too_long + held_out.too_long,
+            "samples": len(trained.windows) + len(held_out.windows),
+            **{
+                name: side_facts(each.documents if self.read else None, each.marks, each.filled)
+                for name, each in sides.items()
+            },
+        }
+
+
+def side_facts(documents: int | None, marks: Tensor, filled: int) -> dict[str, Any]:
+    """Describe one side of a text: of ``documents``, its windows and tokens, and those that carry loss."""
+    loss_tokens = int(marks[:, 1:].count_nonzero())
+    return {"documents": documents, "windows": len(marks), "tokens": filled, "loss_tokens": loss_tokens}
 
 
 def training_text(
@@ -127,30 +223,25 @@ def training_text(
     tokenizer: Any,
     seqlen: int,
     load_model: Callable[[], Any] | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
     windows: int | None = None,
 ) -> TrainingText:
     """Make the training windows and the held-out windows.
 
     Args:
-        data: source or tasks, tokens, share that is held out, seed.
-        tokenizer: a ``transformers`` tokenizer. Where it begins a text with BOS, every window begins with BOS.
-        seqlen: tokens in a window.
-        load_model: loads the model that generates text; called for the source ``self`` only.
+        data, tokenizer, seqlen: what is drawn, a ``transformers`` tokenizer, and tokens in a window.
+        load_model: loads the model that generates text; needed for the source ``self`` only.
         say: receives the progress of text generation, and what is left out, as sentences.
         windows: to train on, at most; None is as many as the asked tokens need.
 
     Raises:
-        FistaPrunerError: no source, an unknown, unreadable or empty one, a text too short for one window on either
-            side or without a token there that carries loss, or fewer windows than the mixture needs.
+        FistaPrunerError: an unreadable source, one too short for either side, or fewer windows than the mixture needs.
     """
-    named = data.tasks or ({} if data.source is None else {data.source: data.source})
-    if not named:
-        raise FistaPrunerError("there is no training text: give one with --data")
+    named = data.tasks or {str(data.source): str(data.source)}
     sources = [_Source(source, seqlen) for source in named.values()]
     asked = math.ceil(data.tokens / seqlen)
     shares = _windows_of_tasks(data, len(sources), asked if windows is None else windows)
-    splits = [source.split(data, tokenizer, seqlen) for source in sources]
+    splits = [source.split(data, tokenizer, seqlen) if source.read else ([], []) for source in sources]
     elsewhere = {text for held, _ in splits for text in held}  # what one task holds out is trained on by none
     most = max(1, MAX_HELD_OUT_WINDOWS // len(sources))
     sides: dict[int, tuple[Packed, Packed]] = {}  # to train on, and held out
@@ -159,87 +250,48 @@ def training_text(
     for number in sorted(range(len(sources)), key=lambda number: sources[number].source == SELF):
         source, (held, rest) = sources[number], splits[number]
         if source.source == SELF:
+            assert load_model is not None
             # However few windows are trained on: few would choose the step by chance.
             out = max(1, min(most, round(data.held_out * _windows_of_tasks(data, len(sources), asked)[number])))
-            sides[number] = _generated(data, tokenizer, seqlen, shares[number], out, load_model, say)
-            continue
-        rest = [text for text in rest if text not in elsewhere]
-        held_out = source.pack(held, tokenizer, seqlen, most)
-        trained = source.pack(rest, tokenizer, seqlen, shares[number])
-        if not all(bool(side.marks[:, 1:].any()) for side in (trained, held_out)):
-            fitting = f"examples of at most {seqlen} tokens" if source.examples else "tokens"
-            raise FistaPrunerError(
-                f"{PURPOSE} text {source.source!r} is too short: its {fitting} do not fill one window of {seqlen} to "
-                "train on and one to validate on (what is repeated, or held out by another task, does not count); take "
-                "a longer text or another seqlen"
-            )
-        if (too_long := held_out.too_long + trained.too_long) and say is not None:
-            tried = held_out.documents + trained.documents
-            say(f"{too_long} of {tried} examples of {source.source} have more than {seqlen} tokens and were left out")
-        used = (*held[: held_out.documents], *rest[: trained.documents], *([source.whole] if source.whole else []))
-        hashes |= {document_hash(text) for text in used}
+            count = shares[number] + out
+            made = generate_tokens(load_model(), tokenizer, count, seqlen, seed=data.seed, say=say)
+            held_out, trained = (Packed(part, part >= 0, filled=part.numel()) for part in (made[:out], made[out:]))
+        else:
+            rest = [text for text in rest if text not in elsewhere]
+            held_out = source.pack(held, tokenizer, seqlen, most)
+            trained = source.pack(rest, tokenizer, seqlen, shares[number])
+            _check_sides(source, trained, held_out, seqlen, say)
+            used = (*held[: held_out.documents], *rest[: trained.documents], *source.whole)
+            hashes |= {document_hash(text) for text in used}
         sides[number] = trained, held_out
     parts = [(number, held_out) for held_out in (False, True) for number in range(len(sources))]
     packed = [sides[number][held_out] for number, held_out in parts]
     counts = torch.tensor([len(side.windows) for side in packed])
     tokens = torch.cat([side.windows for side in packed])
-    about = {name: _facts(sources[number], *sides[number]) for number, name in enumerate(named)}
+    about = {name: sources[number].facts(*sides[number]) for number, name in enumerate(named)}
     return TrainingText(
         tokens=tokens,
         marks=torch.cat([side.marks for side in packed]),
         held_out=torch.tensor([held_out for _, held_out in parts]).repeat_interleave(counts),
         task=torch.tensor([number for number, _ in parts]).repeat_interleave(counts),
         tasks=tuple(named),
-        facts={
-            "how": describe_tasks(about) if data.tasks else about[str(data.source)]["how"],
-            "documents": sum(task["documents"] or 0 for task in about.values()) or None,
-            "seed": data.seed,
-            "sha256": tokens_sha256(tokens),
-            "tasks": about,
-        },
+        facts={**text_facts(data.tasks, about, data.seed, tokens), "tasks": about},
         documents=frozenset(hashes),
     )
 
 
-def _generated(
-    data: TrainingData,
-    tokenizer: Any,
-    seqlen: int,
-    windows: int,
-    held: int,
-    load_model: Callable[[], Any] | None,
-    say: Callable[[str], None] | None,
-) -> tuple[Packed, Packed]:
-    """Let the model generate ``windows`` to train on, and ``held`` to hold out."""
-    if load_model is None:
-        raise FistaPrunerError("training source 'self' needs the model to generate text: give a text source instead")
-    progress = None if say is None else counted_windows(say, windows + held, PURPOSE)
-    tokens = generate_tokens(load_model(), tokenizer, windows + held, seqlen, seed=data.seed, progress=progress)
-    parts = (tokens[held:], tokens[:held])
-    trained, held_out = (Packed(part, part >= 0, 0, 0, part.numel(), part.numel()) for part in parts)
-    return trained, held_out
-
-
-def _facts(source: _Source, trained: Packed, held_out: Packed) -> dict[str, Any]:
-    """Describe what was made of a source; generated text has no documents."""
-    written = source.source == SELF
-    return {
-        "source": source.source,
-        "how": GENERATED if written else source.how,
-        "documents": None if written else source.read,
-        "duplicates": len(source.documents) - len(set(source.documents)),
-        "too_long": trained.too_long + held_out.too_long,
-        "samples": len(trained.windows) + len(held_out.windows),
-        **{
-            name: {
-                "documents": None if written else side.documents,
-                "windows": len(side.windows),
-                "tokens": side.filled,
-                "loss_tokens": int(side.marks[:, 1:].count_nonzero()),
-            }
-            for name, side in (("trained", trained), ("held_out", held_out))
-        },
-    }
+def _check_sides(source: _Source, trained: Packed, held_out: Packed, seqlen: int, say: Callable[[str], None]) -> None:
+    """Refuse a source without loss on either side, and say how many examples are left out."""
+    if not all(bool(side.marks[:, 1:].any()) for side in (trained, held_out)):
+        fitting = f"examples of at most {seqlen} tokens" if source.examples else "tokens"
+        raise FistaPrunerError(
+            f"{PURPOSE} text {source.source!r} is too short: its {fitting} do not fill one window of {seqlen} to train "
+            "on and one to validate on (what is repeated, or held out by another task, does not count); take a longer "
+            "text or another seqlen"
+        )
+    if too_long := held_out.too_long + trained.too_long:
+        tried = held_out.documents + trained.documents
+        say(f"{too_long} of {tried} examples of {source.source} have more than {seqlen} tokens and were left out")
 
 
 def _windows_of_tasks(data: TrainingData, tasks: int, windows: int) -> list[int]:
@@ -253,17 +305,8 @@ def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingD
 
     Several tasks are drawn in rounds (:class:`Mixture`), and so are the windows of each: all once, then all again.
 
-    Args:
-        text: the training text.
-        steps: optimizer steps.
-        windows_per_step: windows of a step.
-        data: its tasks of a round and seed decide the order.
-
     Returns:
         (steps, windows_per_step) int64 numbers of windows.
-
-    Raises:
-        FistaPrunerError: fewer windows than the mixture needs.
     """
     numbers, count = (~text.held_out).nonzero().flatten(), steps * windows_per_step
     if len(text.tasks) == 1:
@@ -278,14 +321,7 @@ def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingD
 
 
 def shared_documents(known: Collection[str], documents: Sequence[str], name: str, purpose: str = PURPOSE) -> str | None:
-    """Warn that evaluation text has documents of another text; None where it has none.
-
-    Args:
-        known: hashes of the other text's documents.
-        documents: of the evaluation text.
-        name: of the evaluation text.
-        purpose: what the other text is for.
-    """
+    """Warn that documents of the evaluation text ``name`` are in another text, ``known`` by hashes."""
     shared = [document for document in documents if document_hash(document) in known]
     if not shared:
         return None
@@ -296,27 +332,13 @@ def shared_documents(known: Collection[str], documents: Sequence[str], name: str
     )
 
 
-def document_hash(text: str, seed: int | None = None) -> str:
-    """Hash the text of a document, with a seed to decide on which side of the split it belongs."""
-    prefix = "" if seed is None else f"{seed}\0"
-    return hashlib.sha256((prefix + text).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def training_documents(source: str) -> list[str]:
-    """Read the documents of a training text, or its examples as text.
-
-    Raises:
-        FistaPrunerError: unknown, unreadable, or empty.
-    """
+    """Read the documents of a training text, or its examples as text."""
     return [item.text if isinstance(item, Example) else item for item in _read(source)]
 
 
 def _read(source: str) -> Sequence[str | Example]:
-    """Read the documents of a source, or its examples."""
+    """Read the documents of a source, or its examples, that are not blank."""
     if Path(source).suffix.lower() != ".jsonl" or not Path(source).is_file():
         return source_documents(source, PURPOSE)
-    check_source(source, PURPOSE)
-    found = [item for item in read_training_file(source) if isinstance(item, Example) or item.strip()]
-    if not found:
-        raise FistaPrunerError(f"{PURPOSE} text {source!r} is empty")
-    return found
+    return not_blank(read_training_file(source), source, PURPOSE)

@@ -20,16 +20,12 @@ from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..papers.mamf import Mixture
 from ..settings.calibration_settings import Calibration
-from .generate import GENERATED, counted_windows, generate_tokens
-from .sources import LARGE, SELF, check_source, passages, source_documents
-from .tokens import bos_of, token_ids, tokens_sha256
+from .generate import GENERATED, generate_tokens
+from .sources import LARGE, SELF, bos_of, check_source, passages, source_documents, token_ids, tokens_sha256
 
 JOINT = "\n\n"
-CALIBRATION_SEQLEN = 2048
-"""Longest calibration window by default: what the papers use for OPT and LLaMA-1."""
-
-WRITTEN_SEQLEN = 1024
-"""The same of text that the model writes on a CPU, where that takes minutes."""
+CALIBRATION_SEQLEN, WRITTEN_SEQLEN = 2048, 1024
+"""Longest windows by default: the papers' for OPT and LLaMA-1, and those that a CPU writes, which takes minutes."""
 
 ENOUGH = 16
 """The concatenation of a large source stops at this multiple of the tokens needed."""
@@ -41,17 +37,7 @@ PASSAGE = 2**18
 def window_length(
     asked: int | None, model: LayerwiseModel, default: int = CALIBRATION_SEQLEN, setting: str = "seqlen"
 ) -> int:
-    """Decide the tokens in a window: as asked, or the default unless the model takes less.
-
-    Args:
-        asked: tokens in a window, or None.
-        model: the model that will see the windows.
-        default: where nothing is asked.
-        setting: name of the setting that asks.
-
-    Raises:
-        FistaPrunerError: more than the model was made for.
-    """
+    """Decide the tokens in a window: as ``setting`` asks, or the default unless the model takes less."""
     longest = model.max_length
     seqlen = asked or min(longest or default, default)
     if longest is not None and seqlen > longest:
@@ -72,7 +58,7 @@ def calibration_tokens(
     tokenizer: Any,
     seqlen: int,
     load_model: Callable[[], Any] | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
     **kept: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw the calibration windows.
@@ -81,10 +67,8 @@ def calibration_tokens(
     number of windows each, to within one, and their windows alternate.
 
     Args:
-        settings: source or tasks, number of windows, seed.
-        tokenizer: a ``transformers`` tokenizer.
-        seqlen: tokens in a window.
-        load_model: loads the model that generates text; called for the source ``self`` only.
+        settings, tokenizer, seqlen: what is drawn, a ``transformers`` tokenizer, and tokens in a window.
+        load_model: loads the model that generates text; needed for the source ``self`` only.
         say: receives the progress of text generation, as sentences.
         **kept: ``begun`` and ``keep`` of :func:`generate_tokens`, where the model writes the one source.
 
@@ -92,41 +76,26 @@ def calibration_tokens(
         (samples, seqlen) int64 token ids, and the facts: ``source``, ``how`` (how windows were drawn), ``documents``
         (read; None for ``self``), ``seed``, ``sha256`` of the token ids, and for tasks ``tasks``: of each its source,
         how, documents and samples.
-
-    Raises:
-        FistaPrunerError: unknown source, unreadable, empty or too short text, a tokenizer that gives no tokens, a model
-            that cannot generate.
     """
     for source in settings.sources.values():
         check_source(source)
-    drawn = window_tasks(settings)
+    drawn, seed = window_tasks(settings), settings.seed
     tokens = torch.empty(settings.samples, seqlen, dtype=torch.int64)
     tasks: dict[str, dict[str, Any]] = {}
     for number, (name, source) in enumerate(settings.sources.items()):
-        samples = int((drawn == number).sum())
+        samples, documents = int((drawn == number).sum()), None
         if source == SELF:
-            if load_model is None:
-                raise FistaPrunerError("calibration source 'self' needs the model to generate text: give a text source")
-            progress = None if say is None else counted_windows(say, samples)
-            kept = {} if settings.tasks else kept
-            own = generate_tokens(
-                load_model(), tokenizer, samples, seqlen, seed=settings.seed, progress=progress, **kept
-            )
-            how, documents = GENERATED, None
+            assert load_model is not None
+            kept, how = {} if settings.tasks else kept, GENERATED
+            own = generate_tokens(load_model(), tokenizer, samples, seqlen, seed=seed, say=say, **kept)
         else:
             texts = source_documents(source)
-            own, how = draw_from_documents(texts, tokenizer, samples, seqlen, seed=settings.seed, source=source)
+            own, how = draw_from_documents(texts, tokenizer, samples, seqlen, seed=seed, source=source)
             documents = len(texts)
         tokens[drawn == number] = own
         tasks[name] = {"source": source, "how": how, "documents": documents, "samples": samples}
-    facts = {
-        "source": settings.name,
-        "how": describe_tasks(tasks) if settings.tasks else tasks[settings.name]["how"],
-        "documents": sum(task["documents"] or 0 for task in tasks.values()) or None,
-        "seed": settings.seed,
-        "sha256": tokens_sha256(tokens),
-    }
-    return tokens, {**facts, "tasks": tasks} if settings.tasks else facts
+    facts = text_facts(settings.tasks, tasks, seed, tokens)
+    return tokens, {"source": settings.name, **facts, **({"tasks": tasks} if settings.tasks else {})}
 
 
 def window_tasks(settings: Calibration) -> Tensor:
@@ -135,12 +104,18 @@ def window_tasks(settings: Calibration) -> Tensor:
     return mixture.draw(settings.samples, f"at least {mixture.least} samples")
 
 
-def describe_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say of which texts a mixture is made."""
-    return "; ".join(
+def text_facts(mixed: object, tasks: Mapping[str, Mapping[str, Any]], seed: int, tokens: Tensor) -> dict[str, Any]:
+    """Return what reports say of all texts together; ``mixed``: tasks were named."""
+    each = [
         f"{name}: {task['samples']} windows of {Path(task['source']).name}, {task['how']}"
         for name, task in tasks.items()
-    )
+    ]
+    return {
+        "how": "; ".join(each) if mixed else next(iter(tasks.values()))["how"],
+        "documents": sum(task["documents"] or 0 for task in tasks.values()) or None,
+        "seed": seed,
+        "sha256": tokens_sha256(tokens),
+    }
 
 
 def draw_from_documents(
@@ -148,17 +123,8 @@ def draw_from_documents(
 ) -> tuple[Tensor, str]:
     """Draw ``samples`` windows of ``seqlen`` tokens; return them and a sentence on the method.
 
-    Args:
-        documents: the texts. One of more than :data:`LARGE` characters is cut into passages at blank lines (at
-            line ends or spaces where there are none), which are drawn like documents.
-        tokenizer: a ``transformers`` tokenizer.
-        samples: number of windows.
-        seqlen: tokens in a window, BOS included.
-        seed: of the random numbers.
-        source: name of the text, for messages.
-
-    Raises:
-        FistaPrunerError: the text is too short for ``samples`` different windows.
+    A document of more than :data:`LARGE` characters is cut into passages at blank lines (at line ends or spaces where
+    there are none), which are drawn like documents. A window of ``seqlen`` tokens includes BOS.
     """
     random, bos = Random(seed), bos_of(tokenizer)
     room = seqlen - len(bos)

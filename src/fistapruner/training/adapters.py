@@ -24,14 +24,13 @@ from ..models.source import Permissions
 from ..models.write import require_new
 from ..pruning.result import check_zeros, model_documents
 from ..reporting.model_card import plain_card
-from ..runs.arguments import checked_arguments
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
 from ..runs.records import Stage
 from ..runtime.files import read_json, write_text_atomic
-from ..runtime.formatting import percent
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
+from ..runtime.show import percent
 from .hold_mask import held_weights
 
 
@@ -72,7 +71,6 @@ class MergeReport:
         )
 
 
-@checked_arguments
 @undisturbed()
 def merge_adapter(
     folder: str | Path,

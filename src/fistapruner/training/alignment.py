@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..measure.preferences import accuracy_error, preference_figures
+from ..measure.logits import accuracy_error, preference_figures
 from ..measure.run import add_warning
 from ..models.layers import LayerwiseModel
 from ..models.source import ModelSource
@@ -31,12 +31,11 @@ from ..papers.mrpo import (
 )
 from ..passes.check import check_model
 from ..pruning.opened import open_model
-from ..runs.align_directory import AlignDirectory
-from ..runs.identity import stamps
+from ..runs.directory import AlignDirectory, TrainingDirectory
 from ..runs.listener import Listener
+from ..runs.records import Alignment as Figures
 from ..runs.records import Report
-from ..runs.training_directory import TrainingDirectory
-from ..runs.training_records import Alignment as Figures
+from ..runs.settled import stamps
 from ..runtime.numerics import mean_and_error
 from ..settings.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..text.pairs import Pairs, pair_order, read_pairs, tokenise_pairs

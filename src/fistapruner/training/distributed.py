@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..runs.snapshots import Snapshots
+from ..runs.store import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, sha256_file, write_sealed_json
-from ..runtime.launcher import launched
+from ..runtime.machine import launched
 from .masked import Masters, TrainedLayer
 
 WAIT = timedelta(hours=6)
@@ -150,7 +150,7 @@ class ShardedSnapshots(Snapshots):
         self.world = world
 
     def write(self, fingerprint: str, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See :class:`~fistapruner.runs.snapshots.Snapshots`; called by all processes."""
+        """See :class:`~fistapruner.runs.store.Snapshots`; called by all processes."""
         from torch.distributed.checkpoint.state_dict_saver import save
 
         folder, record = self.folder / f"{step:08d}", self.folder / f"{step:08d}.json"
@@ -169,16 +169,16 @@ class ShardedSnapshots(Snapshots):
         self.world.tell()
 
     def tidy(self, step: int) -> None:
-        """See :class:`~fistapruner.runs.snapshots.Snapshots`; the tensors of a state are a folder."""
+        """See :class:`~fistapruner.runs.store.Snapshots`; the tensors of a state are a folder."""
         super().tidy(step)
-        kept = {f"{other:08d}" for other in self.steps()}
+        kept = {f"{other:08d}" for other in self.numbers()}
         for path in self.folder.glob("[0-9]" * 8):
             if path.is_dir() and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def whole(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
         """Find the newest whole state up to a step: its step and plain values."""
-        for step in reversed([step for step in self.steps() if step <= last]):
+        for step in reversed([step for step in self.numbers() if step <= last]):
             folder = self.folder / f"{step:08d}"
             try:
                 content = read_sealed_json(folder.with_suffix(".json"))

@@ -18,9 +18,9 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from ..runs.snapshots import Snapshots, snapshot_interval
 from ..runs.steps import StepJournal
-from ..runtime.formatting import duration
+from ..runs.store import Snapshots, snapshot_interval
+from ..runtime.show import duration
 
 CHECKS = 8
 """Checks on what is held out, at equal distances."""

@@ -24,12 +24,11 @@ from ..papers.mezo import RATE, ForwardOnly, standard_normal
 from ..papers.subzero import subspace_normal
 from ..passes.check import check_model
 from ..pruning.opened import open_model
-from ..runs.decision import TrainingDecision
-from ..runs.identity import stamps
+from ..runs.directory import TrainingDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
+from ..runs.settled import TrainingDecision, stamps
 from ..runs.steps import read_steps
-from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..settings.execution_settings import Execution

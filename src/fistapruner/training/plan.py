@@ -24,10 +24,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
+from ..runtime.devices import free_device_memory, free_memory, release_memory, resident_memory
 from ..runtime.files import existing_folder
-from ..runtime.formatting import counted, duration, size
-from ..runtime.memory import free_device_memory, free_memory, release_memory, resident_memory
 from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
+from ..runtime.show import counted, duration, size
 from ..settings.training_settings import TrainingRecipe
 from .loop import CHECKS
 from .loss import TokenLoss

@@ -12,21 +12,19 @@ from ..errors import FistaPrunerError
 from ..models.source import ModelSource
 from ..papers.mamf import Mixture
 from ..pruning.workers import default_threads
-from ..runs.identity import stamps
+from ..runs.directory import RecoverDirectory, TrainingDirectory
+from ..runs.lineage import input_run
 from ..runs.listener import Listener
-from ..runs.training_directory import RecoverDirectory, TrainingDirectory
-from ..runs.training_runs import input_run
-from ..runtime.devices import cpu_threads
+from ..runs.settled import stamps
+from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
-from ..runtime.formatting import count
-from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
+from ..runtime.show import count
 from ..settings.recover_settings import RecoverRecipe
 from ..text import SELF
 from ..text.generate import load_writer
-from ..text.packing import PURPOSE
 from ..text.sources import check_source
-from ..text.training import MAX_HELD_OUT_WINDOWS, TrainingText, order, training_text
+from ..text.training import MAX_HELD_OUT_WINDOWS, PURPOSE, TrainingText, order, training_text
 from .loss import TokenLoss
 from .objective import Objective
 from .opened import Training

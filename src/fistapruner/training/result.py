@@ -23,15 +23,14 @@ from ..pruning.result import (
     write_low_rank,
     write_model,
 )
-from ..reporting.advice import length_setting
+from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
-from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
-from ..runs.records import Report, Totals
+from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runs.times import Times
+from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.machine import now
-from ..runtime.memory import peak_device_memory, peak_memory
 from .loop import State
 from .masked import Trained
 from .opened import Training
@@ -140,7 +139,6 @@ def _layer(training: Training, changed: Mapping[str, Tensor], index: int) -> Lay
                 shape=(operator.rows, operator.columns),
                 sparsity=training.decision.operators[name],
                 zeros=zeros,
-                density=1 - zeros / before.numel(),
                 change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
                 changed=int((after != before).sum()),
             )

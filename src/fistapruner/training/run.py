@@ -12,8 +12,14 @@ from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.run import measure
 from ..models.source import UNTRUSTED, Permissions
 from ..pruning.result import refuse_foreign_files, reporting_failure
-from ..runs.arguments import checked_arguments
-from ..runs.continuation import (
+from ..runs.directory import TrainingDirectory, refuse_out
+from ..runs.lineage import input_run
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.log import Logged, log_file
+from ..runs.records import Report
+from ..runs.settled import (
+    TrainingRecord,
     absolute,
     execution_here,
     interrupted_with,
@@ -21,20 +27,11 @@ from ..runs.continuation import (
     refuse_other_versions,
     refuse_overlap,
 )
-from ..runs.decision import TrainingRecord
-from ..runs.directory import refuse_out
-from ..runs.listener import Listener
-from ..runs.lock import hold
-from ..runs.log import Logged, log_file
-from ..runs.records import Report
 from ..runs.steps import read_steps
 from ..runs.times import spent
-from ..runs.training_directory import TrainingDirectory
-from ..runs.training_runs import input_run
-from ..runtime.devices import choose_device, cpu_threads
-from ..runtime.formatting import shell_line
-from ..runtime.memory import reset_peak_memory
+from ..runtime.devices import choose_device, cpu_threads, reset_peak_memory
 from ..runtime.numerics import undisturbed
+from ..runtime.show import shell_line
 from ..settings.align_settings import AlignRecipe
 from ..settings.recover_settings import RecoverRecipe
 from ..settings.training_settings import TrainingRecipe
@@ -53,7 +50,6 @@ STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""
 
 
-@checked_arguments
 def recover(
     model: str | Path,
     out: str | Path,

@@ -27,20 +27,24 @@ from ..passes.check import check_model
 from ..pruning.opened import open_model
 from ..pruning.settle import common_fields, numerics_of
 from ..pruning.workers import default_threads
-from ..runs.continuation import absolute, evaluation_on
-from ..runs.decision import EvaluationRequest, TrainingDecision, TrainingRecord
-from ..runs.directory import checkpoint_of
-from ..runs.identity import changed_files, fingerprint, stamps
-from ..runs.lineage import dense_name, lineage_of
+from ..runs.directory import TrainingDirectory, checkpoint_of
+from ..runs.lineage import dense_name, dense_of, input_run, lineage_of
 from ..runs.listener import Listener
-from ..runs.records import CalibrationFacts
-from ..runs.training_directory import TrainingDirectory
-from ..runs.training_records import Recovery
-from ..runs.training_runs import dense_of, input_run
+from ..runs.records import CalibrationFacts, Recovery
+from ..runs.settled import (
+    EvaluationRequest,
+    TrainingDecision,
+    TrainingRecord,
+    absolute,
+    changed_files,
+    evaluation_on,
+    fingerprint,
+    stamps,
+)
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
-from ..runtime.formatting import shell_line
 from ..runtime.numerics import dtype_name, pass_dtype
+from ..runtime.show import shell_line
 from ..settings.training_settings import TrainingRecipe
 from ..text.sources import PYTHON
 from ..text.training import TrainingText, shared_documents

@@ -19,7 +19,7 @@ from ..models.safetensors import SafetensorsFile, write_tensors
 from ..passes.store import scratch_factory
 from ..passes.stream import forward
 from ..runtime.files import disk_errors
-from ..runtime.progress import Tick, silent
+from ..runtime.show import Tick, silent
 
 BLOCK_TOKENS = 32768
 """Tokens in a block: few enough to lose little when a run is killed, enough to pay for reading the dense model."""

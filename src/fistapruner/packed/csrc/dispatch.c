@@ -49,6 +49,8 @@ EXPORT int fistapruner_level(void) {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
         return !__builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512 : has_amx() ? LEVEL_AMX : LEVEL_AVX512_BF16;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return LEVEL_AVX2;
+#elif defined(FISTAPRUNER_NEON)
+    return LEVEL_NEON; /* every 64-bit ARM processor has it */
 #endif
     return LEVEL_PORTABLE;
 }
@@ -223,7 +225,11 @@ EXPORT int fistapruner_multiply(const packed_operator *op, const void *bias, int
     const int wide = work.multiply == avx512_multiply;
 #else
     const int pairs = 0, wide = 0;
+#ifdef FISTAPRUNER_NEON
+    if (level >= LEVEL_NEON) work.multiply = neon_multiply;
+#else
     (void)level;
+#endif
 #endif
     if (op->kind == VALUES_INT8) {
         to.scale = memory + count;
@@ -247,6 +253,8 @@ EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t
 #ifdef FISTAPRUNER_X86
     if (level >= LEVEL_AVX2) work.unpack = avx2_unpack;
     if (level >= LEVEL_AVX512) work.unpack = avx512_unpack;
+#elif defined(FISTAPRUNER_NEON)
+    if (level >= LEVEL_NEON) work.unpack = neon_unpack;
 #else
     (void)level;
 #endif

@@ -13,6 +13,7 @@
 enum { VALUES_BF16 = 0, VALUES_INT8 = 1 };
 enum { TYPE_FP32 = 0, TYPE_BF16 = 1 };
 enum { LEVEL_PORTABLE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3, LEVEL_AMX = 4 };
+enum { LEVEL_NEON = 1 }; /* of 64-bit ARM, which has two levels */
 
 /* Rows handed to a thread at a time. Fixed, so that the number of threads never changes a result. */
 #define ROW_BLOCK 64
@@ -77,6 +78,10 @@ void avx512_bf16_multiply(const packed_operator *, int64_t, int64_t, const prepa
 void avx512_bf16_dense(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx2_unpack(const packed_operator *, int64_t, int64_t, int, void *);
 void avx512_unpack(const packed_operator *, int64_t, int64_t, int, void *);
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define FISTAPRUNER_NEON 1
+void neon_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
+void neon_unpack(const packed_operator *, int64_t, int64_t, int, void *);
 #endif
 
 /* Sides of a matrix tile, and the bf16 values of one with 32 columns. */

@@ -20,13 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
 import fistapruner as fp
 import tiny
-from fistapruner.measure.local_tasks import local_task
 from fistapruner.measure.logits import mcnemar
-from fistapruner.measure.zero_shot import Tasks, TaskSettings, evaluate_tasks, find_tasks, task_result
+from fistapruner.measure.tasks import Tasks, TaskSettings, evaluate_tasks, find_tasks, local_task, task_result
 from fistapruner.models import build
 from fistapruner.models.build import whole_bytes
 from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.reporting.quality import task_facts
+from fistapruner.reporting.measured import task_facts
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}
@@ -73,11 +72,6 @@ def test_scores_between_right_and_wrong_have_no_verdict(scores: list[float]) -> 
     (fact,) = task_facts([result])
     assert fact.dense
     assert "lost" not in fact.how
-
-
-def test_different_items_cannot_be_compared() -> None:
-    with pytest.raises(fp.FistaPrunerError, match="different items"):
-        task_result("t", "acc", {0: 1.0}, {1: 1.0})
 
 
 def answer(item: int, text: str, through: str = "none", **scores: float) -> dict[str, Any]:
@@ -127,9 +121,6 @@ def test_every_filter_has_its_own_score_and_progress_names_the_run(tmp_path: Pat
         ("gsm8k", "exact_match,flexible-extract"): (2 / 3, 2 / 3),
     }
     assert {(each.shots, each.available, each.items) for each in found} == {(5, 9, 3)}
-    lm_eval.says({"gen": [answer(0, "", bleu_max=1.0)]})
-    with pytest.raises(fp.FistaPrunerError, match="no task has one of the metrics acc, acc_norm, exact_match"):
-        evaluate_tasks(model, ANY)
     lm_eval.simple_evaluate.side_effect = IndexError("odd item")
     with pytest.raises(fp.FistaPrunerError, match=r"lm-eval could not evaluate the tasks on .*: IndexError: odd item"):
         evaluate_tasks(model, ANY)
@@ -219,71 +210,24 @@ def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
             assert f"{partial['doc_to_choice'](item)[1]} {partial['doc_to_target'](item)}" == "one two three\n"
 
 
-@pytest.mark.parametrize("date", ["2024-01-02", "2024-01-02T10:00:00Z", "7"])
-def test_items_are_those_of_the_file(tmp_path: Path, date: str) -> None:
-    """Text stays text also where it is a date, from any path, and other fields are left out."""
-    pytest.importorskip("datasets", reason="the extra 'eval' is not installed")
-    for item in (
-        {"query": date, "choices": [date, date], "gold": 1},
-        {"context_options": [date], "continuation": date, "gold": 0},
-        {"context": date, "continuation": date},
-    ):
-        path = write(tmp_path / "a[1]*?", "task", [{**item, "more": {"date": date}}, {**item, "more": 3}])
-        assert list(local_task(path)["custom_dataset"]()["test"]) == [item, item]
-
-
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("lines", "message"),
     [
-        (b"{", "line 5 is not JSON"),
-        (b'{"context": "\xff", "continuation": "a"}', "line 5 is not UTF-8 text"),
-        (b"[]", "line 5: context: Field required"),
-        (b'{"context": "a"}', "line 5: continuation: Field required"),
-        (b'{"context": "a", "continuation": 1}', "line 5: continuation: Input should be a valid string"),
-        (b'{"context": "a", "continuation": "  "}', "line 5: continuation: String should match"),
+        (
+            "",
+            "odd.jsonl has the fields none: a task has query, choices, gold; or context_options, continuation, gold;",
+        ),
+        ('{"question": "?"}', "odd.jsonl, line 1 has the fields question: a task has"),
+        ("[]", "line 1 has the fields none: a task has"),
+        ("{", "line 1 is not JSON"),
     ],
 )
-def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: str) -> None:
-    path = write(tmp_path, "greedy", GREEDY[:3])
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n")
-    assert local_task(path)["output_type"] == "loglikelihood"
-    path.write_bytes(path.read_bytes() + line + b"\n")
+def test_files_that_are_no_tasks_are_named(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "odd.jsonl").write_text(lines)
     with pytest.raises(fp.FistaPrunerError, match=message):
-        local_task(path)
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ({"question": "?"}, "has the fields question: a task has query, choices and gold"),
-        ({"query": "?", "choices": [4, 5], "gold": 0}, "choices.0: Input should be a valid string"),
-        ({"query": "?", "choices": ["no", ""], "gold": 0}, "choices.1: String should match"),
-        ({"query": "?", "choices": "ab", "gold": 0}, "choices: Input should be a valid list"),
-        ({"query": "?", "choices": [], "gold": 0}, "choices: List should have at least 1 item"),
-        ({"context_options": ["a"], "continuation": None, "gold": 0}, "continuation: Input should be a valid string"),
-        *[
-            ({**items, "gold": gold}, "gold")
-            for items in (
-                {"query": "?", "choices": ["a", "b"]},
-                {"context_options": ["a", "b"], "continuation": "c"},
-            )
-            for gold in (2, -1, "1", True, 0.5, None)
-        ],
-    ],
-)
-def test_what_is_no_item_is_refused(tmp_path: Path, item: dict[str, Any], message: str) -> None:
-    with pytest.raises(fp.FistaPrunerError, match=rf"odd\.jsonl, line 1:? .*{message}"):
-        local_task(write(tmp_path, "odd", [item]))
-
-
-def test_files_that_are_no_tasks_are_named(tmp_path: Path) -> None:
-    write(tmp_path, "empty", [])
-    with pytest.raises(fp.FistaPrunerError, match=r"empty\.jsonl is empty"):
-        find_tasks(["empty"], tmp_path)
-    with pytest.raises(fp.FistaPrunerError, match="task 'absent' is not in"):
+        find_tasks(["all"], tmp_path)
+    with pytest.raises(fp.FistaPrunerError, match=r"has no file absent\.jsonl; its tasks are: odd"):
         find_tasks(["all", "absent"], tmp_path)
-    with pytest.raises(fp.FistaPrunerError, match=r"nowhere is not a folder with a \.jsonl file"):
-        find_tasks(["absent"], tmp_path / "nowhere")
 
 
 @pytest.mark.slow

@@ -1,14 +1,56 @@
-"""Format numbers and tables for people."""
+"""Show people what is done: numbers and tables as text, progress, and time by phase."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_DECIMALS = 6
 """Decimals that a value gets at most for the sake of its error."""
+
+Tick = Callable[[str, int, int], None]
+"""Receives progress: (what, steps done, steps in all)."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Receive progress, and show nothing: the :data:`Tick` of work that nobody watches."""
+
+
+class Clock:
+    """Wall seconds by phase on a device; time in a nested phase is not counted in the outer one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._running: list[str] = []
+        self._since = 0.0
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside the block to phase ``name``; a GPU's work is waited for."""
+        self._change([*self._running, name])
+        try:
+            yield
+        finally:
+            self._change(self._running[:-1])
+
+    def _change(self, running: list[str]) -> None:
+        """Book the time since the last change, and go on with other phases."""
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        for name in self._running[-1:]:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._running, self._since = running, now
 
 
 def shell_line(*words: object) -> str:
@@ -32,10 +74,8 @@ def duration(seconds: float | None) -> str:
     """Format seconds: ``840 ms``, ``12.3 s``, ``4 min 05 s``, ``3 h 20 min``."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
@@ -64,14 +104,6 @@ def percent(share: float | None, digits: int = 3) -> str:
     return f"{significant(100 * share, digits)} %"
 
 
-def pattern(sparsity: str) -> str:
-    """Format a sparsity pattern: ``50%`` and ``2:4`` unchanged, ``0.606249397183642`` as ``60.6 %``."""
-    try:
-        return percent(float(sparsity))
-    except ValueError:
-        return sparsity
-
-
 def count(value: int | None) -> str:
     """Format a whole number with separators: ``134,515,008``."""
     return "–" if value is None else f"{value:,}"
@@ -80,11 +112,6 @@ def count(value: int | None) -> str:
 def counted(number: int, noun: str) -> str:
     """Write how many of something there are: ``1 layer``, ``1,024 layers``."""
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
-
-
-def listed(noun: str, numbers: Sequence[int]) -> str:
-    """Name numbered things: ``layer 2``, ``layers 2, 3``."""
-    return f"{noun}{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
 
 
 def span(values: Iterable[int]) -> str:
@@ -132,12 +159,7 @@ def p_value(value: float | None) -> str:
 
 
 def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
-    """Align the cells of a text table: one line for each row, two spaces between columns.
-
-    Args:
-        rows: cells, equally many in each row; a heading is a row too.
-        right: columns that are set flush right.
-    """
+    """Align the cells of a text table, two spaces between columns, those in ``right`` flush right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -1,16 +1,18 @@
-"""Say where a run stands, for another terminal."""
+"""Say for the terminal what a run did, and where a run stands that is not finished."""
 
 from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ..errors import printable
-from ..runs.records import Report
-from ..runs.training_records import Recovery
-from ..runtime.formatting import align_columns, duration, percent
+from ..runs.records import Recovery, Report
+from ..runtime.show import align_columns, duration, finite, percent
+from .facts import facts, next_steps
 from .figures import mean_error
+from .measured import ORIGIN
 
 RECENT_STEPS = 8
 """Steps whose mean is shown as the training loss: that of one step is noisy."""
@@ -52,9 +54,9 @@ def _step_facts(report: Report, found: Recovery, now: datetime) -> dict[str, Any
     return {
         "steps_done": found.steps,
         "steps": found.asked_steps,
-        "training_loss": _finite(sum(recent) / len(recent)) if recent else None,
+        "training_loss": finite(sum(recent) / len(recent)) if recent else None,
         "held_out": [
-            {"step": check.step, "loss": _finite(check.held_out), "kept": check.kept} for check in found.checks
+            {"step": check.step, "loss": finite(check.held_out), "kept": check.kept} for check in found.checks
         ],
         "kept_step": found.kept_step,
         "tokens": found.tokens,
@@ -149,11 +151,6 @@ def _layer_rows(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
-def _finite(loss: float) -> float | None:
-    """Return a loss as JSON can have it: None where it is not finite."""
-    return loss if math.isfinite(loss) else None
-
-
 def _since(moment: str | None, now: datetime) -> float | None:
     if not moment:
         return None
@@ -162,3 +159,23 @@ def _since(moment: str | None, now: datetime) -> float | None:
     except ValueError:
         return None
     return max(0.0, (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds())
+
+
+def summary(report: Report, folder: str | Path) -> str:
+    """Write the table that is printed at the end of a run.
+
+    Args:
+        report: the finished run.
+        folder: the run directory.
+    """
+    rows = [
+        fact.row
+        for fact in facts(report)
+        if fact.after not in ("", "–") and (fact.section != ORIGIN or fact.label in ("Model", "Lineage"))
+    ]
+    rows += [("warning", printable(warning)) for warning in report.warnings]
+    rows.append(("checkpoint", str(Path(folder) / "model")))
+    if report.totals.low_rank_weights:
+        rows.append(("adapter", str(Path(folder) / "adapter")))
+    rows += [("next", f"{command}  {what}") for command, what in next_steps(report, folder)]
+    return align_columns(rows)

@@ -1,14 +1,18 @@
 """Score zero-shot tasks with ``lm-eval``, with paired tests against the dense model.
 
-A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network
-(:mod:`~fistapruner.measure.local_tasks`).
+A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network and
+becomes an ``lm-eval`` configuration. The fields of its first line say what form a file has:
+
+* ``query``, ``choices``, ``gold``: the choice with the highest likelihood after the query (ARC, PIQA, BoolQ,
+  HellaSwag). A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as in ``lm-eval``.
+* ``context``, ``continuation``: right if greedy decoding gives exactly the continuation (LAMBADA).
+* ``context_options``, ``continuation``, ``gold``: the context after which the continuation is likeliest (WinoGrande).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,10 +25,11 @@ import torch
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.build import load_whole, max_length
 from ..models.tokenizer import load_tokenizer
+from ..passes.store import CPU
 from ..runs.results import TaskResult
-from ..runtime.numerics import dtype_name
-from ..runtime.progress import Tick, silent
-from .local_tasks import local_files, local_task
+from ..runtime.numerics import dtype_name, mean_and_error
+from ..runtime.show import Tick, silent
+from ..text.sources import read_lines
 from .logits import mcnemar
 from .streaming import shown_name
 
@@ -32,19 +37,65 @@ METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics of single items; ``acc_norm`` divides a choice's log-likelihood by its length."""
 
 
+def _prompt(item: dict[str, Any]) -> str:
+    """Return what a model is asked; a query with ``Question:`` ends in ``Answer:``."""
+    query = str(item["query"]).strip()
+    return f"{query}\nAnswer:" if "Question:" in query and not query.endswith("Answer:") else query
+
+
+FORMS: dict[tuple[str, ...], dict[str, Any]] = {
+    ("query", "choices", "gold"): {
+        "output_type": "multiple_choice",
+        "doc_to_text": _prompt,
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+    },
+    # With a number as text and the contexts as choices, lm-eval scores one continuation after each context.
+    ("context_options", "continuation", "gold"): {
+        "output_type": "multiple_choice",
+        "doc_to_text": "gold",
+        "doc_to_choice": lambda item: [option.rstrip(" ") for option in item["context_options"]],
+        "doc_to_target": lambda item: item["continuation"].lstrip(" "),
+    },
+    ("context", "continuation"): {
+        "output_type": "loglikelihood",
+        "doc_to_text": lambda item: item["context"].rstrip(" "),
+        "doc_to_target": lambda item: " " + item["continuation"].lstrip(" "),
+    },
+}
+"""The fields of a local file, and what ``lm-eval`` asks of them."""
+
+
+def local_task(path: Path) -> dict[str, Any]:
+    """Make the ``lm-eval`` configuration of a local ``.jsonl`` task, which ``lm-eval`` reads itself.
+
+    Raises:
+        FistaPrunerError: the first line cannot be read, or has the fields of no form.
+    """
+    where, fields = next(read_lines(path), (str(path), {}))
+    form = next((each for each in FORMS if fields.keys() >= {*each}), None)
+    if form is None:
+        known = "; or ".join(map(", ".join, FORMS))
+        raise FistaPrunerError(f"{where} has the fields {', '.join(fields) or 'none'}: a task has {known}")
+    metrics = ["acc", "acc_norm"] if "choices" in form else ["acc"]
+    return {
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+        **FORMS[form],
+    }
+
+
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that :func:`find_tasks` found.
+    """Tasks that :func:`find_tasks` found."""
 
-    Args:
-        specifications: names or configurations, as ``lm-eval`` takes them.
-        manager: ``lm-eval``'s ``TaskManager`` that knows them.
-        source: source of their items, for the report.
-    """
-
-    specifications: tuple[Any, ...]
-    manager: Any
-    source: str
+    specifications: tuple[Any, ...]  # names or configurations, as lm-eval takes them
+    manager: Any  # lm-eval's TaskManager that knows them
+    source: str  # of their items, for the report
 
 
 def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
@@ -60,14 +111,21 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
             file that is no task.
         MissingExtraError: the extra ``eval`` is not installed.
     """
-    local = None if tasks_dir is None else tuple(local_task(path) for path in local_files(tasks, tasks_dir))
+    local: list[Any] = []
+    if tasks_dir is not None:
+        files = {path.stem: path for path in sorted(tasks_dir.glob("*.jsonl"))}
+        if missing := sorted({*tasks} - {*files, "all"}) or ([] if files else ["*"]):
+            raise FistaPrunerError(
+                f"--tasks-dir {tasks_dir} has no file {missing[0]}.jsonl; its tasks are: {', '.join(files) or 'none'}"
+            )
+        local = [local_task(path) for name, path in files.items() if name in tasks or "all" in tasks]
     if find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "a zero-shot task")
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings concern models given by name
-    if local is not None:
-        return Tasks(local, TaskManager(include_defaults=False), "local file")
+    if tasks_dir is not None:
+        return Tasks(tuple(local), TaskManager(include_defaults=False), "local file")
     manager = TaskManager()
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise FistaPrunerError(
@@ -76,7 +134,7 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
     with _failures_explained("read the tasks"):
         found = manager.load(list(tasks))["tasks"]
     for name, task in found.items():
-        metrics = [entry["metric"] for entry in task.config.metric_list or () if isinstance(entry["metric"], str)]
+        metrics = [str(entry["metric"]) for entry in task.config.metric_list or ()]
         if metrics and not {*metrics} & {*METRICS}:
             raise FistaPrunerError(
                 f"task {name!r} has the metrics {', '.join(metrics)}; tasks with {', '.join(METRICS)} can be scored"
@@ -86,18 +144,10 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How models are run on tasks.
-
-    Args:
-        limit: items of each task, the first ones; None takes all.
-        device: device of the models; None is the CPU.
-        dtype: precision of weights and passes; None as in :func:`~fistapruner.models.build.load_whole`.
-        batch_size: requests in one forward pass; None is 4 on a CPU, 16 on a GPU.
-        trust_remote_code: run Python code that comes with a checkpoint.
-    """
+    """How models are run on tasks; ``limit`` takes only the first items of each task."""
 
     limit: int | None = None
-    device: torch.device | None = None
+    device: torch.device = CPU
     dtype: torch.dtype | None = None
     batch_size: int | None = None
     trust_remote_code: bool = False
@@ -111,17 +161,12 @@ def evaluate_tasks(
     against: Path | None = None,
     tick: Tick = silent,
 ) -> tuple[TaskResult, ...]:
-    """Score a model on zero-shot tasks, and a reference model on the same items.
+    """Score the model in ``folder`` on zero-shot tasks, and the dense one in ``against`` on the same items.
 
-    Args:
-        folder: the model's Hugging Face folder.
-        tasks: what :func:`find_tasks` found.
-        settings: how the models are run.
-        against: the dense model's folder.
-        tick: receives progress: (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
+    ``tick`` is called with (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
 
     Raises:
-        FistaPrunerError: ``lm-eval`` fails, as on items it cannot ask; or no task has one of :data:`METRICS`.
+        FistaPrunerError: ``lm-eval`` fails, as on items it cannot ask.
     """
     models = [folder] if against is None else [folder, against]
     found = []
@@ -130,8 +175,6 @@ def evaluate_tasks(
         found.append(_run(path, tasks, settings))
     tick("zero-shot tasks", len(models), len(models))
     scores = [_scores(each["samples"]) for each in found]
-    if not scores[0]:
-        raise FistaPrunerError(f"no task has one of the metrics {', '.join(METRICS)}: only such tasks can be scored")
     return tuple(
         task_result(
             task,
@@ -153,12 +196,12 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    device, trust = settings.device or torch.device("cpu"), settings.trust_remote_code
-    model = load_whole(folder, device, settings.dtype, trust_remote_code=trust)
+    trust = settings.trust_remote_code
+    model = load_whole(folder, settings.device, settings.dtype, trust_remote_code=trust)
     runner = HFLM(
         pretrained=model,
         tokenizer=load_tokenizer(folder, trust_remote_code=trust),
-        batch_size=settings.batch_size or (4 if device.type == "cpu" else 16),
+        batch_size=settings.batch_size or (4 if settings.device.type == "cpu" else 16),
         max_length=max_length(model),
     )
     with _failures_explained(f"evaluate the tasks on {folder}"):
@@ -178,12 +221,10 @@ def _failures_explained(what: str) -> Iterator[None]:
     """Turn failures of ``lm-eval``, each of whose tasks has its own code, into errors."""
     try:
         yield
-    except OSError as error:  # those of the network too
-        raise FistaPrunerError(
-            f"task data could not be loaded: {one_line(error)}; --tasks-dir takes local files and needs no network"
-        ) from None
     except Exception as error:
-        raise FistaPrunerError(f"lm-eval could not {what}: {type(error).__name__}: {one_line(error, 200)}") from error
+        local = "; --tasks-dir takes local files and needs no network" if isinstance(error, OSError) else ""
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise FistaPrunerError(f"lm-eval could not {what}: {said}{local}") from error
 
 
 def _scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str], dict[int, float]]:
@@ -213,22 +254,12 @@ def task_result(
 ) -> TaskResult:
     """Compute score, standard error and paired test of a task.
 
-    Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
-
-    Args:
-        task: its name.
-        metric: what is scored.
-        items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
-        **about: other fields of :class:`~fistapruner.runs.results.TaskResult`, recorded as they are.
-
-    Raises:
-        FistaPrunerError: the two models answered different items.
+    ``items`` and ``reference``, those of the dense model, are right (1) or wrong (0) by item number, or scores between
+    (a share of probability, such as that of ``truthfulqa_mc2``), which have no such test.
     """
     alone = TaskResult(task, metric, len(items), *_mean(items), **about)
     if reference is None:
         return alone
-    if items.keys() != reference.keys():
-        raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
     before, before_error = _mean(reference)
     alone = replace(alone, reference=before, reference_standard_error=before_error)
     if not {*items.values(), *reference.values()} <= {0.0, 1.0}:
@@ -240,7 +271,4 @@ def task_result(
 
 def _mean(items: Mapping[int, float]) -> tuple[float, float]:
     """Return the mean and its standard error with the sample variance, as ``lm-eval`` does."""
-    count = len(items)
-    mean = sum(items.values()) / count
-    squares = sum((score - mean) ** 2 for score in items.values())
-    return mean, math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan
+    return mean_and_error(torch.tensor([*items.values()], dtype=torch.float64))
